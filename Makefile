@@ -1,0 +1,69 @@
+# `make demo` and `make test` do all the set-up they need; see README.md.
+SHELL := bash
+PYTHON ?= python3
+BIN := .venv/bin
+# A machine with an NVIDIA GPU gets vLLM for it, any other one vLLM for CPUs.
+ENGINE := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo vllm || echo cpu)
+# pip knows a folder of wheels by this name, uv by its own.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+# Without compiled bytecode each of vLLM's processes compiles its imports anew: 38 s to start instead of 19.
+INSTALL := pip install --quiet --compile-bytecode
+ARGS ?=
+
+.PHONY: demo test test-newest check bench setup setup-newest constraints clean
+.DEFAULT_GOAL := demo
+
+demo: .venv/.ready
+	$(BIN)/python -m flows.demo $(ARGS)
+
+test: .venv/.ready .venv-newest/.ready
+	$(BIN)/python -m pytest $(ARGS)
+	$(MAKE) --no-print-directory test-newest
+
+# The base package beside a remote vLLM: no vLLM here, and the newest Prefect.
+test-newest: .venv-newest/.ready
+	.venv-newest/bin/python -m pytest -m "not engine" $(ARGS)
+
+check: .venv/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) --no-print-directory test
+
+bench: .venv/.ready
+	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-%: .venv/.ready
+	$(BIN)/python -m benchmarks $* $(ARGS)
+
+setup: .venv/.ready
+setup-newest: .venv-newest/.ready
+
+# Where the CPU build of torch is not among the configured sources, it comes from PyTorch's own index.
+.venv/.ready: pyproject.toml constraints/$(ENGINE).txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv $(INSTALL) --python .venv -c constraints/$(ENGINE).txt -e '.[$(ENGINE),demo,dev]' || \
+	$(BIN)/uv $(INSTALL) --python .venv -c constraints/$(ENGINE).txt -e '.[$(ENGINE),demo,dev]' --torch-backend=auto
+	touch $@
+
+.venv-newest/.ready: pyproject.toml constraints/newest.txt
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet uv
+	.venv-newest/bin/uv $(INSTALL) --python .venv-newest -c constraints/newest.txt -e '.[dev]'
+	touch $@
+
+# Versions that are tested together: plain pins without addresses. torch and its libraries are vLLM's choice.
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate \
+	--no-emit-index-url --no-emit-find-links pyproject.toml
+constraints:
+	$(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv
+	for engine in cpu vllm; do \
+		$(COMPILE) --extra $$engine --extra demo --extra dev | \
+			grep -vE '^(torch|nvidia|cuda|triton)' > constraints/$$engine.txt; \
+	done
+# Prefect 3.9 wants a newer certifi than exists; Prefect 3.8's server does not start with fastapi 0.151.
+	$(COMPILE) --extra dev -c <(printf 'prefect<3.9\nfastapi<0.151\n') > constraints/newest.txt
+
+clean:
+	rm -rf .venv .venv-newest out .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,66 @@
+"""What tests share: one real engine, one Prefect server, a clean environment."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Before Prefect is imported: the tests' server tells nobody of itself, and logs of runs stay local.
+os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+os.environ["DO_NOT_TRACK"] = "1"
+
+import pytest
+from prefect.testing.utilities import prefect_test_harness
+
+from tests.tiny_model import make_tiny_model
+from vllm_tasks import VllmModel
+
+TINY_ARGS: dict[str, Any] = {
+    "max_model_len": 1024,
+    "enforce_eager": True,  # nothing to gain from compiling two layers
+    "kv_cache_memory_bytes": 2**28,
+    "max_num_seqs": 32,
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without vLLM installed, the tests that need it are skipped."""
+    if importlib.util.find_spec("vllm") is None:
+        for item in items:
+            if item.get_closest_marker("engine"):
+                item.add_marker(pytest.mark.skip(reason="needs the real vLLM"))
+
+
+@pytest.fixture(autouse=True)
+def _no_site_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in os.environ if n.startswith("VLLM_TASKS_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """A real Prefect server with an empty database, for this test session."""
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny real model."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def local_model(tiny_model: Path) -> Iterator[VllmModel]:
+    """A model whose real engine runs for the whole session."""
+    model = VllmModel(
+        identifier="tiny",
+        model_name=str(tiny_model),
+        vllm_kwargs=TINY_ARGS,
+        predict_kwargs={"temperature": 0, "max_tokens": 8},
+    )
+    with model:
+        yield model

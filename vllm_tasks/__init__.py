@@ -1,0 +1,36 @@
+"""vLLM from Prefect: prompt a model over rows, on a server or in an engine of one's own.
+
+The names below are the public interface. Importing them loads neither vLLM nor torch nor Ray.
+"""
+
+from vllm_tasks.datalayer import Datalayer
+from vllm_tasks.errors import EngineFailed, InvalidCall, RowErrors, ServerUnavailable, VllmTasksError
+from vllm_tasks.models import VllmAPI, VllmModel
+from vllm_tasks.outputs import Artifact, DataType
+from vllm_tasks.rows import Choice, Completion, RowError, TokenLogprob
+from vllm_tasks.settings import Settings
+from vllm_tasks.tasks import predict, predict_batches
+from vllm_tasks.validation import Dataset, Metric, Validation
+
+__all__ = [
+    "Artifact",
+    "Choice",
+    "Completion",
+    "DataType",
+    "Datalayer",
+    "Dataset",
+    "EngineFailed",
+    "InvalidCall",
+    "Metric",
+    "RowError",
+    "RowErrors",
+    "ServerUnavailable",
+    "Settings",
+    "TokenLogprob",
+    "Validation",
+    "VllmAPI",
+    "VllmModel",
+    "VllmTasksError",
+    "predict",
+    "predict_batches",
+]

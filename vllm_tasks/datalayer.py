@@ -1,0 +1,20 @@
+"""Where tables live: a lake (a folder or fsspec URL) or a database (a SQLAlchemy URL)."""
+
+from __future__ import annotations
+
+from prefect.blocks.core import Block
+from pydantic import ConfigDict, Field, SecretStr
+
+
+class Datalayer(Block):
+    """The address of tables. Kept and saved with a model; predicting over tables comes later."""
+
+    _block_type_name = "vLLM Datalayer"
+    _block_type_slug = "vllm-datalayer"
+    _description = "Tables for vLLM predictions: a folder, an fsspec URL or a SQLAlchemy URL."
+
+    model_config = ConfigDict(extra="forbid")
+
+    url: SecretStr = Field(
+        description="A folder, an fsspec URL or a SQLAlchemy URL. Kept secret, as it may hold a password."
+    )

@@ -1,0 +1,319 @@
+"""The process that holds one vLLM engine, started and spoken to by `vllm_tasks.engines.local`.
+
+All contact with vLLM's Python API is in this file. It is run by its path and imports nothing of
+`vllm_tasks`, so that it starts without Prefect. Written for and tested with vLLM 0.32.
+
+It talks over one socket in frames, a 4-byte length and JSON. To it: the engine arguments, then
+`{"chunk": [[row, prompt], ...], "sampling": {...}}` and `{"cancel": [row, ...]}`. From it:
+`{"ready": {...}}` or `{"failed": reason}`, then `{"row": row, "completion" | "error": {...}}`, and
+`{"dead": reason}` when the engine died. The end of the socket, or of the parent, ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import difflib
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Never
+
+PARENT_CHECKED_EVERY = 0.5
+"""Seconds between two looks at whether the parent still lives."""
+SHUTDOWN_GRACE = 10.0
+"""Seconds that an orderly shutdown may take before the whole session is killed."""
+CHAT_NAMES = (
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "chat_template_kwargs",
+    "tools",
+    "documents",
+    "mm_processor_kwargs",
+)
+"""Parameters of a chat request that act before sampling; named as in vLLM's chat protocol."""
+
+Frame = dict[str, Any]
+
+
+class Host:
+    """One engine and the rows it works on."""
+
+    def __init__(self, engine: Any, write: Any) -> None:
+        self.engine = engine
+        self.write = write
+        self.tasks: dict[int, asyncio.Task[None]] = {}
+        self.defaults = engine.model_config.get_diff_sampling_param()
+        self.reasoning = reasoning_parser(engine)
+
+    def start_chunk(self, frame: Frame) -> None:
+        """Hand every row of a chunk to the engine."""
+        for row, prompt in frame["chunk"]:
+            task = asyncio.create_task(self.answer(row, prompt, dict(frame["sampling"])))
+            self.tasks[row] = task
+            task.add_done_callback(partial(self.forget, row))
+
+    def forget(self, row: int, _: asyncio.Task[None]) -> None:
+        del self.tasks[row]
+
+    def cancel(self, frame: Frame) -> None:
+        """Abort rows that nobody waits for any more."""
+        for row in frame["cancel"]:
+            if task := self.tasks.get(row):
+                task.cancel()
+
+    async def answer(self, row: int, prompt: str | list[Any], sampling: dict[str, Any]) -> None:
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            reply = {"completion": await self.complete(str(row), prompt, sampling)}
+        except EngineDeadError as error:
+            self.write({"dead": reason_of(error)})
+            return
+        except (VLLMClientError, ValueError, TypeError) as error:
+            reply = {"error": {"kind": kind_of(error), "message": str(error)[:2000]}}
+        except Exception as error:  # noqa: BLE001 - whatever vLLM raises for a row is that row's error
+            reply = {"error": {"kind": "engine", "message": reason_of(error)[:2000]}}
+        self.write({"row": row, **reply})
+
+    async def complete(self, request_id: str, prompt: str | list[Any], sampling: dict[str, Any]) -> Frame:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+        extras = {name: sampling.pop(name) for name in CHAT_NAMES if name in sampling}
+        lora, priority = lora_request(sampling.pop("lora_request", None)), sampling.pop("priority", 0)
+        if isinstance(structured := sampling.get("structured_outputs"), Mapping):
+            sampling["structured_outputs"] = StructuredOutputsParams(**structured)
+        params = SamplingParams(**{**self.defaults, **sampling}, output_kind=RequestOutputKind.FINAL_ONLY)
+        rendered = await (
+            self.render_text(prompt) if isinstance(prompt, str) else self.render_chat(prompt, extras)
+        )
+        outputs = self.engine.generate(rendered, params, request_id, lora_request=lora, priority=priority)
+        return self.frame_of([output async for output in outputs][-1])  # FINAL_ONLY: there is one
+
+    async def render_text(self, prompt: str) -> Any:
+        from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+        parsed = parse_model_prompt(self.engine.model_config, prompt)
+        (rendered,) = await self.engine.renderer.render_cmpl_async([parsed])
+        return rendered
+
+    async def render_chat(self, messages: list[Any], extras: dict[str, Any]) -> Any:
+        from vllm.renderers import ChatParams
+        from vllm.utils.mistral import is_mistral_tokenizer
+
+        renderer = self.engine.renderer
+        template_kwargs = {
+            "tokenize": is_mistral_tokenizer(renderer.tokenizer),
+            "add_generation_prompt": extras.get("add_generation_prompt", True),
+            "continue_final_message": extras.get("continue_final_message", False),
+            "tools": extras.get("tools"),
+            "documents": extras.get("documents"),
+            **extras.get("chat_template_kwargs", {}),
+        }
+        mm = extras.get("mm_processor_kwargs")
+        _, (rendered,) = await renderer.render_chat_async(
+            [messages],
+            ChatParams(
+                chat_template=extras.get("chat_template"),
+                chat_template_kwargs=template_kwargs,
+                mm_processor_kwargs=mm,
+            ),
+            # As vLLM's chat server does: the template writes the special tokens itself.
+            renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False),
+            prompt_extras=None if mm is None else {"mm_processor_kwargs": mm},
+        )
+        return rendered
+
+    def frame_of(self, final: Any) -> Frame:
+        """vLLM's RequestOutput as the fields of a `Completion`."""
+        choices = [self.choice(output) for output in final.outputs]
+        return {
+            "choices": choices,
+            "prompt_tokens": len(final.prompt_token_ids),
+            "completion_tokens": sum(len(c["token_ids"]) for c in choices),
+            "prompt_logprobs": final.prompt_logprobs
+            and [entry and logprob_frame(entry, next(iter(entry))) for entry in final.prompt_logprobs],
+        }
+
+    def choice(self, output: Any) -> Frame:
+        reasoning, text = self.reasoning(output.text)
+        token_ids = list(output.token_ids)
+        return {
+            "text": text,
+            "finish_reason": output.finish_reason,
+            "token_ids": token_ids,
+            "logprobs": output.logprobs
+            and [logprob_frame(e, t) for e, t in zip(output.logprobs, token_ids, strict=True)],
+            "reasoning": reasoning,
+        }
+
+
+def logprob_frame(entry: Mapping[int, Any], token_id: int) -> Frame:
+    own = entry[token_id]
+    return {
+        "token": own.decoded_token,
+        "logprob": own.logprob,
+        "top": {p.decoded_token: p.logprob for p in entry.values()},
+    }
+
+
+def reasoning_parser(engine: Any) -> Any:
+    """`text -> (reasoning, answer)` as the engine argument `reasoning_parser` says; else all is answer."""
+    name = engine.vllm_config.structured_outputs_config.reasoning_parser
+    if not name:
+        return lambda text: (None, text)
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.reasoning import ReasoningParserManager
+
+    parser = ReasoningParserManager.get_reasoning_parser(name)(engine.get_tokenizer())
+    request = ChatCompletionRequest(messages=[])
+
+    def split(text: str) -> tuple[str | None, str]:
+        reasoning, answer = parser.extract_reasoning(text, request)
+        return reasoning, answer or ""
+
+    return split
+
+
+def lora_request(value: Mapping[str, Any] | None) -> Any:
+    if value is None:
+        return None
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(**value)
+
+
+def kind_of(error: Exception) -> str:
+    return "too_long" if "maximum context length" in str(error) else "refused"
+
+
+def reason_of(error: BaseException) -> str:
+    """The innermost cause with its type; vLLM wraps it in errors without words."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def start_engine(arguments: dict[str, Any]) -> Any:
+    """An AsyncLLM with these engine arguments; an unknown one is refused with the nearest name."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    known = {f.name for f in dataclasses.fields(AsyncEngineArgs)}
+    for name in sorted(arguments.keys() - known):
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"vllm_kwargs has {name!r}, which vLLM's engine arguments do not know{hint}")
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**{"enable_log_requests": False, **arguments}))
+
+
+def facts_of(engine: Any) -> Frame:
+    import vllm
+
+    config = engine.vllm_config
+    return {
+        "vllm": vllm.__version__,
+        "max_num_seqs": config.scheduler_config.max_num_seqs,
+        "max_model_len": config.model_config.max_model_len,
+        "model": config.model_config.model,
+        "defaults": config.model_config.get_diff_sampling_param(),
+    }
+
+
+async def serve(channel: socket.socket) -> None:
+    """Start the engine and answer frames until the other end is closed or the engine dies."""
+    reader, writer = await asyncio.open_connection(sock=channel)
+
+    def write(frame: Frame) -> None:
+        data = json.dumps(frame).encode()
+        writer.write(struct.pack("!I", len(data)) + data)
+        if "dead" in frame:
+            dead.set()
+
+    dead = asyncio.Event()
+    arguments = await read_frame(reader)
+    try:
+        engine = start_engine(arguments)
+        host = Host(engine, write)
+    except BaseException as error:
+        write({"failed": reason_of(error)})
+        await writer.drain()
+        raise
+    write({"ready": facts_of(engine)})
+    frames = asyncio.create_task(take_frames(reader, host))
+    died = asyncio.create_task(dead.wait())
+    await asyncio.wait({frames, died}, return_when=asyncio.FIRST_COMPLETED)
+    writer.close()
+    engine.shutdown(timeout=1)
+
+
+async def take_frames(reader: asyncio.StreamReader, host: Host) -> None:
+    while True:
+        try:
+            frame = await read_frame(reader)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return
+        host.cancel(frame) if "cancel" in frame else host.start_chunk(frame)
+
+
+async def read_frame(reader: asyncio.StreamReader) -> Frame:
+    (size,) = struct.unpack("!I", await reader.readexactly(4))
+    frame: Frame = json.loads(await reader.readexactly(size))
+    return frame
+
+
+def leave_with(parent: int) -> None:
+    """Watch over the parent; when it is gone, shut down in order, or else by force.
+
+    vLLM's own processes outlive a killed parent. This thread also works while the engine is
+    still loading, when the event loop is blocked.
+    """
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECKED_EVERY)
+    # The socket's end has been seen by the event loop too; give an orderly shutdown its time.
+    time.sleep(SHUTDOWN_GRACE)
+    end_session(1)
+
+
+def end_session(code: int) -> Never:
+    """Kill what is left of this process's session, then exit."""
+    kill_session(os.getsid(0))
+    os._exit(code)
+
+
+def kill_session(session: int) -> None:
+    """Kill every process of a session but the caller.
+
+    Spared is multiprocessing's resource tracker: it ends by itself when the others are gone,
+    after it has removed their shared memory.
+    """
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        try:
+            if os.getsid(pid) != session or pid == os.getpid():
+                continue
+            if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+        except (ProcessLookupError, FileNotFoundError):
+            continue  # it ended meanwhile
+
+
+if __name__ == "__main__":
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    threading.Thread(target=leave_with, args=(int(sys.argv[2]),), daemon=True).start()
+    code = 1
+    try:
+        asyncio.run(serve(channel))
+        code = 0
+    finally:
+        end_session(code)

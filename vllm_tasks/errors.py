@@ -1,0 +1,61 @@
+"""What can go wrong, by what the caller does next.
+
+    VllmTasksError
+    ├── InvalidCall        fix the call: a name, a value, a key, a model that is not there
+    ├── ServerUnavailable  wait: no server answered within the patience
+    ├── EngineFailed       look at the engine: it did not start, or died and did not come back
+    └── RowErrors          look at the rows: some failed, the others have their answers
+
+A single row that fails is not an exception but a `RowError` value (see `vllm_tasks.rows`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_tasks.rows import RowError
+
+SHOWN = 5
+
+
+class VllmTasksError(Exception):
+    """Any error of this package."""
+
+
+class InvalidCall(VllmTasksError, ValueError):
+    """The call cannot succeed as it is; the message names the value, the limit and the way out."""
+
+
+class ServerUnavailable(VllmTasksError, ConnectionError):
+    """No server could be reached within the patience; the same call may succeed later."""
+
+
+class EngineFailed(VllmTasksError, RuntimeError):
+    """The local engine did not start, or died and could not be started again."""
+
+
+class RowErrors(VllmTasksError):
+    """Some rows failed after all rows were tried.
+
+    `errors` are the failed rows in input order; `results` has one entry a row in input order,
+    the failed ones as `RowError` values, so that nothing already answered is lost.
+    """
+
+    def __init__(self, errors: Sequence[RowError], results: Sequence[Any]) -> None:
+        super().__init__(errors, results)
+        self.errors = list(errors)
+        self.results = list(results)
+
+    def __str__(self) -> str:
+        shown = "; ".join(f"row {e.index}: {e.kind}: {e.message[:200]}" for e in self.errors[:SHOWN])
+        more = f"; and {len(self.errors) - SHOWN} more" if len(self.errors) > SHOWN else ""
+        return (
+            f"{len(self.errors)} of {len(self.results)} rows failed: {shown}{more}. "
+            "The answers of the others are in `.results`; "
+            'on_error="return" gives failed rows as values.'
+        )
+
+    def __repr__(self) -> str:
+        return f"RowErrors({len(self.errors)} of {len(self.results)} rows)"  # never the rows' contents

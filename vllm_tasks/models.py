@@ -1,0 +1,415 @@
+"""The two models, `VllmAPI` and `VllmModel`, as Prefect blocks.
+
+A model is data: what to ask, of whom, how. Engines and their state are in `vllm_tasks.sharing`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self, TypeVar
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+from prefect.blocks.core import Block
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from vllm_tasks import loop, sharing
+from vllm_tasks.callables import DottedCallable, check_importable
+from vllm_tasks.datalayer import Datalayer
+from vllm_tasks.engines import wire
+from vllm_tasks.engines.http import HttpConfig
+from vllm_tasks.engines.local import LocalConfig
+from vllm_tasks.errors import InvalidCall, RowErrors
+from vllm_tasks.outputs import Artifact, BuiltinType, DataType
+from vllm_tasks.prompts import Context, Prompter, Signature, Template, load_artifact
+from vllm_tasks.rows import Completion, Request, Result, RowError
+from vllm_tasks.sampling import Target, check_names
+from vllm_tasks.settings import Settings
+from vllm_tasks.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+LOGO = "https://avatars.githubusercontent.com/u/136984999?s=200"
+COMPUTE_HINTS = {
+    *("num_gpus", "num_cpus", "memory", "accelerator_type", "resources", "shm_size", "image", "env"),
+    *("node_selector", "tolerations", "work_pool", "work_queue", "deployment"),
+}
+
+T = TypeVar("T")
+OnError = Literal["raise", "return"]
+Output = str | list[str]
+
+
+class Predictor(BaseModel):
+    """The fields and methods that both models share."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    identifier: str = Field(
+        min_length=1, title="Identifier", description="Name of the model; '/' becomes '-'."
+    )
+    uuid: str = Field(default_factory=lambda: str(uuid4()), description="Identity of this instance.")
+    db: Datalayer | None = Field(
+        default=None, description="Default tables of this model (kept, not used yet)."
+    )
+    artifacts: dict[str, Artifact] = Field(
+        default={},
+        description="Named files for templates ({artifacts.name}) and prompt_func (artifacts=...).",
+    )
+    signature: Signature = Field(
+        default="singleton", description="How a record becomes a call: one value, a tuple, a dict, or both."
+    )
+    datatype: DataType | BuiltinType | None = Field(
+        default=None, description="Type of an output; other than str: kept, not used yet."
+    )
+    output_schema: dict[str, Any] | str | None = Field(
+        default=None,
+        description="Columns, JSON Schema or dotted path of a pydantic model (kept, not used yet).",
+    )
+    flatten: bool = Field(default=False, description="A list output becomes rows (kept, not used yet).")
+    model_update_kwargs: dict[str, Any] = Field(
+        default={}, description="Options of the write of outputs (kept, not used yet)."
+    )
+    predict_kwargs: dict[str, Any] = Field(
+        default={}, description="Sampling parameters by vLLM's names; those of a call win."
+    )
+    compute_kwargs: dict[str, Any] = Field(
+        default={}, description="Resource hints, such as num_gpus or work_pool (kept, not used yet)."
+    )
+    validation: Validation | None = Field(
+        default=None, description="Datasets and metrics (kept, not used yet)."
+    )
+    metric_values: dict[str, Any] = Field(default={}, description="Values by dataset and metric.")
+    prompt: str = Field(
+        default="{input}",
+        description="Template with plain keys: {input}, {0}, {name}, {context}, {artifacts.name}.",
+    )
+    prompt_func: DottedCallable | None = Field(
+        default=None, description="f(x, ...) -> text or chat messages; replaces the template."
+    )
+    max_batch_size: int | None = Field(
+        default=4, ge=1, description="Rows handed to the engine at once; not a limit of concurrency."
+    )
+    chat: bool = Field(default=False, description="A text becomes one user message.")
+    system: str | None = Field(default=None, description="System message, put before chat messages.")
+
+    # ------------------------------------------------------------------ checks
+
+    @field_validator("identifier")
+    @classmethod
+    def _without_slash(cls, value: str) -> str:
+        return value.replace("/", "-")
+
+    @field_validator("compute_kwargs")
+    @classmethod
+    def _known_hints(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if unknown := sorted(value.keys() - COMPUTE_HINTS):
+            raise ValueError(f"unknown compute_kwargs {unknown}; known are {sorted(COMPUTE_HINTS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Self:
+        fields = Template.parse(self.prompt).fields
+        unknown = {f for f in fields if f.startswith("artifacts.")} - {
+            f"artifacts.{a}" for a in self.artifacts
+        }
+        if unknown:
+            raise ValueError(f"the prompt uses {sorted(unknown)}, but artifacts has {sorted(self.artifacts)}")
+        own = {f for f in fields if not f.startswith("artifacts.")} - {"context", "input"}
+        if self.signature == "singleton" and self.prompt_func is None and own:
+            raise ValueError(
+                f"the prompt uses {sorted(own)}, but with signature='singleton' a record is one value, "
+                "{input}; use signature='**kwargs' for dicts or '*args' for tuples"
+            )
+        check_names(self.predict_kwargs, self._sampling_target())
+        return self
+
+    def _to_block_document(self, *args: Any, **kwargs: Any) -> Any:
+        # All of Block's ways to save pass here; what could not be loaded again is refused now.
+        if self.prompt_func is not None:
+            check_importable(self.prompt_func)
+        return super()._to_block_document(*args, **kwargs)  # type: ignore[misc]  # Block's, by the subclasses
+
+    # ------------------------------------------------------------------ predicting
+
+    def predict(self, x: Any, context: Context = None, **sampling: Any) -> Output:
+        """The answer to one record: a text, or a list of `n` texts when `n > 1`.
+
+        Raises `RowErrors` when the row fails, `InvalidCall`, `ServerUnavailable` or `EngineFailed`
+        when the call does.
+        """
+        (output,) = self.predict_batches([x], context, **sampling)
+        assert not isinstance(output, RowError)
+        return output
+
+    def predict_batches(
+        self, xs: Sequence[Any], context: Context = None, *, on_error: OnError = "raise", **sampling: Any
+    ) -> list[Output | RowError]:
+        """N records in, N answers out, in input order: texts, or lists of `n` texts when `n > 1`.
+
+        All rows are tried. If some fail, `RowErrors` is raised at the end with all results in it;
+        with `on_error="return"` each failed row is a `RowError` in its place instead.
+        `context` fills `{context}` of every prompt, `sampling` wins over `predict_kwargs`.
+        """
+        many = (self._sampling(sampling).get("n") or 1) > 1
+        outputs: list[Output | RowError] = [
+            r if isinstance(r, RowError) else [c.text for c in r.choices] if many else r.text
+            for r in self._results(xs, context, sampling)
+        ]
+        return _checked(outputs, on_error)
+
+    def completions(
+        self, xs: Sequence[Any], context: Context = None, *, on_error: OnError = "raise", **sampling: Any
+    ) -> list[Completion | RowError]:
+        """As `predict_batches`, with full results: texts, token ids, logprobs, finish reasons, usage."""
+        results: list[Completion | RowError] = self._results(xs, context, sampling)
+        return _checked(results, on_error)
+
+    def _results(self, xs: Sequence[Any], context: Context, given: Mapping[str, Any]) -> list[Result]:
+        if isinstance(xs, str | bytes | Mapping):
+            raise InvalidCall(
+                f"xs must be a list of records, got a {type(xs).__name__}; predict(x) takes one"
+            )
+        self._refuse_unbuilt()
+        config = self._config()
+        requests = self._requests(xs, context, self._sampling(given))
+        results = loop.run(sharing.answer(config, requests, self.max_batch_size))
+        self._tell_cut(results)
+        return results
+
+    def _sampling(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self.predict_kwargs, **given}
+
+    def _requests(
+        self, xs: Sequence[Any], context: Context, sampling: Mapping[str, Any]
+    ) -> list[Request | RowError]:
+        prompter = Prompter(
+            prompt=self.prompt,
+            prompt_func=self.prompt_func,
+            signature=self.signature,
+            chat=self._is_chat(),
+            system=self.system,
+            artifacts={name: load_artifact(a.uri, a.datatype) for name, a in self.artifacts.items()},
+            context=context,
+        )
+        prompts = [prompter(x) for x in xs]
+        self._check_call(prompts, sampling)
+        return [p if isinstance(p, RowError) else Request(p, sampling) for p in prompts]
+
+    def _check_call(self, prompts: Sequence[Any], sampling: Mapping[str, Any]) -> None:
+        """Refuse what would be wrong for every row."""
+        if self.system is not None and any(isinstance(p, str) for p in prompts):
+            raise InvalidCall("system needs chat messages: set chat=True, or put the words into the prompt")
+        check_names(sampling, self._sampling_target())
+
+    def _tell_cut(self, results: Sequence[Result]) -> None:
+        answers = [r for r in results if isinstance(r, Completion)]
+        cut = sum(any(c.finish_reason == "length" for c in r.choices) for r in answers)
+        if cut and "max_tokens" not in self.predict_kwargs:
+            logger.warning(
+                "%s: %d of %d answers were cut at max_tokens (vLLM's own default is 16 where neither the "
+                "model nor the chat protocol says more)", self.identifier, cut, len(answers),
+            )  # fmt: skip
+
+    def _refuse_unbuilt(self) -> None:
+        """Fields of later versions must not be ignored in silence where they would change an answer."""
+        used = {
+            "datatype": self.datatype not in (None, "str"),
+            "output_schema": self.output_schema is not None,
+            "flatten": self.flatten,
+        }
+        if names := [name for name, is_used in used.items() if is_used]:
+            raise InvalidCall(
+                f"{', '.join(names)}: kept with the model, but predicting with it is not built yet"
+            )
+
+    # ------------------------------------------------------------------ the engine
+
+    def init(self) -> Self:
+        """Start the engine now and keep it until `close()`."""
+        loop.run(sharing.hold(self._config(), self.uuid, again=False))
+        return self
+
+    def close(self) -> None:
+        """Let the engine go; it ends when no other model of this process holds it."""
+        loop.run(sharing.let_go(self._config(), self.uuid, all_holds=True))
+
+    def __enter__(self) -> Self:
+        loop.run(sharing.hold(self._config(), self.uuid, again=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        loop.run(sharing.let_go(self._config(), self.uuid, all_holds=False))
+
+    def _config(self) -> sharing.Config:
+        raise NotImplementedError
+
+    def _sampling_target(self) -> Target:
+        raise NotImplementedError
+
+    def _is_chat(self) -> bool:
+        return self.chat
+
+
+def _checked(results: list[T], on_error: OnError) -> list[T]:
+    errors = [r for r in results if isinstance(r, RowError)]
+    if errors and on_error == "raise":
+        raise RowErrors(errors, results)
+    return results
+
+
+class VllmAPI(Predictor, Block):
+    """A vLLM server that somebody runs; this is its client."""
+
+    _block_type_name: ClassVar[str] = "vLLM API"
+    _block_type_slug: ClassVar[str] = "vllm-api"
+    _logo_url: ClassVar[Any] = LOGO
+    _description: ClassVar[str] = "Prompts a model on a vLLM server."
+    _documentation_url: ClassVar[Any] = None
+
+    api_url: str | list[str] = Field(
+        default="",
+        description="URL of the server, or several. Its path picks the protocol: /generate, /v1/completions, "
+        "/v1/chat/completions; a base URL means OpenAI's, as the prompt demands. Empty: VLLM_TASKS_API_URL.",
+    )
+    api_key: SecretStr | None = Field(default=None, description="Bearer token. Empty: VLLM_TASKS_API_KEY.")
+    model: str | None = Field(default=None, description="Model to ask for; asked of the server when empty.")
+    timeout: float = Field(
+        default_factory=lambda: Settings().timeout, gt=0, description="Seconds for one attempt of one row."
+    )
+    retries: int = Field(
+        default_factory=lambda: Settings().retries, ge=0, description="Attempts of one row after its first."
+    )
+    max_in_flight: int | None = Field(
+        default=None, ge=1, description="Rows in flight per server. Empty: VLLM_TASKS_MAX_IN_FLIGHT."
+    )
+
+    @field_validator("api_url")
+    @classmethod
+    def _proper_urls(cls, value: str | list[str]) -> str | list[str]:
+        split_urls(value)
+        return value
+
+    def _servers(self) -> tuple[tuple[str, ...], wire.Protocol]:
+        """Base URLs, and the protocol that their common path picks."""
+        urls = self.api_url or Settings().api_url
+        if not urls:
+            raise InvalidCall(
+                "VllmAPI has no api_url: pass api_url='http://host:8000' or set VLLM_TASKS_API_URL"
+            )
+        return split_urls(urls)
+
+    def _config(self) -> HttpConfig:
+        settings = Settings()
+        urls, protocol = self._servers()
+        key = self.api_key or settings.api_key
+        return HttpConfig(
+            urls=urls,
+            protocol=protocol,
+            api_key=key.get_secret_value() if key else None,
+            model=self.model,
+            timeout=self.timeout,
+            retries=self.retries,
+            max_in_flight=self.max_in_flight or settings.max_in_flight,
+            patience=settings.patience,
+            max_response_bytes=settings.max_response_bytes,
+        )
+
+    def _sampling_target(self) -> Target:
+        return split_urls(self.api_url or Settings().api_url)[1]
+
+    def _is_chat(self) -> bool:
+        return self.chat or self._sampling_target() == "chat"
+
+    def _check_call(self, prompts: Sequence[Any], sampling: Mapping[str, Any]) -> None:
+        super()._check_call(prompts, sampling)
+        protocol = self._sampling_target()
+        texts = any(isinstance(p, str) for p in prompts)
+        messages = any(isinstance(p, list) for p in prompts)
+        if messages and protocol in ("legacy", "completions"):
+            raise InvalidCall(f"api_url={self.api_url!r} takes texts, no chat messages; use the base URL")
+        if protocol == "openai":
+            if texts:
+                check_names(sampling, "completions")
+            if messages:
+                check_names(sampling, "chat")
+
+
+def split_urls(value: str | list[str]) -> tuple[tuple[str, ...], wire.Protocol]:
+    """Base URLs of one or several servers (a list, or separated by commas) and their protocol.
+
+    Raises ValueError for a URL without http(s) scheme or host, an unknown path, or mixed paths.
+    """
+    given = [u.strip() for u in (value.split(",") if isinstance(value, str) else value)]
+    bases, protocols = [], set()
+    for url in filter(None, given):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ValueError(f"api_url {url!r} needs a scheme and a host, as in http://127.0.0.1:8000")
+        base, path = f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/"), ""
+        for known in wire.PATHS:
+            if known and base.endswith(known):
+                base, path = base.removesuffix(known), known
+                break
+        bases.append(base)
+        protocols.add(wire.PATHS[path])
+    if len(protocols) > 1:
+        raise ValueError(f"api_url mixes protocols {sorted(protocols)}; give all servers the same path")
+    return tuple(bases), protocols.pop() if protocols else "openai"
+
+
+class VllmModel(Predictor, Block):
+    """A model that this process runs itself, in a vLLM engine of its own."""
+
+    _block_type_name: ClassVar[str] = "vLLM Model"
+    _block_type_slug: ClassVar[str] = "vllm-model"
+    _logo_url: ClassVar[Any] = LOGO
+    _description: ClassVar[str] = "Runs a model with vLLM where the flow runs."
+    _documentation_url: ClassVar[Any] = None
+
+    model_name: str = Field(default="", description="Folder or Hugging Face name of the model.")
+    tensor_parallel_size: int = Field(
+        default=1, ge=1, description="GPUs that one copy of the model is split over."
+    )
+    trust_remote_code: bool = Field(default=True, description="Run code that comes with the model.")
+    vllm_kwargs: dict[str, Any] = Field(
+        default={}, description="Further engine arguments by vLLM's names; they win over the fields above."
+    )
+    on_ray: bool = Field(default=False, description="Run the engine as a Ray actor (not built yet).")
+    ray_address: str | None = Field(default=None, description="Ray cluster to join (not built yet).")
+    ray_config: dict[str, Any] = Field(default={}, description="Options of the Ray actor (not built yet).")
+    replicas: int = Field(default=1, ge=1, description="Engines to spread the rows over (not built yet).")
+
+    @model_validator(mode="after")
+    def _ray_by_address(self) -> Self:
+        if self.ray_address:
+            object.__setattr__(self, "on_ray", True)  # a plain assignment would validate again
+        return self
+
+    def _refuse_unbuilt(self) -> None:
+        super()._refuse_unbuilt()
+        if self.on_ray or self.replicas > 1:
+            raise InvalidCall(
+                "on_ray and replicas are kept with the model, but Ray engines are not built yet"
+            )
+
+    def _config(self) -> LocalConfig:
+        if not (self.model_name or "model" in self.vllm_kwargs):
+            raise InvalidCall("VllmModel has no model_name: pass a folder or a Hugging Face name")
+        arguments = {
+            "model": self.model_name,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "trust_remote_code": self.trust_remote_code,
+            **self.vllm_kwargs,
+        }
+        try:
+            return LocalConfig(json.dumps(arguments, sort_keys=True), Settings().engine_start_timeout)
+        except TypeError as error:
+            raise InvalidCall(
+                f"vllm_kwargs must be plain data (JSON), so that a block can hold them: {error}"
+            ) from error
+
+    def _sampling_target(self) -> Target:
+        return "local"

@@ -1,0 +1,90 @@
+"""What crosses the boundaries between prompts, batching and engines: frozen values, no clients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Message = Mapping[str, Any]
+"""One chat message as vLLM takes it: `role`, `content` (text or a list of content parts), ..."""
+
+RowErrorKind = Literal[
+    "prompt",  # the row could not be turned into a prompt
+    "too_long",  # the prompt does not fit into the model's context
+    "refused",  # vLLM refused this request (HTTP 4xx, or its own validation)
+    "timeout",  # every attempt took longer than `timeout`
+    "connection",  # the connection broke at every attempt while the server was up
+    "server",  # the server kept answering 5xx, 408 or 429
+    "response",  # the answer was not what the protocol promises
+    "engine",  # the local engine failed on this row, or died on it twice
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One row on its way to an engine: a text, or chat messages, and its sampling parameters.
+
+    All rows of a call share one `sampling` mapping.
+    """
+
+    prompt: str | list[Message]
+    sampling: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token with its log probability (natural log) and the alternatives that vLLM returned."""
+
+    token: str
+    logprob: float
+    top: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One completion. What the protocol did not carry is None.
+
+    `finish_reason` is vLLM's: `stop`, `length` (cut at `max_tokens` or at the context), `abort`, ...
+    `token_ids` come from the local engine always, over HTTP with `return_token_ids=True`.
+    """
+
+    text: str
+    finish_reason: str | None = None
+    token_ids: list[int] | None = None
+    logprobs: list[TokenLogprob] | None = None
+    reasoning: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The full answer of one row: `n` choices, and the tokens that vLLM counted."""
+
+    choices: tuple[Choice, ...]
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    model: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The text of the first choice."""
+        return self.choices[0].text
+
+
+@dataclass(frozen=True, slots=True)
+class RowError:
+    """Why one row has no answer.
+
+    `index` is the row's position in the call, from 0. `retryable` says whether the same row may
+    succeed later (a timeout, a lost connection) or not (a prompt that is too long).
+    """
+
+    kind: RowErrorKind
+    message: str
+    retryable: bool = False
+    index: int = -1
+
+
+Result = Completion | RowError

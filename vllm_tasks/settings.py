@@ -1,0 +1,49 @@
+"""What a site decides, from the environment: `VLLM_TASKS_<NAME>`."""
+
+from __future__ import annotations
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Site settings. What a model says itself wins over them.
+
+    Read anew at each use, so that a changed environment counts at once.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="VLLM_TASKS_")
+
+    api_url: str = Field(
+        default="",
+        description="Server of a `VllmAPI` that names none; several are separated by commas.",
+    )
+    api_key: SecretStr | None = Field(
+        default=None, description="Key of a `VllmAPI` that has none, sent as a bearer token."
+    )
+    max_in_flight: int = Field(
+        default=256, ge=1, description="Rows in flight per server over HTTP, over all calls of a process."
+    )
+    timeout: float = Field(default=600.0, gt=0, description="Seconds for one HTTP attempt of one row.")
+    retries: int = Field(default=5, ge=0, description="HTTP attempts of one row after its first.")
+    patience: float = Field(
+        default=120.0,
+        ge=0,
+        description="Seconds to wait for a server that nobody reaches before the call fails.",
+    )
+    max_response_bytes: int = Field(
+        default=64 * 2**20, ge=1024, description="Largest HTTP response read for one row, in bytes."
+    )
+    engine_start_timeout: float = Field(
+        default=1800.0, gt=0, description="Seconds that a local engine may take to load its model."
+    )
+    commit_rows: int = Field(
+        default=512, ge=1, description="Rows of a commit group of `predict_in_db` (not used yet)."
+    )
+    gpu_work_pool: str = Field(
+        default="", description="Work pool for steps with a local model that name none (not used yet)."
+    )
+    callable_prefixes: list[str] = Field(
+        default=["vllm_tasks", "flows"],
+        description="Modules that dotted paths to callables may come from (a JSON list).",
+    )
