@@ -9,7 +9,7 @@ from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.outputs import Artifact, DataType
 from vllm_tasks.rows import Choice, Completion, RowError, TokenLogprob
 from vllm_tasks.settings import Settings
-from vllm_tasks.tasks import predict, predict_batches
+from vllm_tasks.tasks import completions, predict, predict_batches
 from vllm_tasks.validation import Dataset, Metric, Validation
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "VllmAPI",
     "VllmModel",
     "VllmTasksError",
+    "completions",
     "predict",
     "predict_batches",
 ]

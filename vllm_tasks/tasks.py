@@ -15,7 +15,7 @@ from prefect.utilities.annotations import BaseAnnotation, opaque
 from vllm_tasks.errors import EngineFailed, ServerUnavailable
 from vllm_tasks.models import OnError, Output, VllmAPI, VllmModel
 from vllm_tasks.prompts import Context
-from vllm_tasks.rows import RowError
+from vllm_tasks.rows import Completion, RowError
 
 Model = VllmAPI | VllmModel
 
@@ -30,6 +30,13 @@ def _predict_batches(
 ) -> list[Output | RowError]:
     """N records in, N answers out in input order; see `VllmAPI.predict_batches`."""
     return model.predict_batches(xs, context, on_error=on_error, **sampling)
+
+
+def _completions(
+    model: Model, xs: Sequence[Any], context: Context = None, *, on_error: OnError = "raise", **sampling: Any
+) -> list[Completion | RowError]:
+    """N records in, N full results out in input order; see `VllmAPI.completions`."""
+    return model.completions(xs, context, on_error=on_error, **sampling)
 
 
 class RowsTask(Task[..., Any]):
@@ -102,3 +109,4 @@ POLICY: dict[str, Any] = {
 
 predict = RowsTask(_predict, name="predict", **POLICY)
 predict_batches = RowsTask(_predict_batches, name="predict-batches", **POLICY)
+completions = RowsTask(_completions, name="completions", **POLICY)
