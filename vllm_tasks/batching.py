@@ -52,10 +52,15 @@ async def answer(
                 await engine.window.enter(len(chunk))
                 send(chunk, group)
     except ExceptionGroup as failures:
-        # Chunks that fail together fail for the same reason, which is the call's.
-        raise failures.exceptions[0] from None
+        raise _first(failures) from None
     assert None not in results, "an engine returned from generate() before its last row was done"
     return cast(list[Result], results)
+
+
+def _first(failures: ExceptionGroup[Exception]) -> Exception:
+    """Chunks (and an engine's own tasks) that fail together fail for the same reason, the call's."""
+    first = failures.exceptions[0]
+    return _first(first) if isinstance(first, ExceptionGroup) else first
 
 
 def fold(requests: Sequence[Request | RowError]) -> list[tuple[Request, list[int]]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import pkgutil
 from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
+from vllm_tasks.errors import InvalidCall
 from vllm_tasks.settings import Settings
 
 
@@ -19,45 +21,59 @@ def import_callable(value: object) -> object:
     """
     if not isinstance(value, str):
         return value
-    _refuse_outside(value, value)
-    try:
-        found = pkgutil.resolve_name(value)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"cannot import {value!r}: {error}; expected package.module.name") from error
+    if not _is_allowed(value):
+        raise ValueError(f"{value!r} is {_outside()}")
+    found = _found(value)
     if not callable(found):
         raise ValueError(f"{value!r} is not callable but a {type(found).__name__}")
-    _refuse_outside(str(getattr(found, "__module__", "")), value)
+    defined = str(getattr(found, "__module__", None))
+    if not _is_allowed(defined):
+        raise ValueError(f"{value!r} leads into {defined!r}, which is {_outside()}")
     return found
+
+
+def _found(path: str) -> object:
+    try:
+        try:
+            return pkgutil.resolve_name(path)
+        except AttributeError:
+            importlib.import_module(path.rpartition(".")[0])  # says why, where a module cannot be imported
+            raise
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"cannot import {path!r}: {error}; expected package.module.name") from error
 
 
 def dotted_path(function: Callable[..., Any]) -> str:
     """The path by which `function` would be imported; it need not lead back there."""
-    return f"{function.__module__}.{function.__qualname__}"
+    module = getattr(function, "__module__", None)
+    return f"{module}.{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
 def check_importable(function: Callable[..., Any]) -> None:
-    """Raise ValueError unless a saved path leads back to `function` in another process."""
+    """Raise `InvalidCall` unless a saved path leads back to `function` in another process."""
     path = dotted_path(function)
     way_out = "define it at the top level of a module that can be imported where the block is loaded"
     if function.__module__ == "__main__":
-        raise ValueError(f"{path!r} lives in a script and cannot be saved; {way_out}")
+        raise InvalidCall(f"{path!r} lives in a script and cannot be saved; {way_out}")
     try:
         found = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError):
         found = None
     if found is not function:
-        raise ValueError(f"{path!r} cannot be imported again and so cannot be saved; {way_out}")
-    _refuse_outside(path, path)
+        raise InvalidCall(f"{path!r} cannot be imported again and so cannot be saved; {way_out}")
+    if not _is_allowed(path):
+        raise InvalidCall(f"{path!r} could not be loaded again: it is {_outside()}")
 
 
-def _refuse_outside(module: str, path: str) -> None:
-    prefixes = Settings().callable_prefixes
-    if not any(module == p or module.startswith(p + ".") for p in prefixes):
-        raise ValueError(
-            f"{path!r} is outside the modules that callables may come from, {prefixes}; "
-            "name its package in VLLM_TASKS_CALLABLE_PREFIXES (a JSON list), "
-            "or pass the callable itself in Python"
-        )
+def _is_allowed(module: str) -> bool:
+    return any(module == p or module.startswith(p + ".") for p in Settings().callable_prefixes)
+
+
+def _outside() -> str:
+    return (
+        f"outside the modules that saved callables may come from, {Settings().callable_prefixes}; "
+        "add its package to VLLM_TASKS_CALLABLE_PREFIXES (a JSON list), or pass the callable itself in Python"
+    )
 
 
 DottedCallable = Annotated[

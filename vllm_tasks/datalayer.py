@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from prefect.blocks.core import Block
 from pydantic import ConfigDict, Field, SecretStr
+
+LOGO = "https://avatars.githubusercontent.com/u/136984999?s=200"
+"""vLLM's."""
 
 
 class Datalayer(Block):
@@ -12,6 +17,14 @@ class Datalayer(Block):
     _block_type_name = "vLLM Datalayer"
     _block_type_slug = "vllm-datalayer"
     _description = "Tables for vLLM predictions: a folder, an fsspec URL or a SQLAlchemy URL."
+
+    _logo_url: ClassVar[Any] = LOGO
+    _documentation_url: ClassVar[Any] = "https://docs.sqlalchemy.org/en/20/core/engines.html"
+    _code_example = """
+        from vllm_tasks import Datalayer
+
+        db = Datalayer.load("BLOCK_NAME")
+        """
 
     model_config = ConfigDict(extra="forbid")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 
 from vllm_tasks import loop, sharing
 from vllm_tasks.callables import DottedCallable, check_importable
-from vllm_tasks.datalayer import Datalayer
+from vllm_tasks.datalayer import LOGO, Datalayer
 from vllm_tasks.engines import wire
 from vllm_tasks.engines.http import HttpConfig
 from vllm_tasks.engines.local import LocalConfig
@@ -25,13 +25,13 @@ from vllm_tasks.errors import InvalidCall, RowErrors
 from vllm_tasks.outputs import Artifact, BuiltinType, DataType
 from vllm_tasks.prompts import Context, Prompter, Signature, Template, load_artifact
 from vllm_tasks.rows import Completion, Request, Result, RowError
-from vllm_tasks.sampling import Target, check_names
+from vllm_tasks.sampling import LOCAL_CHAT, Target, check_names
 from vllm_tasks.settings import Settings
 from vllm_tasks.validation import Validation
 
 logger = logging.getLogger(__name__)
 
-LOGO = "https://avatars.githubusercontent.com/u/136984999?s=200"
+VLLM_DOCS = "https://docs.vllm.ai/en/latest"
 COMPUTE_HINTS = {
     *("num_gpus", "num_cpus", "memory", "accelerator_type", "resources", "shm_size", "image", "env"),
     *("node_selector", "tolerations", "work_pool", "work_queue", "deployment"),
@@ -128,9 +128,17 @@ class Predictor(BaseModel):
 
     def _to_block_document(self, *args: Any, **kwargs: Any) -> Any:
         # All of Block's ways to save pass here; what could not be loaded again is refused now.
-        if self.prompt_func is not None:
-            check_importable(self.prompt_func)
+        for function in self._callables():
+            check_importable(function)
         return super()._to_block_document(*args, **kwargs)  # type: ignore[misc]  # Block's, by the subclasses
+
+    def _callables(self) -> list[Callable[..., Any]]:
+        found = [self.prompt_func]
+        if isinstance(self.datatype, DataType):
+            found += [self.datatype.encoder, self.datatype.decoder]
+        if self.validation is not None:
+            found += [metric.object for metric in self.validation.metrics]
+        return [function for function in found if function is not None]
 
     # ------------------------------------------------------------------ predicting
 
@@ -140,7 +148,7 @@ class Predictor(BaseModel):
         Raises `RowErrors` when the row fails, `InvalidCall`, `ServerUnavailable` or `EngineFailed`
         when the call does.
         """
-        (output,) = self.predict_batches([x], context, **sampling)
+        (output,) = _checked(self._outputs([x], context, sampling), "raise")
         assert not isinstance(output, RowError)
         return output
 
@@ -153,30 +161,33 @@ class Predictor(BaseModel):
         with `on_error="return"` each failed row is a `RowError` in its place instead.
         `context` fills `{context}` of every prompt, `sampling` wins over `predict_kwargs`.
         """
-        many = (self._sampling(sampling).get("n") or 1) > 1
-        outputs: list[Output | RowError] = [
-            r if isinstance(r, RowError) else [c.text for c in r.choices] if many else r.text
-            for r in self._results(xs, context, sampling)
-        ]
-        return _checked(outputs, on_error)
+        _check_on_error(on_error)
+        return _checked(self._outputs(xs, context, sampling), on_error)
 
     def completions(
         self, xs: Sequence[Any], context: Context = None, *, on_error: OnError = "raise", **sampling: Any
     ) -> list[Completion | RowError]:
         """As `predict_batches`, with full results: texts, token ids, logprobs, finish reasons, usage."""
-        results: list[Completion | RowError] = self._results(xs, context, sampling)
-        return _checked(results, on_error)
+        _check_on_error(on_error)
+        return _checked(self._results(xs, context, sampling), on_error)
+
+    def _outputs(
+        self, xs: Sequence[Any], context: Context, given: Mapping[str, Any]
+    ) -> list[Output | RowError]:
+        many = self._sampling(given).get("n") not in (None, 1)
+        return [
+            r if isinstance(r, RowError) else [c.text for c in r.choices] if many else r.text
+            for r in self._results(xs, context, given)
+        ]
 
     def _results(self, xs: Sequence[Any], context: Context, given: Mapping[str, Any]) -> list[Result]:
-        if isinstance(xs, str | bytes | Mapping):
-            raise InvalidCall(
-                f"xs must be a list of records, got a {type(xs).__name__}; predict(x) takes one"
-            )
+        _check_rows(xs)
         self._refuse_unbuilt()
         config = self._config()
-        requests = self._requests(xs, context, self._sampling(given))
+        sampling = self._sampling(given)
+        requests = self._requests(xs, context, sampling)
         results = loop.run(sharing.answer(config, requests, self.max_batch_size))
-        self._tell_cut(results)
+        self._tell_cut(results, sampling)
         return results
 
     def _sampling(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,10 +215,10 @@ class Predictor(BaseModel):
             raise InvalidCall("system needs chat messages: set chat=True, or put the words into the prompt")
         check_names(sampling, self._sampling_target())
 
-    def _tell_cut(self, results: Sequence[Result]) -> None:
+    def _tell_cut(self, results: Sequence[Result], sampling: Mapping[str, Any]) -> None:
         answers = [r for r in results if isinstance(r, Completion)]
         cut = sum(any(c.finish_reason == "length" for c in r.choices) for r in answers)
-        if cut and "max_tokens" not in self.predict_kwargs:
+        if cut and not {"max_tokens", "max_completion_tokens"} & sampling.keys():
             logger.warning(
                 "%s: %d of %d answers were cut at max_tokens (vLLM's own default is 16 where neither the "
                 "model nor the chat protocol says more)", self.identifier, cut, len(answers),
@@ -260,6 +271,22 @@ def _checked(results: list[T], on_error: OnError) -> list[T]:
     return results
 
 
+def _check_on_error(on_error: OnError) -> None:
+    if on_error not in ("raise", "return"):
+        raise InvalidCall(f"on_error={on_error!r} is neither 'raise' nor 'return'")
+
+
+def _check_rows(xs: object) -> None:
+    """Refuse what would be iterated into something else than its records."""
+    if isinstance(xs, str | bytes | Mapping):
+        raise InvalidCall(f"xs must be a list of records, got a {type(xs).__name__}; predict(x) takes one")
+    if hasattr(xs, "columns"):
+        raise InvalidCall(
+            f"xs must be a list of records, got a {type(xs).__name__}, which iterates over its columns; "
+            "pass table['column'], or table.to_dict('records') or table.to_pylist() with signature='**kwargs'"
+        )
+
+
 class VllmAPI(Predictor, Block):
     """A vLLM server that somebody runs; this is its client."""
 
@@ -267,7 +294,13 @@ class VllmAPI(Predictor, Block):
     _block_type_slug: ClassVar[str] = "vllm-api"
     _logo_url: ClassVar[Any] = LOGO
     _description: ClassVar[str] = "Prompts a model on a vLLM server."
-    _documentation_url: ClassVar[Any] = None
+    _documentation_url: ClassVar[Any] = f"{VLLM_DOCS}/serving/openai_compatible_server.html"
+    _code_example: ClassVar[str] = """
+        from vllm_tasks import VllmAPI
+
+        model = VllmAPI.load("BLOCK_NAME")
+        answers = model.predict_batches(["What is the capital of France?"])
+        """
 
     api_url: str | list[str] = Field(
         default="",
@@ -294,12 +327,12 @@ class VllmAPI(Predictor, Block):
 
     def _servers(self) -> tuple[tuple[str, ...], wire.Protocol]:
         """Base URLs, and the protocol that their common path picks."""
-        urls = self.api_url or Settings().api_url
+        urls, protocol = split_urls(self.api_url or Settings().api_url)
         if not urls:
             raise InvalidCall(
                 "VllmAPI has no api_url: pass api_url='http://host:8000' or set VLLM_TASKS_API_URL"
             )
-        return split_urls(urls)
+        return urls, protocol
 
     def _config(self) -> HttpConfig:
         settings = Settings()
@@ -329,7 +362,8 @@ class VllmAPI(Predictor, Block):
         texts = any(isinstance(p, str) for p in prompts)
         messages = any(isinstance(p, list) for p in prompts)
         if messages and protocol in ("legacy", "completions"):
-            raise InvalidCall(f"api_url={self.api_url!r} takes texts, no chat messages; use the base URL")
+            urls = self.api_url or Settings().api_url
+            raise InvalidCall(f"api_url {urls!r} takes texts, no chat messages; use the server's base URL")
         if protocol == "openai":
             if texts:
                 check_names(sampling, "completions")
@@ -340,24 +374,32 @@ class VllmAPI(Predictor, Block):
 def split_urls(value: str | list[str]) -> tuple[tuple[str, ...], wire.Protocol]:
     """Base URLs of one or several servers (a list, or separated by commas) and their protocol.
 
-    Raises ValueError for a URL without http(s) scheme or host, an unknown path, or mixed paths.
+    What a path has before the protocol's own belongs to the base, as behind a gateway. Raises
+    `InvalidCall` for a URL without http(s) scheme or host, with a query, or for mixed protocols.
     """
     given = [u.strip() for u in (value.split(",") if isinstance(value, str) else value)]
-    bases, protocols = [], set()
-    for url in filter(None, given):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ValueError(f"api_url {url!r} needs a scheme and a host, as in http://127.0.0.1:8000")
-        base, path = f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/"), ""
-        for known in wire.PATHS:
-            if known and base.endswith(known):
-                base, path = base.removesuffix(known), known
-                break
-        bases.append(base)
-        protocols.add(wire.PATHS[path])
+    split = [_split_url(url) for url in given if url]
+    protocols = {protocol for _, protocol in split}
     if len(protocols) > 1:
-        raise ValueError(f"api_url mixes protocols {sorted(protocols)}; give all servers the same path")
-    return tuple(bases), protocols.pop() if protocols else "openai"
+        raise InvalidCall(
+            f"api_url {value!r} mixes the protocols {sorted(protocols)}; give all servers the same path"
+        )
+    return tuple(base for base, _ in split), protocols.pop() if protocols else "openai"
+
+
+def _split_url(url: str) -> tuple[str, wire.Protocol]:
+    try:
+        parts = urlsplit(url)
+        complete = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError as error:
+        raise InvalidCall(f"api_url {url!r}: {error}; expected as in http://127.0.0.1:8000") from error
+    if not complete:
+        raise InvalidCall(f"api_url {url!r} needs a scheme and a host, as in http://127.0.0.1:8000")
+    if parts.query or parts.fragment:
+        raise InvalidCall(f"api_url {url!r} has a query or a fragment, which no request would carry")
+    base = f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
+    path = next((known for known in wire.PATHS if known and base.endswith(known)), "")
+    return base.removesuffix(path), wire.PATHS[path]
 
 
 class VllmModel(Predictor, Block):
@@ -367,7 +409,13 @@ class VllmModel(Predictor, Block):
     _block_type_slug: ClassVar[str] = "vllm-model"
     _logo_url: ClassVar[Any] = LOGO
     _description: ClassVar[str] = "Runs a model with vLLM where the flow runs."
-    _documentation_url: ClassVar[Any] = None
+    _documentation_url: ClassVar[Any] = f"{VLLM_DOCS}/serving/offline_inference.html"
+    _code_example: ClassVar[str] = """
+        from vllm_tasks import VllmModel
+
+        with VllmModel.load("BLOCK_NAME") as model:
+            answers = model.predict_batches(["What is the capital of France?"])
+        """
 
     model_name: str = Field(default="", description="Folder or Hugging Face name of the model.")
     tensor_parallel_size: int = Field(
@@ -413,3 +461,9 @@ class VllmModel(Predictor, Block):
 
     def _sampling_target(self) -> Target:
         return "local"
+
+    def _check_call(self, prompts: Sequence[Any], sampling: Mapping[str, Any]) -> None:
+        super()._check_call(prompts, sampling)
+        unused = sorted(sampling.keys() & LOCAL_CHAT)
+        if unused and any(isinstance(p, str) for p in prompts):
+            raise InvalidCall(f"{unused} are for chat messages, and there are text prompts; set chat=True")

