@@ -75,9 +75,8 @@ def answer(model: VllmModel, rows: Sequence[Row]) -> list[Row]:
         done += len(results)
         tokens += sum(r.completion_tokens or 0 for r in results if isinstance(r, Completion))
         seconds = time.monotonic() - started
-        print(
-            f"  {done:3d} of {len(rows)} rows, {done / seconds:.1f} rows/s, {tokens / seconds:.0f} output tokens/s"
-        )
+        speed = f"{done / seconds:.1f} rows/s, {tokens / seconds:.0f} output tokens/s"
+        print(f"  {done:3d} of {len(rows)} rows, {speed}")
     results = [r for future in futures for r in future.result()]
     return [record(row, result) for row, result in zip(rows, results, strict=True)]
 

@@ -92,6 +92,10 @@ class Host:
 
         extras = {name: sampling.pop(name) for name in CHAT_NAMES if name in sampling}
         lora, priority = lora_request(sampling.pop("lora_request", None)), sampling.pop("priority", 0)
+        if bias := sampling.get("logit_bias"):
+            sampling["logit_bias"] = {
+                int(token): value for token, value in bias.items()
+            }  # JSON has text keys
         if isinstance(structured := sampling.get("structured_outputs"), Mapping):
             sampling["structured_outputs"] = StructuredOutputsParams(**structured)
         params = SamplingParams(**{**self.defaults, **sampling}, output_kind=RequestOutputKind.FINAL_ONLY)

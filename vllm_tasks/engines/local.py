@@ -163,9 +163,11 @@ class LocalEngine:
         try:
             answer = await self._first_frame(reader, started)
         except BaseException:
+            self._writer.close()
             kill_session(self._process.pid)
             raise
         if "failed" in answer:
+            self._writer.close()
             await end(self._process)
             await self._log_reader
             raise EngineFailed(self._explain(answer["failed"]))
@@ -226,9 +228,11 @@ class LocalEngine:
         barren = 0
         while True:
             reason = await self._take_answers(reader)
+            assert self._process is not None
+            assert self._writer is not None
+            self._writer.close()
             if self._closing:
                 return
-            assert self._process is not None
             code = await end(self._process)
             logger.warning("vLLM for %r died (%s, exit code %s)", self.config.model, reason, code)
             barren = 0 if self._answered else barren + 1

@@ -1,0 +1,272 @@
+"""The local engine: real vLLM in a process of ours."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from prefect import flow
+
+from tests.conftest import TINY_ARGS
+from vllm_tasks import Completion, EngineFailed, InvalidCall, RowError, RowErrors, VllmModel, predict_batches
+
+pytestmark = pytest.mark.engine
+
+
+def processes(root: int | None = None) -> list[psutil.Process]:
+    """The live processes of all engines started by `root` (this process if None)."""
+    found = []
+    for host in psutil.Process(root).children():
+        if any(part.endswith("engines/host.py") for part in host.cmdline()):
+            found += [host, *host.children(recursive=True)]
+    return found
+
+
+def alive(found: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def eventually(condition: Callable[[], Any], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def engine_core(found: list[psutil.Process]) -> psutil.Process:
+    return next(p for p in found if "EngineCore" in " ".join(p.cmdline()))
+
+
+# ---------------------------------------------------------------------- answers
+
+
+def test_answers_keep_the_order_of_the_rows(local_model: VllmModel) -> None:
+    """Each row gets its own answer, whatever chunks the rows travel in."""
+    rows = [f"row {i} {'word ' * (i % 7)}" for i in range(200)]
+    alone = {row: local_model.predict(row) for row in rows[:5]}
+    answers = local_model.predict_batches(rows, seed=1)
+    # Greedy answers may differ between batch compositions, and may not between equal requests.
+    assert len(answers) == 200
+    assert sum(alone[row] == answer for row, answer in zip(rows[:5], answers, strict=False)) >= 4
+    assert local_model.predict_batches(rows[::-1], seed=1)[::-1][:3] == answers[:3]
+
+
+def test_n_gives_a_list_of_texts(local_model: VllmModel) -> None:
+    """With n > 1 every output is a list of n texts."""
+    outputs = local_model.predict_batches(["a", "b"], n=3, temperature=1, seed=1)
+    assert [len(o) for o in outputs] == [3, 3]
+    assert len(set(outputs[0])) == 3
+
+
+def test_completions_tell_all_that_vllm_tells(local_model: VllmModel) -> None:
+    """Full results carry token ids, logprobs, prompt logprobs, finish reason and usage."""
+    (completion,) = local_model.completions(["The quick brown"], logprobs=2, prompt_logprobs=1, max_tokens=4)
+    assert isinstance(completion, Completion)
+    (choice,) = completion.choices
+    assert choice.finish_reason == "length"
+    assert choice.token_ids is not None
+    assert choice.logprobs is not None
+    assert len(choice.token_ids) == len(choice.logprobs) == completion.completion_tokens == 4
+    assert all(t.logprob <= 0 and len(t.top) >= 1 for t in choice.logprobs)
+    assert completion.prompt_logprobs is not None
+    assert completion.prompt_logprobs[0] is None
+    assert len(completion.prompt_logprobs) == completion.prompt_tokens
+
+
+def test_sampling_parameters_reach_vllm(local_model: VllmModel) -> None:
+    """stop, logit_bias, structured_outputs and seed do what vLLM says they do."""
+    assert local_model.predict("x", structured_outputs={"choice": ["yes", "no"]}) in ("yes", "no")
+    assert local_model.predict("x", logit_bias={"40": 100}, max_tokens=3) == "FFF"
+    assert local_model.predict("x", logit_bias={"40": 100}, stop=["F"]) == ""
+    assert local_model.predict("x", temperature=1, seed=7) == local_model.predict("x", temperature=1, seed=7)
+
+
+def test_chat_uses_the_template_of_the_model(local_model: VllmModel) -> None:
+    """A chat prompt costs the tokens of the chat template around it."""
+    chat = local_model.model_copy(update={"chat": True, "system": "Be brief."})
+    (templated,) = chat.completions(["hello"])
+    (plain,) = local_model.completions(["hello"])
+    (messages,) = local_model.completions([[{"role": "user", "content": "hello"}]])
+    assert plain.prompt_tokens < messages.prompt_tokens < templated.prompt_tokens  # type: ignore[union-attr]
+
+
+def test_poisoned_rows_fail_alone(local_model: VllmModel) -> None:
+    """Of 1,000 rows with 10 poisoned ones, 990 are answered in order and 10 say which and why."""
+    poison = ["word " * 2000, None, object(), "half a \ud83d face", "x" * 10_000_000]
+    places = {50 + 90 * i: poison[i % 5] for i in range(10)}
+    rows = [places.get(i, f"row {i}") for i in range(1000)]
+    results = local_model.predict_batches(rows, on_error="return", max_tokens=2)
+    errors = [r for r in results if isinstance(r, RowError)]
+    assert [e.index for e in errors] == sorted(places)
+    assert [e.kind for e in errors] == ["too_long", "prompt", "prompt", "prompt", "too_long"] * 2
+    reasons = ["context length", "None", "a object", "Unicode", "context length"] * 2
+    assert all(reason in e.message for e, reason in zip(errors, reasons, strict=True))
+    assert all(isinstance(r, str) for i, r in enumerate(results) if i not in places)
+    with pytest.raises(RowErrors, match="10 of 1000 rows failed") as caught:
+        local_model.predict_batches(rows, max_tokens=2)
+    assert len(caught.value.errors) == 10
+    assert len(caught.value.results) == 1000
+
+
+def test_values_that_vllm_refuses_are_errors_of_the_row(local_model: VllmModel) -> None:
+    """A value out of range comes back with vLLM's own words."""
+    (error,) = local_model.predict_batches(["a"], on_error="return", temperature=-1)
+    assert isinstance(error, RowError)
+    assert error.kind == "refused"
+    assert "temperature must be non-negative" in error.message
+
+
+def test_works_inside_a_running_event_loop(local_model: VllmModel) -> None:
+    """The synchronous methods work where a loop is running already, as in a notebook."""
+
+    async def cell() -> object:
+        return local_model.predict("hello")
+
+    assert asyncio.run(cell()) == local_model.predict("hello")
+
+
+# ---------------------------------------------------------------------- one engine, and its end
+
+
+@pytest.fixture
+def own_model(tiny_model: Path) -> Iterator[VllmModel]:
+    """A model with an engine of its own, not yet started."""
+    arguments = {**TINY_ARGS, "max_num_seqs": 16}
+    model = VllmModel(identifier="own", model_name=str(tiny_model), vllm_kwargs=arguments)
+    yield model
+    model.close()
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_one_engine_is_started_shared_survives_its_death_and_ends(own_model: VllmModel) -> None:
+    """The life of an engine: started once by two tasks at once, restarted when it dies, closed."""
+    before = {p.pid for p in processes()}
+
+    def mine() -> list[psutil.Process]:
+        return [p for p in processes() if p.pid not in before]
+
+    @flow
+    def two_tasks() -> list[Any]:
+        futures = [predict_batches.submit(own_model, [f"{i}", "b"], max_tokens=2) for i in range(2)]
+        return [future.result() for future in futures]
+
+    assert [len(outputs) for outputs in two_tasks()] == [2, 2]
+    assert sum("host.py" in " ".join(p.cmdline()) for p in mine()) == 1
+
+    rows = [f"row {i}" for i in range(500)]
+    for pick in (engine_core, lambda found: found[0]):
+        victim = pick(mine())
+        killer = threading.Timer(0.5, victim.kill)
+        killer.start()
+        answers = own_model.predict_batches(rows, max_tokens=64, ignore_eos=True)
+        killer.join()
+        assert not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE
+        assert all(isinstance(a, str) for a in answers)
+
+    twin = own_model.model_copy(update={"uuid": "twin", "identifier": "twin"})
+    with twin:
+        with own_model, own_model:
+            pass
+        assert alive(mine()), "the twin still holds the engine"
+        found = mine()
+    assert eventually(lambda: not alive(found), 30)
+
+
+def test_interrupted_call_aborts_its_rows(local_model: VllmModel) -> None:
+    """Ctrl-C ends a call at once, and the engine is free for the next one."""
+    threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        local_model.predict_batches([f"row {i}" for i in range(5000)], max_tokens=900, ignore_eos=True)
+    assert isinstance(local_model.predict("next"), str)
+
+
+SCRIPT = """
+import os, sys
+from vllm_tasks import VllmModel
+model = VllmModel(identifier="s", model_name=sys.argv[1], vllm_kwargs={arguments!r})
+print("made", flush=True)
+print(repr(model.predict("hello")), flush=True)
+if sys.argv[2] == "wait":
+    sys.stdin.read()
+"""
+
+
+def start_script(folder: Path, tiny_model: Path, then: str) -> subprocess.Popen[str]:
+    script = folder / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT).format(arguments=TINY_ARGS))
+    command = [sys.executable, str(script), str(tiny_model), then]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_script_without_a_main_guard_leaves_nothing(tmp_path: Path, tiny_model: Path) -> None:
+    """An ordinary script predicts, ends by itself, and its engine and shared memory end with it."""
+    shared_memory = set(os.listdir("/dev/shm"))
+    with start_script(tmp_path, tiny_model, "end") as script:
+        assert eventually(lambda: processes(script.pid), 60)
+        found = processes(script.pid)
+        out, _ = script.communicate(timeout=120)
+    assert script.returncode == 0
+    assert out.count("made") == 1
+    assert eventually(lambda: not alive(found), 30)
+    assert eventually(lambda: set(os.listdir("/dev/shm")) <= shared_memory, 10)
+
+
+@pytest.mark.parametrize("moment", ["starting", "ready"])
+def test_killed_process_leaves_no_engine(moment: str, tmp_path: Path, tiny_model: Path) -> None:
+    """After `kill -9` of the process, no process of its engine lives on for longer than 30 s."""
+    with start_script(tmp_path, tiny_model, "wait") as script:
+        assert script.stdout is not None
+        assert script.stdout.readline() == "made\n"
+        if moment == "ready":
+            script.stdout.readline()
+        else:
+            assert eventually(lambda: len(processes(script.pid)) > 2, 60)
+        found = processes(script.pid)
+        script.kill()
+        script.wait()
+    assert len(found) > 2
+    assert eventually(lambda: not alive(found), 30)
+
+
+# ---------------------------------------------------------------------- failed starts
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_name": "/no/such/model"}, "no/such/model"),
+        ({"vllm_kwargs": {"max_modle_len": 10}}, "did you mean 'max_model_len'"),
+        ({"tensor_parallel_size": 64}, "64"),
+        ({"vllm_kwargs": {**TINY_ARGS, "kv_cache_memory_bytes": 4096}}, "[Mm]emory|KV cache"),
+    ],
+    ids=["no such model", "misspelt argument", "too large for the machine", "no memory"],
+)
+def test_failed_start_gives_the_reason_of_vllm(
+    tiny_model: Path, changes: dict[str, Any], reason: str
+) -> None:
+    """What vLLM says about a failed start is in the error, and no process stays behind."""
+    before = {p.pid for p in processes()}
+    fields = {"identifier": "bad", "model_name": str(tiny_model), "vllm_kwargs": TINY_ARGS, **changes}
+    with pytest.raises(EngineFailed, match=reason) as caught:
+        VllmModel(**fields).predict("x")
+    assert "See root cause above" not in str(caught.value)
+    assert eventually(lambda: {p.pid for p in alive(processes())} <= before, 30)
+
+
+def test_model_without_a_name_is_refused_when_used() -> None:
+    """An empty model_name is fine to keep in a block, and an error to predict with."""
+    with pytest.raises(InvalidCall, match="model_name"):
+        VllmModel(identifier="empty").predict("x")
