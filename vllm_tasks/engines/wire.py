@@ -6,7 +6,9 @@ promises raises `WrongShape`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Never
 
 from vllm_tasks.rows import Choice, Completion, Request, TokenLogprob
@@ -26,6 +28,10 @@ JSON = Mapping[str, Any]
 
 class WrongShape(ValueError):
     """The answer is not what the protocol promises."""
+
+
+_glimpse = reprlib.Repr()  # of bounded size and depth, however large or deep the value is
+_glimpse.maxstring = _glimpse.maxother = 100
 
 
 def path_of(protocol: Protocol, request: Request) -> str:
@@ -56,16 +62,16 @@ def parse(path: str, request: Request, answer: object) -> Completion:
 
 def wrong(expected: str, got: object) -> Never:
     """Say what was expected and show the beginning of what came."""
-    raise WrongShape(f"expected {expected}, the server sent {str(got)[:200]!r}")
+    raise WrongShape(f"expected {expected}, the server sent {_glimpse.repr(got)[:300]}")
 
 
 def _legacy(answer: JSON, prompt: str, wanted: int) -> Completion:
     """`{"text": [prompt + completion, ...]}`, the format of the former `vllm.entrypoints.api_server`."""
     texts = answer.get("text")
-    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+    if not isinstance(texts, list):
         wrong('"text", a list of strings', answer)
     _count(texts, wanted)
-    if not all(t.startswith(prompt) for t in texts):
+    if not all(_text(t, "text").startswith(prompt) for t in texts):
         wrong("each text to begin with the prompt", texts)
     return Completion(choices=tuple(Choice(text=t[len(prompt) :]) for t in texts))
 
@@ -75,12 +81,10 @@ def _openai(answer: JSON, choice_of: Callable[[JSON], Choice], wanted: int) -> C
     if not isinstance(choices, list) or not all(isinstance(c, Mapping) for c in choices):
         wrong('"choices", a list of objects', answer)
     _count(choices, wanted)
-    usage = answer.get("usage") or {}
-    if not isinstance(usage, Mapping):
-        wrong('"usage", an object', usage)
+    usage = _optional(answer, "usage", dict) or {}
     prompt_logprobs = answer.get("prompt_logprobs") or choices[0].get("prompt_logprobs")
     return Completion(
-        choices=tuple(choice_of(c) for c in sorted(choices, key=_index)),
+        choices=tuple(choice_of(c) for c in _in_order(choices)),
         prompt_tokens=_optional(usage, "prompt_tokens", int),
         completion_tokens=_optional(usage, "completion_tokens", int),
         prompt_logprobs=_prompt_logprobs(prompt_logprobs),
@@ -89,13 +93,10 @@ def _openai(answer: JSON, choice_of: Callable[[JSON], Choice], wanted: int) -> C
 
 
 def _text_choice(choice: JSON) -> Choice:
-    text = choice.get("text")
-    if not isinstance(text, str):
-        wrong('"text", a string', choice)
     return Choice(
-        text=text,
+        text=_text(choice.get("text"), "text"),
         finish_reason=_optional(choice, "finish_reason", str),
-        token_ids=_optional(choice, "token_ids", list),
+        token_ids=_list_of(int, choice, "token_ids"),
         logprobs=_text_logprobs(choice.get("logprobs")),
         reasoning=_optional(choice, "reasoning", str),
     )
@@ -106,16 +107,14 @@ def _chat_choice(choice: JSON) -> Choice:
     if not isinstance(message, Mapping):
         wrong('"message", an object', choice)
     text = message.get("content")
-    tool_calls = _optional(message, "tool_calls", list) or None
+    tool_calls = _list_of(dict, message, "tool_calls") or None
     reasoning = _optional(message, "reasoning", str) or _optional(message, "reasoning_content", str)
     if text is None and (tool_calls or reasoning):
         text = ""  # all tokens went into the calls or the reasoning
-    if not isinstance(text, str):
-        wrong('"content", a string', message)
     return Choice(
-        text=text,
+        text=_text(text, "content"),
         finish_reason=_optional(choice, "finish_reason", str),
-        token_ids=_optional(choice, "token_ids", list),
+        token_ids=_list_of(int, choice, "token_ids"),
         logprobs=_chat_logprobs(choice.get("logprobs")),
         reasoning=reasoning,
         tool_calls=tool_calls,
@@ -126,10 +125,10 @@ def _text_logprobs(value: Any) -> list[TokenLogprob] | None:
     if value is None:
         return None
     try:
-        tops = value.get("top_logprobs") or [{}] * len(value["tokens"])
+        tops = value.get("top_logprobs") or [None] * len(value["tokens"])
         rows = zip(value["tokens"], value["token_logprobs"], tops, strict=True)
-        return [TokenLogprob(token, logprob, top or {}) for token, logprob, top in rows]
-    except (AttributeError, KeyError, TypeError, ValueError):
+        return [_token(token, logprob, (top or {}).items()) for token, logprob, top in rows]
+    except UNFIT:
         wrong('"logprobs" with "tokens" and "token_logprobs" of one length', value)
 
 
@@ -138,14 +137,14 @@ def _chat_logprobs(value: Any) -> list[TokenLogprob] | None:
         return None
     try:
         return [
-            TokenLogprob(
+            _token(
                 t["token"],
                 t["logprob"],
-                {top["token"]: top["logprob"] for top in t.get("top_logprobs") or ()},
+                [(top["token"], top["logprob"]) for top in t.get("top_logprobs") or ()],
             )
             for t in value.get("content") or ()
         ]
-    except (AttributeError, KeyError, TypeError):
+    except UNFIT:
         wrong('"logprobs" with "content", a list of tokens', value)
 
 
@@ -158,17 +157,45 @@ def _prompt_logprobs(value: Any) -> list[TokenLogprob | None] | None:
         return None
     try:
         return [_prompt_token(entry) for entry in value]
-    except (AttributeError, KeyError, TypeError, StopIteration):
+    except UNFIT:
         wrong('"prompt_logprobs", a list of objects', value)
 
 
 def _prompt_token(entry: Mapping[str, Any] | None) -> TokenLogprob | None:
     if entry is None:
         return None
-    own = next(iter(entry.values()))
+    tokens = [(t["decoded_token"], t["logprob"]) for t in entry.values()]
+    return _token(*tokens[0], tokens)
+
+
+UNFIT = (AttributeError, LookupError, OverflowError, TypeError, ValueError)
+"""What reading a value of another shape raises."""
+
+
+def _token(token: Any, logprob: Any, top: Iterable[tuple[Any, Any]]) -> TokenLogprob:
     return TokenLogprob(
-        own["decoded_token"], own["logprob"], {t["decoded_token"]: t["logprob"] for t in entry.values()}
+        _text(token, "token"), _number(logprob), {_text(t, "token"): _number(p) for t, p in top}
     )
+
+
+def _number(value: Any) -> float:
+    """NaN for None: an echoed prompt's first token has no probability."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        wrong("a number", value)
+    return float(value)
+
+
+def _text(value: Any, name: str) -> str:
+    """A string that can be written down: JSON can carry half a character, tables and UTF-8 cannot."""
+    if not isinstance(value, str):
+        wrong(f'"{name}", a text', value)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        wrong(f'"{name}", a text of whole characters', value)
+    return value
 
 
 def _count(choices: list[Any], wanted: int) -> None:
@@ -176,13 +203,27 @@ def _count(choices: list[Any], wanted: int) -> None:
         wrong(f"{wanted} choice(s)", choices)
 
 
-def _index(choice: JSON) -> int:
-    index = choice.get("index", 0)
-    return index if isinstance(index, int) else wrong('"index", a whole number', choice)
+def _in_order(choices: list[JSON]) -> list[JSON]:
+    """By their index; without one they are in order already."""
+    by_index = {_optional(c, "index", int, i): c for i, c in enumerate(choices)}
+    if len(by_index) != len(choices) or None in by_index:
+        wrong('choices with an "index" each', choices)
+    return [by_index[i] for i in sorted(by_index)]
 
 
-def _optional(value: JSON, name: str, kind: type) -> Any:
-    found = value.get(name)
-    if found is not None and not isinstance(found, kind):
-        wrong(f'"{name}" to be a {kind.__name__}', found)
+def _list_of(kind: type, value: JSON, name: str) -> list[Any] | None:
+    found: list[Any] | None = _optional(value, name, list)
+    if found is not None and not all(_is(kind, item) for item in found):
+        wrong(f'"{name}" to be a list of {kind.__name__}', found)
     return found
+
+
+def _optional(value: JSON, name: str, kind: type, default: Any = None) -> Any:
+    found = value.get(name, default)
+    if found is not None and not _is(kind, found):
+        wrong(f'"{name}" to be a {kind.__name__}', found)
+    return _text(found, name) if isinstance(found, str) else found
+
+
+def _is(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)  # JSON's true is no number
