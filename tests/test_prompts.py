@@ -264,7 +264,7 @@ def test_context_and_prompt_must_fit_together() -> None:
     """A context that nothing uses, and a prompt without its context, are refused before any row."""
     with pytest.raises(InvalidCall, match="pass context="):
         prompter("{context} {input}")
-    with pytest.raises(InvalidCall, match="put {context} into the prompt"):
+    with pytest.raises(InvalidCall, match=r"put \{context\} into the prompt"):
         prompter(context="C")
     with pytest.raises(InvalidCall, match="name it in prompt_func"):
         prompter(context="C", prompt_func=lambda x: x)

@@ -34,7 +34,7 @@ def test_a_misspelt_name_gets_the_nearest_match(target: Target, wrong: str, righ
 
 def test_a_name_like_no_other_gets_the_whole_list() -> None:
     """Where nothing is near, the error lists what there is."""
-    with pytest.raises(InvalidCall, match="known are .*temperature"):
+    with pytest.raises(InvalidCall, match=r"known are .*temperature"):
         check_names(["qqqqqq"], "local")
 
 
@@ -74,21 +74,21 @@ def test_http_only_names_pass_over_http_and_not_locally(name: str) -> None:
     """Servers take them; the engine does not, and the error says what to do."""
     for target in ("completions", "chat", "openai"):
         check_names([name], target)
-    with pytest.raises(InvalidCall, match="structured_outputs|VllmAPI"):
+    with pytest.raises(InvalidCall, match=r"structured_outputs|VllmAPI"):
         check_names([name], "local")
 
 
 def test_old_names_pass_to_servers_of_the_old_format() -> None:
     """The legacy format is spoken by old versions only, which still know beam search and best_of."""
     check_names(["best_of", "use_beam_search", "length_penalty", "early_stopping"], "legacy")
-    with pytest.raises(InvalidCall, match="0.12"):
+    with pytest.raises(InvalidCall, match=r"0\.12"):
         check_names(["best_of"], "completions")
 
 
 def test_names_of_the_other_protocol_say_so() -> None:
     """A chat-only name for text prompts, and the reverse, are refused by what they are for."""
     check_names(["top_logprobs", "suffix"], "openai")
-    with pytest.raises(InvalidCall, match="'top_logprobs' is for chat messages.*chat=True"):
+    with pytest.raises(InvalidCall, match=r"'top_logprobs' is for chat messages.*chat=True"):
         check_names(["top_logprobs"], "completions")
     with pytest.raises(InvalidCall, match="'suffix' is for text prompts"):
         check_names(["suffix"], "chat")

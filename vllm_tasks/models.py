@@ -5,6 +5,7 @@ A model is data: what to ask, of whom, how. Engines and their state are in `vllm
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,18 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 from prefect.blocks.core import Block
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, InitErrorDetails
 
 from vllm_tasks import loop, sharing
 from vllm_tasks.callables import DottedCallable, check_importable
@@ -25,7 +37,7 @@ from vllm_tasks.errors import InvalidCall, RowErrors
 from vllm_tasks.outputs import Artifact, BuiltinType, DataType
 from vllm_tasks.prompts import Context, Prompter, Signature, Template, load_artifact
 from vllm_tasks.rows import Completion, Request, Result, RowError
-from vllm_tasks.sampling import LOCAL_CHAT, Target, check_names
+from vllm_tasks.sampling import LOCAL_CHAT, Target, check_names, known_names
 from vllm_tasks.settings import Settings
 from vllm_tasks.validation import Validation
 
@@ -37,6 +49,9 @@ COMPUTE_HINTS = {
     *("node_selector", "tolerations", "work_pool", "work_queue", "deployment"),
 }
 
+FORBID = ConfigDict(extra="forbid")
+"""For the classes themselves: Block, which they derive from last, would allow unknown fields."""
+
 T = TypeVar("T")
 OnError = Literal["raise", "return"]
 Output = str | list[str]
@@ -45,7 +60,8 @@ Output = str | list[str]
 class Predictor(BaseModel):
     """The fields and methods that both models share."""
 
-    model_config = ConfigDict(extra="forbid")
+    _elsewhere: ClassVar[str] = ""
+    """Where a field may belong that is not one of this class."""
 
     identifier: str = Field(
         min_length=1, title="Identifier", description="Name of the model; '/' becomes '-'."
@@ -102,6 +118,15 @@ class Predictor(BaseModel):
     def _without_slash(cls, value: str) -> str:
         return value.replace("/", "-")
 
+    @field_validator("max_batch_size", mode="before")
+    @classmethod
+    def _some_rows(cls, value: Any) -> Any:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(
+                f"max_batch_size={value} is not at least 1; None hands all rows of a call over at once"
+            )
+        return value
+
     @field_validator("compute_kwargs")
     @classmethod
     def _known_hints(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -109,22 +134,47 @@ class Predictor(BaseModel):
             raise ValueError(f"unknown compute_kwargs {unknown}; known are {sorted(COMPUTE_HINTS)}")
         return value
 
-    @model_validator(mode="after")
-    def _fitting(self) -> Self:
-        fields = Template.parse(self.prompt).fields
-        unknown = {f for f in fields if f.startswith("artifacts.")} - {
-            f"artifacts.{a}" for a in self.artifacts
-        }
-        if unknown:
-            raise ValueError(f"the prompt uses {sorted(unknown)}, but artifacts has {sorted(self.artifacts)}")
-        own = {f for f in fields if not f.startswith("artifacts.")} - {"context", "input"}
-        if self.signature == "singleton" and self.prompt_func is None and own:
+    @field_validator("prompt")
+    @classmethod
+    def _fillable(cls, value: str, info: ValidationInfo) -> str:
+        fields = Template.parse(value).fields
+        artifacts = info.data.get("artifacts", {})
+        if absent := {f for f in fields if "." in f} - {f"artifacts.{a}" for a in artifacts}:
+            raise ValueError(f"the prompt uses {sorted(absent)}, but artifacts has {sorted(artifacts)}")
+        named = {f for f in fields if "." not in f} - {"context", "input"}
+        if info.data.get("signature") == "singleton" and named:
             raise ValueError(
-                f"the prompt uses {sorted(own)}, but with signature='singleton' a record is one value, "
+                f"the prompt uses {sorted(named)}, but with signature='singleton' a record is one value, "
                 "{input}; use signature='**kwargs' for dicts or '*args' for tuples"
             )
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, data: Any) -> Any:
+        for name in data.keys() - cls.model_fields.keys() if isinstance(data, Mapping) else ():
+            if name in known_names("openai") | known_names("local"):
+                raise ValueError(f"{name!r} is a sampling parameter: put it into predict_kwargs")
+            if near := difflib.get_close_matches(name, cls.model_fields, n=1):
+                raise ValueError(f"{cls.__name__} has no field {name!r}; did you mean {near[0]!r}?")
+            raise ValueError(f"{cls.__name__} has no field {name!r}{cls._elsewhere}")
+        return data
+
+    @model_validator(mode="after")
+    def _known_sampling(self) -> Self:
         check_names(self.predict_kwargs, self._sampling_target())
         return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _without_secrets(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Errors show the value of their field, but never the whole input: a key may be in it."""
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise ValidationError.from_exception_data(
+                error.title, [_shown(e) for e in error.errors()]
+            ) from None
 
     def _to_block_document(self, *args: Any, **kwargs: Any) -> Any:
         # All of Block's ways to save pass here; what could not be loaded again is refused now.
@@ -264,6 +314,16 @@ class Predictor(BaseModel):
         return self.chat
 
 
+def _shown(error: ErrorDetails) -> InitErrorDetails:
+    whole_or_secret = not error["loc"] or error["type"] == "missing" or "api_key" in error["loc"]
+    return InitErrorDetails(
+        type=error["type"],
+        loc=error["loc"],
+        input="(not shown)" if whole_or_secret else error["input"],
+        ctx=error.get("ctx", {}),
+    )
+
+
 def _checked(results: list[T], on_error: OnError) -> list[T]:
     errors = [r for r in results if isinstance(r, RowError)]
     if errors and on_error == "raise":
@@ -301,6 +361,8 @@ class VllmAPI(Predictor, Block):
         model = VllmAPI.load("BLOCK_NAME")
         answers = model.predict_batches(["What is the capital of France?"])
         """
+
+    model_config = FORBID
 
     api_url: str | list[str] = Field(
         default="",
@@ -416,6 +478,10 @@ class VllmModel(Predictor, Block):
         with VllmModel.load("BLOCK_NAME") as model:
             answers = model.predict_batches(["What is the capital of France?"])
         """
+
+    _elsewhere: ClassVar[str] = "; vLLM's engine arguments go into vllm_kwargs"
+
+    model_config = FORBID
 
     model_name: str = Field(default="", description="Folder or Hugging Face name of the model.")
     tensor_parallel_size: int = Field(
