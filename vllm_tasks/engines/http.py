@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import io
 import json
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -12,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
-import requests
 
 from vllm_tasks.engines import Done, wire
-from vllm_tasks.engines.servers import Server, Servers
+from vllm_tasks.engines.servers import Key, Server, Servers, Unreachable
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import Request, Result, RowError, RowErrorKind
 from vllm_tasks.window import Window
@@ -30,6 +31,10 @@ KEEPALIVE = 4.0
 """Seconds an idle connection is kept: vLLM's server closes its end after 5."""
 FATAL = {401: "check api_key", 403: "check api_key", 404: "check api_url and model"}
 RETRIED = {408, 429}
+TOO_LONG = ("maximum context length", "maximum model length", "max_model_len")
+"""How vLLM's refusals of a prompt that is too long say so."""
+STREAMED = 2**20
+"""Bytes: aiohttp wants larger bodies as a file, so that sending one does not hold up the loop."""
 
 
 @dataclass(frozen=True)
@@ -60,27 +65,24 @@ class Attempt(Exception):
         self.kind, self.message, self.retryable, self.delay = kind, message, retryable, delay
 
 
-class Unreachable(Exception):
-    """The server accepted no connection: that counts against the server, not against the row."""
-
-
 class HttpEngine:
     """An `Engine` whose rows are HTTP requests, one each."""
 
     def __init__(self, config: HttpConfig) -> None:
         self.config = config
         self.window = Window(config.max_in_flight * len(config.urls))
-        self._headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
-        self._servers = Servers(config.urls, config.model, self._headers, config.patience)
+        self._key = Key(config.api_key)
+        model = "" if config.protocol == "legacy" else config.model  # legacy names none
+        self._servers = Servers(config.urls, model, self._key, config.patience, config.max_in_flight)
         self._session: aiohttp.ClientSession | None = None
-        # A chunk may be larger than the window; the server still never sees more than this.
+        # A chunk may be larger than the window: only so many of its rows become tasks at once.
         self._room = asyncio.Semaphore(self.window.limit)
 
     async def start(self) -> None:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE),
             timeout=aiohttp.ClientTimeout(total=self.config.timeout, sock_connect=CONNECT_TIMEOUT),
-            headers={**self._headers, "Content-Type": "application/json"},
+            headers={**self._key.headers(), "Content-Type": "application/json"},
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 
@@ -101,20 +103,22 @@ class HttpEngine:
 
     async def _answer(self, request: Request) -> Result:
         """Try until the row has its answer or its error; raises what is the call's fault."""
-        failures = timeouts = refused = 0
+        failures = timeouts = lost = 0
         while True:
             server = await self._servers.pick()
             server.in_flight += 1
             try:
-                return await self._attempt(server, request)
+                async with server.room:
+                    return await self._attempt(server, request)
             except Unreachable as error:
                 # Not the row's failure: the next pick takes another server, or waits until one is
-                # healthy. Refused again and again by healthy servers, it is the row's after all.
-                self._servers.unreachable(server)
-                refused += 1
-                if refused > self.config.retries:
-                    return RowError("connection", f"{error} ({refused} times)", retryable=True)
-                continue
+                # healthy. When more are lost than there are, healthy ones refuse, and that counts.
+                self._servers.lose(server)
+                lost += 1
+                in_vain = lost - len(self.config.urls)
+                if in_vain > self.config.retries:
+                    return RowError("connection", f"{error} (after {lost} attempts)", retryable=True)
+                delay = backoff(in_vain) if in_vain > 0 else 0.0
             except Attempt as failed:
                 failures += 1
                 timeouts += failed.kind == "timeout"
@@ -122,39 +126,50 @@ class HttpEngine:
                 if not (failed.retryable and allowed):
                     tries = f" (after {failures} attempts)" if failures > 1 else ""
                     return RowError(failed.kind, failed.message + tries, retryable=failed.retryable)
-                delay = failed.delay
+                delay = backoff(failures) if failed.delay is None else failed.delay
             finally:
                 server.in_flight -= 1
-            await asyncio.sleep(backoff(failures) if delay is None else delay)
+            await asyncio.sleep(delay)
 
     async def _attempt(self, server: Server, request: Request) -> Result:
-        assert self._session is not None, "start() comes first"
+        """One request; raises `Unreachable`, `Attempt`, or `InvalidCall`."""
         path = wire.path_of(self.config.protocol, request)
+        model = None if path == "/generate" else await self._servers.model_of(server)
         try:
-            model = None if path == "/generate" else await self._servers.model_of(server)
             body = json.dumps(wire.body_of(request, model)).encode()
-            async with self._session.post(server.url + path, data=body, allow_redirects=False) as response:
-                content = await self._read(response)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise Unreachable(str(error)) from error
-        except (requests.ConnectionError, requests.Timeout) as error:
-            raise Unreachable(str(error)) from error
-        except TimeoutError as error:
-            raise Attempt(
-                "timeout", f"no answer within timeout={self.config.timeout:g} s", retryable=True
-            ) from error
-        except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-            raise Attempt("connection", f"the connection broke: {error!r}", retryable=True) from error
-        except aiohttp.ClientError as error:
-            raise Attempt("response", f"not an HTTP answer: {error!r}") from error
+        except (TypeError, ValueError) as error:  # prompts have been checked before
+            raise InvalidCall(f"a sampling parameter cannot be sent: {error}") from error
+        response, content = await self._post(server.url + path, body)
         if response.status != 200:
-            raise refusal(response, content)
+            if response.status == 404:
+                self._servers.forget_model(server)
+            raise refusal(response, content, self._key)
         try:
             return wire.parse(path, request, json.loads(content))
-        except (wire.WrongShape, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise Attempt(
-                "response", f"{error}; the answer began with {content[:100]!r}", retryable=False
-            ) from error
+        except (ValueError, RecursionError) as error:
+            begin = self._key.hidden_in(content)[:100]
+            why = self._key.hidden_in(f"{error}")
+            raise Attempt("response", f"{why}; the answer from {server.url} began with {begin!r}") from error
+
+    async def _post(self, url: str, body: bytes) -> tuple[aiohttp.ClientResponse, bytes]:
+        """The response and its body; raises `Unreachable` without a connection, else `Attempt`."""
+        assert self._session is not None, "start() comes first"
+        data = io.BytesIO(body) if len(body) >= STREAMED else body
+        try:
+            async with self._session.post(url, data=data, allow_redirects=False) as response:
+                return response, await self._read(response)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise Unreachable(str(error)) from error
+        except TimeoutError as error:
+            waited = f"no answer from {url} within timeout={self.config.timeout:g} s"
+            raise Attempt("timeout", waited, retryable=True) from error
+        except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError) as error:
+            said = self._key.hidden_in(f"{error!r}")
+            raise Attempt("connection", f"the connection to {url} broke: {said}", retryable=True) from error
+        except aiohttp.ClientError as error:
+            # Its repr would show the headers that we sent, with the key.
+            said = self._key.hidden_in(f"{type(error).__name__}: {error}")
+            raise Attempt("response", f"not an HTTP answer: {said}") from error
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         """The body, unless it is larger than the limit."""
@@ -170,20 +185,20 @@ class HttpEngine:
         return bytes(content)
 
 
-def refusal(response: aiohttp.ClientResponse, content: bytes) -> Exception:
+def refusal(response: aiohttp.ClientResponse, content: bytes, key: Key) -> Exception:
     """What a status other than 200 means: `InvalidCall` for the call, `Attempt` for the row."""
-    status, words = response.status, words_of(content)
+    status, words = response.status, words_of(key.hidden_in(content))
     said = f"HTTP {status} from {response.url}: {words!r}"
     if status in FATAL:
         return InvalidCall(f"{said}; {FATAL[status]}")
     if 300 <= status < 400:
-        return InvalidCall(
-            f"{said}: redirects are not followed; set api_url to {response.headers.get('Location')!r}"
-        )
+        there = key.hidden_in(response.headers.get("Location", ""))
+        return InvalidCall(f"{said}: redirects are not followed; set api_url to {there!r}")
     if status in RETRIED or status >= 500:
         return Attempt("server", said, retryable=True, delay=retry_after(response.headers.get("Retry-After")))
-    too_long = "maximum context length" in words or "max_model_len" in words
-    return Attempt("too_long" if too_long else "refused", said)
+    if status < 300:
+        return Attempt("response", f"{said}: an answer comes with HTTP 200")
+    return Attempt("too_long" if any(t in words for t in TOO_LONG) else "refused", said)
 
 
 def words_of(content: bytes) -> str:
@@ -206,11 +221,12 @@ def retry_after(value: str | None) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
-    return min(max(seconds, 0.0), RETRY_AFTER_LIMIT)
+    return None if math.isnan(seconds) else min(max(seconds, 0.0), RETRY_AFTER_LIMIT)
 
 
 def backoff(failures: int) -> float:
     """Seconds before attempt `failures + 1`."""
-    return random.uniform(0, min(BACKOFF_LIMIT, BACKOFF_BASE * 2**failures))
+    doublings = min(failures, 16)  # far beyond the limit, and no number too large
+    return random.uniform(0, min(BACKOFF_LIMIT, BACKOFF_BASE * 2**doublings))

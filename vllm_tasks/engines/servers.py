@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import requests
 
@@ -20,6 +23,40 @@ PROBE_EVERY = 1.0
 """Seconds between two health checks while no server is there."""
 CONTROL_TIMEOUT = 10.0
 """Seconds for a control call (health, models)."""
+CONTROL_BYTES = 2**20
+"""Largest answer to a control call that is read."""
+
+Words = TypeVar("Words", str, bytes)
+
+
+class Unreachable(Exception):
+    """The server cannot be had now: that counts against the server, not against the row."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """The bearer token, or none. It goes into the header and nowhere else."""
+
+    secret: str | None = field(repr=False)
+
+    def headers(self) -> dict[str, str]:
+        """Raises `InvalidCall` for a key that a header cannot carry, such as one with a line end."""
+        if not self.secret:
+            return {}
+        if not re.fullmatch("[!-~]+", self.secret):
+            raise InvalidCall(
+                "api_key has a space, a line end or another character that an HTTP header cannot carry; "
+                "a key read from a file needs .strip()"
+            )
+        return {"Authorization": f"Bearer {self.secret}"}
+
+    def hidden_in(self, words: Words) -> Words:
+        """What a server said, without the key, should it have echoed it."""
+        if not self.secret:
+            return words
+        if isinstance(words, bytes):
+            return words.replace(self.secret.encode(), b"***")
+        return words.replace(self.secret, "***")
 
 
 @dataclass(eq=False)
@@ -28,96 +65,142 @@ class Server:
 
     url: str
     model: str | None
+    room: asyncio.Semaphore
     in_flight: int = 0
     avoid_until: float = 0.0
     asking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
+    @property
+    def is_there(self) -> bool:
+        """Whether it may get rows, as far as we know."""
+        return self.avoid_until <= time.monotonic()
+
 
 class Servers:
-    """The servers of one engine."""
+    """The servers of one engine, each with room for `max_in_flight` rows.
+
+    `model` is the name to use for all; None: each server is asked for its own.
+    """
 
     def __init__(
-        self, urls: Sequence[str], model: str | None, headers: dict[str, str], patience: float
+        self, urls: Sequence[str], model: str | None, key: Key, patience: float, max_in_flight: int
     ) -> None:
-        self.all = [Server(url, model) for url in urls]
-        self.headers = headers
+        self.all = [Server(url, model, asyncio.Semaphore(max_in_flight)) for url in urls]
+        self.model = model
+        self.key = key
         self.patience = patience
-        self._awaited: asyncio.Task[None] | None = None
+        self._search: asyncio.Task[None] | None = None
+        self._waiting = 0
 
     async def pick(self) -> Server:
         """The server with the fewest rows of ours; raises `ServerUnavailable` after the patience."""
         while True:
-            now = time.monotonic()
-            there = [s for s in self.all if s.avoid_until <= now]
+            there = [s for s in self.all if s.is_there]
             if there:
                 return min(there, key=lambda s: s.in_flight)
-            # All rows wait for one and the same search, so that a dead server is not stormed.
-            if self._awaited is None or self._awaited.done():
-                self._awaited = asyncio.create_task(self._await_any())
-            await asyncio.shield(self._awaited)
+            await self._wait_for_any()
 
-    def unreachable(self, server: Server) -> None:
+    def lose(self, server: Server) -> None:
         """Leave a server alone for a while."""
         server.avoid_until = time.monotonic() + LEFT_ALONE
 
+    def forget_model(self, server: Server) -> None:
+        """Ask the server anew for its model: it does not know the one that it told us."""
+        server.model = self.model
+
     def close(self) -> None:
         """Stop looking for a server."""
-        if self._awaited is not None:
-            self._awaited.cancel()
+        if self._search is not None:
+            self._search.cancel()
+            self._search = None
 
     async def model_of(self, server: Server) -> str:
         """The model to name in requests: the one given, else the first that the server lists.
 
-        Raises `InvalidCall` when the server refuses to tell, `requests.ConnectionError` or
-        `requests.Timeout` when it is not there.
+        Raises `InvalidCall` when the server refuses to tell, `Unreachable` when it cannot now.
         """
         async with server.asking:
             if server.model is None:
-                server.model = await asyncio.to_thread(self._first_model, server.url)
-        return server.model
+                if not server.is_there:  # the row before us at this lock has found that out
+                    raise Unreachable(f"{server.url} does not answer")
+                server.model = await self._first_model(server.url)
+            return server.model
 
-    def _first_model(self, url: str) -> str:
-        with self._get(f"{url}/v1/models") as response:
-            if response.status_code >= 500:
-                raise requests.ConnectionError(f"HTTP {response.status_code} from {url}/v1/models")
-            try:
-                response.raise_for_status()
-                return str(response.json()["data"][0]["id"])
-            except (requests.HTTPError, ValueError, LookupError, TypeError) as error:
-                raise InvalidCall(
-                    f"{url}/v1/models does not tell its model (HTTP {response.status_code}: "
-                    f"{response.text[:300]!r}); check api_url and api_key, or pass model='...'"
-                ) from error
+    async def _first_model(self, url: str) -> str:
+        status, content = await self._ask(f"{url}/v1/models")
+        said = f"HTTP {status} from {url}/v1/models: {self.key.hidden_in(content)[:300]!r}"
+        if status >= 500 or status in (408, 429):
+            raise Unreachable(said)
+        try:
+            name = json.loads(content)["data"][0]["id"]
+            if status == 200 and isinstance(name, str):
+                return name
+        except (ValueError, LookupError, TypeError, RecursionError):
+            pass
+        raise InvalidCall(
+            f"the server does not tell its model; check api_url and api_key, or pass model='...' ({said})"
+        )
 
-    async def _await_any(self) -> None:
-        """Return when a health check succeeds on some server."""
+    async def _wait_for_any(self) -> None:
+        """All rows wait for one and the same search, so that a dead server is not stormed."""
+        if self._search is None or self._search.done():
+            self._search = asyncio.create_task(self._find_any())
+        self._waiting += 1
+        try:
+            await asyncio.shield(self._search)
+        finally:
+            self._waiting -= 1
+            if not self._waiting:  # cancelled calls leave no search behind
+                self.close()
+
+    async def _find_any(self) -> None:
+        """Return when some server is able to answer."""
         started = time.monotonic()
         urls = ", ".join(s.url for s in self.all)
         logger.warning("no server answers at %s; waiting up to %g s", urls, self.patience)
         while True:
             for server in self.all:
-                ailment = await asyncio.to_thread(self._ailment, server.url)
+                ailment = await self._ailment(server)
                 if ailment is None:
                     logger.info("%s answers after %.1f s", server.url, time.monotonic() - started)
                     server.avoid_until = 0.0
                     return
-            if time.monotonic() - started >= self.patience:
+            left = started + self.patience - time.monotonic()
+            if left <= 0:
                 raise ServerUnavailable(
                     f"no server answered at {urls} for {self.patience:g} s (last: {ailment}); start it, "
                     "correct api_url, or wait longer with VLLM_TASKS_PATIENCE (seconds)"
                 )
-            await asyncio.sleep(PROBE_EVERY)
+            await asyncio.sleep(min(PROBE_EVERY, left))
 
-    def _ailment(self, url: str) -> str | None:
+    async def _ailment(self, server: Server) -> str | None:
         """Why the server cannot work, None when it can; one without /health can when it answers."""
         try:
-            with self._get(f"{url}/health") as response:
-                return (
-                    f"HTTP {response.status_code} from {url}/health" if response.status_code >= 500 else None
-                )
-        except (requests.ConnectionError, requests.Timeout) as error:
+            status, _ = await self._ask(f"{server.url}/health")
+            if status >= 500:
+                return f"HTTP {status} from {server.url}/health"
+            async with server.asking:
+                if server.model is None:
+                    server.model = await self._first_model(server.url)
+        except Unreachable as error:
             return str(error)
+        return None
 
-    def _get(self, url: str) -> requests.Response:
-        # Redirects are not followed: the key must not travel to another host.
-        return requests.get(url, headers=self.headers, timeout=CONTROL_TIMEOUT, allow_redirects=False)
+    async def _ask(self, url: str) -> tuple[int, bytes]:
+        """Status and body of a control call."""
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(self._get, url), CONTROL_TIMEOUT)
+        except TimeoutError as error:
+            raise Unreachable(f"no answer from {url} within {CONTROL_TIMEOUT:g} s") from error
+        except requests.RequestException as error:
+            raise Unreachable(self.key.hidden_in(str(error))) from error
+
+    def _get(self, url: str) -> tuple[int, bytes]:
+        with requests.Session() as session:
+            session.trust_env = False  # as for the rows: a .netrc would replace the key, a proxy see it
+            # Redirects are not followed: the key must not travel to another host.
+            with session.get(
+                url, headers=self.key.headers(), timeout=CONTROL_TIMEOUT, allow_redirects=False, stream=True
+            ) as response:
+                content = next(response.iter_content(CONTROL_BYTES), b"")
+                return response.status_code, content

@@ -1,0 +1,213 @@
+"""The far side of the wire: a real HTTP server on loopback that does what a test tells it to.
+
+It speaks vLLM's protocols and answers every prompt with `answer_to(prompt)`. A test's *script*
+is asked first, for every request; what it returns instead of None is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from aiohttp import web
+
+HUGE = 2**30
+MODEL = "scripted-model"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request as it came."""
+
+    path: str
+    headers: Mapping[str, str]
+    body: Any
+    at: float
+
+    @property
+    def prompt(self) -> str:
+        """The text of the prompt, or of the last message."""
+        return self.body["prompt"] if "prompt" in self.body else self.body["messages"][-1]["content"]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An HTTP answer; `body` is sent as JSON unless it is bytes."""
+
+    body: Any = b""
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Bytes on the bare connection, `pause` seconds after each; then its end, by a reset if `reset`."""
+
+    data: bytes = b""
+    pause: float = 0.0
+    reset: bool = False
+
+
+Deed = Reply | Raw | None
+Script = Callable[[Asked], Deed | Awaitable[Deed]]
+
+
+def answer_to(prompt: str) -> str:
+    """The answer of every scripted server."""
+    return f" {prompt}!"
+
+
+def usual(asked: Asked) -> Reply:
+    """What vLLM would send, in the protocol of the path."""
+    if asked.path == "/health":
+        return Reply()
+    if asked.path == "/v1/models":
+        return Reply({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
+    texts = [answer_to(asked.prompt)] * (asked.body.get("n") or 1)
+    if asked.path == "/generate":
+        return Reply({"text": [asked.prompt + t for t in texts]})
+    return Reply(
+        {
+            "model": asked.body["model"],
+            "choices": [
+                {"index": i, "finish_reason": "stop"}
+                | ({"text": t} if asked.path == "/v1/completions" else {"message": {"content": t}})
+                for i, t in enumerate(texts)
+            ],
+            "usage": {"prompt_tokens": 3, "completion_tokens": 5},
+        }
+    )
+
+
+def refused(status: int, words: str, **headers: str) -> Reply:
+    """An error in the words of vLLM's OpenAI server."""
+    error = {"message": words, "type": "BadRequestError", "code": status}
+    return Reply({"error": error}, status, {k.replace("_", "-"): v for k, v in headers.items()})
+
+
+async def hang(_: Asked) -> None:
+    """A script that never answers."""
+    await asyncio.sleep(3600)
+
+
+class ScriptedServer:
+    """Serves from a thread with a loop of its own; `stop()` and `start()` keep the port."""
+
+    def __init__(self, script: Script = lambda _: None) -> None:
+        self.script = script
+        self.requests: list[Asked] = []
+        self.peak = self.open = self.dropped = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="scripted-server", daemon=True)
+        self._thread.start()
+        self._runner: web.AppRunner | None = None
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    @property
+    def posts(self) -> list[Asked]:
+        """The requests for answers, without the control calls."""
+        return [r for r in self.requests if r.path not in ("/health", "/v1/models")]
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open now."""
+        return len(self._runner.server.connections) if self._runner and self._runner.server else 0
+
+    def start(self) -> None:
+        self._do(self._start())
+
+    def stop(self) -> None:
+        """Close the port and break every connection."""
+        self._do(self._stop())
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def wait_until(self, condition: Callable[[], object], seconds: float = 20) -> None:
+        """Fails the test when `condition` does not come true."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"not within {seconds} s"
+            time.sleep(0.01)
+
+    def _do(self, work: Any) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=20)
+
+    async def _start(self) -> None:
+        app = web.Application(client_max_size=HUGE)
+        app.router.add_route("*", "/{path:.*}", self._serve)
+        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.01)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True).start()
+
+    async def _stop(self) -> None:
+        if self._runner is not None:
+            for connection in self._runner.server.connections if self._runner.server else ():
+                if connection.transport is not None:
+                    connection.transport.abort()
+            await self._runner.cleanup()
+            self._runner = None
+
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
+        content = await request.read()
+        body = json.loads(content) if content else None
+        asked = Asked(request.path, dict(request.headers), body, time.monotonic())
+        self.requests.append(asked)
+        if request.method != "POST":
+            return await self._act(request, asked)
+        self.open += 1
+        self.peak = max(self.peak, self.open)
+        try:
+            return await self._act(request, asked)
+        except asyncio.CancelledError:
+            self.dropped += 1
+            raise
+        finally:
+            self.open -= 1
+
+    async def _act(self, request: web.Request, asked: Asked) -> web.StreamResponse:
+        deed = self.script(asked)
+        if inspect.isawaitable(deed):
+            deed = await deed
+        if isinstance(deed, Raw):
+            return await _speak_raw(request, deed)
+        reply = deed or usual(asked)
+        content = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
+        return web.Response(body=content, status=reply.status, headers=dict(reply.headers))
+
+
+async def _speak_raw(request: web.Request, raw: Raw) -> web.StreamResponse:
+    transport = request.transport
+    assert transport is not None
+    pieces = [raw.data[i : i + 1] for i in range(len(raw.data))] if raw.pause else [raw.data]
+    for piece in pieces:
+        transport.write(piece)
+        await asyncio.sleep(raw.pause)
+    if raw.reset:
+        with contextlib.suppress(OSError):
+            request.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
+        transport.abort()
+    else:
+        transport.close()
+    return web.Response()  # goes nowhere: the connection is closed

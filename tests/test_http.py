@@ -1,0 +1,814 @@
+"""Rows over HTTP, as a caller of `VllmAPI` sees them, against a real server that misbehaves on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import logging
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tests.scripted_server import MODEL, Asked, Deed, Raw, Reply, ScriptedServer, answer_to, hang, refused
+from vllm_tasks import InvalidCall, RowError, RowErrors, ServerUnavailable, VllmAPI
+from vllm_tasks.engines import http, servers
+
+KEY = "sk-secret-0123456789"
+Make = Callable[..., VllmAPI]
+
+
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short waits; the order of events stays what it is."""
+    monkeypatch.setattr(http, "BACKOFF_BASE", 0.02)
+    monkeypatch.setattr(servers, "PROBE_EVERY", 0.05)
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "20")
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with ScriptedServer() as server:
+        yield server
+
+
+@pytest.fixture
+def other() -> Iterator[ScriptedServer]:
+    with ScriptedServer() as server:
+        yield server
+
+
+@pytest.fixture
+def api(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    """Makes a `VllmAPI` of the server, with one retry, and closes it after the test."""
+    made: list[VllmAPI] = []
+
+    def make(api_url: str | list[str] = "", **fields: Any) -> VllmAPI:
+        fields = {"model": "m", "retries": 1, "timeout": 60, **fields}
+        made.append(VllmAPI(identifier="a", api_url=api_url or server.url + "/v1/completions", **fields))
+        return made[-1]
+
+    yield make
+    for model in made:
+        model.close()
+
+
+def once(*deeds: Deed) -> Callable[[Asked], Deed]:
+    """A script that does these for the first requests, and the usual for all later ones."""
+    left = list(deeds)
+
+    def script(asked: Asked) -> Deed:
+        return left.pop(0) if left and asked.body is not None else None
+
+    return script
+
+
+def by_prompt(**deeds: Deed) -> Callable[[Asked], Deed]:
+    """A script that treats some prompts in their own way."""
+    return lambda asked: deeds.get(asked.prompt) if asked.body is not None else None
+
+
+def only_error(model: VllmAPI, x: Any = "x", **sampling: Any) -> RowError:
+    """The error of a call with one row, which must fail."""
+    (error,) = model.predict_batches([x], on_error="return", **sampling)
+    assert isinstance(error, RowError)
+    return error
+
+
+# ---------------------------------------------------------------------- protocols
+
+
+def test_legacy_posts_prompt_and_sampling_and_cuts_the_prompt_off(server: ScriptedServer) -> None:
+    """The former api_server gets exactly prompt and sampling, and its text loses the prompt."""
+    model = VllmAPI(identifier="a", api_url=f"http://127.0.0.1:{server.port}/generate")
+    assert model.predict("1+1=") == answer_to("1+1=")
+    assert model.predict("1+1=", n=3, temperature=0.5) == [answer_to("1+1=")] * 3
+    model.close()
+    assert [(a.path, a.body) for a in server.requests] == [
+        ("/generate", {"prompt": "1+1="}),
+        ("/generate", {"prompt": "1+1=", "n": 3, "temperature": 0.5}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "chat", "path"),
+    [
+        ("/v1/completions", False, "/v1/completions"),
+        ("/v1/chat/completions", False, "/v1/chat/completions"),
+        ("", False, "/v1/completions"),
+        ("", True, "/v1/chat/completions"),
+        ("/v1", False, "/v1/completions"),
+        ("/v1/", True, "/v1/chat/completions"),
+    ],
+)
+def test_the_url_and_the_prompt_pick_the_path(
+    server: ScriptedServer, api: Make, suffix: str, chat: bool, path: str
+) -> None:
+    """A full path is taken as it is; a base URL serves texts and chat messages as they come."""
+    assert api(server.url + suffix, chat=chat).predict("x", max_tokens=7) == answer_to("x")
+    (asked,) = server.requests
+    prompt = {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"prompt": "x"}
+    assert (asked.path, asked.body) == (path, {"model": "m", **prompt, "max_tokens": 7})
+
+
+def test_completions_carry_usage_finish_reason_and_model(api: Make) -> None:
+    """`completions` gives what the protocol tells beside the text."""
+    (completion,) = api().completions(["x"], n=2)
+    assert not isinstance(completion, RowError)
+    assert [c.text for c in completion.choices] == [answer_to("x")] * 2
+    assert [c.finish_reason for c in completion.choices] == ["stop"] * 2
+    assert (completion.prompt_tokens, completion.completion_tokens, completion.model) == (3, 5, "m")
+
+
+def test_the_model_is_asked_of_the_server_once(server: ScriptedServer, api: Make) -> None:
+    """Without a model name the first that the server lists is used, and it is asked once for all rows."""
+    model = api(model=None)
+    model.predict_batches([str(i) for i in range(20)])
+    model.predict("x")
+    assert [a.path for a in server.requests].count("/v1/models") == 1
+    assert {a.body["model"] for a in server.posts} == {MODEL}
+
+
+def test_a_server_with_another_model_than_before_is_asked_anew(server: ScriptedServer, api: Make) -> None:
+    """A name that was asked of the server is forgotten when the server does not know it any more."""
+    names = ["old"]
+
+    def script(asked: Asked) -> Deed:
+        if asked.path == "/v1/models":
+            return Reply({"data": [{"id": names[-1]}]})
+        return None if asked.body["model"] == names[-1] else refused(404, "no such model")
+
+    server.script = script
+    model = api(model=None)
+    model.predict("x")
+    names.append("new")
+    with pytest.raises(InvalidCall, match="no such model"):
+        model.predict("x")
+    assert model.predict("x") == answer_to("x")
+
+
+@pytest.mark.parametrize("deed", [Reply({"data": []}), Reply(b"<html>"), Reply({"data": [{"id": 5}]})])
+def test_a_server_that_does_not_tell_its_model_is_the_calls_fault(
+    server: ScriptedServer, api: Make, deed: Deed
+) -> None:
+    """An unusable list of models raises InvalidCall that says to pass `model`."""
+    server.script = lambda asked: deed if asked.path == "/v1/models" else None
+    with pytest.raises(InvalidCall, match="pass model="):
+        api(model=None).predict("x")
+    assert server.posts == []
+
+
+@pytest.mark.parametrize(
+    "deed",
+    [
+        refused(503, "loading"),
+        refused(429, "slow down"),
+        Raw(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"),
+        Raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n99\r\n{"),
+        Raw(reset=True),
+        Raw(b"no HTTP at all\r\n\r\n"),
+    ],
+)
+def test_a_list_of_models_that_fails_once_is_asked_again(
+    server: ScriptedServer, api: Make, deed: Deed
+) -> None:
+    """A control call that breaks or is put off is repeated, and no row fails for it."""
+    deeds = [deed]
+    server.script = lambda asked: deeds.pop() if asked.path == "/v1/models" and deeds else None
+    assert api(model=None, retries=3).predict_batches(["a", "b"]) == [answer_to("a"), answer_to("b")]
+
+
+@pytest.mark.parametrize("deed", [None, Raw(b"HTTP/1.1 200 OK\r\n" + b"X" * 200, pause=0.01)])
+def test_a_list_of_models_that_never_comes_is_no_server(
+    server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch, deed: Deed
+) -> None:
+    """A control call that hangs or drips is given up, and not once for each row."""
+    monkeypatch.setattr(servers, "CONTROL_TIMEOUT", 0.3)
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.2")
+
+    async def stuck(asked: Asked) -> Deed:
+        return deed or await hang(asked) if asked.path == "/v1/models" else None
+
+    server.script = stuck
+    with pytest.raises(ServerUnavailable, match=r"within 0\.3 s|timed out"):
+        api(model=None).predict_batches([str(i) for i in range(100)])
+    assert [a.path for a in server.requests].count("/v1/models") <= 4
+
+
+# ---------------------------------------------------------------------- the key
+
+
+def test_the_key_is_sent_as_a_bearer_token_and_shown_nowhere(
+    server: ScriptedServer, api: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every request carries the key; what is shown of the model and its engine does not."""
+    caplog.set_level(logging.DEBUG)
+    model = api(model=None, api_key=KEY)
+    model.predict("x")
+    assert [a.headers["Authorization"] for a in server.requests] == [f"Bearer {KEY}"] * 2
+    assert KEY not in repr(model) + str(model) + repr(model._config()) + caplog.text
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/completions"])
+@pytest.mark.parametrize(
+    "deed",
+    [
+        refused(401, f"bad key {KEY}"),
+        refused(400, f"bad key {KEY}"),
+        refused(500, f"bad key {KEY}"),
+        Reply({"key": KEY}),
+        Reply(KEY.encode()),
+        Reply(status=307, headers={"Location": f"http://127.0.0.1:1/{KEY}"}),
+        Raw(b"no HTTP at all\r\n\r\n"),
+        Raw(f"HTTP/1.1 {KEY}\r\n\r\n".encode()),
+        Raw(f"HTTP/1.1 200 OK\r\nX: {KEY}\r\nContent-Length: 9\r\n\r\n{{".encode()),
+        Raw(reset=True),
+    ],
+)
+def test_a_server_that_echoes_the_key_does_not_get_it_into_errors(
+    server: ScriptedServer,
+    api: Make,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    deed: Deed,
+) -> None:
+    """No error and no log has the key, even when the server puts it into its answer."""
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.1")
+    server.script = lambda asked: deed if asked.path == path else None
+    model = api(model=None if path == "/v1/models" else "m", api_key=KEY)
+    with pytest.raises((InvalidCall, ServerUnavailable, RowErrors)) as raised:
+        model.predict("x")
+    seen = str(raised.value) + repr(raised.value) + caplog.text
+    if isinstance(raised.value, RowErrors):
+        seen += repr(raised.value.results)
+    assert KEY not in seen
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY}\r\nX: y", f" {KEY}", f"{KEY}é", f"{KEY}\0"])
+def test_a_key_that_no_header_can_carry_is_refused_before_it_is_sent(
+    server: ScriptedServer, api: Make, key: str
+) -> None:
+    """A key with a line end, as read from a file, raises InvalidCall that names api_key and not the key."""
+    with pytest.raises(InvalidCall, match="api_key") as raised:
+        api(model=None, api_key=key).predict("x")
+    assert KEY not in str(raised.value)
+    assert server.requests == []
+
+
+def test_netrc_and_proxies_of_the_environment_do_not_change_where_the_key_goes(
+    server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Rows and control calls go straight to the server with our key."""
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login somebody password else\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    assert api(model=None, api_key=KEY).predict("x") == answer_to("x")
+    assert {a.headers["Authorization"] for a in server.requests} == {f"Bearer {KEY}"}
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/completions"])
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_redirects_are_not_followed(
+    server: ScriptedServer, other: ScriptedServer, api: Make, path: str, status: int
+) -> None:
+    """A redirect is the call's fault, and the other host never hears of us or of the key."""
+    moved = Reply(status=status, headers={"Location": other.url + path})
+    server.script = lambda asked: moved if asked.path == path else None
+    with pytest.raises(InvalidCall, match=f"HTTP {status}"):
+        api(model=None, api_key=KEY).predict("x")
+    assert other.requests == []
+
+
+# ---------------------------------------------------------------------- order and window
+
+
+def test_answers_keep_the_order_of_the_rows(server: ScriptedServer, api: Make) -> None:
+    """Rows whose answers come in another order are returned in their own."""
+
+    async def later_rows_first(asked: Asked) -> None:
+        await asyncio.sleep(0.002 * (40 - int(asked.prompt)))
+
+    server.script = later_rows_first
+    xs = [str(i) for i in range(40)]
+    assert api().predict_batches(xs) == [answer_to(x) for x in xs]
+
+
+@pytest.mark.parametrize("max_batch_size", [1, 4, None])
+def test_never_more_in_flight_than_the_limit_and_the_limit_is_used(
+    server: ScriptedServer, api: Make, max_batch_size: int | None
+) -> None:
+    """The server sees exactly `max_in_flight` rows at once when there are enough, whatever the chunks."""
+    server.script = lambda asked: asyncio.sleep(0.02)
+    xs = [str(i) for i in range(60)]
+    api(max_in_flight=6, max_batch_size=max_batch_size).predict_batches(xs)
+    assert (server.peak, len(server.posts)) == (6, 60)
+
+
+def test_the_limit_holds_over_all_calls_of_the_process(server: ScriptedServer, api: Make) -> None:
+    """Two calls at once from two threads, of two models of the same server, share one window."""
+    server.script = lambda asked: asyncio.sleep(0.02)
+    with ThreadPoolExecutor(2) as threads:
+        calls = [
+            threads.submit(api(max_in_flight=5).predict_batches, [f"{c}{i}" for i in range(30)]) for c in "ab"
+        ]
+        results = [call.result() for call in calls]
+    assert results == [[answer_to(f"{c}{i}") for i in range(30)] for c in "ab"]
+    assert server.peak == 5
+
+
+def test_a_slow_row_holds_up_no_other(server: ScriptedServer, api: Make) -> None:
+    """The window never drains: a row that waits for all others to be asked does not wait for ever."""
+
+    async def first_answers_last(asked: Asked) -> None:
+        if asked.prompt == "0":
+            await asyncio.to_thread(server.wait_until, lambda: len(server.posts) == 50)
+
+    server.script = first_answers_last
+    xs = [str(i) for i in range(50)]
+    assert api(max_in_flight=4, max_batch_size=4).predict_batches(xs) == [answer_to(x) for x in xs]
+
+
+def test_a_call_of_one_chunk_does_not_hold_up_another_call(server: ScriptedServer, api: Make) -> None:
+    """With max_batch_size=None, 300 rows of a window of 4 leave room for a row of another thread."""
+    server.script = lambda asked: asyncio.sleep(0.005)
+    model = api(max_in_flight=4, max_batch_size=None)
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(model.predict_batches, [str(i) for i in range(300)])
+        server.wait_until(lambda: server.posts)
+        assert model.predict("x") == answer_to("x")
+        assert len(call.result()) == 300
+
+
+def test_identical_rows_are_asked_once_where_their_answers_must_be_equal(
+    server: ScriptedServer, api: Make
+) -> None:
+    """At temperature 0 equal rows cost one request; otherwise each is a sample of its own."""
+    model = api()
+    assert model.predict_batches(["x", "y", "x"], temperature=0) == [answer_to(t) for t in "xyx"]
+    assert sorted(a.prompt for a in server.posts) == ["x", "y"]
+    model.predict_batches(["x", "x"], temperature=0.7)
+    model.predict_batches(["x", "x"])
+    assert len(server.posts) == 6
+
+
+# ---------------------------------------------------------------------- several servers
+
+
+def test_the_least_loaded_server_gets_the_next_row(
+    server: ScriptedServer, other: ScriptedServer, api: Make
+) -> None:
+    """A server that is slow holds its share and no more; the quick one takes the rest."""
+
+    async def when_the_other_did_20(_: Asked) -> None:
+        await asyncio.to_thread(server.wait_until, lambda: len(other.posts) >= 20)
+
+    server.script = when_the_other_did_20
+    xs = [str(i) for i in range(24)]
+    model = api([server.url, other.url], max_in_flight=2)
+    assert model.predict_batches(xs) == [answer_to(x) for x in xs]
+    assert len(server.posts) <= 4
+    assert server.peak == 2 >= other.peak
+
+
+@pytest.mark.parametrize(("retries", "name"), [(0, "m"), (1, "m"), (0, None)])
+def test_servers_that_are_down_are_left_alone(
+    server: ScriptedServer,
+    other: ScriptedServer,
+    api: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    retries: int,
+    name: str | None,
+) -> None:
+    """Others take over at no cost to the rows, within their own limit; the lost one gets no rows."""
+    monkeypatch.setattr(servers, "LEFT_ALONE", 60.0)
+    other.script = lambda asked: asyncio.sleep(0.01)
+    server.stop()
+    with ScriptedServer() as third:
+        third.stop()
+        urls = [server.url, third.url, other.url]
+        model = api(urls, model=name, max_in_flight=3, retries=retries)
+        xs = [str(i) for i in range(30)]
+        assert model.predict_batches(xs) == [answer_to(x) for x in xs]
+        assert other.peak == 3
+        server.start()
+        third.start()
+        assert model.predict_batches(xs) == [answer_to(x) for x in xs]
+        assert (server.posts, third.posts) == ([], [])
+
+
+def test_a_server_that_was_down_gets_rows_again(
+    server: ScriptedServer, other: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its while alone a server that is back takes its part."""
+    monkeypatch.setattr(servers, "LEFT_ALONE", 0.05)
+    server.stop()
+    model = api([server.url, other.url])
+    model.predict("x")
+    assert len(other.posts) == 1
+    server.start()
+    time.sleep(0.2)
+    model.predict_batches([str(i) for i in range(20)])
+    assert server.posts
+
+
+# ---------------------------------------------------------------------- retries
+
+
+@pytest.mark.parametrize(
+    "deed",
+    [
+        refused(500, "oops"),
+        refused(503, "oops"),
+        refused(408, "oops"),
+        refused(429, "oops"),
+        Raw(reset=True),
+        Raw(),
+        Raw(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"),
+        Raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n99\r\n{"),
+    ],
+)
+def test_a_passing_failure_is_retried(server: ScriptedServer, api: Make, deed: Deed) -> None:
+    """5xx, 408, 429 and a broken connection are tried again, and the caller sees the answer only."""
+    server.script = once(deed)
+    assert api().predict("x") == answer_to("x")
+    assert len(server.posts) == 2
+
+
+def test_retries_end_in_an_error_of_the_row(server: ScriptedServer, api: Make) -> None:
+    """A server that keeps failing is asked 1 + retries times, and its words are in the error."""
+    server.script = lambda _: refused(500, "CUDA error: device-side assert")
+    error = only_error(api(retries=2))
+    assert (error.kind, error.retryable, error.index) == ("server", True, 0)
+    assert "CUDA error: device-side assert" in error.message
+    assert "3 attempts" in error.message
+    assert len(server.posts) == 3
+
+
+@pytest.mark.parametrize(
+    ("header", "at_least"),
+    [
+        (lambda: "1", 0.9),
+        (lambda: email.utils.formatdate(time.time() + 2, usegmt=True), 0.9),
+    ],
+)
+def test_retry_after_is_obeyed(
+    server: ScriptedServer, api: Make, header: Callable[[], str], at_least: float
+) -> None:
+    """A server that says when to come back is not asked before, by seconds or by a date."""
+    server.script = once(refused(429, "slow down", Retry_After=header()))
+    assert api().predict("x") == answer_to("x")
+    first, second = server.posts
+    assert second.at - first.at >= at_least
+
+
+@given(st.text() | st.floats().map(str) | st.integers().map(str))
+@example("Mon, 01 Jan 99999999999999999999 00:00:00 GMT")
+@example("Mon, 01 Jan 2024 00:00:00 +99999999999999")
+@example("nan")
+def test_any_retry_after_is_a_bounded_time_or_none(value: str) -> None:
+    """Whatever the header says, the wait is between 0 and the limit, or our own backoff."""
+    seconds = http.retry_after(value)
+    assert seconds is None or 0 <= seconds <= http.RETRY_AFTER_LIMIT
+
+
+@given(st.integers(0, 10_000))
+def test_backoff_is_bounded(failures: int) -> None:
+    """The wait grows with the failures up to the limit, however many they are."""
+    assert 0 <= http.backoff(failures) <= http.BACKOFF_LIMIT
+
+
+def test_a_timed_out_attempt_is_repeated_once(server: ScriptedServer, api: Make) -> None:
+    """A row that takes longer than `timeout` twice is an error of kind timeout, whatever the retries."""
+    server.script = hang
+    error = only_error(api(timeout=0.3, retries=5))
+    assert (error.kind, error.retryable) == ("timeout", True)
+    assert "timeout=0.3 s" in error.message
+    assert len(server.posts) == 2
+    server.wait_until(lambda: server.dropped == 2)
+
+
+def test_a_dripping_answer_times_out(server: ScriptedServer, api: Make) -> None:
+    """The timeout is for the whole attempt: a byte now and then does not prolong it."""
+    server.script = lambda _: Raw(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n" + b"x" * 500, pause=0.05)
+    assert only_error(api(timeout=0.5)).kind == "timeout"
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ("temperature must be non-negative", "refused"),
+        ("This model's maximum context length is 1024 tokens. However, ...", "too_long"),
+        ("The decoder prompt (length 9) is longer than the maximum model length of 8. ...", "too_long"),
+    ],
+)
+def test_a_refused_row_is_its_own_error_and_never_retried(
+    server: ScriptedServer, api: Make, words: str, kind: str
+) -> None:
+    """A 400 fails its row with the server's words; the others have their answers."""
+    server.script = by_prompt(b=refused(400, words))
+    with pytest.raises(RowErrors) as raised:
+        api().predict_batches(["a", "b", "c"])
+    (error,) = raised.value.errors
+    assert (error.index, error.kind, error.retryable) == (1, kind, False)
+    assert words in error.message
+    assert raised.value.results == [answer_to("a"), error, answer_to("c")]
+    assert [a.prompt for a in server.posts].count("b") == 1
+
+
+@pytest.mark.parametrize(("status", "hint"), [(401, "api_key"), (403, "api_key"), (404, "api_url and model")])
+def test_what_is_wrong_with_the_call_raises_at_once(
+    server: ScriptedServer, api: Make, status: int, hint: str
+) -> None:
+    """401, 403 and 404 end the call with the server's words, and the rows left are not asked."""
+    server.script = lambda _: refused(status, "you shall not pass")
+    with pytest.raises(InvalidCall, match=f"you shall not pass.*{hint}"):
+        api(max_in_flight=4).predict_batches([str(i) for i in range(200)])
+    assert len(server.posts) < 20
+
+
+def test_sampling_that_is_no_json_is_the_calls_fault(server: ScriptedServer, api: Make) -> None:
+    """A sampling value that cannot be sent raises InvalidCall before anything is."""
+    with pytest.raises(InvalidCall, match="set is not JSON serializable"):
+        api().predict("x", stop={"a"})
+    assert server.posts == []
+
+
+@given(
+    st.binary(max_size=50)
+    | st.recursive(
+        st.none() | st.text() | st.integers(),
+        lambda inner: st.dictionaries(st.sampled_from(["error", "message", "detail"]), inner),
+    ).map(lambda v: json.dumps(v).encode())
+)
+@example(b"[" * 100_000)
+@example(b"1" * 5000)
+def test_any_refusal_has_words(content: bytes) -> None:
+    """Whatever a server says with an error status, some of it can be shown."""
+    words = http.words_of(content)
+    assert len(words) <= 500
+    assert words or not content.strip()
+
+
+# ---------------------------------------------------------------------- wrong answers
+
+OK = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    "deed",
+    [
+        Reply(b""),
+        Reply(b"<html>Welcome</html>", headers={"Content-Type": "text/html"}),
+        Reply(b'{"choices": [{"text": "x"'),
+        Reply([]),
+        Reply(None),
+        Reply({}),
+        Reply({"choices": []}),
+        Reply({"choices": [{}]}),
+        Reply({"choices": [{"text": None}]}),
+        Reply({"choices": [{"text": "x"}, {"text": "y", "index": 1}]}),
+        Reply({"choices": "x"}),
+        Reply(b'{"choices": [{"text": "\xff"}]}'),
+        Reply(b'{"choices": [{"text": "\\ud800"}]}'),
+        Reply(b'{"choices": ' + b"[" * 100_000),
+        Reply(b'{"choices": ' + b"1" * 5000 + b"}"),
+        Reply(b"", status=204),
+        Reply(b"", status=202),
+        Reply(b"x" * 3000),
+        Reply(b"x" * 3000, status=500),
+        Reply(b"x", headers={"Content-Encoding": "gzip"}),
+        Raw(OK + b"Content-Length: none\r\n\r\n"),
+        Raw(b"no HTTP at all\r\n\r\n"),
+        Raw(OK + b"X: " + b"x" * 100_000 + b"\r\n\r\n"),
+    ],
+)
+def test_a_wrong_answer_is_an_error_of_its_row(
+    server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch, deed: Deed
+) -> None:
+    """What the protocol does not promise is never an answer, and the other rows have theirs."""
+    server.script = by_prompt(b=deed)
+    monkeypatch.setenv("VLLM_TASKS_MAX_RESPONSE_BYTES", "2048")
+    a, b, c = api().predict_batches(["a", "b", "c"], on_error="return")
+    assert (a, c) == (answer_to("a"), answer_to("c"))
+    assert isinstance(b, RowError)
+    assert (b.index, b.kind) == (1, "response"), b
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_too_few_or_too_many_choices_are_no_answer(server: ScriptedServer, api: Make, n: int) -> None:
+    """A request for two gets two or is an error."""
+    server.script = lambda _: Reply({"choices": [{"index": i, "text": "x"} for i in range(n)]})
+    error = only_error(api(), n=2)
+    assert error.kind == "response"
+    assert "2 choice(s)" in error.message
+
+
+def test_chat_without_content_is_an_error(server: ScriptedServer, api: Make) -> None:
+    """Null content is never an empty answer."""
+    server.script = lambda _: Reply({"choices": [{"message": {"role": "assistant", "content": None}}]})
+    assert only_error(api(server.url, chat=True)).kind == "response"
+
+
+def test_a_legacy_text_without_the_prompt_is_an_error(server: ScriptedServer, api: Make) -> None:
+    """A text that does not begin with its prompt belongs to another row or another server."""
+    server.script = lambda _: Reply({"text": ["something else"]})
+    assert only_error(api(server.url + "/generate")).kind == "response"
+
+
+def test_a_row_that_always_breaks_its_connection_is_its_own_error(server: ScriptedServer, api: Make) -> None:
+    """While the server answers others, a connection that always breaks is the row's failure."""
+    server.script = by_prompt(b=Raw(reset=True))
+    a, b, c = api().predict_batches(["a", "b", "c"], on_error="return")
+    assert (a, c) == (answer_to("a"), answer_to("c"))
+    assert isinstance(b, RowError)
+    assert (b.kind, b.retryable) == ("connection", True)
+    assert [a.prompt for a in server.posts].count("b") == 2
+
+
+def test_a_body_that_is_always_cut_is_an_error_of_kind_connection(server: ScriptedServer, api: Make) -> None:
+    """Half of an answer is no answer."""
+    server.script = lambda _: Raw(OK + b'Content-Length: 99\r\n\r\n{"choices": [{"text": "x"}]}')
+    assert only_error(api()).kind == "connection"
+
+
+# ---------------------------------------------------------------------- servers that go and come
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+@pytest.mark.parametrize("model", [None, "m"])
+def test_without_a_server_the_call_waits_for_the_patience_and_says_why(
+    server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch, model: str | None, retries: int
+) -> None:
+    """A server that nobody reaches ends the call after the patience, with its URL and the last reason."""
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.3")
+    server.stop()
+    began = time.monotonic()
+    with pytest.raises(ServerUnavailable, match=rf"{server.url} for 0.3 s .*refused"):
+        api(model=model, retries=retries).predict_batches([str(i) for i in range(20)])
+    assert 0.3 <= time.monotonic() - began < 20
+
+
+def test_an_unhealthy_server_is_not_a_server(
+    server: ScriptedServer, other: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When nobody can be reached, a health check that says 503 does not end the wait."""
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.3")
+    broken = refused(503, "engine is dead")
+    server.script = lambda asked: broken if asked.path == "/health" else Raw(b"HTTP/1.1 503 No\r\n\r\n")
+    with pytest.raises(ServerUnavailable, match="HTTP 503"):
+        api(model=None).predict("x")
+
+
+def test_a_server_that_comes_back_within_the_patience_answers_all(server: ScriptedServer, api: Make) -> None:
+    """Rows wait for a server that is not there yet, without failing and without storming it."""
+    server.stop()
+    comes = threading.Timer(0.5, server.start)
+    comes.start()
+    xs = [str(i) for i in range(50)]
+    assert api(model=None).predict_batches(xs) == [answer_to(x) for x in xs]
+    comes.join()
+    assert [a.path for a in server.requests].count("/health") <= 3
+
+
+def test_a_server_restarted_in_the_middle_of_a_call_answers_all(server: ScriptedServer, api: Make) -> None:
+    """Rows whose connection broke are asked again, and rows not yet asked wait."""
+    server.script = lambda _: asyncio.sleep(0.02)
+    xs = [str(i) for i in range(80)]
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(api(max_in_flight=4, retries=5).predict_batches, xs)
+        server.wait_until(lambda: len(server.posts) >= 20)
+        server.stop()
+        time.sleep(0.3)
+        server.start()
+        assert call.result(timeout=60) == [answer_to(x) for x in xs]
+
+
+# ---------------------------------------------------------------------- the end of a call
+
+
+def test_an_interrupted_call_cancels_its_requests_and_leaves_the_model_usable(
+    server: ScriptedServer, api: Make
+) -> None:
+    """Ctrl-C drops the open requests, so that vLLM stops generating, and frees the window."""
+    server.script = hang
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def interrupt() -> None:
+        server.wait_until(lambda: server.open == 4)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    model = api(max_in_flight=4)
+    with pytest.raises(KeyboardInterrupt):
+        model.predict_batches([str(i) for i in range(20)])
+    server.wait_until(lambda: server.open == 0)
+    assert (server.dropped, len(server.posts)) == (4, 4)
+    server.script = lambda _: None
+    assert len(model.predict_batches([str(i) for i in range(20)])) == 20
+
+
+def test_a_call_interrupted_while_it_looks_for_a_server_stops_looking(
+    server: ScriptedServer, api: Make
+) -> None:
+    """No search for a server goes on when nobody waits for it."""
+    server.script = lambda _: refused(503, "dead")
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def health_checks() -> int:
+        return sum(a.path == "/health" for a in server.requests)
+
+    def interrupt() -> None:
+        server.wait_until(health_checks)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        api(model=None).predict("x")
+    time.sleep(0.3)
+    seen = health_checks()
+    time.sleep(0.5)
+    assert health_checks() == seen
+
+
+def test_an_interrupted_process_ends_and_cancels_its_requests(server: ScriptedServer) -> None:
+    """SIGINT to a script in the middle of a call drops its requests and ends it with KeyboardInterrupt."""
+    server.script = hang
+    script = (
+        "from vllm_tasks import VllmAPI\n"
+        f"VllmAPI(identifier='a', model='m', api_url={server.url!r}).predict_batches(['a', 'b', 'c'])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    server.wait_until(lambda: server.open == 3, seconds=60)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert "never retrieved" not in errors
+    assert "Unclosed" not in errors
+    server.wait_until(lambda: server.dropped == 3)
+
+
+def test_a_closed_model_leaves_no_connection(server: ScriptedServer, api: Make) -> None:
+    """`close()` closes the pooled connections, and the next call opens new ones."""
+    model = api()
+    model.predict("x")
+    assert server.connections == 1
+    model.close()
+    server.wait_until(lambda: server.connections == 0)
+    assert model.predict("x") == answer_to("x")
+
+
+# ---------------------------------------------------------------------- all at once
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_poisoned_rows_fail_alone(server: ScriptedServer, api: Make, temperature: int) -> None:
+    """Of 1,000 rows with 10 poisoned ones 990 are answered in order, and 10 errors say which and why."""
+    long = "x" * 10_000_000
+    poison = [
+        (None, "prompt", "None"),
+        (object(), "prompt", "object"),
+        ("\ud800", "prompt", "Unicode"),
+        (long, "too_long", "maximum context length"),
+        ("forbidden", "refused", "we do not speak of this"),
+    ] * 2
+    rows: list[Any] = [f"row {i}" for i in range(1000)]
+    bad = {97 * (k + 1): case for k, case in enumerate(poison)}
+    for i, (x, _, _) in bad.items():
+        rows[i] = x
+
+    def script(asked: Asked) -> Deed:
+        if len(asked.prompt) > 100_000:
+            return refused(400, "This model's maximum context length is 1024 tokens.")
+        return refused(400, "we do not speak of this") if asked.prompt == "forbidden" else None
+
+    server.script = script
+    with pytest.raises(RowErrors) as raised:
+        api().predict_batches(rows, temperature=temperature)
+    results = raised.value.results
+    assert [r for i, r in enumerate(results) if i not in bad] == [
+        answer_to(x) for i, x in enumerate(rows) if i not in bad
+    ]
+    assert [(e.index, e.kind) for e in raised.value.errors] == [(i, kind) for i, (_, kind, _) in bad.items()]
+    assert all(bad[e.index][2] in e.message for e in raised.value.errors)
+    assert raised.value.errors == [results[i] for i in bad]
+    assert len(server.posts) == 990 + (2 if temperature == 0 else 4)
