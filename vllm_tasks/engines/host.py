@@ -203,8 +203,8 @@ def kind_of(error: Exception) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """The innermost cause with its type; vLLM wraps it in errors without words."""
-    while error.__cause__ is not None:
+    """The outermost error that has words; vLLM wraps some causes in errors without any."""
+    while not str(error) and error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 

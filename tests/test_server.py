@@ -1,0 +1,228 @@
+"""`VllmAPI` against real servers: vLLM's own, and the legacy format answered by a real engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import requests
+
+from vllm_tasks import Completion, InvalidCall, RowError, VllmAPI, VllmModel
+
+pytestmark = pytest.mark.engine
+
+KEY = "a-test-key"
+START_SECONDS = 180
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class VllmServer:
+    """vLLM's OpenAI server as a process group of its own."""
+
+    def __init__(self, model: Path, log: Path) -> None:
+        self.model, self.log, self.port = model, log, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model)]
+        command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--api-key", KEY, "--max-model-len", "1024", "--enforce-eager", "--max-num-seqs", "32"]
+        command += ["--kv-cache-memory-bytes", str(2**28)]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            assert self.process is not None
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            try:
+                if requests.get(f"{self.url}/health", timeout=5).ok:
+                    return
+            except requests.ConnectionError:
+                time.sleep(0.2)
+        raise AssertionError(f"no server within {START_SECONDS} s: {self.log.read_text()[-3000:]}")
+
+    def kill(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    server = VllmServer(tiny_model, tmp_path_factory.mktemp("server") / "log")
+    server.start()
+    server.wait()
+    yield server
+    server.kill()
+
+
+@contextmanager
+def client(server: VllmServer, path: str = "", **fields: object) -> Iterator[VllmAPI]:
+    fields = {"api_key": KEY, "predict_kwargs": {"temperature": 0, "max_tokens": 8}, **fields}
+    model = VllmAPI(identifier="server", api_url=server.url + path, **fields)
+    with model:
+        yield model
+
+
+@pytest.mark.parametrize("path", ["", "/v1", "/v1/completions"])
+def test_server_and_local_engine_agree(server: VllmServer, local_model: VllmModel, path: str) -> None:
+    """The same prompt gives the same greedy answer over HTTP and in process."""
+    with client(server, path) as model:
+        assert model.predict("The quick brown") == local_model.predict("The quick brown")
+
+
+def test_chat_agrees_with_the_local_engine(server: VllmServer, local_model: VllmModel) -> None:
+    """Chat over HTTP and in process builds the same prompt from the same template."""
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+    with client(server, "/v1/chat/completions", system="Be brief.") as model:
+        (over_http,) = model.completions(["hello"])
+    (in_process,) = local_model.completions([messages])
+    assert isinstance(over_http, Completion)
+    assert isinstance(in_process, Completion)
+    assert over_http.prompt_tokens == in_process.prompt_tokens
+    assert over_http.text == in_process.text
+
+
+def test_full_results_over_http(server: VllmServer) -> None:
+    """Logprobs, prompt logprobs, token ids, usage and the model's name come back from a real server."""
+    with client(server) as model:
+        (text,) = model.completions(["hello"], logprobs=2, prompt_logprobs=1, return_token_ids=True)
+        (chat,) = model.completions([[{"role": "user", "content": "hi"}]], logprobs=True, top_logprobs=2)
+    for completion in (text, chat):
+        assert isinstance(completion, Completion)
+        assert completion.model == "tiny"
+        assert completion.choices[0].logprobs is not None
+        assert len(completion.choices[0].logprobs) == completion.completion_tokens == 8
+    assert isinstance(text, Completion)
+    assert text.choices[0].token_ids is not None
+    assert text.prompt_logprobs is not None
+    assert len(text.prompt_logprobs) == text.prompt_tokens
+
+
+def test_sampling_parameters_pass_through(server: VllmServer) -> None:
+    """Structured outputs, n, logit_bias and beam search do over HTTP what vLLM says they do."""
+    with client(server) as model:
+        assert model.predict("x", structured_outputs={"choice": ["yes", "no"]}) in ("yes", "no")
+        assert len(set(model.predict("x", n=3, temperature=1))) == 3
+        assert model.predict("x", logit_bias={"40": 100}, max_tokens=3) == "FFF"
+        beams = model.predict("x", use_beam_search=True, n=2, max_tokens=4)
+        assert len(beams) == 2
+
+
+def test_poisoned_rows_fail_alone(server: VllmServer) -> None:
+    """Of 1,000 rows with 10 poisoned ones, 990 are answered in order and 10 say which and why."""
+    poison = ["word " * 2000, None, object(), "half a \ud83d face", "x" * 10_000_000]
+    places = {50 + 90 * i: poison[i % 5] for i in range(10)}
+    rows = [places.get(i, f"row {i}") for i in range(1000)]
+    with client(server) as model:
+        results = model.predict_batches(rows, on_error="return", max_tokens=2)
+    errors = [r for r in results if isinstance(r, RowError)]
+    assert [e.index for e in errors] == sorted(places)
+    assert [e.kind for e in errors] == ["too_long", "prompt", "prompt", "prompt", "too_long"] * 2
+    reasons = ["context length", "None", "a object", "Unicode", "context length"] * 2
+    assert all(reason in e.message for e, reason in zip(errors, reasons, strict=True))
+    assert all(isinstance(r, str) for i, r in enumerate(results) if i not in places)
+
+
+def test_wrong_key_and_wrong_model_fail_the_call(server: VllmServer) -> None:
+    """401 and 404 end the call at once, with the server's words and the way out."""
+    for wrong, said in (({"api_key": "wrong"}, ["401", "api_key"]), ({"model": "other"}, ["404", "other"])):
+        with client(server, **wrong) as model, pytest.raises(InvalidCall) as caught:
+            model.predict_batches(["a", "b"])
+        assert all(words in str(caught.value) for words in said)
+
+
+def test_greedy_with_several_choices_is_refused_by_the_row(server: VllmServer) -> None:
+    """A combination that vLLM refuses with 400 is each row's error, in the server's words."""
+    with client(server) as model:
+        (error,) = model.predict_batches(["a"], n=2, temperature=0, on_error="return")
+    assert isinstance(error, RowError)
+    assert error.kind == "refused"
+    assert "greedy" in error.message
+
+
+def test_server_killed_in_the_middle_loses_no_row(
+    server: VllmServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After kill -9 of the server and its restart, the same call ends with every row answered."""
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", str(START_SECONDS))
+
+    def kill_and_restart() -> None:
+        server.kill()
+        server.start()
+
+    accident = threading.Timer(1.0, kill_and_restart)
+    rows = [f"row {i}" for i in range(600)]
+    with client(server) as model:
+        accident.start()
+        answers = model.predict_batches(rows, max_tokens=64, ignore_eos=True)
+    accident.join()
+    server.wait()
+    assert len(answers) == 600
+    assert all(isinstance(a, str) for a in answers)
+
+
+# ---------------------------------------------------------------------- the legacy format
+
+
+@pytest.fixture
+def legacy(local_model: VllmModel) -> Iterator[tuple[str, list[dict[str, object]]]]:
+    """URL and received bodies of a server that speaks the former api_server's format from a real engine."""
+    bodies: list[dict[str, object]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            bodies.append(dict(body))
+            prompt = body.pop("prompt")
+            texts = local_model.predict(prompt, **body)
+            texts = [texts] if isinstance(texts, str) else texts
+            answer = json.dumps({"text": [prompt + text for text in texts]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{http.server_port}/generate", bodies
+        http.shutdown()
+        thread.join()
+
+
+def test_legacy_format(legacy: tuple[str, list[dict[str, object]]], local_model: VllmModel) -> None:
+    """`/generate` takes the prompt beside the sampling parameters, and the prompt is cut off the answer."""
+    url, bodies = legacy
+    with VllmAPI(identifier="a", api_url=url) as model:
+        assert model.predict("1+1=", temperature=0, max_tokens=8) == local_model.predict("1+1=")
+        three = model.predict("1+1=", n=3, temperature=1)
+    assert bodies[0] == {"prompt": "1+1=", "temperature": 0, "max_tokens": 8}
+    assert isinstance(three, list)
+    assert len(three) == 3
+    assert not any(text.startswith("1+1=") for text in three)
