@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from prefect.blocks.core import Block
-from pydantic import ConfigDict, Field, SecretStr
+from pydantic import ConfigDict, Field, SecretStr, model_validator
 
 LOGO = "https://avatars.githubusercontent.com/u/136984999?s=200"
 """vLLM's."""
+
+
+def own_fields(data: Any) -> Any:
+    """A block's fields: Prefect adds its type's slug to a block that it stores inside another one."""
+    if not isinstance(data, Mapping):
+        return data
+    return {name: value for name, value in data.items() if name != "block_type_slug"}
 
 
 class Datalayer(Block):
@@ -31,3 +39,8 @@ class Datalayer(Block):
     url: SecretStr = Field(
         description="A folder, an fsspec URL or a SQLAlchemy URL. Kept secret, as it may hold a password."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_fields(cls, data: Any) -> Any:
+        return own_fields(data)

@@ -29,7 +29,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails
 
 from vllm_tasks import loop, sharing
 from vllm_tasks.callables import DottedCallable, check_importable
-from vllm_tasks.datalayer import LOGO, Datalayer
+from vllm_tasks.datalayer import LOGO, Datalayer, own_fields
 from vllm_tasks.engines import wire
 from vllm_tasks.engines.http import HttpConfig
 from vllm_tasks.engines.local import LocalConfig
@@ -152,6 +152,7 @@ class Predictor(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known_fields(cls, data: Any) -> Any:
+        data = own_fields(data)
         for name in data.keys() - cls.model_fields.keys() if isinstance(data, Mapping) else ():
             if name in known_names("openai") | known_names("local"):
                 raise ValueError(f"{name!r} is a sampling parameter: put it into predict_kwargs")
@@ -475,7 +476,8 @@ class VllmModel(Predictor, Block):
     _code_example: ClassVar[str] = """
         from vllm_tasks import VllmModel
 
-        with VllmModel.load("BLOCK_NAME") as model:
+        model = VllmModel.load("BLOCK_NAME")
+        with model:
             answers = model.predict_batches(["What is the capital of France?"])
         """
 

@@ -1,0 +1,337 @@
+"""Models as Prefect blocks, through a real server: saved, edited in code and in the UI, loaded."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import uuid
+from importlib.metadata import entry_points
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import BlockDocumentUpdate
+from prefect.testing.standard_test_suites import BlockStandardTestSuite
+from pydantic import SecretStr
+
+from vllm_tasks import (
+    Artifact,
+    Datalayer,
+    Dataset,
+    DataType,
+    InvalidCall,
+    Metric,
+    Validation,
+    VllmAPI,
+    VllmModel,
+)
+from vllm_tasks.prompts import joined
+from vllm_tasks.sampling import known_names
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+BOTH = pytest.mark.parametrize("kind", [VllmAPI, VllmModel])
+SECRET_URL = "postgresql://user:db-secret@host/db"
+
+
+@pytest.fixture
+def name() -> str:
+    """A name that no other test of the session's server uses."""
+    return f"test-{uuid.uuid4().hex[:12]}"
+
+
+def full(kind: type[VllmAPI] | type[VllmModel], **fields: Any) -> VllmAPI | VllmModel:
+    """A model with all its fields set, those of later versions too."""
+    common: dict[str, Any] = {
+        "identifier": "org/full",
+        "artifacts": {"rules": Artifact(uri="memory://rules.json", datatype="json")},
+        "signature": "*args,**kwargs",
+        "datatype": DataType(identifier="mine", encoder=joined, decoder=known_names),
+        "output_schema": {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}}},
+        "flatten": True,
+        "model_update_kwargs": {"table": "t"},
+        "predict_kwargs": {"temperature": 0, "stop": ["a", "b"], "seed": None},
+        "compute_kwargs": {"num_gpus": 1, "env": {"A": "1"}, "tolerations": [{"key": "gpu"}]},
+        "validation": Validation(
+            datasets=[Dataset(identifier="d", raw_data=[{"q": "x", "a": 1}], db="prod", sample_size=3)],
+            metrics=[Metric(identifier="exact_match"), Metric(identifier="own", object=joined)],
+            key=("q", "a"),
+            thresholds={"exact_match": 0.5},
+        ),
+        "metric_values": {"d": {"exact_match": 0.25}},
+        "prompt": "{artifacts.rules} {0} {name} {{}}",
+        "prompt_func": joined,
+        "max_batch_size": None,
+        "chat": True,
+        "system": "S",
+    }
+    if kind is VllmAPI:
+        common |= {"api_url": ["http://a", "http://b"], "api_key": "sk-secret", "model": "m", "timeout": 7.5}
+    else:
+        common |= {"model_name": "org/m", "vllm_kwargs": {"seed": 1}, "ray_address": "auto", "replicas": 2}
+    return kind(**{**common, **fields})
+
+
+def dumped(model: VllmAPI | VllmModel) -> dict[str, Any]:
+    return model.model_dump(exclude={"db", "api_key"})
+
+
+# ---------------------------------------------------------------------- save and load
+
+
+@BOTH
+def test_a_model_with_all_fields_survives_save_and_load(
+    kind: type[VllmAPI] | type[VllmModel], name: str
+) -> None:
+    """What is loaded equals what was saved, identity, secrets and callables included."""
+    model = full(kind, db=Datalayer(url=SECRET_URL))
+    model.save(name)
+    loaded = kind.load(name)
+    assert isinstance(loaded, kind)
+    assert dumped(loaded) == dumped(model)
+    assert loaded.prompt_func is joined
+    assert isinstance(loaded.datatype, DataType)
+    assert loaded.datatype.decoder is known_names
+    assert loaded.validation is not None
+    assert loaded.validation.metrics[1].object is joined
+    assert loaded.db is not None
+    assert loaded.db.url.get_secret_value() == SECRET_URL
+    if isinstance(loaded, VllmAPI):
+        assert loaded.api_key is not None
+        assert loaded.api_key.get_secret_value() == "sk-secret"
+    else:
+        assert loaded.on_ray
+
+
+@BOTH
+def test_a_minimal_model_survives_save_and_load(kind: Any, name: str) -> None:
+    """Defaults come back as defaults."""
+    model = kind(identifier="m")
+    model.save(name)
+    assert kind.load(name).model_dump() == model.model_dump()
+
+
+@BOTH
+def test_a_loaded_model_can_be_edited_and_saved_again(kind: Any, name: str) -> None:
+    """A changed field comes back changed, all others, the key too, as they were."""
+    full(kind, db=Datalayer(url=SECRET_URL)).save(name)
+    loaded = kind.load(name)
+    loaded.prompt = "Q: {0}"
+    loaded.predict_kwargs = {"max_tokens": 9}
+    loaded.save(name, overwrite=True)
+    again = kind.load(name)
+    assert (again.prompt, again.predict_kwargs) == ("Q: {0}", {"max_tokens": 9})
+    assert dumped(again) == dumped(loaded)
+    assert again.db.url.get_secret_value() == SECRET_URL
+    if kind is VllmAPI:
+        assert again.api_key.get_secret_value() == "sk-secret"
+
+
+def test_saving_under_a_taken_name_needs_overwrite(name: str) -> None:
+    """A saved model is not replaced by accident."""
+    VllmAPI(identifier="a").save(name)
+    with pytest.raises(ValueError, match="overwrite"):
+        VllmAPI(identifier="b").save(name)
+    assert VllmAPI.load(name).identifier == "a"
+
+
+def test_a_saved_datalayer_is_stored_as_a_reference(name: str) -> None:
+    """A model that uses a saved datalayer sees what is changed there later."""
+    db = Datalayer(url=SECRET_URL)
+    db.save(name)
+    VllmAPI(identifier="m", db=db).save(name)
+    Datalayer(url="/elsewhere").save(name, overwrite=True)
+    loaded = VllmAPI.load(name)
+    assert loaded.db is not None
+    assert loaded.db.url.get_secret_value() == "/elsewhere"
+
+
+@BOTH
+def test_an_edit_in_the_ui_changes_one_field(kind: Any, name: str) -> None:
+    """The form sends the changed data; what it does not send stays, secrets too."""
+    full(kind, db=Datalayer(url=SECRET_URL)).save(name)
+    slug = kind.get_block_type_slug()
+    with get_client(sync_client=True) as client:
+        document = client.read_block_document_by_name(name, slug, include_secrets=False)
+        client.update_block_document(
+            document.id,
+            BlockDocumentUpdate(
+                block_schema_id=document.block_schema_id,
+                data={
+                    "prompt": "UI: {0}",
+                    "prompt_func": "vllm_tasks.prompts.is_messages",
+                    "max_batch_size": 8,
+                },
+                merge_existing_data=True,
+            ),
+        )
+    loaded = kind.load(name)
+    assert (loaded.prompt, loaded.max_batch_size) == ("UI: {0}", 8)
+    assert loaded.prompt_func.__name__ == "is_messages"
+    assert loaded.system == "S"
+    assert loaded.db.url.get_secret_value() == SECRET_URL
+    if kind is VllmAPI:
+        assert loaded.api_key.get_secret_value() == "sk-secret"
+
+
+def test_a_wrong_edit_in_the_ui_is_refused_at_load(name: str) -> None:
+    """Whoever may edit a block cannot make it call what lies outside the allowed modules."""
+    VllmAPI(identifier="m").save(name)
+    with get_client(sync_client=True) as client:
+        document = client.read_block_document_by_name(name, "vllm-api")
+        client.update_block_document(
+            document.id, BlockDocumentUpdate(data={"prompt_func": "os.system"}, merge_existing_data=True)
+        )
+    with pytest.raises(RuntimeError) as refused:
+        VllmAPI.load(name)
+    assert "'os.system' is outside" in str(refused.value.__cause__)
+
+
+# ---------------------------------------------------------------------- secrets
+
+
+@BOTH
+def test_secrets_are_stored_encrypted_and_shown_to_nobody(kind: Any, name: str) -> None:
+    """Neither reprs nor what the API gives without `include_secrets` hold key or password."""
+    model = full(kind, db=Datalayer(url=SECRET_URL))
+    model.save(name)
+    with get_client(sync_client=True) as client:
+        shown = client.read_block_document_by_name(name, kind.get_block_type_slug(), include_secrets=False)
+        told = client.read_block_document_by_name(name, kind.get_block_type_slug(), include_secrets=True)
+    for text in (repr(model), str(model), repr(kind.load(name)), str(shown.data), shown.model_dump_json()):
+        assert "sk-secret" not in text
+        assert "db-secret" not in text
+    assert "db-secret" in str(told.data)
+    assert ("sk-secret" in str(told.data)) is (kind is VllmAPI)
+
+
+def test_the_key_is_a_secret_of_the_block_type() -> None:
+    """Prefect knows which fields to encrypt, the nested datalayer's too."""
+    secret = VllmAPI.model_json_schema()["secret_fields"]
+    assert set(secret) >= {"api_key", "db.url"}
+    assert isinstance(VllmAPI(identifier="m", api_key="k").api_key, SecretStr)
+
+
+# ---------------------------------------------------------------------- callables
+
+
+def local_function(x: str) -> str:
+    return x
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt_func": lambda x: x},
+        {"datatype": DataType(identifier="d", decoder=lambda x: x)},
+        {"datatype": DataType(identifier="d", encoder=lambda x: x)},
+        {
+            "validation": Validation(
+                datasets=[Dataset(identifier="d", select="t")],
+                metrics=[Metric(identifier="m", object=lambda x: x)],
+                key=("x", "y"),
+            )
+        },
+    ],
+)
+def test_a_lambda_is_refused_by_every_way_to_save(fields: dict[str, Any], name: str) -> None:
+    """What could not be loaded again is refused when it is saved, with the way out."""
+    model = VllmAPI(identifier="m", **fields)
+    for save in (
+        lambda: model.save(name),
+        lambda: model.save(name, overwrite=True),
+        lambda: asyncio.run(model.asave(name)),
+    ):
+        with pytest.raises(InvalidCall, match=r"<lambda>.*cannot be saved; define it at the top level"):
+            save()
+    with pytest.raises(ValueError, match="Unable to find block document"):
+        VllmAPI.load(name)
+
+
+def test_a_function_of_a_script_is_refused() -> None:
+    """`__main__` is another module wherever the block is loaded."""
+    code = "\n".join(
+        [
+            "from vllm_tasks import VllmAPI",
+            "def ask(x): return x",
+            "try: VllmAPI(identifier='m', prompt_func=ask).save('never')",
+            "except ValueError as error: print(error)",
+        ]
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "'__main__.ask' lives in a script and cannot be saved" in said.stdout
+
+
+def test_a_function_outside_the_allowed_modules_is_refused_when_saved(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block that this site would not load again is not saved; with the setting it is."""
+    model = VllmAPI(identifier="m", prompt_func=local_function)
+    with pytest.raises(InvalidCall, match="VLLM_TASKS_CALLABLE_PREFIXES"):
+        model.save(name)
+    monkeypatch.setenv("VLLM_TASKS_CALLABLE_PREFIXES", f'["{__name__}"]')
+    model.save(name)
+    assert VllmAPI.load(name).prompt_func is local_function
+
+
+def test_asynchronous_save_and_load_work(name: str) -> None:
+    """`asave` and `aload` are the same as `save` and `load`."""
+
+    async def there_and_back() -> VllmAPI:
+        await VllmAPI(identifier="m", prompt_func=joined).asave(name)
+        return await VllmAPI.aload(name)
+
+    assert asyncio.run(there_and_back()).prompt_func is joined
+
+
+# ---------------------------------------------------------------------- registration
+
+
+def test_the_package_registers_its_blocks_from_the_command_line() -> None:
+    """`prefect block register -m vllm_tasks` finds all three."""
+    said = subprocess.run(
+        [sys.executable, "-m", "prefect", "block", "register", "-m", "vllm_tasks"],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert said.returncode == 0, said.stderr
+    for block in ("vLLM API", "vLLM Model", "vLLM Datalayer"):
+        assert block in said.stdout
+    with get_client(sync_client=True) as client:
+        assert client.read_block_type_by_slug("vllm-model").name == "vLLM Model"
+
+
+def test_prefect_finds_the_package_by_its_entry_point() -> None:
+    """A server with this package installed knows its blocks without an import by hand."""
+    (found,) = [e for e in entry_points(group="prefect.collections") if e.name == "vllm_tasks"]
+    assert found.load().VllmAPI is VllmAPI
+
+
+class StandardSuite(BlockStandardTestSuite):
+    """Prefect's own; the logo's host may be out of reach."""
+
+    def test_has_a_valid_image(self, block: Any) -> None:
+        try:
+            super().test_has_a_valid_image(block)
+        except URLError as error:
+            pytest.skip(f"the logo's host is not reachable: {error}")
+
+
+class TestVllmAPI(StandardSuite):
+    @pytest.fixture
+    def block(self) -> type[VllmAPI]:
+        return VllmAPI
+
+
+class TestVllmModel(StandardSuite):
+    @pytest.fixture
+    def block(self) -> type[VllmModel]:
+        return VllmModel
+
+
+class TestDatalayer(StandardSuite):
+    @pytest.fixture
+    def block(self) -> type[Datalayer]:
+        return Datalayer
