@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from importlib.metadata import entry_points
 from typing import Any
 from urllib.error import URLError
@@ -30,9 +32,22 @@ from vllm_tasks import (
 from vllm_tasks.prompts import joined
 from vllm_tasks.sampling import known_names
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+pytestmark = [
+    pytest.mark.usefixtures("prefect_server"),
+    # Prefect leaves connections of its own to the garbage collector.
+    pytest.mark.filterwarnings(
+        "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
+    ),
+]
 BOTH = pytest.mark.parametrize("kind", [VllmAPI, VllmModel])
 SECRET_URL = "postgresql://user:db-secret@host/db"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _prefects_garbage() -> Iterator[None]:
+    """Collected here, where it is expected, and not in the tests of another file."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture

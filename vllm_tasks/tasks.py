@@ -9,7 +9,6 @@ from prefect import Task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.futures import PrefectFuture
-from prefect.runtime import task_run
 from prefect.utilities.annotations import BaseAnnotation, opaque
 
 from vllm_tasks.errors import EngineFailed, ServerUnavailable
@@ -92,13 +91,11 @@ def unseen(rows: Any) -> Any:
     return rows if holds_futures or isinstance(rows, BaseAnnotation) else opaque(rows)
 
 
-def run_name() -> str:
-    """Model and number of rows, as the UI shows them."""
-    parameters = task_run.parameters or {}
-    model, xs = parameters.get("model"), parameters.get("xs")
-    xs = xs.unwrap() if isinstance(xs, BaseAnnotation) else xs
+def run_name(parameters: dict[str, Any]) -> str:
+    """Model and number of rows, as the UI shows them; Prefect has resolved the futures by now."""
+    xs = parameters.get("xs")
     rows = f" - {len(xs)} rows" if isinstance(xs, Sequence) else ""
-    return f"{getattr(model, 'identifier', 'predict')}{rows}"
+    return f"{parameters['model'].identifier}{rows}"
 
 
 def is_temporary(_task: Any, _run: TaskRun, state: State[Any]) -> bool:

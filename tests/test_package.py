@@ -1,0 +1,78 @@
+"""The package from outside: what it loads, how long that takes, and its public names."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import vllm_tasks
+
+PUBLIC = [
+    "Artifact",
+    "Choice",
+    "Completion",
+    "DataType",
+    "Datalayer",
+    "Dataset",
+    "EngineFailed",
+    "InvalidCall",
+    "Metric",
+    "RowError",
+    "RowErrors",
+    "ServerUnavailable",
+    "Settings",
+    "TokenLogprob",
+    "Validation",
+    "VllmAPI",
+    "VllmModel",
+    "VllmTasksError",
+    "completions",
+    "predict",
+    "predict_batches",
+]
+HEAVY = ("vllm", "ray", "torch", "transformers", "numpy", "pandas", "pyarrow", "duckdb")
+TIMED = """
+import prefect, time
+from prefect import Task, unmapped
+from prefect.blocks.core import Block
+started = time.perf_counter()
+import vllm_tasks
+print(time.perf_counter() - started)
+"""
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_public_names_are_these() -> None:
+    """A name added or lost is a decision, made here."""
+    assert sorted(vllm_tasks.__all__) == sorted(PUBLIC)
+    assert not [name for name in PUBLIC if not hasattr(vllm_tasks, name)]
+
+
+def test_importing_loads_nothing_heavy() -> None:
+    """Neither vLLM nor what it stands on is loaded beyond what Prefect itself loads."""
+    code = "import sys, prefect, prefect.main; before = set(sys.modules); import vllm_tasks; "
+    code += f"print([m for m in {HEAVY} if m in sys.modules and m not in before])"
+    assert python(code).strip() == "[]"
+
+
+def test_importing_is_quick() -> None:
+    """Less than a second beyond Prefect, best of three."""
+    assert min(float(python(TIMED)) for _ in range(3)) < 1.0
+
+
+def test_errors_are_caught_by_what_the_caller_does_next() -> None:
+    """One root, four kinds, each also the standard kind that fits."""
+    kinds = {
+        vllm_tasks.InvalidCall: ValueError,
+        vllm_tasks.ServerUnavailable: ConnectionError,
+        vllm_tasks.EngineFailed: RuntimeError,
+        vllm_tasks.RowErrors: Exception,
+    }
+    for kind, standard in kinds.items():
+        assert issubclass(kind, vllm_tasks.VllmTasksError)
+        assert issubclass(kind, standard)

@@ -1,0 +1,420 @@
+"""The Prefect tasks: called, submitted, mapped; names, retries, futures, and rows left alone."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from prefect import flow, task, unmapped
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import task_run
+from prefect.states import Completed, exception_to_failed_state
+from prefect.utilities.annotations import quote
+
+from tests.scripted_server import ScriptedServer, answer_to, refused
+from vllm_tasks import (
+    Completion,
+    EngineFailed,
+    InvalidCall,
+    RowErrors,
+    ServerUnavailable,
+    VllmAPI,
+    completions,
+    predict,
+    predict_batches,
+)
+from vllm_tasks.tasks import RowsTask, is_temporary
+
+pytestmark = [
+    pytest.mark.usefixtures("prefect_server"),
+    # Prefect leaves connections of its own to the garbage collector.
+    pytest.mark.filterwarnings(
+        "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
+    ),
+]
+TASKS = pytest.mark.parametrize("the_task", [predict, predict_batches, completions])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _prefects_garbage() -> Iterator[None]:
+    """Collected here, where it is expected, and not in the tests of another file."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with ScriptedServer() as server:
+        yield server
+
+
+@pytest.fixture
+def model(server: ScriptedServer) -> Iterator[VllmAPI]:
+    with VllmAPI(identifier="org/model", api_url=server.url) as model:
+        yield model
+
+
+class Runs:
+    """A `prompt_func` that notes the name and the attempt of the task run it is called in."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+
+    def __call__(self, x: Any) -> str:
+        self.seen.append((task_run.name, task_run.run_count))
+        return str(x)
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.seen]
+
+    @property
+    def attempts(self) -> int:
+        return max(attempt for _, attempt in self.seen)
+
+
+def answers(*prompts: str) -> list[str]:
+    return [answer_to(p) for p in prompts]
+
+
+# ---------------------------------------------------------------------- call, submit, map
+
+
+def test_tasks_are_called_submitted_and_mapped_in_a_flow(model: VllmAPI) -> None:
+    """All three ways give the answers in input order."""
+
+    @flow
+    def ways() -> list[Any]:
+        called = predict_batches(model, ["a", "b"])
+        submitted = predict_batches.submit(model, xs=["c", "d"]).result()
+        mapped = predict_batches.map(model, [["e"], ["f", "g"]]).result()
+        one = predict(model, "h"), predict.submit(model, "i").result()
+        return [called, submitted, mapped, one, predict.map(model, ["j", "k"]).result()]
+
+    called, submitted, mapped, one, each = ways()
+    assert (called, submitted) == (answers("a", "b"), answers("c", "d"))
+    assert mapped == [answers("e"), answers("f", "g")]
+    assert list(one) == answers("h", "i")
+    assert each == answers("j", "k")
+
+
+def test_tasks_work_in_an_asynchronous_flow(model: VllmAPI) -> None:
+    """A running event loop does not stand in the way."""
+
+    @flow
+    async def ways() -> list[Any]:
+        called = predict_batches(model, ["a", "b"])
+        submitted = predict_batches.submit(model, ["c"]).result()
+        mapped = [future.result() for future in predict.map(model, ["d", "e"])]
+        return [called, submitted, mapped]
+
+    assert asyncio.run(ways()) == [answers("a", "b"), answers("c"), answers("d", "e")]
+
+
+def test_tasks_work_outside_of_any_flow(model: VllmAPI) -> None:
+    """A task is a function that can be called anywhere."""
+    assert predict_batches(model, ["a"]) == answers("a")
+    (completion,) = completions(model, ["a"])
+    assert isinstance(completion, Completion)
+    assert completion.completion_tokens == 5
+
+
+def test_many_at_once_share_one_engine(model: VllmAPI, server: ScriptedServer) -> None:
+    """A hundred task runs at the same time all get their own answers, through one client."""
+
+    @flow
+    def many() -> list[str]:
+        return predict.map(model, [str(i) for i in range(100)]).result()
+
+    assert many() == answers(*map(str, range(100)))
+    assert Counter(r.path for r in server.requests)["/v1/models"] == 1
+
+
+def test_mapping_goes_over_the_rows_alone(model: VllmAPI, server: ScriptedServer) -> None:
+    """Neither the model's fields nor a list of stop words nor a context is mapped over."""
+
+    @flow
+    def mapped() -> Any:
+        asked = model.model_copy(update={"prompt": "{context} {input}"})
+        by_position = predict_batches.map(asked, [["a"], ["b"]], ["c", "d"], stop=["x", "y", "z"])
+        by_name = predict_batches.map(model=asked, xs=[["e"]], context="f", stop=unmapped(["x", "y", "z"]))
+        return by_position.result(), by_name.result()
+
+    assert mapped() == ([answers("c\nd a"), answers("c\nd b")], [answers("f e")])
+    assert [post.body["stop"] for post in server.posts] == [["x", "y", "z"]] * 3
+
+
+# ---------------------------------------------------------------------- names and policy
+
+
+def test_run_names_say_model_and_number_of_rows(model: VllmAPI) -> None:
+    """What the UI lists can be told apart, also where the rows come from a future."""
+    runs = Runs()
+    model.prompt_func = runs
+
+    @task
+    def rows() -> list[str]:
+        return ["a", "b", "c"]
+
+    @flow
+    def named() -> None:
+        predict_batches(model, ["a", "b"])
+        completions(model, ["a", "b"])
+        predict(model, "a")
+        predict_batches.submit(model, rows.submit()).result()
+        predict_batches.map(model, [["a"] * 5]).result()
+        predict_batches(model, (x for x in "a"))
+
+    named()
+    assert Counter(runs.names) == {
+        "org-model - 2 rows": 4,
+        "org-model": 2,
+        "org-model - 3 rows": 3,
+        "org-model - 5 rows": 5,
+    }
+
+
+@TASKS
+def test_nothing_is_cached_and_options_keep_the_kind(the_task: RowsTask) -> None:
+    """No key is made of rows, and a task with other options handles rows as before."""
+    changed = the_task.with_options(name="other", retries=7, retry_delay_seconds=0)
+    assert the_task.cache_policy == changed.cache_policy == NO_CACHE
+    assert isinstance(changed, RowsTask)
+    assert (changed.name, changed.retries, changed.retry_delay_seconds) == ("other", 7, 0)
+    assert changed.task_run_name is the_task.task_run_name
+    assert changed.retry_condition_fn is is_temporary
+    assert the_task.retries == 2
+
+
+def test_the_same_call_asks_again(model: VllmAPI, server: ScriptedServer) -> None:
+    """A second run of the same rows is a second question, whatever the rows are."""
+    model.prompt_func = Runs()
+
+    @flow
+    def twice() -> None:
+        rows = [object()]  # no cache key could be made of this
+        predict_batches(model, rows)
+        predict_batches(model, rows)
+
+    twice()
+    assert len(server.posts) == 2
+
+
+# ---------------------------------------------------------------------- futures, and rows left alone
+
+
+def test_rows_that_are_futures_are_resolved(model: VllmAPI) -> None:
+    """A future of all rows, rows that are futures or states, and fields of one record."""
+
+    @task
+    def word(text: str) -> str:
+        return text
+
+    @task
+    def words() -> list[str]:
+        return ["a", "b"]
+
+    @flow
+    def chained() -> list[Any]:
+        whole = predict_batches.submit(model, words.submit()).result()
+        single = predict_batches.submit(model, [word.submit("c"), "d", word.submit("e")]).result()
+        mapped = predict_batches.submit(model, word.map(["f", "g"])).result()
+        states = predict_batches(model, [word("h", return_state=True)])
+        one = predict.submit(model, word.submit("i")).result()
+        asked = model.model_copy(update={"signature": "**kwargs", "prompt": "{a}{b}"})
+        record = predict.submit(asked, {"a": word.submit("j"), "b": "k"}).result()
+        chain = predict.submit(model, predict.submit(model, "l")).result()
+        return [whole, single, mapped, states, one, record, chain]
+
+    assert chained() == [
+        answers("a", "b"),
+        answers("c", "d", "e"),
+        answers("f", "g"),
+        answers("h"),
+        *answers("i", "jk", answer_to("l")),
+    ]
+
+
+def test_a_model_may_come_from_a_future(model: VllmAPI) -> None:
+    """A model that an upstream task makes or loads is resolved."""
+
+    @task
+    def load() -> VllmAPI:
+        return model
+
+    @flow
+    def chained() -> Any:
+        return predict_batches.submit(load.submit(), ["a"]).result()
+
+    assert chained() == answers("a")
+
+
+@dataclass
+class Row:
+    """A record that counts how often it is looked into. Prefect would walk its fields."""
+
+    text: str
+    reads = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "text":
+            type(self).reads += 1
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("way", ["call", "submit", "map", "options", "quote"])
+def test_rows_are_not_walked(model: VllmAPI, way: str) -> None:
+    """Rows reach the model unseen: only `prompt_func` looks into them, once each."""
+    model.prompt_func = lambda row: row.text
+    rows = [Row(str(i)) for i in range(20)]
+
+    @flow
+    def through() -> Any:
+        if way == "call":
+            return predict_batches(model, rows)
+        if way == "submit":
+            return predict_batches.submit(model, xs=rows).result()
+        if way == "options":
+            return predict_batches.with_options(name="x")(model, rows)
+        if way == "quote":
+            return predict_batches(model, quote(rows))
+        return [
+            answer for chunk in predict_batches.map(model, [rows[:9], rows[9:]]).result() for answer in chunk
+        ]
+
+    Row.reads = 0
+    assert through() == answers(*map(str, range(20)))
+    assert Row.reads == 20
+
+
+def test_a_single_record_is_not_walked(model: VllmAPI) -> None:
+    """The one record of `predict` is left alone as well."""
+    model.prompt_func = lambda row: row.text
+
+    @flow
+    def through() -> Any:
+        return predict.map(model, [Row("a"), Row("b")]).result()
+
+    Row.reads = 0
+    assert through() == answers("a", "b")
+    assert Row.reads == 2
+
+
+# ---------------------------------------------------------------------- retries
+
+
+def at_once(**options: Any) -> RowsTask:
+    return predict_batches.with_options(retry_delay_seconds=0, **options)
+
+
+def test_a_server_that_is_away_is_tried_again(
+    model: VllmAPI, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task run waits and asks again; when the server has come back, the call succeeds."""
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0")
+    runs = Runs()
+    model.prompt_func = runs
+    server.stop()
+
+    def come_back(*_: Any) -> None:
+        if runs.seen:
+            server.start()
+
+    @flow
+    def survive() -> Any:
+        return at_once(on_running=[come_back])(model, ["a"])
+
+    assert survive() == answers("a")
+    assert runs.attempts == 2
+
+
+def test_a_server_that_stays_away_fails_the_run_with_its_reason(
+    model: VllmAPI, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its retries the task raises `ServerUnavailable`, not a group of errors."""
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0")
+    runs = Runs()
+    model.prompt_func = runs
+    server.stop()
+
+    @flow
+    def despair() -> Any:
+        return at_once()(model, ["a", "b", "c"])
+
+    with pytest.raises(ServerUnavailable, match="VLLM_TASKS_PATIENCE"):
+        despair()
+    assert runs.attempts == 3
+
+
+def test_rows_that_fail_are_not_tried_again_by_the_task(model: VllmAPI, server: ScriptedServer) -> None:
+    """Rows are the engine's to retry: the run fails once, with all results in its error."""
+    server.script = lambda asked: refused(400, "no") if asked.body and asked.prompt == "bad" else None
+    runs = Runs()
+    model.prompt_func = runs
+
+    @flow
+    def partly() -> Any:
+        return at_once()(model, ["good", "bad"])
+
+    with pytest.raises(RowErrors) as failed:
+        partly()
+    assert failed.value.results[0] == answer_to("good")
+    assert runs.attempts == 1
+    assert len(server.posts) == 2
+
+
+def test_a_wrong_call_is_not_tried_again(model: VllmAPI, server: ScriptedServer) -> None:
+    """What no retry could mend fails at once, from our own checks as from the server."""
+    server.script = lambda asked: refused(404, "no such model") if asked.body else None
+    runs = Runs()
+    model.prompt_func = runs
+
+    @flow
+    def wrong(**sampling: Any) -> Any:
+        return at_once()(model, ["a"], **sampling)
+
+    with pytest.raises(InvalidCall, match="no such model"):
+        wrong()
+    with pytest.raises(InvalidCall, match="temperature"):
+        wrong.fn(temprature=1)
+    assert runs.attempts == 1
+    assert len(server.posts) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ServerUnavailable("x"), True),
+        (EngineFailed("x"), True),
+        (InvalidCall("x"), False),
+        (RowErrors([], []), False),
+        (ConnectionError("another's"), False),
+        (ValueError("x"), False),
+    ],
+)
+def test_only_what_may_pass_is_temporary(error: Exception, expected: bool) -> None:
+    """A server that is away and an engine that died may be back later; nothing else is retried."""
+    state = asyncio.run(exception_to_failed_state(error))
+    assert is_temporary(None, None, state) is expected  # type: ignore[arg-type]
+
+
+def test_a_success_is_not_temporary() -> None:
+    """A state without an error asks for no retry."""
+    assert is_temporary(None, None, Completed(data=1)) is False  # type: ignore[arg-type]
+
+
+def test_failed_rows_as_values_complete_the_run(model: VllmAPI) -> None:
+    """`on_error="return"` reaches the model through the task."""
+
+    @flow
+    def partly() -> Any:
+        return predict_batches(model, ["a", None], on_error="return")
+
+    answer, error = partly()
+    assert answer == answer_to("a")
+    assert error.index == 1
