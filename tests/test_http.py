@@ -679,7 +679,7 @@ def test_an_unhealthy_server_is_not_a_server(
         return failures.pop() if failures else None
 
     server.script = script
-    with pytest.raises(ServerUnavailable, match="HTTP 503 from .*/health"):
+    with pytest.raises(ServerUnavailable, match=r"HTTP 503 from .*/health"):
         api(model=None).predict("x")
 
 
