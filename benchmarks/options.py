@@ -1,0 +1,86 @@
+"""What a run of the benchmarks is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ENGINE = {
+    "max_model_len": 1024,
+    "kv_cache_memory_bytes": 2**30,
+    # Without these two, vLLM gives `LLM` twice what it gives a server or an AsyncLLM.
+    "max_num_seqs": 128,
+    "max_num_batched_tokens": 4096,
+    # Sampling is what the call says, on every side.
+    "generation_config": "vllm",
+}
+"""Engine arguments of both sides; `--engine` adds to them."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """One run.
+
+    `least` and `most` bound the pairs; `lengths` are the output tokens that rows are given in equal
+    shares; `concurrency` is P2's rows in flight; `sizes` are P6's numbers of rows.
+    """
+
+    measures: tuple[str, ...]
+    data: Path | None
+    model: Path | None
+    rows: int
+    least: int
+    most: int
+    lengths: tuple[int, ...]
+    concurrency: int
+    sizes: tuple[int, ...]
+    engine: dict[str, Any]
+
+    def engine_args(self) -> dict[str, Any]:
+        """vLLM's engine arguments, the model among them."""
+        return {"model": str(self._model_folder()), "trust_remote_code": True, **ENGINE, **self.engine}
+
+    def _model_folder(self) -> Path:
+        if self.model is not None:
+            return self.model
+        from flows.smollm2 import model_folder
+
+        return model_folder()
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def parse(arguments: list[str], known: tuple[str, ...]) -> Options:
+    """Options from the command line; exits with a message for what it does not know."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    add = parser.add_argument
+    add("measures", nargs="*", metavar="MEASURE", help=f"of {' '.join(known)}; none: all")
+    add("--data", type=Path, help="JSONL whose `question` fields are the prompts; else they are made up")
+    add("--model", type=Path, help="folder of the model; else the demo's SmolLM2")
+    add("--rows", type=int, default=512, help="rows of P1, P2 and P5")
+    add("--pairs", type=int, default=5, help="least number of pairs")
+    add("--most-pairs", type=int, default=15, help="pairs after which a wide interval stays wide")
+    add("--lengths", type=whole_numbers, default=(8, 16, 24, 32, 40, 48, 56, 64), help="output tokens")
+    add("--concurrency", type=int, default=64, help="rows in flight of P2")
+    add("--sizes", type=whole_numbers, default=(10_000, 50_000, 200_000), help="rows of P6")
+    add("--engine", type=json.loads, default={}, help="further engine arguments of both sides, as JSON")
+    given = parser.parse_args(arguments)
+    if unknown := sorted({*given.measures} - {*known}):
+        parser.error(f"unknown measures {unknown}; known are {list(known)}")
+    return Options(
+        measures=tuple(given.measures) or known,
+        data=given.data,
+        model=given.model,
+        rows=given.rows,
+        least=given.pairs,
+        most=max(given.pairs, given.most_pairs),
+        lengths=given.lengths,
+        concurrency=given.concurrency,
+        sizes=given.sizes,
+        engine=given.engine,
+    )

@@ -1,0 +1,51 @@
+"""P2: `VllmAPI.predict_batches` against `vllm bench serve`, in output tokens/s; goal >= 0.97.
+
+The same server, the same prompts in the same number in flight, the same tokens out. The server does
+not cache prefixes, for both sides send it the same prompts. `vllm bench serve` streams its answers,
+which is its only way. Ours is timed from the call to its return, theirs as it reports itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks import bare, bench_serve, ours, servers
+from benchmarks.children import Child
+from benchmarks.options import Options
+from benchmarks.pairs import interleave, line
+from benchmarks.workload import output_tokens, questions, rows
+from vllm_tasks import VllmAPI
+
+BENCH = "vllm bench serve"
+OURS = "VllmAPI.predict_batches"
+
+
+def measure(options: Options) -> Iterator[str]:
+    """One line."""
+    texts = questions(options.data, options.rows)
+    arguments = {**options.engine_args(), "enable_prefix_caching": False}
+    with (
+        Child(servers.serve, arguments) as server,
+        Child(bench_serve.serve, server.ready, arguments["model"], options.concurrency) as bench,
+    ):
+        model = VllmAPI(
+            identifier="bench",
+            api_url=f"{server.ready}/v1/completions",
+            max_in_flight=options.concurrency,
+            predict_kwargs=ours.GREEDY,
+        )
+
+        def our_rate(round_: int) -> float:
+            batch = rows(texts, options.lengths, round_)
+            return output_tokens(batch) / ours.seconds_of(model, batch)
+
+        def bench_rate(round_: int) -> float:
+            batch = rows(texts, options.lengths, round_)
+            run: bare.Run = bench.ask(batch)
+            assert run.tokens == output_tokens(batch), "vllm bench serve got another number of tokens"
+            return run.tokens / run.seconds
+
+        ours.check_lengths(model, rows(texts[:8], options.lengths, 0))
+        rates = interleave({OURS: our_rate, BENCH: bench_rate}, BENCH, options.least, options.most)
+    note = f"; {options.rows} rows, {options.concurrency} in flight, {options.lengths} output tokens"
+    yield line("P2", OURS, rates, BENCH, "output tokens/s") + note + "; goal >= 0.97"

