@@ -392,7 +392,8 @@ def test_a_wrong_call_is_not_tried_again(model: VllmAPI, server: ScriptedServer)
     ("error", "expected"),
     [
         (ServerUnavailable("x"), True),
-        (EngineFailed("x"), True),
+        (EngineFailed("died", temporary=True), True),
+        (EngineFailed("did not start"), False),
         (InvalidCall("x"), False),
         (RowErrors([], []), False),
         (ConnectionError("another's"), False),

@@ -52,7 +52,8 @@ async def answer(
                 await engine.window.enter(len(chunk))
                 send(chunk, group)
     except ExceptionGroup as failures:
-        raise _first(failures) from None
+        first = _first(failures)
+        raise first from first.__cause__  # and not from the group
     assert None not in results, "an engine returned from generate() before its last row was done"
     return cast(list[Result], results)
 

@@ -33,7 +33,17 @@ class ServerUnavailable(VllmTasksError, ConnectionError):
 
 
 class EngineFailed(VllmTasksError, RuntimeError):
-    """The local engine did not start, or died and could not be started again."""
+    """The local engine did not start, or died and could not be started again.
+
+    `temporary` says whether the same call may succeed later: an engine that ran before may run again.
+    """
+
+    def __init__(self, message: str, temporary: bool = False) -> None:
+        super().__init__(message, temporary)
+        self.temporary = temporary
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class RowErrors(VllmTasksError):

@@ -458,6 +458,8 @@ def _split_url(url: str) -> tuple[str, wire.Protocol]:
         raise InvalidCall(f"api_url {url!r}: {error}; expected as in http://127.0.0.1:8000") from error
     if not complete:
         raise InvalidCall(f"api_url {url!r} needs a scheme and a host, as in http://127.0.0.1:8000")
+    if "@" in parts.netloc:
+        raise InvalidCall("api_url holds a user or password, which messages would show; use api_key")
     if parts.query or parts.fragment:
         raise InvalidCall(f"api_url {url!r} has a query or a fragment, which no request would carry")
     base = f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")

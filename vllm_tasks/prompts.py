@@ -183,7 +183,7 @@ class Prompter:
         except UnicodeEncodeError as error:
             bad = error.object[error.start : error.end]
             return RowError("prompt", f"the text is not valid Unicode ({error.reason}): {bad!r}")
-        except (BadRow, TypeError, ValueError) as error:
+        except (BadRow, TypeError, ValueError, RecursionError) as error:
             return RowError("prompt", str(error))
         return prompt
 

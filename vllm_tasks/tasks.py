@@ -100,7 +100,8 @@ def run_name(parameters: dict[str, Any]) -> str:
 
 def is_temporary(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
     """Whether the same call may succeed later. Rows have been retried by their engine already."""
-    return isinstance(state.result(raise_on_failure=False), ServerUnavailable | EngineFailed)
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, ServerUnavailable) or (isinstance(error, EngineFailed) and error.temporary)
 
 
 POLICY: dict[str, Any] = {

@@ -239,7 +239,8 @@ class LocalEngine:
             self._bury(reason)
             try:
                 if barren >= BARREN_LIVES:
-                    raise EngineFailed(f"vLLM died {barren} times without answering a row: {reason}")
+                    words = f"vLLM died {barren} times without answering a row: {reason}"
+                    raise EngineFailed(words, temporary=True)
                 reader, _ = await self._launch()
             except EngineFailed as error:
                 self._fail(error)
