@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Before Prefect is imported: the tests' server tells nobody of itself, and logs of runs stay local.
+# Before Prefect is imported: a home of the tests' own, and a server that tells nobody of itself.
+PREFECT_HOME = tempfile.TemporaryDirectory(prefix="vllm-tasks-prefect-")
+os.environ["PREFECT_HOME"] = PREFECT_HOME.name
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["DO_NOT_TRACK"] = "1"
 
@@ -34,10 +37,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs the real vLLM"))
 
 
+def pytest_unconfigure() -> None:
+    """Remove Prefect's home."""
+    PREFECT_HOME.cleanup()
+
+
 @pytest.fixture(autouse=True)
 def _no_site_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [n for n in os.environ if n.startswith("VLLM_TASKS_")]:
         monkeypatch.delenv(name)
+    # Functions of this package stand for a site's own in blocks.
+    monkeypatch.setenv("VLLM_TASKS_CALLABLE_PREFIXES", '["vllm_tasks", "flows"]')
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -89,7 +90,10 @@ class FailingEngine(ScriptedEngine):
 
 
 def ask(engine: ScriptedEngine, prompts: Sequence[Any], size: int | None, **sampling: Any) -> list[Result]:
-    requests = [p if isinstance(p, RowError) else Request(p, sampling) for p in prompts]
+    requests = [
+        replace(p, index=i) if isinstance(p, RowError) else Request(p, sampling)
+        for i, p in enumerate(prompts)
+    ]
     return asyncio.run(answer(engine, requests, size))
 
 

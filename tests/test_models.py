@@ -30,7 +30,8 @@ from vllm_tasks import (
     VllmAPI,
     VllmModel,
 )
-from vllm_tasks.models import COMPUTE_HINTS, split_urls
+from vllm_tasks.engines.urls import split_urls
+from vllm_tasks.predictor import COMPUTE_HINTS
 
 Maker = Callable[..., VllmAPI | VllmModel]
 BOTH = pytest.mark.parametrize("make", [VllmAPI, VllmModel])
@@ -401,7 +402,14 @@ def test_paths_out_of_the_allowed_modules_are_refused(module: str, path: str, sa
     message = refusal(VllmAPI, prompt_func=path.format(module=module))
     assert said in message
     assert "VLLM_TASKS_CALLABLE_PREFIXES" in message
-    assert "['vllm_tasks', 'flows']" in message
+    assert f"{Settings().callable_prefixes}" in message
+
+
+def test_saved_callables_come_from_the_flows_unless_a_site_says_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default no function of this package, nor of any other, can be named in a block."""
+    monkeypatch.delenv("VLLM_TASKS_CALLABLE_PREFIXES")
+    assert Settings().callable_prefixes == ["flows"]
+    assert "outside" in refusal(VllmAPI, prompt_func="vllm_tasks.engines.host.kill_session")
 
 
 @pytest.mark.parametrize(

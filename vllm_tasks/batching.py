@@ -23,15 +23,11 @@ async def answer(
     their answers must be equal, requests with a common prefix go out side by side, and the
     engine's window is kept full with chunks of `max_batch_size` rows (None: one chunk).
     """
-    results: list[Result | None] = [None] * len(requests)
+    results: list[Result | None] = [r if isinstance(r, RowError) else None for r in requests]
 
     def deliver(result: Result, positions: Sequence[int]) -> None:
         for i in positions:
             results[i] = dataclasses.replace(result, index=i) if isinstance(result, RowError) else result
-
-    for i, request in enumerate(requests):
-        if isinstance(request, RowError):
-            deliver(request, [i])
 
     def send(chunk: Sequence[tuple[Request, list[int]]], group: asyncio.TaskGroup) -> None:
         open_rows = len(chunk)

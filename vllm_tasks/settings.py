@@ -44,6 +44,6 @@ class Settings(BaseSettings):
         default="", description="Work pool for steps with a local model that name none (not used yet)."
     )
     callable_prefixes: list[str] = Field(
-        default=["vllm_tasks", "flows"],
+        default=["flows"],
         description="Modules that dotted paths to callables may come from (a JSON list).",
     )

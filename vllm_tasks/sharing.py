@@ -63,7 +63,13 @@ async def let_go(config: Config, model: str, *, all_holds: bool) -> None:
 async def answer(
     config: Config, requests: Sequence[Request | RowError], max_batch_size: int | None
 ) -> list[Result]:
-    """Answer requests through the shared engine of `config`, in input order."""
+    """Answer requests through the shared engine of `config`, in input order.
+
+    Starts it if need be, but not for a call in which no row has become a request.
+    """
+    failed: list[Result] = [request for request in requests if isinstance(request, RowError)]
+    if len(failed) == len(requests):
+        return failed
     shared = await _ready(config)
     shared.calls += 1
     try:

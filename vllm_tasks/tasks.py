@@ -12,7 +12,8 @@ from prefect.futures import PrefectFuture
 from prefect.utilities.annotations import BaseAnnotation, opaque
 
 from vllm_tasks.errors import EngineFailed, ServerUnavailable
-from vllm_tasks.models import OnError, Output, VllmAPI, VllmModel
+from vllm_tasks.models import VllmAPI, VllmModel
+from vllm_tasks.predictor import OnError, Output
 from vllm_tasks.prompts import Context
 from vllm_tasks.rows import Completion, RowError
 

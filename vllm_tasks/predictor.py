@@ -1,0 +1,343 @@
+"""What both models are: what to ask and how, checked when made, and the ways to ask it.
+
+A model is data. Engines and their state are in `vllm_tasks.sharing`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, Self, TypeVar
+from uuid import uuid4
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, InitErrorDetails
+
+from vllm_tasks import loop, sharing
+from vllm_tasks.callables import DottedCallable, check_importable
+from vllm_tasks.datalayer import Datalayer, own_fields
+from vllm_tasks.errors import InvalidCall, RowErrors
+from vllm_tasks.outputs import Artifact, BuiltinType, DataType
+from vllm_tasks.prompts import Context, Prompter, Signature, Template, load_artifact
+from vllm_tasks.rows import Completion, Request, Result, RowError
+from vllm_tasks.sampling import Target, check_names, known_names
+from vllm_tasks.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+COMPUTE_HINTS = {
+    *("num_gpus", "num_cpus", "memory", "accelerator_type", "resources", "shm_size", "image", "env"),
+    *("node_selector", "tolerations", "work_pool", "work_queue", "deployment"),
+}
+
+FORBID = ConfigDict(extra="forbid")
+"""For the classes themselves: Block, which they derive from last, would allow unknown fields."""
+
+T = TypeVar("T")
+OnError = Literal["raise", "return"]
+Output = str | list[str]
+
+
+class Predictor(BaseModel):
+    """The fields and methods that both models share."""
+
+    _elsewhere: ClassVar[str] = ""
+    """Where a field may belong that is not one of this class."""
+
+    identifier: str = Field(
+        min_length=1, title="Identifier", description="Name of the model; '/' becomes '-'."
+    )
+    uuid: str = Field(default_factory=lambda: str(uuid4()), description="Identity of this instance.")
+    db: Datalayer | None = Field(
+        default=None, description="Default tables of this model (kept, not used yet)."
+    )
+    artifacts: dict[str, Artifact] = Field(
+        default={},
+        description="Named files for templates ({artifacts.name}) and prompt_func (artifacts=...).",
+    )
+    signature: Signature = Field(
+        default="singleton", description="How a record becomes a call: one value, a tuple, a dict, or both."
+    )
+    datatype: DataType | BuiltinType | None = Field(
+        default=None, description="Type of an output; other than str: kept, not used yet."
+    )
+    output_schema: dict[str, Any] | str | None = Field(
+        default=None,
+        description="Columns, JSON Schema or dotted path of a pydantic model (kept, not used yet).",
+    )
+    flatten: bool = Field(default=False, description="A list output becomes rows (kept, not used yet).")
+    model_update_kwargs: dict[str, Any] = Field(
+        default={}, description="Options of the write of outputs (kept, not used yet)."
+    )
+    predict_kwargs: dict[str, Any] = Field(
+        default={}, description="Sampling parameters by vLLM's names; those of a call win."
+    )
+    compute_kwargs: dict[str, Any] = Field(
+        default={}, description="Resource hints, such as num_gpus or work_pool (kept, not used yet)."
+    )
+    validation: Validation | None = Field(
+        default=None, description="Datasets and metrics (kept, not used yet)."
+    )
+    metric_values: dict[str, Any] = Field(default={}, description="Values by dataset and metric.")
+    prompt: str = Field(
+        default="{input}",
+        description="Template with plain keys: {input}, {0}, {name}, {context}, {artifacts.name}.",
+    )
+    prompt_func: DottedCallable | None = Field(
+        default=None, description="f(x, ...) -> text or chat messages; replaces the template."
+    )
+    max_batch_size: int | None = Field(
+        default=4, ge=1, description="Rows handed to the engine at once; not a limit of concurrency."
+    )
+    chat: bool = Field(default=False, description="A text becomes one user message.")
+    system: str | None = Field(default=None, description="System message, put before chat messages.")
+
+    # ------------------------------------------------------------------ checks
+
+    @field_validator("identifier")
+    @classmethod
+    def _without_slash(cls, value: str) -> str:
+        return value.replace("/", "-")
+
+    @field_validator("max_batch_size", mode="before")
+    @classmethod
+    def _some_rows(cls, value: Any) -> Any:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(
+                f"max_batch_size={value} is not at least 1; None hands all rows of a call over at once"
+            )
+        return value
+
+    @field_validator("compute_kwargs")
+    @classmethod
+    def _known_hints(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if unknown := sorted(value.keys() - COMPUTE_HINTS):
+            raise ValueError(f"unknown compute_kwargs {unknown}; known are {sorted(COMPUTE_HINTS)}")
+        return value
+
+    @field_validator("prompt")
+    @classmethod
+    def _fillable(cls, value: str, info: ValidationInfo) -> str:
+        fields = Template.parse(value).fields
+        artifacts = info.data.get("artifacts", {})
+        if absent := {f for f in fields if "." in f} - {f"artifacts.{a}" for a in artifacts}:
+            raise ValueError(f"the prompt uses {sorted(absent)}, but artifacts has {sorted(artifacts)}")
+        named = {f for f in fields if "." not in f} - {"context", "input"}
+        if info.data.get("signature") == "singleton" and named:
+            raise ValueError(
+                f"the prompt uses {sorted(named)}, but with signature='singleton' a record is one value, "
+                "{input}; use signature='**kwargs' for dicts or '*args' for tuples"
+            )
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, data: Any) -> Any:
+        data = own_fields(data)
+        for name in data.keys() - cls.model_fields.keys() if isinstance(data, Mapping) else ():
+            if name in known_names("openai") | known_names("local"):
+                raise ValueError(f"{name!r} is a sampling parameter: put it into predict_kwargs")
+            if near := difflib.get_close_matches(name, cls.model_fields, n=1):
+                raise ValueError(f"{cls.__name__} has no field {name!r}; did you mean {near[0]!r}?")
+            raise ValueError(f"{cls.__name__} has no field {name!r}{cls._elsewhere}")
+        return data
+
+    @model_validator(mode="after")
+    def _known_sampling(self) -> Self:
+        check_names(self.predict_kwargs, self._sampling_target())
+        return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _without_secrets(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Errors show the value of their field, but never the whole input: a key may be in it."""
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise ValidationError.from_exception_data(
+                error.title, [_shown(e) for e in error.errors()]
+            ) from None
+
+    def _to_block_document(self, *args: Any, **kwargs: Any) -> Any:
+        # All of Block's ways to save pass here; what could not be loaded again is refused now.
+        for function in self._callables():
+            check_importable(function)
+        return super()._to_block_document(*args, **kwargs)  # type: ignore[misc]  # Block's, by the subclasses
+
+    def _callables(self) -> list[Callable[..., Any]]:
+        found = [self.prompt_func]
+        if isinstance(self.datatype, DataType):
+            found += [self.datatype.encoder, self.datatype.decoder]
+        if self.validation is not None:
+            found += [metric.object for metric in self.validation.metrics]
+        return [function for function in found if function is not None]
+
+    # ------------------------------------------------------------------ predicting
+
+    def predict(self, x: Any, context: Context = None, **sampling: Any) -> Output:
+        """The answer to one record: a text, or a list of `n` texts when `n > 1`.
+
+        Raises `RowErrors` when the row fails, `InvalidCall`, `ServerUnavailable` or `EngineFailed`
+        when the call does.
+        """
+        (output,) = _checked(self._outputs([x], context, sampling), "raise")
+        assert not isinstance(output, RowError)
+        return output
+
+    def predict_batches(
+        self, xs: Sequence[Any], context: Context = None, *, on_error: OnError = "raise", **sampling: Any
+    ) -> list[Output | RowError]:
+        """N records in, N answers out, in input order: texts, or lists of `n` texts when `n > 1`.
+
+        All rows are tried. If some fail, `RowErrors` is raised at the end with all results in it;
+        with `on_error="return"` each failed row is a `RowError` in its place instead.
+        `context` fills `{context}` of every prompt, `sampling` wins over `predict_kwargs`.
+        """
+        _check_on_error(on_error)
+        return _checked(self._outputs(xs, context, sampling), on_error)
+
+    def completions(
+        self, xs: Sequence[Any], context: Context = None, *, on_error: OnError = "raise", **sampling: Any
+    ) -> list[Completion | RowError]:
+        """As `predict_batches`, with full results: texts, token ids, logprobs, finish reasons, usage."""
+        _check_on_error(on_error)
+        return _checked(self._results(xs, context, sampling), on_error)
+
+    def _outputs(
+        self, xs: Sequence[Any], context: Context, given: Mapping[str, Any]
+    ) -> list[Output | RowError]:
+        many = self._sampling(given).get("n") not in (None, 1)
+        return [
+            r if isinstance(r, RowError) else [c.text for c in r.choices] if many else r.text
+            for r in self._results(xs, context, given)
+        ]
+
+    def _results(self, xs: Sequence[Any], context: Context, given: Mapping[str, Any]) -> list[Result]:
+        _check_rows(xs)
+        self._refuse_unbuilt()
+        config = self._config()
+        sampling = self._sampling(given)
+        requests = self._requests(xs, context, sampling)
+        results = loop.run(sharing.answer(config, requests, self.max_batch_size))
+        self._tell_cut(results, sampling)
+        return results
+
+    def _sampling(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self.predict_kwargs, **given}
+
+    def _requests(
+        self, xs: Sequence[Any], context: Context, sampling: Mapping[str, Any]
+    ) -> list[Request | RowError]:
+        prompter = Prompter(
+            prompt=self.prompt,
+            prompt_func=self.prompt_func,
+            signature=self.signature,
+            chat=self._is_chat(),
+            system=self.system,
+            artifacts={name: load_artifact(a.uri, a.datatype) for name, a in self.artifacts.items()},
+            context=context,
+        )
+        prompts = [prompter(x) for x in xs]
+        self._check_call(prompts, sampling)
+        return [
+            replace(p, index=i) if isinstance(p, RowError) else Request(p, sampling)
+            for i, p in enumerate(prompts)
+        ]
+
+    def _check_call(self, prompts: Sequence[Any], sampling: Mapping[str, Any]) -> None:
+        """Refuse what would be wrong for every row."""
+        if self.system is not None and any(isinstance(p, str) for p in prompts):
+            raise InvalidCall("system needs chat messages: set chat=True, or put the words into the prompt")
+        check_names(sampling, self._sampling_target())
+
+    def _tell_cut(self, results: Sequence[Result], sampling: Mapping[str, Any]) -> None:
+        answers = [r for r in results if isinstance(r, Completion)]
+        cut = sum(any(c.finish_reason == "length" for c in r.choices) for r in answers)
+        if cut and not {"max_tokens", "max_completion_tokens"} & sampling.keys():
+            logger.warning(
+                "%s: %d of %d answers were cut at max_tokens (vLLM's own default is 16 where neither the "
+                "model nor the chat protocol says more)", self.identifier, cut, len(answers),
+            )  # fmt: skip
+
+    def _refuse_unbuilt(self) -> None:
+        """Fields of later versions must not be ignored in silence where they would change an answer."""
+        used = {
+            "datatype": self.datatype not in (None, "str"),
+            "output_schema": self.output_schema is not None,
+            "flatten": self.flatten,
+        }
+        if names := [name for name, is_used in used.items() if is_used]:
+            raise InvalidCall(
+                f"{', '.join(names)}: kept with the model, but predicting with it is not built yet"
+            )
+
+    # ------------------------------------------------------------------ the engine
+
+    def init(self) -> Self:
+        """Start the engine now and keep it until `close()`."""
+        loop.run(sharing.hold(self._config(), self.uuid, again=False))
+        return self
+
+    def close(self) -> None:
+        """Let the engine go; it ends when no other model of this process holds it."""
+        loop.run(sharing.let_go(self._config(), self.uuid, all_holds=True))
+
+    def __enter__(self) -> Self:
+        loop.run(sharing.hold(self._config(), self.uuid, again=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        loop.run(sharing.let_go(self._config(), self.uuid, all_holds=False))
+
+    def _config(self) -> sharing.Config:
+        raise NotImplementedError
+
+    def _sampling_target(self) -> Target:
+        raise NotImplementedError
+
+    def _is_chat(self) -> bool:
+        return self.chat
+
+
+def _shown(error: ErrorDetails) -> InitErrorDetails:
+    whole_or_secret = not error["loc"] or error["type"] == "missing" or "api_key" in error["loc"]
+    return InitErrorDetails(
+        type=error["type"],
+        loc=error["loc"],
+        input="(not shown)" if whole_or_secret else error["input"],
+        ctx=error.get("ctx", {}),
+    )
+
+
+def _checked(results: list[T], on_error: OnError) -> list[T]:
+    errors = [r for r in results if isinstance(r, RowError)]
+    if errors and on_error == "raise":
+        raise RowErrors(errors, results)
+    return results
+
+
+def _check_on_error(on_error: OnError) -> None:
+    if on_error not in ("raise", "return"):
+        raise InvalidCall(f"on_error={on_error!r} is neither 'raise' nor 'return'")
+
+
+def _check_rows(xs: object) -> None:
+    """Refuse what would be iterated into something else than its records."""
+    if isinstance(xs, str | bytes | Mapping):
+        raise InvalidCall(f"xs must be a list of records, got a {type(xs).__name__}; predict(x) takes one")
+    if hasattr(xs, "columns"):
+        raise InvalidCall(
+            f"xs must be a list of records, got a {type(xs).__name__}, which iterates over its columns; "
+            "pass table['column'], or table.to_dict('records') or table.to_pylist() with signature='**kwargs'"
+        )
