@@ -93,9 +93,8 @@ class Host:
         extras = {name: sampling.pop(name) for name in CHAT_NAMES if name in sampling}
         lora, priority = lora_request(sampling.pop("lora_request", None)), sampling.pop("priority", 0)
         if bias := sampling.get("logit_bias"):
-            sampling["logit_bias"] = {
-                int(token): value for token, value in bias.items()
-            }  # JSON has text keys
+            # JSON has text keys.
+            sampling["logit_bias"] = {int(token): value for token, value in bias.items()}
         if isinstance(structured := sampling.get("structured_outputs"), Mapping):
             sampling["structured_outputs"] = StructuredOutputsParams(**structured)
         params = SamplingParams(**{**self.defaults, **sampling}, output_kind=RequestOutputKind.FINAL_ONLY)
@@ -212,6 +211,7 @@ def reason_of(error: BaseException) -> str:
 def start_engine(arguments: dict[str, Any]) -> Any:
     """An AsyncLLM with these engine arguments; an unknown one is refused with the nearest name."""
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     known = {f.name for f in dataclasses.fields(AsyncEngineArgs)}
@@ -219,7 +219,10 @@ def start_engine(arguments: dict[str, Any]) -> Any:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise TypeError(f"vllm_kwargs has {name!r}, which vLLM's engine arguments do not know{hint}")
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**{"enable_log_requests": False, **arguments}))
+    # As vLLM's `LLM` does for work in bulk: no statistics a step, and its larger default batches.
+    quiet = {"enable_log_requests": False, "disable_log_stats": True}
+    engine_args = AsyncEngineArgs(**{**quiet, **arguments})
+    return AsyncLLM.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
 
 
 def facts_of(engine: Any) -> Frame:
