@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from vllm_tasks.engines import Engine
+from vllm_tasks.errors import VllmTasksError
 from vllm_tasks.rows import Request, Result, RowError
 
 T = TypeVar("T")
@@ -49,7 +51,10 @@ async def answer(
                 send(chunk, group)
     except ExceptionGroup as failures:
         first = _first(failures)
-        raise first from first.__cause__  # and not from the group
+        error = copy.copy(first)  # other calls that failed for the same reason have results of their own
+        if isinstance(error, VllmTasksError):
+            error.results = results
+        raise error from first.__cause__  # and not from the group
     assert None not in results, "an engine returned from generate() before its last row was done"
     return cast(list[Result], results)
 

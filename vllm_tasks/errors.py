@@ -21,7 +21,13 @@ SHOWN = 5
 
 
 class VllmTasksError(Exception):
-    """Any error of this package."""
+    """Any error of this package.
+
+    `results`, when a call failed under way: one entry a row in input order, None for a row that was
+    neither answered nor failed by then.
+    """
+
+    results: list[Any] | None = None
 
 
 class InvalidCall(VllmTasksError, ValueError):
@@ -56,7 +62,7 @@ class RowErrors(VllmTasksError):
     def __init__(self, errors: Sequence[RowError], results: Sequence[Any]) -> None:
         super().__init__(errors, results)
         self.errors = list(errors)
-        self.results = list(results)
+        self.results: list[Any] = list(results)
 
     def __str__(self) -> str:
         shown = "; ".join(f"row {e.index}: {e.kind}: {e.message[:200]}" for e in self.errors[:SHOWN])

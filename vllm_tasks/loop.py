@@ -28,8 +28,19 @@ def engine_loop() -> asyncio.AbstractEventLoop:
         return _loop
 
 
+_of_the_parent: list[object] = []
+"""What a forked child has inherited and must never finalize: it shares the parent's epoll instance, and
+closing a transport here would make the parent deaf to its own."""
+
+
+def keep_from_parent(*inherited: object) -> None:
+    """Keep the parent's objects alive in a forked child, untouched."""
+    _of_the_parent.extend(inherited)
+
+
 def _begin_anew() -> None:
     global _lock, _loop
+    keep_from_parent(_loop)
     _lock, _loop = threading.Lock(), None
 
 

@@ -286,19 +286,19 @@ class Predictor(BaseModel):
 
     def init(self) -> Self:
         """Start the engine now and keep it until `close()`."""
-        loop.run(sharing.hold(self._config(), self.uuid, again=False))
+        loop.run(sharing.hold(self._config(), id(self), again=False))
         return self
 
     def close(self) -> None:
         """Let the engine go; it ends when no other model of this process holds it."""
-        loop.run(sharing.let_go(self._config(), self.uuid, all_holds=True))
+        loop.run(sharing.let_go(self._config(), id(self)))
 
     def __enter__(self) -> Self:
-        loop.run(sharing.hold(self._config(), self.uuid, again=True))
+        loop.run(sharing.hold(self._config(), id(self), again=True))
         return self
 
     def __exit__(self, *_: object) -> None:
-        loop.run(sharing.let_go(self._config(), self.uuid, all_holds=False))
+        loop.run(sharing.leave(id(self)))
 
     def _config(self) -> sharing.Config:
         raise NotImplementedError

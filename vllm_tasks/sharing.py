@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import atexit
 import os
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from vllm_tasks import batching, loop
 from vllm_tasks.engines import Engine
@@ -27,37 +27,45 @@ Config = HttpConfig | LocalConfig
 
 @dataclass(eq=False)
 class Shared:
-    """An engine and who needs it. `holders` counts how often each model has entered."""
+    """An engine, its start, and how many calls use it. `keep`: it stays warm when nobody does."""
 
     engine: Engine
     started: asyncio.Task[None]
-    holders: Counter[str] = field(default_factory=Counter)
     calls: int = 0
     keep: bool = True
 
 
 _shared: dict[Config, Shared] = {}
 _closing: dict[Config, asyncio.Task[None]] = {}
+_held: dict[int, list[Config]] = {}
+"""What each model holds, in the order of its entries. Outlives an engine that fails: its successor is
+held by the same models."""
 
 
-async def hold(config: Config, model: str, *, again: bool) -> None:
+async def hold(config: Config, model: int, *, again: bool) -> None:
     """Start the engine if need be and keep it for `model`; with `again`, count every entry."""
-    shared = await _ready(config)
-    shared.keep = True
-    if again or not shared.holders[model]:
-        shared.holders[model] += 1
-
-
-async def let_go(config: Config, model: str, *, all_holds: bool) -> None:
-    """Undo one `hold` of `model`, or all; closes the engine when nobody is left."""
-    shared = _shared.get(config)
-    if shared is None:
+    entries = _held.setdefault(model, [])
+    if not again and config in entries:
         return
-    shared.holders[model] = 0 if all_holds else max(0, shared.holders[model] - 1)
-    shared.holders += Counter()  # drops the zeros
-    if not shared.holders:
-        shared.keep = False
-        await _close_if_unused(config, shared)
+    entries.append(config)  # before the start, which others must not end meanwhile
+    try:
+        async with _using(config):
+            pass
+    except BaseException:
+        entries.remove(config)
+        raise
+
+
+async def leave(model: int) -> None:
+    """Undo the last `hold` of `model`."""
+    if entries := _held.get(model):
+        await _release(entries.pop())
+
+
+async def let_go(config: Config, model: int) -> None:
+    """Undo all holds of `model`, and close the engine of `config` unless others need it."""
+    for held in {config, *_held.pop(model, [])}:
+        await _release(held)
 
 
 async def answer(
@@ -70,10 +78,23 @@ async def answer(
     failed: list[Result] = [request for request in requests if isinstance(request, RowError)]
     if len(failed) == len(requests):
         return failed
-    shared = await _ready(config)
+    async with _using(config) as engine:
+        return await batching.answer(engine, requests, max_batch_size)
+
+
+@asynccontextmanager
+async def _using(config: Config) -> AsyncIterator[Engine]:
+    """The started engine of `config`; those who come while it starts wait for the same start."""
+    while closing := _closing.get(config):
+        await asyncio.wait({closing})  # two engines of one kind would not fit on the device
+    shared = _shared.get(config)
+    if shared is None:
+        engine = LocalEngine(config) if isinstance(config, LocalConfig) else HttpEngine(config)
+        shared = _shared[config] = Shared(engine, asyncio.create_task(engine.start()))
     shared.calls += 1
     try:
-        return await batching.answer(shared.engine, requests, max_batch_size)
+        await _started(config, shared)
+        yield shared.engine
     except EngineFailed:
         _forget(config, shared)  # the next call starts a new one
         raise
@@ -82,38 +103,12 @@ async def answer(
         await _close_if_unused(config, shared)
 
 
-async def close_all() -> None:
-    """Close every engine of this process."""
-    engines = [shared.engine for shared in _shared.values()]
-    _shared.clear()
-    await asyncio.gather(*(engine.close() for engine in engines), *_closing.values())
-
-
-async def _ready(config: Config) -> Shared:
-    """The started engine of `config`; those who come while it starts wait for the same start."""
-    if closing := _closing.get(config):
-        await asyncio.shield(closing)  # two engines of one kind would not fit on the device
-    shared = _shared.get(config)
-    if shared is None:
-        engine = LocalEngine(config) if isinstance(config, LocalConfig) else HttpEngine(config)
-        shared = _shared[config] = Shared(engine, asyncio.create_task(engine.start()))
+async def _started(config: Config, shared: Shared) -> None:
     try:
         await asyncio.shield(shared.started)
     except Exception:
         _forget(config, shared)
         raise
-    return shared
-
-
-async def _close_if_unused(config: Config, shared: Shared) -> None:
-    if shared.calls or shared.keep or _shared.get(config) is not shared:
-        return
-    del _shared[config]
-    task = _closing[config] = asyncio.create_task(shared.engine.close())
-    try:
-        await asyncio.shield(task)
-    finally:
-        _closing.pop(config, None)
 
 
 def _forget(config: Config, shared: Shared) -> None:
@@ -121,14 +116,46 @@ def _forget(config: Config, shared: Shared) -> None:
         del _shared[config]
 
 
+async def _release(config: Config) -> None:
+    if shared := _shared.get(config):
+        shared.keep = _is_held(config)
+        await _close_if_unused(config, shared)
+
+
+def _is_held(config: Config) -> bool:
+    return any(config in entries for entries in _held.values())
+
+
+async def _close_if_unused(config: Config, shared: Shared) -> None:
+    if shared.calls or shared.keep or _is_held(config) or _shared.get(config) is not shared:
+        return
+    del _shared[config]
+    closing = _closing[config] = asyncio.create_task(shared.engine.close())
+    closing.add_done_callback(lambda _: _closing.pop(config, None))
+    await asyncio.shield(closing)
+
+
+async def _close_all() -> None:
+    """Close every engine of this process, those that are still starting too."""
+    engines = [shared.engine for shared in _shared.values()]
+    starting = [shared.started for shared in _shared.values() if not shared.started.done()]
+    _shared.clear()
+    for start in starting:
+        start.cancel()
+    if starting:
+        await asyncio.wait(starting)
+    await asyncio.gather(*(engine.close() for engine in engines), *_closing.values())
+
+
 def _close_at_exit() -> None:
-    if _shared:
-        loop.run(close_all())
+    if _shared or _closing:
+        loop.run(_close_all())
 
 
 def _begin_anew() -> None:
-    _shared.clear()
-    _closing.clear()
+    loop.keep_from_parent(dict(_shared), dict(_closing))
+    for state in (_shared, _closing, _held):
+        state.clear()
 
 
 atexit.register(_close_at_exit)

@@ -63,7 +63,7 @@ class Host:
             task.add_done_callback(partial(self.forget, row))
 
     def forget(self, row: int, _: asyncio.Task[None]) -> None:
-        del self.tasks[row]
+        self.tasks.pop(row, None)
 
     def cancel(self, frame: Frame) -> None:
         """Abort rows that nobody waits for any more."""
@@ -233,8 +233,6 @@ def facts_of(engine: Any) -> Frame:
         "vllm": vllm.__version__,
         "max_num_seqs": config.scheduler_config.max_num_seqs,
         "max_model_len": config.model_config.max_model_len,
-        "model": config.model_config.model,
-        "defaults": config.model_config.get_diff_sampling_param(),
     }
 
 
@@ -317,6 +315,8 @@ def kill_session(session: int) -> None:
 
 if __name__ == "__main__":
     channel = socket.socket(fileno=int(sys.argv[1]))
+    # Where vLLM forks (its default on GPUs), a copy of our end would hide our death from the parent.
+    os.register_at_fork(after_in_child=partial(os.close, channel.fileno()))
     threading.Thread(target=leave_with, args=(int(sys.argv[2]),), daemon=True).start()
     code = 1
     try:

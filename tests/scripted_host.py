@@ -1,0 +1,70 @@
+"""Stands for `engines/host.py` where a real engine will not do on demand what a test needs.
+
+Says it is ready after `start` seconds (an engine argument) and answers each row with its prompt, but for
+prompts that are orders: `die` (on the first life only), `die always`, `shout` (a line of 2 MiB).
+Every row that comes in, and every start, is a line of the file `log`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    arguments = receive(channel)
+    log = Path(arguments["log"])
+    life = log.read_text().count("start\n") if log.exists() else 0
+    note(log, "start")
+    time.sleep(arguments.get("start", 0))
+    if "refuse" in arguments:
+        print("Traceback (most recent call last):\nValueError: " + arguments["refuse"], flush=True)
+        send(channel, {"failed": "RuntimeError: Engine core initialization failed. See root cause above."})
+        return
+    send(channel, {"ready": {"vllm": "scripted", "max_num_seqs": 4, "max_model_len": 100}})
+    while frame := receive(channel):
+        for row, prompt in frame.get("chunk", []):
+            note(log, prompt)
+            obey(prompt, life)
+            choice = {"text": prompt, "finish_reason": "stop", "token_ids": [1], "logprobs": None}
+            completion = {"choices": [choice], "prompt_tokens": 1, "completion_tokens": 1}
+            send(channel, {"row": row, "completion": {**completion, "prompt_logprobs": None}})
+
+
+def obey(prompt: str, life: int) -> None:
+    if prompt == "shout":
+        print("x" * 2**21, flush=True)
+    if prompt == "die always" or (prompt == "die" and life == 0):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def note(log: Path, words: str) -> None:
+    with log.open("a") as file:
+        file.write(words + "\n")
+
+
+def send(channel: socket.socket, frame: dict[str, Any]) -> None:
+    data = json.dumps(frame).encode()
+    channel.sendall(struct.pack("!I", len(data)) + data)
+
+
+def receive(channel: socket.socket) -> dict[str, Any]:
+    """The next frame; an empty one at the end."""
+    head = channel.recv(4, socket.MSG_WAITALL)
+    if len(head) < 4:
+        return {}
+    (size,) = struct.unpack("!I", head)
+    frame: dict[str, Any] = json.loads(channel.recv(size, socket.MSG_WAITALL))
+    return frame
+
+
+if __name__ == "__main__":
+    main()
