@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import json
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -102,8 +103,9 @@ async def hang(_: Asked) -> None:
 class ScriptedServer:
     """Serves from a thread with a loop of its own; `stop()` and `start()` keep the port."""
 
-    def __init__(self, script: Script = lambda _: None) -> None:
+    def __init__(self, script: Script = lambda _: None, tls: ssl.SSLContext | None = None) -> None:
         self.script = script
+        self.tls = tls
         self.requests: list[Asked] = []
         self.peak = self.open = self.dropped = 0
         self._loop = asyncio.new_event_loop()
@@ -113,7 +115,7 @@ class ScriptedServer:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
 
     @property
     def posts(self) -> list[Asked]:
@@ -157,7 +159,8 @@ class ScriptedServer:
         app.router.add_route("*", "/{path:.*}", self._serve)
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.01)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True).start()
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True, ssl_context=self.tls)
+        await site.start()
 
     async def _stop(self) -> None:
         if self._runner is not None:

@@ -6,7 +6,10 @@ import asyncio
 import email.utils
 import json
 import logging
+import shutil
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -22,6 +25,7 @@ from hypothesis import strategies as st
 
 from tests.scripted_server import MODEL, Asked, Deed, Raw, Reply, ScriptedServer, answer_to, hang, refused
 from vllm_tasks import InvalidCall, RowError, RowErrors, ServerUnavailable, VllmAPI
+from vllm_tasks import loop as engine_loop
 from vllm_tasks.engines import http, servers
 
 KEY = "sk-secret-0123456789"
@@ -205,6 +209,108 @@ def test_a_list_of_models_that_never_comes_is_no_server(
     assert [a.path for a in server.requests].count("/v1/models") <= 4
 
 
+def test_a_list_of_models_in_many_small_chunks_is_read_whole(server: ScriptedServer, api: Make) -> None:
+    """A control answer may come in as many HTTP chunks as its sender likes."""
+    content = json.dumps({"data": [{"id": "in-pieces"}]}).encode()
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in content)
+    whole = Raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n")
+    server.script = lambda asked: whole if asked.path == "/v1/models" else None
+    assert api(model=None).predict("x") == answer_to("x")
+    assert server.posts[0].body["model"] == "in-pieces"
+
+
+def test_a_list_of_models_without_end_is_not_read_to_its_end(server: ScriptedServer, api: Make) -> None:
+    """More than a control answer may have is no list of models."""
+    chunks = b"400\r\n" + b"x" * 1024 + b"\r\n"
+    endless = Raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks * 2000)
+    server.script = lambda asked: endless if asked.path == "/v1/models" else None
+    with pytest.raises(InvalidCall, match="pass model="):
+        api(model=None).predict("x")
+
+
+# ---------------------------------------------------------------------- encrypted connections
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One file with a key and a certificate for 127.0.0.1 that no authority has signed."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the openssl command")
+    folder = tmp_path_factory.mktemp("tls")
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
+    subprocess.run([*command.split(), *names, *files], check=True, capture_output=True)
+    return folder / "cert.pem"
+
+
+@pytest.fixture
+def encrypted(certificate: Path) -> Iterator[ScriptedServer]:
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate, certificate.with_name("key.pem"))
+    with ScriptedServer(tls=tls) as server:
+        yield server
+
+
+@pytest.mark.parametrize("model", [None, "m"])
+def test_rows_and_control_calls_trust_the_authorities_of_ssl_cert_file(
+    encrypted: ScriptedServer,
+    api: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    certificate: Path,
+    model: str | None,
+) -> None:
+    """A server with a certificate of its own works when SSL_CERT_FILE names that."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    assert api(encrypted.url, model=model).predict_batches(["a", "b"]) == [answer_to("a"), answer_to("b")]
+
+
+@pytest.mark.parametrize("model", [None, "m"])
+def test_a_certificate_that_is_not_trusted_is_the_calls_fault(
+    encrypted: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch, model: str | None
+) -> None:
+    """It raises at once, with the URL, the reason and the way out, and nothing is asked."""
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    with pytest.raises(InvalidCall, match=rf"{encrypted.url}.*self.signed.*SSL_CERT_FILE"):
+        api(encrypted.url, model=model).predict("x")
+    assert encrypted.requests == []
+
+
+@pytest.mark.parametrize("model", [None, "m"])
+def test_a_server_that_speaks_no_tls_is_the_calls_fault(
+    server: ScriptedServer, api: Make, model: str | None
+) -> None:
+    """An https URL of an http server is corrected by the caller, not waited for."""
+    url = server.url.replace("http:", "https:")
+    with pytest.raises(InvalidCall, match=rf"{url}.*correct api_url"):
+        api(url, model=model).predict("x")
+
+
+@pytest.mark.parametrize("model", [None, "m"])
+def test_a_server_that_goes_away_in_the_handshake_is_waited_for(
+    api: Make, monkeypatch: pytest.MonkeyPatch, model: str | None
+) -> None:
+    """A connection that ends before it is encrypted tells nothing about trust."""
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.2")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def hang_up() -> None:
+            try:
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.recv(9999)
+            except OSError:
+                return
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        with pytest.raises(ServerUnavailable):
+            api(f"https://127.0.0.1:{listener.getsockname()[1]}", model=model, retries=9).predict("x")
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
 # ---------------------------------------------------------------------- the key
 
 
@@ -329,6 +435,19 @@ def test_the_limit_holds_over_all_calls_of_the_process(server: ScriptedServer, a
         results = [call.result() for call in calls]
     assert results == [[answer_to(f"{c}{i}") for i in range(30)] for c in "ab"]
     assert server.peak == 5
+
+
+def test_a_large_chunk_does_not_become_as_many_tasks(server: ScriptedServer, api: Make) -> None:
+    """With max_batch_size=None, of 2,000 rows no more than a window's worth are tasks at once."""
+    tasks: list[int] = []
+
+    def script(asked: Asked) -> Deed:
+        tasks.append(len(asyncio.all_tasks(engine_loop.engine_loop())))
+        return None
+
+    server.script = script
+    assert len(api(max_in_flight=8, max_batch_size=None).predict_batches(["x"] * 2000)) == 2000
+    assert max(tasks) < 40
 
 
 def test_a_slow_row_holds_up_no_other(server: ScriptedServer, api: Make) -> None:
@@ -705,6 +824,76 @@ def test_a_server_restarted_in_the_middle_of_a_call_answers_all(server: Scripted
         time.sleep(0.3)
         server.start()
         assert call.result(timeout=60) == [answer_to(x) for x in xs]
+
+
+# ---------------------------------------------------------------------- behind a gateway
+
+
+def away_until(health_checks: int, status: int = 503) -> Callable[[Asked], Deed]:
+    """A gateway whose server is away until its health has been asked for so many times."""
+    left = [health_checks]
+
+    def script(asked: Asked) -> Deed:
+        if left[0] <= 0:
+            return None
+        left[0] -= asked.path == "/health"
+        return Reply(b"<html>Service Temporarily Unavailable</html>", status)
+
+    return script
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_a_server_restarted_behind_a_gateway_answers_all(
+    server: ScriptedServer, api: Make, status: int
+) -> None:
+    """What a gateway says in the server's place costs no row an attempt, and begins the patience."""
+    server.script = away_until(6, status)
+    xs = [str(i) for i in range(60)]
+    assert api(max_in_flight=20, retries=0).predict_batches(xs) == [answer_to(x) for x in xs]
+    assert [a.path for a in server.requests].count("/health") == 7
+    assert len(server.posts) <= 20 + 60
+
+
+def test_a_gateway_without_a_server_ends_the_call_after_the_patience(
+    server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that does not come back is unavailable, whoever says so for it."""
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.3")
+    server.script = away_until(9999)
+    with pytest.raises(ServerUnavailable, match=rf"{server.url} for 0.3 s .*HTTP 503 from .*/health"):
+        api().predict_batches([str(i) for i in range(20)])
+
+
+def test_a_gateway_without_a_server_is_left_alone(
+    server: ScriptedServer, other: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another server takes over at no cost to the rows."""
+    monkeypatch.setattr(servers, "LEFT_ALONE", 60.0)
+    server.script = away_until(9999)
+    xs = [str(i) for i in range(30)]
+    model = api([server.url, other.url], max_in_flight=3, retries=0)
+    assert model.predict_batches(xs) == [answer_to(x) for x in xs]
+    assert len(server.posts) <= 3
+    assert [a.path for a in server.requests].count("/health") == 1
+
+
+def test_a_healthy_server_that_is_overloaded_fails_its_rows(
+    server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """503 of a healthy server counts against the row; one health check a while serves all rows."""
+    monkeypatch.setattr(servers, "PROBE_EVERY", 60.0)
+    server.script = lambda asked: None if asked.body is None else refused(503, "overloaded")
+    results = api().predict_batches([str(i) for i in range(40)], on_error="return")
+    assert {(r.kind, r.retryable) for r in results if isinstance(r, RowError)} == {("server", True)}
+    assert len(server.posts) == 80
+    assert [a.path for a in server.requests].count("/health") == 1
+
+
+def test_a_server_that_says_when_to_come_back_is_not_in_doubt(server: ScriptedServer, api: Make) -> None:
+    """503 with Retry-After is a server that is there."""
+    server.script = once(refused(503, "busy", Retry_After="0"))
+    assert api().predict("x") == answer_to("x")
+    assert len(server.requests) == 2
 
 
 # ---------------------------------------------------------------------- the end of a call

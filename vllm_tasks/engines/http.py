@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 
 from vllm_tasks.engines import Done, wire
-from vllm_tasks.engines.servers import Key, Server, Servers, Unreachable
+from vllm_tasks.engines.servers import Key, Server, Servers, Unreachable, untrusted
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import Request, Result, RowError, RowErrorKind
 from vllm_tasks.window import Window
@@ -31,6 +31,8 @@ KEEPALIVE = 4.0
 """Seconds an idle connection is kept: vLLM's server closes its end after 5."""
 FATAL = {401: "check api_key", 403: "check api_key", 404: "check api_url and model"}
 RETRIED = {408, 429}
+GATEWAY = {502, 503, 504}
+"""What a gateway says while the server behind it is away; vLLM itself says 503 when its engine is dead."""
 TOO_LONG = ("maximum context length", "maximum model length", "max_model_len")
 """How vLLM's refusals of a prompt that is too long say so."""
 STREAMED = 2**20
@@ -66,7 +68,13 @@ class Attempt(Exception):
 
 
 class HttpEngine:
-    """An `Engine` whose rows are HTTP requests, one each."""
+    """An `Engine` whose rows are HTTP requests, one each.
+
+    Three limits, outermost first. The `window` admits the rows of all calls in whole chunks, so that
+    it may be exceeded by one chunk. Of these `_room` lets exactly the window's limit become tasks: the
+    rest must not wait at a slow server, where they would fill the window. Each server's `room`
+    is `max_in_flight` rows: it matters while others are down, whose share would come on top.
+    """
 
     def __init__(self, config: HttpConfig) -> None:
         self.config = config
@@ -75,12 +83,11 @@ class HttpEngine:
         model = "" if config.protocol == "legacy" else config.model  # legacy names none
         self._servers = Servers(config.urls, model, self._key, config.patience, config.max_in_flight)
         self._session: aiohttp.ClientSession | None = None
-        # A chunk may be larger than the window: only so many of its rows become tasks at once.
         self._room = asyncio.Semaphore(self.window.limit)
 
     async def start(self) -> None:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE, ssl=self._servers.tls),
             timeout=aiohttp.ClientTimeout(total=self.config.timeout, sock_connect=CONNECT_TIMEOUT),
             headers={**self._key.headers(), "Content-Type": "application/json"},
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -133,6 +140,8 @@ class HttpEngine:
 
     async def _attempt(self, server: Server, request: Request) -> Result:
         """One request; raises `Unreachable`, `Attempt`, or `InvalidCall`."""
+        if not server.is_there:  # lost while this row waited for its room
+            raise Unreachable(f"{server.url} does not answer")
         path = wire.path_of(self.config.protocol, request)
         model = None if path == "/generate" else await self._servers.model_of(server)
         try:
@@ -143,7 +152,10 @@ class HttpEngine:
         if response.status != 200:
             if response.status == 404:
                 self._servers.forget_model(server)
-            raise refusal(response, content, self._key)
+            refused = refusal(response, content, self._key)
+            if response.status in GATEWAY and "Retry-After" not in response.headers:
+                await self._servers.check(server)  # else it is not the row's failure
+            raise refused
         try:
             return wire.parse(path, request, json.loads(content))
         except (ValueError, RecursionError) as error:
@@ -152,12 +164,17 @@ class HttpEngine:
             raise Attempt("response", f"{why}; the answer from {server.url} began with {begin!r}") from error
 
     async def _post(self, url: str, body: bytes) -> tuple[aiohttp.ClientResponse, bytes]:
-        """The response and its body; raises `Unreachable` without a connection, else `Attempt`."""
+        """The response and its body.
+
+        Raises `Unreachable` without a connection, `InvalidCall` without a trusted one, else `Attempt`.
+        """
         assert self._session is not None, "start() comes first"
         data = io.BytesIO(body) if len(body) >= STREAMED else body
         try:
             async with self._session.post(url, data=data, allow_redirects=False) as response:
                 return response, await self._read(response)
+        except aiohttp.ClientSSLError as error:
+            raise untrusted(url, error) from error
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise Unreachable(str(error)) from error
         except TimeoutError as error:

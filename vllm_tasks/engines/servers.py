@@ -6,12 +6,14 @@ import asyncio
 import json
 import logging
 import re
+import ssl
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import requests
+from requests.adapters import HTTPAdapter
 
 from vllm_tasks.errors import InvalidCall, ServerUnavailable
 
@@ -20,7 +22,7 @@ logger = logging.getLogger(__name__)
 LEFT_ALONE = 5.0
 """Seconds that a server which refused a connection gets no rows while others are there."""
 PROBE_EVERY = 1.0
-"""Seconds between two health checks while no server is there."""
+"""Seconds between two health checks of a server that is in doubt."""
 CONTROL_TIMEOUT = 10.0
 """Seconds for a control call (health, models)."""
 CONTROL_BYTES = 2**20
@@ -68,12 +70,27 @@ class Server:
     room: asyncio.Semaphore
     in_flight: int = 0
     avoid_until: float = 0.0
+    well_until: float = 0.0
     asking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def is_there(self) -> bool:
         """Whether it may get rows, as far as we know."""
         return self.avoid_until <= time.monotonic()
+
+
+class TrustedBy(HTTPAdapter):
+    """Has `requests` trust the certificates that a context trusts, and no others of its own."""
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self.context = context
+        super().__init__()
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs, ssl_context=self.context)
+
+    def cert_verify(self, *_: Any) -> None:
+        """Add no authorities to the context, which verifies by itself."""
 
 
 class Servers:
@@ -89,6 +106,7 @@ class Servers:
         self.model = model
         self.key = key
         self.patience = patience
+        self.tls = ssl.create_default_context()  # for rows and control calls alike; obeys SSL_CERT_FILE
         self._search: asyncio.Task[None] | None = None
         self._waiting = 0
 
@@ -103,6 +121,18 @@ class Servers:
     def lose(self, server: Server) -> None:
         """Leave a server alone for a while."""
         server.avoid_until = time.monotonic() + LEFT_ALONE
+
+    async def check(self, server: Server) -> None:
+        """Raise `Unreachable` when a server that a gateway gives no answer from is not healthy.
+
+        One health check a second at most, however many rows ask.
+        """
+        async with server.asking:
+            if not server.is_there:  # the row before us at this lock has found that out
+                raise Unreachable(f"{server.url} is not healthy")
+            if server.well_until <= time.monotonic():
+                await self._check_health(server.url)
+                server.well_until = time.monotonic() + PROBE_EVERY
 
     def forget_model(self, server: Server) -> None:
         """Ask the server anew for its model: it does not know the one that it told us."""
@@ -176,9 +206,7 @@ class Servers:
     async def _ailment(self, server: Server) -> str | None:
         """Why the server cannot work, None when it can; one without /health can when it answers."""
         try:
-            status, _ = await self._ask(f"{server.url}/health")
-            if status >= 500:
-                return f"HTTP {status} from {server.url}/health"
+            await self._check_health(server.url)
             async with server.asking:
                 if server.model is None:
                     server.model = await self._first_model(server.url)
@@ -186,21 +214,51 @@ class Servers:
             return str(error)
         return None
 
+    async def _check_health(self, url: str) -> None:
+        """Raise `Unreachable` unless the server says that it is well, or has no /health."""
+        status, _ = await self._ask(f"{url}/health")
+        if status >= 500:
+            raise Unreachable(f"HTTP {status} from {url}/health")
+
     async def _ask(self, url: str) -> tuple[int, bytes]:
         """Status and body of a control call."""
         try:
             return await asyncio.wait_for(asyncio.to_thread(self._get, url), CONTROL_TIMEOUT)
         except TimeoutError as error:
             raise Unreachable(f"no answer from {url} within {CONTROL_TIMEOUT:g} s") from error
+        except requests.exceptions.SSLError as error:
+            if _is_cut(error):
+                raise Unreachable(self.key.hidden_in(str(error))) from error
+            raise untrusted(url, error) from error
         except requests.RequestException as error:
             raise Unreachable(self.key.hidden_in(str(error))) from error
 
     def _get(self, url: str) -> tuple[int, bytes]:
         with requests.Session() as session:
             session.trust_env = False  # as for the rows: a .netrc would replace the key, a proxy see it
+            session.mount("https://", TrustedBy(self.tls))
             # Redirects are not followed: the key must not travel to another host.
             with session.get(
                 url, headers=self.key.headers(), timeout=CONTROL_TIMEOUT, allow_redirects=False, stream=True
             ) as response:
-                content = next(response.iter_content(CONTROL_BYTES), b"")
-                return response.status_code, content
+                content = bytearray()
+                for part in response.iter_content(CONTROL_BYTES):  # a part may be one small HTTP chunk
+                    content += part
+                    if len(content) >= CONTROL_BYTES:
+                        break
+                return response.status_code, bytes(content)
+
+
+def untrusted(url: str, error: Exception) -> InvalidCall:
+    """No encrypted connection comes about, and waiting would not help."""
+    return InvalidCall(
+        f"no encrypted connection to {url}: {error}; name the authority of its certificate in SSL_CERT_FILE, "
+        "or correct api_url"
+    )
+
+
+def _is_cut(error: BaseException | None) -> bool:
+    """Whether the far side only went away, as a server does that restarts."""
+    while error is not None and not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        error = error.__context__
+    return error is not None
