@@ -242,6 +242,33 @@ def test_rows_that_are_futures_are_resolved(model: VllmAPI) -> None:
     ]
 
 
+@pytest.mark.parametrize("way", ["future", "by name", "state", "quote", "futures"])
+def test_mapping_goes_over_what_a_future_holds(model: VllmAPI, way: str) -> None:
+    """What an upstream task gives is resolved as a whole and then mapped over, as Prefect does it."""
+
+    @task
+    def batches() -> list[list[str]]:
+        return [["a"], ["b", "c"]]
+
+    @task
+    def batch(texts: str) -> list[str]:
+        return list(texts)
+
+    @flow
+    def mapped() -> Any:
+        if way == "future":
+            return predict_batches.map(model, batches.submit()).result()
+        if way == "by name":
+            return predict_batches.map(model=model, xs=batches.submit()).result()
+        if way == "state":
+            return predict_batches.map(model, batches(return_state=True)).result()
+        if way == "quote":
+            return predict_batches.map(model, quote([["a"], ["b", "c"]])).result()
+        return predict_batches.map(model, batch.map(["a", "bc"])).result()
+
+    assert mapped() == [answers("a"), answers("b", "c")]
+
+
 def test_a_model_may_come_from_a_future(model: VllmAPI) -> None:
     """A model that an upstream task makes or loads is resolved."""
 

@@ -56,7 +56,7 @@ class RowsTask(Task[..., Any]):
         return super().submit(*args, **kwargs)
 
     def map(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = on_rows(lambda batches: [unseen(rows) for rows in batches], args, kwargs)
+        args, kwargs = on_rows(each_unseen, args, kwargs)
         args = tuple(value if i == 1 else unmapped(value) for i, value in enumerate(args))
         mapped = {*ROWS, "return_state", "wait_for", "deferred"}  # the last three are Prefect's own
         kwargs = {name: value if name in mapped else unmapped(value) for name, value in kwargs.items()}
@@ -79,6 +79,12 @@ def on_rows(
     """The arguments of `f(model, rows, ...)` with the rows changed."""
     args = tuple(change(value) if i == 1 else value for i, value in enumerate(args))
     return args, {name: change(value) if name in ROWS else value for name, value in kwargs.items()}
+
+
+def each_unseen(batches: Any) -> Any:
+    """Each of `batches` wrapped; what Prefect has to resolve or unwrap to them is left to it."""
+    for_prefect = isinstance(batches, PrefectFuture | State | BaseAnnotation)
+    return batches if for_prefect else [unseen(rows) for rows in batches]
 
 
 def unseen(rows: Any) -> Any:
