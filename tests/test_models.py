@@ -32,6 +32,7 @@ from vllm_tasks import (
 )
 from vllm_tasks.engines.urls import split_urls
 from vllm_tasks.predictor import COMPUTE_HINTS
+from vllm_tasks.settings import site_settings
 
 Maker = Callable[..., VllmAPI | VllmModel]
 BOTH = pytest.mark.parametrize("make", [VllmAPI, VllmModel])
@@ -106,6 +107,16 @@ def test_every_field_has_a_description(make: Any) -> None:
         ({"promt": "x"}, ["no field 'promt'", "did you mean 'prompt'"]),
         ({"temperature": 0}, ["'temperature' is a sampling parameter", "predict_kwargs"]),
         ({"qqqq": 0}, ["no field 'qqqq'"]),
+        ({"output_schema": {"a": "integer"}}, ["{'a': 'integer'}", "str, int, float", "JSON Schema"]),
+        ({"output_schema": {"a": "int", "b": [1]}}, ["{'b': [1]}", "str, int, float", "JSON Schema"]),
+        ({"output_schema": {}}, ["JSON Schema"]),
+        ({"output_schema": "os.environ"}, ["'os.environ' is outside"]),
+        ({"output_schema": "vllm_tasks.absent.Y"}, ["No module named 'vllm_tasks.absent'"]),
+        (
+            {"output_schema": "vllm_tasks.prompts.joined"},
+            ["'vllm_tasks.prompts.joined'", "no pydantic model"],
+        ),
+        ({"output_schema": "vllm_tasks.prompts.Template"}, ["no pydantic model"]),
     ],
 )
 def test_each_wrong_field_has_one_clear_error(make: Maker, fields: dict[str, Any], said: list[str]) -> None:
@@ -216,6 +227,20 @@ def test_settings_stand_in_for_what_a_model_does_not_say(monkeypatch: pytest.Mon
     assert (own.max_in_flight, own.timeout) == (9, 4)
 
 
+def test_the_site_decides_at_each_call_what_a_model_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that was made or saved before the environment changed follows it; its own values stay."""
+    model = VllmAPI(identifier="m", api_url="http://x")
+    own = VllmAPI(identifier="m", api_url="http://x", timeout=4, retries=0, max_in_flight=3)
+    assert model.model_dump(include={"timeout", "retries"}) == {"timeout": None, "retries": None}
+    assert (model._config().timeout, model._config().retries) == (600, 5)
+    for name, value in {"TIMEOUT": "7", "RETRIES": "9", "MAX_IN_FLIGHT": "2"}.items():
+        monkeypatch.setenv(f"VLLM_TASKS_{name}", value)
+    config = model._config()
+    assert (config.timeout, config.retries, config.max_in_flight) == (7, 9, 2)
+    config = own._config()
+    assert (config.timeout, config.retries, config.max_in_flight) == (4, 0, 3)
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("timeout", 0), ("timeout", -1), ("retries", -1), ("max_in_flight", 0)]
 )
@@ -283,7 +308,9 @@ def test_counts_are_at_least_one(field: str) -> None:
         ({"datatype": DataType(identifier="d")}, "datatype"),
         ({"output_schema": {"a": "int"}}, "output_schema"),
         ({"flatten": True}, "flatten"),
-        ({"flatten": True, "output_schema": "x.Y"}, "output_schema, flatten"),
+        ({"output_schema": {"type": "object", "properties": {"a": {"type": "integer"}}}}, "output_schema"),
+        ({"output_schema": {"type": "str"}}, "output_schema"),
+        ({"flatten": True, "output_schema": "vllm_tasks.outputs.Artifact"}, "output_schema, flatten"),
     ],
 )
 def test_fields_of_later_versions_are_kept_and_using_them_says_so(
@@ -477,11 +504,25 @@ def test_every_setting_has_a_description_and_an_environment_name(monkeypatch: py
         assert getattr(Settings(), name) != before, name
 
 
-def test_a_wrong_setting_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A value out of its range is an error at the next use."""
-    monkeypatch.setenv("VLLM_TASKS_TIMEOUT", "0")
-    with pytest.raises(ValidationError, match="timeout"):
-        Settings()
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("TIMEOUT", "0", "greater than 0.*Seconds"),
+        ("TIMEOUT", "abc", "valid number.*Seconds"),
+        ("RETRIES", "1.5", "valid integer"),
+        ("CALLABLE_PREFIXES", "flows", r"Invalid JSON.*\(a JSON list\)"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: str
+) -> None:
+    """The next use names the variable, its value and what is expected, wherever it is noticed."""
+    model = VllmAPI(identifier="m", api_url="http://x")
+    monkeypatch.setenv(f"VLLM_TASKS_{name}", value)
+    for use in (site_settings, lambda: VllmAPI(identifier="m"), lambda: model.predict("x")):
+        with pytest.raises(InvalidCall, match=f"VLLM_TASKS_{name}='{value}'.*{expected}") as raised:
+            use()
+        assert not isinstance(raised.value, ValidationError)
 
 
 # ---------------------------------------------------------------------- calls, against a server
@@ -607,13 +648,42 @@ def test_one_record_is_not_taken_for_many(server: EchoServer, rows: Any) -> None
 
 
 def test_a_table_is_not_taken_for_the_list_of_its_columns(server: EchoServer) -> None:
-    """Iterating a table gives columns, so it is refused with the ways to its rows."""
+    """Iterating a table gives columns, so it is refused with the ways to its rows, which work."""
     pa = pytest.importorskip("pyarrow")
     table = pa.table({"a": ["x", "y"]})
-    with pytest.raises(InvalidCall, match=r"columns.*to_pylist\(\) with signature="):
+    with pytest.raises(InvalidCall, match=r"columns.*table\['column'\].*to_pylist\(\) of pyarrow"):
         api(server).predict_batches(table)
     with api(server, signature="**kwargs", prompt="{a}") as model:
         assert model.predict_batches(table.to_pylist()) == ["x", "y"]
+    with api(server) as model:
+        assert model.predict_batches(table["a"]) == ["x", "y"]
+        assert model.predict_batches(pa.array(["x", "y"])) == ["x", "y"]
+
+
+class PandasSeries:
+    """What a column of pandas is to us: rows in order, without `to_pylist` or `columns`."""
+
+    def __init__(self, values: list[str]) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values)
+
+
+def test_a_column_of_pandas_is_a_list_of_records(server: EchoServer) -> None:
+    """Its rows are answered as they come."""
+    with api(server) as model:
+        assert model.predict_batches(PandasSeries(["x", "y"])) == ["x", "y"]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [set, frozenset])
+def test_a_set_has_no_order_to_answer_in(server: EchoServer, kind: Any) -> None:
+    """N answers in input order need an order."""
+    with pytest.raises(InvalidCall, match=f"{kind.__name__}, which has no order"):
+        api(server).predict_batches(kind(["x"]))
 
 
 def test_what_is_wrong_with_a_call_raises_before_anything_is_asked(server: EchoServer) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.settings import Settings
+from vllm_tasks.settings import site_settings
 
 
 def import_callable(value: object) -> object:
@@ -66,12 +66,12 @@ def check_importable(function: Callable[..., Any]) -> None:
 
 
 def _is_allowed(module: str) -> bool:
-    return any(module == p or module.startswith(p + ".") for p in Settings().callable_prefixes)
+    return any(module == p or module.startswith(p + ".") for p in site_settings().callable_prefixes)
 
 
 def _outside() -> str:
     return (
-        f"outside the modules that saved callables may come from, {Settings().callable_prefixes}; "
+        f"outside the modules that saved callables may come from, {site_settings().callable_prefixes}; "
         "add its package to VLLM_TASKS_CALLABLE_PREFIXES (a JSON list), or pass the callable itself in Python"
     )
 

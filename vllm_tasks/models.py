@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from prefect.blocks.core import Block
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -17,8 +17,9 @@ from vllm_tasks.engines.urls import split_urls
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.predictor import FORBID, Predictor
 from vllm_tasks.sampling import LOCAL_CHAT, Target, check_names
-from vllm_tasks.settings import Settings
+from vllm_tasks.settings import site_settings
 
+T = TypeVar("T")
 VLLM_DOCS = "https://docs.vllm.ai/en/latest"
 
 
@@ -46,14 +47,17 @@ class VllmAPI(Predictor, Block):
     )
     api_key: SecretStr | None = Field(default=None, description="Bearer token. Empty: VLLM_TASKS_API_KEY.")
     model: str | None = Field(default=None, description="Model to ask for; asked of the server when empty.")
-    timeout: float = Field(
-        default_factory=lambda: Settings().timeout, gt=0, description="Seconds for one attempt of one row."
+    timeout: float | None = Field(
+        default=None, gt=0, description="Seconds for one attempt of one row. Empty: VLLM_TASKS_TIMEOUT (600)."
     )
-    retries: int = Field(
-        default_factory=lambda: Settings().retries, ge=0, description="Attempts of one row after its first."
+    retries: int | None = Field(
+        default=None, ge=0, description="Attempts of one row after its first. Empty: VLLM_TASKS_RETRIES (5)."
     )
     max_in_flight: int | None = Field(
-        default=None, ge=1, description="Rows in flight per server. Empty: VLLM_TASKS_MAX_IN_FLIGHT."
+        default=None,
+        ge=1,
+        description="Rows in flight per server, over all calls with the same settings. "
+        "Empty: VLLM_TASKS_MAX_IN_FLIGHT (256).",
     )
 
     @field_validator("api_url")
@@ -64,7 +68,7 @@ class VllmAPI(Predictor, Block):
 
     def _servers(self) -> tuple[tuple[str, ...], wire.Protocol]:
         """Base URLs, and the protocol that their common path picks."""
-        urls, protocol = split_urls(self.api_url or Settings().api_url)
+        urls, protocol = split_urls(self.api_url or site_settings().api_url)
         if not urls:
             raise InvalidCall(
                 "VllmAPI has no api_url: pass api_url='http://host:8000' or set VLLM_TASKS_API_URL"
@@ -72,7 +76,7 @@ class VllmAPI(Predictor, Block):
         return urls, protocol
 
     def _config(self) -> HttpConfig:
-        settings = Settings()
+        settings = site_settings()
         urls, protocol = self._servers()
         key = self.api_key or settings.api_key
         return HttpConfig(
@@ -80,15 +84,15 @@ class VllmAPI(Predictor, Block):
             protocol=protocol,
             api_key=key.get_secret_value() if key else None,
             model=self.model,
-            timeout=self.timeout,
-            retries=self.retries,
-            max_in_flight=self.max_in_flight or settings.max_in_flight,
+            timeout=_either(self.timeout, settings.timeout),
+            retries=_either(self.retries, settings.retries),
+            max_in_flight=_either(self.max_in_flight, settings.max_in_flight),
             patience=settings.patience,
             max_response_bytes=settings.max_response_bytes,
         )
 
     def _sampling_target(self) -> Target:
-        return split_urls(self.api_url or Settings().api_url)[1]
+        return split_urls(self.api_url or site_settings().api_url)[1]
 
     def _is_chat(self) -> bool:
         return self.chat or self._sampling_target() == "chat"
@@ -99,13 +103,17 @@ class VllmAPI(Predictor, Block):
         texts = any(isinstance(p, str) for p in prompts)
         messages = any(isinstance(p, list) for p in prompts)
         if messages and protocol in ("legacy", "completions"):
-            urls = self.api_url or Settings().api_url
+            urls = self.api_url or site_settings().api_url
             raise InvalidCall(f"api_url {urls!r} takes texts, no chat messages; use the server's base URL")
         if protocol == "openai":
             if texts:
                 check_names(sampling, "completions")
             if messages:
                 check_names(sampling, "chat")
+
+
+def _either(own: T | None, site: T) -> T:
+    return site if own is None else own
 
 
 class VllmModel(Predictor, Block):
@@ -138,7 +146,9 @@ class VllmModel(Predictor, Block):
     )
     on_ray: bool = Field(default=False, description="Run the engine as a Ray actor (not built yet).")
     ray_address: str | None = Field(default=None, description="Ray cluster to join (not built yet).")
-    ray_config: dict[str, Any] = Field(default={}, description="Options of the Ray actor (not built yet).")
+    ray_config: dict[str, Any] = Field(
+        default={}, description="Options of the Ray actor (not built yet, not checked yet)."
+    )
     replicas: int = Field(default=1, ge=1, description="Engines to spread the rows over (not built yet).")
 
     @model_validator(mode="after")
@@ -164,7 +174,7 @@ class VllmModel(Predictor, Block):
             **self.vllm_kwargs,
         }
         try:
-            return LocalConfig(json.dumps(arguments, sort_keys=True), Settings().engine_start_timeout)
+            return LocalConfig(json.dumps(arguments, sort_keys=True), site_settings().engine_start_timeout)
         except TypeError as error:
             raise InvalidCall(
                 f"vllm_kwargs must be plain data (JSON), so that a block can hold them: {error}"

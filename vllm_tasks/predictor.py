@@ -28,17 +28,29 @@ from vllm_tasks import loop, sharing
 from vllm_tasks.callables import DottedCallable, check_importable
 from vllm_tasks.datalayer import Datalayer, own_fields
 from vllm_tasks.errors import InvalidCall, RowErrors
-from vllm_tasks.outputs import Artifact, BuiltinType, DataType
+from vllm_tasks.outputs import Artifact, BuiltinType, DataType, check_schema
 from vllm_tasks.prompts import Context, Prompter, Signature, Template, load_artifact
 from vllm_tasks.rows import Completion, Request, Result, RowError
 from vllm_tasks.sampling import Target, check_names, known_names
+from vllm_tasks.settings import site_settings
 from vllm_tasks.validation import Validation
 
 logger = logging.getLogger(__name__)
 
 COMPUTE_HINTS = {
-    *("num_gpus", "num_cpus", "memory", "accelerator_type", "resources", "shm_size", "image", "env"),
-    *("node_selector", "tolerations", "work_pool", "work_queue", "deployment"),
+    "num_gpus",
+    "num_cpus",
+    "memory",
+    "accelerator_type",
+    "resources",
+    "shm_size",
+    "image",
+    "env",
+    "node_selector",
+    "tolerations",
+    "work_pool",
+    "work_queue",
+    "deployment",
 }
 
 FORBID = ConfigDict(extra="forbid")
@@ -78,7 +90,7 @@ class Predictor(BaseModel):
     )
     flatten: bool = Field(default=False, description="A list output becomes rows (kept, not used yet).")
     model_update_kwargs: dict[str, Any] = Field(
-        default={}, description="Options of the write of outputs (kept, not used yet)."
+        default={}, description="Options of the write of outputs (kept, not used, not checked yet)."
     )
     predict_kwargs: dict[str, Any] = Field(
         default={}, description="Sampling parameters by vLLM's names; those of a call win."
@@ -89,7 +101,9 @@ class Predictor(BaseModel):
     validation: Validation | None = Field(
         default=None, description="Datasets and metrics (kept, not used yet)."
     )
-    metric_values: dict[str, Any] = Field(default={}, description="Values by dataset and metric.")
+    metric_values: dict[str, Any] = Field(
+        default={}, description="Values by dataset and metric (kept, not checked yet)."
+    )
     prompt: str = Field(
         default="{input}",
         description="Template with plain keys: {input}, {0}, {name}, {context}, {artifacts.name}.",
@@ -105,6 +119,10 @@ class Predictor(BaseModel):
 
     # ------------------------------------------------------------------ checks
 
+    def __init__(self, **fields: Any) -> None:
+        site_settings()  # raises `InvalidCall` here; in a check it would be the error of a field
+        super().__init__(**fields)
+
     @field_validator("identifier")
     @classmethod
     def _without_slash(cls, value: str) -> str:
@@ -117,6 +135,12 @@ class Predictor(BaseModel):
             raise ValueError(
                 f"max_batch_size={value} is not at least 1; None hands all rows of a call over at once"
             )
+        return value
+
+    @field_validator("output_schema")
+    @classmethod
+    def _known_schema(cls, value: dict[str, Any] | str | None) -> dict[str, Any] | str | None:
+        check_schema(value)
         return value
 
     @field_validator("compute_kwargs")
@@ -224,7 +248,7 @@ class Predictor(BaseModel):
         ]
 
     def _results(self, xs: Sequence[Any], context: Context, given: Mapping[str, Any]) -> list[Result]:
-        _check_rows(xs)
+        xs = _rows_of(xs)
         self._refuse_unbuilt()
         config = self._config()
         sampling = self._sampling(given)
@@ -332,12 +356,18 @@ def _check_on_error(on_error: OnError) -> None:
         raise InvalidCall(f"on_error={on_error!r} is neither 'raise' nor 'return'")
 
 
-def _check_rows(xs: object) -> None:
-    """Refuse what would be iterated into something else than its records."""
+def _rows_of(xs: Any) -> Sequence[Any]:
+    """The records; refuses what would be iterated into something else, or in no order."""
     if isinstance(xs, str | bytes | Mapping):
         raise InvalidCall(f"xs must be a list of records, got a {type(xs).__name__}; predict(x) takes one")
+    if isinstance(xs, set | frozenset):
+        raise InvalidCall(f"xs must be a list of records, got a {type(xs).__name__}, which has no order")
     if hasattr(xs, "columns"):
         raise InvalidCall(
-            f"xs must be a list of records, got a {type(xs).__name__}, which iterates over its columns; "
-            "pass table['column'], or table.to_dict('records') or table.to_pylist() with signature='**kwargs'"
+            f"xs must be a list of records, got a {type(xs).__name__}, which iterates over its columns; pass "
+            "one of them, table['column'], or with signature='**kwargs' all rows as dicts: "
+            "table.to_pylist() of pyarrow, table.to_dict('records') of pandas"
         )
+    # pyarrow's columns iterate over scalars of its own.
+    rows: Sequence[Any] = xs.to_pylist() if hasattr(xs, "to_pylist") else xs
+    return rows

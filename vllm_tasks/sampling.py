@@ -31,8 +31,13 @@ OWNED = {
 }
 """Names that vLLM knows and that are not the caller's to set, with the reason."""
 LOCAL_CHAT = {
-    *("add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs"),
-    *("tools", "documents", "mm_processor_kwargs"),
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "chat_template_kwargs",
+    "tools",
+    "documents",
+    "mm_processor_kwargs",
 }
 """What the local engine takes for chat messages: arguments of vLLM's `LLM.chat`."""
 LOCAL_EXTRAS = LOCAL_CHAT | {"lora_request", "priority"}

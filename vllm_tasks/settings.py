@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from pydantic import Field, SecretStr
+from pydantic import Field, Json, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from vllm_tasks.errors import InvalidCall
+
+PREFIX = "VLLM_TASKS_"
 
 
 class Settings(BaseSettings):
-    """Site settings. What a model says itself wins over them.
+    """Site settings. What a model says itself wins over them."""
 
-    Read anew at each use, so that a changed environment counts at once.
-    """
-
-    model_config = SettingsConfigDict(env_prefix="VLLM_TASKS_")
+    model_config = SettingsConfigDict(env_prefix=PREFIX)
 
     api_url: str = Field(
         default="",
@@ -22,7 +23,9 @@ class Settings(BaseSettings):
         default=None, description="Key of a `VllmAPI` that has none, sent as a bearer token."
     )
     max_in_flight: int = Field(
-        default=256, ge=1, description="Rows in flight per server over HTTP, over all calls of a process."
+        default=256,
+        ge=1,
+        description="Rows in flight per server over HTTP, over all calls with the same settings.",
     )
     timeout: float = Field(default=600.0, gt=0, description="Seconds for one HTTP attempt of one row.")
     retries: int = Field(default=5, ge=0, description="HTTP attempts of one row after its first.")
@@ -43,7 +46,25 @@ class Settings(BaseSettings):
     gpu_work_pool: str = Field(
         default="", description="Work pool for steps with a local model that name none (not used yet)."
     )
-    callable_prefixes: list[str] = Field(
+    callable_prefixes: Json[list[str]] = Field(
         default=["flows"],
+        validate_default=False,  # only what comes from the environment is JSON
         description="Modules that dotted paths to callables may come from (a JSON list).",
     )
+
+
+def site_settings() -> Settings:
+    """Read anew at each use, so that a changed environment counts at once.
+
+    Raises `InvalidCall` that names the variable, its value and what is expected.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        wrong = [_in_words(str(e["loc"][0]), e["input"], e["msg"]) for e in error.errors()]
+        raise InvalidCall("; ".join(wrong)) from error
+
+
+def _in_words(name: str, value: object, why: str) -> str:
+    meaning = Settings.model_fields[name].description
+    return f"{PREFIX}{name.upper()}={str(value)[:100]!r} in the environment: {why}; it means: {meaning}"
