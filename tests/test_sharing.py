@@ -194,6 +194,17 @@ def test_rows_without_a_prompt_start_no_engine(make: Make, log: Path) -> None:
     assert not log.exists()
 
 
+def test_garbage_collection_is_as_before_after_calls(make: Make) -> None:
+    """Calls, also failing and overlapping ones, leave the collector's thresholds as they found them."""
+    before = gc.get_threshold()
+    slow, _ = in_thread(lambda: make(start=0.5).predict("a"))
+    make().predict_batches(["a", "die always"], on_error="return")
+    with pytest.raises(EngineFailed):
+        make(refuse="no room").predict("a")
+    slow.join()
+    assert gc.get_threshold() == before
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # from Python 3.12
 def test_fork_does_not_cut_the_parent_off(make: Make, log: Path) -> None:
     """After a fork whose child collects its garbage, the parent's engine still answers."""
