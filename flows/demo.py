@@ -37,11 +37,14 @@ Row = dict[str, Any]
 
 
 def demo_model() -> VllmModel:
-    """SmolLM2 with a cache small enough for any machine."""
+    """SmolLM2 with a cache small enough for any machine.
+
+    Uncompiled: on 2 CPU cores compiling takes 50 s at every start, and saves 2 s of these 300 rows.
+    """
     return VllmModel(
         identifier="smollm2-135m",
         model_name=str(model_folder()),
-        vllm_kwargs={"max_model_len": 1024, "kv_cache_memory_bytes": 2**30},
+        vllm_kwargs={"max_model_len": 1024, "kv_cache_memory_bytes": 2**30, "enforce_eager": True},
         chat=True,
         system="Answer the question in one short sentence.",
         predict_kwargs={"temperature": 0, "max_tokens": 32},

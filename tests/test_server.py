@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +17,7 @@ import pytest
 import requests
 
 from vllm_tasks import Completion, InvalidCall, RowError, VllmAPI, VllmModel
+from vllm_tasks.engines.host import kill_session
 
 pytestmark = pytest.mark.engine
 
@@ -62,7 +61,7 @@ class VllmServer:
 
     def kill(self) -> None:
         if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            kill_session(self.process.pid)  # all but the resource tracker, which removes shared memory
             self.process.wait()
             self.process = None
 
