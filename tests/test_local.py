@@ -19,6 +19,7 @@ import pytest
 from prefect import flow
 
 from tests.conftest import TINY_ARGS
+from tests.poison import ROWS, check_poisoned
 from vllm_tasks import Completion, EngineFailed, InvalidCall, RowError, RowErrors, VllmModel, predict_batches
 
 pytestmark = pytest.mark.engine
@@ -105,18 +106,10 @@ def test_chat_uses_the_template_of_the_model(local_model: VllmModel) -> None:
 
 def test_poisoned_rows_fail_alone(local_model: VllmModel) -> None:
     """Of 1,000 rows with 10 poisoned ones, 990 are answered in order and 10 say which and why."""
-    poison = ["word " * 2000, None, object(), "half a \ud83d face", "x" * 10_000_000]
-    places = {50 + 90 * i: poison[i % 5] for i in range(10)}
-    rows = [places.get(i, f"row {i}") for i in range(1000)]
-    results = local_model.predict_batches(rows, on_error="return", max_tokens=2)
-    errors = [r for r in results if isinstance(r, RowError)]
-    assert [e.index for e in errors] == sorted(places)
-    assert [e.kind for e in errors] == ["too_long", "prompt", "prompt", "prompt", "too_long"] * 2
-    reasons = ["context length", "None", "a object", "Unicode", "context length"] * 2
-    assert all(reason in e.message for e, reason in zip(errors, reasons, strict=True))
-    assert all(isinstance(r, str) for i, r in enumerate(results) if i not in places)
+    results = local_model.predict_batches(ROWS, on_error="return", max_tokens=2)
+    check_poisoned(results)
     with pytest.raises(RowErrors, match="10 of 1000 rows failed") as caught:
-        local_model.predict_batches(rows, max_tokens=2)
+        local_model.predict_batches(ROWS, max_tokens=2)
     assert len(caught.value.errors) == 10
     assert len(caught.value.results) == 1000
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from tests.poison import ROWS, check_poisoned
 from vllm_tasks import Completion, InvalidCall, RowError, VllmAPI, VllmModel
 from vllm_tasks.engines.host import kill_session
 
@@ -130,17 +131,9 @@ def test_sampling_parameters_pass_through(server: VllmServer) -> None:
 
 def test_poisoned_rows_fail_alone(server: VllmServer) -> None:
     """Of 1,000 rows with 10 poisoned ones, 990 are answered in order and 10 say which and why."""
-    poison = ["word " * 2000, None, object(), "half a \ud83d face", "x" * 10_000_000]
-    places = {50 + 90 * i: poison[i % 5] for i in range(10)}
-    rows = [places.get(i, f"row {i}") for i in range(1000)]
     with client(server) as model:
-        results = model.predict_batches(rows, on_error="return", max_tokens=2)
-    errors = [r for r in results if isinstance(r, RowError)]
-    assert [e.index for e in errors] == sorted(places)
-    assert [e.kind for e in errors] == ["too_long", "prompt", "prompt", "prompt", "too_long"] * 2
-    reasons = ["context length", "None", "a object", "Unicode", "context length"] * 2
-    assert all(reason in e.message for e, reason in zip(errors, reasons, strict=True))
-    assert all(isinstance(r, str) for i, r in enumerate(results) if i not in places)
+        results = model.predict_batches(ROWS, on_error="return", max_tokens=2)
+    check_poisoned(results)
 
 
 def test_wrong_key_and_wrong_model_fail_the_call(server: VllmServer) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
+from vllm_tasks.engines.host import CHAT_NAMES
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.sampling_table import CHAT_REQUEST, COMPLETION_REQUEST, SAMPLING_PARAMS
 
@@ -30,15 +31,7 @@ OWNED = {
     "flat_logprobs": "logprobs come as a list",
 }
 """Names that vLLM knows and that are not the caller's to set, with the reason."""
-LOCAL_CHAT = {
-    "add_generation_prompt",
-    "continue_final_message",
-    "chat_template",
-    "chat_template_kwargs",
-    "tools",
-    "documents",
-    "mm_processor_kwargs",
-}
+LOCAL_CHAT = frozenset(CHAT_NAMES)
 """What the local engine takes for chat messages: arguments of vLLM's `LLM.chat`."""
 LOCAL_EXTRAS = LOCAL_CHAT | {"lora_request", "priority"}
 """What the local engine takes beside SamplingParams."""
