@@ -4,7 +4,9 @@
     ├── InvalidCall        fix the call: a name, a value, a key, a model that is not there
     ├── ServerUnavailable  wait: no server answered within the patience
     ├── EngineFailed       look at the engine: it did not start, or died and did not come back
-    └── RowErrors          look at the rows: some failed, the others have their answers
+    ├── TablesUnavailable  wait: a lake or database could not be reached, or had no room
+    ├── RowErrors          look at the rows: some failed, the others have their answers
+    └── TooManyFailed      look at the rows: more failed than the budget allows; the rest is committed
 
 A single row that fails is not an exception but a `RowError` value (see `vllm_tasks.rows`).
 """
@@ -50,6 +52,10 @@ class EngineFailed(VllmTasksError, RuntimeError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class TablesUnavailable(VllmTasksError, ConnectionError):
+    """A lake or database was lost or full; nothing of the failed step is written, and it may be repeated."""
 
 
 class RowErrors(VllmTasksError):

@@ -1,0 +1,111 @@
+"""Where tables live: a lake (a folder or fsspec URL) or a database (a SQLAlchemy URL)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from prefect.blocks.core import Block
+from pydantic import ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from vllm_tasks.errors import InvalidCall
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from vllm_tasks.datalayer.selection import Tables
+
+LOGO = "https://avatars.githubusercontent.com/u/136984999?s=200"
+"""vLLM's."""
+OUTPUTS = "_outputs__"
+"""What the name of every outputs table begins with."""
+
+
+def own_fields(data: Any) -> Any:
+    """A block's fields: Prefect adds its type's slug to a block that it stores inside another one."""
+    if not isinstance(data, Mapping):
+        return data
+    return {name: value for name, value in data.items() if name != "block_type_slug"}
+
+
+def outputs_name(predict_id: str) -> str:
+    """The outputs table of `predict_id`; raises `InvalidCall` for what could be no folder and no table."""
+    if not predict_id or predict_id.strip() != predict_id or set('/\\:*?"<>|\0') & set(predict_id):
+        raise InvalidCall(
+            f"predict_id={predict_id!r} cannot name a table: it must not be empty, begin or end with a "
+            'space, or have one of / \\ : * ? " < > |; pass another predict_id'
+        )
+    return OUTPUTS + predict_id
+
+
+class Datalayer(Block):
+    """Tables to read rows from and to write outputs to.
+
+    A path or an fsspec URL (`data/`, `s3://bucket/folder`) is a lake: files that DuckDB reads, and
+    outputs as Delta tables. A SQLAlchemy URL (`sqlite:///file.db`, `postgresql://user@host/name`) is a
+    database. The credentials of object stores come from the environment (`AWS_ACCESS_KEY_ID`, ...).
+    """
+
+    _block_type_name = "vLLM Datalayer"
+    _block_type_slug = "vllm-datalayer"
+    _description = "Tables for vLLM predictions: a folder, an fsspec URL or a SQLAlchemy URL."
+
+    _logo_url: ClassVar[Any] = LOGO
+    _documentation_url: ClassVar[Any] = "https://docs.sqlalchemy.org/en/20/core/engines.html"
+    _code_example = """
+        from vllm_tasks import Datalayer
+
+        db = Datalayer.load("BLOCK_NAME")
+        answers = db.outputs("my-model")
+        """
+
+    model_config = ConfigDict(extra="forbid")
+
+    url: SecretStr = Field(
+        description="A folder, an fsspec URL or a SQLAlchemy URL. Kept secret, as it may hold a password."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_fields(cls, data: Any) -> Any:
+        return own_fields(data)
+
+    @field_validator("url")
+    @classmethod
+    def _some_url(cls, value: SecretStr) -> SecretStr:
+        if not value.get_secret_value().strip():
+            raise ValueError("the url is empty; give a folder, an fsspec URL or a SQLAlchemy URL")
+        return value
+
+    def outputs(self, predict_id: str) -> pyarrow.Table:
+        """The committed outputs of `predict_id`, each key exactly once, as a `pyarrow.Table`.
+
+        Columns: the key, the output's columns, `_position` when flattened, `_error`, `_finish_reason`,
+        `_prompt_tokens`, `_completion_tokens`, `_model`, `_uuid`, `_fingerprint`, `_input_hash`,
+        `_created_at`. Raises `InvalidCall` when there are none, `TablesUnavailable` when the tables
+        cannot be reached.
+        """
+        tables = self.tables()
+        try:
+            return tables.outputs(outputs_name(predict_id))
+        finally:
+            tables.close()
+
+    def tables(self) -> Tables:
+        """Open the lake or database; raises `InvalidCall` for a URL that is neither."""
+        url = self.url.get_secret_value().strip()
+        if is_lake(url):
+            from vllm_tasks.datalayer.lake import Lake
+
+            return Lake(url)
+        from vllm_tasks.datalayer.database import Database
+
+        return Database(url)
+
+
+def is_lake(url: str) -> bool:
+    """Whether `url` is a path, or its scheme one of fsspec's; all others are SQLAlchemy's."""
+    import fsspec
+
+    scheme, separator, _ = url.partition("://")
+    return not separator or scheme in fsspec.available_protocols()
