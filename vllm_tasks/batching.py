@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
-from vllm_tasks.engines import Engine
+from vllm_tasks.engines import Done, Engine
 from vllm_tasks.errors import VllmTasksError
 from vllm_tasks.rows import Request, Result, RowError
 
@@ -17,11 +17,15 @@ T = TypeVar("T")
 
 
 async def answer(
-    engine: Engine, requests: Sequence[Request | RowError], max_batch_size: int | None
+    engine: Engine,
+    requests: Sequence[Request | RowError],
+    max_batch_size: int | None,
+    done: Done = lambda _i, _result: None,
 ) -> list[Result]:
     """Answer N requests through `engine` and return N results in input order.
 
-    A request that is a `RowError` already keeps its place. Equal requests are asked once where
+    `done(i, result)` hears of each answer at once, on the engine loop. A request that is a `RowError`
+    already keeps its place and is not told of. Equal requests are asked once where
     their answers must be equal, requests with a common prefix go out side by side, and the
     engine's window is kept full with chunks of `max_batch_size` rows (None: one chunk).
     """
@@ -29,18 +33,20 @@ async def answer(
 
     def deliver(result: Result, positions: Sequence[int]) -> None:
         for i in positions:
-            results[i] = dataclasses.replace(result, index=i) if isinstance(result, RowError) else result
+            own = dataclasses.replace(result, index=i) if isinstance(result, RowError) else result
+            results[i] = own
+            done(i, own)
 
     def send(chunk: Sequence[tuple[Request, list[int]]], group: asyncio.TaskGroup) -> None:
         open_rows = len(chunk)
 
-        def done(i: int, result: Result) -> None:
+        def settle(i: int, result: Result) -> None:
             nonlocal open_rows
             open_rows -= 1
             engine.window.leave()
             deliver(result, chunk[i][1])
 
-        task = group.create_task(engine.generate([request for request, _ in chunk], done))
+        task = group.create_task(engine.generate([request for request, _ in chunk], settle))
         # A callback, not a `finally`: a task cancelled before its first step runs neither.
         task.add_done_callback(lambda _: engine.window.leave(open_rows))
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vllm_tasks.report import Report
     from vllm_tasks.rows import RowError
 
 SHOWN = 5
@@ -81,3 +82,17 @@ class RowErrors(VllmTasksError):
 
     def __repr__(self) -> str:
         return f"RowErrors({len(self.errors)} of {len(self.results)} rows)"  # never the rows' contents
+
+
+class TooManyFailed(VllmTasksError):
+    """More rows failed than `max_failed` allows; all that was finished by then is committed.
+
+    `report` says how many, why, and where the outputs are.
+    """
+
+    def __init__(self, message: str, report: Report) -> None:
+        super().__init__(message, report)
+        self.report = report
+
+    def __str__(self) -> str:
+        return str(self.args[0])

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -66,3 +67,48 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
         future.cancel()
         finished.wait(timeout=5)
         raise
+
+
+class Tasks:
+    """Work on the engine loop that other threads start, wait for, and end together."""
+
+    def __init__(self) -> None:
+        self._loop = engine_loop()
+        self._running: set[asyncio.Task[Any]] = set()
+        self._ended = False
+
+    def start(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
+        """Begin `work()`; cancelled at once when all has ended already."""
+        future: Future[T] = Future()
+
+        def settle(task: asyncio.Task[T]) -> None:
+            self._running.discard(task)
+            if task.cancelled():
+                future.cancel()
+            elif error := task.exception():
+                future.set_exception(error)
+            else:
+                future.set_result(task.result())
+
+        def begin() -> None:
+            if self._ended:
+                future.cancel()
+                return
+            task = self._loop.create_task(work())
+            self._running.add(task)
+            task.add_done_callback(settle)
+
+        self._loop.call_soon_threadsafe(begin)
+        return future
+
+    def end(self, timeout: float) -> None:
+        """Cancel what runs and wait for its end, `timeout` seconds at most."""
+
+        async def cancel_all() -> None:
+            self._ended = True
+            for task in self._running:
+                task.cancel()
+            if self._running:
+                await asyncio.wait(self._running, timeout=timeout)
+
+        run(cancel_all())

@@ -9,7 +9,7 @@ import difflib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 from uuid import uuid4
 
 from pydantic import (
@@ -28,12 +28,17 @@ from vllm_tasks import loop, sharing
 from vllm_tasks.callables import DottedCallable, check_importable
 from vllm_tasks.datalayer import Datalayer, own_fields
 from vllm_tasks.errors import InvalidCall, RowErrors
+from vllm_tasks.fingerprint import source_of
 from vllm_tasks.outputs import Artifact, BuiltinType, DataType, check_schema
 from vllm_tasks.prompts import Context, Prompter, Signature, Template, load_artifact
 from vllm_tasks.rows import Completion, Request, Result, RowError
 from vllm_tasks.sampling import Target, check_names, known_names
 from vllm_tasks.settings import site_settings
 from vllm_tasks.validation import Validation
+
+if TYPE_CHECKING:
+    from vllm_tasks.report import Report
+    from vllm_tasks.tables import Columns
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +57,8 @@ COMPUTE_HINTS = {
     "work_queue",
     "deployment",
 }
+
+WRITE_OPTIONS = {"table", "partition_by", "compression", "on_length"}
 
 FORBID = ConfigDict(extra="forbid")
 """For the classes themselves: Block, which they derive from last, would allow unknown fields."""
@@ -72,7 +79,7 @@ class Predictor(BaseModel):
     )
     uuid: str = Field(default_factory=lambda: str(uuid4()), description="Identity of this instance.")
     db: Datalayer | None = Field(
-        default=None, description="Default tables of this model (kept, not used yet)."
+        default=None, description="Tables of `predict_in_db` where the call names none."
     )
     artifacts: dict[str, Artifact] = Field(
         default={},
@@ -90,7 +97,8 @@ class Predictor(BaseModel):
     )
     flatten: bool = Field(default=False, description="A list output becomes rows (kept, not used yet).")
     model_update_kwargs: dict[str, Any] = Field(
-        default={}, description="Options of the write of outputs (kept, not used, not checked yet)."
+        default={},
+        description="How outputs are written: table, partition_by, compression, on_length (keep, error).",
     )
     predict_kwargs: dict[str, Any] = Field(
         default={}, description="Sampling parameters by vLLM's names; those of a call win."
@@ -141,6 +149,15 @@ class Predictor(BaseModel):
     @classmethod
     def _known_schema(cls, value: dict[str, Any] | str | None) -> dict[str, Any] | str | None:
         check_schema(value)
+        return value
+
+    @field_validator("model_update_kwargs")
+    @classmethod
+    def _known_write_options(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if unknown := sorted(value.keys() - WRITE_OPTIONS):
+            raise ValueError(f"unknown model_update_kwargs {unknown}; known are {sorted(WRITE_OPTIONS)}")
+        if value.get("on_length", "keep") not in ("keep", "error"):
+            raise ValueError(f"on_length={value['on_length']!r} is neither 'keep' nor 'error'")
         return value
 
     @field_validator("compute_kwargs")
@@ -252,7 +269,7 @@ class Predictor(BaseModel):
         self._refuse_unbuilt()
         config = self._config()
         sampling = self._sampling(given)
-        requests = self._requests(xs, context, sampling)
+        requests = self._requests(self._prompter(context), xs, sampling)
         results = loop.run(sharing.answer(config, requests, self.max_batch_size))
         self._tell_cut(results, sampling)
         return results
@@ -260,18 +277,34 @@ class Predictor(BaseModel):
     def _sampling(self, given: Mapping[str, Any]) -> dict[str, Any]:
         return {**self.predict_kwargs, **given}
 
-    def _requests(
-        self, xs: Sequence[Any], context: Context, sampling: Mapping[str, Any]
-    ) -> list[Request | RowError]:
-        prompter = Prompter(
+    def _prompter(self, context: Context) -> Prompter:
+        return Prompter(
             prompt=self.prompt,
             prompt_func=self.prompt_func,
             signature=self.signature,
             chat=self._is_chat(),
             system=self.system,
-            artifacts={name: load_artifact(a.uri, a.datatype) for name, a in self.artifacts.items()},
+            artifacts=self._loaded_artifacts(),
             context=context,
         )
+
+    def _loaded_artifacts(self) -> dict[str, Any]:
+        return {name: load_artifact(a.uri, a.datatype) for name, a in self.artifacts.items()}
+
+    def _identity(self) -> dict[str, Any]:
+        """What of this model, beside its engine, decides an answer."""
+        return {
+            "prompt": self.prompt,
+            "prompt_func": source_of(self.prompt_func),
+            "artifacts": self._loaded_artifacts(),
+            "signature": self.signature,
+            "chat": self._is_chat(),
+            "system": self.system,
+        }
+
+    def _requests(
+        self, prompter: Prompter, xs: Sequence[Any], sampling: Mapping[str, Any]
+    ) -> list[Request | RowError]:
         prompts = [prompter(x) for x in xs]
         self._check_call(prompts, sampling)
         return [
@@ -288,10 +321,13 @@ class Predictor(BaseModel):
     def _tell_cut(self, results: Sequence[Result], sampling: Mapping[str, Any]) -> None:
         answers = [r for r in results if isinstance(r, Completion)]
         cut = sum(any(c.finish_reason == "length" for c in r.choices) for r in answers)
+        self._tell_cut_rows(cut, len(answers), sampling)
+
+    def _tell_cut_rows(self, cut: int, answers: int, sampling: Mapping[str, Any]) -> None:
         if cut and not {"max_tokens", "max_completion_tokens"} & sampling.keys():
             logger.warning(
                 "%s: %d of %d answers were cut at max_tokens (vLLM's own default is 16 where neither the "
-                "model nor the chat protocol says more)", self.identifier, cut, len(answers),
+                "model nor the chat protocol says more)", self.identifier, cut, answers,
             )  # fmt: skip
 
     def _refuse_unbuilt(self) -> None:
@@ -305,6 +341,16 @@ class Predictor(BaseModel):
             raise InvalidCall(
                 f"{', '.join(names)}: kept with the model, but predicting with it is not built yet"
             )
+
+    def predict_in_db(self, X: Columns, select: str, **options: Any) -> Report:  # noqa: N803
+        """Ask for the rows of a table and commit one output or one error for each.
+
+        All options and errors are those of `vllm_tasks.tables.predict_in_db`, which this calls; in a flow,
+        the task `vllm_tasks.predict_in_db` does the same and shows it in the Prefect UI.
+        """
+        from vllm_tasks.tables import predict_in_db
+
+        return predict_in_db(self, X, select, **options)
 
     # ------------------------------------------------------------------ the engine
 

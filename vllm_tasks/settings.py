@@ -41,7 +41,10 @@ class Settings(BaseSettings):
         default=1800.0, gt=0, description="Seconds that a local engine may take to load its model."
     )
     commit_rows: int = Field(
-        default=512, ge=1, description="Rows of a commit group of `predict_in_db` (not used yet)."
+        default=512, ge=1, description="Rows of a commit group of `predict_in_db`, unless the call says."
+    )
+    commit_seconds: float = Field(
+        default=30.0, gt=0, description="Seconds after which finished rows are committed, however few."
     )
     gpu_work_pool: str = Field(
         default="", description="Work pool for steps with a local model that name none (not used yet)."

@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from vllm_tasks import batching, loop
-from vllm_tasks.engines import Engine
+from vllm_tasks.engines import Done, Engine
 from vllm_tasks.engines.http import HttpConfig, HttpEngine
 from vllm_tasks.engines.local import LocalConfig, LocalEngine
 from vllm_tasks.errors import EngineFailed
@@ -74,9 +74,12 @@ async def let_go(config: Config, model: int) -> None:
 
 
 async def answer(
-    config: Config, requests: Sequence[Request | RowError], max_batch_size: int | None
+    config: Config,
+    requests: Sequence[Request | RowError],
+    max_batch_size: int | None,
+    done: Done = lambda _i, _result: None,
 ) -> list[Result]:
-    """Answer requests through the shared engine of `config`, in input order.
+    """Answer requests through the shared engine of `config`, in input order; see `batching.answer`.
 
     Starts it if need be, but not for a call in which no row has become a request.
     """
@@ -85,7 +88,20 @@ async def answer(
         return failed
     async with _using(config) as engine:
         with _rare_collections():
-            return await batching.answer(engine, requests, max_batch_size)
+            return await batching.answer(engine, requests, max_batch_size, done)
+
+
+async def room(config: Config) -> int:
+    """How many rows the shared engine of `config` has in flight at most. Starts it if need be."""
+    async with _using(config) as engine:
+        return engine.window.limit
+
+
+async def facts(config: Config) -> dict[str, str]:
+    """What a server tells of itself: `model` as it is asked for, `root` and `version` where known."""
+    async with _using(config) as engine:
+        assert isinstance(engine, HttpEngine), "only a server is asked"
+        return await engine.facts()
 
 
 @contextmanager

@@ -98,6 +98,10 @@ class HttpEngine:
         if self._session is not None:
             await self._session.close()
 
+    async def facts(self) -> dict[str, str]:
+        """See `Servers.facts`."""
+        return await self._servers.facts()
+
     async def generate(self, requests: Sequence[Request], done: Done) -> None:
         async with asyncio.TaskGroup() as group:
             for i, request in enumerate(requests):

@@ -156,6 +156,32 @@ class Servers:
                 server.model = await self._first_model(server.url)
             return server.model
 
+    async def facts(self) -> dict[str, str]:
+        """What a server tells: `model` as it is to be asked for; `root` (the model's own name or folder)
+        and `version` (vLLM's) where it tells them."""
+        while True:
+            server = await self.pick()
+            try:
+                model = await self.model_of(server)
+                listed = await self._told(f"{server.url}/v1/models")
+                version = await self._told(f"{server.url}/version")
+            except Unreachable:
+                self.lose(server)
+                continue
+            entries = listed.get("data") or []
+            roots = [e.get("root") for e in entries if isinstance(e, dict) and e.get("id") == model]
+            known = {"model": model, "root": roots[0] if roots else None, "version": version.get("version")}
+            return {name: value for name, value in known.items() if isinstance(value, str) and value}
+
+    async def _told(self, url: str) -> dict[str, Any]:
+        """A JSON object, empty from a server that has none to give."""
+        _, content = await self._ask(url)
+        try:
+            told = json.loads(content)
+        except (ValueError, RecursionError):
+            return {}
+        return told if isinstance(told, dict) else {}
+
     async def _first_model(self, url: str) -> str:
         status, content = await self._ask(f"{url}/v1/models")
         said = f"HTTP {status} from {url}/v1/models: {self.key.hidden_in(content)[:300]!r}"

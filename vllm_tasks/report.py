@@ -1,0 +1,176 @@
+"""What a run over a table did: the `Report`, and the `Tally` that it is counted up in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_tasks.rows import Completion, Result, RowError
+
+EXAMPLES = 5
+"""Keys that are shown for each kind of error."""
+WORST = 50
+"""Failed rows of which key and message are kept for the table of errors."""
+
+
+@dataclass(frozen=True)
+class FailedRow:
+    """Why one row has no output. `key` as in the table, with one value per column of the key."""
+
+    key: tuple[Any, ...]
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class ErrorKind:
+    """How many rows failed in one way, with the keys of some of them."""
+
+    kind: str
+    rows: int
+    keys: tuple[tuple[Any, ...], ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `predict_in_db` did. Rows of the source, counted; tokens as vLLM counts them; seconds.
+
+    `rows` of the source (with the `ids`) = `up_to_date` + rows to ask, where that is known (None when
+    it was not counted in time); `asked` = `succeeded` + `failed`, all of them committed.
+    `seconds` has `total` and its parts, which overlap: `check` (the call, the source and its keys),
+    `first_row` (from the start to the first row that was sent), `read` (source and prompts), `answer`
+    (from the first row sent to the last answer), `commit`.
+    """
+
+    model: str
+    predict_id: str
+    outputs: str
+    fingerprint: str
+    rows: int | None
+    up_to_date: int | None
+    asked: int
+    succeeded: int
+    failed: int
+    cut: int
+    prompt_tokens: int
+    completion_tokens: int
+    commits: int
+    seconds: dict[str, float]
+    errors: tuple[ErrorKind, ...] = ()
+    worst: tuple[FailedRow, ...] = field(default=(), repr=False)
+    served_by: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        done_before = "" if self.up_to_date is None else f", {self.up_to_date:,} were up to date"
+        if not self.asked:
+            return f"{self.predict_id}: nothing to ask{done_before}; outputs: {self.outputs}"
+        kinds = "".join(f"; {e.kind}: {e.rows:,}" for e in self.errors)
+        return (
+            f"{self.predict_id}: {self.succeeded:,} rows answered, {self.failed:,} failed{done_before}, "
+            f"{self.completion_tokens:,} tokens in {self.seconds['total']:.1f} s{kinds}; "
+            f"outputs: {self.outputs}"
+        )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. `to_ask` is None until the source has been counted."""
+
+    to_ask: int | None
+    succeeded: int
+    failed: int
+    tokens: int
+    seconds: float
+
+    @property
+    def done(self) -> int:
+        return self.succeeded + self.failed
+
+    @property
+    def seconds_left(self) -> float | None:
+        if self.to_ask is None or not self.done:
+            return None
+        return max(self.to_ask - self.done, 0) * self.seconds / self.done
+
+    def __str__(self) -> str:
+        of = "" if self.to_ask is None else f" of {self.to_ask:,}"
+        left = "" if self.seconds_left is None else f", {_duration(self.seconds_left)} left"
+        return (
+            f"{self.done:,}{of} rows done, {self.failed:,} failed, {self.done / self.seconds:,.1f} rows/s, "
+            f"{self.tokens / self.seconds:,.0f} tokens/s{left}"
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours} h {m:02} min" if hours else f"{m} min {s:02} s" if m else f"{s} s"
+
+
+@dataclass
+class Tally:
+    """Counts up committed rows; used by the committing thread, timings also by others."""
+
+    started: float = field(default_factory=time.monotonic)
+    first_sent: float | None = None
+    last_answer: float | None = None
+    succeeded: int = 0
+    failed: int = 0
+    cut: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    commits: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+    keys: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
+    worst: list[FailedRow] = field(default_factory=list)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the block to the phase `name`."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begun
+
+    def count(self, key: tuple[Any, ...], answer: Result, outcome: Result) -> None:
+        """`answer` is what the engine said, `outcome` the same unless it could not be decoded."""
+        if isinstance(answer, Completion):
+            self.prompt_tokens += answer.prompt_tokens or 0
+            self.completion_tokens += answer.completion_tokens or 0
+            self.cut += any(c.finish_reason == "length" for c in answer.choices)
+        if not isinstance(outcome, RowError):
+            self.succeeded += 1
+            return
+        self.failed += 1
+        self.kinds[outcome.kind] = self.kinds.get(outcome.kind, 0) + 1
+        keys = self.keys.setdefault(outcome.kind, [])
+        if len(keys) < EXAMPLES:
+            keys.append(key)
+        if len(self.worst) < WORST:
+            self.worst.append(FailedRow(key, outcome.kind, outcome.message))
+
+    @property
+    def done(self) -> int:
+        return self.succeeded + self.failed
+
+    def progress(self, to_ask: int | None) -> Progress:
+        since = self.first_sent or self.started
+        seconds = max(time.monotonic() - since, 1e-3)
+        return Progress(to_ask, self.succeeded, self.failed, self.completion_tokens, seconds)
+
+    def timings(self) -> dict[str, float]:
+        """Seconds, with the phases that are known only at the end."""
+        timings = {"total": time.monotonic() - self.started, **self.seconds}
+        if self.first_sent is not None:
+            timings["first_row"] = self.first_sent - self.started
+            timings["answer"] = (self.last_answer or time.monotonic()) - self.first_sent
+        return {name: round(seconds, 3) for name, seconds in timings.items()}
+
+    def errors(self) -> tuple[ErrorKind, ...]:
+        by_rows = sorted(self.kinds.items(), key=lambda item: -item[1])
+        return tuple(ErrorKind(kind, rows, tuple(self.keys[kind])) for kind, rows in by_rows)

@@ -1,0 +1,443 @@
+"""Rows of a table to committed outputs: source, engine and writer side by side.
+
+A reader thread turns rows into requests and hands them to the engine; the engine loop answers them in
+any order; the calling thread decodes what is finished and commits it in groups. A group is made of
+what finished, not of what was read together, so that a long row holds up nobody. The reader stops
+while too much is unanswered or uncommitted, so that memory does not grow with the table.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any, Protocol, TypeVar
+
+from vllm_tasks import sharing
+from vllm_tasks.datalayer.selection import POSITION, Key, Row, Selection, SourceRow, Tables, Writer
+from vllm_tasks.errors import TablesUnavailable
+from vllm_tasks.fingerprint import input_hash
+from vllm_tasks.loop import Tasks
+from vllm_tasks.outputs import Decoder
+from vllm_tasks.report import Progress, Tally
+from vllm_tasks.rows import Completion, Request, Result, RowError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+ASKED_TOGETHER = 512
+"""Rows that are folded and put in order together."""
+FULLEST = 16
+"""A commit takes what has finished by then, up to so many times the rows that close a group."""
+APART = 2.0
+"""Seconds between two commits, unless the second one is as full as can be: at a thousand rows a second,
+groups of 512 would cost Prefect and the log more than they are worth."""
+RETRY_DELAYS = 1, 5, 15, 30
+"""Seconds before each new attempt to reach lost tables."""
+HASTE = 5.0
+"""Seconds that a stopping run waits for its requests and its reader to end."""
+SAME_FATE = 50
+"""A run whose first rows, so many, all fail alike is hopeless."""
+FEW = 500
+"""A share of failed rows is taken of at least so many."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """When a commit group closes: at `rows` finished rows, or `seconds` after its first."""
+
+    rows: int
+    seconds: float
+    most: int
+    apart: float
+
+    @classmethod
+    def of(cls, max_chunk_size: int | None, commit_rows: int, commit_seconds: float) -> Pace:
+        """A size that the caller gives is kept; else groups are larger where rows are fast."""
+        if max_chunk_size is not None:
+            return cls(max_chunk_size, commit_seconds, max_chunk_size, 0.0)
+        return cls(commit_rows, commit_seconds, FULLEST * commit_rows, APART)
+
+    def is_due(self, finished: int, first: float, last_commit: float) -> bool:
+        now = time.monotonic()
+        if finished >= self.most or now - first >= self.seconds:
+            return True
+        return finished >= self.rows and now - last_commit >= self.apart
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many rows may fail: a share of those finished, a count, or None for any number."""
+
+    max_failed: float | int | None
+
+    def exceeded(self, tally: Tally, *, at_end: bool) -> str | None:
+        """Why the run must stop, or None."""
+        limit = self.max_failed
+        if limit is None or not tally.failed:
+            return None
+        if isinstance(limit, float) and limit >= 1.0:
+            return None
+        if tally.done >= SAME_FATE and tally.failed == tally.done and len(tally.kinds) == 1:
+            (kind,) = tally.kinds
+            return f"the first {tally.done} rows all failed alike ({kind}: {tally.worst[0].message[:300]})"
+        base = tally.done if at_end else max(tally.done, FEW)
+        allowed = limit * base if isinstance(limit, float) else limit
+        if tally.failed <= allowed:
+            return None
+        return f"{tally.failed:,} of {tally.done:,} rows failed, more than max_failed={limit!r} allows"
+
+
+class Display(Protocol):
+    """Where a run is shown, and who repeats its commits."""
+
+    def commit(self, name: str, work: Callable[[], None]) -> None:
+        """Do `work`, again after a `TablesUnavailable` as `RETRY_DELAYS` say."""
+
+    def progress(self, progress: Progress) -> None:
+        """Called often; shows it when the last time is a while ago."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a run needs, checked."""
+
+    config: sharing.Config
+    max_batch_size: int | None
+    tables: Tables
+    selection: Selection
+    decoder: Decoder
+    requests: Callable[[Sequence[tuple[Any, ...]]], list[Request | RowError]]
+    """From the values of rows to what is asked."""
+    stamp: Row
+    """Columns that are the same in all output rows."""
+    pace: Pace
+    budget: Budget
+    limit: int | None
+    started: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A row with its answer, and what the answer became: rows of the output columns, or an error."""
+
+    row: SourceRow
+    input_hash: str
+    answer: Result
+    outcome: list[tuple[Any, ...]] | RowError
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Why the run cannot go on, from another thread."""
+
+    error: BaseException
+
+
+@dataclass
+class Open:
+    """The rows between source and commit; all threads meet here."""
+
+    keys: set[Key] = field(default_factory=set)
+    unanswered: int = 0
+    stopped: bool = False
+    _wanted: tuple[int, int] | None = None
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def wait_for_room(self, unanswered: int, uncommitted: int) -> bool:
+        """Wait until fewer rows than these are open; False when the run stops."""
+        with self._changed:
+            self._wanted = unanswered, uncommitted
+            self._changed.wait_for(self._has_room)
+            self._wanted = None
+            return not self.stopped
+
+    def wait(self, seconds: float) -> None:
+        """Wait so long, or until the run stops."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.stopped, seconds)
+
+    def _has_room(self) -> bool:
+        if self._wanted is None:
+            return False
+        unanswered, uncommitted = self._wanted
+        return self.stopped or (self.unanswered < unanswered and len(self.keys) < uncommitted)
+
+    def _tell(self) -> None:
+        if self._has_room():  # not for every row: waking the reader costs more than the row
+            self._changed.notify_all()
+
+    def read(self, keys: Collection[Key]) -> None:
+        with self._changed:
+            self.keys.update(keys)
+            self.unanswered += len(keys)
+
+    def answered(self, rows: int = 1) -> None:
+        with self._changed:
+            self.unanswered -= rows
+            self._tell()
+
+    def committed(self, keys: Iterable[Key]) -> None:
+        with self._changed:
+            self.keys.difference_update(keys)
+            self._tell()
+
+    def stop(self) -> None:
+        with self._changed:
+            self.stopped = True
+            self._changed.notify_all()
+
+    def snapshot(self) -> set[Key]:
+        with self._changed:
+            return set(self.keys)
+
+
+class Run:
+    """One pass over the selected rows."""
+
+    def __init__(self, job: Job, writer: Writer, display: Display, tally: Tally) -> None:
+        self.job = job
+        self.writer = writer
+        self.display = display
+        self.tally = tally
+        self.to_ask: int | None = None
+        self._open = Open()
+        self._queue: queue.SimpleQueue[tuple[SourceRow, str, Result] | Failed | None] = queue.SimpleQueue()
+        self._asks = Tasks()
+        self._all_read = False
+        self._group: list[Finished] = []
+        self._group_since = self._last_commit = 0.0
+
+    def run(self) -> str | None:
+        """Ask and commit until all is done; returns why it stopped early, None when it did not.
+
+        Whatever ends it early (an engine that fails, Ctrl-C, a signal): what is finished by then is
+        committed first.
+        """
+        reader = threading.Thread(target=self._read, name="vllm-tasks-reader", daemon=True)
+        reader.start()
+        try:
+            verdict = self._commit_as_it_comes()
+        except BaseException:
+            self._end(reader)
+            self._save()
+            raise
+        self._end(reader)
+        if verdict:
+            self._save()
+        return verdict
+
+    # ------------------------------------------------------------------ source to engine
+
+    def _read(self) -> None:
+        try:
+            for rows in self._wanted_rows():
+                with self.tally.phase("read"):
+                    hashes = [input_hash(row.values) for row in rows]
+                    requests = self.job.requests([row.values for row in rows])
+                self._hand_over(rows, hashes, requests)
+                if self._open.stopped:
+                    break
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that runs the job
+            self._queue.put(Failed(error))
+        self._queue.put(None)
+
+    def _wanted_rows(self) -> Iterator[list[SourceRow]]:
+        """Rows to ask, as soon as there is room for them; stops at the limit."""
+        left = self.job.limit
+        for rows in self._selected_rows():
+            if self.job.selection.refresh == "changed":
+                rows = [row for row in rows if row.input_hash != input_hash(row.values)]
+            if left is not None:
+                rows = rows[:left]
+                left -= len(rows)
+            if rows:
+                yield rows
+            if left == 0:
+                return
+
+    def _selected_rows(self) -> Iterator[list[SourceRow]]:
+        """The source's rows; opened again where it left off when its connection is lost."""
+        selection, size = self.job.selection, max(ASKED_TOGETHER, self.job.max_batch_size or 0)
+        handled: set[Key] = set()
+        failures = 0
+        while True:
+            try:
+                for rows in self.job.tables.rows(selection, size):
+                    failures = 0
+                    yield [row for row in rows if row.key not in handled]
+                return
+            except TablesUnavailable as error:
+                if failures == len(RETRY_DELAYS):
+                    raise
+                logger.warning("the source was lost, reading on in %d s: %s", RETRY_DELAYS[failures], error)
+                self._open.wait(RETRY_DELAYS[failures])
+                failures += 1
+            # In this order: a row that is committed in between is in one of the two.
+            handled = self._open.snapshot()
+            selection = replace(selection, since=self.job.started)
+
+    def _hand_over(
+        self, rows: Sequence[SourceRow], hashes: Sequence[str], requests: Sequence[Request | RowError]
+    ) -> None:
+        asked = [i for i, request in enumerate(requests) if isinstance(request, Request)]
+        room = self._asks.start(lambda: sharing.room(self.job.config)).result() if asked else 0
+        uncommitted = room + 2 * self.job.pace.most + len(rows)
+        if not self._open.wait_for_room(room + len(rows), uncommitted):
+            return
+        self._open.read([row.key for row in rows])
+        for row, digest, request in zip(rows, hashes, requests, strict=True):
+            if isinstance(request, RowError):
+                self._finish(row, digest, request)
+        if asked:
+            self.tally.first_sent = self.tally.first_sent or time.monotonic()
+            mine, theirs = [(rows[i], hashes[i]) for i in asked], [requests[i] for i in asked]
+            self._asks.start(lambda: self._answer(mine, theirs)).add_done_callback(self._tell_failure)
+
+    async def _answer(
+        self, rows: Sequence[tuple[SourceRow, str]], requests: Sequence[Request | RowError]
+    ) -> None:
+        def done(i: int, result: Result) -> None:
+            self._finish(*rows[i], result)
+
+        await sharing.answer(self.job.config, requests, self.job.max_batch_size, done)
+
+    def _finish(self, row: SourceRow, digest: str, result: Result) -> None:
+        self._queue.put((row, digest, result))
+        self._open.answered()
+
+    def _tell_failure(self, future: Future[Any]) -> None:
+        if not future.cancelled() and (error := future.exception()):
+            self._queue.put(Failed(error))
+
+    # ------------------------------------------------------------------ answers to commits
+
+    def _commit_as_it_comes(self) -> str | None:
+        while not (self._all_read and not self._open.keys):
+            for item in self._news():
+                self._take(item)
+            if verdict := self.job.budget.exceeded(self.tally, at_end=False):
+                return verdict
+            idle = self._all_read and not self._open.unanswered and self._queue.empty()
+            if self._group and (idle or self._is_due()):
+                self._commit_group(self.display.commit)
+            self.display.progress(self.tally.progress(self.to_ask))
+        return self.job.budget.exceeded(self.tally, at_end=True)
+
+    def _is_due(self) -> bool:
+        return self.job.pace.is_due(len(self._group), self._group_since, self._last_commit)
+
+    def _news(self) -> Iterator[tuple[SourceRow, str, Result] | Failed | None]:
+        """What has arrived, waiting for it a moment; not more than a full group takes."""
+        try:
+            yield self._queue.get(timeout=0.2)
+            while len(self._group) < self.job.pace.most:
+                yield self._queue.get_nowait()
+        except queue.Empty:
+            return
+
+    def _take(self, item: tuple[SourceRow, str, Result] | Failed | None) -> None:
+        if item is None:
+            self._all_read = True
+        elif isinstance(item, Failed):
+            raise item.error
+        else:
+            row, digest, answer = item
+            outcome = answer if isinstance(answer, RowError) else self.job.decoder.rows(answer)
+            if not self._group:
+                self._group_since = time.monotonic()
+            self._group.append(Finished(row, digest, answer, outcome))
+            self.tally.count(row.key, answer, outcome if isinstance(outcome, RowError) else answer)
+            self.tally.last_answer = time.monotonic()
+
+    def _commit_group(self, commit: Callable[[str, Callable[[], None]], None]) -> None:
+        group = self._group
+        keys = [finished.row.key for finished in group]
+        redo = {finished.row.key for finished in group if finished.row.redo}
+        rows = [row for finished in group for row in self._output_rows(finished)]
+        with self.tally.phase("commit"):
+            commit(key_range(keys), lambda: self.writer.commit(rows, redo))
+        self._group = []
+        self._last_commit = time.monotonic()
+        self.tally.commits += 1
+        self._open.committed(keys)
+
+    def _output_rows(self, finished: Finished) -> Iterator[Row]:
+        """The output rows of one source row: one, or with `flatten` one for each item."""
+        job, answer, outcome = self.job, finished.answer, finished.outcome
+        row = {
+            **dict(zip(job.selection.key, finished.row.key, strict=True)),
+            **{column.name: None for column in job.decoder.columns},
+            **({POSITION: None} if job.decoder.flatten else {}),
+            "_error": None,
+            **_of_answer(answer),
+            **job.stamp,
+            "_input_hash": finished.input_hash,
+            "_created_at": datetime.now(UTC),
+        }
+        if isinstance(answer, Completion) and answer.model:
+            row["_model"] = answer.model
+        if isinstance(outcome, RowError):
+            yield {**row, "_error": f"{outcome.kind}: {outcome.message}"}
+            return
+        names = [column.name for column in job.decoder.columns]
+        if not job.decoder.flatten:
+            yield {**row, **dict(zip(names, outcome[0], strict=True))}
+            return
+        for position, values in enumerate(outcome):
+            yield {**row, **dict(zip(names, values, strict=True)), POSITION: position}
+        if not outcome:
+            yield row
+
+    # ------------------------------------------------------------------ the end
+
+    def _end(self, reader: threading.Thread) -> None:
+        """Read and ask no more."""
+        self._open.stop()
+        self._asks.end(HASTE)
+        reader.join(HASTE)
+
+    def _save(self) -> None:
+        """Commit what is finished, once and at once; what it cannot is asked again next time."""
+        while not self._queue.empty():
+            item = self._queue.get_nowait()
+            if item is not None and not isinstance(item, Failed):
+                self._take(item)
+        try:
+            if self._group:
+                self._commit_group(lambda _name, work: work())
+        except TablesUnavailable as error:
+            logger.warning("%d finished rows could not be committed: %s", len(self._group), error)
+        logger.warning(
+            "stopped: %s rows of this run are committed, %d dropped; the same call goes on from there",
+            f"{self.tally.done - len(self._group):,}",
+            len(self._open.keys),
+        )
+
+
+def _of_answer(answer: Result) -> dict[str, Any]:
+    if isinstance(answer, RowError):
+        return {"_finish_reason": None, "_prompt_tokens": None, "_completion_tokens": None}
+    reasons = [choice.finish_reason for choice in answer.choices]
+    return {
+        "_finish_reason": "length" if "length" in reasons else reasons[0],
+        "_prompt_tokens": answer.prompt_tokens,
+        "_completion_tokens": answer.completion_tokens,
+    }
+
+
+def key_range(keys: Sequence[Key]) -> str:
+    """`first..last` of the keys in a group, for people."""
+    first, last = min(keys), max(keys)
+    return shown_key(first) if first == last else f"{shown_key(first)}..{shown_key(last)}"
+
+
+def shown_key(key: Key) -> str:
+    """A key for people: the bare value of a single column."""
+    return str(key[0]) if len(key) == 1 else f"({', '.join(map(str, key))})"

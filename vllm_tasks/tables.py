@@ -1,0 +1,382 @@
+"""`predict_in_db`: rows of a table in, one committed output or error per row out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+from vllm_tasks import loop, sharing
+from vllm_tasks.datalayer import Datalayer, outputs_name
+from vllm_tasks.datalayer.selection import Key, OutputTable, Refresh, Selection
+from vllm_tasks.engines.http import HttpConfig
+from vllm_tasks.engines.local import LocalConfig
+from vllm_tasks.errors import InvalidCall, TablesUnavailable, TooManyFailed
+from vllm_tasks.fingerprint import engine_identity, fingerprint
+from vllm_tasks.prompts import Context, Signature
+from vllm_tasks.report import Progress, Report, Tally
+from vllm_tasks.settings import site_settings
+from vllm_tasks.stream import RETRY_DELAYS, Budget, Display, Job, Pace, Run
+
+if TYPE_CHECKING:
+    from vllm_tasks.predictor import Predictor
+
+logger = logging.getLogger(__name__)
+
+Columns = str | Sequence[str] | Mapping[str, str | int]
+PROGRESS_EVERY = 30.0
+"""Seconds between two lines of progress in the log."""
+COUNT_PATIENCE = 5.0
+"""Seconds that a finished run waits for the count of its source."""
+
+
+def predict_in_db(
+    model: Predictor,
+    X: Columns,  # noqa: N803 - the name in the contract, as in scikit-learn
+    select: str,
+    *,
+    predict_id: str | None = None,
+    primary_id: str | Sequence[str] = "id",
+    db: Datalayer | str | None = None,
+    ids: Sequence[Any] | None = None,
+    max_chunk_size: int | None = None,
+    overwrite: bool = False,
+    refresh: Literal["missing", "changed"] = "missing",
+    retry_failed: bool = False,
+    max_failed: float | int | None = 0.05,
+    limit: int | None = None,
+    context: Context = None,
+    display: Display | None = None,
+    **sampling: Any,
+) -> Report:
+    """Ask `model` for the rows of a table and commit one output or one error for each.
+
+    A row is done when it is committed, and only rows that are not done are asked: after any crash the
+    same call goes on where it stopped. Rows are found anew at each call by a join of the source with
+    the outputs on key and fingerprint; a change of anything that decides an answer (model, prompt,
+    sampling, schema, ...) asks all rows again.
+
+    X: the column that is the record; a list of columns for signature `*args` or `**kwargs`; or a
+        mapping of columns to arguments, by name or by position.
+    select: a table, in a lake also a path or a glob in it, or one SELECT statement.
+    predict_id: names the outputs, `_outputs__<predict_id>`; the model's identifier when None.
+    primary_id: column or columns that identify a row: never NULL, each value once.
+    db: where source and outputs are: a `Datalayer` or its URL; the model's own when None.
+    ids: only rows with these keys (tuples when the key has several columns).
+    max_chunk_size: rows of a commit group; None: VLLM_TASKS_COMMIT_ROWS and more, when rows are fast.
+    overwrite: ask all rows, done or not.
+    refresh: `missing` asks rows without an output or error; `changed` also those whose input is
+        another one than when they were answered.
+    retry_failed: ask the rows that have an error, and no others.
+    max_failed: how many rows may fail, a share (float) or a count (int); None: any number. A run with more
+        stops, commits what is finished and raises `TooManyFailed`; at once when the first 50 all fail alike.
+    limit: ask so many rows at most.
+    context: fills `{context}` of every prompt.
+    display: where the run is shown; None: in the log.
+
+    Raises `InvalidCall` before any work for what could not succeed, `TooManyFailed`, and what keeps a
+    run from going on: `ServerUnavailable`, `EngineFailed`, `TablesUnavailable`. In each case, and on
+    Ctrl-C or SIGTERM, what was finished is committed.
+    """
+    tally = Tally()
+    started = datetime.now(UTC)
+    settings = site_settings()
+    columns, record = records(X, model.signature)
+    key = (primary_id,) if isinstance(primary_id, str) else tuple(primary_id)
+    datalayer = _datalayer(db, model)
+    options = model.model_update_kwargs
+    predict_id = model.identifier if predict_id is None else predict_id
+    pace = Pace.of(
+        _at_least_one("max_chunk_size", max_chunk_size), settings.commit_rows, settings.commit_seconds
+    )
+    _at_least_one("limit", limit)
+
+    # Whatever is wrong with the model or its parameters is said here, before anything is read or made.
+    config = model._config()
+    decoder = model._decoder(sampling)
+    all_sampling = model._sampling(sampling)
+    prompter = model._prompter(context)
+    model._check_call([], all_sampling)
+    model_name, model_identity = _model_identity(config)
+    identity = {
+        "model": model_identity,
+        "sampling": all_sampling,
+        "context": prompter.context,
+        "outputs": decoder.identity(),
+        "columns": [columns, X if isinstance(X, Mapping) else None],
+        **model._identity(),
+    }
+    selection = Selection(
+        select=select,
+        key=_named_columns("primary_id", key),
+        columns=columns,
+        outputs=options.get("table") or outputs_name(predict_id),
+        fingerprint=fingerprint(identity),
+        refresh=_refresh(refresh, overwrite, retry_failed),
+        ids=None if ids is None else _keys(ids, key),
+    )
+    output = OutputTable(
+        name=selection.outputs,
+        columns=decoder.columns,
+        flatten=decoder.flatten,
+        partition_by=_tuple(options.get("partition_by", ())),
+        compression=options.get("compression"),
+    )
+    tables = datalayer.tables()
+    try:
+        with tally.phase("check"):
+            tables.check(selection)
+        job = Job(
+            config=config,
+            max_batch_size=model.max_batch_size,
+            tables=tables,
+            selection=selection,
+            decoder=decoder,
+            requests=lambda rows: model._requests(prompter, [record(r) for r in rows], all_sampling),
+            stamp={
+                "_model": model_name,
+                "_uuid": model.uuid,
+                "_fingerprint": selection.fingerprint,
+            },
+            pace=pace,
+            budget=Budget(_max_failed(max_failed)),
+            limit=limit,
+            started=started,
+        )
+        verdict, counted = _run(job, output, display or Log(), tally)
+        report = _report(model, predict_id, job, tally, counted)
+    finally:
+        tables.close()
+    model._tell_cut_rows(tally.cut, tally.succeeded, all_sampling)
+    if verdict:
+        raise TooManyFailed(
+            f"{verdict}; what was finished is committed. Look at `_error` in {report.outputs}, correct the "
+            "cause, and ask the failed rows again with retry_failed=True",
+            report,
+        )
+    return report
+
+
+def _run(job: Job, output: OutputTable, display: Display, tally: Tally) -> tuple[str | None, Counted]:
+    writer = job.tables.writer(job.selection, output)
+    run = Run(job, writer, display, tally)
+    counted = Counted(job, run)
+    with _sigterm_raises():
+        verdict = run.run()
+        writer.close()
+    counted.wait()
+    return verdict, counted
+
+
+class Counted:
+    """The size of the job, counted beside the run."""
+
+    def __init__(self, job: Job, run: Run) -> None:
+        self.rows: int | None = None
+        self.up_to_date: int | None = None
+        self._job, self._run = job, run
+        self._thread = threading.Thread(target=self._count, name="vllm-tasks-count", daemon=True)
+        self._thread.start()
+
+    def _count(self) -> None:
+        try:
+            rows, selected = self._job.tables.count(self._job.selection)
+        except TablesUnavailable as error:
+            logger.warning("the rows to ask could not be counted: %s", error)
+            return
+        limit = self._job.limit
+        self._run.to_ask = selected if limit is None else min(selected, limit)
+        self.rows = rows
+        if self._job.selection.refresh != "changed":  # what has changed is known when it is read
+            self.up_to_date = rows - selected
+
+    def wait(self) -> None:
+        self._thread.join(COUNT_PATIENCE)
+
+
+def _report(model: Predictor, predict_id: str, job: Job, tally: Tally, counted: Counted) -> Report:
+    return Report(
+        model=model.identifier,
+        predict_id=predict_id,
+        outputs=job.tables.where(job.selection.outputs),
+        fingerprint=job.selection.fingerprint,
+        rows=counted.rows,
+        up_to_date=counted.up_to_date,
+        asked=tally.done,
+        succeeded=tally.succeeded,
+        failed=tally.failed,
+        cut=tally.cut,
+        prompt_tokens=tally.prompt_tokens,
+        completion_tokens=tally.completion_tokens,
+        commits=tally.commits,
+        seconds=tally.timings(),
+        errors=tally.errors(),
+        worst=tuple(tally.worst),
+        served_by=_served_by(job.config) if tally.prompt_tokens else {},
+    )
+
+
+class Log:
+    """A `Display` for a run without Prefect: a line now and then, and commits repeated here."""
+
+    def __init__(self) -> None:
+        self._shown = time.monotonic()
+
+    def commit(self, name: str, work: Callable[[], None]) -> None:
+        for delay in RETRY_DELAYS:
+            try:
+                return work()
+            except TablesUnavailable as error:
+                logger.warning("commit of %s failed, again in %d s: %s", name, delay, error)
+                time.sleep(delay)
+        return work()
+
+    def progress(self, progress: Progress) -> None:
+        if time.monotonic() - self._shown >= PROGRESS_EVERY:
+            self._shown = time.monotonic()
+            logger.info("%s", progress)
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM ends the run as Ctrl-C does, where nobody else (as Prefect does) has taken care of it."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# ---------------------------------------------------------------------- the call's arguments
+
+
+def records(X: Columns, signature: Signature) -> tuple[tuple[str, ...], Callable[[Sequence[Any]], Any]]:  # noqa: N803
+    """The columns that `X` names, and how their values become the record that `signature` takes."""
+    if isinstance(X, Mapping):
+        columns, arguments = _named_columns("X", tuple(X)), tuple(X.values())
+    else:
+        columns = _named_columns("X", (X,) if isinstance(X, str) else tuple(X))
+        arguments = tuple(range(len(columns))) if signature != "**kwargs" else columns
+    by_position = [i for i, a in enumerate(arguments) if isinstance(a, int)]
+    by_position.sort(key=lambda i: arguments[i])
+    by_name = {str(a): i for i, a in enumerate(arguments) if not isinstance(a, int)}
+    if [arguments[i] for i in by_position] != list(range(len(by_position))):
+        raise InvalidCall(f"X={X!r}: positions must be 0, 1, ... without a gap")
+    if signature == "singleton":
+        if len(columns) != 1:
+            raise InvalidCall(
+                f"X={X!r} names {len(columns)} columns, but with signature='singleton' a record is one "
+                "value; use signature='**kwargs' (fields by name) or '*args' (fields by position)"
+            )
+        return columns, lambda values: values[0]
+    if signature == "*args":
+        if by_name:
+            raise InvalidCall(f"X={X!r}: signature='*args' takes positions, not the names {sorted(by_name)}")
+        return columns, lambda values: tuple(values[i] for i in by_position)
+    if signature == "**kwargs":
+        if by_position:
+            raise InvalidCall(f"X={X!r}: signature='**kwargs' takes names of arguments, not positions")
+        return columns, lambda values: {name: values[i] for name, i in by_name.items()}
+    return columns, lambda values: (
+        tuple(values[i] for i in by_position),
+        {name: values[i] for name, i in by_name.items()},
+    )
+
+
+def _named_columns(name: str, columns: tuple[Any, ...]) -> tuple[str, ...]:
+    if not columns or not all(isinstance(c, str) and c for c in columns):
+        raise InvalidCall(f"{name}={columns!r} must name one column or more")
+    if len(set(columns)) < len(columns):
+        raise InvalidCall(f"{name}={columns!r} names a column twice")
+    return columns
+
+
+def _datalayer(db: Datalayer | str | None, model: Predictor) -> Datalayer:
+    if isinstance(db, str):
+        return Datalayer(url=db)  # type: ignore[arg-type]  # pydantic makes the secret
+    if (found := db or model.db) is not None:
+        return found
+    raise InvalidCall(
+        f"{model.identifier!r} has no db: pass db='folder' or db=Datalayer(url=...), or give the model one"
+    )
+
+
+def _tuple(columns: str | Sequence[str]) -> tuple[str, ...]:
+    return (columns,) if isinstance(columns, str) else tuple(columns)
+
+
+def _at_least_one(name: str, value: int | None) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise InvalidCall(f"{name}={value!r} must be a whole number of at least 1, or None")
+    return value
+
+
+def _max_failed(value: float | int | None) -> float | int | None:
+    proper = value is None or (
+        not isinstance(value, bool)
+        and isinstance(value, int | float)
+        and (value >= 0 if isinstance(value, int) else 0.0 <= value <= 1.0)
+    )
+    if not proper:
+        raise InvalidCall(
+            f"max_failed={value!r} must be a share from 0.0 to 1.0, a count of rows, or None for any number"
+        )
+    return value
+
+
+def _refresh(refresh: str, overwrite: bool, retry_failed: bool) -> Refresh:
+    if refresh not in ("missing", "changed"):
+        raise InvalidCall(f"refresh={refresh!r} is neither 'missing' nor 'changed'")
+    if overwrite and retry_failed:
+        raise InvalidCall("overwrite=True asks all rows and retry_failed=True only failed ones: choose one")
+    if retry_failed and refresh == "changed":
+        raise InvalidCall(
+            "retry_failed=True asks only failed rows: leave refresh='changed' to a call of its own"
+        )
+    return "all" if overwrite else "failed" if retry_failed else refresh  # type: ignore[return-value]  # checked above
+
+
+def _keys(ids: Sequence[Any], key: tuple[str, ...]) -> tuple[Key, ...]:
+    if isinstance(ids, str | bytes | Mapping):
+        raise InvalidCall(f"ids must be a list of keys, got a {type(ids).__name__}")
+    if len(key) == 1:
+        return tuple((each,) for each in ids)
+    for each in ids:
+        if not isinstance(each, tuple | list) or len(each) != len(key):
+            raise InvalidCall(f"ids: {each!r} must be a tuple of {len(key)} values, for {key}")
+    return tuple(tuple(each) for each in ids)
+
+
+def _model_identity(config: sharing.Config) -> tuple[str, Any]:
+    """The model's name, and the model as the fingerprint knows it.
+
+    A server is asked for the name when the call has none.
+    """
+    if isinstance(config, LocalConfig):
+        arguments = json.loads(config.engine_args)
+        return arguments["model"], engine_identity(arguments)
+    name = config.model
+    if name is None and config.protocol != "legacy":  # which tells no name
+        name = loop.run(sharing.facts(config))["model"]
+    return name or "", name
+
+
+def _served_by(config: sharing.Config) -> dict[str, str]:
+    """What the server says of itself; that it does not say so is no reason to fail a finished run."""
+    if not isinstance(config, HttpConfig) or config.protocol == "legacy":
+        return {}
+    return loop.run(sharing.facts(config))
