@@ -4,9 +4,10 @@ The names below are the public interface. Importing them loads neither vLLM nor 
 """
 
 from vllm_tasks.datalayer import Datalayer
+from vllm_tasks.datatypes import DataType
 from vllm_tasks.errors import EngineFailed, InvalidCall, RowErrors, ServerUnavailable, VllmTasksError
 from vllm_tasks.models import VllmAPI, VllmModel
-from vllm_tasks.outputs import Artifact, DataType
+from vllm_tasks.outputs import Artifact
 from vllm_tasks.rows import Choice, Completion, RowError, TokenLogprob
 from vllm_tasks.settings import Settings
 from vllm_tasks.tasks import completions, predict, predict_batches

@@ -27,12 +27,14 @@ from pydantic_core import ErrorDetails, InitErrorDetails
 from vllm_tasks import loop, sharing
 from vllm_tasks.callables import DottedCallable, check_importable
 from vllm_tasks.datalayer import Datalayer, own_fields
+from vllm_tasks.datatypes import DataType
 from vllm_tasks.errors import InvalidCall, RowErrors
 from vllm_tasks.fingerprint import source_of
-from vllm_tasks.outputs import Artifact, BuiltinType, DataType, check_schema
+from vllm_tasks.outputs import Artifact, Decoder, check_one_type
 from vllm_tasks.prompts import Context, Prompter, Signature, Template, load_artifact
-from vllm_tasks.rows import Completion, Request, Result, RowError
+from vllm_tasks.rows import BuiltinType, Completion, Request, Result, RowError
 from vllm_tasks.sampling import Target, check_names, known_names
+from vllm_tasks.schemas import schema_type
 from vllm_tasks.settings import site_settings
 from vllm_tasks.validation import Validation
 
@@ -63,9 +65,13 @@ WRITE_OPTIONS = {"table", "partition_by", "compression", "on_length"}
 FORBID = ConfigDict(extra="forbid")
 """For the classes themselves: Block, which they derive from last, would allow unknown fields."""
 
+ASKED = {"structured_outputs", "response_format"}
+"""Sampling parameters that say what an answer looks like."""
+
 T = TypeVar("T")
 OnError = Literal["raise", "return"]
-Output = str | list[str]
+Output = Any
+"""A text, or what `datatype` or `output_schema` make of it; with `n > 1` a list of those."""
 
 
 class Predictor(BaseModel):
@@ -89,13 +95,14 @@ class Predictor(BaseModel):
         default="singleton", description="How a record becomes a call: one value, a tuple, a dict, or both."
     )
     datatype: DataType | BuiltinType | None = Field(
-        default=None, description="Type of an output; other than str: kept, not used yet."
+        default=None,
+        description="Type of an answer: str (the default), int, float, bool, json, bytes, or one's own.",
     )
     output_schema: dict[str, Any] | str | None = Field(
         default=None,
-        description="Columns, JSON Schema or dotted path of a pydantic model (kept, not used yet).",
+        description="Columns, JSON Schema or dotted path of a pydantic model: asked of vLLM and checked.",
     )
-    flatten: bool = Field(default=False, description="A list output becomes rows (kept, not used yet).")
+    flatten: bool = Field(default=False, description="In tables, an answer that is a list becomes rows.")
     model_update_kwargs: dict[str, Any] = Field(
         default={},
         description="How outputs are written: table, partition_by, compression, on_length (keep, error).",
@@ -148,7 +155,8 @@ class Predictor(BaseModel):
     @field_validator("output_schema")
     @classmethod
     def _known_schema(cls, value: dict[str, Any] | str | None) -> dict[str, Any] | str | None:
-        check_schema(value)
+        if value is not None:
+            schema_type(value, flatten=False)
         return value
 
     @field_validator("model_update_kwargs")
@@ -197,6 +205,7 @@ class Predictor(BaseModel):
     @model_validator(mode="after")
     def _known_sampling(self) -> Self:
         check_names(self.predict_kwargs, self._sampling_target())
+        check_one_type(self.datatype, self.output_schema)
         return self
 
     @model_validator(mode="wrap")
@@ -227,9 +236,10 @@ class Predictor(BaseModel):
     # ------------------------------------------------------------------ predicting
 
     def predict(self, x: Any, context: Context = None, **sampling: Any) -> Output:
-        """The answer to one record: a text, or a list of `n` texts when `n > 1`.
+        """The answer to one record: a text, or the value that `datatype` or `output_schema` make of it.
 
-        Raises `RowErrors` when the row fails, `InvalidCall`, `ServerUnavailable` or `EngineFailed`
+        With `n > 1` it is a list of those. An `output_schema` gives plain JSON data, a dict for a pydantic
+        model too. Raises `RowErrors` when the row fails, `InvalidCall`, `ServerUnavailable` or `EngineFailed`
         when the call does.
         """
         (output,) = _checked(self._outputs([x], context, sampling), "raise")
@@ -239,7 +249,7 @@ class Predictor(BaseModel):
     def predict_batches(
         self, xs: Sequence[Any], context: Context = None, *, on_error: OnError = "raise", **sampling: Any
     ) -> list[Output | RowError]:
-        """N records in, N answers out, in input order: texts, or lists of `n` texts when `n > 1`.
+        """N records in, N answers out, in input order, each as of `predict`.
 
         All rows are tried. If some fail, `RowErrors` is raised at the end with all results in it;
         with `on_error="return"` each failed row is a `RowError` in its place instead.
@@ -258,11 +268,11 @@ class Predictor(BaseModel):
     def _outputs(
         self, xs: Sequence[Any], context: Context, given: Mapping[str, Any]
     ) -> list[Output | RowError]:
-        many = self._sampling(given).get("n") not in (None, 1)
-        return [
-            r if isinstance(r, RowError) else [c.text for c in r.choices] if many else r.text
-            for r in self._results(xs, context, given)
+        decoder = self._decoder(given)
+        outputs = [
+            r if isinstance(r, RowError) else decoder.values(r) for r in self._results(xs, context, given)
         ]
+        return [replace(o, index=i) if isinstance(o, RowError) else o for i, o in enumerate(outputs)]
 
     def _results(self, xs: Sequence[Any], context: Context, given: Mapping[str, Any]) -> list[Result]:
         xs = _rows_of(xs)
@@ -274,8 +284,19 @@ class Predictor(BaseModel):
         self._tell_cut(results, sampling)
         return results
 
+    def _decoder(self, given: Mapping[str, Any]) -> Decoder:
+        many = {**self.predict_kwargs, **given}.get("n") not in (None, 1)
+        on_length = self.model_update_kwargs.get("on_length", "keep")
+        return Decoder.of(self.datatype, self.output_schema, self.flatten, many, on_length)
+
     def _sampling(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        return {**self.predict_kwargs, **given}
+        """The sampling parameters of a call; with a schema to ask for, unless the caller asks for his own."""
+        sampling = {**self.predict_kwargs, **given}
+        asked = None if ASKED & sampling.keys() else self._decoder(given).schema
+        # Servers with the legacy format hand the parameters on as they are, and vLLM takes no dict there.
+        if asked is None or self._sampling_target() == "legacy":
+            return sampling
+        return {**sampling, "structured_outputs": {"json": asked}}
 
     def _prompter(self, context: Context) -> Prompter:
         return Prompter(
@@ -332,15 +353,6 @@ class Predictor(BaseModel):
 
     def _refuse_unbuilt(self) -> None:
         """Fields of later versions must not be ignored in silence where they would change an answer."""
-        used = {
-            "datatype": self.datatype not in (None, "str"),
-            "output_schema": self.output_schema is not None,
-            "flatten": self.flatten,
-        }
-        if names := [name for name, is_used in used.items() if is_used]:
-            raise InvalidCall(
-                f"{', '.join(names)}: kept with the model, but predicting with it is not built yet"
-            )
 
     def predict_in_db(self, X: Columns, select: str, **options: Any) -> Report:  # noqa: N803
         """Ask for the rows of a table and commit one output or one error for each.

@@ -18,7 +18,11 @@ RowErrorKind = Literal[
     "server",  # the server kept answering 5xx, 408 or 429
     "response",  # the answer was not what the protocol promises
     "engine",  # the local engine failed on this row, or died on it twice
+    "output",  # the answer is not of the type asked for
 ]
+
+BuiltinType = Literal["str", "int", "float", "bool", "json", "bytes"]
+"""Types of an answer, and of the columns that answers are kept in."""
 
 
 @dataclass(frozen=True, slots=True)

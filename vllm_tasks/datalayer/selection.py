@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, Protocol
 
-from vllm_tasks.outputs import BuiltinType
+from vllm_tasks.rows import BuiltinType
 
 Refresh = Literal["missing", "changed", "failed", "all"]
 """`missing`: no row in the outputs under the present fingerprint; `changed`: all rows, with the hash of
