@@ -5,12 +5,21 @@ The names below are the public interface. Importing them loads neither vLLM nor 
 
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datatypes import DataType
-from vllm_tasks.errors import EngineFailed, InvalidCall, RowErrors, ServerUnavailable, VllmTasksError
+from vllm_tasks.errors import (
+    EngineFailed,
+    InvalidCall,
+    RowErrors,
+    ServerUnavailable,
+    TablesUnavailable,
+    TooManyFailed,
+    VllmTasksError,
+)
 from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.outputs import Artifact
+from vllm_tasks.report import ErrorKind, FailedRow, Report
 from vllm_tasks.rows import Choice, Completion, RowError, TokenLogprob
 from vllm_tasks.settings import Settings
-from vllm_tasks.tasks import completions, predict, predict_batches
+from vllm_tasks.tasks import completions, predict, predict_batches, predict_in_db
 from vllm_tasks.validation import Dataset, Metric, Validation
 
 __all__ = [
@@ -21,13 +30,18 @@ __all__ = [
     "Datalayer",
     "Dataset",
     "EngineFailed",
+    "ErrorKind",
+    "FailedRow",
     "InvalidCall",
     "Metric",
+    "Report",
     "RowError",
     "RowErrors",
     "ServerUnavailable",
     "Settings",
+    "TablesUnavailable",
     "TokenLogprob",
+    "TooManyFailed",
     "Validation",
     "VllmAPI",
     "VllmModel",
@@ -35,4 +49,5 @@ __all__ = [
     "completions",
     "predict",
     "predict_batches",
+    "predict_in_db",
 ]

@@ -47,6 +47,7 @@ class Report:
 
     model: str
     predict_id: str
+    source: str
     outputs: str
     fingerprint: str
     rows: int | None

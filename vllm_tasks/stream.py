@@ -207,6 +207,7 @@ class Run:
         self.display = display
         self.tally = tally
         self.to_ask: int | None = None
+        self.begun = threading.Event()
         self._open = Open()
         self._queue: queue.SimpleQueue[tuple[SourceRow, str, Result] | Failed | None] = queue.SimpleQueue()
         self._asks = Tasks()
@@ -247,6 +248,7 @@ class Run:
         except BaseException as error:  # noqa: BLE001 - handed to the thread that runs the job
             self._queue.put(Failed(error))
         self._queue.put(None)
+        self.begun.set()
 
     def _wanted_rows(self) -> Iterator[list[SourceRow]]:
         """Rows to ask, as soon as there is room for them; stops at the limit."""
@@ -299,6 +301,7 @@ class Run:
             self.tally.first_sent = self.tally.first_sent or time.monotonic()
             mine, theirs = [(rows[i], hashes[i]) for i in asked], [requests[i] for i in asked]
             self._asks.start(lambda: self._answer(mine, theirs)).add_done_callback(self._tell_failure)
+            self.begun.set()
 
     async def _answer(
         self, rows: Sequence[tuple[SourceRow, str]], requests: Sequence[Request | RowError]

@@ -185,6 +185,7 @@ class Counted:
         self._thread.start()
 
     def _count(self) -> None:
+        self._run.begun.wait()  # the first request comes first
         try:
             rows, selected = self._job.tables.count(self._job.selection)
         except TablesUnavailable as error:
@@ -204,6 +205,7 @@ def _report(model: Predictor, predict_id: str, job: Job, tally: Tally, counted: 
     return Report(
         model=model.identifier,
         predict_id=predict_id,
+        source=job.tables.where(_name_of(job.selection.select)),
         outputs=job.tables.where(job.selection.outputs),
         fingerprint=job.selection.fingerprint,
         rows=counted.rows,
@@ -220,6 +222,16 @@ def _report(model: Predictor, predict_id: str, job: Job, tally: Tally, counted: 
         worst=tuple(tally.worst),
         served_by=_served_by(job.config) if tally.prompt_tokens else {},
     )
+
+
+def _name_of(select: str) -> str:
+    """A table's name or path as it is, a statement by a short hash."""
+    is_statement = " " in select.strip() and select.lstrip().split()[0].upper() in (
+        "SELECT",
+        "WITH",
+        "(SELECT",
+    )
+    return f"query-{fingerprint({'select': select})[:8]}" if is_statement else select
 
 
 class Log:

@@ -1,0 +1,88 @@
+"""A deployable flow: ask a model for the rows of a table, every night if you like.
+
+prefect block register -m vllm_tasks                  # once per Prefect server
+python -m flows.batch_predict --cron "0 2 * * *"      # serve it; then run it from the UI
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, Literal
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from vllm_tasks import Datalayer, Report, VllmAPI, VllmModel, predict_in_db
+
+
+def run_name() -> str:
+    """Model and source, as the UI shows them."""
+    parameters = flow_run.parameters
+    return f"{parameters['model'].identifier} - {parameters['select'][:80]}"
+
+
+@flow(name="batch-predict", flow_run_name=run_name)
+def batch_predict(
+    model: VllmAPI | VllmModel,
+    X: str | list[str] | dict[str, str | int],  # noqa: N803 - the name in predict_in_db
+    select: str,
+    db: Datalayer | None = None,
+    predict_id: str | None = None,
+    primary_id: str | list[str] = "id",
+    refresh: Literal["missing", "changed"] = "missing",
+    overwrite: bool = False,
+    retry_failed: bool = False,
+    max_failed: float | int | None = 0.05,
+    limit: int | None = None,
+    ids: list[Any] | None = None,
+    max_chunk_size: int | None = None,
+    context: str | None = None,
+    sampling: dict[str, Any] | None = None,
+) -> Report:
+    """Ask a model for the rows of a table and commit one output or one error for each.
+
+    Only rows that have no output yet are asked, so the same run goes on after any crash.
+
+    Args:
+        model: A saved block, or the fields of a model.
+        X: Column with the input; several columns as a list, or as a mapping of column to argument.
+        select: A table; in a lake also a path or a glob; or one SELECT statement.
+        db: Where the table is and the outputs go; empty: the model's own.
+        predict_id: Names the outputs, _outputs__<predict_id>; empty: the model's identifier.
+        primary_id: Column or columns that identify a row.
+        refresh: missing asks rows without an output; changed also those whose input is another now.
+        overwrite: Ask all rows again.
+        retry_failed: Ask the rows that have an error, and no others.
+        max_failed: How many rows may fail, a share (0.05) or a count (20); empty: any number.
+        limit: Ask so many rows at most, to try a job.
+        ids: Only the rows with these keys.
+        max_chunk_size: Rows of a commit; empty: VLLM_TASKS_COMMIT_ROWS.
+        context: Fills {context} of every prompt.
+        sampling: Sampling parameters by vLLM's names; they win over the model's.
+    """
+    report: Report = predict_in_db(
+        model,
+        X,
+        select,
+        db=db,
+        predict_id=predict_id,
+        primary_id=primary_id,
+        refresh=refresh,
+        overwrite=overwrite,
+        retry_failed=retry_failed,
+        max_failed=max_failed,
+        limit=limit,
+        ids=ids,
+        max_chunk_size=max_chunk_size,
+        context=context,
+        **(sampling or {}),
+    )
+    return report
+
+
+if __name__ == "__main__":
+    arguments = argparse.ArgumentParser(description="Serve batch_predict as a deployment.")
+    arguments.add_argument("--name", default="batch-predict", help="name of the deployment")
+    arguments.add_argument("--cron", help="schedule, such as '0 2 * * *'")
+    given = arguments.parse_args()
+    batch_predict.serve(name=given.name, cron=given.cron)

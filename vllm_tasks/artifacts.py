@@ -1,0 +1,137 @@
+"""What the Prefect UI shows of a run over a table: progress, report, errors, and the outputs as an asset."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Mapping
+from uuid import UUID
+
+import httpx
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.exceptions import PrefectException
+
+from vllm_tasks.report import Progress, Report
+from vllm_tasks.stream import shown_key
+
+logger = logging.getLogger(__name__)
+
+UPDATED_EVERY = 5.0
+"""Seconds between two updates of the progress artifact."""
+MESSAGE_SHOWN = 300
+"""Characters of an error's message in the table of errors."""
+PHASES = {
+    "check": "checking the call, the source and its keys",
+    "first_row": "start to the first row sent",
+    "read": "reading rows and making prompts (beside the answers)",
+    "answer": "first row sent to last answer",
+    "commit": "commits (beside the answers)",
+    "total": "in all",
+}
+
+
+class ProgressArtifact:
+    """A progress artifact that is updated every few seconds."""
+
+    def __init__(self, predict_id: str) -> None:
+        self._key = f"{slug(predict_id)}-progress"
+        self._artifact: UUID | None = None
+        self._shown = float("-inf")
+
+    def show(self, progress: Progress, *, now: bool = False) -> None:
+        """Show `progress` if it is time, or `now`."""
+        if not now and time.monotonic() - self._shown < UPDATED_EVERY:
+            return
+        self._shown = time.monotonic()
+        percent = min(100.0 * progress.done / progress.to_ask, 100.0) if progress.to_ask else 0.0
+        try:
+            if self._artifact is None:
+                created = create_progress_artifact(percent, self._key, str(progress))
+                assert isinstance(created, UUID), "called from synchronous code"
+                self._artifact = created
+            else:
+                update_progress_artifact(self._artifact, percent, str(progress))
+        except (httpx.HTTPError, PrefectException) as error:  # what is shown is not what is done
+            logger.warning("progress could not be shown: %s", error)
+
+
+def show_report(report: Report) -> None:
+    """The final report as a Markdown artifact and, where rows failed, a table of errors."""
+    try:
+        create_markdown_artifact(markdown_of(report), f"{slug(report.predict_id)}-report", str(report))
+        if report.worst:
+            table = [
+                {"key": shown_key(row.key), "kind": row.kind, "message": row.message[:MESSAGE_SHOWN]}
+                for row in report.worst
+            ]
+            words = f"{len(table)} of {report.failed:,} failed rows of {report.predict_id}"
+            create_table_artifact(table, f"{slug(report.predict_id)}-errors", words)
+    except (httpx.HTTPError, PrefectException) as error:
+        logger.warning("the report could not be shown: %s", error)
+
+
+def markdown_of(report: Report) -> str:
+    """The report as Markdown: counts, tokens, seconds, kinds of errors with keys (no contents)."""
+    per_second = report.completion_tokens / max(report.seconds.get("answer", 0.0), 1e-3)
+    counts = {
+        "rows in the source": _number(report.rows),
+        "up to date before": _number(report.up_to_date),
+        "asked": _number(report.asked),
+        "answered": _number(report.succeeded),
+        "failed": _number(report.failed),
+        "cut at max_tokens": _number(report.cut),
+        "prompt tokens": _number(report.prompt_tokens),
+        "completion tokens": f"{report.completion_tokens:,} ({per_second:,.0f} a second)",
+        "commits": _number(report.commits),
+    }
+    seconds = {PHASES[p]: f"{report.seconds[p]:,.2f} s" for p in PHASES if p in report.seconds}
+    kinds = {
+        e.kind: f"{e.rows:,} | {', '.join(f'`{_cell(shown_key(k))}`' for k in e.keys)}" for e in report.errors
+    }
+    served = ", ".join(f"{name} {value}" for name, value in report.served_by.items())
+    parts = [
+        f"# {_cell(report.predict_id)}",
+        f"Outputs: {_link(report.outputs)}",
+        _table(("rows", ""), counts),
+        _table(("time", ""), seconds),
+        _table(("error", "rows | keys, for example"), kinds) if kinds else "No row failed.",
+        f"Model `{_cell(report.model)}`, fingerprint `{report.fingerprint[:16]}`"
+        + (f", served by {_cell(served)}" if served else ""),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
+    rule = " | ".join("---" for _ in " | ".join(head).split(" | "))
+    lines = [f"| {' | '.join(head)} |", f"| {rule} |", *(f"| {k} | {v} |" for k, v in rows.items())]
+    return "\n".join(lines)
+
+
+def _link(place: str) -> str:
+    return f"<{place}>" if re.match(r"https?://", place) else f"`{_cell(place)}`"
+
+
+def _number(value: int | None) -> str:
+    return "not counted" if value is None else f"{value:,}"
+
+
+def _cell(text: str) -> str:
+    """Text that ends no cell and no code span."""
+    return re.sub(r"[|`\n]", " ", text)
+
+
+def slug(name: str) -> str:
+    """A name as artifact keys have to be: lower-case letters, digits and dashes."""
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") or "outputs"
+
+
+def asset_key(place: str) -> str:
+    """A place as asset keys have to be: a URI without spaces and a few other characters."""
+    uri = place if re.match(r"[a-z][a-z0-9+.-]*://", place) else f"file://{place}"
+    return re.sub(r"""[^A-Za-z0-9_.:/@=,;+~()!*$-]""", "_", uri)[:512]
