@@ -72,13 +72,12 @@ def python(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
 
 
 def full(kind: type[VllmAPI] | type[VllmModel], **fields: Any) -> VllmAPI | VllmModel:
-    """A model with all its fields set, those of later versions too."""
+    """A model with all its fields set, but `output_schema`, a rival of `datatype`."""
     common: dict[str, Any] = {
         "identifier": "org/full",
         "artifacts": {"rules": Artifact(uri="memory://rules.json", datatype="json")},
         "signature": "*args,**kwargs",
         "datatype": DataType(identifier="mine", encoder=joined, decoder=known_names),
-        "output_schema": {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}}},
         "flatten": True,
         "model_update_kwargs": {"table": "t"},
         "predict_kwargs": {"temperature": 0, "stop": ["a", "b"], "seed": None},
@@ -132,6 +131,26 @@ def test_a_model_with_all_fields_survives_save_and_load(
         assert loaded.api_key.get_secret_value() == "sk-secret"
     else:
         assert loaded.on_ray
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"a": "int", "b": "json"},
+        {
+            "$defs": {"A": {"type": "integer"}},
+            "type": "object",
+            "properties": {"b": {"type": "string"}, "a": {"$ref": "#/$defs/A"}},
+        },
+        "vllm_tasks.outputs.Artifact",
+    ],
+    ids=["columns", "JSON Schema", "pydantic"],
+)
+def test_an_output_schema_survives_save_and_load(kind: Any, name: str, schema: Any) -> None:
+    """Each of its forms comes back as it was."""
+    kind(identifier="m", output_schema=schema).save(name)
+    assert kind.load(name).output_schema == schema
 
 
 @BOTH

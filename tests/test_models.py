@@ -20,7 +20,6 @@ from vllm_tasks import (
     Artifact,
     Completion,
     Dataset,
-    DataType,
     InvalidCall,
     Metric,
     RowError,
@@ -117,6 +116,23 @@ def test_every_field_has_a_description(make: Any) -> None:
             ["'vllm_tasks.prompts.joined'", "no pydantic model"],
         ),
         ({"output_schema": "vllm_tasks.prompts.Template"}, ["no pydantic model"]),
+        (
+            {"output_schema": {"type": "str"}, "datatype": "int"},
+            ["datatype='int' and output_schema", "one of"],
+        ),
+        ({"output_schema": {"type": "integr"}}, ["no valid JSON Schema at $.type", "'integr'"]),
+        ({"output_schema": {"type": "string", "pattern": "("}}, ["no valid JSON Schema at $.pattern"]),
+        ({"output_schema": {"$ref": "#/$defs/A"}}, ["'#/$defs/A'", "not in it", "'#/$defs/NAME'"]),
+        ({"output_schema": {"$ref": "http://x/y"}}, ["'http://x/y'", "not in it"]),
+        ({"output_schema": {"const": {1}}}, ["plain data (JSON)"]),
+        ({"output_schema": {"_error": "str"}}, ["'_error'", "cannot be a column", "rename it"]),
+        ({"output_schema": {"a b": "str"}}, ["'a b'", "cannot be a column", "datatype='json'"]),
+        ({"output_schema": {"a" * 64: "str"}}, ["at most 63 bytes"]),
+        ({"output_schema": {"Ab": "str", "aB": "int"}}, ["'Ab' and 'aB'", "one column"]),
+        (
+            {"output_schema": {"type": "object", "properties": {"": {}}}},
+            ["''", "cannot be a column", "rename it"],
+        ),
     ],
 )
 def test_each_wrong_field_has_one_clear_error(make: Maker, fields: dict[str, Any], said: list[str]) -> None:
@@ -298,29 +314,6 @@ def test_counts_are_at_least_one(field: str) -> None:
 
 
 # ---------------------------------------------------------------------- what later versions will use
-
-
-@BOTH
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"datatype": "json"}, "datatype"),
-        ({"datatype": DataType(identifier="d")}, "datatype"),
-        ({"output_schema": {"a": "int"}}, "output_schema"),
-        ({"flatten": True}, "flatten"),
-        ({"output_schema": {"type": "object", "properties": {"a": {"type": "integer"}}}}, "output_schema"),
-        ({"output_schema": {"type": "str"}}, "output_schema"),
-        ({"flatten": True, "output_schema": "vllm_tasks.outputs.Artifact"}, "output_schema, flatten"),
-    ],
-)
-def test_fields_of_later_versions_are_kept_and_using_them_says_so(
-    make: Maker, fields: dict[str, Any], named: str
-) -> None:
-    """They must not be ignored in silence, as they change what an answer is."""
-    model = make(identifier="m", **fields)
-    assert {name: getattr(model, name) for name in fields} == fields
-    with pytest.raises(InvalidCall, match=f"^{named}: .*not built yet"):
-        model.predict("x")
 
 
 @pytest.mark.parametrize("fields", [{"on_ray": True}, {"ray_address": "auto"}, {"replicas": 2}])

@@ -69,6 +69,8 @@ class AnswerType:
         """A value for each column, None where it has none; raises `Undecodable` for another type."""
         if not self.by_name:
             return (fitted(self.write(value, text), self.columns[0]),)
+        if not isinstance(value, dict):
+            raise Undecodable(f"is no object but a {type(value).__name__}")
         if unknown := value.keys() - {column.name for column in self.columns}:
             raise Undecodable(
                 f"has {sorted(unknown)!r:.200}, which no column can keep; refuse it in the schema with "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +34,8 @@ OF_KIND: dict[BuiltinType, Json] = {
     "bool": {"type": "boolean"},
     "json": {},
 }
+OTHER_PROPERTIES = {"patternProperties", "allOf", "anyOf", "oneOf", "if", "dependentSchemas"}
+"""With these, an object may have properties that `properties` does not name."""
 COLUMN_NAME = re.compile(r"[^\W_][\w-]*")
 LONGEST_NAME = 63
 """Bytes of a column's name; PostgreSQL cuts a longer one."""
@@ -78,6 +81,11 @@ def _of_pydantic(path: str, flatten: bool) -> AnswerType:
     found = import_callable(path)
     if not (isinstance(found, type) and issubclass(found, BaseModel)):
         raise ValueError(f"output_schema {path!r} leads to {found!r}, which is no pydantic model")
+    return _of_class(found, path, flatten)
+
+
+@functools.lru_cache(maxsize=64)
+def _of_class(found: type[BaseModel], path: str, flatten: bool) -> AnswerType:
     try:
         one = found.model_json_schema()
         wrapped = flatten and _resolved(one, one).get("type") == "object"
@@ -113,9 +121,14 @@ def _first_of(error: ValidationError) -> str:
 def _checked_reader(schema: Json) -> Callable[[str], Any]:
     """Reads JSON that fits `schema`; raises ValueError where that is no JSON Schema."""
     try:
-        json.dumps(schema, allow_nan=False)
-    except (TypeError, ValueError) as error:
+        return _reader(json.dumps(schema, allow_nan=False))
+    except TypeError as error:
         raise ValueError(f"output_schema is not plain data (JSON): {error}") from error
+
+
+@functools.lru_cache(maxsize=64)  # made at every call, and 5 ms to make
+def _reader(text: str) -> Callable[[str], Any]:
+    schema = json.loads(text)
     kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
     try:
         kind.check_schema(schema, format_checker=kind.FORMAT_CHECKER)
@@ -132,8 +145,8 @@ def _checked_reader(schema: Json) -> Callable[[str], Any]:
         value = read_json(text)
         try:
             wrong = jsonschema.exceptions.best_match(validator.iter_errors(value))
-        except RecursionError as error:
-            raise Undecodable("cannot be checked: the schema refers to itself without an end") from error
+        except (RecursionError, OverflowError) as error:  # a schema in circles; a huge number's multipleOf
+            raise Undecodable(f"cannot be checked: {error}"[:SHOWN]) from error
         if wrong is not None:
             raise Undecodable(f"does not fit the schema at {wrong.json_path}: {wrong.message}"[:SHOWN])
         return value
@@ -156,9 +169,7 @@ def _references(schema: Any) -> Iterator[str]:
 def _lookup(root: Json, reference: str) -> Any:
     resource = Resource.from_contents(root, default_specification=DRAFT202012)
     try:
-        return Registry().with_resource(resource.id() or "", resource).resolver_with_root(resource).lookup(
-            reference
-        ).contents  # fmt: skip
+        return Registry().resolver_with_root(resource).lookup(reference).contents
     except Unresolvable as error:
         raise ValueError(
             f"output_schema refers to {reference!r}, which is not in it; put it under '$defs' and refer "
@@ -170,7 +181,7 @@ def _lookup(root: Json, reference: str) -> Any:
 
 
 def _columns(root: Json, flatten: bool) -> tuple[tuple[OutputColumn, ...], bool]:
-    """One for each property of an object that has no others, and True; else one `output`, and False."""
+    """One for each property of an object that can have no others, and True; else `output`, and False."""
     row = _resolved(root, root)
     if flatten:
         if row.get("type") == "object":
@@ -180,8 +191,8 @@ def _columns(root: Json, flatten: bool) -> tuple[tuple[OutputColumn, ...], bool]
             )
         row = _resolved(root, row.get("items", {})) if row.get("type") == "array" else {}
     properties = row.get("properties")
-    closed = not row.get("additionalProperties") and not row.get("patternProperties")
-    if row.get("type") == "object" and properties and closed:
+    whole = not OTHER_PROPERTIES & row.keys() and row.get("additionalProperties", False) is False
+    if row.get("type") == "object" and properties and whole:
         return _named({name: _kind(root, value) for name, value in properties.items()}), True
     return (OutputColumn(OUTPUT, _kind(root, row)),), False
 
