@@ -1,0 +1,360 @@
+"""Outputs as a Delta table: exactly one row, or one set of positions, per key, whatever rivals do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from deltalake import CommitProperties, DeltaTable, WriterProperties, write_deltalake
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+
+from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, Key, OutputTable, Row
+from vllm_tasks.errors import InvalidCall, TablesUnavailable
+
+logger = logging.getLogger(__name__)
+
+ARROW_TYPES: dict[str, pa.DataType] = {
+    "str": pa.string(),
+    "int": pa.int64(),
+    "float": pa.float64(),
+    "bool": pa.bool_(),
+    "bytes": pa.binary(),
+    "json": pa.string(),
+    "timestamp": pa.timestamp("us", "UTC"),
+}
+JSON = {"json": "1"}
+"""Metadata of a text column that holds JSON."""
+CODECS = ("UNCOMPRESSED", "SNAPPY", "GZIP", "BROTLI", "LZ4_RAW", "ZSTD")
+ONCE = CommitProperties(max_commit_retries=0)
+"""Commit as the version after the one loaded, or fail: delta-rs's own retries would let two appends of
+one key pass."""
+ATTEMPTS = 100
+FILE_BYTES = 8 << 20
+"""What compaction aims at: a redone row rewrites the file that it is in, so that larger is slower."""
+SMALL_FILES = 50
+COMPACT_EVERY = 200
+"""Own commits."""
+
+
+def storage_options(url: str) -> dict[str, str] | None:
+    """What delta-rs is told beyond the environment."""
+    if "://" not in url:
+        return None
+    options = {"max_retries": "4", "retry_timeout": "30s", "connect_timeout": "5s"}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    if endpoint:
+        options["AWS_ENDPOINT_URL"] = endpoint
+    if endpoint.startswith("http://"):
+        options["AWS_ALLOW_HTTP"] = "true"
+    return options
+
+
+@contextmanager
+def storage_errors(doing: str) -> Iterator[None]:
+    """Errors of files and of delta-rs as what the caller does next, with their own words.
+
+    delta-rs tells most of its errors apart by their words only: what is not denied may pass.
+    """
+    try:
+        yield
+    except CommitFailedError:
+        raise
+    except (DeltaError, OSError) as e:
+        words = " ".join(str(e).split()) or type(e).__name__
+        denied = isinstance(e, PermissionError) or any(
+            sign in words.lower()
+            for sign in ("permission denied", "accessdenied", "access denied", "forbidden")
+        )
+        if denied:
+            raise InvalidCall(f"{doing}: not allowed: {words}") from e
+        raise TablesUnavailable(f"{doing}: {words}") from e
+
+
+def open_table(url: str) -> DeltaTable:
+    """The latest version; raises `InvalidCall` when there is none."""
+    with storage_errors(f"cannot read the Delta table {url}"):
+        try:
+            return DeltaTable(url, storage_options=storage_options(url))
+        except TableNotFoundError as e:
+            raise InvalidCall(f"there is no Delta table {url!r}") from e
+
+
+def has_table(url: str) -> bool:
+    with storage_errors(f"cannot read {url}"):
+        return DeltaTable.is_deltatable(url, storage_options=storage_options(url))
+
+
+def table_schema(key: dict[str, pa.DataType], table: OutputTable) -> pa.Schema:
+    """Raises `InvalidCall` when two columns would have one name."""
+    fields = [pa.field(name, kind) for name, kind in key.items()]
+    fields += [
+        pa.field(c.name, ARROW_TYPES[c.kind], metadata=JSON if c.kind == "json" else None)
+        for c in table.columns
+    ]
+    if table.flatten:
+        fields.append(pa.field(POSITION, pa.int64()))
+    fields += [pa.field(name, ARROW_TYPES[kind]) for name, kind in OWN_COLUMNS.items()]
+    seen: set[str] = set()
+    for f in fields:
+        if f.name.casefold() in seen:
+            raise InvalidCall(
+                f"two columns of the outputs would be named {f.name!r}; rename the column of the key "
+                "(SELECT ... AS another_name) or of the output"
+            )
+        seen.add(f.name.casefold())
+    return pa.schema(fields)
+
+
+def _shape(schema: pa.Schema) -> dict[str, str]:
+    return {f.name: "json" if (f.metadata or {}).get(b"json") else str(f.type) for f in schema}
+
+
+def make_table(url: str, schema: pa.Schema, table: OutputTable, keys: int) -> DeltaTable:
+    """The table, made unless it is there; raises `InvalidCall` when it is there with another shape."""
+    if strange := set(table.partition_by) - set(schema.names):
+        raise InvalidCall(
+            f"partition_by names {sorted(strange)}, the outputs have {', '.join(map(repr, schema.names))}"
+        )
+    with storage_errors(f"cannot write {url}"):
+        if not has_table(url):
+            try:
+                return DeltaTable.create(
+                    url,
+                    schema,
+                    partition_by=list(table.partition_by),
+                    storage_options=storage_options(url),
+                    # Of the key only: what a model said would fill the log.
+                    configuration={"delta.dataSkippingNumIndexedCols": str(keys)},
+                    commit_properties=ONCE,
+                )
+            except (DeltaError, CommitFailedError):
+                if not has_table(url):
+                    raise
+                # A rival made it in this moment.
+        made = open_table(url)
+        found = made.to_pyarrow_dataset().schema
+    differences = _differences(_shape(found), _shape(schema))
+    partitions = tuple(made.metadata().partition_columns)
+    if partitions != table.partition_by:
+        differences.append(f"it is partitioned by {list(partitions)}, not {list(table.partition_by)}")
+    if differences:
+        raise InvalidCall(
+            f"the outputs {url!r} have another shape: {'; '.join(differences)}; give another predict_id"
+        )
+    return made
+
+
+def _differences(there: dict[str, str], here: dict[str, str]) -> list[str]:
+    lines = [f"no column {n!r}" for n in here if n not in there]
+    lines += [f"a column {n!r} that is not wanted" for n in there if n not in here]
+    lines += [f"{n!r} is {there[n]}, not {here[n]}" for n in here if n in there and there[n] != here[n]]
+    return lines
+
+
+def codec(name: str | None) -> Any:
+    """Raises `InvalidCall` for one that Parquet does not have."""
+    chosen = (name or "zstd").upper()
+    if chosen not in CODECS:
+        raise InvalidCall(f"compression={name!r} is none of {', '.join(CODECS).lower()}")
+    return chosen
+
+
+def arrow_column(name: str, kind: pa.DataType, values: Sequence[Any], as_json: bool = False) -> pa.Array:
+    """Raises ValueError naming the column when a value does not fit."""
+    try:
+        if as_json:
+            values = [
+                None if v is None else json.dumps(v, ensure_ascii=False, allow_nan=False) for v in values
+            ]
+        elif pa.types.is_string(kind):
+            for v in values:
+                if v is not None and not isinstance(v, str):
+                    raise TypeError(f"{v!r:.100} is no text")
+        return pa.array(values, kind)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as e:
+        raise ValueError(f"column {name!r} ({kind}) cannot hold a value: {e}") from e
+
+
+class DeltaWriter:
+    """Commits to the Delta table at `url`, starting from the version loaded now."""
+
+    def __init__(
+        self,
+        url: str,
+        schema: pa.Schema,
+        key: Sequence[str],
+        compression: str | None,
+        delta: DeltaTable,
+        cursor: duckdb.DuckDBPyConnection,
+    ) -> None:
+        self._url = url
+        self._schema = schema
+        self._key = pa.schema([schema.field(name) for name in key])
+        self._properties = WriterProperties(compression=codec(compression))
+        self._delta: DeltaTable | None = delta
+        self._known = set(delta.file_uris())
+        """Files whose keys the caller's `redo` accounts for, or `_rivals`."""
+        self._cursor = cursor
+        self._rivals = False
+        self._commits = 0
+
+    def commit(self, rows: Sequence[Row], redo: Collection[Key]) -> None:
+        """See `Writer.commit`."""
+        new = self._table(rows)
+        old = self._keys(redo)
+        if not (new.num_rows or old.num_rows):
+            return
+        for attempt in range(ATTEMPTS):
+            try:
+                with storage_errors(f"cannot write {self._url}"):
+                    delta = self._latest()
+                    self._write(delta, new, self._distinct(old, self._taken(new)))
+                    self._known = set(delta.file_uris())
+                break
+            except CommitFailedError as e:
+                # A rival has this version: take in what it wrote, and try for the next one.
+                self._delta = None
+                lost = e
+                time.sleep(random.uniform(0, min(1.0, 0.02 * 1.5**attempt)))
+            except BaseException:
+                self._delta = None
+                raise
+        else:
+            raise TablesUnavailable(
+                f"cannot write {self._url}: rivals were faster {ATTEMPTS} times: {lost}"
+            ) from lost
+        self._commits += 1
+        if self._commits % COMPACT_EVERY == 0:
+            self._compact()
+
+    def close(self) -> None:
+        """See `Writer.close`."""
+        if self._commits:
+            if self._compact():
+                with storage_errors(f"cannot clean up {self._url}"):
+                    # With Delta's retention, 7 days: nobody who reads now loses a file.
+                    self._latest().vacuum(dry_run=False, full=True)
+            self._commits = 0
+        self._cursor.close()
+
+    def _table(self, rows: Sequence[Row]) -> pa.Table:
+        columns = [
+            arrow_column(f.name, f.type, [row[f.name] for row in rows], bool((f.metadata or {}).get(b"json")))
+            for f in self._schema
+        ]
+        return pa.table(columns, schema=self._schema)
+
+    def _keys(self, keys: Collection[Key]) -> pa.Table:
+        listed = list(keys)
+        columns = [arrow_column(f.name, f.type, [k[i] for k in listed]) for i, f in enumerate(self._key)]
+        return pa.table(columns, schema=self._key)
+
+    def _distinct(self, *tables: pa.Table) -> pa.Table:
+        return pa.concat_tables(tables).group_by(self._key.names).aggregate([]).select(self._key.names)
+
+    def _latest(self) -> DeltaTable:
+        """The latest version, and the keys that rivals wrote since this writer's own one in `_rivals`."""
+        if self._delta is None:
+            self._delta = open_table(self._url)
+        else:
+            self._delta.update_incremental()
+        files = set(self._delta.file_uris())
+        if files - self._known:
+            self._remember(self._delta, files - self._known)
+            self._known = files
+        return self._delta
+
+    def _remember(self, delta: DeltaTable, files: set[str]) -> None:
+        """A compaction's or merge's files hold keys known before, too: those cost a look, and no more."""
+        whole = delta.to_pyarrow_dataset()
+        uris = {uri.rsplit("/", 1)[1] for uri in files}
+        fragments = [f for f in whole.get_fragments() if f.path.rsplit("/", 1)[1] in uris]
+        added = ds.FileSystemDataset(fragments, whole.schema, whole.format, whole.filesystem)
+        self._cursor.register("_vllm_tasks_added", added)
+        names = ", ".join(f"{_quoted(name)} AS k{i}" for i, name in enumerate(self._key.names))
+        query = f"FROM _vllm_tasks_added SELECT {names}"
+        # In DuckDB, which spills: rivals may write more keys than there is memory.
+        self._cursor.execute(
+            f"INSERT INTO _vllm_tasks_rivals {query}" if self._rivals
+            else f"CREATE TEMP TABLE _vllm_tasks_rivals AS {query}"
+        )  # fmt: skip
+        self._cursor.unregister("_vllm_tasks_added")
+        self._rivals = True
+
+    def _taken(self, new: pa.Table) -> pa.Table:
+        """The keys of `new` that rivals wrote."""
+        keys = new.select(self._key.names)
+        if not self._rivals:
+            return keys.slice(0, 0)
+        self._cursor.register(
+            "_vllm_tasks_new", keys.rename_columns([f"k{i}" for i in range(len(self._key))])
+        )
+        using = ", ".join(f"k{i}" for i in range(len(self._key)))
+        query = f"FROM _vllm_tasks_new SEMI JOIN _vllm_tasks_rivals USING ({using}) SELECT DISTINCT {using}"
+        taken = self._cursor.sql(query).to_arrow_table().rename_columns(self._key.names).cast(self._key)
+        self._cursor.unregister("_vllm_tasks_new")
+        return taken
+
+    def _write(self, delta: DeltaTable, new: pa.Table, old: pa.Table) -> None:
+        if not old.num_rows:
+            write_deltalake(
+                delta, new, mode="append", writer_properties=self._properties, commit_properties=ONCE
+            )
+            return
+        # One row to delete by for each key that goes, and the new ones: they match nothing, and are inserted.
+        gone = pa.table(
+            [
+                old[f.name] if f.name in old.column_names else pa.nulls(old.num_rows, f.type)
+                for f in self._schema
+            ],
+            schema=self._schema,
+        )
+        source = pa.concat_tables([_marked(gone, False), _marked(new, True)])
+        keys = " AND ".join(f"s.{_quoted(n)} = t.{_quoted(n)}" for n in self._key.names)
+        (
+            delta.merge(
+                source, f"s._new = false AND {keys}", source_alias="s", target_alias="t",
+                streamed_exec=False,  # streamed, it would not skip files by the keys' bounds
+                writer_properties=self._properties, commit_properties=ONCE,
+            )
+            .when_matched_delete()
+            .when_not_matched_insert(
+                {_quoted(n): f"s.{_quoted(n)}" for n in self._schema.names}, predicate="s._new = true"
+            )
+            .execute()
+        )  # fmt: skip
+
+    def _compact(self) -> bool:
+        """Make few files of many small ones; whether that was done."""
+        try:
+            with storage_errors(f"cannot compact {self._url}"):
+                delta = self._latest()
+                sizes = pa.table(delta.get_add_actions(flatten=True))["size_bytes"]
+                if pc.sum(pc.less(sizes, FILE_BYTES // 2)).as_py() < SMALL_FILES:
+                    return False
+                delta.optimize.compact(
+                    target_size=FILE_BYTES, writer_properties=self._properties, commit_properties=ONCE
+                )
+                self._known = set(delta.file_uris())
+        except CommitFailedError:
+            self._delta = None  # a rival was faster: the next time will do, or the rival's own compaction
+            return False
+        return True
+
+
+def _marked(table: pa.Table, new: bool) -> pa.Table:
+    return table.append_column("_new", pa.array([new] * table.num_rows, pa.bool_()))
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'

@@ -1,0 +1,334 @@
+"""A lake: a folder or an fsspec URL, read by DuckDB, with outputs as Delta tables."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
+
+import duckdb
+import fsspec
+import pyarrow as pa
+
+from vllm_tasks.datalayer.delta import (
+    DeltaWriter,
+    arrow_column,
+    has_table,
+    make_table,
+    open_table,
+    storage_errors,
+    table_schema,
+)
+from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, OutputTable, Selection, SourceRow, Writer
+from vllm_tasks.datalayer.sources import VIEW, Files, Source, literal, near, quoted
+from vllm_tasks.errors import InvalidCall, TablesUnavailable
+
+logger = logging.getLogger(__name__)
+
+MEMORY = "300MB"
+"""DuckDB's; what it needs beyond is spilled to a temporary folder."""
+THREADS = 2
+"""More would hold more at once, and not be noticed: what takes time is the model."""
+KEY_TYPES: dict[str, tuple[str, pa.DataType]] = {
+    "BOOLEAN": ("BOOLEAN", pa.bool_()),
+    **dict.fromkeys(("TINYINT", "SMALLINT", "INTEGER", "BIGINT"), ("BIGINT", pa.int64())),
+    **dict.fromkeys(("UTINYINT", "USMALLINT", "UINTEGER"), ("BIGINT", pa.int64())),
+    "UBIGINT": ("DECIMAL(20,0)", pa.decimal128(20, 0)),
+    **dict.fromkeys(("HUGEINT", "UHUGEINT"), ("DECIMAL(38,0)", pa.decimal128(38, 0))),
+    **dict.fromkeys(("VARCHAR", "UUID", "JSON"), ("VARCHAR", pa.string())),
+    "DATE": ("DATE", pa.date32()),
+    "TIMESTAMP": ("TIMESTAMP", pa.timestamp("us")),
+    **dict.fromkeys(("TIMESTAMP_S", "TIMESTAMP_MS", "TIMESTAMP_NS"), ("TIMESTAMP", pa.timestamp("us"))),
+    "TIMESTAMP WITH TIME ZONE": ("TIMESTAMPTZ", pa.timestamp("us", "UTC")),
+    "BLOB": ("BLOB", pa.binary()),
+}
+"""DuckDB's types that may be a key: what it is compared and stored as, in SQL and in Arrow."""
+OUTPUTS = "_vllm_tasks_outputs"
+IDS = "_vllm_tasks_ids"
+
+WANTED = {
+    "missing": "same IS NOT TRUE",
+    "changed": "true",
+    "failed": "failed IS TRUE AND NOT coalesce(same AND at >= $since, false)",
+    "all": "NOT coalesce(same AND at >= $since, false)",
+}
+"""`Refresh` as a condition on a row joined with its output."""
+
+
+def key_type(column: str, kind: str) -> tuple[str, pa.DataType]:
+    """What a key column of DuckDB's type `kind` is stored as; raises `InvalidCall`."""
+    if kind in KEY_TYPES:
+        return KEY_TYPES[kind]
+    if kind.startswith("ENUM("):
+        return KEY_TYPES["VARCHAR"]
+    if match := re.fullmatch(r"DECIMAL\((\d+),(\d+)\)", kind):
+        return kind, pa.decimal128(int(match[1]), int(match[2]))
+    raise InvalidCall(
+        f"the column {column!r} is of type {kind[:100]}, which cannot be a key, as equal values are not "
+        "surely the same; give another primary_id, or CAST it to VARCHAR in a SELECT"
+    )
+
+
+class Lake:
+    """The tables of a folder or an fsspec URL."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            fs, root = fsspec.url_to_fs(url, skip_instance_cache=True)
+        except ImportError as e:
+            raise InvalidCall(f"{url.partition('://')[0]}:// needs another package: {e}") from e
+        self._files = Files(fs, root)
+        self._url = self._files.uri(self._files.root)
+        self._spill = tempfile.mkdtemp(prefix="vllm-tasks-")
+        self._con = duckdb.connect(
+            config={
+                "memory_limit": MEMORY,
+                "threads": THREADS,
+                "temp_directory": self._spill,
+                "preserve_insertion_order": False,
+                "autoinstall_known_extensions": False,
+                "autoload_known_extensions": False,
+            }
+        )
+        if not self._files.local:
+            self._con.register_filesystem(fs)
+        # A SELECT reads the lake and nothing else, whatever functions it calls.
+        for setting in (
+            "TimeZone = 'UTC'",
+            f"allowed_directories = [{literal(self._url + '/')}]",
+            "enable_external_access = false",
+            "lock_configuration = true",
+        ):
+            self._con.execute(f"SET {setting}")
+        self._sources: dict[str, Source] = {}
+
+    def check(self, selection: Selection) -> None:
+        """See `Tables.check`."""
+        casts = self._casts(selection)
+        self._outputs(selection)
+        named, select = ", ".join(selection.key), selection.select[:200]
+        logger.info("checking that %s is unique in %s: one pass", named, select)
+        keys = [f"k{i}" for i in range(len(casts))]
+        null = f"({' OR '.join(f'{k} IS NULL' for k in keys)})"
+        with self._cursor(selection) as cursor:
+            nulls, doubled, rows, *example = cursor.execute(
+                f"""
+                SELECT coalesce(sum(n) FILTER ({null}), 0)::BIGINT, count(*) FILTER (NOT {null}),
+                    coalesce(sum(n) FILTER (NOT {null}), 0)::BIGINT,
+                    {", ".join(f"first({k}) FILTER (NOT {null})" for k in keys)}
+                FROM (
+                    SELECT {", ".join(keys)}, count(*) AS n FROM (SELECT {", ".join(casts)} FROM {VIEW})
+                    GROUP BY ALL HAVING count(*) > 1 OR {null}
+                )
+                """  # noqa: S608 - the names are quoted
+            ).fetchall()[0]
+        if nulls:
+            raise InvalidCall(
+                f"{nulls} rows of {select!r} have NULL for {named}; leave them out with "
+                "SELECT ... WHERE ... IS NOT NULL, or give another primary_id"
+            )
+        if doubled:
+            shown = ", ".join(f"{n}={v!r:.100}" for n, v in zip(selection.key, example, strict=True))
+            raise InvalidCall(
+                f"{named} does not identify the rows of {select!r}: {doubled} keys have {rows} rows, "
+                f"for example {shown}; give another primary_id, or several columns"
+            )
+
+    def rows(self, selection: Selection, size: int) -> Iterator[list[SourceRow]]:
+        """See `Tables.rows`."""
+        types = self._types(selection)
+        decode = [json.loads if types[name] == "JSON" else None for name in selection.columns]
+        wanted = [f"k{i}" for i in range(len(selection.key))]
+        wanted += [f"v{i}" for i in range(len(selection.columns))]
+        wanted += ["same IS NOT NULL", "NULL" if selection.refresh == "missing" else "if(same, hash, NULL)"]
+        with self._joined(selection) as (cursor, source, parameters):
+            query = f"SELECT {', '.join(wanted)} {source} WHERE {WANTED[selection.refresh]}"
+            with cursor.sql(query, params=parameters).to_arrow_reader(size) as reader:
+                for batch in reader:
+                    for start in range(0, batch.num_rows, size):
+                        yield _source_rows(batch.slice(start, size), len(selection.key), decode)
+
+    def count(self, selection: Selection) -> tuple[int, int]:
+        """See `Tables.count`."""
+        with self._joined(selection) as (cursor, source, parameters):
+            query = f"SELECT count(*), count(*) FILTER ({WANTED[selection.refresh]}) {source}"
+            found = cursor.execute(query, parameters).fetchall()[0]
+        return found[0], found[1]
+
+    def writer(self, selection: Selection, table: OutputTable) -> Writer:
+        """See `Tables.writer`."""
+        types = self._types(selection)
+        schema = table_schema({name: key_type(name, types[name])[1] for name in selection.key}, table)
+        url = self.where(table.name)
+        delta = make_table(url, schema, table, len(selection.key))
+        return DeltaWriter(url, schema, selection.key, table.compression, delta, self._con.cursor())
+
+    def outputs(self, name: str) -> pa.Table:
+        """See `Tables.outputs`."""
+        url = self.where(name)
+        if not has_table(url):
+            hint = near(name, list(self._files.tables()))
+            raise InvalidCall(f"there are no outputs {name!r} in {self._url!r}{hint}")
+        with storage_errors(f"cannot read {url}"):
+            return open_table(url).to_pyarrow_dataset().to_table()
+
+    def where(self, name: str) -> str:
+        """See `Tables.where`."""
+        return f"{self._url}/{name}"
+
+    def close(self) -> None:
+        """See `Tables.close`."""
+        self._con.close()
+        shutil.rmtree(self._spill, ignore_errors=True)
+
+    # ------------------------------------------------------------------ queries
+
+    @contextmanager
+    def _cursor(self, selection: Selection) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A cursor that knows the source as `VIEW`; DuckDB's errors become what the caller does next."""
+        if selection.select not in self._sources:
+            # Once: `rows` reads the files that `check` has seen.
+            self._sources[selection.select] = self._files.source(selection.select)
+        reading = f"cannot read {selection.select[:200]!r} in {self._url!r}"
+        cursor = self._con.cursor()
+        try:
+            self._sources[selection.select].attach(cursor)
+            yield cursor
+        except (duckdb.IOException, duckdb.HTTPException, duckdb.OutOfMemoryException, OSError) as e:
+            raise TablesUnavailable(f"{reading}: {e}") from e
+        except (duckdb.Error, pa.ArrowException) as e:
+            raise InvalidCall(f"{reading}: {e}") from e
+        finally:
+            cursor.close()
+
+    @contextmanager
+    def _joined(
+        self, selection: Selection
+    ) -> Iterator[tuple[duckdb.DuckDBPyConnection, str, dict[str, Any]]]:
+        """A cursor, the FROM clause of the source joined with its outputs, and the parameters for both.
+
+        Columns: k0... the key; v0... the values; same, failed, hash, at of the output, NULL without one.
+        """
+        columns = self._casts(selection)
+        types = self._types(selection)
+        columns += [f"{_readable(name, types[name])} AS v{i}" for i, name in enumerate(selection.columns)]
+        using = f"USING ({', '.join(f'k{i}' for i in range(len(selection.key)))})"
+        clause = f"FROM (SELECT {', '.join(columns)} FROM {VIEW})"  # noqa: S608 - the names are quoted
+        outputs = self._outputs(selection)
+        parameters: dict[str, Any] = {}
+        with self._cursor(selection) as cursor:
+            if selection.ids is not None:
+                cursor.register(IDS, self._ids(selection))
+                clause += f" SEMI JOIN {IDS} {using}"
+            if outputs is None:
+                nothing = "NULL::BOOLEAN AS same, NULL::BOOLEAN AS failed, NULL::VARCHAR AS hash"
+                clause = f"FROM (SELECT *, {nothing}, NULL::TIMESTAMPTZ AS at {clause})"
+            else:
+                cursor.register(OUTPUTS, outputs)
+                keys = ", ".join(f"{quoted(name)} AS k{i}" for i, name in enumerate(selection.key))
+                once = f"WHERE coalesce({POSITION}, 0) = 0" if POSITION in outputs.schema.names else ""
+                clause += f""" LEFT JOIN (
+                    SELECT {keys}, _fingerprint IS NOT DISTINCT FROM $fingerprint AS same,
+                        _error IS NOT NULL AS failed, _input_hash AS hash, _created_at AS at
+                    FROM {OUTPUTS} {once}
+                ) {using}"""  # noqa: S608 - the names are quoted
+                parameters["fingerprint"] = selection.fingerprint
+            if "$since" in WANTED[selection.refresh]:
+                parameters["since"] = selection.since
+            yield cursor, clause, parameters
+
+    def _types(self, selection: Selection) -> dict[str, str]:
+        """DuckDB's types by column; raises `InvalidCall` when a wanted one is not there."""
+        with self._cursor(selection) as cursor:
+            found = {row[0]: row[1] for row in cursor.execute(f"DESCRIBE {VIEW}").fetchall()}
+        missing = [name for name in dict.fromkeys(selection.key + selection.columns) if name not in found]
+        if missing:
+            hints = "".join(near(name, list(found)) for name in missing[:3])
+            raise InvalidCall(
+                f"{selection.select[:200]!r} has no column {', '.join(map(repr, missing))}{hints}; "
+                f"it has {', '.join(map(repr, list(found)[:50]))}"
+            )
+        return found
+
+    def _casts(self, selection: Selection) -> list[str]:
+        """The key's columns as k0..., of the types that the outputs have."""
+        types = self._types(selection)
+        kinds = [key_type(name, types[name])[0] for name in selection.key]
+        columns = zip(selection.key, kinds, strict=True)
+        return [f"CAST({quoted(name)} AS {kind}) AS k{i}" for i, (name, kind) in enumerate(columns)]
+
+    def _outputs(self, selection: Selection) -> Any:
+        """The outputs as a pyarrow Dataset, None if there are none; raises `InvalidCall` for other keys."""
+        url = self.where(selection.outputs)
+        if not has_table(url):
+            return None
+        with storage_errors(f"cannot read {url}"):
+            dataset = open_table(url).to_pyarrow_dataset()
+        types = self._types(selection)
+        there = {field.name: field.type for field in dataset.schema}
+        here = {name: key_type(name, types[name])[1] for name in selection.key}
+        wrong = [
+            f"{n!r} is {there.get(n, 'missing')}, not {kind}"
+            for n, kind in here.items()
+            if there.get(n) != kind
+        ]
+        wrong += [f"{n!r} is missing" for n in OWN_COLUMNS if n not in there]
+        if wrong:
+            raise InvalidCall(
+                f"the outputs {url!r} have another shape: {'; '.join(wrong)}; give another predict_id"
+            )
+        return dataset
+
+    def _ids(self, selection: Selection) -> pa.Table:
+        types = self._types(selection)
+        ids = [_plain_key(i, len(selection.key)) for i in selection.ids or ()]
+        columns = []
+        for i, name in enumerate(selection.key):
+            kind = key_type(name, types[name])[1]
+            try:
+                columns.append(arrow_column(name, kind, [row[i] for row in ids]))
+            except ValueError as e:
+                raise InvalidCall(f"ids: {e}") from e
+        return pa.table(columns, names=[f"k{i}" for i in range(len(selection.key))])
+
+
+def _plain_key(key: tuple[Any, ...], width: int) -> tuple[Any, ...]:
+    if len(key) != width or any(value is None for value in key):
+        raise InvalidCall(f"ids: {key!r:.200} is no key of {width} values, none of them None")
+    return tuple(str(value) if isinstance(value, UUID) else value for value in key)
+
+
+def _readable(name: str, kind: str) -> str:
+    return f"CAST({quoted(name)} AS TIMESTAMP)" if kind == "TIMESTAMP_NS" else quoted(name)
+
+
+def _source_rows(
+    batch: pa.RecordBatch, keys: int, decode: Sequence[Callable[[str], Any] | None]
+) -> list[SourceRow]:
+    columns = [_python(column) for column in batch.columns]
+    for i, loads in enumerate(decode, keys):
+        if loads:
+            columns[i] = [None if text is None else loads(text) for text in columns[i]]
+    *values, redo, hashes = columns
+    if not keys < len(values):
+        parts: Any = ((key, ()) for key in zip(*values, strict=True))
+    else:
+        parts = zip(zip(*values[:keys], strict=True), zip(*values[keys:], strict=True), strict=True)
+    return [
+        SourceRow(key, value, there, input_hash)
+        for (key, value), there, input_hash in zip(parts, redo, hashes, strict=True)
+    ]
+
+
+def _python(column: pa.Array) -> list[Any]:
+    try:
+        values: list[Any] = column.to_pylist(maps_as_pydicts="strict")
+    except (ValueError, OverflowError):
+        values = column.cast(pa.string()).to_pylist()  # a date that Python does not have
+    return values

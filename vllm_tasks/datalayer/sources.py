@@ -1,0 +1,230 @@
+"""What a `select` names in a lake: files by name, path or glob, Delta tables, or one SELECT over them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import posixpath
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import duckdb
+from fsspec.implementations.local import LocalFileSystem
+
+from vllm_tasks.datalayer.delta import open_table, storage_errors
+from vllm_tasks.errors import SHOWN, InvalidCall
+
+READERS = {
+    "parquet": "read_parquet([{}])",
+    # Dates in JSON are text: of a format that no text has, none is taken for a date by the look of it.
+    "jsonl": "read_json([{}], format='nd', dateformat='%Y-%m-%d\x1f', timestampformat='%Y-%m-%d\x1f')",
+    "json": "read_json([{}], dateformat='%Y-%m-%d\x1f', timestampformat='%Y-%m-%d\x1f')",
+    "csv": "read_csv([{}])",
+}
+VIEW = "_vllm_tasks_source"
+FILE = re.compile(r"(?P<stem>.+)\.(?P<kind>parquet|jsonl|ndjson|json|csv)(?P<gz>\.gz)?", re.DOTALL)
+SQL = re.compile(r"(\s|\(|--[^\n]*\n|/\*.*?\*/)*(select|with|from|values|table)\b", re.IGNORECASE | re.DOTALL)
+
+
+def quoted(name: str) -> str:
+    """`name` as an SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """`text` as an SQL string, for where SQL takes no parameter."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def near(name: str, names: Iterator[str] | list[str]) -> str:
+    """'; did you mean ...?', or nothing."""
+    folded = {n.casefold(): n for n in names}
+    match = difflib.get_close_matches(name.casefold(), folded, 1)
+    return f"; did you mean {folded[match[0]]!r}?" if match else ""
+
+
+def kind_of(path: str) -> tuple[str, str] | None:
+    """(stem, kind) of a data file's name, None for any other file."""
+    match = FILE.fullmatch(posixpath.basename(path))
+    if not match or (match["kind"] == "parquet" and match["gz"]):
+        return None
+    return match["stem"], {"ndjson": "jsonl"}.get(match["kind"], match["kind"])
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one `select` reads, made known to a cursor by `attach`."""
+
+    sql: str
+    views: Mapping[str, str] = field(default_factory=dict)
+    datasets: Mapping[str, Any] = field(default_factory=dict)
+
+    def attach(self, cursor: duckdb.DuckDBPyConnection) -> None:
+        """Make the temporary view `VIEW` on `cursor`, which no other cursor sees."""
+        for name, dataset in self.datasets.items():
+            cursor.register(name, dataset)
+        for name, sql in self.views.items():
+            cursor.execute(f"CREATE TEMP VIEW {quoted(name)} AS {sql}")
+        cursor.execute(f"CREATE TEMP VIEW {VIEW} AS {self.sql}")
+
+
+class Files:
+    """The files of a lake: `root` on the filesystem `fs`."""
+
+    def __init__(self, fs: Any, root: str) -> None:
+        self.fs = fs
+        self.root = root.rstrip("/")
+
+    def uri(self, path: str) -> str:
+        """`path` as DuckDB and delta-rs know it."""
+        return path if self.local else str(self.fs.unstrip_protocol(path))
+
+    @property
+    def local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
+    def tables(self) -> dict[str, list[str]]:
+        """Paths by table name; raises `InvalidCall` when the lake is not there."""
+        found: dict[str, list[str]] = {}
+        with storage_errors(f"cannot list {self.uri(self.root)}"):
+            self.fs.invalidate_cache()
+            try:
+                entries = self.fs.ls(self.root or "/", detail=True)
+            except (FileNotFoundError, NotADirectoryError) as e:
+                raise InvalidCall(f"there is no folder {self.uri(self.root)!r} to read from") from e
+        for entry in entries:
+            path = entry["name"].rstrip("/")
+            name = posixpath.basename(path)
+            if entry["type"] == "directory":
+                if not name.startswith("."):
+                    found.setdefault(name, []).append(path)
+            elif match := kind_of(path):
+                found.setdefault(match[0], []).append(path)
+        return found
+
+    def source(self, select: str) -> Source:
+        """What `select` names; raises `InvalidCall`."""
+        tables = self.tables()
+        if (one := self._one(select, tables)) is not None:
+            return one("_vllm_tasks_table")
+        has = ", ".join(map(repr, sorted(tables)[:20])) + (", ..." if len(tables) > 20 else "")
+        if not SQL.match(select) and not re.search(r"\s", select.strip()):
+            raise InvalidCall(
+                f"{self.uri(self.root)!r} has no table, file or match for {select!r}"
+                f"{near(select, list(tables))}; it has {has or 'no tables'}"
+            )
+        return self._select(select, tables, has)
+
+    def _select(self, select: str, tables: dict[str, list[str]], has: str) -> Source:
+        with duckdb.connect() as con:
+            statement, names = parse(con, select)
+        views: dict[str, str] = {}
+        datasets: dict[str, Any] = {}
+        for name in names:
+            if (one := self._one(name, tables)) is not None:
+                source = one(name)
+                if source.datasets:
+                    datasets |= source.datasets
+                else:
+                    views[name] = source.sql
+        return Source(statement, views, datasets)
+
+    def _one(self, name: str, tables: dict[str, list[str]]) -> Callable[[str], Source] | None:
+        """How to read the table, path or glob `name`, as a function of a view's name; None if not here."""
+        paths = tables.get(name)
+        if paths is None:
+            paths = self._paths(name)
+        elif len(paths) > 1:
+            those = ", ".join(sorted(posixpath.basename(p) for p in paths))
+            raise InvalidCall(f"{name!r} may be any of {those}; give the file's whole name")
+        if not paths:
+            return None
+        if len(paths) == 1 and self.fs.isdir(paths[0]):
+            if self.fs.exists(f"{paths[0]}/_delta_log"):
+                dataset = open_table(self.uri(paths[0])).to_pyarrow_dataset()
+                return lambda view: Source(f"FROM {quoted(view)}", {}, {view: dataset})
+            paths = self._inside(paths[0])
+        if not paths:
+            return None
+        kinds = sorted({kind[1] for path in paths if (kind := kind_of(path))})
+        if len(kinds) != 1:
+            raise InvalidCall(
+                f"{name!r} has files of several kinds ({', '.join(kinds)}); name those of one kind"
+            )
+        listed = ", ".join(literal(self.uri(path)) for path in sorted(paths))
+        sql = "FROM " + READERS[kinds[0]].format(listed)
+        return lambda view: Source(sql)
+
+    def _paths(self, name: str) -> list[str]:
+        path = name.strip()
+        for prefix in (self.root + "/", self.uri(self.root) + "/"):
+            path = path.removeprefix(prefix)
+        outside = path.startswith("/") or "://" in path or ".." in path.split("/")
+        if outside and not re.search(r"\s", path):
+            raise InvalidCall(
+                f"{name!r} is not in the lake {self.uri(self.root)!r}; give a path relative to it"
+            )
+        if outside or not path:
+            return []
+        whole = f"{self.root}/{path.rstrip('/')}"
+        with storage_errors(f"cannot list {self.uri(whole)}"):
+            if self.fs.exists(whole):
+                if not self.fs.isdir(whole) and kind_of(whole) is None:
+                    raise InvalidCall(f"{name!r} is none of {', '.join(READERS)} by its name")
+                return [whole]
+            if not set("*?[") & set(path):
+                return []
+            found = [p for p in self.fs.glob(whole) if kind_of(p) and not self._hidden(p, path)]
+        return self._refuse_delta(found)
+
+    def _inside(self, folder: str) -> list[str]:
+        with storage_errors(f"cannot list {self.uri(folder)}"):
+            found = [p for p in self.fs.find(folder) if kind_of(p) and not self._hidden(p, folder)]
+        if not found:
+            raise InvalidCall(f"the folder {self.uri(folder)!r} holds no {', '.join(READERS)} files")
+        return self._refuse_delta(found)
+
+    def _hidden(self, path: str, pattern: str) -> bool:
+        """Whether a part of `path` that `pattern` does not name begins with . or _: a log, or under way."""
+        named = set(pattern.split("/"))
+        parts = path.removeprefix(self.root + "/").split("/")
+        return any(part[0] in "._" and part not in named for part in parts if part)
+
+    def _refuse_delta(self, paths: list[str]) -> list[str]:
+        """Files of a Delta table are not its rows: some are of the past."""
+        folders: set[str] = set()
+        for path in paths:
+            while (path := posixpath.dirname(path)) not in folders and len(path) >= len(self.root):
+                folders.add(path)
+        for folder in sorted(folders):
+            if self.fs.exists(f"{folder}/_delta_log"):
+                raise InvalidCall(f"{self.uri(folder)!r} is a Delta table: name it, not the files in it")
+        return paths
+
+
+def parse(con: duckdb.DuckDBPyConnection, select: str) -> tuple[str, list[str]]:
+    """The one SELECT statement in `select`, and the tables it names; raises `InvalidCall`."""
+    try:
+        statements = con.extract_statements(select)
+    except duckdb.Error as e:
+        raise InvalidCall(f"{select!r:.500} is no table, path or SELECT statement: {e}") from e
+    if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+        kinds = ", ".join(s.type.name for s in statements[:SHOWN])
+        raise InvalidCall(f"{select!r:.500} must be one SELECT statement, not {kinds or 'nothing'}")
+    found = con.execute("SELECT json_serialize_sql(?::VARCHAR)", [select]).fetchall()[0][0]
+    tree = json.loads(found)
+    if tree["error"]:
+        raise InvalidCall(f"{select!r:.500} must be one SELECT statement: {tree['error_message']}")
+    return statements[0].query, sorted(set(_tables(tree)))
+
+
+def _tables(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        if node.get("type") == "BASE_TABLE" and not node["schema_name"] and not node["catalog_name"]:
+            yield node["table_name"]
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from _tables(child)
