@@ -18,6 +18,7 @@ os.environ["DO_NOT_TRACK"] = "1"
 import pytest
 from prefect.testing.utilities import prefect_test_harness
 
+from tests import places
 from tests.tiny_model import make_tiny_model
 from vllm_tasks import VllmModel
 
@@ -74,3 +75,13 @@ def local_model(tiny_model: Path) -> Iterator[VllmModel]:
     )
     with model:
         yield model
+
+
+@pytest.fixture(params=places.KINDS)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> places.Place:
+    """An empty lake, SQLite file or PostgreSQL database."""
+    if request.param == "postgres":
+        return places.Place(request.getfixturevalue("postgres").new_database())
+    return places.Place(
+        str(tmp_path / "lake") if request.param == "lake" else f"sqlite:///{tmp_path}/tables.db"
+    )

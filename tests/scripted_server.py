@@ -36,7 +36,9 @@ class Asked:
 
     @property
     def prompt(self) -> str:
-        """The text of the prompt, or of the last message."""
+        """The text of the prompt, or of the last message; empty for a control call."""
+        if self.body is None:
+            return ""
         return self.body["prompt"] if "prompt" in self.body else self.body["messages"][-1]["content"]
 
 
@@ -72,7 +74,11 @@ def usual(asked: Asked) -> Reply:
     if asked.path == "/health":
         return Reply()
     if asked.path == "/v1/models":
-        return Reply({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
+        return Reply(
+            {"object": "list", "data": [{"id": MODEL, "object": "model", "root": "/models/scripted"}]}
+        )
+    if asked.path == "/version":
+        return Reply({"version": "0.0.1"})
     texts = [answer_to(asked.prompt)] * (asked.body.get("n") or 1)
     if asked.path == "/generate":
         return Reply({"text": [asked.prompt + t for t in texts]})
@@ -120,7 +126,7 @@ class ScriptedServer:
     @property
     def posts(self) -> list[Asked]:
         """The requests for answers, without the control calls."""
-        return [r for r in self.requests if r.path not in ("/health", "/v1/models")]
+        return [r for r in self.requests if r.path not in ("/health", "/v1/models", "/version")]
 
     @property
     def connections(self) -> int:

@@ -167,10 +167,12 @@ def _run(job: Job, output: OutputTable, display: Display, tally: Tally) -> tuple
     writer = job.tables.writer(job.selection, output)
     run = Run(job, writer, display, tally)
     counted = Counted(job, run)
-    with _sigterm_raises():
-        verdict = run.run()
-        writer.close()
-    counted.wait()
+    try:
+        with _sigterm_raises():
+            verdict = run.run()
+            writer.close()
+    finally:
+        counted.wait()
     return verdict, counted
 
 

@@ -1,0 +1,101 @@
+"""Runs `predict_in_db` in processes that a test may kill at any moment.
+
+A *mother* process imports everything once; each job is a fork of it, which starts in milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Self
+
+
+class Jobs:
+    """Jobs as forks of one process; what they log goes to `log`."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self._mother: subprocess.Popen[str] | None = None
+        self._running: set[int] = set()
+
+    def __enter__(self) -> Self:
+        self._mother = subprocess.Popen(
+            [sys.executable, "-m", "tests.jobs", str(self.log)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._mother is not None
+        for pid in list(self._running):
+            os.kill(pid, signal.SIGKILL)
+            self.wait(pid)
+        self._mother.stdin.close()  # type: ignore[union-attr]
+        self._mother.wait()
+        self._mother.stdout.close()  # type: ignore[union-attr]
+
+    def start(self, model: dict[str, Any], *args: Any, **call: Any) -> int:
+        """Begin `predict_in_db(VllmAPI(**model), *args, **call)`; returns the process id."""
+        pid = int(self._ask({"model": model, "args": args, "call": call}))
+        self._running.add(pid)
+        return pid
+
+    def wait(self, pid: int) -> int:
+        """The exit status of a job, negative for a signal, as `subprocess` has it."""
+        status = int(self._ask({"wait": pid}))
+        self._running.discard(pid)
+        return status
+
+    def run(self, model: dict[str, Any], *args: Any, **call: Any) -> None:
+        """Run a job to its end; fails the test with its log when it fails."""
+        status = self.wait(self.start(model, *args, **call))
+        assert status == 0, f"exit status {status}:\n{self.log.read_text()[-5000:]}"
+
+    def kill(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        self.wait(pid)
+
+    def _ask(self, question: dict[str, Any]) -> str:
+        assert self._mother is not None and self._mother.stdin is not None and self._mother.stdout is not None
+        self._mother.stdin.write(json.dumps(question) + "\n")
+        self._mother.stdin.flush()
+        return self._mother.stdout.readline()
+
+
+def main() -> None:
+    import deltalake  # noqa: F401 - imported before the forks
+    import duckdb  # noqa: F401
+    import psycopg  # noqa: F401
+    import pyarrow.dataset  # noqa: F401
+    import sqlalchemy.dialects.postgresql  # noqa: F401
+
+    from vllm_tasks import VllmAPI
+    from vllm_tasks.tables import predict_in_db
+
+    log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the terminal is the test's
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "wait" in question:
+            _, status = os.waitpid(question["wait"], 0)
+            print(os.waitstatus_to_exitcode(status), flush=True)
+        elif pid := os.fork():
+            print(pid, flush=True)
+        else:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            logging.basicConfig(level=logging.INFO, force=True)
+            print(predict_in_db(VllmAPI(**question["model"]), *question["args"], **question["call"]))
+            return
+
+
+if __name__ == "__main__":
+    main()

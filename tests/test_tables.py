@@ -1,0 +1,586 @@
+"""`predict_in_db` over a lake, SQLite and PostgreSQL: which rows are asked, what is written, when it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.places import Place
+from tests.scripted_server import Asked, Reply, ScriptedServer, answer_to, refused, usual
+from vllm_tasks import (
+    DataType,
+    InvalidCall,
+    Report,
+    ServerUnavailable,
+    TooManyFailed,
+    VllmAPI,
+)
+from vllm_tasks.fingerprint import input_hash
+from vllm_tasks.tables import records
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with ScriptedServer() as server:
+        yield server
+
+
+@pytest.fixture
+def model(server: ScriptedServer, place: Place) -> Iterator[VllmAPI]:
+    with VllmAPI(identifier="m", api_url=server.url, db=place.db, retries=0) as model:
+        yield model
+
+
+def changed(model: VllmAPI, **fields: Any) -> VllmAPI:
+    """The same model with other fields, checked as when made."""
+    given = {name: getattr(model, name) for name in model.model_fields_set}
+    return VllmAPI(**{**given, **fields})
+
+
+class Sent:
+    """The prompts that reached the server since this was last asked."""
+
+    def __init__(self, server: ScriptedServer) -> None:
+        self._server, self._seen = server, 0
+
+    def __call__(self) -> list[str]:
+        posts = self._server.posts
+        new, self._seen = posts[self._seen :], len(posts)
+        return sorted(asked.prompt for asked in new)
+
+
+@pytest.fixture
+def sent(server: ScriptedServer) -> Sent:
+    return Sent(server)
+
+
+def ask(model: VllmAPI, **options: Any) -> Report:
+    return model.predict_in_db("text", "rows", **{"max_failed": None, **options})
+
+
+# ---------------------------------------------------------------------- the main job
+
+
+def test_every_row_gets_its_output_once(model: VllmAPI, place: Place, sent: Sent) -> None:
+    """Each row of the source has one output; a second call finds nothing to ask."""
+    place.fill_texts(*(f"t{i}" for i in range(1000)))
+    report = ask(model)
+    assert place.answers() == {i: answer_to(f"t{i}") for i in range(1000)}
+    assert (report.rows, report.asked, report.succeeded, report.failed) == (1000, 1000, 1000, 0)
+    assert (report.prompt_tokens, report.completion_tokens) == (3000, 5000)
+    assert len(sent()) == 1000
+    again = ask(model)
+    assert (again.rows, again.up_to_date, again.asked) == (1000, 1000, 0)
+    assert sent() == []
+
+
+def test_an_output_says_where_it_comes_from(model: VllmAPI, place: Place) -> None:
+    """Model, instance, tokens, finish reason, hashes and time stand beside each output."""
+    place.fill_texts("a")
+    report = ask(model)
+    (row,) = place.outputs()
+    assert row["_model"] == "scripted-model"
+    assert row["_uuid"] == model.uuid
+    assert row["_fingerprint"] == report.fingerprint
+    assert row["_input_hash"] == input_hash(["a"])
+    assert (row["_prompt_tokens"], row["_completion_tokens"], row["_finish_reason"]) == (3, 5, "stop")
+    assert row["_error"] is None
+    assert row["_created_at"].tzinfo is not None
+    assert report.served_by["model"] == "scripted-model"
+
+
+def test_rows_that_fail_are_errors_beside_the_others(
+    model: VllmAPI, place: Place, server: ScriptedServer, sent: Sent
+) -> None:
+    """A failed row has its error, is done, and only `retry_failed` asks it again."""
+    place.fill_texts("good", "bad", None)
+    server.script = lambda asked: refused(400, "no such thing") if asked.prompt == "bad" else None
+    report = ask(model)
+    assert (report.succeeded, report.failed) == (1, 2)
+    assert {e.kind: e.keys for e in report.errors} == {"refused": ((1,),), "prompt": ((2,),)}
+    errors = {row["id"]: row["_error"] for row in place.outputs()}
+    assert errors[0] is None
+    assert errors[1].startswith("refused: ") and "no such thing" in errors[1]
+    assert errors[2].startswith("prompt: ") and "None" in errors[2]
+    assert place.answers() == {0: answer_to("good"), 1: None, 2: None}
+    assert sent() == ["bad", "good"]
+    assert ask(model).asked == 0
+    server.script = lambda _: None
+    assert ask(model, retry_failed=True).asked == 2
+    assert sent() == ["bad"]  # the third one never becomes a prompt
+    assert place.answers() == {0: answer_to("good"), 1: answer_to("bad"), 2: None}
+    assert len(place.outputs()) == 3
+
+
+# ---------------------------------------------------------------------- which rows
+
+
+def test_what_decides_an_answer_asks_all_again(model: VllmAPI, place: Place, sent: Sent) -> None:
+    """Another prompt, sampling or system reruns all rows; the outputs keep one row a key."""
+    place.fill_texts("a", "b")
+    ask(model)
+    sent()
+    other = changed(model, prompt="Say {input}")
+    ask(other)
+    assert sent() == ["Say a", "Say b"]
+    assert place.answers() == {0: answer_to("Say a"), 1: answer_to("Say b")}
+    ask(other, temperature=0.5)
+    assert sent() == ["Say a", "Say b"]
+    ask(changed(other, chat=True, system="Be kind"))
+    assert len(sent()) == 2
+    assert len(place.outputs()) == 2
+
+
+def test_what_does_not_decide_an_answer_asks_nothing(
+    model: VllmAPI, place: Place, server: ScriptedServer, sent: Sent
+) -> None:
+    """Another server, batch size or number of attempts reruns nothing."""
+    place.fill_texts("a", "b")
+    ask(model)
+    sent()
+    with ScriptedServer() as elsewhere:
+        moved = changed(model, api_url=elsewhere.url, max_batch_size=1, retries=3, timeout=5, max_in_flight=7)
+        with moved:
+            assert ask(moved, max_chunk_size=1).asked == 0
+        assert elsewhere.posts == []
+    assert sent() == []
+
+
+def test_new_rows_alone_are_asked(model: VllmAPI, place: Place, sent: Sent) -> None:
+    """Rows that came since the last call are asked; a changed one only with `refresh="changed"`."""
+    place.fill_texts("a", "b")
+    ask(model)
+    sent()
+    place.fill_texts("a", "B", "c")
+    ask(model)
+    assert sent() == ["c"]
+    report = ask(model, refresh="changed")
+    assert sent() == ["B"]
+    assert report.asked == 1
+    assert place.answers() == {0: answer_to("a"), 1: answer_to("B"), 2: answer_to("c")}
+    assert ask(model, refresh="changed").asked == 0
+
+
+def test_ids_limit_and_overwrite(model: VllmAPI, place: Place, sent: Sent) -> None:
+    """`ids` names rows, `limit` bounds them, `overwrite` asks what is done already."""
+    place.fill_texts("a", "b", "c", "d")
+    ask(model, ids=[1, 3])
+    assert sent() == ["b", "d"]
+    assert ask(model, limit=1).asked == 1
+    assert len(sent()) == 1
+    ask(model)
+    assert len(sent()) == 1
+    before = {row["id"]: row["_created_at"] for row in place.outputs()}
+    ask(model, overwrite=True, ids=[0])
+    assert sent() == ["a"]
+    after = {row["id"]: row["_created_at"] for row in place.outputs()}
+    assert after[0] > before[0]
+    assert {k: v for k, v in after.items() if k} == {k: v for k, v in before.items() if k}
+    assert ask(model, overwrite=True).asked == 4
+    assert len(place.outputs()) == 4
+
+
+def test_two_predict_ids_are_two_tables(model: VllmAPI, place: Place, sent: Sent) -> None:
+    """`predict_id` names the outputs; the default is the model's identifier."""
+    place.fill_texts("a")
+    ask(model)
+    ask(model, predict_id="other")
+    assert sent() == ["a", "a"]
+    assert place.answers("m") == place.answers("other")
+
+
+def test_a_select_statement_is_a_source(model: VllmAPI, place: Place, sent: Sent) -> None:
+    """Rows may come from a SELECT, with columns of its own making."""
+    place.fill_texts("a", "b", "c")
+    statement = "SELECT id, text || '?' AS question FROM rows WHERE id < 2"
+    model.predict_in_db("question", statement, predict_id="q")
+    assert sent() == ["a?", "b?"]
+    assert place.answers("q") == {0: answer_to("a?"), 1: answer_to("b?")}
+
+
+@pytest.mark.parametrize(
+    ("signature", "X", "prompt", "expected"),
+    [
+        ("*args", ["text", "id"], "{0} {1}", "a 0"),
+        ("**kwargs", ["text", "id"], "{text} {id}", "a 0"),
+        ("**kwargs", {"text": "title", "id": "number"}, "{title} {number}", "a 0"),
+        ("*args", {"text": 1, "id": 0}, "{1} {0}", "a 0"),
+        ("*args,**kwargs", {"text": 0, "id": "number"}, "{0} {number}", "a 0"),
+        ("singleton", ["text"], "{input}", "a"),
+    ],
+)
+def test_columns_become_arguments(
+    model: VllmAPI, place: Place, sent: Sent, signature: str, X: Any, prompt: str, expected: str
+) -> None:
+    """`X` says which column is which argument of the prompt."""
+    place.fill_texts("a")
+    changed(model, signature=signature, prompt=prompt).predict_in_db(X, "rows")
+    assert sent() == [expected]
+
+
+def test_context_fills_prompts_and_counts(model: VllmAPI, place: Place, sent: Sent) -> None:
+    """The context is part of each prompt and of the fingerprint."""
+    place.fill_texts("a")
+    asks = changed(model, prompt="{context}: {input}")
+    ask(asks, context="one")
+    ask(asks, context="two")
+    ask(asks, context="two")
+    assert sent() == ["one: a", "two: a"]
+
+
+def test_an_output_may_be_the_next_source(model: VllmAPI, place: Place, sent: Sent) -> None:
+    """The outputs of one model are a table like any other."""
+    place.fill_texts("a")
+    ask(model)
+    model.predict_in_db("output", "_outputs__m", predict_id="second")
+    assert sent() == [answer_to("a"), "a"] or sent() == []
+    assert place.answers("second") == {0: answer_to(answer_to("a"))}
+
+
+# ---------------------------------------------------------------------- typed outputs
+
+
+def says(text: str | Callable[[Asked], str]) -> Callable[[Asked], Reply | None]:
+    """A script whose every answer has this text."""
+
+    def script(asked: Asked) -> Reply | None:
+        if "prompt" not in (asked.body or {}):
+            return None
+        reply = usual(asked)
+        for choice in reply.body["choices"]:
+            choice["text"] = text if isinstance(text, str) else text(asked)
+        return reply
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("datatype", "text", "value"),
+    [("int", "42", 42), ("float", "0.5", 0.5), ("bool", "yes", True), ("bytes", "ab", b"ab")],
+)
+def test_outputs_have_the_type_asked_for(
+    model: VllmAPI, place: Place, server: ScriptedServer, datatype: str, text: str, value: Any
+) -> None:
+    """A datatype makes a column of that type; what is none is an error with the raw answer."""
+    place.fill_texts("a", "b")
+    server.script = says(lambda asked: text if asked.prompt == "a" else "☂")
+    ask(changed(model, datatype=datatype), max_failed=None)
+    good, bad = place.outputs()
+    assert good["output"] == value and type(good["output"]) is type(value)
+    if datatype != "bytes":
+        assert bad["output"] is None
+        assert bad["_error"].startswith("output: ") and "☂" in bad["_error"]
+
+
+def test_a_schema_makes_typed_columns(model: VllmAPI, place: Place, server: ScriptedServer) -> None:
+    """Each property is a column; vLLM is asked for the schema."""
+    place.fill_texts("a")
+    server.script = says(json.dumps({"name": "x", "age": 7, "tags": ["p", {"q": None}]}))
+    ask(changed(model, output_schema={"name": "str", "age": "int", "tags": "json"}))
+    (row,) = place.outputs()
+    assert (row["name"], row["age"]) == ("x", 7)
+    assert json.loads(row["tags"]) == ["p", {"q": None}]
+    assert server.posts[0].body["structured_outputs"]["json"]["required"] == ["name", "age", "tags"]
+
+
+def test_flatten_makes_rows(model: VllmAPI, place: Place, server: ScriptedServer) -> None:
+    """A list becomes numbered rows, an empty one a row with NULL; a redone row takes all of them along."""
+    place.fill_texts("two", "none", "bad")
+    answers = {"two": '["p", "q"]', "none": "[]", "bad": "{}"}
+    server.script = says(lambda asked: answers[asked.prompt])
+    flat = changed(model, datatype="json", flatten=True)
+    ask(flat)
+    rows = [(r["id"], r["_position"], r["output"] and json.loads(r["output"])) for r in place.outputs()]
+    assert rows == [(0, 0, "p"), (0, 1, "q"), (1, None, None), (2, None, None)]
+    assert place.outputs()[3]["_error"].startswith("output: ")
+    assert ask(flat).asked == 0
+    answers["two"] = '["r"]'
+    ask(flat, overwrite=True)
+    rows = [(r["id"], r["_position"]) for r in place.outputs()]
+    assert rows == [(0, 0), (1, None), (2, None)]
+
+
+def test_several_choices_are_a_list(model: VllmAPI, place: Place) -> None:
+    """With n=2 an output is a list of two."""
+    place.fill_texts("a")
+    ask(model, n=2)
+    assert json.loads(place.answers()[0]) == [answer_to("a")] * 2
+
+
+def test_cut_answers_can_be_errors(model: VllmAPI, place: Place, server: ScriptedServer) -> None:
+    """`finish_reason` is kept, and `on_length="error"` makes an error of "length"."""
+
+    def cut(asked: Asked) -> Reply | None:
+        reply = usual(asked)
+        if "choices" in reply.body:
+            reply.body["choices"][0]["finish_reason"] = "length"
+        return reply
+
+    place.fill_texts("a")
+    server.script = cut
+    report = ask(model, max_tokens=5)
+    assert place.outputs()[0]["_finish_reason"] == "length"
+    assert (report.cut, report.failed) == (1, 0)
+    report = ask(changed(model, model_update_kwargs={"on_length": "error"}), max_tokens=5)
+    assert (report.cut, report.failed) == (1, 1)
+    assert "max_tokens" in place.outputs()[0]["_error"]
+
+
+def as_upper(text: str) -> str:
+    return text.upper()
+
+
+def as_utf16(value: str) -> bytes:
+    return value.encode("utf-16-le")
+
+
+def test_own_types_decode_and_encode(model: VllmAPI, place: Place) -> None:
+    """An own type's decoder reads the answer, its encoder makes what is stored."""
+    place.fill_texts("a")
+    own = DataType(identifier="own", decoder=as_upper, encoder=as_utf16)
+    ask(changed(model, datatype=own))
+    assert place.answers()[0] == answer_to("a").upper().encode("utf-16-le")
+
+
+def test_what_a_database_cannot_hold_is_an_error_of_its_row(
+    model: VllmAPI, place: Place, server: ScriptedServer
+) -> None:
+    """A NUL character, which PostgreSQL refuses, fails no other row."""
+    place.fill_texts("a", "b", "c")
+    server.script = says(lambda asked: "x\0y" if asked.prompt == "b" else "fine")
+    ask(model)
+    a, b, c = place.outputs()
+    assert (a["output"], c["output"]) == ("fine", "fine")
+    assert b["output"] == "x\0y" or b["_error"].startswith("output: ")
+
+
+# ---------------------------------------------------------------------- streaming
+
+
+def test_a_long_row_holds_up_no_commit(
+    model: VllmAPI, place: Place, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one row is still answered, the others are committed when their time is up."""
+    monkeypatch.setenv("VLLM_TASKS_COMMIT_SECONDS", "0.3")
+    place.fill_texts("slow", *(f"t{i}" for i in range(50)))
+    committed = asyncio.Event()
+
+    async def script(asked: Asked) -> None:
+        if asked.body and asked.prompt == "slow":
+            await committed.wait()
+
+    server.script = script
+    job = threading.Thread(target=ask, args=[model])
+    job.start()
+    try:
+        server.wait_until(lambda: len(_there(place)) == 50)
+    finally:
+        server._loop.call_soon_threadsafe(committed.set)
+        job.join()
+    assert len(place.answers()) == 51
+
+
+def _there(place: Place) -> list[Any]:
+    try:
+        return place.outputs()
+    except InvalidCall:  # not made yet
+        return []
+
+
+def test_the_engine_stays_full_across_groups(server: ScriptedServer, place: Place) -> None:
+    """Rows of later groups are in flight while earlier ones are committed, never more than allowed."""
+    place.fill_texts(*(f"t{i}" for i in range(400)))
+
+    async def script(asked: Asked) -> None:
+        await asyncio.sleep(0.01)
+
+    server.script = script
+    with VllmAPI(
+        identifier="m", api_url=server.url, db=place.db, max_in_flight=16, max_batch_size=1
+    ) as model:
+        report = ask(model, max_chunk_size=20)
+    assert report.commits >= 20
+    assert server.peak == 16
+
+
+def test_groups_have_the_size_asked_for(model: VllmAPI, place: Place) -> None:
+    """`max_chunk_size` is the number of rows of a commit."""
+    place.fill_texts(*(f"t{i}" for i in range(100)))
+    assert ask(model, max_chunk_size=30).commits == 4
+
+
+# ---------------------------------------------------------------------- the end
+
+
+def test_a_hopeless_run_stops_at_once(model: VllmAPI, place: Place, server: ScriptedServer) -> None:
+    """When the first rows all fail alike, asking stops; the failed ones are committed and reported."""
+    place.fill_texts(*(f"t{i}" for i in range(5000)))
+    server.script = lambda asked: refused(400, "never") if asked.body else None
+    with pytest.raises(TooManyFailed, match="all failed alike.*retry_failed=True") as raised:
+        ask(model, max_failed=0.05)
+    report = raised.value.report
+    assert report.succeeded == 0
+    assert 50 <= report.failed == len(place.outputs()) < 5000
+    assert report.errors[0].kind == "refused"
+
+
+@pytest.mark.parametrize(
+    ("max_failed", "fails"), [(0.05, True), (3, True), (4, False), (0.2, False), (None, False)]
+)
+def test_a_budget_is_a_share_or_a_count(
+    model: VllmAPI, place: Place, server: ScriptedServer, max_failed: float | int | None, fails: bool
+) -> None:
+    """4 failed rows of 40 are within a fifth and a count of 4, and beyond a twentieth and a count of 3."""
+    place.fill_texts(*(f"t{i}" for i in range(40)))
+    bad = {"t3", "t13", "t23", "t33"}
+    server.script = lambda asked: refused(400, "no") if asked.body and asked.prompt in bad else None
+    if fails:
+        with pytest.raises(TooManyFailed, match="4 of 40 rows failed"):
+            ask(model, max_failed=max_failed)
+    else:
+        ask(model, max_failed=max_failed)
+    assert sum(row["_error"] is not None for row in place.outputs()) == 4
+
+
+def test_a_server_that_goes_away_is_waited_for(model: VllmAPI, place: Place, server: ScriptedServer) -> None:
+    """A server that stops and comes back in the middle costs nothing but time."""
+    place.fill_texts(*(f"t{i}" for i in range(300)))
+    stopped = threading.Event()
+
+    async def script(asked: Asked) -> None:
+        if asked.body:
+            await asyncio.sleep(0.02)
+
+    def restart() -> None:
+        server.wait_until(lambda: len(server.posts) > 100)
+        server.stop()
+        stopped.set()
+        server.start()
+
+    server.script = script
+    restarting = threading.Thread(target=restart)
+    restarting.start()
+    patient = changed(model, retries=5, max_in_flight=32)
+    with patient:
+        ask(patient)
+    restarting.join()
+    assert stopped.is_set()
+    assert place.answers() == {i: answer_to(f"t{i}") for i in range(300)}
+
+
+def test_a_server_that_stays_away_keeps_what_is_finished(
+    place: Place, server: ScriptedServer, sent: Sent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run fails after the patience with its finished rows committed; the next one asks the others."""
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.5")
+    place.fill_texts(*(f"t{i}" for i in range(100)))
+    allowed = 40
+
+    async def script(asked: Asked) -> None:
+        if asked.body and len(server.posts) > allowed:
+            await asyncio.sleep(3600)
+
+    def stop() -> None:
+        server.wait_until(lambda: len(server.posts) >= allowed + 8)
+        server.stop()
+
+    server.script = script
+    with VllmAPI(identifier="m", api_url=server.url, db=place.db, max_in_flight=8, model="named") as model:
+        stopping = threading.Thread(target=stop)
+        stopping.start()
+        with pytest.raises(ServerUnavailable):
+            ask(model)
+        stopping.join()
+        assert len(place.answers()) == allowed
+        sent()
+        server.script = lambda _: None
+        server.start()
+        assert ask(model).asked == 100 - allowed
+    assert len(sent()) == 100 - allowed
+    assert len(place.answers()) == 100
+
+
+# ---------------------------------------------------------------------- wrong calls
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"X": "txt"}, "txt"),
+        ({"select": "no_such_table"}, "no_such_table"),
+        ({"select": "DELETE FROM rows"}, "SELECT"),
+        ({"select": "SELECT 1; SELECT 2"}, "SELECT|statement"),
+        ({"primary_id": "nope"}, "nope"),
+        ({"X": ["text", "id"]}, "singleton"),
+        ({"max_chunk_size": 0}, "max_chunk_size=0"),
+        ({"limit": 0}, "limit=0"),
+        ({"max_failed": -1}, "max_failed=-1"),
+        ({"max_failed": 1.5}, "max_failed=1.5"),
+        ({"max_failed": True}, "max_failed=True"),
+        ({"refresh": "all"}, "refresh='all'"),
+        ({"overwrite": True, "retry_failed": True}, "choose one"),
+        ({"predict_id": "a/b"}, "a/b"),
+        ({"ids": "abc"}, "ids"),
+        ({"temprature": 1}, "temperature"),
+        ({"context": "unused"}, "context"),
+    ],
+)
+def test_a_wrong_call_is_refused_before_any_work(
+    model: VllmAPI, place: Place, sent: Sent, wrong: dict[str, Any], words: str
+) -> None:
+    """The message names what is wrong; nothing is asked and nothing is written."""
+    place.fill_texts("a")
+    call = {"X": "text", "select": "rows", **wrong}
+    with pytest.raises(InvalidCall, match=words):
+        model.predict_in_db(**call)
+    assert sent() == []
+    assert _there(place) == []
+
+
+def test_keys_must_be_unique_and_there(model: VllmAPI, place: Place, sent: Sent) -> None:
+    """Duplicate and NULL keys are refused with their count and an example."""
+    place.fill_texts("a", "b", "a", None)
+    with pytest.raises(InvalidCall, match="text"):
+        model.predict_in_db("id", "rows", primary_id="text")
+    with pytest.raises(InvalidCall, match="1.*a"):
+        model.predict_in_db("id", "SELECT * FROM rows WHERE text IS NOT NULL", primary_id="text")
+    assert sent() == []
+
+
+def test_outputs_of_another_shape_are_refused(model: VllmAPI, place: Place, sent: Sent) -> None:
+    """Outputs that are there with other columns are left alone; the way out is another predict_id."""
+    place.fill_texts("a")
+    ask(model)
+    sent()
+    with pytest.raises(InvalidCall, match="predict_id"):
+        ask(changed(model, datatype="int"))
+    assert sent() == []
+    assert place.answers() == {0: answer_to("a")}
+
+
+def test_a_model_without_tables_says_so(server: ScriptedServer) -> None:
+    """Without a db there is nothing to read."""
+    with pytest.raises(InvalidCall, match="has no db"):
+        VllmAPI(identifier="m", api_url=server.url).predict_in_db("text", "rows")
+
+
+@pytest.mark.parametrize(
+    ("X", "signature"),
+    [
+        ([], "*args"),
+        (["a", "a"], "*args"),
+        ({"a": 1}, "*args"),
+        ({"a": "b"}, "*args"),
+        ({"a": 0}, "**kwargs"),
+        ({"a": 0, "b": 0}, "*args"),
+    ],
+)
+def test_columns_that_fit_no_argument_are_refused(X: Any, signature: Any) -> None:
+    """Positions without a gap for `*args`, names for `**kwargs`, no column twice."""
+    with pytest.raises(InvalidCall, match="X="):
+        records(X, signature)
