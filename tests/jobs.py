@@ -63,7 +63,9 @@ class Jobs:
         self.wait(pid)
 
     def _ask(self, question: dict[str, Any]) -> str:
-        assert self._mother is not None and self._mother.stdin is not None and self._mother.stdout is not None
+        assert self._mother is not None
+        assert self._mother.stdin is not None
+        assert self._mother.stdout is not None
         self._mother.stdin.write(json.dumps(question) + "\n")
         self._mother.stdin.flush()
         return self._mother.stdout.readline()

@@ -100,8 +100,11 @@ class Display(Protocol):
     def commit(self, name: str, work: Callable[[], None]) -> None:
         """Do `work`, again after a `TablesUnavailable` as `RETRY_DELAYS` say."""
 
-    def progress(self, progress: Progress) -> None:
-        """Called often; shows it when the last time is a while ago."""
+    def progress(self, progress: Progress, *, last: bool = False) -> None:
+        """Called often; shows it when the last time is a while ago, and the `last` one in any case.
+
+        May raise to stop the run.
+        """
 
 
 @dataclass(frozen=True)

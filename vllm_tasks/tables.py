@@ -173,6 +173,8 @@ def _run(job: Job, output: OutputTable, display: Display, tally: Tally) -> tuple
             writer.close()
     finally:
         counted.wait()
+    if not verdict:
+        display.progress(tally.progress(run.to_ask), last=True)
     return verdict, counted
 
 
@@ -251,8 +253,8 @@ class Log:
                 time.sleep(delay)
         return work()
 
-    def progress(self, progress: Progress) -> None:
-        if time.monotonic() - self._shown >= PROGRESS_EVERY:
+    def progress(self, progress: Progress, *, last: bool = False) -> None:
+        if last or time.monotonic() - self._shown >= PROGRESS_EVERY:
             self._shown = time.monotonic()
             logger.info("%s", progress)
 
