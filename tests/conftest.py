@@ -19,6 +19,7 @@ import pytest
 from prefect.testing.utilities import prefect_test_harness
 
 from tests import places
+from tests.postgres import Postgres, binaries
 from tests.tiny_model import make_tiny_model
 from vllm_tasks import VllmModel
 
@@ -85,3 +86,15 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> places.Place:
     return places.Place(
         str(tmp_path / "lake") if request.param == "lake" else f"sqlite:///{tmp_path}/tables.db"
     )
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A real PostgreSQL server for the whole session."""
+    if (found := binaries()) is None:
+        pytest.skip("needs PostgreSQL: apt-get install postgresql")
+    server = Postgres(found)
+    try:
+        yield server
+    finally:
+        server.remove()

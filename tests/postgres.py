@@ -1,0 +1,109 @@
+"""A real PostgreSQL server for the tests: Debian's binaries, a folder and a socket of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from itertools import count
+from pathlib import Path
+
+import sqlalchemy as sa
+
+SETTINGS = {
+    "listen_addresses": "",
+    "fsync": "off",
+    "max_connections": "100",
+    "dynamic_shared_memory_type": "mmap",  # in the data folder: a killed server leaves none elsewhere
+    "shared_memory_type": "mmap",
+}
+
+
+def binaries() -> Path | None:
+    """Where the newest server is, if there is one."""
+    found = [p.parent for p in Path("/usr/lib/postgresql").glob("*/bin/postgres")]
+    on_path = shutil.which("postgres")
+    if found:
+        return max(found, key=lambda path: float(path.parent.name))
+    return Path(on_path).resolve().parent if on_path else None
+
+
+class Postgres:
+    """One server, started; `new_database()` gives the URL of an empty database."""
+
+    def __init__(self, binaries: Path) -> None:
+        self._binaries = binaries
+        self._folder = Path(tempfile.mkdtemp(prefix="vllm-tasks-pg-"))
+        self._numbers = count()
+        if os.getuid() == 0:
+            self._folder.chmod(0o755)
+            self._user = "postgres"
+            shutil.chown(self._folder, self._user)
+        else:
+            self._user = ""
+        self._run(
+            "initdb", "--auth=trust", "--username=tests", "--no-sync", "--encoding=UTF8", "--locale=C.UTF-8"
+        )
+        with (self.data / "postgresql.conf").open("a") as file:
+            file.writelines(f"{name} = '{value}'\n" for name, value in SETTINGS.items())
+        self.start()
+
+    @property
+    def data(self) -> Path:
+        return self._folder / "data"
+
+    def url(self, database: str) -> str:
+        return f"postgresql://tests@/{database}?host={self._folder}"
+
+    def new_database(self) -> str:
+        name = f"test{next(self._numbers)}"
+        engine = sa.create_engine(
+            self.url("postgres").replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT"
+        )
+        with engine.connect() as connection:
+            connection.exec_driver_sql(f"CREATE DATABASE {name}")
+        engine.dispose()
+        return self.url(name)
+
+    def start(self) -> None:
+        """Returns when the server takes connections."""
+        log = str(self._folder / "log")
+        self._run("pg_ctl", "--wait", f"--log={log}", f"--options=-k {self._folder}", "start")
+
+    def stop(self) -> None:
+        """Ends connections and rolls their transactions back, as a restart by an administrator does."""
+        self._run("pg_ctl", "--wait", "--mode=fast", "stop")
+
+    def kill(self) -> None:
+        """SIGKILL to the server and to each of its processes; it has to recover when it starts again."""
+        server = int((self.data / "postmaster.pid").read_text().split()[0])
+        children = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(server)], capture_output=True, text=True, check=False
+        ).stdout
+        for pid in (server, *map(int, children.split())):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        while Path(f"/proc/{server}/stat").exists() and " Z " not in Path(f"/proc/{server}/stat").read_text():
+            pass
+
+    def remove(self) -> None:
+        """Stop it and leave nothing."""
+        if (self.data / "postmaster.pid").exists():
+            self._run("pg_ctl", "--wait", "--mode=immediate", "stop", check=False)
+        shutil.rmtree(self._folder)
+
+    def _run(self, program: str, *arguments: str, check: bool = True) -> None:
+        command = [str(self._binaries / program), f"--pgdata={self.data}", *arguments]
+        if self._user:
+            command = ["runuser", "-u", self._user, "--", *command]
+        with tempfile.TemporaryFile() as out:  # a pipe would stay open as long as the server
+            done = subprocess.run(
+                command, check=False, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd="/"
+            )
+            out.seek(0)
+            if check and done.returncode:
+                raise RuntimeError(f"{program}: {out.read().decode(errors='replace')}")

@@ -1,0 +1,377 @@
+"""What differs between databases: connecting, reading only, telling what may pass, a table's shape."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY, OID
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.pool import NullPool, QueuePool
+
+from vllm_tasks.errors import InvalidCall, TablesUnavailable
+
+DEFAULT = '"default"'
+"""The name of a PostgreSQL database's own collation."""
+WAIT = 30.0
+"""Seconds that SQLite waits for another's lock."""
+DRIVERS = {
+    "postgresql": "pip install 'vllm-tasks[postgres]'",
+    "mysql": "pip install pymysql",
+    "mariadb": "pip install pymysql",
+}
+NO_URL = (
+    "the datalayer's url is no SQLAlchemy URL: dialect://user:password@host/database, "
+    "special characters in the password percent-encoded, or sqlite:///file.db"
+)
+
+
+class Verbatim(sa.types.UserDefinedType[Any]):
+    """A column type as the database writes it; values pass as the driver gives and takes them."""
+
+    cache_ok = True
+
+    def __init__(self, spec: str) -> None:
+        self.spec = spec
+
+    @property
+    def bare(self) -> str:
+        """The type without its collation."""
+        return self.spec.partition(" COLLATE ")[0]
+
+    def get_col_spec(self, **_: Any) -> str:
+        return self.spec
+
+
+def to_json(value: Any) -> str:
+    """Refuses NaN and infinity, which JSON does not have."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def backend(url: str) -> Backend:
+    """Connects to nothing yet; raises `InvalidCall`, which never shows the password."""
+    try:
+        made = sa.make_url(url)
+    except (ArgumentError, ValueError):
+        raise InvalidCall(NO_URL) from None
+    if made.get_backend_name() == "sqlite":
+        return Sqlite(made)
+    if made.drivername in ("postgresql", "postgres"):
+        made = made.set(drivername="postgresql+psycopg")
+    return Postgres(made) if made.get_backend_name() == "postgresql" else Backend(made)
+
+
+class Backend:
+    """Any dialect, by SQLAlchemy's own means: only SQLite and PostgreSQL are tested."""
+
+    server_side = False
+    """A read may stay open while the writer writes; else it is copied aside first."""
+    nul = nan = True
+    """Text may hold the character 0, numbers may be NaN."""
+
+    def __init__(self, url: URL) -> None:
+        self.url = url
+        self.engine = self.reader = self._engine()
+
+    def _engine(self, **more: Any) -> Engine:
+        name = self.url.get_backend_name()
+        try:
+            engine = sa.create_engine(
+                self.url, hide_parameters=True, pool_pre_ping=True, json_serializer=to_json, **more
+            )
+        except NoSuchModuleError:
+            raise InvalidCall(f"{self.url.drivername!r} is no dialect that SQLAlchemy knows here") from None
+        except ImportError as e:
+            install = DRIVERS.get(name, "install its Python driver")
+            raise InvalidCall(f"the driver for {name!r} is missing ({e}): {install}") from e
+        except (ArgumentError, TypeError, ValueError):
+            raise InvalidCall(NO_URL) from None
+        if engine.dialect.is_async:
+            raise InvalidCall(f"{self.url.drivername!r} is an asynchronous driver; name a synchronous one")
+        return engine
+
+    def where(self) -> str:
+        """The URL without what may be secret: the password and the query."""
+        bare = URL.create(
+            self.url.get_backend_name(),
+            self.url.username,
+            None,
+            self.url.host,
+            self.url.port,
+            self.url.database,
+        )
+        return bare.render_as_string()
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Turn the driver's errors into ours."""
+        try:
+            yield
+        except DBAPIError as e:
+            raise self.translated(e) from e
+
+    def translated(self, error: DBAPIError) -> InvalidCall | TablesUnavailable:
+        """The error for the caller: what may pass, and what will not."""
+        said = " ".join(str(error.orig).split())[:500]
+        if error.connection_invalidated or self.passing(error):
+            return TablesUnavailable(f"{self.where()}: {said}")
+        return InvalidCall(f"{self.where()} refuses: {said}")
+
+    def passing(self, error: DBAPIError) -> bool:
+        """Whether the same statement may succeed later."""
+        return isinstance(error, (OperationalError, InterfaceError))
+
+    def rival(self, error: DBAPIError) -> bool:
+        """Whether another transaction was in the way."""
+        return isinstance(error, sa.exc.IntegrityError)
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A connection whose statements cannot write, where the database can promise that."""
+        with self.told(), self.reader.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def writing(self, table: str) -> Iterator[Connection]:
+        """One transaction, and on SQLite and PostgreSQL the only one of ours on `table`; errors are raw."""
+        with self.engine.begin() as connection:
+            yield connection
+
+    def types(self, connection: Connection, source: sa.FromClause, names: Sequence[str]) -> list[Any]:
+        """The types of a source's columns, as outputs keep them."""
+        inspector = sa.inspect(connection)
+        table = source.element if isinstance(source, sa.Alias) else None
+        if not isinstance(table, sa.TableClause):
+            raise InvalidCall(f"on {self.url.get_backend_name()}, select a table or view, not a statement")
+        found = {c["name"]: c["type"] for c in inspector.get_columns(table.name, table.schema)}
+        return [found[name] for name in names]
+
+    def shape(self, connection: Connection, name: str) -> dict[str, tuple[str, bool]]:
+        """Type and whether NULL may stand there, by column; empty when there is no table `name`."""
+        inspector = sa.inspect(connection)
+        if not inspector.has_table(name):
+            return {}
+        return {
+            c["name"]: (c["type"].compile(connection.dialect), c["nullable"])
+            for c in inspector.get_columns(name)
+        }
+
+    def unique(self, connection: Connection, name: str, schema: str | None) -> list[set[str]]:
+        """Sets of columns of which no two rows have the same values."""
+        inspector = sa.inspect(connection)
+        keys = [inspector.get_pk_constraint(name, schema)["constrained_columns"]]
+        keys += [c["column_names"] for c in inspector.get_unique_constraints(name, schema)]
+        return [set(key) for key in keys if key]
+
+    def floating(self, kind: Any) -> bool:
+        """Whether a column type holds floating-point numbers."""
+        return isinstance(kind, sa.Float)
+
+    def listed(
+        self, kinds: Sequence[Any], ids: Sequence[Sequence[Any]], connection: Connection
+    ) -> sa.Select[Any]:
+        """`ids` as rows of a query."""
+        columns = [sa.Column(f"i{n}", kind) for n, kind in enumerate(kinds)]
+        table = sa.Table("_vllm_tasks_ids", sa.MetaData(), *columns, prefixes=["TEMPORARY"])
+        table.create(connection, checkfirst=False)
+        names = [c.name for c in columns]
+        connection.execute(sa.insert(table), [dict(zip(names, key, strict=True)) for key in ids])
+        return sa.select(*table.c)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+        self.reader.dispose()
+
+
+class Sqlite(Backend):
+    """Reads on connections opened read-only, and never for long: a reader would hold up our own writer."""
+
+    nan = False
+
+    def __init__(self, url: URL) -> None:
+        name = url.database or ""
+        if name in ("", ":memory:") or name.startswith("file:") or url.query:
+            raise InvalidCall(
+                "an SQLite datalayer is a plain file, as in sqlite:///file.db: a database in memory "
+                "would be another one for each connection, and options are not taken"
+            )
+        self.path = Path(name).expanduser().absolute()
+        super().__init__(url.set(database=str(self.path)))
+        self.reader = self._engine(poolclass=NullPool, creator=lambda: self._connect("ro"))
+
+    def _engine(self, **more: Any) -> Engine:
+        if more:
+            return super()._engine(**more)
+        engine = super()._engine(poolclass=QueuePool, creator=lambda: self._connect("rw"))
+        # The driver's own idea of when a transaction begins would let two of them read before they write.
+        sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+        return engine
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        if not self.path.exists():
+            raise InvalidCall(f"there is no database {str(self.path)!r}")
+        connection = sqlite3.connect(
+            f"{self.path.as_uri()}?mode={mode}",
+            uri=True,
+            timeout=WAIT,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        # Bytes that are no UTF-8 fail the row that has them, where its prompt is made, and not the query.
+        connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
+        return connection
+
+    def passing(self, error: DBAPIError) -> bool:
+        code = getattr(error.orig, "sqlite_errorcode", None)
+        if code is None:
+            return False
+        return code & 0xFF in {
+            sqlite3.SQLITE_BUSY,
+            sqlite3.SQLITE_LOCKED,
+            sqlite3.SQLITE_FULL,
+            sqlite3.SQLITE_IOERR,
+            sqlite3.SQLITE_CANTOPEN,
+            sqlite3.SQLITE_PROTOCOL,
+            sqlite3.SQLITE_NOMEM,
+        }
+
+    def types(self, connection: Connection, source: sa.FromClause, names: Sequence[str]) -> list[Any]:
+        query = sa.select(*(source.c[n].label(f"c{i}") for i, n in enumerate(names))).limit(0)
+        sql = query.compile(connection, compile_kwargs={"literal_binds": True})
+        connection.exec_driver_sql(f"CREATE TEMP TABLE _vllm_tasks_types AS {sql}")
+        found = connection.exec_driver_sql("PRAGMA temp.table_info(_vllm_tasks_types)").all()
+        connection.exec_driver_sql("DROP TABLE temp._vllm_tasks_types")
+        return [Verbatim(row[2]) for row in found]
+
+    def shape(self, connection: Connection, name: str) -> dict[str, tuple[str, bool]]:
+        query = sa.text('SELECT name, type, "notnull" FROM pragma_table_info(:name)')
+        return {row[0]: (row[1], not row[2]) for row in connection.execute(query, {"name": name})}
+
+    def unique(self, connection: Connection, name: str, schema: str | None) -> list[set[str]]:
+        given = {"name": name, "schema": schema or "main"}
+        columns = sa.text("SELECT name, type, pk FROM pragma_table_info(:name, :schema)")
+        key = [row for row in connection.execute(columns, given) if row[2]]
+        found = [{row[0] for row in key}] if len(key) == 1 and key[0][1].upper() == "INTEGER" else []
+        indexes = sa.text(
+            "SELECT l.name, i.name FROM pragma_index_list(:name, :schema) l, "
+            "pragma_index_info(l.name, :schema) i "
+            'WHERE l."unique" AND NOT l.partial'
+        )
+        parts: dict[str, set[str | None]] = {}
+        for index, column in connection.execute(indexes, given):
+            parts.setdefault(index, set()).add(column)
+        return found + [{c for c in part if c} for part in parts.values() if None not in part]
+
+    def floating(self, kind: Any) -> bool:
+        return bool(kind.spec == "REAL")
+
+
+class Postgres(Backend):
+    """Reads in READ ONLY transactions through server-side cursors."""
+
+    server_side = True
+    nul = False
+
+    NEVER = (
+        "password authentication failed",
+        "does not exist",
+        "no pg_hba.conf entry",
+        "no password supplied",
+    )
+    """What the server says to a new connection that it will refuse tomorrow too; libpq gives no code then."""
+
+    def _state(self, error: DBAPIError) -> str | None:
+        return getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+
+    def passing(self, error: DBAPIError) -> bool:
+        state = self._state(error)
+        if state is None:
+            said = str(error.orig)
+            return super().passing(error) and not ("FATAL" in said and any(no in said for no in self.NEVER))
+        # connection, rollback, resources, lock, operator's intervention, system error, idle timeout
+        return state[:2] in ("08", "40", "53", "57", "58") or state in ("55P03", "25P03")
+
+    def rival(self, error: DBAPIError) -> bool:
+        return self._state(error) in ("23505", "40001", "40P01")
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        with self.told(), self.reader.connect() as connection:
+            connection = connection.execution_options(postgresql_readonly=True)
+            # Between two pages the cursor waits for the model, for as long as that takes.
+            connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+            yield connection
+
+    @contextmanager
+    def writing(self, table: str) -> Iterator[Connection]:
+        with self.engine.begin() as connection:
+            # Rivals on one table come one after the other: none waits for a key in the midst of a commit.
+            lock = sa.text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
+            connection.execute(lock, {"name": table})
+            yield connection
+
+    def types(self, connection: Connection, source: sa.FromClause, names: Sequence[str]) -> list[Any]:
+        one = sa.select(sa.literal(1).label("one")).subquery("one")
+
+        def told(*columns: sa.ColumnElement[Any]) -> Sequence[Any]:
+            # A row beside none of the source's: what is asked here is known without reading it.
+            query = sa.select(*columns).select_from(one.outerjoin(source, sa.false()))
+            return connection.execute(query).one()
+
+        oids = [sa.cast(sa.func.pg_typeof(source.c[name]), OID) for name in names]
+        types = told(*(sa.func.format_type(oid, -1) for oid in oids))
+        pg_type = sa.table("pg_type", sa.column("oid"), sa.column("typcollation"), schema="pg_catalog")
+        collatable = told(
+            *(sa.select(pg_type.c.typcollation).where(pg_type.c.oid == oid).scalar_subquery() for oid in oids)
+        )
+        texts = [name for name, collation in zip(names, collatable, strict=True) if collation]
+        collations = told(*(sa.func.pg_collation_for(source.c[n]) for n in texts)) if texts else ()
+        own = {n: f" COLLATE {c}" for n, c in zip(texts, collations, strict=True) if c not in (None, DEFAULT)}
+        return [Verbatim(spec + own.get(name, "")) for name, spec in zip(names, types, strict=True)]
+
+    def shape(self, connection: Connection, name: str) -> dict[str, tuple[str, bool]]:
+        query = sa.text(
+            "SELECT attname, format_type(atttypid, -1), NOT attnotnull FROM pg_attribute "
+            "WHERE attrelid = to_regclass(quote_ident(:name)) AND attnum > 0 AND NOT attisdropped "
+            "ORDER BY attnum"
+        )
+        return {row[0]: (row[1], row[2]) for row in connection.execute(query, {"name": name})}
+
+    def unique(self, connection: Connection, name: str, schema: str | None) -> list[set[str]]:
+        query = sa.text(
+            "SELECT array_agg(a.attname::text) FROM pg_index x JOIN pg_class c ON c.oid = x.indrelid "
+            "JOIN pg_attribute a ON a.attrelid = x.indrelid "
+            "AND a.attnum = ANY (x.indkey[0 : x.indnkeyatts - 1]) "
+            "WHERE x.indrelid = to_regclass(:name) AND x.indisunique AND x.indisvalid AND x.indimmediate "
+            "AND x.indpred IS NULL AND x.indexprs IS NULL "
+            # A parent of inherited tables shows their rows, which its index does not know.
+            "AND (c.relkind = 'p' OR NOT c.relhassubclass) GROUP BY x.indexrelid"
+        )
+        quote = connection.dialect.identifier_preparer.quote_identifier
+        whole = ".".join(quote(part).replace("%%", "%") for part in (schema, name) if part)
+        return [set(row[0]) for row in connection.execute(query, {"name": whole})]
+
+    def floating(self, kind: Any) -> bool:
+        return kind.spec in ("real", "double precision")
+
+    def listed(
+        self, kinds: Sequence[Any], ids: Sequence[Sequence[Any]], connection: Connection
+    ) -> sa.Select[Any]:
+        # Text that the server reads: it names what is no value of the key's type.
+        arrays = [
+            sa.cast(sa.cast([_text(key[n]) for key in ids], ARRAY(sa.Text)), ARRAY(Verbatim(kind.bare)))
+            for n, kind in enumerate(kinds)
+        ]
+        names: list[Any] = [sa.column(f"i{n}") for n in range(len(kinds))]
+        return sa.select(*sa.func.unnest(*arrays).table_valued(*names, name="ids").render_derived().c)
+
+
+def _text(value: Any) -> str:
+    return "\\x" + value.hex() if isinstance(value, bytes) else str(value)

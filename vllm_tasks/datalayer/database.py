@@ -1,0 +1,358 @@
+"""A SQLAlchemy database: sources are its tables and SELECTs, outputs one table for each `predict_id`."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from vllm_tasks.datalayer.backends import Backend, backend
+from vllm_tasks.datalayer.database_writer import DatabaseWriter, UtcTime, refuse_differences, shape_of
+from vllm_tasks.datalayer.selection import POSITION, OutputTable, Selection, SourceRow, Writer
+from vllm_tasks.errors import InvalidCall
+
+logger = logging.getLogger(__name__)
+
+STATEMENT = re.compile(r"(\s|\(|--[^\n]*\n|/\*.*?\*/)*(select|with)\b", re.IGNORECASE | re.DOTALL)
+TIMESTAMP = pa.timestamp("us", "UTC")
+ARROW = {
+    "smallint": pa.int16(),
+    "integer": pa.int32(),
+    "bigint": pa.int64(),
+    "BIGINT": pa.int64(),
+    "double precision": pa.float64(),
+    "DOUBLE": pa.float64(),
+    "DOUBLE PRECISION": pa.float64(),
+    "boolean": pa.bool_(),
+    "BOOLEAN": pa.bool_(),
+    "bytea": pa.binary(),
+    "BLOB": pa.binary(),
+    "date": pa.date32(),
+    "timestamp without time zone": pa.timestamp("us"),
+    "timestamp with time zone": TIMESTAMP,
+    "DATETIME": TIMESTAMP,
+}
+"""By the name of the column's type, PostgreSQL's in small and SQLite's in capital letters."""
+CHUNK = 50_000
+"""Rows of the outputs that are Python objects at a time, on their way to Arrow."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `select` names."""
+
+    rows: sa.FromClause
+    columns: tuple[str, ...]
+    table: tuple[str, str | None] | None
+    """Name and schema, when it is a table or view."""
+
+    def query(self, *columns: sa.ColumnElement[Any]) -> sa.Select[Any]:
+        # A statement with a parameter takes the protocol in which PostgreSQL refuses to run two of them,
+        # so that text that breaks out of the subquery runs not at all.
+        return sa.select(*columns).select_from(self.rows).where(sa.literal(1) == 1)
+
+
+class Database:
+    """`Tables` of SQLite, PostgreSQL, and, untested, of other databases that SQLAlchemy knows.
+
+    Reads are read-only where the database can promise it. On PostgreSQL one transaction streams; on
+    SQLite, where a long read would hold up our own writer, the selected keys (of a SELECT or of a table
+    without a unique index the rows) are first copied to a temporary table, which is then read by pages.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._backend: Backend = backend(url)
+
+    def check(self, selection: Selection) -> None:
+        with self._backend.reading() as connection:
+            source = self._source(connection, selection)
+            kinds = self._kinds(connection, source, selection.key)
+            self._refuse_bad_ids(selection)
+            self._refuse_bad_keys(connection, source, selection.key)
+            if there := self._backend.shape(connection, selection.outputs):
+                table = OutputTable(selection.outputs, ())
+                expected = shape_of(table, selection.key, kinds, connection.dialect)
+                known = {n: s for n, s in there.items() if n in expected or not s[1]}
+                refuse_differences(selection.outputs, known, expected)
+
+    def rows(self, selection: Selection, size: int) -> Iterator[list[SourceRow]]:
+        with self._backend.reading() as connection:
+            source = self._source(connection, selection)
+            read = self._streamed if self._backend.server_side else self._copied
+            keys = len(selection.key)
+            with closing(read(connection, source, selection, size)) as pages:
+                for page in pages:
+                    yield [SourceRow(tuple(r[:keys]), tuple(r[keys:-2]), bool(r[-2]), r[-1]) for r in page]
+
+    def count(self, selection: Selection) -> tuple[int, int]:
+        with self._backend.reading() as connection:
+            source = self._source(connection, selection)
+            joined = self._joined(connection, source, selection)
+            chosen = sa.func.sum(sa.case((joined.condition, 1), else_=0))
+            row = connection.execute(joined.query.add_columns(sa.func.count(), chosen)).one()
+            return row[0], int(row[1] or 0)
+
+    def writer(self, selection: Selection, table: OutputTable) -> Writer:
+        with self._backend.reading() as connection:
+            source = self._source(connection, selection)
+            kinds = self._kinds(connection, source, selection.key)
+        return DatabaseWriter(self._backend, table, selection.key, kinds)
+
+    def outputs(self, name: str) -> pa.Table:
+        with self._backend.reading() as connection:
+            shape = self._backend.shape(connection, name)
+            if not shape:
+                raise InvalidCall(f"there is no table {name!r} in {self._backend.where()}")
+            kinds = {column: _arrow(connection, name, column, of) for column, (of, _) in shape.items()}
+            schema = pa.schema(list(kinds.items()))
+            table = sa.table(name, *map(sa.column, kinds))
+            exact = connection.dialect.name == "postgresql"
+            columns = [
+                sa.cast(c, sa.Text).label(c.name) if exact and kinds[c.name] == pa.string() else c
+                for c in table.c
+            ]
+            streaming = connection.execution_options(yield_per=CHUNK)
+            batches = [
+                pa.record_batch(
+                    [
+                        _array(values, kind)
+                        for values, kind in zip(zip(*rows, strict=True), kinds.values(), strict=True)
+                    ],
+                    schema=schema,
+                )
+                for rows in streaming.execute(sa.select(*columns)).partitions()
+            ]
+        return pa.Table.from_batches(batches, schema)
+
+    def where(self, name: str) -> str:
+        return f"table {name} in {self._backend.where()}"
+
+    def close(self) -> None:
+        self._backend.close()
+
+    # ------------------------------------------------------------------ the source
+
+    def _source(self, connection: Connection, selection: Selection) -> Source:
+        select = selection.select.strip()
+        table = self._table(connection, select)
+        if table:
+            clause: sa.TableClause | sa.TextClause = sa.table(table[0], schema=table[1])
+        elif STATEMENT.match(select):
+            # Every colon is escaped: a colon and a name would be a parameter of SQLAlchemy's.
+            clause = sa.text(select.rstrip("; \t\r\n").replace(":", "\\:") + "\n")
+        else:
+            inspector = sa.inspect(connection)
+            there = [*inspector.get_table_names(), *inspector.get_view_names()]
+            raise InvalidCall(
+                f"select={select[:200]!r} is no table or view of {self._backend.where()} and no SELECT"
+                f"{_near(select, there)}"
+            )
+        columns = tuple(self._columns(connection, clause))
+        twice = sorted({c for c in columns if columns.count(c) > 1} & {*selection.key, *selection.columns})
+        if twice:
+            raise InvalidCall(f"the select has more than one column {twice[0]!r}; name it in the SELECT")
+        for name in (*selection.key, *selection.columns):
+            if name not in columns:
+                raise InvalidCall(f"{select[:200]!r} has no column {name!r}{_near(name, columns)}")
+        return Source(_rows(clause, columns), columns, table)
+
+    def _table(self, connection: Connection, select: str) -> tuple[str, str | None] | None:
+        inspector = sa.inspect(connection)
+        schema, dot, name = select.partition(".")
+        if len(select) > 200 or "\0" in select or not select:
+            return None
+        if inspector.has_table(select):
+            return select, None
+        return (name, schema) if dot and inspector.has_table(name, schema) else None
+
+    def _columns(self, connection: Connection, clause: sa.TableClause | sa.TextClause) -> Sequence[str]:
+        rows = _rows(clause, ())
+        query = sa.select(sa.text("*")).select_from(rows).where(sa.literal(1) == 1).limit(0)
+        return list(connection.execute(query).keys())
+
+    def _kinds(self, connection: Connection, source: Source, key: Sequence[str]) -> list[Any]:
+        kinds = self._backend.types(connection, source.rows, key)
+        for name, kind in zip(key, kinds, strict=True):
+            if self._backend.floating(kind):
+                raise InvalidCall(
+                    f"the key {name!r} is a floating-point number, which does not identify a row: equal "
+                    "numbers may be stored unequal; select it as text or a whole number"
+                )
+            spec = kind.compile(connection.dialect)
+            if spec.endswith("]") or spec.lower() in ("json", "jsonb", "xml", "point", "interval"):
+                raise InvalidCall(f"the key {name!r} is of the type {spec}, which does not identify a row")
+        return kinds
+
+    def _refuse_bad_keys(self, connection: Connection, source: Source, key: Sequence[str]) -> None:
+        columns = [source.rows.c[name] for name in key]
+        if not self._indexed(connection, source, key):
+            logger.info("no unique index on %s says that keys are unique: counting them", ", ".join(key))
+            groups = source.query(*columns, sa.func.count().label("n")).group_by(*columns)
+            groups = groups.where(*(c.is_not(None) for c in columns))
+            twice = groups.having(sa.func.count() > 1).subquery("twice")
+            some = sa.select(*twice.c, sa.func.count().over(), sa.func.sum(twice.c.n).over()).limit(1)
+            if row := connection.execute(some).first():
+                raise InvalidCall(
+                    f"the key {', '.join(key)} is not unique: {row[-2]} keys stand in {row[-1]} rows, for "
+                    f"example {_shown(key, row)} in {row[-3]}; give a primary_id that identifies a row"
+                )
+        null = sa.or_(*(c.is_(None) for c in columns))
+        if empty := connection.execute(source.query(sa.func.count()).where(null)).scalar():
+            row = connection.execute(source.query(*columns).where(null).limit(1)).first()
+            raise InvalidCall(
+                f"the key {', '.join(key)} is NULL in {empty} rows"
+                + (f", for example {_shown(key, row)}" if row is not None and len(key) > 1 else "")
+                + "; leave them out with a WHERE, or give another primary_id"
+            )
+
+    def _refuse_bad_ids(self, selection: Selection) -> None:
+        for key in selection.ids or ():
+            if len(key) != len(selection.key) or any(v is None or isinstance(v, (bool, float)) for v in key):
+                raise InvalidCall(f"ids: {key!r} has not one value for each of {', '.join(selection.key)}")
+
+    # ------------------------------------------------------------------ the selected rows
+
+    def _joined(self, connection: Connection, source: Source, selection: Selection) -> Joined:
+        shape = self._backend.shape(connection, selection.outputs)
+        query = source.query()
+        if selection.ids is not None:
+            kinds = self._kinds(connection, source, selection.key)
+            ids = self._backend.listed(kinds, list(dict.fromkeys(selection.ids)), connection)
+            columns = [source.rows.c[name] for name in selection.key]
+            query = query.where((columns[0] if len(columns) == 1 else sa.tuple_(*columns)).in_(ids))
+        if not shape:
+            none = selection.refresh == "failed"
+            return Joined(query, sa.false() if none else sa.true(), sa.literal(0), sa.null())
+        done = sa.table(selection.outputs, *map(sa.column, shape)).alias("o")
+        # The outputs' column first: SQLite compares by the collation of the left one.
+        on = [done.c[name] == source.rows.c[name] for name in selection.key]
+        if POSITION in shape:
+            on.append(sa.func.coalesce(done.c[POSITION], 0) == 0)
+        other = done.c["_fingerprint"].is_distinct_from(selection.fingerprint)
+        condition: sa.ColumnElement[bool] = sa.true()
+        if selection.refresh == "missing":
+            condition = other
+        elif selection.refresh == "failed":
+            condition = done.c["_error"].is_not(None)
+        if selection.since and selection.refresh in ("failed", "all"):
+            created = sa.type_coerce(done.c["_created_at"], UtcTime())
+            condition = sa.and_(condition, sa.or_(other, created < selection.since))
+        return Joined(
+            query.select_from(source.rows.outerjoin(done, sa.and_(*on))),
+            condition,
+            sa.case((done.c[selection.key[0]].is_not(None), 1), else_=0),
+            sa.case((done.c["_fingerprint"] == selection.fingerprint, done.c["_input_hash"])),
+        )
+
+    def _streamed(
+        self, connection: Connection, source: Source, selection: Selection, size: int
+    ) -> Generator[Sequence[Any], None, None]:
+        """Pages of one query whose cursor is on the server."""
+        names = (*selection.key, *selection.columns)
+        query = self._joined(connection, source, selection).selected(source, names)
+        with connection.execution_options(yield_per=size).execute(query) as result:
+            yield from result.partitions()
+
+    def _copied(
+        self, connection: Connection, source: Source, selection: Selection, size: int
+    ) -> Generator[Sequence[Any], None, None]:
+        """Pages of a temporary copy, so that nothing is locked between two of them."""
+        indexed = self._indexed(connection, source, selection.key)
+        names = selection.key if indexed else (*selection.key, *selection.columns)
+        query = self._joined(connection, source, selection).selected(source, names)
+        kinds = self._backend.types(connection, source.rows, names)
+        copy = sa.Table(
+            "_vllm_tasks_selected",
+            sa.MetaData(),
+            sa.Column("n", sa.Integer, primary_key=True),
+            *(sa.Column(f"c{i}", kind) for i, kind in enumerate(kinds)),
+            sa.Column("redo", sa.Integer),
+            sa.Column("input_hash", sa.Text),
+            prefixes=["TEMPORARY"],
+        )
+        copy.create(connection, checkfirst=False)
+        filled = copy.insert().from_select([c.name for c in copy.c][1:], query, include_defaults=False)
+        total = connection.execute(filled).rowcount
+        page = sa.select(*list(copy.c)[1:])
+        if indexed:
+            on = [source.rows.c[name] == copy.c[i + 1] for i, name in enumerate(selection.key)]
+            wanted = [source.rows.c[n] for n in (*selection.key, *selection.columns)]
+            page = sa.select(
+                *(c.label(f"c{i}") for i, c in enumerate(wanted)), copy.c.redo, copy.c.input_hash
+            )
+            page = page.select_from(copy.join(source.rows, sa.and_(*on)))
+        page = page.where(copy.c.n > sa.bindparam("after"), copy.c.n <= sa.bindparam("last"))
+        for after in range(0, total, size):
+            yield connection.execute(page, {"after": after, "last": after + size}).all()
+
+    def _indexed(self, connection: Connection, source: Source, key: Sequence[str]) -> bool:
+        """Whether an index says that keys are unique."""
+        if source.table is None:
+            return False
+        return any(unique <= set(key) for unique in self._backend.unique(connection, *source.table))
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The source (with the ids) beside its outputs."""
+
+    query: sa.Select[Any]
+    condition: sa.ColumnElement[bool]
+    """Which rows are selected."""
+    redo: sa.ColumnElement[Any]
+    input_hash: sa.ColumnElement[Any]
+
+    def selected(self, source: Source, names: Sequence[str]) -> sa.Select[Any]:
+        """The selected rows: these columns, `redo`, `input_hash`."""
+        wanted = [source.rows.c[name].label(f"c{i}") for i, name in enumerate(names)]
+        extra = (self.redo.label("redo"), self.input_hash.label("input_hash"))
+        return self.query.add_columns(*wanted, *extra).where(self.condition)
+
+
+def _rows(clause: sa.TableClause | sa.TextClause, columns: Sequence[str]) -> sa.FromClause:
+    if isinstance(clause, sa.TextClause):
+        return clause.columns(*map(sa.column, columns)).subquery("s")
+    return sa.table(clause.name, *map(sa.column, columns), schema=clause.schema).alias("s")
+
+
+def _near(name: str, names: Sequence[str]) -> str:
+    folded = {n.casefold(): n for n in names}
+    match = difflib.get_close_matches(name.casefold(), folded, 1)
+    there = ", ".join(map(repr, list(names)[:20])) + (", ..." if len(names) > 20 else "")
+    return (f"; did you mean {folded[match[0]]!r}?" if match else "") + f"; there is {there or 'nothing'}"
+
+
+def _shown(key: Sequence[str], row: Sequence[Any]) -> str:
+    return ", ".join(f"{name}={value!r:.100}" for name, value in zip(key, row, strict=False))
+
+
+def _arrow(connection: Connection, name: str, column: str, kind: str) -> pa.DataType:
+    """What a column's values are in Arrow; whatever is not listed is shown as text."""
+    if kind in ARROW:
+        return ARROW[kind]
+    if connection.dialect.name == "sqlite" and kind in ("INT", "NUM", ""):
+        # Any value may stand in a column of SQLite's.
+        c = sa.table(name, sa.column(column)).c[column]
+        found = set(connection.execute(sa.select(sa.func.typeof(c)).distinct()).scalars())
+        if found == {"blob"}:
+            return pa.binary()
+        return pa.int64() if found == {"integer"} or (kind == "INT" and not found) else pa.string()
+    return pa.string()
+
+
+def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    if kind == pa.string():
+        values = [v if v is None or isinstance(v, str) else str(v) for v in values]
+    elif kind == pa.bool_():
+        values = [None if v is None else bool(v) for v in values]
+    elif kind == TIMESTAMP:
+        values = [UtcTime.read(v) for v in values]
+    return pa.array(values, kind)
