@@ -5,10 +5,19 @@ from __future__ import annotations
 import signal
 import sys
 
-from benchmarks import p1, p2, p5, p6
+from benchmarks import p1, p2, p3, p5, p6, p7, p8, p9
 from benchmarks.options import parse
 
-MEASURES = {"P1": p1.measure, "P2": p2.measure, "P5": p5.measure, "P6": p6.measure}
+MEASURES = {
+    "P1": p1.measure,
+    "P2": p2.measure,
+    "P3": p3.measure,
+    "P5": p5.measure,
+    "P6": p6.measure,
+    "P7": p7.measure,
+    "P8": p8.measure,
+    "P9": p9.measure,
+}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The reference of P1 and P5: `vllm.LLM.generate` with all prompts at once, in a child."""
+"""The reference of P1, P3 and P5: `vllm.LLM.generate` with all prompts at once, in a child."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def generate(llm: Any, rows: Sequence[Row]) -> Run:
 
     started = time.perf_counter()
     # `temperature=0` and all else as the calls of `predict_batches` have it.
-    params = [SamplingParams(temperature=0, ignore_eos=True, max_tokens=row.max_tokens) for row in rows]
+    params = [
+        SamplingParams(temperature=0, ignore_eos=row.ignore_eos, max_tokens=row.max_tokens) for row in rows
+    ]
     outputs = llm.generate([row.prompt for row in rows], params, use_tqdm=False)
     seconds = time.perf_counter() - started
     return Run(seconds, sum(len(output.outputs[0].token_ids) for output in outputs))

@@ -20,10 +20,11 @@ TEXT = (
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt and how many tokens its answer has; `ignore_eos` makes that exact."""
+    """A prompt and how many tokens its answer has; without `ignore_eos` that is a limit."""
 
     prompt: str
     max_tokens: int
+    ignore_eos: bool = True
 
 
 def questions(data: Path | None, count: int, seed: int = 0) -> list[str]:

@@ -17,7 +17,7 @@ from uuid import UUID
 
 import pytest
 from prefect import flow, get_client
-from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, TaskRunFilter
+from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.client.schemas.objects import Artifact, TaskRun
 from prefect.events.filters import EventFilter, EventNameFilter
 from prefect.runtime import flow_run

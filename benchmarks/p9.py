@@ -1,0 +1,84 @@
+"""P9: what Prefect costs `predict_in_db`, per commit group and of the wall time; goal <= 10 ms and <= 1 %.
+
+In a flow against a Prefect server, rows from a Parquet file into a Delta table, answered by a scripted
+server at once, which is the hardest case: no engine is so fast. The cost is the time in the committing
+thread that is Prefect's, task runs and progress artifact, without the commits themselves.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from prefect import flow
+from prefect.testing.utilities import prefect_test_harness
+
+from benchmarks import scripted
+from benchmarks.children import Child
+from benchmarks.options import Options
+from benchmarks.p7 import model_of, write_rows
+from benchmarks.pairs import summarize
+from vllm_tasks import Report
+from vllm_tasks.report import Progress
+from vllm_tasks.tables import predict_in_db
+from vllm_tasks.tasks import InPrefect
+
+ROWS = 50_000
+
+
+class Timed(InPrefect):
+    """Adds up what is spent in Prefect, in seconds."""
+
+    def __init__(self, model: str, predict_id: str) -> None:
+        super().__init__(model, predict_id)
+        self.groups: list[float] = []
+        self.shown = 0.0
+
+    def commit(self, name: str, work: Callable[[], None]) -> None:
+        inside = 0.0
+
+        def timed() -> None:
+            nonlocal inside
+            started = time.perf_counter()
+            work()
+            inside += time.perf_counter() - started
+
+        started = time.perf_counter()
+        super().commit(name, timed)
+        self.groups.append(time.perf_counter() - started - inside)
+
+    def progress(self, progress: Progress, *, last: bool = False) -> None:
+        started = time.perf_counter()
+        super().progress(progress, last=last)
+        self.shown += time.perf_counter() - started
+
+
+def measure(options: Options) -> Iterator[str]:
+    """One line for the default size of groups, and one for small groups of 512 rows."""
+
+    @flow
+    def nightly(lake: str, server: str, max_chunk_size: int | None) -> tuple[Report, Timed]:
+        display = Timed("bench", "bench")
+        report = predict_in_db(
+            model_of(server), "text", "rows", db=lake, max_chunk_size=max_chunk_size, display=display
+        )
+        return report, display
+
+    with prefect_test_harness(server_startup_timeout=120), Child(scripted.serve) as server:
+        for size in (None, 512):
+            with tempfile.TemporaryDirectory() as lake:
+                write_rows(Path(lake), ROWS)
+                report, display = nightly(lake, server.ready, size)
+            yield line(size, report, display)
+
+
+def line(size: int | None, report: Report, display: Timed) -> str:
+    group = summarize([1000 * seconds for seconds in display.groups])
+    share = (sum(display.groups) + display.shown) / report.seconds["total"]
+    return (
+        f"P9 {group.median:.2f} ms of Prefect a group, {share:.2%} of the wall time, with "
+        f"max_chunk_size={size}; {group}, {group.count} groups; {ROWS:,} rows in {report.seconds['total']:.1f} s; "
+        "goal <= 10 ms and <= 1 %"
+    )
