@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import random
+import re
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +39,8 @@ CODECS = ("UNCOMPRESSED", "SNAPPY", "GZIP", "BROTLI", "LZ4_RAW", "ZSTD")
 ONCE = CommitProperties(max_commit_retries=0)
 """Commit as the version after the one loaded, or fail: delta-rs's own retries would let two appends of
 one key pass."""
+COLOURS = re.compile("\x1b\\[[0-9;]*m|↳")
+"""What delta-rs draws its errors with."""
 ATTEMPTS = 100
 FILE_BYTES = 8 << 20
 """What compaction aims at: a redone row rewrites the file that it is in, so that larger is slower."""
@@ -70,7 +73,7 @@ def storage_errors(doing: str) -> Iterator[None]:
     except CommitFailedError:
         raise
     except (DeltaError, OSError) as e:
-        words = " ".join(str(e).split()) or type(e).__name__
+        words = " ".join(COLOURS.sub("", str(e)).split()) or type(e).__name__
         denied = isinstance(e, PermissionError) or any(
             sign in words.lower()
             for sign in ("permission denied", "accessdenied", "access denied", "forbidden")
@@ -80,18 +83,26 @@ def storage_errors(doing: str) -> Iterator[None]:
         raise TablesUnavailable(f"{doing}: {words}") from e
 
 
+def find_table(url: str) -> DeltaTable | None:
+    """The latest version, None when there is no table."""
+    with storage_errors(f"cannot read {url}"):
+        try:
+            # `DeltaTable.is_deltatable` would hold the GIL, and with it all threads, while it waits.
+            return DeltaTable(url, storage_options=storage_options(url))
+        except TableNotFoundError:
+            return None
+
+
 def open_table(url: str) -> DeltaTable:
     """The latest version; raises `InvalidCall` when there is none."""
-    with storage_errors(f"cannot read the Delta table {url}"):
-        try:
-            return DeltaTable(url, storage_options=storage_options(url))
-        except TableNotFoundError as e:
-            raise InvalidCall(f"there is no Delta table {url!r}") from e
+    if (table := find_table(url)) is None:
+        raise InvalidCall(f"there is no Delta table {url!r}")
+    return table
 
 
-def has_table(url: str) -> bool:
-    with storage_errors(f"cannot read {url}"):
-        return DeltaTable.is_deltatable(url, storage_options=storage_options(url))
+def arrow_schema(table: DeltaTable) -> pa.Schema:
+    """The table's, in pyarrow's types."""
+    return pa.schema(table.schema())
 
 
 def table_schema(key: dict[str, pa.DataType], table: OutputTable) -> pa.Schema:
@@ -119,30 +130,42 @@ def _shape(schema: pa.Schema) -> dict[str, str]:
     return {f.name: "json" if (f.metadata or {}).get(b"json") else str(f.type) for f in schema}
 
 
+def indexed(key: Iterable[pa.DataType]) -> int:
+    """How many columns get bounds by which a merge skips files: the key's, or none.
+
+    Never those of what the model said, which would fill the log. delta-rs 1.6 writes wrong bounds of
+    decimals (as a float, or the next 64-bit integer), and rounds timestamps: a merge then passes over
+    rows that it should take.
+    """
+    kinds = list(key)
+    exact = (pa.types.is_int64, pa.types.is_string, pa.types.is_date32, pa.types.is_boolean)
+    return len(kinds) if all(any(is_one(kind) for is_one in exact) for kind in kinds) else 0
+
+
 def make_table(url: str, schema: pa.Schema, table: OutputTable, keys: int) -> DeltaTable:
     """The table, made unless it is there; raises `InvalidCall` when it is there with another shape."""
     if strange := set(table.partition_by) - set(schema.names):
         raise InvalidCall(
             f"partition_by names {sorted(strange)}, the outputs have {', '.join(map(repr, schema.names))}"
         )
-    with storage_errors(f"cannot write {url}"):
-        if not has_table(url):
-            try:
+    made = find_table(url)
+    if made is None:
+        try:
+            with storage_errors(f"cannot write {url}"):
                 return DeltaTable.create(
                     url,
                     schema,
                     partition_by=list(table.partition_by),
                     storage_options=storage_options(url),
-                    # Of the key only: what a model said would fill the log.
-                    configuration={"delta.dataSkippingNumIndexedCols": str(keys)},
+                    configuration={"delta.dataSkippingNumIndexedCols": str(indexed(schema.types[:keys]))},
                     commit_properties=ONCE,
                 )
-            except (DeltaError, CommitFailedError):
-                if not has_table(url):
-                    raise
-                # A rival made it in this moment.
-        made = open_table(url)
-        found = made.to_pyarrow_dataset().schema
+        except (TablesUnavailable, CommitFailedError):
+            made = find_table(url)
+            if made is None:
+                raise
+            # A rival made it in this moment.
+    found = arrow_schema(made)
     differences = _differences(_shape(found), _shape(schema))
     partitions = tuple(made.metadata().partition_columns)
     if partitions != table.partition_by:
@@ -161,12 +184,12 @@ def _differences(there: dict[str, str], here: dict[str, str]) -> list[str]:
     return lines
 
 
-def codec(name: str | None) -> Any:
-    """Raises `InvalidCall` for one that Parquet does not have."""
-    chosen = (name or "zstd").upper()
+def writer_properties(compression: str | None) -> WriterProperties:
+    """Raises `InvalidCall` for a compression that Parquet does not have."""
+    chosen: Any = (compression or "zstd").upper()
     if chosen not in CODECS:
-        raise InvalidCall(f"compression={name!r} is none of {', '.join(CODECS).lower()}")
-    return chosen
+        raise InvalidCall(f"compression={compression!r} is none of {', '.join(CODECS).lower()}")
+    return WriterProperties(compression=chosen)
 
 
 def arrow_column(name: str, kind: pa.DataType, values: Sequence[Any], as_json: bool = False) -> pa.Array:
@@ -193,14 +216,14 @@ class DeltaWriter:
         url: str,
         schema: pa.Schema,
         key: Sequence[str],
-        compression: str | None,
+        properties: WriterProperties,
         delta: DeltaTable,
         cursor: duckdb.DuckDBPyConnection,
     ) -> None:
         self._url = url
         self._schema = schema
         self._key = pa.schema([schema.field(name) for name in key])
-        self._properties = WriterProperties(compression=codec(compression))
+        self._properties = properties
         self._delta: DeltaTable | None = delta
         self._known = set(delta.file_uris())
         """Files whose keys the caller's `redo` accounts for, or `_rivals`."""
@@ -236,6 +259,10 @@ class DeltaWriter:
         self._commits += 1
         if self._commits % COMPACT_EVERY == 0:
             self._compact()
+
+    def unstorable(self, row: Row) -> str | None:
+        """See `Writer.unstorable`: what a decoder makes, a lake can hold."""
+        return None
 
     def close(self) -> None:
         """See `Writer.close`."""
@@ -277,12 +304,12 @@ class DeltaWriter:
     def _remember(self, delta: DeltaTable, files: set[str]) -> None:
         """A compaction's or merge's files hold keys known before, too: those cost a look, and no more."""
         whole = delta.to_pyarrow_dataset()
-        uris = {uri.rsplit("/", 1)[1] for uri in files}
-        fragments = [f for f in whole.get_fragments() if f.path.rsplit("/", 1)[1] in uris]
+        names = {uri.rsplit("/", 1)[-1] for uri in files}  # each has a UUID
+        fragments = [f for f in whole.get_fragments() if f.path.rsplit("/", 1)[-1] in names]
         added = ds.FileSystemDataset(fragments, whole.schema, whole.format, whole.filesystem)
         self._cursor.register("_vllm_tasks_added", added)
-        names = ", ".join(f"{_quoted(name)} AS k{i}" for i, name in enumerate(self._key.names))
-        query = f"FROM _vllm_tasks_added SELECT {names}"
+        columns = ", ".join(f"{_quoted(name)} AS k{i}" for i, name in enumerate(self._key.names))
+        query = f"FROM _vllm_tasks_added SELECT {columns}"
         # In DuckDB, which spills: rivals may write more keys than there is memory.
         self._cursor.execute(
             f"INSERT INTO _vllm_tasks_rivals {query}" if self._rivals

@@ -13,8 +13,8 @@ from typing import Any
 import duckdb
 from fsspec.implementations.local import LocalFileSystem
 
-from vllm_tasks.datalayer.delta import open_table, storage_errors
-from vllm_tasks.errors import SHOWN, InvalidCall
+from vllm_tasks.datalayer.delta import open_table
+from vllm_tasks.errors import SHOWN, InvalidCall, TablesUnavailable
 
 READERS = {
     "parquet": "read_parquet([{}])",
@@ -36,6 +36,12 @@ def quoted(name: str) -> str:
 def literal(text: str) -> str:
     """`text` as an SQL string, for where SQL takes no parameter."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def reading(kind: str, uris: list[str]) -> str:
+    """SQL that reads these files, whatever characters their names have."""
+    exact = [literal(re.sub(r"([*?[])", r"[\1]", uri)) for uri in uris]
+    return "FROM " + READERS[kind].format(", ".join(exact))
 
 
 def near(name: str, names: Iterator[str] | list[str]) -> str:
@@ -85,15 +91,24 @@ class Files:
     def local(self) -> bool:
         return isinstance(self.fs, LocalFileSystem)
 
+    def _ask(self, question: str, path: str, **given: Any) -> Any:
+        try:
+            return getattr(self.fs, question)(path, **given)
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except PermissionError as e:
+            raise InvalidCall(f"cannot list {self.uri(path)!r}: not allowed: {e}") from e
+        except Exception as e:  # every filesystem has errors of its own, which have no base in common
+            raise TablesUnavailable(f"cannot list {self.uri(path)!r}: {e}") from e
+
     def tables(self) -> dict[str, list[str]]:
         """Paths by table name; raises `InvalidCall` when the lake is not there."""
         found: dict[str, list[str]] = {}
-        with storage_errors(f"cannot list {self.uri(self.root)}"):
-            self.fs.invalidate_cache()
-            try:
-                entries = self.fs.ls(self.root or "/", detail=True)
-            except (FileNotFoundError, NotADirectoryError) as e:
-                raise InvalidCall(f"there is no folder {self.uri(self.root)!r} to read from") from e
+        self.fs.invalidate_cache()
+        try:
+            entries = self._ask("ls", self.root or "/", detail=True)
+        except (FileNotFoundError, NotADirectoryError) as e:
+            raise InvalidCall(f"there is no folder {self.uri(self.root)!r} to read from") from e
         for entry in entries:
             path = entry["name"].rstrip("/")
             name = posixpath.basename(path)
@@ -119,7 +134,7 @@ class Files:
 
     def _select(self, select: str, tables: dict[str, list[str]], has: str) -> Source:
         with duckdb.connect() as con:
-            statement, names = parse(con, select)
+            statement, names, own = parse(con, select)
         views: dict[str, str] = {}
         datasets: dict[str, Any] = {}
         for name in names:
@@ -129,6 +144,10 @@ class Files:
                     datasets |= source.datasets
                 else:
                     views[name] = source.sql
+            elif name.casefold() not in own:
+                raise InvalidCall(
+                    f"{self.uri(self.root)!r} has no table {name!r}{near(name, list(tables))}; it has {has}"
+                )
         return Source(statement, views, datasets)
 
     def _one(self, name: str, tables: dict[str, list[str]]) -> Callable[[str], Source] | None:
@@ -141,8 +160,8 @@ class Files:
             raise InvalidCall(f"{name!r} may be any of {those}; give the file's whole name")
         if not paths:
             return None
-        if len(paths) == 1 and self.fs.isdir(paths[0]):
-            if self.fs.exists(f"{paths[0]}/_delta_log"):
+        if len(paths) == 1 and self._ask("isdir", paths[0]):
+            if self._ask("exists", f"{paths[0]}/_delta_log"):
                 dataset = open_table(self.uri(paths[0])).to_pyarrow_dataset()
                 return lambda view: Source(f"FROM {quoted(view)}", {}, {view: dataset})
             paths = self._inside(paths[0])
@@ -153,8 +172,7 @@ class Files:
             raise InvalidCall(
                 f"{name!r} has files of several kinds ({', '.join(kinds)}); name those of one kind"
             )
-        listed = ", ".join(literal(self.uri(path)) for path in sorted(paths))
-        sql = "FROM " + READERS[kinds[0]].format(listed)
+        sql = reading(kinds[0], [self.uri(path) for path in sorted(paths)])
         return lambda view: Source(sql)
 
     def _paths(self, name: str) -> list[str]:
@@ -169,19 +187,17 @@ class Files:
         if outside or not path:
             return []
         whole = f"{self.root}/{path.rstrip('/')}"
-        with storage_errors(f"cannot list {self.uri(whole)}"):
-            if self.fs.exists(whole):
-                if not self.fs.isdir(whole) and kind_of(whole) is None:
-                    raise InvalidCall(f"{name!r} is none of {', '.join(READERS)} by its name")
-                return [whole]
-            if not set("*?[") & set(path):
-                return []
-            found = [p for p in self.fs.glob(whole) if kind_of(p) and not self._hidden(p, path)]
+        if self._ask("exists", whole):
+            if not self._ask("isdir", whole) and kind_of(whole) is None:
+                raise InvalidCall(f"{name!r} is none of {', '.join(READERS)} by its name")
+            return [whole]
+        if not set("*?[") & set(path):
+            return []
+        found = [p for p in self._ask("glob", whole) if kind_of(p) and not self._hidden(p, path)]
         return self._refuse_delta(found)
 
     def _inside(self, folder: str) -> list[str]:
-        with storage_errors(f"cannot list {self.uri(folder)}"):
-            found = [p for p in self.fs.find(folder) if kind_of(p) and not self._hidden(p, folder)]
+        found = [p for p in self._ask("find", folder) if kind_of(p) and not self._hidden(p, folder)]
         if not found:
             raise InvalidCall(f"the folder {self.uri(folder)!r} holds no {', '.join(READERS)} files")
         return self._refuse_delta(found)
@@ -199,13 +215,13 @@ class Files:
             while (path := posixpath.dirname(path)) not in folders and len(path) >= len(self.root):
                 folders.add(path)
         for folder in sorted(folders):
-            if self.fs.exists(f"{folder}/_delta_log"):
+            if self._ask("exists", f"{folder}/_delta_log"):
                 raise InvalidCall(f"{self.uri(folder)!r} is a Delta table: name it, not the files in it")
         return paths
 
 
-def parse(con: duckdb.DuckDBPyConnection, select: str) -> tuple[str, list[str]]:
-    """The one SELECT statement in `select`, and the tables it names; raises `InvalidCall`."""
+def parse(con: duckdb.DuckDBPyConnection, select: str) -> tuple[str, set[str], set[str]]:
+    """The one SELECT statement in `select`, the tables it names, and (casefolded) those it makes by WITH."""
     try:
         statements = con.extract_statements(select)
     except duckdb.Error as e:
@@ -217,14 +233,18 @@ def parse(con: duckdb.DuckDBPyConnection, select: str) -> tuple[str, list[str]]:
     tree = json.loads(found)
     if tree["error"]:
         raise InvalidCall(f"{select!r:.500} must be one SELECT statement: {tree['error_message']}")
-    return statements[0].query, sorted(set(_tables(tree)))
+    nodes = list(_nodes(tree))
+    named = {
+        node["table_name"]
+        for node in nodes
+        if node.get("type") == "BASE_TABLE" and not node["schema_name"] and not node["catalog_name"]
+    }
+    own = {entry["key"].casefold() for node in nodes for entry in node.get("cte_map", {"map": []})["map"]}
+    return statements[0].query, named, own
 
 
-def _tables(node: Any) -> Iterator[str]:
-    if isinstance(node, dict):
-        if node.get("type") == "BASE_TABLE" and not node["schema_name"] and not node["catalog_name"]:
-            yield node["table_name"]
-        node = list(node.values())
-    if isinstance(node, list):
-        for child in node:
-            yield from _tables(child)
+def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(tree, dict):
+        yield tree
+    for child in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        yield from _nodes(child)
