@@ -42,8 +42,9 @@ one key pass."""
 COLOURS = re.compile("\x1b\\[[0-9;]*m|↳")
 """What delta-rs draws its errors with."""
 ATTEMPTS = 100
-FILE_BYTES = 8 << 20
-"""What compaction aims at: a redone row rewrites the file that it is in, so that larger is slower."""
+FILE_BYTES = 4 << 20
+"""What compaction and merges aim at. A redone row costs a new copy of the file that it is in, and the old
+copy stays for the readers of the past: large files would make redoing dear, in time and in disk."""
 SMALL_FILES = 50
 COMPACT_EVERY = 200
 """Own commits."""

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import duckdb
 import fsspec
@@ -54,6 +54,8 @@ KEY_TYPES: dict[str, tuple[str, pa.DataType]] = {
 OUTPUTS = "_vllm_tasks_outputs"
 IDS = "_vllm_tasks_ids"
 
+REMOTE = re.compile(r"(\w+ Error: )?Traceback \(.*?\n(?P<words>\S[^\n]*)", re.DOTALL)
+
 WANTED = {
     "missing": "same IS NOT TRUE",
     "changed": "true",
@@ -87,7 +89,8 @@ class Lake:
             raise InvalidCall(f"{url.partition('://')[0]}:// needs another package: {e}") from e
         self._files = Files(fs, root)
         self._url = self._files.uri(self._files.root)
-        self._spill = tempfile.mkdtemp(prefix="vllm-tasks-")
+        # Made by DuckDB when it spills first: a killed process leaves no empty folder.
+        self._spill = f"{tempfile.gettempdir()}/vllm-tasks-{uuid4().hex}"
         self._con = duckdb.connect(
             config={
                 "memory_limit": MEMORY,
@@ -205,9 +208,13 @@ class Lake:
             self._sources[selection.select].attach(cursor)
             yield cursor
         except (duckdb.Error, pa.ArrowException, OSError) as e:
-            # What fails in the middle of a stream comes as Arrow's OSError, with DuckDB's words.
-            passing = str(e).startswith(("IO Error", "HTTP Error", "Out of Memory Error"))
-            raise (TablesUnavailable if passing else InvalidCall)(f"{doing}: {e}") from e
+            # What fails in the middle of a stream comes as Arrow's OSError, with DuckDB's words; what fails
+            # in an fsspec filesystem as a traceback that ends with its words.
+            words = str(e)
+            if match := REMOTE.match(words):
+                raise TablesUnavailable(f"{doing}: {match['words']}") from e
+            passing = words.startswith(("IO Error", "HTTP Error", "Out of Memory Error"))
+            raise (TablesUnavailable if passing else InvalidCall)(f"{doing}: {words}") from e
         finally:
             cursor.close()
 
