@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 from itertools import count
 from pathlib import Path
 
+import psutil
 import sqlalchemy as sa
 
 SETTINGS = {
@@ -78,17 +79,13 @@ class Postgres:
 
     def kill(self) -> None:
         """SIGKILL to the server and to each of its processes; it has to recover when it starts again."""
-        server = int((self.data / "postmaster.pid").read_text().split()[0])
-        children = subprocess.run(
-            ["ps", "-o", "pid=", "--ppid", str(server)], capture_output=True, text=True, check=False
-        ).stdout
-        for pid in (server, *map(int, children.split())):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        while Path(f"/proc/{server}/stat").exists() and " Z " not in Path(f"/proc/{server}/stat").read_text():
-            pass
+        server = psutil.Process(int((self.data / "postmaster.pid").read_text().split()[0]))
+        # The server first: it would take the death of a child for a crash, and start others.
+        children = server.children()
+        for process in (server, *children):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs([server, *children], timeout=10)
 
     def remove(self) -> None:
         """Stop it and leave nothing."""

@@ -181,7 +181,8 @@ class Backend:
         table = sa.Table("_vllm_tasks_ids", sa.MetaData(), *columns, prefixes=["TEMPORARY"])
         table.create(connection, checkfirst=False)
         names = [c.name for c in columns]
-        connection.execute(sa.insert(table), [dict(zip(names, key, strict=True)) for key in ids])
+        if ids:
+            connection.execute(sa.insert(table), [dict(zip(names, key, strict=True)) for key in ids])
         return sa.select(*table.c)
 
     def close(self) -> None:

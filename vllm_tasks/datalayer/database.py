@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError
 
 from vllm_tasks.datalayer.backends import Backend, backend
 from vllm_tasks.datalayer.database_writer import DatabaseWriter, UtcTime, refuse_differences, shape_of
@@ -41,6 +42,11 @@ ARROW = {
     "DATETIME": TIMESTAMP,
 }
 """By the name of the column's type, PostgreSQL's in small and SQLite's in capital letters."""
+ID_TYPES: dict[str, type] = {
+    **dict.fromkeys(("INT", "smallint", "integer", "bigint"), int),
+    **dict.fromkeys(("TEXT", "text", "character varying", "bpchar"), str),
+}
+"""What an id of such a column is; of other types the database reads it."""
 CHUNK = 50_000
 """Rows of the outputs that are Python objects at a time, on their way to Arrow."""
 
@@ -75,7 +81,7 @@ class Database:
         with self._backend.reading() as connection:
             source = self._source(connection, selection)
             kinds = self._kinds(connection, source, selection.key)
-            self._refuse_bad_ids(selection)
+            self._refuse_bad_ids(connection, selection, kinds)
             self._refuse_bad_keys(connection, source, selection.key)
             if there := self._backend.shape(connection, selection.outputs):
                 table = OutputTable(selection.outputs, ())
@@ -114,9 +120,8 @@ class Database:
             kinds = {column: _arrow(connection, name, column, of) for column, (of, _) in shape.items()}
             schema = pa.schema(list(kinds.items()))
             table = sa.table(name, *map(sa.column, kinds))
-            exact = connection.dialect.name == "postgresql"
             columns = [
-                sa.cast(c, sa.Text).label(c.name) if exact and kinds[c.name] == pa.string() else c
+                sa.cast(c, sa.Text).label(c.name) if _as_text(shape[c.name][0], connection) else c
                 for c in table.c
             ]
             streaming = connection.execution_options(yield_per=CHUNK)
@@ -176,7 +181,13 @@ class Database:
     def _columns(self, connection: Connection, clause: sa.TableClause | sa.TextClause) -> Sequence[str]:
         rows = _rows(clause, ())
         query = sa.select(sa.text("*")).select_from(rows).where(sa.literal(1) == 1).limit(0)
-        return list(connection.execute(query).keys())
+        try:
+            return list(connection.execute(query).keys())
+        except DBAPIError as e:
+            error = self._backend.translated(e)
+            if isinstance(error, InvalidCall) and isinstance(clause, sa.TextClause):
+                raise InvalidCall(f"the select is not one SELECT that runs here: {error}") from e
+            raise error from e
 
     def _kinds(self, connection: Connection, source: Source, key: Sequence[str]) -> list[Any]:
         kinds = self._backend.types(connection, source.rows, key)
@@ -213,10 +224,16 @@ class Database:
                 + "; leave them out with a WHERE, or give another primary_id"
             )
 
-    def _refuse_bad_ids(self, selection: Selection) -> None:
+    def _refuse_bad_ids(self, connection: Connection, selection: Selection, kinds: Sequence[Any]) -> None:
+        wanted = [ID_TYPES.get(kind.compile(connection.dialect).partition(" COLLATE ")[0]) for kind in kinds]
         for key in selection.ids or ():
-            if len(key) != len(selection.key) or any(v is None or isinstance(v, (bool, float)) for v in key):
-                raise InvalidCall(f"ids: {key!r} has not one value for each of {', '.join(selection.key)}")
+            fits = len(key) == len(kinds) and not any(v is None or isinstance(v, bool) for v in key)
+            if not fits or not all(t is None or isinstance(v, t) for v, t in zip(key, wanted, strict=True)):
+                told = ", ".join(
+                    f"{name} ({kind.compile(connection.dialect)})"
+                    for name, kind in zip(selection.key, kinds, strict=True)
+                )
+                raise InvalidCall(f"ids: {key!r:.200} is no value of the key {told}")
 
     # ------------------------------------------------------------------ the selected rows
 
@@ -225,6 +242,7 @@ class Database:
         query = source.query()
         if selection.ids is not None:
             kinds = self._kinds(connection, source, selection.key)
+            self._refuse_bad_ids(connection, selection, kinds)
             ids = self._backend.listed(kinds, list(dict.fromkeys(selection.ids)), connection)
             columns = [source.rows.c[name] for name in selection.key]
             query = query.where((columns[0] if len(columns) == 1 else sa.tuple_(*columns)).in_(ids))
@@ -346,6 +364,11 @@ def _arrow(connection: Connection, name: str, column: str, kind: str) -> pa.Data
             return pa.binary()
         return pa.int64() if found == {"integer"} or (kind == "INT" and not found) else pa.string()
     return pa.string()
+
+
+def _as_text(kind: str, connection: Connection) -> bool:
+    """Whether the database is asked for the text of a column, as the driver's value may be something else."""
+    return connection.dialect.name == "postgresql" and kind not in ARROW and ID_TYPES.get(kind) is not str
 
 
 def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
