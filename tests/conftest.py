@@ -19,7 +19,7 @@ import pytest
 from prefect.testing.utilities import prefect_test_harness
 
 from tests import places
-from tests.postgres import Postgres, binaries
+from tests.postgres import Postgres, binaries, running
 from tests.tiny_model import make_tiny_model
 from vllm_tasks import VllmModel
 
@@ -91,10 +91,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> places.Place:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     """A real PostgreSQL server for the whole session."""
-    if (found := binaries()) is None:
+    if binaries() is None:
         pytest.skip("needs PostgreSQL: apt-get install postgresql")
-    server = Postgres(found)
-    try:
+    with running() as server:
         yield server
-    finally:
-        server.remove()

@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -104,3 +106,15 @@ class Postgres:
             out.seek(0)
             if check and done.returncode:
                 raise RuntimeError(f"{program}: {out.read().decode(errors='replace')}")
+
+
+@contextmanager
+def running() -> Iterator[Postgres]:
+    """A server that is gone afterwards; raises `FileNotFoundError` where there is none to start."""
+    if (found := binaries()) is None:
+        raise FileNotFoundError("needs PostgreSQL: apt-get install postgresql")
+    server = Postgres(found)
+    try:
+        yield server
+    finally:
+        server.remove()

@@ -140,7 +140,7 @@ class DatabaseWriter:
     def commit(self, rows: Sequence[Row], redo: Collection[Key]) -> None:
         for row in rows:
             if problem := self.unstorable(row):
-                raise ValueError(problem)
+                raise ValueError(f"the key {self._key_of(row)!r:.200}: {problem}")
         for attempt in range(1, TRIES + 1):
             try:
                 return self._write(rows, redo)
@@ -151,13 +151,10 @@ class DatabaseWriter:
         return None
 
     def unstorable(self, row: Row) -> str | None:
-        """Why this row could not be written, naming its key and column; None when it can.
-
-        A row that cannot fails `commit`, and with it all others; so ask, and write an error in its place.
-        """
+        """See `Writer.unstorable`; `commit` raises ValueError for such a row, before anything is sent."""
         for name, value in row.items():
             if value is not None and (problem := self._problem(name, value)):
-                return f"column {name!r} of the key {self._key_of(row)!r:.200}: {problem}"
+                return f"column {name!r}: {problem}"
         return None
 
     def close(self) -> None:
