@@ -9,6 +9,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks.workload import Row
+from vllm_tasks.engines.host import permit_amx
+
+permit_amx()  # what vLLM spawns imports this, too
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ GRACE = 15.0
 def serve(pipe: Connection, engine_args: dict[str, Any]) -> None:
     """Run vLLM's OpenAI server; sends its URL once it is healthy, and ends it with the pipe."""
     port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
+    command = [sys.executable, "-m", "benchmarks.api_server", "--host", "127.0.0.1"]
     server = subprocess.Popen([*command, "--port", str(port), *flags(engine_args)], stdin=subprocess.DEVNULL)
     threading.Thread(target=end_with, args=(server,), daemon=True).start()
     try:

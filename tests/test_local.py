@@ -19,6 +19,7 @@ import pytest
 from prefect import flow
 
 from tests.conftest import TINY_ARGS
+from tests.places import Place
 from tests.poison import ROWS, check_poisoned
 from vllm_tasks import Completion, EngineFailed, InvalidCall, RowError, RowErrors, VllmModel, predict_batches
 
@@ -144,8 +145,11 @@ def own_model(tiny_model: Path) -> Iterator[VllmModel]:
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_one_engine_is_started_shared_survives_its_death_and_ends(own_model: VllmModel) -> None:
-    """The life of an engine: started once by two tasks at once, restarted when it dies, closed."""
+def test_one_engine_is_started_shared_survives_its_death_and_ends(
+    own_model: VllmModel, tmp_path: Path
+) -> None:
+    """The life of an engine: started once by two tasks at once, restarted when it dies, closed; also when
+    it works for a table."""
     before = {p.pid for p in processes()}
 
     def mine() -> list[psutil.Process]:
@@ -168,6 +172,17 @@ def test_one_engine_is_started_shared_survives_its_death_and_ends(own_model: Vll
         killer.join()
         assert not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE
         assert all(isinstance(a, str) for a in answers)
+
+    place = Place(str(tmp_path / "lake"))
+    place.fill_texts(*rows)
+    killer = threading.Timer(1.0, engine_core(mine()).kill)
+    killer.start()
+    report = own_model.predict_in_db(
+        "text", "rows", db=place.db, max_tokens=64, ignore_eos=True, max_chunk_size=50
+    )
+    killer.join()
+    assert (report.succeeded, report.completion_tokens) == (500, 500 * 64)
+    assert place.answers("own").keys() == set(range(500))
 
     twin = own_model.model_copy(update={"uuid": "twin", "identifier": "twin"})
     with twin:

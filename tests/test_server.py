@@ -41,7 +41,7 @@ class VllmServer:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model)]
+        command = [sys.executable, "-m", "benchmarks.api_server", "--model", str(self.model)]
         command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--api-key", KEY, "--max-model-len", "1024", "--enforce-eager", "--max-num-seqs", "32"]
         command += ["--kv-cache-memory-bytes", str(2**28)]

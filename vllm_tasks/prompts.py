@@ -13,7 +13,7 @@ from numbers import Number
 from typing import Any, Literal, TypeGuard
 from uuid import UUID
 
-import fsspec  # type: ignore[import-untyped]  # has no type information
+import fsspec
 
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import Message, RowError

@@ -150,10 +150,10 @@ class Tally:
         self.failed += 1
         self.kinds[outcome.kind] = self.kinds.get(outcome.kind, 0) + 1
         keys = self.keys.setdefault(outcome.kind, [])
+        if len(self.worst) < WORST or len(keys) < EXAMPLES:  # of a rare kind, too
+            self.worst.append(FailedRow(key, outcome.kind, outcome.message))
         if len(keys) < EXAMPLES:
             keys.append(key)
-        if len(self.worst) < WORST:
-            self.worst.append(FailedRow(key, outcome.kind, outcome.message))
 
     @property
     def done(self) -> int:

@@ -91,7 +91,12 @@ class Budget:
         allowed = limit * base if isinstance(limit, float) else limit
         if tally.failed <= allowed:
             return None
-        return f"{tally.failed:,} of {tally.done:,} rows failed, more than max_failed={limit!r} allows"
+        most = tally.errors()[0]
+        example = next(row.message for row in tally.worst if row.kind == most.kind)
+        return (
+            f"{tally.failed:,} of {tally.done:,} rows failed, more than max_failed={limit!r} allows; "
+            f"{most.rows:,} of them {most.kind}, as {example[:300]}"
+        )
 
 
 class Display(Protocol):
@@ -128,12 +133,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A row with its answer, and what the answer became: rows of the output columns, or an error."""
+    """A row of the source with the rows that its answer became."""
 
     row: SourceRow
-    input_hash: str
-    answer: Result
-    outcome: list[tuple[Any, ...]] | RowError
+    outputs: list[Row]
 
 
 @dataclass(frozen=True)
@@ -354,19 +357,28 @@ class Run:
         elif isinstance(item, Failed):
             raise item.error
         else:
-            row, digest, answer = item
-            outcome = answer if isinstance(answer, RowError) else self.job.decoder.rows(answer)
             if not self._group:
                 self._group_since = time.monotonic()
-            self._group.append(Finished(row, digest, answer, outcome))
-            self.tally.count(row.key, answer, outcome if isinstance(outcome, RowError) else answer)
+            self._group.append(self._finished(*item))
             self.tally.last_answer = time.monotonic()
+
+    def _finished(self, row: SourceRow, digest: str, answer: Result) -> Finished:
+        """Decode an answer; what cannot be decoded or stored becomes an error of its row."""
+        outcome = answer if isinstance(answer, RowError) else self.job.decoder.rows(answer)
+        outputs = list(self._output_rows(row, digest, answer, outcome))
+        for output in outputs:
+            if problem := self.writer.unstorable(output):
+                outcome = RowError("output", problem)
+                outputs = list(self._output_rows(row, digest, answer, outcome))
+                break
+        self.tally.count(row.key, answer, outcome if isinstance(outcome, RowError) else answer)
+        return Finished(row, outputs)
 
     def _commit_group(self, commit: Callable[[str, Callable[[], None]], None]) -> None:
         group = self._group
         keys = [finished.row.key for finished in group]
         redo = {finished.row.key for finished in group if finished.row.redo}
-        rows = [row for finished in group for row in self._output_rows(finished)]
+        rows = [row for finished in group for row in finished.outputs]
         with self.tally.phase("commit"):
             commit(key_range(keys), lambda: self.writer.commit(rows, redo))
         self._group = []
@@ -374,23 +386,25 @@ class Run:
         self.tally.commits += 1
         self._open.committed(keys)
 
-    def _output_rows(self, finished: Finished) -> Iterator[Row]:
+    def _output_rows(
+        self, source: SourceRow, digest: str, answer: Result, outcome: list[tuple[Any, ...]] | RowError
+    ) -> Iterator[Row]:
         """The output rows of one source row: one, or with `flatten` one for each item."""
-        job, answer, outcome = self.job, finished.answer, finished.outcome
+        job = self.job
         row = {
-            **dict(zip(job.selection.key, finished.row.key, strict=True)),
+            **dict(zip(job.selection.key, source.key, strict=True)),
             **{column.name: None for column in job.decoder.columns},
             **({POSITION: None} if job.decoder.flatten else {}),
             "_error": None,
             **_of_answer(answer),
             **job.stamp,
-            "_input_hash": finished.input_hash,
+            "_input_hash": digest,
             "_created_at": datetime.now(UTC),
         }
         if isinstance(answer, Completion) and answer.model:
             row["_model"] = answer.model
         if isinstance(outcome, RowError):
-            yield {**row, "_error": f"{outcome.kind}: {outcome.message}"}
+            yield {**row, "_error": _storable(f"{outcome.kind}: {outcome.message}")}
             return
         names = [column.name for column in job.decoder.columns]
         if not job.decoder.flatten:
@@ -436,6 +450,11 @@ def _of_answer(answer: Result) -> dict[str, Any]:
         "_prompt_tokens": answer.prompt_tokens,
         "_completion_tokens": answer.completion_tokens,
     }
+
+
+def _storable(words: str) -> str:
+    """Words that any table can hold: without the character 0 and halves of characters."""
+    return words.replace("\0", "\\0").encode(errors="backslashreplace").decode()
 
 
 def key_range(keys: Sequence[Key]) -> str:

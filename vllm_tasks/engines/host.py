@@ -12,10 +12,12 @@ It talks over one socket in frames, a 4-byte length and JSON. To it: the engine 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import dataclasses
 import difflib
 import json
 import os
+import platform
 import signal
 import socket
 import struct
@@ -42,7 +44,25 @@ CHAT_NAMES = (
 )
 """Parameters of a chat request that act before sampling; named as in vLLM's chat protocol."""
 
+ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
+"""System call, request and feature by which a process on x86-64 asks Linux for AMX's registers:
+https://docs.kernel.org/arch/x86/xstate.html"""
+
 Frame = dict[str, Any]
+
+
+def permit_amx() -> None:
+    """Ask for AMX, which vLLM 0.32 uses for attention in bfloat16 without having asked.
+
+    Its worker then dies of SIGILL, unless another library has asked in the same process before. Without
+    AMX, or on another machine, the system call fails and nothing else happens.
+    """
+    if platform.system() == "Linux" and platform.machine() == "x86_64":
+        ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA)
+
+
+if __name__ in ("__main__", "__mp_main__"):  # the host, and what vLLM spawns from it
+    permit_amx()
 
 
 class Host:
