@@ -454,8 +454,35 @@ def test_columns_have_their_types(lake: Lake) -> None:
     for kind, wrong in {"int": 2**63, "str": "\ud800", "json": float("nan"), "bool": "x", "bytes": 1}.items():
         with pytest.raises(ValueError, match=f'column .my "{kind}"'):
             writer.commit([out(3, 0, **{kind: wrong})], [])
+        assert f"column 'my \"{kind}\"'" in str(writer.unstorable(out(3, 0, **{kind: wrong})))
+    assert writer.unstorable(out(3, 0, **values)) is None
     assert lake.outputs(OUT).num_rows == 3
     writer.close()
+
+
+@pytest.mark.parametrize("name", ["a é b", "50% #1?", 'it\'s "x"; *'])
+def test_folders_of_any_name(tmp_path: Path, name: str) -> None:
+    """Outputs are written to and read from folders with spaces, quotes and signs in their names."""
+    jsonl(tmp_path / name / "t.jsonl", ROWS)
+    lake = Lake(str(tmp_path / name))
+    for partition_by in ((), ("_model",)):
+        chosen = selection(outputs=f"_outputs__{name} {len(partition_by)}")
+        writer = lake.writer(chosen, OutputTable(chosen.outputs, TABLE.columns, partition_by=partition_by))
+        writer.commit([row(1), row(2)], [])
+        writer.commit([row(2, "again")], [(2,)])
+        writer.close()
+        lake.check(chosen)
+        assert keys(lake, chosen) == [0, *range(3, 10)]
+        assert sorted(lake.outputs(chosen.outputs)["output"].to_pylist()) == ["again", "o"]
+        assert keys(
+            lake, selection(f'FROM "{chosen.outputs.replace(chr(34), chr(34) * 2)}"', columns=())
+        ) == [
+            1,
+            2,
+        ]
+    with pytest.raises(InvalidCall, match="because of the '\\['"):
+        lake.writer(selection(), OutputTable("_outputs__a[1]", TABLE.columns))
+    lake.close()
 
 
 def test_redo_takes_all_positions_of_a_key(lake: Lake) -> None:

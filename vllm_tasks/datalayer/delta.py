@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import duckdb
 import pyarrow as pa
@@ -18,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from deltalake import CommitProperties, DeltaTable, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, Key, OutputTable, Row
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
@@ -36,6 +38,8 @@ ARROW_TYPES: dict[str, pa.DataType] = {
 JSON = {"json": "1"}
 """Metadata of a text column that holds JSON."""
 CODECS = ("UNCOMPRESSED", "SNAPPY", "GZIP", "BROTLI", "LZ4_RAW", "ZSTD")
+UNNAMEABLE = re.compile(r"[][\\^|]|%[0-9A-Fa-f]{2}")
+"""What delta-rs 1.6 fails over, or panics, in a table's path."""
 ONCE = CommitProperties(max_commit_retries=0)
 """Commit as the version after the one loaded, or fail: delta-rs's own retries would let two appends of
 one key pass."""
@@ -85,7 +89,12 @@ def storage_errors(doing: str) -> Iterator[None]:
 
 
 def find_table(url: str) -> DeltaTable | None:
-    """The latest version, None when there is no table."""
+    """The latest version, None when there is no table; raises `InvalidCall` for a name that Delta refuses."""
+    if match := UNNAMEABLE.search(url):
+        raise InvalidCall(
+            f"no Delta table can be in {url!r}, because of the {match[0]!r} in it; move the lake, or give "
+            "another predict_id"
+        )
     with storage_errors(f"cannot read {url}"):
         try:
             # `DeltaTable.is_deltatable` would hold the GIL, and with it all threads, while it waits.
@@ -99,6 +108,18 @@ def open_table(url: str) -> DeltaTable:
     if (table := find_table(url)) is None:
         raise InvalidCall(f"there is no Delta table {url!r}")
     return table
+
+
+def dataset(table: DeltaTable) -> ds.Dataset:
+    """The table as pyarrow reads it.
+
+    Local files by Arrow's own filesystem: delta-rs's one has Arrow's threads call Python.
+    """
+    uri = table.table_uri
+    local = uri.startswith("file://") or "://" not in uri
+    folder = unquote(urlsplit(uri).path) if uri.startswith("file://") else uri
+    files = SubTreeFileSystem(folder, LocalFileSystem()) if local else None
+    return table.to_pyarrow_dataset(filesystem=files)
 
 
 def arrow_schema(table: DeltaTable) -> pa.Schema:
@@ -262,7 +283,11 @@ class DeltaWriter:
             self._compact()
 
     def unstorable(self, row: Row) -> str | None:
-        """See `Writer.unstorable`: what a decoder makes, a lake can hold."""
+        """See `Writer.unstorable`."""
+        try:
+            self._table([row])
+        except ValueError as e:
+            return str(e)
         return None
 
     def close(self) -> None:
@@ -304,7 +329,7 @@ class DeltaWriter:
 
     def _remember(self, delta: DeltaTable, files: set[str]) -> None:
         """A compaction's or merge's files hold keys known before, too: those cost a look, and no more."""
-        whole = delta.to_pyarrow_dataset()
+        whole = dataset(delta)
         names = {uri.rsplit("/", 1)[-1] for uri in files}  # each has a UUID
         fragments = [f for f in whole.get_fragments() if f.path.rsplit("/", 1)[-1] in names]
         added = ds.FileSystemDataset(fragments, whole.schema, whole.format, whole.filesystem)

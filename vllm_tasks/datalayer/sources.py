@@ -13,7 +13,7 @@ from typing import Any
 import duckdb
 from fsspec.implementations.local import LocalFileSystem
 
-from vllm_tasks.datalayer.delta import open_table
+from vllm_tasks.datalayer.delta import dataset, open_table
 from vllm_tasks.errors import SHOWN, InvalidCall, TablesUnavailable
 
 READERS = {
@@ -40,8 +40,12 @@ def literal(text: str) -> str:
 
 def reading(kind: str, uris: list[str]) -> str:
     """SQL that reads these files, whatever characters their names have."""
-    exact = [literal(re.sub(r"([*?[])", r"[\1]", uri)) for uri in uris]
-    return "FROM " + READERS[kind].format(", ".join(exact))
+    return "FROM " + READERS[kind].format(", ".join(literal(exactly(uri)) for uri in uris))
+
+
+def exactly(uri: str) -> str:
+    """The glob that only `uri` matches."""
+    return re.sub(r"([*?[])", r"[\1]", uri)
 
 
 def near(name: str, names: Iterator[str] | list[str]) -> str:
@@ -69,8 +73,8 @@ class Source:
 
     def attach(self, cursor: duckdb.DuckDBPyConnection) -> None:
         """Make the temporary view `VIEW` on `cursor`, which no other cursor sees."""
-        for name, dataset in self.datasets.items():
-            cursor.register(name, dataset)
+        for name, rows in self.datasets.items():
+            cursor.register(name, rows)
         for name, sql in self.views.items():
             cursor.execute(f"CREATE TEMP VIEW {quoted(name)} AS {sql}")
         cursor.execute(f"CREATE TEMP VIEW {VIEW} AS {self.sql}")
@@ -122,7 +126,9 @@ class Files:
     def source(self, select: str) -> Source:
         """What `select` names; raises `InvalidCall`."""
         tables = self.tables()
-        if (one := self._one(select, tables)) is not None:
+        # A statement is no glob, though it may look like one.
+        sql = SQL.match(select) and re.search(r"\s", select.strip()) and select not in tables
+        if not sql and (one := self._one(select, tables)) is not None:
             return one("_vllm_tasks_table")
         has = ", ".join(map(repr, sorted(tables)[:20])) + (", ..." if len(tables) > 20 else "")
         if not SQL.match(select) and not re.search(r"\s", select.strip()):
@@ -162,8 +168,8 @@ class Files:
             return None
         if len(paths) == 1 and self._ask("isdir", paths[0]):
             if self._ask("exists", f"{paths[0]}/_delta_log"):
-                dataset = open_table(self.uri(paths[0])).to_pyarrow_dataset()
-                return lambda view: Source(f"FROM {quoted(view)}", {}, {view: dataset})
+                rows = dataset(open_table(self.uri(paths[0])))
+                return lambda view: Source(f"FROM {quoted(view)}", {}, {view: rows})
             paths = self._inside(paths[0])
         if not paths:
             return None
