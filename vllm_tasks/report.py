@@ -118,6 +118,7 @@ class Tally:
     started: float = field(default_factory=time.monotonic)
     first_sent: float | None = None
     last_answer: float | None = None
+    read: int = 0
     succeeded: int = 0
     failed: int = 0
     cut: int = 0

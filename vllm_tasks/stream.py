@@ -87,7 +87,8 @@ class Budget:
         if tally.done >= SAME_FATE and tally.failed == tally.done and len(tally.kinds) == 1:
             (kind,) = tally.kinds
             return f"the first {tally.done} rows all failed alike ({kind}: {tally.worst[0].message[:300]})"
-        base = tally.done if at_end else max(tally.done, FEW)
+        # Rows that fail before they are asked come first, so the share is taken of all that were read.
+        base = tally.done if at_end else max(tally.read, FEW)
         allowed = limit * base if isinstance(limit, float) else limit
         if tally.failed <= allowed:
             return None
@@ -300,6 +301,7 @@ class Run:
         if not self._open.wait_for_room(room + len(rows), uncommitted):
             return
         self._open.read([row.key for row in rows])
+        self.tally.read += len(rows)
         for row, digest, request in zip(rows, hashes, requests, strict=True):
             if isinstance(request, RowError):
                 self._finish(row, digest, request)

@@ -105,6 +105,12 @@ class Writer(Protocol):
         Raises `TablesUnavailable` for what may pass (a lost connection, a full disk, a lock).
         """
 
+    def unstorable(self, row: Row) -> str | None:
+        """Why the table could not hold this row, naming the column; None when it can.
+
+        A row that cannot would fail its whole commit: write an error in its place.
+        """
+
     def close(self) -> None:
         """Tidy up; the last commit has been made."""
 
