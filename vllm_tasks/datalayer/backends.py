@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -218,21 +218,31 @@ class Sqlite(Backend):
     def _connect(self, mode: str) -> sqlite3.Connection:
         if not self.path.exists():
             raise InvalidCall(f"there is no database {str(self.path)!r}")
-        connection = sqlite3.connect(
+        if mode == "ro" and Path(f"{self.path}-journal").exists():
+            # Of a writer that was killed, perhaps: its transaction must be rolled back before anyone
+            # reads, which a connection that may not write cannot do. Any read does it.
+            with closing(self._opened("rw")) as writer, suppress(sqlite3.Error):
+                writer.execute("SELECT 1 FROM sqlite_master").fetchone()
+        connection = self._opened(mode)
+        # Bytes that are no UTF-8 fail the row that has them, where its prompt is made, and not the query.
+        connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
+        return connection
+
+    def _opened(self, mode: str) -> sqlite3.Connection:
+        return sqlite3.connect(
             f"{self.path.as_uri()}?mode={mode}",
             uri=True,
             timeout=WAIT,
             isolation_level=None,
             check_same_thread=False,
         )
-        # Bytes that are no UTF-8 fail the row that has them, where its prompt is made, and not the query.
-        connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
-        return connection
 
     def passing(self, error: DBAPIError) -> bool:
         code = getattr(error.orig, "sqlite_errorcode", None)
         if code is None:
             return False
+        if code in (sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_READONLY_RECOVERY):
+            return True  # a writer was killed a moment ago
         return code & 0xFF in {
             sqlite3.SQLITE_BUSY,
             sqlite3.SQLITE_LOCKED,
