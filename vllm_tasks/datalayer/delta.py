@@ -113,7 +113,8 @@ def open_table(url: str) -> DeltaTable:
 def dataset(table: DeltaTable) -> ds.Dataset:
     """The table as pyarrow reads it.
 
-    Local files by Arrow's own filesystem: delta-rs's one has Arrow's threads call Python.
+    Local files by Arrow's own filesystem: delta-rs's one has Arrow's threads call Python, and of 15
+    processes that ended right after reading 9 M rows so, 9 aborted; with this one, none.
     """
     uri = table.table_uri
     local = uri.startswith("file://") or "://" not in uri

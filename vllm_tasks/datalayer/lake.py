@@ -193,6 +193,9 @@ class Lake:
     def close(self) -> None:
         """See `Tables.close`."""
         self._con.close()
+        # Whoever keeps this object (Prefect keeps the arguments of its task runs) must not keep DuckDB's,
+        # which complains at the end of the process about what is still there.
+        del self._con
         shutil.rmtree(self._spill, ignore_errors=True)
 
     # ------------------------------------------------------------------ queries
