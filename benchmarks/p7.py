@@ -146,5 +146,6 @@ def line(place: str, *runs: Start) -> str:
     return (
         f"P7 {seconds.median:.2f} s to the first row, {place}, {ALL:,} rows of which {DONE:,} are done; "
         f"{seconds}, {seconds.count} runs; peak RSS {peak / 2**20:.0f} MiB "
-        f"({idle / 2**20:.0f} MiB before the call) until {ASKED:,} rows were committed; goal <= 10 s and <= 1 GB"
+        f"({idle / 2**20:.0f} MiB before the call) until {ASKED:,} rows were committed; "
+        "goal <= 10 s and <= 1 GB"
     )

@@ -1,6 +1,7 @@
 """The main job on real input: a table of questions, a real model in vLLM, a table of answers.
 
-Run by `make demo`. Needs no Prefect server: Prefect starts a temporary one.
+Run by `make demo`. Needs no Prefect server: Prefect starts a temporary one. Interrupt it and run it again:
+it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 import math
 import os
 import re
-import time
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,15 @@ from typing import Any
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
 
-import pyarrow as pa
 import pyarrow.json
-import pyarrow.parquet
 from prefect import flow
-from prefect.futures import as_completed
+from pydantic import SecretStr
 
 from flows.smollm2 import model_folder
-from vllm_tasks import Completion, RowError, VllmModel, completions
+from vllm_tasks import Datalayer, Report, VllmModel, predict_in_db
 
 QUESTIONS = Path(__file__).parent / "data" / "questions.jsonl"
-ANSWERS = Path("out") / "demo_answers.parquet"
-ROWS_PER_TASK = 50
+LAKE = Path("out") / "lake"
 SAMPLE = 6
 
 Row = dict[str, Any]
@@ -52,50 +50,31 @@ def demo_model() -> VllmModel:
 
 
 @flow(name="demo")
-def demo(questions: Path = QUESTIONS, answers: Path = ANSWERS) -> Path:
-    """Answer the questions of a JSONL file and write them with their scores to a Parquet file."""
-    rows = pa.json.read_json(questions).to_pylist()
-    print(f"{len(rows)} questions from {questions}")
-    started = time.monotonic()
-    with demo_model() as model:
-        print(f"vLLM is ready after {time.monotonic() - started:.1f} s")
-        answered = answer(model, rows)
-    answers.parent.mkdir(parents=True, exist_ok=True)
-    pa.parquet.write_table(pa.Table.from_pylist(answered), answers)
-    report(answered)
-    print(f"\nAll answers: {answers.resolve()}")
-    return answers
+def demo(questions: Path = QUESTIONS, lake: Path = LAKE, overwrite: bool = False) -> Report:
+    """Answer the questions of a JSONL file; questions and answers are tables in the folder `lake`."""
+    lake.mkdir(parents=True, exist_ok=True)
+    shutil.copy(questions, lake / "questions.jsonl")
+    model = demo_model()
+    print(f"Questions: {lake / 'questions.jsonl'}. Starting vLLM, if there is anything to ask ...")
+    report: Report = predict_in_db(
+        model, "question", "questions", db=str(lake), max_chunk_size=100, overwrite=overwrite
+    )
+    print(report)
+    show(scored(lake, model.identifier))
+    if not report.asked:
+        print("All questions were answered before, so none was asked; --overwrite asks them again.")
+    print(f"\nAll answers: {Path(report.outputs).resolve()} (a Delta table)")
+    return report
 
 
-def answer(model: VllmModel, rows: Sequence[Row]) -> list[Row]:
-    """Ask all groups of rows at once, and say how far they are as each one finishes."""
-    groups = [rows[i : i + ROWS_PER_TASK] for i in range(0, len(rows), ROWS_PER_TASK)]
-    started = time.monotonic()
-    futures = completions.map(model, [[r["question"] for r in g] for g in groups], on_error="return")
-    done = tokens = 0
-    for future in as_completed(list(futures)):
-        results = future.result()
-        done += len(results)
-        tokens += sum(r.completion_tokens or 0 for r in results if isinstance(r, Completion))
-        seconds = time.monotonic() - started
-        speed = f"{done / seconds:.1f} rows/s, {tokens / seconds:.0f} output tokens/s"
-        print(f"  {done:3d} of {len(rows)} rows, {speed}")
-    results = [r for future in futures for r in future.result()]
-    return [record(row, result) for row, result in zip(rows, results, strict=True)]
-
-
-def record(row: Row, result: Completion | RowError) -> Row:
-    """One row of the answers table: either an output or an error."""
-    if isinstance(result, RowError):
-        return {**row, "output": None, "_error": f"{result.kind}: {result.message}", "right": False}
-    return {
-        **row,
-        "output": result.text,
-        "_error": None,
-        "_finish_reason": result.choices[0].finish_reason,
-        "_completion_tokens": result.completion_tokens,
-        "right": is_right(result.text, row["accept"]),
-    }
+def scored(lake: Path, predict_id: str) -> list[Row]:
+    """Questions and answers together, with a mark."""
+    rows = pyarrow.json.read_json(lake / "questions.jsonl").to_pylist()
+    outputs = {row["id"]: row for row in Datalayer(url=SecretStr(str(lake))).outputs(predict_id).to_pylist()}
+    return [
+        {**row, **outputs[row["id"]], "right": is_right(outputs[row["id"]]["output"] or "", row["accept"])}
+        for row in rows
+    ]
 
 
 def is_right(text: str, accepted: Sequence[str]) -> bool:
@@ -106,7 +85,7 @@ def is_right(text: str, accepted: Sequence[str]) -> bool:
     )
 
 
-def report(rows: Sequence[Row]) -> None:
+def show(rows: Sequence[Row]) -> None:
     """Print a sample of the answers and the score; a failed row counts as wrong."""
     print("\nA sample:")
     for row in rows[:: math.ceil(len(rows) / SAMPLE)]:
@@ -134,11 +113,12 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--questions", type=Path, default=QUESTIONS, help="JSONL: question, topic, accept")
-    parser.add_argument("--answers", type=Path, default=ANSWERS, help="Parquet file to write")
+    parser.add_argument("--lake", type=Path, default=LAKE, help="folder of the tables")
+    parser.add_argument("--overwrite", action="store_true", help="ask all questions again")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("vllm_tasks").setLevel(logging.INFO)
-    demo(options.questions, options.answers)
+    demo(options.questions, options.lake, options.overwrite)
 
 
 if __name__ == "__main__":

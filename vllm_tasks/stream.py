@@ -64,11 +64,15 @@ class Pace:
             return cls(max_chunk_size, commit_seconds, max_chunk_size, 0.0)
         return cls(commit_rows, commit_seconds, FULLEST * commit_rows, APART)
 
-    def is_due(self, finished: int, first: float, last_commit: float) -> bool:
+    def is_due(self, finished: int, first: float, last_commit: float, *, redo: bool) -> bool:
+        """Whether a group of `finished` rows, the first of them of the time `first`, closes now.
+
+        Where rows are redone, groups are as large as can be: a lake copies each file that one is in.
+        """
         now = time.monotonic()
         if finished >= self.most or now - first >= self.seconds:
             return True
-        return finished >= self.rows and now - last_commit >= self.apart
+        return finished >= self.rows and now - last_commit >= self.apart and not (redo and self.apart)
 
 
 @dataclass(frozen=True)
@@ -342,7 +346,8 @@ class Run:
         return self.job.budget.exceeded(self.tally, at_end=True)
 
     def _is_due(self) -> bool:
-        return self.job.pace.is_due(len(self._group), self._group_since, self._last_commit)
+        redo = self._group[0].row.redo
+        return self.job.pace.is_due(len(self._group), self._group_since, self._last_commit, redo=redo)
 
     def _news(self) -> Iterator[tuple[SourceRow, str, Result] | Failed | None]:
         """What has arrived, waiting for it a moment; not more than a full group takes."""

@@ -114,14 +114,18 @@ class InPrefect:
 
     def commit(self, name: str, work: Callable[[], None]) -> None:
         if self._flow is None:
-            self._log.commit(name, work)
-        else:
-            commit_group(f"{self._model} {name}", work)
+            return self._log.commit(name, work)
+        held = [work]
+        try:
+            commit_group(f"{self._model} {name}", lambda: held[0]())
+        finally:
+            held.clear()  # Prefect keeps the arguments of a task run, which would keep all rows in memory
 
     def progress(self, progress: Progress, *, last: bool = False) -> None:
         if self._is_cancelled():
             raise TerminationSignal(signal.SIGTERM)
         self._progress.show(progress, now=last)
+        self._log.progress(progress, last=last)
 
     def _is_cancelled(self) -> bool:
         """Whether this task was submitted, and the flow that waits for it has been told to end.

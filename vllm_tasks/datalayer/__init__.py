@@ -77,9 +77,10 @@ class Datalayer(Block):
             raise ValueError("the url is empty; give a folder, an fsspec URL or a SQLAlchemy URL")
         return value
 
-    def outputs(self, predict_id: str) -> pyarrow.Table:
+    def outputs(self, predict_id: str, *, table: str | None = None) -> pyarrow.Table:
         """The committed outputs of `predict_id`, each key exactly once, as a `pyarrow.Table`.
 
+        `table`: the outputs' own name, where the model's `model_update_kwargs` give one.
         Columns: the key, the output's columns, `_position` when flattened, `_error`, `_finish_reason`,
         `_prompt_tokens`, `_completion_tokens`, `_model`, `_uuid`, `_fingerprint`, `_input_hash`,
         `_created_at`. Raises `InvalidCall` when there are none, `TablesUnavailable` when the tables
@@ -87,7 +88,7 @@ class Datalayer(Block):
         """
         tables = self.tables()
         try:
-            return tables.outputs(outputs_name(predict_id))
+            return tables.outputs(table or outputs_name(predict_id))
         finally:
             tables.close()
 
