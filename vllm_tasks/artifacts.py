@@ -22,7 +22,7 @@ from vllm_tasks.stream import shown_key
 
 logger = logging.getLogger(__name__)
 
-UPDATED_EVERY = 5.0
+UPDATED_EVERY = 10.0
 """Seconds between two updates of the progress artifact."""
 MESSAGE_SHOWN = 300
 """Characters of an error's message in the table of errors."""
