@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 
-from benchmarks import p1, p2, p3, p5, p6, p7, p8, p9
+from benchmarks import p1, p2, p3, p5, p6, p7, p8, p9, same
 from benchmarks.options import parse
 
 MEASURES = {
@@ -17,6 +17,7 @@ MEASURES = {
     "P7": p7.measure,
     "P8": p8.measure,
     "P9": p9.measure,
+    "SAME": same.measure,
 }
 
 

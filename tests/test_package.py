@@ -15,13 +15,18 @@ PUBLIC = [
     "Datalayer",
     "Dataset",
     "EngineFailed",
+    "ErrorKind",
+    "FailedRow",
     "InvalidCall",
     "Metric",
+    "Report",
     "RowError",
     "RowErrors",
     "ServerUnavailable",
     "Settings",
+    "TablesUnavailable",
     "TokenLogprob",
+    "TooManyFailed",
     "Validation",
     "VllmAPI",
     "VllmModel",
@@ -29,8 +34,9 @@ PUBLIC = [
     "completions",
     "predict",
     "predict_batches",
+    "predict_in_db",
 ]
-HEAVY = ("vllm", "ray", "torch", "transformers", "numpy", "pandas", "pyarrow", "duckdb")
+HEAVY = ("vllm", "ray", "torch", "transformers", "numpy", "pandas", "pyarrow", "duckdb", "deltalake")
 TIMED = """
 import prefect, time
 from prefect import Task, unmapped
