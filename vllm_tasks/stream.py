@@ -40,8 +40,9 @@ APART = 2.0
 groups of 512 would cost Prefect and the log more than they are worth."""
 RETRY_DELAYS = 1, 5, 15, 30
 """Seconds before each new attempt to reach lost tables."""
-HASTE = 5.0
-"""Seconds that a stopping run waits for its requests and its reader to end."""
+HASTE = 2.0
+"""Seconds that a stopping run waits for its requests to end, and again for its reader: of 10 s, within which
+what is finished must be committed."""
 SAME_FATE = 50
 """A run whose first rows, so many, all fail alike is hopeless."""
 FEW = 500

@@ -22,7 +22,7 @@ from vllm_tasks.fingerprint import engine_identity, fingerprint
 from vllm_tasks.prompts import Context, Signature
 from vllm_tasks.report import Progress, Report, Tally
 from vllm_tasks.settings import site_settings
-from vllm_tasks.stream import RETRY_DELAYS, Budget, Display, Job, Pace, Run
+from vllm_tasks.stream import HASTE, RETRY_DELAYS, Budget, Display, Job, Pace, Run
 
 if TYPE_CHECKING:
     from vllm_tasks.predictor import Predictor
@@ -171,8 +171,10 @@ def _run(job: Job, output: OutputTable, display: Display, tally: Tally) -> tuple
         with _sigterm_raises():
             verdict = run.run()
             writer.close()
-    finally:
-        counted.wait()
+    except BaseException:
+        counted.wait(HASTE)
+        raise
+    counted.wait(COUNT_PATIENCE)
     if not verdict:
         display.progress(tally.progress(run.to_ask), last=True)
     return verdict, counted
@@ -201,8 +203,8 @@ class Counted:
         if self._job.selection.refresh != "changed":  # what has changed is known when it is read
             self.up_to_date = rows - selected
 
-    def wait(self) -> None:
-        self._thread.join(COUNT_PATIENCE)
+    def wait(self, seconds: float) -> None:
+        self._thread.join(seconds)
 
 
 def _report(model: Predictor, predict_id: str, job: Job, tally: Tally, counted: Counted) -> Report:

@@ -285,10 +285,15 @@ class DeltaWriter:
 
     def unstorable(self, row: Row) -> str | None:
         """See `Writer.unstorable`."""
-        try:
-            self._table([row])
-        except ValueError as e:
-            return str(e)
+        for name, value in row.items():
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                return f"column {name!r}: a whole number of more than 64 bits cannot be stored"
+            if (
+                isinstance(value, str)
+                and not value.isascii()
+                and any("\ud800" <= c <= "\udfff" for c in value)
+            ):
+                return f"column {name!r}: half a character (a lone surrogate) cannot be stored"
         return None
 
     def close(self) -> None:
@@ -397,7 +402,10 @@ class DeltaWriter:
                 if pc.sum(pc.less(sizes, FILE_BYTES // 2)).as_py() < SMALL_FILES:
                     return False
                 delta.optimize.compact(
-                    target_size=FILE_BYTES, writer_properties=self._properties, commit_properties=ONCE
+                    target_size=FILE_BYTES,
+                    max_concurrent_tasks=1,  # each holds files in memory
+                    writer_properties=self._properties,
+                    commit_properties=ONCE,
                 )
                 self._known = set(delta.file_uris())
         except CommitFailedError:
