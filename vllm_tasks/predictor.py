@@ -26,7 +26,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails
 
 from vllm_tasks import loop, sharing
 from vllm_tasks.callables import DottedCallable, check_importable
-from vllm_tasks.datalayer import Datalayer, own_fields
+from vllm_tasks.datalayer import Datalayer, check_name, own_fields
 from vllm_tasks.datatypes import DataType
 from vllm_tasks.errors import InvalidCall, RowErrors
 from vllm_tasks.fingerprint import source_of
@@ -164,6 +164,8 @@ class Predictor(BaseModel):
     def _known_write_options(cls, value: dict[str, Any]) -> dict[str, Any]:
         if unknown := sorted(value.keys() - WRITE_OPTIONS):
             raise ValueError(f"unknown model_update_kwargs {unknown}; known are {sorted(WRITE_OPTIONS)}")
+        if "table" in value:
+            check_name("table", value["table"])
         if value.get("on_length", "keep") not in ("keep", "error"):
             raise ValueError(f"on_length={value['on_length']!r} is neither 'keep' nor 'error'")
         return value

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 from vllm_tasks import sharing
 from vllm_tasks.datalayer.selection import POSITION, Key, Row, Selection, SourceRow, Tables, Writer
-from vllm_tasks.errors import TablesUnavailable
+from vllm_tasks.errors import InvalidCall, TablesUnavailable, VllmTasksError
 from vllm_tasks.fingerprint import input_hash
 from vllm_tasks.loop import Tasks
 from vllm_tasks.outputs import Decoder
@@ -185,10 +185,17 @@ class Open:
         if self._has_room():  # not for every row: waking the reader costs more than the row
             self._changed.notify_all()
 
-    def read(self, keys: Collection[Key]) -> None:
+    def read(self, keys: Collection[Key]) -> Key | None:
+        """Add rows; a key that is open already is returned, and none is added then."""
         with self._changed:
-            self.keys.update(keys)
-            self.unanswered += len(keys)
+            seen: set[Key] = set()
+            for key in keys:
+                if key in self.keys or key in seen:
+                    return key
+                seen.add(key)
+            self.keys |= seen
+            self.unanswered += len(seen)
+            return None
 
     def answered(self, rows: int = 1) -> None:
         with self._changed:
@@ -305,7 +312,11 @@ class Run:
         uncommitted = room + 2 * self.job.pace.most + len(rows)
         if not self._open.wait_for_room(room + len(rows), uncommitted):
             return
-        self._open.read([row.key for row in rows])
+        if (twice := self._open.read([row.key for row in rows])) is not None:
+            raise InvalidCall(
+                f"the source changed while it was read: the key {shown_key(twice)!r:.200} came twice; "
+                "correct it, and the same call goes on"
+            )
         self.tally.read += len(rows)
         for row, digest, request in zip(rows, hashes, requests, strict=True):
             if isinstance(request, RowError):
@@ -378,9 +389,18 @@ class Run:
             if problem := self.writer.unstorable(output):
                 outcome = RowError("output", problem)
                 outputs = list(self._output_rows(row, digest, answer, outcome))
+                self._check_key(row.key, outputs[0])
                 break
         self.tally.count(row.key, answer, outcome if isinstance(outcome, RowError) else answer)
         return Finished(row, outputs)
+
+    def _check_key(self, key: Key, error: Row) -> None:
+        """Where not even an error can be written, it is the key that the table cannot hold."""
+        if problem := self.writer.unstorable(error):
+            raise InvalidCall(
+                f"the row with the key {shown_key(key)!r:.200} can have no output: {problem}; leave it out by "
+                "a SELECT ... WHERE, or give another primary_id"
+            )
 
     def _commit_group(self, commit: Callable[[str, Callable[[], None]], None]) -> None:
         group = self._group
@@ -433,14 +453,14 @@ class Run:
 
     def _save(self) -> None:
         """Commit what is finished, once and at once; what it cannot is asked again next time."""
-        while not self._queue.empty():
-            item = self._queue.get_nowait()
-            if item is not None and not isinstance(item, Failed):
-                self._take(item)
         try:
+            while not self._queue.empty():
+                item = self._queue.get_nowait()
+                if item is not None and not isinstance(item, Failed):
+                    self._take(item)
             if self._group:
                 self._commit_group(lambda _name, work: work())
-        except TablesUnavailable as error:
+        except VllmTasksError as error:  # what ended the run is raised, not this
             logger.warning("%d finished rows could not be committed: %s", len(self._group), error)
         logger.warning(
             "stopped: %s rows of this run are committed, %d dropped; the same call goes on from there",
@@ -467,7 +487,10 @@ def _storable(words: str) -> str:
 
 def key_range(keys: Sequence[Key]) -> str:
     """`first..last` of the keys in a group, for people."""
-    first, last = min(keys), max(keys)
+    try:
+        first, last = min(keys), max(keys)
+    except (TypeError, ArithmeticError):  # of several types, as SQLite allows, or not a number
+        first, last = min(keys, key=repr), max(keys, key=repr)
     return shown_key(first) if first == last else f"{shown_key(first)}..{shown_key(last)}"
 
 

@@ -17,7 +17,7 @@ from vllm_tasks.datalayer import Datalayer, outputs_name
 from vllm_tasks.datalayer.selection import Key, OutputTable, Refresh, Selection
 from vllm_tasks.engines.http import HttpConfig
 from vllm_tasks.engines.local import LocalConfig
-from vllm_tasks.errors import InvalidCall, TablesUnavailable, TooManyFailed
+from vllm_tasks.errors import InvalidCall, TablesUnavailable, TooManyFailed, VllmTasksError
 from vllm_tasks.fingerprint import engine_identity, fingerprint
 from vllm_tasks.prompts import Context, Signature
 from vllm_tasks.report import Progress, Report, Tally
@@ -194,7 +194,7 @@ class Counted:
         self._run.begun.wait()  # the first request comes first
         try:
             rows, selected = self._job.tables.count(self._job.selection)
-        except TablesUnavailable as error:
+        except VllmTasksError as error:  # what matters of it, the run meets itself
             logger.warning("the rows to ask could not be counted: %s", error)
             return
         limit = self._job.limit

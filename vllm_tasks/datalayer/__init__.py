@@ -19,6 +19,8 @@ LOGO = "https://avatars.githubusercontent.com/u/136984999?s=200"
 """vLLM's."""
 OUTPUTS = "_outputs__"
 """What the name of every outputs table begins with."""
+ODD = """/\\:*?"<>|#%[]^`"""
+"""Characters that lead elsewhere, or that a URL, Delta or a shell would alter."""
 
 
 def own_fields(data: Any) -> Any:
@@ -30,12 +32,23 @@ def own_fields(data: Any) -> Any:
 
 def outputs_name(predict_id: str) -> str:
     """The outputs table of `predict_id`; raises `InvalidCall` for what could be no folder and no table."""
-    if not predict_id or predict_id.strip() != predict_id or set('/\\:*?"<>|\0') & set(predict_id):
-        raise InvalidCall(
-            f"predict_id={predict_id!r} cannot name a table: it must not be empty, begin or end with a "
-            'space, or have one of / \\ : * ? " < > |; pass another predict_id'
-        )
+    check_name("predict_id", predict_id)
     return OUTPUTS + predict_id
+
+
+def check_name(what: str, name: object) -> None:
+    """Refuse a name that would lead elsewhere in a lake, or that a URL, Delta or a database would alter."""
+    if (
+        not isinstance(name, str)
+        or not name
+        or name != name.strip(" .")
+        or not name.isprintable()
+        or set(ODD) & set(name)
+    ):
+        raise InvalidCall(
+            f"{what}={name!r:.200} cannot name a table: it must be a printable text that is not empty, neither "
+            f"begins nor ends with a space or a dot, and has none of {ODD}"
+        )
 
 
 class Datalayer(Block):
@@ -86,9 +99,11 @@ class Datalayer(Block):
         `_created_at`. Raises `InvalidCall` when there are none, `TablesUnavailable` when the tables
         cannot be reached.
         """
+        name = outputs_name(predict_id) if table is None else table
+        check_name("table", name)
         tables = self.tables()
         try:
-            return tables.outputs(table or outputs_name(predict_id))
+            return tables.outputs(name)
         finally:
             tables.close()
 
