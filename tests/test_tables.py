@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from tests.places import Place
 from tests.scripted_server import Asked, Reply, ScriptedServer, answer_to, refused, usual
@@ -587,6 +591,9 @@ def test_poison_at_every_stage_fails_its_rows_alone(place: Place, server: Script
         ({"refresh": "all"}, "refresh='all'"),
         ({"overwrite": True, "retry_failed": True}, "choose one"),
         ({"predict_id": "a/b"}, "a/b"),
+        ({"predict_id": "../m"}, "predict_id"),
+        ({"predict_id": "a#1"}, "predict_id"),
+        ({"predict_id": " "}, "predict_id"),
         ({"ids": "abc"}, "ids"),
         ({"temprature": 1}, "temperature"),
         ({"context": "unused"}, "context"),
@@ -612,6 +619,27 @@ def test_keys_must_be_unique_and_there(model: VllmAPI, place: Place, sent: Sent)
     with pytest.raises(InvalidCall, match=r"1.*a"):
         model.predict_in_db("id", "SELECT * FROM rows WHERE text IS NOT NULL", primary_id="text")
     assert sent() == []
+
+
+def test_keys_of_several_types_name_a_group(model: VllmAPI, tmp_path: Path) -> None:
+    """SQLite lets a column hold numbers and texts at once; the group is named all the same."""
+    url = f"sqlite:///{tmp_path}/mixed.db"
+    with closing(sqlite3.connect(tmp_path / "mixed.db")) as database:
+        database.execute("CREATE TABLE rows (id PRIMARY KEY, text)")
+        database.executemany("INSERT INTO rows VALUES (?, ?)", [(1, "a"), ("x", "b")])
+        database.commit()
+    report = model.predict_in_db("text", "rows", db=url)
+    assert report.succeeded == 2
+
+
+def test_outputs_under_a_name_of_their_own(model: VllmAPI, place: Place) -> None:
+    """`model_update_kwargs` may name the outputs table; no name leads out of the lake."""
+    place.fill_texts("a")
+    ask(changed(model, model_update_kwargs={"table": "answers"}))
+    (row,) = place.db.outputs("m", table="answers").to_pylist()
+    assert row["output"] == answer_to("a")
+    with pytest.raises(ValidationError, match=r"table='../x' cannot name a table"):
+        changed(model, model_update_kwargs={"table": "../x"})
 
 
 def test_outputs_of_another_shape_are_refused(model: VllmAPI, place: Place, sent: Sent) -> None:

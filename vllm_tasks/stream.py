@@ -398,8 +398,8 @@ class Run:
         """Where not even an error can be written, it is the key that the table cannot hold."""
         if problem := self.writer.unstorable(error):
             raise InvalidCall(
-                f"the row with the key {shown_key(key)!r:.200} can have no output: {problem}; leave it out by "
-                "a SELECT ... WHERE, or give another primary_id"
+                f"the row with the key {shown_key(key)!r:.200} can have no output: {problem}; leave it out "
+                "by a SELECT ... WHERE, or give another primary_id"
             )
 
     def _commit_group(self, commit: Callable[[str, Callable[[], None]], None]) -> None:

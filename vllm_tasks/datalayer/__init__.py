@@ -46,8 +46,8 @@ def check_name(what: str, name: object) -> None:
         or set(ODD) & set(name)
     ):
         raise InvalidCall(
-            f"{what}={name!r:.200} cannot name a table: it must be a printable text that is not empty, neither "
-            f"begins nor ends with a space or a dot, and has none of {ODD}"
+            f"{what}={name!r:.200} cannot name a table: it must be a printable text that is not empty, "
+            f"neither begins nor ends with a space or a dot, and has none of {ODD}"
         )
 
 
