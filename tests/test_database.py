@@ -277,6 +277,40 @@ def test_postgres_keys_of_its_own(pg: Place) -> None:
         every(db, replace(chosen, ids=(("sad", "2026-11-22", "x", "nonsense", "2026-11-22"),)))
 
 
+def test_times_that_python_has_not(pg: Place) -> None:
+    """Infinity, years before Christ or after 9999 arrive as text, in values, keys and arrays."""
+    pg.sql(
+        "CREATE TABLE t (id TIMESTAMPTZ PRIMARY KEY, day DATE, at TIMESTAMP, clock TIME, days DATE[])",
+        "INSERT INTO t VALUES ('infinity', '0044-03-15 BC', '294276-01-01', '24:00', '{-infinity}'), "
+        "('0044-03-15 BC', '2026-11-23', NULL, '01:02', NULL)",
+    )
+    db = pg.open()
+    chosen = selection(columns=("day", "at", "clock", "days"))
+    db.check(chosen)
+    writer = db.writer(chosen, TABLE)
+    found = every(db, chosen)
+    assert found[0].key[0].startswith("0044-03-15")
+    assert found[0].values == (dt.date(2026, 11, 23), None, dt.time(1, 2), None)
+    assert found[1].key == ("infinity",)
+    assert found[1].values == ("0044-03-15 BC", "294276-01-01 00:00:00", "24:00:00", ["-infinity"])
+    writer.commit([row(*r.key) for r in found], [])
+    assert every(db, chosen) == []
+    assert db.count(chosen) == (2, 0)
+    assert sorted(db.outputs(OUT)["id"].to_pylist()) == sorted(r.key[0] for r in found)
+
+
+@pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/New_York"])
+def test_times_are_the_same_in_every_zone(pg: Place, zone: str) -> None:
+    """What is read does not depend on the zone of the session, as its hash is kept."""
+    pg.sql(
+        "CREATE TABLE t (id INTEGER PRIMARY KEY, at TIMESTAMPTZ)",
+        "INSERT INTO t VALUES (1, '2026-11-22 12:00Z')",
+    )
+    pg.url += f"&options=-c TimeZone={zone} -c DateStyle=German".replace(" ", "%20")
+    ((read,),) = [r.values for r in every(pg.open(), selection(columns=("at",)))]
+    assert str(read) == "2026-11-22 12:00:00+00:00"
+
+
 # ---------------------------------------------------------------------- what is refused
 
 
@@ -439,7 +473,9 @@ def test_a_select_that_writes_is_refused(place: Place, select: str) -> None:
         ("postgresql://u:s3cret@h:port/d", "no SQLAlchemy URL"),
         ("postgresql://u:s3cret@127.0.0.1:9/d?nonsense=s3cret", "nonsense"),
         ("nonsense://u:s3cret@h/d", "'nonsense' is no dialect"),
-        ("postgresql+asyncpg://u:s3cret@h/d", "asynchronous|missing"),
+        ("postgresql+asyncpg://u:s3cret@h/d", "by psycopg alone"),
+        ("postgresql+psycopg2://u:s3cret@h/d", "by psycopg alone"),
+        ("postgresql+psycopg_async://u:s3cret@h/d", "by psycopg alone"),
         ("mysql+mysqldb://u:s3cret@h/d", "driver"),
         ("sqlite://", "in memory"),
         ("sqlite:///:memory:", "in memory"),
@@ -809,6 +845,34 @@ def test_a_locked_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     writer.commit([row(1)], [])
     assert place.outputs() == [(1, "o")]
     db.close()
+
+
+def test_a_locked_postgres(pg: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rival's lock that outlasts the patience is `TablesUnavailable`, and the commit may be repeated."""
+    monkeypatch.setattr("vllm_tasks.datalayer.backends.WAIT", 0.1)
+    db = pg.fill()
+    writer = db.writer(selection(), TABLE)
+    lock = f"SELECT pg_advisory_xact_lock(hashtextextended('{OUT}', 0))"
+    for other in (lock, f"LOCK TABLE {OUT}"):
+        with pg.engine.begin() as connection:
+            connection.exec_driver_sql(other)
+            with pytest.raises(TablesUnavailable, match="lock timeout"):
+                writer.commit([row(1)], [])
+    writer.commit([row(1)], [])
+    assert pg.outputs() == [(1, "o")]
+
+
+def test_a_postgres_transaction_timeout_may_pass(pg: Place) -> None:
+    """The end that PostgreSQL 17 makes of a long transaction is `TablesUnavailable`."""
+    db = pg.fill()
+    writer = db.writer(selection(), TABLE)
+    pg.sql(
+        "CREATE FUNCTION late() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE 'late' USING ERRCODE = '25P04'; END $$",
+        f"CREATE TRIGGER late BEFORE INSERT ON {OUT} EXECUTE FUNCTION late()",
+    )
+    with pytest.raises(TablesUnavailable, match="late"):
+        writer.commit([row(1)], [])
 
 
 def test_closing_ends_the_query(pg: Place) -> None:

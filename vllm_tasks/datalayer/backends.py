@@ -20,7 +20,7 @@ from vllm_tasks.errors import InvalidCall, TablesUnavailable
 DEFAULT = '"default"'
 """The name of a PostgreSQL database's own collation."""
 WAIT = 30.0
-"""Seconds that SQLite waits for another's lock."""
+"""Seconds that a database waits for another's lock."""
 DRIVERS = {
     "postgresql": "pip install 'vllm-tasks[postgres]'",
     "mysql": "pip install pymysql",
@@ -64,7 +64,15 @@ def backend(url: str) -> Backend:
         return Sqlite(made)
     if made.drivername in ("postgresql", "postgres"):
         made = made.set(drivername="postgresql+psycopg")
-    return Postgres(made) if made.get_backend_name() == "postgresql" else Backend(made)
+    if made.get_backend_name() != "postgresql":
+        return Backend(made)
+    if made.drivername != "postgresql+psycopg":
+        # Others send a statement with its parameters filled in, and the server runs two as gladly as one.
+        raise InvalidCall(
+            f"{made.drivername!r}: PostgreSQL is read by psycopg alone; write postgresql://, or "
+            "postgresql+psycopg:// (pip install 'vllm-tasks[postgres]')"
+        )
+    return Postgres(made)
 
 
 class Backend:
@@ -298,6 +306,20 @@ class Postgres(Backend):
     )
     """What the server says to a new connection that it will refuse tomorrow too; libpq gives no code then."""
 
+    READING = """
+        SELECT set_config('idle_in_transaction_session_timeout', '0', true),
+            CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL
+                THEN set_config('transaction_timeout', '0', true) END,
+            set_config('TimeZone', 'UTC', true), set_config('DateStyle', 'ISO', true)
+    """
+    """Between two pages the cursor waits for the model, for as long as that takes. And a time is the same
+    Python value (its hash is kept) whatever the zone of the session is."""
+
+    def __init__(self, url: URL) -> None:
+        super().__init__(url)
+        self.reader = self._engine()
+        sa.event.listen(self.reader, "connect", _read_what_python_has_not)
+
     def _state(self, error: DBAPIError) -> str | None:
         return getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
 
@@ -306,8 +328,9 @@ class Postgres(Backend):
         if state is None:
             said = str(error.orig)
             return super().passing(error) and not ("FATAL" in said and any(no in said for no in self.NEVER))
-        # connection, rollback, resources, lock, operator's intervention, system error, idle timeout
-        return state[:2] in ("08", "40", "53", "57", "58") or state in ("55P03", "25P03")
+        # connection, rollback, resources, operator's intervention, system error; lock, idle and
+        # transaction timeout
+        return state[:2] in ("08", "40", "53", "57", "58") or state in ("55P03", "25P03", "25P04")
 
     def rival(self, error: DBAPIError) -> bool:
         return self._state(error) in ("23505", "40001", "40P01")
@@ -316,14 +339,14 @@ class Postgres(Backend):
     def reading(self) -> Iterator[Connection]:
         with self.told(), self.reader.connect() as connection:
             connection = connection.execution_options(postgresql_readonly=True)
-            # Between two pages the cursor waits for the model, for as long as that takes.
-            connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+            connection.exec_driver_sql(self.READING)
             yield connection
 
     @contextmanager
     def writing(self, table: str) -> Iterator[Connection]:
         with self.engine.begin() as connection:
             # Rivals on one table come one after the other: none waits for a key in the midst of a commit.
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{WAIT:.3f}s'")
             lock = sa.text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
             connection.execute(lock, {"name": table})
             yield connection
@@ -386,3 +409,32 @@ class Postgres(Backend):
 
 def _text(value: Any) -> str:
     return "\\x" + value.hex() if isinstance(value, bytes) else str(value)
+
+
+def _read_what_python_has_not(connection: Any, _: Any) -> None:
+    """Times that are no Python value (infinity, before Christ, after 9999) arrive as PostgreSQL's text.
+
+    They are a matter of the row that has them, and not of the query.
+    """
+    from psycopg import DataError, NotSupportedError
+    from psycopg.types import datetime as loaders
+
+    def lenient(loader: type[Any]) -> type[Any]:
+        class Lenient(loader):  # type: ignore[misc]
+            def load(self, data: Any) -> Any:
+                try:
+                    return super().load(data)
+                except (DataError, NotSupportedError):
+                    return bytes(data).decode()
+
+        return Lenient
+
+    for name, loader in (
+        ("date", loaders.DateLoader),
+        ("time", loaders.TimeLoader),
+        ("timetz", loaders.TimetzLoader),
+        ("timestamp", loaders.TimestampLoader),
+        ("timestamptz", loaders.TimestamptzLoader),
+        ("interval", loaders.IntervalLoader),
+    ):
+        connection.adapters.register_loader(name, lenient(loader))

@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 from vllm_tasks.datalayer.backends import Backend, backend
 from vllm_tasks.datalayer.database_writer import DatabaseWriter, UtcTime, refuse_differences, shape_of
-from vllm_tasks.datalayer.selection import POSITION, OutputTable, Selection, SourceRow, Writer
+from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, OutputTable, Selection, SourceRow, Writer
 from vllm_tasks.errors import InvalidCall
 
 logger = logging.getLogger(__name__)
@@ -355,6 +355,8 @@ def _shown(key: Sequence[str], row: Sequence[Any]) -> str:
 def _arrow(connection: Connection, name: str, column: str, kind: str) -> pa.DataType:
     """What a column's values are in Arrow; whatever is not listed is shown as text."""
     if kind in ARROW:
+        if kind.startswith(("date", "timestamp")) and column not in OWN_COLUMNS:
+            return pa.string() if _out_of_range(connection, name, column) else ARROW[kind]
         return ARROW[kind]
     if connection.dialect.name == "sqlite" and kind in ("INT", "NUM", ""):
         # Any value may stand in a column of SQLite's.
@@ -364,6 +366,13 @@ def _arrow(connection: Connection, name: str, column: str, kind: str) -> pa.Data
             return pa.binary()
         return pa.int64() if found == {"integer"} or (kind == "INT" and not found) else pa.string()
     return pa.string()
+
+
+def _out_of_range(connection: Connection, name: str, column: str) -> bool:
+    """Whether PostgreSQL has times in this column that are no Python value: the driver gives their text."""
+    c = sa.table(name, sa.column(column)).c[column]
+    outside = sa.or_(c < sa.text("'0001-01-02'"), c > sa.text("'9999-12-30'"))
+    return connection.execute(sa.select(sa.true()).where(outside).limit(1)).first() is not None
 
 
 def _as_text(kind: str, connection: Connection) -> bool:
