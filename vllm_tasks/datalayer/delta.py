@@ -8,8 +8,9 @@ import os
 import random
 import re
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from deltalake import CommitProperties, DeltaTable, WriterProperties, write_deltalake
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError, DeltaProtocolError, TableNotFoundError
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, Key, OutputTable, Row
@@ -35,6 +36,7 @@ ARROW_TYPES: dict[str, pa.DataType] = {
     "json": pa.string(),
     "timestamp": pa.timestamp("us", "UTC"),
 }
+INT64 = range(-(2**63), 2**63)
 JSON = {"json": "1"}
 """Metadata of a text column that holds JSON."""
 CODECS = ("UNCOMPRESSED", "SNAPPY", "GZIP", "BROTLI", "LZ4_RAW", "ZSTD")
@@ -45,6 +47,15 @@ ONCE = CommitProperties(max_commit_retries=0)
 one key pass."""
 COLOURS = re.compile("\x1b\\[[0-9;]*m|↳")
 """What delta-rs draws its errors with."""
+REMOTE = re.compile(r"(\w+ Error: )?Traceback \(.*?\n(?P<words>\S[^\n]*)", re.DOTALL)
+"""What DuckDB says when an fsspec filesystem fails: a traceback, which ends with the filesystem's words."""
+SAID_BY_DUCKDB = re.compile(r"([A-Z]\w+ )+Error: ")
+PASSING = re.compile(
+    "^(IO|HTTP|Out of Memory|INTERRUPT|Connection) Error"
+    "|^Invalid Input Error: reading the stream registered as .* failed: IOError"
+)
+"""DuckDB's errors of what is not there now: its own, and those of the files that Arrow reads for it."""
+DENIED = re.compile("permission denied|accessdenied|access denied|forbidden", re.IGNORECASE)
 ATTEMPTS = 100
 FILE_BYTES = 4 << 20
 """What compaction and merges aim at. A redone row costs a new copy of the file that it is in, and the old
@@ -52,6 +63,15 @@ copy stays for the readers of the past: large files would make redoing dear, in 
 SMALL_FILES = 50
 COMPACT_EVERY = 200
 """Own commits."""
+TAKEN = "_vllm_tasks_taken"
+"""Hashes of the keys that the outputs hold beyond those that the caller knows of: of 10 M keys 80 MB, which
+DuckDB spills, and 30 ms a commit, where the keys themselves take 400 ms and 400 MB when they are text. A
+hash that two keys share costs a merge, and nothing else."""
+
+
+def quoted(name: str) -> str:
+    """`name` as an SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 def storage_options(url: str) -> dict[str, str] | None:
@@ -67,25 +87,44 @@ def storage_options(url: str) -> dict[str, str] | None:
     return options
 
 
+def plain(error: BaseException) -> str:
+    """The words of an error, on one line, without who may log in to a URL in them."""
+    words = str(error)
+    if match := REMOTE.match(words):
+        words = match["words"]
+    return without_userinfo(" ".join(COLOURS.sub("", words).split())) or type(error).__name__
+
+
+def without_userinfo(text: str) -> str:
+    """`text` with `scheme://user:password@` as `scheme://`."""
+    return re.sub(r"://[^/\s@'\"]*@", "://", text)
+
+
 @contextmanager
 def storage_errors(doing: str) -> Iterator[None]:
-    """Errors of files and of delta-rs as what the caller does next, with their own words.
+    """Errors of files, delta-rs, Arrow and DuckDB as what the caller does next, with their own words.
 
-    delta-rs tells most of its errors apart by their words only: what is not denied may pass.
+    Each of them passes on the others' errors as its own, told apart by their words only: what is not denied
+    may pass, but not what DuckDB says of a statement or of what is in a file.
     """
     try:
         yield
     except CommitFailedError:
         raise
-    except (DeltaError, OSError) as e:
-        words = " ".join(COLOURS.sub("", str(e)).split()) or type(e).__name__
-        denied = isinstance(e, PermissionError) or any(
-            sign in words.lower()
-            for sign in ("permission denied", "accessdenied", "access denied", "forbidden")
-        )
-        if denied:
+    except (DeltaError, OSError, duckdb.Error, pa.ArrowException) as e:
+        words = plain(e)
+        if isinstance(e, PermissionError) or DENIED.search(words):
             raise InvalidCall(f"{doing}: not allowed: {words}") from e
-        raise TablesUnavailable(f"{doing}: {words}") from e
+        raise (InvalidCall if _lasts(e, words) else TablesUnavailable)(f"{doing}: {words}") from e
+
+
+def _lasts(error: Exception, words: str) -> bool:
+    if isinstance(error, DeltaProtocolError):
+        return True
+    if isinstance(error, DeltaError) or REMOTE.match(str(error)) or PASSING.search(words):
+        return False
+    # What fails in the middle of a stream comes as Arrow's OSError, with DuckDB's words.
+    return not isinstance(error, OSError) or bool(SAID_BY_DUCKDB.match(words))
 
 
 def find_table(url: str) -> DeltaTable | None:
@@ -219,9 +258,7 @@ def arrow_column(name: str, kind: pa.DataType, values: Sequence[Any], as_json: b
     """Raises ValueError naming the column when a value does not fit."""
     try:
         if as_json:
-            values = [
-                None if v is None else json.dumps(v, ensure_ascii=False, allow_nan=False) for v in values
-            ]
+            values = [None if v is None else to_json(v) for v in values]
         elif pa.types.is_string(kind):
             for v in values:
                 if v is not None and not isinstance(v, str):
@@ -229,6 +266,69 @@ def arrow_column(name: str, kind: pa.DataType, values: Sequence[Any], as_json: b
         return pa.array(values, kind)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as e:
         raise ValueError(f"column {name!r} ({kind}) cannot hold a value: {e}") from e
+
+
+def problem_of(field: pa.Field) -> Callable[[Any], str | None]:
+    """The function that says why a column cannot hold a value, None when it can."""
+    if (field.metadata or {}).get(b"json"):
+        return _no_json
+    if pa.types.is_string(field.type):
+        return _no_text
+    if pa.types.is_int64(field.type):
+        return _no_int
+    plain_types: dict[pa.DataType, tuple[type, ...]] = {
+        pa.bool_(): (bool,),
+        pa.binary(): (bytes,),
+        pa.timestamp("us", "UTC"): (datetime,),
+    }
+    if (types := plain_types.get(field.type)) is not None:
+        return lambda v: (
+            None if v is None or isinstance(v, types) else f"{v!r:.100} is no {types[0].__name__}"
+        )
+    return lambda v: _no_arrow(field.type, v)
+
+
+def _no_arrow(kind: pa.DataType, value: Any) -> str | None:
+    if type(value) is float and pa.types.is_float64(kind):
+        return None
+    try:
+        pa.array([value], kind)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as e:
+        return f"{e} ({kind})"
+    return None
+
+
+def _no_int(value: Any) -> str | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value in INT64):
+        return None
+    return f"{value!r:.100} is no whole number of 64 bits"
+
+
+def _no_text(value: Any) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        return f"{value!r:.100} is no text"
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return "half a character (a lone surrogate) cannot be stored"
+    return None
+
+
+def _no_json(value: Any) -> str | None:
+    if value is None:
+        return None
+    try:
+        return _no_text(to_json(value))
+    except (TypeError, ValueError, RecursionError) as e:
+        return f"cannot be JSON: {e}"
+
+
+def to_json(value: Any) -> str:
+    """Raises TypeError, ValueError or RecursionError for what JSON cannot say."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 class DeltaWriter:
@@ -248,18 +348,27 @@ class DeltaWriter:
         self._key = pa.schema([schema.field(name) for name in key])
         self._properties = properties
         self._delta: DeltaTable | None = delta
+        self._problems = [(f.name, problem_of(f)) for f in schema]
         self._known = set(delta.file_uris())
-        """Files whose keys the caller's `redo` accounts for, or `_rivals`."""
+        """Files whose keys the caller's `redo` accounts for, or `TAKEN`."""
         self._cursor = cursor
-        self._rivals = False
+        with storage_errors("cannot keep the keys of the outputs"):
+            cursor.execute(f"CREATE TEMP TABLE {TAKEN} (hash UBIGINT)")
+        self._mine: pa.Table | None = None
+        """The keys of the last commit, written or not: they are in `TAKEN` from the next one on."""
         self._commits = 0
 
     def commit(self, rows: Sequence[Row], redo: Collection[Key]) -> None:
-        """See `Writer.commit`."""
-        new = self._table(rows)
+        """See `Writer.commit`; of two outputs of one key in `rows`, the later one is written."""
+        new = self._table(self._last(rows))
         old = self._keys(redo)
         if not (new.num_rows or old.num_rows):
             return
+        if self._mine is not None:
+            with storage_errors(f"cannot keep the keys of {self._url}"):
+                self._remember(self._mine)
+        # Before anything is written: whatever ends this call, a repetition of it replaces.
+        self._mine = new.select(self._key.names)
         for attempt in range(ATTEMPTS):
             try:
                 with storage_errors(f"cannot write {self._url}"):
@@ -285,26 +394,31 @@ class DeltaWriter:
 
     def unstorable(self, row: Row) -> str | None:
         """See `Writer.unstorable`."""
-        for name, value in row.items():
-            if isinstance(value, int) and not -(2**63) <= value < 2**63:
-                return f"column {name!r}: a whole number of more than 64 bits cannot be stored"
-            if (
-                isinstance(value, str)
-                and not value.isascii()
-                and any("\ud800" <= c <= "\udfff" for c in value)
-            ):
-                return f"column {name!r}: half a character (a lone surrogate) cannot be stored"
+        for name, problem_of_value in self._problems:
+            if problem := problem_of_value(row[name]):
+                return f"column {name!r}: {problem}"
+        for name in self._key.names:
+            if row[name] is None:
+                return f"column {name!r}: NULL is no key"
         return None
 
     def close(self) -> None:
         """See `Writer.close`."""
-        if self._commits:
-            if self._compact():
-                with storage_errors(f"cannot clean up {self._url}"):
-                    # With Delta's retention, 7 days: nobody who reads now loses a file.
-                    self._latest().vacuum(dry_run=False, full=True)
-            self._commits = 0
+        if self._commits and self._compact():
+            self._clean()
+        self._commits = 0
         self._cursor.close()
+
+    def _last(self, rows: Sequence[Row]) -> list[Row]:
+        """The last output of each key: a position that comes again begins it anew."""
+        found: dict[Key, dict[int, Row]] = {}
+        for row in rows:
+            output = found.setdefault(tuple(row[name] for name in self._key.names), {})
+            position = row.get(POSITION) or 0
+            if position in output:
+                output.clear()
+            output[position] = row
+        return [row for output in found.values() for row in output.values()]
 
     def _table(self, rows: Sequence[Row]) -> pa.Table:
         columns = [
@@ -322,47 +436,37 @@ class DeltaWriter:
         return pa.concat_tables(tables).group_by(self._key.names).aggregate([]).select(self._key.names)
 
     def _latest(self) -> DeltaTable:
-        """The latest version, and the keys that rivals wrote since this writer's own one in `_rivals`."""
+        """The latest version; the keys that rivals wrote since the last one are in `TAKEN` then."""
         if self._delta is None:
             self._delta = open_table(self._url)
         else:
             self._delta.update_incremental()
         files = set(self._delta.file_uris())
         if files - self._known:
-            self._remember(self._delta, files - self._known)
+            # A compaction's or merge's files hold keys known before, too: those cost a look, and no more.
+            self._remember(_only(self._delta, files - self._known))
             self._known = files
         return self._delta
 
-    def _remember(self, delta: DeltaTable, files: set[str]) -> None:
-        """A compaction's or merge's files hold keys known before, too: those cost a look, and no more."""
-        whole = dataset(delta)
-        names = {uri.rsplit("/", 1)[-1] for uri in files}  # each has a UUID
-        fragments = [f for f in whole.get_fragments() if f.path.rsplit("/", 1)[-1] in names]
-        added = ds.FileSystemDataset(fragments, whole.schema, whole.format, whole.filesystem)
-        self._cursor.register("_vllm_tasks_added", added)
-        columns = ", ".join(f"{_quoted(name)} AS k{i}" for i, name in enumerate(self._key.names))
-        query = f"FROM _vllm_tasks_added SELECT {columns}"
-        # In DuckDB, which spills: rivals may write more keys than there is memory.
-        self._cursor.execute(
-            f"INSERT INTO _vllm_tasks_rivals {query}" if self._rivals
-            else f"CREATE TEMP TABLE _vllm_tasks_rivals AS {query}"
-        )  # fmt: skip
+    def _remember(self, rows: pa.Table | ds.Dataset) -> None:
+        """Count the keys of `rows` as taken: rivals may write more than there is memory, DuckDB spills."""
+        self._cursor.register("_vllm_tasks_added", rows)
+        query = f"SELECT {self._hash} FROM _vllm_tasks_added AS n"  # noqa: S608 - the names are quoted
+        self._cursor.execute(f"INSERT INTO {TAKEN} {query}")
         self._cursor.unregister("_vllm_tasks_added")
-        self._rivals = True
 
     def _taken(self, new: pa.Table) -> pa.Table:
-        """The keys of `new` that rivals wrote."""
+        """The keys of `new` that rivals wrote, or this writer before; rarely another one, by its hash."""
         keys = new.select(self._key.names)
-        if not self._rivals:
-            return keys.slice(0, 0)
-        self._cursor.register(
-            "_vllm_tasks_new", keys.rename_columns([f"k{i}" for i in range(len(self._key))])
-        )
-        using = ", ".join(f"k{i}" for i in range(len(self._key)))
-        query = f"FROM _vllm_tasks_new SEMI JOIN _vllm_tasks_rivals USING ({using}) SELECT DISTINCT {using}"
-        taken = self._cursor.sql(query).to_arrow_table().rename_columns(self._key.names).cast(self._key)
+        self._cursor.register("_vllm_tasks_new", keys)
+        query = f"FROM _vllm_tasks_new AS n SEMI JOIN {TAKEN} AS t ON {self._hash} = t.hash"
+        taken = self._cursor.sql(query).to_arrow_table().cast(self._key)
         self._cursor.unregister("_vllm_tasks_new")
         return taken
+
+    @property
+    def _hash(self) -> str:
+        return f"hash({', '.join(f'n.{quoted(name)}' for name in self._key.names)})"
 
     def _write(self, delta: DeltaTable, new: pa.Table, old: pa.Table) -> None:
         if not old.num_rows:
@@ -379,7 +483,7 @@ class DeltaWriter:
             schema=self._schema,
         )
         source = pa.concat_tables([_marked(gone, False), _marked(new, True)])
-        keys = " AND ".join(f"s.{_quoted(n)} = t.{_quoted(n)}" for n in self._key.names)
+        keys = " AND ".join(f"s.{quoted(n)} = t.{quoted(n)}" for n in self._key.names)
         (
             delta.merge(
                 source, f"s._new = false AND {keys}", source_alias="s", target_alias="t",
@@ -388,35 +492,50 @@ class DeltaWriter:
             )
             .when_matched_delete()
             .when_not_matched_insert(
-                {_quoted(n): f"s.{_quoted(n)}" for n in self._schema.names}, predicate="s._new = true"
+                {quoted(n): f"s.{quoted(n)}" for n in self._schema.names}, predicate="s._new = true"
             )
             .execute()
         )  # fmt: skip
 
     def _compact(self) -> bool:
-        """Make few files of many small ones; whether that was done."""
+        """Make few files of many small ones; whether that was done. A failure harms nobody."""
         try:
-            with storage_errors(f"cannot compact {self._url}"):
-                delta = self._latest()
-                sizes = pa.table(delta.get_add_actions(flatten=True))["size_bytes"]
-                if pc.sum(pc.less(sizes, FILE_BYTES // 2)).as_py() < SMALL_FILES:
-                    return False
-                delta.optimize.compact(
-                    target_size=FILE_BYTES,
-                    max_concurrent_tasks=1,  # each holds files in memory
-                    writer_properties=self._properties,
-                    commit_properties=ONCE,
-                )
-                self._known = set(delta.file_uris())
+            delta = self._latest()
+            sizes = pa.table(delta.get_add_actions(flatten=True))["size_bytes"]
+            if pc.sum(pc.less(sizes, FILE_BYTES // 2)).as_py() < SMALL_FILES:
+                return False
+            delta.optimize.compact(
+                target_size=FILE_BYTES,
+                max_concurrent_tasks=1,  # each holds files in memory
+                writer_properties=self._properties,
+                commit_properties=ONCE,
+            )
+            self._known = set(delta.file_uris())
         except CommitFailedError:
             self._delta = None  # a rival was faster: the next time will do, or the rival's own compaction
             return False
+        except Exception as e:  # noqa: BLE001 - whatever it is, the rows are written
+            self._delta = None
+            logger.warning("the small files of %s were not made into large ones: %s", self._url, plain(e))
+            return False
         return True
+
+    def _clean(self) -> None:
+        try:
+            # With Delta's retention, 7 days: nobody who reads now loses a file.
+            self._latest().vacuum(dry_run=False, full=True)
+        except Exception as e:  # noqa: BLE001 - whatever it is, the rows are written
+            self._delta = None
+            logger.warning("old files of %s were not removed: %s", self._url, plain(e))
+
+
+def _only(delta: DeltaTable, files: set[str]) -> ds.Dataset:
+    """The rows of these files of the table."""
+    whole = dataset(delta)
+    names = {uri.rsplit("/", 1)[-1] for uri in files}  # each has a UUID
+    fragments = [f for f in whole.get_fragments() if f.path.rsplit("/", 1)[-1] in names]
+    return ds.FileSystemDataset(fragments, whole.schema, whole.format, whole.filesystem)
 
 
 def _marked(table: pa.Table, new: bool) -> pa.Table:
     return table.append_column("_new", pa.array([new] * table.num_rows, pa.bool_()))
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'

@@ -24,12 +24,13 @@ from vllm_tasks.datalayer.delta import (
     dataset,
     find_table,
     make_table,
+    quoted,
     storage_errors,
     table_schema,
     writer_properties,
 )
 from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, OutputTable, Selection, SourceRow, Writer
-from vllm_tasks.datalayer.sources import VIEW, Files, Source, exactly, literal, near, quoted, reading
+from vllm_tasks.datalayer.sources import VIEW, Files, Source, exactly, literal, near, reading
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 
 logger = logging.getLogger(__name__)

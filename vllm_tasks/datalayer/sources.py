@@ -13,7 +13,7 @@ from typing import Any
 import duckdb
 from fsspec.implementations.local import LocalFileSystem
 
-from vllm_tasks.datalayer.delta import dataset, open_table
+from vllm_tasks.datalayer.delta import dataset, open_table, quoted
 from vllm_tasks.errors import SHOWN, InvalidCall, TablesUnavailable
 
 READERS = {
@@ -26,11 +26,6 @@ READERS = {
 VIEW = "_vllm_tasks_source"
 FILE = re.compile(r"(?P<stem>.+)\.(?P<kind>parquet|jsonl|ndjson|json|csv)(?P<gz>\.gz)?", re.DOTALL)
 SQL = re.compile(r"(\s|\(|--[^\n]*\n|/\*.*?\*/)*(select|with|from|values|table)\b", re.IGNORECASE | re.DOTALL)
-
-
-def quoted(name: str) -> str:
-    """`name` as an SQL identifier."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def literal(text: str) -> str:
