@@ -820,6 +820,62 @@ def test_sqlite_reads_while_it_is_written(tmp_path: Path, journal: str, select: 
     db.close()
 
 
+SOURCES = {
+    "a table": ("CREATE TABLE s (id INTEGER PRIMARY KEY, text TEXT)", "s"),
+    "its rowid taken": ("CREATE TABLE s (id BIGINT PRIMARY KEY, text TEXT, RowId TEXT)", "S"),
+    "no rowid": ("CREATE TABLE s (id INTEGER PRIMARY KEY, text TEXT) WITHOUT ROWID", "s"),
+    "no name left": ("CREATE TABLE s (id BIGINT PRIMARY KEY, text TEXT, rowid, oid, _rowid_)", "main.s"),
+    "a view": ("CREATE VIEW s AS SELECT * FROM t", "s"),
+    "a statement": ("CREATE TABLE s (id INTEGER PRIMARY KEY, text TEXT)", "SELECT * FROM s"),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_sqlite_counts_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Whatever the source and however far apart its rows, the parts add up."""
+    monkeypatch.setattr("vllm_tasks.datalayer.backends.COUNTED", 7)
+    place = sqlite(tmp_path)
+    db = place.fill(50)
+    made, select = SOURCES[kind]
+    place.sql("UPDATE t SET id = (id - 20) * 1000000000000", made)
+    if kind != "a view":
+        place.sql("INSERT INTO s (id, text) SELECT * FROM t")
+    chosen = selection(select)
+    writer = db.writer(chosen, TABLE)
+    assert db.count(chosen) == (50, 50)
+    writer.commit([row((n - 20) * 10**12) for n in range(0, 50, 2)], [])
+    assert db.count(chosen) == (50, 25)
+    assert db.count(replace(chosen, ids=((0,), (10**12,), (1,)))) == (2, 1)
+    if kind != "a view":
+        place.sql("DELETE FROM s")
+        assert db.count(chosen) == (0, 0)
+    db.close()
+
+
+@pytest.mark.parametrize("journal", ["wal", "delete"])
+def test_a_count_holds_up_no_commit_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, journal: str
+) -> None:
+    """Without a write-ahead log, a count in one read that takes too long gives up."""
+    monkeypatch.setattr("vllm_tasks.datalayer.backends.PATIENCE", 0.2)
+    place = sqlite(tmp_path)
+    place.sql(f"PRAGMA journal_mode = {journal}")
+    db = place.fill(60_000)
+    writer = db.writer(selection(), TABLE)
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 2000000) "
+    slow = selection(numbers + "SELECT i AS id, text FROM n JOIN t ON t.id = n.i % 10")
+    if journal == "wal":
+        assert db.count(slow) == (2_000_001, 2_000_001)
+    else:
+        began = time.monotonic()
+        with pytest.raises(TablesUnavailable, match="journal_mode"):
+            db.count(slow)
+        assert time.monotonic() - began < 2
+    writer.commit([row(0)], [])
+    assert db.count(selection()) == (60_000, 59_999)
+    db.close()
+
+
 def test_text_that_is_no_text(tmp_path: Path) -> None:
     """Bytes in SQLite that are not UTF-8 spoil the value that has them, and not the query."""
     place = sqlite(tmp_path)

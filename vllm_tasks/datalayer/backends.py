@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,10 @@ DEFAULT = '"default"'
 """The name of a PostgreSQL database's own collation."""
 WAIT = 30.0
 """Seconds that a database waits for another's lock."""
+PATIENCE = 10.0
+"""Seconds that a count may hold up the commits of an SQLite database without a write-ahead log."""
+COUNTED = 50_000
+"""Rows that SQLite counts in one read."""
 DRIVERS = {
     "postgresql": "pip install 'vllm-tasks[postgres]'",
     "mysql": "pip install pymysql",
@@ -193,6 +198,16 @@ class Backend:
             connection.execute(sa.insert(table), [dict(zip(names, key, strict=True)) for key in ids])
         return sa.select(*table.c)
 
+    def counted(
+        self,
+        connection: Connection,
+        source: sa.FromClause,
+        table: tuple[str, str | None] | None,
+        query: sa.Select[Any],
+    ) -> Iterator[Sequence[Any]]:
+        """The rows of `query`, which counts the rows of `source`: one, or one for each part of the source."""
+        yield connection.execute(query).one()
+
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
@@ -290,6 +305,62 @@ class Sqlite(Backend):
 
     def floating(self, kind: Any) -> bool:
         return bool(kind.spec == "REAL")
+
+    def counted(
+        self,
+        connection: Connection,
+        source: sa.FromClause,
+        table: tuple[str, str | None] | None,
+        query: sa.Select[Any],
+    ) -> Iterator[Sequence[Any]]:
+        # Without a write-ahead log no commit passes a read: many short ones, or one that gives up.
+        rowid = table and self._rowid(connection, source, *table)
+        if rowid is None:
+            yield self._counted_soon(connection, query)
+            return
+        first = connection.execute(sa.select(sa.func.min(rowid)).select_from(source)).scalar()
+        following = sa.select(rowid).select_from(source).where(rowid >= sa.bindparam("first")).order_by(rowid)
+        following = following.limit(1).offset(COUNTED)
+        while first is not None:
+            end = connection.execute(following, {"first": first}).scalar()
+            part = query.where(rowid >= first)
+            yield connection.execute(part if end is None else part.where(rowid < end)).one()
+            first = end
+
+    def _rowid(
+        self, connection: Connection, source: sa.FromClause, name: str, schema: str | None
+    ) -> sa.ColumnElement[Any] | None:
+        """The number that SQLite itself gives each row of a table."""
+        taken = {column.casefold() for column in self._columns(connection, name, schema)}
+        alias = next((a for a in ("rowid", "oid", "_rowid_") if a not in taken), None)
+        kind = sa.text("SELECT type FROM sqlite_master WHERE name = :name COLLATE NOCASE")
+        if alias is None or connection.execute(kind, {"name": name}).scalar() != "table":
+            return None
+        rowid = sa.literal_column(f"s.{alias}", sa.Integer)
+        try:
+            connection.execute(sa.select(rowid).select_from(source).limit(0))
+        except DBAPIError:  # a table WITHOUT ROWID
+            return None
+        return rowid
+
+    def _columns(self, connection: Connection, name: str, schema: str | None) -> list[str]:
+        query = sa.text("SELECT name FROM pragma_table_info(:name, :schema)")
+        return list(connection.execute(query, {"name": name, "schema": schema or "main"}).scalars())
+
+    def _counted_soon(self, connection: Connection, query: sa.Select[Any]) -> Sequence[Any]:
+        if connection.exec_driver_sql("PRAGMA journal_mode").scalar() != "wal":
+            end = time.monotonic() + PATIENCE
+            driver: Any = connection.connection.driver_connection
+            driver.set_progress_handler(lambda: time.monotonic() > end, 10_000)
+        try:
+            return connection.execute(query).one()
+        except DBAPIError as e:
+            if getattr(e.orig, "sqlite_errorcode", None) != sqlite3.SQLITE_INTERRUPT:
+                raise
+            raise TablesUnavailable(
+                f"{self.where()}: to count the rows of this select takes more than {PATIENCE:g} s, in which "
+                "nothing could be committed (PRAGMA journal_mode = WAL lets both go on)"
+            ) from e
 
 
 class Postgres(Backend):

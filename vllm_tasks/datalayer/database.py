@@ -103,8 +103,12 @@ class Database:
             source = self._source(connection, selection)
             joined = self._joined(connection, source, selection)
             chosen = sa.func.sum(sa.case((joined.condition, 1), else_=0))
-            row = connection.execute(joined.query.add_columns(sa.func.count(), chosen)).one()
-            return row[0], int(row[1] or 0)
+            query = joined.query.add_columns(sa.func.count(), chosen)
+            # Some ids of an indexed key are found soon; else the table is counted in parts.
+            few = selection.ids is not None and self._indexed(connection, source, selection.key)
+            table = None if few else source.table
+            parts = list(self._backend.counted(connection, source.rows, table, query))
+            return sum(part[0] for part in parts), sum(int(part[1] or 0) for part in parts)
 
     def writer(self, selection: Selection, table: OutputTable) -> Writer:
         with self._backend.reading() as connection:
