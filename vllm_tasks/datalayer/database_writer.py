@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
@@ -20,6 +21,8 @@ from vllm_tasks.errors import InvalidCall
 
 TRIES = 10
 INT64 = range(-(2**63), 2**63)
+ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+"""In JSON: an even number of backslashes before it are backslashes of the text."""
 
 Shape = Mapping[str, tuple[str, bool]]
 """Type and whether NULL may stand there, by column."""
@@ -118,7 +121,8 @@ class DatabaseWriter:
 
     A commit deletes all its keys before it inserts them, also those that nobody said are there: a rival
     may have committed them meanwhile, or this writer itself, when an acknowledgement was lost. (That
-    costs less than to run into the unique key and to begin again.)
+    costs less than to run into the unique key and to begin again.) Of a key that is in one commit twice,
+    as its row came up twice when the source changed under the run, the later outcome is kept, whole.
     """
 
     def __init__(
@@ -141,9 +145,10 @@ class DatabaseWriter:
         for row in rows:
             if problem := self.unstorable(row):
                 raise ValueError(f"the key {self._key_of(row)!r:.200}: {problem}")
+        latest = self._latest(rows)
         for attempt in range(1, TRIES + 1):
             try:
-                return self._write(rows, redo)
+                return self._write(latest, redo)
             except DBAPIError as e:
                 if attempt == TRIES or not self._backend.rival(e):
                     raise self._backend.translated(e) from e
@@ -166,7 +171,7 @@ class DatabaseWriter:
                 value = to_json(value)
             except (TypeError, ValueError, RecursionError) as e:
                 return f"cannot be JSON: {e}"
-            if not self._backend.nul and "\\u0000" in value:
+            if not self._backend.nul and "\\u0000" in value and ESCAPED_NUL.search(value):
                 return "the character 0 cannot be stored"
         if isinstance(value, str):
             if not self._backend.nul and "\0" in value:
@@ -181,6 +186,17 @@ class DatabaseWriter:
 
     def _key_of(self, row: Row) -> Key:
         return tuple(row[name] for name in self._key)
+
+    def _latest(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The rows of the last outcome of each key; an outcome begins with the position 0 or none."""
+        latest: dict[Key, list[Row]] = {}
+        for row in rows:
+            key = self._key_of(row)
+            if row.get(POSITION):
+                latest.setdefault(key, []).append(row)
+            else:
+                latest[key] = [row]
+        return [row for outcome in latest.values() for row in outcome]
 
     def _write(self, rows: Sequence[Row], redo: Collection[Key]) -> None:
         with self._backend.writing(self._table.name) as connection:
