@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import gc
+import json
 import logging
 import multiprocessing
 import os
@@ -333,6 +334,85 @@ def test_bad_keys_are_refused_with_count_and_example(place: Place) -> None:
     db.check(selection("SELECT * FROM t WHERE b <> 2 AND id IS NOT NULL", key=("id", "b")))
 
 
+@pytest.mark.parametrize("kind", ["f", "g", "j", "a", "r", "h", "hs", "xs"])
+def test_postgres_types_that_are_no_keys(pg: Place, kind: str) -> None:
+    """A domain is what is beneath it; what is not hashable or has no equality is refused."""
+    pg.sql(
+        "CREATE SCHEMA x",
+        "CREATE EXTENSION IF NOT EXISTS hstore",
+        "CREATE DOMAIN f AS real",
+        "CREATE DOMAIN x.g AS f",
+        "CREATE DOMAIN h AS hstore",
+        "CREATE TABLE t (f f, g x.g, j jsonb, a integer[], r int4multirange, h h, hs hstore, text TEXT)",
+        "ALTER TABLE t ADD xs hstore[]",
+    )
+    try:
+        with pytest.raises(InvalidCall, match=f"the key '{kind}' is .*identify a row"):
+            pg.open().check(selection(key=(kind,)))
+    finally:
+        pg.sql("DROP SCHEMA x CASCADE")
+
+
+def test_a_domain_may_be_a_key(pg: Place) -> None:
+    """A domain over text or numbers is kept as it is."""
+    pg.sql(
+        'CREATE DOMAIN "My Code" AS TEXT COLLATE "C"',
+        'CREATE TABLE t (id "My Code" PRIMARY KEY, text TEXT)',
+        "INSERT INTO t VALUES ('a', 'x'), ('b', 'y')",
+    )
+    db = pg.open()
+    db.check(selection())
+    db.writer(selection(), TABLE).commit([row("a")], [])
+    db.writer(selection(), TABLE)
+    assert keys(db, selection(ids=(("a",), ("b",)))) == ["b"]
+
+
+def test_boolean_keys(place: Place) -> None:
+    """True and False identify rows, and may be given as ids."""
+    place.sql(
+        "CREATE TABLE t (id INTEGER, b BOOLEAN, text TEXT, PRIMARY KEY (id, b))",
+        "INSERT INTO t VALUES (1, TRUE, 'x'), (1, FALSE, 'y'), (2, FALSE, 'z')",
+    )
+    db = place.open()
+    chosen = selection(key=("id", "b"), ids=((1, True), (2, True), (2, False)))
+    db.check(chosen)
+    writer = db.writer(chosen, TABLE)
+    assert keys(db, chosen) == [(1, True), (2, False)]
+    writer.commit([row(1, True, names=("id", "b"))], [])
+    assert keys(db, chosen) == [(2, False)]
+    with pytest.raises(InvalidCall, match="ids"):
+        db.check(replace(chosen, ids=((True, True),)))
+
+
+def test_half_a_character(place: Place) -> None:
+    """A lone surrogate, which no database takes, is refused in a select, its names and ids."""
+    place.sql("CREATE TABLE t (id VARCHAR(9) NOT NULL PRIMARY KEY, text TEXT)")
+    db = place.open()
+    for wrong in (
+        selection("\ud800"),
+        selection("SELECT id, '\ud800' AS text FROM t"),
+        selection(key=("\ud800",)),
+        selection(ids=(("\ud800",),)),
+    ):
+        with pytest.raises(InvalidCall, match=r"\\ud800"):
+            db.check(wrong)
+
+
+def test_a_statement_is_told_from_a_name_at_once(tmp_path: Path) -> None:
+    """However many comments it begins with."""
+    place = sqlite(tmp_path)
+    db = place.fill(1)
+    began = time.monotonic()
+    for odd in ("/**/" * 5000, "/**/ " * 5000 + "/*", "-- x\n(" * 5000, "/*" * 5000):
+        with pytest.raises(InvalidCall, match="no SELECT"):
+            db.check(selection(odd + "nothing"))
+    db.check(selection("/**/" * 5000 + "SELECT * FROM t"))
+    assert time.monotonic() - began < 2
+    with pytest.raises(InvalidCall, match="exactly one SELECT statement"):
+        db.check(selection("SELECT 1; SELECT 2"))
+    db.close()
+
+
 def test_unique_keys_cost_nothing_where_an_index_says_so(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -572,6 +652,13 @@ def test_what_cannot_be_stored_is_told_before_anything_is_sent(place: Place) -> 
             writer.commit([fine, row(2, j=None, i=1) | bad], [])
     assert writer.unstorable(fine) is None
     assert place.outputs() == []
+    spelled = ["\\u0000", {"\\\\u0000": "\\"}]
+    for n, j in enumerate(spelled):
+        assert writer.unstorable(row(n, j=j, i=1)) is None
+    if not place.sqlite:
+        assert writer.unstorable(row(1, j=["\\\0"], i=1))
+    writer.commit([row(n, j=j, i=1) for n, j in enumerate(spelled)], [])
+    assert [json.loads(told) for told in db.outputs(OUT)["j"].to_pylist()] == spelled
 
 
 def test_a_table_of_another_shape_is_refused(place: Place) -> None:
@@ -608,6 +695,22 @@ def test_columns_that_collide(place: Place, table: OutputTable, key: str, told: 
     place.sql(f"CREATE TABLE t ({key} INTEGER PRIMARY KEY, text TEXT)")
     with pytest.raises(InvalidCall, match=told):
         place.open().writer(selection(key=(key,)), table)
+
+
+def test_names_that_sqlite_does_not_tell_apart(tmp_path: Path) -> None:
+    """Outputs whose names differ in case would share a table; the second is refused."""
+    place = sqlite(tmp_path)
+    db = place.fill()
+    db.writer(selection(), TABLE).commit([row(1)], [])
+    other = OUT.upper()
+    for refused in (
+        lambda: db.check(selection(outputs=other)),
+        lambda: db.writer(selection(outputs=other), replace(TABLE, name=other)),
+        lambda: db.outputs(other),
+    ):
+        with pytest.raises(InvalidCall, match=rf"'{OUT}'.*does not tell from '{other}'.*another predict_id"):
+            refused()
+    db.close()
 
 
 def test_a_name_too_long_for_postgres(pg: Place) -> None:
@@ -727,6 +830,27 @@ def test_a_commit_whose_acknowledgement_was_lost(place: Place) -> None:
         found = db.outputs(table.name)
         assert Counter(found["output"].to_pylist()) == {"again": 2, "rival": 3}
         writer.commit([], [])
+
+
+def test_a_key_that_comes_twice_in_a_commit(place: Place) -> None:
+    """Of a key whose row came up twice, the later outcome is kept, with its positions and no others."""
+    db = place.fill()
+    db.writer(selection(), TABLE).commit([row(1, output="first"), row(2), row(1, output="later")], [])
+    assert place.outputs() == [(1, "later"), (2, "o")]
+    flat = replace(FLAT, name="_outputs__flat")
+    writer = db.writer(selection(), flat)
+    twice = [row(1, output="first", _position=p) for p in range(3)]
+    twice += [row(1, output="later", _position=p) for p in range(2)]
+    writer.commit([*twice, row(2, _position=0), row(3, _position=0), row(3, _position=None)], [(3,)])
+    writer.commit([row(4, _position=None), row(4, _position=0), row(4, _position=1)], [])
+    assert sorted(place.sql('SELECT id, coalesce(_position, -1), output FROM "_outputs__flat"')) == [
+        (1, 0, "later"),
+        (1, 1, "later"),
+        (2, 0, "o"),
+        (3, -1, "o"),
+        (4, 0, "o"),
+        (4, 1, "o"),
+    ]
 
 
 def test_postgres_restarted(pg: Place, postgres: Postgres) -> None:

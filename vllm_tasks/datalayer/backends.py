@@ -182,6 +182,10 @@ class Backend:
         keys += [c["column_names"] for c in inspector.get_unique_constraints(name, schema)]
         return [set(key) for key in keys if key]
 
+    def plain(self, connection: Connection, kinds: Sequence[Any]) -> list[str]:
+        """The types' names in small letters, without a schema or collation; a domain's is that beneath it."""
+        return [kind.compile(connection.dialect).partition(" COLLATE ")[0].lower() for kind in kinds]
+
     def floating(self, kind: Any) -> bool:
         """Whether a column type holds floating-point numbers."""
         return isinstance(kind, sa.Float)
@@ -285,6 +289,12 @@ class Sqlite(Backend):
         return [Verbatim(row[2]) for row in found]
 
     def shape(self, connection: Connection, name: str) -> dict[str, tuple[str, bool]]:
+        there = sa.text("SELECT name FROM sqlite_master WHERE name = :name COLLATE NOCASE")
+        if (found := connection.execute(there, {"name": name}).scalar()) not in (None, name):
+            raise InvalidCall(
+                f"there is a table {found!r} in {self.where()}, which SQLite does not tell from {name!r}: "
+                "write it in the same way, or give another predict_id"
+            )
         query = sa.text('SELECT name, type, "notnull" FROM pragma_table_info(:name)')
         return {row[0]: (row[1], not row[2]) for row in connection.execute(query, {"name": name})}
 
@@ -462,6 +472,17 @@ class Postgres(Backend):
         quote = connection.dialect.identifier_preparer.quote_identifier
         whole = ".".join(quote(part).replace("%%", "%") for part in (schema, name) if part)
         return [set(row[0]) for row in connection.execute(query, {"name": whole})]
+
+    def plain(self, connection: Connection, kinds: Sequence[Any]) -> list[str]:
+        query = sa.text(
+            "WITH RECURSIVE beneath(n, oid) AS ("
+            "SELECT n, to_regtype(spec)::oid FROM unnest(CAST(:specs AS text[])) WITH ORDINALITY AS g(spec, n) "
+            "UNION ALL SELECT n, typbasetype FROM beneath NATURAL JOIN pg_type WHERE typtype = 'd') "
+            "SELECT CASE WHEN typcategory = 'A' THEN format_type(oid, -1) "
+            "WHEN typnamespace = 'pg_catalog'::regnamespace THEN format_type(oid, -1) ELSE typname END "
+            "FROM beneath NATURAL JOIN pg_type WHERE typtype <> 'd' ORDER BY n"
+        )
+        return list(connection.execute(query, {"specs": [kind.bare for kind in kinds]}).scalars())
 
     def floating(self, kind: Any) -> bool:
         return kind.spec in ("real", "double precision")

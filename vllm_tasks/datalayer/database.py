@@ -22,7 +22,8 @@ from vllm_tasks.errors import InvalidCall
 
 logger = logging.getLogger(__name__)
 
-STATEMENT = re.compile(r"(\s|\(|--[^\n]*\n|/\*.*?\*/)*(select|with)\b", re.IGNORECASE | re.DOTALL)
+# The first loop gives nothing back, so that the time grows with the length of the text and no faster.
+STATEMENT = re.compile(r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*+(?:select|with)\b", re.IGNORECASE | re.DOTALL)
 TIMESTAMP = pa.timestamp("us", "UTC")
 ARROW = {
     "smallint": pa.int16(),
@@ -47,6 +48,10 @@ ID_TYPES: dict[str, type] = {
     **dict.fromkeys(("TEXT", "text", "character varying", "bpchar"), str),
 }
 """What an id of such a column is; of other types the database reads it."""
+NO_KEYS = ("json", "jsonb", "xml", "hstore", "point", "interval")
+"""Types whose values are not hashable, have no equality, or are equal and unlike."""
+BOOLEANS = ("boolean", "BOOLEAN", "BOOL", "NUM")
+"""`NUM` is what SQLite makes of a type that it does not know, BOOLEAN among them."""
 CHUNK = 50_000
 """Rows of the outputs that are Python objects at a time, on their way to Arrow."""
 
@@ -151,6 +156,8 @@ class Database:
 
     def _source(self, connection: Connection, selection: Selection) -> Source:
         select = selection.select.strip()
+        if not _is_text(select):
+            raise InvalidCall(f"select={select[:200]!r} has half a character (a lone surrogate)")
         table = self._table(connection, select)
         if table:
             clause: sa.TableClause | sa.TextClause = sa.table(table[0], schema=table[1])
@@ -190,19 +197,18 @@ class Database:
         except DBAPIError as e:
             error = self._backend.translated(e)
             if isinstance(error, InvalidCall) and isinstance(clause, sa.TextClause):
-                raise InvalidCall(f"the select is not one SELECT that runs here: {error}") from e
+                raise InvalidCall(f"select must be exactly one SELECT statement that runs: {error}") from e
             raise error from e
 
     def _kinds(self, connection: Connection, source: Source, key: Sequence[str]) -> list[Any]:
         kinds = self._backend.types(connection, source.rows, key)
-        for name, kind in zip(key, kinds, strict=True):
-            if self._backend.floating(kind):
+        for name, kind, spec in zip(key, kinds, self._backend.plain(connection, kinds), strict=True):
+            if self._backend.floating(kind) or spec in ("real", "double precision"):
                 raise InvalidCall(
                     f"the key {name!r} is a floating-point number, which does not identify a row: equal "
                     "numbers may be stored unequal; select it as text or a whole number"
                 )
-            spec = kind.compile(connection.dialect)
-            if spec.endswith("]") or spec.lower() in ("json", "jsonb", "xml", "point", "interval"):
+            if spec.endswith(("]", "multirange")) or spec in NO_KEYS:
                 raise InvalidCall(f"the key {name!r} is of the type {spec}, which does not identify a row")
         return kinds
 
@@ -229,14 +235,10 @@ class Database:
             )
 
     def _refuse_bad_ids(self, connection: Connection, selection: Selection, kinds: Sequence[Any]) -> None:
-        wanted = [ID_TYPES.get(kind.compile(connection.dialect).partition(" COLLATE ")[0]) for kind in kinds]
+        specs = [kind.compile(connection.dialect).partition(" COLLATE ")[0] for kind in kinds]
         for key in selection.ids or ():
-            fits = len(key) == len(kinds) and not any(v is None or isinstance(v, bool) for v in key)
-            if not fits or not all(t is None or isinstance(v, t) for v, t in zip(key, wanted, strict=True)):
-                told = ", ".join(
-                    f"{name} ({kind.compile(connection.dialect)})"
-                    for name, kind in zip(selection.key, kinds, strict=True)
-                )
+            if len(key) != len(kinds) or not all(map(_fits, key, specs)):
+                told = ", ".join(f"{name} ({spec})" for name, spec in zip(selection.key, specs, strict=True))
                 raise InvalidCall(f"ids: {key!r:.200} is no value of the key {told}")
 
     # ------------------------------------------------------------------ the selected rows
@@ -343,6 +345,19 @@ def _rows(clause: sa.TableClause | sa.TextClause, columns: Sequence[str]) -> sa.
     if isinstance(clause, sa.TextClause):
         return clause.columns(*map(sa.column, columns)).subquery("s")
     return sa.table(clause.name, *map(sa.column, columns), schema=clause.schema).alias("s")
+
+
+def _fits(value: Any, spec: str) -> bool:
+    """Whether a value may be an id of a column of this type."""
+    if isinstance(value, bool):
+        return spec in BOOLEANS
+    if isinstance(value, str) and not _is_text(value):
+        return False
+    return value is not None and isinstance(value, ID_TYPES.get(spec, object))
+
+
+def _is_text(value: str) -> bool:
+    return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _near(name: str, names: Sequence[str]) -> str:
