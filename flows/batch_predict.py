@@ -4,8 +4,7 @@ prefect block register -m vllm_tasks                  # once per Prefect server
 python -m flows.batch_predict --cron "0 2 * * *"      # serve it; then run it from the UI
 """
 
-from __future__ import annotations
-
+# Without `from __future__ import annotations`: the process of a served run cannot resolve texts for types.
 import argparse
 from typing import Any, Literal
 

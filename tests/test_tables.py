@@ -25,7 +25,7 @@ from vllm_tasks import (
     VllmAPI,
 )
 from vllm_tasks.fingerprint import input_hash
-from vllm_tasks.tables import records
+from vllm_tasks.tables import Log, records
 
 
 @pytest.fixture
@@ -424,6 +424,29 @@ def test_groups_have_the_size_asked_for(model: VllmAPI, place: Place) -> None:
 # ---------------------------------------------------------------------- the end
 
 
+def test_rows_that_become_no_prompt_do_not_look_hopeless(model: VllmAPI, place: Place) -> None:
+    """They fail before any answer can come, and say nothing about the rows that are asked."""
+    place.fill_texts(*(None if i % 5 == 0 else f"t{i}" for i in range(500)))
+    report = ask(model, max_failed=0.5)
+    assert (report.succeeded, report.failed) == (400, 100)
+
+
+def test_an_interrupt_after_a_commit_does_not_repeat_it(model: VllmAPI, place: Place) -> None:
+    """Whoever repeats commits may be interrupted when the commit is done: each key is there once."""
+
+    class Interrupted(Log):
+        def commit(self, name: str, work: Callable[[], None]) -> None:
+            work()
+            raise KeyboardInterrupt
+
+    place.fill_texts(*(f"t{i}" for i in range(100)))
+    with pytest.raises(KeyboardInterrupt):
+        ask(model, max_chunk_size=10, display=Interrupted())
+    assert len(place.answers()) >= 10
+    ask(model)
+    assert place.answers() == {i: answer_to(f"t{i}") for i in range(100)}
+
+
 def test_a_hopeless_run_stops_at_once(model: VllmAPI, place: Place, server: ScriptedServer) -> None:
     """When the first rows all fail alike, asking stops; the failed ones are committed and reported."""
     place.fill_texts(*(f"t{i}" for i in range(5000)))
@@ -447,7 +470,7 @@ def test_a_budget_is_a_share_or_a_count(
     bad = {"t3", "t13", "t23", "t33"}
     server.script = lambda asked: refused(400, "no") if asked.body and asked.prompt in bad else None
     if fails:
-        with pytest.raises(TooManyFailed, match=r"4 of 40 rows failed.*4 of them refused"):
+        with pytest.raises(TooManyFailed, match=r"4 of \d+ rows failed.*4 of them refused"):
             ask(model, max_failed=max_failed)
     else:
         ask(model, max_failed=max_failed)
@@ -595,6 +618,11 @@ def test_poison_at_every_stage_fails_its_rows_alone(place: Place, server: Script
         ({"predict_id": "a#1"}, "predict_id"),
         ({"predict_id": " "}, "predict_id"),
         ({"ids": "abc"}, "ids"),
+        ({"ids": 5}, "ids"),
+        ({"ids": [[1]]}, "ids"),
+        ({"X": 5}, "X=5"),
+        ({"primary_id": None}, "primary_id=None"),
+        ({"db": {}}, "db="),
         ({"temprature": 1}, "temperature"),
         ({"context": "unused"}, "context"),
     ],

@@ -20,13 +20,14 @@ from prefect import flow, get_client
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.client.schemas.objects import Artifact, TaskRun
 from prefect.events.filters import EventFilter, EventNameFilter
+from prefect.flows import load_flow_from_entrypoint
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
 
 from flows.batch_predict import batch_predict
 from tests.places import Place
 from tests.scripted_server import Asked, ScriptedServer, answer_to, refused
-from vllm_tasks import InvalidCall, Report, TooManyFailed, VllmAPI, predict_in_db
+from vllm_tasks import Datalayer, InvalidCall, Report, TooManyFailed, VllmAPI, predict_in_db
 from vllm_tasks.artifacts import asset_key, markdown_of, slug
 from vllm_tasks.report import ErrorKind, Progress
 
@@ -204,8 +205,9 @@ job(submit=sys.argv[3] == "submit")
 """
 
 
-@pytest.mark.parametrize("how", ["call", "submit"])
-@pytest.mark.parametrize("way", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("way", "how"), [(signal.SIGTERM, "call"), (signal.SIGTERM, "submit"), (signal.SIGINT, "call")]
+)
 def test_a_flow_that_is_told_to_end_commits_what_is_finished(
     lake: Place, server: ScriptedServer, tmp_path: Path, way: signal.Signals, how: str
 ) -> None:
@@ -240,6 +242,17 @@ def test_the_deployable_flow_does_the_job(model: VllmAPI, lake: Place) -> None:
     assert report.succeeded == 100
     with pytest.raises(InvalidCall, match="temperature"):
         batch_predict(model, "text", "rows", sampling={"temprature": 0})
+
+
+def test_the_deployable_flow_can_be_loaded_where_it_runs(model: VllmAPI) -> None:
+    """The process of a served run loads the flow from its file and checks the parameters of the form."""
+    loaded = load_flow_from_entrypoint("flows/batch_predict.py:batch_predict")
+    fields = {"identifier": "m", "api_url": model.api_url}
+    given = {"model": fields, "X": ["a", "b"], "select": "rows", "db": {"url": "data"}, "max_failed": 3}
+    checked = loaded.validate_parameters(given)
+    assert isinstance(checked["model"], VllmAPI)
+    assert isinstance(checked["db"], Datalayer)
+    assert checked["max_failed"] == 3
 
 
 def test_the_deployable_flow_has_a_good_form() -> None:

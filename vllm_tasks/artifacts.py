@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import re
+import threading
 import time
 from collections.abc import Mapping
+from functools import partial
 from uuid import UUID
 
 import httpx
@@ -24,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 UPDATED_EVERY = 10.0
 """Seconds between two updates of the progress artifact."""
+LAST_PATIENCE = 5.0
+"""Seconds that a finished run waits until the last update is there."""
 MESSAGE_SHOWN = 300
 """Characters of an error's message in the table of errors."""
 PHASES = {
@@ -37,19 +42,34 @@ PHASES = {
 
 
 class ProgressArtifact:
-    """A progress artifact that is updated every few seconds."""
+    """A progress artifact that is updated every few seconds, in a thread: Prefect's client tries again for
+    a minute when its server is away, and no commit may wait for that."""
 
     def __init__(self, predict_id: str) -> None:
         self._key = f"{slug(predict_id)}-progress"
         self._artifact: UUID | None = None
         self._shown = float("-inf")
+        self._sending: threading.Thread | None = None
 
-    def show(self, progress: Progress, *, now: bool = False) -> None:
-        """Show `progress` if it is time, or `now`."""
-        if not now and time.monotonic() - self._shown < UPDATED_EVERY:
+    def show(self, progress: Progress, *, last: bool = False) -> None:
+        """Show `progress` if it is time, and the `last` one in any case, as complete."""
+        if not last and time.monotonic() - self._shown < UPDATED_EVERY:
             return
+        if self._sending is not None:
+            self._sending.join(LAST_PATIENCE if last else 0)
+            if self._sending.is_alive():
+                return
         self._shown = time.monotonic()
+        # Prefect finds the flow run in the context of the thread.
+        work = partial(contextvars.copy_context().run, self._send, progress, last)
+        self._sending = threading.Thread(target=work, name="vllm-tasks-progress", daemon=True)
+        self._sending.start()
+        if last:
+            self._sending.join(LAST_PATIENCE)
+
+    def _send(self, progress: Progress, last: bool) -> None:
         percent = min(100.0 * progress.done / progress.to_ask, 100.0) if progress.to_ask else 0.0
+        percent = 100.0 if last else percent
         try:
             if self._artifact is None:
                 created = create_progress_artifact(percent, self._key, str(progress))
@@ -67,7 +87,7 @@ def show_report(report: Report) -> None:
         create_markdown_artifact(markdown_of(report), f"{slug(report.predict_id)}-report", str(report))
         if report.worst:
             table = [
-                {"key": shown_key(row.key), "kind": row.kind, "message": row.message[:MESSAGE_SHOWN]}
+                {"key": shown_key(row.key), "kind": row.kind, "message": row.reason[:MESSAGE_SHOWN]}
                 for row in report.worst
             ]
             words = f"{len(table)} of {report.failed:,} failed rows of {report.predict_id}"
@@ -133,5 +153,7 @@ def slug(name: str) -> str:
 
 def asset_key(place: str) -> str:
     """A place as asset keys have to be: a URI without spaces and a few other characters."""
+    if table := re.fullmatch(r"table (\S+) in (\w+)(?:\+\w+)?://(?:[^/@]*@)?(.*)", place):
+        place = f"{table[2]}://{table[3]}/{table[1]}"
     uri = place if re.match(r"[a-z][a-z0-9+.-]*://", place) else f"file://{place}"
     return re.sub(r"""[^A-Za-z0-9_.:/@=,;+~()!*$-]""", "_", uri)[:512]

@@ -31,6 +31,8 @@ class VllmTasksError(Exception):
     """
 
     results: list[Any] | None = None
+    repeatable: bool = True
+    """Whether the same call may be made again without doing again what is done."""
 
 
 class InvalidCall(VllmTasksError, ValueError):

@@ -13,8 +13,12 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from datetime import date, time, timedelta
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path, PurePath
 from typing import Any
+from uuid import UUID
 
 from vllm_tasks.callables import dotted_path
 
@@ -37,7 +41,6 @@ PERFORMANCE_ONLY = {
     "enforce_eager",
     "gpu_memory_utilization",
     "kv_cache_memory_bytes",
-    "load_format",
     "max_num_batched_tokens",
     "max_num_seqs",
     "max_parallel_loading_workers",
@@ -46,6 +49,10 @@ PERFORMANCE_ONLY = {
     "tensor_parallel_size",
 }
 """Engine arguments of vLLM that change how fast it answers, not what. All others count."""
+DEEPEST = 100
+"""Levels of nested values that are told apart."""
+PLAIN_TEXTS = date, time, timedelta, Decimal, UUID, Fraction, complex, PurePath
+"""Types whose text says all of a value."""
 IDENTITY_OF_A_FOLDER = "model", "tokenizer", "hf_config_path"
 
 
@@ -60,37 +67,74 @@ def input_hash(values: Sequence[Any]) -> str:
 
 
 def canonical(value: Any) -> str:
-    """JSON with sorted keys; what JSON has no type for is written with its type."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=_typed)
+    """JSON with sorted keys; what JSON has no type for is written with its type.
+
+    A float that is a whole number is written as one: a form in a browser makes 0 of 0.0.
+    """
+    return json.dumps(_plain(value, 0), sort_keys=True, separators=(",", ":"))
 
 
-def _typed(value: object) -> Any:
+def _plain(value: Any, depth: int) -> Any:
+    """`value` as JSON's types; an object by its class and state, never by its address."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else value
     if isinstance(value, bytes | bytearray | memoryview):
         return {"bytes": bytes(value).hex()}
+    if depth > DEEPEST:
+        return {"deeper": type(value).__qualname__}
     if isinstance(value, Mapping):
-        return dict(value)
+        return {k if isinstance(k, str) else canonical(k): _plain(v, depth + 1) for k, v in value.items()}
     if isinstance(value, set | frozenset):
         return sorted(map(canonical, value))
     if isinstance(value, Sequence):
-        return list(value)
-    return {type(value).__name__: str(value)}
+        return [_plain(item, depth + 1) for item in value]
+    if callable(value):
+        return _plain(source_of(value), depth + 1)
+    if isinstance(value, PLAIN_TEXTS):
+        return {type(value).__name__: str(value)}
+    return {type(value).__qualname__: _plain(getattr(value, "__dict__", None), depth + 1)}
 
 
 def source_of(function: Callable[..., Any] | None) -> Any:
-    """The path of a function and its source text. What it calls is not in it.
+    """The source text of a function, with the values that it closes over; not what it calls.
 
-    A callable without a source (a built-in, an object) is known by its path and, for a callable
-    object, by the source of its class.
+    A callable object is known by the source of its class and its state, a function whose source is
+    not there by its bytecode, a built-in one by its path.
     """
     if function is None:
         return None
     if isinstance(function, functools.partial):
         return [source_of(function.func), function.args, function.keywords]
-    code = function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
+    if inspect.ismethod(function):
+        return [source_of(function.__func__), source_of_object(function.__self__)]
+    if not (inspect.isroutine(function) or inspect.isclass(function)):
+        return source_of_object(function)
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
     try:
-        return [dotted_path(function), inspect.getsource(code)]
+        return [inspect.getsource(function), cells]
     except (OSError, TypeError):
-        return [dotted_path(function)]
+        code = getattr(function, "__code__", None)
+        if code is None:
+            return [dotted_path(function)]
+        return [code.co_code, [c for c in code.co_consts if not inspect.iscode(c)], code.co_names, cells]
+
+
+def source_of_object(value: object) -> Any:
+    """The source of the class of `value`, and its state."""
+    try:
+        made_by = inspect.getsource(type(value))
+    except (OSError, TypeError):
+        made_by = type(value).__qualname__
+    return [made_by, getattr(value, "__dict__", None)]
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a name that is not bound yet
+        return False
 
 
 def engine_identity(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -94,7 +95,8 @@ class Decoder:
         """All of this that decides what is kept of an answer, for the fingerprint."""
         return {
             "type": self.type.identity,
-            "schema": self.schema,
+            # As text: the order of its properties is the order in which they are answered.
+            "schema": json.dumps(self.schema),
             "flatten": self.flatten,
             "on_length": self.on_length,
         }

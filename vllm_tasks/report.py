@@ -24,6 +24,11 @@ class FailedRow:
     kind: str
     message: str
 
+    @property
+    def reason(self) -> str:
+        """The message without what the model said, which stands in `_error` and is not for everyone."""
+        return self.message.partition(": ")[0] if self.kind == "output" else self.message
+
 
 @dataclass(frozen=True)
 class ErrorKind:
@@ -38,8 +43,9 @@ class ErrorKind:
 class Report:
     """What `predict_in_db` did. Rows of the source, counted; tokens as vLLM counts them; seconds.
 
-    `rows` of the source (with the `ids`) = `up_to_date` + rows to ask, where that is known (None when
-    it was not counted in time); `asked` = `succeeded` + `failed`, all of them committed.
+    `rows` of the source (with the `ids`), None when they were not counted in time; `up_to_date` of them
+    needed no asking, None where that is not known: with `limit` or `retry_failed`, or when the run stopped
+    early. `asked` = `succeeded` + `failed`, all of them committed.
     `seconds` has `total` and its parts, which overlap: `check` (the call, the source and its keys),
     `first_row` (from the start to the first row that was sent), `read` (source and prompts), `answer`
     (from the first row sent to the last answer), `commit`.
@@ -113,7 +119,7 @@ def _duration(seconds: float) -> str:
 
 @dataclass
 class Tally:
-    """Counts up committed rows; used by the committing thread, timings also by others."""
+    """Counts up finished rows; used by the committing thread, `read` and timings also by others."""
 
     started: float = field(default_factory=time.monotonic)
     first_sent: float | None = None

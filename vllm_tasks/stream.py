@@ -43,6 +43,7 @@ RETRY_DELAYS = 1, 5, 15, 30
 HASTE = 2.0
 """Seconds that a stopping run waits for its requests to end, and again for its reader: of 10 s, within which
 what is finished must be committed."""
+HOW_TO_GO_ON = "the same call goes on from there"
 SAME_FATE = 50
 """A run whose first rows, so many, all fail alike is hopeless."""
 FEW = 500
@@ -89,16 +90,18 @@ class Budget:
             return None
         if isinstance(limit, float) and limit >= 1.0:
             return None
-        if tally.done >= SAME_FATE and tally.failed == tally.done and len(tally.kinds) == 1:
+        # Rows that become no prompt come before any answer: they say nothing of those that are asked.
+        told = tally.kinds.keys() != {"prompt"} or tally.done == tally.read
+        if tally.done >= SAME_FATE and tally.failed == tally.done and len(tally.kinds) == 1 and told:
             (kind,) = tally.kinds
-            return f"the first {tally.done} rows all failed alike ({kind}: {tally.worst[0].message[:300]})"
+            return f"the first {tally.done} rows all failed alike ({kind}: {tally.worst[0].reason[:300]})"
         # Rows that fail before they are asked come first, so the share is taken of all that were read.
         base = tally.done if at_end else max(tally.read, FEW)
         allowed = limit * base if isinstance(limit, float) else limit
         if tally.failed <= allowed:
             return None
         most = tally.errors()[0]
-        example = next(row.message for row in tally.worst if row.kind == most.kind)
+        example = next(row.reason for row in tally.worst if row.kind == most.kind)
         return (
             f"{tally.failed:,} of {tally.done:,} rows failed, more than max_failed={limit!r} allows; "
             f"{most.rows:,} of them {most.kind}, as {example[:300]}"
@@ -249,8 +252,8 @@ class Run:
             self._save()
             raise
         self._end(reader)
-        if verdict:
-            self._save()
+        if verdict and (lost := self._save()):
+            raise lost
         return verdict
 
     # ------------------------------------------------------------------ source to engine
@@ -407,12 +410,16 @@ class Run:
         keys = [finished.row.key for finished in group]
         redo = {finished.row.key for finished in group if finished.row.redo}
         rows = [row for finished in group for row in finished.outputs]
+
+        def work() -> None:
+            self.writer.commit(rows, redo)
+            self._group = []  # at once: an interrupt from here on finds nothing to commit again
+            self._last_commit = time.monotonic()
+            self.tally.commits += 1
+            self._open.committed(keys)
+
         with self.tally.phase("commit"):
-            commit(key_range(keys), lambda: self.writer.commit(rows, redo))
-        self._group = []
-        self._last_commit = time.monotonic()
-        self.tally.commits += 1
-        self._open.committed(keys)
+            commit(key_range(keys), work)
 
     def _output_rows(
         self, source: SourceRow, digest: str, answer: Result, outcome: list[tuple[Any, ...]] | RowError
@@ -451,8 +458,9 @@ class Run:
         self._asks.end(HASTE)
         reader.join(HASTE)
 
-    def _save(self) -> None:
-        """Commit what is finished, once and at once; what it cannot is asked again next time."""
+    def _save(self) -> VllmTasksError | None:
+        """Commit what is finished, once and at once; returns why it could not."""
+        lost = None
         try:
             while not self._queue.empty():
                 item = self._queue.get_nowait()
@@ -460,13 +468,17 @@ class Run:
                     self._take(item)
             if self._group:
                 self._commit_group(lambda _name, work: work())
-        except VllmTasksError as error:  # what ended the run is raised, not this
+        except VllmTasksError as error:
             logger.warning("%d finished rows could not be committed: %s", len(self._group), error)
+            lost = error
+        again = self.job.selection.refresh == "all"
         logger.warning(
-            "stopped: %s rows of this run are committed, %d dropped; the same call goes on from there",
+            "stopped: %s rows of this run are committed, %d dropped; %s",
             f"{self.tally.done - len(self._group):,}",
             len(self._open.keys),
+            "with overwrite=True the same call asks all rows again" if again else HOW_TO_GO_ON,
         )
+        return lost
 
 
 def _of_answer(answer: Result) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
@@ -88,7 +89,7 @@ def predict_in_db(
     started = datetime.now(UTC)
     settings = site_settings()
     columns, record = records(X, model.signature)
-    key = (primary_id,) if isinstance(primary_id, str) else tuple(primary_id)
+    key = _named_columns("primary_id", primary_id)
     datalayer = _datalayer(db, model)
     options = model.model_update_kwargs
     predict_id = model.identifier if predict_id is None else predict_id
@@ -97,7 +98,10 @@ def predict_in_db(
     )
     _at_least_one("limit", limit)
 
+    budget = Budget(_max_failed(max_failed))
+
     # Whatever is wrong with the model or its parameters is said here, before anything is read or made.
+    model._refuse_unbuilt()
     config = model._config()
     decoder = model._decoder(sampling)
     all_sampling = model._sampling(sampling)
@@ -114,7 +118,7 @@ def predict_in_db(
     }
     selection = Selection(
         select=select,
-        key=_named_columns("primary_id", key),
+        key=key,
         columns=columns,
         outputs=options.get("table") or outputs_name(predict_id),
         fingerprint=fingerprint(identity),
@@ -145,7 +149,7 @@ def predict_in_db(
                 "_fingerprint": selection.fingerprint,
             },
             pace=pace,
-            budget=Budget(_max_failed(max_failed)),
+            budget=budget,
             limit=limit,
             started=started,
         )
@@ -175,33 +179,46 @@ def _run(job: Job, output: OutputTable, display: Display, tally: Tally) -> tuple
         counted.wait(HASTE)
         raise
     counted.wait(COUNT_PATIENCE)
+    counted.compare(job, tally.done, complete=not verdict)
     if not verdict:
         display.progress(tally.progress(run.to_ask), last=True)
     return verdict, counted
 
 
 class Counted:
-    """The size of the job, counted beside the run."""
+    """The size of the job and what its server says of itself, found out beside the run."""
 
     def __init__(self, job: Job, run: Run) -> None:
         self.rows: int | None = None
         self.up_to_date: int | None = None
+        self.served_by: dict[str, str] = {}
         self._job, self._run = job, run
         self._thread = threading.Thread(target=self._count, name="vllm-tasks-count", daemon=True)
         self._thread.start()
 
     def _count(self) -> None:
         self._run.begun.wait()  # the first request comes first
+        job, run = self._job, self._run
         try:
-            rows, selected = self._job.tables.count(self._job.selection)
+            if run.tally.first_sent is not None:
+                self.served_by = _served_by(job.config)
+            rows, selected = job.tables.count(job.selection)
         except VllmTasksError as error:  # what matters of it, the run meets itself
             logger.warning("the rows to ask could not be counted: %s", error)
             return
-        limit = self._job.limit
-        self._run.to_ask = selected if limit is None else min(selected, limit)
         self.rows = rows
-        if self._job.selection.refresh != "changed":  # what has changed is known when it is read
-            self.up_to_date = rows - selected
+        if job.selection.refresh != "changed":  # what has changed is known when it is read
+            # What was committed before the count is among the rows that it did not select.
+            to_ask = min(selected + run.tally.done, rows)
+            run.to_ask = to_ask if job.limit is None else min(to_ask, job.limit)
+
+    def compare(self, job: Job, asked: int, *, complete: bool) -> None:
+        """Tell what was up to date, where that is the rest."""
+        if self.rows is not None and complete and job.limit is None and job.selection.refresh != "failed":
+            self.up_to_date = self.rows - asked
+        ids = job.selection.ids
+        if self.rows is not None and ids is not None and self.rows < len(set(ids)):
+            logger.warning("%d of %d ids are not in the source", len(set(ids)) - self.rows, len(set(ids)))
 
     def wait(self, seconds: float) -> None:
         self._thread.join(seconds)
@@ -226,18 +243,13 @@ def _report(model: Predictor, predict_id: str, job: Job, tally: Tally, counted: 
         seconds=tally.timings(),
         errors=tally.errors(),
         worst=tuple(tally.worst),
-        served_by=_served_by(job.config) if tally.prompt_tokens else {},
+        served_by=counted.served_by,
     )
 
 
 def _name_of(select: str) -> str:
     """A table's name or path as it is, a statement by a short hash."""
-    is_statement = " " in select.strip() and select.lstrip().split()[0].upper() in (
-        "SELECT",
-        "WITH",
-        "(SELECT",
-    )
-    return f"query-{fingerprint({'select': select})[:8]}" if is_statement else select
+    return f"query-{fingerprint({'select': select})[:8]}" if len(select.split()) > 1 else select
 
 
 class Log:
@@ -287,7 +299,7 @@ def records(X: Columns, signature: Signature) -> tuple[tuple[str, ...], Callable
     if isinstance(X, Mapping):
         columns, arguments = _named_columns("X", tuple(X)), tuple(X.values())
     else:
-        columns = _named_columns("X", (X,) if isinstance(X, str) else tuple(X))
+        columns = _named_columns("X", X)
         arguments = tuple(range(len(columns))) if signature != "**kwargs" else columns
     by_position = [i for i, a in enumerate(arguments) if isinstance(a, int)]
     by_position.sort(key=lambda i: arguments[i])
@@ -315,15 +327,20 @@ def records(X: Columns, signature: Signature) -> tuple[tuple[str, ...], Callable
     )
 
 
-def _named_columns(name: str, columns: tuple[Any, ...]) -> tuple[str, ...]:
+def _named_columns(name: str, given: Any) -> tuple[str, ...]:
+    columns = (given,) if not isinstance(given, Iterable) or isinstance(given, str) else tuple(given)
     if not columns or not all(isinstance(c, str) and c for c in columns):
-        raise InvalidCall(f"{name}={columns!r} must name one column or more")
+        raise InvalidCall(f"{name}={given!r} must name one column or more")
     if len(set(columns)) < len(columns):
         raise InvalidCall(f"{name}={columns!r} names a column twice")
     return columns
 
 
 def _datalayer(db: Datalayer | str | None, model: Predictor) -> Datalayer:
+    if isinstance(db, os.PathLike):
+        db = os.fspath(db)
+    if db is not None and not isinstance(db, str | Datalayer):
+        raise InvalidCall(f"db={db!r:.100} is neither a Datalayer nor its URL")
     if isinstance(db, str):
         return Datalayer(url=db)  # type: ignore[arg-type]  # pydantic makes the secret
     if (found := db or model.db) is not None:
@@ -369,8 +386,11 @@ def _refresh(refresh: str, overwrite: bool, retry_failed: bool) -> Refresh:
 
 
 def _keys(ids: Sequence[Any], key: tuple[str, ...]) -> tuple[Key, ...]:
-    if isinstance(ids, str | bytes | Mapping):
+    if isinstance(ids, str | bytes | Mapping) or not isinstance(ids, Iterable):
         raise InvalidCall(f"ids must be a list of keys, got a {type(ids).__name__}")
+    ids = list(ids)
+    if any(isinstance(each, list | dict | set) for each in ids) and len(key) == 1:
+        raise InvalidCall(f"ids must be values of {key[0]!r}, not lists, dicts or sets")
     if len(key) == 1:
         return tuple((each,) for each in ids)
     for each in ids:
@@ -394,7 +414,7 @@ def _model_identity(config: sharing.Config) -> tuple[str, Any]:
 
 
 def _served_by(config: sharing.Config) -> dict[str, str]:
-    """What the server says of itself; that it does not say so is no reason to fail a finished run."""
+    """What the server says of itself, where there is one."""
     if not isinstance(config, HttpConfig) or config.protocol == "legacy":
         return {}
     return loop.run(sharing.facts(config))

@@ -20,7 +20,13 @@ from prefect.utilities.annotations import BaseAnnotation, opaque
 from vllm_tasks import tables
 from vllm_tasks.artifacts import ProgressArtifact, asset_key, show_report
 from vllm_tasks.datalayer import Datalayer
-from vllm_tasks.errors import EngineFailed, ServerUnavailable, TablesUnavailable, TooManyFailed
+from vllm_tasks.errors import (
+    EngineFailed,
+    ServerUnavailable,
+    TablesUnavailable,
+    TooManyFailed,
+    VllmTasksError,
+)
 from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.predictor import OnError, Output
 from vllm_tasks.prompts import Context
@@ -96,6 +102,11 @@ def _predict_in_db(
     except TooManyFailed as error:
         publish(error.report)
         raise
+    except VllmTasksError as error:
+        # Another attempt would ask rows again that this one has answered: they are no longer to be told
+        # from those that it was called for.
+        error.repeatable = not overwrite and limit is None
+        raise
     publish(report)
     return report
 
@@ -124,7 +135,7 @@ class InPrefect:
     def progress(self, progress: Progress, *, last: bool = False) -> None:
         if self._is_cancelled():
             raise TerminationSignal(signal.SIGTERM)
-        self._progress.show(progress, now=last)
+        self._progress.show(progress, last=last)
         self._log.progress(progress, last=last)
 
     def _is_cancelled(self) -> bool:
@@ -226,6 +237,8 @@ def run_name(parameters: dict[str, Any]) -> str:
 def is_temporary(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
     """Whether the same call may succeed later. Rows have been retried by their engine already."""
     error = state.result(raise_on_failure=False)
+    if not isinstance(error, VllmTasksError) or not error.repeatable:
+        return False
     return isinstance(error, ServerUnavailable | TablesUnavailable) or (
         isinstance(error, EngineFailed) and error.temporary
     )
