@@ -18,16 +18,17 @@ from uuid import UUID
 import pytest
 from prefect import flow, get_client
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
-from prefect.client.schemas.objects import Artifact, TaskRun
+from prefect.client.schemas.objects import Artifact, FlowRun, TaskRun
+from prefect.deployments import run_deployment
 from prefect.events.filters import EventFilter, EventNameFilter
-from prefect.flows import load_flow_from_entrypoint
+from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
-from prefect.settings import PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
 
 from flows.batch_predict import batch_predict
 from tests.places import Place
 from tests.scripted_server import Asked, ScriptedServer, answer_to, refused
-from vllm_tasks import Datalayer, InvalidCall, Report, TooManyFailed, VllmAPI, predict_in_db
+from vllm_tasks import InvalidCall, Report, TooManyFailed, VllmAPI, predict_in_db
 from vllm_tasks.artifacts import asset_key, markdown_of, slug
 from vllm_tasks.report import ErrorKind, Progress
 
@@ -244,15 +245,40 @@ def test_the_deployable_flow_does_the_job(model: VllmAPI, lake: Place) -> None:
         batch_predict(model, "text", "rows", sampling={"temprature": 0})
 
 
-def test_the_deployable_flow_can_be_loaded_where_it_runs(model: VllmAPI) -> None:
-    """The process of a served run loads the flow from its file and checks the parameters of the form."""
-    loaded = load_flow_from_entrypoint("flows/batch_predict.py:batch_predict")
-    fields = {"identifier": "m", "api_url": model.api_url}
-    given = {"model": fields, "X": ["a", "b"], "select": "rows", "db": {"url": "data"}, "max_failed": 3}
-    checked = loaded.validate_parameters(given)
-    assert isinstance(checked["model"], VllmAPI)
-    assert isinstance(checked["db"], Datalayer)
-    assert checked["max_failed"] == 3
+def test_the_deployable_flow_runs_when_served(lake: Place, server: ScriptedServer) -> None:
+    """Served as the README says, a run that is made from a form does the job in a process of its own."""
+    url = PREFECT_API_URL.value()
+    assert url
+    serving = subprocess.Popen(
+        [sys.executable, "-m", "flows.batch_predict", "--name", "tested"],
+        env={**os.environ, "PREFECT_API_URL": url},
+        start_new_session=True,
+    )
+    fields = {"identifier": "m", "api_url": server.url}
+    form = {"model": fields, "X": "text", "select": "rows", "db": {"url": lake.url}, "max_failed": 3}
+    try:
+        server.wait_until(lambda: is_deployed("batch-predict/tested"), seconds=60)
+        run = run_deployment("batch-predict/tested", parameters=form, timeout=90, poll_interval=0.5)
+    finally:
+        serving.send_signal(signal.SIGINT)
+        try:
+            serving.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(serving.pid, signal.SIGKILL)
+            serving.wait()
+    assert isinstance(run, FlowRun)
+    assert run.state is not None
+    assert run.state.is_completed(), run.state.message
+    assert lake.answers() == {i: answer_to(f"t{i}") for i in range(100)}
+
+
+def is_deployed(name: str) -> bool:
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_deployment_by_name(name)
+        except ObjectNotFound:
+            return False
+    return True
 
 
 def test_the_deployable_flow_has_a_good_form() -> None:
