@@ -304,12 +304,13 @@ def test_times_that_python_has_not(pg: Place) -> None:
 def test_times_are_the_same_in_every_zone(pg: Place, zone: str) -> None:
     """What is read does not depend on the zone of the session, as its hash is kept."""
     pg.sql(
-        "CREATE TABLE t (id INTEGER PRIMARY KEY, at TIMESTAMPTZ)",
-        "INSERT INTO t VALUES (1, '2026-11-22 12:00Z')",
+        "CREATE TABLE t (id INTEGER PRIMARY KEY, at TIMESTAMPTZ, took INTERVAL)",
+        "INSERT INTO t VALUES (1, '2026-11-22 12:00Z', '1 day')",
     )
-    pg.url += f"&options=-c TimeZone={zone} -c DateStyle=German".replace(" ", "%20")
-    ((read,),) = [r.values for r in every(pg.open(), selection(columns=("at",)))]
-    assert str(read) == "2026-11-22 12:00:00+00:00"
+    pg.url += f"&options=-c TimeZone={zone} -c DateStyle=German -c IntervalStyle=iso_8601".replace(" ", "%20")
+    ((at, took),) = [r.values for r in every(pg.open(), selection(columns=("at", "took")))]
+    assert str(at) == "2026-11-22 12:00:00+00:00"
+    assert took == dt.timedelta(days=1)
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -466,7 +467,15 @@ def test_names_that_are_not_there(place: Place) -> None:
     if not place.sqlite:  # which calls the second `id:1`
         with pytest.raises(InvalidCall, match="more than one column 'id'"):
             db.check(selection("SELECT a.*, b.* FROM t a JOIN t b ON a.id = b.id"))
-    for wrong in ["", "DELETE FROM t", "SELECT nope FROM t", "SELECT", "VALUES (1)", "t; DROP TABLE t"]:
+    for wrong in [
+        "",
+        "DELETE FROM t",
+        "SELECT nope FROM t",
+        "SELECT 1 AS id, '\0' AS text",
+        "SELECT",
+        "VALUES (1)",
+        "t; DROP TABLE t",
+    ]:
         with pytest.raises(InvalidCall):
             db.check(selection(wrong))
 
@@ -695,6 +704,20 @@ def test_columns_that_collide(place: Place, table: OutputTable, key: str, told: 
     place.sql(f"CREATE TABLE t ({key} INTEGER PRIMARY KEY, text TEXT)")
     with pytest.raises(InvalidCall, match=told):
         place.open().writer(selection(key=(key,)), table)
+
+
+def test_a_key_too_long_for_an_index(place: Place) -> None:
+    """A key that PostgreSQL's index cannot hold is told; a long one that can be compressed is kept."""
+    long = random.Random(0).randbytes(3000).hex()
+    place.sql("CREATE TABLE t (id TEXT, text TEXT)", f"INSERT INTO t VALUES ('{'a' * 6000}', 'x')")
+    db = place.open()
+    writer = db.writer(selection(), TABLE)
+    fits = [row("a" * 6000), row(long[:2600])] + ([row(long)] if place.sqlite else [])
+    assert [writer.unstorable(r) for r in fits] == [None] * len(fits)
+    writer.commit(fits, [])
+    assert keys(db, selection()) == []
+    if not place.sqlite:
+        assert "'id': 6,000 bytes are too long for the index" in str(writer.unstorable(row(long)))
 
 
 def test_names_that_sqlite_does_not_tell_apart(tmp_path: Path) -> None:

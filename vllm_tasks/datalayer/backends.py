@@ -87,6 +87,10 @@ class Backend:
     """A read may stay open while the writer writes; else it is copied aside first."""
     nul = nan = True
     """Text may hold the character 0, numbers may be NaN."""
+    longest_key: int | None = None
+    """Bytes, compressed, that one value in the index of a key may have."""
+    statements = False
+    """A SELECT may be a source: nothing that it says can end our statement and begin another."""
 
     def __init__(self, url: URL) -> None:
         self.url = url
@@ -160,8 +164,7 @@ class Backend:
         """The types of a source's columns, as outputs keep them."""
         inspector = sa.inspect(connection)
         table = source.element if isinstance(source, sa.Alias) else None
-        if not isinstance(table, sa.TableClause):
-            raise InvalidCall(f"on {self.url.get_backend_name()}, select a table or view, not a statement")
+        assert isinstance(table, sa.TableClause), "where there are no statements"
         found = {c["name"]: c["type"] for c in inspector.get_columns(table.name, table.schema)}
         return [found[name] for name in names]
 
@@ -222,6 +225,7 @@ class Sqlite(Backend):
     """Reads on connections opened read-only, and never for long: a reader would hold up our own writer."""
 
     nan = False
+    statements = True
 
     def __init__(self, url: URL) -> None:
         name = url.database or ""
@@ -378,6 +382,8 @@ class Postgres(Backend):
 
     server_side = True
     nul = False
+    longest_key = 2700
+    statements = True
 
     NEVER = (
         "password authentication failed",
@@ -391,7 +397,8 @@ class Postgres(Backend):
         SELECT set_config('idle_in_transaction_session_timeout', '0', true),
             CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL
                 THEN set_config('transaction_timeout', '0', true) END,
-            set_config('TimeZone', 'UTC', true), set_config('DateStyle', 'ISO', true)
+            set_config('TimeZone', 'UTC', true), set_config('DateStyle', 'ISO', true),
+            set_config('IntervalStyle', 'postgres', true)
     """
     """Between two pages the cursor waits for the model, for as long as that takes. And a time is the same
     Python value (its hash is kept) whatever the zone of the session is."""
@@ -476,7 +483,8 @@ class Postgres(Backend):
     def plain(self, connection: Connection, kinds: Sequence[Any]) -> list[str]:
         query = sa.text(
             "WITH RECURSIVE beneath(n, oid) AS ("
-            "SELECT n, to_regtype(spec)::oid FROM unnest(CAST(:specs AS text[])) WITH ORDINALITY AS g(spec, n) "
+            "SELECT n, to_regtype(spec)::oid "
+            "FROM unnest(CAST(:specs AS text[])) WITH ORDINALITY AS given(spec, n) "
             "UNION ALL SELECT n, typbasetype FROM beneath NATURAL JOIN pg_type WHERE typtype = 'd') "
             "SELECT CASE WHEN typcategory = 'A' THEN format_type(oid, -1) "
             "WHEN typnamespace = 'pg_catalog'::regnamespace THEN format_type(oid, -1) ELSE typname END "

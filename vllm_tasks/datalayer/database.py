@@ -162,6 +162,8 @@ class Database:
         if table:
             clause: sa.TableClause | sa.TextClause = sa.table(table[0], schema=table[1])
         elif STATEMENT.match(select):
+            if not self._backend.statements:
+                raise InvalidCall(f"in {self._backend.where()}, select a table or view, not a statement")
             # Every colon is escaped: a colon and a name would be a parameter of SQLAlchemy's.
             clause = sa.text(select.rstrip("; \t\r\n").replace(":", "\\:") + "\n")
         else:

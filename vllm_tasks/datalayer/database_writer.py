@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import time
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -166,6 +167,12 @@ class DatabaseWriter:
         pass
 
     def _problem(self, name: str, value: Any) -> str | None:
+        limit = self._backend.longest_key
+        if limit and name in self._key and isinstance(value, (str, bytes)) and 4 * len(value) > limit:
+            raw = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
+            # The index compresses, though less well than this: what it can hold is never refused here.
+            if len(raw) > limit and len(zlib.compress(raw, 9)) > limit:
+                return f"{len(raw):,} bytes are too long for the index of a key, which holds about {limit:,}"
         if self._kinds.get(name) == "json":
             try:
                 value = to_json(value)
