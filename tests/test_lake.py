@@ -488,6 +488,64 @@ def test_folders_of_any_name(tmp_path: Path, name: str) -> None:
     lake.close()
 
 
+@pytest.mark.parametrize("sign", ["#", "?", "%41", "\n"])
+def test_names_that_a_url_does_not_hold(bucket: str, sign: str) -> None:
+    """On an object store, a name that delta-rs would shorten, and two tables become one, is refused."""
+    lake = Lake(bucket)
+    with pytest.raises(InvalidCall, match=r"no Delta table can be in .* give another predict_id"):
+        lake.outputs(f"a{sign}1")
+    lake.close()
+
+
+def test_a_folder_with_files_is_not_taken_for_outputs(lake: Lake, folder: Path, bucket: str) -> None:
+    """Outputs never go among files of the user's, which cleaning up would remove; nor outside the lake."""
+    (folder / OUT).mkdir()
+    (folder / OUT / "notes.txt").write_text("mine")
+    with pytest.raises(InvalidCall, match=r"is no Delta table but has files, for example 'notes.txt'"):
+        lake.writer(selection(), TABLE)
+    assert [p.name for p in (folder / OUT).iterdir()] == ["notes.txt"]
+    (folder / OUT / "notes.txt").unlink()
+    lake.writer(selection(), TABLE).close()
+    for name in ("../x", "a/b", "a\\b", "..", ""):
+        with pytest.raises(InvalidCall, match="is no name of a table"):
+            lake.writer(selection(outputs=name), OutputTable(name, TABLE.columns))
+        with pytest.raises(InvalidCall, match="is no name of a table"):
+            lake.outputs(name)
+    fs = s3fs.S3FileSystem(skip_instance_cache=True)
+    fs.pipe(f"{bucket}3/t.csv", b"id,text\n1,a\n")
+    fs.pipe(f"{bucket}3/{OUT}/notes.txt", b"mine")
+    remote = Lake(f"{bucket}3")
+    with pytest.raises(InvalidCall, match=r"has files, for example 'notes.txt'"):
+        remote.writer(selection(), TABLE)
+    remote.close()
+
+
+def test_a_path_that_looks_like_a_url_and_a_url_with_a_password(tmp_path: Path) -> None:
+    """A path without a scheme is taken as it is; the password in a URL is shown to nobody."""
+    jsonl(tmp_path / "a::b@c/t.jsonl", ROWS)
+    lake = Lake(str(tmp_path / "a::b@c"))
+    assert keys(lake, selection()) == list(range(10))
+    assert lake.where(OUT) == f"{tmp_path}/a::b@c/{OUT}"
+    lake.close()
+    lake = Lake("http://u:secret@127.0.0.1:9/x")
+    assert lake.where(OUT) == f"http://127.0.0.1:9/x/{OUT}"
+    with pytest.raises((InvalidCall, TablesUnavailable)) as caught:
+        lake.check(selection())
+    assert "secret" not in str(caught.value)
+    with pytest.raises((InvalidCall, TablesUnavailable)) as caught:
+        lake.outputs(OUT)
+    assert "secret" not in str(caught.value)
+    lake.close()
+
+
+def test_many_comments_before_no_statement(lake: Lake) -> None:
+    """What is a statement is found in linear time."""
+    start = time.monotonic()
+    assert "must be one SELECT" in refusal(lake, selection("/**/" * 20_000 + "drop table t"))
+    assert keys(lake, selection("/* a * b */ -- c\n/**/(SELECT * FROM t)")) == list(range(10))
+    assert time.monotonic() - start < 5
+
+
 def test_redo_takes_all_positions_of_a_key(lake: Lake) -> None:
     """A redone row's old positions go with it in one transaction, and a key is selected once."""
     writer = lake.writer(selection(), FLAT)
@@ -533,6 +591,15 @@ def test_names_that_collide_and_arguments_that_are_wrong(lake: Lake) -> None:
         lake.writer(selection(), OutputTable(OUT, TABLE.columns, compression="rar"))
     with pytest.raises(InvalidCall, match=r"partition_by names \['nope'\]"):
         lake.writer(selection(), OutputTable(OUT, TABLE.columns, partition_by=("nope",)))
+    assert not Path(lake.where(OUT)).exists()
+
+
+def test_a_text_key_is_no_partition(lake: Lake) -> None:
+    """'' would become NULL there, and bytes never match."""
+    for kind in ("VARCHAR", "BLOB"):
+        chosen = selection(f"SELECT id::VARCHAR::{kind} AS id, text FROM t")
+        with pytest.raises(InvalidCall, match="partition_by names 'id', a column of the key"):
+            lake.writer(chosen, OutputTable(OUT, TABLE.columns, partition_by=("id",)))
     assert not Path(lake.where(OUT)).exists()
 
 

@@ -15,11 +15,13 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import duckdb
+import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from deltalake import CommitProperties, DeltaTable, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, DeltaProtocolError, TableNotFoundError
+from fsspec.implementations.local import LocalFileSystem as LocalFolders
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, Key, OutputTable, Row
@@ -42,6 +44,8 @@ JSON = {"json": "1"}
 CODECS = ("UNCOMPRESSED", "SNAPPY", "GZIP", "BROTLI", "LZ4_RAW", "ZSTD")
 UNNAMEABLE = re.compile(r"[][\\^|]|%[0-9A-Fa-f]{2}")
 """What delta-rs 1.6 fails over, or panics, in a table's path."""
+MANGLED = re.compile(r"[#?\x00-\x1f\x7f]| $")
+"""What it leaves out of a URL, with what follows #, ?: the tables `a` and `a#1` would be one."""
 ONCE = CommitProperties(max_commit_retries=0)
 """Commit as the version after the one loaded, or fail: delta-rs's own retries would let two appends of
 one key pass."""
@@ -129,12 +133,12 @@ def _lasts(error: Exception, words: str) -> bool:
 
 def find_table(url: str) -> DeltaTable | None:
     """The latest version, None when there is no table; raises `InvalidCall` for a name that Delta refuses."""
-    if match := UNNAMEABLE.search(url):
+    if match := UNNAMEABLE.search(url) or ("://" in url and MANGLED.search(url)) or None:
         raise InvalidCall(
-            f"no Delta table can be in {url!r}, because of the {match[0]!r} in it; move the lake, or give "
-            "another predict_id"
+            f"no Delta table can be in {without_userinfo(url)!r}, because of the {match[0]!r} in it; move "
+            "the lake, or give another predict_id"
         )
-    with storage_errors(f"cannot read {url}"):
+    with storage_errors(f"cannot read {without_userinfo(url)}"):
         try:
             # `DeltaTable.is_deltatable` would hold the GIL, and with it all threads, while it waits.
             return DeltaTable(url, storage_options=storage_options(url))
@@ -145,7 +149,7 @@ def find_table(url: str) -> DeltaTable | None:
 def open_table(url: str) -> DeltaTable:
     """The latest version; raises `InvalidCall` when there is none."""
     if (table := find_table(url)) is None:
-        raise InvalidCall(f"there is no Delta table {url!r}")
+        raise InvalidCall(f"there is no Delta table {without_userinfo(url)!r}")
     return table
 
 
@@ -204,16 +208,44 @@ def indexed(key: Iterable[pa.DataType]) -> int:
     return len(kinds) if all(any(is_one(kind) for is_one in exact) for kind in kinds) else 0
 
 
+def refuse_taken(url: str) -> None:
+    """Raise `InvalidCall` when there are files in the folder: cleaning up a Delta table would remove them."""
+    fs, path = (
+        fsspec.url_to_fs(url, skip_instance_cache=True)
+        if "://" in url
+        else (LocalFolders(skip_instance_cache=True), url)
+    )
+    with storage_errors(f"cannot list {without_userinfo(url)}"):
+        fs.invalidate_cache()
+        try:
+            names = [entry.rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False)]
+        except FileNotFoundError:
+            return
+    if names and "_delta_log" not in names:
+        raise InvalidCall(
+            f"{without_userinfo(url)!r} is no Delta table but has files, for example {min(names)!r}; give "
+            "another predict_id, or move them away"
+        )
+
+
 def make_table(url: str, schema: pa.Schema, table: OutputTable, keys: int) -> DeltaTable:
     """The table, made unless it is there; raises `InvalidCall` when it is there with another shape."""
     if strange := set(table.partition_by) - set(schema.names):
         raise InvalidCall(
             f"partition_by names {sorted(strange)}, the outputs have {', '.join(map(repr, schema.names))}"
         )
+    for name, kind in zip(schema.names[:keys], schema.types, strict=False):
+        if name in table.partition_by and (pa.types.is_string(kind) or pa.types.is_binary(kind)):
+            # Delta has '' as NULL, and bytes as text, in the names of partitions.
+            raise InvalidCall(
+                f"partition_by names {name!r}, a column of the key, whose type {kind} no partition holds "
+                "exactly; partition by another column"
+            )
     made = find_table(url)
     if made is None:
+        refuse_taken(url)
         try:
-            with storage_errors(f"cannot write {url}"):
+            with storage_errors(f"cannot write {without_userinfo(url)}"):
                 return DeltaTable.create(
                     url,
                     schema,
@@ -234,7 +266,8 @@ def make_table(url: str, schema: pa.Schema, table: OutputTable, keys: int) -> De
         differences.append(f"it is partitioned by {list(partitions)}, not {list(table.partition_by)}")
     if differences:
         raise InvalidCall(
-            f"the outputs {url!r} have another shape: {'; '.join(differences)}; give another predict_id"
+            f"the outputs {without_userinfo(url)!r} have another shape: {'; '.join(differences)}; give "
+            "another predict_id"
         )
     return made
 
@@ -344,6 +377,7 @@ class DeltaWriter:
         cursor: duckdb.DuckDBPyConnection,
     ) -> None:
         self._url = url
+        self._shown = without_userinfo(url)
         self._schema = schema
         self._key = pa.schema([schema.field(name) for name in key])
         self._properties = properties
@@ -365,13 +399,13 @@ class DeltaWriter:
         if not (new.num_rows or old.num_rows):
             return
         if self._mine is not None:
-            with storage_errors(f"cannot keep the keys of {self._url}"):
+            with storage_errors(f"cannot keep the keys of {self._shown}"):
                 self._remember(self._mine)
         # Before anything is written: whatever ends this call, a repetition of it replaces.
         self._mine = new.select(self._key.names)
         for attempt in range(ATTEMPTS):
             try:
-                with storage_errors(f"cannot write {self._url}"):
+                with storage_errors(f"cannot write {self._shown}"):
                     delta = self._latest()
                     self._write(delta, new, self._distinct(old, self._taken(new)))
                     self._known = set(delta.file_uris())
@@ -386,7 +420,7 @@ class DeltaWriter:
                 raise
         else:
             raise TablesUnavailable(
-                f"cannot write {self._url}: rivals were faster {ATTEMPTS} times: {lost}"
+                f"cannot write {self._shown}: rivals were faster {ATTEMPTS} times: {lost}"
             ) from lost
         self._commits += 1
         if self._commits % COMPACT_EVERY == 0:
@@ -516,7 +550,7 @@ class DeltaWriter:
             return False
         except Exception as e:  # noqa: BLE001 - whatever it is, the rows are written
             self._delta = None
-            logger.warning("the small files of %s were not made into large ones: %s", self._url, plain(e))
+            logger.warning("the small files of %s were not made into large ones: %s", self._shown, plain(e))
             return False
         return True
 
@@ -526,7 +560,7 @@ class DeltaWriter:
             self._latest().vacuum(dry_run=False, full=True)
         except Exception as e:  # noqa: BLE001 - whatever it is, the rows are written
             self._delta = None
-            logger.warning("old files of %s were not removed: %s", self._url, plain(e))
+            logger.warning("old files of %s were not removed: %s", self._shown, plain(e))
 
 
 def _only(delta: DeltaTable, files: set[str]) -> ds.Dataset:

@@ -16,6 +16,7 @@ import duckdb
 import fsspec
 import pyarrow as pa
 from deltalake import DeltaTable
+from fsspec.implementations.local import LocalFileSystem
 
 from vllm_tasks.datalayer.delta import (
     DeltaWriter,
@@ -27,11 +28,12 @@ from vllm_tasks.datalayer.delta import (
     quoted,
     storage_errors,
     table_schema,
+    without_userinfo,
     writer_properties,
 )
 from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, OutputTable, Selection, SourceRow, Writer
 from vllm_tasks.datalayer.sources import VIEW, Files, Source, exactly, literal, near, reading
-from vllm_tasks.errors import InvalidCall, TablesUnavailable
+from vllm_tasks.errors import InvalidCall
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +57,6 @@ KEY_TYPES: dict[str, tuple[str, pa.DataType]] = {
 """DuckDB's types that may be a key: what it is compared and stored as, in SQL and in Arrow."""
 OUTPUTS = "_vllm_tasks_outputs"
 IDS = "_vllm_tasks_ids"
-
-REMOTE = re.compile(r"(\w+ Error: )?Traceback \(.*?\n(?P<words>\S[^\n]*)", re.DOTALL)
 
 WANTED = {
     "missing": "same IS NOT TRUE",
@@ -85,12 +85,9 @@ class Lake:
     """The tables of a folder or an fsspec URL."""
 
     def __init__(self, url: str) -> None:
-        try:
-            fs, root = fsspec.url_to_fs(url, skip_instance_cache=True)
-        except ImportError as e:
-            raise InvalidCall(f"{url.partition('://')[0]}:// needs another package: {e}") from e
-        self._files = Files(fs, root)
+        self._files = Files(*_opened(url))
         self._url = self._files.uri(self._files.root)
+        self._shown = without_userinfo(self._url)
         # Made by DuckDB when it spills first: a killed process leaves no empty folder.
         self._spill = f"{tempfile.gettempdir()}/vllm-tasks-{uuid4().hex}"
         self._con = duckdb.connect(
@@ -104,7 +101,7 @@ class Lake:
             }
         )
         if not self._files.local:
-            self._con.register_filesystem(fs)
+            self._con.register_filesystem(self._files.fs)
         # A SELECT reads the lake and nothing else, whatever functions it calls.
         for setting in (
             "TimeZone = 'UTC'",
@@ -172,24 +169,24 @@ class Lake:
         """See `Tables.writer`."""
         types = self._types(selection)
         schema = table_schema({name: key_type(name, types[name])[1] for name in selection.key}, table)
-        url = self.where(table.name)
+        url = self._at(table.name)
         properties = writer_properties(table.compression)
         delta = make_table(url, schema, table, len(selection.key))
         return DeltaWriter(url, schema, selection.key, properties, delta, self._con.cursor())
 
     def outputs(self, name: str) -> pa.Table:
         """See `Tables.outputs`."""
-        url = self.where(name)
+        url = self._at(name)
         found = find_table(url)
         if found is None:
             hint = near(name, list(self._files.tables()))
-            raise InvalidCall(f"there are no outputs {name!r} in {self._url!r}{hint}")
-        with storage_errors(f"cannot read {url}"):
+            raise InvalidCall(f"there are no outputs {name!r} in {self._shown!r}{hint}")
+        with storage_errors(f"cannot read {self.where(name)}"):
             return dataset(found).to_table()
 
     def where(self, name: str) -> str:
         """See `Tables.where`."""
-        return f"{self._url}/{name}"
+        return f"{self._shown}/{name}"
 
     def close(self) -> None:
         """See `Tables.close`."""
@@ -201,25 +198,23 @@ class Lake:
 
     # ------------------------------------------------------------------ queries
 
+    def _at(self, name: str) -> str:
+        """The URL of the outputs `name`; raises `InvalidCall` for what would be somewhere else."""
+        if name in ("", ".", "..") or set(name) & set("/\\"):
+            raise InvalidCall(f"{name!r} is no name of a table; give another predict_id, without / and \\")
+        return f"{self._url}/{name}"
+
     @contextmanager
     def _cursor(self, selection: Selection) -> Iterator[duckdb.DuckDBPyConnection]:
         """A cursor that knows the source as `VIEW`; DuckDB's errors become what the caller does next."""
         if selection.select not in self._sources:
             # Once: `rows` reads the files that `check` has seen.
             self._sources[selection.select] = self._files.source(selection.select)
-        doing = f"cannot read {selection.select[:200]!r} in {self._url!r}"
         cursor = self._con.cursor()
         try:
-            self._sources[selection.select].attach(cursor)
-            yield cursor
-        except (duckdb.Error, pa.ArrowException, OSError) as e:
-            # What fails in the middle of a stream comes as Arrow's OSError, with DuckDB's words; what fails
-            # in an fsspec filesystem as a traceback that ends with its words.
-            words = str(e)
-            if match := REMOTE.match(words):
-                raise TablesUnavailable(f"{doing}: {match['words']}") from e
-            passing = words.startswith(("IO Error", "HTTP Error", "Out of Memory Error"))
-            raise (TablesUnavailable if passing else InvalidCall)(f"{doing}: {words}") from e
+            with storage_errors(f"cannot read {selection.select[:200]!r} in {self._shown!r}"):
+                self._sources[selection.select].attach(cursor)
+                yield cursor
         finally:
             cursor.close()
 
@@ -246,7 +241,7 @@ class Lake:
                 nothing = "NULL::BOOLEAN AS same, NULL::BOOLEAN AS failed, NULL::VARCHAR AS hash"
                 clause = f"FROM (SELECT *, {nothing}, NULL::TIMESTAMPTZ AS created {clause})"
             else:
-                self._attach_outputs(cursor, self.where(selection.outputs), outputs)
+                self._attach_outputs(cursor, self._at(selection.outputs), outputs)
                 keys = ", ".join(f"{quoted(name)} AS k{i}" for i, name in enumerate(selection.key))
                 once = f"WHERE coalesce({POSITION}, 0) = 0" if POSITION in _names(outputs) else ""
                 clause += f""" LEFT JOIN (
@@ -291,7 +286,7 @@ class Lake:
 
     def _outputs(self, selection: Selection) -> DeltaTable | None:
         """The outputs, None if there are none yet; raises `InvalidCall` for other keys."""
-        url = self.where(selection.outputs)
+        url = self._at(selection.outputs)
         outputs = find_table(url)
         if outputs is None:
             return None
@@ -306,7 +301,8 @@ class Lake:
         wrong += [f"{n!r} is missing" for n in OWN_COLUMNS if n not in there]
         if wrong:
             raise InvalidCall(
-                f"the outputs {url!r} have another shape: {'; '.join(wrong)}; give another predict_id"
+                f"the outputs {self.where(selection.outputs)!r} have another shape: {'; '.join(wrong)}; give "
+                "another predict_id"
             )
         return outputs
 
@@ -321,6 +317,18 @@ class Lake:
             except ValueError as e:
                 raise InvalidCall(f"ids: {e}") from e
         return pa.table(columns, names=[f"k{i}" for i in range(len(selection.key))])
+
+
+def _opened(url: str) -> tuple[Any, str]:
+    """The filesystem that a lake is on, and its path there."""
+    if "://" not in url:
+        # fsspec would take a :: in it for one filesystem inside another.
+        return LocalFileSystem(skip_instance_cache=True), LocalFileSystem._strip_protocol(url)
+    try:
+        fs, root = fsspec.url_to_fs(url, skip_instance_cache=True)
+    except ImportError as e:
+        raise InvalidCall(f"{url.partition('://')[0]}:// needs another package: {e}") from e
+    return fs, root
 
 
 def _names(outputs: DeltaTable) -> list[str]:

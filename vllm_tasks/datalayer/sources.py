@@ -13,7 +13,7 @@ from typing import Any
 import duckdb
 from fsspec.implementations.local import LocalFileSystem
 
-from vllm_tasks.datalayer.delta import dataset, open_table, quoted
+from vllm_tasks.datalayer.delta import dataset, open_table, plain, quoted, storage_errors, without_userinfo
 from vllm_tasks.errors import SHOWN, InvalidCall, TablesUnavailable
 
 READERS = {
@@ -25,7 +25,10 @@ READERS = {
 }
 VIEW = "_vllm_tasks_source"
 FILE = re.compile(r"(?P<stem>.+)\.(?P<kind>parquet|jsonl|ndjson|json|csv)(?P<gz>\.gz)?", re.DOTALL)
-SQL = re.compile(r"(\s|\(|--[^\n]*\n|/\*.*?\*/)*(select|with|from|values|table)\b", re.IGNORECASE | re.DOTALL)
+SQL = re.compile(
+    r"(\s|\(|--[^\n]*\n|/\*(?:[^*]|\*(?!/))*\*/)*+(select|with|from|values|table)\b", re.IGNORECASE
+)
+"""How a statement begins, after comments, each of which matches in one way only: nothing is tried again."""
 
 
 def literal(text: str) -> str:
@@ -86,6 +89,10 @@ class Files:
         """`path` as DuckDB and delta-rs know it."""
         return path if self.local else str(self.fs.unstrip_protocol(path))
 
+    def shown(self, path: str) -> str:
+        """`path` as a person is told it."""
+        return without_userinfo(self.uri(path))
+
     @property
     def local(self) -> bool:
         return isinstance(self.fs, LocalFileSystem)
@@ -96,9 +103,9 @@ class Files:
         except (FileNotFoundError, NotADirectoryError):
             raise
         except PermissionError as e:
-            raise InvalidCall(f"cannot list {self.uri(path)!r}: not allowed: {e}") from e
+            raise InvalidCall(f"cannot list {self.shown(path)!r}: not allowed: {plain(e)}") from e
         except Exception as e:  # every filesystem has errors of its own, which have no base in common
-            raise TablesUnavailable(f"cannot list {self.uri(path)!r}: {e}") from e
+            raise TablesUnavailable(f"cannot list {self.shown(path)!r}: {plain(e)}") from e
 
     def tables(self) -> dict[str, list[str]]:
         """Paths by table name; raises `InvalidCall` when the lake is not there."""
@@ -107,7 +114,7 @@ class Files:
         try:
             entries = self._ask("ls", self.root or "/", detail=True)
         except (FileNotFoundError, NotADirectoryError) as e:
-            raise InvalidCall(f"there is no folder {self.uri(self.root)!r} to read from") from e
+            raise InvalidCall(f"there is no folder {self.shown(self.root)!r} to read from") from e
         for entry in entries:
             path = entry["name"].rstrip("/")
             name = posixpath.basename(path)
@@ -128,7 +135,7 @@ class Files:
         has = ", ".join(map(repr, sorted(tables)[:20])) + (", ..." if len(tables) > 20 else "")
         if not SQL.match(select) and not re.search(r"\s", select.strip()):
             raise InvalidCall(
-                f"{self.uri(self.root)!r} has no table, file or match for {select!r}"
+                f"{self.shown(self.root)!r} has no table, file or match for {select!r}"
                 f"{near(select, list(tables))}; it has {has or 'no tables'}"
             )
         return self._select(select, tables, has)
@@ -147,7 +154,7 @@ class Files:
                     views[name] = source.sql
             elif name.casefold() not in own:
                 raise InvalidCall(
-                    f"{self.uri(self.root)!r} has no table {name!r}{near(name, list(tables))}; it has {has}"
+                    f"{self.shown(self.root)!r} has no table {name!r}{near(name, list(tables))}; it has {has}"
                 )
         return Source(statement, views, datasets)
 
@@ -163,7 +170,8 @@ class Files:
             return None
         if len(paths) == 1 and self._ask("isdir", paths[0]):
             if self._ask("exists", f"{paths[0]}/_delta_log"):
-                rows = dataset(open_table(self.uri(paths[0])))
+                with storage_errors(f"cannot read {self.shown(paths[0])}"):
+                    rows = dataset(open_table(self.uri(paths[0])))
                 return lambda view: Source(f"FROM {quoted(view)}", {}, {view: rows})
             paths = self._inside(paths[0])
         if not paths:
@@ -183,7 +191,7 @@ class Files:
         outside = path.startswith("/") or "://" in path or ".." in path.split("/")
         if outside and not re.search(r"\s", path):
             raise InvalidCall(
-                f"{name!r} is not in the lake {self.uri(self.root)!r}; give a path relative to it"
+                f"{name!r} is not in the lake {self.shown(self.root)!r}; give a path relative to it"
             )
         if outside or not path:
             return []
@@ -200,7 +208,7 @@ class Files:
     def _inside(self, folder: str) -> list[str]:
         found = [p for p in self._ask("find", folder) if kind_of(p) and not self._hidden(p, folder)]
         if not found:
-            raise InvalidCall(f"the folder {self.uri(folder)!r} holds no {', '.join(READERS)} files")
+            raise InvalidCall(f"the folder {self.shown(folder)!r} holds no {', '.join(READERS)} files")
         return self._refuse_delta(found)
 
     def _hidden(self, path: str, pattern: str) -> bool:
@@ -217,7 +225,7 @@ class Files:
                 folders.add(path)
         for folder in sorted(folders):
             if self._ask("exists", f"{folder}/_delta_log"):
-                raise InvalidCall(f"{self.uri(folder)!r} is a Delta table: name it, not the files in it")
+                raise InvalidCall(f"{self.shown(folder)!r} is a Delta table: name it, not the files in it")
         return paths
 
 
