@@ -11,6 +11,7 @@ import random
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -297,6 +298,122 @@ def test_what_looks_like_a_date_in_json_stays_text(folder: Path) -> None:
     lake = Lake(str(folder))
     found = read(lake, selection("dates", columns=("text", "mixed")))
     assert sorted((*r.key, *r.values) for r in found) == sorted(tuple(r.values()) for r in rows)
+    lake.close()
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "jsonl.gz"])
+def test_what_looks_like_a_uuid_in_json_stays_text(folder: Path, ending: str) -> None:
+    """Text of a UUID's form keeps its capitals, also deep inside, and other text may follow it."""
+    u = "123E4567-E89B-12d3-a456-426614174000"
+    rows = [{"id": f"{i:08d}{u[8:]}", "text": u, "deep": {"UUID": [u], 'a "UUID"': 1}} for i in range(30_000)]
+    rows += [{"id": "other", "text": "text", "deep": {"UUID": ["text"], 'a "UUID"': 2}}]
+    write_source(folder / f"u.{ending}", rows)
+    lake = Lake(str(folder))
+    for select in ("u", "SELECT * FROM u"):
+        chosen = selection(select, columns=("text", "deep"))
+        lake.check(chosen)
+        found = {r.key[0]: r.values for r in read(lake, chosen)}
+        assert found == {r["id"]: (r["text"], r["deep"]) for r in rows}
+    lake.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("n.csv", "id,text\n"),
+        ("n.csv", ""),
+        ("n.jsonl", ""),
+        ("n.jsonl", "\n"),
+        ("n.json", "[]"),
+        ("n.json", ""),
+        ("n.jsonl.gz", ""),
+    ],
+)
+def test_a_night_without_rows(folder: Path, name: str, content: str) -> None:
+    """A source without rows selects nothing, before and after a good night, and makes no outputs."""
+
+    def night(content: str, ids: list[int]) -> None:
+        path = folder / name
+        path.write_bytes(gzip.compress(content.encode()) if name.endswith("gz") else content.encode())
+        for refresh in ("missing", "changed", "all"):
+            lake = Lake(str(folder))
+            chosen = selection("n", refresh=refresh)
+            lake.check(chosen)
+            writer = lake.writer(chosen, TABLE)
+            assert keys(lake, chosen) == ids
+            if refresh == "all" and ids:
+                writer.commit([row(i) for i in ids], [])
+            writer.commit([], [])
+            writer.close()
+            lake.close()
+
+    night(content, [])
+    assert not (folder / OUT).exists()
+    night("id,text\n1,a\n" if ".csv" in name else '{"id": 1, "text": "a"}\n', [1])
+    night(content, [])
+    lake = Lake(str(folder))
+    assert committed(lake) == [(1, "o")]
+    lake.close()
+
+
+def test_a_source_with_deletion_vectors_or_lost_files(lake: Lake, folder: Path) -> None:
+    """A Delta table that cannot be read as it is, is refused; a file that is not there now may come back."""
+    write_deltalake(folder / "d", pa.Table.from_pylist(ROWS))
+    lake.check(selection("d"))
+    for file in (folder / "d").glob("*.parquet"):
+        file.unlink()
+    with pytest.raises(TablesUnavailable, match=r"\.parquet"):
+        read(lake, selection("d"))
+    write_deltalake(folder / "v", pa.Table.from_pylist(ROWS))
+    protocol = {
+        "minReaderVersion": 3,
+        "minWriterVersion": 7,
+        "readerFeatures": ["deletionVectors"],
+        "writerFeatures": ["deletionVectors"],
+    }
+    (folder / f"v/_delta_log/{1:020d}.json").write_text(json.dumps({"protocol": protocol}) + "\n")
+    assert "deletion" in refusal(lake, selection("v")).lower()
+
+
+def test_rivals_files_that_are_lost(lake: Lake) -> None:
+    """What a rival wrote and is not there to be read is waited for, and nothing is written meanwhile."""
+    writer, rival = lake.writer(selection(), TABLE), lake.writer(selection(), TABLE)
+    rival.commit([row(1, "rival")], [])
+    (file,) = Path(lake.where(OUT)).glob("*.parquet")
+    moved = file.rename(file.with_suffix(".away"))
+    with pytest.raises(TablesUnavailable, match="No such file"):
+        writer.commit([row(1, "mine")], [])
+    moved.rename(file)
+    writer.commit([row(1, "mine")], [])
+    assert committed(lake) == [(1, "mine")]
+    writer.close()
+    rival.close()
+
+
+def test_closing_while_a_thread_still_counts(folder: Path) -> None:
+    """Closing ends what other threads ask; they are told so, also those that come late."""
+    lake = Lake(str(folder))
+    slow = selection("SELECT a.range AS id, 'x' AS text FROM range(3000000) a, range(300000) b")
+    said: list[BaseException] = []
+
+    def count() -> None:
+        try:
+            lake.count(slow)
+        except TablesUnavailable as e:
+            said.append(e)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    time.sleep(1)
+    start = time.monotonic()
+    lake.close()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert time.monotonic() - start < 5
+    assert len(said) == 1
+    for late in (lambda: lake.count(slow), lambda: lake.writer(selection(), TABLE)):
+        with pytest.raises(TablesUnavailable, match="was closed"):
+            late()
     lake.close()
 
 

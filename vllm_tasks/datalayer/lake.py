@@ -7,8 +7,9 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -31,9 +32,18 @@ from vllm_tasks.datalayer.delta import (
     without_userinfo,
     writer_properties,
 )
-from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, OutputTable, Selection, SourceRow, Writer
+from vllm_tasks.datalayer.selection import (
+    OWN_COLUMNS,
+    POSITION,
+    Key,
+    OutputTable,
+    Row,
+    Selection,
+    SourceRow,
+    Writer,
+)
 from vllm_tasks.datalayer.sources import VIEW, Files, Source, exactly, literal, near, reading
-from vllm_tasks.errors import InvalidCall
+from vllm_tasks.errors import InvalidCall, TablesUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +65,8 @@ KEY_TYPES: dict[str, tuple[str, pa.DataType]] = {
     "BLOB": ("BLOB", pa.binary()),
 }
 """DuckDB's types that may be a key: what it is compared and stored as, in SQL and in Arrow."""
+CLOSING_S = 1.0
+"""How long other threads have to leave the queries that closing interrupts."""
 OUTPUTS = "_vllm_tasks_outputs"
 IDS = "_vllm_tasks_ids"
 
@@ -81,6 +93,24 @@ def key_type(column: str, kind: str) -> tuple[str, pa.DataType]:
     )
 
 
+class NoRows:
+    """The `Writer` to outputs that are not there yet, of a source without rows: its keys have no types."""
+
+    def __init__(self, shown: str) -> None:
+        self._shown = shown
+
+    def commit(self, rows: Sequence[Row], redo: Collection[Key]) -> None:
+        """See `Writer.commit`; there is nothing to commit."""
+        if rows or redo:
+            raise TablesUnavailable(f"the source in {self._shown!r} had no rows, and has some now")
+
+    def unstorable(self, row: Row) -> str | None:
+        """See `Writer.unstorable`."""
+
+    def close(self) -> None:
+        """See `Writer.close`."""
+
+
 class Lake:
     """The tables of a folder or an fsspec URL."""
 
@@ -90,7 +120,10 @@ class Lake:
         self._shown = without_userinfo(self._url)
         # Made by DuckDB when it spills first: a killed process leaves no empty folder.
         self._spill = f"{tempfile.gettempdir()}/vllm-tasks-{uuid4().hex}"
-        self._con = duckdb.connect(
+        self._con: duckdb.DuckDBPyConnection | None = None
+        self._cursors: set[duckdb.DuckDBPyConnection] = set()
+        """Those that a query is on."""
+        con = duckdb.connect(
             config={
                 "memory_limit": MEMORY,
                 "threads": THREADS,
@@ -101,7 +134,7 @@ class Lake:
             }
         )
         if not self._files.local:
-            self._con.register_filesystem(self._files.fs)
+            con.register_filesystem(self._files.fs)
         # A SELECT reads the lake and nothing else, whatever functions it calls.
         for setting in (
             "TimeZone = 'UTC'",
@@ -109,13 +142,14 @@ class Lake:
             "enable_external_access = false",
             "lock_configuration = true",
         ):
-            self._con.execute(f"SET {setting}")
-        self._sources: dict[str, Source] = {}
+            con.execute(f"SET {setting}")
+        self._con = con
+        self._sources: dict[tuple[Any, ...], Source] = {}
 
     def check(self, selection: Selection) -> None:
         """See `Tables.check`."""
-        casts = self._casts(selection)
         self._outputs(selection)
+        casts = self._casts(selection)
         named, select = ", ".join(selection.key), selection.select[:200]
         logger.info("checking that %s is unique in %s: one pass", named, select)
         keys = [f"k{i}" for i in range(len(casts))]
@@ -146,12 +180,12 @@ class Lake:
 
     def rows(self, selection: Selection, size: int) -> Iterator[list[SourceRow]]:
         """See `Tables.rows`."""
-        types = self._types(selection)
-        decode = [json.loads if types[name] == "JSON" else None for name in selection.columns]
         wanted = [f"k{i}" for i in range(len(selection.key))]
         wanted += [f"v{i}" for i in range(len(selection.columns))]
         wanted += ["same IS NOT NULL", "NULL" if selection.refresh == "missing" else "if(same, hash, NULL)"]
         with self._joined(selection) as (cursor, source, parameters):
+            types = self._types(selection)
+            decode = [json.loads if types[name] == "JSON" else None for name in selection.columns]
             query = f"SELECT {', '.join(wanted)} {source} WHERE {WANTED[selection.refresh]}"
             with cursor.sql(query, params=parameters).to_arrow_reader(size) as reader:
                 for batch in reader:
@@ -167,12 +201,15 @@ class Lake:
 
     def writer(self, selection: Selection, table: OutputTable) -> Writer:
         """See `Tables.writer`."""
+        url = self._at(table.name)
+        if self._outputs(selection) is None and self._is_empty(selection):
+            # The types of no rows' keys would be those of the table for ever.
+            return NoRows(self._shown)
         types = self._types(selection)
         schema = table_schema({name: key_type(name, types[name])[1] for name in selection.key}, table)
-        url = self._at(table.name)
         properties = writer_properties(table.compression)
         delta = make_table(url, schema, table, len(selection.key))
-        return DeltaWriter(url, schema, selection.key, properties, delta, self._con.cursor())
+        return DeltaWriter(url, schema, selection.key, properties, delta, self._open().cursor())
 
     def outputs(self, name: str) -> pa.Table:
         """See `Tables.outputs`."""
@@ -190,10 +227,18 @@ class Lake:
 
     def close(self) -> None:
         """See `Tables.close`."""
-        self._con.close()
+        con, self._con = self._con, None
+        if con is None:
+            return
         # Whoever keeps this object (Prefect keeps the arguments of its task runs) must not keep DuckDB's,
         # which complains at the end of the process about what is still there.
-        del self._con
+        patience = time.monotonic() + CLOSING_S
+        while self._cursors and time.monotonic() < patience:
+            for cursor in list(self._cursors):
+                with suppress(duckdb.Error):  # it has ended meanwhile
+                    cursor.interrupt()
+            time.sleep(0.01)
+        con.close()
         shutil.rmtree(self._spill, ignore_errors=True)
 
     # ------------------------------------------------------------------ queries
@@ -207,16 +252,48 @@ class Lake:
     @contextmanager
     def _cursor(self, selection: Selection) -> Iterator[duckdb.DuckDBPyConnection]:
         """A cursor that knows the source as `VIEW`; DuckDB's errors become what the caller does next."""
-        if selection.select not in self._sources:
-            # Once: `rows` reads the files that `check` has seen.
-            self._sources[selection.select] = self._files.source(selection.select)
-        cursor = self._con.cursor()
-        try:
-            with storage_errors(f"cannot read {selection.select[:200]!r} in {self._shown!r}"):
-                self._sources[selection.select].attach(cursor)
+        source = self._source(selection)
+        with self._attaching(selection) as cursor:
+            source.attach(cursor)
+            yield cursor
+
+    @contextmanager
+    def _attaching(self, selection: Selection) -> Iterator[duckdb.DuckDBPyConnection]:
+        with storage_errors(f"cannot read {selection.select[:200]!r} in {self._shown!r}"):
+            cursor = self._open().cursor()
+            self._cursors.add(cursor)
+            try:
                 yield cursor
-        finally:
-            cursor.close()
+            finally:
+                self._cursors.discard(cursor)
+                cursor.close()
+
+    def _open(self) -> duckdb.DuckDBPyConnection:
+        """Raises `TablesUnavailable` for a thread that comes late."""
+        if (con := self._con) is None:
+            raise TablesUnavailable(f"the lake {self._shown!r} was closed")
+        return con
+
+    def _source(self, selection: Selection) -> Source:
+        """Found and described once: `rows` reads the files that `check` has seen."""
+        if (source := self._sources.get(_named(selection))) is None:
+            source = self._files.source(selection.select)
+            with self._attaching(selection) as cursor:
+                source = source.described(cursor)
+            self._sources[_named(selection)] = source
+        return source
+
+    def _is_empty(self, selection: Selection) -> bool:
+        with self._cursor(selection) as cursor:
+            return not cursor.execute(f"FROM {VIEW} LIMIT 1").fetchall()
+
+    def _stand_in(self, selection: Selection, types: dict[str, pa.DataType]) -> None:
+        """In place of a source without rows, which has no types, one that has what the outputs have."""
+        kinds = {name: types.get(name, pa.string()) for name in selection.key}
+        schema = pa.schema(dict.fromkeys(selection.columns, pa.string()) | kinds)
+        source = Source("FROM _vllm_tasks_nothing", {}, {"_vllm_tasks_nothing": schema.empty_table()})
+        with self._attaching(selection) as cursor:
+            self._sources[_named(selection)] = source.described(cursor)
 
     @contextmanager
     def _joined(
@@ -226,12 +303,12 @@ class Lake:
 
         Columns: k0... the key; v0... the values; same, failed, hash, created of the output, NULL without one.
         """
+        outputs = self._outputs(selection)
         columns = self._casts(selection)
         types = self._types(selection)
         columns += [f"{_readable(name, types[name])} AS v{i}" for i, name in enumerate(selection.columns)]
         using = f"USING ({', '.join(f'k{i}' for i in range(len(selection.key)))})"
         clause = f"FROM (SELECT {', '.join(columns)} FROM {VIEW})"  # noqa: S608 - the names are quoted
-        outputs = self._outputs(selection)
         parameters: dict[str, Any] = {}
         with self._cursor(selection) as cursor:
             if selection.ids is not None:
@@ -254,12 +331,14 @@ class Lake:
                 parameters["since"] = selection.since
             yield cursor, clause, parameters
 
-    def _types(self, selection: Selection) -> dict[str, str]:
+    def _types(self, selection: Selection) -> Mapping[str, str]:
         """DuckDB's types by column; raises `InvalidCall` when a wanted one is not there."""
-        with self._cursor(selection) as cursor:
-            found = {row[0]: row[1] for row in cursor.execute(f"DESCRIBE {VIEW}").fetchall()}
+        found = self._source(selection).types
         missing = [name for name in dict.fromkeys(selection.key + selection.columns) if name not in found]
         if missing:
+            if self._is_empty(selection):
+                self._stand_in(selection, {})
+                return self._source(selection).types
             hints = "".join(near(name, list(found)) for name in missing[:3])
             raise InvalidCall(
                 f"{selection.select[:200]!r} has no column {', '.join(map(repr, missing))}{hints}; "
@@ -286,25 +365,31 @@ class Lake:
 
     def _outputs(self, selection: Selection) -> DeltaTable | None:
         """The outputs, None if there are none yet; raises `InvalidCall` for other keys."""
-        url = self._at(selection.outputs)
-        outputs = find_table(url)
+        self._types(selection)  # what is wrong with the source is told first
+        outputs = find_table(self._at(selection.outputs))
         if outputs is None:
             return None
-        types = self._types(selection)
         there = {field.name: field.type for field in arrow_schema(outputs)}
-        here = {name: key_type(name, types[name])[1] for name in selection.key}
-        wrong = [
-            f"{n!r} is {there.get(n, 'missing')}, not {kind}"
-            for n, kind in here.items()
-            if there.get(n) != kind
-        ]
-        wrong += [f"{n!r} is missing" for n in OWN_COLUMNS if n not in there]
+        wrong = self._differences(selection, there)
+        if wrong and self._is_empty(selection):
+            self._stand_in(selection, there)
+            wrong = self._differences(selection, there)
         if wrong:
             raise InvalidCall(
                 f"the outputs {self.where(selection.outputs)!r} have another shape: {'; '.join(wrong)}; give "
                 "another predict_id"
             )
         return outputs
+
+    def _differences(self, selection: Selection, there: dict[str, pa.DataType]) -> list[str]:
+        types = self._types(selection)
+        here = {name: key_type(name, types[name])[1] for name in selection.key}
+        wrong = [
+            f"{n!r} is {there.get(n, 'missing')}, not {kind}"
+            for n, kind in here.items()
+            if there.get(n) != kind
+        ]
+        return wrong + [f"{n!r} is missing" for n in OWN_COLUMNS if n not in there]
 
     def _ids(self, selection: Selection) -> pa.Table:
         types = self._types(selection)
@@ -317,6 +402,11 @@ class Lake:
             except ValueError as e:
                 raise InvalidCall(f"ids: {e}") from e
         return pa.table(columns, names=[f"k{i}" for i in range(len(selection.key))])
+
+
+def _named(selection: Selection) -> tuple[Any, ...]:
+    """What a source depends on."""
+    return selection.select, selection.key, selection.columns, selection.outputs
 
 
 def _opened(url: str) -> tuple[Any, str]:

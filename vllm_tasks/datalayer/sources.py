@@ -7,7 +7,7 @@ import json
 import posixpath
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import duckdb
@@ -23,6 +23,8 @@ READERS = {
     "json": "read_json([{}], dateformat='%Y-%m-%d\x1f', timestampformat='%Y-%m-%d\x1f')",
     "csv": "read_csv([{}])",
 }
+UUID = re.compile(r'"(?:[^"]|"")*"|\bUUID(?=[],)[]|$)')
+"""In the name of a type: the quoted name of a field, or a UUID."""
 VIEW = "_vllm_tasks_source"
 FILE = re.compile(r"(?P<stem>.+)\.(?P<kind>parquet|jsonl|ndjson|json|csv)(?P<gz>\.gz)?", re.DOTALL)
 SQL = re.compile(
@@ -68,6 +70,15 @@ class Source:
     sql: str
     views: Mapping[str, str] = field(default_factory=dict)
     datasets: Mapping[str, Any] = field(default_factory=dict)
+    types: Mapping[str, str] = field(default_factory=dict)
+    """DuckDB's, by column, once `described`."""
+
+    def described(self, cursor: duckdb.DuckDBPyConnection) -> Source:
+        """This source with its types; what looks like a UUID in JSON is text, which it was."""
+        views = {name: _with_text(cursor, sql) for name, sql in self.views.items()}
+        source = Source(self.sql, views, self.datasets)
+        source.attach(cursor)
+        return replace(source, types=_types(cursor, f"FROM {VIEW}"))
 
     def attach(self, cursor: duckdb.DuckDBPyConnection) -> None:
         """Make the temporary view `VIEW` on `cursor`, which no other cursor sees."""
@@ -76,6 +87,21 @@ class Source:
         for name, sql in self.views.items():
             cursor.execute(f"CREATE TEMP VIEW {quoted(name)} AS {sql}")
         cursor.execute(f"CREATE TEMP VIEW {VIEW} AS {self.sql}")
+
+
+def _types(cursor: duckdb.DuckDBPyConnection, sql: str) -> dict[str, str]:
+    return {row[0]: row[1] for row in cursor.execute(f"DESCRIBE {sql}").fetchall()}
+
+
+def _with_text(cursor: duckdb.DuckDBPyConnection, sql: str) -> str:
+    if not sql.startswith("FROM read_json("):
+        return sql
+    types = _types(cursor, sql)
+    wanted = {name: UUID.sub(lambda m: m[0] if m[0][0] == '"' else "VARCHAR", t) for name, t in types.items()}
+    if wanted == types:
+        return sql
+    columns = ", ".join(f"{literal(name)}: {literal(kind)}" for name, kind in wanted.items())
+    return f"{sql.removesuffix(')')}, columns={{{columns}}})"
 
 
 class Files:
@@ -148,10 +174,8 @@ class Files:
         for name in names:
             if (one := self._one(name, tables)) is not None:
                 source = one(name)
-                if source.datasets:
-                    datasets |= source.datasets
-                else:
-                    views[name] = source.sql
+                datasets |= source.datasets
+                views |= source.views
             elif name.casefold() not in own:
                 raise InvalidCall(
                     f"{self.shown(self.root)!r} has no table {name!r}{near(name, list(tables))}; it has {has}"
@@ -182,7 +206,7 @@ class Files:
                 f"{name!r} has files of several kinds ({', '.join(kinds)}); name those of one kind"
             )
         sql = reading(kinds[0], [self.uri(path) for path in sorted(paths)])
-        return lambda view: Source(sql)
+        return lambda view: Source(f"FROM {quoted(view)}", {view: sql})
 
     def _paths(self, name: str) -> list[str]:
         path = name.strip()
