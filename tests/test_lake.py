@@ -932,7 +932,9 @@ def test_a_killed_writer_loses_nothing_committed(lake: Lake, folder: Path) -> No
     exactly_once(lake, set(range(120)))
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
+def test_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """No room is `TablesUnavailable`, nothing half written shows, and later the same call works."""
     if (
         os.geteuid() != 0
@@ -960,7 +962,13 @@ def test_a_full_disk(tmp_path: Path) -> None:
             orphan.unlink()
         writer.commit([row(1, noise), row(2, "two")], [(1,)])
         assert committed(lake) == [(1, noise), (2, "two")]
+        writer.commit([row(3, "three")], [])
+        monkeypatch.setattr(delta, "SMALL_FILES", 1)
+        free = os.statvfs(tmp_path)
+        filler.write_bytes(b"0" * (free.f_bavail * free.f_frsize - 30_000))
         writer.close()
+        assert "were not made into large ones" in caplog.text
+        assert committed(lake) == [(1, noise), (2, "two"), (3, "three")]
     finally:
         lake.close()
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
