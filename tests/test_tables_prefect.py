@@ -222,7 +222,13 @@ def test_a_flow_that_is_told_to_end_commits_what_is_finished(
     server.script = script
     file = tmp_path / "job.py"
     file.write_text(JOB)
-    job = subprocess.Popen([sys.executable, str(file), server.url, lake.url, how], start_new_session=True)
+    url = PREFECT_API_URL.value()  # else the job would start a server of its own, and leave it behind
+    assert url
+    job = subprocess.Popen(
+        [sys.executable, str(file), server.url, lake.url, how],
+        env={**os.environ, "PREFECT_API_URL": url},
+        start_new_session=True,
+    )
     try:
         server.wait_until(lambda: len(server.posts) == answered + 8, seconds=60)
         began = time.monotonic()
