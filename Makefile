@@ -20,9 +20,9 @@ test: .venv/.ready .venv-newest/.ready
 	$(BIN)/python -m pytest $(ARGS)
 	$(MAKE) --no-print-directory test-newest
 
-# The base package beside a remote vLLM: no vLLM here, and the newest Prefect. Only what meets Prefect, or is
-# all that is left without vLLM, is tested a second time.
-WITH_PREFECT := blocks http models package tables_prefect tasks
+# The base package beside a remote vLLM: no vLLM here, and the newest Prefect. Only what meets Prefect is
+# tested a second time.
+WITH_PREFECT := blocks models package tables_prefect tasks
 test-newest: .venv-newest/.ready
 	.venv-newest/bin/python -m pytest -m "not engine" $(WITH_PREFECT:%=tests/test_%.py) $(ARGS)
 

@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,23 +165,25 @@ def test_one_engine_is_started_shared_survives_its_death_and_ends(
     assert sum("host.py" in " ".join(p.cmdline()) for p in mine()) == 1
 
     rows = [f"row {i}" for i in range(500)]
-    for pick in (engine_core, lambda found: found[0]):
-        victim = pick(mine())
-        killer = threading.Timer(0.5, victim.kill)
-        killer.start()
-        answers = own_model.predict_batches(rows, max_tokens=64, ignore_eos=True)
-        killer.join()
-        assert not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE
-        assert all(isinstance(a, str) for a in answers)
-
     place = Place(str(tmp_path / "lake"))
     place.fill_texts(*rows)
-    killer = threading.Timer(1.0, engine_core(mine()).kill)
-    killer.start()
-    report = own_model.predict_in_db(
-        "text", "rows", db=place.db, max_tokens=64, ignore_eos=True, max_chunk_size=50
+    sampling = {"max_tokens": 64, "ignore_eos": True}
+
+    def killed_meanwhile(victim: psutil.Process, work: Callable[[], Any]) -> Any:
+        killer = threading.Timer(0.5, victim.kill)
+        killer.start()
+        done = work()
+        killer.join()
+        assert not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE
+        return done
+
+    answers = killed_meanwhile(engine_core(mine()), lambda: own_model.predict_batches(rows, **sampling))
+    assert all(isinstance(a, str) for a in answers)
+
+    over_a_table = partial(
+        own_model.predict_in_db, "text", "rows", db=place.db, max_chunk_size=50, **sampling
     )
-    killer.join()
+    report = killed_meanwhile(mine()[0], over_a_table)
     assert (report.succeeded, report.completion_tokens) == (500, 500 * 64)
     assert place.answers("own").keys() == set(range(500))
 
