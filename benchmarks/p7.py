@@ -75,10 +75,11 @@ def job(pipe: Connection, url: str, server: str) -> None:
     pipe.send(Start(report.seconds["first_row"], idle, resident("VmHWM"), report.asked))
 
 
-def model_of(server: str) -> VllmAPI:
+def model_of(server: str, max_in_flight: int | None = None) -> VllmAPI:
     from vllm_tasks import VllmAPI
 
-    return VllmAPI(identifier="bench", api_url=f"{server}/v1/completions", model="m")
+    url = f"{server}/v1/completions"
+    return VllmAPI(identifier="bench", api_url=url, model="m", max_in_flight=max_in_flight)
 
 
 def first_output(url: str, server: str) -> str:
