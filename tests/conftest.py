@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import tempfile
@@ -20,6 +21,7 @@ from prefect.testing.utilities import prefect_test_harness
 
 from tests import places
 from tests.postgres import Postgres, binaries, running
+from tests.scripted_server import ScriptedServer
 from tests.tiny_model import make_tiny_model
 from vllm_tasks import VllmModel
 
@@ -29,6 +31,16 @@ TINY_ARGS: dict[str, Any] = {
     "kv_cache_memory_bytes": 2**28,
     "max_num_seqs": 32,
 }
+
+
+IN_PREFECT = [
+    pytest.mark.usefixtures("prefect_server", "prefects_garbage"),
+    # Prefect leaves connections of its own to the garbage collector.
+    pytest.mark.filterwarnings(
+        "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
+    ),
+]
+"""The marks of a test file that runs flows and tasks."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -57,6 +69,20 @@ def prefect_server() -> Iterator[None]:
     """A real Prefect server with an empty database, for this test session."""
     with prefect_test_harness(server_startup_timeout=120):
         yield
+
+
+@pytest.fixture(scope="module")
+def prefects_garbage() -> Iterator[None]:
+    """Collected at the end of a file where it is expected, and not in the tests of another one."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    """A server that answers every prompt, until the test gives it a script."""
+    with ScriptedServer() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from prefect.settings import get_current_settings
 from prefect.testing.standard_test_suites import BlockStandardTestSuite
 from pydantic import SecretStr
 
+from tests.conftest import IN_PREFECT
 from vllm_tasks import (
     Artifact,
     Datalayer,
@@ -35,22 +34,9 @@ from vllm_tasks import (
 from vllm_tasks.prompts import joined
 from vllm_tasks.sampling import known_names
 
-pytestmark = [
-    pytest.mark.usefixtures("prefect_server"),
-    # Prefect leaves connections of its own to the garbage collector.
-    pytest.mark.filterwarnings(
-        "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
-    ),
-]
+pytestmark = IN_PREFECT
 BOTH = pytest.mark.parametrize("kind", [VllmAPI, VllmModel])
 SECRET_URL = "postgresql://user:db-secret@host/db"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _prefects_garbage() -> Iterator[None]:
-    """Collected here, where it is expected, and not in the tests of another file."""
-    yield
-    gc.collect()
 
 
 @pytest.fixture

@@ -41,12 +41,6 @@ def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with ScriptedServer() as server:
-        yield server
-
-
-@pytest.fixture
 def other() -> Iterator[ScriptedServer]:
     with ScriptedServer() as server:
         yield server

@@ -27,7 +27,7 @@ import s3fs
 from deltalake import DeltaTable, write_deltalake
 from deltalake.table import TableOptimizer
 
-from vllm_tasks.datalayer import delta
+from vllm_tasks.datalayer import delta_writer
 from vllm_tasks.datalayer.lake import Lake
 from vllm_tasks.datalayer.selection import OutputColumn, OutputTable, Selection, SourceRow
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
@@ -800,7 +800,7 @@ def test_a_key_twice_in_one_commit(lake: Lake) -> None:
 def test_an_interrupt_around_the_write(lake: Lake, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     """Ctrl-C right before or after rows are written: the same call again leaves each key once."""
     writer = lake.writer(selection(), TABLE)
-    write = delta.write_deltalake
+    write = delta_writer.write_deltalake
 
     def interrupted(*given: Any, **named: Any) -> None:
         if moment == "after":
@@ -809,7 +809,7 @@ def test_an_interrupt_around_the_write(lake: Lake, monkeypatch: pytest.MonkeyPat
 
     for ids in ((1, 2), (3,)):
         with monkeypatch.context() as patch:
-            patch.setattr(delta, "write_deltalake", interrupted)
+            patch.setattr(delta_writer, "write_deltalake", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 writer.commit([row(i) for i in ids], [])
         writer.commit([row(i, "again") for i in ids], [])
@@ -821,8 +821,8 @@ def test_a_compaction_that_fails(
     lake: Lake, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Rows that are written stay acknowledged when tidying up fails, in a commit and at the end."""
-    monkeypatch.setattr(delta, "COMPACT_EVERY", 3)
-    monkeypatch.setattr(delta, "SMALL_FILES", 2)
+    monkeypatch.setattr(delta_writer, "COMPACT_EVERY", 3)
+    monkeypatch.setattr(delta_writer, "SMALL_FILES", 2)
 
     def fails(self: Any, **_: Any) -> None:
         raise OSError("No space left on device")
@@ -963,7 +963,7 @@ def test_a_full_disk(
         writer.commit([row(1, noise), row(2, "two")], [(1,)])
         assert committed(lake) == [(1, noise), (2, "two")]
         writer.commit([row(3, "three")], [])
-        monkeypatch.setattr(delta, "SMALL_FILES", 1)
+        monkeypatch.setattr(delta_writer, "SMALL_FILES", 1)
         free = os.statvfs(tmp_path)
         filler.write_bytes(b"0" * (free.f_bavail * free.f_frsize - 30_000))
         writer.close()
@@ -976,8 +976,8 @@ def test_a_full_disk(
 
 def test_compaction_keeps_contents_and_rivals_go_on(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many small files become few, under a rival's and a reader's feet, and nothing is lost or doubled."""
-    monkeypatch.setattr(delta, "COMPACT_EVERY", 30)
-    monkeypatch.setattr(delta, "SMALL_FILES", 20)
+    monkeypatch.setattr(delta_writer, "COMPACT_EVERY", 30)
+    monkeypatch.setattr(delta_writer, "SMALL_FILES", 20)
     writer, rival = lake.writer(selection(), TABLE), lake.writer(selection(), TABLE)
     rival.commit([row(1000, "rival")], [])
     for i in range(95):

@@ -29,12 +29,6 @@ from vllm_tasks.tables import Log, records
 
 
 @pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with ScriptedServer() as server:
-        yield server
-
-
-@pytest.fixture
 def model(server: ScriptedServer, place: Place) -> Iterator[VllmAPI]:
     with VllmAPI(identifier="m", api_url=server.url, db=place.db, retries=0) as model:
         yield model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import signal
 import subprocess
@@ -26,32 +25,14 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
 
 from flows.batch_predict import batch_predict
+from tests.conftest import IN_PREFECT
 from tests.places import Place
 from tests.scripted_server import Asked, ScriptedServer, answer_to, refused
 from vllm_tasks import InvalidCall, Report, TooManyFailed, VllmAPI, predict_in_db
 from vllm_tasks.artifacts import asset_key, markdown_of, slug
 from vllm_tasks.report import ErrorKind, Progress
 
-pytestmark = [
-    pytest.mark.usefixtures("prefect_server"),
-    # Prefect leaves connections of its own to the garbage collector.
-    pytest.mark.filterwarnings(
-        "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
-    ),
-]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _prefects_garbage() -> Iterator[None]:
-    """Collected here, where it is expected, and not in the tests of another file."""
-    yield
-    gc.collect()
-
-
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with ScriptedServer() as server:
-        yield server
+pytestmark = IN_PREFECT
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from prefect.settings import PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary
 from prefect.states import Completed, exception_to_failed_state
 from prefect.utilities.annotations import quote
 
+from tests.conftest import IN_PREFECT
 from tests.scripted_server import ScriptedServer, answer_to, refused
 from vllm_tasks import (
     Completion,
@@ -31,27 +31,8 @@ from vllm_tasks import (
 )
 from vllm_tasks.tasks import RowsTask, is_temporary
 
-pytestmark = [
-    pytest.mark.usefixtures("prefect_server"),
-    # Prefect leaves connections of its own to the garbage collector.
-    pytest.mark.filterwarnings(
-        "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
-    ),
-]
+pytestmark = IN_PREFECT
 TASKS = pytest.mark.parametrize("the_task", [predict, predict_batches, completions])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _prefects_garbage() -> Iterator[None]:
-    """Collected here, where it is expected, and not in the tests of another file."""
-    yield
-    gc.collect()
-
-
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with ScriptedServer() as server:
-        yield server
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_tasks.callables import DottedCallable
 from vllm_tasks.datalayer.selection import OutputColumn
+from vllm_tasks.datalayer.storable import INT64
 from vllm_tasks.fingerprint import source_of
 from vllm_tasks.rows import BuiltinType
 
 OUTPUT = "output"
-INT64 = range(-(2**63), 2**63)
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
 INTEGER = re.compile(r"[+-]?\d{1,19}", re.ASCII)

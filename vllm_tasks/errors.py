@@ -13,7 +13,8 @@ A single row that fails is not an exception but a `RowError` value (see `vllm_ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
     from vllm_tasks.rows import RowError
 
 SHOWN = 5
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """'; did you mean ...?', or nothing."""
+    folded = {n.casefold(): n for n in names}
+    match = difflib.get_close_matches(name.casefold(), folded, 1)
+    return f"; did you mean {folded[match[0]]!r}?" if match else ""
 
 
 class VllmTasksError(Exception):

@@ -158,7 +158,6 @@ class VllmModel(Predictor, Block):
         return self
 
     def _refuse_unbuilt(self) -> None:
-        super()._refuse_unbuilt()
         if self.on_ray or self.replicas > 1:
             raise InvalidCall(
                 "on_ray and replicas are kept with the model, but Ray engines are not built yet"

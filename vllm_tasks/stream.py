@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from vllm_tasks import sharing
 from vllm_tasks.datalayer.selection import POSITION, Key, Row, Selection, SourceRow, Tables, Writer
@@ -28,8 +28,6 @@ from vllm_tasks.report import Progress, Tally
 from vllm_tasks.rows import Completion, Request, Result, RowError
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 ASKED_TOGETHER = 512
 """Rows that are folded and put in order together."""
@@ -43,7 +41,6 @@ RETRY_DELAYS = 1, 5, 15, 30
 HASTE = 2.0
 """Seconds that a stopping run waits for its requests to end, and again for its reader: of 10 s, within which
 what is finished must be committed."""
-HOW_TO_GO_ON = "the same call goes on from there"
 SAME_FATE = 50
 """A run whose first rows, so many, all fail alike is hopeless."""
 FEW = 500
@@ -140,6 +137,10 @@ class Job:
     started: datetime
 
 
+Hashed = tuple[SourceRow, str]
+"""A row with the hash of its input."""
+
+
 @dataclass(frozen=True, slots=True)
 class Finished:
     """A row of the source with the rows that its answer became."""
@@ -200,9 +201,9 @@ class Open:
             self.unanswered += len(seen)
             return None
 
-    def answered(self, rows: int = 1) -> None:
+    def answered(self) -> None:
         with self._changed:
-            self.unanswered -= rows
+            self.unanswered -= 1
             self._tell()
 
     def committed(self, keys: Iterable[Key]) -> None:
@@ -262,9 +263,8 @@ class Run:
         try:
             for rows in self._wanted_rows():
                 with self.tally.phase("read"):
-                    hashes = [input_hash(row.values) for row in rows]
-                    requests = self.job.requests([row.values for row in rows])
-                self._hand_over(rows, hashes, requests)
+                    requests = self.job.requests([row.values for row, _ in rows])
+                self._hand_over(rows, requests)
                 if self._open.stopped:
                     break
         except BaseException as error:  # noqa: BLE001 - handed to the thread that runs the job
@@ -272,12 +272,14 @@ class Run:
         self._queue.put(None)
         self.begun.set()
 
-    def _wanted_rows(self) -> Iterator[list[SourceRow]]:
-        """Rows to ask, as soon as there is room for them; stops at the limit."""
+    def _wanted_rows(self) -> Iterator[list[Hashed]]:
+        """Rows to ask, each with the hash of its input; stops at the limit."""
         left = self.job.limit
-        for rows in self._selected_rows():
+        for selected in self._selected_rows():
+            with self.tally.phase("read"):
+                rows = [(row, input_hash(row.values)) for row in selected]
             if self.job.selection.refresh == "changed":
-                rows = [row for row in rows if row.input_hash != input_hash(row.values)]
+                rows = [(row, digest) for row, digest in rows if row.input_hash != digest]
             if left is not None:
                 rows = rows[:left]
                 left -= len(rows)
@@ -307,32 +309,28 @@ class Run:
             handled = self._open.snapshot()
             selection = replace(selection, since=self.job.started)
 
-    def _hand_over(
-        self, rows: Sequence[SourceRow], hashes: Sequence[str], requests: Sequence[Request | RowError]
-    ) -> None:
+    def _hand_over(self, rows: Sequence[Hashed], requests: Sequence[Request | RowError]) -> None:
         asked = [i for i, request in enumerate(requests) if isinstance(request, Request)]
         room = self._asks.start(lambda: sharing.room(self.job.config)).result() if asked else 0
         uncommitted = room + 2 * self.job.pace.most + len(rows)
         if not self._open.wait_for_room(room + len(rows), uncommitted):
             return
-        if (twice := self._open.read([row.key for row in rows])) is not None:
+        if (twice := self._open.read([row.key for row, _ in rows])) is not None:
             raise InvalidCall(
                 f"the source changed while it was read: the key {shown_key(twice)!r:.200} came twice; "
                 "correct it, and the same call goes on"
             )
         self.tally.read += len(rows)
-        for row, digest, request in zip(rows, hashes, requests, strict=True):
+        for row, request in zip(rows, requests, strict=True):
             if isinstance(request, RowError):
-                self._finish(row, digest, request)
+                self._finish(*row, request)
         if asked:
             self.tally.first_sent = self.tally.first_sent or time.monotonic()
-            mine, theirs = [(rows[i], hashes[i]) for i in asked], [requests[i] for i in asked]
+            mine, theirs = [rows[i] for i in asked], [requests[i] for i in asked]
             self._asks.start(lambda: self._answer(mine, theirs)).add_done_callback(self._tell_failure)
             self.begun.set()
 
-    async def _answer(
-        self, rows: Sequence[tuple[SourceRow, str]], requests: Sequence[Request | RowError]
-    ) -> None:
+    async def _answer(self, rows: Sequence[Hashed], requests: Sequence[Request | RowError]) -> None:
         def done(i: int, result: Result) -> None:
             self._finish(*rows[i], result)
 
@@ -471,12 +469,14 @@ class Run:
         except VllmTasksError as error:
             logger.warning("%d finished rows could not be committed: %s", len(self._group), error)
             lost = error
-        again = self.job.selection.refresh == "all"
+        next_time = "the same call goes on from there"
+        if self.job.selection.refresh == "all":
+            next_time = "with overwrite=True the same call asks all rows again"
         logger.warning(
             "stopped: %s rows of this run are committed, %d dropped; %s",
             f"{self.tally.done - len(self._group):,}",
             len(self._open.keys),
-            "with overwrite=True the same call asks all rows again" if again else HOW_TO_GO_ON,
+            next_time,
         )
         return lost
 

@@ -97,7 +97,6 @@ def predict_in_db(
         _at_least_one("max_chunk_size", max_chunk_size), settings.commit_rows, settings.commit_seconds
     )
     _at_least_one("limit", limit)
-
     budget = Budget(_max_failed(max_failed))
 
     # Whatever is wrong with the model or its parameters is said here, before anything is read or made.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import NullPool, QueuePool
 
+from vllm_tasks.datalayer.storable import to_json
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 
 DEFAULT = '"default"'
@@ -52,11 +52,6 @@ class Verbatim(sa.types.UserDefinedType[Any]):
 
     def get_col_spec(self, **_: Any) -> str:
         return self.spec
-
-
-def to_json(value: Any) -> str:
-    """Refuses NaN and infinity, which JSON does not have."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def backend(url: str) -> Backend:

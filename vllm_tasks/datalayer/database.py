@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 from collections.abc import Generator, Iterator, Sequence
@@ -18,7 +17,8 @@ from sqlalchemy.exc import DBAPIError
 from vllm_tasks.datalayer.backends import Backend, backend
 from vllm_tasks.datalayer.database_writer import DatabaseWriter, UtcTime, refuse_differences, shape_of
 from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, OutputTable, Selection, SourceRow, Writer
-from vllm_tasks.errors import InvalidCall
+from vllm_tasks.datalayer.storable import is_text
+from vllm_tasks.errors import InvalidCall, near
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class Database:
 
     def _source(self, connection: Connection, selection: Selection) -> Source:
         select = selection.select.strip()
-        if not _is_text(select):
+        if not is_text(select):
             raise InvalidCall(f"select={select[:200]!r} has half a character (a lone surrogate)")
         table = self._table(connection, select)
         if table:
@@ -353,20 +353,14 @@ def _fits(value: Any, spec: str) -> bool:
     """Whether a value may be an id of a column of this type."""
     if isinstance(value, bool):
         return spec in BOOLEANS
-    if isinstance(value, str) and not _is_text(value):
+    if isinstance(value, str) and not is_text(value):
         return False
     return value is not None and isinstance(value, ID_TYPES.get(spec, object))
 
 
-def _is_text(value: str) -> bool:
-    return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
-
-
 def _near(name: str, names: Sequence[str]) -> str:
-    folded = {n.casefold(): n for n in names}
-    match = difflib.get_close_matches(name.casefold(), folded, 1)
     there = ", ".join(map(repr, list(names)[:20])) + (", ..." if len(names) > 20 else "")
-    return (f"; did you mean {folded[match[0]]!r}?" if match else "") + f"; there is {there or 'nothing'}"
+    return f"{near(name, names)}; there is {there or 'nothing'}"
 
 
 def _shown(key: Sequence[str], row: Sequence[Any]) -> str:

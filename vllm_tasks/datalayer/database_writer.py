@@ -16,12 +16,12 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import DBAPIError
 
-from vllm_tasks.datalayer.backends import Backend, to_json
+from vllm_tasks.datalayer.backends import Backend
 from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, Key, OutputTable, Row
+from vllm_tasks.datalayer.storable import HALF_A_CHARACTER, INT64, is_text, last_outputs, to_json
 from vllm_tasks.errors import InvalidCall
 
 TRIES = 10
-INT64 = range(-(2**63), 2**63)
 ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 """In JSON: an even number of backslashes before it are backslashes of the text."""
 
@@ -146,7 +146,7 @@ class DatabaseWriter:
         for row in rows:
             if problem := self.unstorable(row):
                 raise ValueError(f"the key {self._key_of(row)!r:.200}: {problem}")
-        latest = self._latest(rows)
+        latest = last_outputs(rows, self._key)
         for attempt in range(1, TRIES + 1):
             try:
                 return self._write(latest, redo)
@@ -183,8 +183,8 @@ class DatabaseWriter:
         if isinstance(value, str):
             if not self._backend.nul and "\0" in value:
                 return "the character 0 cannot be stored"
-            if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-                return "half a character (a lone surrogate) cannot be stored"
+            if not is_text(value):
+                return HALF_A_CHARACTER
         elif isinstance(value, int) and value not in INT64 and name not in self._key:
             return "the number has more than 64 bits"
         elif isinstance(value, float) and value != value and not self._backend.nan:
@@ -193,17 +193,6 @@ class DatabaseWriter:
 
     def _key_of(self, row: Row) -> Key:
         return tuple(row[name] for name in self._key)
-
-    def _latest(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """The rows of the last outcome of each key; an outcome begins with the position 0 or none."""
-        latest: dict[Key, list[Row]] = {}
-        for row in rows:
-            key = self._key_of(row)
-            if row.get(POSITION):
-                latest.setdefault(key, []).append(row)
-            else:
-                latest[key] = [row]
-        return [row for outcome in latest.values() for row in outcome]
 
     def _write(self, rows: Sequence[Row], redo: Collection[Key]) -> None:
         with self._backend.writing(self._table.name) as connection:

@@ -20,7 +20,6 @@ from deltalake import DeltaTable
 from fsspec.implementations.local import LocalFileSystem
 
 from vllm_tasks.datalayer.delta import (
-    DeltaWriter,
     arrow_column,
     arrow_schema,
     dataset,
@@ -32,6 +31,7 @@ from vllm_tasks.datalayer.delta import (
     without_userinfo,
     writer_properties,
 )
+from vllm_tasks.datalayer.delta_writer import DeltaWriter
 from vllm_tasks.datalayer.selection import (
     OWN_COLUMNS,
     POSITION,
@@ -42,8 +42,8 @@ from vllm_tasks.datalayer.selection import (
     SourceRow,
     Writer,
 )
-from vllm_tasks.datalayer.sources import VIEW, Files, Source, exactly, literal, near, reading
-from vllm_tasks.errors import InvalidCall, TablesUnavailable
+from vllm_tasks.datalayer.sources import VIEW, Files, Source, exactly, literal, reading
+from vllm_tasks.errors import InvalidCall, TablesUnavailable, near
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import posixpath
 import re
@@ -14,7 +13,7 @@ import duckdb
 from fsspec.implementations.local import LocalFileSystem
 
 from vllm_tasks.datalayer.delta import dataset, open_table, plain, quoted, storage_errors, without_userinfo
-from vllm_tasks.errors import SHOWN, InvalidCall, TablesUnavailable
+from vllm_tasks.errors import SHOWN, InvalidCall, TablesUnavailable, near
 
 READERS = {
     "parquet": "read_parquet([{}])",
@@ -46,13 +45,6 @@ def reading(kind: str, uris: list[str]) -> str:
 def exactly(uri: str) -> str:
     """The glob that only `uri` matches."""
     return re.sub(r"([*?[])", r"[\1]", uri)
-
-
-def near(name: str, names: Iterator[str] | list[str]) -> str:
-    """'; did you mean ...?', or nothing."""
-    folded = {n.casefold(): n for n in names}
-    match = difflib.get_close_matches(name.casefold(), folded, 1)
-    return f"; did you mean {folded[match[0]]!r}?" if match else ""
 
 
 def kind_of(path: str) -> tuple[str, str] | None:

@@ -1,0 +1,38 @@
+"""What any outputs table can hold, and which of two outputs of one key it holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_tasks.datalayer.selection import POSITION, Key, Row
+
+INT64 = range(-(2**63), 2**63)
+HALF_A_CHARACTER = "half a character (a lone surrogate) cannot be stored"
+
+
+def to_json(value: Any) -> str:
+    """Raises TypeError, ValueError or RecursionError for what JSON cannot say, NaN and infinity among it."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def is_text(value: str) -> bool:
+    """Whether it has whole characters only: what has halves of some is no UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def last_outputs(rows: Sequence[Row], key: Sequence[str]) -> list[Row]:
+    """The last output of each key: a position that comes again begins it anew."""
+    found: dict[Key, dict[int, Row]] = {}
+    for row in rows:
+        output = found.setdefault(tuple(row[name] for name in key), {})
+        position = row.get(POSITION) or 0
+        if position in output:
+            output.clear()
+        output[position] = row
+    return [row for output in found.values() for row in output.values()]
