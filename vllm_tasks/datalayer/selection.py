@@ -143,6 +143,23 @@ class Tables(Protocol):
         Raises `InvalidCall` when there is no such table.
         """
 
+    def read(self, select: str, columns: Sequence[str] | None = None) -> Iterator[list[Row]]:
+        """The rows of a source as mappings of column to Python value, streamed in lists, in no particular
+        order: these columns, or all. Raises `InvalidCall` for a source or column that is not there and two
+        columns of one name, `TablesUnavailable`."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is a table `name`, so that `read(name)` finds one."""
+
+    def put(self, name: str, rows: Any, key: Sequence[str]) -> None:
+        """Write a `pyarrow.Table` in one transaction to the table `name`, made unless it is there: rows of
+        a key that is there already are replaced, so that the same call may be repeated.
+
+        Types are int64, float64, bool, string and timestamp in UTC with microseconds; values of `key` are
+        never NULL. Raises `InvalidCall` when the table is there with other columns or types,
+        `TablesUnavailable`.
+        """
+
     def where(self, name: str) -> str:
         """Where a person finds the outputs: a path or URL and a table, without secrets."""
 
