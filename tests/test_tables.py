@@ -25,7 +25,8 @@ from vllm_tasks import (
     VllmAPI,
 )
 from vllm_tasks.fingerprint import input_hash
-from vllm_tasks.tables import Log, records
+from vllm_tasks.plan import records
+from vllm_tasks.tables import Log
 
 
 @pytest.fixture

@@ -39,8 +39,8 @@ from vllm_tasks.settings import site_settings
 from vllm_tasks.validation import Validation
 
 if TYPE_CHECKING:
+    from vllm_tasks.plan import Columns
     from vllm_tasks.report import Report
-    from vllm_tasks.tables import Columns
 
 logger = logging.getLogger(__name__)
 

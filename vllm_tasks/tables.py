@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -10,17 +9,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_tasks import loop, sharing
 from vllm_tasks.datalayer import Datalayer, outputs_name
 from vllm_tasks.datalayer.selection import Key, OutputTable, Refresh, Selection
 from vllm_tasks.engines.http import HttpConfig
-from vllm_tasks.engines.local import LocalConfig
 from vllm_tasks.errors import InvalidCall, TablesUnavailable, TooManyFailed, VllmTasksError
-from vllm_tasks.fingerprint import engine_identity, fingerprint
-from vllm_tasks.prompts import Context, Signature
+from vllm_tasks.fingerprint import fingerprint
+from vllm_tasks.plan import Columns, Plan, named_columns
+from vllm_tasks.prompts import Context
 from vllm_tasks.report import Progress, Report, Tally
 from vllm_tasks.settings import site_settings
 from vllm_tasks.stream import HASTE, RETRY_DELAYS, Budget, Display, Job, Pace, Run
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Columns = str | Sequence[str] | Mapping[str, str | int]
 PROGRESS_EVERY = 30.0
 """Seconds between two lines of progress in the log."""
 COUNT_PATIENCE = 5.0
@@ -85,78 +82,48 @@ def predict_in_db(
     run from going on: `ServerUnavailable`, `EngineFailed`, `TablesUnavailable`. In each case, and on
     Ctrl-C or SIGTERM, what was finished is committed.
     """
-    tally = Tally()
-    started = datetime.now(UTC)
-    settings = site_settings()
-    columns, record = records(X, model.signature)
-    key = _named_columns("primary_id", primary_id)
-    datalayer = _datalayer(db, model)
-    options = model.model_update_kwargs
+    key = named_columns("primary_id", primary_id)
     predict_id = model.identifier if predict_id is None else predict_id
-    pace = Pace.of(
-        _at_least_one("max_chunk_size", max_chunk_size), settings.commit_rows, settings.commit_seconds
-    )
+    options = model.model_update_kwargs
+    tally = Tally()
+    datalayer = datalayer_of(db, model)
+    pace = pace_of(max_chunk_size)
     _at_least_one("limit", limit)
     budget = Budget(_max_failed(max_failed))
-
-    # Whatever is wrong with the model or its parameters is said here, before anything is read or made.
-    model._refuse_unbuilt()
-    config = model._config()
-    decoder = model._decoder(sampling)
-    all_sampling = model._sampling(sampling)
-    prompter = model._prompter(context)
-    model._check_call([], all_sampling)
-    model_name, model_identity = _model_identity(config)
-    identity = {
-        "model": model_identity,
-        "sampling": all_sampling,
-        "context": prompter.context,
-        "outputs": decoder.identity(),
-        "columns": [columns, X if isinstance(X, Mapping) else None],
-        **model._identity(),
-    }
+    plan = Plan.of(model, X, context, sampling)
     selection = Selection(
         select=select,
         key=key,
-        columns=columns,
+        columns=plan.columns,
         outputs=options.get("table") or outputs_name(predict_id),
-        fingerprint=fingerprint(identity),
+        fingerprint=plan.fingerprint,
         refresh=_refresh(refresh, overwrite, retry_failed),
         ids=None if ids is None else _keys(ids, key),
     )
     output = OutputTable(
         name=selection.outputs,
-        columns=decoder.columns,
-        flatten=decoder.flatten,
+        columns=plan.decoder.columns,
+        flatten=plan.decoder.flatten,
         partition_by=_tuple(options.get("partition_by", ())),
         compression=options.get("compression"),
     )
     tables = datalayer.tables()
     try:
-        with tally.phase("check"):
-            tables.check(selection)
-        job = Job(
-            config=config,
-            max_batch_size=model.max_batch_size,
-            tables=tables,
-            selection=selection,
-            decoder=decoder,
-            requests=lambda rows: model._requests(prompter, [record(r) for r in rows], all_sampling),
-            stamp={
-                "_model": model_name,
-                "_uuid": model.uuid,
-                "_fingerprint": selection.fingerprint,
-            },
-            pace=pace,
-            budget=budget,
-            limit=limit,
-            started=started,
-        )
-        verdict, counted = _run(job, output, display or Log(), tally)
-        report = _report(model, predict_id, job, tally, counted)
+        job = Job.of(plan, tables, selection, pace, budget, limit)
+        return commit_answers(plan.model, predict_id, job, output, display or Log(), tally)
     finally:
         tables.close()
-    model._tell_cut_rows(tally.cut, tally.succeeded, all_sampling)
+
+
+def commit_answers(
+    model: Predictor, predict_id: str, job: Job, output: OutputTable, display: Display, tally: Tally
+) -> Report:
+    """Ask for the rows that `job` selects and commit what comes; as of `predict_in_db`."""
+    with tally.phase("check"):
+        job.tables.check(job.selection)
+    verdict, counted = _run(job, output, display, tally)
+    report = _report(model, predict_id, job, tally, counted)
+    model._tell_cut_rows(tally.cut, tally.succeeded, job.plan.sampling)
     if verdict:
         raise TooManyFailed(
             f"{verdict}; what was finished is committed. Look at `_error` in {report.outputs}, correct the "
@@ -200,7 +167,7 @@ class Counted:
         job, run = self._job, self._run
         try:
             if run.tally.first_sent is not None:
-                self.served_by = _served_by(job.config)
+                self.served_by = _served_by(job.plan.config)
             rows, selected = job.tables.count(job.selection)
         except VllmTasksError as error:  # what matters of it, the run meets itself
             logger.warning("the rows to ask could not be counted: %s", error)
@@ -293,49 +260,7 @@ def _sigterm_raises() -> Iterator[None]:
 # ---------------------------------------------------------------------- the call's arguments
 
 
-def records(X: Columns, signature: Signature) -> tuple[tuple[str, ...], Callable[[Sequence[Any]], Any]]:  # noqa: N803
-    """The columns that `X` names, and how their values become the record that `signature` takes."""
-    if isinstance(X, Mapping):
-        columns, arguments = _named_columns("X", tuple(X)), tuple(X.values())
-    else:
-        columns = _named_columns("X", X)
-        arguments = tuple(range(len(columns))) if signature != "**kwargs" else columns
-    by_position = [i for i, a in enumerate(arguments) if isinstance(a, int)]
-    by_position.sort(key=lambda i: arguments[i])
-    by_name = {str(a): i for i, a in enumerate(arguments) if not isinstance(a, int)}
-    if [arguments[i] for i in by_position] != list(range(len(by_position))):
-        raise InvalidCall(f"X={X!r}: positions must be 0, 1, ... without a gap")
-    if signature == "singleton":
-        if len(columns) != 1:
-            raise InvalidCall(
-                f"X={X!r} names {len(columns)} columns, but with signature='singleton' a record is one "
-                "value; use signature='**kwargs' (fields by name) or '*args' (fields by position)"
-            )
-        return columns, lambda values: values[0]
-    if signature == "*args":
-        if by_name:
-            raise InvalidCall(f"X={X!r}: signature='*args' takes positions, not the names {sorted(by_name)}")
-        return columns, lambda values: tuple(values[i] for i in by_position)
-    if signature == "**kwargs":
-        if by_position:
-            raise InvalidCall(f"X={X!r}: signature='**kwargs' takes names of arguments, not positions")
-        return columns, lambda values: {name: values[i] for name, i in by_name.items()}
-    return columns, lambda values: (
-        tuple(values[i] for i in by_position),
-        {name: values[i] for name, i in by_name.items()},
-    )
-
-
-def _named_columns(name: str, given: Any) -> tuple[str, ...]:
-    columns = (given,) if not isinstance(given, Iterable) or isinstance(given, str) else tuple(given)
-    if not columns or not all(isinstance(c, str) and c for c in columns):
-        raise InvalidCall(f"{name}={given!r} must name one column or more")
-    if len(set(columns)) < len(columns):
-        raise InvalidCall(f"{name}={columns!r} names a column twice")
-    return columns
-
-
-def _datalayer(db: Datalayer | str | None, model: Predictor) -> Datalayer:
+def datalayer_of(db: Datalayer | str | None, model: Predictor) -> Datalayer:
     if isinstance(db, os.PathLike):
         db = os.fspath(db)
     if db is not None and not isinstance(db, str | Datalayer):
@@ -351,6 +276,13 @@ def _datalayer(db: Datalayer | str | None, model: Predictor) -> Datalayer:
 
 def _tuple(columns: str | Sequence[str]) -> tuple[str, ...]:
     return (columns,) if isinstance(columns, str) else tuple(columns)
+
+
+def pace_of(max_chunk_size: int | None) -> Pace:
+    """When commit groups close: as the caller says, else as the site does."""
+    settings = site_settings()
+    rows = _at_least_one("max_chunk_size", max_chunk_size)
+    return Pace.of(rows, settings.commit_rows, settings.commit_seconds)
 
 
 def _at_least_one(name: str, value: int | None) -> int | None:
@@ -396,20 +328,6 @@ def _keys(ids: Sequence[Any], key: tuple[str, ...]) -> tuple[Key, ...]:
         if not isinstance(each, tuple | list) or len(each) != len(key):
             raise InvalidCall(f"ids: {each!r} must be a tuple of {len(key)} values, for {key}")
     return tuple(tuple(each) for each in ids)
-
-
-def _model_identity(config: sharing.Config) -> tuple[str, Any]:
-    """The model's name, and the model as the fingerprint knows it.
-
-    A server is asked for the name when the call has none.
-    """
-    if isinstance(config, LocalConfig):
-        arguments = json.loads(config.engine_args)
-        return arguments["model"], engine_identity(arguments)
-    name = config.model
-    if name is None and config.protocol != "legacy":  # which tells no name
-        name = loop.run(sharing.facts(config))["model"]
-    return name or "", name
 
 
 def _served_by(config: sharing.Config) -> dict[str, str]:

@@ -28,12 +28,12 @@ from vllm_tasks.errors import (
     VllmTasksError,
 )
 from vllm_tasks.models import VllmAPI, VllmModel
+from vllm_tasks.plan import Columns
 from vllm_tasks.predictor import OnError, Output
 from vllm_tasks.prompts import Context
 from vllm_tasks.report import Progress, Report
 from vllm_tasks.rows import Completion, RowError
 from vllm_tasks.stream import RETRY_DELAYS
-from vllm_tasks.tables import Columns
 
 Model = VllmAPI | VllmModel
 
