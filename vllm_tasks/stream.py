@@ -23,7 +23,7 @@ from vllm_tasks.datalayer.selection import POSITION, Key, Row, Selection, Source
 from vllm_tasks.errors import InvalidCall, TablesUnavailable, VllmTasksError
 from vllm_tasks.fingerprint import input_hash
 from vllm_tasks.loop import Tasks
-from vllm_tasks.outputs import Decoder
+from vllm_tasks.plan import Plan
 from vllm_tasks.report import Progress, Tally
 from vllm_tasks.rows import Completion, Request, Result, RowError
 
@@ -122,19 +122,23 @@ class Display(Protocol):
 class Job:
     """All that a run needs, checked."""
 
-    config: sharing.Config
-    max_batch_size: int | None
+    plan: Plan
     tables: Tables
     selection: Selection
-    decoder: Decoder
-    requests: Callable[[Sequence[tuple[Any, ...]]], list[Request | RowError]]
-    """From the values of rows to what is asked."""
     stamp: Row
     """Columns that are the same in all output rows."""
     pace: Pace
     budget: Budget
     limit: int | None
     started: datetime
+
+    @classmethod
+    def of(
+        cls, plan: Plan, tables: Tables, selection: Selection, pace: Pace, budget: Budget, limit: int | None
+    ) -> Job:
+        """A job that starts now."""
+        stamp = {"_model": plan.model_name, "_uuid": plan.model.uuid, "_fingerprint": plan.fingerprint}
+        return cls(plan, tables, selection, stamp, pace, budget, limit, datetime.now(UTC))
 
 
 Hashed = tuple[SourceRow, str]
@@ -263,7 +267,7 @@ class Run:
         try:
             for rows in self._wanted_rows():
                 with self.tally.phase("read"):
-                    requests = self.job.requests([row.values for row, _ in rows])
+                    requests = self.job.plan.requests([row.values for row, _ in rows])
                 self._hand_over(rows, requests)
                 if self._open.stopped:
                     break
@@ -290,7 +294,7 @@ class Run:
 
     def _selected_rows(self) -> Iterator[list[SourceRow]]:
         """The source's rows; opened again where it left off when its connection is lost."""
-        selection, size = self.job.selection, max(ASKED_TOGETHER, self.job.max_batch_size or 0)
+        selection, size = self.job.selection, max(ASKED_TOGETHER, self.job.plan.model.max_batch_size or 0)
         handled: set[Key] = set()
         failures = 0
         while True:
@@ -311,7 +315,7 @@ class Run:
 
     def _hand_over(self, rows: Sequence[Hashed], requests: Sequence[Request | RowError]) -> None:
         asked = [i for i, request in enumerate(requests) if isinstance(request, Request)]
-        room = self._asks.start(lambda: sharing.room(self.job.config)).result() if asked else 0
+        room = self._asks.start(lambda: sharing.room(self.job.plan.config)).result() if asked else 0
         uncommitted = room + 2 * self.job.pace.most + len(rows)
         if not self._open.wait_for_room(room + len(rows), uncommitted):
             return
@@ -334,7 +338,7 @@ class Run:
         def done(i: int, result: Result) -> None:
             self._finish(*rows[i], result)
 
-        await sharing.answer(self.job.config, requests, self.job.max_batch_size, done)
+        await sharing.answer(self.job.plan.config, requests, self.job.plan.model.max_batch_size, done)
 
     def _finish(self, row: SourceRow, digest: str, result: Result) -> None:
         self._queue.put((row, digest, result))
@@ -384,7 +388,7 @@ class Run:
 
     def _finished(self, row: SourceRow, digest: str, answer: Result) -> Finished:
         """Decode an answer; what cannot be decoded or stored becomes an error of its row."""
-        outcome = answer if isinstance(answer, RowError) else self.job.decoder.rows(answer)
+        outcome = answer if isinstance(answer, RowError) else self.job.plan.decoder.rows(answer)
         outputs = list(self._output_rows(row, digest, answer, outcome))
         for output in outputs:
             if problem := self.writer.unstorable(output):
@@ -426,8 +430,8 @@ class Run:
         job = self.job
         row = {
             **dict(zip(job.selection.key, source.key, strict=True)),
-            **{column.name: None for column in job.decoder.columns},
-            **({POSITION: None} if job.decoder.flatten else {}),
+            **{column.name: None for column in job.plan.decoder.columns},
+            **({POSITION: None} if job.plan.decoder.flatten else {}),
             "_error": None,
             **_of_answer(answer),
             **job.stamp,
@@ -439,8 +443,8 @@ class Run:
         if isinstance(outcome, RowError):
             yield {**row, "_error": _storable(f"{outcome.kind}: {outcome.message}")}
             return
-        names = [column.name for column in job.decoder.columns]
-        if not job.decoder.flatten:
+        names = [column.name for column in job.plan.decoder.columns]
+        if not job.plan.decoder.flatten:
             yield {**row, **dict(zip(names, outcome[0], strict=True))}
             return
         for position, values in enumerate(outcome):
