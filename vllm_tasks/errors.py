@@ -6,7 +6,8 @@
     ├── EngineFailed       look at the engine: it did not start, or died and did not come back
     ├── TablesUnavailable  wait: a lake or database could not be reached, or had no room
     ├── RowErrors          look at the rows: some failed, the others have their answers
-    └── TooManyFailed      look at the rows: more failed than the budget allows; the rest is committed
+    ├── TooManyFailed      look at the rows: more failed than the budget allows; the rest is committed
+    └── GateFailed         look at the model: it is below its limits; everything is recorded
 
 A single row that fails is not an exception but a `RowError` value (see `vllm_tasks.rows`).
 """
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm_tasks.report import Report
     from vllm_tasks.rows import RowError
+    from vllm_tasks.validation.report import ValidationReport
 
 SHOWN = 5
 
@@ -101,6 +103,20 @@ class TooManyFailed(VllmTasksError):
     """
 
     def __init__(self, message: str, report: Report) -> None:
+        super().__init__(message, report)
+        self.report = report
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class GateFailed(VllmTasksError):
+    """A model is below a threshold, or worse than it was by more than is allowed; all of it is recorded.
+
+    `report` has the values, and why.
+    """
+
+    def __init__(self, message: str, report: ValidationReport) -> None:
         super().__init__(message, report)
         self.report = report
 

@@ -5,23 +5,38 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_tasks import loop, sharing
 from vllm_tasks.engines.local import LocalConfig
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.fingerprint import engine_identity, fingerprint
-from vllm_tasks.outputs import Decoder
 from vllm_tasks.prompts import Context, Signature
-from vllm_tasks.rows import Request, RowError
+from vllm_tasks.rows import Completion, Request, RowError
 
 if TYPE_CHECKING:
+    from vllm_tasks.datalayer.selection import OutputColumn
     from vllm_tasks.predictor import Predictor
 
 Columns = str | Sequence[str] | Mapping[str, str | int]
 """A column, several, or columns by the argument that they are, a name or a position."""
 Values = Sequence[Any]
 """Of one row, in the order of the columns."""
+
+
+class RowDecoder(Protocol):
+    """What becomes of an answer in a table."""
+
+    @property
+    def columns(self) -> tuple[OutputColumn, ...]:
+        """What the model said, beside the columns that every outputs table has."""
+
+    @property
+    def flatten(self) -> bool:
+        """Whether an answer becomes any number of rows."""
+
+    def rows(self, completion: Completion) -> list[tuple[Any, ...]] | RowError:
+        """The answer as rows, each with a value for each of `columns`."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +47,7 @@ class Plan:
     config: sharing.Config
     columns: tuple[str, ...]
     requests: Callable[[Sequence[Values]], list[Request | RowError]]
-    decoder: Decoder
+    decoder: RowDecoder
     sampling: Mapping[str, Any]
     model_name: str
     fingerprint: str

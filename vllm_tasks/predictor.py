@@ -232,7 +232,7 @@ class Predictor(BaseModel):
         if isinstance(self.datatype, DataType):
             found += [self.datatype.encoder, self.datatype.decoder]
         if self.validation is not None:
-            found += [metric.object for metric in self.validation.metrics]
+            found += [m.object for m in self.validation.metrics if not isinstance(m.object, str)]
         return [function for function in found if function is not None]
 
     # ------------------------------------------------------------------ predicting

@@ -1,50 +1,207 @@
-"""What a model is validated with. Kept and saved with a model; validating comes later."""
+"""What a model is validated with: data sets with known answers, metrics, and the limits that it must hold.
+
+Kept and saved with a model; `vllm_tasks.validate` does it.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from vllm_tasks.callables import DottedCallable
+from vllm_tasks.datalayer import check_name
+from vllm_tasks.errors import InvalidCall, near
+from vllm_tasks.metrics import BUILT_IN, BuiltinMetric, built_in
+from vllm_tasks.metrics.measure import Measure
+
+OWN_OPTIONS = {"choices", "delimiter"}
+"""Of metrics by likelihood: the column of the choices, and what stands between prompt and text."""
+
+
+def _named(what: str, identifier: str) -> str:
+    """An identifier that may be part of a table's name, and of `dataset/metric`."""
+    try:
+        check_name(what, identifier)
+    except InvalidCall as error:
+        raise ValueError(str(error)) from error
+    return identifier
 
 
 class Dataset(BaseModel):
-    """Rows with known answers: a `select` on a datalayer, or `raw_data`."""
+    """Rows with known answers: a `select` on a datalayer, or `raw_data`.
+
+    `sample_size` rows are drawn by `random_seed` and the rows' contents, so that they are the same on every
+    machine and from every kind of table. With `pin` the rows are frozen at first use, for all later runs.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
-    identifier: str = Field(min_length=1)
-    select: str | None = None
-    raw_data: list[dict[str, Any]] | None = None
-    db: str | None = Field(default=None, description="Name of a saved Datalayer; the model's when empty.")
-    sample_size: int | None = Field(default=None, ge=1)
-    random_seed: int = 0
-    pin: bool = False
+    identifier: str = Field(min_length=1, description="Name of the data set in metric_values and tables.")
+    select: str | None = Field(
+        default=None, description="A table; in a lake also a path or a glob; or one SELECT statement."
+    )
+    raw_data: list[dict[str, Any]] | None = Field(
+        default=None, description="The rows themselves, in place of select."
+    )
+    db: str | None = Field(
+        default=None, description="Name of a saved Datalayer to select from; the model's when empty."
+    )
+    sample_size: int | None = Field(default=None, ge=1, description="So many of the rows; empty: all.")
+    random_seed: int = Field(default=0, description="Which rows a sample has.")
+    pin: bool = Field(
+        default=False, description="Freeze the rows at first use, so that later runs compare like with like."
+    )
+
+    @field_validator("identifier")
+    @classmethod
+    def _table_name(cls, value: str) -> str:
+        return _named("the data set's identifier", value)
 
     @model_validator(mode="after")
     def _one_source(self) -> Dataset:
         if (self.select is None) == (self.raw_data is None):
             raise ValueError(f"dataset {self.identifier!r} needs exactly one of select and raw_data")
+        if self.db is not None and self.select is None:
+            raise ValueError(f"dataset {self.identifier!r} has a db to select from, and no select")
         return self
 
 
 class Metric(BaseModel):
-    """A named score: the name of a built-in, or a function of one's own by dotted path."""
+    """A named score: a built-in, or a function of one's own.
+
+    A function of one's own is `f(prediction, target) -> float` for a row, and the value their mean; with
+    `over="set"` it is `f(predictions, targets) -> float` for all rows, a failed row's prediction being None.
+    A failed row scores 0 with a function for rows, and is left out where less is better.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
-    identifier: str = Field(min_length=1)
-    object: DottedCallable | None = Field(default=None, description="None: the built-in of this name.")
+    identifier: str = Field(min_length=1, description="Name of the metric in metric_values and tables.")
+    object: BuiltinMetric | DottedCallable | None = Field(
+        default=None,
+        description="A built-in or the dotted path of a function; empty: the built-in of this identifier.",
+    )
+    over: Literal["rows", "set"] = Field(default="rows", description="What a function of one's own is of.")
+    higher_is_better: bool = Field(default=True, description="Of a function of one's own.")
+    options: dict[str, Any] = Field(default={}, description="Keyword arguments of the metric.")
+
+    @field_validator("identifier")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        return _named("the metric's identifier", value)
+
+    @model_validator(mode="after")
+    def _known(self) -> Metric:
+        if self.object is None and self.identifier not in BUILT_IN:
+            raise ValueError(
+                f"there is no built-in metric {self.identifier!r}{near(self.identifier, BUILT_IN)}; built in "
+                f"are {', '.join(BUILT_IN)}, and object takes the dotted path of a function"
+            )
+        function = self.measure().score
+        given = self.options.keys() - OWN_OPTIONS
+        try:
+            taken = inspect.signature(function).parameters.values()
+        except ValueError:  # a built-in function of Python's, which tells nothing
+            return self
+        if any(p.kind is p.VAR_KEYWORD for p in taken):
+            return self
+        names = [p.name for p in taken if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if unknown := sorted(given - set(names)):
+            raise ValueError(
+                f"metric {self.identifier!r} has no option {unknown[0]!r}{near(unknown[0], names)}"
+            )
+        return self
+
+    @property
+    def built_in(self) -> str | None:
+        """The name of the built-in metric that this is."""
+        name = self.object or self.identifier
+        return name if isinstance(name, str) else None
+
+    def measure(self) -> Measure:
+        """How it is scored; the file of a built-in metric is imported now."""
+        if self.built_in is not None:
+            return built_in(self.built_in)
+        assert callable(self.object)
+        return Measure(
+            self.object,
+            kind="row" if self.over == "rows" else "set",
+            range=(float("-inf"), float("inf")),
+            higher_is_better=self.higher_is_better,
+            miss=0.0 if self.higher_is_better else None,
+        )
 
 
 class Validation(BaseModel):
-    """Datasets and metrics of a model, and the limits that it must hold."""
+    """Data sets and metrics of a model, and the limits that it must hold.
+
+    `thresholds` and `max_regression` are by metric, or by `dataset/metric`: the least value (the largest,
+    where less is better), and the largest drop against the last run that passed.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     datasets: list[Dataset] = Field(min_length=1)
     metrics: list[Metric] = Field(min_length=1)
-    key: tuple[str, str] = Field(description="Columns of a dataset: the input and its known answer.")
-    thresholds: dict[str, float] = {}
-    max_regression: dict[str, float] = {}
+    key: tuple[str | list[str] | dict[str, str | int], str] = Field(
+        description="Columns of a dataset: the input (X of predict_in_db), and its known answer."
+    )
+    thresholds: dict[str, float] = Field(
+        default={}, description="By metric or dataset/metric: the value that must be reached."
+    )
+    max_regression: dict[str, float] = Field(
+        default={},
+        description="By metric or dataset/metric: how much worse it may be than the last run that passed.",
+    )
+    on_error: Literal["miss", "exclude"] = Field(
+        default="miss", description="What a failed row is: a miss, or left out (and counted in the record)."
+    )
+    rows_shown: int = Field(
+        default=5, ge=0, description="Wins and losses whose contents are shown in the UI; 0 shows none."
+    )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Validation:
+        for what, names in ("dataset", self._dataset_names), ("metric", self._metric_names):
+            if twice := sorted({n for n in names if names.count(n) > 1}):
+                raise ValueError(f"there are two {what}s {twice[0]!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _known_limits(self) -> Validation:
+        known = [*self._metric_names, *(f"{d}/{m}" for d in self._dataset_names for m in self._metric_names)]
+        for field, limits in ("thresholds", self.thresholds), ("max_regression", self.max_regression):
+            for name in limits.keys() - set(known):
+                raise ValueError(
+                    f"{field} names {name!r}, which is no metric of this validation{near(name, known)}"
+                )
+        for name, most in self.max_regression.items():
+            if most < 0:
+                raise ValueError(f"max_regression of {name!r} is {most}, and a drop is 0 or more")
+        for metric in self.metrics:
+            regressing = {metric.identifier, *(f"{d}/{metric.identifier}" for d in self._dataset_names)}
+            if metric.measure().kind == "set" and regressing & self.max_regression.keys():
+                raise ValueError(
+                    f"max_regression compares two runs row by row, and {metric.identifier!r} scores whole "
+                    "sets: give it a threshold"
+                )
+        return self
+
+    @property
+    def _dataset_names(self) -> list[str]:
+        return [dataset.identifier for dataset in self.datasets]
+
+    @property
+    def _metric_names(self) -> list[str]:
+        return [metric.identifier for metric in self.metrics]
+
+    def limits(self, dataset: str, metric: str) -> tuple[float | None, float | None]:
+        """(threshold, largest drop) of a metric on a dataset; what names the dataset wins."""
+        names = f"{dataset}/{metric}", metric
+        return _first(self.thresholds, names), _first(self.max_regression, names)
+
+
+def _first(limits: dict[str, float], names: tuple[str, ...]) -> float | None:
+    return next((limits[name] for name in names if name in limits), None)

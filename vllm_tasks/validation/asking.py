@@ -1,0 +1,182 @@
+"""Predictions of one validation run over one data set: asked and committed by run and row, and read again.
+
+All runs of a model on a data set share one outputs table, `_outputs__<model>-on-<dataset>`, with the key
+(`run`, `row`): an interrupted run goes on where it stopped, and any figure can be traced to its rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from vllm_tasks.datalayer import outputs_name
+from vllm_tasks.datalayer.delta import quoted
+from vllm_tasks.datalayer.selection import POSITION, OutputTable, Selection, Tables
+from vllm_tasks.datalayer.sources import literal
+from vllm_tasks.fingerprint import fingerprint
+from vllm_tasks.metrics.measure import Answer
+from vllm_tasks.plan import Columns, Plan, RowDecoder
+from vllm_tasks.predictor import Predictor
+from vllm_tasks.prompts import Context
+from vllm_tasks.report import Report, Tally
+from vllm_tasks.stream import Budget, Display, Job
+from vllm_tasks.tables import commit_answers, pace_of
+from vllm_tasks.validation.frozen import Case, Frozen
+
+Row = dict[str, Any]
+PLAIN = [("output", "str")]
+"""The columns of what most models say."""
+KEPT = "_error", "_finish_reason", "_prompt_tokens", "_completion_tokens", "_seconds"
+
+
+def packed(model: Predictor, X: Columns, context: Context) -> Plan:  # noqa: N803
+    """How `model` is asked for inputs that are kept as JSON in one column."""
+    plan = Plan.of(model, X, context)
+    return replace(
+        plan, columns=("input",), requests=lambda rows: plan.requests([json.loads(r[0]) for r in rows])
+    )
+
+
+def predict_id_of(model: str, dataset: str, decoder: RowDecoder, metric: str | None = None) -> str:
+    """Names the outputs of a model on a data set. Answers of another shape have a table of their own."""
+    name = f"{model}-on-{dataset}" if metric is None else f"{model}-on-{dataset}-{metric}"
+    shape = [(column.name, column.kind) for column in decoder.columns]
+    if shape == PLAIN and not decoder.flatten:
+        return name
+    return f"{name}-{fingerprint({'columns': shape, 'flatten': decoder.flatten})[:8]}"
+
+
+@dataclass(frozen=True)
+class Round:
+    """One run of a validation over one data set."""
+
+    home: Tables
+    run: str
+    max_failed: float | int | None
+    retry_failed: bool
+    display: Callable[[str], Display]
+
+    def ask(
+        self, plan: Plan, predict_id: str, table: str, key: Sequence[str] = ("row",), *, of_run: bool = False
+    ) -> Report:
+        """Ask for the rows of `table` that have no answer in this run yet; raises as `predict_in_db`.
+
+        `of_run`: the table has rows of many runs.
+        """
+        columns = ", ".join(map(quoted, dict.fromkeys((*key, *plan.columns))))
+        run = f'CAST({literal(self.run)} AS VARCHAR(100)) AS "run"'
+        where = f' WHERE "run" = {literal(self.run)}' if of_run else ""
+        selection = Selection(
+            select=f"SELECT {run}, {columns} FROM {quoted(table)}{where}",  # noqa: S608 - quoted
+            key=("run", *key),
+            columns=plan.columns,
+            outputs=outputs_name(predict_id),
+            fingerprint=plan.fingerprint,
+        )
+        if self.retry_failed and self.home.has(selection.outputs):
+            self._commit(plan, predict_id, replace(selection, refresh="failed"))
+        return self._commit(plan, predict_id, selection)
+
+    def _commit(self, plan: Plan, predict_id: str, selection: Selection) -> Report:
+        output = OutputTable(selection.outputs, plan.decoder.columns, plan.decoder.flatten)
+        job = Job.of(plan, self.home, selection, pace_of(None), Budget(self.max_failed), None)
+        return commit_answers(plan.model, predict_id, job, output, self.display(predict_id), Tally())
+
+
+class Source(Protocol):
+    """Where a metric's answers come from: the model itself, its likelihoods, or a judge."""
+
+    @property
+    def predict_id(self) -> str:
+        """Names the outputs."""
+
+    def ask(self, round_: Round, frozen: Frozen) -> int:
+        """Ask what this run has not asked yet; returns for how many rows."""
+
+    def answers(self, home: Tables, run: str, frozen: Frozen) -> list[Answer]:
+        """What `run` came to, one answer for each row in order; raises `Incomplete`."""
+
+
+class Incomplete(LookupError):
+    """A run has no answer for some rows."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """What the model itself says."""
+
+    plan: Plan
+    predict_id: str
+
+    def ask(self, round_: Round, frozen: Frozen) -> int:
+        return round_.ask(self.plan, self.predict_id, frozen.table).asked
+
+    def answers(self, home: Tables, run: str, frozen: Frozen) -> list[Answer]:
+        rows = {row["row"]: row for row in read(home, run, self.predict_id, self.plan.decoder)}
+        if missing := [case.row for case in frozen.cases if case.row not in rows]:
+            raise Incomplete(f"{run} has no answer for {len(missing)} rows, for example {missing[0]}")
+        return [_answer(rows[case.row], case) for case in frozen.cases]
+
+
+def _answer(row: Row, case: Case) -> Answer:
+    return Answer(
+        row=case.row,
+        target=case.target,
+        prediction=None if row["_error"] is not None else _said(row["value"]),
+        error=row["_error"],
+        truncated=row["_finish_reason"] == "length",
+        prompt_tokens=row["_prompt_tokens"],
+        completion_tokens=row["_completion_tokens"],
+        seconds=row["_seconds"],
+    )
+
+
+def _said(value: Any) -> Any:
+    """JSON's null as a text: None is for failed rows."""
+    return "null" if value is None else value
+
+
+def read(
+    home: Tables, run: str, predict_id: str, decoder: RowDecoder, key: Sequence[str] = ("row",)
+) -> Iterator[Row]:
+    """The outputs of `run`: its key, `value` as plain data, and the columns `KEPT`, in the order of the key.
+
+    A value is what the model said: a text, data, a dict where there are several columns, a list of `flatten`.
+    """
+    if not home.has(outputs_name(predict_id)):
+        return
+    names = [*key, *KEPT, *((POSITION,) if decoder.flatten else ())]
+    kinds = {column.name: column.kind for column in decoder.columns}
+    casts = [
+        f"CAST({quoted(name)} AS VARCHAR) AS {quoted(name)}" if kind == "json" else quoted(name)
+        for name, kind in kinds.items()
+    ]
+    columns = ", ".join([*map(quoted, names), *casts])
+    table = quoted(outputs_name(predict_id))
+    select = f'SELECT {columns} FROM {table} WHERE "run" = {literal(run)}'  # noqa: S608 - quoted
+    rows = [dict(row) for batch in home.read(select) for row in batch]
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in key), []).append(row)
+    for _, items in sorted(found.items()):
+        values = [_value(item, kinds) for item in sorted(items, key=lambda item: item.get(POSITION) or 0)]
+        if decoder.flatten:
+            value: Any = [] if items[0][POSITION] is None else values
+        else:
+            (value,) = values
+        yield {name: items[0][name] for name in (*key, *KEPT)} | {"value": value}
+
+
+def _value(row: Row, kinds: Mapping[str, str]) -> Any:
+    values = {name: _python(row[name], kind) for name, kind in kinds.items()}
+    return values["output"] if values.keys() == {"output"} else values
+
+
+def _python(value: Any, kind: str) -> Any:
+    if value is None:
+        return None
+    if kind == "json":
+        return json.loads(value)
+    return bool(value) if kind == "bool" else value  # SQLite has 0 and 1

@@ -1,0 +1,223 @@
+"""The rows of a data set as a validation asks them: drawn, put in order, hashed and kept beside the outputs.
+
+Which rows a sample has, and their order, follows from their contents and the seed alone: the same on every
+machine and from every kind of table. The frozen table, `_dataset__<identifier>__<hash>`, has the columns
+`row` (from 0), `input` (JSON: the values of X's columns), `target` (JSON) and, for a metric, `choices`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+import pyarrow as pa
+
+from vllm_tasks.datalayer import Datalayer
+from vllm_tasks.datalayer.selection import Tables
+from vllm_tasks.errors import InvalidCall, near
+from vllm_tasks.fingerprint import canonical
+from vllm_tasks.validation import Dataset
+
+SHOWN_TEXT = 100
+TEXTS = date, time, timedelta, UUID
+"""Kept as their text, which is also what a prompt has of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row. `inputs` are the values of X's columns; `choices` those of a multiple choice."""
+
+    row: int
+    inputs: list[Any]
+    target: Any
+    choices: list[Any] | None = None
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A data set's rows, as they are asked and scored."""
+
+    dataset: str
+    table: str
+    hash: str
+    """Of all rows: 64 hexadecimal digits."""
+    cases: list[Case]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns of a data set that a validation needs."""
+
+    inputs: tuple[str, ...]
+    target: str
+    choices: str | None = None
+
+    @property
+    def all(self) -> list[str]:
+        extra = () if self.choices is None else (self.choices,)
+        return list(dict.fromkeys((*self.inputs, self.target, *extra)))
+
+
+def freeze(dataset: Dataset, columns: Columns, home: Tables) -> Frozen:
+    """The rows of `dataset`, kept in `home`.
+
+    Raises `InvalidCall` for a column that is not there, a set without rows, answers that are NULL, fewer rows
+    than `sample_size`, and values that are no data.
+    """
+    pinned = f"_dataset__{dataset.identifier}__pinned-{_spec(dataset, columns)[:12]}" if dataset.pin else None
+    if pinned is not None and home.has(pinned):
+        cases = _kept(home, pinned, columns)
+        return Frozen(dataset.identifier, pinned, _hash(cases), cases)
+    cases = _drawn(dataset, columns, home)
+    digest = _hash(cases)
+    table = pinned or f"_dataset__{dataset.identifier}__{digest[:12]}"
+    if not home.has(table):
+        home.put(table, _as_table(cases), ["row"])
+    return Frozen(dataset.identifier, table, digest, cases)
+
+
+def _spec(dataset: Dataset, columns: Columns) -> str:
+    """What the rows of a pinned set were drawn by: another sample is another pin."""
+    drawn_by = dataset.model_dump(include={"select", "raw_data", "db", "sample_size", "random_seed"})
+    text = canonical([drawn_by, columns.inputs, columns.target, columns.choices])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _drawn(dataset: Dataset, columns: Columns, home: Tables) -> list[Case]:
+    rows = (_values(dataset, row, columns, i) for i, row in enumerate(_rows(dataset, columns, home)))
+    ranked = ((_rank(dataset.random_seed, values), values) for values in rows)
+    if dataset.sample_size is None:
+        drawn = sorted(ranked, key=lambda pair: pair[0])
+    else:
+        drawn = heapq.nsmallest(dataset.sample_size, ranked, key=lambda pair: pair[0])
+    if not drawn:
+        raise InvalidCall(f"dataset {dataset.identifier!r} has no rows: there is nothing to validate with")
+    if dataset.sample_size is not None and len(drawn) < dataset.sample_size:
+        raise InvalidCall(
+            f"dataset {dataset.identifier!r} has {len(drawn)} rows, fewer than sample_size="
+            f"{dataset.sample_size}; ask for fewer, or leave sample_size out for all"
+        )
+    cases = [_case(i, values, columns) for i, (_, values) in enumerate(drawn)]
+    _refuse_nulls(dataset, columns, cases)
+    return cases
+
+
+def _rows(dataset: Dataset, columns: Columns, home: Tables) -> Iterator[Mapping[str, Any]]:
+    if dataset.raw_data is not None:
+        for i, row in enumerate(dataset.raw_data):
+            for name in columns.all:
+                if name not in row:
+                    raise InvalidCall(
+                        f"row {i} of dataset {dataset.identifier!r} has no {name!r}{near(name, row)}; it has "
+                        f"{', '.join(map(repr, row)) or 'nothing'}"
+                    )
+        yield from dataset.raw_data
+        return
+    assert dataset.select is not None
+    tables = home if dataset.db is None else _saved(dataset.db).tables()
+    try:
+        for batch in tables.read(dataset.select, columns.all):
+            yield from batch
+    finally:
+        if tables is not home:
+            tables.close()
+
+
+def _saved(name: str) -> Datalayer:
+    try:
+        found = Datalayer.load(name)
+    except ValueError as error:
+        raise InvalidCall(
+            f"there is no saved Datalayer {name!r}, which a dataset selects from: {error}"
+        ) from error
+    assert isinstance(found, Datalayer), "called from synchronous code"
+    return found
+
+
+def _values(dataset: Dataset, row: Mapping[str, Any], columns: Columns, i: int) -> dict[str, Any]:
+    try:
+        return {name: _data(row[name]) for name in columns.all}
+    except TypeError as error:
+        raise InvalidCall(
+            f"row {i} of dataset {dataset.identifier!r}: {error}, which is no data that JSON can say"
+        ) from error
+
+
+def _data(value: Any) -> Any:
+    """`value` as JSON has it; dates and UUIDs as their text."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        if value - value != 0:
+            raise TypeError(f"{value!r} is not finite")
+        return value
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, TEXTS):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(name): _data(item) for name, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [_data(item) for item in value]
+    raise TypeError(f"{value!r:.{SHOWN_TEXT}} is a {type(value).__name__}")
+
+
+def _rank(seed: int, values: Mapping[str, Any]) -> bytes:
+    return hashlib.blake2b(canonical([seed, values]).encode(), digest_size=16).digest()
+
+
+def _case(i: int, values: Mapping[str, Any], columns: Columns) -> Case:
+    choices = None if columns.choices is None else values[columns.choices]
+    return Case(i, [values[name] for name in columns.inputs], values[columns.target], choices)
+
+
+def _refuse_nulls(dataset: Dataset, columns: Columns, cases: Sequence[Case]) -> None:
+    empty = [case for case in cases if case.target is None]
+    if empty:
+        raise InvalidCall(
+            f"{len(empty)} of {len(cases)} rows of dataset {dataset.identifier!r} have no answer "
+            f"({columns.target!r} is NULL), for example {empty[0].inputs!r:.{SHOWN_TEXT}}; leave them "
+            f"out with SELECT ... WHERE {columns.target} IS NOT NULL"
+        )
+
+
+def _hash(cases: Iterable[Case]) -> str:
+    digest = hashlib.sha256()
+    for case in cases:
+        digest.update(canonical([case.inputs, case.target, case.choices]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _as_table(cases: Sequence[Case]) -> pa.Table:
+    columns: dict[str, Any] = {
+        "row": pa.array([case.row for case in cases], pa.int64()),
+        "input": [_json(case.inputs) for case in cases],
+        "target": [_json(case.target) for case in cases],
+    }
+    if cases[0].choices is not None:
+        columns["choices"] = [_json(case.choices) for case in cases]
+    return pa.table(columns)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value)  # in ASCII: halves of characters survive, which no table would hold
+
+
+def _kept(home: Tables, table: str, columns: Columns) -> list[Case]:
+    names = ["row", "input", "target", *(["choices"] if columns.choices is not None else [])]
+    rows = sorted(
+        (row for batch in home.read(table, names) for row in batch), key=lambda row: int(row["row"])
+    )
+    return [
+        Case(
+            r["row"], json.loads(r["input"]), json.loads(r["target"]), json.loads(r.get("choices") or "null")
+        )
+        for r in rows
+    ]

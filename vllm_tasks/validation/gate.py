@@ -1,0 +1,36 @@
+"""Whether a model may pass: its values reach their thresholds, and none got worse than by chance."""
+
+from __future__ import annotations
+
+from vllm_tasks.validation import Validation
+from vllm_tasks.validation.report import Verdict
+from vllm_tasks.validation.scores import Value
+from vllm_tasks.validation.statistics import Paired, regressed
+
+
+def verdict(
+    validation: Validation, dataset: str, value: Value, paired: Paired | None, compared_with: str | None
+) -> Verdict:
+    """What the limits say of one value; `paired` compares it with the run `compared_with`."""
+    threshold, allowed = validation.limits(dataset, value.metric)
+    reasons = []
+    if threshold is not None and (
+        value.value < threshold if value.higher_is_better else value.value > threshold
+    ):
+        side = "below" if value.higher_is_better else "above"
+        reasons.append(f"{value.metric} is {value}, {side} its threshold of {threshold:g}")
+    if allowed is not None and paired is not None and regressed(paired, allowed, value.higher_is_better):
+        drop = abs(paired.difference)
+        reasons.append(
+            f"{value.metric} is {value}, {drop:.4g} worse than in the run {compared_with} (95 % interval of "
+            f"the difference {paired.low:.4g} to {paired.high:.4g}, p={paired.p_worse:.2g}); "
+            f"{allowed:g} is allowed"
+        )
+    return Verdict(
+        metric=value.metric,
+        threshold=threshold,
+        max_regression=allowed,
+        paired=paired,
+        compared_with=compared_with,
+        reason="; ".join(reasons) or None,
+    )

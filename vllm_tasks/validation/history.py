@@ -1,0 +1,139 @@
+"""What validations found, kept where the outputs are: `_metric_values`, and `_metric_scores` row by row.
+
+A run is recorded whole or not at all as far as a reader can tell: its values are written last. What is in the
+outputs and not in `_metric_values` is a run that was interrupted.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pyarrow as pa
+
+from vllm_tasks.datalayer import outputs_name
+from vllm_tasks.datalayer.delta import quoted
+from vllm_tasks.datalayer.selection import Tables
+from vllm_tasks.datalayer.sources import literal
+
+VALUES, SCORES = "_metric_values", "_metric_scores"
+RESUMED_WITHIN = timedelta(days=1)
+"""An interrupted run that began longer ago is not gone on with: the weights may be others by now."""
+STAMP = "%Y%m%dT%H%M%S%f"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of `_metric_values`: a metric of one run of a model over one data set."""
+
+    run: str
+    metric: str
+    model: str
+    dataset: str
+    dataset_hash: str
+    dataset_table: str
+    outputs: str
+    fingerprint: str
+    value: float
+    low: float
+    high: float
+    n: int
+    failed: int
+    truncated: int
+    on_error: str
+    higher_is_better: bool
+    passed: bool
+    """Of the whole run, all metrics together."""
+    reason: str | None
+    """Why this metric did not pass."""
+    compared_with: str | None
+    """The run that the regression was tested against."""
+    uuid: str
+    flow_run: str | None
+    created_at: datetime
+
+
+TYPES = {
+    "str": pa.string(),
+    "str | None": pa.string(),
+    "float": pa.float64(),
+    "int": pa.int64(),
+    "bool": pa.bool_(),
+    "datetime": pa.timestamp("us", "UTC"),
+}
+
+
+def new_run(dataset_hash: str) -> str:
+    """A name for a run over rows of this hash: which rows, when it began, and 4 digits of chance."""
+    return f"{dataset_hash[:12]}-{datetime.now(UTC).strftime(STAMP)}-{secrets.token_hex(2)}"
+
+
+def began(run: str) -> datetime:
+    """When `run` began, from its name."""
+    return datetime.strptime(run.split("-")[1], STAMP).replace(tzinfo=UTC)
+
+
+def interrupted(home: Tables, predict_id: str, dataset_hash: str, model: str, dataset: str) -> str | None:
+    """The last run over these rows that has answers and no record, unless it is too old to go on with."""
+    answered = runs_answered(home, predict_id, dataset_hash)
+    recorded = {record.run for record in records(home, model, dataset)}
+    young = datetime.now(UTC) - RESUMED_WITHIN
+    return max((r for r in answered - recorded if began(r) > young), key=began, default=None)
+
+
+def runs_answered(
+    home: Tables, predict_id: str, dataset_hash: str, fingerprint: str | None = None
+) -> set[str]:
+    """Runs over these rows that have answers (under this fingerprint)."""
+    table = outputs_name(predict_id)
+    if not home.has(table):
+        return set()
+    of = "" if fingerprint is None else f' AND "_fingerprint" = {literal(fingerprint)}'
+    select = (
+        f'SELECT DISTINCT "run" FROM {quoted(table)} WHERE "run" LIKE {literal(dataset_hash[:12] + "-%")}{of}'  # noqa: S608
+    )
+    return {row["run"] for batch in home.read(select) for row in batch}
+
+
+def records(home: Tables, model: str, dataset: str) -> list[Record]:
+    """What was found of this model on this data set, oldest first."""
+    if not home.has(VALUES):
+        return []
+    where = f'"model" = {literal(model)} AND "dataset" = {literal(dataset)}'
+    rows = [row for batch in home.read(f"SELECT * FROM {VALUES} WHERE {where}") for row in batch]  # noqa: S608
+    return sorted((_record(dict(row)) for row in rows), key=lambda record: (record.created_at, record.metric))
+
+
+def last_passed(history: Sequence[Record], dataset_hash: str, outputs: str, metric: str) -> Record | None:
+    """What a new run is compared with: the last one over the same rows that passed, with answers alike."""
+    fit = [
+        r
+        for r in history
+        if r.passed and (r.dataset_hash, r.outputs, r.metric) == (dataset_hash, outputs, metric)
+    ]
+    return fit[-1] if fit else None
+
+
+def record(home: Tables, found: Sequence[Record], scores: dict[str, dict[int, float]]) -> None:
+    """Append one run: `scores` by metric and row, then its values. Repeating it changes nothing."""
+    runs = {r.run for r in found}
+    assert len(runs) == 1
+    (run,) = runs
+    rows = [(run, metric, row, score) for metric, by_row in scores.items() for row, score in by_row.items()]
+    if rows:
+        names = ("run", "metric", "row", "score")
+        columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+        home.put(SCORES, pa.table(columns), ["run", "metric", "row"])
+    schema = pa.schema([(field.name, TYPES[str(field.type)]) for field in fields(Record)])
+    home.put(VALUES, pa.Table.from_pylist([vars(r) for r in found], schema), ["run", "metric"])
+
+
+def _record(row: dict[str, Any]) -> Record:
+    at = row["created_at"]
+    at = datetime.fromisoformat(at) if isinstance(at, str) else at
+    row["created_at"] = at.astimezone(UTC) if at.tzinfo else at.replace(tzinfo=UTC)
+    row["higher_is_better"], row["passed"] = bool(row["higher_is_better"]), bool(row["passed"])
+    return Record(**row)

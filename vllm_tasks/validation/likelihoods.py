@@ -1,0 +1,173 @@
+"""How likely a model holds given texts to be, from vLLM's `prompt_logprobs`: nothing is generated but one
+token, which vLLM asks for.
+
+The log probability of a text after a prompt is that of both together less that of the prompt alone, as in
+lm-evaluation-harness. For chat messages the text is the beginning of the assistant's message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from vllm_tasks.datalayer.selection import OutputColumn, Tables
+from vllm_tasks.errors import InvalidCall
+from vllm_tasks.fingerprint import canonical, fingerprint
+from vllm_tasks.metrics.measure import Answer, Likelihood
+from vllm_tasks.plan import Plan
+from vllm_tasks.rows import Completion, Request, RowError
+from vllm_tasks.validation import Metric
+from vllm_tasks.validation.asking import Incomplete, Round, Row, predict_id_of, read
+from vllm_tasks.validation.frozen import Case, Frozen
+
+KEY = "row", "part"
+PROMPT_ALONE = -1
+"""The part of a row that has no text."""
+SAMPLING = {"prompt_logprobs": 0, "max_tokens": 1, "temperature": 0}
+GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
+"""For chat: the last message is not at its end."""
+
+
+@dataclass(frozen=True)
+class LogprobDecoder:
+    """Sums the log probabilities of a prompt's tokens."""
+
+    columns: tuple[OutputColumn, ...] = (OutputColumn("logprob", "float"), OutputColumn("tokens", "int"))
+    flatten: bool = False
+
+    def rows(self, completion: Completion) -> list[tuple[Any, ...]] | RowError:
+        """One row: the sum (natural log) and of how many tokens; the first token of all has none."""
+        if completion.prompt_logprobs is None:
+            return RowError("response", "the server sent no prompt_logprobs, which likelihoods are made of")
+        known = [token.logprob for token in completion.prompt_logprobs if token is not None]
+        return [(sum(known), len(known))]
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """For each row the likelihoods of its texts: of its choices (the target says which of them is right, from
+    0), or of the target."""
+
+    plan: Plan
+    """How likelihoods are asked."""
+    metric: Metric
+    predict_id: str
+
+    @classmethod
+    def of(cls, plan: Plan, metric: Metric, dataset: str) -> Likelihoods:
+        """By a model that answers as `plan` says."""
+        asking = _asking(plan)
+        return cls(
+            asking, metric, predict_id_of(plan.model.identifier, dataset, asking.decoder, metric.identifier)
+        )
+
+    def ask(self, round_: Round, frozen: Frozen) -> int:
+        texts, _ = _texts(frozen.cases, self.metric)
+        return round_.ask(self.plan, self.predict_id, _kept(round_.home, frozen, texts), KEY).asked
+
+    def answers(self, home: Tables, run: str, frozen: Frozen) -> list[Answer]:
+        texts, targets = _texts(frozen.cases, self.metric)
+        rows = read(home, run, self.predict_id, self.plan.decoder, KEY)
+        found = {(row["row"], row["part"]): row for row in rows}
+        return [
+            _answer(case, own, target, found)
+            for case, own, target in zip(frozen.cases, texts, targets, strict=True)
+        ]
+
+
+def _texts(cases: Sequence[Case], metric: Metric) -> tuple[list[list[str]], list[Any]]:
+    chooses = metric.built_in == "multiple_choice"
+    delimiter = metric.options.get("delimiter", " " if chooses else "")
+    texts, targets = [], []
+    for case in cases:
+        own = case.choices if chooses else [case.target]
+        if not isinstance(own, list) or not own:
+            raise InvalidCall(
+                f"{metric.identifier!r}: row {case.row} has no list of choices but {own!r:.100}"
+            )
+        texts.append([f"{delimiter}{text}" for text in own])
+        targets.append(_index(case, own, metric) if chooses else case.target)
+    return texts, targets
+
+
+def _index(case: Case, choices: list[Any], metric: Metric) -> int:
+    """Which choice is right: the target is its index from 0, or the choice itself."""
+    target = case.target
+    if target in choices and not (isinstance(target, int) and all(isinstance(c, str) for c in choices)):
+        return choices.index(target)
+    if isinstance(target, int) and not isinstance(target, bool) and 0 <= target < len(choices):
+        return target
+    raise InvalidCall(
+        f"{metric.identifier!r}: the answer {target!r:.100} of row {case.row} is none of its {len(choices)} "
+        "choices, and no index of one from 0"
+    )
+
+
+def _kept(home: Tables, frozen: Frozen, texts: list[list[str]]) -> str:
+    """The table of prompts and texts, one row each, made unless it is there."""
+    rows = [
+        (case.row, part, json.dumps([case.inputs, text]))
+        for case, own in zip(frozen.cases, texts, strict=True)
+        for part, text in enumerate([None, *own], PROMPT_ALONE)
+    ]
+    digest = hashlib.sha256(canonical(rows).encode()).hexdigest()
+    name = f"_texts__{frozen.dataset}__{digest[:12]}"
+    if not home.has(name):
+        numbers, parts, inputs = map(list, zip(*rows, strict=True))
+        home.put(name, pa.table({"row": numbers, "part": parts, "input": inputs}), KEY)
+    return name
+
+
+def _asking(plan: Plan) -> Plan:
+    """As `plan` asks, but for the likelihood of a text after the prompt."""
+
+    def requests(rows: Sequence[Sequence[Any]]) -> list[Request | RowError]:
+        pairs = [json.loads(row[0]) for row in rows]
+        prompts = plan.requests([(json.dumps(inputs),) for inputs, _ in pairs])
+        return [
+            prompt if isinstance(prompt, RowError) else _request(prompt, text)
+            for prompt, (_, text) in zip(prompts, pairs, strict=True)
+        ]
+
+    return replace(
+        plan,
+        columns=("input",),
+        requests=requests,
+        decoder=LogprobDecoder(),
+        sampling=SAMPLING,
+        fingerprint=fingerprint({"likelihood": plan.fingerprint, "sampling": SAMPLING}),
+    )
+
+
+def _request(asked: Request, text: str | None) -> Request | RowError:
+    if isinstance(asked.prompt, str):
+        prompt = asked.prompt + (text or "")
+        return (
+            Request(prompt, SAMPLING) if prompt else RowError("prompt", "an empty prompt has no likelihood")
+        )
+    if text is None:
+        return Request(asked.prompt, SAMPLING)
+    return Request([*asked.prompt, {"role": "assistant", "content": text}], {**SAMPLING, **GO_ON})
+
+
+def _answer(case: Case, texts: list[str], target: Any, found: Mapping[tuple[int, int], Row]) -> Answer:
+    try:
+        alone, *whole = [found[case.row, part] for part in range(PROMPT_ALONE, len(texts))]
+    except KeyError as error:
+        raise Incomplete(f"there is no likelihood for row {case.row}") from error
+    if problem := next((part["_error"] for part in (alone, *whole) if part["_error"]), None):
+        return Answer(case.row, target, None, error=problem)
+    likelihoods = [
+        Likelihood(
+            logprob=part["value"]["logprob"] - alone["value"]["logprob"],
+            tokens=max(part["value"]["tokens"] - alone["value"]["tokens"], 1),
+            characters=len(text),
+        )
+        for part, text in zip(whole, texts, strict=True)
+    ]
+    return Answer(case.row, target, likelihoods)

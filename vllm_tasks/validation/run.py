@@ -1,0 +1,325 @@
+"""`validate`: predict on the data sets, score, compare with the run before, record."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from vllm_tasks.datalayer import Datalayer, outputs_name
+from vllm_tasks.datalayer.selection import Tables
+from vllm_tasks.engines.local import LocalConfig
+from vllm_tasks.errors import InvalidCall, near
+from vllm_tasks.metrics.measure import Answer
+from vllm_tasks.plan import Plan, records
+from vllm_tasks.predictor import Predictor
+from vllm_tasks.prompts import Context
+from vllm_tasks.stream import Display
+from vllm_tasks.tables import Log, datalayer_of
+from vllm_tasks.validation import Dataset, Metric, Validation, history
+from vllm_tasks.validation.asking import Incomplete, Own, Round, Source, packed, predict_id_of
+from vllm_tasks.validation.frozen import Columns, Frozen, freeze
+from vllm_tasks.validation.gate import verdict
+from vllm_tasks.validation.history import Record
+from vllm_tasks.validation.likelihoods import Likelihoods
+from vllm_tasks.validation.report import ChangedRow, DatasetReport, ValidationReport
+from vllm_tasks.validation.scores import Scored, compared, score
+from vllm_tasks.validation.verdicts import Verdicts
+
+logger = logging.getLogger(__name__)
+
+COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
+"""A revision that names one state of a model for ever; a branch does not."""
+
+
+def validate(
+    model: Predictor,
+    validation: Validation | None = None,
+    *,
+    db: Datalayer | str | None = None,
+    datasets: Sequence[str] | None = None,
+    reuse: bool = False,
+    retry_failed: bool = False,
+    max_failed: float | int | None = 0.05,
+    context: Context = None,
+    flow_run: str | None = None,
+    display: Callable[[str], Display] | None = None,
+) -> ValidationReport:
+    """Predict on the data sets of `validation`, score, and record what was found.
+
+    The model is asked anew each time, because the weights behind a name may have changed; a run that was
+    interrupted within the last day is gone on with, and no row of it is asked twice. Values come onto
+    `model.metric_values[dataset][metric]` and into the tables `_metric_values` and `_metric_scores` of the
+    datalayer. Whether they pass the limits is in the report: nothing is raised for it here.
+
+    validation: data sets, metrics and limits; the model's own when None.
+    db: where predictions and history go: a `Datalayer` or its URL; the model's own when None.
+    datasets: only these, by identifier.
+    reuse: score the answers of the last run by the same model, prompt and sampling, where there are some.
+        Only for a model whose weights are known: a local folder, or a revision that is a commit hash.
+    retry_failed: ask the failed rows of an interrupted run again.
+    max_failed: how many rows may fail, a share or a count, None for any number; past it `TooManyFailed` is
+        raised and nothing is recorded.
+    context: fills `{context}` of every prompt.
+    flow_run: kept in the history.
+    display: makes the display of a run from its predict_id; None: in the log.
+
+    Raises `InvalidCall` for what could not succeed, and as `predict_in_db`.
+    """
+    validation = validation or model.validation
+    if validation is None:
+        raise InvalidCall(
+            f"{model.identifier!r} has no validation: pass validation=Validation(...), or give the model one"
+        )
+    chosen = _chosen(validation, datasets)
+    if reuse:
+        _refuse_unknown_weights(model)
+    home = datalayer_of(db, model).tables()
+    try:
+        plan = packed(model, validation.key[0], context)
+        call = Call(model, validation, plan, home, reuse, retry_failed, max_failed, flow_run, display or _log)
+        # One engine for all data sets; not started before it is asked.
+        found = tuple(call.over(dataset) for dataset in chosen)
+    finally:
+        home.close()
+    for one in found:
+        model.metric_values[one.dataset] = {value.metric: value.value for value in one.values}
+    return ValidationReport(model.identifier, plan.fingerprint, found)
+
+
+def _log(_predict_id: str) -> Display:
+    return Log()
+
+
+def _chosen(validation: Validation, names: Sequence[str] | None) -> list[Dataset]:
+    by_name = {dataset.identifier: dataset for dataset in validation.datasets}
+    for name in names or ():
+        if name not in by_name:
+            raise InvalidCall(
+                f"the validation has no dataset {name!r}{near(name, by_name)}; it has {list(by_name)}"
+            )
+    return [by_name[name] for name in names] if names is not None else validation.datasets
+
+
+def _refuse_unknown_weights(model: Predictor) -> None:
+    config = model._config()
+    if not isinstance(config, LocalConfig):
+        raise InvalidCall(
+            "reuse=True: what weights a server has is not known, so old answers may be another model's; "
+            "validate without reuse"
+        )
+    arguments = json.loads(config.engine_args)
+    is_pinned = COMMIT_HASH.fullmatch(str(arguments.get("revision") or ""))
+    if not is_pinned and not Path(arguments["model"]).is_dir():
+        raise InvalidCall(
+            f"reuse=True: the weights of {arguments['model']!r} may change under this name; give a local "
+            "folder, or vllm_kwargs={'revision': <commit hash of 40 digits>}"
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of `validate`."""
+
+    model: Predictor
+    validation: Validation
+    plan: Plan
+    home: Tables
+    reuse: bool
+    retry_failed: bool
+    max_failed: float | int | None
+    flow_run: str | None
+    display: Callable[[str], Display]
+
+    def over(self, dataset: Dataset) -> DatasetReport:
+        """One data set: freeze, ask, score, compare, record."""
+        frozen = freeze(dataset, self._columns(), self.home)
+        sources = self._sources(dataset.identifier)
+        distinct = list({source.predict_id: source for source in sources.values()}.values())
+        run = self._run(frozen, distinct)
+        round_ = Round(self.home, run, self.max_failed, self.retry_failed, self.display)
+        asked = sum(source.ask(round_, frozen) for source in distinct)
+        answers = {name: source.answers(self.home, run, frozen) for name, source in sources.items()}
+        for each in answers.values():
+            self._refuse_many_failed(dataset, each)
+        on_error = self.validation.on_error
+        scored = [score(metric, answers[metric.identifier], on_error) for metric in self.validation.metrics]
+        report = self._judged(frozen, run, sources, answers, scored, asked)
+        return self._recorded(frozen, report, scored)
+
+    # ------------------------------------------------------------------ asking
+
+    def _columns(self) -> Columns:
+        X, target = self.validation.key  # noqa: N806 - the name in predict_in_db
+        inputs, _ = records(X, self.model.signature)
+        choosing = [m for m in self.validation.metrics if m.built_in == "multiple_choice"]
+        named = {m.options.get("choices") for m in choosing}
+        if len(named) > 1 or None in named:
+            raise InvalidCall(
+                "multiple_choice needs the column of its choices, one for all: options={'choices': 'column'}"
+            )
+        return Columns(inputs, target, next(iter(named), None))
+
+    def _sources(self, dataset: str) -> dict[str, Source]:
+        """By metric, each after what it depends on."""
+        own = Own(self.plan, predict_id_of(self.model.identifier, dataset, self.plan.decoder))
+        sources: dict[str, Source] = {}
+        for metric in sorted(self.validation.metrics, key=lambda m: m.measure().asks != "answer"):
+            asks = metric.measure().asks
+            if asks == "likelihood":
+                sources[metric.identifier] = Likelihoods.of(self.plan, metric, dataset)
+            elif asks == "verdict":
+                sources[metric.identifier] = Verdicts.of(own, metric, dataset)
+            else:
+                sources[metric.identifier] = own
+        return sources
+
+    def _run(self, frozen: Frozen, sources: Sequence[Source]) -> str:
+        if self.reuse:
+            runs = history.runs_answered(self.home, sources[0].predict_id, frozen.hash, self.plan.fingerprint)
+            if runs:
+                return max(runs, key=history.began)
+        for source in sources:
+            run = history.interrupted(
+                self.home, source.predict_id, frozen.hash, self.model.identifier, frozen.dataset
+            )
+            if run:
+                logger.info("%s on %s: going on with the run %s", self.model.identifier, frozen.dataset, run)
+                return run
+        return history.new_run(frozen.hash)
+
+    def _refuse_many_failed(self, dataset: Dataset, answers: Sequence[Answer]) -> None:
+        """A run that was interrupted and gone on with may have more failed rows than its last part."""
+        failed = [answer for answer in answers if answer.prediction is None]
+        allowed = self.max_failed
+        if allowed is None or not failed:
+            return
+        if len(failed) > (allowed * len(answers) if isinstance(allowed, float) else allowed):
+            raise InvalidCall(
+                f"{len(failed)} of {len(answers)} rows of {dataset.identifier!r} failed, more than "
+                f"max_failed={allowed!r} allows, for example: {failed[0].error}; correct the cause and "
+                "validate again with retry_failed=True, or allow more"
+            )
+
+    # ------------------------------------------------------------------ judging
+
+    def _judged(
+        self,
+        frozen: Frozen,
+        run: str,
+        sources: Mapping[str, Source],
+        answers: Mapping[str, list[Answer]],
+        scored: Sequence[Scored],
+        asked: int,
+    ) -> DatasetReport:
+        past = history.records(self.home, self.model.identifier, frozen.dataset)
+        verdicts, changed = [], []
+        for metric, one in zip(self.validation.metrics, scored, strict=True):
+            name = metric.identifier
+            outputs = sources[name].predict_id
+            earlier = [r for r in past if r.run != run]
+            before = history.last_passed(earlier, frozen.hash, outputs, name)
+            earlier_answers = None if before is None else self._answers(sources[name], before.run, frozen)
+            difference = None
+            if before and earlier_answers and metric.measure().kind != "set":
+                difference = compared(metric, earlier_answers, answers[name], self.validation.on_error)
+                changed += self._changed(metric, frozen, one, earlier_answers, answers[name])
+            compared_with = before.run if before and difference else None
+            verdicts.append(verdict(self.validation, frozen.dataset, one.value, difference, compared_with))
+        own = next(iter(answers.values()))
+        return DatasetReport(
+            dataset=frozen.dataset,
+            dataset_hash=frozen.hash,
+            run=run,
+            rows=len(frozen.cases),
+            failed=sum(answer.prediction is None for answer in own),
+            truncated=sum(answer.truncated for answer in own),
+            outputs=self.home.where(outputs_name(next(iter(sources.values())).predict_id)),
+            asked=asked,
+            values=tuple(one.value for one in scored),
+            verdicts=tuple(verdicts),
+            history=tuple(past),
+            changed=tuple(changed),
+            tables={one.value.metric: one.table for one in scored if one.table is not None},
+        )
+
+    def _answers(self, source: Source, run: str, frozen: Frozen) -> list[Answer] | None:
+        try:
+            return source.answers(self.home, run, frozen)
+        except Incomplete as error:
+            logger.warning("the run %s cannot be compared with: %s", run, error)
+            return None
+
+    def _changed(
+        self,
+        metric: Metric,
+        frozen: Frozen,
+        now: Scored,
+        before: Sequence[Answer],
+        after: Sequence[Answer],
+    ) -> list[ChangedRow]:
+        """The rows whose score changed most, as many wins and as many losses as are shown."""
+        then = score(metric, before, self.validation.on_error).scores
+        differences = {row: now.scores[row] - then[row] for row in now.scores.keys() & then.keys()}
+        if not now.value.higher_is_better:
+            differences = {row: -difference for row, difference in differences.items()}
+        shown = self.validation.rows_shown
+        order = sorted(
+            (row for row in differences if differences[row]), key=lambda row: (differences[row], row)
+        )
+        losses = [row for row in order[:shown] if differences[row] < 0]
+        wins = [row for row in reversed(order[-shown:] if shown else []) if differences[row] > 0]
+        return [
+            ChangedRow(
+                row=row,
+                metric=metric.identifier,
+                before=then[row],
+                after=now.scores[row],
+                is_win=differences[row] > 0,
+                inputs=frozen.cases[row].inputs,
+                target=frozen.cases[row].target,
+                said_before=before[row].prediction if before[row].error is None else before[row].error,
+                said_after=after[row].prediction if after[row].error is None else after[row].error,
+            )
+            for row in (*losses, *wins)
+        ]
+
+    # ------------------------------------------------------------------ recording
+
+    def _recorded(self, frozen: Frozen, report: DatasetReport, scored: Sequence[Scored]) -> DatasetReport:
+        at = datetime.now(UTC)
+        passed = not report.reasons
+        found = [
+            Record(
+                run=report.run,
+                metric=value.metric,
+                model=self.model.identifier,
+                dataset=frozen.dataset,
+                dataset_hash=frozen.hash,
+                dataset_table=frozen.table,
+                outputs=self._sources(frozen.dataset)[value.metric].predict_id,
+                fingerprint=self.plan.fingerprint,
+                value=value.value,
+                low=value.low,
+                high=value.high,
+                n=value.n,
+                failed=value.failed,
+                truncated=value.truncated,
+                on_error=value.on_error,
+                higher_is_better=value.higher_is_better,
+                passed=passed,
+                reason=verdict.reason,
+                compared_with=verdict.compared_with,
+                uuid=self.model.uuid,
+                flow_run=self.flow_run,
+                created_at=at,
+            )
+            for value, verdict in zip(report.values, report.verdicts, strict=True)
+        ]
+        history.record(self.home, found, {one.value.metric: one.scores for one in scored})
+        earlier = [r for r in report.history if r.run != report.run]
+        return replace(report, history=(*earlier, *found))

@@ -1,0 +1,210 @@
+"""From answers to the value of a metric, with its interval, and to the comparison of two runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from vllm_tasks.errors import InvalidCall
+from vllm_tasks.metrics.measure import Answer, Confusion, Measure, Sums
+from vllm_tasks.validation import OWN_OPTIONS, Metric
+from vllm_tasks.validation.statistics import (
+    Array,
+    Interval,
+    Paired,
+    bootstrap,
+    bootstrap_set,
+    mean_interval,
+    mean_rows,
+    paired,
+    wilson,
+)
+
+OnError = Literal["miss", "exclude"]
+SEED = 0
+"""Of all resampling: equal answers give equal intervals."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """One metric on one data set: its value with a 95 % interval, and what it is of.
+
+    `n` rows count; `failed` and `truncated` of the data set's rows are counted whether or not they do.
+    """
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    failed: int
+    truncated: int
+    on_error: OnError
+    higher_is_better: bool
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g}, n={self.n:,})"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A value with the rows that it comes from."""
+
+    value: Value
+    scores: dict[int, float]
+    """By row; of a metric by sums what it would be of that row alone; of one of the whole set none."""
+    table: Confusion | None = None
+
+
+def score(metric: Metric, answers: Sequence[Answer], on_error: OnError) -> Scored:
+    """The metric on these answers, in the order of their rows.
+
+    Raises `InvalidCall` when no row is left to score and for a score that is no finite number.
+    """
+    measure = metric.measure()
+    counted = _counted(metric, measure, answers, on_error)
+    table = None
+    if measure.kind == "set":
+        value, interval, scores = _of_set(metric, measure, counted)
+    elif measure.kind == "sums":
+        sums = _sums(metric, measure, counted)
+        table = sums.table
+        value, interval, scores = _of_sums(sums, counted)
+    else:
+        scores = _row_scores(metric, measure, counted)
+        value, interval = _of_rows(metric, measure, list(scores.values()))
+    return Scored(
+        Value(
+            metric=metric.identifier,
+            value=value,
+            low=interval.low,
+            high=interval.high,
+            n=len(scores) if measure.kind in ("row", "answer") else len(counted),
+            failed=sum(answer.prediction is None for answer in answers),
+            truncated=sum(answer.truncated for answer in answers),
+            on_error=on_error,
+            higher_is_better=measure.higher_is_better,
+        ),
+        scores,
+        table,
+    )
+
+
+def compared(metric: Metric, before: Sequence[Answer], after: Sequence[Answer], on_error: OnError) -> Paired:
+    """How two runs over the same rows differ, `after` minus `before`; both are scored here, alike."""
+    measure = metric.measure()
+    if measure.kind == "set":
+        raise InvalidCall(f"{metric.identifier!r} scores whole sets: two runs cannot be compared row by row")
+    if measure.kind == "sums":
+        # Together, so that both are sums of the same things, such as the cells of one confusion table.
+        sums = _sums(metric, measure, [*before, *after])
+        both = np.asarray(sums.rows, dtype=np.float64)
+        for i, answer in enumerate([*before, *after]):
+            if _is_left_out(measure, answer, on_error):
+                both[i] = 0.0
+        sides = both[: len(before)], both[len(before) :]
+        return paired(*sides, sums.total, higher_is_better=measure.higher_is_better, seed=SEED)
+    old, new = (_mean_rows(metric, measure, side, on_error) for side in (before, after))
+    return paired(old, new, higher_is_better=measure.higher_is_better, seed=SEED)
+
+
+def _mean_rows(metric: Metric, measure: Measure, answers: Sequence[Answer], on_error: OnError) -> Array:
+    scores = _row_scores(metric, measure, _counted(metric, measure, answers, on_error))
+    return mean_rows([scores.get(answer.row) for answer in answers])
+
+
+def _is_left_out(measure: Measure, answer: Answer, on_error: OnError) -> bool:
+    return answer.prediction is None and (on_error == "exclude" or measure.miss is None)
+
+
+def _counted(metric: Metric, measure: Measure, answers: Sequence[Answer], on_error: OnError) -> list[Answer]:
+    counted = [answer for answer in answers if not _is_left_out(measure, answer, on_error)]
+    if not counted:
+        example = next((answer.error for answer in answers if answer.error), "")
+        raise InvalidCall(
+            f"{metric.identifier!r} has nothing to score: all {len(answers)} rows failed, for example: "
+            f"{example}"
+        )
+    return counted
+
+
+def _options(metric: Metric) -> dict[str, Any]:
+    return {name: value for name, value in metric.options.items() if name not in OWN_OPTIONS}
+
+
+def _row_scores(metric: Metric, measure: Measure, counted: Sequence[Answer]) -> dict[int, float]:
+    """By row; without those of which what is measured is not known."""
+    options = _options(metric)
+    scores = {}
+    for answer in counted:
+        if answer.prediction is None:
+            assert measure.miss is not None
+            found: Any = measure.miss
+        elif measure.kind == "answer":
+            found = measure.score(answer, **options)
+        else:
+            with _told(metric, answer.row):
+                found = measure.score(answer.prediction, answer.target, **options)
+        if found is not None:
+            scores[answer.row] = _finite(metric, found, f" for row {answer.row}")
+    if not scores:
+        raise InvalidCall(f"{metric.identifier!r} is not known of any of {len(counted)} rows")
+    return scores
+
+
+@contextmanager
+def _told(metric: Metric, row: int) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in the metric {metric.identifier!r}, on row {row}")
+        raise
+
+
+def _finite(metric: Metric, found: Any, where: str) -> float:
+    try:
+        value = float(found)
+    except (TypeError, ValueError) as error:
+        raise InvalidCall(f"{metric.identifier!r} gave {found!r:.100}{where}, which is no number") from error
+    if not math.isfinite(value):
+        raise InvalidCall(f"{metric.identifier!r} gave {value!r}{where}, which is no finite number")
+    return value
+
+
+def _of_rows(metric: Metric, measure: Measure, scores: Sequence[float]) -> tuple[float, Interval]:
+    value = _finite(metric, math.fsum(scores) / len(scores), "")
+    if measure.proportion:
+        return value, wilson(round(math.fsum(scores)), len(scores))
+    return value, mean_interval(scores, SEED)
+
+
+def _sums(metric: Metric, measure: Measure, answers: Sequence[Answer]) -> Sums:
+    found = measure.score([a.prediction for a in answers], [a.target for a in answers], **_options(metric))
+    assert isinstance(found, Sums)
+    return found
+
+
+def _of_sums(sums: Sums, counted: Sequence[Answer]) -> tuple[float, Interval, dict[int, float]]:
+    rows = np.asarray(sums.rows, dtype=np.float64)
+    value = float(sums.total([math.fsum(column) for column in rows.T]))
+    scores = {a.row: float(sums.total(list(vector))) for a, vector in zip(counted, rows, strict=True)}
+    return value, bootstrap(rows, sums.total, SEED), {r: s for r, s in scores.items() if math.isfinite(s)}
+
+
+def _of_set(
+    metric: Metric, measure: Measure, counted: Sequence[Answer]
+) -> tuple[float, Interval, dict[int, float]]:
+    predictions, targets = [a.prediction for a in counted], [a.target for a in counted]
+    options = _options(metric)
+
+    def value_of(rows: Sequence[int]) -> float:
+        found = measure.score([predictions[i] for i in rows], [targets[i] for i in rows], **options)
+        return _finite(metric, found, "")
+
+    value = value_of(range(len(counted)))
+    return value, bootstrap_set(value_of, len(counted), SEED), {}

@@ -1,0 +1,115 @@
+"""A judge's verdicts on a model's answers: another model, a rubric, a structured answer.
+
+A judge can be talked over by the text that it judges, and has tastes of its own: check it against people's
+verdicts before its figures decide anything.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import pyarrow as pa
+from prefect.blocks.core import Block
+
+from vllm_tasks.datalayer.selection import Tables
+from vllm_tasks.errors import InvalidCall
+from vllm_tasks.metrics.judge import judge_messages, verdict_schema
+from vllm_tasks.metrics.measure import Answer
+from vllm_tasks.plan import Plan
+from vllm_tasks.predictor import Predictor
+from vllm_tasks.validation import Metric
+from vllm_tasks.validation.asking import Incomplete, Own, Round, Row, predict_id_of, read
+from vllm_tasks.validation.frozen import Frozen
+
+SCALE = 1, 5
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """For each answer of a model a judge's verdict. A row that failed is not judged, and stays failed."""
+
+    judged: Own
+    plan: Plan
+    """How the judge is asked."""
+    predict_id: str
+
+    @classmethod
+    def of(cls, judged: Own, metric: Metric, dataset: str) -> Verdicts:
+        """Raises `InvalidCall` for a metric without a rubric or a model that judges."""
+        plan = _asking(metric)
+        model = judged.plan.model.identifier
+        return cls(judged, plan, predict_id_of(model, dataset, plan.decoder, metric.identifier))
+
+    def ask(self, round_: Round, frozen: Frozen) -> int:
+        answers = self.judged.answers(round_.home, round_.run, frozen)
+        pairs = [(c, a) for c, a in zip(frozen.cases, answers, strict=True) if a.prediction is not None]
+        if not pairs:
+            return 0
+        table = f"_judged__{self.predict_id}"
+        questions = [json.dumps([case.inputs, answer.prediction, answer.target]) for case, answer in pairs]
+        rows = {
+            "run": [round_.run] * len(pairs),
+            "row": [case.row for case, _ in pairs],
+            "question": questions,
+        }
+        round_.home.put(table, pa.table(rows), ["run", "row"])
+        return round_.ask(self.plan, self.predict_id, table, of_run=True).asked
+
+    def answers(self, home: Tables, run: str, frozen: Frozen) -> list[Answer]:
+        rows = {row["row"]: row for row in read(home, run, self.predict_id, self.plan.decoder)}
+        return [_judged(answer, rows) for answer in self.judged.answers(home, run, frozen)]
+
+
+def _judged(answer: Answer, verdicts: Mapping[int, Row]) -> Answer:
+    if answer.prediction is None:
+        return answer
+    if (row := verdicts.get(answer.row)) is None:
+        raise Incomplete(f"there is no verdict on row {answer.row}")
+    failed = row["_error"] is not None
+    return replace(answer, prediction=None if failed else row["value"], error=row["_error"])
+
+
+def _asking(metric: Metric) -> Plan:
+    judge = judge_of(metric)
+    rubric, (low, high) = metric.options.get("rubric"), metric.options.get("scale", SCALE)
+    if not isinstance(rubric, str) or not rubric.strip():
+        raise InvalidCall(
+            f"{metric.identifier!r} needs a rubric: options={{'rubric': 'what is a good answer?'}}"
+        )
+    asking = judge.model_copy(
+        update={
+            "signature": "singleton",
+            "prompt_func": partial(_messages, rubric=rubric, scale=(low, high)),
+            "output_schema": verdict_schema((low, high)),
+            "datatype": None,
+            "flatten": False,
+            "model_update_kwargs": {},
+            "predict_kwargs": {"temperature": 0, "max_tokens": 512, **judge.predict_kwargs},
+        }
+    )
+    return Plan.of(asking, "question")
+
+
+def _messages(question: str, *, rubric: str, scale: tuple[int, int]) -> list[dict[str, str]]:
+    inputs, prediction, target = json.loads(question)
+    asked = inputs[0] if len(inputs) == 1 else inputs
+    return judge_messages(asked, prediction, target, rubric, scale)
+
+
+def judge_of(metric: Metric) -> Predictor:
+    """The model that judges: one given in Python, or a saved block by `type/name`."""
+    model = metric.options.get("model")
+    if isinstance(model, str) and model.startswith(("vllm-api/", "vllm-model/")):
+        try:
+            model = Block.load(model)
+        except ValueError as error:
+            raise InvalidCall(f"{metric.identifier!r}: there is no saved block {model!r}: {error}") from error
+    if not isinstance(model, Predictor):
+        raise InvalidCall(
+            f"{metric.identifier!r} needs a model that judges, "
+            f"options={{'model': 'vllm-api/NAME of a saved block'}}, got {model!r:.100}"
+        )
+    return model
