@@ -1,4 +1,5 @@
-"""The main job on real input: a table of questions, a real model in vLLM, a table of answers.
+"""The main job on real input: a table of questions, a real model in vLLM, a table of answers, and how good
+the model is.
 
 Run by `make demo`. Needs no Prefect server: Prefect starts a temporary one. Interrupt it and run it again:
 it goes on where it stopped.
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import os
 import re
 import shutil
@@ -25,11 +25,22 @@ from prefect import flow
 from pydantic import SecretStr
 
 from flows.smollm2 import model_folder
-from vllm_tasks import Datalayer, Report, VllmModel, predict_in_db
+from vllm_tasks import (
+    Datalayer,
+    Dataset,
+    DatasetReport,
+    Metric,
+    Report,
+    Validation,
+    VllmModel,
+    predict_in_db,
+    validate,
+)
 
 QUESTIONS = Path(__file__).parent / "data" / "questions.jsonl"
 LAKE = Path("out") / "lake"
-SAMPLE = 6
+PICTURE = Path("out") / "validation.svg"
+SHOWN = 6
 
 Row = dict[str, Any]
 
@@ -60,54 +71,66 @@ def demo(questions: Path = QUESTIONS, lake: Path = LAKE, overwrite: bool = False
         model, "question", "questions", db=str(lake), max_chunk_size=100, overwrite=overwrite
     )
     print(report)
-    show(scored(lake, model.identifier))
+    show(answered(lake, model.identifier))
     if not report.asked:
         print("All questions were answered before, so none was asked; --overwrite asks them again.")
     print(f"\nAll answers: {Path(report.outputs).resolve()} (a Delta table)")
+    # The weights are in a folder, so they are known to be the same: answers of an earlier run count.
+    validated = validate(model, demo_validation(), db=str(lake), reuse=not overwrite)
+    show_score(validated.datasets[0])
     return report
 
 
-def scored(lake: Path, predict_id: str) -> list[Row]:
-    """Questions and answers together, with a mark."""
+def demo_validation() -> Validation:
+    """A sample of the questions with their accepted answers; both kinds of metrics, and a limit."""
+    return Validation(
+        datasets=[Dataset(identifier="sample", select="questions", sample_size=100)],
+        metrics=[Metric(identifier="right", object=is_right), Metric(identifier="output_tokens")],
+        key=("question", "accept"),
+        thresholds={"right": 0.3},
+    )
+
+
+def answered(lake: Path, predict_id: str) -> list[Row]:
+    """Questions and answers together."""
     rows = pyarrow.json.read_json(lake / "questions.jsonl").to_pylist()
     outputs = {row["id"]: row for row in Datalayer(url=SecretStr(str(lake))).outputs(predict_id).to_pylist()}
-    return [
-        {**row, **outputs[row["id"]], "right": is_right(outputs[row["id"]]["output"] or "", row["accept"])}
-        for row in rows
-    ]
+    return [{**row, **outputs[row["id"]]} for row in rows]
 
 
-def is_right(text: str, accepted: Sequence[str]) -> bool:
+def is_right(prediction: str, target: Sequence[str]) -> bool:
     """Whether an accepted answer occurs as a whole word; short ones, such as symbols, in exact case."""
     return any(
-        re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, 0 if len(word) <= 2 else re.IGNORECASE)
-        for word in accepted
+        re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prediction, 0 if len(word) <= 2 else re.IGNORECASE)
+        for word in target
     )
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Print a sample of the answers and the score; a failed row counts as wrong."""
-    print("\nA sample:")
-    for row in rows[:: math.ceil(len(rows) / SAMPLE)]:
-        mark = "right" if row["right"] else "wrong"
+    """Print a few answers, and how many are right by topic; a failed row counts as wrong."""
+    right = {row["id"]: is_right(row["output"] or "", row["accept"]) for row in rows}
+    print("\nSome answers:")
+    for row in rows[:: -(-len(rows) // SHOWN)]:
+        mark = "right" if right[row["id"]] else "wrong"
         print(f"  [{mark}] {row['question']} -> {' '.join((row['output'] or row['_error']).split())}")
     print("\nRight answers by topic:")
     for topic in sorted({row["topic"] for row in rows}):
-        marks = [row["right"] for row in rows if row["topic"] == topic]
+        marks = [right[row["id"]] for row in rows if row["topic"] == topic]
         print(f"  {topic:22s} {sum(marks):3d} of {len(marks)}")
-    right, failed = sum(row["right"] for row in rows), sum(row["_error"] is not None for row in rows)
-    low, high = wilson(right, len(rows))
-    print(
-        f"\nScore: {right} of {len(rows)} right = {right / len(rows):.1%} "
-        f"(95 % interval {low:.1%} to {high:.1%}); {failed} rows failed"
-    )
+    print(f"  {'all':22s} {sum(right.values()):3d} of {len(rows)} = {sum(right.values()) / len(rows):.1%}")
 
 
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of a proportion (Wilson 1927), as two shares of 1."""
-    p, spread = hits / n, z**2 / n
-    center, half = p + spread / 2, z * math.sqrt(p * (1 - p) / n + spread / n / 4)
-    return (center - half) / (1 + spread), (center + half) / (1 + spread)
+def show_score(report: DatasetReport) -> None:
+    """Print what the validation found, and draw it."""
+    from vllm_tasks.validation.shown import picture_of
+
+    print(f"\nValidated on a sample of {report.rows} questions ({report.asked} asked now, the model anew):")
+    for value in report.values:
+        print(f"  {value.metric} {value.value:.4g}, 95 % interval {value.low:.4g} to {value.high:.4g}")
+    print(f"  {report.failed} rows failed, {report.truncated} answers were cut at max_tokens")
+    PICTURE.parent.mkdir(exist_ok=True)
+    PICTURE.write_text(picture_of(report))
+    print(f"  picture: {PICTURE.resolve()}; history: {LAKE / '_metric_values'}")
 
 
 def main() -> None:

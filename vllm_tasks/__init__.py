@@ -7,6 +7,7 @@ from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datatypes import DataType
 from vllm_tasks.errors import (
     EngineFailed,
+    GateFailed,
     InvalidCall,
     RowErrors,
     ServerUnavailable,
@@ -19,19 +20,23 @@ from vllm_tasks.outputs import Artifact
 from vllm_tasks.report import ErrorKind, FailedRow, Report
 from vllm_tasks.rows import Choice, Completion, RowError, TokenLogprob
 from vllm_tasks.settings import Settings
-from vllm_tasks.tasks import completions, predict, predict_batches, predict_in_db
+from vllm_tasks.tasks import compare, completions, predict, predict_batches, predict_in_db, validate
 from vllm_tasks.validation import Dataset, Metric, Validation
+from vllm_tasks.validation.report import Comparison, DatasetReport, ValidationReport
 
 __all__ = [
     "Artifact",
     "Choice",
+    "Comparison",
     "Completion",
     "DataType",
     "Datalayer",
     "Dataset",
+    "DatasetReport",
     "EngineFailed",
     "ErrorKind",
     "FailedRow",
+    "GateFailed",
     "InvalidCall",
     "Metric",
     "Report",
@@ -43,11 +48,14 @@ __all__ = [
     "TokenLogprob",
     "TooManyFailed",
     "Validation",
+    "ValidationReport",
     "VllmAPI",
     "VllmModel",
     "VllmTasksError",
+    "compare",
     "completions",
     "predict",
     "predict_batches",
     "predict_in_db",
+    "validate",
 ]

@@ -7,7 +7,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from functools import partial
 from uuid import UUID
 
@@ -111,37 +111,40 @@ def markdown_of(report: Report) -> str:
         "commits": _number(report.commits),
     }
     seconds = {PHASES[p]: f"{report.seconds[p]:,.2f} s" for p in PHASES if p in report.seconds}
-    kinds = {
-        e.kind: f"{e.rows:,} | {', '.join(f'`{_cell(shown_key(k))}`' for k in e.keys)}" for e in report.errors
-    }
+    kinds = [(e.kind, f"{e.rows:,}", ", ".join(code(shown_key(k)) for k in e.keys)) for e in report.errors]
     served = ", ".join(f"{name} {value}" for name, value in report.served_by.items())
     parts = [
-        f"# {_cell(report.predict_id)}",
+        f"# {cell(report.predict_id)}",
         f"Outputs: {_link(report.outputs)}",
-        _table(("rows", ""), counts),
-        _table(("time", ""), seconds),
-        _table(("error", "rows | keys, for example"), kinds) if kinds else "No row failed.",
-        f"Model `{_cell(report.model)}`, fingerprint `{report.fingerprint[:16]}`"
-        + (f", served by {_cell(served)}" if served else ""),
+        markdown_table(("rows", ""), counts.items()),
+        markdown_table(("time", ""), seconds.items()),
+        markdown_table(("error", "rows", "keys, for example"), kinds) if kinds else "No row failed.",
+        f"Model `{cell(report.model)}`, fingerprint `{report.fingerprint[:16]}`"
+        + (f", served by {cell(served)}" if served else ""),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
-    rule = " | ".join("---" for _ in " | ".join(head).split(" | "))
-    lines = [f"| {' | '.join(head)} |", f"| {rule} |", *(f"| {k} | {v} |" for k, v in rows.items())]
-    return "\n".join(lines)
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are Markdown already."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def code(text: str) -> str:
+    """Text as a code span of a table's cell, in which it is not Markdown and not HTML."""
+    return f"`{cell(text)}`" if text.strip() else ""
 
 
 def _link(place: str) -> str:
-    return f"<{place}>" if re.match(r"https?://", place) else f"`{_cell(place)}`"
+    return f"<{place}>" if re.match(r"https?://", place) else f"`{cell(place)}`"
 
 
 def _number(value: int | None) -> str:
     return "not counted" if value is None else f"{value:,}"
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """Text that ends no cell and no code span."""
     return re.sub(r"[|`\n]", " ", text)
 

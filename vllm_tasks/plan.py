@@ -56,9 +56,9 @@ class Plan:
     def of(
         cls,
         model: Predictor,
-        X: Columns,
+        X: Columns,  # noqa: N803 - the name in predict_in_db
         context: Context = None,
-        given: Mapping[str, Any] | None = None,  # noqa: N803
+        given: Mapping[str, Any] | None = None,
     ) -> Plan:
         """Whatever is wrong with the model or its parameters is said here (`InvalidCall`).
 

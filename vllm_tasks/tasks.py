@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from prefect import Task, unmapped
 from prefect.assets import Asset
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import BlockDocumentUpdate
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext, TaskRunContext
+from prefect.events import emit_event
 from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -22,6 +26,7 @@ from vllm_tasks.artifacts import ProgressArtifact, asset_key, show_report
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.errors import (
     EngineFailed,
+    GateFailed,
     ServerUnavailable,
     TablesUnavailable,
     TooManyFailed,
@@ -34,8 +39,12 @@ from vllm_tasks.prompts import Context
 from vllm_tasks.report import Progress, Report
 from vllm_tasks.rows import Completion, RowError
 from vllm_tasks.stream import RETRY_DELAYS
+from vllm_tasks.validation import Validation
+from vllm_tasks.validation.report import Comparison, ValidationReport
 
 Model = VllmAPI | VllmModel
+SAVING = threading.Lock()
+"""Values of several data sets may be found at once, and go into one block."""
 
 
 def _predict(model: Model, x: Any, context: Context = None, **sampling: Any) -> Output:
@@ -109,6 +118,89 @@ def _predict_in_db(
         raise
     publish(report)
     return report
+
+
+def _validate(
+    model: Model,
+    validation: Validation | None = None,
+    *,
+    db: Datalayer | str | None = None,
+    datasets: Sequence[str] | None = None,
+    reuse: bool = False,
+    retry_failed: bool = False,
+    max_failed: float | int | None = 0.05,
+    context: Context = None,
+) -> ValidationReport:
+    """Predict on data sets with known answers, score and record; see `vllm_tasks.validation.run.validate`.
+
+    What was found is shown as artifacts and sent as an event, and goes into the block that `model` was loaded
+    from. Raises `GateFailed` after all that when the model is below its limits.
+    """
+    from vllm_tasks.validation.run import validate
+    from vllm_tasks.validation.shown import show
+
+    run = FlowRunContext.get()
+    report = validate(
+        model,
+        validation,
+        db=db,
+        datasets=datasets,
+        reuse=reuse,
+        retry_failed=retry_failed,
+        max_failed=max_failed,
+        context=context,
+        flow_run=str(run.flow_run.id) if run and run.flow_run else None,
+        display=lambda predict_id: InPrefect(model.identifier, predict_id),
+    )
+    show(report)
+    save_metric_values(model, report)
+    emit_verdict(model, report)
+    if not report.passed:
+        raise GateFailed(f"{model.identifier} did not pass: {'; '.join(report.reasons)}", report)
+    return report
+
+
+def _compare(
+    models: Sequence[Model],
+    validation: Validation,
+    reports: Sequence[ValidationReport],
+    *,
+    db: Datalayer | str | None = None,
+    context: Context = None,
+) -> Comparison:
+    """Compare what `validate` found of models, and show it; see `vllm_tasks.validation.comparison`."""
+    from vllm_tasks.validation.comparison import compare
+    from vllm_tasks.validation.shown import show_comparison
+
+    comparison = compare(models, validation, reports, db=db, context=context)
+    show_comparison(comparison)
+    return comparison
+
+
+def save_metric_values(model: Model, report: ValidationReport) -> None:
+    """Put the values into the saved block that `model` came from, beside those of other data sets."""
+    if (block := model._block_document_id) is None:
+        return
+    with SAVING, get_client(sync_client=True) as client:
+        there = client.read_block_document(block).data.get("metric_values", {})
+        update = BlockDocumentUpdate(data={"metric_values": {**there, **report.metric_values}})
+        client.update_block_document(block, update)
+
+
+def emit_verdict(model: Model, report: ValidationReport) -> None:
+    """Tell Prefect's automations: the event `vllm-tasks.validation.passed` or `.failed`, with the values."""
+    emit_event(
+        event=f"vllm-tasks.validation.{'passed' if report.passed else 'failed'}",
+        resource={
+            "prefect.resource.id": f"vllm-tasks.model.{model.identifier}",
+            "prefect.resource.name": model.identifier,
+        },
+        payload={
+            "metric_values": report.metric_values,
+            "reasons": report.reasons,
+            "runs": {dataset.dataset: dataset.run for dataset in report.datasets},
+        },
+    )
 
 
 class InPrefect:
@@ -267,6 +359,8 @@ predict = RowsTask(_predict, name="predict", **POLICY)
 predict_batches = RowsTask(_predict_batches, name="predict-batches", **POLICY)
 completions = RowsTask(_completions, name="completions", **POLICY)
 predict_in_db = Task(_predict_in_db, name="predict-in-db", **{**POLICY, "task_run_name": table_run_name})
+validate = Task(_validate, name="validate", **{**POLICY, "task_run_name": "{model.identifier}"})
+compare = Task(_compare, name="compare", cache_policy=NO_CACHE)
 commit_group = Task(
     _commit_group,
     name="commit-group",

@@ -92,6 +92,9 @@ class Source(Protocol):
     def predict_id(self) -> str:
         """Names the outputs."""
 
+    def needed(self) -> list[Source]:
+        """What is asked, in this order: what it is of, and itself."""
+
     def ask(self, round_: Round, frozen: Frozen) -> int:
         """Ask what this run has not asked yet; returns for how many rows."""
 
@@ -109,6 +112,9 @@ class Own:
 
     plan: Plan
     predict_id: str
+
+    def needed(self) -> list[Source]:
+        return [self]
 
     def ask(self, round_: Round, frozen: Frozen) -> int:
         return round_.ask(self.plan, self.predict_id, frozen.table).asked

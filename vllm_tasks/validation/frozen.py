@@ -65,6 +65,12 @@ class Columns:
         return list(dict.fromkeys((*self.inputs, self.target, *extra)))
 
 
+def kept(dataset: str, table: str, columns: Columns, home: Tables) -> Frozen:
+    """The rows that a validation froze as `table`."""
+    cases = _kept(home, table, columns)
+    return Frozen(dataset, table, _hash(cases), cases)
+
+
 def freeze(dataset: Dataset, columns: Columns, home: Tables) -> Frozen:
     """The rows of `dataset`, kept in `home`.
 
@@ -73,8 +79,7 @@ def freeze(dataset: Dataset, columns: Columns, home: Tables) -> Frozen:
     """
     pinned = f"_dataset__{dataset.identifier}__pinned-{_spec(dataset, columns)[:12]}" if dataset.pin else None
     if pinned is not None and home.has(pinned):
-        cases = _kept(home, pinned, columns)
-        return Frozen(dataset.identifier, pinned, _hash(cases), cases)
+        return kept(dataset.identifier, pinned, columns, home)
     cases = _drawn(dataset, columns, home)
     digest = _hash(cases)
     table = pinned or f"_dataset__{dataset.identifier}__{digest[:12]}"

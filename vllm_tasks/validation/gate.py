@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from vllm_tasks.validation import Validation
-from vllm_tasks.validation.report import Verdict
-from vllm_tasks.validation.scores import Value
+from vllm_tasks.validation.report import Value, Verdict
 from vllm_tasks.validation.statistics import Paired, regressed
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -18,42 +18,12 @@ from vllm_tasks.datalayer import outputs_name
 from vllm_tasks.datalayer.delta import quoted
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.datalayer.sources import literal
+from vllm_tasks.validation.report import Record
 
 VALUES, SCORES = "_metric_values", "_metric_scores"
 RESUMED_WITHIN = timedelta(days=1)
 """An interrupted run that began longer ago is not gone on with: the weights may be others by now."""
 STAMP = "%Y%m%dT%H%M%S%f"
-
-
-@dataclass(frozen=True)
-class Record:
-    """One row of `_metric_values`: a metric of one run of a model over one data set."""
-
-    run: str
-    metric: str
-    model: str
-    dataset: str
-    dataset_hash: str
-    dataset_table: str
-    outputs: str
-    fingerprint: str
-    value: float
-    low: float
-    high: float
-    n: int
-    failed: int
-    truncated: int
-    on_error: str
-    higher_is_better: bool
-    passed: bool
-    """Of the whole run, all metrics together."""
-    reason: str | None
-    """Why this metric did not pass."""
-    compared_with: str | None
-    """The run that the regression was tested against."""
-    uuid: str
-    flow_run: str | None
-    created_at: datetime
 
 
 TYPES = {

@@ -22,7 +22,7 @@ from vllm_tasks.metrics.measure import Answer, Likelihood
 from vllm_tasks.plan import Plan
 from vllm_tasks.rows import Completion, Request, RowError
 from vllm_tasks.validation import Metric
-from vllm_tasks.validation.asking import Incomplete, Round, Row, predict_id_of, read
+from vllm_tasks.validation.asking import Incomplete, Round, Row, Source, predict_id_of, read
 from vllm_tasks.validation.frozen import Case, Frozen
 
 KEY = "row", "part"
@@ -65,6 +65,9 @@ class Likelihoods:
         return cls(
             asking, metric, predict_id_of(plan.model.identifier, dataset, asking.decoder, metric.identifier)
         )
+
+    def needed(self) -> list[Source]:
+        return [self]
 
     def ask(self, round_: Round, frozen: Frozen) -> int:
         texts, _ = _texts(frozen.cases, self.metric)

@@ -3,12 +3,66 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal
 
-from vllm_tasks.metrics.measure import Confusion
-from vllm_tasks.validation.history import Record
-from vllm_tasks.validation.scores import Value
-from vllm_tasks.validation.statistics import Paired
+if TYPE_CHECKING:
+    from vllm_tasks.metrics.measure import Confusion
+    from vllm_tasks.validation.statistics import Paired
+
+OnError = Literal["miss", "exclude"]
+
+
+@dataclass(frozen=True)
+class Value:
+    """One metric on one data set: its value with a 95 % interval, and what it is of.
+
+    `n` rows count; `failed` and `truncated` of the data set's rows are counted whether or not they do.
+    """
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    failed: int
+    truncated: int
+    on_error: OnError
+    higher_is_better: bool
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g}, n={self.n:,})"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of `_metric_values`: a metric of one run of a model over one data set."""
+
+    run: str
+    metric: str
+    model: str
+    dataset: str
+    dataset_hash: str
+    dataset_table: str
+    outputs: str
+    fingerprint: str
+    value: float
+    low: float
+    high: float
+    n: int
+    failed: int
+    truncated: int
+    on_error: str
+    higher_is_better: bool
+    passed: bool
+    """Of the whole run, all metrics together."""
+    reason: str | None
+    """Why this metric did not pass."""
+    compared_with: str | None
+    """The run that the regression was tested against."""
+    uuid: str
+    flow_run: str | None
+    created_at: datetime
 
 
 @dataclass(frozen=True)
@@ -45,6 +99,7 @@ class DatasetReport:
 
     dataset: str
     dataset_hash: str
+    dataset_table: str
     run: str
     rows: int
     failed: int
@@ -91,3 +146,37 @@ class ValidationReport:
     def __str__(self) -> str:
         values = [f"{d.dataset}: {v.metric} {v}" for d in self.datasets for v in d.values]
         return f"{self.model}: {'; '.join(values)}{'' if self.passed else '; ' + '; '.join(self.reasons)}"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One model by one metric on one data set; `paired` against the first model, None for itself."""
+
+    dataset: str
+    metric: str
+    model: str
+    value: Value
+    paired: Paired | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models, the first of which the others are compared with, row by row."""
+
+    models: tuple[str, ...]
+    standings: tuple[Standing, ...]
+    """By data set, metric and model, in the order of the validation and the models."""
+
+    def __str__(self) -> str:
+        lines = [f"against {self.models[0]}:"]
+        for s in self.standings:
+            change = (
+                ""
+                if s.paired is None
+                else (
+                    f", {s.paired.difference:+.4g} ({s.paired.low:+.4g} to {s.paired.high:+.4g}, "
+                    f"p={s.paired.p_different:.2g})"
+                )
+            )
+            lines.append(f"  {s.dataset} {s.metric}: {s.model} {s.value}{change}")
+        return "\n".join(lines)

@@ -24,9 +24,8 @@ from vllm_tasks.validation import Dataset, Metric, Validation, history
 from vllm_tasks.validation.asking import Incomplete, Own, Round, Source, packed, predict_id_of
 from vllm_tasks.validation.frozen import Columns, Frozen, freeze
 from vllm_tasks.validation.gate import verdict
-from vllm_tasks.validation.history import Record
 from vllm_tasks.validation.likelihoods import Likelihoods
-from vllm_tasks.validation.report import ChangedRow, DatasetReport, ValidationReport
+from vllm_tasks.validation.report import ChangedRow, DatasetReport, Record, ValidationReport
 from vllm_tasks.validation.scores import Scored, compared, score
 from vllm_tasks.validation.verdicts import Verdicts
 
@@ -121,6 +120,34 @@ def _refuse_unknown_weights(model: Predictor) -> None:
         )
 
 
+def columns_of(validation: Validation, model: Predictor) -> Columns:
+    """What of a data set is asked, expected, and chosen from."""
+    X, target = validation.key  # noqa: N806 - the name in predict_in_db
+    inputs, _ = records(X, model.signature)
+    choosing = [m for m in validation.metrics if m.built_in == "multiple_choice"]
+    named = {m.options.get("choices") for m in choosing}
+    if len(named) > 1 or None in named:
+        raise InvalidCall(
+            "multiple_choice needs the column of its choices, one for all: options={'choices': 'column'}"
+        )
+    return Columns(inputs, target, next(iter(named), None))
+
+
+def sources_of(plan: Plan, metrics: Sequence[Metric], dataset: str) -> dict[str, Source]:
+    """By metric, each after what it depends on."""
+    own = Own(plan, predict_id_of(plan.model.identifier, dataset, plan.decoder))
+    sources: dict[str, Source] = {}
+    for metric in sorted(metrics, key=lambda m: m.measure().asks != "answer"):
+        asks = metric.measure().asks
+        if asks == "likelihood":
+            sources[metric.identifier] = Likelihoods.of(plan, metric, dataset)
+        elif asks == "verdict":
+            sources[metric.identifier] = Verdicts.of(own, metric, dataset)
+        else:
+            sources[metric.identifier] = own
+    return sources
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of `validate`."""
@@ -137,9 +164,9 @@ class Call:
 
     def over(self, dataset: Dataset) -> DatasetReport:
         """One data set: freeze, ask, score, compare, record."""
-        frozen = freeze(dataset, self._columns(), self.home)
-        sources = self._sources(dataset.identifier)
-        distinct = list({source.predict_id: source for source in sources.values()}.values())
+        frozen = freeze(dataset, columns_of(self.validation, self.model), self.home)
+        sources = sources_of(self.plan, self.validation.metrics, dataset.identifier)
+        distinct = list({s.predict_id: s for source in sources.values() for s in source.needed()}.values())
         run = self._run(frozen, distinct)
         round_ = Round(self.home, run, self.max_failed, self.retry_failed, self.display)
         asked = sum(source.ask(round_, frozen) for source in distinct)
@@ -149,34 +176,9 @@ class Call:
         on_error = self.validation.on_error
         scored = [score(metric, answers[metric.identifier], on_error) for metric in self.validation.metrics]
         report = self._judged(frozen, run, sources, answers, scored, asked)
-        return self._recorded(frozen, report, scored)
+        return self._recorded(frozen, sources, report, scored)
 
     # ------------------------------------------------------------------ asking
-
-    def _columns(self) -> Columns:
-        X, target = self.validation.key  # noqa: N806 - the name in predict_in_db
-        inputs, _ = records(X, self.model.signature)
-        choosing = [m for m in self.validation.metrics if m.built_in == "multiple_choice"]
-        named = {m.options.get("choices") for m in choosing}
-        if len(named) > 1 or None in named:
-            raise InvalidCall(
-                "multiple_choice needs the column of its choices, one for all: options={'choices': 'column'}"
-            )
-        return Columns(inputs, target, next(iter(named), None))
-
-    def _sources(self, dataset: str) -> dict[str, Source]:
-        """By metric, each after what it depends on."""
-        own = Own(self.plan, predict_id_of(self.model.identifier, dataset, self.plan.decoder))
-        sources: dict[str, Source] = {}
-        for metric in sorted(self.validation.metrics, key=lambda m: m.measure().asks != "answer"):
-            asks = metric.measure().asks
-            if asks == "likelihood":
-                sources[metric.identifier] = Likelihoods.of(self.plan, metric, dataset)
-            elif asks == "verdict":
-                sources[metric.identifier] = Verdicts.of(own, metric, dataset)
-            else:
-                sources[metric.identifier] = own
-        return sources
 
     def _run(self, frozen: Frozen, sources: Sequence[Source]) -> str:
         if self.reuse:
@@ -234,6 +236,7 @@ class Call:
         return DatasetReport(
             dataset=frozen.dataset,
             dataset_hash=frozen.hash,
+            dataset_table=frozen.table,
             run=run,
             rows=len(frozen.cases),
             failed=sum(answer.prediction is None for answer in own),
@@ -290,7 +293,9 @@ class Call:
 
     # ------------------------------------------------------------------ recording
 
-    def _recorded(self, frozen: Frozen, report: DatasetReport, scored: Sequence[Scored]) -> DatasetReport:
+    def _recorded(
+        self, frozen: Frozen, sources: Mapping[str, Source], report: DatasetReport, scored: Sequence[Scored]
+    ) -> DatasetReport:
         at = datetime.now(UTC)
         passed = not report.reasons
         found = [
@@ -301,7 +306,7 @@ class Call:
                 dataset=frozen.dataset,
                 dataset_hash=frozen.hash,
                 dataset_table=frozen.table,
-                outputs=self._sources(frozen.dataset)[value.metric].predict_id,
+                outputs=sources[value.metric].predict_id,
                 fingerprint=self.plan.fingerprint,
                 value=value.value,
                 low=value.low,

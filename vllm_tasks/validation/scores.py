@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.measure import Answer, Confusion, Measure, Sums
 from vllm_tasks.validation import OWN_OPTIONS, Metric
+from vllm_tasks.validation.report import OnError, Value
 from vllm_tasks.validation.statistics import (
     Array,
     Interval,
@@ -25,30 +26,8 @@ from vllm_tasks.validation.statistics import (
     wilson,
 )
 
-OnError = Literal["miss", "exclude"]
 SEED = 0
 """Of all resampling: equal answers give equal intervals."""
-
-
-@dataclass(frozen=True)
-class Value:
-    """One metric on one data set: its value with a 95 % interval, and what it is of.
-
-    `n` rows count; `failed` and `truncated` of the data set's rows are counted whether or not they do.
-    """
-
-    metric: str
-    value: float
-    low: float
-    high: float
-    n: int
-    failed: int
-    truncated: int
-    on_error: OnError
-    higher_is_better: bool
-
-    def __str__(self) -> str:
-        return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g}, n={self.n:,})"
 
 
 @dataclass(frozen=True)
@@ -178,7 +157,7 @@ def _finite(metric: Metric, found: Any, where: str) -> float:
 
 def _of_rows(metric: Metric, measure: Measure, scores: Sequence[float]) -> tuple[float, Interval]:
     value = _finite(metric, math.fsum(scores) / len(scores), "")
-    if measure.proportion:
+    if set(scores) <= {0.0, 1.0}:
         return value, wilson(round(math.fsum(scores)), len(scores))
     return value, mean_interval(scores, SEED)
 

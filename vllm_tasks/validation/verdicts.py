@@ -21,7 +21,7 @@ from vllm_tasks.metrics.measure import Answer
 from vllm_tasks.plan import Plan
 from vllm_tasks.predictor import Predictor
 from vllm_tasks.validation import Metric
-from vllm_tasks.validation.asking import Incomplete, Own, Round, Row, predict_id_of, read
+from vllm_tasks.validation.asking import Incomplete, Own, Round, Row, Source, predict_id_of, read
 from vllm_tasks.validation.frozen import Frozen
 
 SCALE = 1, 5
@@ -42,6 +42,9 @@ class Verdicts:
         plan = _asking(metric)
         model = judged.plan.model.identifier
         return cls(judged, plan, predict_id_of(model, dataset, plan.decoder, metric.identifier))
+
+    def needed(self) -> list[Source]:
+        return [self.judged, self]
 
     def ask(self, round_: Round, frozen: Frozen) -> int:
         answers = self.judged.answers(round_.home, round_.run, frozen)

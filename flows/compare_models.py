@@ -1,0 +1,72 @@
+"""A deployable flow: several models on the same data sets, side by side.
+
+prefect block register -m vllm_tasks      # once per Prefect server
+python -m flows.compare_models            # serve it; then run it from the UI
+"""
+
+# Without `from __future__ import annotations`: the process of a served run cannot resolve texts for types.
+import argparse
+
+from prefect import flow
+
+from vllm_tasks import (
+    Comparison,
+    Datalayer,
+    GateFailed,
+    Validation,
+    ValidationReport,
+    VllmAPI,
+    VllmModel,
+    compare,
+    validate,
+)
+
+
+@flow(name="compare-models")
+def compare_models(
+    models: list[VllmAPI | VllmModel],
+    validation: Validation,
+    db: Datalayer | None = None,
+    max_failed: float | int | None = 0.05,
+    context: str | None = None,
+) -> Comparison:
+    """Score several models on the same data sets and compare them row by row with the first.
+
+    Models on servers are asked at once; those that run here one after another, since their engines would
+    not fit together. A model below its limits is shown, and fails nothing here.
+
+    Args:
+        models: Saved blocks, or the fields of models; the first is what the others are compared with.
+        validation: Data sets, metrics and limits, the same for all.
+        db: Where predictions and history go; empty: the first model's own.
+        max_failed: How many rows may fail, a share (0.05) or a count (20); empty: any number.
+        context: Fills {context} of every prompt.
+    """
+    db = db or models[0].db
+    runs = {}
+    for model in sorted(models, key=lambda model: isinstance(model, VllmModel)):
+        run = runs[model.identifier] = validate.submit(
+            model, validation, db=db, max_failed=max_failed, context=context
+        )
+        if isinstance(model, VllmModel):
+            run.wait()
+            model.close()
+    reports = [report_of(runs[model.identifier].result(raise_on_failure=False)) for model in models]
+    return compare(models, validation, reports, db=db, context=context)
+
+
+def report_of(found: ValidationReport | BaseException) -> ValidationReport:
+    """What was found, whether the model passed or not; raises what kept it from being found."""
+    if isinstance(found, GateFailed):
+        return found.report
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
+if __name__ == "__main__":
+    arguments = argparse.ArgumentParser(description="Serve compare_models as a deployment.")
+    arguments.add_argument("--name", default="compare-models", help="name of the deployment")
+    arguments.add_argument("--cron", help="schedule, such as '0 5 * * 0'")
+    given = arguments.parse_args()
+    compare_models.serve(name=given.name, cron=given.cron)

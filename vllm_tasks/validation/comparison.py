@@ -1,0 +1,90 @@
+"""Several models on the same data sets, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vllm_tasks.datalayer import Datalayer
+from vllm_tasks.datalayer.selection import Tables
+from vllm_tasks.errors import InvalidCall
+from vllm_tasks.metrics.measure import Answer
+from vllm_tasks.predictor import Predictor
+from vllm_tasks.prompts import Context
+from vllm_tasks.tables import datalayer_of
+from vllm_tasks.validation import Validation
+from vllm_tasks.validation.asking import packed
+from vllm_tasks.validation.frozen import kept
+from vllm_tasks.validation.report import Comparison, DatasetReport, Standing, ValidationReport
+from vllm_tasks.validation.run import columns_of, sources_of
+from vllm_tasks.validation.scores import compared
+
+
+def compare(
+    models: Sequence[Predictor],
+    validation: Validation,
+    reports: Sequence[ValidationReport],
+    *,
+    db: Datalayer | str | None = None,
+    context: Context = None,
+) -> Comparison:
+    """Compare what `validate` found of `models`, with `validation`, `db` and `context` as there.
+
+    Nothing is asked: the answers of the runs in `reports` are read again and scored alike. The first model is
+    what the others are compared with. Raises `InvalidCall` when two models have one identifier, and when runs
+    are not over the same rows.
+    """
+    names = [model.identifier for model in models]
+    if len(models) < 2 or len(set(names)) < len(names):
+        raise InvalidCall(f"models to compare need identifiers of their own, two or more; got {names}")
+    home = datalayer_of(db, models[0]).tables()
+    try:
+        standings = [
+            standing
+            for dataset in validation.datasets
+            for standing in _standings(models, validation, dataset.identifier, reports, home, context)
+        ]
+    finally:
+        home.close()
+    order = [metric.identifier for metric in validation.metrics]
+    standings.sort(key=lambda s: (_place(validation, s.dataset), order.index(s.metric), names.index(s.model)))
+    return Comparison(tuple(names), tuple(standings))
+
+
+def _place(validation: Validation, dataset: str) -> int:
+    return [d.identifier for d in validation.datasets].index(dataset)
+
+
+def _standings(
+    models: Sequence[Predictor],
+    validation: Validation,
+    dataset: str,
+    reports: Sequence[ValidationReport],
+    home: Tables,
+    context: Context,
+) -> list[Standing]:
+    found = [next(d for d in report.datasets if d.dataset == dataset) for report in reports]
+    if len({one.dataset_hash for one in found}) > 1:
+        raise InvalidCall(
+            f"the models were not validated on the same rows of {dataset!r}: its source has changed "
+            "meanwhile; pin=True freezes them"
+        )
+    answers = [
+        _answers(model, validation, one, home, context) for model, one in zip(models, found, strict=True)
+    ]
+    standings = []
+    for i, model in enumerate(models):
+        for metric, value in zip(validation.metrics, found[i].values, strict=True):
+            paired = None
+            if i and metric.measure().kind != "set":
+                name = metric.identifier
+                paired = compared(metric, answers[0][name], answers[i][name], validation.on_error)
+            standings.append(Standing(dataset, metric.identifier, model.identifier, value, paired))
+    return standings
+
+
+def _answers(
+    model: Predictor, validation: Validation, found: DatasetReport, home: Tables, context: Context
+) -> dict[str, list[Answer]]:
+    frozen = kept(found.dataset, found.dataset_table, columns_of(validation, model), home)
+    sources = sources_of(packed(model, validation.key[0], context), validation.metrics, found.dataset)
+    return {metric: source.answers(home, found.run, frozen) for metric, source in sources.items()}

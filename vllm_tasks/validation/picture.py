@@ -1,0 +1,249 @@
+"""The values of metrics as pictures: SVG text that is small, needs nothing, and reads in light and in dark.
+
+What passed and what did not differ in colour and in shape.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+
+from vllm_tasks.validation.axis import Axis, drawable, number
+from vllm_tasks.validation.svg import CHARACTER, WIDTH, card, cut, length, marks, path, px, write
+
+PADDING = 18
+GAP = 32
+"""Pixels between two panels."""
+MARGIN = 20
+"""Pixels between an axis and the first and the last run."""
+LEGEND = 26
+MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A metric's value in one run, with its 95 % interval; `label` stands under the date."""
+
+    at: datetime
+    value: float
+    low: float
+    high: float
+    label: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One metric over the runs, oldest first."""
+
+    title: str
+    points: Sequence[Point]
+    threshold: float | None = None
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's value of a metric, with its 95 % interval."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    passed: bool
+
+
+def history_svg(
+    points: Sequence[Point], *, title: str, threshold: float | None = None, higher_is_better: bool = True
+) -> str:
+    """One metric over the runs, oldest first."""
+    return histories_svg([Panel(title, points, threshold, higher_is_better)])
+
+
+def histories_svg(panels: Sequence[Panel]) -> str:
+    """Metrics over the runs in one picture: one metric in full width, more of them in two columns, each with
+    an axis of its own."""
+    columns = 1 if len(panels) == 1 else 2
+    width = (WIDTH - 2 * PADDING - (columns - 1) * GAP) / columns
+    height = 232 if columns == 1 else 186
+    drawn = [
+        _history(
+            panel,
+            _Box(
+                PADDING + (place % columns) * (width + GAP),
+                PADDING + (place // columns) * (height + PADDING),
+                width,
+                height,
+            ),
+        )
+        for place, panel in enumerate(panels)
+    ]
+    bottom = PADDING + math.ceil(len(panels) / columns) * (height + PADDING)
+    legend = _legend(
+        bottom + 4,
+        [point.passed for panel in panels for point in panel.points],
+        any(drawable(panel.threshold) for panel in panels),
+    )
+    return card(bottom + LEGEND, ", ".join(panel.title for panel in panels), [*drawn, legend])
+
+
+def compare_svg(
+    rows: Sequence[Row], *, title: str, threshold: float | None = None, higher_is_better: bool = True
+) -> str:
+    """Models side by side for one metric: a dot with its interval and its value, in the order given."""
+    line = 28
+    names = [cut(row.name, 13, 280) for row in rows]
+    values = [number(row.value) for row in rows]
+    left = PADDING + max(map(length, names), default=0) * 13 * CHARACTER + 16
+    right = WIDTH - PADDING - max(map(len, values), default=0) * 13 * CHARACTER - 16
+    top = PADDING + 42
+    bottom = top + line * len(rows) + 4
+    axis = Axis([n for row in rows for n in (row.value, row.low, row.high)], threshold, left, right, 6)
+    parts = [_head(_Box(PADDING, PADDING, WIDTH - 2 * PADDING, 0), title, threshold, higher_is_better)]
+    parts += [path("g", (f"M{px(axis(tick))} {top}V{px(bottom)}" for tick in axis.ticks))]
+    parts += [write(axis(tick), bottom + 18, axis.written(tick), anchor="middle") for tick in axis.ticks]
+    if drawable(threshold):
+        parts.append(path("h", [f"M{px(axis(threshold))} {top}V{px(bottom)}"]))
+    middles = [top + line * (i + 0.5) + 2 for i in range(len(rows))]
+    parts.append(_values(rows, middles, axis, 4.5, upright=False))
+    for name, value, y in zip(names, values, middles, strict=True):
+        parts.append(write(PADDING, y + 4.5, name, kind="n"))
+        parts.append(write(WIDTH - PADDING, y + 4.5, value, kind="v", anchor="end"))
+    parts.append(_legend(bottom + 42, [row.passed for row in rows], drawable(threshold)))
+    return card(bottom + 42 + LEGEND, title, parts)
+
+
+def markdown_image(svg: str, alt: str) -> str:
+    """The picture inside Markdown, without a file: `![alt](data:...)`."""
+    data = base64.b64encode(svg.encode()).decode()
+    words = re.sub(r"[\[\]\\`<>|\s]+", " ", alt).strip()
+    return f"![{words}](data:image/svg+xml;base64,{data})"
+
+
+class _Measured(Protocol):
+    """A `Point` or a `Row`."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+    @property
+    def passed(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class _Box:
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+def _history(panel: Panel, box: _Box) -> str:
+    points = panel.points
+    labelled = any(point.label for point in points)
+    top, bottom = box.y + 44, box.y + box.height - (34 if labelled else 20)
+    axis = Axis([n for p in points for n in (p.value, p.low, p.high)], panel.threshold, bottom, top, 4)
+    last = number(points[-1].value) if points else ""
+    left = box.x + max(len(axis.written(tick)) for tick in axis.ticks) * 12 * CHARACTER + 8
+    right = box.x + box.width - len(last) * 13 * CHARACTER - 12
+    step = (right - left - 2 * MARGIN) / max(len(points) - 1, 1)
+    places = [left + MARGIN + step * i for i in range(len(points))]
+    places = [(left + right) / 2] if len(points) == 1 else places
+    size = min(max(step * 0.35, 2.0), 4.5)
+
+    parts = [_head(box, panel.title, panel.threshold, panel.higher_is_better)]
+    parts.append(path("g", (f"M{px(left)} {px(axis(tick))}H{px(right)}" for tick in axis.ticks)))
+    parts += [write(left - 8, axis(tick) + 4, axis.written(tick), anchor="end") for tick in axis.ticks]
+    if drawable(panel.threshold):
+        parts.append(path("h", [f"M{px(left)} {px(axis(panel.threshold))}H{px(right)}"]))
+    known = [(x, axis(p.value)) for x, p in zip(places, points, strict=True) if drawable(p.value)]
+    if known:
+        parts.append(path("l", ["M" + "L".join(f"{px(x)} {px(y)}" for x, y in known)]))
+    parts.append(_values(points, places, axis, size, upright=True))
+    unknown = [x for x, p in zip(places, points, strict=True) if not drawable(p.value)]
+    parts += [write(x, bottom - 4, "?", anchor="middle") for x in unknown]
+    if points:
+        y = axis(points[-1].value) + 4.5 if drawable(points[-1].value) else bottom - 4
+        parts.append(write(places[-1] + size + 6, y, last, kind="v"))
+        parts.append(_dates(points, places, bottom + 17, right - left))
+    return "".join(parts)
+
+
+def _values(
+    measured: Sequence[_Measured],
+    places: Sequence[float],
+    axis: Axis,
+    size: float,
+    *,
+    upright: bool,
+) -> str:
+    """A mark with its interval for each finite value, at its place across the axis."""
+    parts = []
+    for passed in True, False:
+        bars, centres = [], []
+        for one, place in zip(measured, places, strict=True):
+            if one.passed is passed and drawable(one.value):
+                start, end = axis.ends(one.value, one.low, one.high)
+                centre = axis(one.value)
+                centres.append((place, centre) if upright else (centre, place))
+                bars.append(
+                    f"M{px(place)} {px(start)}V{px(end)}"
+                    if upright
+                    else f"M{px(start)} {px(place)}H{px(end)}"
+                )
+        parts += [path("p b" if passed else "f b", bars), marks(centres, passed, size)]
+    return "".join(parts)
+
+
+def _dates(points: Sequence[Point], places: Sequence[float], y: float, room: float) -> str:
+    """Dates under as many runs as there is room for, the last one first, and their labels."""
+    with_year = len({point.at.year for point in points}) > 1
+    for with_time in False, True:
+        dates = [_date(point.at, with_year, with_time) for point in points]
+        slot = max(map(len, dates)) * 12 * CHARACTER + 14
+        slot = max(slot, 96) if any(point.label for point in points) else slot
+        shown = range(len(points) - 1, -1, -math.ceil(len(points) * slot / room))
+        if len({dates[i] for i in shown}) == len(shown):
+            break
+    parts = [write(places[i], y, dates[i], anchor="middle") for i in shown]
+    labels = [(places[i], cut(points[i].label, 12, slot - 8)) for i in shown]
+    parts += [write(x, y + 15, label, anchor="middle") for x, label in labels if label]
+    return "".join(parts)
+
+
+def _date(at: datetime, with_year: bool, with_time: bool) -> str:
+    """The same in every locale, and not to be mistaken for another order of day and month."""
+    return f"{at.day} {MONTHS[at.month - 1]}" + with_year * f" {at.year}" + with_time * f" {at:%H:%M}"
+
+
+def _head(box: _Box, title: str, threshold: float | None, higher_is_better: bool) -> str:
+    words = f"{'higher' if higher_is_better else 'lower'} is better"
+    if drawable(threshold):
+        words += f", threshold {number(threshold)}"
+    return write(box.x, box.y + 12, cut(title, 15, box.width), kind="t") + write(box.x, box.y + 29, words)
+
+
+def _legend(y: float, passed: Sequence[bool], threshold: bool) -> str:
+    """What the marks mean that are in the picture."""
+    parts: list[str] = []
+    x = float(PADDING)
+    entries = [("p", "passed")] * (True in passed) + [("f", "failed the gate")] * (False in passed)
+    entries += [("b", "95 % interval")] * bool(passed) + [("h", "threshold")] * threshold
+    for kind, words in entries:
+        width = 10 if kind in "pf" else 19
+        if kind in "pf":
+            parts.append(marks([(x + 5, y)], kind == "p", 4.5))
+        else:
+            style = kind if kind == "h" else "p b" if True in passed else "f b"
+            parts.append(path(style, [f"M{px(x)} {px(y)}H{px(x + width)}"]))
+        parts.append(write(x + width + 6, y + 4, words))
+        x += width + 6 + len(words) * 12 * CHARACTER + 16
+    return "".join(parts)
