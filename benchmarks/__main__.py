@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 
-from benchmarks import p1, p2, p3, p5, p6, p7, p8, p9, same
+from benchmarks import gate, lm_eval_parity, p1, p2, p3, p5, p6, p7, p8, p9, p10, same
 from benchmarks.options import parse
 
 MEASURES = {
@@ -18,6 +18,9 @@ MEASURES = {
     "P8": p8.measure,
     "P9": p9.measure,
     "SAME": same.measure,
+    "GATE": gate.measure,
+    "PARITY": lm_eval_parity.measure,
+    "P10": p10.measure,
 }
 
 
