@@ -124,7 +124,7 @@ def show_score(report: DatasetReport) -> None:
     """Print what the validation found, and draw it."""
     from vllm_tasks.validation.shown import picture_of
 
-    print(f"\nValidated on a sample of {report.rows} questions ({report.asked} asked now, the model anew):")
+    print(f"\nValidated on a sample of {report.rows} questions, {report.asked} of them asked now:")
     for value in report.values:
         print(f"  {value.metric} {value.value:.4g}, 95 % interval {value.low:.4g} to {value.high:.4g}")
     print(f"  {report.failed} rows failed, {report.truncated} answers were cut at max_tokens")

@@ -114,10 +114,10 @@ class Predictor(BaseModel):
         default={}, description="Resource hints, such as num_gpus or work_pool (kept, not used yet)."
     )
     validation: Validation | None = Field(
-        default=None, description="Datasets and metrics (kept, not used yet)."
+        default=None, description="Data sets, metrics and limits of `validate` where the call gives none."
     )
-    metric_values: dict[str, Any] = Field(
-        default={}, description="Values by dataset and metric (kept, not checked yet)."
+    metric_values: dict[str, dict[str, float]] = Field(
+        default={}, description="By data set and metric, what the last `validate` found; written by it."
     )
     prompt: str = Field(
         default="{input}",
