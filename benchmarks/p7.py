@@ -93,7 +93,8 @@ def done_rows(start: int, end: int, fingerprint: str) -> str:
     return f"""
         SELECT i AS id, 'The answer is 42. ' || i AS output, CAST(NULL AS VARCHAR) AS _error,
             'stop' AS _finish_reason, CAST(60 AS BIGINT) AS _prompt_tokens,
-            CAST(48 AS BIGINT) AS _completion_tokens, 'scripted' AS _model, 'bench' AS _uuid,
+            CAST(48 AS BIGINT) AS _completion_tokens, CAST(1.5 AS FLOAT8) AS _seconds,
+            'scripted' AS _model, 'bench' AS _uuid,
             '{fingerprint}' AS _fingerprint, md5(CAST(i AS VARCHAR)) AS _input_hash,
             current_timestamp AS _created_at
         FROM {{series}}
@@ -132,8 +133,8 @@ def fill_postgres(url: str, server: str) -> str:
         run("CREATE TABLE rows (id BIGINT PRIMARY KEY, text TEXT)")
         run(f"INSERT INTO rows SELECT i, {TEXT} FROM generate_series(0, {ALL - 1}) AS t(i)")
         fingerprint = first_output(url, server)
-        columns = "id, output, _error, _finish_reason, _prompt_tokens, _completion_tokens, _model, _uuid"
-        columns += ", _fingerprint, _input_hash, _created_at"
+        columns = "id, output, _error, _finish_reason, _prompt_tokens, _completion_tokens, _seconds"
+        columns += ", _model, _uuid, _fingerprint, _input_hash, _created_at"
         run(f"INSERT INTO _outputs__bench ({columns}) {done_rows(0, DONE, fingerprint)}")
         run("VACUUM ANALYZE")
     engine.dispose()

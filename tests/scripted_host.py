@@ -35,7 +35,7 @@ def main() -> None:
             note(log, prompt)
             obey(prompt, life)
             choice = {"text": prompt, "finish_reason": "stop", "token_ids": [1], "logprobs": None}
-            completion = {"choices": [choice], "prompt_tokens": 1, "completion_tokens": 1}
+            completion = {"choices": [choice], "prompt_tokens": 1, "completion_tokens": 1, "seconds": 0.5}
             send(channel, {"row": row, "completion": {**completion, "prompt_logprobs": None}})
 
 

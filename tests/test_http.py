@@ -24,7 +24,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.scripted_server import MODEL, Asked, Deed, Raw, Reply, ScriptedServer, answer_to, hang, refused
-from vllm_tasks import InvalidCall, RowError, RowErrors, ServerUnavailable, VllmAPI
+from vllm_tasks import Completion, InvalidCall, RowError, RowErrors, ServerUnavailable, VllmAPI
 from vllm_tasks import loop as engine_loop
 from vllm_tasks.engines import http, servers
 
@@ -560,6 +560,23 @@ def test_a_passing_failure_is_retried(server: ScriptedServer, api: Make, deed: D
     server.script = once(deed)
     assert api().predict("x") == answer_to("x")
     assert len(server.posts) == 2
+
+
+def test_seconds_are_those_of_the_attempt_that_succeeded(server: ScriptedServer, api: Make) -> None:
+    """Neither the attempts that failed, nor the time between two, nor that before there is room, count."""
+    refusals = [refused(429, "slow down", Retry_After="1")]
+
+    async def script(asked: Asked) -> Deed:
+        if asked.body is None:
+            return None
+        await asyncio.sleep(0.3)
+        return refusals.pop() if refusals else None
+
+    server.script = script
+    for completion in api(max_in_flight=1).completions(["x", "y", "z"]):
+        assert isinstance(completion, Completion)
+        assert completion.seconds is not None
+        assert 0.3 <= completion.seconds < 0.9
 
 
 def test_retries_end_in_an_error_of_the_row(server: ScriptedServer, api: Make) -> None:

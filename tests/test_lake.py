@@ -51,6 +51,7 @@ def row(key: Any, output: Any = "o", **changed: Any) -> dict[str, Any]:
         "_finish_reason": "stop",
         "_prompt_tokens": 3,
         "_completion_tokens": 4,
+        "_seconds": 0.5,
         "_model": "m",
         "_uuid": "u",
         "_fingerprint": "f",
@@ -1063,6 +1064,19 @@ def test_an_object_store(bucket: str, tmp_path: Path) -> None:
         lake.check(selection("SELECT * FROM read_text('s3://other/x')"))
     writer.close()
     rival.close()
+    lake.close()
+
+
+def test_tables_that_are_put_on_an_object_store(bucket: str) -> None:
+    """Over S3 they are made, replaced by key, and read by name in a SELECT that filters by text."""
+    lake = Lake(f"{bucket}-new")
+    assert not lake.has("scores")
+    for score in (0.5, 1.5):
+        rows = [{"run": run, "score": score} for run in ("a", "b")]
+        lake.put("scores", pa.Table.from_pylist(rows), ["run"])
+    assert lake.has("scores")
+    found = list(lake.read("""SELECT "score" FROM "scores" WHERE "run" = 'b'"""))
+    assert found == [[{"score": 1.5}]]
     lake.close()
 
 

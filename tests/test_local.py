@@ -76,6 +76,7 @@ def test_n_gives_a_list_of_texts(local_model: VllmModel) -> None:
 
 def test_completions_tell_all_that_vllm_tells(local_model: VllmModel) -> None:
     """Full results carry token ids, logprobs, prompt logprobs, finish reason and usage."""
+    begin = time.monotonic()
     (completion,) = local_model.completions(["The quick brown"], logprobs=2, prompt_logprobs=1, max_tokens=4)
     assert isinstance(completion, Completion)
     (choice,) = completion.choices
@@ -87,6 +88,8 @@ def test_completions_tell_all_that_vllm_tells(local_model: VllmModel) -> None:
     assert completion.prompt_logprobs is not None
     assert completion.prompt_logprobs[0] is None
     assert len(completion.prompt_logprobs) == completion.prompt_tokens
+    assert completion.seconds is not None
+    assert 0 < completion.seconds < time.monotonic() - begin
 
 
 def test_sampling_parameters_reach_vllm(local_model: VllmModel) -> None:

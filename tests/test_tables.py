@@ -88,6 +88,7 @@ def test_an_output_says_where_it_comes_from(model: VllmAPI, place: Place) -> Non
     assert row["_fingerprint"] == report.fingerprint
     assert row["_input_hash"] == input_hash(["a"])
     assert (row["_prompt_tokens"], row["_completion_tokens"], row["_finish_reason"]) == (3, 5, "stop")
+    assert 0 < row["_seconds"] < report.seconds["total"]
     assert row["_error"] is None
     assert row["_created_at"].tzinfo is not None
     assert report.served_by["model"] == "scripted-model"

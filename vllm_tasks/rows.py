@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Message = Mapping[str, Any]
@@ -63,13 +63,19 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The full answer of one row: `n` choices, and the tokens that vLLM counted."""
+    """The full answer of one row: `n` choices, and the tokens that vLLM counted.
+
+    `seconds`: from handing the row to the engine (the server's request, the local host) to its answer,
+    without waiting for a place in the window; of several attempts, the one that succeeded. Two answers that
+    differ in it alone are equal.
+    """
 
     choices: tuple[Choice, ...]
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     model: str | None = None
+    seconds: float | None = field(default=None, compare=False)
 
     @property
     def text(self) -> str:

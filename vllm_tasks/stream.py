@@ -487,12 +487,13 @@ class Run:
 
 def _of_answer(answer: Result) -> dict[str, Any]:
     if isinstance(answer, RowError):
-        return {"_finish_reason": None, "_prompt_tokens": None, "_completion_tokens": None}
+        return dict.fromkeys(("_finish_reason", "_prompt_tokens", "_completion_tokens", "_seconds"))
     reasons = [choice.finish_reason for choice in answer.choices]
     return {
         "_finish_reason": "length" if "length" in reasons else reasons[0],
         "_prompt_tokens": answer.prompt_tokens,
         "_completion_tokens": answer.completion_tokens,
+        "_seconds": answer.seconds,
     }
 
 

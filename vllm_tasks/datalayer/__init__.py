@@ -95,9 +95,9 @@ class Datalayer(Block):
 
         `table`: the outputs' own name, where the model's `model_update_kwargs` give one.
         Columns: the key, the output's columns, `_position` when flattened, `_error`, `_finish_reason`,
-        `_prompt_tokens`, `_completion_tokens`, `_model`, `_uuid`, `_fingerprint`, `_input_hash`,
-        `_created_at`. Raises `InvalidCall` when there are none, `TablesUnavailable` when the tables
-        cannot be reached.
+        `_prompt_tokens`, `_completion_tokens`, `_seconds`, `_model`, `_uuid`, `_fingerprint`,
+        `_input_hash`, `_created_at`. Raises `InvalidCall` when there are none, `TablesUnavailable`
+        when the tables cannot be reached.
         """
         name = outputs_name(predict_id) if table is None else table
         check_name("table", name)

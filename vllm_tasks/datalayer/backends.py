@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -86,6 +87,8 @@ class Backend:
     """Bytes, compressed, that one value in the index of a key may have."""
     statements = False
     """A SELECT may be a source: nothing that it says can end our statement and begin another."""
+    numbered: re.Pattern[str] | None = None
+    """What a SELECT's column is called when another one before it has its name."""
 
     def __init__(self, url: URL) -> None:
         self.url = url
@@ -221,6 +224,7 @@ class Sqlite(Backend):
 
     nan = False
     statements = True
+    numbered = re.compile(r"(.*):\d+", re.DOTALL)
 
     def __init__(self, url: URL) -> None:
         name = url.database or ""
@@ -292,7 +296,7 @@ class Sqlite(Backend):
         if (found := connection.execute(there, {"name": name}).scalar()) not in (None, name):
             raise InvalidCall(
                 f"there is a table {found!r} in {self.where()}, which SQLite does not tell from {name!r}: "
-                "write it in the same way, or give another predict_id"
+                "write it in the same way, or give another predict_id or name"
             )
         query = sa.text('SELECT name, type, "notnull" FROM pragma_table_info(:name)')
         return {row[0]: (row[1], not row[2]) for row in connection.execute(query, {"name": name})}

@@ -14,9 +14,27 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
+from vllm_tasks.datalayer import put
 from vllm_tasks.datalayer.backends import Backend, backend
-from vllm_tasks.datalayer.database_writer import DatabaseWriter, UtcTime, refuse_differences, shape_of
-from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, OutputTable, Selection, SourceRow, Writer
+from vllm_tasks.datalayer.database_writer import WAY_OUT, DatabaseWriter, made
+from vllm_tasks.datalayer.keyed_table import (
+    KINDS,
+    KeyedTable,
+    UtcTime,
+    refuse_differences,
+    refuse_long_names,
+    shape_of,
+)
+from vllm_tasks.datalayer.selection import (
+    OWN_COLUMNS,
+    PAGE,
+    POSITION,
+    OutputTable,
+    Row,
+    Selection,
+    SourceRow,
+    Writer,
+)
 from vllm_tasks.datalayer.storable import is_text
 from vllm_tasks.errors import InvalidCall, near
 
@@ -84,28 +102,27 @@ class Database:
 
     def check(self, selection: Selection) -> None:
         with self._backend.reading() as connection:
-            source = self._source(connection, selection)
+            source = self._source_of(connection, selection)
             kinds = self._kinds(connection, source, selection.key)
             self._refuse_bad_ids(connection, selection, kinds)
             self._refuse_bad_keys(connection, source, selection.key)
             if there := self._backend.shape(connection, selection.outputs):
                 table = OutputTable(selection.outputs, ())
-                expected = shape_of(table, selection.key, kinds, connection.dialect)
+                expected = shape_of(made(table, selection.key, kinds), connection.dialect)
                 known = {n: s for n, s in there.items() if n in expected or not s[1]}
-                refuse_differences(selection.outputs, known, expected)
+                refuse_differences(selection.outputs, known, expected, WAY_OUT)
 
     def rows(self, selection: Selection, size: int) -> Iterator[list[SourceRow]]:
         with self._backend.reading() as connection:
-            source = self._source(connection, selection)
-            read = self._streamed if self._backend.server_side else self._copied
+            source = self._source_of(connection, selection)
             keys = len(selection.key)
-            with closing(read(connection, source, selection, size)) as pages:
+            with closing(self._selected(connection, source, selection, size)) as pages:
                 for page in pages:
                     yield [SourceRow(tuple(r[:keys]), tuple(r[keys:-2]), bool(r[-2]), r[-1]) for r in page]
 
     def count(self, selection: Selection) -> tuple[int, int]:
         with self._backend.reading() as connection:
-            source = self._source(connection, selection)
+            source = self._source_of(connection, selection)
             joined = self._joined(connection, source, selection)
             chosen = sa.func.sum(sa.case((joined.condition, 1), else_=0))
             query = joined.query.add_columns(sa.func.count(), chosen)
@@ -117,7 +134,7 @@ class Database:
 
     def writer(self, selection: Selection, table: OutputTable) -> Writer:
         with self._backend.reading() as connection:
-            source = self._source(connection, selection)
+            source = self._source_of(connection, selection)
             kinds = self._kinds(connection, source, selection.key)
         return DatabaseWriter(self._backend, table, selection.key, kinds)
 
@@ -146,6 +163,33 @@ class Database:
             ]
         return pa.Table.from_batches(batches, schema)
 
+    def read(self, select: str, columns: Sequence[str] | None = None) -> Iterator[list[Row]]:
+        with self._backend.reading() as connection:
+            source = self._source(connection, select, columns)
+            names = list(dict.fromkeys(source.columns if columns is None else columns))
+            with closing(self._whole(connection, source, names)) as pages:
+                for page in pages:
+                    yield [dict(zip(names, row, strict=True)) for row in page]
+
+    def has(self, name: str) -> bool:
+        with self._backend.reading() as connection:
+            return is_text(name) and self._table(connection, name) is not None
+
+    def put(self, name: str, rows: pa.Table, key: Sequence[str]) -> None:
+        new = put.checked(name, rows, key)
+        refuse_long_names((name, *new.column_names), self._backend.engine.dialect)
+        columns = [
+            sa.Column(f.name, KINDS[put.KINDS[f.type]], nullable=f.name not in key, autoincrement=False)
+            for f in new.schema
+        ]
+        table = sa.Table(name, sa.MetaData(), *columns, sa.PrimaryKeyConstraint(*key))
+        keyed = KeyedTable(self._backend, table, key, json=())
+        listed: list[Row] = new.to_pylist()
+        for row in listed:
+            if problem := keyed.unstorable(row):
+                raise InvalidCall(f"{name!r}: the key {keyed.key_of(row)!r:.200}: {problem}")
+        keyed.replace(listed, (), make_or=put.WAY_OUT)
+
     def where(self, name: str) -> str:
         return f"table {name} in {self._backend.where()}"
 
@@ -154,8 +198,12 @@ class Database:
 
     # ------------------------------------------------------------------ the source
 
-    def _source(self, connection: Connection, selection: Selection) -> Source:
-        select = selection.select.strip()
+    def _source_of(self, connection: Connection, selection: Selection) -> Source:
+        return self._source(connection, selection.select, (*selection.key, *selection.columns))
+
+    def _source(self, connection: Connection, select: str, wanted: Sequence[str] | None) -> Source:
+        """What `select` names; raises `InvalidCall` unless it has each wanted column once, or all."""
+        select = select.strip()
         if not is_text(select):
             raise InvalidCall(f"select={select[:200]!r} has half a character (a lone surrogate)")
         table = self._table(connection, select)
@@ -174,10 +222,11 @@ class Database:
                 f"{_near(select, there)}"
             )
         columns = tuple(self._columns(connection, clause))
-        twice = sorted({c for c in columns if columns.count(c) > 1} & {*selection.key, *selection.columns})
+        wanted = columns if wanted is None else wanted
+        twice = sorted({c for c in columns if columns.count(c) > 1} & {*wanted})
         if twice:
             raise InvalidCall(f"the select has more than one column {twice[0]!r}; name it in the SELECT")
-        for name in (*selection.key, *selection.columns):
+        for name in wanted:
             if name not in columns:
                 raise InvalidCall(f"{select[:200]!r} has no column {name!r}{_near(name, columns)}")
         return Source(_rows(clause, columns), columns, table)
@@ -195,12 +244,15 @@ class Database:
         rows = _rows(clause, ())
         query = sa.select(sa.text("*")).select_from(rows).where(sa.literal(1) == 1).limit(0)
         try:
-            return list(connection.execute(query).keys())
+            names = list(connection.execute(query).keys())
         except DBAPIError as e:
             error = self._backend.translated(e)
             if isinstance(error, InvalidCall) and isinstance(clause, sa.TextClause):
                 raise InvalidCall(f"select must be exactly one SELECT statement that runs: {error}") from e
             raise error from e
+        if isinstance(clause, sa.TextClause) and (numbered := self._backend.numbered):
+            return [match[1] if (match := numbered.fullmatch(n)) and match[1] in names else n for n in names]
+        return names
 
     def _kinds(self, connection: Connection, source: Source, key: Sequence[str]) -> list[Any]:
         kinds = self._backend.types(connection, source.rows, key)
@@ -278,46 +330,35 @@ class Database:
             sa.case((done.c["_fingerprint"] == selection.fingerprint, done.c["_input_hash"])),
         )
 
-    def _streamed(
+    def _selected(
         self, connection: Connection, source: Source, selection: Selection, size: int
     ) -> Generator[Sequence[Any], None, None]:
-        """Pages of one query whose cursor is on the server."""
+        """Pages of key, values, `redo`, `input_hash`."""
         names = (*selection.key, *selection.columns)
-        query = self._joined(connection, source, selection).selected(source, names)
-        with connection.execution_options(yield_per=size).execute(query) as result:
-            yield from result.partitions()
-
-    def _copied(
-        self, connection: Connection, source: Source, selection: Selection, size: int
-    ) -> Generator[Sequence[Any], None, None]:
-        """Pages of a temporary copy, so that nothing is locked between two of them."""
+        joined = self._joined(connection, source, selection)
+        if self._backend.server_side:
+            return _streamed(connection, joined.selected(source, names), size)
         indexed = self._indexed(connection, source, selection.key)
-        names = selection.key if indexed else (*selection.key, *selection.columns)
-        query = self._joined(connection, source, selection).selected(source, names)
-        kinds = self._backend.types(connection, source.rows, names)
-        copy = sa.Table(
-            "_vllm_tasks_selected",
-            sa.MetaData(),
-            sa.Column("n", sa.Integer, primary_key=True),
-            *(sa.Column(f"c{i}", kind) for i, kind in enumerate(kinds)),
-            sa.Column("redo", sa.Integer),
-            sa.Column("input_hash", sa.Text),
-            prefixes=["TEMPORARY"],
-        )
-        copy.create(connection, checkfirst=False)
-        filled = copy.insert().from_select([c.name for c in copy.c][1:], query, include_defaults=False)
-        total = connection.execute(filled).rowcount
+        copied = selection.key if indexed else names
+        kinds = [*self._backend.types(connection, source.rows, copied), sa.Integer(), sa.Text()]
+        copy = _copied(connection, joined.selected(source, copied), kinds)
         page = sa.select(*list(copy.c)[1:])
         if indexed:
             on = [source.rows.c[name] == copy.c[i + 1] for i, name in enumerate(selection.key)]
-            wanted = [source.rows.c[n] for n in (*selection.key, *selection.columns)]
-            page = sa.select(
-                *(c.label(f"c{i}") for i, c in enumerate(wanted)), copy.c.redo, copy.c.input_hash
-            )
+            wanted = [source.rows.c[name].label(f"v{i}") for i, name in enumerate(names)]
+            page = sa.select(*wanted, *list(copy.c)[-2:])
             page = page.select_from(copy.join(source.rows, sa.and_(*on)))
-        page = page.where(copy.c.n > sa.bindparam("after"), copy.c.n <= sa.bindparam("last"))
-        for after in range(0, total, size):
-            yield connection.execute(page, {"after": after, "last": after + size}).all()
+        return _pages(connection, copy, page, size)
+
+    def _whole(
+        self, connection: Connection, source: Source, names: Sequence[str]
+    ) -> Generator[Sequence[Any], None, None]:
+        """Pages of these columns of all rows."""
+        query = source.query(*(source.rows.c[name].label(f"c{i}") for i, name in enumerate(names)))
+        if self._backend.server_side:
+            return _streamed(connection, query, PAGE)
+        copy = _copied(connection, query, self._backend.types(connection, source.rows, names))
+        return _pages(connection, copy, sa.select(*list(copy.c)[1:]), PAGE)
 
     def _indexed(self, connection: Connection, source: Source, key: Sequence[str]) -> bool:
         """Whether an index says that keys are unique."""
@@ -341,6 +382,39 @@ class Joined:
         wanted = [source.rows.c[name].label(f"c{i}") for i, name in enumerate(names)]
         extra = (self.redo.label("redo"), self.input_hash.label("input_hash"))
         return self.query.add_columns(*wanted, *extra).where(self.condition)
+
+
+def _streamed(
+    connection: Connection, query: sa.Select[Any], size: int
+) -> Generator[Sequence[Any], None, None]:
+    """Pages of a query whose cursor is on the server."""
+    with connection.execution_options(yield_per=size).execute(query) as result:
+        yield from result.partitions()
+
+
+def _copied(connection: Connection, query: sa.Select[Any], kinds: Sequence[Any]) -> sa.Table:
+    """A temporary copy, so that nothing is locked between two pages: `n` from 1, then the query's columns."""
+    copy = sa.Table(
+        "_vllm_tasks_selected",
+        sa.MetaData(),
+        sa.Column("n", sa.Integer, primary_key=True),
+        *(sa.Column(f"c{i}", kind) for i, kind in enumerate(kinds)),
+        prefixes=["TEMPORARY"],
+    )
+    copy.create(connection, checkfirst=False)
+    filled = copy.insert().from_select([c.name for c in copy.c][1:], query, include_defaults=False)
+    connection.execute(filled)
+    return copy
+
+
+def _pages(
+    connection: Connection, copy: sa.Table, query: sa.Select[Any], size: int
+) -> Generator[Sequence[Any], None, None]:
+    """Pages of a query that joins each row of a copy with one row."""
+    total = connection.execute(sa.select(sa.func.max(copy.c.n))).scalar() or 0
+    page = query.where(copy.c.n > sa.bindparam("after"), copy.c.n <= sa.bindparam("last"))
+    for after in range(0, total, size):
+        yield connection.execute(page, {"after": after, "last": after + size}).all()
 
 
 def _rows(clause: sa.TableClause | sa.TextClause, columns: Sequence[str]) -> sa.FromClause:

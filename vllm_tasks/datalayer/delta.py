@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
@@ -55,6 +56,8 @@ PASSING = re.compile(
     "|^Invalid Input Error: reading the stream registered as .* failed: IOError"
 )
 """DuckDB's errors of what is not there now: its own, and those of the files that Arrow reads for it."""
+FOOTERS_AT_ONCE = 16
+"""Files of a table whose types are looked up at once."""
 DENIED = re.compile("permission denied|accessdenied|access denied|forbidden", re.IGNORECASE)
 
 
@@ -121,7 +124,7 @@ def find_table(url: str) -> DeltaTable | None:
     if match := UNNAMEABLE.search(url) or ("://" in url and MANGLED.search(url)) or None:
         raise InvalidCall(
             f"no Delta table can be in {without_userinfo(url)!r}, because of the {match[0]!r} in it; move "
-            "the lake, or give another predict_id"
+            "the lake, or give another predict_id or name"
         )
     with storage_errors(f"cannot read {without_userinfo(url)}"):
         try:
@@ -149,6 +152,19 @@ def dataset(table: DeltaTable) -> ds.Dataset:
     folder = unquote(urlsplit(uri).path) if uri.startswith("file://") else uri
     files = SubTreeFileSystem(folder, LocalFileSystem()) if local else None
     return table.to_pyarrow_dataset(filesystem=files)
+
+
+def filterable(table: DeltaTable) -> ds.Dataset | ds.Scanner:
+    """The table as DuckDB reads it.
+
+    Merges of delta-rs write text as `string_view`, whose bounds in a file Arrow cannot compare with the text
+    that DuckDB filters by: from a scanner, DuckDB takes all columns and filters without those bounds.
+    """
+    whole = dataset(table)
+    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+        schemas = pool.map(lambda fragment: fragment.physical_schema, whole.get_fragments())
+        views = any(pa.types.is_string_view(kind) for schema in schemas for kind in schema.types)
+    return whole.scanner() if views else whole
 
 
 def arrow_schema(table: DeltaTable) -> pa.Schema:
@@ -209,23 +225,19 @@ def refuse_taken(url: str) -> None:
     if names and "_delta_log" not in names:
         raise InvalidCall(
             f"{without_userinfo(url)!r} is no Delta table but has files, for example {min(names)!r}; give "
-            "another predict_id, or move them away"
+            "another predict_id or name, or move them away"
         )
 
 
-def make_table(url: str, schema: pa.Schema, table: OutputTable, keys: int) -> DeltaTable:
+def make_table(
+    url: str,
+    schema: pa.Schema,
+    keys: int,
+    partition_by: tuple[str, ...] = (),
+    way_out: str = "give another predict_id",
+) -> DeltaTable:
     """The table, made unless it is there; raises `InvalidCall` when it is there with another shape."""
-    if strange := set(table.partition_by) - set(schema.names):
-        raise InvalidCall(
-            f"partition_by names {sorted(strange)}, the outputs have {', '.join(map(repr, schema.names))}"
-        )
-    for name, kind in zip(schema.names[:keys], schema.types, strict=False):
-        if name in table.partition_by and (pa.types.is_string(kind) or pa.types.is_binary(kind)):
-            # Delta has '' as NULL, and bytes as text, in the names of partitions.
-            raise InvalidCall(
-                f"partition_by names {name!r}, a column of the key, whose type {kind} no partition holds "
-                "exactly; partition by another column"
-            )
+    _refuse_partitions(schema, keys, partition_by)
     made = find_table(url)
     if made is None:
         refuse_taken(url)
@@ -234,7 +246,7 @@ def make_table(url: str, schema: pa.Schema, table: OutputTable, keys: int) -> De
                 return DeltaTable.create(
                     url,
                     schema,
-                    partition_by=list(table.partition_by),
+                    partition_by=list(partition_by),
                     storage_options=storage_options(url),
                     configuration={"delta.dataSkippingNumIndexedCols": str(indexed(schema.types[:keys]))},
                     commit_properties=ONCE,
@@ -244,17 +256,30 @@ def make_table(url: str, schema: pa.Schema, table: OutputTable, keys: int) -> De
             if made is None:
                 raise
             # A rival made it in this moment.
-    found = arrow_schema(made)
-    differences = _differences(_shape(found), _shape(schema))
+    differences = _differences(_shape(arrow_schema(made)), _shape(schema))
     partitions = tuple(made.metadata().partition_columns)
-    if partitions != table.partition_by:
-        differences.append(f"it is partitioned by {list(partitions)}, not {list(table.partition_by)}")
+    if partitions != partition_by:
+        differences.append(f"it is partitioned by {list(partitions)}, not {list(partition_by)}")
     if differences:
         raise InvalidCall(
-            f"the outputs {without_userinfo(url)!r} have another shape: {'; '.join(differences)}; give "
-            "another predict_id"
+            f"the table {without_userinfo(url)!r} is there with another shape: {'; '.join(differences)}; "
+            f"{way_out}"
         )
     return made
+
+
+def _refuse_partitions(schema: pa.Schema, keys: int, partition_by: tuple[str, ...]) -> None:
+    if strange := set(partition_by) - set(schema.names):
+        raise InvalidCall(
+            f"partition_by names {sorted(strange)}, the outputs have {', '.join(map(repr, schema.names))}"
+        )
+    for name, kind in zip(schema.names[:keys], schema.types, strict=False):
+        if name in partition_by and (pa.types.is_string(kind) or pa.types.is_binary(kind)):
+            # Delta has '' as NULL, and bytes as text, in the names of partitions.
+            raise InvalidCall(
+                f"partition_by names {name!r}, a column of the key, whose type {kind} no partition holds "
+                "exactly; partition by another column"
+            )
 
 
 def _differences(there: dict[str, str], here: dict[str, str]) -> list[str]:

@@ -55,7 +55,10 @@ class DeltaWriter:
         properties: WriterProperties,
         delta: DeltaTable,
         cursor: duckdb.DuckDBPyConnection,
+        *,
+        told: bool = True,
     ) -> None:
+        """`told`: the caller's `redo` names whatever keys of a commit that version holds."""
         self._url = url
         self._shown = without_userinfo(url)
         self._schema = schema
@@ -63,7 +66,7 @@ class DeltaWriter:
         self._properties = properties
         self._delta: DeltaTable | None = delta
         self._problems = [(f.name, problem_of(f)) for f in schema]
-        self._known = set(delta.file_uris())
+        self._known = set(delta.file_uris()) if told else set()
         """Files whose keys the caller's `redo` accounts for, or `TAKEN`."""
         self._cursor = cursor
         with storage_errors("cannot keep the keys of the outputs"):
@@ -74,8 +77,10 @@ class DeltaWriter:
 
     def commit(self, rows: Sequence[Row], redo: Collection[Key]) -> None:
         """See `Writer.commit`; of two outputs of one key in `rows`, the later one is written."""
-        new = self._table(last_outputs(rows, self._key.names))
-        old = self._keys(redo)
+        self.replace(self._table(last_outputs(rows, self._key.names)), self._keys(redo))
+
+    def replace(self, new: pa.Table, old: pa.Table) -> None:
+        """Commit the rows `new`, in the table's own columns; what it holds under the keys `old` goes."""
         if not (new.num_rows or old.num_rows):
             return
         if self._mine is not None:

@@ -21,11 +21,14 @@ Key = tuple[Any, ...]
 Row = Mapping[str, Any]
 
 POSITION = "_position"
+PAGE = 1000
+"""Rows in a list of `Tables.read`, at most."""
 OWN_COLUMNS: dict[str, BuiltinType | Literal["timestamp"]] = {
     "_error": "str",
     "_finish_reason": "str",
     "_prompt_tokens": "int",
     "_completion_tokens": "int",
+    "_seconds": "float",
     "_model": "str",
     "_uuid": "str",
     "_fingerprint": "str",
@@ -145,8 +148,9 @@ class Tables(Protocol):
 
     def read(self, select: str, columns: Sequence[str] | None = None) -> Iterator[list[Row]]:
         """The rows of a source as mappings of column to Python value, streamed in lists, in no particular
-        order: these columns, or all. Raises `InvalidCall` for a source or column that is not there and two
-        columns of one name, `TablesUnavailable`."""
+        order: these columns, or all. Values are as `rows` has them: SQLite's bools are 0 and 1, its times
+        text. Raises `InvalidCall` for a source or column that is not there and two columns of one name,
+        `TablesUnavailable`."""
 
     def has(self, name: str) -> bool:
         """Whether there is a table `name`, so that `read(name)` finds one."""
@@ -156,7 +160,8 @@ class Tables(Protocol):
         a key that is there already are replaced, so that the same call may be repeated.
 
         Types are int64, float64, bool, string and timestamp in UTC with microseconds; values of `key` are
-        never NULL. Raises `InvalidCall` when the table is there with other columns or types,
+        never NULL or floats, and no key is there twice. `outputs(name)` has the same types again. Raises
+        `InvalidCall` for other rows and when the table is there with other columns or types,
         `TablesUnavailable`.
         """
 

@@ -12,7 +12,15 @@ from typing import Any
 import duckdb
 from fsspec.implementations.local import LocalFileSystem
 
-from vllm_tasks.datalayer.delta import dataset, open_table, plain, quoted, storage_errors, without_userinfo
+from vllm_tasks.datalayer.delta import (
+    filterable,
+    find_table,
+    open_table,
+    plain,
+    quoted,
+    storage_errors,
+    without_userinfo,
+)
 from vllm_tasks.errors import SHOWN, InvalidCall, TablesUnavailable, near
 
 READERS = {
@@ -143,6 +151,20 @@ class Files:
                 found.setdefault(match[0], []).append(path)
         return found
 
+    def has(self, name: str) -> bool:
+        """Whether there is a file, a folder of files or a Delta table `name`."""
+        self.fs.invalidate_cache()
+        if not self._ask("exists", self.root or "/"):
+            return False
+        for path in self.tables().get(name, ()):
+            if not self._ask("isdir", path):
+                return True
+            if self._ask("exists", f"{path}/_delta_log"):
+                return find_table(self.uri(path)) is not None  # it may be about to be made
+            if self._data_files(path):
+                return True
+        return False
+
     def source(self, select: str) -> Source:
         """What `select` names; raises `InvalidCall`."""
         tables = self.tables()
@@ -187,7 +209,7 @@ class Files:
         if len(paths) == 1 and self._ask("isdir", paths[0]):
             if self._ask("exists", f"{paths[0]}/_delta_log"):
                 with storage_errors(f"cannot read {self.shown(paths[0])}"):
-                    rows = dataset(open_table(self.uri(paths[0])))
+                    rows = filterable(open_table(self.uri(paths[0])))
                 return lambda view: Source(f"FROM {quoted(view)}", {}, {view: rows})
             paths = self._inside(paths[0])
         if not paths:
@@ -222,10 +244,13 @@ class Files:
         return self._refuse_delta(found)
 
     def _inside(self, folder: str) -> list[str]:
-        found = [p for p in self._ask("find", folder) if kind_of(p) and not self._hidden(p, folder)]
+        found = self._data_files(folder)
         if not found:
             raise InvalidCall(f"the folder {self.shown(folder)!r} holds no {', '.join(READERS)} files")
         return self._refuse_delta(found)
+
+    def _data_files(self, folder: str) -> list[str]:
+        return [p for p in self._ask("find", folder) if kind_of(p) and not self._hidden(p, folder)]
 
     def _hidden(self, path: str, pattern: str) -> bool:
         """Whether a part of `path` that `pattern` does not name begins with . or _: a log, or under way."""

@@ -77,8 +77,9 @@ class Host:
 
     def start_chunk(self, frame: Frame) -> None:
         """Hand every row of a chunk to the engine."""
+        accepted = time.perf_counter()
         for row, prompt in frame["chunk"]:
-            task = asyncio.create_task(self.answer(row, prompt, dict(frame["sampling"])))
+            task = asyncio.create_task(self.answer(row, prompt, dict(frame["sampling"]), accepted))
             self.tasks[row] = task
             task.add_done_callback(partial(self.forget, row))
 
@@ -91,12 +92,15 @@ class Host:
             if task := self.tasks.get(row):
                 task.cancel()
 
-    async def answer(self, row: int, prompt: str | list[Any], sampling: dict[str, Any]) -> None:
+    async def answer(
+        self, row: int, prompt: str | list[Any], sampling: dict[str, Any], accepted: float
+    ) -> None:
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            reply = {"completion": await self.complete(str(row), prompt, sampling)}
+            completion = await self.complete(str(row), prompt, sampling)
+            reply = {"completion": {**completion, "seconds": time.perf_counter() - accepted}}
         except EngineDeadError as error:
             self.write({"dead": reason_of(error)})
             return

@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
@@ -152,7 +152,9 @@ class HttpEngine:
             body = json.dumps(wire.body_of(request, model)).encode()
         except (TypeError, ValueError) as error:  # prompts have been checked before
             raise InvalidCall(f"a sampling parameter cannot be sent: {error}") from error
+        sent = time.perf_counter()
         response, content = await self._post(server.url + path, body)
+        seconds = time.perf_counter() - sent
         if response.status != 200:
             if response.status == 404:
                 self._servers.forget_model(server)
@@ -161,7 +163,7 @@ class HttpEngine:
                 await self._servers.check(server)  # else it is not the row's failure
             raise refused
         try:
-            return wire.parse(path, request, json.loads(content))
+            return replace(wire.parse(path, request, json.loads(content)), seconds=seconds)
         except (ValueError, RecursionError) as error:
             begin = self._key.hidden_in(content)[:100]
             why = self._key.hidden_in(f"{error}")

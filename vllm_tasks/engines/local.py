@@ -178,6 +178,7 @@ def result_of(frame: Frame) -> Result:
         prompt_tokens=completion["prompt_tokens"],
         completion_tokens=completion["completion_tokens"],
         prompt_logprobs=logprobs_of(completion["prompt_logprobs"]),
+        seconds=completion["seconds"],
     )
 
 
