@@ -154,7 +154,8 @@ class Lake:
         self._outputs(selection)
         casts = self._casts(selection)
         named, select = ", ".join(selection.key), selection.select[:200]
-        logger.info("checking that %s is unique in %s: one pass", named, select)
+        source = f"{select[:60]}..." if len(select) > 60 else select
+        logger.info("checking that %s is unique in %s: one pass", named, source)
         keys = [f"k{i}" for i in range(len(casts))]
         null = f"({' OR '.join(f'{k} IS NULL' for k in keys)})"
         with self._cursor(selection) as cursor:

@@ -1,0 +1,88 @@
+"""Numeric match: 1 if the answer's number equals the target's, else 0; the value is the mean of rows.
+
+Range 0 to 1, higher is better. A text's number is the one after its first `####`, as the answers of GSM8K end
+(Cobbe et al. 2021, https://arxiv.org/abs/2110.14168); without one, the last number in it.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Context, Decimal, InvalidOperation, localcontext
+from typing import Any
+
+from vllm_tasks.errors import InvalidCall
+from vllm_tasks.metrics.measure import Measure
+from vllm_tasks.metrics.text import accepted, text_of
+
+# A minus belongs to the number unless it follows a word, a number or a bracket, as in 10-5. Each part either
+# matches or gives up within a few characters, so that reading takes time linear in the text.
+_NUMBER = r"""
+    (?: (?<![\w.,%)\]}]) (?P<minus>[-\u2212]) )? [$€£]?
+    (?P<number>
+        (?: \d{1,3} (?:,\d{3})+ (?!\d) | \d+ ) (?:\.\d+)?
+      | (?<![\w.]) \.\d+
+    )
+    (?P<exponent> [eE][+-]?\d+ )?
+"""
+NUMBER = re.compile(_NUMBER, re.VERBOSE)
+MARKED = re.compile(rf"\#\#\#\#[ \t]* {_NUMBER}", re.VERBOSE)
+
+EXACT = Context(prec=1000, traps=[InvalidOperation])
+
+
+def score(prediction: Any, target: Any, *, tolerance: float | str = 0) -> bool:
+    """Whether the numbers are equal, in decimal arithmetic, or differ by no more than `tolerance`.
+
+    Read are signs, thousands separators (1,234), decimals, exponents (1e5) and the digits of any script; a
+    currency sign before and a percent sign or full stop after a number are ignored, so that 50% is 50. Words
+    and fractions are not worked out: 1/2 is 2. An answer without a number is a miss. Of a list as target any
+    number will do. Raises `InvalidCall` for a target without a number and for a tolerance below 0.
+    """
+    most = _tolerance(tolerance)
+    wanted = [_wanted(text) for text in accepted(target, "numeric_match")]
+    found = number_in(text_of(prediction, "numeric_match"))
+    return found is not None and any(_near(found, number, most) for number in wanted)
+
+
+def number_in(text: str) -> Decimal | None:
+    """The number of a text; None for none, and for one with an exponent beyond what Decimal holds."""
+    match = MARKED.search(text)
+    if match is None:
+        for match in NUMBER.finditer(text):  # noqa: B007 - the last one
+            pass
+    if match is None:
+        return None
+    sign = "-" if match["minus"] else ""
+    try:
+        with localcontext(EXACT):
+            return Decimal(f"{sign}{match['number'].replace(',', '')}{match['exponent'] or ''}")
+    except InvalidOperation:
+        return None
+
+
+def _wanted(text: str) -> Decimal:
+    number = number_in(text)
+    if number is None:
+        raise InvalidCall(f"numeric_match needs a number in the target, and {text!r:.100} has none")
+    return number
+
+
+def _near(found: Decimal, wanted: Decimal, tolerance: Decimal) -> bool:
+    # Sums only of what the caller gave: a model's 1e999999999 is compared, which costs nothing.
+    if not tolerance:
+        return found == wanted
+    return EXACT.subtract(wanted, tolerance) <= found <= EXACT.add(wanted, tolerance)
+
+
+def _tolerance(given: float | str) -> Decimal:
+    try:
+        with localcontext(EXACT):
+            tolerance = Decimal(str(given))
+    except InvalidOperation:
+        tolerance = Decimal("nan")
+    if not tolerance.is_finite() or tolerance < 0:
+        raise InvalidCall(f"tolerance is a number of 0 or more, such as 0.01, not {given!r:.100}")
+    return tolerance
+
+
+MEASURE = Measure(score, proportion=True)
