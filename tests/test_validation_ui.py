@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
 from playwright.sync_api import Browser
 
 from tests.browser import SCREENSHOTS, Theme, chromium, colours, executable, opened, prefect_with_ui
-from vllm_tasks.validation.picture import Panel, Point, Row, compare_svg, histories_svg, markdown_image
+from tests.scripted_server import Asked, Reply, Script, ScriptedServer, usual
+from vllm_tasks import Dataset, Metric, Validation, VllmAPI
+from vllm_tasks.validation.comparison import compare
+from vllm_tasks.validation.run import validate
+from vllm_tasks.validation.shown import markdown_of, markdown_of_comparison
 
 pytestmark = pytest.mark.skipif(executable() is None, reason="needs a browser: apt-get install chromium")
 
@@ -29,45 +32,65 @@ def browser() -> Iterator[Browser]:
         yield browser
 
 
-def points(count: int, base: float, spread: float, threshold: float | None = None) -> list[Point]:
-    """A metric over the runs of some weeks."""
-    chance = random.Random(count)
-    began = datetime(2026, 9, 3, 14, 5, tzinfo=UTC)
-    values = [base + chance.gauss(0, spread) for _ in range(count)]
-    return [
-        Point(began + timedelta(days=3 * i), v, v - 2 * spread, v + 2 * spread, "", v >= (threshold or v))
-        for i, v in enumerate(values)
-    ]
+CLASSES = "billing", "delivery", "other"
+VALIDATION = Validation(
+    datasets=[
+        Dataset(
+            identifier="tickets",
+            raw_data=[{"text": f"ticket {i}", "topic": CLASSES[i % 3]} for i in range(60)],
+        )
+    ],
+    metrics=[
+        Metric(identifier="accuracy", options={"labels": list(CLASSES)}),
+        Metric(identifier="macro_f1", options={"labels": list(CLASSES)}),
+        Metric(identifier="output_tokens"),
+    ],
+    key=("text", "topic"),
+    thresholds={"accuracy": 0.3},
+    max_regression={"accuracy": 0.05},
+)
 
 
-def report() -> str:
-    """A report with a picture of three metrics, and one of two models."""
-    history = histories_svg(
-        [
-            Panel("gsm8k / exact_match", points(12, 0.547, 0.02, 0.53), threshold=0.53),
-            Panel("gsm8k / perplexity", points(12, 23.4, 1.1), higher_is_better=False),
-            Panel("summaries / rougeL", points(12, 0.31, 0.01)),
-        ]
-    )
-    models = compare_svg(
-        [
-            Row("meta-llama/Llama-3.1-8B-Instruct", 0.547, 0.520, 0.574, True),
-            Row("Qwen/Qwen2.5-0.5B-Instruct", 0.342, 0.316, 0.368, False),
-        ],
-        title="gsm8k / exact_match",
-        threshold=0.53,
-    )
-    shown = f"# Validation\n\nIt passed.\n\n{markdown_image(history, 'History')}\n\n"
-    return shown + f"## Models\n\n{markdown_image(models, 'Models')}\n"
+def clerk(right: float, seed: int) -> Script:
+    """A model that names the topic of a ticket, so often right."""
+    chance = random.Random(seed)
+
+    def answer(asked: Asked) -> Reply | None:
+        if asked.path != "/v1/completions":
+            return None
+        topic = CLASSES[int(asked.prompt.split()[-1]) % 3]
+        text = topic if chance.random() < right else chance.choice(("delivery", "<b>no</b> idea | `really`"))
+        reply = usual(asked)
+        reply.body["choices"][0]["text"] = text
+        reply.body["usage"]["completion_tokens"] = chance.randint(2, 9)
+        return reply
+
+    return answer
 
 
 @pytest.fixture(scope="module")
-def artifact(ui: str) -> str:
+def report(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of a model that got worse after some runs, and of its comparison with another one."""
+    lake = tmp_path_factory.mktemp("lake")
+    for night, right in enumerate((0.8, 0.85, 0.8, 0.9, 0.82, 0.4)):
+        with ScriptedServer(clerk(right, night)) as server:
+            model = VllmAPI(identifier="clerk", api_url=server.url)
+            found = validate(model, VALIDATION, db=str(lake))
+    with ScriptedServer(clerk(0.7, 99)) as server:
+        other = VllmAPI(identifier="another-clerk", api_url=server.url, model="other")
+        others = validate(other, VALIDATION, db=str(lake))
+    models = [model.model_copy(update={"model": "scripted-model"}), other]
+    comparison = compare(models, VALIDATION, [found, others], db=str(lake))
+    return markdown_of("clerk", found.datasets[0]) + markdown_of_comparison(comparison)
+
+
+@pytest.fixture(scope="module")
+def artifact(ui: str, report: str) -> str:
     """The id of the report on the server.
 
     Sent without Prefect's client: its threads in this process would go on talking to a server that is gone.
     """
-    artifact = {"key": "validation-picture", "type": "markdown", "data": report()}
+    artifact = {"key": "validation-picture", "type": "markdown", "data": report}
     return httpx.post(f"{ui}/api/artifacts/", json=artifact).raise_for_status().json()["id"]
 
 
@@ -83,7 +106,7 @@ def test_the_ui_shows_pictures_of_a_validation(
         pictures = page.locator('img[src^="data:image/svg+xml;base64,"]')
         pictures.last.wait_for()
 
-        assert pictures.count() == 2
+        assert pictures.count() == 4, "the history, and the models by each of three metrics"
         assert page.locator("html").evaluate("(e, theme) => e.classList.contains(theme)", theme)
         for i, name in enumerate(("history", "models")):
             picture = pictures.nth(i)
@@ -97,4 +120,5 @@ def test_the_ui_shows_pictures_of_a_validation(
             seen = colours(browser, picture)
             assert len(seen) > 50, "the picture is not blank"
             assert seen[CARD[theme]] > 0.5, "the card has the theme's colour"
+        assert page.get_by_text("<b>no</b> idea").first.is_visible(), "what the model said is text"
         page.screenshot(path=SCREENSHOTS / f"validation-{theme}.png")
