@@ -57,15 +57,16 @@ setup-newest: .venv-newest/.ready
 
 # Versions that are tested together: plain pins without addresses. torch and its libraries are vLLM's choice.
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate \
-	--no-emit-index-url --no-emit-find-links pyproject.toml
+	--no-emit-index-url --no-emit-find-links
 constraints:
 	$(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv
 	for engine in cpu vllm; do \
-		$(COMPILE) --extra $$engine --extra demo --extra dev | \
+		$(COMPILE) pyproject.toml --extra $$engine --extra demo --extra dev | \
 			grep -vE '^(torch|nvidia|cuda|triton)' > constraints/$$engine.txt; \
 	done
 # Prefect 3.9 wants a newer certifi than exists; Prefect 3.8's server does not start with fastapi 0.151.
-	$(COMPILE) --extra dev -c <(printf 'prefect<3.9\nfastapi<0.151\n') > constraints/newest.txt
+	$(COMPILE) pyproject.toml --extra dev -c <(printf 'prefect<3.9\nfastapi<0.151\n') > constraints/newest.txt
+	$(COMPILE) - <<< 'lm_eval[api]' > constraints/lm_eval.txt
 
 clean:
-	rm -rf .venv .venv-newest out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest .venv-lm-eval out .mypy_cache .pytest_cache .ruff_cache .hypothesis

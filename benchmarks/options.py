@@ -25,7 +25,7 @@ class Options:
     """One run.
 
     `least` and `most` bound the pairs; `lengths` are the output tokens that rows are given in equal
-    shares; `concurrency` is P2's rows in flight; `sizes` are P6's numbers of rows.
+    shares; `concurrency` is the rows in flight of P2, P10 and PARITY; `sizes` are P6's numbers of rows.
     """
 
     measures: tuple[str, ...]
@@ -60,13 +60,13 @@ def parse(arguments: list[str], known: tuple[str, ...]) -> Options:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     add = parser.add_argument
     add("measures", nargs="*", metavar="MEASURE", help=f"of {' '.join(known)}; none: all")
-    add("--data", type=Path, help="JSONL whose `question` fields are the prompts; else they are made up")
+    add("--data", type=Path, help="JSONL with the prompts as `question` (and `answer`); else made up")
     add("--model", type=Path, help="folder of the model; else the demo's SmolLM2")
-    add("--rows", type=int, default=512, help="rows of P1, P2 and P5")
+    add("--rows", type=int, default=512, help="rows of P1, P2, P5, P10 and PARITY")
     add("--pairs", type=int, default=5, help="least number of pairs")
     add("--most-pairs", type=int, default=15, help="pairs after which a wide interval stays wide")
     add("--lengths", type=whole_numbers, default=(8, 16, 24, 32, 40, 48, 56, 64), help="output tokens")
-    add("--concurrency", type=int, default=64, help="rows in flight of P2")
+    add("--concurrency", type=int, default=64, help="rows in flight of P2, P10 and PARITY")
     add("--sizes", type=whole_numbers, default=(10_000, 50_000, 200_000), help="rows of P6")
     add("--engine", type=json.loads, default={}, help="further engine arguments of both sides, as JSON")
     given = parser.parse_args(arguments)
