@@ -22,7 +22,7 @@ test: .venv/.ready .venv-newest/.ready
 
 # The base package beside a remote vLLM: no vLLM here, and the newest Prefect. Only what meets Prefect is
 # tested a second time.
-WITH_PREFECT := blocks models package tables_prefect tasks
+WITH_PREFECT := blocks models package tables_prefect tasks validation_prefect
 test-newest: .venv-newest/.ready
 	.venv-newest/bin/python -m pytest -m "not engine" $(WITH_PREFECT:%=tests/test_%.py) $(ARGS)
 

@@ -12,14 +12,14 @@ from prefect import flow
 from vllm_tasks import (
     Comparison,
     Datalayer,
-    GateFailed,
+    InvalidCall,
     Validation,
-    ValidationReport,
     VllmAPI,
     VllmModel,
     compare,
     validate,
 )
+from vllm_tasks.tasks import report_of
 
 
 @flow(name="compare-models")
@@ -42,6 +42,9 @@ def compare_models(
         max_failed: How many rows may fail, a share (0.05) or a count (20); empty: any number.
         context: Fills {context} of every prompt.
     """
+    names = [model.identifier for model in models]
+    if len(models) < 2 or len(set(names)) < len(names):  # before anything is asked
+        raise InvalidCall(f"models to compare need identifiers of their own, two or more; got {names}")
     db = db or models[0].db
     runs = {}
     for model in sorted(models, key=lambda model: isinstance(model, VllmModel)):
@@ -51,17 +54,8 @@ def compare_models(
         if isinstance(model, VllmModel):
             run.wait()
             model.close()
-    reports = [report_of(runs[model.identifier].result(raise_on_failure=False)) for model in models]
+    reports = [report_of(runs[model.identifier]) for model in models]
     return compare(models, validation, reports, db=db, context=context)
-
-
-def report_of(found: ValidationReport | BaseException) -> ValidationReport:
-    """What was found, whether the model passed or not; raises what kept it from being found."""
-    if isinstance(found, GateFailed):
-        return found.report
-    if isinstance(found, BaseException):
-        raise found
-    return found
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Before Prefect is imported: a home of the tests' own, and a server that tells nobody of itself.
+# Before Prefect is imported: a home of the tests' own, and a server that tells nobody of itself, and
+# of events at once.
 PREFECT_HOME = tempfile.TemporaryDirectory(prefix="vllm-tasks-prefect-")
 os.environ["PREFECT_HOME"] = PREFECT_HOME.name
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["DO_NOT_TRACK"] = "1"
+os.environ["PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL"] = "0.1"  # 5 s for people
 
 import pytest
 from prefect.testing.utilities import prefect_test_harness

@@ -1,4 +1,4 @@
-"""Runs `predict_in_db` in processes that a test may kill at any moment.
+"""Runs `predict_in_db` or `validate` in processes that a test may kill at any moment.
 
 A *mother* process imports everything once; each job is a fork of it, which starts in milliseconds.
 """
@@ -41,9 +41,9 @@ class Jobs:
         self._mother.wait()
         self._mother.stdout.close()  # type: ignore[union-attr]
 
-    def start(self, model: dict[str, Any], *args: Any, **call: Any) -> int:
-        """Begin `predict_in_db(VllmAPI(**model), *args, **call)`; returns the process id."""
-        pid = int(self._ask({"model": model, "args": args, "call": call}))
+    def start(self, model: dict[str, Any], *args: Any, work: str = "predict_in_db", **call: Any) -> int:
+        """Begin `work(VllmAPI(**model), *args, **call)`; returns the process id."""
+        pid = int(self._ask({"work": work, "model": model, "args": args, "call": call}))
         self._running.add(pid)
         return pid
 
@@ -80,7 +80,9 @@ def main() -> None:
 
     from vllm_tasks import VllmAPI
     from vllm_tasks.tables import predict_in_db
+    from vllm_tasks.validation.run import validate
 
+    works = {"predict_in_db": predict_in_db, "validate": validate}
     log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the terminal is the test's
     for line in sys.stdin:
@@ -95,7 +97,8 @@ def main() -> None:
             os.dup2(log, 1)
             os.dup2(log, 2)
             logging.basicConfig(level=logging.INFO, force=True)
-            print(predict_in_db(VllmAPI(**question["model"]), *question["args"], **question["call"]))
+            model = VllmAPI(**question["model"])
+            print(works[question["work"]](model, *question["args"], **question["call"]))
             return
 
 

@@ -145,8 +145,10 @@ def _number(value: int | None) -> str:
 
 
 def cell(text: str) -> str:
-    """Text that ends no cell and no code span."""
-    return re.sub(r"[|`\n]", " ", text)
+    """Text that ends no cell and no code span; control characters and halves of characters are marked."""
+    return re.sub(
+        "[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", re.sub(r"[|`\s]", " ", text)
+    )
 
 
 def slug(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -15,10 +16,11 @@ from prefect.client.schemas.actions import BlockDocumentUpdate
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.events import emit_event
-from prefect.exceptions import TerminationSignal
+from prefect.exceptions import ObjectNotFound, TerminationSignal
 from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import MaterializingTask
+from prefect.transactions import CommitMode, transaction
 from prefect.utilities.annotations import BaseAnnotation, opaque
 
 from vllm_tasks import tables
@@ -42,7 +44,11 @@ from vllm_tasks.stream import RETRY_DELAYS
 from vllm_tasks.validation import Validation
 from vllm_tasks.validation.report import Comparison, ValidationReport
 
+logger = logging.getLogger(__name__)
+
 Model = VllmAPI | VllmModel
+KEPT = CommitMode.EAGER
+"""Of a task run within a task: it is not called rolled back when that fails later, as its work stays."""
 SAVING = threading.Lock()
 """Values of several data sets may be found at once, and go into one block."""
 
@@ -134,7 +140,8 @@ def _validate(
     """Predict on data sets with known answers, score and record; see `vllm_tasks.validation.run.validate`.
 
     What was found is shown as artifacts and sent as an event, and goes into the block that `model` was loaded
-    from. Raises `GateFailed` after all that when the model is below its limits.
+    from. Raises `GateFailed` after all that when the model is below its limits. With `datasets` no event is
+    sent: some of the data sets say nothing of all.
     """
     from vllm_tasks.validation.run import validate
     from vllm_tasks.validation.shown import show
@@ -154,10 +161,9 @@ def _validate(
     )
     show(report)
     save_metric_values(model, report)
-    emit_verdict(model, report)
-    if not report.passed:
-        raise GateFailed(f"{model.identifier} did not pass: {'; '.join(report.reasons)}", report)
-    return report
+    if datasets is None:
+        emit_verdict(model, report)
+    return passed(report)
 
 
 def _compare(
@@ -182,9 +188,18 @@ def save_metric_values(model: Model, report: ValidationReport) -> None:
     if (block := model._block_document_id) is None:
         return
     with SAVING, get_client(sync_client=True) as client:
-        there = client.read_block_document(block).data.get("metric_values", {})
-        update = BlockDocumentUpdate(data={"metric_values": {**there, **report.metric_values}})
-        client.update_block_document(block, update)
+        try:
+            saved = client.read_block_document(block)
+        except ObjectNotFound:
+            logger.warning("the block %s is gone: its metric_values are not updated", block)
+            return
+        # An update has to name the blocks that this one refers to, or Prefect takes them out.
+        data: dict[str, Any] = {
+            field: {"$ref": {"block_document_id": str(found["block_document"]["id"])}}
+            for field, found in saved.block_document_references.items()
+        }
+        data["metric_values"] = {**saved.data.get("metric_values", {}), **report.metric_values}
+        client.update_block_document(block, BlockDocumentUpdate(data=data))
 
 
 def emit_verdict(model: Model, report: ValidationReport) -> None:
@@ -201,6 +216,23 @@ def emit_verdict(model: Model, report: ValidationReport) -> None:
             "runs": {dataset.dataset: dataset.run for dataset in report.datasets},
         },
     )
+
+
+def passed(report: ValidationReport) -> ValidationReport:
+    """`report`; raises `GateFailed` with it when the model is below its limits."""
+    if not report.passed:
+        raise GateFailed(f"{report.model} did not pass: {'; '.join(report.reasons)}", report)
+    return report
+
+
+def report_of(run: PrefectFuture[ValidationReport]) -> ValidationReport:
+    """What a submitted `validate` found, whether the model passed or not; raises what kept it from that."""
+    found = run.result(raise_on_failure=False)
+    if isinstance(found, GateFailed):
+        return found.report
+    if isinstance(found, BaseException):
+        raise found
+    return found
 
 
 class InPrefect:
@@ -220,7 +252,8 @@ class InPrefect:
             return self._log.commit(name, work)
         held = [work]
         try:
-            commit_group(f"{self._model} {name}", lambda: held[0]())
+            with transaction(commit_mode=KEPT):
+                commit_group(f"{self._model} {name}", lambda: held[0]())
         finally:
             held.clear()  # Prefect keeps the arguments of a task run, which would keep all rows in memory
 
@@ -255,9 +288,12 @@ def _publish(report: Report) -> None:
 def publish(report: Report) -> None:
     """Show the report; in a flow as a task run that makes the outputs a Prefect asset of their source."""
     if FlowRunContext.get() is None:
-        return show_report(report)
+        show_report(report)
+        return
     outputs = Asset(key=asset_key(report.outputs))
-    return outputs_task.with_options(assets=[outputs], asset_deps=[asset_key(report.source)])(report)
+    task = outputs_task.with_options(assets=[outputs], asset_deps=[asset_key(report.source)])
+    with transaction(commit_mode=KEPT):
+        task(report)
 
 
 class RowsTask(Task[..., Any]):
@@ -341,6 +377,15 @@ def table_run_name(parameters: dict[str, Any]) -> str:
     return f"{parameters['model'].identifier} - {parameters['select'][:80]}"
 
 
+def validation_run_name(parameters: dict[str, Any]) -> str:
+    """Model and data sets, as the UI shows them."""
+    model, validation, names = (parameters[name] for name in ("model", "validation", "datasets"))
+    validation = validation or model.validation
+    if names is None and validation is not None:
+        names = [dataset.identifier for dataset in validation.datasets]
+    return f"{model.identifier} - {', '.join(names or ())[:80]}"
+
+
 def is_lost(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
     """Whether tables were lost, which may come back."""
     return isinstance(state.result(raise_on_failure=False), TablesUnavailable)
@@ -359,7 +404,7 @@ predict = RowsTask(_predict, name="predict", **POLICY)
 predict_batches = RowsTask(_predict_batches, name="predict-batches", **POLICY)
 completions = RowsTask(_completions, name="completions", **POLICY)
 predict_in_db = Task(_predict_in_db, name="predict-in-db", **{**POLICY, "task_run_name": table_run_name})
-validate = Task(_validate, name="validate", **{**POLICY, "task_run_name": "{model.identifier}"})
+validate = Task(_validate, name="validate", **{**POLICY, "task_run_name": validation_run_name})
 compare = Task(_compare, name="compare", cache_policy=NO_CACHE)
 commit_group = Task(
     _commit_group,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
 from vllm_tasks.callables import DottedCallable
 from vllm_tasks.datalayer import check_name
@@ -99,10 +99,10 @@ class Metric(BaseModel):
                 f"there is no built-in metric {self.identifier!r}{near(self.identifier, BUILT_IN)}; built in "
                 f"are {', '.join(BUILT_IN)}, and object takes the dotted path of a function"
             )
-        function = self.measure().score
-        given = self.options.keys() - OWN_OPTIONS
+        measure = self.measure()
+        given = self.options.keys() - (OWN_OPTIONS if measure.asks == "likelihood" else set())
         try:
-            taken = inspect.signature(function).parameters.values()
+            taken = inspect.signature(measure.score).parameters.values()
         except ValueError:  # a built-in function of Python's, which tells nothing
             return self
         if any(p.kind is p.VAR_KEYWORD for p in taken):
@@ -143,15 +143,15 @@ class Validation(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    datasets: list[Dataset] = Field(min_length=1)
-    metrics: list[Metric] = Field(min_length=1)
+    datasets: list[Dataset] = Field(min_length=1, description="Rows with known answers, one set or more.")
+    metrics: list[Metric] = Field(min_length=1, description="How the answers are scored.")
     key: tuple[str | list[str] | dict[str, str | int], str] = Field(
         description="Columns of a dataset: the input (X of predict_in_db), and its known answer."
     )
-    thresholds: dict[str, float] = Field(
+    thresholds: dict[str, FiniteFloat] = Field(
         default={}, description="By metric or dataset/metric: the value that must be reached."
     )
-    max_regression: dict[str, float] = Field(
+    max_regression: dict[str, FiniteFloat] = Field(
         default={},
         description="By metric or dataset/metric: how much worse it may be than the last run that passed.",
     )

@@ -28,6 +28,8 @@ from vllm_tasks.validation.frozen import Case, Frozen
 Row = dict[str, Any]
 PLAIN = [("output", "str")]
 """The columns of what most models say."""
+LONGEST_ID = 53
+"""Bytes of a predict_id: with `_outputs__` before it that is all that PostgreSQL takes as a name."""
 KEPT = "_error", "_finish_reason", "_prompt_tokens", "_completion_tokens", "_seconds"
 
 
@@ -40,12 +42,18 @@ def packed(model: Predictor, X: Columns, context: Context) -> Plan:  # noqa: N80
 
 
 def predict_id_of(model: str, dataset: str, decoder: RowDecoder, metric: str | None = None) -> str:
-    """Names the outputs of a model on a data set. Answers of another shape have a table of their own."""
+    """Names the outputs of a model on a data set. Answers of another shape have a table of their own.
+
+    What is too long for the name of a table is cut, and told apart by its hash.
+    """
     name = f"{model}-on-{dataset}" if metric is None else f"{model}-on-{dataset}-{metric}"
     shape = [(column.name, column.kind) for column in decoder.columns]
-    if shape == PLAIN and not decoder.flatten:
+    if shape != PLAIN or decoder.flatten:
+        name += f"-{fingerprint({'columns': shape, 'flatten': decoder.flatten})[:8]}"
+    if len(name.encode()) <= LONGEST_ID:
         return name
-    return f"{name}-{fingerprint({'columns': shape, 'flatten': decoder.flatten})[:8]}"
+    end = f"-{fingerprint({'name': name})[:8]}"
+    return name.encode()[: LONGEST_ID - len(end)].decode(errors="ignore") + end
 
 
 @dataclass(frozen=True)
@@ -54,17 +62,27 @@ class Round:
 
     home: Tables
     run: str
-    max_failed: float | int | None
+    may_fail: int | None
+    """Rows of the data set, None for any number. No share: a run that is gone on with asks only the rest."""
     retry_failed: bool
     display: Callable[[str], Display]
 
     def ask(
-        self, plan: Plan, predict_id: str, table: str, key: Sequence[str] = ("row",), *, of_run: bool = False
-    ) -> Report:
+        self,
+        plan: Plan,
+        predict_id: str,
+        table: str,
+        key: Sequence[str] = ("row",),
+        *,
+        parts: int = 1,
+        of_run: bool = False,
+    ) -> int:
         """Ask for the rows of `table` that have no answer in this run yet; raises as `predict_in_db`.
 
+        Returns how many were asked. `parts`: so many rows of the table, at most, are one of the data set;
         `of_run`: the table has rows of many runs.
         """
+        budget = Budget(None if self.may_fail is None else self.may_fail * parts)
         columns = ", ".join(map(quoted, dict.fromkeys((*key, *plan.columns))))
         run = f'CAST({literal(self.run)} AS VARCHAR(100)) AS "run"'
         where = f' WHERE "run" = {literal(self.run)}' if of_run else ""
@@ -75,18 +93,23 @@ class Round:
             outputs=outputs_name(predict_id),
             fingerprint=plan.fingerprint,
         )
+        asked = 0
         if self.retry_failed and self.home.has(selection.outputs):
-            self._commit(plan, predict_id, replace(selection, refresh="failed"))
-        return self._commit(plan, predict_id, selection)
+            asked += self._commit(plan, predict_id, replace(selection, refresh="failed"), budget).asked
+        return asked + self._commit(plan, predict_id, selection, budget).asked
 
-    def _commit(self, plan: Plan, predict_id: str, selection: Selection) -> Report:
+    def _commit(self, plan: Plan, predict_id: str, selection: Selection, budget: Budget) -> Report:
         output = OutputTable(selection.outputs, plan.decoder.columns, plan.decoder.flatten)
-        job = Job.of(plan, self.home, selection, pace_of(None), Budget(self.max_failed), None)
+        job = Job.of(plan, self.home, selection, pace_of(None), budget, None)
         return commit_answers(plan.model, predict_id, job, output, self.display(predict_id), Tally())
 
 
 class Source(Protocol):
     """Where a metric's answers come from: the model itself, its likelihoods, or a judge."""
+
+    @property
+    def plan(self) -> Plan:
+        """How it is asked."""
 
     @property
     def predict_id(self) -> str:
@@ -117,7 +140,7 @@ class Own:
         return [self]
 
     def ask(self, round_: Round, frozen: Frozen) -> int:
-        return round_.ask(self.plan, self.predict_id, frozen.table).asked
+        return round_.ask(self.plan, self.predict_id, frozen.table)
 
     def answers(self, home: Tables, run: str, frozen: Frozen) -> list[Answer]:
         rows = {row["row"]: row for row in read(home, run, self.predict_id, self.plan.decoder)}

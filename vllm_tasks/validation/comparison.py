@@ -31,11 +31,13 @@ def compare(
 
     Nothing is asked: the answers of the runs in `reports` are read again and scored alike. The first model is
     what the others are compared with. Raises `InvalidCall` when two models have one identifier, and when runs
-    are not over the same rows.
+    are not over the same rows, or not of these models and data sets.
     """
     names = [model.identifier for model in models]
     if len(models) < 2 or len(set(names)) < len(names):
         raise InvalidCall(f"models to compare need identifiers of their own, two or more; got {names}")
+    if (told := [report.model for report in reports]) != names:
+        raise InvalidCall(f"reports are of {told}, and have to be of the models, in their order: {names}")
     home = datalayer_of(db, models[0]).tables()
     try:
         standings = [
@@ -62,7 +64,7 @@ def _standings(
     home: Tables,
     context: Context,
 ) -> list[Standing]:
-    found = [next(d for d in report.datasets if d.dataset == dataset) for report in reports]
+    found = [_of(report, dataset) for report in reports]
     if len({one.dataset_hash for one in found}) > 1:
         raise InvalidCall(
             f"the models were not validated on the same rows of {dataset!r}: its source has changed "
@@ -80,6 +82,13 @@ def _standings(
                 paired = compared(metric, answers[0][name], answers[i][name], validation.on_error)
             standings.append(Standing(dataset, metric.identifier, model.identifier, value, paired))
     return standings
+
+
+def _of(report: ValidationReport, dataset: str) -> DatasetReport:
+    for found in report.datasets:
+        if found.dataset == dataset:
+            return found
+    raise InvalidCall(f"{report.model!r} was not validated on {dataset!r}: do so first")
 
 
 def _answers(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, time, timedelta
@@ -159,9 +160,9 @@ def _data(value: Any) -> Any:
     """`value` as JSON has it; dates and UUIDs as their text."""
     if value is None or isinstance(value, str | bool | int):
         return value
+    if isinstance(value, float | Decimal) and not math.isfinite(value):
+        raise TypeError(f"{value!r} is not finite")
     if isinstance(value, float):
-        if value - value != 0:
-            raise TypeError(f"{value!r} is not finite")
         return value
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)

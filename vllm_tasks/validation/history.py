@@ -7,7 +7,7 @@ outputs and not in `_metric_values` is a run that was interrupted.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -46,25 +46,24 @@ def began(run: str) -> datetime:
     return datetime.strptime(run.split("-")[1], STAMP).replace(tzinfo=UTC)
 
 
-def interrupted(home: Tables, predict_id: str, dataset_hash: str, model: str, dataset: str) -> str | None:
-    """The last run over these rows that has answers and no record, unless it is too old to go on with."""
-    answered = runs_answered(home, predict_id, dataset_hash)
+def interrupted(
+    home: Tables, predict_id: str, dataset_hash: str, fingerprint: str, model: str, dataset: str
+) -> str | None:
+    """The last run over these rows that has answers (under this fingerprint) and no record, unless it is too
+    old to go on with."""
+    answered = runs_answered(home, predict_id, dataset_hash, fingerprint)
     recorded = {record.run for record in records(home, model, dataset)}
     young = datetime.now(UTC) - RESUMED_WITHIN
     return max((r for r in answered - recorded if began(r) > young), key=began, default=None)
 
 
-def runs_answered(
-    home: Tables, predict_id: str, dataset_hash: str, fingerprint: str | None = None
-) -> set[str]:
-    """Runs over these rows that have answers (under this fingerprint)."""
+def runs_answered(home: Tables, predict_id: str, dataset_hash: str, fingerprint: str) -> set[str]:
+    """Runs over these rows that have answers under this fingerprint."""
     table = outputs_name(predict_id)
     if not home.has(table):
         return set()
-    of = "" if fingerprint is None else f' AND "_fingerprint" = {literal(fingerprint)}'
-    select = (
-        f'SELECT DISTINCT "run" FROM {quoted(table)} WHERE "run" LIKE {literal(dataset_hash[:12] + "-%")}{of}'  # noqa: S608
-    )
+    where = f'"run" LIKE {literal(dataset_hash[:12] + "-%")} AND "_fingerprint" = {literal(fingerprint)}'
+    select = f'SELECT DISTINCT "run" FROM {quoted(table)} WHERE {where}'  # noqa: S608 - quoted
     return {row["run"] for batch in home.read(select) for row in batch}
 
 
@@ -87,12 +86,12 @@ def last_passed(history: Sequence[Record], dataset_hash: str, outputs: str, metr
     return fit[-1] if fit else None
 
 
-def record(home: Tables, found: Sequence[Record], scores: dict[str, dict[int, float]]) -> None:
-    """Append one run: `scores` by metric and row, then its values. Repeating it changes nothing."""
-    runs = {r.run for r in found}
-    assert len(runs) == 1
-    (run,) = runs
-    rows = [(run, metric, row, score) for metric, by_row in scores.items() for row, score in by_row.items()]
+def record(
+    home: Tables, found: Sequence[Record], scores: Mapping[tuple[str, str], Mapping[int, float]]
+) -> None:
+    """Append runs: `scores` by run and metric, and by row, then all values at once. Repeating it changes
+    nothing."""
+    rows = [(run, metric, row, score) for (run, metric), of in scores.items() for row, score in of.items()]
     if rows:
         names = ("run", "metric", "row", "score")
         columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))

@@ -61,7 +61,7 @@ class Likelihoods:
     @classmethod
     def of(cls, plan: Plan, metric: Metric, dataset: str) -> Likelihoods:
         """By a model that answers as `plan` says."""
-        asking = _asking(plan)
+        asking = _asking(plan, _delimiter(metric))
         return cls(
             asking, metric, predict_id_of(plan.model.identifier, dataset, asking.decoder, metric.identifier)
         )
@@ -71,7 +71,8 @@ class Likelihoods:
 
     def ask(self, round_: Round, frozen: Frozen) -> int:
         texts, _ = _texts(frozen.cases, self.metric)
-        return round_.ask(self.plan, self.predict_id, _kept(round_.home, frozen, texts), KEY).asked
+        parts = 1 + max(map(len, texts))
+        return round_.ask(self.plan, self.predict_id, _kept(round_.home, frozen, texts), KEY, parts=parts)
 
     def answers(self, home: Tables, run: str, frozen: Frozen) -> list[Answer]:
         texts, targets = _texts(frozen.cases, self.metric)
@@ -85,7 +86,7 @@ class Likelihoods:
 
 def _texts(cases: Sequence[Case], metric: Metric) -> tuple[list[list[str]], list[Any]]:
     chooses = metric.built_in == "multiple_choice"
-    delimiter = metric.options.get("delimiter", " " if chooses else "")
+    delimiter = _delimiter(metric)
     texts, targets = [], []
     for case in cases:
         own = case.choices if chooses else [case.target]
@@ -93,9 +94,17 @@ def _texts(cases: Sequence[Case], metric: Metric) -> tuple[list[list[str]], list
             raise InvalidCall(
                 f"{metric.identifier!r}: row {case.row} has no list of choices but {own!r:.100}"
             )
+        if strange := [text for text in own if not isinstance(text, str | int | float)]:
+            raise InvalidCall(
+                f"{metric.identifier!r} is of texts, and row {case.row} has {strange[0]!r:.100} for one"
+            )
         texts.append([f"{delimiter}{text}" for text in own])
         targets.append(_index(case, own, metric) if chooses else case.target)
     return texts, targets
+
+
+def _delimiter(metric: Metric) -> Any:
+    return metric.options.get("delimiter", " " if metric.built_in == "multiple_choice" else "")
 
 
 def _index(case: Case, choices: list[Any], metric: Metric) -> int:
@@ -126,8 +135,8 @@ def _kept(home: Tables, frozen: Frozen, texts: list[list[str]]) -> str:
     return name
 
 
-def _asking(plan: Plan) -> Plan:
-    """As `plan` asks, but for the likelihood of a text after the prompt."""
+def _asking(plan: Plan, delimiter: Any) -> Plan:
+    """As `plan` asks, but for the likelihood of a text after the prompt and the delimiter."""
 
     def requests(rows: Sequence[Sequence[Any]]) -> list[Request | RowError]:
         pairs = [json.loads(row[0]) for row in rows]
@@ -143,7 +152,9 @@ def _asking(plan: Plan) -> Plan:
         requests=requests,
         decoder=LogprobDecoder(),
         sampling=SAMPLING,
-        fingerprint=fingerprint({"likelihood": plan.fingerprint, "sampling": SAMPLING}),
+        fingerprint=fingerprint(
+            {"likelihood": plan.fingerprint, "sampling": SAMPLING, "delimiter": delimiter}
+        ),
     )
 
 

@@ -51,7 +51,8 @@ def validate(
     """Predict on the data sets of `validation`, score, and record what was found.
 
     The model is asked anew each time, because the weights behind a name may have changed; a run that was
-    interrupted within the last day is gone on with, and no row of it is asked twice. Values come onto
+    interrupted within the last day is gone on with, and no row of it is asked twice; all data sets of a call
+    are recorded together, when the last one is done. Values come onto
     `model.metric_values[dataset][metric]` and into the tables `_metric_values` and `_metric_scores` of the
     datalayer. Whether they pass the limits is in the report: nothing is raised for it here.
 
@@ -81,8 +82,9 @@ def validate(
     try:
         plan = packed(model, validation.key[0], context)
         call = Call(model, validation, plan, home, reuse, retry_failed, max_failed, flow_run, display or _log)
-        # One engine for all data sets; not started before it is asked.
-        found = tuple(call.over(dataset) for dataset in chosen)
+        rows = [freeze(dataset, columns_of(validation, model), home) for dataset in chosen]
+        # All are asked before any is recorded: what is gone on with is the whole call.
+        found = call.recorded([call.over(frozen) for frozen in rows])
     finally:
         home.close()
     for one in found:
@@ -96,12 +98,14 @@ def _log(_predict_id: str) -> Display:
 
 def _chosen(validation: Validation, names: Sequence[str] | None) -> list[Dataset]:
     by_name = {dataset.identifier: dataset for dataset in validation.datasets}
+    if names is not None and not names:
+        raise InvalidCall("datasets=[] names none; leave it out for all of them")
     for name in names or ():
         if name not in by_name:
             raise InvalidCall(
                 f"the validation has no dataset {name!r}{near(name, by_name)}; it has {list(by_name)}"
             )
-    return [by_name[name] for name in names] if names is not None else validation.datasets
+    return [by_name[name] for name in dict.fromkeys(names)] if names is not None else validation.datasets
 
 
 def _refuse_unknown_weights(model: Predictor) -> None:
@@ -149,6 +153,16 @@ def sources_of(plan: Plan, metrics: Sequence[Metric], dataset: str) -> dict[str,
 
 
 @dataclass(frozen=True)
+class Found:
+    """One data set, before it is recorded."""
+
+    report: DatasetReport
+    records: list[Record]
+    scores: dict[str, dict[int, float]]
+    """By metric and row."""
+
+
+@dataclass(frozen=True)
 class Call:
     """One call of `validate`."""
 
@@ -162,49 +176,61 @@ class Call:
     flow_run: str | None
     display: Callable[[str], Display]
 
-    def over(self, dataset: Dataset) -> DatasetReport:
-        """One data set: freeze, ask, score, compare, record."""
-        frozen = freeze(dataset, columns_of(self.validation, self.model), self.home)
-        sources = sources_of(self.plan, self.validation.metrics, dataset.identifier)
+    def over(self, frozen: Frozen) -> Found:
+        """One data set: ask, score, compare."""
+        sources = sources_of(self.plan, self.validation.metrics, frozen.dataset)
         distinct = list({s.predict_id: s for source in sources.values() for s in source.needed()}.values())
         run = self._run(frozen, distinct)
-        round_ = Round(self.home, run, self.max_failed, self.retry_failed, self.display)
+        may_fail = self._may_fail(len(frozen.cases))
+        round_ = Round(self.home, run, may_fail, self.retry_failed, self.display)
         asked = sum(source.ask(round_, frozen) for source in distinct)
         answers = {name: source.answers(self.home, run, frozen) for name, source in sources.items()}
         for each in answers.values():
-            self._refuse_many_failed(dataset, each)
+            self._refuse_many_failed(frozen, each, may_fail)
         on_error = self.validation.on_error
         scored = [score(metric, answers[metric.identifier], on_error) for metric in self.validation.metrics]
         report = self._judged(frozen, run, sources, answers, scored, asked)
-        return self._recorded(frozen, sources, report, scored)
+        records = self._records(frozen, sources, report)
+        return Found(report, records, {one.value.metric: one.scores for one in scored})
+
+    def recorded(self, found: Sequence[Found]) -> tuple[DatasetReport, ...]:
+        """All that was found is in the history after this, or nothing."""
+        history.record(
+            self.home,
+            [record for one in found for record in one.records],
+            {(one.report.run, metric): scores for one in found for metric, scores in one.scores.items()},
+        )
+        return tuple(replace(one.report, history=(*one.report.history, *one.records)) for one in found)
 
     # ------------------------------------------------------------------ asking
 
     def _run(self, frozen: Frozen, sources: Sequence[Source]) -> str:
-        if self.reuse:
-            runs = history.runs_answered(self.home, sources[0].predict_id, frozen.hash, self.plan.fingerprint)
-            if runs:
-                return max(runs, key=history.began)
-        for source in sources:
-            run = history.interrupted(
-                self.home, source.predict_id, frozen.hash, self.model.identifier, frozen.dataset
-            )
-            if run:
-                logger.info("%s on %s: going on with the run %s", self.model.identifier, frozen.dataset, run)
-                return run
+        """A run to go on with, or a new one. What is asked first decides: later sources depend on it, or are
+        asked anew where they are others."""
+        first = sources[0]
+        asked = self.home, first.predict_id, frozen.hash, first.plan.fingerprint
+        if self.reuse and (runs := history.runs_answered(*asked)):
+            return max(runs, key=history.began)
+        if run := history.interrupted(*asked, self.model.identifier, frozen.dataset):
+            logger.info("%s on %s: going on with the run %s", self.model.identifier, frozen.dataset, run)
+            return run
         return history.new_run(frozen.hash)
 
-    def _refuse_many_failed(self, dataset: Dataset, answers: Sequence[Answer]) -> None:
+    def _may_fail(self, rows: int) -> int | None:
+        """How many of so many rows; None for any number."""
+        allowed = self.max_failed
+        if allowed is None or (isinstance(allowed, float) and allowed >= 1.0):
+            return None
+        return int(allowed * rows) if isinstance(allowed, float) else allowed
+
+    def _refuse_many_failed(self, frozen: Frozen, answers: Sequence[Answer], may_fail: int | None) -> None:
         """A run that was interrupted and gone on with may have more failed rows than its last part."""
         failed = [answer for answer in answers if answer.prediction is None]
-        allowed = self.max_failed
-        if allowed is None or not failed:
-            return
-        if len(failed) > (allowed * len(answers) if isinstance(allowed, float) else allowed):
+        if failed and may_fail is not None and len(failed) > may_fail:
             raise InvalidCall(
-                f"{len(failed)} of {len(answers)} rows of {dataset.identifier!r} failed, more than "
-                f"max_failed={allowed!r} allows, for example: {failed[0].error}; correct the cause and "
-                "validate again with retry_failed=True, or allow more"
+                f"{len(failed)} of {len(answers)} rows of {frozen.dataset!r} failed, more than "
+                f"max_failed={self.max_failed!r} allows, for example: {failed[0].error}; correct the cause "
+                "and validate again with retry_failed=True, or allow more"
             )
 
     # ------------------------------------------------------------------ judging
@@ -218,13 +244,13 @@ class Call:
         scored: Sequence[Scored],
         asked: int,
     ) -> DatasetReport:
-        past = history.records(self.home, self.model.identifier, frozen.dataset)
+        of_model = history.records(self.home, self.model.identifier, frozen.dataset)
+        past = [record for record in of_model if record.run != run]
         verdicts, changed = [], []
         for metric, one in zip(self.validation.metrics, scored, strict=True):
             name = metric.identifier
             outputs = sources[name].predict_id
-            earlier = [r for r in past if r.run != run]
-            before = history.last_passed(earlier, frozen.hash, outputs, name)
+            before = history.last_passed(past, frozen.hash, outputs, name)
             earlier_answers = None if before is None else self._answers(sources[name], before.run, frozen)
             difference = None
             if before and earlier_answers and metric.measure().kind != "set":
@@ -293,12 +319,10 @@ class Call:
 
     # ------------------------------------------------------------------ recording
 
-    def _recorded(
-        self, frozen: Frozen, sources: Mapping[str, Source], report: DatasetReport, scored: Sequence[Scored]
-    ) -> DatasetReport:
+    def _records(self, frozen: Frozen, sources: Mapping[str, Source], report: DatasetReport) -> list[Record]:
         at = datetime.now(UTC)
         passed = not report.reasons
-        found = [
+        return [
             Record(
                 run=report.run,
                 metric=value.metric,
@@ -325,6 +349,3 @@ class Call:
             )
             for value, verdict in zip(report.values, report.verdicts, strict=True)
         ]
-        history.record(self.home, found, {one.value.metric: one.scores for one in scored})
-        earlier = [r for r in report.history if r.run != report.run]
-        return replace(report, history=(*earlier, *found))

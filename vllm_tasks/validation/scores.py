@@ -53,7 +53,7 @@ def score(metric: Metric, answers: Sequence[Answer], on_error: OnError) -> Score
     elif measure.kind == "sums":
         sums = _sums(metric, measure, counted)
         table = sums.table
-        value, interval, scores = _of_sums(sums, counted)
+        value, interval, scores = _of_sums(metric, sums, counted)
     else:
         scores = _row_scores(metric, measure, counted)
         value, interval = _of_rows(metric, measure, list(scores.values()))
@@ -113,7 +113,8 @@ def _counted(metric: Metric, measure: Measure, answers: Sequence[Answer], on_err
 
 
 def _options(metric: Metric) -> dict[str, Any]:
-    return {name: value for name, value in metric.options.items() if name not in OWN_OPTIONS}
+    not_its_own = OWN_OPTIONS if metric.measure().asks == "likelihood" else ()
+    return {name: value for name, value in metric.options.items() if name not in not_its_own}
 
 
 def _row_scores(metric: Metric, measure: Measure, counted: Sequence[Answer]) -> dict[int, float]:
@@ -127,9 +128,9 @@ def _row_scores(metric: Metric, measure: Measure, counted: Sequence[Answer]) -> 
         elif measure.kind == "answer":
             found = measure.score(answer, **options)
         else:
-            with _told(metric, answer.row):
+            with _told(metric, f", on row {answer.row}"):
                 found = measure.score(answer.prediction, answer.target, **options)
-        if found is not None:
+        if found is not None or measure.kind != "answer":
             scores[answer.row] = _finite(metric, found, f" for row {answer.row}")
     if not scores:
         raise InvalidCall(f"{metric.identifier!r} is not known of any of {len(counted)} rows")
@@ -137,11 +138,11 @@ def _row_scores(metric: Metric, measure: Measure, counted: Sequence[Answer]) -> 
 
 
 @contextmanager
-def _told(metric: Metric, row: int) -> Iterator[None]:
+def _told(metric: Metric, where: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        error.add_note(f"in the metric {metric.identifier!r}, on row {row}")
+        error.add_note(f"in the metric {metric.identifier!r}{where}")
         raise
 
 
@@ -168,9 +169,11 @@ def _sums(metric: Metric, measure: Measure, answers: Sequence[Answer]) -> Sums:
     return found
 
 
-def _of_sums(sums: Sums, counted: Sequence[Answer]) -> tuple[float, Interval, dict[int, float]]:
+def _of_sums(
+    metric: Metric, sums: Sums, counted: Sequence[Answer]
+) -> tuple[float, Interval, dict[int, float]]:
     rows = np.asarray(sums.rows, dtype=np.float64)
-    value = float(sums.total([math.fsum(column) for column in rows.T]))
+    value = _finite(metric, sums.total([math.fsum(column) for column in rows.T]), "")
     scores = {a.row: float(sums.total(list(vector))) for a, vector in zip(counted, rows, strict=True)}
     return value, bootstrap(rows, sums.total, SEED), {r: s for r, s in scores.items() if math.isfinite(s)}
 
@@ -181,9 +184,9 @@ def _of_set(
     predictions, targets = [a.prediction for a in counted], [a.target for a in counted]
     options = _options(metric)
 
-    def value_of(rows: Sequence[int]) -> float:
-        found = measure.score([predictions[i] for i in rows], [targets[i] for i in rows], **options)
-        return _finite(metric, found, "")
+    def found(rows: Sequence[int]) -> Any:
+        with _told(metric):
+            return measure.score([predictions[i] for i in rows], [targets[i] for i in rows], **options)
 
-    value = value_of(range(len(counted)))
-    return value, bootstrap_set(value_of, len(counted), SEED), {}
+    value = _finite(metric, found(range(len(counted))), "")
+    return value, bootstrap_set(lambda rows: float(found(rows)), len(counted), SEED), {}

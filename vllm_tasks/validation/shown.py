@@ -202,8 +202,8 @@ def _text(value: Any) -> str:
 def _confusion(table: Confusion) -> str:
     shown = table.labels[:CLASSES_SHOWN]
     rows = [
-        [code(label), *(f"{count:,}" if count else "·" for count in counts[: len(shown)])]
+        [code(_text(label)), *(f"{count:,}" if count else "·" for count in counts[: len(shown)])]
         for label, counts in zip(shown, table.counts, strict=False)
     ]
     more = f"\n\n({len(table.labels) - len(shown)} more classes)" if len(table.labels) > len(shown) else ""
-    return markdown_table(("expected \\ said", *(code(label) for label in shown)), rows) + more
+    return markdown_table(("expected \\ said", *(code(_text(label)) for label in shown)), rows) + more

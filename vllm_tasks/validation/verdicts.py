@@ -16,7 +16,7 @@ from prefect.blocks.core import Block
 
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.metrics.judge import judge_messages, verdict_schema
+from vllm_tasks.metrics.judge import check_scale, judge_messages, verdict_schema
 from vllm_tasks.metrics.measure import Answer
 from vllm_tasks.plan import Plan
 from vllm_tasks.predictor import Predictor
@@ -59,7 +59,7 @@ class Verdicts:
             "question": questions,
         }
         round_.home.put(table, pa.table(rows), ["run", "row"])
-        return round_.ask(self.plan, self.predict_id, table, of_run=True).asked
+        return round_.ask(self.plan, self.predict_id, table, of_run=True)
 
     def answers(self, home: Tables, run: str, frozen: Frozen) -> list[Answer]:
         rows = {row["row"]: row for row in read(home, run, self.predict_id, self.plan.decoder)}
@@ -77,7 +77,7 @@ def _judged(answer: Answer, verdicts: Mapping[int, Row]) -> Answer:
 
 def _asking(metric: Metric) -> Plan:
     judge = judge_of(metric)
-    rubric, (low, high) = metric.options.get("rubric"), metric.options.get("scale", SCALE)
+    rubric, scale = metric.options.get("rubric"), check_scale(metric.options.get("scale", SCALE))
     if not isinstance(rubric, str) or not rubric.strip():
         raise InvalidCall(
             f"{metric.identifier!r} needs a rubric: options={{'rubric': 'what is a good answer?'}}"
@@ -85,8 +85,8 @@ def _asking(metric: Metric) -> Plan:
     asking = judge.model_copy(
         update={
             "signature": "singleton",
-            "prompt_func": partial(_messages, rubric=rubric, scale=(low, high)),
-            "output_schema": verdict_schema((low, high)),
+            "prompt_func": partial(_messages, rubric=rubric, scale=scale),
+            "output_schema": verdict_schema(scale),
             "datatype": None,
             "flatten": False,
             "model_update_kwargs": {},

@@ -1,0 +1,120 @@
+"""Validation by the real engine: likelihoods from its own log probabilities, and old answers scored again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import TINY_ARGS
+from vllm_tasks import Completion, VllmModel
+from vllm_tasks.rows import Message
+from vllm_tasks.validation import Dataset, Metric, Validation
+from vllm_tasks.validation.report import DatasetReport
+from vllm_tasks.validation.run import validate
+
+pytestmark = pytest.mark.engine
+
+QUESTIONS = ["The quick brown fox", "What is the capital of France?", "0 1 2 3 4"]
+CHOICES = [" jumps over", " the lazy dog. ", ' {"name": 1}', " 5"]
+GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
+FIELDS = {
+    "identifier": "tiny",
+    "vllm_kwargs": TINY_ARGS,
+    "predict_kwargs": {"temperature": 0, "max_tokens": 8},
+}
+
+
+def logprob(model: VllmModel, prompt: str | list[Message], **more: Any) -> tuple[float, int]:
+    """What the engine says of a prompt: the sum over its tokens, and how many have a log probability."""
+    (answer,) = model.completions([prompt], prompt_logprobs=0, max_tokens=1, temperature=0, **more)
+    assert isinstance(answer, Completion)
+    known = [token.logprob for token in answer.prompt_logprobs or () if token is not None]
+    return math.fsum(known), len(known)
+
+
+def by_hand(model: VllmModel, question: str, text: str) -> tuple[float, int]:
+    """The log probability of `text` after `question`, and its tokens."""
+    if model.chat:
+        asked = [{"role": "user", "content": question}]
+        alone = logprob(model, asked)
+        whole = logprob(model, [*asked, {"role": "assistant", "content": text}], **GO_ON)
+    else:
+        alone, whole = logprob(model, question), logprob(model, question + text)
+    return whole[0] - alone[0], whole[1] - alone[1]
+
+
+def checked(metrics: Sequence[Metric], **columns: Sequence[Any]) -> Validation:
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return Validation(
+        datasets=[Dataset(identifier="exam", raw_data=rows)], metrics=list(metrics), key=("q", "a")
+    )
+
+
+def found(model: VllmModel, validation: Validation, lake: Path, **options: Any) -> DatasetReport:
+    (report,) = validate(model, validation, db=str(lake), **options).datasets
+    return report
+
+
+@pytest.fixture(params=[False, True], ids=["text", "chat"])
+def model(local_model: VllmModel, request: pytest.FixtureRequest) -> VllmModel:
+    """Asked by texts, and by chat messages; both by one engine."""
+    return VllmModel(**FIELDS, model_name=local_model.model_name, chat=request.param)
+
+
+def test_perplexity_is_of_the_tokens_of_the_target(model: VllmModel, tmp_path: Path) -> None:
+    """exp(-sum / tokens) of what the engine says of the targets after their prompts."""
+    targets = CHOICES[:3]
+    parts = [by_hand(model, question, text) for question, text in zip(QUESTIONS, targets, strict=True)]
+    expected = math.exp(-sum(p for p, _ in parts) / sum(n for _, n in parts))
+    report = found(model, checked([Metric(identifier="perplexity")], q=QUESTIONS, a=targets), tmp_path)
+    (value,) = report.values
+    assert value.value == pytest.approx(expected, rel=1e-3)
+    assert value.low <= value.value <= value.high
+    assert (value.n, value.failed, value.higher_is_better) == (3, 0, False)
+    assert report.asked == 2 * 3, "each prompt alone and with its target"
+
+
+@pytest.mark.parametrize("normalize", [None, "characters", "tokens"])
+def test_the_choice_is_the_one_that_the_engine_holds_likeliest(
+    model: VllmModel, tmp_path: Path, normalize: str | None
+) -> None:
+    """What multiple_choice takes for the model's choice is what the engine's log probabilities say."""
+    likeliest = []
+    for question in QUESTIONS:
+        known = [by_hand(model, question, "=" + text) for text in CHOICES]
+        size = {"characters": [len(text) + 1 for text in CHOICES], "tokens": [n for _, n in known]}
+        per = size.get(str(normalize), [1] * len(CHOICES))
+        values = [logprob / n for (logprob, _), n in zip(known, per, strict=True)]
+        likeliest.append(values.index(max(values)))
+    wrong = [(i + 1) % len(CHOICES) for i in likeliest]
+    options = {"choices": "c", "delimiter": "=", **({} if normalize is None else {"normalize": normalize})}
+    metric = Metric(identifier="multiple_choice", options=options)
+    for name, targets, share in ("right", likeliest, 1.0), ("wrong", wrong, 0.0):
+        rows = checked([metric], q=QUESTIONS, a=targets, c=[CHOICES] * 3)
+        assert found(model, rows, tmp_path / name).values[0].value == share
+
+
+def test_old_answers_of_a_local_folder_are_scored_again(local_model: VllmModel, tmp_path: Path) -> None:
+    """With `reuse` nothing is asked where model, prompt and sampling are those of the last run; the values
+    are the same, and another sampling or delimiter is asked."""
+    model = VllmModel(**FIELDS, model_name=local_model.model_name)
+    names = "token_f1", "output_tokens", "perplexity"
+    validation = checked([Metric(identifier=name) for name in names], q=QUESTIONS, a=CHOICES[:3])
+    first = found(model, validation, tmp_path, reuse=True)
+    assert first.asked == 3 + 6
+    assert first.truncated == 3
+    again = found(model, validation, tmp_path, reuse=True)
+    assert (again.asked, again.run, again.values) == (0, first.run, first.values)
+    likelihood = validation.model_copy(update={"metrics": validation.metrics[2:]})
+    assert found(model, likelihood, tmp_path, reuse=True).asked == 0
+    apart = Metric(identifier="perplexity", options={"delimiter": "\n"})
+    other = found(model, validation.model_copy(update={"metrics": [apart]}), tmp_path, reuse=True)
+    assert (other.asked, other.run == first.run) == (6, False)
+    sampling = {"temperature": 0, "max_tokens": 2}
+    longer = VllmModel(**{**FIELDS, "predict_kwargs": sampling}, model_name=local_model.model_name)
+    assert found(longer, validation, tmp_path, reuse=True).values[1].value == 2.0
+    assert found(model, validation, tmp_path).asked == 3 + 6, "without reuse the model is asked anew"
