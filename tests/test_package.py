@@ -10,13 +10,16 @@ import vllm_tasks
 PUBLIC = [
     "Artifact",
     "Choice",
+    "Comparison",
     "Completion",
     "DataType",
     "Datalayer",
     "Dataset",
+    "DatasetReport",
     "EngineFailed",
     "ErrorKind",
     "FailedRow",
+    "GateFailed",
     "InvalidCall",
     "Metric",
     "Report",
@@ -28,13 +31,16 @@ PUBLIC = [
     "TokenLogprob",
     "TooManyFailed",
     "Validation",
+    "ValidationReport",
     "VllmAPI",
     "VllmModel",
     "VllmTasksError",
+    "compare",
     "completions",
     "predict",
     "predict_batches",
     "predict_in_db",
+    "validate",
 ]
 HEAVY = ("vllm", "ray", "torch", "transformers", "numpy", "pandas", "pyarrow", "duckdb", "deltalake")
 TIMED = """

@@ -89,7 +89,7 @@ def predict_in_db(
     datalayer = datalayer_of(db, model)
     pace = pace_of(max_chunk_size)
     _at_least_one("limit", limit)
-    budget = Budget(_max_failed(max_failed))
+    budget = Budget(check_max_failed(max_failed))
     plan = Plan.of(model, X, context, sampling)
     selection = Selection(
         select=select,
@@ -291,7 +291,8 @@ def _at_least_one(name: str, value: int | None) -> int | None:
     return value
 
 
-def _max_failed(value: float | int | None) -> float | int | None:
+def check_max_failed(value: float | int | None) -> float | int | None:
+    """Raises `InvalidCall` for what is no share, no count and not None."""
     proper = value is None or (
         not isinstance(value, bool)
         and isinstance(value, int | float)

@@ -41,12 +41,12 @@ def packed(model: Predictor, X: Columns, context: Context) -> Plan:  # noqa: N80
     )
 
 
-def predict_id_of(model: str, dataset: str, decoder: RowDecoder, metric: str | None = None) -> str:
+def predict_id_of(model: str, dataset: str, decoder: RowDecoder, asked: str | None = None) -> str:
     """Names the outputs of a model on a data set. Answers of another shape have a table of their own.
 
     What is too long for the name of a table is cut, and told apart by its hash.
     """
-    name = f"{model}-on-{dataset}" if metric is None else f"{model}-on-{dataset}-{metric}"
+    name = f"{model}-on-{dataset}" if asked is None else f"{model}-on-{dataset}-{asked}"
     shape = [(column.name, column.kind) for column in decoder.columns]
     if shape != PLAIN or decoder.flatten:
         name += f"-{fingerprint({'columns': shape, 'flatten': decoder.flatten})[:8]}"

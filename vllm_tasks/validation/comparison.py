@@ -47,13 +47,7 @@ def compare(
         ]
     finally:
         home.close()
-    order = [metric.identifier for metric in validation.metrics]
-    standings.sort(key=lambda s: (_place(validation, s.dataset), order.index(s.metric), names.index(s.model)))
     return Comparison(tuple(names), tuple(standings))
-
-
-def _place(validation: Validation, dataset: str) -> int:
-    return [d.identifier for d in validation.datasets].index(dataset)
 
 
 def _standings(
@@ -64,7 +58,7 @@ def _standings(
     home: Tables,
     context: Context,
 ) -> list[Standing]:
-    found = [_of(report, dataset) for report in reports]
+    found = [_of(report, validation, dataset) for report in reports]
     if len({one.dataset_hash for one in found}) > 1:
         raise InvalidCall(
             f"the models were not validated on the same rows of {dataset!r}: its source has changed "
@@ -74,20 +68,26 @@ def _standings(
         _answers(model, validation, one, home, context) for model, one in zip(models, found, strict=True)
     ]
     standings = []
-    for i, model in enumerate(models):
-        for metric, value in zip(validation.metrics, found[i].values, strict=True):
+    for place, metric in enumerate(validation.metrics):
+        name = metric.identifier
+        for i, model in enumerate(models):
             paired = None
             if i and metric.measure().kind != "set":
-                name = metric.identifier
                 paired = compared(metric, answers[0][name], answers[i][name], validation.on_error)
-            standings.append(Standing(dataset, metric.identifier, model.identifier, value, paired))
+            passed = found[i].verdicts[place].reason is None
+            standings.append(
+                Standing(dataset, name, model.identifier, found[i].values[place], passed, paired)
+            )
     return standings
 
 
-def _of(report: ValidationReport, dataset: str) -> DatasetReport:
+def _of(report: ValidationReport, validation: Validation, dataset: str) -> DatasetReport:
+    metrics = [metric.identifier for metric in validation.metrics]
     for found in report.datasets:
         if found.dataset == dataset:
-            return found
+            if [value.metric for value in found.values] == metrics:
+                return found
+            raise InvalidCall(f"{report.model!r} was validated by other metrics than {metrics}")
     raise InvalidCall(f"{report.model!r} was not validated on {dataset!r}: do so first")
 
 

@@ -86,6 +86,8 @@ def freeze(dataset: Dataset, columns: Columns, home: Tables) -> Frozen:
     table = pinned or f"_dataset__{dataset.identifier}__{digest[:12]}"
     if not home.has(table):
         home.put(table, _as_table(cases), ["row"])
+    if pinned is not None:
+        return kept(dataset.identifier, table, columns, home)  # a rival may have been first
     return Frozen(dataset.identifier, table, digest, cases)
 
 

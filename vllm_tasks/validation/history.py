@@ -21,7 +21,7 @@ from vllm_tasks.datalayer.sources import literal
 from vllm_tasks.validation.report import Record
 
 VALUES, SCORES = "_metric_values", "_metric_scores"
-RESUMED_WITHIN = timedelta(days=1)
+RESUMED_WITHIN = timedelta(hours=12)
 """An interrupted run that began longer ago is not gone on with: the weights may be others by now."""
 STAMP = "%Y%m%dT%H%M%S%f"
 

@@ -61,10 +61,12 @@ class Likelihoods:
     @classmethod
     def of(cls, plan: Plan, metric: Metric, dataset: str) -> Likelihoods:
         """By a model that answers as `plan` says."""
-        asking = _asking(plan, _delimiter(metric))
-        return cls(
-            asking, metric, predict_id_of(plan.model.identifier, dataset, asking.decoder, metric.identifier)
-        )
+        delimiter = _delimiter(metric)
+        asking = _asking(plan, delimiter)
+        # Metrics of the same texts are of the same likelihoods.
+        texts = "choices" if metric.built_in == "multiple_choice" else "target"
+        kind = f"{texts}-{fingerprint({'delimiter': delimiter})[:4]}"
+        return cls(asking, metric, predict_id_of(plan.model.identifier, dataset, asking.decoder, kind))
 
     def needed(self) -> list[Source]:
         return [self]
@@ -79,7 +81,7 @@ class Likelihoods:
         rows = read(home, run, self.predict_id, self.plan.decoder, KEY)
         found = {(row["row"], row["part"]): row for row in rows}
         return [
-            _answer(case, own, target, found)
+            _answer(case, own, target, found, len(_delimiter(self.metric)))
             for case, own, target in zip(frozen.cases, texts, targets, strict=True)
         ]
 
@@ -103,8 +105,11 @@ def _texts(cases: Sequence[Case], metric: Metric) -> tuple[list[list[str]], list
     return texts, targets
 
 
-def _delimiter(metric: Metric) -> Any:
-    return metric.options.get("delimiter", " " if metric.built_in == "multiple_choice" else "")
+def _delimiter(metric: Metric) -> str:
+    delimiter = metric.options.get("delimiter", " " if metric.built_in == "multiple_choice" else "")
+    if not isinstance(delimiter, str):
+        raise InvalidCall(f"{metric.identifier!r}: delimiter={delimiter!r:.100} is no text")
+    return delimiter
 
 
 def _index(case: Case, choices: list[Any], metric: Metric) -> int:
@@ -169,7 +174,9 @@ def _request(asked: Request, text: str | None) -> Request | RowError:
     return Request([*asked.prompt, {"role": "assistant", "content": text}], {**SAMPLING, **GO_ON})
 
 
-def _answer(case: Case, texts: list[str], target: Any, found: Mapping[tuple[int, int], Row]) -> Answer:
+def _answer(
+    case: Case, texts: list[str], target: Any, found: Mapping[tuple[int, int], Row], delimiter: int
+) -> Answer:
     try:
         alone, *whole = [found[case.row, part] for part in range(PROMPT_ALONE, len(texts))]
     except KeyError as error:
@@ -180,7 +187,7 @@ def _answer(case: Case, texts: list[str], target: Any, found: Mapping[tuple[int,
         Likelihood(
             logprob=part["value"]["logprob"] - alone["value"]["logprob"],
             tokens=max(part["value"]["tokens"] - alone["value"]["tokens"], 1),
-            characters=len(text),
+            characters=len(text) - delimiter,
         )
         for part, text in zip(whole, texts, strict=True)
     ]

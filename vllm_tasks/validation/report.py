@@ -156,6 +156,8 @@ class Standing:
     metric: str
     model: str
     value: Value
+    passed: bool
+    """Its own gate."""
     paired: Paired | None
 
 

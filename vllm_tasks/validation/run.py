@@ -19,14 +19,14 @@ from vllm_tasks.plan import Plan, records
 from vllm_tasks.predictor import Predictor
 from vllm_tasks.prompts import Context
 from vllm_tasks.stream import Display
-from vllm_tasks.tables import Log, datalayer_of
+from vllm_tasks.tables import Log, check_max_failed, datalayer_of
 from vllm_tasks.validation import Dataset, Metric, Validation, history
 from vllm_tasks.validation.asking import Incomplete, Own, Round, Source, packed, predict_id_of
 from vllm_tasks.validation.frozen import Columns, Frozen, freeze
 from vllm_tasks.validation.gate import verdict
 from vllm_tasks.validation.likelihoods import Likelihoods
 from vllm_tasks.validation.report import ChangedRow, DatasetReport, Record, ValidationReport
-from vllm_tasks.validation.scores import Scored, compared, score
+from vllm_tasks.validation.scores import Scored, check, compared, score
 from vllm_tasks.validation.verdicts import Verdicts
 
 logger = logging.getLogger(__name__)
@@ -51,8 +51,8 @@ def validate(
     """Predict on the data sets of `validation`, score, and record what was found.
 
     The model is asked anew each time, because the weights behind a name may have changed; a run that was
-    interrupted within the last day is gone on with, and no row of it is asked twice; all data sets of a call
-    are recorded together, when the last one is done. Values come onto
+    interrupted within the last 12 hours is gone on with, and no row of it is asked twice. All data sets of a
+    call are recorded together, when the last one is done. Values come onto
     `model.metric_values[dataset][metric]` and into the tables `_metric_values` and `_metric_scores` of the
     datalayer. Whether they pass the limits is in the report: nothing is raised for it here.
 
@@ -76,6 +76,7 @@ def validate(
             f"{model.identifier!r} has no validation: pass validation=Validation(...), or give the model one"
         )
     chosen = _chosen(validation, datasets)
+    check_max_failed(max_failed)
     if reuse:
         _refuse_unknown_weights(model)
     home = datalayer_of(db, model).tables()
@@ -179,6 +180,8 @@ class Call:
     def over(self, frozen: Frozen) -> Found:
         """One data set: ask, score, compare."""
         sources = sources_of(self.plan, self.validation.metrics, frozen.dataset)
+        for metric in self.validation.metrics:
+            check(metric, frozen)
         distinct = list({s.predict_id: s for source in sources.values() for s in source.needed()}.values())
         run = self._run(frozen, distinct)
         may_fail = self._may_fail(len(frozen.cases))

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.metrics.measure import Answer, Confusion, Measure, Sums
+from vllm_tasks.metrics.measure import Answer, Confusion, Likelihood, Measure, Sums
 from vllm_tasks.validation import OWN_OPTIONS, Metric
+from vllm_tasks.validation.frozen import Frozen
 from vllm_tasks.validation.report import OnError, Value
 from vllm_tasks.validation.statistics import (
     Array,
@@ -72,6 +73,26 @@ def score(metric: Metric, answers: Sequence[Answer], on_error: OnError) -> Score
         scores,
         table,
     )
+
+
+def check(metric: Metric, frozen: Frozen) -> None:
+    """Refuse options, and targets of `frozen`, that no answer could be scored with (`InvalidCall`).
+
+    Built-in metrics score an empty answer to each row for that, so that it costs no GPU to find out.
+    """
+    measure = metric.measure()
+    if metric.built_in is None or measure.asks == "verdict":
+        return
+    targets: list[Any] = [case.target for case in frozen.cases]
+    empty: Any = ""
+    if measure.asks == "likelihood":  # its texts are checked where they are made
+        targets, empty = [0], [Likelihood(logprob=0.0, tokens=1, characters=1)]
+    if measure.kind == "sums":
+        measure.score([empty for _ in targets], targets, **_options(metric))
+    elif measure.kind == "row":
+        for row, target in enumerate(targets):
+            with _told(metric, f", on row {row}"):
+                measure.score(empty, target, **_options(metric))
 
 
 def compared(metric: Metric, before: Sequence[Answer], after: Sequence[Answer], on_error: OnError) -> Paired:

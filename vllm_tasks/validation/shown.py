@@ -62,7 +62,7 @@ def markdown_of_comparison(comparison: Comparison) -> str:
         found = [s for s in comparison.standings if (s.dataset, s.metric) == (dataset, metric)]
         better = found[0].value.higher_is_better
         title = f"{metric} on {dataset}"
-        rows = [Row(s.model, s.value.value, s.value.low, s.value.high, passed=True) for s in found]
+        rows = [Row(s.model, s.value.value, s.value.low, s.value.high, s.passed) for s in found]
         head = (
             "model",
             "value",
