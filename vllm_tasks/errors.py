@@ -109,6 +109,9 @@ class TooManyFailed(VllmTasksError):
     def __str__(self) -> str:
         return str(self.args[0])
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self})"  # Prefect logs it: without the whole report
+
 
 class GateFailed(VllmTasksError):
     """A model is below a threshold, or worse than it was by more than is allowed; all of it is recorded.
@@ -122,3 +125,6 @@ class GateFailed(VllmTasksError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self})"  # Prefect logs it: without the whole report

@@ -508,7 +508,14 @@ def key_range(keys: Sequence[Key]) -> str:
         first, last = min(keys), max(keys)
     except (TypeError, ArithmeticError):  # of several types, as SQLite allows, or not a number
         first, last = min(keys, key=repr), max(keys, key=repr)
-    return shown_key(first) if first == last else f"{shown_key(first)}..{shown_key(last)}"
+    if first == last:
+        return shown_key(first)
+    # What they have in common, such as the run of a validation, tells nothing.
+    ends = [
+        tuple(a for a, b in zip(key, other, strict=True) if a != b)
+        for key, other in ((first, last), (last, first))
+    ]
+    return "..".join(map(shown_key, ends))
 
 
 def shown_key(key: Key) -> str:

@@ -40,18 +40,26 @@ class Dataset(BaseModel):
 
     identifier: str = Field(min_length=1, description="Name of the data set in metric_values and tables.")
     select: str | None = Field(
-        default=None, description="A table; in a lake also a path or a glob; or one SELECT statement."
+        default=None,
+        title="Select",
+        description="A table; in a lake also a path or a glob; or one SELECT. Either this or raw data.",
     )
     raw_data: list[dict[str, Any]] | None = Field(
-        default=None, description="The rows themselves, in place of select."
+        default=None, title="Raw data", description="The rows themselves. Either this or a select."
     )
     db: str | None = Field(
-        default=None, description="Name of a saved Datalayer to select from; the model's when empty."
+        default=None,
+        title="Datalayer",
+        description="Name of a saved Datalayer to select from; empty: where the predictions go.",
     )
-    sample_size: int | None = Field(default=None, ge=1, description="So many of the rows; empty: all.")
-    random_seed: int = Field(default=0, description="Which rows a sample has.")
+    sample_size: int | None = Field(
+        default=None, ge=1, title="Sample size", description="How many rows are drawn; empty: all."
+    )
+    random_seed: int = Field(default=0, title="Random seed", description="Another seed draws another sample.")
     pin: bool = Field(
-        default=False, description="Freeze the rows at first use, so that later runs compare like with like."
+        default=False,
+        title="Pin",
+        description="Freeze the rows at first use: later changes of the table do not count.",
     )
 
     @field_validator("identifier")
@@ -81,11 +89,24 @@ class Metric(BaseModel):
     identifier: str = Field(min_length=1, description="Name of the metric in metric_values and tables.")
     object: BuiltinMetric | DottedCallable | None = Field(
         default=None,
+        title="Metric or function",
         description="A built-in or the dotted path of a function; empty: the built-in of this identifier.",
     )
-    over: Literal["rows", "set"] = Field(default="rows", description="What a function of one's own is of.")
-    higher_is_better: bool = Field(default=True, description="Of a function of one's own.")
-    options: dict[str, Any] = Field(default={}, description="Keyword arguments of the metric.")
+    over: Literal["rows", "set"] = Field(
+        default="rows",
+        title="Over",
+        description="Only for your own function: whether it takes one row or all of them.",
+    )
+    higher_is_better: bool = Field(
+        default=True,
+        title="Higher is better",
+        description="Only for your own function; each built-in knows it.",
+    )
+    options: dict[str, Any] = Field(
+        default={},
+        title="Options",
+        description='Keyword arguments of the metric, such as {"normalize": ["squad"]}.',
+    )
 
     @field_validator("identifier")
     @classmethod
@@ -146,20 +167,29 @@ class Validation(BaseModel):
     datasets: list[Dataset] = Field(min_length=1, description="Rows with known answers, one set or more.")
     metrics: list[Metric] = Field(min_length=1, description="How the answers are scored.")
     key: tuple[str | list[str] | dict[str, str | int], str] = Field(
-        description="Columns of a dataset: the input (X of predict_in_db), and its known answer."
+        title="Key",
+        description="First item: the input column, or several. Second item: the column of the known answer.",
     )
     thresholds: dict[str, FiniteFloat] = Field(
-        default={}, description="By metric or dataset/metric: the value that must be reached."
+        default={},
+        title="Thresholds",
+        description='Values to reach, by metric or dataset/metric, such as {"exact_match": 0.6}.',
     )
     max_regression: dict[str, FiniteFloat] = Field(
         default={},
-        description="By metric or dataset/metric: how much worse it may be than the last run that passed.",
+        title="Largest regression",
+        description='How much worse than the last run that passed, such as {"exact_match": 0.02}.',
     )
     on_error: Literal["miss", "exclude"] = Field(
-        default="miss", description="What a failed row is: a miss, or left out (and counted in the record)."
+        default="miss",
+        title="On error",
+        description="What a failed row is: a miss, or left out (and counted in the record).",
     )
     rows_shown: int = Field(
-        default=5, ge=0, description="Wins and losses whose contents are shown in the UI; 0 shows none."
+        default=5,
+        ge=0,
+        title="Rows shown",
+        description="Wins and losses whose contents are shown in the UI; 0 shows none.",
     )
 
     @model_validator(mode="after")
