@@ -238,7 +238,7 @@ def sample(**fields: Any) -> Dataset:
 def test_a_sample_is_the_same_on_every_machine(home: Tables) -> None:
     """Rows are drawn by seed and contents: from any kind of table, in any order, on any machine."""
     drawn = freeze(sample(), COLUMNS, home)
-    assert drawn.hash == "13c098b8fc853b66af4fc8390cef4e234107aba1c456b90aed90d479b637bece"
+    assert drawn.hash.startswith("4f90f579d8dd")
     assert len(drawn.cases) == 20
     rows = [{"n": i, "q": text, "a": text} for i, text in enumerate(TEXTS)]
     random.shuffle(rows)
@@ -444,7 +444,7 @@ def broken_on(*targets: str) -> Iterator[pytest.ExceptionInfo[Broken]]:
     """Whatever is scored with `own` fails on these: the rows are answered, and nothing is recorded."""
     BROKEN_ON.update(targets)
     try:
-        with pytest.raises(Broken) as raised:
+        with pytest.raises(InvalidCall) as raised:
             yield raised
     finally:
         BROKEN_ON.clear()
@@ -462,7 +462,7 @@ def test_an_own_metric_that_fails_names_its_row_and_costs_no_answer(
     with broken_on("a3") as raised:
         validate(model, validation(5, metrics=[OWN]))
     (row,) = (r["row"] for r in table(place, only_frozen(place)) if json.loads(r["target"]) == "a3")
-    assert raised.value.__notes__ == [f"in the metric 'mine', on row {row}"]
+    assert f"the metric 'mine' failed, on row {row}: " in str(raised.value)
     assert values(place) == []
     report = only(validate(model, validation(5, metrics=[OWN])))
     assert (report.asked, report.values[0].value) == (0, 1.0)
@@ -911,9 +911,8 @@ def test_resamples_without_a_value_are_left_out() -> None:
 
 def test_a_metric_of_the_set_that_raises_is_named() -> None:
     """What a metric over a set raises comes with its name."""
-    with pytest.raises(ZeroDivisionError) as raised:
+    with pytest.raises(InvalidCall, match="'mine' failed: ZeroDivisionError"):
         score(mine(lambda ps, ts: 1 / 0, over="set"), answers("a"), "miss")
-    assert raised.value.__notes__ == ["in the metric 'mine'"]
 
 
 def test_options_reach_a_metric() -> None:

@@ -225,6 +225,12 @@ class Predictor(BaseModel):
         # All of Block's ways to save pass here; what could not be loaded again is refused now.
         for function in self._callables():
             check_importable(function)
+        for metric in self.validation.metrics if self.validation else ():
+            if metric.unsaved:
+                raise InvalidCall(
+                    f"the metric {metric.identifier!r} is judged by a model that is not saved: save it, and "
+                    "give options={'model': 'vllm-api/NAME'}"
+                )
         return super()._to_block_document(*args, **kwargs)  # type: ignore[misc]  # Block's, by the subclasses
 
     def _callables(self) -> list[Callable[..., Any]]:

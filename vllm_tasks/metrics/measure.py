@@ -20,6 +20,8 @@ class Answer:
     prediction: Any
     """A text, or what the model's `datatype` or `output_schema` make of it, as plain JSON data."""
     error: str | None = None
+    unjudged: bool = False
+    """The model answered, but the judge of its answer failed: no miss of the model's."""
     truncated: bool = False
     """Cut at `max_tokens`."""
     prompt_tokens: int | None = None

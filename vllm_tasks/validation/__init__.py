@@ -8,7 +8,16 @@ from __future__ import annotations
 import inspect
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
+from prefect.blocks.core import Block
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from vllm_tasks.callables import DottedCallable
 from vllm_tasks.datalayer import check_name
@@ -16,8 +25,15 @@ from vllm_tasks.errors import InvalidCall, near
 from vllm_tasks.metrics import BUILT_IN, BuiltinMetric, built_in
 from vllm_tasks.metrics.measure import Measure
 
+REQUIRED = {"multiple_choice": ("choices",), "judge": ("model", "rubric")}
+"""Options without which a built-in metric cannot be asked."""
 OWN_OPTIONS = {"choices", "delimiter"}
 """Of metrics by likelihood: the column of the choices, and what stands between prompt and text."""
+
+
+def _block_of(judge: Block) -> str:
+    name = judge._block_document_name
+    return f"{judge.get_block_type_slug()}/{name}" if name else "a model that is not saved"
 
 
 def _named(what: str, identifier: str) -> str:
@@ -81,7 +97,8 @@ class Metric(BaseModel):
 
     A function of one's own is `f(prediction, target) -> float` for a row, and the value their mean; with
     `over="set"` it is `f(predictions, targets) -> float` for all rows, a failed row's prediction being None.
-    A failed row scores 0 with a function for rows, and is left out where less is better.
+    A failed row scores 0 with a function for rows, and is left out where less is better. For its interval, a
+    function of all rows is called on samples of them, and may give nan or raise ValueError for one.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -121,19 +138,39 @@ class Metric(BaseModel):
                 f"are {', '.join(BUILT_IN)}, and object takes the dotted path of a function"
             )
         measure = self.measure()
+        if self.built_in is not None and (self.over != "rows" or not self.higher_is_better):
+            raise ValueError(
+                f"over and higher_is_better are of functions; the built-in {self.built_in!r} knows its own"
+            )
+        for name in REQUIRED.get(self.built_in or "", ()):
+            if name not in self.options:
+                raise ValueError(f"metric {self.identifier!r} needs options={{{name!r}: ...}}")
         given = self.options.keys() - (OWN_OPTIONS if measure.asks == "likelihood" else set())
         try:
-            taken = inspect.signature(measure.score).parameters.values()
+            signature = inspect.signature(measure.score)
         except ValueError:  # a built-in function of Python's, which tells nothing
             return self
-        if any(p.kind is p.VAR_KEYWORD for p in taken):
-            return self
-        names = [p.name for p in taken if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        if unknown := sorted(given - set(names)):
-            raise ValueError(
-                f"metric {self.identifier!r} has no option {unknown[0]!r}{near(unknown[0], names)}"
-            )
+        answer = (None,) if measure.kind == "answer" else (None, None)
+        try:
+            signature.bind(*answer, **{name: self.options[name] for name in given})
+        except TypeError as error:
+            names = list(signature.parameters)[len(answer) :]
+            unknown = [name for name in sorted(given) if name not in names]
+            why = f"has no option {unknown[0]!r}{near(unknown[0], names)}" if unknown else str(error)
+            raise ValueError(f"metric {self.identifier!r} {why}") from error
         return self
+
+    @field_serializer("options")
+    def _without_secrets(self, options: dict[str, Any]) -> dict[str, Any]:
+        """A judge is written as the block that it is saved as: its key would be readable in here."""
+        judge = options.get("model")
+        return {**options, "model": _block_of(judge)} if isinstance(judge, Block) else options
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether it is judged by a model that could not be loaded again."""
+        judge = self.options.get("model")
+        return isinstance(judge, Block) and judge._block_document_name is None
 
     @property
     def built_in(self) -> str | None:
@@ -206,6 +243,13 @@ class Validation(BaseModel):
             for name in limits.keys() - set(known):
                 raise ValueError(
                     f"{field} names {name!r}, which is no metric of this validation{near(name, known)}"
+                )
+        ranges = {metric.identifier: metric.measure().range for metric in self.metrics}
+        for name, value in self.thresholds.items():
+            low, high = ranges[name.rpartition("/")[2]]
+            if not low <= value <= high:
+                raise ValueError(
+                    f"the threshold of {name!r} is {value:g}, and its values are {low:g} to {high:g}"
                 )
         for name, most in self.max_regression.items():
             if most < 0:

@@ -15,6 +15,7 @@ from vllm_tasks.datalayer import outputs_name
 from vllm_tasks.datalayer.delta import quoted
 from vllm_tasks.datalayer.selection import POSITION, OutputTable, Selection, Tables
 from vllm_tasks.datalayer.sources import literal
+from vllm_tasks.errors import InvalidCall, TooManyFailed
 from vllm_tasks.fingerprint import fingerprint
 from vllm_tasks.metrics.measure import Answer
 from vllm_tasks.plan import Columns, Plan, RowDecoder
@@ -64,6 +65,8 @@ class Round:
     run: str
     may_fail: int | None
     """Rows of the data set, None for any number. No share: a run that is gone on with asks only the rest."""
+    rows: int
+    """That the data set has."""
     retry_failed: bool
     display: Callable[[str], Display]
 
@@ -101,7 +104,11 @@ class Round:
     def _commit(self, plan: Plan, predict_id: str, selection: Selection, budget: Budget) -> Report:
         output = OutputTable(selection.outputs, plan.decoder.columns, plan.decoder.flatten)
         job = Job.of(plan, self.home, selection, pace_of(None), budget, None)
-        return commit_answers(plan.model, predict_id, job, output, self.display(predict_id), Tally())
+        try:
+            return commit_answers(plan.model, predict_id, job, output, self.display(predict_id), Tally())
+        except TooManyFailed as error:
+            allowed = f"of {self.rows} rows {self.may_fail} may fail; a larger max_failed allows more"
+            raise TooManyFailed(f"{error} ({allowed})", error.report) from error
 
 
 class Source(Protocol):
@@ -118,6 +125,9 @@ class Source(Protocol):
     def needed(self) -> list[Source]:
         """What is asked, in this order: what it is of, and itself."""
 
+    def check(self, frozen: Frozen) -> None:
+        """Refuse what could not be asked (`InvalidCall`), before anything is."""
+
     def ask(self, round_: Round, frozen: Frozen) -> int:
         """Ask what this run has not asked yet; returns for how many rows."""
 
@@ -125,8 +135,8 @@ class Source(Protocol):
         """What `run` came to, one answer for each row in order; raises `Incomplete`."""
 
 
-class Incomplete(LookupError):
-    """A run has no answer for some rows."""
+class Incomplete(InvalidCall):
+    """A run has no answer for some rows: it is of other tables, or they were deleted."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,9 @@ class Own:
 
     def needed(self) -> list[Source]:
         return [self]
+
+    def check(self, frozen: Frozen) -> None:
+        """Each row is checked when it is asked."""
 
     def ask(self, round_: Round, frozen: Frozen) -> int:
         return round_.ask(self.plan, self.predict_id, frozen.table)

@@ -21,6 +21,7 @@ from uuid import UUID
 import pyarrow as pa
 
 from vllm_tasks.datalayer import Datalayer
+from vllm_tasks.datalayer.delta import quoted
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.errors import InvalidCall, near
 from vllm_tasks.fingerprint import canonical
@@ -79,16 +80,23 @@ def freeze(dataset: Dataset, columns: Columns, home: Tables) -> Frozen:
     than `sample_size`, and values that are no data.
     """
     pinned = f"_dataset__{dataset.identifier}__pinned-{_spec(dataset, columns)[:12]}" if dataset.pin else None
-    if pinned is not None and home.has(pinned):
+    if pinned is not None and has_rows(home, pinned):
         return kept(dataset.identifier, pinned, columns, home)
     cases = _drawn(dataset, columns, home)
     digest = _hash(cases)
     table = pinned or f"_dataset__{dataset.identifier}__{digest[:12]}"
-    if not home.has(table):
+    if not has_rows(home, table):
         home.put(table, _as_table(cases), ["row"])
     if pinned is not None:
         return kept(dataset.identifier, table, columns, home)  # a rival may have been first
     return Frozen(dataset.identifier, table, digest, cases)
+
+
+def has_rows(home: Tables, table: str) -> bool:
+    """A kill while it was made may have left a table without rows."""
+    if not home.has(table):
+        return False
+    return any(batch for batch in home.read(f"SELECT 1 AS one FROM {quoted(table)} LIMIT 1"))  # noqa: S608
 
 
 def _spec(dataset: Dataset, columns: Columns) -> str:
@@ -178,7 +186,12 @@ def _data(value: Any) -> Any:
 
 
 def _rank(seed: int, values: Mapping[str, Any]) -> bytes:
-    return hashlib.blake2b(canonical([seed, values]).encode(), digest_size=16).digest()
+    return hashlib.blake2b(_exactly([seed, values]).encode(), digest_size=16).digest()
+
+
+def _exactly(value: Any) -> str:
+    """As text, in which 1 and 1.0 differ, as they do in a prompt."""
+    return json.dumps(value, sort_keys=True)
 
 
 def _case(i: int, values: Mapping[str, Any], columns: Columns) -> Case:
@@ -199,7 +212,7 @@ def _refuse_nulls(dataset: Dataset, columns: Columns, cases: Sequence[Case]) -> 
 def _hash(cases: Iterable[Case]) -> str:
     digest = hashlib.sha256()
     for case in cases:
-        digest.update(canonical([case.inputs, case.target, case.choices]).encode() + b"\n")
+        digest.update(_exactly([case.inputs, case.target, case.choices]).encode() + b"\n")
     return digest.hexdigest()
 
 

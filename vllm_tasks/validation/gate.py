@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 from vllm_tasks.validation import Validation
 from vllm_tasks.validation.report import Value, Verdict
 from vllm_tasks.validation.statistics import Paired, regressed
+
+logger = logging.getLogger(__name__)
 
 
 def verdict(
@@ -12,6 +16,12 @@ def verdict(
 ) -> Verdict:
     """What the limits say of one value; `paired` compares it with the run `compared_with`."""
     threshold, allowed = validation.limits(dataset, value.metric)
+    untested = allowed is not None and paired is None
+    if untested:
+        logger.warning(
+            "max_regression of %s was not tested: no earlier run over these rows of %s passed and can be "
+            "compared with; with pin=True the rows stay the same", value.metric, dataset,
+        )  # fmt: skip
     reasons = []
     if threshold is not None and (
         value.value < threshold if value.higher_is_better else value.value > threshold
@@ -31,5 +41,6 @@ def verdict(
         max_regression=allowed,
         paired=paired,
         compared_with=compared_with,
+        untested=untested,
         reason="; ".join(reasons) or None,
     )

@@ -52,7 +52,7 @@ def interrupted(
     """The last run over these rows that has answers (under this fingerprint) and no record, unless it is too
     old to go on with."""
     answered = runs_answered(home, predict_id, dataset_hash, fingerprint)
-    recorded = {record.run for record in records(home, model, dataset)}
+    recorded = {record.answers for record in records_of(home, model, dataset)}
     young = datetime.now(UTC) - RESUMED_WITHIN
     return max((r for r in answered - recorded if began(r) > young), key=began, default=None)
 
@@ -67,7 +67,7 @@ def runs_answered(home: Tables, predict_id: str, dataset_hash: str, fingerprint:
     return {row["run"] for batch in home.read(select) for row in batch}
 
 
-def records(home: Tables, model: str, dataset: str) -> list[Record]:
+def records_of(home: Tables, model: str, dataset: str) -> list[Record]:
     """What was found of this model on this data set, oldest first."""
     if not home.has(VALUES):
         return []
@@ -87,15 +87,18 @@ def last_passed(history: Sequence[Record], dataset_hash: str, outputs: str, metr
 
 
 def record(
-    home: Tables, found: Sequence[Record], scores: Mapping[tuple[str, str], Mapping[int, float]]
+    home: Tables, found: Sequence[Record], scores: Mapping[tuple[str, str], Mapping[int, float | None]]
 ) -> None:
     """Append runs: `scores` by run and metric, and by row, then all values at once. Repeating it changes
     nothing."""
     rows = [(run, metric, row, score) for (run, metric), of in scores.items() for row, score in of.items()]
     if rows:
         names = ("run", "metric", "row", "score")
-        columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
-        home.put(SCORES, pa.table(columns), ["run", "metric", "row"])
+        types = pa.string(), pa.string(), pa.int64(), pa.float64()
+        columns = [
+            pa.array(column, kind) for column, kind in zip(zip(*rows, strict=True), types, strict=True)
+        ]
+        home.put(SCORES, pa.table(columns, names=names), ["run", "metric", "row"])
     schema = pa.schema([(field.name, TYPES[str(field.type)]) for field in fields(Record)])
     home.put(VALUES, pa.Table.from_pylist([vars(r) for r in found], schema), ["run", "metric"])
 

@@ -23,7 +23,7 @@ from vllm_tasks.plan import Plan
 from vllm_tasks.rows import Completion, Request, RowError
 from vllm_tasks.validation import Metric
 from vllm_tasks.validation.asking import Incomplete, Round, Row, Source, predict_id_of, read
-from vllm_tasks.validation.frozen import Case, Frozen
+from vllm_tasks.validation.frozen import Case, Frozen, has_rows
 
 KEY = "row", "part"
 PROMPT_ALONE = -1
@@ -65,11 +65,14 @@ class Likelihoods:
         asking = _asking(plan, delimiter)
         # Metrics of the same texts are of the same likelihoods.
         texts = "choices" if metric.built_in == "multiple_choice" else "target"
-        kind = f"{texts}-{fingerprint({'delimiter': delimiter})[:4]}"
+        kind = f"{texts}-{fingerprint({'delimiter': delimiter})[:8]}"
         return cls(asking, metric, predict_id_of(plan.model.identifier, dataset, asking.decoder, kind))
 
     def needed(self) -> list[Source]:
         return [self]
+
+    def check(self, frozen: Frozen) -> None:
+        _texts(frozen.cases, self.metric)
 
     def ask(self, round_: Round, frozen: Frozen) -> int:
         texts, _ = _texts(frozen.cases, self.metric)
@@ -99,6 +102,10 @@ def _texts(cases: Sequence[Case], metric: Metric) -> tuple[list[list[str]], list
         if strange := [text for text in own if not isinstance(text, str | int | float)]:
             raise InvalidCall(
                 f"{metric.identifier!r} is of texts, and row {case.row} has {strange[0]!r:.100} for one"
+            )
+        if not all(map(str, own)):
+            raise InvalidCall(
+                f"{metric.identifier!r}: an empty text, as of row {case.row}, has no likelihood"
             )
         texts.append([f"{delimiter}{text}" for text in own])
         targets.append(_index(case, own, metric) if chooses else case.target)
@@ -134,7 +141,7 @@ def _kept(home: Tables, frozen: Frozen, texts: list[list[str]]) -> str:
     ]
     digest = hashlib.sha256(canonical(rows).encode()).hexdigest()
     name = f"_texts__{frozen.dataset}__{digest[:12]}"
-    if not home.has(name):
+    if not has_rows(home, name):
         numbers, parts, inputs = map(list, zip(*rows, strict=True))
         home.put(name, pa.table({"row": numbers, "part": parts, "input": inputs}), KEY)
     return name

@@ -40,6 +40,8 @@ class Record:
 
     run: str
     metric: str
+    answers: str
+    """The run whose answers were scored: itself or, with `reuse`, an earlier one."""
     model: str
     dataset: str
     dataset_hash: str
@@ -74,6 +76,8 @@ class Verdict:
     max_regression: float | None
     paired: Paired | None
     compared_with: str | None
+    untested: bool
+    """There is a `max_regression`, and no run to compare with."""
     reason: str | None
     """Why it did not pass; None when it did."""
 
@@ -107,7 +111,7 @@ class DatasetReport:
     outputs: str
     """Where the answers are, with the key (`run`, `row`)."""
     asked: int
-    """Rows asked by this call; the others had answers of this run before."""
+    """Requests of this call, also those for likelihoods and to judges; not what was answered before."""
     values: tuple[Value, ...]
     verdicts: tuple[Verdict, ...]
     history: tuple[Record, ...] = field(default=(), repr=False)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from vllm_tasks.datalayer import Datalayer, outputs_name
+from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.engines.local import LocalConfig
 from vllm_tasks.errors import InvalidCall, near
@@ -21,12 +21,12 @@ from vllm_tasks.prompts import Context
 from vllm_tasks.stream import Display
 from vllm_tasks.tables import Log, check_max_failed, datalayer_of
 from vllm_tasks.validation import Dataset, Metric, Validation, history
-from vllm_tasks.validation.asking import Incomplete, Own, Round, Source, packed, predict_id_of
+from vllm_tasks.validation.asking import Own, Round, Source, packed, predict_id_of
 from vllm_tasks.validation.frozen import Columns, Frozen, freeze
-from vllm_tasks.validation.gate import verdict
+from vllm_tasks.validation.judging import Judging
 from vllm_tasks.validation.likelihoods import Likelihoods
-from vllm_tasks.validation.report import ChangedRow, DatasetReport, Record, ValidationReport
-from vllm_tasks.validation.scores import Scored, check, compared, score
+from vllm_tasks.validation.report import DatasetReport, Record, ValidationReport
+from vllm_tasks.validation.scores import check
 from vllm_tasks.validation.verdicts import Verdicts
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,8 @@ def validate(
     reuse: score the answers of the last run by the same model, prompt and sampling, where there are some.
         Only for a model whose weights are known: a local folder, or a revision that is a commit hash.
     retry_failed: ask the failed rows of an interrupted run again.
-    max_failed: how many rows may fail, a share or a count, None for any number; past it `TooManyFailed` is
-        raised and nothing is recorded.
+    max_failed: how many rows may fail, a share or a count, None for any number. Past it nothing is recorded
+        and `TooManyFailed` is raised, or `InvalidCall` where they failed in an earlier part of the run.
     context: fills `{context}` of every prompt.
     flow_run: kept in the history.
     display: makes the display of a run from its predict_id; None: in the log.
@@ -84,6 +84,11 @@ def validate(
         plan = packed(model, validation.key[0], context)
         call = Call(model, validation, plan, home, reuse, retry_failed, max_failed, flow_run, display or _log)
         rows = [freeze(dataset, columns_of(validation, model), home) for dataset in chosen]
+        for frozen in rows:
+            for source in distinct_of(sources_of(plan, validation.metrics, frozen.dataset).values()):
+                source.check(frozen)
+            for metric in validation.metrics:
+                check(metric, frozen, plan.decoder)
         # All are asked before any is recorded: what is gone on with is the whole call.
         found = call.recorded([call.over(frozen) for frozen in rows])
     finally:
@@ -153,14 +158,19 @@ def sources_of(plan: Plan, metrics: Sequence[Metric], dataset: str) -> dict[str,
     return sources
 
 
+def distinct_of(sources: Iterable[Source]) -> list[Source]:
+    """What is asked, each once, after what it depends on."""
+    return list({s.predict_id: s for source in sources for s in source.needed()}.values())
+
+
 @dataclass(frozen=True)
 class Found:
     """One data set, before it is recorded."""
 
     report: DatasetReport
     records: list[Record]
-    scores: dict[str, dict[int, float]]
-    """By metric and row."""
+    scores: dict[str, dict[int, float | None]]
+    """By metric and row; None for a row that does not count."""
 
 
 @dataclass(frozen=True)
@@ -180,21 +190,20 @@ class Call:
     def over(self, frozen: Frozen) -> Found:
         """One data set: ask, score, compare."""
         sources = sources_of(self.plan, self.validation.metrics, frozen.dataset)
-        for metric in self.validation.metrics:
-            check(metric, frozen)
-        distinct = list({s.predict_id: s for source in sources.values() for s in source.needed()}.values())
-        run = self._run(frozen, distinct)
+        distinct = distinct_of(sources.values())
+        answered = self._answered(frozen, distinct[0])
         may_fail = self._may_fail(len(frozen.cases))
-        round_ = Round(self.home, run, may_fail, self.retry_failed, self.display)
+        round_ = Round(self.home, answered, may_fail, len(frozen.cases), self.retry_failed, self.display)
         asked = sum(source.ask(round_, frozen) for source in distinct)
-        answers = {name: source.answers(self.home, run, frozen) for name, source in sources.items()}
+        answers = {s.predict_id: s.answers(self.home, answered, frozen) for s in distinct}
         for each in answers.values():
             self._refuse_many_failed(frozen, each, may_fail)
-        on_error = self.validation.on_error
-        scored = [score(metric, answers[metric.identifier], on_error) for metric in self.validation.metrics]
-        report = self._judged(frozen, run, sources, answers, scored, asked)
-        records = self._records(frozen, sources, report)
-        return Found(report, records, {one.value.metric: one.scores for one in scored})
+        run = history.new_run(frozen.hash) if self.reuse else answered
+        judging = Judging(self.validation, self.home, frozen, sources)
+        past = history.records_of(self.home, self.model.identifier, frozen.dataset)
+        report, scores = judging.judged(run, answers, [r for r in past if r.run != run])
+        report = replace(report, asked=asked)
+        return Found(report, self._records(frozen, sources, report, answered), scores)
 
     def recorded(self, found: Sequence[Found]) -> tuple[DatasetReport, ...]:
         """All that was found is in the history after this, or nothing."""
@@ -207,10 +216,9 @@ class Call:
 
     # ------------------------------------------------------------------ asking
 
-    def _run(self, frozen: Frozen, sources: Sequence[Source]) -> str:
-        """A run to go on with, or a new one. What is asked first decides: later sources depend on it, or are
-        asked anew where they are others."""
-        first = sources[0]
+    def _answered(self, frozen: Frozen, first: Source) -> str:
+        """A run to go on with or, for `reuse`, to score again; else a new one. What is asked first decides:
+        later sources depend on it, or are asked anew where they are others."""
         asked = self.home, first.predict_id, frozen.hash, first.plan.fingerprint
         if self.reuse and (runs := history.runs_answered(*asked)):
             return max(runs, key=history.began)
@@ -236,105 +244,24 @@ class Call:
                 "and validate again with retry_failed=True, or allow more"
             )
 
-    # ------------------------------------------------------------------ judging
-
-    def _judged(
-        self,
-        frozen: Frozen,
-        run: str,
-        sources: Mapping[str, Source],
-        answers: Mapping[str, list[Answer]],
-        scored: Sequence[Scored],
-        asked: int,
-    ) -> DatasetReport:
-        of_model = history.records(self.home, self.model.identifier, frozen.dataset)
-        past = [record for record in of_model if record.run != run]
-        verdicts, changed = [], []
-        for metric, one in zip(self.validation.metrics, scored, strict=True):
-            name = metric.identifier
-            outputs = sources[name].predict_id
-            before = history.last_passed(past, frozen.hash, outputs, name)
-            earlier_answers = None if before is None else self._answers(sources[name], before.run, frozen)
-            difference = None
-            if before and earlier_answers and metric.measure().kind != "set":
-                difference = compared(metric, earlier_answers, answers[name], self.validation.on_error)
-                changed += self._changed(metric, frozen, one, earlier_answers, answers[name])
-            compared_with = before.run if before and difference else None
-            verdicts.append(verdict(self.validation, frozen.dataset, one.value, difference, compared_with))
-        own = next(iter(answers.values()))
-        return DatasetReport(
-            dataset=frozen.dataset,
-            dataset_hash=frozen.hash,
-            dataset_table=frozen.table,
-            run=run,
-            rows=len(frozen.cases),
-            failed=sum(answer.prediction is None for answer in own),
-            truncated=sum(answer.truncated for answer in own),
-            outputs=self.home.where(outputs_name(next(iter(sources.values())).predict_id)),
-            asked=asked,
-            values=tuple(one.value for one in scored),
-            verdicts=tuple(verdicts),
-            history=tuple(past),
-            changed=tuple(changed),
-            tables={one.value.metric: one.table for one in scored if one.table is not None},
-        )
-
-    def _answers(self, source: Source, run: str, frozen: Frozen) -> list[Answer] | None:
-        try:
-            return source.answers(self.home, run, frozen)
-        except Incomplete as error:
-            logger.warning("the run %s cannot be compared with: %s", run, error)
-            return None
-
-    def _changed(
-        self,
-        metric: Metric,
-        frozen: Frozen,
-        now: Scored,
-        before: Sequence[Answer],
-        after: Sequence[Answer],
-    ) -> list[ChangedRow]:
-        """The rows whose score changed most, as many wins and as many losses as are shown."""
-        then = score(metric, before, self.validation.on_error).scores
-        differences = {row: now.scores[row] - then[row] for row in now.scores.keys() & then.keys()}
-        if not now.value.higher_is_better:
-            differences = {row: -difference for row, difference in differences.items()}
-        shown = self.validation.rows_shown
-        order = sorted(
-            (row for row in differences if differences[row]), key=lambda row: (differences[row], row)
-        )
-        losses = [row for row in order[:shown] if differences[row] < 0]
-        wins = [row for row in reversed(order[-shown:] if shown else []) if differences[row] > 0]
-        return [
-            ChangedRow(
-                row=row,
-                metric=metric.identifier,
-                before=then[row],
-                after=now.scores[row],
-                is_win=differences[row] > 0,
-                inputs=frozen.cases[row].inputs,
-                target=frozen.cases[row].target,
-                said_before=before[row].prediction if before[row].error is None else before[row].error,
-                said_after=after[row].prediction if after[row].error is None else after[row].error,
-            )
-            for row in (*losses, *wins)
-        ]
-
     # ------------------------------------------------------------------ recording
 
-    def _records(self, frozen: Frozen, sources: Mapping[str, Source], report: DatasetReport) -> list[Record]:
+    def _records(
+        self, frozen: Frozen, sources: Mapping[str, Source], report: DatasetReport, answered: str
+    ) -> list[Record]:
         at = datetime.now(UTC)
         passed = not report.reasons
         return [
             Record(
                 run=report.run,
+                answers=answered,
                 metric=value.metric,
                 model=self.model.identifier,
                 dataset=frozen.dataset,
                 dataset_hash=frozen.hash,
                 dataset_table=frozen.table,
                 outputs=sources[value.metric].predict_id,
-                fingerprint=self.plan.fingerprint,
+                fingerprint=sources[value.metric].plan.fingerprint,
                 value=value.value,
                 low=value.low,
                 high=value.high,

@@ -12,6 +12,7 @@ import numpy as np
 
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.measure import Answer, Confusion, Likelihood, Measure, Sums
+from vllm_tasks.plan import RowDecoder
 from vllm_tasks.validation import OWN_OPTIONS, Metric
 from vllm_tasks.validation.frozen import Frozen
 from vllm_tasks.validation.report import OnError, Value
@@ -27,6 +28,8 @@ from vllm_tasks.validation.statistics import (
     wilson,
 )
 
+EMPTY = {"int": 0, "float": 0.0, "bool": False}
+"""Answers that say nothing, where they are no texts."""
 SEED = 0
 """Of all resampling: equal answers give equal intervals."""
 
@@ -75,24 +78,38 @@ def score(metric: Metric, answers: Sequence[Answer], on_error: OnError) -> Score
     )
 
 
-def check(metric: Metric, frozen: Frozen) -> None:
+def check(metric: Metric, frozen: Frozen, decoder: RowDecoder) -> None:
     """Refuse options, and targets of `frozen`, that no answer could be scored with (`InvalidCall`).
 
-    Built-in metrics score an empty answer to each row for that, so that it costs no GPU to find out.
+    Built-in metrics score an empty answer, of the kind that `decoder` makes, to each row for that, so that it
+    costs no GPU to find out.
     """
     measure = metric.measure()
     if metric.built_in is None or measure.asks == "verdict":
         return
     targets: list[Any] = [case.target for case in frozen.cases]
-    empty: Any = ""
+    kinds = {column.name: column.kind for column in decoder.columns}
+    empty: Any = EMPTY.get(kinds["output"], "") if kinds.keys() == {"output"} else {}
     if measure.asks == "likelihood":  # its texts are checked where they are made
         targets, empty = [0], [Likelihood(logprob=0.0, tokens=1, characters=1)]
     if measure.kind == "sums":
-        measure.score([empty for _ in targets], targets, **_options(metric))
+        with _told(metric):
+            measure.score([None for _ in targets], targets, **_options(metric))
     elif measure.kind == "row":
         for row, target in enumerate(targets):
             with _told(metric, f", on row {row}"):
                 measure.score(empty, target, **_options(metric))
+
+
+def row_scores(metric: Metric, answers: Sequence[Answer], on_error: OnError) -> dict[int, float]:
+    """The scores of `score` by row, and nothing else of it."""
+    measure = metric.measure()
+    counted = _counted(metric, measure, answers, on_error)
+    if measure.kind == "set":
+        return {}
+    if measure.kind == "sums":
+        return _scores_of_sums(_sums(metric, measure, counted), counted)
+    return _row_scores(metric, measure, counted)
 
 
 def compared(metric: Metric, before: Sequence[Answer], after: Sequence[Answer], on_error: OnError) -> Paired:
@@ -119,7 +136,7 @@ def _mean_rows(metric: Metric, measure: Measure, answers: Sequence[Answer], on_e
 
 
 def _is_left_out(measure: Measure, answer: Answer, on_error: OnError) -> bool:
-    return answer.prediction is None and (on_error == "exclude" or measure.miss is None)
+    return answer.prediction is None and (on_error == "exclude" or measure.miss is None or answer.unjudged)
 
 
 def _counted(metric: Metric, measure: Measure, answers: Sequence[Answer], on_error: OnError) -> list[Answer]:
@@ -160,11 +177,14 @@ def _row_scores(metric: Metric, measure: Measure, counted: Sequence[Answer]) -> 
 
 @contextmanager
 def _told(metric: Metric, where: str = "") -> Iterator[None]:
+    """What goes wrong in a metric names it: the note of an exception would not be seen in Prefect's UI."""
     try:
         yield
+    except InvalidCall as error:
+        raise InvalidCall(f"the metric {metric.identifier!r}{where}: {error}") from error
     except Exception as error:
-        error.add_note(f"in the metric {metric.identifier!r}{where}")
-        raise
+        kind = type(error).__name__
+        raise InvalidCall(f"the metric {metric.identifier!r} failed{where}: {kind}: {error}") from error
 
 
 def _finite(metric: Metric, found: Any, where: str) -> float:
@@ -179,13 +199,17 @@ def _finite(metric: Metric, found: Any, where: str) -> float:
 
 def _of_rows(metric: Metric, measure: Measure, scores: Sequence[float]) -> tuple[float, Interval]:
     value = _finite(metric, math.fsum(scores) / len(scores), "")
-    if set(scores) <= {0.0, 1.0}:
+    # A mean of zeros and ones is a share, but not of counts that happen to be one.
+    if set(scores) <= {0.0, 1.0} and (metric.built_in is None or measure.range == (0.0, 1.0)):
         return value, wilson(round(math.fsum(scores)), len(scores))
     return value, mean_interval(scores, SEED)
 
 
 def _sums(metric: Metric, measure: Measure, answers: Sequence[Answer]) -> Sums:
-    found = measure.score([a.prediction for a in answers], [a.target for a in answers], **_options(metric))
+    with _told(metric):
+        found = measure.score(
+            [a.prediction for a in answers], [a.target for a in answers], **_options(metric)
+        )
     assert isinstance(found, Sums)
     return found
 
@@ -195,8 +219,12 @@ def _of_sums(
 ) -> tuple[float, Interval, dict[int, float]]:
     rows = np.asarray(sums.rows, dtype=np.float64)
     value = _finite(metric, sums.total([math.fsum(column) for column in rows.T]), "")
-    scores = {a.row: float(sums.total(list(vector))) for a, vector in zip(counted, rows, strict=True)}
-    return value, bootstrap(rows, sums.total, SEED), {r: s for r, s in scores.items() if math.isfinite(s)}
+    return value, bootstrap(rows, sums.total, SEED), _scores_of_sums(sums, counted)
+
+
+def _scores_of_sums(sums: Sums, counted: Sequence[Answer]) -> dict[int, float]:
+    scores = {a.row: float(sums.total(vector)) for a, vector in zip(counted, sums.rows, strict=True)}
+    return {row: value for row, value in scores.items() if math.isfinite(value)}
 
 
 def _of_set(
@@ -209,5 +237,13 @@ def _of_set(
         with _told(metric):
             return measure.score([predictions[i] for i in rows], [targets[i] for i in rows], **options)
 
+    def resampled(rows: Sequence[int]) -> float:
+        try:
+            return float(found(rows))
+        except ValueError:  # of a sample, such as one with a single class
+            return math.nan
+
     value = _finite(metric, found(range(len(counted))), "")
-    return value, bootstrap_set(lambda rows: float(found(rows)), len(counted), SEED), {}
+    interval = bootstrap_set(resampled, len(counted), SEED)
+    known = math.isfinite(interval.low) and math.isfinite(interval.high)
+    return value, interval if known else Interval(-math.inf, math.inf), {}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import numpy as np
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.exceptions import PrefectException
 
@@ -28,7 +30,9 @@ from vllm_tasks.validation.statistics import Paired
 logger = logging.getLogger(__name__)
 
 RUNS_SHOWN = 60
+"""In the picture; under each date stand the first digits of the rows' hash: others are other rows."""
 CLASSES_SHOWN = 20
+"""The largest ones."""
 CHANGED = "row", "score", "input", "expected", "said before", "says now"
 TEXT_SHOWN = 200
 """Characters of an input, an answer or a target."""
@@ -103,8 +107,8 @@ def table_of(report: DatasetReport) -> list[dict[str, Any]]:
         {
             "metric": value.metric,
             "value": round(value.value, 6),
-            "95 % from": round(value.low, 6),
-            "to": round(value.high, 6),
+            "95 % from": round(value.low, 6) if math.isfinite(value.low) else "unknown",
+            "to": round(value.high, 6) if math.isfinite(value.high) else "unknown",
             "rows": value.n,
             "failed": value.failed,
             "truncated": value.truncated,
@@ -123,7 +127,7 @@ def markdown_of(model: str, report: DatasetReport) -> str:
 def _parts(model: str, report: DatasetReport) -> Iterator[str]:
     yield f"# {cell(model)} on {cell(report.dataset)}"
     yield "**Passed.**" if not report.reasons else "**Failed.** " + "; ".join(map(cell, report.reasons))
-    head = "metric", "value", "95 % interval", "rows", "change against the last run that passed", "limits"
+    head = "metric", "value", "95 % interval", "rows", "against the last passed run", "limits"
     pairs = list(zip(report.values, report.verdicts, strict=True))
     yield markdown_table(head, [_line(value, verdict) for value, verdict in pairs])
     yield _counts(report)
@@ -147,11 +151,11 @@ def _parts(model: str, report: DatasetReport) -> Iterator[str]:
 
 
 def _counts(report: DatasetReport) -> str:
-    on_error = {value.on_error for value in report.values}
-    failed = "no row failed"
-    if report.failed:
-        fate = "count as misses" if on_error == {"miss"} else "are left out"
-        failed = f"**{report.failed:,} failed** and {fate}"
+    failed = f"**{report.failed:,} failed**" if report.failed else "no row failed"
+    if report.failed and {value.on_error for value in report.values} == {"miss"}:
+        failed += " (misses, but to metrics that have no worst value)"
+    elif report.failed:
+        failed += " (left out)"
     cut = (
         f"**{report.truncated:,} answers were cut** at max_tokens"
         if report.truncated
@@ -166,13 +170,14 @@ def _line(value: Value, verdict: Verdict) -> list[str]:
     if verdict.threshold is not None:
         limits.append(f"{'at least' if value.higher_is_better else 'at most'} {verdict.threshold:g}")
     if verdict.max_regression is not None:
-        limits.append(f"at most {verdict.max_regression:g} worse")
+        untested = " (**not tested**: no run over these rows to compare with)" if verdict.untested else ""
+        limits.append(f"at most {verdict.max_regression:g} worse{untested}")
     arrow = "more is better" if value.higher_is_better else "less is better"
     return [
         f"{cell(value.metric)} ({arrow})",
         f"**{value.value:.4g}**",
         f"{value.low:.4g} to {value.high:.4g}",
-        f"{value.n:,}",
+        f"{value.n:,}" + (f" ({value.failed:,} failed)" if value.failed else ""),
         change,
         ", ".join(limits) or "none",
     ]
@@ -183,7 +188,9 @@ def picture_of(report: DatasetReport) -> str:
     panels = []
     for value, verdict in zip(report.values, report.verdicts, strict=True):
         runs = [record for record in report.history if record.metric == value.metric][-RUNS_SHOWN:]
-        points = [Point(r.created_at, r.value, r.low, r.high, r.run[-4:], r.reason is None) for r in runs]
+        points = [
+            Point(r.created_at, r.value, r.low, r.high, r.dataset_hash[:4], r.reason is None) for r in runs
+        ]
         panels.append(Panel(value.metric, points, verdict.threshold, value.higher_is_better))
     return histories_svg(panels)
 
@@ -200,10 +207,13 @@ def _text(value: Any) -> str:
 
 
 def _confusion(table: Confusion) -> str:
-    shown = table.labels[:CLASSES_SHOWN]
+    counts = np.array(table.counts)
+    largest = np.argsort(-(counts.sum(axis=0) + counts.sum(axis=1)), kind="stable")[:CLASSES_SHOWN]
+    kept = sorted(largest.tolist())
+    shown = [table.labels[i] for i in kept]
     rows = [
-        [code(_text(label)), *(f"{count:,}" if count else "·" for count in counts[: len(shown)])]
-        for label, counts in zip(shown, table.counts, strict=False)
+        [code(_text(label)), *(f"{count:,}" if count else "·" for count in counts[i, kept].tolist())]
+        for i, label in zip(kept, shown, strict=True)
     ]
     more = f"\n\n({len(table.labels) - len(shown)} more classes)" if len(table.labels) > len(shown) else ""
     return markdown_table(("expected \\ said", *(code(_text(label)) for label in shown)), rows) + more

@@ -41,10 +41,15 @@ class Verdicts:
         """Raises `InvalidCall` for a metric without a rubric or a model that judges."""
         plan = _asking(metric)
         model = judged.plan.model.identifier
-        return cls(judged, plan, predict_id_of(model, dataset, plan.decoder, metric.identifier))
+        # Verdicts by another rubric, scale or judge are not compared with these.
+        asked = f"{metric.identifier}-{plan.fingerprint[:8]}"
+        return cls(judged, plan, predict_id_of(model, dataset, plan.decoder, asked))
 
     def needed(self) -> list[Source]:
         return [self.judged, self]
+
+    def check(self, frozen: Frozen) -> None:
+        """What is judged is not known yet."""
 
     def ask(self, round_: Round, frozen: Frozen) -> int:
         answers = self.judged.answers(round_.home, round_.run, frozen)
@@ -72,7 +77,7 @@ def _judged(answer: Answer, verdicts: Mapping[int, Row]) -> Answer:
     if (row := verdicts.get(answer.row)) is None:
         raise Incomplete(f"there is no verdict on row {answer.row}")
     failed = row["_error"] is not None
-    return replace(answer, prediction=None if failed else row["value"], error=row["_error"])
+    return replace(answer, prediction=None if failed else row["value"], error=row["_error"], unjudged=failed)
 
 
 def _asking(metric: Metric) -> Plan:
@@ -111,8 +116,9 @@ def judge_of(metric: Metric) -> Predictor:
         except ValueError as error:
             raise InvalidCall(f"{metric.identifier!r}: there is no saved block {model!r}: {error}") from error
     if not isinstance(model, Predictor):
+        given = repr(model)[:100] if isinstance(model, str | None) else f"a {type(model).__name__}"
         raise InvalidCall(
             f"{metric.identifier!r} needs a model that judges, "
-            f"options={{'model': 'vllm-api/NAME of a saved block'}}, got {model!r:.100}"
+            f"options={{'model': 'vllm-api/NAME of a saved block'}}, got {given}"
         )
     return model

@@ -1,0 +1,131 @@
+"""From the answers of a run to its values, their comparison with the last run that passed, and verdicts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vllm_tasks.datalayer import outputs_name
+from vllm_tasks.datalayer.selection import Tables
+from vllm_tasks.errors import InvalidCall
+from vllm_tasks.metrics.measure import Answer
+from vllm_tasks.validation import Metric, Validation, history
+from vllm_tasks.validation.asking import Source
+from vllm_tasks.validation.frozen import Frozen
+from vllm_tasks.validation.gate import verdict
+from vllm_tasks.validation.report import ChangedRow, DatasetReport, Record
+from vllm_tasks.validation.scores import Scored, compared, row_scores, score
+from vllm_tasks.validation.statistics import Paired
+
+logger = logging.getLogger(__name__)
+
+Scores = dict[str, dict[int, float | None]]
+
+
+@dataclass(frozen=True)
+class Judging:
+    """One data set, and where the answers to it come from by metric."""
+
+    validation: Validation
+    home: Tables
+    frozen: Frozen
+    sources: Mapping[str, Source]
+
+    def judged(
+        self, run: str, answers: Mapping[str, list[Answer]], past: Sequence[Record]
+    ) -> tuple[DatasetReport, Scores]:
+        """The report of `run`, whose answers are given by predict_id, and all scores by metric and row."""
+        on_error = self.validation.on_error
+        earlier: dict[tuple[str, str], list[Answer] | None] = {}
+        values, verdicts, changed, tables = [], [], [], {}
+        scores: Scores = {}
+        for metric in self.validation.metrics:
+            name, source = metric.identifier, self.sources[metric.identifier]
+            now = answers[source.predict_id]
+            scored = score(metric, now, on_error)
+            values.append(scored.value)
+            scores[name] = {case.row: scored.scores.get(case.row) for case in self.frozen.cases}
+            if scored.table is not None:
+                tables[name] = scored.table
+            before = history.last_passed(past, self.frozen.hash, source.predict_id, name)
+            paired = None
+            if before is not None and metric.measure().kind != "set":
+                place = source.predict_id, before.answers
+                if place not in earlier:
+                    earlier[place] = self._earlier(source, before)
+                paired, rows = self._compared(metric, scored, earlier[place], now)
+                changed += rows
+            against = before.run if before is not None and paired is not None else None
+            verdicts.append(verdict(self.validation, self.frozen.dataset, scored.value, paired, against))
+        own = answers[next(iter(answers))]
+        report = DatasetReport(
+            dataset=self.frozen.dataset,
+            dataset_hash=self.frozen.hash,
+            dataset_table=self.frozen.table,
+            run=run,
+            rows=len(self.frozen.cases),
+            failed=sum(answer.prediction is None for answer in own),
+            truncated=sum(answer.truncated for answer in own),
+            outputs=self.home.where(outputs_name(next(iter(answers)))),
+            asked=0,
+            values=tuple(values),
+            verdicts=tuple(verdicts),
+            history=tuple(past),
+            changed=tuple(changed),
+            tables=tables,
+        )
+        return report, scores
+
+    def _earlier(self, source: Source, record: Record) -> list[Answer] | None:
+        try:
+            return source.answers(self.home, record.answers, self.frozen)
+        except InvalidCall as error:
+            logger.warning("the run %s cannot be compared with: %s", record.run, error)
+            return None
+
+    def _compared(
+        self, metric: Metric, now: Scored, before: Sequence[Answer] | None, after: Sequence[Answer]
+    ) -> tuple[Paired | None, list[ChangedRow]]:
+        """Nothing where the run before cannot be scored, as when all its rows failed: that is no reason to
+        refuse this one."""
+        if before is None:
+            return None, []
+        try:
+            paired = compared(metric, before, after, self.validation.on_error)
+            return paired, self._changed(metric, now, before, after)
+        except InvalidCall as error:
+            logger.warning("%s: the last run that passed cannot be scored: %s", metric.identifier, error)
+            return None, []
+
+    def _changed(
+        self, metric: Metric, now: Scored, before: Sequence[Answer], after: Sequence[Answer]
+    ) -> list[ChangedRow]:
+        """The rows whose score changed most, as many losses and as many wins as are shown."""
+        shown = self.validation.rows_shown
+        if not shown:
+            return []
+        then = row_scores(metric, before, self.validation.on_error)
+        sign = 1 if now.value.higher_is_better else -1
+        gains = {row: sign * (now.scores[row] - then[row]) for row in now.scores.keys() & then.keys()}
+        order = sorted((row for row in gains if gains[row]), key=lambda row: (gains[row], row))
+        losses = [row for row in order[:shown] if gains[row] < 0]
+        wins = [row for row in reversed(order[-shown:]) if gains[row] > 0]
+        return [
+            ChangedRow(
+                row=row,
+                metric=metric.identifier,
+                before=then[row],
+                after=now.scores[row],
+                is_win=gains[row] > 0,
+                inputs=self.frozen.cases[row].inputs,
+                target=self.frozen.cases[row].target,
+                said_before=_said(before[row]),
+                said_after=_said(after[row]),
+            )
+            for row in (*losses, *wins)
+        ]
+
+
+def _said(answer: Answer) -> object:
+    return answer.prediction if answer.error is None else answer.error
