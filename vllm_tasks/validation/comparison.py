@@ -96,4 +96,4 @@ def _answers(
 ) -> dict[str, list[Answer]]:
     frozen = kept(found.dataset, found.dataset_table, columns_of(validation, model), home)
     sources = sources_of(packed(model, validation.key[0], context), validation.metrics, found.dataset)
-    return {metric: source.answers(home, found.run, frozen) for metric, source in sources.items()}
+    return {metric: source.answers(home, found.answers, frozen) for metric, source in sources.items()}

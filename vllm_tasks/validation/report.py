@@ -121,6 +121,11 @@ class DatasetReport:
     """Confusion tables by metric."""
 
     @property
+    def answers(self) -> str:
+        """The run whose answers were scored: this one or, with `reuse`, an earlier one."""
+        return next((record.answers for record in self.history if record.run == self.run), self.run)
+
+    @property
     def reasons(self) -> list[str]:
         return [f"{self.dataset}: {verdict.reason}" for verdict in self.verdicts if verdict.reason]
 

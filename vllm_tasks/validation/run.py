@@ -198,10 +198,10 @@ class Call:
         answers = {s.predict_id: s.answers(self.home, answered, frozen) for s in distinct}
         for each in answers.values():
             self._refuse_many_failed(frozen, each, may_fail)
-        run = history.new_run(frozen.hash) if self.reuse else answered
-        judging = Judging(self.validation, self.home, frozen, sources)
         past = history.records_of(self.home, self.model.identifier, frozen.dataset)
-        report, scores = judging.judged(run, answers, [r for r in past if r.run != run])
+        scored_before = any(record.answers == answered for record in past)
+        run = history.new_run(frozen.hash) if scored_before else answered
+        report, scores = Judging(self.validation, self.home, frozen, sources).judged(run, answers, past)
         report = replace(report, asked=asked)
         return Found(report, self._records(frozen, sources, report, answered), scores)
 

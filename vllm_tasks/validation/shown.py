@@ -145,8 +145,8 @@ def _parts(model: str, report: DatasetReport) -> Iterator[str]:
         yield f"## Confusion in {cell(metric)}"
         yield _confusion(table)
     yield (
-        f"Run {code(report.run)}; its answers: {code(report.outputs)}, where `run` is this one; its scores "
-        "by row: `_metric_scores`."
+        f"Run {code(report.run)}; its answers: {code(report.outputs)}, where `run` is {code(report.answers)}; its "
+        "scores by row: `_metric_scores`."
     )
 
 
