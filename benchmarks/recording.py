@@ -14,7 +14,8 @@ class Recording:
     """Answers of the server at `server`, by request; `reply` is a script of a `ScriptedServer`.
 
     Requests are equal when their bodies are equal as JSON, whatever the order of their fields: no field is
-    left out, and 0 is not 0.0. What is no success is not kept, and neither is what is not asked by POST.
+    left out, and 0 is not 0.0. Of equal requests in flight all are forwarded, and have the answer that came
+    first. What is no success is not kept, and neither is what is not asked by POST.
     """
 
     def __init__(self, server: str) -> None:
@@ -28,9 +29,7 @@ class Recording:
         if known is not None:
             return known
         found = await self._forward("POST", asked)
-        if found.status == 200:
-            self.answers[canonical(asked.body)] = found
-        return found
+        return self.answers.setdefault(canonical(asked.body), found) if found.status == 200 else found
 
     async def _forward(self, method: str, asked: Asked) -> Reply:
         url = f"{self._server}{asked.path}"

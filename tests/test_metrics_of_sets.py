@@ -157,6 +157,15 @@ def test_the_confusion_table_names_failed_rows_and_other_answers() -> None:
     assert taken.labels == ("(failed)", "(other)", "failed", "other")
 
 
+def test_macro_f1_takes_no_free_text() -> None:
+    """Each row has a number for each class: a thousand are taken, more are refused, also as labels."""
+    targets = [f"text {i}" for i in range(1001)]
+    assert value(sums("macro_f1", targets[:1000], targets[:1000])) == 1
+    for options in {}, {"labels": targets}:
+        with pytest.raises(InvalidCall, match=r"1,001 classes.* 1,000 .*: for free text take exact_match"):
+            sums("macro_f1", ["a"] * 1001, targets, **options)
+
+
 def test_macro_f1_is_resampled_in_no_time() -> None:
     """A thousand totals of a hundred classes take well under a second."""
     draw = random.Random(0)
@@ -176,6 +185,13 @@ def test_perplexity() -> None:
     assert value(found) == pytest.approx(4)
     assert math.isnan(value(found, [3]))
     assert value(sums("perplexity", [[Likelihood(-1e6, 1, 1)]], ["t"])) == math.inf
+
+
+def test_a_text_without_tokens_adds_nothing_to_perplexity() -> None:
+    """Whatever likelihood comes with it, and alone it has none."""
+    known, empty = [Likelihood(-2.0, 2, 9)], [Likelihood(math.nan, 0, 0)]
+    assert value(sums("perplexity", [known, empty], ["t", ""])) == pytest.approx(math.e)
+    assert math.isnan(value(sums("perplexity", [empty], [""])))
 
 
 @pytest.mark.parametrize("name", ["bleu", "chrf", "macro_f1"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
+import json
 import math
 import multiprocessing
 import random
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import sqlalchemy as sa
 from deltalake import DeltaTable
 
 from tests.places import Place
@@ -115,6 +118,68 @@ def test_a_name_that_two_columns_have_harms_nobody_who_wants_another(tables: Tab
     assert everything(tables, select, "text") == [{"text": "a"}]
 
 
+TYPES = {"ok": "BOOLEAN", "at": "TIMESTAMP", "day": "DATE", "data": "JSON"}
+NOON = dt.datetime(2026, 11, 22, 12, 0, 0, 1)
+TYPED: list[dict[str, Any]] = [
+    {"id": 0, "ok": True, "at": NOON, "day": NOON.date(), "data": [1, None]},
+    {"id": 1, "ok": False, "at": NOON.replace(microsecond=0), "day": dt.date.min, "data": []},
+    {"id": 2, "ok": None, "at": None, "day": None, "data": None},
+]
+
+
+def run(place: Place, *statements: str) -> None:
+    engine = sa.create_engine(place.url.replace("postgresql:", "postgresql+psycopg:"))
+    with engine.begin() as connection:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+    engine.dispose()
+
+
+def sql(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "NULL", True: "TRUE", False: "FALSE"}[value]
+    return f"'{json.dumps(value) if isinstance(value, list) else value}'" if value != 0 else "0"
+
+
+def test_a_table_has_the_same_values_wherever_it_is(place: Place) -> None:
+    """SQLite has numbers for booleans, and text for times and JSON: a table says what they are."""
+    if "://" in place.url:
+        columns = ", ".join(f'"{name}" {kind}' for name, kind in TYPES.items())
+        rows = ", ".join(f"({row['id']}, {', '.join(sql(row[name]) for name in TYPES)})" for row in TYPED)
+        run(
+            place,
+            f"CREATE TABLE typed (id INTEGER, {columns})",
+            f"INSERT INTO typed VALUES {rows}",
+            "CREATE VIEW seen AS SELECT * FROM typed",
+        )
+    else:
+        Path(place.url).mkdir()
+        for name in "typed", "seen":
+            pq.write_table(pa.Table.from_pylist(TYPED), Path(place.url) / f"{name}.parquet")
+    with closing(place.db.tables()) as tables:
+        for name in "typed", "seen":
+            found = sorted(everything(tables, name), key=lambda row: row["id"])
+            assert list(map(repr, found)) == list(map(repr, TYPED))
+        some = everything(tables, "typed", "ok", "id")
+        assert sorted(some, key=lambda row: row["id"])[1] == {"ok": False, "id": 1}
+
+
+def test_what_is_no_value_of_its_columns_type_stays_as_it_is(tmp_path: Path) -> None:
+    """SQLite holds anything in any column."""
+    odd = ["", "x", 5, -1.5, b"\xff", 2**62, "NaN", "[" * 100_000]
+    with closing(sqlite3.connect(tmp_path / "t.db")) as connection:
+        columns = ", ".join(f'"{name}" {kind}' for name, kind in TYPES.items())
+        connection.execute(f"CREATE TABLE t ({columns}, more, late DATETIME(6), yes BOOL)")
+        rows = [(value,) * 4 + ("2026-11-22", "2026-11-22T12:00+01:00", 1) for value in odd]
+        connection.executemany("INSERT INTO t VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        connection.commit()
+    late = dt.datetime(2026, 11, 22, 12, tzinfo=dt.timezone(dt.timedelta(hours=1)))
+    with closing(Datalayer(url=f"sqlite:///{tmp_path}/t.db").tables()) as tables:
+        assert [tuple(row.values()) for row in everything(tables, "main.t")] == [
+            (value,) * 4 + ("2026-11-22", late, True) for value in odd
+        ]
+
+
 def test_outputs_are_read_by_name(tables: Tables) -> None:
     """An outputs table is a source as any other, its JSON as text by a CAST; what was written after a
     first read is seen by the next one."""
@@ -185,6 +250,9 @@ def test_types_and_floats_come_back_as_they_went(tables: Tables) -> None:
     tables.put("scores", table(*rows), KEY)
     assert tables.outputs("scores").schema.remove_metadata().equals(SCHEMA)
     assert stored(tables) == rows
+    again = sorted(everything(tables, "scores"), key=lambda row: row["row"])
+    assert again == rows
+    assert all(row["passed"] is True and row["at"].utcoffset() == dt.timedelta() for row in again)
     read = {row["row"]: row["score"] for row in everything(tables, "scores", "row", "score")}
     assert [struct.pack("d", read[i]) for i in range(len(floats))] == [struct.pack("d", f) for f in floats]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import hashlib
 import logging
 import re
 import threading
@@ -20,6 +21,7 @@ from prefect.artifacts import (
 )
 from prefect.exceptions import PrefectException
 
+from vllm_tasks.datalayer import ODD
 from vllm_tasks.report import Progress, Report
 from vllm_tasks.stream import shown_key
 
@@ -152,8 +154,18 @@ def cell(text: str) -> str:
 
 
 def slug(name: str) -> str:
-    """A name as artifact keys have to be: lower-case letters, digits and dashes."""
-    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") or "outputs"
+    """A name as artifact keys have to be: lower-case letters, digits and dashes.
+
+    A name of letters (a to z, in either case), digits, single dashes and spaces, which become dashes, is its
+    own key. What else it has is lost, so that six digits of its hash are added: Prefect shows artifacts of one
+    key as versions of each other, which `m-a_b` and `m-a-b` are not. What no identifier may have (`ODD`, line
+    ends) counts as a space.
+    """
+    given = re.sub(rf"[\s{re.escape(ODD)}]+", "-", name.lower())
+    plain = re.sub("[^a-z0-9]+", "-", given).strip("-") or "outputs"
+    if plain == given:
+        return plain
+    return f"{plain}-{hashlib.sha256(given.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"
 
 
 def asset_key(place: str) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import json
 import logging
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import sqlalchemy as sa
@@ -70,6 +73,18 @@ NO_KEYS = ("json", "jsonb", "xml", "hstore", "point", "interval")
 """Types whose values are not hashable, have no equality, or are equal and unlike."""
 BOOLEANS = ("boolean", "BOOLEAN", "BOOL", "NUM")
 """`NUM` is what SQLite makes of a type that it does not know, BOOLEAN among them."""
+
+
+def _no_number(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
+
+
+READ: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("DATETIME", "TIMESTAMP"), dt.datetime.fromisoformat),
+    "DATE": dt.date.fromisoformat,
+    **dict.fromkeys(("JSON", "JSONB"), partial(json.loads, parse_constant=_no_number)),
+}
+"""What SQLite's text is, by the type that the column was declared with."""
 CHUNK = 50_000
 """Rows of the outputs that are Python objects at a time, on their way to Arrow."""
 
@@ -167,9 +182,13 @@ class Database:
         with self._backend.reading() as connection:
             source = self._source(connection, select, columns)
             names = list(dict.fromkeys(source.columns if columns is None else columns))
+            declared = self._declared(connection, source, names)
             with closing(self._whole(connection, source, names)) as pages:
                 for page in pages:
-                    yield [dict(zip(names, row, strict=True)) for row in page]
+                    yield [
+                        {n: _value(v, kind) for n, v, kind in zip(names, row, declared, strict=True)}
+                        for row in page
+                    ]
 
     def has(self, name: str) -> bool:
         with self._backend.reading() as connection:
@@ -360,6 +379,16 @@ class Database:
         copy = _copied(connection, query, self._backend.types(connection, source.rows, names))
         return _pages(connection, copy, sa.select(*list(copy.c)[1:]), PAGE)
 
+    def _declared(self, connection: Connection, source: Source, names: Sequence[str]) -> list[str]:
+        """The types that SQLite's columns were declared with, without lengths; else none is told."""
+        if source.table is None or connection.dialect.name != "sqlite":
+            return [""] * len(names)
+        name, schema = source.table
+        query = sa.text("SELECT name, type FROM pragma_table_xinfo(:name, :schema)")
+        found = connection.execute(query, {"name": name, "schema": schema or "main"}).all()
+        kinds = {column: kind.partition("(")[0].strip().upper() for column, kind in found}
+        return [kinds.get(name, "") for name in names]
+
     def _indexed(self, connection: Connection, source: Source, key: Sequence[str]) -> bool:
         """Whether an index says that keys are unique."""
         if source.table is None:
@@ -467,6 +496,18 @@ def _out_of_range(connection: Connection, name: str, column: str) -> bool:
 def _as_text(kind: str, connection: Connection) -> bool:
     """Whether the database is asked for the text of a column, as the driver's value may be something else."""
     return connection.dialect.name == "postgresql" and kind not in ARROW and ID_TYPES.get(kind) is not str
+
+
+def _value(value: Any, declared: str) -> Any:
+    """A value of SQLite's as the column's declared type has it; any other one may stand there, and stays."""
+    if declared in ("BOOLEAN", "BOOL") and value in (0, 1):
+        return bool(value)
+    if declared in READ and isinstance(value, str):
+        try:
+            return READ[declared](value)
+        except (ValueError, RecursionError):
+            return value
+    return value
 
 
 def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.exc import DBAPIError
@@ -24,15 +25,20 @@ TRIES = 10
 ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 """In JSON: an even number of backslashes before it are backslashes of the text."""
 
+UTC_TEXT = "%(year)04d-%(month)02d-%(day)02d %(hour)02d:%(minute)02d:%(second)02d.%(microsecond)06d+00:00"
+
 Shape = Mapping[str, tuple[str, bool]]
 """Type and whether NULL may stand there, by column."""
 
 
 class UtcTime(sa.TypeDecorator[datetime]):
-    """Aware datetimes, in UTC where the database keeps no zone."""
+    """Aware datetimes, in UTC where the database keeps no zone. SQLite's are text: it says UTC."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> sa.types.TypeEngine[Any]:
+        return sqlite.DATETIME(storage_format=UTC_TEXT) if dialect.name == "sqlite" else self.impl_instance
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         if value is None:

@@ -23,7 +23,8 @@ def score(prediction: Any, target: Any, *, normalize: Sequence[Step] = ()) -> bo
 
     A number is compared as text (3.0 is "3"). An answer that is a list or an object is compared by its data
     (1 is 1.0), unnormalized; a target that is a text is read as JSON for that, and one that is a list may be
-    equal as a whole or hold the answer. Raises `InvalidCall` for an unknown step and a target of null.
+    equal as a whole or hold the answer. Of such a list a text can only be one of its texts and numbers.
+    Raises `InvalidCall` for an unknown step and a target of null.
     """
     steps = check_steps(normalize)
     if isinstance(prediction, list | dict):
@@ -31,8 +32,8 @@ def score(prediction: Any, target: Any, *, normalize: Sequence[Step] = ()) -> bo
         return any(same(prediction, data_of(one)) for one in wanted)
     if isinstance(target, dict):
         return False  # data, and the model said a text
-    if isinstance(target, list) and target:
-        target = [one for one in target if not isinstance(one, list | dict)]
+    if isinstance(target, list):
+        target = [one for one in target if isinstance(one, str | int | float)]
         if not target:
             return False
     answer = normalized(text_of(prediction, "exact_match"), steps)

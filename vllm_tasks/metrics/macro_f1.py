@@ -12,21 +12,30 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.classes import class_of, known_classes, spelled, target_class
 from vllm_tasks.metrics.measure import Confusion, Measure, Sums
+
+MOST_CLASSES = 1_000
+"""Each row's vector has three numbers for each of them."""
 
 
 def score(predictions: Sequence[Any], targets: Sequence[Any], *, labels: Sequence[Any] | None = None) -> Sums:
     """Of all rows; a failed one is an answer of no class.
 
     labels: all classes there are, each of which counts even without a row; a target that is none of them
-        raises `InvalidCall`.
+        raises `InvalidCall`, and so do more than 1,000 classes.
 
     The table calls answers of no class `other` and failed rows `failed`.
     """
     known = known_classes(labels, "macro_f1")
     written = [target_class(target, known, "macro_f1") for target in targets]
     classes = known or spelled(written)
+    if len(classes) > MOST_CLASSES:
+        raise InvalidCall(
+            f"macro_f1: there are {len(classes):,} classes, and it takes {MOST_CLASSES:,} at most: for free "
+            "text take exact_match or token_f1, for more classes accuracy"
+        )
     pairs = [
         (target.casefold(), None if prediction is None else class_of(prediction, "macro_f1"))
         for target, prediction in zip(written, predictions, strict=True)

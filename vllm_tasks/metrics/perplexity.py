@@ -15,7 +15,8 @@ from vllm_tasks.metrics.measure import Likelihood, Measure, Sums
 
 
 def score(predictions: Sequence[Sequence[Likelihood] | None], targets: Sequence[Any]) -> Sums:
-    """Of rows with the likelihood of one text each. No tokens have no perplexity: it is nan."""
+    """Of rows with the likelihood of one text each; a text without tokens adds nothing. The perplexity of no
+    tokens is nan."""
     return Sums([_sums(prediction) for prediction in predictions], _total)
 
 
@@ -23,7 +24,7 @@ def _sums(prediction: Sequence[Likelihood] | None) -> tuple[float, float]:
     if prediction is None:
         return 0.0, 0.0
     (text,) = prediction
-    return -text.logprob, float(text.tokens)
+    return (-text.logprob, float(text.tokens)) if text.tokens else (0.0, 0.0)
 
 
 def _total(sums: Sequence[float]) -> float:

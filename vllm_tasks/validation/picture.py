@@ -58,13 +58,6 @@ class Row:
     passed: bool
 
 
-def history_svg(
-    points: Sequence[Point], *, title: str, threshold: float | None = None, higher_is_better: bool = True
-) -> str:
-    """One metric over the runs, oldest first."""
-    return histories_svg([Panel(title, points, threshold, higher_is_better)])
-
-
 def histories_svg(panels: Sequence[Panel]) -> str:
     """Metrics over the runs in one picture: one metric in full width, more of them in two columns, each with
     an axis of its own."""
@@ -92,9 +85,7 @@ def histories_svg(panels: Sequence[Panel]) -> str:
     return card(bottom + LEGEND, ", ".join(panel.title for panel in panels), [*drawn, legend])
 
 
-def compare_svg(
-    rows: Sequence[Row], *, title: str, threshold: float | None = None, higher_is_better: bool = True
-) -> str:
+def compare_svg(rows: Sequence[Row], *, title: str, higher_is_better: bool = True) -> str:
     """Models side by side for one metric: a dot with its interval and its value, in the order given."""
     line = 28
     names = [cut(row.name, 13, 280) for row in rows]
@@ -103,18 +94,16 @@ def compare_svg(
     right = WIDTH - PADDING - max(map(len, values), default=0) * 13 * CHARACTER - 16
     top = PADDING + 42
     bottom = top + line * len(rows) + 4
-    axis = Axis([n for row in rows for n in (row.value, row.low, row.high)], threshold, left, right, 6)
-    parts = [_head(_Box(PADDING, PADDING, WIDTH - 2 * PADDING, 0), title, threshold, higher_is_better)]
+    axis = Axis([n for row in rows for n in (row.value, row.low, row.high)], None, left, right, 6)
+    parts = [_head(_Box(PADDING, PADDING, WIDTH - 2 * PADDING, 0), title, None, higher_is_better)]
     parts += [path("g", (f"M{px(axis(tick))} {top}V{px(bottom)}" for tick in axis.ticks))]
     parts += [write(axis(tick), bottom + 18, axis.written(tick), anchor="middle") for tick in axis.ticks]
-    if drawable(threshold):
-        parts.append(path("h", [f"M{px(axis(threshold))} {top}V{px(bottom)}"]))
     middles = [top + line * (i + 0.5) + 2 for i in range(len(rows))]
     parts.append(_values(rows, middles, axis, 4.5, upright=False))
     for name, value, y in zip(names, values, middles, strict=True):
         parts.append(write(PADDING, y + 4.5, name, kind="n"))
         parts.append(write(WIDTH - PADDING, y + 4.5, value, kind="v", anchor="end"))
-    parts.append(_legend(bottom + 42, [row.passed for row in rows], drawable(threshold)))
+    parts.append(_legend(bottom + 42, [row.passed for row in rows], threshold=False))
     return card(bottom + 42 + LEGEND, title, parts)
 
 

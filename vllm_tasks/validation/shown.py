@@ -144,10 +144,8 @@ def _parts(model: str, report: DatasetReport) -> Iterator[str]:
     for metric, table in report.tables.items():
         yield f"## Confusion in {cell(metric)}"
         yield _confusion(table)
-    yield (
-        f"Run {code(report.run)}; its answers: {code(report.outputs)}, where `run` is {code(report.answers)}; its "
-        "scores by row: `_metric_scores`."
-    )
+    answers = f"{code(report.outputs)}, where `run` is {code(report.answers)}"
+    yield f"Run {code(report.run)}; its answers: {answers}; its scores by row: `_metric_scores`."
 
 
 def _counts(report: DatasetReport) -> str:

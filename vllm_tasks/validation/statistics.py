@@ -98,11 +98,6 @@ def mean_rows(scores: Sequence[float | None]) -> Array:
     return np.array([(0.0, 0.0) if s is None else (float(s), 1.0) for s in scores]).reshape(-1, 2)
 
 
-def value(rows: ArrayLike, total: Total = mean) -> float:
-    """The metric of all rows (n x k), from sums that are rounded once: the same in any order of the rows."""
-    return total(_sums(np.asarray(rows, dtype=np.float64)))
-
-
 def mean_interval(scores: Sequence[float | None], seed: int = 0) -> Interval:
     """Of a mean of scores; see `bootstrap`."""
     return bootstrap(mean_rows(scores), mean, seed)
@@ -115,7 +110,7 @@ def bootstrap(rows: ArrayLike, total: Total = mean, seed: int = 0) -> Interval:
     width. Resamples whose metric is nan are left out; when all are, and when there are no rows, both ends
     are nan. Memory is 32 MiB beside the distinct rows.
     """
-    matrix = np.asarray(rows, dtype=np.float64)
+    matrix = _vectors(rows)
     if len(matrix) == 0:
         return Interval(math.nan, math.nan)
     first, counts = _distinct(matrix)
@@ -126,8 +121,9 @@ def bootstrap(rows: ArrayLike, total: Total = mean, seed: int = 0) -> Interval:
 def bootstrap_set(score: Callable[[Sequence[int]], float], n: int, seed: int = 0) -> Interval:
     """Of a metric that is no function of sums: `score` is called for the positions of each of 200 resamples.
 
-    The positions are in ascending order, some of them more than once. What is left out, and when the ends are
-    equal or nan, is as for `bootstrap`.
+    The positions are in ascending order, some of them more than once. Resamples whose metric is nan are left
+    out. Both ends are nan when all are, and when `n` is 0; they are equal when all resamples have one value,
+    as they have when `n` is 1.
     """
     if n == 0:
         return Interval(math.nan, math.nan)
@@ -154,7 +150,7 @@ def paired(
     Runs that agree in every row have p 1, as have no rows at all and a difference that is not finite; a swap
     whose metric is nan counts as extreme. Raises `ValueError` for arrays of unequal shapes.
     """
-    old, new = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    old, new = _vectors(before), _vectors(after)
     if old.shape != new.shape:
         raise ValueError(f"rows are paired by position, and {old.shape} is no pair of {new.shape}")
     if len(old) == 0:
@@ -251,6 +247,11 @@ def _p_values(
     found = [extreme(gains(swapped, moves)) for swapped in _swaps(rng, counts, swaps)]
     worse, different = (1 + sum(int(which.sum()) for which in side) for side in zip(*found, strict=True))
     return worse / (1 + swaps), different / (1 + swaps)
+
+
+def _vectors(rows: ArrayLike) -> Array:
+    """As floats, without -0.0: it equals 0.0, and has other bits, by which rows are told apart."""
+    return np.asarray(rows, dtype=np.float64) + 0.0
 
 
 def _sums(rows: Array) -> list[float]:
