@@ -157,9 +157,9 @@ def slug(name: str) -> str:
     """A name as artifact keys have to be: lower-case letters, digits and dashes.
 
     A name of letters (a to z, in either case), digits, single dashes and spaces, which become dashes, is its
-    own key. What else it has is lost, so that six digits of its hash are added: Prefect shows artifacts of one
-    key as versions of each other, which `m-a_b` and `m-a-b` are not. What no identifier may have (`ODD`, line
-    ends) counts as a space.
+    own key. What else it has is lost, so that six digits of its hash are added: Prefect shows artifacts of
+    one key as versions of each other, which `m-a_b` and `m-a-b` are not. What no identifier may have (`ODD`,
+    line ends) counts as a space.
     """
     given = re.sub(rf"[\s{re.escape(ODD)}]+", "-", name.lower())
     plain = re.sub("[^a-z0-9]+", "-", given).strip("-") or "outputs"

@@ -38,7 +38,9 @@ class UtcTime(sa.TypeDecorator[datetime]):
     cache_ok = True
 
     def load_dialect_impl(self, dialect: Dialect) -> sa.types.TypeEngine[Any]:
-        return sqlite.DATETIME(storage_format=UTC_TEXT) if dialect.name == "sqlite" else self.impl_instance
+        if dialect.name == "sqlite":
+            return sqlite.DATETIME(storage_format=UTC_TEXT)  # type: ignore[no-untyped-call]  # SQLAlchemy's
+        return self.impl_instance
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         if value is None:
