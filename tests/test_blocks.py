@@ -264,7 +264,7 @@ def local_function(x: str) -> str:
         {
             "validation": Validation(
                 datasets=[Dataset(identifier="d", select="t")],
-                metrics=[Metric(identifier="m", object=lambda x: x)],
+                metrics=[Metric(identifier="m", object=lambda p, t: 1.0)],
                 key=("x", "y"),
             )
         },

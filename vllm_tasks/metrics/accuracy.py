@@ -23,4 +23,4 @@ def score(prediction: Any, target: Any, *, labels: Sequence[Any] | None = None) 
     return class_of(prediction, "accuracy") == wanted.casefold()
 
 
-MEASURE = Measure(score, proportion=True)
+MEASURE = Measure(score)

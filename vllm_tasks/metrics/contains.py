@@ -37,4 +37,4 @@ def _alone(text: str) -> str:
     return before + re.escape(text) + after
 
 
-MEASURE = Measure(score, proportion=True)
+MEASURE = Measure(score)

@@ -40,4 +40,4 @@ def score(prediction: Any, target: Any, *, normalize: Sequence[Step] = ()) -> bo
     return any(normalized(text, steps) == answer for text in accepted(target, "exact_match"))
 
 
-MEASURE = Measure(score, proportion=True)
+MEASURE = Measure(score)

@@ -23,4 +23,4 @@ def score(prediction: Any, target: Any = None) -> bool:
     return True
 
 
-MEASURE = Measure(score, proportion=True)
+MEASURE = Measure(score)

@@ -83,8 +83,7 @@ class Measure:
     asks: Asks = "answer"
     """What a prediction is: the model's answer, a list of `Likelihood`, or a judge's verdict."""
     range: tuple[float, float] = (0.0, 1.0)
+    """Where it is 0 to 1 and all scores are one of these, the interval is Wilson's."""
     higher_is_better: bool = True
-    proportion: bool = False
-    """Each score is 0 or 1, and the interval Wilson's."""
     miss: float | None = 0.0
     """The score of a failed row; None: it has none, and is left out and shown."""

@@ -40,4 +40,4 @@ def _value(choice: Likelihood, normalize: Normalize | None) -> float:
     return choice.logprob / max(choice.characters if normalize == "characters" else choice.tokens, 1)
 
 
-MEASURE = Measure(score, asks="likelihood", proportion=True)
+MEASURE = Measure(score, asks="likelihood")

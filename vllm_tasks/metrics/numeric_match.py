@@ -85,4 +85,4 @@ def _tolerance(given: float | str) -> Decimal:
     return tolerance
 
 
-MEASURE = Measure(score, proportion=True)
+MEASURE = Measure(score)

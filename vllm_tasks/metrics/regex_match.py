@@ -47,4 +47,4 @@ def _compiled(pattern: Any) -> re.Pattern[str]:
         raise InvalidCall(f"regex_match: {pattern!r:.200} is no pattern of Python's re: {error}") from error
 
 
-MEASURE = Measure(score, proportion=True)
+MEASURE = Measure(score)
