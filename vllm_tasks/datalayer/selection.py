@@ -148,9 +148,12 @@ class Tables(Protocol):
 
     def read(self, select: str, columns: Sequence[str] | None = None) -> Iterator[list[Row]]:
         """The rows of a source as mappings of column to Python value, streamed in lists, in no particular
-        order: these columns, or all. Values are as `rows` has them, but those of a table of SQLite's are of its
-        declared types, bools and times among them. Raises `InvalidCall` for a source or column that is not there and two columns of one name,
-        `TablesUnavailable`."""
+        order: these columns, or all. Values are as `rows` has them, but those of a table of SQLite's are of
+        its declared types, bools and times among them.
+
+        Raises `InvalidCall` for a source or column that is not there and two columns of one name,
+        `TablesUnavailable`.
+        """
 
     def has(self, name: str) -> bool:
         """Whether there is a table `name`, so that `read(name)` finds one."""
