@@ -31,6 +31,7 @@ from vllm_tasks import (
     VllmAPI,
     VllmModel,
 )
+from vllm_tasks.errors import near
 from vllm_tasks.prompts import joined
 from vllm_tasks.sampling import known_names
 
@@ -69,8 +70,8 @@ def full(kind: type[VllmAPI] | type[VllmModel], **fields: Any) -> VllmAPI | Vllm
         "predict_kwargs": {"temperature": 0, "stop": ["a", "b"], "seed": None},
         "compute_kwargs": {"num_gpus": 1, "env": {"A": "1"}, "tolerations": [{"key": "gpu"}]},
         "validation": Validation(
-            datasets=[Dataset(identifier="d", raw_data=[{"q": "x", "a": 1}], db="prod", sample_size=3)],
-            metrics=[Metric(identifier="exact_match"), Metric(identifier="own", object=joined)],
+            datasets=[Dataset(identifier="d", select="t", db="prod", sample_size=3)],
+            metrics=[Metric(identifier="exact_match"), Metric(identifier="own", object=near)],
             key=("q", "a"),
             thresholds={"exact_match": 0.5},
         ),
