@@ -110,7 +110,7 @@ def test_a_model_with_all_fields_survives_save_and_load(
     assert isinstance(loaded.datatype, DataType)
     assert loaded.datatype.decoder is known_names
     assert loaded.validation is not None
-    assert loaded.validation.metrics[1].object is joined
+    assert loaded.validation.metrics[1].object is near
     assert loaded.db is not None
     assert loaded.db.url.get_secret_value() == SECRET_URL
     if isinstance(loaded, VllmAPI):
