@@ -12,7 +12,6 @@ from prefect import flow
 from vllm_tasks import (
     Comparison,
     Datalayer,
-    InvalidCall,
     Validation,
     VllmAPI,
     VllmModel,
@@ -20,6 +19,7 @@ from vllm_tasks import (
     validate,
 )
 from vllm_tasks.tasks import report_of
+from vllm_tasks.validation import check_comparable
 
 
 @flow(name="compare-models")
@@ -42,9 +42,7 @@ def compare_models(
         max_failed: How many rows may fail, a share (0.05) or a count (20); empty: any number.
         context: Fills {context} of every prompt.
     """
-    names = [model.identifier for model in models]
-    if len(models) < 2 or len(set(names)) < len(names):  # before anything is asked
-        raise InvalidCall(f"models to compare need identifiers of their own, two or more; got {names}")
+    check_comparable([model.identifier for model in models])  # before anything is asked
     db = db or models[0].db
     runs = {}
     for model in sorted(models, key=lambda model: isinstance(model, VllmModel)):

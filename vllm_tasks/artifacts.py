@@ -8,7 +8,8 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from uuid import UUID
 
@@ -43,6 +44,15 @@ PHASES = {
 }
 
 
+@contextmanager
+def only_shown(what: str) -> Iterator[None]:
+    """What is shown is not what is done: a server that is away is a warning."""
+    try:
+        yield
+    except (httpx.HTTPError, PrefectException) as error:
+        logger.warning("%s could not be shown: %s", what, error)
+
+
 class ProgressArtifact:
     """A progress artifact that is updated every few seconds, in a thread: Prefect's client tries again for
     a minute when its server is away, and no commit may wait for that."""
@@ -72,20 +82,18 @@ class ProgressArtifact:
     def _send(self, progress: Progress, last: bool) -> None:
         percent = min(100.0 * progress.done / progress.to_ask, 100.0) if progress.to_ask else 0.0
         percent = 100.0 if last else percent
-        try:
+        with only_shown("progress"):
             if self._artifact is None:
                 created = create_progress_artifact(percent, self._key, str(progress))
                 assert isinstance(created, UUID), "called from synchronous code"
                 self._artifact = created
             else:
                 update_progress_artifact(self._artifact, percent, str(progress))
-        except (httpx.HTTPError, PrefectException) as error:  # what is shown is not what is done
-            logger.warning("progress could not be shown: %s", error)
 
 
 def show_report(report: Report) -> None:
     """The final report as a Markdown artifact and, where rows failed, a table of errors."""
-    try:
+    with only_shown("the report"):
         create_markdown_artifact(markdown_of(report), f"{slug(report.predict_id)}-report", str(report))
         if report.worst:
             table = [
@@ -94,8 +102,6 @@ def show_report(report: Report) -> None:
             ]
             words = f"{len(table)} of {report.failed:,} failed rows of {report.predict_id}"
             create_table_artifact(table, f"{slug(report.predict_id)}-errors", words)
-    except (httpx.HTTPError, PrefectException) as error:
-        logger.warning("the report could not be shown: %s", error)
 
 
 def markdown_of(report: Report) -> str:

@@ -96,35 +96,33 @@ class RowErrors(VllmTasksError):
         return f"RowErrors({len(self.errors)} of {len(self.results)} rows)"  # never the rows' contents
 
 
-class TooManyFailed(VllmTasksError):
+class _Reported(VllmTasksError):
+    """A run ended as `report` says; all that was finished is kept."""
+
+    def __init__(self, message: str, report: Any) -> None:
+        super().__init__(message, report)
+        self.report = report
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self})"  # Prefect logs it: without the whole report
+
+
+class TooManyFailed(_Reported):
     """More rows failed than `max_failed` allows; all that was finished by then is committed.
 
     `report` says how many, why, and where the outputs are.
     """
 
-    def __init__(self, message: str, report: Report) -> None:
-        super().__init__(message, report)
-        self.report = report
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self})"  # Prefect logs it: without the whole report
+    report: Report
 
 
-class GateFailed(VllmTasksError):
+class GateFailed(_Reported):
     """A model is below a threshold, or worse than it was by more than is allowed; all of it is recorded.
 
     `report` has the values, and why.
     """
 
-    def __init__(self, message: str, report: ValidationReport) -> None:
-        super().__init__(message, report)
-        self.report = report
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self})"  # Prefect logs it: without the whole report
+    report: ValidationReport

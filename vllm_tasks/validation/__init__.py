@@ -6,6 +6,7 @@ Kept and saved with a model; `vllm_tasks.validate` does it.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from prefect.blocks.core import Block
@@ -29,6 +30,14 @@ REQUIRED = {"multiple_choice": ("choices",), "judge": ("model", "rubric")}
 """Options without which a built-in metric cannot be asked."""
 OWN_OPTIONS = {"choices", "delimiter"}
 """Of metrics by likelihood: the column of the choices, and what stands between prompt and text."""
+
+
+def check_comparable(identifiers: Sequence[str]) -> None:
+    """Raises `InvalidCall` unless there are two models or more, each with an identifier of its own."""
+    if len(identifiers) < 2 or len(set(identifiers)) < len(identifiers):
+        raise InvalidCall(
+            f"models to compare need identifiers of their own, two or more; got {list(identifiers)}"
+        )
 
 
 def _block_of(judge: Block) -> str:

@@ -11,7 +11,7 @@ from vllm_tasks.metrics.measure import Answer
 from vllm_tasks.predictor import Predictor
 from vllm_tasks.prompts import Context
 from vllm_tasks.tables import datalayer_of
-from vllm_tasks.validation import Validation
+from vllm_tasks.validation import Validation, check_comparable
 from vllm_tasks.validation.asking import packed
 from vllm_tasks.validation.frozen import kept
 from vllm_tasks.validation.report import Comparison, DatasetReport, Standing, ValidationReport
@@ -34,8 +34,7 @@ def compare(
     are not over the same rows, or not of these models and data sets.
     """
     names = [model.identifier for model in models]
-    if len(models) < 2 or len(set(names)) < len(names):
-        raise InvalidCall(f"models to compare need identifiers of their own, two or more; got {names}")
+    check_comparable(names)
     if (told := [report.model for report in reports]) != names:
         raise InvalidCall(f"reports are of {told}, and have to be of the models, in their order: {names}")
     home = datalayer_of(db, models[0]).tables()

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import numpy as np
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from prefect.exceptions import PrefectException
 
-from vllm_tasks.artifacts import cell, code, markdown_table, slug
+from vllm_tasks.artifacts import cell, code, markdown_table, only_shown, slug
 from vllm_tasks.metrics.measure import Confusion
 from vllm_tasks.validation.picture import Panel, Point, Row, compare_svg, histories_svg, markdown_image
 from vllm_tasks.validation.report import (
@@ -26,8 +23,6 @@ from vllm_tasks.validation.report import (
     Verdict,
 )
 from vllm_tasks.validation.statistics import Paired
-
-logger = logging.getLogger(__name__)
 
 RUNS_SHOWN = 60
 """In the picture; under each date stand the first digits of the rows' hash: others are other rows."""
@@ -43,20 +38,16 @@ def show(report: ValidationReport) -> None:
     for dataset in report.datasets:
         name = slug(f"{report.model}-{dataset.dataset}")
         passed = "passed" if not dataset.reasons else "failed: " + "; ".join(dataset.reasons)
-        try:
+        with only_shown("the validation"):
             create_table_artifact(table_of(dataset), f"{name}-metrics", f"{report.model} {passed}")
             create_markdown_artifact(markdown_of(report.model, dataset), f"{name}-validation", passed)
-        except (httpx.HTTPError, PrefectException) as error:  # what is shown is not what is done
-            logger.warning("the validation could not be shown: %s", error)
 
 
 def show_comparison(comparison: Comparison) -> None:
     """An artifact, `comparison-<models>`, with a table and a picture for each data set and metric."""
     name = slug(f"comparison-{'-'.join(comparison.models)}")[:200].strip("-")
-    try:
+    with only_shown("the comparison"):
         create_markdown_artifact(markdown_of_comparison(comparison), name, str(comparison)[:500])
-    except (httpx.HTTPError, PrefectException) as error:
-        logger.warning("the comparison could not be shown: %s", error)
 
 
 def markdown_of_comparison(comparison: Comparison) -> str:
