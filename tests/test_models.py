@@ -30,7 +30,6 @@ from vllm_tasks import (
     VllmModel,
 )
 from vllm_tasks.engines.urls import split_urls
-from vllm_tasks.predictor import COMPUTE_HINTS
 from vllm_tasks.settings import site_settings
 
 Maker = Callable[..., VllmAPI | VllmModel]
@@ -329,7 +328,7 @@ def test_harmless_fields_of_later_versions_do_not_stand_in_the_way(make: Maker) 
     model = make(
         identifier="m",
         datatype="str",
-        compute_kwargs=dict.fromkeys(COMPUTE_HINTS, 1),
+        compute_kwargs={"num_gpus": 1, "memory": "32Gi", "work_pool": "vllm-gpu"},
         model_update_kwargs={"table": "t"},
         validation=Validation(
             datasets=[Dataset(identifier="d", select="t")],

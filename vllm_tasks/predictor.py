@@ -30,8 +30,10 @@ from vllm_tasks.datalayer import Datalayer, check_name, own_fields
 from vllm_tasks.datatypes import DataType
 from vllm_tasks.errors import InvalidCall, RowErrors
 from vllm_tasks.fingerprint import source_of
+from vllm_tasks.hints import checked
 from vllm_tasks.outputs import Artifact, Decoder, check_one_type
 from vllm_tasks.prompts import Context, Prompter, Signature, Template, load_artifact
+from vllm_tasks.resources import Resources
 from vllm_tasks.rows import BuiltinType, Completion, Request, Result, RowError
 from vllm_tasks.sampling import Target, check_names, known_names
 from vllm_tasks.schemas import schema_type
@@ -43,22 +45,6 @@ if TYPE_CHECKING:
     from vllm_tasks.report import Report
 
 logger = logging.getLogger(__name__)
-
-COMPUTE_HINTS = {
-    "num_gpus",
-    "num_cpus",
-    "memory",
-    "accelerator_type",
-    "resources",
-    "shm_size",
-    "image",
-    "env",
-    "node_selector",
-    "tolerations",
-    "work_pool",
-    "work_queue",
-    "deployment",
-}
 
 WRITE_OPTIONS = {"table", "partition_by", "compression", "on_length"}
 
@@ -111,7 +97,9 @@ class Predictor(BaseModel):
         default={}, description="Sampling parameters by vLLM's names; those of a call win."
     )
     compute_kwargs: dict[str, Any] = Field(
-        default={}, description="Resource hints, such as num_gpus or work_pool (kept, not used yet)."
+        default={},
+        repr=False,  # values of `env` may be secrets
+        description="Resource hints, such as num_gpus, memory, image, env or work_pool.",
     )
     validation: Validation | None = Field(
         default=None, description="Data sets, metrics and limits of `validate` where the call gives none."
@@ -173,8 +161,7 @@ class Predictor(BaseModel):
     @field_validator("compute_kwargs")
     @classmethod
     def _known_hints(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if unknown := sorted(value.keys() - COMPUTE_HINTS):
-            raise ValueError(f"unknown compute_kwargs {unknown}; known are {sorted(COMPUTE_HINTS)}")
+        checked(value)
         return value
 
     @field_validator("prompt")
@@ -208,6 +195,11 @@ class Predictor(BaseModel):
     def _known_sampling(self) -> Self:
         check_names(self.predict_kwargs, self._sampling_target())
         check_one_type(self.datatype, self.output_schema)
+        return self
+
+    @model_validator(mode="after")
+    def _hints_that_fit(self) -> Self:
+        Resources.of(self)
         return self
 
     @model_validator(mode="wrap")
@@ -401,7 +393,8 @@ class Predictor(BaseModel):
 
 
 def _shown(error: ErrorDetails) -> InitErrorDetails:
-    whole_or_secret = not error["loc"] or error["type"] == "missing" or "api_key" in error["loc"]
+    secret = "api_key" in error["loc"] or "compute_kwargs" in error["loc"]
+    whole_or_secret = not error["loc"] or error["type"] == "missing" or secret
     return InitErrorDetails(
         type=error["type"],
         loc=error["loc"],

@@ -1,0 +1,115 @@
+"""The names and values that `compute_kwargs` may have, each with its check."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vllm_tasks.errors import InvalidCall, near
+
+BINARY = {"Ti": 2**40, "Gi": 2**30, "Mi": 2**20, "Ki": 2**10}
+DECIMAL = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+UNITS = {"": 1, **BINARY, **DECIMAL}
+AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ?([a-zA-Z]*)")
+
+TOLERATION = ("key", "operator", "value", "effect", "tolerationSeconds")
+
+
+def checked(hints: Mapping[str, Any]) -> dict[str, Any]:
+    """`compute_kwargs` with sizes in bytes; raises `InvalidCall` for an unknown name or a wrong value."""
+    for name in hints:
+        if name not in HINTS:
+            raise InvalidCall(
+                f"unknown compute_kwargs {name!r}{near(name, HINTS)}; known are {', '.join(HINTS)}"
+            )
+    return {name: HINTS[name](name, value) for name, value in hints.items()}
+
+
+def quantity(size: int) -> str:
+    """Bytes as Kubernetes writes them: '32Gi', or plain bytes where no unit fits."""
+    unit = next((unit for unit, factor in BINARY.items() if size % factor == 0), None)
+    return f"{size // BINARY[unit]}{unit}" if unit else str(size)
+
+
+def _whole(name: str, value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise InvalidCall(
+            f"compute_kwargs has {name}={value!r}, no whole number of at least 0: GPUs of one engine"
+        )
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise InvalidCall(f"compute_kwargs has {name}={value!r}, which is no number above 0")
+    number: float = value
+    return number
+
+
+def _size(name: str, value: Any) -> int:
+    match = AMOUNT.fullmatch(value) if isinstance(value, str) else None
+    unit = UNITS.get(match[2].removesuffix("B")) if match else None
+    size = value if type(value) is int else round(float(match[1]) * unit) if match and unit else 0
+    if size < 1:
+        raise InvalidCall(
+            f"compute_kwargs has {name}={value!r}, which is no size: give bytes, or a text such as '32Gi' "
+            f"(units {', '.join(UNITS)[2:]})"
+        )
+    return size
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise InvalidCall(f"compute_kwargs has {name}={value!r}, which is no text")
+    return value
+
+
+def _amounts(name: str, value: Any) -> dict[str, float]:
+    return {key: _number(f"{name}[{key!r}]", amount) for key, amount in _mapping(name, value).items()}
+
+
+def _texts(name: str, value: Any) -> dict[str, str]:
+    for key, text in _mapping(name, value).items():
+        if not isinstance(text, str):  # not shown: a value of `env` may be a secret
+            raise InvalidCall(f"compute_kwargs has a {type(text).__name__} as {name}[{key!r}]; give a text")
+    return dict(value)
+
+
+def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise InvalidCall(
+            f"compute_kwargs has a {type(value).__name__} as {name}; give a dict whose keys are texts"
+        )
+    return value
+
+
+def _tolerations(name: str, value: Any) -> tuple[dict[str, Any], ...]:
+    if not isinstance(value, list | tuple):
+        raise InvalidCall(f"compute_kwargs has {name}={value!r}, which is no list of Kubernetes tolerations")
+    for toleration in value:
+        for key in _mapping(f"one of {name}", toleration):
+            if key not in TOLERATION:
+                raise InvalidCall(
+                    f"compute_kwargs has {key!r} in {name}{near(key, TOLERATION)}; a toleration has "
+                    f"{', '.join(TOLERATION)}"
+                )
+    return tuple(dict(toleration) for toleration in value)
+
+
+HINTS: dict[str, Callable[[str, Any], Any]] = {
+    "num_gpus": _whole,
+    "num_cpus": _number,
+    "memory": _size,
+    "accelerator_type": _text,
+    "resources": _amounts,
+    "shm_size": _size,
+    "image": _text,
+    "env": _texts,
+    "node_selector": _texts,
+    "tolerations": _tolerations,
+    "work_pool": _text,
+    "work_queue": _text,
+    "deployment": _text,
+}
