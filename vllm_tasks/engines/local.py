@@ -1,4 +1,4 @@
-"""vLLM in a process of ours: rows in and out, restarted once an incident, ended with us."""
+"""One engine in a process elsewhere: rows in and out, restarted once an incident, ended with us."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from vllm_tasks.engines import Done
 from vllm_tasks.engines.host import Frame
@@ -34,6 +34,28 @@ class LocalConfig:
 
     engine_args: str
     start_timeout: float = field(compare=False)
+
+
+class Host(Protocol):
+    """A process that holds an engine, and our way to it (see `vllm_tasks.engines.host` for the frames)."""
+
+    model: str
+
+    async def read(self) -> Frame:
+        """The next frame; an empty one when the host is gone."""
+
+    def write(self, frame: Frame) -> None:
+        """Send a frame; one to a host that is gone is dropped."""
+
+    def why(self, reason: str) -> str:
+        """Why it ended, where its last frame said `reason` (or nothing)."""
+
+    async def end(self) -> None:
+        """End it and all that it started."""
+
+
+Launch = Callable[[Frame, float], Awaitable[tuple[Host, Frame]]]
+"""From engine arguments and the seconds that a start may take to a host that is ready, and its facts."""
 
 
 @dataclass(eq=False)
@@ -65,20 +87,21 @@ class OpenRow:
 
 
 class LocalEngine:
-    """An `Engine` in a child process that holds a vLLM `AsyncLLM`."""
+    """An `Engine` over a host with a vLLM `AsyncLLM`: a child process, unless `launch` says otherwise."""
 
-    def __init__(self, config: LocalConfig) -> None:
+    def __init__(self, config: LocalConfig, launch: Launch = HostProcess.launch) -> None:
         self.config = config
+        self._launch = launch
         self.window = Window(1)  # set when the engine has told its size
         self._arguments: Frame = json.loads(config.engine_args)
         self._ids = itertools.count()
         self._open: dict[int, OpenRow] = {}
-        self._host: HostProcess | None = None  # None while there is none that is ready
+        self._host: Host | None = None  # None while there is none that is ready
         self._life: asyncio.Task[None] | None = None
         self._failed: EngineFailed | None = None
 
     async def start(self) -> None:
-        host, facts = await HostProcess.launch(self._arguments, self.config.start_timeout)
+        host, facts = await self._launch(self._arguments, self.config.start_timeout)
         self.window.limit = math.ceil(WINDOW_FACTOR * facts["max_num_seqs"])
         self._host = host
         self._life = asyncio.create_task(self._live(host))
@@ -102,7 +125,7 @@ class LocalEngine:
             self._life.cancel()  # which ends the host that is there, or is being started
             await asyncio.wait({self._life})
 
-    async def _live(self, host: HostProcess) -> None:
+    async def _live(self, host: Host) -> None:
         """Take answers; when the engine dies, start it again and hand over what is unfinished."""
         barren = 0
         while True:
@@ -119,14 +142,14 @@ class LocalEngine:
                 if barren >= BARREN_LIVES:
                     words = f"vLLM for {host.model!r} died {barren} times without answering a row: {why}"
                     raise EngineFailed(words, temporary=True)
-                host, _ = await HostProcess.launch(self._arguments, self.config.start_timeout)
+                host, _ = await self._launch(self._arguments, self.config.start_timeout)
             except EngineFailed as error:
                 self._fail(error)
                 return
             self._host = host
             self._send(self._open)
 
-    async def _take_answers(self, host: HostProcess) -> tuple[int, str]:
+    async def _take_answers(self, host: Host) -> tuple[int, str]:
         """Deliver results until the engine is gone; returns how many, and why it is gone."""
         for answered in itertools.count():
             frame = await host.read()
