@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -30,6 +31,7 @@ from vllm_tasks.datalayer import Datalayer, check_name, own_fields
 from vllm_tasks.datatypes import DataType
 from vllm_tasks.errors import InvalidCall, RowErrors
 from vllm_tasks.fingerprint import source_of
+from vllm_tasks.forms import arranged
 from vllm_tasks.hints import checked
 from vllm_tasks.outputs import Artifact, Decoder, check_one_type
 from vllm_tasks.prompts import Context, Prompter, Signature, Template, load_artifact
@@ -54,6 +56,9 @@ FORBID = ConfigDict(extra="forbid")
 ASKED = {"structured_outputs", "response_format"}
 """Sampling parameters that say what an answer looks like."""
 
+WRITTEN = ("metric_values", "uuid")
+"""Fields that nobody fills in."""
+
 T = TypeVar("T")
 OnError = Literal["raise", "return"]
 Output = Any
@@ -65,6 +70,8 @@ class Predictor(BaseModel):
 
     _elsewhere: ClassVar[str] = ""
     """Where a field may belong that is not one of this class."""
+    _first: ClassVar[tuple[str, ...]] = ()
+    """What a form asks first; the rest follows as declared."""
 
     identifier: str = Field(
         min_length=1, title="Identifier", description="Name of the model; '/' becomes '-'."
@@ -119,6 +126,9 @@ class Predictor(BaseModel):
     )
     chat: bool = Field(default=False, description="A text becomes one user message.")
     system: str | None = Field(default=None, description="System message, put before chat messages.")
+
+    _asks: Callable[[Sequence[Request | RowError]], list[Result]] | None = PrivateAttr(default=None)
+    """Who answers in place of the engine: see `vllm_tasks.routing`."""
 
     # ------------------------------------------------------------------ checks
 
@@ -213,8 +223,17 @@ class Predictor(BaseModel):
                 error.title, [_shown(e) for e in error.errors()]
             ) from None
 
+    @classmethod
+    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The block's schema, from which the UI makes its form."""
+        return arranged(super().model_json_schema(*args, **kwargs), cls._first, WRITTEN)
+
     def _to_block_document(self, *args: Any, **kwargs: Any) -> Any:
-        # All of Block's ways to save pass here; what could not be loaded again is refused now.
+        self._check_portable()  # all of Block's ways to save pass here
+        return super()._to_block_document(*args, **kwargs)  # type: ignore[misc]  # Block's, by the subclasses
+
+    def _check_portable(self) -> None:
+        """Raise `InvalidCall` for what could not be loaded again in another process."""
         for function in self._callables():
             check_importable(function)
         for metric in self.validation.metrics if self.validation else ():
@@ -223,7 +242,6 @@ class Predictor(BaseModel):
                     f"the metric {metric.identifier!r} is judged by a model that is not saved: save it, and "
                     "give options={'model': 'vllm-api/NAME'}"
                 )
-        return super()._to_block_document(*args, **kwargs)  # type: ignore[misc]  # Block's, by the subclasses
 
     def _callables(self) -> list[Callable[..., Any]]:
         found = [self.prompt_func]
@@ -277,12 +295,17 @@ class Predictor(BaseModel):
     def _results(self, xs: Sequence[Any], context: Context, given: Mapping[str, Any]) -> list[Result]:
         xs = _rows_of(xs)
         self._refuse_unbuilt()
-        config = self._config()
+        self._config()  # what is wrong with it is told first
         sampling = self._sampling(given)
-        requests = self._requests(self._prompter(context), xs, sampling)
-        results = loop.run(sharing.answer(config, requests, self.max_batch_size))
+        results = self._ask(self._requests(self._prompter(context), xs, sampling))
         self._tell_cut(results, sampling)
         return results
+
+    def _ask(self, requests: Sequence[Request | RowError]) -> list[Result]:
+        """N requests to N results, in the engine of this model or wherever `_asks` says."""
+        if self._asks is not None:
+            return self._asks(requests)
+        return loop.run(sharing.answer(self._config(), requests, self.max_batch_size))
 
     def _decoder(self, given: Mapping[str, Any]) -> Decoder:
         many = {**self.predict_kwargs, **given}.get("n") not in (None, 1)

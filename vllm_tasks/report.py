@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm_tasks.rows import Completion, Result, RowError
@@ -70,6 +70,28 @@ class Report:
     worst: tuple[FailedRow, ...] = field(default=(), repr=False)
     served_by: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def of_shards(cls, reports: Sequence[Report], total: float) -> Report:
+        """That of a run in parts, one or more, `total` seconds long, from those of the parts.
+
+        Counts are added up; of a phase, the seconds of the part that took longest.
+        """
+        counts = ("asked", "succeeded", "failed", "cut", "prompt_tokens", "completion_tokens", "commits")
+        longest = {
+            phase: max(r.seconds.get(phase, 0.0) for r in reports)
+            for report in reports
+            for phase in report.seconds
+        }
+        return replace(
+            reports[0],
+            rows=_sum([r.rows for r in reports]),
+            up_to_date=_sum([r.up_to_date for r in reports]),
+            **{name: sum(getattr(r, name) for r in reports) for name in counts},
+            seconds={**longest, "total": round(total, 3)},
+            errors=_merged([e for r in reports for e in r.errors]),
+            worst=tuple(row for r in reports for row in r.worst)[:WORST],
+        )
+
     def __str__(self) -> str:
         done_before = "" if self.up_to_date is None else f", {self.up_to_date:,} were up to date"
         if not self.asked:
@@ -91,6 +113,17 @@ class Progress:
     failed: int
     tokens: int
     seconds: float
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[Progress], *, complete: bool) -> Progress:
+        """That of a run in parts, some of which have told; `complete` when all have."""
+        return cls(
+            _sum([p.to_ask for p in parts]) if complete else None,
+            sum(p.succeeded for p in parts),
+            sum(p.failed for p in parts),
+            sum(p.tokens for p in parts),
+            max([p.seconds for p in parts], default=1e-3),
+        )
 
     @property
     def done(self) -> int:
@@ -117,6 +150,22 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {m:02} min" if hours else f"{m} min {s:02} s" if m else f"{s} s"
 
 
+def _sum(numbers: Sequence[int | None]) -> int | None:
+    """None where one is not known."""
+    known = [number for number in numbers if number is not None]
+    return sum(known) if len(known) == len(numbers) else None
+
+
+def _merged(errors: Sequence[ErrorKind]) -> tuple[ErrorKind, ...]:
+    """One entry for each kind, the most frequent first."""
+    kinds = {e.kind: [other for other in errors if other.kind == e.kind] for e in errors}
+    merged = [
+        ErrorKind(kind, sum(e.rows for e in same), tuple(key for e in same for key in e.keys)[:EXAMPLES])
+        for kind, same in kinds.items()
+    ]
+    return tuple(sorted(merged, key=lambda e: -e.rows))
+
+
 @dataclass
 class Tally:
     """Counts up finished rows; used by the committing thread, `read` and timings also by others."""
@@ -135,6 +184,18 @@ class Tally:
     kinds: dict[str, int] = field(default_factory=dict)
     keys: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
     worst: list[FailedRow] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, report: Report) -> Tally:
+        """That of a run that has ended."""
+        return cls(
+            read=report.asked,
+            succeeded=report.succeeded,
+            failed=report.failed,
+            kinds={e.kind: e.rows for e in report.errors},
+            keys={e.kind: list(e.keys) for e in report.errors},
+            worst=list(report.worst),
+        )
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -47,7 +47,13 @@ class Settings(BaseSettings):
         default=30.0, gt=0, description="Seconds after which finished rows are committed, however few."
     )
     gpu_work_pool: str = Field(
-        default="", description="Work pool for steps with a local model that name none (not used yet)."
+        default="",
+        description="Work pool for steps with a local model that names none; empty: they run where they are.",
+    )
+    silence: float = Field(
+        default=90.0,
+        ge=5,
+        description="Seconds without a sign of life after which a flow run that a step made counts as dead.",
     )
     callable_prefixes: Json[list[str]] = Field(
         default=["flows"],

@@ -50,6 +50,7 @@ def predict_in_db(
     max_failed: float | int | None = 0.05,
     limit: int | None = None,
     context: Context = None,
+    shard: tuple[int, int] | None = None,
     display: Display | None = None,
     **sampling: Any,
 ) -> Report:
@@ -76,6 +77,8 @@ def predict_in_db(
         stops, commits what is finished and raises `TooManyFailed`; at once when the first 50 all fail alike.
     limit: ask so many rows at most.
     context: fills `{context}` of every prompt.
+    shard: (i, n), only the i-th, from 0, of n parts of the rows, told by a hash of their keys: n such calls,
+        on as many machines, are the whole table. The task's `shards=n` makes them.
     display: where the run is shown; None: in the log.
 
     Raises `InvalidCall` before any work for what could not succeed, `TooManyFailed`, and what keeps a
@@ -99,6 +102,7 @@ def predict_in_db(
         fingerprint=plan.fingerprint,
         refresh=_refresh(refresh, overwrite, retry_failed),
         ids=None if ids is None else _keys(ids, key),
+        shard=_shard(shard),
     )
     output = OutputTable(
         name=selection.outputs,
@@ -289,6 +293,18 @@ def _at_least_one(name: str, value: int | None) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise InvalidCall(f"{name}={value!r} must be a whole number of at least 1, or None")
     return value
+
+
+def _shard(given: Any) -> tuple[int, int] | None:
+    if given is None:
+        return None
+    try:
+        index, count = given
+    except (TypeError, ValueError):
+        index, count = None, None
+    if type(index) is not int or type(count) is not int or not 0 <= index < count:
+        raise InvalidCall(f"shard={given!r:.100} must be (i, n): the i-th, from 0, of n parts")
+    return index, count
 
 
 def check_max_failed(value: float | int | None) -> float | int | None:

@@ -6,6 +6,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from prefect import Task, unmapped
@@ -39,6 +40,8 @@ from vllm_tasks.plan import Columns
 from vllm_tasks.predictor import OnError, Output
 from vllm_tasks.prompts import Context
 from vllm_tasks.report import Progress, Report
+from vllm_tasks.routing import check_shards, over_table, place_of, routed, validated
+from vllm_tasks.routing.lifeline import Lifeline
 from vllm_tasks.rows import Completion, RowError
 from vllm_tasks.stream import RETRY_DELAYS
 from vllm_tasks.validation import Validation
@@ -55,21 +58,21 @@ SAVING = threading.Lock()
 
 def _predict(model: Model, x: Any, context: Context = None, **sampling: Any) -> Output:
     """One record in, its answer out; see `VllmAPI.predict`."""
-    return model.predict(x, context, **sampling)
+    return routed(model, raise_if_cancelled).predict(x, context, **sampling)
 
 
 def _predict_batches(
     model: Model, xs: Sequence[Any], context: Context = None, *, on_error: OnError = "raise", **sampling: Any
 ) -> list[Output | RowError]:
     """N records in, N answers out in input order; see `VllmAPI.predict_batches`."""
-    return model.predict_batches(xs, context, on_error=on_error, **sampling)
+    return routed(model, raise_if_cancelled).predict_batches(xs, context, on_error=on_error, **sampling)
 
 
 def _completions(
     model: Model, xs: Sequence[Any], context: Context = None, *, on_error: OnError = "raise", **sampling: Any
 ) -> list[Completion | RowError]:
     """N records in, N full results out in input order; see `VllmAPI.completions`."""
-    return model.completions(xs, context, on_error=on_error, **sampling)
+    return routed(model, raise_if_cancelled).completions(xs, context, on_error=on_error, **sampling)
 
 
 def _predict_in_db(
@@ -88,15 +91,21 @@ def _predict_in_db(
     max_failed: float | int | None = 0.05,
     limit: int | None = None,
     context: Context = None,
+    shards: int = 1,
+    shard: tuple[int, int] | None = None,
     **sampling: Any,
 ) -> Report:
     """Rows of a table in, one committed output or error per row out; see `vllm_tasks.tables.predict_in_db`.
 
-    In a flow, each commit is a task run, progress and report are artifacts, and the outputs an asset.
+    In a flow, each commit is a task run, progress and report are artifacts, and the outputs an asset. Where
+    the model's hints or the settings name a work pool, a flow run there does it; with `shards=n`, n flow runs
+    do it at once, each with an engine of its own. One that dies is made again and goes on.
     """
-    display = InPrefect(model.identifier, predict_id or model.identifier)
+    place = place_of(model)
+    check_shards(shards, place, limit, shard)
+    work = tables.predict_in_db if place is None else partial(over_table, place, shards)
     try:
-        report = tables.predict_in_db(
+        report: Report = work(
             model,
             X,
             select,
@@ -111,7 +120,8 @@ def _predict_in_db(
             max_failed=max_failed,
             limit=limit,
             context=context,
-            display=display,
+            shard=shard,
+            display=InPrefect(model.identifier, predict_id or model.identifier),
             **sampling,
         )
     except TooManyFailed as error:
@@ -120,7 +130,7 @@ def _predict_in_db(
     except VllmTasksError as error:
         # Another attempt would ask rows again that this one has answered: they are no longer to be told
         # from those that it was called for.
-        error.repeatable = not overwrite and limit is None
+        error.repeatable = error.repeatable and not overwrite and limit is None
         raise
     publish(report)
     return report
@@ -143,11 +153,12 @@ def _validate(
     from. Raises `GateFailed` after all that when the model is below its limits. With `datasets` no event is
     sent: some of the data sets say nothing of all.
     """
-    from vllm_tasks.validation.run import validate
     from vllm_tasks.validation.shown import show
 
     run = FlowRunContext.get()
-    report = validate(
+    place = place_of(model)
+    work = found if place is None else partial(validated, place, raise_if_cancelled)
+    report = work(
         model,
         validation,
         db=db,
@@ -157,13 +168,21 @@ def _validate(
         max_failed=max_failed,
         context=context,
         flow_run=str(run.flow_run.id) if run and run.flow_run else None,
-        display=lambda predict_id: InPrefect(model.identifier, predict_id),
     )
     show(report)
     save_metric_values(model, report)
     if datasets is None:
         emit_verdict(model, report)
     return passed(report)
+
+
+def found(model: Model, validation: Validation | None, **options: Any) -> ValidationReport:
+    """What `vllm_tasks.validation.run.validate` finds; in a flow, each commit is a task run."""
+    from vllm_tasks.validation.run import validate
+
+    return validate(
+        model, validation, display=lambda predict_id: InPrefect(model.identifier, predict_id), **options
+    )
 
 
 def _compare(
@@ -245,6 +264,7 @@ class InPrefect:
         self._model = model
         self._flow = FlowRunContext.get()
         self._progress = ProgressArtifact(predict_id)
+        self._lifeline = Lifeline.current()
         self._log = tables.Log()
 
     def commit(self, name: str, work: Callable[[], None]) -> None:
@@ -258,21 +278,25 @@ class InPrefect:
             held.clear()  # Prefect keeps the arguments of a task run, which would keep all rows in memory
 
     def progress(self, progress: Progress, *, last: bool = False) -> None:
-        if self._is_cancelled():
-            raise TerminationSignal(signal.SIGTERM)
-        self._progress.show(progress, last=last)
+        raise_if_cancelled()
+        if self._lifeline is None:
+            self._progress.show(progress, last=last)
+        else:
+            self._lifeline.progress(progress)  # it is shown where the step was called
         self._log.progress(progress, last=last)
 
-    def _is_cancelled(self) -> bool:
-        """Whether this task was submitted, and the flow that waits for it has been told to end.
 
-        Prefect tells the thread of a task nothing but by this event, which has no public name.
-        """
-        run = TaskRunContext.get()
-        if self._flow is None or run is None or not isinstance(self._flow.task_runner, ThreadPoolTaskRunner):
-            return False
-        event = self._flow.task_runner._cancel_events.get(run.task_run.id)
-        return event is not None and event.is_set()
+def raise_if_cancelled(_progress: Progress | None = None) -> None:
+    """Raise `TerminationSignal` in a submitted task when the flow that waits for it has been told to end.
+
+    Prefect tells the thread of a task nothing but by this event, which has no public name.
+    """
+    run, flow = TaskRunContext.get(), FlowRunContext.get()
+    if flow is None or run is None or not isinstance(flow.task_runner, ThreadPoolTaskRunner):
+        return
+    event = flow.task_runner._cancel_events.get(run.task_run.id)
+    if event is not None and event.is_set():
+        raise TerminationSignal(signal.SIGTERM)
 
 
 def _commit_group(name: str, work: Callable[[], None]) -> None:
@@ -286,7 +310,12 @@ def _publish(report: Report) -> None:
 
 
 def publish(report: Report) -> None:
-    """Show the report; in a flow as a task run that makes the outputs a Prefect asset of their source."""
+    """Show the report; in a flow as a task run that makes the outputs a Prefect asset of their source.
+
+    Not in a flow run that works for a step elsewhere: it is shown there.
+    """
+    if Lifeline.current() is not None:
+        return
     if FlowRunContext.get() is None:
         show_report(report)
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sqlite3
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,8 @@ PATIENCE = 10.0
 """Seconds that a count may hold up the commits of an SQLite database without a write-ahead log."""
 COUNTED = 50_000
 """Rows that SQLite counts in one read."""
+HASH = "vllm_tasks_hash"
+"""SQLite has no function that tells shards apart; this one is ours."""
 DRIVERS = {
     "postgresql": "pip install 'vllm-tasks[postgres]'",
     "mysql": "pip install pymysql",
@@ -74,6 +77,10 @@ def backend(url: str) -> Backend:
             "postgresql+psycopg:// (pip install 'vllm-tasks[postgres]')"
         )
     return Postgres(made)
+
+
+def _hash(*key: str) -> int:
+    return zlib.crc32("\x1f".join(key).encode(errors="surrogateescape"))
 
 
 class Backend:
@@ -141,6 +148,10 @@ class Backend:
     def passing(self, error: DBAPIError) -> bool:
         """Whether the same statement may succeed later."""
         return isinstance(error, (OperationalError, InterfaceError))
+
+    def hashed(self, columns: Sequence[sa.ColumnElement[Any]]) -> sa.ColumnElement[int]:
+        """A whole number of at least 0 that follows from the values of these columns: tells shards apart."""
+        raise InvalidCall(f"shards are not known in {self.where()}: SQLite, PostgreSQL and lakes have them")
 
     def rival(self, error: DBAPIError) -> bool:
         """Whether another transaction was in the way."""
@@ -256,6 +267,7 @@ class Sqlite(Backend):
         connection = self._opened(mode)
         # Bytes that are no UTF-8 fail the row that has them, where its prompt is made, and not the query.
         connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
+        connection.create_function(HASH, -1, _hash, deterministic=True)
         return connection
 
     def _opened(self, mode: str) -> sqlite3.Connection:
@@ -266,6 +278,9 @@ class Sqlite(Backend):
             isolation_level=None,
             check_same_thread=False,
         )
+
+    def hashed(self, columns: Sequence[sa.ColumnElement[Any]]) -> sa.ColumnElement[int]:
+        return sa.Function(HASH, *(sa.cast(c, sa.Text) for c in columns), type_=sa.Integer())
 
     def passing(self, error: DBAPIError) -> bool:
         code = getattr(error.orig, "sqlite_errorcode", None)
@@ -409,6 +424,11 @@ class Postgres(Backend):
 
     def _state(self, error: DBAPIError) -> str | None:
         return getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+
+    def hashed(self, columns: Sequence[sa.ColumnElement[Any]]) -> sa.ColumnElement[int]:
+        texts = sa.func.concat_ws("\x1f", *(sa.cast(c, sa.Text) for c in columns))
+        # Without its sign bit: the least bigint has no absolute value.
+        return sa.func.hashtextextended(texts, 0).op("&")(sa.literal(2**63 - 1, sa.BigInteger()))
 
     def passing(self, error: DBAPIError) -> bool:
         state = self._state(error)

@@ -325,6 +325,11 @@ class Database:
             ids = self._backend.listed(kinds, list(dict.fromkeys(selection.ids)), connection)
             columns = [source.rows.c[name] for name in selection.key]
             query = query.where((columns[0] if len(columns) == 1 else sa.tuple_(*columns)).in_(ids))
+        if selection.shard is not None:
+            index, count = selection.shard
+            query = query.where(
+                self._backend.hashed([source.rows.c[n] for n in selection.key]) % count == index
+            )
         if not shape:
             none = selection.refresh == "failed"
             return Joined(query, sa.false() if none else sa.true(), sa.literal(0), sa.null())

@@ -371,6 +371,8 @@ class Lake:
             if selection.ids is not None:
                 cursor.register(IDS, self._ids(selection))
                 clause += f" SEMI JOIN {IDS} {using}"
+            if selection.shard is not None:
+                clause = f"FROM (SELECT * {clause} WHERE {_in_shard(selection.shard, len(selection.key))})"
             if outputs is None:
                 nothing = "NULL::BOOLEAN AS same, NULL::BOOLEAN AS failed, NULL::VARCHAR AS hash"
                 clause = f"FROM (SELECT *, {nothing}, NULL::TIMESTAMPTZ AS created {clause})"
@@ -455,6 +457,13 @@ class Lake:
             except ValueError as e:
                 raise InvalidCall(f"ids: {e}") from e
         return pa.table(columns, names=[f"k{i}" for i in range(len(selection.key))])
+
+
+def _in_shard(shard: tuple[int, int], keys: int) -> str:
+    """A condition on k0... By MD5, the same in every version of DuckDB: shards run on many machines."""
+    index, count = shard
+    texts = ", ".join(f"CAST(k{i} AS VARCHAR)" for i in range(keys))
+    return f"md5_number_lower(concat_ws(chr(31), {texts})) % {count:d} = {index:d}"
 
 
 def _named(selection: Selection) -> tuple[Any, ...]:

@@ -55,6 +55,8 @@ class Selection:
     refresh: Refresh = "missing"
     ids: tuple[Key, ...] | None = None
     """Only rows with one of these keys; each a tuple with one value per column of the key."""
+    shard: tuple[int, int] | None = None
+    """(i, n): only the i-th, from 0, of n parts of the rows, told by a hash of their keys."""
     since: datetime | None = None
     """With `failed` and `all`: leave out what was committed under the fingerprint at or after this time.
     Set when a run goes on after a lost connection."""

@@ -1,0 +1,167 @@
+"""Steps that run on a work pool: the model's engine is there, the outcome comes back here.
+
+What needs GPUs is the engine, so rows travel as finished prompts and come back as answers: prompts are made
+and answers decoded where the step is called. A table's rows do not travel at all, but the call does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_tasks.datalayer import Datalayer
+from vllm_tasks.errors import InvalidCall, TooManyFailed
+from vllm_tasks.plan import Columns
+from vllm_tasks.report import Progress, Report, Tally
+from vllm_tasks.routing import parcel
+from vllm_tasks.routing.parcel import Model, Parameters
+from vllm_tasks.routing.place import Place, place_of
+from vllm_tasks.routing.runs import Part, Runs, Shown
+from vllm_tasks.rows import Request, Result, RowError
+from vllm_tasks.stream import Budget, Display
+from vllm_tasks.tables import datalayer_of
+from vllm_tasks.validation import Validation
+from vllm_tasks.validation.report import ValidationReport
+
+logger = logging.getLogger(__name__)
+
+MOST_SHARDS = 1000
+"""More flow runs at once than this are surely a mistake."""
+
+
+def routed(model: Model, shown: Shown) -> Model:
+    """`model`, or a copy of it that asks on its work pool."""
+    if (place := place_of(model)) is None:
+        return model
+
+    def ask(requests: Sequence[Request | RowError]) -> list[Result]:
+        return _answered(place, model, requests, shown)
+
+    elsewhere = model.model_copy()
+    elsewhere._asks = ask
+    return elsewhere
+
+
+def _answered(
+    place: Place,
+    model: Model,
+    requests: Sequence[Request | RowError],
+    shown: Shown,
+) -> list[Result]:
+    asked = [request for request in requests if isinstance(request, Request)]
+    if not asked:
+        return [request for request in requests if isinstance(request, RowError)]
+    rows = {"prompts": [request.prompt for request in asked], "sampling": dict(asked[0].sampling)}
+    call = {"work": "rows", "rows": parcel.store(rows)}
+    part = Part(f"{model.identifier} - {len(asked):,} rows", parameters(call, model, None))
+    (outcome,) = Runs(place, [part], repeatable=True, shown=shown).outcomes()
+    answers = iter(parcel.results_of(parcel.stored(parcel.value_of(outcome))))
+    return [request if isinstance(request, RowError) else next(answers) for request in requests]
+
+
+def over_table(
+    place: Place,
+    shards: int,
+    model: Model,
+    X: Columns,  # noqa: N803 - the name in predict_in_db
+    select: str,
+    *,
+    db: Datalayer | str | None,
+    display: Display,
+    **options: Any,
+) -> Report:
+    """`predict_in_db` on `place`, in `shards` flow runs at once; their report is one. Raises as it does."""
+    began = time.monotonic()
+    names = f"{model.identifier} - {select[:80]}"
+    call = {"work": "table", "X": X, "select": select, "options": options}
+    calls = [{**call, "options": {**options, "shard": (i, shards)}} for i in range(shards)]
+    if shards == 1:
+        calls = [call]
+    parts = [
+        Part(
+            names if shards == 1 else f"{names} [{i + 1}/{shards}]",
+            parameters(call, model, datalayer_of(db, model)),
+        )
+        for i, call in enumerate(calls)
+    ]
+    repeatable = not options.get("overwrite") and options.get("limit") is None
+    outcomes = Runs(place, parts, repeatable=repeatable, shown=display.progress).outcomes()
+    report = _together(outcomes, options.get("max_failed"), began)
+    done = Progress(
+        report.asked, report.succeeded, report.failed, report.completion_tokens, report.seconds["total"]
+    )
+    display.progress(done, last=True)
+    return report
+
+
+def validated(
+    place: Place,
+    shown: Shown,
+    model: Model,
+    validation: Validation | None,
+    *,
+    db: Datalayer | str | None,
+    **options: Any,
+) -> ValidationReport:
+    """`validate` on `place`. Raises as it does, `GateFailed` not."""
+    told = parcel.validation_parameter(validation or model.validation)
+    call = {"work": "validation", "validation": told, "options": options}
+    part = Part(f"validate {model.identifier}", parameters(call, model, datalayer_of(db, model)))
+    (outcome,) = Runs(place, [part], repeatable=True, shown=shown).outcomes()
+    report: ValidationReport = parcel.value_of(outcome)
+    model.metric_values.update(report.metric_values)
+    return report
+
+
+def parameters(call: Parameters, model: Model, db: Datalayer | None) -> Parameters:
+    """Of the thin flow. All but references is one text: a `$ref` of a JSON Schema would be taken for a block."""
+    references: Parameters = {}
+    for name, told in ("model", parcel.model_parameter(model)), ("db", parcel.db_parameter(db)):
+        if told is not None and "$ref" in told:
+            references[name] = told
+        else:
+            call = {**call, name: told}
+    call["kind"] = type(model).__name__
+    try:
+        return {"call": json.dumps(call, allow_nan=False), **references}
+    except (TypeError, ValueError) as error:
+        raise InvalidCall(f"what travels to another flow run must be plain data (JSON): {error}") from error
+
+
+def check_shards(shards: int, place: Place | None, limit: int | None, shard: tuple[int, int] | None) -> None:
+    """Raises `InvalidCall` for no number of shards, no pool for them, and what is of a whole run."""
+    if type(shards) is not int or not 1 <= shards <= MOST_SHARDS:
+        raise InvalidCall(f"shards={shards!r} must be a whole number from 1 to {MOST_SHARDS}")
+    if shards == 1:
+        return
+    if place is None:
+        raise InvalidCall(
+            f"shards={shards} are flow runs on a work pool, and the model names none: compute_kwargs="
+            "{'work_pool': NAME}, or VLLM_TASKS_GPU_WORK_POOL for local models; a flow run that is on that "
+            "pool already makes none"
+        )
+    if limit is not None or shard is not None:
+        raise InvalidCall("shards spread a whole table: leave out limit, which tries a few rows, and shard")
+
+
+def _together(outcomes: Sequence[str], max_failed: float | int | None, began: float) -> Report:
+    """One report of all; the first failure among them is raised, `TooManyFailed` with all reports."""
+    reports, failure = [], None
+    for outcome in filter(None, outcomes):
+        try:
+            reports.append(parcel.value_of(outcome))
+        except TooManyFailed as error:
+            reports.append(error.report)
+            failure = failure or error
+    report = Report.of_shards(reports, time.monotonic() - began)
+    if failure is not None:
+        raise TooManyFailed(str(failure), report) from failure
+    if verdict := Budget(max_failed).exceeded(Tally.of(report), at_end=True):
+        raise TooManyFailed(f"{verdict}; all is committed. Look at `_error` in {report.outputs}", report)
+    return report
+
+
+__all__ = ["check_shards", "over_table", "place_of", "routed", "validated"]

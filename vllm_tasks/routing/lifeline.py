@@ -1,0 +1,92 @@
+"""The working side: signs of life of a flow run that works for a step elsewhere, and what became of it.
+
+Both are in one artifact of the flow run, without a key, so that nothing but Prefect's server has to be seen
+by both sides. The clock of a sign is the side that waits: it looks whether the count has moved.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from contextvars import ContextVar, Token
+from typing import Any, Self
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.exceptions import PrefectException
+
+from vllm_tasks.report import Progress
+
+logger = logging.getLogger(__name__)
+
+KIND = "vllm-tasks-step"
+"""The artifact's type."""
+
+_current: ContextVar[Lifeline | None] = ContextVar("lifeline", default=None)
+
+
+class Lifeline:
+    """Of the flow run `run`: a beat every `every` seconds, then its outcome."""
+
+    def __init__(self, run: UUID, every: float) -> None:
+        self._run = run
+        self._every = every
+        self._ended = threading.Event()
+        self._beats = threading.Thread(target=self._beat, name="vllm-tasks-lifeline", daemon=True)
+        self._progress: Progress | None = None
+        self._artifact: UUID | None = None
+        self._before: Token[Lifeline | None] | None = None
+
+    @classmethod
+    def current(cls) -> Lifeline | None:
+        """That of the flow run that this is called in, if it works for a step elsewhere."""
+        return _current.get()
+
+    def progress(self, progress: Progress) -> None:
+        """What the next beat tells."""
+        self._progress = progress
+
+    def settle(self, outcome: str) -> None:
+        """Tell what became of the step; raises where Prefect's server does not hear it."""
+        self._stop()
+        self._tell({"outcome": outcome})
+
+    def __enter__(self) -> Self:
+        created = ArtifactCreate(type=KIND, data={"beat": 0}, flow_run_id=self._run)
+        with get_client(sync_client=True) as client:
+            self._artifact = client.create_artifact(created).id
+        self._beats.start()
+        self._before = _current.set(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._before is not None
+        _current.reset(self._before)
+        self._stop()
+
+    def _stop(self) -> None:
+        self._ended.set()
+        if self._beats.is_alive():
+            self._beats.join()
+
+    def _beat(self) -> None:
+        beat = 0
+        while not self._ended.wait(self._every):
+            beat += 1
+            done = self._progress
+            told = (
+                None
+                if done is None
+                else [done.to_ask, done.succeeded, done.failed, done.tokens, done.seconds]
+            )
+            try:
+                self._tell({"beat": beat, "progress": told})
+            except (httpx.HTTPError, PrefectException) as error:
+                logger.warning("no sign of life could be given: %s", error)
+
+    def _tell(self, data: dict[str, Any]) -> None:
+        assert self._artifact is not None
+        with get_client(sync_client=True) as client:
+            client.update_artifact(self._artifact, ArtifactUpdate(data=data))

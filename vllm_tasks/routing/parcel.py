@@ -1,0 +1,224 @@
+"""How a step travels to another flow run and its outcome back: block references, or data without secrets.
+
+An outcome is JSON text; nothing is pickled. Rows and their answers are too much for parameters and artifacts:
+they are files in Prefect's default result storage, which both sides have to see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from inspect import isawaitable
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+from prefect.blocks.core import Block
+from prefect.client.orchestration import get_client
+from prefect.exceptions import ObjectNotFound
+from prefect.filesystems import WritableFileSystem
+from prefect.results import get_default_result_storage
+from pydantic import TypeAdapter
+
+from vllm_tasks import errors, loop
+from vllm_tasks.datalayer import Datalayer, is_lake
+from vllm_tasks.errors import EngineFailed, InvalidCall, VllmTasksError
+from vllm_tasks.models import VllmAPI, VllmModel
+from vllm_tasks.report import Report
+from vllm_tasks.rows import Completion, Result, RowError
+from vllm_tasks.validation import Validation
+from vllm_tasks.validation.report import ValidationReport
+
+Model = VllmAPI | VllmModel
+Parameters = dict[str, Any]
+
+FOLDER = "vllm-tasks"
+"""Of the result storage."""
+SECRET_ARGUMENTS = ("hf_token",)
+"""Of vLLM's engine arguments."""
+
+
+# ---------------------------------------------------------------------- the call
+
+
+def model_parameter(model: Model) -> Parameters:
+    """`model` without its datalayer, which travels by itself.
+
+    A saved block that is as it was saved travels as a reference. Raises `InvalidCall` for one that is not
+    and has a secret or a function that cannot be imported: parameters of flow runs are readable.
+    """
+    if (reference := _reference(model)) is not None:
+        return reference
+    secrets = ["api_key"] if isinstance(model, VllmAPI) and model.api_key else []
+    if isinstance(model, VllmModel):
+        secrets += [f"vllm_kwargs[{name!r}]" for name in SECRET_ARGUMENTS if name in model.vllm_kwargs]
+    if secrets:
+        raise InvalidCall(
+            f"{model.identifier!r} has {', '.join(secrets)}, which would be readable in the parameters of "
+            "the flow run that it travels to: save the model as a block and load it, model.save(NAME)"
+        )
+    model._check_portable()
+    without = {"db", "metric_values", "block_type_slug"}
+    return {name: value for name, value in model.model_dump(mode="json").items() if name not in without}
+
+
+def db_parameter(db: Datalayer | str | None) -> Parameters | None:
+    """A datalayer as a reference, or as its URL where no secret is in it; local paths become absolute."""
+    if db is None:
+        return None
+    if isinstance(db, Datalayer) and (reference := _reference(db)) is not None:
+        return reference
+    url = os.fspath(db) if not isinstance(db, Datalayer) else db.url.get_secret_value().strip()
+    if _has_secret(url):
+        raise InvalidCall(
+            "the datalayer's url has a password or a query, which would be readable in the parameters of the "
+            "flow run that it travels to: save the Datalayer as a block and load it, db.save(NAME)"
+        )
+    return {"url": _absolute(url)}
+
+
+def validation_parameter(validation: Validation | None) -> Parameters | None:
+    """Raises `InvalidCall` for a judge that is not saved."""
+    if validation is None:
+        return None
+    if unsaved := [metric.identifier for metric in validation.metrics if metric.unsaved]:
+        raise InvalidCall(
+            f"the metric {unsaved[0]!r} is judged by a model that is not saved, and cannot travel: save "
+            "it, and give options={'model': 'vllm-api/NAME'}"
+        )
+    return validation.model_dump(mode="json")
+
+
+def _reference(block: Block) -> Parameters | None:
+    """`{"$ref": ...}` of a block that is saved with the fields that it has now, else None."""
+    if (document := block._block_document_id) is None:
+        return None
+    with get_client(sync_client=True) as client:
+        try:
+            saved = type(block)._from_block_document(client.read_block_document(document))
+        except ObjectNotFound:
+            return None
+    if _fields(saved) != _fields(block):
+        return None
+    return {"$ref": {"block_document_id": str(document)}}
+
+
+def _fields(block: Block) -> dict[str, Any]:
+    return block.model_dump(exclude={"metric_values", "block_type_slug"})
+
+
+def _has_secret(url: str) -> bool:
+    parts = urlsplit(url)
+    return bool(parts.password or (is_lake(url) and "@" in parts.netloc) or ("://" in url and parts.query))
+
+
+def _absolute(url: str) -> str:
+    """A worker runs in another folder."""
+    scheme, _, path = url.partition(":///")
+    if scheme == "sqlite" and path:
+        return f"sqlite:///{os.path.abspath(os.path.expanduser(path))}"
+    return url if "://" in url else os.path.abspath(os.path.expanduser(url))
+
+
+# ---------------------------------------------------------------------- the outcome
+
+REPORTS: dict[str, type[Any]] = {"Report": Report, "ValidationReport": ValidationReport}
+
+
+def outcome_of(value: Any) -> str:
+    """What a step gave, a report or a text, as JSON."""
+    if isinstance(value, str):
+        return json.dumps({"text": value})
+    return json.dumps({type(value).__name__: dataclasses.asdict(value)}, default=str)
+
+
+def outcome_of_error(error: VllmTasksError) -> str:
+    """Why a step failed, as JSON; with its report where it has one."""
+    told: Parameters = {"error": type(error).__name__, "message": str(error), "repeatable": error.repeatable}
+    if isinstance(error, EngineFailed):
+        told["temporary"] = error.temporary
+    if (report := getattr(error, "report", None)) is not None:
+        told["report"] = outcome_of(report)
+    return json.dumps(told)
+
+
+def value_of(outcome: str) -> Any:
+    """The report or text of an outcome; raises the error that it tells of."""
+    (name, told), *more = json.loads(outcome).items()
+    if name == "error":
+        raise _error_of(told, dict(more))
+    return told if name == "text" else _read(REPORTS[name], json.dumps(told))
+
+
+def _error_of(name: str, told: Parameters) -> VllmTasksError:
+    kind: type[VllmTasksError] = getattr(errors, name)
+    if "report" in told:
+        error = kind(told["message"], value_of(told["report"]))
+    elif "temporary" in told:
+        error = EngineFailed(told["message"], told["temporary"])
+    else:
+        error = kind(told["message"])
+    error.repeatable = False  # the flow run that it comes from has tried again already
+    return error
+
+
+def _read(kind: type[Any], text: str) -> Any:
+    # Named in annotations of the reports, which do not import them.
+    from vllm_tasks.metrics.measure import Confusion  # noqa: F401
+    from vllm_tasks.validation.statistics import Paired  # noqa: F401
+
+    return TypeAdapter(kind).validate_json(text)
+
+
+# ---------------------------------------------------------------------- rows
+
+
+def store(content: Any) -> str:
+    """Keep JSON data in the result storage; returns its path there."""
+    path = f"{FOLDER}/{uuid4()}.json"
+    try:
+        data = json.dumps(content).encode()
+    except (TypeError, ValueError) as error:
+        raise InvalidCall(
+            f"rows that travel to another flow run must be plain data (JSON): {error}"
+        ) from error
+
+    async def write() -> None:
+        await (await _storage()).write_path(path, data)
+
+    loop.run(write())
+    return path
+
+
+def stored(path: str) -> Any:
+    """What `store` has kept; raises `InvalidCall` where this side cannot see it."""
+
+    async def read() -> bytes:
+        return await (await _storage()).read_path(path)
+
+    try:
+        return json.loads(loop.run(read()))
+    except (OSError, ValueError) as error:
+        raise InvalidCall(
+            f"{path!r} is not in the result storage of this machine ({error}): rows travel "
+            "through Prefect's default result storage, which both sides must see "
+            "(PREFECT_DEFAULT_RESULT_STORAGE_BLOCK)"
+        ) from error
+
+
+async def _storage() -> WritableFileSystem:
+    found = get_default_result_storage()
+    return await found if isawaitable(found) else found  # Prefect's function is both
+
+
+def results_of(content: Sequence[Any]) -> list[Result]:
+    """Answers and errors of rows as `results_as_data` gave them."""
+    answers = TypeAdapter(Completion), TypeAdapter(RowError)
+    return [answers["kind" in each].validate_python(each) for each in content]
+
+
+def results_as_data(results: Sequence[Result]) -> list[Any]:
+    """Answers and errors of rows as JSON data."""
+    return [dataclasses.asdict(result) for result in results]

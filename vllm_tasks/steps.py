@@ -1,0 +1,76 @@
+"""The thin flow that is deployed on each work pool, and does there what a step elsewhere asks for.
+
+`make pools` deploys it. It is made for `vllm_tasks.routing`, not for people: its one argument is JSON.
+"""
+
+# Without `from __future__ import annotations`: the process of a deployed run cannot resolve texts for types.
+import json
+from typing import Any
+
+from prefect import flow
+from prefect.context import FlowRunContext
+
+from vllm_tasks import loop, sharing, tasks
+from vllm_tasks.datalayer import Datalayer
+from vllm_tasks.errors import VllmTasksError
+from vllm_tasks.models import VllmAPI, VllmModel
+from vllm_tasks.routing import parcel
+from vllm_tasks.routing.lifeline import Lifeline
+from vllm_tasks.routing.place import STEP
+from vllm_tasks.rows import Request
+
+MODELS = {"VllmAPI": VllmAPI, "VllmModel": VllmModel}
+
+
+@flow(name=STEP, persist_result=False)
+def step(
+    call: str,
+    model: VllmAPI | VllmModel | None = None,
+    db: Datalayer | None = None,
+    beat_every: float = 15.0,
+) -> None:
+    """Do a part of a step that was called in another flow run.
+
+    Args:
+        call: What to do, as JSON.
+        model: A saved block; empty: in the call.
+        db: A saved block; empty: in the call, if it needs one.
+        beat_every: Seconds between two signs of life.
+    """
+    told = json.loads(call)
+    context = FlowRunContext.get()
+    assert context is not None
+    assert context.flow_run is not None
+    with Lifeline(context.flow_run.id, beat_every) as lifeline:
+        try:
+            model = model or MODELS[told["kind"]](**told["model"])
+            db = db or (Datalayer(**told["db"]) if told.get("db") else None)
+            outcome = parcel.outcome_of(WORKS[told["work"]](told, model, db))
+        except VllmTasksError as error:
+            lifeline.settle(parcel.outcome_of_error(error))
+            raise
+        lifeline.settle(outcome)
+
+
+def rows(told: dict[str, Any], model: VllmAPI | VllmModel, _: Datalayer | None) -> str:
+    """Answer finished prompts; gives the place of the answers in the result storage."""
+    content = parcel.stored(told["rows"])
+    requests = [Request(prompt, content["sampling"]) for prompt in content["prompts"]]
+    results = loop.run(sharing.answer(model._config(), requests, model.max_batch_size))
+    return parcel.store(parcel.results_as_data(results))
+
+
+def table(told: dict[str, Any], model: VllmAPI | VllmModel, db: Datalayer | None) -> Any:
+    """Rows of a table, or of one of its shards."""
+    return tasks.predict_in_db(model, told["X"], told["select"], db=db, **told["options"])
+
+
+def validation(told: dict[str, Any], model: VllmAPI | VllmModel, db: Datalayer | None) -> Any:
+    """A validation. Its verdict is no failure of this run: it is told where the validation was called."""
+    from vllm_tasks.validation import Validation
+
+    chosen = told["validation"] and Validation(**told["validation"])
+    return tasks.found(model, chosen, db=db, **told["options"])
+
+
+WORKS = {"rows": rows, "table": table, "validation": validation}
