@@ -117,7 +117,7 @@ def validated(
 
 
 def parameters(call: Parameters, model: Model, db: Datalayer | None) -> Parameters:
-    """Of the thin flow. All but references is one text: a `$ref` of a JSON Schema would be taken for a block."""
+    """Of the thin flow. All but references is one text: Prefect takes a JSON Schema's `$ref` for a block."""
     references: Parameters = {}
     for name, told in ("model", parcel.model_parameter(model)), ("db", parcel.db_parameter(db)):
         if told is not None and "$ref" in told:

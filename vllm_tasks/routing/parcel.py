@@ -18,7 +18,6 @@ from uuid import uuid4
 from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
-from prefect.filesystems import WritableFileSystem
 from prefect.results import get_default_result_storage
 from pydantic import TypeAdapter
 
@@ -186,7 +185,7 @@ def store(content: Any) -> str:
         ) from error
 
     async def write() -> None:
-        await (await _storage()).write_path(path, data)
+        await _awaited((await _awaited(get_default_result_storage())).write_path(path, data))
 
     loop.run(write())
     return path
@@ -196,7 +195,8 @@ def stored(path: str) -> Any:
     """What `store` has kept; raises `InvalidCall` where this side cannot see it."""
 
     async def read() -> bytes:
-        return await (await _storage()).read_path(path)
+        found: bytes = await _awaited((await _awaited(get_default_result_storage())).read_path(path))
+        return found
 
     try:
         return json.loads(loop.run(read()))
@@ -208,9 +208,9 @@ def stored(path: str) -> Any:
         ) from error
 
 
-async def _storage() -> WritableFileSystem:
-    found = get_default_result_storage()
-    return await found if isawaitable(found) else found  # Prefect's function is both
+async def _awaited(value: Any) -> Any:
+    """What Prefect's functions give: the thing itself, or something to wait for it, as the context is."""
+    return await value if isawaitable(value) else value
 
 
 def results_of(content: Sequence[Any]) -> list[Result]:
