@@ -56,8 +56,12 @@ FORBID = ConfigDict(extra="forbid")
 ASKED = {"structured_outputs", "response_format"}
 """Sampling parameters that say what an answer looks like."""
 
+ASKED_FIRST = (
+    *("prompt", "signature", "chat", "system", "predict_kwargs"),
+    *("db", "datatype", "output_schema", "flatten"),
+)
 WRITTEN = ("metric_values", "uuid")
-"""Fields that nobody fills in."""
+"""Fields at the head of a form, and those at its end, which nobody fills in."""
 
 T = TypeVar("T")
 OnError = Literal["raise", "return"]
@@ -70,62 +74,96 @@ class Predictor(BaseModel):
 
     _elsewhere: ClassVar[str] = ""
     """Where a field may belong that is not one of this class."""
-    _first: ClassVar[tuple[str, ...]] = ()
-    """What a form asks first; the rest follows as declared."""
+    _reached_by: ClassVar[tuple[str, ...]] = ()
+    """How this model is reached: what a form asks after the identifier."""
 
     identifier: str = Field(
-        min_length=1, title="Identifier", description="Name of the model; '/' becomes '-'."
+        min_length=1,
+        title="Identifier",
+        description="Your name for the model: its outputs are in `_outputs__<identifier>`; '/' becomes '-'.",
     )
-    uuid: str = Field(default_factory=lambda: str(uuid4()), description="Identity of this instance.")
+    uuid: str = Field(
+        default_factory=lambda: str(uuid4()),
+        title="UUID",
+        description="Identity of this instance; made when empty.",
+    )
     db: Datalayer | None = Field(
-        default=None, description="Tables of `predict_in_db` where the call names none."
+        default=None,
+        title="Datalayer",
+        description="Where rows are read and outputs written, unless the call names another.",
     )
     artifacts: dict[str, Artifact] = Field(
         default={},
-        description="Named files for templates ({artifacts.name}) and prompt_func (artifacts=...).",
+        title="Artifacts",
+        description="Files for templates, `{artifacts.name}`, and prompt functions (artifacts=...), such as "
+        '{"rules": {"uri": "s3://bucket/rules.txt"}}.',
     )
     signature: Signature = Field(
-        default="singleton", description="How a record becomes a call: one value, a tuple, a dict, or both."
+        default="singleton",
+        title="Signature",
+        description="What a record is to the prompt: one value `{input}` (singleton), a tuple `{0}` (*args), "
+        "a dict `{name}` (**kwargs), or both.",
     )
     datatype: DataType | BuiltinType | None = Field(
         default=None,
+        title="Data type",
         description="Type of an answer: str (the default), int, float, bool, json, bytes, or one's own.",
     )
     output_schema: dict[str, Any] | str | None = Field(
         default=None,
-        description="Columns, JSON Schema or dotted path of a pydantic model: asked of vLLM and checked.",
+        title="Output schema",
+        description='Columns, such as {"name": "str", "age": "int"}, a JSON Schema, or the dotted path of a '
+        "pydantic model: asked of vLLM and checked.",
     )
-    flatten: bool = Field(default=False, description="In tables, an answer that is a list becomes rows.")
+    flatten: bool = Field(
+        default=False, title="Flatten", description="In tables, an answer that is a list becomes rows."
+    )
     model_update_kwargs: dict[str, Any] = Field(
         default={},
-        description="How outputs are written: table, partition_by, compression, on_length (keep, error).",
+        title="Options of the outputs",
+        description="`model_update_kwargs`: table, partition_by, compression, on_length (keep, error).",
     )
     predict_kwargs: dict[str, Any] = Field(
-        default={}, description="Sampling parameters by vLLM's names; those of a call win."
+        default={},
+        title="Sampling parameters",
+        description='`predict_kwargs` by vLLM\'s names, such as {"max_tokens": 60}; those of a call win.',
     )
     compute_kwargs: dict[str, Any] = Field(
         default={},
         repr=False,  # values of `env` may be secrets
-        description="Resource hints, such as num_gpus, memory, image, env or work_pool.",
+        title="Resources",
+        description="`compute_kwargs`: hints such as num_gpus, memory, image, env or work_pool.",
     )
     validation: Validation | None = Field(
-        default=None, description="Data sets, metrics and limits of `validate` where the call gives none."
+        default=None,
+        title="Validation",
+        description="Data sets, metrics and limits of validate, unless the call gives its own.",
     )
     metric_values: dict[str, dict[str, float]] = Field(
-        default={}, description="By data set and metric, what the last `validate` found; written by it."
+        default={},
+        title="Metric values",
+        description="By data set and metric, what the last validation found; written by it.",
     )
     prompt: str = Field(
         default="{input}",
-        description="Template with plain keys: {input}, {0}, {name}, {context}, {artifacts.name}.",
+        title="Prompt",
+        description="Template with plain keys: `{input}`, `{0}`, `{name}`, `{context}`, `{artifacts.name}`.",
     )
     prompt_func: DottedCallable | None = Field(
-        default=None, description="f(x, ...) -> text or chat messages; replaces the template."
+        default=None,
+        title="Prompt function",
+        description="Dotted path of f(x, ...) -> text or chat messages, in place of the prompt.",
     )
     max_batch_size: int | None = Field(
-        default=4, ge=1, description="Rows handed to the engine at once; not a limit of concurrency."
+        default=4,
+        ge=1,
+        title="Rows in a chunk",
+        description="`max_batch_size`: handed to the engine at once; no limit of concurrency. Empty: all.",
     )
-    chat: bool = Field(default=False, description="A text becomes one user message.")
-    system: str | None = Field(default=None, description="System message, put before chat messages.")
+    chat: bool = Field(default=False, title="Chat", description="The prompt is sent as a user's message.")
+    system: str | None = Field(
+        default=None, title="System message", description="Put before chat messages; needs chat."
+    )
 
     _asks: Callable[[Sequence[Request | RowError]], list[Result]] | None = PrivateAttr(default=None)
     """Who answers in place of the engine: see `vllm_tasks.routing`."""
@@ -226,7 +264,8 @@ class Predictor(BaseModel):
     @classmethod
     def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The block's schema, from which the UI makes its form."""
-        return arranged(super().model_json_schema(*args, **kwargs), cls._first, WRITTEN)
+        first = ("identifier", *cls._reached_by, *ASKED_FIRST)
+        return arranged(super().model_json_schema(*args, **kwargs), first, WRITTEN)
 
     def _to_block_document(self, *args: Any, **kwargs: Any) -> Any:
         self._check_portable()  # all of Block's ways to save pass here

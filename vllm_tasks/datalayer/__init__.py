@@ -75,7 +75,9 @@ class Datalayer(Block):
     model_config = ConfigDict(extra="forbid")
 
     url: SecretStr = Field(
-        description="A folder, an fsspec URL or a SQLAlchemy URL. Kept secret, as it may hold a password."
+        title="URL",
+        description="A folder or an fsspec URL (/data/tickets, s3://bucket/tickets), or a SQLAlchemy URL "
+        "(postgresql://user:password@host/name). Kept secret, as it may hold a password.",
     )
 
     @model_validator(mode="before")
