@@ -38,25 +38,40 @@ class VllmAPI(Predictor, Block):
         answers = model.predict_batches(["What is the capital of France?"])
         """
 
+    _reached_by: ClassVar[tuple[str, ...]] = ("api_url", "model", "api_key")
+
     model_config = FORBID
 
     api_url: str | list[str] = Field(
         default="",
-        description="URL of the server, or several. Its path picks the protocol: /generate, /v1/completions, "
-        "/v1/chat/completions; a base URL means OpenAI's, as the prompt demands. Empty: VLLM_TASKS_API_URL.",
+        title="URL of the server",
+        description="Such as http://host:8000; or several, separated by commas. The path picks the protocol: "
+        "/generate, /v1/completions, /v1/chat/completions; none means OpenAI's, as the prompt demands. "
+        "Empty: VLLM_TASKS_API_URL.",
     )
-    api_key: SecretStr | None = Field(default=None, description="Bearer token. Empty: VLLM_TASKS_API_KEY.")
-    model: str | None = Field(default=None, description="Model to ask for; asked of the server when empty.")
+    api_key: SecretStr | None = Field(
+        default=None, title="Key", description="Bearer token. Empty: VLLM_TASKS_API_KEY."
+    )
+    model: str | None = Field(
+        default=None, title="Model", description="By the server's name for it. Empty: the one that it serves."
+    )
     timeout: float | None = Field(
-        default=None, gt=0, description="Seconds for one attempt of one row. Empty: VLLM_TASKS_TIMEOUT (600)."
+        default=None,
+        gt=0,
+        title="Timeout",
+        description="Seconds for one attempt of one row. Empty: VLLM_TASKS_TIMEOUT (600).",
     )
     retries: int | None = Field(
-        default=None, ge=0, description="Attempts of one row after its first. Empty: VLLM_TASKS_RETRIES (5)."
+        default=None,
+        ge=0,
+        title="Retries",
+        description="Attempts of one row after its first. Empty: VLLM_TASKS_RETRIES (5).",
     )
     max_in_flight: int | None = Field(
         default=None,
         ge=1,
-        description="Rows in flight per server, over all calls with the same settings. "
+        title="Rows in flight",
+        description="Per server, over all calls with the same settings. "
         "Empty: VLLM_TASKS_MAX_IN_FLIGHT (256).",
     )
 
@@ -134,15 +149,26 @@ class VllmModel(Predictor, Block):
 
     _elsewhere: ClassVar[str] = "; vLLM's engine arguments go into vllm_kwargs"
 
+    _reached_by: ClassVar[tuple[str, ...]] = ("model_name", "tensor_parallel_size", "vllm_kwargs")
+
     model_config = FORBID
 
-    model_name: str = Field(default="", description="Folder or Hugging Face name of the model.")
-    tensor_parallel_size: int = Field(
-        default=1, ge=1, description="GPUs that one copy of the model is split over."
+    model_name: str = Field(
+        default="", title="Model", description="Its name on Hugging Face, or a folder where the flow runs."
     )
-    trust_remote_code: bool = Field(default=True, description="Run code that comes with the model.")
+    tensor_parallel_size: int = Field(
+        default=1,
+        ge=1,
+        title="Tensor parallel size",
+        description="GPUs that one copy of the model is split over.",
+    )
+    trust_remote_code: bool = Field(
+        default=True, title="Trust remote code", description="Run code that comes with the model."
+    )
     vllm_kwargs: dict[str, Any] = Field(
-        default={}, description="Further engine arguments by vLLM's names; they win over the fields above."
+        default={},
+        title="Engine arguments",
+        description='`vllm_kwargs` by vLLM\'s names, such as {"max_model_len": 4096}; they win over fields.',
     )
     on_ray: bool = Field(default=False, description="Run the engine as a Ray actor (not built yet).")
     ray_address: str | None = Field(default=None, description="Ray cluster to join (not built yet).")
