@@ -6,12 +6,15 @@ python -m flows.batch_predict --cron "0 2 * * *"      # serve it; then run it fr
 
 # Without `from __future__ import annotations`: the process of a served run cannot resolve texts for types.
 import argparse
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from prefect import flow
 from prefect.runtime import flow_run
+from pydantic import Field
 
 from vllm_tasks import Datalayer, Report, VllmAPI, VllmModel, predict_in_db
+
+Rows = Annotated[int, Field(ge=1)]
 
 
 def run_name() -> str:
@@ -25,39 +28,39 @@ def batch_predict(
     model: VllmAPI | VllmModel,
     X: str | list[str] | dict[str, str | int],  # noqa: N803 - the name in predict_in_db
     select: str,
-    db: Datalayer | None = None,
-    predict_id: str | None = None,
     primary_id: str | list[str] = "id",
+    db: Datalayer | None = None,
+    limit: Rows | None = None,
+    predict_id: str | None = None,
+    sampling: dict[str, Any] | None = None,
+    context: str | None = None,
     refresh: Literal["missing", "changed"] = "missing",
     overwrite: bool = False,
     retry_failed: bool = False,
-    max_failed: float | int | None = 0.05,
-    limit: int | None = None,
     ids: list[Any] | None = None,
-    max_chunk_size: int | None = None,
-    context: str | None = None,
-    sampling: dict[str, Any] | None = None,
+    max_failed: float | int | None = 0.05,
+    max_chunk_size: Rows | None = None,
 ) -> Report:
     """Ask a model for the rows of a table and commit one output or one error for each.
 
     Only rows that have no output yet are asked, so the same run goes on after any crash.
 
     Args:
-        model: A saved block, or the fields of a model.
+        model: A saved block: a vLLM API, or a vLLM Model.
         X: Column with the input; several columns as a list, or as a mapping of column to argument.
         select: A table; in a lake also a path or a glob; or one SELECT statement.
-        db: Where the table is and the outputs go; empty: the model's own.
-        predict_id: Names the outputs, _outputs__<predict_id>; empty: the model's identifier.
         primary_id: Column or columns that identify a row.
+        db: Where the table is and the outputs go; None: the model's own.
+        limit: Ask so many rows at most, to try a job; None: all.
+        predict_id: Names the outputs, `_outputs__<predict_id>`; None: the model's identifier.
+        sampling: Sampling parameters by vLLM's names, such as {"max_tokens": 60}; they win over the model's.
+        context: Fills `{context}` of every prompt.
         refresh: missing asks rows without an output; changed also those whose input is another now.
         overwrite: Ask all rows again.
         retry_failed: Ask the rows that have an error, and no others.
-        max_failed: How many rows may fail, a share (0.05) or a count (20); empty: any number.
-        limit: Ask so many rows at most, to try a job.
         ids: Only the rows with these keys.
-        max_chunk_size: Rows of a commit; empty: VLLM_TASKS_COMMIT_ROWS.
-        context: Fills {context} of every prompt.
-        sampling: Sampling parameters by vLLM's names; they win over the model's.
+        max_failed: How many rows may fail, a share (0.05) or a count (20); None: any number.
+        max_chunk_size: Rows of a commit; None: VLLM_TASKS_COMMIT_ROWS.
     """
     report: Report = predict_in_db(
         model,

@@ -36,11 +36,11 @@ def compare_models(
     not fit together. A model below its limits is shown, and fails nothing here.
 
     Args:
-        models: Saved blocks, or the fields of models; the first is what the others are compared with.
+        models: Saved blocks; the first is what the others are compared with.
         validation: Data sets, metrics and limits, the same for all.
-        db: Where predictions and history go; empty: the first model's own.
-        max_failed: How many rows may fail, a share (0.05) or a count (20); empty: any number.
-        context: Fills {context} of every prompt.
+        db: Where predictions and history go; None: the first model's own.
+        max_failed: How many rows may fail, a share (0.05) or a count (20); None: any number.
+        context: Fills `{context}` of every prompt.
     """
     check_comparable([model.identifier for model in models])  # before anything is asked
     db = db or models[0].db

@@ -42,13 +42,13 @@ def validate_model(
     The values go onto the saved block and into the history; a run that was interrupted goes on.
 
     Args:
-        model: A saved block, or the fields of a model.
-        validation: Data sets, metrics and limits; empty: the model's own.
-        db: Where predictions and history go; empty: the model's own.
+        model: A saved block: a vLLM API, or a vLLM Model.
+        validation: Data sets, metrics and limits; None: the model's own.
+        db: Where predictions and history go; None: the model's own.
         reuse: Score the answers of the last run again, where the model's weights are known to be the same.
         retry_failed: Ask the failed rows of an interrupted run again.
-        max_failed: How many rows may fail, a share (0.05) or a count (20); empty: any number.
-        context: Fills {context} of every prompt.
+        max_failed: How many rows may fail, a share (0.05) or a count (20); None: any number.
+        context: Fills `{context}` of every prompt.
     """
     chosen = validation or model.validation
     if chosen is None:
