@@ -13,9 +13,11 @@ from vllm_tasks.datalayer import LOGO
 from vllm_tasks.engines import wire
 from vllm_tasks.engines.http import HttpConfig
 from vllm_tasks.engines.local import LocalConfig
+from vllm_tasks.engines.ray import RayConfig
 from vllm_tasks.engines.urls import split_urls
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.predictor import FORBID, Predictor
+from vllm_tasks.resources import Resources
 from vllm_tasks.sampling import LOCAL_CHAT, Target, check_names
 from vllm_tasks.settings import site_settings
 
@@ -127,6 +129,15 @@ class VllmAPI(Predictor, Block):
                 check_names(sampling, "chat")
 
 
+def _as_json(field: str, value: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(value, sort_keys=True)
+    except TypeError as error:
+        raise InvalidCall(
+            f"{field} must be plain data (JSON), so that a block can hold them: {error}"
+        ) from error
+
+
 def _either(own: T | None, site: T) -> T:
     return site if own is None else own
 
@@ -170,12 +181,21 @@ class VllmModel(Predictor, Block):
         title="Engine arguments",
         description='`vllm_kwargs` by vLLM\'s names, such as {"max_model_len": 4096}; they win over fields.',
     )
-    on_ray: bool = Field(default=False, description="Run the engine as a Ray actor (not built yet).")
-    ray_address: str | None = Field(default=None, description="Ray cluster to join (not built yet).")
-    ray_config: dict[str, Any] = Field(
-        default={}, description="Options of the Ray actor (not built yet, not checked yet)."
+    on_ray: bool = Field(
+        default=False, title="On Ray", description="Engines are actors on a Ray cluster, or a Ray of our own."
     )
-    replicas: int = Field(default=1, ge=1, description="Engines to spread the rows over (not built yet).")
+    ray_address: str | None = Field(
+        default=None, title="Ray cluster", description="To join, such as host:6379. Empty: RAY_ADDRESS."
+    )
+    ray_config: dict[str, Any] = Field(
+        default={},
+        repr=False,  # its runtime_env may hold secrets
+        title="Options of the actors",
+        description='By Ray\'s names, such as {"num_cpus": 4, "runtime_env": {}}; they win over the hints.',
+    )
+    replicas: int = Field(
+        default=1, ge=1, title="Replicas", description="Engines on Ray that the rows are spread over."
+    )
 
     @model_validator(mode="after")
     def _ray_by_address(self) -> Self:
@@ -183,13 +203,20 @@ class VllmModel(Predictor, Block):
             object.__setattr__(self, "on_ray", True)  # a plain assignment would validate again
         return self
 
-    def _refuse_unbuilt(self) -> None:
-        if self.on_ray or self.replicas > 1:
+    def _config(self) -> LocalConfig | RayConfig:
+        arguments, timeout = self._arguments(), site_settings().engine_start_timeout
+        if self.on_ray:
+            options = _as_json("ray_config", self._actor_options())
+            return RayConfig(arguments, options, self.ray_address, self.replicas, timeout)
+        if self.replicas > 1:
             raise InvalidCall(
-                "on_ray and replicas are kept with the model, but Ray engines are not built yet"
+                f"replicas={self.replicas} are for Ray: set on_ray=True or ray_address; without Ray, "
+                f"predict_in_db(..., shards={self.replicas}) spreads a table over flow runs"
             )
+        return LocalConfig(arguments, timeout)
 
-    def _config(self) -> LocalConfig:
+    def _arguments(self) -> str:
+        """vLLM's engine arguments, as JSON."""
         if not (self.model_name or "model" in self.vllm_kwargs):
             raise InvalidCall("VllmModel has no model_name: pass a folder or a Hugging Face name")
         arguments = {
@@ -198,12 +225,15 @@ class VllmModel(Predictor, Block):
             "trust_remote_code": self.trust_remote_code,
             **self.vllm_kwargs,
         }
-        try:
-            return LocalConfig(json.dumps(arguments, sort_keys=True), site_settings().engine_start_timeout)
-        except TypeError as error:
-            raise InvalidCall(
-                f"vllm_kwargs must be plain data (JSON), so that a block can hold them: {error}"
-            ) from error
+        return _as_json("vllm_kwargs", arguments)
+
+    def _actor_options(self) -> dict[str, Any]:
+        """Options of each engine's actor: the resource hints, and `ray_config` over them."""
+        options = {**Resources.of(self).ray_options(), **self.ray_config}
+        if env := self.compute_kwargs.get("env"):
+            own = self.ray_config.get("runtime_env", {})
+            options["runtime_env"] = {**own, "env_vars": {**env, **own.get("env_vars", {})}}
+        return options
 
     def _sampling_target(self) -> Target:
         return "local"

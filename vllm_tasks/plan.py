@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_tasks import loop, sharing
-from vllm_tasks.engines.local import LocalConfig
+from vllm_tasks.engines.http import HttpConfig
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.fingerprint import engine_identity, fingerprint
 from vllm_tasks.prompts import Context, Signature
@@ -66,7 +66,6 @@ class Plan:
         """
         given = given or {}
         columns, record = records(X, model.signature)
-        model._refuse_unbuilt()
         config = model._config()
         decoder = model._decoder(given)
         sampling = model._sampling(given)
@@ -140,7 +139,7 @@ def identity_of(config: sharing.Config) -> tuple[str, Any]:
 
     A server is asked for the name when the call has none.
     """
-    if isinstance(config, LocalConfig):
+    if not isinstance(config, HttpConfig):
         arguments = json.loads(config.engine_args)
         return arguments["model"], engine_identity(arguments)
     name = config.model

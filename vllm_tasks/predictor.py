@@ -333,7 +333,6 @@ class Predictor(BaseModel):
 
     def _results(self, xs: Sequence[Any], context: Context, given: Mapping[str, Any]) -> list[Result]:
         xs = _rows_of(xs)
-        self._refuse_unbuilt()
         self._config()  # what is wrong with it is told first
         sampling = self._sampling(given)
         results = self._ask(self._requests(self._prompter(context), xs, sampling))
@@ -412,9 +411,6 @@ class Predictor(BaseModel):
                 "%s: %d of %d answers were cut at max_tokens (vLLM's own default is 16 where neither the "
                 "model nor the chat protocol says more)", self.identifier, cut, answers,
             )  # fmt: skip
-
-    def _refuse_unbuilt(self) -> None:
-        """Fields of later versions must not be ignored in silence where they would change an answer."""
 
     def predict_in_db(self, X: Columns, select: str, **options: Any) -> Report:  # noqa: N803
         """Ask for the rows of a table and commit one output or one error for each.

@@ -20,10 +20,11 @@ from vllm_tasks import batching, loop
 from vllm_tasks.engines import Done, Engine
 from vllm_tasks.engines.http import HttpConfig, HttpEngine
 from vllm_tasks.engines.local import LocalConfig, LocalEngine
+from vllm_tasks.engines.ray import RayConfig, RayEngine
 from vllm_tasks.errors import EngineFailed
 from vllm_tasks.rows import Request, Result, RowError
 
-Config = HttpConfig | LocalConfig
+Config = HttpConfig | LocalConfig | RayConfig
 
 
 @dataclass(eq=False)
@@ -132,7 +133,7 @@ async def _using(config: Config) -> AsyncIterator[Engine]:
         await asyncio.wait({closing})  # two engines of one kind would not fit on the device
     shared = _shared.get(config)
     if shared is None:
-        engine = LocalEngine(config) if isinstance(config, LocalConfig) else HttpEngine(config)
+        engine = _new(config)
         shared = _shared[config] = Shared(engine, asyncio.create_task(engine.start()))
     shared.calls += 1
     try:
@@ -144,6 +145,12 @@ async def _using(config: Config) -> AsyncIterator[Engine]:
     finally:
         shared.calls -= 1
         await _close_if_unused(config, shared)
+
+
+def _new(config: Config) -> Engine:
+    if isinstance(config, HttpConfig):
+        return HttpEngine(config)
+    return RayEngine(config) if isinstance(config, RayConfig) else LocalEngine(config)
 
 
 async def _started(config: Config, shared: Shared) -> None:

@@ -1,6 +1,6 @@
 """The one seam to vLLM: an `Engine` answers rows, wherever it runs.
 
-Three transports: `http` (somebody's server), `local` (a process of ours), later Ray actors.
+Three transports: `http` (somebody's server), `local` (a process of ours), `ray` (such a process in actors).
 """
 
 from __future__ import annotations

@@ -100,6 +100,11 @@ class LocalEngine:
         self._life: asyncio.Task[None] | None = None
         self._failed: EngineFailed | None = None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether rows would be taken at once; not while it starts, for the first time or again."""
+        return self._host is not None
+
     async def start(self) -> None:
         host, facts = await self._launch(self._arguments, self.config.start_timeout)
         self.window.limit = math.ceil(WINDOW_FACTOR * facts["max_num_seqs"])

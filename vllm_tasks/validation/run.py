@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.selection import Tables
-from vllm_tasks.engines.local import LocalConfig
+from vllm_tasks.engines.http import HttpConfig
 from vllm_tasks.errors import InvalidCall, near
 from vllm_tasks.metrics.measure import Answer
 from vllm_tasks.plan import Plan, records
@@ -116,7 +116,7 @@ def _chosen(validation: Validation, names: Sequence[str] | None) -> list[Dataset
 
 def _refuse_unknown_weights(model: Predictor) -> None:
     config = model._config()
-    if not isinstance(config, LocalConfig):
+    if isinstance(config, HttpConfig):
         raise InvalidCall(
             "reuse=True: what weights a server has is not known, so old answers may be another model's; "
             "validate without reuse"
