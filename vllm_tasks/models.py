@@ -213,7 +213,7 @@ class VllmModel(Predictor, Block):
                 f"replicas={self.replicas} are for Ray: set on_ray=True or ray_address; without Ray, "
                 f"predict_in_db(..., shards={self.replicas}) spreads a table over flow runs"
             )
-        return LocalConfig(arguments, timeout)
+        return LocalConfig(arguments, timeout, Resources.of(self).num_gpus)
 
     def _arguments(self) -> str:
         """vLLM's engine arguments, as JSON."""

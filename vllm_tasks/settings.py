@@ -55,6 +55,17 @@ class Settings(BaseSettings):
         ge=5,
         description="Seconds without a sign of life after which a flow run that a step made counts as dead.",
     )
+    gpu_slots: str = Field(
+        default="",
+        description="Global concurrency limit of Prefect of which a local engine holds a slot for each of "
+        "its GPUs; `make pools` sets it for its pools.",
+    )
+    gpus: int = Field(
+        default=0,
+        ge=0,
+        description="GPUs of the machine that a local engine takes for itself, at least as many as it is "
+        "split over; 0: vLLM takes the first ones, whoever else uses them.",
+    )
     callable_prefixes: Json[list[str]] = Field(
         default=["flows"],
         validate_default=False,  # only what comes from the environment is JSON

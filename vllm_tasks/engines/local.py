@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from vllm_tasks.engines import Done
+from vllm_tasks.engines.gpus import Claim
 from vllm_tasks.engines.host import Frame
 from vllm_tasks.engines.process import HostProcess
 from vllm_tasks.errors import EngineFailed
@@ -30,10 +31,11 @@ DEATHS_OF_A_ROW = 2
 
 @dataclass(frozen=True)
 class LocalConfig:
-    """vLLM's engine arguments, as JSON; equal ones share an engine."""
+    """vLLM's engine arguments, as JSON, and how many GPUs they need; equal ones share an engine."""
 
     engine_args: str
     start_timeout: float = field(compare=False)
+    gpus: int = field(default=0, compare=False)
 
 
 class Host(Protocol):
@@ -89,9 +91,10 @@ class OpenRow:
 class LocalEngine:
     """An `Engine` over a host with a vLLM `AsyncLLM`: a child process, unless `launch` says otherwise."""
 
-    def __init__(self, config: LocalConfig, launch: Launch = HostProcess.launch) -> None:
+    def __init__(self, config: LocalConfig, launch: Launch | None = None) -> None:
         self.config = config
-        self._launch = launch
+        self._launch = launch or self._launch_here
+        self._claim = Claim(0 if launch else config.gpus)  # elsewhere, others account for the GPUs
         self.window = Window(1)  # set when the engine has told its size
         self._arguments: Frame = json.loads(config.engine_args)
         self._ids = itertools.count()
@@ -106,10 +109,15 @@ class LocalEngine:
         return self._host is not None
 
     async def start(self) -> None:
-        host, facts = await self._launch(self._arguments, self.config.start_timeout)
+        await self._claim.take()
+        try:
+            host, facts = await self._launch(self._arguments, self.config.start_timeout)
+        except BaseException:
+            await self._claim.release()
+            raise
         self.window.limit = math.ceil(WINDOW_FACTOR * facts["max_num_seqs"])
         self._host = host
-        self._life = asyncio.create_task(self._live(host))
+        self._life = asyncio.create_task(self._live_and_release(host))
 
     async def generate(self, requests: Sequence[Request], done: Done) -> None:
         if self._failed:
@@ -129,6 +137,15 @@ class LocalEngine:
         if self._life is not None:
             self._life.cancel()  # which ends the host that is there, or is being started
             await asyncio.wait({self._life})
+
+    async def _launch_here(self, arguments: Frame, timeout: float) -> tuple[Host, Frame]:  # noqa: ASYNC109
+        return await HostProcess.launch(arguments, timeout, self._claim.devices)
+
+    async def _live_and_release(self, host: Host) -> None:
+        try:
+            await self._live(host)
+        finally:
+            await self._claim.release()
 
     async def _live(self, host: Host) -> None:
         """Take answers; when the engine dies, start it again and hand over what is unfinished."""

@@ -16,12 +16,14 @@ import time
 from collections import deque
 from pathlib import Path
 
+from vllm_tasks.engines.gpus import Devices
 from vllm_tasks.engines.host import Frame, kill_session, read_frame
 from vllm_tasks.errors import EngineFailed
 
 logger = logging.getLogger(__name__)
 vllm_logger = logging.getLogger("vllm_tasks.vllm")
 
+ANY_DEVICES = Devices()
 HOST = Path(__file__).with_name("host.py")
 SAY_EVERY = 10.0
 """Seconds between two lines of start-up progress."""
@@ -61,13 +63,19 @@ class HostProcess:
         self._log_reader = asyncio.create_task(self._read_log())
 
     @classmethod
-    async def launch(cls, arguments: Frame, timeout: float) -> tuple[HostProcess, Frame]:  # noqa: ASYNC109
+    async def launch(
+        cls,
+        arguments: Frame,
+        timeout: float,  # noqa: ASYNC109
+        devices: Devices = ANY_DEVICES,
+    ) -> tuple[HostProcess, Frame]:
         """A host whose engine is ready, and what it tells of itself.
 
-        `timeout` is in seconds. Raises `EngineFailed` with vLLM's own reason; nothing is left behind then.
+        `timeout` is in seconds; the engine sees only `devices`, and holds them too.
+        Raises `EngineFailed` with vLLM's own reason; nothing is left behind then.
         """
         started = time.monotonic()
-        host = await cls._spawn(str(arguments["model"]))
+        host = await cls._spawn(str(arguments["model"]), devices)
         logger.info("starting vLLM for %r (pid %d)", host.model, host._process.pid)
         try:
             host.write(arguments)
@@ -87,18 +95,18 @@ class HostProcess:
         return host, facts
 
     @classmethod
-    async def _spawn(cls, model: str) -> HostProcess:
+    async def _spawn(cls, model: str, devices: Devices) -> HostProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(  # noqa: ASYNC220 - takes milliseconds, and must end with us
                 # -P: the folder of host.py must not be searched for modules (it holds an `http.py`).
                 [sys.executable, "-P", str(HOST), str(theirs.fileno()), str(os.getpid())],
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), *devices.locks],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **devices.env},
             )
         return cls(model, process, *await asyncio.open_connection(sock=ours))
 

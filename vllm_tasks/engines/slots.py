@@ -1,0 +1,169 @@
+"""Slots of a global concurrency limit of Prefect, held for the life of an engine.
+
+Prefect's own `concurrency` keeps trying in another thread after it was cancelled, and waits up to 30 s
+between two tries; here an engine that closes while it waits has taken nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.exceptions import ObjectNotFound
+
+from vllm_tasks.errors import EngineFailed, InvalidCall
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
+
+logger = logging.getLogger(__name__)
+
+LEASE = 60.0
+"""Seconds after which the slots of a holder that is gone come back; the least that Prefect takes."""
+RENEW_EVERY = 20.0
+TRY_EVERY = 2.0
+SAY_EVERY = 60.0
+
+_held: dict[str, int] = {}
+"""Slots that the engines of this process hold or wait for, by limit."""
+
+
+class Slots:
+    """Takes `count` slots of the limit `name` and keeps them until they are released."""
+
+    def __init__(self, name: str, count: int) -> None:
+        self.name = name
+        self.count = count
+        self._lease: UUID | None = None
+        self._renewing: asyncio.Task[None] | None = None
+
+    async def take(self) -> None:
+        """Wait for the slots.
+
+        Raises `InvalidCall` where there is no such limit, or waiting could not help; `EngineFailed` where
+        Prefect's server cannot be asked.
+        """
+        await self._check()
+        _held[self.name] = _held.get(self.name, 0) + self.count
+        try:
+            await self._wait()
+        except BaseException as error:
+            _held[self.name] -= self.count
+            if isinstance(error, httpx.HTTPError):
+                raise EngineFailed(
+                    f"Prefect could not be asked for slots of the limit {self.name!r} "
+                    f"(VLLM_TASKS_GPU_SLOTS): {error}",
+                    temporary=True,
+                ) from error
+            raise
+        self._renewing = asyncio.create_task(self._renew())
+
+    async def release(self) -> None:
+        """Give the slots back; where Prefect cannot be told, they come back when the lease ends."""
+        if self._renewing is None:
+            return
+        self._renewing.cancel()
+        self._renewing = None
+        _held[self.name] -= self.count
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            await _give_back(self.name, lease)
+
+    async def _check(self) -> None:
+        limit = await self._limit()
+        mine = _held.get(self.name, 0)
+        if not limit.active or self.count <= limit.limit - mine:
+            return
+        why = (
+            f", and engines of this same process hold {mine}: close one first (use `with model:`)"
+            if mine
+            else "; give the limit more with `make pools ARGS='--gpus N'`, or the model num_gpus=0 in "
+            "compute_kwargs for an engine on CPUs"
+        )
+        raise InvalidCall(
+            f"the engine needs {self.count} slots of the limit {self.name!r} (VLLM_TASKS_GPU_SLOTS), which "
+            f"has {limit.limit}{why}"
+        )
+
+    async def _limit(self) -> GlobalConcurrencyLimitResponse:
+        try:
+            async with get_client() as client:
+                return await client.read_global_concurrency_limit_by_name(self.name)
+        except ObjectNotFound as error:
+            raise InvalidCall(
+                f"Prefect has no global concurrency limit {self.name!r} (VLLM_TASKS_GPU_SLOTS); make it with "
+                "`make pools` (python -m vllm_tasks.pools)"
+            ) from error
+        except httpx.HTTPError as error:
+            raise EngineFailed(
+                f"Prefect could not be asked for the limit {self.name!r} (VLLM_TASKS_GPU_SLOTS): {error}",
+                temporary=True,
+            ) from error
+
+    async def _wait(self) -> None:
+        tries = 0
+        while not await self._try():
+            if tries * TRY_EVERY % SAY_EVERY == 0:
+                logger.info("waiting for %d free GPU slots of the limit %r", self.count, self.name)
+            tries += 1
+            await asyncio.sleep(TRY_EVERY)
+
+    async def _try(self) -> bool:
+        """Take the slots if they are free."""
+        taking = asyncio.create_task(self._increment())
+        try:
+            self._lease = await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            # The server may have granted them meanwhile.
+            with suppress(httpx.HTTPError):
+                if lease := await taking:
+                    await _give_back(self.name, lease)
+            raise
+        return self._lease is not None
+
+    async def _increment(self) -> UUID | None:
+        async with get_client() as client:
+            try:
+                response = await client.increment_concurrency_slots_with_lease(
+                    [self.name], self.count, "concurrency", LEASE
+                )
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code == HTTPStatus.LOCKED:
+                    return None
+                raise
+        return UUID(response.json()["lease_id"])
+
+    async def _renew(self) -> None:
+        """Keep the lease; a running engine goes on without, if it cannot be kept."""
+        while True:
+            await asyncio.sleep(RENEW_EVERY)
+            try:
+                if self._lease is None:
+                    await self._try()
+                    continue
+                async with get_client() as client:
+                    await client.renew_concurrency_lease(self._lease, LEASE)
+            except httpx.HTTPError as error:
+                gone = isinstance(error, httpx.HTTPStatusError)
+                self._lease = None if gone else self._lease  # and is taken anew, when it is free
+                logger.warning(
+                    "the slots of the limit %r could not be kept, and another engine may take them: %s",
+                    self.name, error,
+                )  # fmt: skip
+
+
+async def _give_back(name: str, lease: UUID) -> None:
+    try:
+        async with get_client() as client:
+            await client.release_concurrency_slots_with_lease(lease)
+    except RuntimeError:  # the interpreter exits, and has no thread left that looks up a host
+        with get_client(sync_client=True) as blocking:
+            blocking.release_concurrency_slots_with_lease(lease)
+    except httpx.HTTPError as error:
+        logger.warning("slots of the limit %r come back in %g s: %s", name, LEASE, error)
