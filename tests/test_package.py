@@ -40,6 +40,7 @@ PUBLIC = [
     "predict",
     "predict_batches",
     "predict_in_db",
+    "serve",
     "validate",
 ]
 HEAVY = ("vllm", "ray", "torch", "transformers", "numpy", "pandas", "pyarrow", "duckdb", "deltalake")

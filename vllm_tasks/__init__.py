@@ -19,6 +19,7 @@ from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.outputs import Artifact
 from vllm_tasks.report import ErrorKind, FailedRow, Report
 from vllm_tasks.rows import Choice, Completion, RowError, TokenLogprob
+from vllm_tasks.serving import serve
 from vllm_tasks.settings import Settings
 from vllm_tasks.tasks import compare, completions, predict, predict_batches, predict_in_db, validate
 from vllm_tasks.validation import Dataset, Metric, Validation
@@ -57,5 +58,6 @@ __all__ = [
     "predict",
     "predict_batches",
     "predict_in_db",
+    "serve",
     "validate",
 ]
