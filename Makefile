@@ -10,11 +10,15 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 INSTALL := pip install --quiet --compile-bytecode
 ARGS ?=
 
-.PHONY: demo test test-newest check bench setup setup-newest constraints clean
+.PHONY: demo pools test test-newest check bench setup setup-newest constraints clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.ready
 	$(BIN)/python -m flows.demo $(ARGS)
+
+# The work pools of the Prefect server at PREFECT_API_URL, and what belongs to them.
+pools: .venv/.ready
+	$(BIN)/python -m vllm_tasks.pools $(ARGS)
 
 test: .venv/.ready .venv-newest/.ready
 	$(BIN)/python -m pytest $(ARGS)

@@ -53,6 +53,13 @@ class Pool:
     gpus: int | None = None
     image: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.image and self.type == "process":
+            raise InvalidCall(
+                f"the pool {self.name!r} of type 'process' starts no images, and got {self.image!r}; choose "
+                "the type docker or kubernetes, or leave the image out"
+            )
+
     @property
     def limit(self) -> str:
         """Name of the global concurrency limit with one slot for each GPU of the pool."""

@@ -22,6 +22,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     for line in make(*pools, change_slots=asked.gpus is not None):
         print(line)
+    if asked.gpu_type != "process" and not asked.image:
+        print(
+            "note: no --image; it stays as it was, and where there is none, each model needs the hint `image`"
+        )
     for pool in pools:
         print(f"next: prefect worker start --pool {pool.name}")
 
