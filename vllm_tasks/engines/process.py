@@ -43,6 +43,7 @@ WRAPPERS = (
     "EngineCore encountered an issue",
 )
 """vLLM's errors that only point at another one in the log."""
+MORE = " (the logger vllm_tasks.vllm has all of them at level DEBUG)"
 
 
 class HostProcess:
@@ -189,19 +190,28 @@ class HostProcess:
         return last_words(list(self._log))
 
 
-def explain(log: list[str], reason: str, code: int) -> str:
-    """The first error of the first traceback in the log on, else its last words and the exit code."""
+def explain(log: list[str], reason: str, code: int | None, more: str = MORE) -> str:
+    """The first error of the first traceback in the log on, else its last words and the exit code.
+
+    `more` says where all of the log is.
+    """
     start = next((i for i, line in enumerate(log) if "Traceback (most recent call last)" in line), len(log))
-    found = [m[1] for line in log[start:] if (m := REASON.search(line))]
+    found = [_words_at(log, i) for i in range(start, len(log)) if REASON.search(log[i])]
     causes = [words for words in found if not any(wrapper in words for wrapper in WRAPPERS)]
     if causes:
         return causes[0]
     killed = " (SIGKILL; often the kernel, out of memory)" if code == -signal.SIGKILL else ""
     said = reason or "its process ended"
-    return (
-        f"{said}, exit code {code}{killed}; its last words: {last_words(log)} "
-        "(the logger vllm_tasks.vllm has all of them at level DEBUG)"
-    )
+    return f"{said}, exit code {code}{killed}; its last words: {last_words(log)}{more}"
+
+
+def _words_at(log: list[str], i: int) -> str:
+    """The exception that line `i` names; pydantic's has its words on the next line."""
+    found = REASON.search(log[i])
+    assert found is not None
+    if "validation error" in found[1] and i + 1 < len(log):
+        return f"{found[1]}: {log[i + 1].partition(' [type=')[0].strip()}"
+    return found[1]
 
 
 def last_words(log: list[str]) -> str:

@@ -132,7 +132,7 @@ class SharedServer:
         return told
 
     def _why(self, told: dict[str, Any]) -> str:
-        words = told["reason"] or explain(told["log"], "", told["code"])
+        words = told["reason"] or explain(told["log"], "", told["code"], more="")
         return f"{words}; its log: {self._log}"
 
     def _lost(self) -> str:
