@@ -11,15 +11,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.settings import get_current_settings
 
-from tests.conftest import IN_PREFECT, TINY_ARGS
-from vllm_tasks import InvalidCall, VllmModel, loop
-from vllm_tasks.engines import gpus
+from tests.conftest import IN_PREFECT
+from vllm_tasks import EngineFailed, InvalidCall, VllmModel, loop
+from vllm_tasks.engines import gpus, process
 from vllm_tasks.engines.gpus import Claim, free_devices, visible_devices
 from vllm_tasks.engines.slots import Slots
 
@@ -280,37 +281,70 @@ def test_a_claim_is_all_or_nothing(limit: str, four: None, monkeypatch: pytest.M
     assert taken(limit) == 0
 
 
-@pytest.mark.engine
-def test_an_engine_holds_what_it_claims_from_start_to_close(
-    tiny_model: Path,
-    limit: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Killed engines are restarted with the same devices; closed ones have given all back."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "test-a,test-b")  # of no engine that may run here
+@pytest.fixture
+def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str) -> Callable[..., VllmModel]:
+    """Models on two GPUs of this machine, whose engines do what the prompt says."""
+    monkeypatch.setattr(process, "HOST", Path(__file__).with_name("scripted_host.py"))
+    monkeypatch.setattr(gpus.free_devices, "__defaults__", (tmp_path,))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv("VLLM_TASKS_GPU_SLOTS", limit)
     monkeypatch.setenv("VLLM_TASKS_GPUS", "1")
-    model = VllmModel(identifier="m", model_name=str(tiny_model), vllm_kwargs=TINY_ARGS)
-    with model:
-        model.predict("a", max_tokens=2)
-        assert taken(limit) == 1
-        assert gpus._lock("test-a", gpus.FOLDER) is None
-        (host,) = [pid for pid in children() if environment(pid).get("CUDA_VISIBLE_DEVICES") == "test-a"]
-        os.kill(host, signal.SIGKILL)
-        model.predict("b", max_tokens=2)
-        assert gpus._lock("test-a", gpus.FOLDER) is None
+
+    def make(name: str, tensor_parallel_size: int = 1, **arguments: Any) -> VllmModel:
+        return VllmModel(
+            identifier=name,
+            model_name=name,
+            tensor_parallel_size=tensor_parallel_size,
+            vllm_kwargs={"log": str(tmp_path / f"{name}.log"), **arguments},
+        )
+
+    return make
+
+
+def test_an_engine_holds_what_it_claims_until_it_is_closed(
+    scripted: Callable[..., VllmModel], limit: str
+) -> None:
+    """One that dies is started again on the same devices; a second one gets others."""
+    one, other = scripted("one"), scripted("other")
+    with one, other:
+        assert one.predict("die") == "die"
+        assert taken(limit) == 2
+        assert sorted(environment(pid)["CUDA_VISIBLE_DEVICES"] for pid in children()) == ["0", "1"]
+    assert (taken(limit), children()) == (0, [])
+
+
+def test_an_engine_that_is_given_up_holds_nothing(scripted: Callable[..., VllmModel], limit: str) -> None:
+    """Whether it did not start or died too often."""
+    with pytest.raises(EngineFailed, match="no CUDA"):
+        scripted("refused", refuse="no CUDA").predict("a")
     assert taken(limit) == 0
-    again = gpus._lock("test-a", gpus.FOLDER)
-    assert again is not None
-    os.close(again)
-    (gpus.FOLDER / "test-a").unlink()
+    dying = scripted("dying", tensor_parallel_size=2)
+    dying.predict_batches(["die always"], on_error="return")
+    with pytest.raises(EngineFailed, match="died 3 times"):
+        dying.predict("die always")
+    assert (taken(limit), gpus._held) == (0, set())
+
+
+def test_warm_engines_make_room(scripted: Callable[..., VllmModel], limit: str) -> None:
+    """One that nobody holds is closed when another of this process needs its GPU; a held one is not."""
+    warm, next_one = scripted("warm", tensor_parallel_size=2), scripted("next", tensor_parallel_size=2)
+    warm.predict("a")
+    assert taken(limit) == 2
+    with next_one:
+        assert next_one.predict("b") == "b"
+        assert len(children()) == 1
+        with pytest.raises(InvalidCall, match="engines of this same process hold 2: close one first"):
+            warm.predict("a")
+    assert taken(limit) == 0
 
 
 def children() -> list[int]:
+    """The engines' processes of this one."""
     listed = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
     for thread in Path(f"/proc/{os.getpid()}/task").iterdir():
         listed += " " + (thread / "children").read_text()
-    return sorted({int(pid) for pid in listed.split()})
+    pids = sorted({int(pid) for pid in listed.split()})
+    return [pid for pid in pids if "scripted_host.py" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 def environment(pid: int) -> dict[str, str]:

@@ -169,7 +169,7 @@ def test_what_cannot_be_is_refused(name: str, client: SyncPrefectClient) -> None
     """Before anything is made."""
     with pytest.raises(InvalidCall, match="--gpus -1"):
         command(name, "--gpus", "-1")
-    with pytest.raises(InvalidCall, match="'site/vllm:1'.*no images.*docker or kubernetes"):
+    with pytest.raises(InvalidCall, match=r"no images, and got 'site/vllm:1'.*docker or kubernetes"):
         command(name, "--image", "site/vllm:1")
     with pytest.raises(ObjectNotFound):
         client.read_work_pool(name)

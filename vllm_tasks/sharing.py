@@ -21,6 +21,7 @@ from vllm_tasks.engines import Done, Engine
 from vllm_tasks.engines.http import HttpConfig, HttpEngine
 from vllm_tasks.engines.local import LocalConfig, LocalEngine
 from vllm_tasks.engines.ray import RayConfig, RayEngine
+from vllm_tasks.engines.slots import HeldHere
 from vllm_tasks.errors import EngineFailed
 from vllm_tasks.rows import Request, Result, RowError
 
@@ -134,7 +135,7 @@ async def _using(config: Config) -> AsyncIterator[Engine]:
     shared = _shared.get(config)
     if shared is None:
         engine = _new(config)
-        shared = _shared[config] = Shared(engine, asyncio.create_task(engine.start()))
+        shared = _shared[config] = Shared(engine, asyncio.create_task(_start(engine)))
     shared.calls += 1
     try:
         await _started(config, shared)
@@ -151,6 +152,18 @@ def _new(config: Config) -> Engine:
     if isinstance(config, HttpConfig):
         return HttpEngine(config)
     return RayEngine(config) if isinstance(config, RayConfig) else LocalEngine(config)
+
+
+async def _start(engine: Engine) -> None:
+    """Start it; where it would wait for GPUs that warm engines of this process hold, those are closed."""
+    try:
+        await engine.start()
+    except HeldHere:
+        warm = [(c, s) for c, s in _shared.items() if isinstance(c, LocalConfig) and not _is_held(c)]
+        for config, shared in warm:
+            shared.keep = False
+            await _close_if_unused(config, shared)
+        await engine.start()
 
 
 async def _started(config: Config, shared: Shared) -> None:

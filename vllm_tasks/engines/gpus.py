@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_tasks.engines.slots import Slots
+from vllm_tasks.engines.slots import HeldHere, Slots
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.settings import site_settings
 
@@ -106,12 +106,16 @@ async def free_devices(count: int, folder: Path = FOLDER) -> Devices:
     Raises `InvalidCall` where the machine has too few, or this process itself holds what is missing.
     """
     visible = visible_devices()
-    if count > len(visible) - len(_held):
-        mine = f", of which engines of this same process hold {len(_held)}" if _held else ""
+    needs = f"the engine needs {count} GPUs (VLLM_TASKS_GPUS), and this process sees {len(visible)}"
+    if count > len(visible):
         raise InvalidCall(
-            f"the engine needs {count} GPUs (VLLM_TASKS_GPUS), and this process sees {len(visible)}{mine}; "
-            "close the other engine first (use `with model:`), use another machine, or give the model "
-            "num_gpus=0 in compute_kwargs for an engine on CPUs"
+            f"{needs}; use another machine, or for an engine on CPUs give the model num_gpus=0 in "
+            "compute_kwargs"
+        )
+    if count > len(visible) - len(_held):
+        raise HeldHere(
+            f"{needs}, of which engines of this same process hold {len(_held)}: close one first "
+            "(use `with model:`)"
         )
     tries = 0
     while (devices := _take_free(visible, count, folder)) is None:

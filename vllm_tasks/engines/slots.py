@@ -34,6 +34,10 @@ _held: dict[str, int] = {}
 """Slots that the engines of this process hold or wait for, by limit."""
 
 
+class HeldHere(InvalidCall):
+    """What an engine needs is held by engines of this same process, for which it would wait in vain."""
+
+
 class Slots:
     """Takes `count` slots of the limit `name` and keeps them until they are released."""
 
@@ -80,15 +84,17 @@ class Slots:
         mine = _held.get(self.name, 0)
         if not limit.active or self.count <= limit.limit - mine:
             return
-        why = (
-            f", and engines of this same process hold {mine}: close one first (use `with model:`)"
-            if mine
-            else "; give the limit more with `make pools ARGS='--gpus N'`, or the model num_gpus=0 in "
-            "compute_kwargs for an engine on CPUs"
-        )
-        raise InvalidCall(
+        needs = (
             f"the engine needs {self.count} slots of the limit {self.name!r} (VLLM_TASKS_GPU_SLOTS), which "
-            f"has {limit.limit}{why}"
+            f"has {limit.limit}"
+        )
+        if self.count <= limit.limit:
+            raise HeldHere(
+                f"{needs}, and engines of this same process hold {mine}: close one first (use `with model:`)"
+            )
+        raise InvalidCall(
+            f"{needs}; give the limit more with `make pools ARGS='--gpus N'`, or the model num_gpus=0 in "
+            "compute_kwargs for an engine on CPUs"
         )
 
     async def _limit(self) -> GlobalConcurrencyLimitResponse:

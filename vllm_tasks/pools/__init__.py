@@ -166,7 +166,7 @@ def _crash_the_dead(pool: str) -> AutomationCore:
             ChangeFlowRunState(
                 name=None,
                 state=StateType.CRASHED,
-                message=f"no heartbeat for {DEAD_AFTER.seconds} s: its process died",
+                message=f"no heartbeat for {DEAD_AFTER.seconds} s: its process is taken for dead",
                 force=False,
             )
         ],
