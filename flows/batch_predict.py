@@ -40,6 +40,7 @@ def batch_predict(
     ids: list[Any] | None = None,
     max_failed: float | int | None = 0.05,
     max_chunk_size: Rows | None = None,
+    shards: Rows = 1,
 ) -> Report:
     """Ask a model for the rows of a table and commit one output or one error for each.
 
@@ -61,6 +62,7 @@ def batch_predict(
         ids: Only the rows with these keys.
         max_failed: How many rows may fail, a share (0.05) or a count (20); None: any number.
         max_chunk_size: Rows of a commit; None: VLLM_TASKS_COMMIT_ROWS.
+        shards: Flow runs on the model's work pool that the rows are spread over, each with an engine of its own.
     """
     report: Report = predict_in_db(
         model,
@@ -77,6 +79,7 @@ def batch_predict(
         ids=ids,
         max_chunk_size=max_chunk_size,
         context=context,
+        shards=shards,
         **(sampling or {}),
     )
     return report

@@ -19,6 +19,7 @@ from vllm_tasks import (
     VllmModel,
     validate,
 )
+from vllm_tasks.routing import place_of
 from vllm_tasks.tasks import emit_verdict, passed, report_of
 
 
@@ -53,6 +54,16 @@ def validate_model(
     chosen = validation or model.validation
     if chosen is None:
         raise InvalidCall(f"{model.identifier!r} has no validation: give one, or save one with the model")
+    if place_of(model) is not None:  # there, one flow run with one engine asks all data sets
+        return validate(
+            model,
+            chosen,
+            db=db,
+            reuse=reuse,
+            retry_failed=retry_failed,
+            max_failed=max_failed,
+            context=context,
+        )
     # All data sets at once, on one engine.
     runs = [
         validate.submit(
