@@ -62,7 +62,7 @@ def batch_predict(
         ids: Only the rows with these keys.
         max_failed: How many rows may fail, a share (0.05) or a count (20); None: any number.
         max_chunk_size: Rows of a commit; None: VLLM_TASKS_COMMIT_ROWS.
-        shards: Flow runs on the model's work pool that the rows are spread over, each with an engine of its own.
+        shards: Flow runs on the model's work pool to spread the rows over, each with an engine of its own.
     """
     report: Report = predict_in_db(
         model,

@@ -89,6 +89,8 @@ def test_outcomes_travel_as_text() -> None:
     """Reports and errors come back as what they were; one that was tried there is not tried again here."""
     report = report_of()
     assert parcel.value_of(parcel.outcome_of(report)) == report
+    said = report_of(worst=(FailedRow((1,), "output", "no number: what the model said"),))
+    assert "what the model said" not in parcel.outcome_of(said)
     with pytest.raises(TooManyFailed, match="too many") as caught:
         parcel.value_of(parcel.outcome_of_error(TooManyFailed("too many", report)))
     assert caught.value.report == report

@@ -130,6 +130,9 @@ def outcome_of(value: Any) -> str:
     """What a step gave, a report or a text, as JSON."""
     if isinstance(value, str):
         return json.dumps({"text": value})
+    if isinstance(value, Report):  # artifacts are for more people than the tables
+        worst = tuple(dataclasses.replace(row, message=row.reason) for row in value.worst)
+        value = dataclasses.replace(value, worst=worst)
     return json.dumps({type(value).__name__: dataclasses.asdict(value)}, default=str)
 
 
