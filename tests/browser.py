@@ -1,76 +1,25 @@
-"""A real Prefect server with its UI, and Debian's chromium to look at it."""
+"""Debian's chromium, to look at Prefect's UI."""
 
 from __future__ import annotations
 
 import base64
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Literal
 
-import httpx
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
+from tests.site import PATIENCE, REPOSITORY
+
 Theme = Literal["light", "dark"]
-SCREENSHOTS = Path(__file__).parent.parent / "out" / "screenshots"
+SCREENSHOTS = REPOSITORY / "out" / "screenshots"
 """Kept after the run, to look at."""
-PATIENCE = 60.0
-"""Seconds that a server may take to start, or the UI to show something."""
 
 
 def executable() -> str | None:
     """Where chromium is, if there is one."""
     return shutil.which("chromium") or shutil.which("chromium-browser")
-
-
-@contextmanager
-def prefect_with_ui() -> Iterator[str]:
-    """The URL of a Prefect server of its own: the one of `prefect_test_harness` serves no UI."""
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryDirectory(prefix="vllm-tasks-ui-", ignore_cleanup_errors=True) as home:
-        settings = {
-            "PREFECT_HOME": home,
-            "PREFECT_UI_API_URL": f"{url}/api",
-            "PREFECT_UI_STATIC_DIRECTORY": f"{home}/ui",  # else it is written beside the package
-            "PREFECT_LOGGING_SERVER_LEVEL": "ERROR",
-        }
-        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
-        log = Path(home, "log")
-        with log.open("w") as out:
-            process = subprocess.Popen(
-                [*command, "--no-services"], env=os.environ | settings, stdout=out, stderr=subprocess.STDOUT
-            )
-        try:
-            _wait_until_healthy(url, process, log)
-            yield url
-        finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    until = time.monotonic() + PATIENCE
-    while process.poll() is None and time.monotonic() < until:
-        try:
-            if httpx.get(f"{url}/api/health").is_success:
-                return
-        except httpx.TransportError:
-            time.sleep(0.1)
-    raise RuntimeError(f"no Prefect server at {url}: {log.read_text()[-2000:]}")
 
 
 @contextmanager

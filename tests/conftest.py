@@ -22,6 +22,7 @@ import pytest
 from prefect.testing.utilities import prefect_test_harness
 
 from tests import places
+from tests import site as sites
 from tests.postgres import Postgres, binaries, running
 from tests.scripted_server import ScriptedServer
 from tests.tiny_model import make_tiny_model
@@ -71,6 +72,20 @@ def prefect_server() -> Iterator[None]:
     """A real Prefect server with an empty database, for this test session."""
     with prefect_test_harness(server_startup_timeout=120):
         yield
+
+
+@pytest.fixture(scope="session")
+def ui() -> Iterator[str]:
+    """The URL of another real server, which has a UI and starts what is scheduled and triggered."""
+    with sites.prefect_with_ui() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def site(ui: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[sites.Site]:
+    """That server with the work pools and deployments of this repository, and a worker."""
+    with sites.made(ui, tmp_path_factory.mktemp("site")) as site:
+        yield site
 
 
 @pytest.fixture(scope="module")

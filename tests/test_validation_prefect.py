@@ -19,15 +19,12 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-import yaml
 from prefect import flow, get_client
 from prefect.client.schemas.actions import BlockDocumentUpdate
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.client.schemas.objects import Artifact, FlowRun
 from prefect.deployments import run_deployment
-from prefect.events import DeploymentEventTrigger
 from prefect.exceptions import ObjectNotFound
-from prefect.flows import load_flow_from_entrypoint
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
 
@@ -595,25 +592,6 @@ def test_the_deployable_flows_have_good_forms(deployed: Any, required: list[str]
     for part in ("Validation", "Dataset", "Metric"):
         fields = schema.definitions[part]["properties"]
         assert not [name for name, p in fields.items() if not p.get("description")], part
-
-
-def test_the_example_deployments_fit_the_flows() -> None:
-    """The flows of prefect.yaml are there, take its parameters, and its trigger names the event and model."""
-    text = (Path(__file__).parent.parent / "prefect.yaml").read_text()
-    deployments = yaml.safe_load(text)["deployments"]
-    for deployment in deployments:
-        schema = load_flow_from_entrypoint(deployment["entrypoint"]).parameters
-        given = deployment["parameters"]
-        assert set(schema.required) <= given.keys() <= schema.properties.keys()
-        if "validation" in given:
-            Validation(**given["validation"])
-    (trigger,) = [
-        DeploymentEventTrigger.model_validate(trigger)
-        for deployment in deployments
-        for trigger in deployment.get("triggers", [])
-    ]
-    assert trigger.expect == {"vllm-tasks.validation.passed"}
-    assert trigger.match.model_dump() == {"prefect.resource.id": "vllm-tasks.model.llama"}
 
 
 # ---------------------------------------------------------------------- cancelling

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser
 
-from tests.browser import SCREENSHOTS, Theme, chromium, colours, executable, opened, prefect_with_ui
+from tests.browser import SCREENSHOTS, Theme, chromium, colours, executable, opened
 from tests.scripted_server import Asked, Reply, Script, ScriptedServer, usual
 from vllm_tasks import Dataset, Metric, Validation, VllmAPI
 from vllm_tasks.validation.comparison import compare
@@ -17,13 +17,6 @@ from vllm_tasks.validation.run import validate
 from vllm_tasks.validation.shown import markdown_of, markdown_of_comparison
 
 pytestmark = pytest.mark.skipif(executable() is None, reason="needs a browser: apt-get install chromium")
-
-
-@pytest.fixture(scope="module")
-def ui() -> Iterator[str]:
-    """The URL of a server with a UI."""
-    with prefect_with_ui() as url:
-        yield url
 
 
 @pytest.fixture(scope="module")

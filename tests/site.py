@@ -1,0 +1,168 @@
+"""A Prefect site as the README makes it: server with UI, work pools, deployments, a worker.
+
+Spoken to by HTTP and from processes of its own: the threads of Prefect's client in this one would go on
+talking to a server that is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+PATIENCE = 60.0
+"""Seconds that a server may take to start, a run to end, or the UI to show something."""
+REPOSITORY = Path(__file__).parent.parent
+
+
+@contextmanager
+def prefect_with_ui() -> Iterator[str]:
+    """The URL of a Prefect server: the one of `prefect_test_harness` has no UI and starts nothing."""
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory(prefix="vllm-tasks-ui-", ignore_cleanup_errors=True) as home:
+        settings = {
+            "PREFECT_HOME": home,
+            "PREFECT_UI_API_URL": f"{url}/api",
+            "PREFECT_UI_STATIC_DIRECTORY": f"{home}/ui",  # else it is written beside the package
+            "PREFECT_LOGGING_SERVER_LEVEL": "ERROR",
+            "PREFECT_SERVER_SERVICES_SCHEDULER_RECENT_DEPLOYMENTS_LOOP_SECONDS": "1",  # 5 s for people
+        }
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+        log = Path(home, "log")
+        with log.open("w") as out, ended(command, os.environ | settings, out) as process:
+            _wait_until_healthy(url, process, log)
+            yield url
+
+
+@contextmanager
+def ended(command: list[str], env: dict[str, str], out: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is told to end after the block."""
+    process = subprocess.Popen(
+        command, env=env, stdout=out, stderr=subprocess.STDOUT, cwd=REPOSITORY, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        with suppress(ProcessLookupError):  # none of its children is left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    until = time.monotonic() + PATIENCE
+    while process.poll() is None and time.monotonic() < until:
+        try:
+            if httpx.get(f"{url}/api/health").is_success:
+                return
+        except httpx.TransportError:
+            time.sleep(0.1)
+    raise RuntimeError(f"no Prefect server at {url}: {log.read_text()[-2000:]}")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A server, its folder for tables (a lake), and what a worker needs to know."""
+
+    url: str
+    lake: Path
+    env: dict[str, str]
+
+    def command(self, *words: str) -> str:
+        """What a command of Python's says, such as `-m prefect deploy --all`."""
+        done = subprocess.run(
+            [sys.executable, *words],
+            env=self.env,
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def get(self, path: str) -> Any:
+        return self.ask("GET", path)
+
+    def post(self, path: str, body: Any) -> Any:
+        return self.ask("POST", path, body)
+
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        """What the server answers; one whose SQLite is locked is asked again."""
+        until = time.monotonic() + PATIENCE
+        while True:
+            response = httpx.request(method, f"{self.url}/api{path}", json=body, timeout=PATIENCE)
+            if response.status_code != 503 or time.monotonic() > until:
+                assert response.is_success, response.text
+                return response.json() if response.content else None
+            time.sleep(0.2)
+
+    def put(self, table: str, rows: list[dict[str, Any]]) -> None:
+        """Make a table of the lake."""
+        (self.lake / f"{table}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def save(self, kind: str, name: str, **fields: Any) -> str:
+        """Save a block; its id."""
+        of = self.get(f"/block_types/slug/{kind}")["id"]
+        schemas = self.post("/block_schemas/filter", {"block_schemas": {"block_type_id": {"any_": [of]}}})
+        block = {"name": name, "data": fields, "block_type_id": of, "block_schema_id": schemas[0]["id"]}
+        made: str = self.post("/block_documents/", block)["id"]
+        return made
+
+    def deployment(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.get(f"/deployments/name/{name}")
+        return found
+
+    def runs(self, deployment: str) -> list[dict[str, Any]]:
+        """The runs of a deployment that are not for later, oldest first."""
+        wanted = {"id": {"any_": [self.deployment(deployment)["id"]]}}
+        found = self.post("/flow_runs/filter", {"deployments": wanted, "sort": "START_TIME_ASC"})
+        return [run for run in found if run["state_name"] != "Scheduled" or not run["auto_scheduled"]]
+
+    def finished(self, deployment: str) -> dict[str, Any]:
+        """The run of a deployment, once there is one and it has ended."""
+        self.wait_until(lambda: [run for run in self.runs(deployment) if run["end_time"]])
+        return self.runs(deployment)[-1]
+
+    def wait_until(self, condition: Callable[[], object], seconds: float = PATIENCE) -> None:
+        """Fails the test when `condition` does not come true."""
+        until = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < until, f"not within {seconds} s"
+            time.sleep(0.2)
+
+
+@contextmanager
+def made(url: str, folder: Path) -> Iterator[Site]:
+    """The README's commands against a server: work pools, deployments, a worker of the pool `vllm`."""
+    lake = folder / "lake"
+    lake.mkdir()
+    env = {
+        **os.environ,
+        "PREFECT_API_URL": f"{url}/api",
+        "PREFECT_HOME": str(folder / "home"),
+        "PREFECT_WORKER_QUERY_SECONDS": "0.5",
+    }
+    site = Site(url, lake, env)
+    site.command("-m", "vllm_tasks.pools")
+    site.command("-m", "prefect", "--no-prompt", "deploy", "--all")
+    worker = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "vllm"]
+    with (folder / "worker.log").open("w") as log, ended(worker, env, log):
+        yield site
