@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectNotFound
@@ -173,3 +176,17 @@ def test_what_cannot_be_is_refused(name: str, client: SyncPrefectClient) -> None
         command(name, "--image", "site/vllm:1")
     with pytest.raises(ObjectNotFound):
         client.read_work_pool(name)
+
+
+def test_the_image_fits_the_package() -> None:
+    """It cannot be built here: its vLLM is one that the extra takes, and what it copies is there."""
+    repository = Path(__file__).parent.parent
+    words = [line.split() for line in (repository / "Dockerfile").read_text().splitlines()]
+    (image,) = [line[1] for line in words if line[:1] == ["FROM"]]
+    (extras,) = [line[1] for line in words if line[:1] == ["ARG"]]
+    extra = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (vllm,) = [r for r in map(Requirement, extra[extras.removeprefix("EXTRAS=")]) if r.name == "vllm"]
+    assert vllm.specifier.contains(image.removeprefix("vllm/vllm-openai:v"))
+    copied = [name for line in words if line[:1] == ["COPY"] for name in line[1:-1]]
+    assert [name for name in copied if not (repository / name).exists()] == []
+    assert ["ENTRYPOINT", "[]"] in words
