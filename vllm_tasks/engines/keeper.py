@@ -89,7 +89,9 @@ class Keeper:
                 self.watch()
             else:
                 starts_left -= 1
-            logger.warning("the server is gone (%s)", self.server and self.server.poll())
+            if starts_left:  # else the log ends with the server's own words
+                code = self.server and self.server.poll()
+                logger.warning("the server is gone (exit code %s); starting it again", code)
             self.end(grace=0)
         assert failure is not None
         self.give_up(*failure)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import multiprocessing
 import os
 import runpy
 import sys
@@ -45,6 +44,4 @@ if __name__ == "__main__":
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
 elif __name__ == "__mp_main__":
     host.permit_amx()
-    spawner = multiprocessing.parent_process()
-    if spawner is not None and spawner.pid == os.getppid():  # else a fork server stands between them
-        watch(os.getppid())
+    watch(os.getppid())

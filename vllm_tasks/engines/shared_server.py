@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_tasks.engines.process import explain, last_words
-from vllm_tasks.errors import EngineFailed
+from vllm_tasks.errors import EngineFailed, InvalidCall
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,7 @@ class SharedServer:
     @contextmanager
     def used(self) -> Iterator[None]:
         """Use the server; it is started if it is not there, and ended by the last one to leave."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.folder.chmod(0o700)  # refused where it is another user's
+        self._make_folder()
         with self._open("users") as users:
             try:
                 self._join(users)
@@ -84,6 +83,16 @@ class SharedServer:
         if told.get("state") == "failed":
             return f"vLLM for {self.model!r} died and could not be started again: {self._why(told)}"
         return "" if kept else self._lost()
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.folder.chmod(0o700)  # refused where it is another user's
+        except OSError as error:
+            raise InvalidCall(
+                f"the folder {str(self.folder)!r} of a shared server cannot be made: {error}; name one of "
+                "this user's own in XDG_CACHE_HOME"
+            ) from error
 
     def _join(self, users: int) -> None:
         with self._deciding(), self._open("keeper") as keeper:
