@@ -50,7 +50,7 @@ class Child:
 
     def __enter__(self) -> Self:
         try:
-            self.ready = self._receive()
+            self.ready = self.receive()
         except BaseException:
             self.close(HASTE)
             raise
@@ -63,8 +63,12 @@ class Child:
 
     def ask(self, message: object) -> Any:
         """Send a message and wait for its answer; raises `ChildFailed` with the end of the child's log."""
+        self.send(message)
+        return self.receive()
+
+    def send(self, message: object) -> None:
+        """Send a message; `receive` has the answer."""
         self._pipe.send(message)
-        return self._receive()
 
     def close(self, grace: float) -> None:
         """Close the pipe, and see to it that the child and all of its own end within `grace` seconds."""
@@ -77,7 +81,8 @@ class Child:
         self._process.join()
         self._log.close()
 
-    def _receive(self) -> Any:
+    def receive(self) -> Any:
+        """What the child sends next."""
         try:
             return self._pipe.recv()
         except (EOFError, ConnectionError) as error:

@@ -1,4 +1,4 @@
-"""A server for P6 that answers every completion at once with the same words, in a child.
+"""A server that answers every completion with the same words, at once or after a time, in a child.
 
 It speaks just enough HTTP/1.1 for a client that keeps its connections, and costs a few per cent of
 what its client does: the client is what P6 measures.
@@ -10,6 +10,7 @@ import asyncio
 import json
 import re
 import time
+from functools import partial
 from multiprocessing.connection import Connection
 
 ANSWER = {
@@ -34,7 +35,10 @@ RESPONSE = response()
 
 
 class Scripted(asyncio.Protocol):
-    """One connection: counts whole requests and answers each."""
+    """One connection: counts whole requests and answers each, after `delay` seconds."""
+
+    def __init__(self, delay: float) -> None:
+        self.delay = delay
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.WriteTransport)
@@ -49,15 +53,18 @@ class Scripted(asyncio.Protocol):
             if len(self.received) < size:
                 return
             self.received = self.received[size:]
-            self.transport.write(RESPONSE)
+            if self.delay:
+                asyncio.get_running_loop().call_later(self.delay, self.transport.write, RESPONSE)
+            else:
+                self.transport.write(RESPONSE)
 
 
-def serve(pipe: Connection) -> None:
+def serve(pipe: Connection, delay: float = 0.0) -> None:
     """Send the server's URL, then its CPU seconds so far for every message, until the pipe ends."""
-    asyncio.run(until_end(pipe))
+    asyncio.run(until_end(pipe, delay))
 
 
-async def until_end(pipe: Connection) -> None:
+async def until_end(pipe: Connection, delay: float) -> None:
     loop = asyncio.get_running_loop()
     ended = loop.create_future()
 
@@ -69,7 +76,7 @@ async def until_end(pipe: Connection) -> None:
             loop.remove_reader(pipe.fileno())
             ended.set_result(None)
 
-    server = await loop.create_server(Scripted, "127.0.0.1", 0)
+    server = await loop.create_server(partial(Scripted, delay), "127.0.0.1", 0)
     loop.add_reader(pipe.fileno(), asked)
     pipe.send(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
     await ended
