@@ -1,13 +1,15 @@
 """Stands for `engines/host.py` where a real engine will not do on demand what a test needs.
 
 Says it is ready after `start` seconds (an engine argument) and answers each row with its prompt, but for
-prompts that are orders: `die` (on the first life only), `die always`, `shout` (a line of 2 MiB).
+prompts that are orders: `die` (on the first life only), `die always`, `shout` (a line of 2 MiB), `devices`
+(tell what GPUs are seen). It starts `lives` times, then no more.
 Every row that comes in, and every start, is a line of the file `log`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -25,8 +27,11 @@ def main() -> None:
     life = log.read_text().count("start\n") if log.exists() else 0
     note(log, "start")
     time.sleep(arguments.get("start", 0))
-    if "refuse" in arguments:
-        print("Traceback (most recent call last):\nValueError: " + arguments["refuse"], flush=True)
+    if "refuse" in arguments or life >= arguments.get("lives", math.inf):
+        print(
+            "Traceback (most recent call last):\nValueError: " + arguments.get("refuse", "no more lives"),
+            flush=True,
+        )
         send(channel, {"failed": "RuntimeError: Engine core initialization failed. See root cause above."})
         return
     send(channel, {"ready": {"vllm": "scripted", "max_num_seqs": 4, "max_model_len": 100}})
@@ -34,7 +39,8 @@ def main() -> None:
         for row, prompt in frame.get("chunk", []):
             note(log, prompt)
             obey(prompt, life)
-            choice = {"text": prompt, "finish_reason": "stop", "token_ids": [1], "logprobs": None}
+            text = os.environ["CUDA_VISIBLE_DEVICES"] if prompt == "devices" else prompt
+            choice = {"text": text, "finish_reason": "stop", "token_ids": [1], "logprobs": None}
             completion = {"choices": [choice], "prompt_tokens": 1, "completion_tokens": 1, "seconds": 0.5}
             send(channel, {"row": row, "completion": {**completion, "prompt_logprobs": None}})
 

@@ -29,6 +29,7 @@ from vllm_tasks import (
     VllmAPI,
     VllmModel,
 )
+from vllm_tasks.engines.ray import RayConfig
 from vllm_tasks.engines.urls import split_urls
 from vllm_tasks.settings import site_settings
 
@@ -312,14 +313,46 @@ def test_counts_are_at_least_one(field: str) -> None:
     assert "greater than or equal to 1" in refusal(VllmModel, **{field: 0})
 
 
+def test_replicas_are_for_ray() -> None:
+    """Several engines on one machine are not made in silence; the refusal names both ways out."""
+    with pytest.raises(InvalidCall, match=r"replicas=2 are for Ray: set on_ray=True.*shards=2"):
+        VllmModel(identifier="m", model_name="x", replicas=2).predict("x")
+
+
+def test_actors_get_what_the_hints_say_unless_ray_config_says_else() -> None:
+    """GPUs as the model is split, other hints by Ray's names, `ray_config` over both, environments merged."""
+    model = VllmModel(
+        identifier="m",
+        model_name="x",
+        on_ray=True,
+        replicas=3,
+        tensor_parallel_size=2,
+        vllm_kwargs={"pipeline_parallel_size": 2},
+        compute_kwargs={"num_cpus": 8, "accelerator_type": "A100", "env": {"A": "hint", "B": "hint"}},
+        ray_config={"num_cpus": 4, "runtime_env": {"env_vars": {"A": "own"}, "working_dir": "."}},
+    )
+    config = model._config()
+    assert isinstance(config, RayConfig)
+    assert (config.replicas, config.address) == (3, None)
+    assert loads(config.options) == {
+        "num_gpus": 4,
+        "num_cpus": 4,
+        "accelerator_type": "A100",
+        "runtime_env": {"env_vars": {"A": "own", "B": "hint"}, "working_dir": "."},
+    }
+    for_one = VllmModel(identifier="m", model_name="x", ray_address="auto")._config()
+    assert isinstance(for_one, RayConfig)
+    assert loads(for_one.options) == {"num_gpus": 1}
+    assert "own" not in repr(config) + repr(model)
+
+
+def test_ray_config_must_be_plain_data() -> None:
+    """What a block could not hold is refused by the name of the field."""
+    with pytest.raises(InvalidCall, match=r"ray_config must be plain data.*Decimal"):
+        VllmModel(identifier="m", model_name="x", on_ray=True, ray_config={"a": Decimal(1)}).predict("x")
+
+
 # ---------------------------------------------------------------------- what later versions will use
-
-
-@pytest.mark.parametrize("fields", [{"on_ray": True}, {"ray_address": "auto"}, {"replicas": 2}])
-def test_ray_is_kept_and_using_it_says_so(fields: dict[str, Any]) -> None:
-    """A model for Ray does not quietly run elsewhere."""
-    with pytest.raises(InvalidCall, match="Ray engines are not built yet"):
-        VllmModel(identifier="m", model_name="x", **fields).predict("x")
 
 
 @BOTH

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import logging
 import signal
 import threading
@@ -382,6 +383,11 @@ def unseen(rows: Any) -> Any:
     within = rows.values() if isinstance(rows, dict) else rows if isinstance(rows, list | tuple) else ()
     holds_futures = any(isinstance(x, PrefectFuture | State) for x in within)
     return rows if holds_futures or isinstance(rows, BaseAnnotation) else opaque(rows)
+
+
+# A task runner on Ray sends its arguments as a pickle, out of which Prefect's own (3.7, 3.8) would come with
+# its value in a tuple.
+copyreg.pickle(opaque, lambda wrapped: (opaque, (wrapped[0],)))
 
 
 def run_name(parameters: dict[str, Any]) -> str:

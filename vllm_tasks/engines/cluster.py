@@ -8,18 +8,19 @@ import os
 import socket
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 from vllm_tasks.errors import InvalidCall, ServerUnavailable
 
 logger = logging.getLogger(__name__)
 
-AMOUNTS = {"num_gpus": "GPU", "num_cpus": "CPU", "memory": "memory"}
-"""Options of an actor that ask for an amount, and Ray's names of the resources."""
+KNOCK_TIMEOUT = 10.0
+"""Seconds for a connection to the head of a cluster."""
 
 _engines = 0
-_joined_by_us = False
-_started_by_us = False
+_stay = ""
+"""The membership that `join` began; empty where this process was in a cluster already."""
+_is_local = False
+"""Whether it is in a Ray that `join` started for it alone."""
 _is_of_the_parent = False
 _turn = asyncio.Lock()
 
@@ -40,13 +41,15 @@ async def join(address: str | None) -> None:
 
 async def leave() -> None:
     """Undo a `join`; with the last, leave a cluster that `join` joined, or end the Ray that it started."""
-    global _engines, _joined_by_us
+    global _engines, _stay, _is_local
     async with _turn:
         _engines -= 1
-        if not _engines and _joined_by_us:
+        if _engines or not _stay:
+            return
+        began, _stay, _is_local = _stay, "", False
+        if membership() == began:
             import ray
 
-            _joined_by_us = False
             # Ends a Ray that we started; one that we joined goes on without us.
             await asyncio.to_thread(ray.shutdown)
 
@@ -60,7 +63,7 @@ def membership() -> str:
 
 def check_room(amounts: Mapping[str, float], replicas: int) -> None:
     """Refuse what a Ray of this process alone will never have; a cluster may have it later."""
-    if not _started_by_us or not _joined_by_us:
+    if not _is_local:
         return
     import ray
 
@@ -74,14 +77,8 @@ def check_room(amounts: Mapping[str, float], replicas: int) -> None:
             )
 
 
-def amounts_of(options: Mapping[str, Any]) -> dict[str, float]:
-    """By Ray's name of a resource, how much of it an actor with these options takes."""
-    asked = {ray_name: options.get(name) or 0 for name, ray_name in AMOUNTS.items()}
-    return {name: amount for name, amount in (asked | options.get("resources", {})).items() if amount}
-
-
 def _join(address: str | None) -> None:
-    global _joined_by_us, _started_by_us
+    global _stay, _is_local
     try:
         import ray
     except ImportError as error:
@@ -96,18 +93,26 @@ def _join(address: str | None) -> None:
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     dashboard = False if address == "local" else None
     try:
+        if "://" not in address and ":" in address:
+            _knock(address)
         # Ray's warnings here are about signal handlers, which are Prefect's in a flow, and about its token.
         ray.init(
             address=address, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR
         )
     except ValueError as error:
         raise InvalidCall(f"ray_address={address!r}: {error}") from error
-    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+    except (OSError, RuntimeError, ray.exceptions.RayError) as error:
         raise ServerUnavailable(
             f"no Ray cluster could be joined at {address!r}: {error}; is it running, is its version of Ray "
             f"{ray.__version__} as here, and does it want a token (RAY_AUTH_MODE=token)?"
         ) from error
-    _joined_by_us, _started_by_us = True, address == "local"
+    _stay, _is_local = membership(), address == "local"
+
+
+def _knock(address: str) -> None:
+    """See that somebody listens: Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_TIMEOUT).close()
 
 
 def _refuse_another(address: str | None) -> None:
@@ -136,10 +141,10 @@ def _resolved(address: str) -> tuple[str, str]:
 
 
 def _begin_anew() -> None:
-    global _engines, _joined_by_us, _is_of_the_parent, _turn
+    global _engines, _stay, _is_local, _is_of_the_parent, _turn
     ray = sys.modules.get("ray")
     _is_of_the_parent = _is_of_the_parent or (ray is not None and ray.is_initialized())
-    _engines, _joined_by_us, _turn = 0, False, asyncio.Lock()
+    _engines, _stay, _is_local, _turn = 0, "", False, asyncio.Lock()
 
 
 os.register_at_fork(after_in_child=_begin_anew)
