@@ -96,6 +96,7 @@ def test_what_belongs_to_a_pool(name: str, client: SyncPrefectClient) -> None:
     assert env == {
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "VLLM_TASKS_GPU_SLOTS": f"vllm-gpus:{name}-gpu",
+        "VLLM_TASKS_GPUS": "1",
     }
     assert (
         "VLLM_TASKS_GPU_SLOTS" not in pool["base_job_template"]["variables"]["properties"]["env"]["default"]

@@ -52,7 +52,7 @@ class Settings(BaseSettings):
     )
     silence: float = Field(
         default=90.0,
-        ge=5,
+        gt=0,
         description="Seconds without a sign of life after which a flow run that a step made counts as dead.",
     )
     gpu_slots: str = Field(

@@ -95,6 +95,8 @@ def template(pool: Pool) -> dict[str, Any]:
     declared = made["variables"]["properties"]
     if pool.gpus is not None:
         declared["env"]["default"]["VLLM_TASKS_GPU_SLOTS"] = pool.limit
+        if pool.type != "kubernetes":  # which hands out devices itself; also to flows that are deployed there
+            declared["env"]["default"]["VLLM_TASKS_GPUS"] = "1"
     if pool.image:
         declared["image"]["default"] = pool.image
     return made
