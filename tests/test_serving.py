@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,8 +23,9 @@ import requests
 from prefect import flow
 
 from tests.conftest import IN_PREFECT, TINY_ARGS
-from vllm_tasks import EngineFailed, InvalidCall, VllmModel, predict_batches, serve
+from vllm_tasks import EngineFailed, InvalidCall, VllmModel, loop, predict_batches, serve
 from vllm_tasks.engines import shared_server
+from vllm_tasks.engines.gpus import free_devices
 from vllm_tasks.serving import command_line, server_arguments
 
 STAND_IN = Path(__file__).with_name("scripted_vllm.py")
@@ -197,6 +199,27 @@ def test_a_start_that_fails_says_why_and_may_be_repeated(
     assert "key" not in told(servers)
 
 
+def test_a_server_holds_its_gpus_as_long_as_it_lives(
+    scripted: Callable[..., VllmModel], servers: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A device that no other engine has is what the server sees; it is free again when the server is gone."""
+    monkeypatch.setattr(shared_server, "free_devices", partial(free_devices, folder=tmp_path / "gpus"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setenv("VLLM_TASKS_GPUS", "1")
+    others = loop.run(free_devices(1, tmp_path / "gpus"))
+    try:
+        with serve(scripted()):
+            seen = psutil.Process(told(servers)["pids"]["server"]).environ()["CUDA_VISIBLE_DEVICES"]
+            assert (others.names, seen) == (("3",), "5")
+            with pytest.raises(TimeoutError):
+                loop.run(asyncio.wait_for(free_devices(1, tmp_path / "gpus"), 0.1))
+        again = loop.run(asyncio.wait_for(free_devices(1, tmp_path / "gpus"), 5))
+        assert again.names == ("5",)
+        again.release()
+    finally:
+        others.release()
+
+
 def ask_without(killed: str, model: VllmModel, servers: Path) -> None:
     """Serve and ask, after a process was killed for good."""
     with serve(model) as served:
@@ -248,6 +271,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 from vllm_tasks import VllmModel, serve
 from vllm_tasks.engines import shared_server
+from vllm_tasks.engines.gpus import free_devices
 
 shared_server.SERVER = Path(sys.argv[1])
 model = VllmModel(identifier="race", model_name="m", vllm_kwargs={"record": sys.argv[2]})
@@ -297,6 +321,7 @@ import json, sys
 from pathlib import Path
 from vllm_tasks import VllmModel, serve
 from vllm_tasks.engines import shared_server
+from vllm_tasks.engines.gpus import free_devices
 
 shared_server.SERVER = Path(sys.argv[1])
 with serve(VllmModel(**json.loads(sys.argv[2]))) as served:

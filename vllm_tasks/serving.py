@@ -20,6 +20,7 @@ from vllm_tasks.engines.shared_server import SharedServer
 from vllm_tasks.errors import EngineFailed, InvalidCall, ServerUnavailable
 from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.predictor import Predictor
+from vllm_tasks.resources import Resources
 from vllm_tasks.sampling import check_names
 
 OWNED = (
@@ -52,7 +53,8 @@ def serve(model: VllmModel) -> Iterator[VllmAPI]:
     _check(model)
     config = model._config()
     arguments = server_arguments(json.loads(config.engine_args))
-    server = SharedServer(arguments["model"], command_line(arguments), config.start_timeout)
+    command = command_line(arguments)
+    server = SharedServer(arguments["model"], command, config.start_timeout, Resources.of(model).num_gpus)
     with server.used():
         told = server.facts()
         with api_of(model, _first(arguments["served_model_name"]), told["url"], told["key"]) as api:

@@ -123,9 +123,9 @@ class Keeper:
         self.server = subprocess.Popen(
             [sys.executable, "-P", self.order["server"], str(os.getpid())],
             stdin=subprocess.PIPE,
-            pass_fds=[lock],
+            pass_fds=[lock, *self.order["locks"]],  # and those of its GPUs
             start_new_session=True,
-            env={**os.environ, "VLLM_API_KEY": self.key, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **self.order["env"], "VLLM_API_KEY": self.key, "PYTHONUNBUFFERED": "1"},
         )
         os.close(lock)
         assert self.server.stdin is not None

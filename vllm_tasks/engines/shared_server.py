@@ -21,8 +21,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vllm_tasks import loop
+from vllm_tasks.engines.gpus import Devices, free_devices
 from vllm_tasks.engines.process import explain, last_words
 from vllm_tasks.errors import EngineFailed, InvalidCall
+from vllm_tasks.settings import site_settings
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +43,14 @@ _held: set[int] = set()
 
 
 class SharedServer:
-    """A server by its arguments. `model` is its name in messages, `start_timeout` is in seconds."""
+    """A server by its arguments. `model` is its name in messages, `start_timeout` is in seconds.
 
-    def __init__(self, model: str, arguments: Sequence[str], start_timeout: float) -> None:
+    `gpus` are what it needs: where the settings say so, it takes devices that no other engine has.
+    """
+
+    def __init__(self, model: str, arguments: Sequence[str], start_timeout: float, gpus: int) -> None:
         self.model = model
+        self.gpus = gpus
         self.folder = folder_of(arguments)
         self._order = {"server": str(SERVER), "arguments": arguments, "start_timeout": start_timeout}
 
@@ -113,6 +120,8 @@ class SharedServer:
 
     def _start_keeper(self, lock: int) -> None:
         """Start a keeper that inherits `lock`, so that it is never free while the keeper lives."""
+        devices = self._devices()
+        order = {**self._order, "env": dict(devices.env), "locks": devices.locks}
         logger.info("starting a vLLM server for %r; its log: %s", self.model, self._log)
         (self.folder / "server.json").unlink(missing_ok=True)
         if self._log.exists():
@@ -120,14 +129,19 @@ class SharedServer:
         with open(os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w") as log:
             subprocess.run(  # it leaves a process that is not our child
                 [sys.executable, "-P", str(KEEPER), str(self.folder)],
-                input=json.dumps(self._order).encode(),
+                input=json.dumps(order).encode(),
                 stdout=log,
                 stderr=log,
-                pass_fds=[lock],
+                pass_fds=[lock, *devices.locks],
                 cwd=self.folder,  # the flow's own may be gone before the server
                 start_new_session=True,
                 check=False,  # whether it lives is seen from the lock
             )
+        devices.release()  # the keeper and its server hold them now
+
+    def _devices(self) -> Devices:
+        wanted = site_settings().gpus
+        return loop.run(free_devices(max(wanted, self.gpus))) if wanted and self.gpus else Devices()
 
     def _is_kept(self) -> bool:
         with self._deciding(), self._open("keeper") as keeper:
