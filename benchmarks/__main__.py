@@ -5,7 +5,23 @@ from __future__ import annotations
 import signal
 import sys
 
-from benchmarks import gate, lm_eval_parity, p1, p2, p3, p5, p6, p7, p8, p9, p10, p11_shards, rivals, same
+from benchmarks import (
+    gate,
+    lm_eval_parity,
+    p1,
+    p2,
+    p3,
+    p5,
+    p6,
+    p7,
+    p8,
+    p9,
+    p10,
+    p11,
+    p11_shards,
+    rivals,
+    same,
+)
 from benchmarks.options import parse
 
 MEASURES = {
@@ -21,6 +37,7 @@ MEASURES = {
     "GATE": gate.measure,
     "PARITY": lm_eval_parity.measure,
     "P10": p10.measure,
+    "P11": p11.measure,
     "P11-SHARDS": p11_shards.measure,
     "RIVALS": rivals.measure,
 }

@@ -239,8 +239,11 @@ def test_without_an_address_ray_is_our_own_and_ends_with_the_last_engine(
         assert len(of_ray("raylet/raylet")) == of_the_cluster
 
 
-def test_ray_that_was_there_is_used_and_left_as_it_was(make: Make, cluster: str) -> None:
+def test_ray_that_was_there_is_used_and_left_as_it_was(
+    make: Make, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What others have joined in this process stays joined; when they leave, the next call starts anew."""
+    monkeypatch.setattr("vllm_tasks.engines.ray.LOOK_EVERY", 0.2)
     ray().init(address=cluster, log_to_driver=False, logging_level="ERROR")
     model = make()
     assert model.predict("a") == "a"

@@ -29,7 +29,7 @@ T = TypeVar("T")
 END_GRACE = 5.0
 """Seconds more than the host itself takes to end in order; then its actor is killed."""
 LOOK_EVERY = 5.0
-"""Seconds between two looks at whether this process is still in the cluster: what it waits for never comes else."""
+"""Seconds between two looks at whether this process is still in the cluster: leaving ends no wait."""
 LONGEST_REASON = 1000
 """Characters of Ray's words that are passed on."""
 
