@@ -22,9 +22,22 @@ from typing import Any
 
 import httpx
 
+from tests.postgres import binaries, running
+
 PATIENCE = 60.0
 """Seconds that a server may take to start, a run to end, or the UI to show something."""
 REPOSITORY = Path(__file__).parent.parent
+
+
+@contextmanager
+def database() -> Iterator[dict[str, str]]:
+    """PostgreSQL for Prefect, as in production: under worker, automations and browser its SQLite stalls."""
+    if binaries() is None:
+        yield {}
+        return
+    with running() as server:
+        url = server.new_database().replace("postgresql:", "postgresql+asyncpg:")
+        yield {"PREFECT_SERVER_DATABASE_CONNECTION_URL": url}
 
 
 @contextmanager
@@ -34,13 +47,14 @@ def prefect_with_ui() -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryDirectory(prefix="vllm-tasks-ui-", ignore_cleanup_errors=True) as home:
+    folder = tempfile.TemporaryDirectory(prefix="vllm-tasks-ui-", ignore_cleanup_errors=True)
+    with database() as database_settings, folder as home:
         settings = {
+            **database_settings,
             "PREFECT_HOME": home,
             "PREFECT_UI_API_URL": f"{url}/api",
             "PREFECT_UI_STATIC_DIRECTORY": f"{home}/ui",  # else it is written beside the package
             "PREFECT_LOGGING_SERVER_LEVEL": "ERROR",
-            "PREFECT_SERVER_SERVICES_SCHEDULER_RECENT_DEPLOYMENTS_LOOP_SECONDS": "1",  # 5 s for people
         }
         command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
         log = Path(home, "log")
@@ -136,10 +150,16 @@ class Site:
         found = self.post("/flow_runs/filter", {"deployments": wanted, "sort": "START_TIME_ASC"})
         return [run for run in found if run["state_name"] != "Scheduled" or not run["auto_scheduled"]]
 
-    def finished(self, deployment: str) -> dict[str, Any]:
-        """The run of a deployment, once there is one and it has ended."""
-        self.wait_until(lambda: [run for run in self.runs(deployment) if run["end_time"]])
-        return self.runs(deployment)[-1]
+    def start(self, deployment: str, **parameters: Any) -> dict[str, Any]:
+        """A run of a deployment, once it has ended."""
+        path = f"/deployments/{self.deployment(deployment)['id']}/create_flow_run"
+        return self.ended(self.post(path, {"parameters": parameters})["id"])
+
+    def ended(self, run: str) -> dict[str, Any]:
+        """A run, once it has ended."""
+        self.wait_until(lambda: self.get(f"/flow_runs/{run}")["end_time"])
+        found: dict[str, Any] = self.get(f"/flow_runs/{run}")
+        return found
 
     def wait_until(self, condition: Callable[[], object], seconds: float = PATIENCE) -> None:
         """Fails the test when `condition` does not come true."""
@@ -158,7 +178,7 @@ def made(url: str, folder: Path) -> Iterator[Site]:
         **os.environ,
         "PREFECT_API_URL": f"{url}/api",
         "PREFECT_HOME": str(folder / "home"),
-        "PREFECT_WORKER_QUERY_SECONDS": "0.5",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
     }
     site = Site(url, lake, env)
     site.command("-m", "vllm_tasks.pools")

@@ -115,18 +115,26 @@ def llama(site: Site, api: ScriptedServer, lake: dict[str, Any]) -> None:
 @pytest.mark.usefixtures("llama")
 def test_new_data_are_answered_and_then_the_model_is_validated(site: Site) -> None:
     """An event starts batch-predict, its completion validate-model, and that of the latter nothing."""
+    predict, validate = "batch-predict/api", "validate-model/api"
+    before = {run["id"] for run in [*site.runs(predict), *site.runs(validate)]}
+
+    def started(deployment: str) -> list[dict[str, Any]]:
+        return [run for run in site.runs(deployment) if run["id"] not in before]
+
     site.command(
         "-m", "prefect", "event", "emit", "vllm-tasks.data.arrived",
         "--resource-id", "vllm-tasks.table.tickets",
     )  # fmt: skip
-    predicted = site.finished("batch-predict/api")
+    site.wait_until(lambda: started(predict))
+    predicted = site.ended(started(predict)[0]["id"])
     assert (predicted["state_name"], predicted["name"]) == ("Completed", "llama - tickets")
     answers = Datalayer(url=str(site.lake)).outputs("llama").to_pylist()
     assert {row["id"]: row["output"] for row in answers} == {i: answer_to(f"t{i}") for i in range(20)}
-    validated = site.finished("validate-model/api")
+    site.wait_until(lambda: started(validate))
+    validated = site.ended(started(validate)[0]["id"])
     assert validated["state_name"] == "Completed", validated["state"]["message"]
     assert validated["created_by"]["type"] == "AUTOMATION"
-    assert len(site.runs("batch-predict/api")) == len(site.runs("validate-model/api")) == 1
+    assert len(started(predict)) == len(started(validate)) == 1
 
 
 def test_a_model_that_passed_on_gpus_answers_there(site: Site) -> None:
@@ -157,19 +165,10 @@ def related(role: str, name: str) -> dict[str, str]:
 def test_a_block_that_is_not_there_is_named(site: Site) -> None:
     """A run with a model that nobody saved fails at once, and its log says which."""
     absent = {"$ref": {"block_document_slug": "vllm-model/llama-local"}}
-    run = start(site, "batch-predict/api", model=absent, X="text", select="tickets")
+    run = site.start("batch-predict/api", model=absent, X="text", select="tickets")
     assert "Failed to resolve block references in parameters" in run["state"]["message"]
     logs = site.post("/logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}})
     assert any("llama-local" in log["message"] for log in logs)
-
-
-def start(site: Site, deployment: str, **parameters: Any) -> dict[str, Any]:
-    """A run of a deployment, once it has ended."""
-    of = site.deployment(deployment)["id"]
-    run = site.post(f"/deployments/{of}/create_flow_run", {"parameters": parameters})["id"]
-    site.wait_until(lambda: site.get(f"/flow_runs/{run}")["end_time"])
-    ended: dict[str, Any] = site.get(f"/flow_runs/{run}")
-    return ended
 
 
 @pytest.mark.engine
