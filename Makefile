@@ -20,8 +20,10 @@ demo: .venv/.ready
 pools: .venv/.ready
 	$(BIN)/python -m vllm_tasks.pools $(ARGS)
 
+# Two processes, for most tests wait; a file's tests stay in one, as they share engines and servers.
+AT_ONCE := -n 2 --dist loadfile
 test: .venv/.ready .venv-newest/.ready
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(AT_ONCE) $(ARGS)
 	$(MAKE) --no-print-directory test-newest
 
 empty :=
@@ -32,7 +34,7 @@ WITH_PREFECT := blocks gpus models package pools resources tables_prefect tasks
 VALIDATION := values_go_into_the_saved_block a_model_that_fails_is_recorded a_model_that_passes_is_told \
 	called_rolled_back deployable_flows_have_good_forms models_are_compared
 test-newest: .venv-newest/.ready
-	.venv-newest/bin/python -m pytest -m "not engine" $(WITH_PREFECT:%=tests/test_%.py) $(ARGS)
+	.venv-newest/bin/python -m pytest $(AT_ONCE) -m "not engine" $(WITH_PREFECT:%=tests/test_%.py) $(ARGS)
 	.venv-newest/bin/python -m pytest tests/test_validation_prefect.py -k "$(subst $(space), or ,$(strip $(VALIDATION)))" $(ARGS)
 
 check: .venv/.ready

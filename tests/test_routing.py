@@ -175,7 +175,7 @@ def test_what_fails_there_fails_here_with_its_reason(
     server.script = lambda asked: refused(400, "never") if asked.body else None
     with pytest.raises(TooManyFailed, match="never") as caught:
         over_a_table(model, lake.url, shards=2)
-    assert caught.value.report.failed >= 50
+    assert caught.value.report.failed >= 26, "more than 5 % of the 500 that a share is taken of at least"
     assert caught.value.report.succeeded == 0
 
 
