@@ -21,7 +21,7 @@ pools: .venv/.ready
 	$(BIN)/python -m vllm_tasks.pools $(ARGS)
 
 # Two processes, for most tests wait; a file's tests stay in one, as they share engines and servers.
-AT_ONCE := -n 2 --dist loadfile
+AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 test: .venv/.ready .venv-newest/.ready
 	$(BIN)/python -m pytest $(AT_ONCE) $(ARGS)
 	$(MAKE) --no-print-directory test-newest
