@@ -159,6 +159,7 @@ def test_a_run_is_started_by_its_form(page: Page, site: Site, clerk: str) -> Non
         link.wait_for()
         shot(page, "run")
         link.click()
+        page.wait_for_url("**/artifacts/artifact/*")
         expect(page.get_by_text(words).first).to_be_visible()
         shot(page, artifact)
 
