@@ -167,8 +167,8 @@ def test_a_block_that_is_not_there_is_named(site: Site) -> None:
     absent = {"$ref": {"block_document_slug": "vllm-model/llama-local"}}
     run = site.start("batch-predict/api", model=absent, X="text", select="tickets")
     assert "Failed to resolve block references in parameters" in run["state"]["message"]
-    logs = site.post("/logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}})
-    assert any("llama-local" in log["message"] for log in logs)
+    of = {"logs": {"flow_run_id": {"any_": [run["id"]]}}}
+    site.wait_until(lambda: "llama-local" in str(site.post("/logs/filter", of)))
 
 
 @pytest.mark.engine
