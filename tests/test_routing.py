@@ -244,7 +244,7 @@ def test_a_killed_flow_run_is_made_again_and_goes_on(
 def test_a_machine_that_goes_down_is_noticed(
     model: VllmAPI, lake: Place, server: ScriptedServer, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Worker and flow run are killed at once, so that nobody tells Prefect: silence does; a new run goes on."""
+    """Worker and flow run are killed: nobody tells Prefect, but silence does, and a new run goes on."""
     monkeypatch.setenv("VLLM_TASKS_SILENCE", "5")
 
     def goes_down() -> None:
