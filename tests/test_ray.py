@@ -33,6 +33,8 @@ from vllm_tasks.rows import Completion, Request
 SCRIPTED_HOST = Path(__file__).with_name("scripted_host.py")
 ON_CPU = {"num_gpus": 0, "num_cpus": 1}
 Make = Callable[..., VllmModel]
+OTHERS: set[int] = set()
+"""Hosts of engines that tests of other files share."""
 
 
 class ScriptedActor(actor.HostActor):
@@ -56,6 +58,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
         nodes = Cluster(initialize_head=True, head_node_args={"num_gpus": 4, "include_dashboard": False})
         nodes.add_node()
+        OTHERS.update(host.pid for host in hosts())
         yield nodes.address
         nodes.shutdown()
 
@@ -107,6 +110,10 @@ def actors() -> list[psutil.Process]:
     return of_ray("ray::HostActor") + of_ray("ray::ScriptedActor")
 
 
+def hosts() -> list[psutil.Process]:
+    return of_ray("_host.py") + of_ray("engines/host.py")
+
+
 def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -119,7 +126,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
 def assert_nothing_left() -> None:
     """No actor, no host, and this process in no cluster."""
     assert not ray().is_initialized()
-    assert eventually(lambda: not actors() and not of_ray("_host.py") and not of_ray("engines/host.py"))
+    assert eventually(lambda: not actors() and {host.pid for host in hosts()} <= OTHERS)
 
 
 # ---------------------------------------------------------------------- real engines
