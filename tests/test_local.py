@@ -10,7 +10,8 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,17 @@ def test_interrupted_call_aborts_its_rows(local_model: VllmModel) -> None:
     assert isinstance(local_model.predict("next"), str)
 
 
+def shared_memory_of(found: Iterable[psutil.Process]) -> set[str]:
+    """The files in /dev/shm that these processes have mapped."""
+    names = set()
+    for process in found:
+        with suppress(psutil.Error, FileNotFoundError):
+            names |= {
+                m.path.removeprefix("/dev/shm/") for m in process.memory_maps() if "/dev/shm/" in m.path
+            }
+    return {name for name in names if not name.endswith("(deleted)")}
+
+
 SCRIPT = """
 import os, sys
 from vllm_tasks import VllmModel
@@ -227,15 +239,22 @@ def start_script(folder: Path, tiny_model: Path, then: str) -> subprocess.Popen[
 
 def test_script_without_a_main_guard_leaves_nothing(tmp_path: Path, tiny_model: Path) -> None:
     """An ordinary script predicts, ends by itself, and its engine and shared memory end with it."""
-    shared_memory = set(os.listdir("/dev/shm"))
+    found: set[psutil.Process] = set()
+    shared_memory: set[str] = set()
     with start_script(tmp_path, tiny_model, "end") as script:
-        assert eventually(lambda: processes(script.pid), 60)
-        found = processes(script.pid)
-        out, _ = script.communicate(timeout=120)
+        while script.poll() is None:
+            with suppress(psutil.NoSuchProcess):
+                found.update(processes(script.pid))
+            shared_memory |= shared_memory_of(found)
+            time.sleep(0.1)
+        assert script.stdout is not None
+        out = script.stdout.read()
+    assert len(found) > 2
+    assert shared_memory
     assert script.returncode == 0
     assert out.count("made") == 1
-    assert eventually(lambda: not alive(found), 30)
-    assert eventually(lambda: set(os.listdir("/dev/shm")) <= shared_memory, 10)
+    assert eventually(lambda: not alive(list(found)), 30)
+    assert eventually(lambda: not shared_memory & set(os.listdir("/dev/shm")), 10)
 
 
 @pytest.mark.parametrize("moment", ["starting", "ready"])
