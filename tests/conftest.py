@@ -18,6 +18,7 @@ os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ["PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL"] = "0.1"  # 5 s for people
 
+import hypothesis
 import pytest
 from prefect.testing.utilities import prefect_test_harness
 
@@ -27,6 +28,12 @@ from tests.postgres import Postgres, binaries, running
 from tests.scripted_server import ScriptedServer
 from tests.tiny_model import make_tiny_model
 from vllm_tasks import VllmModel
+
+# Two processes on two cores: an example may wait for its turn.
+hypothesis.settings.register_profile(
+    "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("patient")
 
 TINY_ARGS: dict[str, Any] = {
     "max_model_len": 1024,

@@ -6,6 +6,7 @@ import asyncio
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -512,7 +513,8 @@ def test_a_server_that_stays_away_keeps_what_is_finished(
             await asyncio.sleep(3600)
 
     def stop() -> None:
-        server.wait_until(lambda: len(server.posts) >= allowed + 8)
+        server.wait_until(lambda: len(server.posts) >= allowed + 8 and server.open == 8)
+        time.sleep(0.2)  # the last answers arrive
         server.stop()
 
     server.script = script
