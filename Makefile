@@ -10,7 +10,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 INSTALL := pip install --quiet --compile-bytecode
 ARGS ?=
 
-.PHONY: demo pools test test-newest check bench setup setup-newest constraints clean
+.PHONY: demo pools test test-newest check bench peers faults setup setup-newest constraints clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.ready
@@ -48,6 +48,13 @@ bench: .venv/.ready
 
 bench-%: .venv/.ready
 	$(BIN)/python -m benchmarks $* $(ARGS)
+
+# Each writes its part of benchmarks/RESULTS.md: beside what others use, and what dies on the way.
+peers: .venv/.ready
+	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+faults: .venv/.ready
+	$(BIN)/python -m tests.faults $(ARGS)
 
 setup: .venv/.ready
 setup-newest: .venv-newest/.ready

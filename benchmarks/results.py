@@ -17,7 +17,7 @@ PARTS = ("Peers", "Overload", "Faults", "Long run")
 HEAD = """\
 # Results
 
-Written by the commands that each part names, never by hand; a command writes its part anew and leaves the others.
+Written by the commands that each part names, never by hand; a command writes its own part anew.
 """
 GIB = 2**30
 
