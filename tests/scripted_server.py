@@ -70,7 +70,7 @@ def answer_to(prompt: str) -> str:
 
 
 def usual(asked: Asked) -> Reply:
-    """What vLLM would send, in the protocol of the path."""
+    """What vLLM would send, in the protocol of the path, and as there with the request's own name."""
     if asked.path == "/health":
         return Reply()
     if asked.path == "/v1/models":
@@ -84,6 +84,7 @@ def usual(asked: Asked) -> Reply:
         return Reply({"text": [asked.prompt + t for t in texts]})
     return Reply(
         {
+            "id": f"cmpl-{asked.headers.get('X-Request-Id')}",
             "model": asked.body["model"],
             "choices": [
                 {"index": i, "finish_reason": "stop"}

@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 
 from vllm_tasks.engines import Done, wire
+from vllm_tasks.engines.connections import Connector, RequestNames
 from vllm_tasks.engines.servers import Key, Server, Servers, Unreachable, untrusted
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import Request, Result, RowError, RowErrorKind
@@ -80,6 +81,7 @@ class HttpEngine:
         self.config = config
         self.window = Window(config.max_in_flight * len(config.urls))
         self._key = Key(config.api_key)
+        self._names = RequestNames()
         model = "" if config.protocol == "legacy" else config.model  # legacy names none
         self._servers = Servers(config.urls, model, self._key, config.patience, config.max_in_flight)
         self._session: aiohttp.ClientSession | None = None
@@ -87,7 +89,7 @@ class HttpEngine:
 
     async def start(self) -> None:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE, ssl=self._servers.tls),
+            connector=Connector(limit=0, keepalive_timeout=KEEPALIVE, ssl=self._servers.tls),
             timeout=aiohttp.ClientTimeout(total=self.config.timeout, sock_connect=CONNECT_TIMEOUT),
             headers={**self._key.headers(), "Content-Type": "application/json"},
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -152,8 +154,8 @@ class HttpEngine:
             body = json.dumps(wire.body_of(request, model)).encode()
         except (TypeError, ValueError) as error:  # prompts have been checked before
             raise InvalidCall(f"a sampling parameter cannot be sent: {error}") from error
-        sent = time.perf_counter()
-        response, content = await self._post(server.url + path, body)
+        sent, name = time.perf_counter(), self._names.new()
+        response, content = await self._post(server.url + path, body, name)
         seconds = time.perf_counter() - sent
         if response.status != 200:
             if response.status == 404:
@@ -163,21 +165,25 @@ class HttpEngine:
                 await self._servers.check(server)  # else it is not the row's failure
             raise refused
         try:
-            return replace(wire.parse(path, request, json.loads(content)), seconds=seconds)
+            answer = json.loads(content)
+            if self._names.is_of_another(answer, name):
+                raise Attempt("connection", f"{server.url} answered another request", retryable=True)
+            return replace(wire.parse(path, request, answer), seconds=seconds)
         except (ValueError, RecursionError) as error:
             begin = self._key.hidden_in(content)[:100]
             why = self._key.hidden_in(f"{error}")
             raise Attempt("response", f"{why}; the answer from {server.url} began with {begin!r}") from error
 
-    async def _post(self, url: str, body: bytes) -> tuple[aiohttp.ClientResponse, bytes]:
-        """The response and its body.
+    async def _post(self, url: str, body: bytes, name: str) -> tuple[aiohttp.ClientResponse, bytes]:
+        """The response and its body; the request travels under `name`.
 
         Raises `Unreachable` without a connection, `InvalidCall` without a trusted one, else `Attempt`.
         """
         assert self._session is not None, "start() comes first"
         data = io.BytesIO(body) if len(body) >= STREAMED else body
         try:
-            async with self._session.post(url, data=data, allow_redirects=False) as response:
+            headers = {self._names.HEADER: name}
+            async with self._session.post(url, data=data, headers=headers, allow_redirects=False) as response:
                 return response, await self._read(response)
         except aiohttp.ClientSSLError as error:
             raise untrusted(url, error) from error
