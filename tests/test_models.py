@@ -520,7 +520,7 @@ def test_callables_are_dumped_as_their_paths() -> None:
 
 def test_every_setting_has_a_description_and_an_environment_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """`VLLM_TASKS_<NAME>` sets each field of the settings, and counts at once."""
-    values = {str: "text", int: "1024", float: "2.5", list[str]: '["a"]'}
+    values = {str: "text", int: "1024", float: "2.5", bool: "false", list[str]: '["a"]'}
     for name, field in Settings.model_fields.items():
         assert (field.description or "").endswith((".", ").")), name
         raw = values.get(field.annotation, "text")  # type: ignore[arg-type]

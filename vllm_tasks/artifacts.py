@@ -23,6 +23,7 @@ from prefect.artifacts import (
 from prefect.exceptions import PrefectException
 
 from vllm_tasks.datalayer import ODD
+from vllm_tasks.errors import printable
 from vllm_tasks.report import Progress, Report
 from vllm_tasks.stream import shown_key
 
@@ -122,13 +123,13 @@ def markdown_of(report: Report) -> str:
     kinds = [(e.kind, f"{e.rows:,}", ", ".join(code(shown_key(k)) for k in e.keys)) for e in report.errors]
     served = ", ".join(f"{name} {value}" for name, value in report.served_by.items())
     parts = [
-        f"# {cell(report.predict_id)}",
+        f"# {words(report.predict_id)}",
         f"Outputs: {_link(report.outputs)}",
         markdown_table(("rows", ""), counts.items()),
         markdown_table(("time", ""), seconds.items()),
         markdown_table(("error", "rows", "keys, for example"), kinds) if kinds else "No row failed.",
         f"Model `{cell(report.model)}`, fingerprint `{report.fingerprint[:16]}`"
-        + (f", served by {cell(served)}" if served else ""),
+        + (f", served by {words(served)}" if served else ""),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -144,8 +145,13 @@ def code(text: str) -> str:
     return f"`{cell(text)}`" if text.strip() else ""
 
 
+def words(text: str) -> str:
+    """Text of others outside of code spans: no HTML, link or picture in it becomes one."""
+    return re.sub(r"[\\<>&\[\]]", r"\\\g<0>", cell(text))
+
+
 def _link(place: str) -> str:
-    return f"<{place}>" if re.match(r"https?://", place) else f"`{cell(place)}`"
+    return f"<{place}>" if re.fullmatch(r"https?://[^\s<>]+", place) else f"`{cell(place)}`"
 
 
 def _number(value: int | None) -> str:
@@ -154,9 +160,7 @@ def _number(value: int | None) -> str:
 
 def cell(text: str) -> str:
     """Text that ends no cell and no code span; control characters and halves of characters are marked."""
-    return re.sub(
-        "[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", re.sub(r"[|`\s]", " ", text)
-    )
+    return printable(re.sub(r"[|`\s]", " ", text))
 
 
 def slug(name: str) -> str:

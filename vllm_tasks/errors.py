@@ -15,6 +15,7 @@ A single row that fails is not an exception but a `RowError` value (see `vllm_ta
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from vllm_tasks.validation.report import ValidationReport
 
 SHOWN = 5
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters and line ends, those that turn the direction of writing, halves of characters."""
 
 
 def near(name: str, names: Iterable[str]) -> str:
@@ -31,6 +34,11 @@ def near(name: str, names: Iterable[str]) -> str:
     folded = {n.casefold(): n for n in names}
     match = difflib.get_close_matches(name.casefold(), folded, 1)
     return f"; did you mean {folded[match[0]]!r}?" if match else ""
+
+
+def printable(text: str) -> str:
+    """Text of rows and servers as a log may show it: nothing in it that a terminal would obey."""
+    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 class VllmTasksError(Exception):
@@ -84,7 +92,9 @@ class RowErrors(VllmTasksError):
         self.results: list[Any] = list(results)
 
     def __str__(self) -> str:
-        shown = "; ".join(f"row {e.index}: {e.kind}: {e.message[:200]}" for e in self.errors[:SHOWN])
+        shown = "; ".join(
+            f"row {e.index}: {e.kind}: {printable(e.reason[:200])}" for e in self.errors[:SHOWN]
+        )
         more = f"; and {len(self.errors) - SHOWN} more" if len(self.errors) > SHOWN else ""
         return (
             f"{len(self.errors)} of {len(self.results)} rows failed: {shown}{more}. "

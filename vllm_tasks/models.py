@@ -14,12 +14,12 @@ from vllm_tasks.engines import wire
 from vllm_tasks.engines.http import HttpConfig
 from vllm_tasks.engines.local import LocalConfig
 from vllm_tasks.engines.ray import RayConfig
-from vllm_tasks.engines.urls import split_urls
+from vllm_tasks.engines.urls import origins, split_urls
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.predictor import FORBID, Predictor
 from vllm_tasks.resources import Resources
 from vllm_tasks.sampling import LOCAL_CHAT, Target, check_names
-from vllm_tasks.settings import site_settings
+from vllm_tasks.settings import Settings, site_settings
 
 T = TypeVar("T")
 VLLM_DOCS = "https://docs.vllm.ai/en/latest"
@@ -95,7 +95,7 @@ class VllmAPI(Predictor, Block):
     def _config(self) -> HttpConfig:
         settings = site_settings()
         urls, protocol = self._servers()
-        key = self.api_key or settings.api_key
+        key = self.api_key or (settings.api_key if _has_site_key(urls, settings) else None)
         return HttpConfig(
             urls=urls,
             protocol=protocol,
@@ -129,6 +129,12 @@ class VllmAPI(Predictor, Block):
                 check_names(sampling, "chat")
 
 
+def _has_site_key(urls: Sequence[str], settings: Settings) -> bool:
+    """Whether the site's key may go there: the key of the site's servers goes to no other."""
+    of_site, _ = split_urls(settings.api_url)
+    return not of_site or origins(urls) <= origins(of_site)
+
+
 def _as_json(field: str, value: Mapping[str, Any]) -> str:
     try:
         return json.dumps(value, sort_keys=True)
@@ -136,6 +142,12 @@ def _as_json(field: str, value: Mapping[str, Any]) -> str:
         raise InvalidCall(
             f"{field} must be plain data (JSON), so that a block can hold them: {error}"
         ) from error
+
+
+def _trusts(arguments: Mapping[str, Any]) -> bool:
+    """Whether `trust_remote_code` is among engine arguments, also as a server's option and cut short."""
+    names = {name.replace("-", "_") for name, value in arguments.items() if value}
+    return any(name.startswith("trust_rem") and "trust_remote_code".startswith(name) for name in names)
 
 
 def _either(own: T | None, site: T) -> T:
@@ -174,10 +186,13 @@ class VllmModel(Predictor, Block):
         description="GPUs that one copy of the model is split over.",
     )
     trust_remote_code: bool = Field(
-        default=True, title="Trust remote code", description="Run code that comes with the model."
+        default=True,
+        title="Trust remote code",
+        description="Run code that comes with the model, unless the site forbids it.",
     )
     vllm_kwargs: dict[str, Any] = Field(
         default={},
+        repr=False,  # its hf_token is a secret
         title="Engine arguments",
         description='`vllm_kwargs` by vLLM\'s names, such as {"max_model_len": 4096}; they win over fields.',
     )
@@ -225,6 +240,12 @@ class VllmModel(Predictor, Block):
             "trust_remote_code": self.trust_remote_code,
             **self.vllm_kwargs,
         }
+        if not site_settings().trust_remote_code and _trusts(arguments):
+            raise InvalidCall(
+                f"{self.identifier!r} has trust_remote_code=True, and this site runs no code that comes with "
+                "a model (VLLM_TASKS_TRUST_REMOTE_CODE=false): pass trust_remote_code=False, with a model "
+                "that vLLM knows by itself"
+            )
         return _as_json("vllm_kwargs", arguments)
 
     def _actor_options(self) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from vllm_tasks.datalayer.selection import OutputColumn
 from vllm_tasks.datatypes import OUTPUT, AnswerType, DataType, Undecodable, builtin_type, own_type
 from vllm_tasks.errors import InvalidCall
+from vllm_tasks.places import has_password, without_secrets
 from vllm_tasks.rows import BuiltinType, Choice, Completion, RowError
 from vllm_tasks.schemas import schema_type
 
@@ -26,8 +27,21 @@ class Artifact(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    uri: str = Field(min_length=1, description="A path or any URI that fsspec opens.")
+    uri: str = Field(
+        min_length=1,
+        description="A path or any URI that fsspec opens; its credentials are the environment's.",
+    )
     datatype: Literal["str", "json", "bytes"] = "str"
+
+    @field_validator("uri")
+    @classmethod
+    def _without_password(cls, value: str) -> str:
+        if has_password(value):
+            raise ValueError(
+                f"the uri {without_secrets(value)!r} has a password, which a block would keep readable; the "
+                "credentials of object stores and servers come from the environment, as fsspec has it"
+            )
+        return value
 
 
 def check_one_type(datatype: DataType | BuiltinType | None, output_schema: object) -> None:

@@ -27,7 +27,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails
 
 from vllm_tasks import loop, sharing
 from vllm_tasks.callables import DottedCallable, check_importable
-from vllm_tasks.datalayer import Datalayer, check_name, own_fields
+from vllm_tasks.datalayer import Datalayer, check_name, not_shown, own_fields
 from vllm_tasks.datatypes import DataType
 from vllm_tasks.errors import InvalidCall, RowErrors
 from vllm_tasks.fingerprint import source_of
@@ -62,6 +62,9 @@ ASKED_FIRST = (
 )
 WRITTEN = ("metric_values", "uuid")
 """Fields at the head of a form, and those at its end, which nobody fills in."""
+
+HIDDEN = {"api_key", "api_url", "compute_kwargs", "db", "ray_config", "uri", "validation", "vllm_kwargs"}
+"""Fields whose values may hold a key or a password; errors do not show them, but what is wrong."""
 
 T = TypeVar("T")
 OnError = Literal["raise", "return"]
@@ -451,14 +454,11 @@ class Predictor(BaseModel):
 
 
 def _shown(error: ErrorDetails) -> InitErrorDetails:
-    secret = "api_key" in error["loc"] or "compute_kwargs" in error["loc"]
-    whole_or_secret = not error["loc"] or error["type"] == "missing" or secret
-    return InitErrorDetails(
-        type=error["type"],
-        loc=error["loc"],
-        input="(not shown)" if whole_or_secret else error["input"],
-        ctx=error.get("ctx", {}),
-    )
+    hidden = not_shown(error)
+    unplaced = not error["loc"] or error["type"] in ("missing", "extra_forbidden")
+    if unplaced or HIDDEN & set(error["loc"]):
+        return hidden
+    return {**hidden, "input": error["input"]}
 
 
 def _checked(results: list[T], on_error: OnError) -> list[T]:

@@ -16,7 +16,9 @@ from uuid import UUID
 import fsspec
 
 from vllm_tasks.errors import InvalidCall
+from vllm_tasks.places import check_place, without_secrets
 from vllm_tasks.rows import Message, RowError
+from vllm_tasks.settings import site_settings
 
 Signature = Literal["singleton", "*args", "**kwargs", "*args,**kwargs"]
 Context = str | Sequence[str] | None
@@ -143,6 +145,7 @@ class Prompter:
         self.system = system
         self.function = prompt_func
         self.context = joined(context)
+        self.longest = site_settings().max_prompt_bytes
         self.named = self._named(artifacts)
         self.filled = {} if prompt_func else self._filled(artifacts)
         self._check_context()
@@ -179,13 +182,21 @@ class Prompter:
             made = self._from_function(x) if self.function else self._from_template(x)
             prompt = self._in_chat(made)
             # What cannot travel fails here, and not in a chunk with other rows.
-            (prompt if isinstance(prompt, str) else _as_json(prompt)).encode()
+            self._check_size(prompt if isinstance(prompt, str) else _as_json(prompt))
         except UnicodeEncodeError as error:
             bad = error.object[error.start : error.end]
             return RowError("prompt", f"the text is not valid Unicode ({error.reason}): {bad!r}")
         except (BadRow, TypeError, ValueError, RecursionError) as error:
             return RowError("prompt", str(error))
         return prompt
+
+    def _check_size(self, text: str) -> None:
+        size = len(text) if len(text) > self.longest else len(text.encode())
+        if size > self.longest:
+            raise BadRow(
+                f"the prompt has {size:,} bytes or more, and {self.longest:,} are allowed "
+                "(VLLM_TASKS_MAX_PROMPT_BYTES)"
+            )
 
     def _from_function(self, x: Any) -> Any:
         assert self.function is not None
@@ -251,12 +262,22 @@ def named_parameters(function: Callable[..., Any]) -> set[str]:
     return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
-@functools.lru_cache(maxsize=64)
 def load_artifact(uri: str, kind: str) -> Any:
-    """The contents of a file at any fsspec URI, read once per process: `str`, `json` or `bytes`."""
+    """The contents of a file at a fsspec URI, read once per process: `str`, `json` or `bytes`.
+
+    Raises `InvalidCall` for one that cannot be read, or is outside the places that the site allows.
+    """
+    check_place("artifact", uri)
+    return _loaded(uri, kind)
+
+
+@functools.lru_cache(maxsize=64)
+def _loaded(uri: str, kind: str) -> Any:
     try:
         with fsspec.open(uri, "rb") as file:
             content: bytes = file.read()
         return content if kind == "bytes" else json.loads(content) if kind == "json" else content.decode()
     except (OSError, ValueError, ImportError) as error:
-        raise InvalidCall(f"artifact {uri!r} cannot be read as {kind}: {error}") from error
+        words = without_secrets(f"artifact {uri!r} cannot be read as {kind}: {error}")
+        # Not from the error itself, whose words may be the whole URI.
+        raise InvalidCall(words) from None

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vllm_tasks.rows import Completion, Result, RowError
+from vllm_tasks.rows import Completion, Result, RowError, reason_of
 
 EXAMPLES = 5
 """Keys that are shown for each kind of error."""
@@ -26,8 +26,8 @@ class FailedRow:
 
     @property
     def reason(self) -> str:
-        """The message without what the model said, which stands in `_error` and is not for everyone."""
-        return self.message.partition(": ")[0] if self.kind == "output" else self.message
+        """The message for logs and pages."""
+        return reason_of(self.kind, self.message)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,11 @@ class Completion:
         return self.choices[0].text
 
 
+def reason_of(kind: str, message: str) -> str:
+    """A row's error without what the model said, which stands in `_error` and is not for everyone."""
+    return message.partition(": ")[0] if kind == "output" else message
+
+
 @dataclass(frozen=True, slots=True)
 class RowError:
     """Why one row has no answer.
@@ -95,6 +100,11 @@ class RowError:
     message: str
     retryable: bool = False
     index: int = -1
+
+    @property
+    def reason(self) -> str:
+        """The message for logs and pages."""
+        return reason_of(self.kind, self.message)
 
 
 Result = Completion | RowError

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
+from vllm_tasks.engines.local import tell_trust
 from vllm_tasks.engines.shared_server import SharedServer
 from vllm_tasks.errors import EngineFailed, InvalidCall, ServerUnavailable
 from vllm_tasks.models import VllmAPI, VllmModel
@@ -54,6 +56,8 @@ def serve(model: VllmModel) -> Iterator[VllmAPI]:
     config = model._config()
     arguments = server_arguments(json.loads(config.engine_args))
     command = command_line(arguments)
+    if arguments.get("trust_remote_code"):
+        tell_trust(arguments["model"])
     server = SharedServer(arguments["model"], command, config.start_timeout, Resources.of(model).num_gpus)
     with server.used():
         told = server.facts()
@@ -99,7 +103,7 @@ def command_line(arguments: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, list):
-            words += [f"--{flag}", *map(_word, value)]
+            words += [f"--{flag}", *(_no_option(name, _word(each)) for each in value)]
         elif value is not None:
             words.append(f"--{flag}={_word(value)}")
     return words
@@ -121,6 +125,13 @@ def _check(model: VllmModel) -> None:
 
 def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _no_option(name: str, word: str) -> str:
+    """An item of a list; one that begins as an option would be one, whatever is forbidden here."""
+    if re.match("-[^0-9.]", word):
+        raise InvalidCall(f"vllm_kwargs[{name!r}] has {word!r}, which vLLM's server would take for an option")
+    return word
 
 
 def _first(names: Any) -> str:

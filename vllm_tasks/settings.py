@@ -37,6 +37,9 @@ class Settings(BaseSettings):
     max_response_bytes: int = Field(
         default=64 * 2**20, ge=1024, description="Largest HTTP response read for one row, in bytes."
     )
+    max_prompt_bytes: int = Field(
+        default=64 * 2**20, ge=1024, description="Largest prompt of one row that is sent, in bytes of UTF-8."
+    )
     engine_start_timeout: float = Field(
         default=1800.0, gt=0, description="Seconds that a local engine may take to load its model."
     )
@@ -65,6 +68,16 @@ class Settings(BaseSettings):
         ge=0,
         description="GPUs of the machine that a local engine takes for itself, at least as many as it is "
         "split over; 0: vLLM takes the first ones, whoever else uses them.",
+    )
+    trust_remote_code: bool = Field(
+        default=True,
+        description="Whether engines may run code that comes with a model; false refuses models that would.",
+    )
+    places: Json[list[str]] = Field(
+        default=[],
+        validate_default=False,
+        description="Folders, and beginnings of URIs, that artifacts, lakes and SQLite files may be in (a "
+        "JSON list); empty: anywhere.",
     )
     callable_prefixes: Json[list[str]] = Field(
         default=["flows"],

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from vllm_tasks import sharing
 from vllm_tasks.datalayer.selection import POSITION, Key, Row, Selection, SourceRow, Tables, Writer
-from vllm_tasks.errors import InvalidCall, TablesUnavailable, VllmTasksError
+from vllm_tasks.errors import InvalidCall, TablesUnavailable, VllmTasksError, printable
 from vllm_tasks.fingerprint import input_hash
 from vllm_tasks.loop import Tasks
 from vllm_tasks.plan import Plan
@@ -43,6 +43,8 @@ HASTE = 2.0
 what is finished must be committed."""
 SAME_FATE = 50
 """A run whose first rows, so many, all fail alike is hopeless."""
+KEY_SHOWN = 100
+"""Characters of a key in names and logs."""
 FEW = 500
 """A share of failed rows is taken of at least so many."""
 
@@ -91,7 +93,8 @@ class Budget:
         told = tally.kinds.keys() != {"prompt"} or tally.done == tally.read
         if tally.done >= SAME_FATE and tally.failed == tally.done and len(tally.kinds) == 1 and told:
             (kind,) = tally.kinds
-            return f"the first {tally.done} rows all failed alike ({kind}: {tally.worst[0].reason[:300]})"
+            why = printable(tally.worst[0].reason[:300])
+            return f"the first {tally.done} rows all failed alike ({kind}: {why})"
         # Rows that fail before they are asked come first, so the share is taken of all that were read.
         base = tally.done if at_end else max(tally.read, FEW)
         allowed = limit * base if isinstance(limit, float) else limit
@@ -101,7 +104,7 @@ class Budget:
         example = next(row.reason for row in tally.worst if row.kind == most.kind)
         return (
             f"{tally.failed:,} of {tally.done:,} rows failed, more than max_failed={limit!r} allows; "
-            f"{most.rows:,} of them {most.kind}, as {example[:300]}"
+            f"{most.rows:,} of them {most.kind}, as {printable(example[:300])}"
         )
 
 
@@ -519,5 +522,6 @@ def key_range(keys: Sequence[Key]) -> str:
 
 
 def shown_key(key: Key) -> str:
-    """A key for people: the bare value of a single column."""
-    return str(key[0]) if len(key) == 1 else f"({', '.join(map(str, key))})"
+    """A key for people: the bare value of a single column, as a log may show it and not at any length."""
+    text = str(key[0]) if len(key) == 1 else f"({', '.join(map(str, key))})"
+    return printable(text if len(text) <= KEY_SHOWN else f"{text[:KEY_SHOWN]}…")

@@ -268,7 +268,7 @@ def datalayer_of(db: Datalayer | str | None, model: Predictor) -> Datalayer:
     if isinstance(db, os.PathLike):
         db = os.fspath(db)
     if db is not None and not isinstance(db, str | Datalayer):
-        raise InvalidCall(f"db={db!r:.100} is neither a Datalayer nor its URL")
+        raise InvalidCall(f"db=<{type(db).__name__}> is neither a Datalayer nor its URL")
     if isinstance(db, str):
         return Datalayer(url=db)  # type: ignore[arg-type]  # pydantic makes the secret
     if (found := db or model.db) is not None:

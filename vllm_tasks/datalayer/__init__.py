@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from prefect.blocks.core import Block
-from pydantic import ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, InitErrorDetails
 
 from vllm_tasks.errors import InvalidCall
+from vllm_tasks.places import check_place
 
 if TYPE_CHECKING:
     import pyarrow
@@ -28,6 +38,13 @@ def own_fields(data: Any) -> Any:
     if not isinstance(data, Mapping):
         return data
     return {name: value for name, value in data.items() if name != "block_type_slug"}
+
+
+def not_shown(error: ErrorDetails) -> InitErrorDetails:
+    """An error of pydantic without the value that it complains of."""
+    return InitErrorDetails(
+        type=error["type"], loc=error["loc"], input="(not shown)", ctx=error.get("ctx", {})
+    )
 
 
 def outputs_name(predict_id: str) -> str:
@@ -85,6 +102,17 @@ class Datalayer(Block):
     def _own_fields(cls, data: Any) -> Any:
         return own_fields(data)
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _without_secrets(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """No error shows what was given: a URL with a password may be in any place."""
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise ValidationError.from_exception_data(
+                error.title, [not_shown(e) for e in error.errors()]
+            ) from None
+
     @field_validator("url")
     @classmethod
     def _some_url(cls, value: SecretStr) -> SecretStr:
@@ -113,6 +141,7 @@ class Datalayer(Block):
         """Open the lake or database; raises `InvalidCall` for a URL that is neither."""
         url = self.url.get_secret_value().strip()
         if is_lake(url):
+            check_place("the lake", url)
             from vllm_tasks.datalayer.lake import Lake
 
             return Lake(url)

@@ -24,6 +24,7 @@ from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, OutputTable
 from vllm_tasks.datalayer.storable import HALF_A_CHARACTER, INT64, is_text, to_json
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
+from vllm_tasks.places import without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +85,7 @@ def plain(error: BaseException) -> str:
     words = str(error)
     if match := REMOTE.match(words):
         words = match["words"]
-    return without_userinfo(" ".join(COLOURS.sub("", words).split())) or type(error).__name__
-
-
-def without_userinfo(text: str) -> str:
-    """`text` with `scheme://user:password@` as `scheme://`."""
-    return re.sub(r"://[^/\s@'\"]*@", "://", text)
+    return without_secrets(" ".join(COLOURS.sub("", words).split())) or type(error).__name__
 
 
 @contextmanager
@@ -123,10 +119,10 @@ def find_table(url: str) -> DeltaTable | None:
     """The latest version, None when there is no table; raises `InvalidCall` for a name that Delta refuses."""
     if match := UNNAMEABLE.search(url) or ("://" in url and MANGLED.search(url)) or None:
         raise InvalidCall(
-            f"no Delta table can be in {without_userinfo(url)!r}, because of the {match[0]!r} in it; move "
+            f"no Delta table can be in {without_secrets(url)!r}, because of the {match[0]!r} in it; move "
             "the lake, or give another predict_id or name"
         )
-    with storage_errors(f"cannot read {without_userinfo(url)}"):
+    with storage_errors(f"cannot read {without_secrets(url)}"):
         try:
             # `DeltaTable.is_deltatable` would hold the GIL, and with it all threads, while it waits.
             return DeltaTable(url, storage_options=storage_options(url))
@@ -137,7 +133,7 @@ def find_table(url: str) -> DeltaTable | None:
 def open_table(url: str) -> DeltaTable:
     """The latest version; raises `InvalidCall` when there is none."""
     if (table := find_table(url)) is None:
-        raise InvalidCall(f"there is no Delta table {without_userinfo(url)!r}")
+        raise InvalidCall(f"there is no Delta table {without_secrets(url)!r}")
     return table
 
 
@@ -216,7 +212,7 @@ def refuse_taken(url: str) -> None:
         if "://" in url
         else (LocalFolders(skip_instance_cache=True), url)
     )
-    with storage_errors(f"cannot list {without_userinfo(url)}"):
+    with storage_errors(f"cannot list {without_secrets(url)}"):
         fs.invalidate_cache()
         try:
             names = [entry.rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False)]
@@ -224,7 +220,7 @@ def refuse_taken(url: str) -> None:
             return
     if names and "_delta_log" not in names:
         raise InvalidCall(
-            f"{without_userinfo(url)!r} is no Delta table but has files, for example {min(names)!r}; give "
+            f"{without_secrets(url)!r} is no Delta table but has files, for example {min(names)!r}; give "
             "another predict_id or name, or move them away"
         )
 
@@ -242,7 +238,7 @@ def make_table(
     if made is None:
         refuse_taken(url)
         try:
-            with storage_errors(f"cannot write {without_userinfo(url)}"):
+            with storage_errors(f"cannot write {without_secrets(url)}"):
                 return DeltaTable.create(
                     url,
                     schema,
@@ -262,7 +258,7 @@ def make_table(
         differences.append(f"it is partitioned by {list(partitions)}, not {list(partition_by)}")
     if differences:
         raise InvalidCall(
-            f"the table {without_userinfo(url)!r} is there with another shape: {'; '.join(differences)}; "
+            f"the table {without_secrets(url)!r} is there with another shape: {'; '.join(differences)}; "
             f"{way_out}"
         )
     return made

@@ -23,11 +23,11 @@ from vllm_tasks.datalayer.delta import (
     problem_of,
     quoted,
     storage_errors,
-    without_userinfo,
 )
 from vllm_tasks.datalayer.selection import Key, Row
 from vllm_tasks.datalayer.storable import last_outputs
 from vllm_tasks.errors import TablesUnavailable
+from vllm_tasks.places import without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class DeltaWriter:
     ) -> None:
         """`told`: the caller's `redo` names whatever keys of a commit that version holds."""
         self._url = url
-        self._shown = without_userinfo(url)
+        self._shown = without_secrets(url)
         self._schema = schema
         self._key = pa.schema([schema.field(name) for name in key])
         self._properties = properties

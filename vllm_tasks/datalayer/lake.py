@@ -29,7 +29,6 @@ from vllm_tasks.datalayer.delta import (
     quoted,
     storage_errors,
     table_schema,
-    without_userinfo,
     writer_properties,
 )
 from vllm_tasks.datalayer.delta_writer import DeltaWriter
@@ -47,6 +46,7 @@ from vllm_tasks.datalayer.selection import (
 )
 from vllm_tasks.datalayer.sources import VIEW, Files, Source, exactly, literal, reading
 from vllm_tasks.errors import InvalidCall, TablesUnavailable, near
+from vllm_tasks.places import without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class Lake:
     def __init__(self, url: str) -> None:
         self._files = Files(*_opened(url))
         self._url = self._files.uri(self._files.root)
-        self._shown = without_userinfo(self._url)
+        self._shown = without_secrets(self._url)
         # Made by DuckDB when it spills first: a killed process leaves no empty folder.
         self._spill = f"{tempfile.gettempdir()}/vllm-tasks-{uuid4().hex}"
         self._con: duckdb.DuckDBPyConnection | None = None

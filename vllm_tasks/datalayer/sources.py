@@ -19,9 +19,9 @@ from vllm_tasks.datalayer.delta import (
     plain,
     quoted,
     storage_errors,
-    without_userinfo,
 )
 from vllm_tasks.errors import SHOWN, InvalidCall, TablesUnavailable, near
+from vllm_tasks.places import without_secrets
 
 READERS = {
     "parquet": "read_parquet([{}])",
@@ -117,7 +117,7 @@ class Files:
 
     def shown(self, path: str) -> str:
         """`path` as a person is told it."""
-        return without_userinfo(self.uri(path))
+        return without_secrets(self.uri(path))
 
     @property
     def local(self) -> bool:

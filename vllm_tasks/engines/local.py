@@ -33,7 +33,7 @@ DEATHS_OF_A_ROW = 2
 class LocalConfig:
     """vLLM's engine arguments, as JSON, and how many GPUs they need; equal ones share an engine."""
 
-    engine_args: str
+    engine_args: str = field(repr=False)  # its hf_token is a secret
     start_timeout: float = field(compare=False)
     gpus: int = field(default=0, compare=False)
 
@@ -109,6 +109,8 @@ class LocalEngine:
         return self._host is not None
 
     async def start(self) -> None:
+        if self._arguments.get("trust_remote_code"):
+            tell_trust(self._arguments["model"])
         await self._claim.take()
         try:
             host, facts = await self._launch(self._arguments, self.config.start_timeout)
@@ -208,6 +210,15 @@ class LocalEngine:
         for sampling, group in itertools.groupby(rows.items(), key=lambda item: item[1].request.sampling):
             chunk = [[row_id, row.request.prompt] for row_id, row in group]
             self._host.write({"chunk": chunk, "sampling": dict(sampling)})
+
+
+def tell_trust(model: str) -> None:
+    """Said once for each engine: whose code may run."""
+    logger.info(
+        "%r may run code that comes with it (trust_remote_code=True); VLLM_TASKS_TRUST_REMOTE_CODE=false "
+        "forbids that here",
+        model,
+    )
 
 
 def result_of(frame: Frame) -> Result:

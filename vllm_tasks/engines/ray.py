@@ -38,7 +38,7 @@ LONGEST_REASON = 1000
 class RayConfig:
     """vLLM's engine arguments and the options of Ray's actors, as JSON; equal ones share their engines."""
 
-    engine_args: str
+    engine_args: str = field(repr=False)  # its hf_token is a secret
     options: str = field(repr=False)  # its environment may hold secrets
     address: str | None
     replicas: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from vllm_tasks.engines import wire
@@ -18,24 +20,41 @@ def split_urls(value: str | list[str]) -> tuple[tuple[str, ...], wire.Protocol]:
     split = [_split_url(url) for url in given if url]
     protocols = {protocol for _, protocol in split}
     if len(protocols) > 1:
+        shown = [_shown(url) for url in given]
         raise InvalidCall(
-            f"api_url {value!r} mixes the protocols {sorted(protocols)}; give all servers the same path"
+            f"api_url {shown} mixes the protocols {sorted(protocols)}; give all servers the same path"
         )
     return tuple(base for base, _ in split), protocols.pop() if protocols else "openai"
 
 
 def _split_url(url: str) -> tuple[str, wire.Protocol]:
+    if "@" in url:
+        raise InvalidCall(
+            f"api_url {_shown(url)!r} holds a user or password, which messages would show; use api_key"
+        )
     try:
         parts = urlsplit(url)
         complete = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError as error:
-        raise InvalidCall(f"api_url {url!r}: {error}; expected as in http://127.0.0.1:8000") from error
+        raise InvalidCall(
+            f"api_url {_shown(url)!r}: {error}; expected as in http://127.0.0.1:8000"
+        ) from error
     if not complete:
-        raise InvalidCall(f"api_url {url!r} needs a scheme and a host, as in http://127.0.0.1:8000")
-    if "@" in parts.netloc:
-        raise InvalidCall("api_url holds a user or password, which messages would show; use api_key")
+        raise InvalidCall(f"api_url {_shown(url)!r} needs a scheme and a host, as in http://127.0.0.1:8000")
     if parts.query or parts.fragment:
-        raise InvalidCall(f"api_url {url!r} has a query or a fragment, which no request would carry")
+        raise InvalidCall(f"api_url {_shown(url)!r} has a query or a fragment, which no request would carry")
     base = f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
     path = next((known for known in wire.PATHS if known and base.endswith(known)), "")
     return base.removesuffix(path), wire.PATHS[path]
+
+
+def _shown(url: str) -> str:
+    """A URL in an error: whatever it holds that may be a password or a key is left out."""
+    return re.sub("[?#].*", "?...", re.sub(".*@", "...@", url), flags=re.DOTALL)
+
+
+def origins(urls: Iterable[str]) -> set[tuple[str, str | None, int | None]]:
+    """Who is behind base URLs: scheme, host and port of each."""
+    split = [urlsplit(url) for url in urls]
+    ports = {"http": 80, "https": 443}
+    return {(parts.scheme, parts.hostname, parts.port or ports[parts.scheme]) for parts in split}

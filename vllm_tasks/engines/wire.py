@@ -85,17 +85,17 @@ def _openai(answer: JSON, choice_of: Callable[[JSON], Choice], wanted: int) -> C
     prompt_logprobs = answer.get("prompt_logprobs") or choices[0].get("prompt_logprobs")
     return Completion(
         choices=tuple(choice_of(c) for c in _in_order(choices)),
-        prompt_tokens=_optional(usage, "prompt_tokens", int),
-        completion_tokens=_optional(usage, "completion_tokens", int),
+        prompt_tokens=_count_of(usage, "prompt_tokens"),
+        completion_tokens=_count_of(usage, "completion_tokens"),
         prompt_logprobs=_prompt_logprobs(prompt_logprobs),
-        model=_optional(answer, "model", str),
+        model=_name(answer, "model"),
     )
 
 
 def _text_choice(choice: JSON) -> Choice:
     return Choice(
         text=_text(choice.get("text"), "text"),
-        finish_reason=_optional(choice, "finish_reason", str),
+        finish_reason=_name(choice, "finish_reason"),
         token_ids=_list_of(int, choice, "token_ids"),
         logprobs=_text_logprobs(choice.get("logprobs")),
         reasoning=_optional(choice, "reasoning", str),
@@ -113,7 +113,7 @@ def _chat_choice(choice: JSON) -> Choice:
         text = ""  # all tokens went into the calls or the reasoning
     return Choice(
         text=_text(text, "content"),
-        finish_reason=_optional(choice, "finish_reason", str),
+        finish_reason=_name(choice, "finish_reason"),
         token_ids=_list_of(int, choice, "token_ids"),
         logprobs=_chat_logprobs(choice.get("logprobs")),
         reasoning=reasoning,
@@ -168,6 +168,8 @@ def _prompt_token(entry: Mapping[str, Any] | None) -> TokenLogprob | None:
     return _token(*tokens[0], tokens)
 
 
+COUNTS = range(2**63)
+"""Of tokens, in 64 bits."""
 UNFIT = (AttributeError, LookupError, OverflowError, TypeError, ValueError)
 """What reading a value of another shape raises."""
 
@@ -209,6 +211,22 @@ def _in_order(choices: list[JSON]) -> list[JSON]:
     if len(by_index) != len(choices) or None in by_index:
         wrong('choices with an "index" each', choices)
     return [by_index[i] for i in sorted(by_index)]
+
+
+def _count_of(usage: JSON, name: str) -> int | None:
+    """Every table keeps it beside the answer, so it must fit into all of them."""
+    found: int | None = _optional(usage, name, int)
+    if found is not None and found not in COUNTS:
+        wrong(f'"{name}" to be a count', found)
+    return found
+
+
+def _name(value: JSON, name: str) -> str | None:
+    """As `_count_of`: without the character 0, which PostgreSQL does not keep."""
+    found: str | None = _optional(value, name, str)
+    if found is not None and "\0" in found:
+        wrong(f'"{name}", a text without the character 0', found)
+    return found
 
 
 def _list_of(kind: type, value: JSON, name: str) -> list[Any] | None:

@@ -61,7 +61,7 @@ class Dataset(BaseModel):
     machine and from every kind of table. With `pin` the rows are frozen at first use, for all later runs.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)  # rows, or a URL, may be in it
 
     identifier: str = Field(min_length=1, description="Name of the data set in metric_values and tables.")
     select: str | None = Field(
@@ -91,6 +91,16 @@ class Dataset(BaseModel):
     @classmethod
     def _table_name(cls, value: str) -> str:
         return _named("the data set's identifier", value)
+
+    @field_validator("db")
+    @classmethod
+    def _no_url(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value:
+            raise ValueError(
+                "db is the name of a saved Datalayer, not a URL, which would be stored readable: "
+                "Datalayer(url=...).save(NAME)"
+            )
+        return value
 
     @model_validator(mode="after")
     def _one_source(self) -> Dataset:
@@ -208,7 +218,7 @@ class Validation(BaseModel):
     where less is better), and the largest drop against the last run that passed.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)  # rows, or a URL, may be in it
 
     datasets: list[Dataset] = Field(min_length=1, description="Rows with known answers, one set or more.")
     metrics: list[Metric] = Field(min_length=1, description="How the answers are scored.")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from vllm_tasks.artifacts import cell, code, markdown_table, only_shown, slug
+from vllm_tasks.artifacts import code, markdown_table, only_shown, slug, words
 from vllm_tasks.metrics.measure import Confusion
 from vllm_tasks.validation.picture import Panel, Point, Row, compare_svg, histories_svg, markdown_image
 from vllm_tasks.validation.report import (
@@ -52,7 +52,7 @@ def show_comparison(comparison: Comparison) -> None:
 
 def markdown_of_comparison(comparison: Comparison) -> str:
     """The page: for each data set and metric the models side by side, and how they differ from the first."""
-    parts = [f"# {', '.join(map(cell, comparison.models))}"]
+    parts = [f"# {', '.join(map(words, comparison.models))}"]
     for dataset, metric in dict.fromkeys((s.dataset, s.metric) for s in comparison.standings):
         found = [s for s in comparison.standings if (s.dataset, s.metric) == (dataset, metric)]
         better = found[0].value.higher_is_better
@@ -68,8 +68,8 @@ def markdown_of_comparison(comparison: Comparison) -> str:
             f"against {comparison.models[0]}",
         )
         parts += [
-            f"## {cell(title)} ({'more' if better else 'less'} is better)",
-            markdown_table(list(map(cell, head)), map(_standing, found)),
+            f"## {words(title)} ({'more' if better else 'less'} is better)",
+            markdown_table(list(map(words, head)), map(_standing, found)),
             markdown_image(compare_svg(rows, title=title, higher_is_better=better), title),
         ]
     return "\n\n".join(parts) + "\n"
@@ -78,7 +78,7 @@ def markdown_of_comparison(comparison: Comparison) -> str:
 def _standing(standing: Standing) -> list[str]:
     value = standing.value
     return [
-        cell(standing.model),
+        words(standing.model),
         f"**{value.value:.4g}**",
         f"{value.low:.4g} to {value.high:.4g}",
         f"{value.n:,}",
@@ -116,8 +116,8 @@ def markdown_of(model: str, report: DatasetReport) -> str:
 
 
 def _parts(model: str, report: DatasetReport) -> Iterator[str]:
-    yield f"# {cell(model)} on {cell(report.dataset)}"
-    yield "**Passed.**" if not report.reasons else "**Failed.** " + "; ".join(map(cell, report.reasons))
+    yield f"# {words(model)} on {words(report.dataset)}"
+    yield "**Passed.**" if not report.reasons else "**Failed.** " + "; ".join(map(words, report.reasons))
     head = "metric", "value", "95 % interval", "rows", "against the last passed run", "limits"
     pairs = list(zip(report.values, report.verdicts, strict=True))
     yield markdown_table(head, [_line(value, verdict) for value, verdict in pairs])
@@ -130,10 +130,10 @@ def _parts(model: str, report: DatasetReport) -> Iterator[str]:
             ("wins", [row for row in changed if row.is_win]),
         ):
             if rows:
-                yield f"## Biggest {what} in {cell(value.metric)}"
+                yield f"## Biggest {what} in {words(value.metric)}"
                 yield markdown_table(CHANGED, map(_changed, rows))
     for metric, table in report.tables.items():
-        yield f"## Confusion in {cell(metric)}"
+        yield f"## Confusion in {words(metric)}"
         yield _confusion(table)
     answers = f"{code(report.outputs)}, where `run` is {code(report.answers)}"
     yield f"Run {code(report.run)}; its answers: {answers}; its scores by row: `_metric_scores`."
@@ -163,7 +163,7 @@ def _line(value: Value, verdict: Verdict) -> list[str]:
         limits.append(f"at most {verdict.max_regression:g} worse{untested}")
     arrow = "more is better" if value.higher_is_better else "less is better"
     return [
-        f"{cell(value.metric)} ({arrow})",
+        f"{words(value.metric)} ({arrow})",
         f"**{value.value:.4g}**",
         f"{value.low:.4g} to {value.high:.4g}",
         f"{value.n:,}" + (f" ({value.failed:,} failed)" if value.failed else ""),

@@ -1,0 +1,66 @@
+"""Where files may be that models, artifacts and tables name: the folders and URIs that a site allows."""
+
+from __future__ import annotations
+
+import os
+import re
+from urllib.parse import unquote
+
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import get_protocol
+
+from vllm_tasks.errors import InvalidCall
+from vllm_tasks.settings import site_settings
+
+USERINFO = re.compile(r"://([^/\s@]*:\S*|[^/\s]*)@")
+QUERY = re.compile(r"(://[^?#\s]*)[?#][^\s'\"]*")
+
+
+def check_place(what: str, uri: str) -> None:
+    """Raise `InvalidCall` for a file or folder outside the places that the site allows.
+
+    A path counts by where it leads, links followed; a URI by how it begins, up to a whole `/`. One with
+    `..` or `::` in it is in no place: the one leads out of a folder, the other into another filesystem.
+    """
+    places = site_settings().places
+    if not places or any(_is_in(uri, place) for place in places):
+        return
+    raise InvalidCall(
+        f"{what} {without_secrets(uri)!r:.200} is outside the places that files may be in here, {places}; "
+        "move it there, or have the site add its folder, or the beginning of its URI, to VLLM_TASKS_PLACES "
+        "(a JSON list)"
+    )
+
+
+def without_secrets(text: str) -> str:
+    """`text` with `scheme://user:password@host/path?query` as `scheme://host/path?...`.
+
+    Whatever characters the password has: rather too much is left out than a part of it shown.
+    """
+    return QUERY.sub(r"\1?...", USERINFO.sub("://", text))
+
+
+def has_password(uri: str) -> bool:
+    """Whether a password, or whatever has a colon before an `@`, stands after the scheme."""
+    found = USERINFO.search(uri)
+    return found is not None and ":" in found[1]
+
+
+def _is_in(uri: str, place: str) -> bool:
+    if is_local(uri) and is_local(place):
+        return _is_below(_real(uri), _real(place))
+    if is_local(uri) or "::" in uri or ".." in unquote(uri).replace("\\", "/").split("/"):
+        return False
+    return _is_below(uri, place)
+
+
+def _is_below(path: str, place: str) -> bool:
+    return path == place or path.startswith(place.rstrip("/") + "/")
+
+
+def is_local(uri: str) -> bool:
+    return get_protocol(uri) in ("file", "local")
+
+
+def _real(path: str) -> str:
+    return os.path.realpath(str(LocalFileSystem._strip_protocol(path)))
