@@ -1,4 +1,4 @@
-"""Runs `predict_in_db` or `validate` in processes that a test may kill at any moment.
+"""Runs `predict_in_db`, alone or in a flow, or `validate` in processes that a test may kill at any moment.
 
 A *mother* process imports everything once; each job is a fork of it, which starts in milliseconds.
 """
@@ -11,15 +11,18 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 
 class Jobs:
-    """Jobs as forks of one process; what they log goes to `log`."""
+    """Jobs as forks of one process, which has `env` beside ours; what they log goes to `log`."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, env: Mapping[str, str] = MappingProxyType({})) -> None:
         self.log = log
+        self._env = {**os.environ, **env}
         self._mother: subprocess.Popen[str] | None = None
         self._running: set[int] = set()
 
@@ -29,6 +32,7 @@ class Jobs:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=self._env,
         )
         return self
 
@@ -42,7 +46,8 @@ class Jobs:
         self._mother.stdout.close()  # type: ignore[union-attr]
 
     def start(self, model: dict[str, Any], *args: Any, work: str = "predict_in_db", **call: Any) -> int:
-        """Begin `work(VllmAPI(**model), *args, **call)`; returns the process id."""
+        """Begin `work(model, *args, **call)`; returns the process id. `model`: the fields of a `VllmAPI`, or of
+        a `VllmModel` when `model_name` is one of them."""
         pid = int(self._ask({"work": work, "model": model, "args": args, "call": call}))
         self._running.add(pid)
         return pid
@@ -71,6 +76,19 @@ class Jobs:
         return self._mother.stdout.readline()
 
 
+def in_flow(model: Any, *args: Any, **call: Any) -> Any:
+    """`predict_in_db` as a task of a flow."""
+    from prefect import flow
+
+    from vllm_tasks import predict_in_db
+
+    @flow(name="job")
+    def job() -> Any:
+        return predict_in_db(model, *args, **call)
+
+    return job()
+
+
 def main() -> None:
     import deltalake  # noqa: F401 - imported before the forks
     import duckdb  # noqa: F401
@@ -78,11 +96,11 @@ def main() -> None:
     import pyarrow.dataset  # noqa: F401
     import sqlalchemy.dialects.postgresql  # noqa: F401
 
-    from vllm_tasks import VllmAPI
+    from vllm_tasks import VllmAPI, VllmModel
     from vllm_tasks.tables import predict_in_db
     from vllm_tasks.validation.run import validate
 
-    works = {"predict_in_db": predict_in_db, "validate": validate}
+    works = {"predict_in_db": predict_in_db, "in_flow": in_flow, "validate": validate}
     log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the terminal is the test's
     for line in sys.stdin:
@@ -97,7 +115,8 @@ def main() -> None:
             os.dup2(log, 1)
             os.dup2(log, 2)
             logging.basicConfig(level=logging.INFO, force=True)
-            model = VllmAPI(**question["model"])
+            fields = question["model"]
+            model = VllmModel(**fields) if "model_name" in fields else VllmAPI(**fields)
             print(works[question["work"]](model, *question["args"], **question["call"]))
             return
 

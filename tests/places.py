@@ -23,6 +23,11 @@ class Place:
     url: str
 
     @property
+    def kind(self) -> str:
+        """One of `KINDS`."""
+        return {"sqlite": "sqlite", "postgresql": "postgres"}.get(self.url.partition(":")[0], "lake")
+
+    @property
     def db(self) -> Datalayer:
         return Datalayer(url=self.url)
 

@@ -35,6 +35,11 @@ class Asked:
     at: float
 
     @property
+    def name(self) -> str | None:
+        """What the client calls this request."""
+        return next((value for key, value in self.headers.items() if key.lower() == "x-request-id"), None)
+
+    @property
     def prompt(self) -> str:
         """The text of the prompt, or of the last message; empty for a control call."""
         if self.body is None:
@@ -84,7 +89,7 @@ def usual(asked: Asked) -> Reply:
         return Reply({"text": [asked.prompt + t for t in texts]})
     return Reply(
         {
-            "id": f"cmpl-{asked.headers.get('X-Request-Id')}",
+            "id": f"cmpl-{asked.name}",
             "model": asked.body["model"],
             "choices": [
                 {"index": i, "finish_reason": "stop"}

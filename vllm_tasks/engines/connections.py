@@ -8,18 +8,61 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
 if TYPE_CHECKING:
+    from aiohttp.client_proto import ResponseHandler
     from aiohttp.connector import Connection
     from aiohttp.tracing import Trace
+
+NAME = "X-Request-Id"
+"""The header of a request's name, which vLLM repeats in the `id` of its answer."""
+
+
+class Names:
+    """The names of the requests under way, and what connection carries each."""
+
+    def __init__(self) -> None:
+        self._ours = f"vllm-tasks-{uuid.uuid4().hex}-"
+        self._numbers = itertools.count()
+        self._carriers: dict[str, ResponseHandler] = {}
+
+    @contextmanager
+    def new(self) -> Iterator[str]:
+        """A name for one request."""
+        name = f"{self._ours}{next(self._numbers)}"
+        try:
+            yield name
+        finally:
+            self._carriers.pop(name, None)
+
+    def carry(self, name: str, protocol: ResponseHandler) -> None:
+        self._carriers[name] = protocol
+
+    def is_of_another(self, answer: object, name: str) -> bool:
+        """Whether `answer` says that it is the answer to another request of ours than `name`.
+
+        Such a connection is closed. Catches a second copy that comes when the next request is on its way
+        already. Servers that repeat no names are trusted.
+        """
+        told: Any = answer.get("id") if isinstance(answer, Mapping) else None
+        if not isinstance(told, str) or self._ours not in told or told.endswith(name):
+            return False
+        if name in self._carriers:
+            self._carriers[name].abort()
+        return True
 
 
 class Connector(aiohttp.TCPConnector):
     """Hands out no kept connection on which something has come that nobody asked for."""
+
+    def __init__(self, names: Names, **options: Any) -> None:
+        super().__init__(**options)
+        self._names = names
 
     async def connect(
         self,
@@ -29,28 +72,10 @@ class Connector(aiohttp.TCPConnector):
     ) -> Connection:
         while True:
             connection = await super().connect(req, traces, timeout)
-            if connection.protocol is None or not connection.protocol.should_close:
-                return connection
+            protocol = connection.protocol
+            if protocol is None or not protocol.should_close:
+                break
             connection.close()
-
-
-class RequestNames:
-    """A name for each request, which vLLM repeats in the `id` of its answer."""
-
-    HEADER = "X-Request-Id"
-
-    def __init__(self) -> None:
-        self._ours = f"vllm-tasks-{uuid.uuid4().hex}-"
-        self._numbers = itertools.count()
-
-    def new(self) -> str:
-        return f"{self._ours}{next(self._numbers)}"
-
-    def is_of_another(self, answer: object, name: str) -> bool:
-        """Whether `answer` says that it is the answer to another request of ours than `name`.
-
-        Catches a second copy that comes when the next request is on its way already. Servers that repeat no
-        names are trusted.
-        """
-        told: Any = answer.get("id") if isinstance(answer, Mapping) else None
-        return isinstance(told, str) and self._ours in told and not told.endswith(name)
+        if protocol is not None:
+            self._names.carry(req.headers[NAME], protocol)
+        return connection

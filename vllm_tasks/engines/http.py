@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 
 from vllm_tasks.engines import Done, wire
-from vllm_tasks.engines.connections import Connector, RequestNames
+from vllm_tasks.engines.connections import NAME, Connector, Names
 from vllm_tasks.engines.servers import Key, Server, Servers, Unreachable, untrusted
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import Request, Result, RowError, RowErrorKind
@@ -81,7 +81,7 @@ class HttpEngine:
         self.config = config
         self.window = Window(config.max_in_flight * len(config.urls))
         self._key = Key(config.api_key)
-        self._names = RequestNames()
+        self._names = Names()
         model = "" if config.protocol == "legacy" else config.model  # legacy names none
         self._servers = Servers(config.urls, model, self._key, config.patience, config.max_in_flight)
         self._session: aiohttp.ClientSession | None = None
@@ -89,7 +89,7 @@ class HttpEngine:
 
     async def start(self) -> None:
         self._session = aiohttp.ClientSession(
-            connector=Connector(limit=0, keepalive_timeout=KEEPALIVE, ssl=self._servers.tls),
+            connector=Connector(self._names, limit=0, keepalive_timeout=KEEPALIVE, ssl=self._servers.tls),
             timeout=aiohttp.ClientTimeout(total=self.config.timeout, sock_connect=CONNECT_TIMEOUT),
             headers={**self._key.headers(), "Content-Type": "application/json"},
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -122,7 +122,8 @@ class HttpEngine:
             server.in_flight += 1
             try:
                 async with server.room:
-                    return await self._attempt(server, request)
+                    with self._names.new() as name:
+                        return await self._attempt(server, request, name)
             except Unreachable as error:
                 # Not the row's failure: the next pick takes another server, or waits until one is
                 # healthy. When more are lost than there are, healthy ones refuse, and that counts.
@@ -144,8 +145,8 @@ class HttpEngine:
                 server.in_flight -= 1
             await asyncio.sleep(delay)
 
-    async def _attempt(self, server: Server, request: Request) -> Result:
-        """One request; raises `Unreachable`, `Attempt`, or `InvalidCall`."""
+    async def _attempt(self, server: Server, request: Request, name: str) -> Result:
+        """One request, under this name; raises `Unreachable`, `Attempt`, or `InvalidCall`."""
         if not server.is_there:  # lost while this row waited for its room
             raise Unreachable(f"{server.url} does not answer")
         path = wire.path_of(self.config.protocol, request)
@@ -154,7 +155,7 @@ class HttpEngine:
             body = json.dumps(wire.body_of(request, model)).encode()
         except (TypeError, ValueError) as error:  # prompts have been checked before
             raise InvalidCall(f"a sampling parameter cannot be sent: {error}") from error
-        sent, name = time.perf_counter(), self._names.new()
+        sent = time.perf_counter()
         response, content = await self._post(server.url + path, body, name)
         seconds = time.perf_counter() - sent
         if response.status != 200:
@@ -175,15 +176,16 @@ class HttpEngine:
             raise Attempt("response", f"{why}; the answer from {server.url} began with {begin!r}") from error
 
     async def _post(self, url: str, body: bytes, name: str) -> tuple[aiohttp.ClientResponse, bytes]:
-        """The response and its body; the request travels under `name`.
+        """The response and its body.
 
         Raises `Unreachable` without a connection, `InvalidCall` without a trusted one, else `Attempt`.
         """
         assert self._session is not None, "start() comes first"
         data = io.BytesIO(body) if len(body) >= STREAMED else body
         try:
-            headers = {self._names.HEADER: name}
-            async with self._session.post(url, data=data, headers=headers, allow_redirects=False) as response:
+            async with self._session.post(
+                url, data=data, headers={NAME: name}, allow_redirects=False
+            ) as response:
                 return response, await self._read(response)
         except aiohttp.ClientSSLError as error:
             raise untrusted(url, error) from error

@@ -1,0 +1,37 @@
+"""Networks that fail: a proxy between the model and the scripted server."""
+
+from __future__ import annotations
+
+from tests.faults.ground import Ground
+from tests.faults.kills import slowly
+from tests.faults.ledger import Figures
+from tests.faults.proxy import Proxy
+from tests.scripted_server import ScriptedServer
+
+SHARE = 0.1
+"""Of the answers that are treated."""
+IMPATIENT = {"timeout": 1.0, "retries": 5}
+
+
+def cut(ground: Ground, kind: str, *faults: str, rows: int = 400) -> Figures:
+    """A share of the answers meets one of `faults`: what ends as an error is asked anew at the end.
+
+    Each such answer may cost one request more, and a row that has failed another one.
+    """
+    name = f"network: {', '.join(faults)}"
+    chance = ground.chance(f"{name} {kind}")
+    with ScriptedServer(slowly(chance)) as server, Proxy(server.port, chance, SHARE, *faults) as proxy:
+        run = ground.run_of(name, ground.place(kind), server, rows)
+        run.fields = {"api_url": proxy.url, **IMPATIENT}
+        run.finish(ground.jobs)
+        errors = {row["id"]: row["_error"] for row in run.ledger.committed() if row["_error"]}
+        assert {error.partition(":")[0] for error in errors.values()} <= {"timeout", "connection"}, errors
+        for i, fault in enumerate(proxy.done):
+            run.ledger.fault(f"{fault}, the {i}th")
+        run.ledger.spare = len(proxy.done)
+        run.ledger.due.update(list(errors))
+        proxy.share = 0
+        if errors:
+            run.finish(ground.jobs, retry_failed=True)
+        run.undisturbed(ground.jobs)
+        return run.ledger.check()

@@ -1,0 +1,116 @@
+"""What faults happen on: tables of three kinds, a Prefect server, flows in processes of their own."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from tests.faults.ledger import UNDISTURBED, Ledger
+from tests.faults.leftovers import nothing_left
+from tests.faults.prefect_server import PrefectServer
+from tests.jobs import Jobs
+from tests.places import Place
+from tests.postgres import Postgres, running
+from tests.scripted_server import MODEL, Script, ScriptedServer
+
+GROUP = 20
+"""Rows of a commit group."""
+IN_FLIGHT = 16
+
+
+@dataclass
+class Ground:
+    """Where one seed's faults happen."""
+
+    folder: Path
+    seed: int
+    postgres: Postgres
+    prefect: PrefectServer
+    _stack: ExitStack
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    @cached_property
+    def jobs(self) -> Jobs:
+        """Processes that may be killed."""
+        return self.jobs_in({})
+
+    def jobs_in(self, env: Mapping[str, str]) -> Jobs:
+        """Such processes in an environment of their own; they end with the ground."""
+        log = self.folder / f"jobs{next(self._numbers)}.log"
+        return self._stack.enter_context(Jobs(log, {"PREFECT_API_URL": self.prefect.api, **env}))
+
+    def chance(self, kind: str) -> random.Random:
+        """The schedule of one kind of fault: the same whatever ran before."""
+        return random.Random(f"{self.seed} {kind}")
+
+    def place(self, kind: str) -> Place:
+        """An empty lake, SQLite file or PostgreSQL database."""
+        if kind == "postgres":
+            return Place(self.postgres.new_database())
+        folder = self.folder / f"{next(self._numbers)}"
+        folder.mkdir()
+        return Place(str(folder / "lake") if kind == "lake" else f"sqlite:///{folder}/tables.db")
+
+    def run_of(self, kind: str, place: Place, server: ScriptedServer, rows: int = 400) -> ScriptedRun:
+        ledger = Ledger(kind, place, rows, self.seed, lambda: asked_of(server))
+        return ScriptedRun(ledger, server)
+
+
+def asked_of(server: ScriptedServer) -> Counter[int]:
+    """How often each row has been asked."""
+    return Counter(int(asked.prompt[1:]) for asked in server.posts)
+
+
+@dataclass
+class ScriptedRun:
+    """Calls for the rows of a ledger, answered by a scripted server."""
+
+    ledger: Ledger
+    server: ScriptedServer
+    fields: dict[str, Any] = field(default_factory=dict)
+    call: dict[str, Any] = field(default_factory=lambda: {"max_chunk_size": GROUP, "max_failed": None})
+
+    @property
+    def model(self) -> dict[str, Any]:
+        return {
+            "identifier": "m",
+            "api_url": self.server.url,
+            "model": MODEL,
+            "db": {"url": self.ledger.place.url},
+            "max_in_flight": IN_FLIGHT,
+            **self.fields,
+        }
+
+    def start(self, jobs: Jobs, **call: Any) -> int:
+        """Begin the call in a flow; returns the process id."""
+        return jobs.start(self.model, "text", "rows", work="in_flow", **{**self.call, **call})
+
+    def finish(self, jobs: Jobs, **call: Any) -> None:
+        """The same call, to its end."""
+        jobs.run(self.model, "text", "rows", work="in_flow", **{**self.call, **call})
+
+    def undisturbed(self, jobs: Jobs, script: Script = lambda _: None) -> None:
+        """The same rows under another name, with nothing in the way, and not counted."""
+        counted = len(self.server.requests)
+        self.server.script = script
+        model = {**self.model, "api_url": self.server.url}
+        jobs.run(model, "text", "rows", predict_id=UNDISTURBED)
+        del self.server.requests[counted:]
+
+
+@contextmanager
+def made(folder: Path, seed: int) -> Iterator[Ground]:
+    """The ground of a seed, and nothing of it afterwards."""
+    with nothing_left(folder), running() as postgres, PrefectServer(folder / "prefect") as prefect:
+        here = {PREFECT_API_URL: prefect.api}
+        with temporary_settings(here), ExitStack() as stack:
+            yield Ground(folder, seed, postgres, prefect, stack)

@@ -1,0 +1,74 @@
+"""SIGKILL at random moments to the flow and to PostgreSQL, with a scripted server."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+
+from tests.faults.ground import Ground, ScriptedRun
+from tests.faults.ledger import Figures
+from tests.scripted_server import Asked, Script, ScriptedServer
+
+LATEST = 0.1
+"""Seconds after a moment that the schedule waits at most: a commit takes less."""
+
+
+def slowly(chance: random.Random) -> Script:
+    """Answers after a few milliseconds, each time others."""
+
+    async def script(asked: Asked) -> None:
+        if asked.body:
+            await asyncio.sleep(chance.uniform(0.001, 0.03))
+
+    return script
+
+
+def flows(ground: Ground, kind: str, kills: int) -> Figures:
+    """The flow is killed `kills` times over one table, each time the same call is made again."""
+    chance = ground.chance(f"flow {kind}")
+    jobs = ground.jobs
+    with ScriptedServer(slowly(chance)) as server:
+        run = ground.run_of("kill: flow", ground.place(kind), server, rows=100 * kills)
+        for _ in range(kills):
+            job = run.start(jobs)
+            moment = somewhere(chance, run, 2 * run.ledger.rows // kills)
+            jobs.kill(job)
+            time.sleep(0.05)  # what was sent arrives
+            run.ledger.death(moment)
+        run.finish(jobs)
+        run.undisturbed(jobs)
+        return run.ledger.check()
+
+
+def somewhere(chance: random.Random, run: ScriptedRun, most: int) -> str:
+    """Wait for a random moment: after so many requests, and a little more; returns it in words."""
+    more, later = chance.randint(0, most), chance.uniform(0, LATEST)
+    enough = len(run.server.posts) + more
+    run.server.wait_until(lambda: len(run.server.posts) >= enough or all_committed(run))
+    time.sleep(later)
+    return f"{more} requests and {later:.3f} s on, {len(run.server.posts)} in all"
+
+
+def all_committed(run: ScriptedRun) -> bool:
+    return len(run.ledger.committed()) == run.ledger.rows
+
+
+def databases(ground: Ground, kills: int) -> Figures:
+    """PostgreSQL is killed `kills` times under one flow, which waits and goes on: nothing is asked again."""
+    chance = ground.chance("PostgreSQL")
+    jobs = ground.jobs
+    with ScriptedServer(slowly(chance)) as server:
+        run = ground.run_of("kill: PostgreSQL", ground.place("postgres"), server, rows=200 * kills)
+        job = run.start(jobs)
+        for _ in range(kills):
+            more, away = chance.randint(0, 200), chance.uniform(0.1, 1.5)
+            enough = len(server.posts) + more
+            server.wait_until(lambda: len(server.posts) >= min(enough, run.ledger.rows), 60)  # noqa: B023
+            ground.postgres.kill()
+            time.sleep(away)
+            ground.postgres.start()
+            run.ledger.fault(f"{more} requests on, {len(server.posts)} in all, away for {away:.1f} s")
+        assert jobs.wait(job) == 0, jobs.log.read_text()[-5000:]
+        run.undisturbed(jobs)
+        return run.ledger.check()

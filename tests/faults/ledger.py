@@ -1,0 +1,147 @@
+"""What was asked and committed at each fault, and the check at the end of every run.
+
+A row is told by its prompt: the row with the key 7 is asked as `t7`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.places import Place
+from vllm_tasks import InvalidCall
+
+OF_A_RUN = {"_uuid", "_created_at", "_seconds"}
+"""Columns that differ between any two runs."""
+OF_THE_MODEL = {"output", "_completion_tokens"}
+"""Greedy answers of a real engine differ with what else is in its batch; with `ignore_eos` not in length."""
+SHOWN = 5
+UNDISTURBED = "undisturbed"
+
+Asked = Callable[[], Counter[int]]
+"""How often each row has been asked so far."""
+
+
+class Broken(AssertionError):
+    """A run did not keep the promise."""
+
+
+@dataclass
+class Figures:
+    """What one run came to."""
+
+    kind: str
+    outputs: str
+    rows: int
+    faults: int = 0
+    lost: int = 0
+    doubled: int = 0
+    differ: int = 0
+    again: int = 0
+    bound: int = 0
+
+
+@dataclass
+class Ledger:
+    """Of one run over the rows 0 to `rows - 1` of `place`."""
+
+    kind: str
+    place: Place
+    rows: int
+    seed: int
+    asked: Asked
+    exact: bool = True
+    """Whether answers follow from prompts alone; else their texts are not compared."""
+    moments: list[str] = field(default_factory=list)
+    due: Counter[int] = field(default_factory=Counter)
+    """How often a row may have been asked beyond once."""
+    spare: int = 0
+    """Requests beyond those that are nobody's in particular: each cut connection may cost one."""
+    _seen: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.place.fill_texts(*(f"t{i}" for i in range(self.rows)))
+
+    def committed(self, predict_id: str = "m") -> list[dict[str, Any]]:
+        try:
+            return self.place.outputs(predict_id)
+        except InvalidCall:  # not made yet
+            return []
+
+    def fault(self, moment: str) -> None:
+        """Something was cut or refused, but who asks lives: what it has, it may not ask again."""
+        self.moments.append(moment)
+
+    def death(self, moment: str) -> None:
+        """Who asked is dead: what it had asked and not committed may be asked again, all else may not.
+
+        What is committed now must stay as it is to the end.
+        """
+        self.fault(moment)
+        now = {row["id"]: row for row in self.committed()}
+        self._keep(now)
+        self.due.update({key: n - self.due[key] for key, n in self.asked().items() if key not in now})
+
+    def check(self, failed: Collection[int] = ()) -> Figures:
+        """Every row exactly once, as undisturbed; nothing asked oftener than the faults account for.
+
+        `failed`: rows that end as errors. Raises `Broken` with all that is needed to see it again.
+        """
+        found = self.committed()
+        times = Counter(row["id"] for row in found)
+        by_key = {row["id"]: row for row in found}
+        again = {key: n - 1 for key, n in self.asked().items() if n > 1}
+        over = {key: n - self.due[key] for key, n in again.items() if n > self.due[key]}
+        lost = [key for key in range(self.rows) if key not in times]
+        doubled = [key for key, n in times.items() if n > 1]
+        differ = self._differences(by_key, failed)
+        problems = {
+            "lost": lost,
+            "doubled": doubled,
+            "not of the source": [key for key in times if key not in range(self.rows)],
+            "differ from the undisturbed run": differ,
+            "no errors": [key for key in failed if key in by_key and not by_key[key]["_error"]],
+            f"asked oftener than {self.spare} spare": over if sum(over.values()) > self.spare else [],
+        }
+        if any(problems.values()):
+            raise Broken(self._told(problems))
+        return Figures(
+            self.kind,
+            self.place.kind,
+            self.rows,
+            len(self.moments),
+            len(lost),
+            len(doubled),
+            len(differ),
+            sum(again.values()),
+            sum(self.due.values()) + self.spare,
+        )
+
+    def _keep(self, now: dict[int, dict[str, Any]]) -> None:
+        changed = [key for key, row in self._seen.items() if now.get(key) != row]
+        if changed:
+            raise Broken(self._told({"committed, and changed or gone since": changed}))
+        self._seen = now
+
+    def _differences(self, found: dict[int, dict[str, Any]], failed: Collection[int]) -> list[str]:
+        left_out = OF_A_RUN if self.exact else OF_A_RUN | OF_THE_MODEL
+        told = []
+        for row in self.committed(UNDISTURBED):
+            other = found.get(row["id"])
+            if other is None or row["id"] in failed:
+                continue
+            columns = [c for c in row if c not in left_out and row[c] != other[c]]
+            told += [f"{row['id']}: {c} is {other[c]!r}, not {row[c]!r}" for c in columns]
+        changed = [key for key, row in self._seen.items() if found.get(key) != row]
+        told += [f"{key}: committed, and changed since" for key in changed]
+        return told
+
+    def _told(self, problems: dict[str, Any]) -> str:
+        lines = [f"{self.kind} over {self.place.kind}, --seed {self.seed}", *self.moments]
+        for what, rows in problems.items():
+            if rows:
+                shown = list(rows.items() if isinstance(rows, dict) else rows)[:SHOWN]
+                lines.append(f"{len(rows)} {what}: {', '.join(map(str, shown))}")
+        return "\n".join(lines)

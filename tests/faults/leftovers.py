@@ -1,0 +1,48 @@
+"""What a run of faults may not leave: processes, and with them ports, and mounts."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+MARK = "VLLM_TASKS_FAULTS"
+"""In the environment of all that is started meanwhile, however far it goes from its parents."""
+ENDING = 30.0
+"""Seconds for what was told to end."""
+
+
+@contextmanager
+def nothing_left(folder: Path) -> Iterator[None]:
+    """Raises AssertionError with what is there after the block and was made in it."""
+    mark = os.environ[MARK] = uuid.uuid4().hex
+    try:
+        yield
+    finally:
+        del os.environ[MARK]
+    until = time.monotonic() + ENDING
+    while (left := marked(mark)) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not left, f"still there: {left}"
+    mounts = [line for line in Path("/proc/mounts").read_text().splitlines() if str(folder) in line]
+    assert not mounts, f"still mounted: {mounts}"
+
+
+def marked(mark: str) -> list[str]:
+    """The processes that were started with this mark."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            own = process.environ().get(MARK) == mark and process.pid != os.getpid()
+            own = own and process.status() != psutil.STATUS_ZOMBIE
+            words = " ".join(process.cmdline())[:200]
+        except psutil.Error:
+            continue
+        if own:
+            found.append(f"{process.pid} {words}")
+    return found
