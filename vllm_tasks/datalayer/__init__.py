@@ -32,6 +32,9 @@ OUTPUTS = "_outputs__"
 ODD = """/\\:*?"<>|#%[]^`"""
 """Characters that lead elsewhere, or that a URL, Delta or a shell would alter."""
 
+LONGEST = 200
+"""Bytes of a name; with what comes before it, a folder's name may have 255."""
+
 
 def own_fields(data: Any) -> Any:
     """A block's fields: Prefect adds its type's slug to a block that it stores inside another one."""
@@ -61,10 +64,11 @@ def check_name(what: str, name: object) -> None:
         or name != name.strip(" .")
         or not name.isprintable()
         or set(ODD) & set(name)
+        or len(name.encode()) > LONGEST
     ):
         raise InvalidCall(
             f"{what}={name!r:.200} cannot name a table: it must be a printable text that is not empty, "
-            f"neither begins nor ends with a space or a dot, and has none of {ODD}"
+            f"neither begins nor ends with a space or a dot, has at most {LONGEST} bytes, and none of {ODD}"
         )
 
 

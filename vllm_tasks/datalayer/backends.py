@@ -19,6 +19,7 @@ from sqlalchemy.pool import NullPool, QueuePool
 
 from vllm_tasks.datalayer.storable import to_json
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
+from vllm_tasks.places import check_place
 
 DEFAULT = '"default"'
 """The name of a PostgreSQL database's own collation."""
@@ -245,6 +246,7 @@ class Sqlite(Backend):
                 "would be another one for each connection, and options are not taken"
             )
         self.path = Path(name).expanduser().absolute()
+        check_place("the database", str(self.path))
         super().__init__(url.set(database=str(self.path)))
         self.reader = self._engine(poolclass=NullPool, creator=lambda: self._connect("ro"))
 

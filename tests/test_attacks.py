@@ -1,0 +1,449 @@
+"""What an attacker may try that other files do not: places, whose code runs, sizes, markup, names.
+
+Templates are attacked in test_prompts, SELECTs and paths in test_lake and test_database, dotted paths in
+test_models, keys, certificates and redirects in test_http.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.places import Place
+from tests.scripted_server import Reply, ScriptedServer, answer_to, usual
+from vllm_tasks import Datalayer, InvalidCall, Report, RowErrors, VllmAPI, VllmModel, loop, serve
+from vllm_tasks.artifacts import cell, code, markdown_of, markdown_table, words
+from vllm_tasks.datalayer import outputs_name
+from vllm_tasks.engines import process
+from vllm_tasks.engines.local import LocalEngine
+from vllm_tasks.engines.ray import RayConfig
+from vllm_tasks.engines.urls import split_urls
+from vllm_tasks.errors import printable
+from vllm_tasks.outputs import Artifact
+from vllm_tasks.report import ErrorKind
+from vllm_tasks.rows import RowError
+from vllm_tasks.serving import command_line
+from vllm_tasks.stream import key_range
+from vllm_tasks.tables import predict_in_db
+
+PACKAGE = Path(__file__).parents[1] / "vllm_tasks"
+
+# ---------------------------------------------------------------------- places
+
+
+@pytest.fixture
+def allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only folder that files may be in, beside one bucket; a secret is next to it."""
+    folder = tmp_path / "allowed"
+    folder.mkdir()
+    (folder / "rules.txt").write_text("be brief")
+    (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
+    (tmp_path / "secret.txt").write_text("SECRET")
+    (tmp_path / "allowed-not").mkdir()
+    monkeypatch.setenv("VLLM_TASKS_PLACES", f'["{folder}", "s3://bucket/ours", "https://host/files/"]')
+    return folder
+
+
+def fill_in(uri: str, server: ScriptedServer) -> str:
+    """What is asked with an artifact in the prompt."""
+    with VllmAPI(
+        identifier="m",
+        api_url=server.url,
+        model="m",
+        artifacts={"a": Artifact(uri=uri)},
+        prompt="{artifacts.a} {input}",
+    ) as model:
+        model.predict("x")
+    return server.posts[-1].prompt
+
+
+@pytest.mark.parametrize("form", ["{}/rules.txt", "file://{}/rules.txt", "local://{}/../allowed/rules.txt"])
+def test_an_artifact_in_an_allowed_place_is_read(allowed: Path, server: ScriptedServer, form: str) -> None:
+    """Paths and file URIs count by where they lead."""
+    assert fill_in(form.format(allowed), server) == "be brief x"
+
+
+OUTSIDE = [
+    "{0}/secret.txt",
+    "file://{0}/secret.txt",
+    "file:{0}/secret.txt",
+    "local://{0}/secret.txt",
+    "FILE://{0}/secret.txt",
+    "{0}/allowed/../secret.txt",
+    "{0}/allowed/link.txt",
+    "{0}/allowed-not/x.txt",
+    "simplecache::file://{0}/secret.txt",
+    "{0}/allowed/a.zip::file://{0}/secret.txt",
+    "zip://x::{0}/allowed/a.zip",
+    "s3://bucket/ours/a::file://{0}/secret.txt",
+    "s3://bucket/ours/../theirs/x",
+    "s3://bucket/oursnot/x",
+    "s3://other/ours/x",
+    "https://host/files/%2e%2e/x",
+    "https://host/files/..\\x",
+    "https://host/files@evil/x",
+    "https://host.evil/files/x",
+    "http://host/files/x",
+    "memory://x",
+    "data:text/plain,x",
+    "~/.ssh/id_rsa",
+    "etc/passwd",
+    "/etc/passwd",
+]
+
+
+@pytest.mark.parametrize("uri", OUTSIDE)
+def test_an_artifact_outside_is_refused_before_it_is_opened(
+    allowed: Path, server: ScriptedServer, uri: str
+) -> None:
+    """By whatever name, link, chain of filesystems or look-alike; the setting is named, nothing is asked."""
+    with pytest.raises(InvalidCall, match="VLLM_TASKS_PLACES"):
+        fill_in(uri.format(allowed.parent), server)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("url", ["{}", "file://{}", "{}/allowed-not", "sqlite:///{}/x.db", "memory://lake"])
+def test_tables_outside_are_refused(allowed: Path, url: str) -> None:
+    """Else a lake or an SQLite file would read what an artifact may not."""
+    with pytest.raises(InvalidCall, match="VLLM_TASKS_PLACES"):
+        Datalayer(url=url.format(allowed.parent)).tables()
+    Datalayer(url=str(allowed)).tables().close()
+    Datalayer(url=f"sqlite:///{allowed}/x.db").tables().close()
+
+
+def test_an_artifact_that_was_read_before_is_refused_too(
+    allowed: Path, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a process remembers of a file does not outlive the permission."""
+    fill_in(f"{allowed}/rules.txt", server)
+    monkeypatch.setenv("VLLM_TASKS_PLACES", '["/nowhere"]')
+    with pytest.raises(InvalidCall, match="VLLM_TASKS_PLACES"):
+        fill_in(f"{allowed}/rules.txt", server)
+
+
+# ---------------------------------------------------------------------- whose code runs
+
+
+def local(**fields: Any) -> VllmModel:
+    return VllmModel(identifier="m", model_name="org/m", **fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"trust_remote_code": False, "vllm_kwargs": {"trust_remote_code": True}},
+        {"trust_remote_code": False, "vllm_kwargs": {"trust-remote-code": 1}},
+        {"trust_remote_code": False, "vllm_kwargs": {"trust_remote_co": True}},
+        {"on_ray": True},
+    ],
+)
+def test_a_site_can_forbid_the_code_of_models(monkeypatch: pytest.MonkeyPatch, fields: Any) -> None:
+    """Here, on Ray and on a server of its own; the error says how the model may run."""
+    monkeypatch.setenv("VLLM_TASKS_TRUST_REMOTE_CODE", "false")
+    model = local(**fields)
+    uses: list[Callable[[], Any]] = [lambda: model.predict("x"), model.init]
+    if not model.on_ray:
+        uses.append(lambda: serve(model).__enter__())
+    for use in uses:
+        with pytest.raises(InvalidCall, match=r"TRUST_REMOTE_CODE=false.*trust_remote_code=False"):
+            use()
+    assert '"trust_remote_code": false' in local(trust_remote_code=False)._arguments()
+
+
+def test_an_item_of_a_list_is_no_option_of_a_server() -> None:
+    """Else a list among the engine arguments could say what is forbidden, or is ours to say."""
+    for word in ("--trust-remote-code", "--host=0.0.0.0", "-tp"):
+        with pytest.raises(InvalidCall, match=f"{word}.*option"):
+            command_line({"served_model_name": ["m", word]})
+    assert command_line({"sizes": [-1, "a-b"]}) == ["--sizes", "-1", "a-b"]
+
+
+def test_trust_is_said_once_for_each_engine(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """Whoever reads the log sees whose code may run, and nothing where it may not; a restart says no more."""
+    monkeypatch.setattr(process, "HOST", Path(__file__).with_name("scripted_host.py"))
+    caplog.set_level(logging.INFO)
+    for trusted in (True, False):
+        arguments = {"log": str(tmp_path / f"{trusted}.log")}
+        with local(trust_remote_code=trusted, vllm_kwargs=arguments, compute_kwargs={"num_gpus": 0}) as model:
+            assert model.predict_batches(["die", "x"]) == ["die", "x"]
+    assert sum("trust_remote_code=True" in message for message in caplog.messages) == 1
+
+
+def test_the_sites_key_goes_to_the_sites_servers_only(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that names another server gets no key of the site's; one with a key of its own sends that."""
+    monkeypatch.setenv("VLLM_TASKS_API_URL", f"{server.url}/v1")
+    monkeypatch.setenv("VLLM_TASKS_API_KEY", "of-the-site")
+
+    def key_at(url: Any, **fields: Any) -> str | None:
+        return VllmAPI(identifier="m", api_url=url, **fields)._config().api_key
+
+    assert key_at("") == key_at(server.url) == "of-the-site"
+    assert split_urls(server.url)[0] == (server.url,)
+    port = server.url.rpartition(":")[2]
+    for other in (
+        f"https://127.0.0.1:{port}",
+        f"http://evil:{port}",
+        "http://127.0.0.1:1",
+        [server.url, "http://e"],
+    ):
+        assert key_at(other) is None
+    assert key_at("http://evil", api_key="own") == "own"
+    monkeypatch.delenv("VLLM_TASKS_API_URL")
+    assert key_at("http://any") == "of-the-site"
+
+
+UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "shelve", "yaml"}
+EVALUATORS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "subprocess.getoutput"}
+
+
+def test_nothing_is_evaluated_or_unpickled() -> None:
+    """No module imports a pickler or YAML, evaluates text or calls a shell.
+
+    Two pickles there are, of code and arguments, by Ray and Prefect themselves, between processes of one run:
+    the actor's class, and what `copyreg.pickle` in `tasks` tells of a task's argument.
+    """
+    found = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            shell = isinstance(node, ast.Call) and any(k.arg == "shell" for k in node.keywords)
+            if called in EVALUATORS or shell or UNPICKLERS & {name.partition(".")[0] for name in names}:
+                found.append(f"{file.name}:{node.lineno}")  # type: ignore[attr-defined]  # those have lines
+    assert found == []
+
+
+# ---------------------------------------------------------------------- sizes
+
+
+def test_a_response_that_unpacks_to_more_than_allowed_is_not_unpacked(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 MiB in 200 KB: rows and control calls stop at their limits, and never hold it whole."""
+    monkeypatch.setenv("VLLM_TASKS_MAX_RESPONSE_BYTES", "1048576")
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    bomb = b"".join(packer.compress(b" " * 2**20) for _ in range(200)) + packer.flush()
+    packed = Reply(bomb, headers={"Content-Encoding": "gzip"})
+    for model, path in (("m", "/v1/completions"), (None, "/v1/models")):
+        server.script = lambda asked, path=path: packed if asked.path == path else None  # type: ignore[misc]
+        tracemalloc.start()
+        with pytest.raises((RowErrors, InvalidCall), match=r"larger than 1048576|does not tell its model"):
+            VllmAPI(identifier="m", api_url=server.url, model=model, retries=0).predict("x")
+        assert tracemalloc.get_traced_memory()[1] < 32 * 2**20
+        tracemalloc.stop()
+
+
+def test_a_prompt_larger_than_allowed_fails_its_row(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not sent; the limit counts bytes, of a text as of chat messages."""
+    monkeypatch.setenv("VLLM_TASKS_MAX_PROMPT_BYTES", "1024")
+    for chat in (False, True):
+        with VllmAPI(identifier="m", api_url=server.url, model="m", chat=chat) as model:
+            fits, long, wide = model.predict_batches(["x" * 900, "x" * 1025, "é" * 600], on_error="return")
+        assert fits == answer_to("x" * 900)
+        for failed in (long, wide):
+            assert isinstance(failed, RowError)
+            assert failed.kind == "prompt"
+            assert "1,024 are allowed (VLLM_TASKS_MAX_PROMPT_BYTES)" in failed.message
+    assert len(server.posts) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"usage": {"prompt_tokens": 2**70}},
+        {"usage": {"completion_tokens": -1}},
+        {"model": "a\0b"},
+        {"choices": [{"index": 0, "text": "x", "finish_reason": "\0"}]},
+    ],
+)
+def test_what_a_server_says_beside_an_answer_ends_no_run(
+    place: Place, server: ScriptedServer, change: dict[str, Any]
+) -> None:
+    """A count or a name that no table could hold is the error of its row, and the others are committed."""
+    place.fill_texts("good", "bad")
+
+    def script(asked: Any) -> Reply | None:
+        return Reply({**usual(asked).body, **change}) if asked.prompt == "bad" else None
+
+    server.script = script
+    with VllmAPI(identifier="m", api_url=server.url, model="m", retries=0) as model:
+        report = predict_in_db(model, "text", "rows", db=place.db, max_failed=None)
+    assert (report.succeeded, report.failed) == (1, 1)
+    good, bad = place.outputs()
+    assert good["output"] == answer_to("good")
+    assert bad["_error"].startswith("response: expected")
+
+
+# ---------------------------------------------------------------------- markup and terminals
+
+MARKUP = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "![x](data:image/svg+xml;base64,AAAA)",
+    "![x](http://evil/pixel)",
+    "[click](javascript:alert(1))",
+    "` <b>out of the span</b> `",
+    "`` <b>x</b> ``",
+    "a | b\n\n# heading\n\n<b>x</b>",
+    "&lt;b&gt; &#60;b>",
+    "\\<b>x</b>",
+    "\\[x\\](http://evil)",
+    "</code><b>x</b>",
+]
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_texts_of_others_are_no_markup(text: str) -> None:
+    """What a row, a model or a server says is shown as it is, in and outside of code spans."""
+    markdown_it = pytest.importorskip("markdown_it")
+    render = markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table").render
+    for page in (
+        f"# {words(text)}",
+        f"Said: {words(text)}",
+        markdown_table(("a", "b"), [(words(text), code(text))]),
+        f"Model `{cell(text)}`.",
+    ):
+        html = render(page)
+        assert not [tag for tag in ("<script", "<img", "<b>", "<a ", "<h1>h") if tag in html], html
+
+
+def test_a_report_shows_what_a_server_says_as_text() -> None:
+    """The facts of a server, a kind's keys, a place: none of it is markup on the page."""
+    markdown_it = pytest.importorskip("markdown_it")
+    hostile = "".join(MARKUP).replace("\n", " ")
+    counts = dict.fromkeys(
+        ("asked", "succeeded", "failed", "cut", "prompt_tokens", "completion_tokens", "commits"), 1
+    )
+    report = Report(
+        model=hostile,
+        predict_id=hostile,
+        source="t",
+        outputs=f"http://x/> {hostile}",
+        fingerprint="f",
+        rows=1,
+        up_to_date=0,
+        **counts,
+        seconds={"total": 1.0},
+        errors=(ErrorKind("output", 1, ((hostile,),)),),
+        served_by={"version": hostile},
+    )
+    page = markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown_of(report))
+    assert not [tag for tag in ("<script", "<img", "<b>", "<a ") if tag in page]
+
+
+ESCAPES = "a\x1b[31m\x1b]0;title\x07\nFAKE LOG LINE\r\x9b2J\u202egnp.exe\ud800"
+
+
+def test_nothing_in_a_name_or_an_error_moves_a_terminal() -> None:
+    """Keys of a table and words of servers reach logs and task runs' names without control characters."""
+    (shown,) = (key_range([(ESCAPES,), (ESCAPES,)]),)
+    told = str(RowErrors([RowError("server", ESCAPES, index=0)], [None]))
+    assert shown.startswith("a\ufffd[31m")
+    for text in (shown, told, cell(ESCAPES), printable(ESCAPES)):
+        assert all(c.isprintable() for c in text), text
+    assert len(key_range([("x" * 10**6,)])) <= 101
+
+
+def test_what_a_model_said_is_in_no_error(server: ScriptedServer) -> None:
+    """An answer that does not fit stands in `errors` for the caller, and not in words for a log."""
+    model = VllmAPI(identifier="m", api_url=server.url, model="m", datatype="int")
+    with pytest.raises(RowErrors) as raised:
+        model.predict("private words")
+    model.close()
+    assert "private words" not in str(raised.value) + repr(raised.value)
+    assert "private words" in raised.value.errors[0].message
+
+
+# ---------------------------------------------------------------------- names
+
+NAMES = [
+    "../x",
+    "..",
+    "a/b",
+    "/etc/x",
+    "a\\b",
+    "C:x",
+    "a\0b",
+    "a\nb",
+    "a\x1b[31m",
+    " a",
+    "a.",
+    ".",
+    "",
+    "a%2fb",
+    "a`b",
+    "a<b>",
+    "a\u202eb",
+    "a\u200bb",
+    "a\ud800b",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_leads_elsewhere_names_no_table(name: str) -> None:
+    """Paths, control and invisible characters, what Windows or a URL would read otherwise."""
+    with pytest.raises(InvalidCall, match="predict_id"):
+        outputs_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x'; DROP TABLE rows; --",
+        "x') OR (1=1",
+        "\u2024\u2024",
+        "a\uff0fb",
+        "e\u0301",
+        "COM1",
+        "-rf",
+        "{x}",
+        "$HOME",
+    ],
+)
+def test_other_names_are_just_names(place: Place, server: ScriptedServer, name: str) -> None:
+    """Quotes, SQL, look-alikes, words of shells: the outputs are under that name and nothing else is new."""
+    place.fill_texts("a")
+    with VllmAPI(identifier="m", api_url=server.url, model="m") as model:
+        predict_in_db(model, "text", "rows", db=place.db, predict_id=name)
+    assert place.answers(name) == {0: answer_to("a")}
+    if "://" not in place.url:
+        assert {p.name for p in Path(place.url).iterdir()} == {"rows.parquet", f"_outputs__{name}"}
+        assert {p.name for p in Path(place.url).parent.iterdir()} == {"lake"}
+
+
+def test_a_name_too_long_is_refused() -> None:
+    """No file system has longer ones, and some databases cut them."""
+    assert outputs_name("é" * 100)
+    with pytest.raises(InvalidCall, match="at most 200 bytes"):
+        outputs_name("é" * 100 + "x")
+
+
+def test_an_engine_is_no_secret_carrier() -> None:
+    """Configurations and engines show no argument, among which a token may be."""
+    model = local(vllm_kwargs={"hf_token": "hf-secret"}, compute_kwargs={"num_gpus": 0})
+    config = model._config()
+    ray = local(vllm_kwargs={"hf_token": "hf-secret"}, on_ray=True)._config()
+    assert isinstance(ray, RayConfig)
+    shown = f"{model!r} {model} {config!r} {ray!r}"
+    assert "hf-secret" not in shown
+    assert not isinstance(config, RayConfig)
+
+    async def made() -> str:
+        return repr(LocalEngine(config))  # type: ignore[arg-type]  # it is a LocalConfig
+
+    assert "hf-secret" not in loop.run(made())
