@@ -237,6 +237,7 @@ def start_script(folder: Path, tiny_model: Path, then: str) -> subprocess.Popen[
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.usefixtures("all_processes_of_vllm")
 def test_script_without_a_main_guard_leaves_nothing(tmp_path: Path, tiny_model: Path) -> None:
     """An ordinary script predicts, ends by itself, and its engine and shared memory end with it."""
     found: set[psutil.Process] = set()
@@ -257,6 +258,7 @@ def test_script_without_a_main_guard_leaves_nothing(tmp_path: Path, tiny_model: 
     assert eventually(lambda: not shared_memory & set(os.listdir("/dev/shm")), 10)
 
 
+@pytest.mark.usefixtures("all_processes_of_vllm")
 @pytest.mark.parametrize("moment", ["starting", "ready"])
 def test_killed_process_leaves_no_engine(moment: str, tmp_path: Path, tiny_model: Path) -> None:
     """After `kill -9` of the process, no process of its engine lives on for longer than 30 s."""
