@@ -1,0 +1,101 @@
+"""Disks that are full or read-only, and then no more."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.faults.ground import Ground, ScriptedRun
+from tests.faults.kills import slowly, somewhere
+from tests.faults.ledger import Figures
+from tests.places import Place
+from tests.scripted_server import ScriptedServer
+
+LEFT = 16_384
+"""Bytes that a full disk has left: something is begun, and cannot be ended."""
+AWAY = 4.0
+"""Seconds without room, of the 51 that commits are tried again for."""
+
+
+@contextmanager
+def disk(folder: Path, size: str = "2m") -> Iterator[Path]:
+    """A file system of its own; raises `PermissionError` where none may be mounted."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if (mounted := subprocess.run(mount, capture_output=True, check=False)).returncode:
+        raise PermissionError(mounted.stderr.decode().strip())
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # though a job should still be there
+
+
+def fill(folder: Path) -> None:
+    stat = os.statvfs(folder)
+    (folder / "ballast").write_bytes(bytes(max(0, stat.f_bavail * stat.f_frsize - LEFT)))
+
+
+def empty(folder: Path) -> None:
+    (folder / "ballast").unlink()
+
+
+def close(folder: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+
+
+def open_again(folder: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
+
+
+def fault(
+    ground: Ground, kind: str, name: str, begin: Callable[[Path], None], end: Callable[[Path], None]
+) -> Figures:
+    """The disk fails under a run: it goes on when the disk does, or stops, and the same call goes on then."""
+    chance = ground.chance(f"{name} {kind}")
+    with ScriptedServer(slowly(chance)) as server, disk(ground.folder / f"{name}-{kind}") as folder:
+        place = Place(str(folder / "lake") if kind == "lake" else f"sqlite:///{folder}/tables.db")
+        run = ground.run_of(f"disk: {name}", place, server, rows=600)
+        job = run.start(ground.jobs)
+        moment = somewhere(chance, run, 300)
+        begin(folder)
+        time.sleep(AWAY)
+        end(folder)
+        go_on(ground, run, job, moment)
+        run.undisturbed(ground.jobs)
+        return run.ledger.check()
+
+
+def go_on(ground: Ground, run: ScriptedRun, job: int, moment: str) -> None:
+    """Wait for the run; the same call again where it has stopped."""
+    if ground.jobs.wait(job) == 0:
+        run.ledger.fault(f"{moment}; it went on")
+    else:
+        run.ledger.death(f"{moment}; it stopped")
+        run.finish(ground.jobs)
+
+
+def full(ground: Ground, kind: str) -> Figures:
+    return fault(ground, kind, "full", fill, empty)
+
+
+def read_only(ground: Ground, kind: str) -> Figures:
+    """Of a lake, under the run. A file that SQLite has open keeps its disk writable: there, before a call."""
+    if kind == "lake":
+        return fault(ground, kind, "read-only", close, open_again)
+    chance = ground.chance(f"read-only {kind}")
+    with ScriptedServer(slowly(chance)) as server, disk(ground.folder / f"read-only-{kind}") as folder:
+        run = ground.run_of("disk: read-only", Place(f"sqlite:///{folder}/tables.db"), server, rows=600)
+        job = run.start(ground.jobs)
+        moment = somewhere(chance, run, 300)
+        ground.jobs.kill(job)
+        close(folder)
+        assert ground.jobs.wait(run.start(ground.jobs)) != 0
+        open_again(folder)
+        run.ledger.death(f"killed {moment}; the next call stopped")
+        run.finish(ground.jobs)
+        run.undisturbed(ground.jobs)
+        return run.ledger.check()
