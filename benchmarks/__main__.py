@@ -8,6 +8,7 @@ import sys
 from benchmarks import (
     gate,
     lm_eval_parity,
+    long_run,
     p1,
     p2,
     p3,
@@ -40,6 +41,7 @@ MEASURES = {
     "P11": p11.measure,
     "P11-SHARDS": p11_shards.measure,
     "RIVALS": rivals.measure,
+    "LONG-RUN": long_run.measure,
 }
 
 

@@ -25,7 +25,8 @@ class Options:
     """One run.
 
     `least` and `most` bound the pairs; `lengths` are the output tokens that rows are given in equal
-    shares; `concurrency` is the rows in flight of P2, P10 and PARITY; `sizes` are P6's numbers of rows.
+    shares; `concurrency` is the rows in flight of P2, P10 and PARITY; `sizes` are P6's numbers of rows;
+    `minutes` and `samples` are LONG-RUN's.
     """
 
     measures: tuple[str, ...]
@@ -37,6 +38,8 @@ class Options:
     lengths: tuple[int, ...]
     concurrency: int
     sizes: tuple[int, ...]
+    minutes: float
+    samples: Path | None
     engine: dict[str, Any]
 
     def engine_args(self) -> dict[str, Any]:
@@ -68,6 +71,8 @@ def parse(arguments: list[str], known: tuple[str, ...]) -> Options:
     add("--lengths", type=whole_numbers, default=(8, 16, 24, 32, 40, 48, 56, 64), help="output tokens")
     add("--concurrency", type=int, default=64, help="rows in flight of P2, P10 and PARITY")
     add("--sizes", type=whole_numbers, default=(10_000, 50_000, 200_000), help="rows of P6")
+    add("--minutes", type=float, default=120.0, help="how long LONG-RUN uses the tiny engine")
+    add("--samples", type=Path, help="JSONL of LONG-RUN's samples; with --minutes 0 it is reported anew")
     add("--engine", type=json.loads, default={}, help="further engine arguments of both sides, as JSON")
     given = parser.parse_args(arguments)
     if unknown := sorted({*given.measures} - {*known}):
@@ -82,5 +87,7 @@ def parse(arguments: list[str], known: tuple[str, ...]) -> Options:
         lengths=given.lengths,
         concurrency=given.concurrency,
         sizes=given.sizes,
+        minutes=given.minutes,
+        samples=given.samples,
         engine=given.engine,
     )

@@ -10,6 +10,8 @@ import asyncio
 import json
 import re
 import time
+import zlib
+from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 
@@ -22,6 +24,8 @@ ANSWER = {
     "usage": {"prompt_tokens": 60, "completion_tokens": 48, "total_tokens": 108},
 }
 """An answer as vLLM's server gives it."""
+REFUSED_EVERY, RESET_EVERY, FAILS_EVERY = 200, 499, {429: 293, 500: 401}
+"""`Unruly`: one prompt of so many, and one request of so many."""
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 
@@ -52,19 +56,46 @@ class Scripted(asyncio.Protocol):
             size = end + 4 + (int(length[1]) if length else 0)
             if len(self.received) < size:
                 return
-            self.received = self.received[size:]
-            if self.delay:
-                asyncio.get_running_loop().call_later(self.delay, self.transport.write, RESPONSE)
-            else:
-                self.transport.write(RESPONSE)
+            request, self.received = self.received[:size], self.received[size:]
+            self.answer(request)
+
+    def answer(self, _request: bytes) -> None:
+        if self.delay:
+            asyncio.get_running_loop().call_later(self.delay, self.transport.write, RESPONSE)
+        else:
+            self.transport.write(RESPONSE)
 
 
-def serve(pipe: Connection, delay: float = 0.0) -> None:
+class Unruly(Scripted):
+    """Breaks some connections, says 429 and 500 to some requests, and to certain prompts always 400."""
+
+    asked = 0
+
+    def answer(self, request: bytes) -> None:
+        Unruly.asked += 1
+        if b"POST" in request[:4] and zlib.crc32(request.partition(b"\r\n\r\n")[2]) % REFUSED_EVERY == 0:
+            self.transport.write(refusal(400))
+        elif Unruly.asked % RESET_EVERY == 0:
+            self.transport.abort()
+        elif status := next((s for s, every in FAILS_EVERY.items() if Unruly.asked % every == 0), None):
+            self.transport.write(refusal(status))
+        else:
+            super().answer(request)
+
+
+def refusal(status: int, *headers: str) -> bytes:
+    """An error in the words of vLLM's server."""
+    body = json.dumps({"error": {"message": "scripted", "type": "Scripted", "code": status}}).encode()
+    head = [f"HTTP/1.1 {status} Scripted", f"content-length: {len(body)}", *headers]
+    return "\r\n".join([*head, "", ""]).encode() + body
+
+
+def serve(pipe: Connection, delay: float = 0.0, kind: type[Scripted] = Scripted) -> None:
     """Send the server's URL, then its CPU seconds so far for every message, until the pipe ends."""
-    asyncio.run(until_end(pipe, delay))
+    asyncio.run(until_end(pipe, partial(kind, delay)))
 
 
-async def until_end(pipe: Connection, delay: float) -> None:
+async def until_end(pipe: Connection, connection: Callable[[], Scripted]) -> None:
     loop = asyncio.get_running_loop()
     ended = loop.create_future()
 
@@ -76,7 +107,7 @@ async def until_end(pipe: Connection, delay: float) -> None:
             loop.remove_reader(pipe.fileno())
             ended.set_result(None)
 
-    server = await loop.create_server(partial(Scripted, delay), "127.0.0.1", 0)
+    server = await loop.create_server(connection, "127.0.0.1", 0)
     loop.add_reader(pipe.fileno(), asked)
     pipe.send(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
     await ended

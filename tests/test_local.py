@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -237,9 +238,18 @@ def start_script(folder: Path, tiny_model: Path, then: str) -> subprocess.Popen[
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.fixture
+def sockets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where engines make their folders for vLLM's sockets; its path is short, as that of a socket must be."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("VLLM_RPC_BASE_PATH", folder)
+        yield Path(folder)
+
+
 @pytest.mark.usefixtures("all_processes_of_vllm")
-def test_script_without_a_main_guard_leaves_nothing(tmp_path: Path, tiny_model: Path) -> None:
-    """An ordinary script predicts, ends by itself, and its engine and shared memory end with it."""
+def test_script_without_a_main_guard_leaves_nothing(tmp_path: Path, tiny_model: Path, sockets: Path) -> None:
+    """An ordinary script predicts, ends by itself, and its engine, shared memory and sockets end with it."""
+    seen: set[Path] = set()
     found: set[psutil.Process] = set()
     shared_memory: set[str] = set()
     with start_script(tmp_path, tiny_model, "end") as script:
@@ -247,21 +257,26 @@ def test_script_without_a_main_guard_leaves_nothing(tmp_path: Path, tiny_model: 
             with suppress(psutil.NoSuchProcess):
                 found.update(processes(script.pid))
             shared_memory |= shared_memory_of(found)
+            seen.update(sockets.glob("*/*"))
             time.sleep(0.1)
         assert script.stdout is not None
         out = script.stdout.read()
     assert len(found) > 2
     assert shared_memory
+    assert seen
     assert script.returncode == 0
     assert out.count("made") == 1
     assert eventually(lambda: not alive(list(found)), 30)
     assert eventually(lambda: not shared_memory & set(os.listdir("/dev/shm")), 10)
+    assert not os.listdir(sockets)
 
 
 @pytest.mark.usefixtures("all_processes_of_vllm")
 @pytest.mark.parametrize("moment", ["starting", "ready"])
-def test_killed_process_leaves_no_engine(moment: str, tmp_path: Path, tiny_model: Path) -> None:
-    """After `kill -9` of the process, no process of its engine lives on for longer than 30 s."""
+def test_killed_process_leaves_no_engine(
+    moment: str, tmp_path: Path, tiny_model: Path, sockets: Path
+) -> None:
+    """After `kill -9`, no process of its engine lives on for longer than 30 s, nor does a socket."""
     with start_script(tmp_path, tiny_model, "wait") as script:
         assert script.stdout is not None
         assert script.stdout.readline() == "made\n"
@@ -274,6 +289,7 @@ def test_killed_process_leaves_no_engine(moment: str, tmp_path: Path, tiny_model
         script.wait()
     assert len(found) > 2
     assert eventually(lambda: not alive(found), 30)
+    assert eventually(lambda: not os.listdir(sockets), 5)
 
 
 # ---------------------------------------------------------------------- failed starts

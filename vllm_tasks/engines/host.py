@@ -18,10 +18,12 @@ import difflib
 import json
 import os
 import platform
+import shutil
 import signal
 import socket
 import struct
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -33,6 +35,10 @@ PARENT_CHECKED_EVERY = 0.5
 """Seconds between two looks at whether the parent still lives."""
 SHUTDOWN_GRACE = 10.0
 """Seconds that an orderly shutdown may take before the whole session is killed."""
+SOCKETS = "VLLM_RPC_BASE_PATH"
+"""vLLM's name of the folder where its processes meet. It leaves its sockets there, one or two a start."""
+OWN = "vllm-"
+"""How a folder for the sockets of one engine begins: short, as the path of a socket has 107 bytes at most."""
 CHAT_NAMES = (
     "add_generation_prompt",
     "continue_final_message",
@@ -316,9 +322,21 @@ def leave_with(parent: int) -> None:
 
 
 def end_session(code: int) -> Never:
-    """Kill what is left of this process's session, then exit."""
+    """Kill what is left of this process's session, remove its sockets, then exit."""
     kill_session(os.getsid(0))
+    remove_sockets(os.environ.get(SOCKETS, ""))
     os._exit(code)
+
+
+def new_sockets() -> str:
+    """A folder for the sockets of one engine: what goes as `SOCKETS` into its environment."""
+    return tempfile.mkdtemp(prefix=OWN, dir=os.environ.get(SOCKETS))
+
+
+def remove_sockets(folder: str) -> None:
+    """Remove a folder of `new_sockets`: by who made it, and by the engine, whose parent may be killed."""
+    if Path(folder).name.startswith(OWN):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def kill_session(session: int) -> None:

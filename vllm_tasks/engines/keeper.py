@@ -71,6 +71,7 @@ class Keeper:
         self.port: int = self.port_held.getsockname()[1]
         self.users = os.open(folder / "users.lock", os.O_RDWR | os.O_CLOEXEC)
         self.server: subprocess.Popen[bytes] | None = None
+        self.sockets = ""
         self.log_begin = 0
         self.failed = False
 
@@ -119,13 +120,20 @@ class Keeper:
         except BlockingIOError:
             os.close(lock)
             return
+        self.sockets = host.new_sockets()
         # -P: the folder of server.py must not be searched for modules (it holds an `http.py`).
         self.server = subprocess.Popen(
             [sys.executable, "-P", self.order["server"], str(os.getpid())],
             stdin=subprocess.PIPE,
             pass_fds=[lock, *self.order["locks"]],  # and those of its GPUs
             start_new_session=True,
-            env={**os.environ, **self.order["env"], "VLLM_API_KEY": self.key, "PYTHONUNBUFFERED": "1"},
+            env={
+                **os.environ,
+                **self.order["env"],
+                "VLLM_API_KEY": self.key,
+                "PYTHONUNBUFFERED": "1",
+                host.SOCKETS: self.sockets,
+            },
         )
         os.close(lock)
         assert self.server.stdin is not None
@@ -185,6 +193,7 @@ class Keeper:
         self.server.kill()
         host.kill_session(self.server.pid)
         self.server.wait()
+        host.remove_sockets(self.sockets)
         self.server = None
 
     def tell(self, state: str) -> None:

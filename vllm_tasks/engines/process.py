@@ -17,7 +17,7 @@ from collections import deque
 from pathlib import Path
 
 from vllm_tasks.engines.gpus import Devices
-from vllm_tasks.engines.host import Frame, kill_session, read_frame
+from vllm_tasks.engines.host import SOCKETS, Frame, kill_session, new_sockets, read_frame, remove_sockets
 from vllm_tasks.errors import EngineFailed
 
 logger = logging.getLogger(__name__)
@@ -55,11 +55,13 @@ class HostProcess:
         process: subprocess.Popen[bytes],
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
+        sockets: str,
     ) -> None:
         self.model = model
         self._process = process
         self._reader = reader
         self._writer = writer
+        self._sockets = sockets
         self._log: deque[str] = deque(maxlen=LOG_LINES)
         self._log_reader = asyncio.create_task(self._read_log())
 
@@ -98,6 +100,7 @@ class HostProcess:
     @classmethod
     async def _spawn(cls, model: str, devices: Devices) -> HostProcess:
         ours, theirs = socket.socketpair()
+        sockets = new_sockets()
         with theirs:
             process = subprocess.Popen(  # noqa: ASYNC220 - takes milliseconds, and must end with us
                 # -P: the folder of host.py must not be searched for modules (it holds an `http.py`).
@@ -107,9 +110,9 @@ class HostProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **devices.env},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", SOCKETS: sockets, **devices.env},
             )
-        return cls(model, process, *await asyncio.open_connection(sock=ours))
+        return cls(model, process, *await asyncio.open_connection(sock=ours), sockets)
 
     async def _ready(self, started: float, timeout: float) -> Frame:  # noqa: ASYNC109
         """The facts of the engine when it is ready; says every few seconds how far the start-up is."""
@@ -163,6 +166,7 @@ class HostProcess:
         self._process.kill()
         kill_session(self._process.pid)
         self._process.wait()
+        remove_sockets(self._sockets)
         await asyncio.wait({self._log_reader}, timeout=LOG_GRACE)
         self._log_reader.cancel()
 

