@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
 from vllm_tasks import sharing
@@ -134,6 +134,13 @@ class Job:
     budget: Budget
     limit: int | None
     started: datetime
+    _began: float = field(default_factory=time.monotonic)
+
+    @property
+    def now(self) -> datetime:
+        """The time by the clock as it was at the start: when that is set back under the run, rows committed
+        since must not seem older than the run."""
+        return self.started + timedelta(seconds=time.monotonic() - self._began)
 
     @classmethod
     def of(
@@ -439,7 +446,7 @@ class Run:
             **_of_answer(answer),
             **job.stamp,
             "_input_hash": digest,
-            "_created_at": datetime.now(UTC),
+            "_created_at": job.now,
         }
         if isinstance(answer, Completion) and answer.model:
             row["_model"] = answer.model
