@@ -81,9 +81,17 @@ class Child:
         self._process.join()
         self._log.close()
 
-    def receive(self) -> Any:
-        """What the child sends next."""
+    @property
+    def pid(self) -> int:
+        """The process at the root of all that the child starts."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def receive(self, timeout: float | None = None) -> Any:
+        """What the child sends next; raises TimeoutError after so many seconds without a word."""
         try:
+            if not self._pipe.poll(timeout):
+                raise TimeoutError(f"{self._process.name} said nothing for {timeout:g} s")
             return self._pipe.recv()
         except (EOFError, ConnectionError) as error:
             tail = Path(self._log.name).read_bytes()[-LOG_TAIL:].decode(errors="replace")

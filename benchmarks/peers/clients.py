@@ -1,0 +1,82 @@
+"""Clients of one server that live in our environment: ours, `vllm bench serve`, and the older system's ways."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from multiprocessing.connection import Connection
+
+from benchmarks.ours import GREEDY
+from benchmarks.peers.locals import through_batches
+from benchmarks.peers.side import Outcome, answer_all
+from benchmarks.workload import Row
+
+OURS, BENCH = "ours: VllmAPI.predict_batches", "vllm bench serve"
+THREADS, CHUNKS = "older: 4 threads, a request each", "older: requests of 4, one after another"
+
+
+def serve_ours(pipe: Connection, url: str, concurrency: int) -> None:
+    from vllm_tasks import VllmAPI
+
+    model = VllmAPI(
+        identifier="peer",
+        api_url=f"{url}/v1/completions",
+        max_in_flight=concurrency,
+        predict_kwargs=GREEDY,
+    )
+    answer_all(pipe, {OURS: partial(through_batches, model)})
+
+
+def serve_bench(pipe: Connection, url: str, model: str, concurrency: int) -> None:
+    """It streams its answers, which is its only way, and is timed as it reports itself."""
+    from vllm.benchmarks import serve as client
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from benchmarks.bench_serve import arguments, samples
+
+    parser = FlexibleArgumentParser()
+    client.add_cli_args(parser)
+
+    def through(rows: Sequence[Row]) -> Outcome:
+        client.get_samples = lambda *_: samples(rows)
+        found = client.main(parser.parse_args(arguments(url, model, concurrency, len(rows))))
+        failed = len(rows) - found["completed"]
+        return Outcome(found["duration"], found["total_output_tokens"], found["completed"], failed)
+
+    answer_all(pipe, {BENCH: through})
+
+
+def serve_older(pipe: Connection, url: str, model: str) -> None:
+    """By `requests`, each with a connection of its own, as `requests.post` makes it."""
+    import requests
+
+    def post(prompt: str | list[str], row: Row) -> int:
+        """The number of tokens of the answers."""
+        sampling = {**GREEDY, "max_tokens": row.max_tokens}
+        body = {"model": model, "prompt": prompt, **sampling}
+        answer = requests.post(f"{url}/v1/completions", json=body, timeout=600)
+        answer.raise_for_status()
+        tokens: int = answer.json()["usage"]["completion_tokens"]
+        return tokens
+
+    def in_threads(rows: Sequence[Row]) -> list[int]:
+        with ThreadPoolExecutor(4) as pool:
+            return list(pool.map(lambda row: post(row.prompt, row), rows))
+
+    def in_chunks(rows: Sequence[Row]) -> list[int]:
+        chunks = [rows[first : first + 4] for first in range(0, len(rows), 4)]
+        return [post([row.prompt for row in chunk], chunk[0]) for chunk in chunks]
+
+    answer_all(pipe, {THREADS: partial(timed, in_threads), CHUNKS: partial(timed, in_chunks)})
+
+
+def timed(way: Callable[[Sequence[Row]], list[int]], rows: Sequence[Row]) -> Outcome:
+    started = time.perf_counter()
+    try:
+        tokens = way(rows)
+    except OSError as error:  # all errors of `requests`
+        words = f"{type(error).__name__}: {error}"
+        return Outcome(time.perf_counter() - started, 0, 0, died=words)
+    return Outcome(time.perf_counter() - started, sum(tokens), len(rows))

@@ -1,0 +1,64 @@
+"""datatrove in its own interpreter (see `benchmarks.peers.foreign`): its `InferenceRunner` at an endpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from datatrove.data import Document  # type: ignore[import-not-found]
+from datatrove.pipeline.inference.run_inference import (  # type: ignore[import-not-found]
+    InferenceConfig,
+    InferenceRunner,
+)
+from datatrove.pipeline.writers import JsonlWriter  # type: ignore[import-not-found]
+
+
+def main(url: str, model: str, concurrency: str, folder: str) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what it prints itself goes to the log
+    print("ready", file=answers, flush=True)
+    for number, line in enumerate(sys.stdin):
+        found = run(json.loads(line), url, model, int(concurrency), Path(folder) / str(number))
+        print(json.dumps(found), file=answers, flush=True)
+
+
+async def rollout(document: Any, generate: Any) -> Any:
+    """One request for a document."""
+    return await generate({"prompt": document.text})
+
+
+def run(order: dict[str, Any], url: str, model: str, concurrency: int, folder: Path) -> dict[str, Any]:
+    started = time.perf_counter()
+    config = InferenceConfig(
+        server_type="endpoint",
+        endpoint_url=url,
+        model_name_or_path=model,
+        use_chat=False,
+        default_generation_params={"temperature": 0, "max_tokens": order["max_tokens"], "ignore_eos": True},
+        max_concurrent_generations=concurrency,
+    )
+    runner = InferenceRunner(
+        rollout_fn=rollout,
+        config=config,
+        output_writer=JsonlWriter(str(folder / "out"), output_filename="${rank}.jsonl", compression=None),
+        skip_bad_requests=True,
+    )
+    documents = [Document(text=prompt, id=str(i)) for i, prompt in enumerate(order["prompts"])]
+    try:
+        runner.run(documents)
+    except Exception as error:  # noqa: BLE001 - what it does to a bad row is what is asked
+        return {"died": f"{type(error).__name__}: {error}"}
+    seconds = time.perf_counter() - started
+    lines = (folder / "out" / "00000.jsonl").read_text().splitlines()
+    found = [json.loads(line)["metadata"]["rollout_results"] for line in lines]
+    tokens = sum(one["usage"]["completion_tokens"] for results in found for one in results)
+    answered = sum(bool(results) for results in found)
+    return {"seconds": seconds, "answered": answered, "errors": len(found) - answered, "tokens": tokens}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

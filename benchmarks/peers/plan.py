@@ -1,0 +1,123 @@
+"""What a run of the peers is asked for, and its rows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import options as asked
+from benchmarks import results
+from benchmarks.options import Options
+from benchmarks.workload import Row, half_repeated, questions, rows
+
+SHORT, MIXED, PREFIXES, DUPLICATES, BAD, CRASH = "short", "mixed", "prefixes", "duplicates", "bad", "crash"
+WORKLOADS = (SHORT, MIXED, PREFIXES, DUPLICATES, BAD, CRASH)
+TOKENS = 24
+"""Output tokens of a short answer: one number, for some sides have one for all rows."""
+LOG_MEAN, LOG_SPREAD, STEP, CAP = 3.2, 0.8, 8, 192
+"""Of `mixed`: log(tokens) is normal, 25 in the median and 34 in the mean, rounded up to steps and capped."""
+FAMILIES, PREFIX_WORDS = 16, 160
+"""Of `prefixes`: so many beginnings, each with so many words."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run: `only` names sides and workloads (parts of names do), none is all."""
+
+    options: Options
+    rounds: int
+    only: tuple[str, ...]
+    short: bool
+    output: Path
+    command: str
+
+    @property
+    def count(self) -> int:
+        return self.options.rows
+
+    def has_workload(self, name: str) -> bool:
+        asked = [part for part in self.only if part in WORKLOADS]
+        return not asked or name in asked
+
+    def has_side(self, name: str) -> bool:
+        asked = [part for part in self.only if part not in WORKLOADS]
+        return not asked or any(part.lower() in name.lower() for part in asked)
+
+    def rows(self, workload: str, round_: int) -> list[Row]:
+        """The rows of a round; no prefix cache knows them from an earlier one."""
+        if workload == MIXED:
+            return mixed(questions(self.options.data, self.count), round_)
+        if workload == PREFIXES:
+            return rows(sharing(self.options.data, self.count), (STEP,), round_)
+        if workload == DUPLICATES:
+            texts = questions(self.options.data, self.count // 2)
+            return rows(half_repeated(texts), (TOKENS,), round_)
+        if workload == BAD:
+            return spoilt(rows(questions(self.options.data, self.count), (STEP,), round_))
+        return rows(questions(self.options.data, self.count), (TOKENS,), round_)
+
+
+def mixed(texts: Sequence[str], round_: int) -> list[Row]:
+    """Answers of log-normal length, the same lengths in the same order in each round."""
+    rng = random.Random(0)
+    drawn = [rng.lognormvariate(LOG_MEAN, LOG_SPREAD) for _ in texts]
+    lengths = [min(CAP, STEP * max(1, -(-int(tokens) // STEP))) for tokens in drawn]
+    return [Row(f"({round_:03d}) {text}", tokens) for text, tokens in zip(texts, lengths, strict=True)]
+
+
+def sharing(data: Path | None, count: int) -> list[str]:
+    """Texts with one of a few long beginnings, shuffled."""
+    rng = random.Random(1)
+    words = " ".join(questions(data, 1000)).split()
+    beginnings = [" ".join(rng.choices(words, k=PREFIX_WORDS)) for _ in range(FAMILIES)]
+    texts = [f"{beginnings[i % FAMILIES]} {text}" for i, text in enumerate(questions(data, count))]
+    rng.shuffle(texts)
+    return texts
+
+
+def spoilt(rows: Sequence[Row]) -> list[Row]:
+    """One row of a hundred, at least one, is longer than the model takes."""
+    bad = {round(i * len(rows) / max(1, len(rows) // 100)) for i in range(max(1, len(rows) // 100))}
+    return [
+        Row(f"{row.prompt} {'word ' * 2000}", row.max_tokens) if i in bad else row
+        for i, row in enumerate(rows)
+    ]
+
+
+def parse(arguments: list[str]) -> Plan:
+    """A plan from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers")
+    add = parser.add_argument
+    add("--short", action="store_true", help="a tiny model, few rows, one round, what needs no network")
+    add("--data", type=Path, help="JSONL with the prompts as `question`; else made up")
+    add("--model", type=Path, help="folder of the model; else the demo's SmolLM2")
+    add("--rows", type=int, default=None, help="rows of a round (256; 32 with --short)")
+    add("--rounds", type=int, default=None, help="rounds that count (3; 1 with --short)")
+    add("--concurrency", type=int, default=64, help="rows in flight of the clients of a server")
+    add("--only", nargs="*", default=(), help=f"sides (parts of names) and workloads {WORKLOADS}")
+    add("--engine", type=json.loads, default={}, help="further engine arguments of all sides, as JSON")
+    add("--output", type=Path, default=results.FILE, help="the page that gets the part Peers")
+    given = parser.parse_args(arguments)
+    count = given.rows or (32 if given.short else 256)
+    rounds = given.rounds or (1 if given.short else 3)
+    options = options_of(given, count, rounds)
+    command = f"python -m benchmarks.peers {' '.join(arguments)}".strip()
+    return Plan(options, rounds, tuple(given.only), given.short, given.output, command)
+
+
+def options_of(given: argparse.Namespace, count: int, rounds: int) -> Options:
+    """Those of the other benchmarks."""
+    engine = json.dumps({**(TINY if given.short else {}), **given.engine})
+    numbers = {"rows": count, "pairs": rounds, "concurrency": given.concurrency, "lengths": TOKENS}
+    words = [f"--{name}={value}" for name, value in {**numbers, "engine": engine}.items()]
+    words += [f"--{name}={value}" for name in ("data", "model") if (value := getattr(given, name))]
+    return asked.parse(words, ())
+
+
+TINY: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 2**28, "max_num_seqs": 32}
+"""Engine arguments of the tiny model of `--short`."""

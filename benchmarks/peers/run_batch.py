@@ -1,0 +1,83 @@
+"""vLLM's `run-batch`, from one JSONL file to another; its module, as the `vllm` command does not start here.
+
+It starts an engine for each run: the start-up is the time until its log says that it reads the batch, the
+work the time from then until its file is there and the process has ended. It knows chat requests only: a
+template of the content alone makes them the prompts that the other sides send.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.side import Outcome, answer_all
+from benchmarks.servers import flags
+from benchmarks.workload import Row
+from vllm_tasks.engines.host import permit_amx
+
+permit_amx()  # in the processes that vLLM spawns, too: they import this main module
+
+NAME = "vLLM run-batch"
+PLAIN = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+"""A chat template that leaves a prompt as it is."""
+READS = "Reading batch from"
+LAST_WORDS = 4000
+"""Bytes of its log that an error shows."""
+
+
+def serve(pipe: Connection, engine_args: dict[str, Any]) -> None:
+    answer_all(pipe, {NAME: lambda rows: run(engine_args, rows)})
+
+
+def run(engine_args: dict[str, Any], rows: Sequence[Row]) -> Outcome:
+    arguments = flags({"disable_log_stats": True, **engine_args, "chat_template": PLAIN})
+    with tempfile.TemporaryDirectory() as folder:
+        asked, said = Path(folder) / "rows.jsonl", Path(folder) / "answers.jsonl"
+        asked.write_text("".join(f"{request(engine_args['model'], i, row)}\n" for i, row in enumerate(rows)))
+        module = [sys.executable, "-m", "benchmarks.peers.run_batch", "-i", str(asked), "-o", str(said)]
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            [*module, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        began, last_words = follow(process)
+        ended = time.perf_counter()
+        if process.wait() != 0 or not said.exists():
+            return Outcome(ended - started, 0, 0, died=last_words)
+        return outcome(said, work=ended - began, startup=began - started)
+
+
+def request(model: str, number: int, row: Row) -> str:
+    sampling = {"temperature": 0, "ignore_eos": row.ignore_eos, "max_tokens": row.max_tokens}
+    body = {"model": model, "messages": [{"role": "user", "content": row.prompt}], **sampling}
+    order = {"custom_id": str(number), "method": "POST", "url": "/v1/chat/completions", "body": body}
+    return json.dumps(order)
+
+
+def follow(process: subprocess.Popen[str]) -> tuple[float, str]:
+    """When it began to read the batch, and the end of its log."""
+    assert process.stdout is not None
+    began, log = time.perf_counter(), ""
+    for line in process.stdout:
+        log = (log + line)[-LAST_WORDS:]
+        if READS in line:
+            began = time.perf_counter()
+    return began, log
+
+
+def outcome(said: Path, work: float, startup: float) -> Outcome:
+    answers = [json.loads(line) for line in said.read_text().splitlines()]
+    good = [answer["response"]["body"] for answer in answers if not answer["error"]]
+    tokens = sum(body["usage"]["completion_tokens"] for body in good)
+    return Outcome(work, tokens, len(good), len(answers) - len(good), startup)
+
+
+if __name__ == "__main__":
+    runpy.run_module("vllm.entrypoints.openai.run_batch", run_name="__main__")
