@@ -45,6 +45,7 @@ class Handler(BaseHTTPRequestHandler):
 def end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.1)
+    Path(os.environ["VLLM_RPC_BASE_PATH"]).rmdir()  # vLLM's sockets would be there
     os._exit(1)
 
 
