@@ -46,8 +46,10 @@ class Jobs:
         self._mother.stdout.close()  # type: ignore[union-attr]
 
     def start(self, model: dict[str, Any], *args: Any, work: str = "predict_in_db", **call: Any) -> int:
-        """Begin `work(model, *args, **call)`; returns the process id. `model`: the fields of a `VllmAPI`, or of
-        a `VllmModel` when `model_name` is one of them."""
+        """Begin `work(model, *args, **call)`; returns the process id.
+
+        `model`: the fields of a `VllmAPI`, or of a `VllmModel` when `model_name` is one of them.
+        """
         pid = int(self._ask({"work": work, "model": model, "args": args, "call": call}))
         self._running.add(pid)
         return pid
@@ -89,6 +91,15 @@ def in_flow(model: Any, *args: Any, **call: Any) -> Any:
     return job()
 
 
+def on_scripted_hosts(model: Any, *args: Any, **call: Any) -> Any:
+    """In a flow, on Ray, with scripted hosts for engines."""
+    from tests.test_ray import ScriptedActor
+    from vllm_tasks.engines import actor
+
+    actor.HostActor = ScriptedActor  # type: ignore[misc]
+    return in_flow(model, *args, **call)
+
+
 def main() -> None:
     import deltalake  # noqa: F401 - imported before the forks
     import duckdb  # noqa: F401
@@ -100,7 +111,12 @@ def main() -> None:
     from vllm_tasks.tables import predict_in_db
     from vllm_tasks.validation.run import validate
 
-    works = {"predict_in_db": predict_in_db, "in_flow": in_flow, "validate": validate}
+    works = {
+        "predict_in_db": predict_in_db,
+        "in_flow": in_flow,
+        "on_scripted_hosts": on_scripted_hosts,
+        "validate": validate,
+    }
     log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the terminal is the test's
     for line in sys.stdin:
@@ -115,6 +131,7 @@ def main() -> None:
             os.dup2(log, 1)
             os.dup2(log, 2)
             logging.basicConfig(level=logging.INFO, force=True)
+            logging.getLogger("vllm_tasks.vllm").setLevel(logging.DEBUG)  # what an engine prints
             fields = question["model"]
             model = VllmModel(**fields) if "model_name" in fields else VllmAPI(**fields)
             print(works[question["work"]](model, *question["args"], **question["call"]))

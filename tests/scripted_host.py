@@ -1,6 +1,7 @@
 """Stands for `engines/host.py` where a real engine will not do on demand what a test needs.
 
-Says it is ready after `start` seconds (an engine argument) and answers each row with its prompt, but for
+Says it is ready after `start` seconds (an engine argument) and answers each row with its prompt, after
+`pause` seconds, but for
 prompts that are orders: `die` (on the first life only), `die always`, `shout` (a line of 2 MiB), `devices`
 (tell what GPUs are seen). It starts `lives` times, then no more.
 Every row that comes in, and every start, is a line of the file `log`.
@@ -38,6 +39,7 @@ def main() -> None:
     while frame := receive(channel):
         for row, prompt in frame.get("chunk", []):
             note(log, prompt)
+            time.sleep(arguments.get("pause", 0))
             obey(prompt, life)
             text = os.environ["CUDA_VISIBLE_DEVICES"] if prompt == "devices" else prompt
             choice = {"text": text, "finish_reason": "stop", "token_ids": [1], "logprobs": None}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.faults.ground import Ground, ScriptedRun
+from tests.faults.ground import Ground
 from tests.faults.kills import slowly, somewhere
 from tests.faults.ledger import Figures
 from tests.places import Place
@@ -64,18 +64,9 @@ def fault(
         begin(folder)
         time.sleep(AWAY)
         end(folder)
-        go_on(ground, run, job, moment)
+        run.go_on(ground.jobs, job, moment)
         run.undisturbed(ground.jobs)
         return run.ledger.check()
-
-
-def go_on(ground: Ground, run: ScriptedRun, job: int, moment: str) -> None:
-    """Wait for the run; the same call again where it has stopped."""
-    if ground.jobs.wait(job) == 0:
-        run.ledger.fault(f"{moment}; it went on")
-    else:
-        run.ledger.death(f"{moment}; it stopped")
-        run.finish(ground.jobs)
 
 
 def full(ground: Ground, kind: str) -> Figures:

@@ -25,6 +25,8 @@ from tests.scripted_server import MODEL, Script, ScriptedServer
 GROUP = 20
 """Rows of a commit group."""
 IN_FLIGHT = 16
+OF_JOBS = {"VLLM_TASKS_PATIENCE": "600"}
+"""A real server takes its time to come back, where others are at work on the machine."""
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Ground:
     def jobs_in(self, env: Mapping[str, str]) -> Jobs:
         """Such processes in an environment of their own; they end with the ground."""
         log = self.folder / f"jobs{next(self._numbers)}.log"
-        return self._stack.enter_context(Jobs(log, {"PREFECT_API_URL": self.prefect.api, **env}))
+        return self._stack.enter_context(Jobs(log, {**OF_JOBS, "PREFECT_API_URL": self.prefect.api, **env}))
 
     def chance(self, kind: str) -> random.Random:
         """The schedule of one kind of fault: the same whatever ran before."""
@@ -97,6 +99,14 @@ class ScriptedRun:
     def finish(self, jobs: Jobs, **call: Any) -> None:
         """The same call, to its end."""
         jobs.run(self.model, "text", "rows", work="in_flow", **{**self.call, **call})
+
+    def go_on(self, jobs: Jobs, job: int, moment: str) -> None:
+        """Wait for the end of a job that met a fault; the same call again where it has stopped."""
+        if jobs.wait(job) == 0:
+            self.ledger.fault(f"{moment}; it went on")
+        else:
+            self.ledger.death(f"{moment}; it stopped")
+            self.finish(jobs)
 
     def undisturbed(self, jobs: Jobs, script: Script = lambda _: None) -> None:
         """The same rows under another name, with nothing in the way, and not counted."""

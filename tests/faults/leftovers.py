@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import pytest
 
 MARK = "VLLM_TASKS_FAULTS"
 """In the environment of all that is started meanwhile, however far it goes from its parents."""
@@ -20,11 +21,11 @@ ENDING = 30.0
 @contextmanager
 def nothing_left(folder: Path) -> Iterator[None]:
     """Raises AssertionError with what is there after the block and was made in it."""
-    mark = os.environ[MARK] = uuid.uuid4().hex
-    try:
+    mark = uuid.uuid4().hex
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(MARK, mark)
+        patch.setenv("VLLM_RPC_BASE_PATH", str(folder))  # where a killed vLLM leaves its sockets
         yield
-    finally:
-        del os.environ[MARK]
     until = time.monotonic() + ENDING
     while (left := marked(mark)) and time.monotonic() < until:
         time.sleep(0.2)

@@ -1,0 +1,64 @@
+"""The long form: python -m tests.faults [--seed N] [--kills 50] [--only NAME]
+
+Prints each run as it ends; writes the part "Faults" of `benchmarks/RESULTS.md`, but for `--only`.
+Exits with 1 when a run did not keep the promise, after all runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests import conftest  # noqa: F401 - its environment, before Prefect reads it
+
+# ruff: isort: split
+from benchmarks.results import record
+from tests.faults.ground import Ground, made
+from tests.faults.ledger import Figures
+from tests.faults.page import PACKAGES, page
+from tests.faults.schedule import SHARES, Run, runs
+
+NAMES = ("flow", "postgresql", "engine", "server", "ray", "network", "storms", "disks", "clock", "prefect")
+
+
+def main() -> int:
+    options = arguments()
+    print(f"seed {options.seed}", flush=True)
+    found: list[Figures] = []
+    broken: list[str] = []
+    folder = tempfile.TemporaryDirectory(prefix="vllm-tasks-faults-")
+    with folder as path, made(Path(path), options.seed) as ground:
+        for name, run in runs(options.kills):
+            if options.only in (None, name):
+                told(name, run, ground, found, broken)
+    if options.only is None:
+        command = f"python -m tests.faults --seed {options.seed} --kills {options.kills}"
+        record("Faults", command, page(found, broken), PACKAGES)
+    return 1 if broken else 0
+
+
+def told(name: str, run: Run, ground: Ground, found: list[Figures], broken: list[str]) -> None:
+    """Do a run and print what it came to."""
+    began = time.monotonic()
+    try:
+        found.append(run(ground))
+        print(f"{name}: {found[-1]} in {time.monotonic() - began:.0f} s", flush=True)
+    except AssertionError as error:
+        broken.append(f"{name}: {error}")
+        print(f"{name} BROKEN: {error}", file=sys.stderr, flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description="What dies on the way.")
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of the schedule")
+    parser.add_argument("--kills", type=int, default=50, help=f"in all, shared out: {SHARES}")
+    parser.add_argument("--only", choices=NAMES, help="one kind of fault")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

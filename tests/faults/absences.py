@@ -1,0 +1,54 @@
+"""Prefect's server goes away in the middle of a run, and comes back with the same database."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Literal
+
+from tests.faults.ground import IN_FLIGHT, Ground
+from tests.faults.ledger import Figures
+from tests.pool_workers import pool
+from tests.scripted_server import Asked, Script, ScriptedServer
+
+How = Literal["killed", "frozen"]
+LONGER = 10.0
+"""Seconds that a run would take beyond the absence."""
+PATIENCE = 240.0
+"""Seconds for the first request of a step that travels to a work pool."""
+
+
+def lasting(seconds: float, rows: int) -> Script:
+    """A server so slow that the rows take so long."""
+
+    async def script(asked: Asked) -> None:
+        if asked.body:
+            await asyncio.sleep(seconds * IN_FLIGHT / rows)
+
+    return script
+
+
+def away(ground: Ground, kind: str, how: How, seconds: float, rows: int = 600, on: str = "") -> Figures:
+    """The run goes on, or stops and goes on by the same call. `on`: the work pool it is routed to."""
+    where = " of a step on a work pool" if on else ""
+    chance = ground.chance(f"Prefect {how} {kind}{where}")
+    with ScriptedServer(lasting(seconds + LONGER, rows)) as server:
+        run = ground.run_of(f"Prefect's server {how}{where}", ground.place(kind), server, rows)
+        run.fields = {"compute_kwargs": {"work_pool": on}} if on else {}
+        job = run.start(ground.jobs)
+        enough = chance.randint(1, rows // 4)
+        server.wait_until(lambda: len(server.posts) >= enough, PATIENCE)
+        ground.prefect.kill() if how == "killed" else ground.prefect.freeze()
+        time.sleep(seconds)
+        ground.prefect.start() if how == "killed" else ground.prefect.thaw()
+        run.go_on(ground.jobs, job, f"{enough} requests on, away for {seconds:g} s")
+        run.fields = {}
+        run.undisturbed(ground.jobs)
+        return run.ledger.check()
+
+
+def away_from_a_pool(ground: Ground, how: How, seconds: float) -> Figures:
+    """The step that waits for a flow run on a pool waits for the server, too."""
+    with pool("faults", ground.folder / "workers.log") as workers:
+        workers.start()
+        return away(ground, "lake", how, seconds, on=workers.name)

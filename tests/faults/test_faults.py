@@ -1,0 +1,93 @@
+"""The short form of `make faults`: one or two faults of each kind, at moments that a seed chooses."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults import absences, clocks, cuts, disks, kills, ledger, storms
+from tests.faults.ground import Ground, made
+from tests.faults.ledger import Broken, Figures, Ledger
+from tests.faults.proxy import FAULTS
+from tests.places import Place
+from tests.postgres import binaries
+
+SEED = random.randrange(10**6)
+"""Told when something breaks."""
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
+    """One Prefect server, one PostgreSQL and one process to fork jobs from, for all."""
+    if binaries() is None:
+        pytest.skip("needs PostgreSQL: apt-get install postgresql")
+    with made(tmp_path_factory.mktemp("faults"), SEED) as ground:
+        yield ground
+
+
+def test_a_killed_flow_goes_on_by_the_same_call(ground: Ground) -> None:
+    """What was committed stays and is not asked again; the rest is, and each row is there once."""
+    assert kills.flows(ground, "sqlite", 2).faults == 2
+
+
+def test_postgresql_is_killed(ground: Ground) -> None:
+    """The run waits for it, goes on, and asks nothing again."""
+    figures = kills.databases(ground, 1)
+    assert (figures.faults, figures.again) == (1, 0)
+
+
+def test_a_network_cuts_and_repeats_answers(ground: Ground) -> None:
+    """Resets, black holes, drips, halves and second copies: each row ends with its own answer."""
+    assert cuts.cut(ground, "lake", *FAULTS, rows=200).faults > 0
+
+
+def test_an_answer_sent_twice_is_not_the_answer_to_the_next_request(ground: Ground) -> None:
+    """aiohttp would take the second copy for it, and each row would get another row's answer."""
+    assert cuts.cut(ground, "sqlite", "duplicate answer", rows=200).faults > 0
+
+
+@pytest.mark.parametrize("misdeed", [storms.tell_too_many, storms.miscounts])
+def test_a_server_misbehaves(ground: Ground, misdeed: Callable[[Ground, str], Figures]) -> None:
+    """What passes costs requests and no rows; rows that always fail end as errors, and no others."""
+    assert misdeed(ground, "postgres").lost == 0
+
+
+def test_a_disk_is_full_and_has_room_again(ground: Ground) -> None:
+    """The run goes on, or the same call does."""
+    try:
+        assert disks.full(ground, "lake").faults == 1
+    except PermissionError as error:
+        pytest.skip(f"cannot mount a file system here: {error}")
+
+
+def test_the_clock_is_set_back_and_then_the_database_lost(ground: Ground) -> None:
+    """Rows committed before that are not taken for rows of an earlier run, which would ask them again."""
+    try:
+        assert clocks.jump(ground, "postgres").again == 0
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def test_prefects_server_goes_away_and_comes_back(ground: Ground) -> None:
+    """The run goes on, or the same call does."""
+    assert absences.away(ground, "sqlite", "killed", 4, rows=300).lost == 0
+
+
+def test_the_check_sees_what_is_lost_doubled_changed_and_asked_too_often(tmp_path: Path) -> None:
+    """A check that never fails would show nothing."""
+
+    class Forged(Ledger):
+        def committed(self, predict_id: str = "m") -> list[dict[str, object]]:
+            rows = [{"id": i, "output": f" t{i}!", "_error": None} for i in range(self.rows)]
+            if predict_id == ledger.UNDISTURBED:
+                return rows
+            return [rows[0], rows[0], {**rows[1], "output": " t0!"}]
+
+    asked = ledger.Counter({0: 1, 1: 3})
+    forged = Forged("forged", Place(str(tmp_path / "lake")), 3, 7, lambda: asked)
+    forged.fault("a moment")
+    with pytest.raises(Broken, match=r"(?s)--seed 7.*a moment.*1 lost: 2.*1 doubled: 0.*' t0!'.*\(1, 2\)"):
+        forged.check()
