@@ -1,4 +1,4 @@
-"""Clients of one server that live in our environment: ours, `vllm bench serve`, and the older system's ways."""
+"""Clients of a server, in our environment: ours, `vllm bench serve`, and the older system's ways."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 
 from benchmarks.ours import GREEDY
-from benchmarks.peers.locals import through_batches
+from benchmarks.peers.own_engine import through_batches
 from benchmarks.peers.side import Outcome, answer_all
 from benchmarks.workload import Row
 

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "curator": ("bespokelabs-curator",),
-    "datatrove": ("datatrove", "httpx", "orjson", "aiosqlite"),
+    "datatrove": ("datatrove", "aiofiles", "aiosqlite", "httpx", "orjson", "xxhash"),
     "distilabel": ("distilabel[openai]",),
     "ray": ("pandas",),
 }

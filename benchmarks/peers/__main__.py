@@ -1,0 +1,81 @@
+"""`python -m benchmarks.peers`: measure, and write the part "Peers" of RESULTS.md and its picture."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.peers import chart, groups, page, plan
+from benchmarks.peers.field import Field
+from vllm_tasks.engines.host import permit_amx
+
+permit_amx()  # what vLLM spawns imports this, too
+
+METHOD = """\
+Each side is a process of its own with the same model, engine settings, rows and output lengths (greedy, \
+end-of-sequence ignored); one is at work at a time, in turn, {rounds} rounds. `start-up` is from the \
+start of its process until it took rows (Ray Data LLM and run-batch start an engine for each run: until \
+the first row was in it). `work` is from the order to the last answer in hand, or in the table; `total` \
+is both, for one round. Figures are medians; a ratio is the median of the rounds' ratios with its 95 % \
+interval (bootstrap). `ours ÷ it` compares output tokens a second of work; above 1 we are faster, and a \
+side that is ahead of us is in **bold**. CPU is that of the side's process and all below it, read from \
+/proc twice a second, in ms a row: the client, + vLLM's own engine processes (with the start, where each \
+run has one); a server's are not in it. Ray Data LLM and `predict_in_db` go from a Parquet file to a \
+table, run-batch from file to file, the others from list to list. The older ways got a quarter of the \
+rows. The server of the clients caches no prefixes and has at most {concurrency} rows of a client in \
+flight."""
+
+
+def main() -> None:
+    """Measure what was asked for; an interrupt or an order to end closes all children first."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    asked = plan.parse(sys.argv[1:])
+    with ExitStack() as stack:
+        arguments = asked.options.engine_args() if not asked.short else tiny(asked, stack)
+        write(asked, measured(asked, arguments))
+
+
+def tiny(asked: plan.Plan, stack: ExitStack) -> dict[str, Any]:
+    """Engine arguments for the tests' model, in a folder that the stack removes."""
+    from benchmarks.options import ENGINE
+    from tests.tiny_model import make_tiny_model
+
+    # As in the tests: fewer processes start sooner.
+    os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"})
+    folder = asked.options.model
+    if folder is None:
+        folder = make_tiny_model(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+    return {**ENGINE, "model": str(folder), **asked.options.engine}
+
+
+def measured(asked: plan.Plan, arguments: dict[str, Any]) -> list[Field]:
+    with groups.engines(asked, arguments) as engines:
+        groups.measure_engines(engines)
+    with groups.clients_of_one_server(asked, arguments) as clients:
+        groups.measure_clients(clients)
+    return [engines, clients]
+
+
+def write(asked: plan.Plan, fields: list[Field]) -> None:
+    """The page, and its picture beside it."""
+    method = METHOD.format(rounds=asked.rounds, concurrency=asked.options.concurrency)
+    parts = [method, page.goals(fields), *map(page.tables, fields)]
+    if picture := chart.draw(fields):
+        file = asked.output.with_suffix(".svg")
+        file.write_text(picture, encoding="utf-8")
+        parts.insert(2, f"![Seconds for the short answers, by side]({file.name})")
+    results.record("Peers", asked.command, "\n\n".join(filter(None, parts)), page.PACKAGES, asked.output)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,127 @@
+"""A group of sides: started together, run in turn, each run checked to have made the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.children import ChildFailed
+from benchmarks.pairs import in_turn
+from benchmarks.peers.plan import DUPLICATES, SHORT, Plan
+from benchmarks.peers.side import Measured, Side, start
+from benchmarks.workload import Row, output_tokens
+
+LIMIT = 420.0
+"""Seconds that one run may take."""
+WARM_UP = 32
+"""Rows before the first round, of the sides that stay resident."""
+
+Counter = Callable[[], int]
+"""Output tokens that the server has made so far."""
+
+
+@dataclass
+class Field:
+    """The sides of a group (`sides` are those alive), their runs by workload and side, and why one is absent.
+
+    `count` asks a server for its tokens; without one each side's own number is taken.
+    """
+
+    title: str
+    plan: Plan
+    stack: ExitStack
+    count: Counter | None = None
+    sides: dict[str, Side] = field(default_factory=dict)
+    sides_ever: dict[str, Side] = field(default_factory=dict)
+    runs: dict[tuple[str, str], list[Measured]] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+
+    def start(self, names: Sequence[str], work: Any, *args: Any) -> None:
+        """Start a process that does rows in so many ways; where it cannot, say why."""
+        wanted = [name for name in names if self.plan.has_side(name)]
+        if not wanted:
+            return
+        say(f"starting {', '.join(wanted)}")
+        try:
+            begun = {side.name: side for side in start(self.stack, wanted, work, *args)}
+            self.sides |= begun
+            self.sides_ever |= begun
+        except (ChildFailed, OSError, subprocess.CalledProcessError) as error:
+            self.absent |= dict.fromkeys(wanted, reason(error))
+
+    def warm_up(self, names: Iterable[str]) -> None:
+        """A few rows that do not count."""
+        rows = self.plan.rows(SHORT, 0)[:WARM_UP]
+        for name in self.here(names):
+            self.take(SHORT, name, rows)
+
+    def measure(self, workload: str, names: Sequence[str]) -> None:
+        """All rounds of a workload."""
+        if not self.plan.has_workload(workload):
+            return
+        for round_ in range(1, self.plan.rounds + 1):
+            rows = self.plan.rows(workload, round_)
+            for name in in_turn(self.here(names), round_):
+                if found := self.take(workload, name, rows):
+                    self.runs.setdefault((workload, name), []).append(found)
+        self.drop_incomplete(workload)
+
+    def here(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if name in self.sides]
+
+    def take(self, workload: str, name: str, rows: Sequence[Row]) -> Measured | None:
+        """One run; a side that fails is absent from then on, and with it what shares its process."""
+        side = self.sides.get(name)
+        if side is None:
+            return None
+        before = self.count() if self.count else 0
+        try:
+            found = side.run(rows, LIMIT)
+        except (ChildFailed, TimeoutError) as error:
+            self.remove(side, reason(error))
+            return None
+        made = self.count() - before if self.count else found.outcome.tokens
+        say(f"{workload}: {name}: {found.outcome} {found.usage} {made} tokens")
+        if wrong := difference(workload, found, made):
+            self.absent[f"{name} ({workload})"] = wrong
+            return None
+        return found
+
+    def remove(self, side: Side, why: str) -> None:
+        gone = [name for name, other in self.sides.items() if other.child is side.child]
+        for name in gone:
+            del self.sides[name]
+        self.absent |= dict.fromkeys(gone, why)
+
+    def drop_incomplete(self, workload: str) -> None:
+        """A side with fewer runs than rounds has no ratio of each round."""
+        for key in [key for key in self.runs if key[0] == workload]:
+            if len(self.runs[key]) < self.plan.rounds:
+                del self.runs[key]
+
+
+def difference(workload: str, found: Measured, made: int) -> str:
+    """How a run differs from what was asked; empty where it does not."""
+    outcome, rows = found.outcome, found.rows
+    if outcome.died:
+        return outcome.died
+    if outcome.answered != len(rows):
+        return f"answered {outcome.answered} of {len(rows)} rows"
+    wanted = output_tokens(rows)
+    if made != wanted and workload != DUPLICATES:  # where equal rows may be asked once
+        return f"made {made} tokens, not {wanted}"
+    return ""
+
+
+def reason(error: BaseException) -> str:
+    """The last line of an error, which is what a traceback says at its end."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+
+
+def say(words: str) -> None:
+    print(f"# {words}", file=sys.stderr, flush=True)

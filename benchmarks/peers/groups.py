@@ -1,0 +1,93 @@
+"""The two groups: engines of one's own, and clients of one server."""
+
+from __future__ import annotations
+
+import re
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from benchmarks import servers
+from benchmarks.children import Child
+from benchmarks.peers import ceilings, clients, foreign, harnessed, own_engine, rays, run_batch
+from benchmarks.peers.field import Field, say
+from benchmarks.peers.plan import DUPLICATES, MIXED, PREFIXES, SHORT, Plan
+
+ENGINES, CLIENTS = "Engines of one's own", "Clients of one server"
+CEILINGS = (ceilings.LLM, ceilings.ASYNC)
+RESIDENT = (ceilings.LLM, own_engine.BATCHES, ceilings.ASYNC, own_engine.TABLE)
+ALL_ENGINES = (*RESIDENT, ceilings.CHUNKS, rays.ENGINE, run_batch.NAME)
+ANY_LENGTH = (ceilings.LLM, own_engine.BATCHES, ceilings.ASYNC, rays.ENGINE)
+"""Engines that take a length for each row."""
+FOREIGN = tuple(foreign.NAMES.values())
+OLDER = (clients.THREADS, clients.CHUNKS)
+QUICK = (clients.BENCH, clients.OURS)
+ALL_CLIENTS = (*QUICK, *FOREIGN, harnessed.NAME, rays.HTTP, *OLDER)
+SLOW = 0.25
+"""The older ways get this part of the rows; their rates are compared."""
+TOKENS = re.compile(r"^vllm:generation_tokens_total\{.*\} (\S+)$", re.MULTILINE)
+
+
+@contextmanager
+def engines(plan: Plan, arguments: dict[str, Any]) -> Iterator[Field]:
+    """Sides with an engine each, all resident that can be; one at a time is at work."""
+    with ExitStack() as stack:
+        field = Field(ENGINES, plan, stack)
+        field.start([ceilings.LLM, ceilings.CHUNKS], ceilings.serve_llm, arguments)
+        field.start([ceilings.ASYNC], ceilings.serve_async, arguments)
+        field.start([own_engine.BATCHES, own_engine.TABLE], own_engine.serve, arguments)
+        if not plan.short:
+            field.start([rays.ENGINE], rays.serve_engine, arguments, False)
+            field.start([run_batch.NAME], run_batch.serve, arguments)
+        for name in field.here([ceilings.CHUNKS]):
+            field.sides[name].share = SLOW
+        yield field
+
+
+def measure_engines(field: Field) -> None:
+    field.warm_up(RESIDENT)
+    field.measure(SHORT, ALL_ENGINES)
+    field.measure(MIXED, ANY_LENGTH)
+    for workload in (PREFIXES, DUPLICATES):
+        field.measure(workload, (*RESIDENT, rays.ENGINE))
+
+
+@contextmanager
+def clients_of_one_server(plan: Plan, arguments: dict[str, Any]) -> Iterator[Field]:
+    """Clients of a vLLM server, all with the same rows in flight, one client at a time.
+
+    The server does not cache prefixes, for all clients send the same prompts, and it takes a chat message
+    as the prompt that it is, for some clients know only those.
+    """
+    extra = {"enable_prefix_caching": False, "chat_template": run_batch.PLAIN}
+    with ExitStack() as stack:
+        say("starting the server")
+        server = stack.enter_context(Child(servers.serve, {**arguments, **extra}))
+        url, model, flight = server.ready, arguments["model"], plan.options.concurrency
+        field = Field(CLIENTS, plan, stack, partial(tokens_made, url))
+        field.start([clients.OURS], clients.serve_ours, url, flight)
+        field.start([clients.BENCH], clients.serve_bench, url, model, flight)
+        field.start(OLDER, clients.serve_older, url, model)
+        if not plan.short:
+            for name, title in foreign.NAMES.items():
+                field.start([title], foreign.serve, name, url, model, flight)
+            field.start([harnessed.NAME], harnessed.serve, url, model, flight)
+            field.start([rays.HTTP], rays.serve_http, url, model, flight)
+        for name in field.here(OLDER):
+            field.sides[name].share = SLOW
+        yield field
+
+
+def measure_clients(field: Field) -> None:
+    field.warm_up((*QUICK, *FOREIGN))
+    field.measure(SHORT, ALL_CLIENTS)
+    field.measure(MIXED, QUICK)
+
+
+def tokens_made(url: str) -> int:
+    """Output tokens that the server counts so far."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as page:
+        found = TOKENS.findall(page.read().decode())
+    return round(sum(map(float, found)))

