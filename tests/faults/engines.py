@@ -73,12 +73,12 @@ def model_of(ground: Ground) -> dict[str, Any]:
     }
 
 
-def progressed(chance: random.Random, ledger: Ledger, most: int) -> str:
-    """Wait until so many more rows are committed, and a little longer; returns the moment in words."""
+def progressed(chance: random.Random, ledger: Ledger, most: int, job: int | None = None) -> str:
+    """Wait for so many more commits, and a little longer, or the end of the job; returns the moment."""
     more, later = chance.randint(GROUP, most - GROUP), chance.uniform(0, 5 * LATEST)
     enough = min(len(ledger.committed()) + more, ledger.rows - 2 * GROUP)
     until = time.monotonic() + PATIENCE
-    while len(ledger.committed()) < enough:
+    while len(ledger.committed()) < enough and (job is None or lives(job)):
         assert time.monotonic() < until, f"no {enough} rows within {PATIENCE} s: {ledger.moments}"
         time.sleep(0.1)
     time.sleep(later)
@@ -191,18 +191,21 @@ def on_ray(ground: Ground, kind: str, kills: int, *, real: bool) -> Figures:
         Counter if real else lambda: told_by(log),
         exact=not real,
     )
-    own = model_of(ground) if real else {"identifier": "m", "model_name": "m", "vllm_kwargs": {"pause": 0.02}}
+    own = model_of(ground) if real else {"identifier": "m", "model_name": "m", "vllm_kwargs": {"pause": 0.05}}
     if not real:
         own["vllm_kwargs"]["log"] = str(log)
     fields = {**own, "db": {"url": ledger.place.url}, "on_ray": True, "replicas": 2, "ray_config": ON_CPU}
     work = "in_flow" if real else "on_scripted_hosts"
     job = ground.jobs.start(fields, "text", "rows", work=work, **CALL)
     for _ in range(kills):
-        moment = progressed(chance, ledger, rows_a_kill)
-        victim = chance.choice(actors_of(job, 2))
-        victim.kill()
+        moment = progressed(chance, ledger, rows_a_kill, job)
+        if not lives(job):  # both were killed as they started
+            assert ground.jobs.wait(job) != 0
+            job = ground.jobs.start(fields, "text", "rows", work=work, **CALL)
+        chance.choice(actors_of(job)).kill()
         ledger.death(moment)
-    assert ground.jobs.wait(job) == 0, ground.jobs.log.read_text()[-5000:]
+    if ground.jobs.wait(job) != 0:
+        ground.jobs.run(fields, "text", "rows", work=work, **CALL)
     if any(row["_error"] for row in ledger.committed()):
         ground.jobs.run(fields, "text", "rows", work=work, retry_failed=True)
     counted = ledger.asked()
@@ -220,10 +223,10 @@ def told_by(log: Path) -> Counter[int]:
     return Counter(int(line[1:]) for line in lines if re.fullmatch(r"t\d+", line))
 
 
-def actors_of(job: int, number: int) -> list[psutil.Process]:
-    """The actors that hold engines, once there are so many."""
+def actors_of(job: int) -> list[psutil.Process]:
+    """The actors that hold engines or start them, once there are some."""
     until = time.monotonic() + PATIENCE
-    while len(found := list(actors(job))) < number:
+    while not (found := list(actors(job))):
         assert time.monotonic() < until, "no actors"
         time.sleep(0.1)
     return found
@@ -236,3 +239,7 @@ def actors(job: int) -> Iterator[psutil.Process]:
                 yield process
         except psutil.Error:
             continue
+
+
+def lives(job: int) -> bool:
+    return psutil.Process(job).status() != psutil.STATUS_ZOMBIE
