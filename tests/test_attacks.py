@@ -7,6 +7,7 @@ test_models, keys, certificates and redirects in test_http.
 from __future__ import annotations
 
 import ast
+import json
 import logging
 import tracemalloc
 import zlib
@@ -14,7 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from deltalake import write_deltalake
 
 from tests.places import Place
 from tests.scripted_server import Reply, ScriptedServer, answer_to, usual
@@ -126,6 +130,55 @@ def test_an_artifact_that_was_read_before_is_refused_too(
     monkeypatch.setenv("VLLM_TASKS_PLACES", '["/nowhere"]')
     with pytest.raises(InvalidCall, match="VLLM_TASKS_PLACES"):
         fill_in(f"{allowed}/rules.txt", server)
+
+
+def read(lake: Path, select: str) -> list[Any]:
+    tables = Datalayer(url=str(lake)).tables()
+    try:
+        return [row for page in tables.read(select) for row in page]
+    finally:
+        tables.close()
+
+
+@pytest.mark.parametrize(
+    "select",
+    [
+        "link.csv",
+        "*.csv",
+        "{a,../other}/x.csv",
+        "..%2fsecret.csv",
+        "..\\secret.csv",
+        "SELECT 1 AS id, content AS text FROM read_text('{lake}/link.csv')",
+        "SELECT * FROM read_csv('{lake}/*/../../secret.csv')",
+        "SELECT * FROM query_table('{lake}/../secret.csv')",
+        "SELECT * FROM glob('{lake}/../*')",
+        "SELECT * FROM sniff_csv('{lake}/../secret.csv')",
+        "SELECT getenv('HOME') AS text",
+    ],
+)
+def test_links_and_functions_lead_out_of_no_lake(tmp_path: Path, select: str) -> None:
+    """What a link in the folder, a glob or a table function points to outside is not read."""
+    lake = tmp_path / "lake"
+    lake.mkdir()
+    (tmp_path / "secret.csv").write_text("id,text\n1,SECRET\n")
+    (lake / "link.csv").symlink_to(tmp_path / "secret.csv")
+    with pytest.raises(InvalidCall) as refused:
+        read(lake, select.replace("{lake}", str(lake)))
+    assert "SECRET" not in str(refused.value)
+
+
+@pytest.mark.parametrize("way", ["../../secret.parquet", "..%2F..%2Fsecret.parquet"])
+def test_the_log_of_a_delta_table_leads_out_of_no_lake(tmp_path: Path, way: str) -> None:
+    """A table that somebody brought may name any file in its log."""
+    lake = tmp_path / "lake"
+    pq.write_table(pa.table({"id": [1], "text": ["SECRET"]}), tmp_path / "secret.parquet")
+    write_deltalake(str(lake / "t"), pa.table({"id": [2], "text": ["own"]}))
+    (log,) = (lake / "t" / "_delta_log").glob("*.json")
+    own = next(json.loads(line)["add"] for line in log.read_text().splitlines() if '"add"' in line)
+    assert read(lake, "t") == [{"id": 2, "text": "own"}]
+    log.write_text(log.read_text().replace(own["path"], way))
+    with pytest.raises(InvalidCall, match="not in it"):
+        read(lake, "t")
 
 
 # ---------------------------------------------------------------------- whose code runs
