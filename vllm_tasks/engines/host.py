@@ -39,6 +39,8 @@ SOCKETS = "VLLM_RPC_BASE_PATH"
 """vLLM's name of the folder where its processes meet. It leaves its sockets there, one or two a start."""
 OWN = "vllm-"
 """How a folder for the sockets of one engine begins: short, as the path of a socket has 107 bytes at most."""
+SHORT = 2048
+"""Characters of a text that is tokenised at once: vLLM's way through a thread costs more than such a text."""
 CHAT_NAMES = (
     "add_generation_prompt",
     "continue_final_message",
@@ -127,7 +129,9 @@ class Host:
             sampling["logit_bias"] = {int(token): value for token, value in bias.items()}
         if isinstance(structured := sampling.get("structured_outputs"), Mapping):
             sampling["structured_outputs"] = StructuredOutputsParams(**structured)
-        params = SamplingParams(**{**self.defaults, **sampling}, output_kind=RequestOutputKind.FINAL_ONLY)
+        # They are this row's own, so vLLM need not copy them deeply.
+        own = {"output_kind": RequestOutputKind.FINAL_ONLY, "skip_clone": True}
+        params = SamplingParams(**{**self.defaults, **sampling}, **own)
         rendered = await (
             self.render_text(prompt) if isinstance(prompt, str) else self.render_chat(prompt, extras)
         )
@@ -137,8 +141,10 @@ class Host:
     async def render_text(self, prompt: str) -> Any:
         from vllm.renderers.inputs.preprocess import parse_model_prompt
 
-        parsed = parse_model_prompt(self.engine.model_config, prompt)
-        (rendered,) = await self.engine.renderer.render_cmpl_async([parsed])
+        parsed = [parse_model_prompt(self.engine.model_config, prompt)]
+        renderer = self.engine.renderer
+        short = len(prompt) <= SHORT
+        (rendered,) = renderer.render_cmpl(parsed) if short else await renderer.render_cmpl_async(parsed)
         return rendered
 
     async def render_chat(self, messages: list[Any], extras: dict[str, Any]) -> Any:
