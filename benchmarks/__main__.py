@@ -9,6 +9,7 @@ from benchmarks import (
     gate,
     lm_eval_parity,
     long_run,
+    overload,
     p1,
     p2,
     p3,
@@ -41,6 +42,7 @@ MEASURES = {
     "P11": p11.measure,
     "P11-SHARDS": p11_shards.measure,
     "RIVALS": rivals.measure,
+    "OVERLOAD": overload.measure,
     "LONG-RUN": long_run.measure,
 }
 

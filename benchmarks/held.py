@@ -25,6 +25,10 @@ UNFINISHED = ["SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING"]
 """Prefect's types of states that a run is not to stay in."""
 ENGINE = "engine, MiB"
 """Resident in all processes of the engine, which begins anew with each start."""
+DELTA = "threads of deltalake"
+"""Of its runtime, tokio: as many as files were open at once, at most; each ends after 10 idle seconds."""
+IDLE = 12.0
+"""Seconds after which they are gone."""
 SLACK = {"process, MiB": 0.02, ENGINE: 0.02, "objects of Python": 0.01}
 """By how much of it a resource may grow in the second half without being called a leak; all others by less
 than one."""
@@ -69,11 +73,14 @@ def held(scratch: Path) -> dict[str, float]:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     mine = psutil.Process()
+    threads = [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]
+    tokio = sum(name.startswith("tokio") for name in threads)
     descriptors = [os.readlink(f"/proc/self/fd/{fd}") for fd in descriptors_now()]
     return {
         "process, MiB": mine.memory_info().rss / MIB,
         ENGINE: sum(process.memory_info().rss for process in engine_processes()) / MIB,
-        "threads": mine.num_threads(),
+        "threads": len(threads) - tokio,
+        DELTA: tokio,
         "file descriptors": len(descriptors),
         "sockets": sum(name.startswith("socket:") for name in descriptors),
         "child processes": len(mine.children(recursive=True)),
@@ -132,6 +139,8 @@ def growth(samples: Sequence[Sample], name: str, unit: str) -> float:
 
 def verdict(samples: Sequence[Sample], name: str, unit: str) -> str:
     """Whether the second half's growth, were it all of this slope, is more than its slack."""
+    if name == DELTA:
+        return "ends when idle"
     half = samples[len(samples) // 2 :]
     risen = growth(samples, name, unit) * (getattr(half[-1], unit) - getattr(half[0], unit))
     slack = SLACK.get(name, 0) * half[0].held[name] or 1

@@ -19,7 +19,7 @@ HOW = """\
 One process for both. Resident memory is after a garbage collection and `malloc_trim`. The slope is that of
 the second half (the median over pairs of samples), since start-up is no leak; for the engine's memory within
 the second half of each engine's life. `grows`: by one or more in that half, for memory by 2 %, for objects by
-1 %. `closed` is after the last call, with the engine closed."""
+1 %. `closed` is after the last call, with the engine closed, and twelve idle seconds."""
 
 
 def read(file: Path) -> list[Sample]:

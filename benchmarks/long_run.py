@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from prefect.testing.utilities import prefect_test_harness
 
 from benchmarks import scripted
 from benchmarks.children import Child
-from benchmarks.held import Sample, cpu_of, engine_processes, held
+from benchmarks.held import IDLE, Sample, cpu_of, engine_processes, held
 from benchmarks.long_report import read, report
 from benchmarks.options import Options
 from benchmarks.p7 import model_of, write_rows
@@ -133,6 +134,7 @@ def over_table(record: Record, work: Path) -> None:
     record.look()
     with Child(scripted.serve, kind=scripted.Unruly) as server:
         nightly(server.ready)
+    time.sleep(IDLE)
     record.look()
 
 
@@ -169,7 +171,14 @@ def over_engine(record: Record, work: Path, minutes: float) -> None:
                 shift()
             barren = barren + 1 if record.rows == before else 0
     finally:
+        time.sleep(IDLE)
         record.look()
+
+
+def tiny_model(pipe: Connection, folder: Path) -> None:
+    from tests.tiny_model import make_tiny_model
+
+    pipe.send(str(make_tiny_model(folder)))
 
 
 @contextmanager
