@@ -168,7 +168,8 @@ class HostProcess:
         self._process.wait()
         remove_sockets(self._sockets)
         await asyncio.wait({self._log_reader}, timeout=LOG_GRACE)
-        self._log_reader.cancel()
+        self._log_reader.cancel()  # where a process that was spared still holds the log
+        await asyncio.wait({self._log_reader})
 
     async def _read_log(self) -> None:
         """Keep the end of what vLLM prints, and pass it on at level DEBUG."""
