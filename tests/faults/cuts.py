@@ -1,6 +1,9 @@
-"""Networks that fail: a proxy between the model and the scripted server."""
+"""Networks that fail: a proxy between the model and the scripted server, or PostgreSQL."""
 
 from __future__ import annotations
+
+import sqlalchemy as sa
+from sqlalchemy.engine import URL
 
 from tests.faults.ground import Ground
 from tests.faults.kills import slowly
@@ -10,6 +13,8 @@ from tests.scripted_server import ScriptedServer
 
 SHARE = 0.1
 """Of the answers that are treated."""
+RARE = 0.06
+"""Of what PostgreSQL says: a commit has some ten answers."""
 IMPATIENT = {"timeout": 1.0, "retries": 5}
 
 
@@ -33,5 +38,26 @@ def cut(ground: Ground, kind: str, *faults: str, rows: int = 400) -> Figures:
         proxy.share = 0
         if errors:
             run.finish(ground.jobs, retry_failed=True)
+        run.undisturbed(ground.jobs)
+        return run.ledger.check()
+
+
+def cut_database(ground: Ground, rows: int = 600) -> Figures:
+    """Connections break at any point, under the acknowledgement of a commit too: nothing is asked again."""
+    name = "network to PostgreSQL: reset, half an answer"
+    chance = ground.chance(name)
+    place = ground.place("postgres")
+    url = sa.make_url(place.url)
+    with (
+        ScriptedServer(slowly(chance)) as server,
+        Proxy(f"{url.query['host']}/.s.PGSQL.5432", chance, RARE, "reset", "half a body") as proxy,
+    ):
+        run = ground.run_of(name, place, server, rows)
+        cut = URL.create(url.drivername, url.username, None, "127.0.0.1", proxy.port, url.database)
+        run.fields = {"db": {"url": cut.render_as_string()}}
+        run.go_on(ground.jobs, run.start(ground.jobs), "the first call")
+        for i, fault in enumerate(proxy.done):
+            run.ledger.fault(f"{fault}, the {i}th")
+        proxy.share = 0
         run.undisturbed(ground.jobs)
         return run.ledger.check()

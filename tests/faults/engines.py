@@ -31,23 +31,25 @@ from tests.tiny_model import make_tiny_model
 
 WINDOW = 40
 """Rows that an engine with `TINY_ARGS` has at most: ceil(1.1 * 32), and the rest of a chunk of 4."""
-SAMPLING = {"temperature": 0, "max_tokens": 32, "ignore_eos": True}
+SAMPLING = {"temperature": 0, "max_tokens": 128, "ignore_eos": True}
+ROWS = 300
+"""For each kill of a real engine, which answers so many in some seconds."""
 PATIENCE = 300.0
 """Seconds for an engine to start and answer, where others are at work on the machine."""
 CALL: dict[str, Any] = {"max_chunk_size": GROUP, "max_failed": None}
 
 
-def local(ground: Ground, kind: str, kills: int, rows_a_kill: int = 150) -> Figures:
+def local(ground: Ground, kind: str, kills: int) -> Figures:
     """One process of the engine is killed, any of them, again and again under one flow."""
     chance = ground.chance(f"engine {kind}")
     ledger = Ledger(
-        "kill: engine (real)", ground.place(kind), rows_a_kill * kills, ground.seed, Counter, exact=False
+        "kill: engine (real)", ground.place(kind), ROWS * kills, ground.seed, Counter, exact=False
     )
     jobs = ground.jobs_in({})  # with a log of its own, which tells what the engine was asked
     fields = model_of(ground) | {"db": {"url": ledger.place.url}}
     job = jobs.start(fields, "text", "rows", work="in_flow", **CALL)
     for _ in range(kills):
-        moment = progressed(chance, ledger, rows_a_kill)
+        moment = progressed(chance, ledger, ROWS)
         victim = chance.choice(engine_of(job))
         words = " ".join(victim.cmdline())[:60]
         victim.kill()
@@ -75,7 +77,7 @@ def model_of(ground: Ground) -> dict[str, Any]:
 
 def progressed(chance: random.Random, ledger: Ledger, most: int, job: int | None = None) -> str:
     """Wait for so many more commits, and a little longer, or the end of the job; returns the moment."""
-    more, later = chance.randint(GROUP, most - GROUP), chance.uniform(0, 5 * LATEST)
+    more, later = chance.randint(GROUP, most - 3 * GROUP), chance.uniform(0, 5 * LATEST)
     enough = min(len(ledger.committed()) + more, ledger.rows - 2 * GROUP)
     until = time.monotonic() + PATIENCE
     while len(ledger.committed()) < enough and (job is None or lives(job)):
@@ -152,7 +154,7 @@ def server(ground: Ground, kind: str, kills: int) -> Figures:
     served = Served(ground)
     gateway = Gateway(served.url)
     with ScriptedServer(gateway) as front:
-        run = ground.run_of("kill: vLLM server (real)", ground.place(kind), front, rows=150 * kills)
+        run = ground.run_of("kill: vLLM server (real)", ground.place(kind), front, rows=ROWS * kills)
         gateway.ledger = run.ledger
         run.fields = {"model": None, "predict_kwargs": SAMPLING, "retries": 20}
         served.start()
@@ -168,7 +170,7 @@ def server(ground: Ground, kind: str, kills: int) -> Figures:
 
 def kill_server(chance: random.Random, run: ScriptedRun, served: Served, kills: int) -> None:
     for _ in range(kills):
-        moment = progressed(chance, run.ledger, 150)
+        moment = progressed(chance, run.ledger, ROWS)
         served.kill()
         run.ledger.fault(moment)
         served.start()
@@ -182,7 +184,7 @@ def on_ray(ground: Ground, kind: str, kills: int, *, real: bool) -> Figures:
     name = "kill: Ray actor (real)" if real else "kill: Ray actor"
     chance = ground.chance(f"{name} {kind}")
     log = ground.folder / f"host{real}.log"
-    rows_a_kill = 150
+    rows_a_kill = ROWS if real else ROWS // 2
     ledger = Ledger(
         name,
         ground.place(kind),

@@ -1,4 +1,4 @@
-"""A TCP proxy before a server, which does to answers what networks and gateways do."""
+"""A proxy before a server, which does to answers what networks and gateways do."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ FAULTS = ("reset", "black hole", "slow drip", "half a body", "duplicate answer")
 
 
 class Proxy:
-    """Passes everything to 127.0.0.1:`port`, but for a share of the answers: these it treats by `faults`."""
+    """Passes everything on, but for a share of the answers: these it treats by `faults`.
 
-    def __init__(self, port: int, chance: random.Random, share: float, *faults: str) -> None:
+    `to`: a port of 127.0.0.1, or the path of a socket.
+    """
+
+    def __init__(self, to: int | str, chance: random.Random, share: float, *faults: str) -> None:
         self.share = share
         self.faults = faults
         self.done: list[str] = []
         """The faults there were, in order."""
-        self._to = port
+        self._to = to
         self._chance = chance
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
@@ -66,7 +69,11 @@ class Proxy:
             writer.close()
 
     async def _relay(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
-        server, to_server = await asyncio.open_connection("127.0.0.1", self._to)
+        server, to_server = await (
+            asyncio.open_unix_connection(self._to)
+            if isinstance(self._to, str)
+            else asyncio.open_connection("127.0.0.1", self._to)
+        )
         asking = asyncio.create_task(passed(client, to_server))
         try:
             while answer := await server.read(2**20):

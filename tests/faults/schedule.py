@@ -24,6 +24,7 @@ def runs(all_kills: int) -> Iterator[tuple[str, Run]]:
     for i, fault in enumerate(FAULTS):
         yield "network", partial(cuts_of, KINDS[i % 3], (fault,))
     yield "network", partial(cuts_of, "lake", FAULTS)
+    yield "network", cuts.cut_database
     misdeeds = (
         storms.tell_too_many, storms.is_away, storms.is_busy, storms.fails_for_ever, storms.miscounts,
         storms.names_another_model, storms.forgets_its_model, storms.answers_html,
