@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.peers import chart, groups, page, plan
+from benchmarks.peers import bad_rows, chart, crashes, groups, page, plan
 from benchmarks.peers.field import Field
 from vllm_tasks.engines.host import permit_amx
 
@@ -39,7 +39,7 @@ def main() -> None:
     asked = plan.parse(sys.argv[1:])
     with ExitStack() as stack:
         arguments = asked.options.engine_args() if not asked.short else tiny(asked, stack)
-        write(asked, measured(asked, arguments))
+        write(asked, *measured(asked, arguments))
 
 
 def tiny(asked: plan.Plan, stack: ExitStack) -> dict[str, Any]:
@@ -55,18 +55,19 @@ def tiny(asked: plan.Plan, stack: ExitStack) -> dict[str, Any]:
     return {**ENGINE, "model": str(folder), **asked.options.engine}
 
 
-def measured(asked: plan.Plan, arguments: dict[str, Any]) -> list[Field]:
+def measured(asked: plan.Plan, arguments: dict[str, Any]) -> tuple[list[Field], list[str]]:
+    """Both groups, and the tables of what went wrong as it was made to."""
     with groups.engines(asked, arguments) as engines:
-        groups.measure_engines(engines)
+        endings = groups.measure_engines(engines)
     with groups.clients_of_one_server(asked, arguments) as clients:
-        groups.measure_clients(clients)
-    return [engines, clients]
+        endings += groups.measure_clients(clients)
+    return [engines, clients], [bad_rows.table(endings), crashes.table(crashes.observe(asked))]
 
 
-def write(asked: plan.Plan, fields: list[Field]) -> None:
+def write(asked: plan.Plan, fields: list[Field], troubles: list[str]) -> None:
     """The page, and its picture beside it."""
     method = METHOD.format(rounds=asked.rounds, concurrency=asked.options.concurrency)
-    parts = [method, page.goals(fields), *map(page.tables, fields)]
+    parts = [method, page.goals(fields), *map(page.tables, fields), *troubles]
     if picture := chart.draw(fields):
         file = asked.output.with_suffix(".svg")
         file.write_text(picture, encoding="utf-8")

@@ -16,7 +16,7 @@ from benchmarks import bare
 from benchmarks.peers.side import Outcome, answer_all, dead
 from benchmarks.workload import Row
 
-LLM, ASYNC = "LLM.generate", "AsyncLLM"
+GENERATE, ASYNC = "LLM.generate", "AsyncLLM"
 CHUNKS = "older: LLM.generate, chunks of 4"
 
 
@@ -25,7 +25,7 @@ def serve_llm(pipe: Connection, engine_args: dict[str, Any]) -> None:
 
     llm = LLM(**engine_args)
     try:
-        answer_all(pipe, {LLM: partial(through_llm, llm), CHUNKS: partial(in_chunks, llm)})
+        answer_all(pipe, {GENERATE: partial(through_llm, llm), CHUNKS: partial(in_chunks, llm)})
     finally:
         llm.llm_engine.engine_core.shutdown(timeout=5)
 

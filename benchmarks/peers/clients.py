@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
+
+from deltalake import DeltaTable
 
 from benchmarks.ours import GREEDY
-from benchmarks.peers.own_engine import through_batches
+from benchmarks.peers import own_engine
 from benchmarks.peers.side import Outcome, answer_all
 from benchmarks.workload import Row
+from vllm_tasks import VllmAPI
 
 OURS, BENCH = "ours: VllmAPI.predict_batches", "vllm bench serve"
 THREADS, CHUNKS = "older: 4 threads, a request each", "older: requests of 4, one after another"
 
 
 def serve_ours(pipe: Connection, url: str, concurrency: int) -> None:
-    from vllm_tasks import VllmAPI
+    answer_all(pipe, {OURS: partial(own_engine.through_batches, model_of(url, concurrency))})
 
-    model = VllmAPI(
+
+def model_of(url: str, concurrency: int) -> VllmAPI:
+    return VllmAPI(
         identifier="peer",
         api_url=f"{url}/v1/completions",
         max_in_flight=concurrency,
         predict_kwargs=GREEDY,
     )
-    answer_all(pipe, {OURS: partial(through_batches, model)})
+
+
+def serve_table(pipe: Connection, url: str, concurrency: int, folder: str) -> None:
+    """`predict_in_db` into a lake that is there after a crash, too."""
+    lake = Path(folder) / "lake"
+
+    def through(rows: Sequence[Row]) -> Outcome:
+        found = own_engine.through_table(model_of(url, concurrency), rows, lake)
+        keys = DeltaTable(lake / "_outputs__peer").to_pyarrow_table(columns=["id"])["id"].to_pylist()
+        return dataclasses.replace(found, answered=len({*keys}), stored=len(keys))
+
+    answer_all(pipe, {own_engine.TABLE: through})
 
 
 def serve_bench(pipe: Connection, url: str, model: str, concurrency: int) -> None:

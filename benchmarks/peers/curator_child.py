@@ -8,6 +8,11 @@ import sys
 import time
 from typing import Any
 
+import litellm.litellm_core_utils  # type: ignore[import-not-found]
+
+# Its tokenizer's file, which it would fetch, comes with a package that it uses.
+os.environ["TIKTOKEN_CACHE_DIR"] = f"{litellm.litellm_core_utils.__path__[0]}/tokenizers"
+
 from bespokelabs import curator  # type: ignore[import-not-found]
 
 
@@ -59,6 +64,7 @@ def run(order: dict[str, Any], url: str, model: str, concurrency: int, folder: s
         "answered": answered,
         "errors": len(rows) - answered,
         "tokens": answered * order["max_tokens"],
+        "stored": len(response.dataset),
     }
 
 

@@ -26,6 +26,10 @@ def main(url: str, model: str, concurrency: str, folder: str) -> None:
         print(json.dumps(found), file=answers, flush=True)
 
 
+OUTPUTS = "${rank}_${chunk_index}.jsonl"
+"""The files that its checkpoints need."""
+
+
 async def rollout(document: Any, generate: Any) -> Any:
     """One request for a document."""
     return await generate({"prompt": document.text})
@@ -44,8 +48,11 @@ def run(order: dict[str, Any], url: str, model: str, concurrency: int, folder: P
     runner = InferenceRunner(
         rollout_fn=rollout,
         config=config,
-        output_writer=JsonlWriter(str(folder / "out"), output_filename="${rank}.jsonl", compression=None),
+        output_writer=JsonlWriter(str(folder / "out"), output_filename=OUTPUTS, compression=None),
         skip_bad_requests=True,
+        # Its copy of what is done, to resume by.
+        checkpoints_local_dir=str(folder / "checkpoints") if order["resume"] else None,
+        records_per_chunk=32,
     )
     documents = [Document(text=prompt, id=str(i)) for i, prompt in enumerate(order["prompts"])]
     try:
@@ -53,11 +60,16 @@ def run(order: dict[str, Any], url: str, model: str, concurrency: int, folder: P
     except Exception as error:  # noqa: BLE001 - what it does to a bad row is what is asked
         return {"died": f"{type(error).__name__}: {error}"}
     seconds = time.perf_counter() - started
-    lines = (folder / "out" / "00000.jsonl").read_text().splitlines()
-    found = [json.loads(line)["metadata"]["rollout_results"] for line in lines]
-    tokens = sum(one["usage"]["completion_tokens"] for results in found for one in results)
-    answered = sum(bool(results) for results in found)
-    return {"seconds": seconds, "answered": answered, "errors": len(found) - answered, "tokens": tokens}
+    lines = [line for file in (folder / "out").iterdir() for line in file.read_text().splitlines()]
+    found = [json.loads(line) for line in lines]
+    results = [row["metadata"]["rollout_results"] for row in found]
+    return {
+        "seconds": seconds,
+        "answered": len({row["id"] for row in found if row["metadata"]["rollout_results"]}),
+        "errors": sum(not result for result in results),
+        "tokens": sum(one["usage"]["completion_tokens"] for result in results for one in result),
+        "stored": len(found),
+    }
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "curator": ("bespokelabs-curator",),
     "datatrove": ("datatrove", "aiofiles", "aiosqlite", "httpx", "orjson", "xxhash"),
-    "distilabel": ("distilabel[openai]",),
+    "distilabel": ("distilabel[openai]", "requests"),
     "ray": ("pandas",),
 }
 """What each is made of; Ray Data needs pandas beside what we have, which an overlay adds."""

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.children import ChildFailed
 from benchmarks.pairs import in_turn
 from benchmarks.peers.plan import DUPLICATES, SHORT, Plan
-from benchmarks.peers.side import Measured, Side, start
+from benchmarks.peers.side import Measured, Side, reason, start
 from benchmarks.workload import Row, output_tokens
 
 LIMIT = 420.0
@@ -80,7 +80,7 @@ class Field:
             return None
         before = self.count() if self.count else 0
         try:
-            found = side.run(rows, LIMIT)
+            found = side.run(rows[: round(len(rows) * side.share)], LIMIT)
         except (ChildFailed, TimeoutError) as error:
             self.remove(side, reason(error))
             return None
@@ -92,10 +92,14 @@ class Field:
         return found
 
     def remove(self, side: Side, why: str) -> None:
+        self.absent |= dict.fromkeys(self.forget(side), why)
+
+    def forget(self, side: Side) -> list[str]:
+        """Ask neither it nor what shares its process any more; returns their names."""
         gone = [name for name, other in self.sides.items() if other.child is side.child]
         for name in gone:
             del self.sides[name]
-        self.absent |= dict.fromkeys(gone, why)
+        return gone
 
     def drop_incomplete(self, workload: str) -> None:
         """A side with fewer runs than rounds has no ratio of each round."""
@@ -115,12 +119,6 @@ def difference(workload: str, found: Measured, made: int) -> str:
     if made != wanted and workload != DUPLICATES:  # where equal rows may be asked once
         return f"made {made} tokens, not {wanted}"
     return ""
-
-
-def reason(error: BaseException) -> str:
-    """The last line of an error, which is what a traceback says at its end."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
 
 
 def say(words: str) -> None:

@@ -11,15 +11,15 @@ from typing import Any
 
 from benchmarks import servers
 from benchmarks.children import Child
-from benchmarks.peers import ceilings, clients, foreign, harnessed, own_engine, rays, run_batch
+from benchmarks.peers import bad_rows, ceilings, clients, foreign, harnessed, own_engine, rays, run_batch
+from benchmarks.peers.bad_rows import Ending
 from benchmarks.peers.field import Field, say
 from benchmarks.peers.plan import DUPLICATES, MIXED, PREFIXES, SHORT, Plan
 
 ENGINES, CLIENTS = "Engines of one's own", "Clients of one server"
-CEILINGS = (ceilings.LLM, ceilings.ASYNC)
-RESIDENT = (ceilings.LLM, own_engine.BATCHES, ceilings.ASYNC, own_engine.TABLE)
+RESIDENT = (ceilings.GENERATE, own_engine.BATCHES, ceilings.ASYNC, own_engine.TABLE)
 ALL_ENGINES = (*RESIDENT, ceilings.CHUNKS, rays.ENGINE, run_batch.NAME)
-ANY_LENGTH = (ceilings.LLM, own_engine.BATCHES, ceilings.ASYNC, rays.ENGINE)
+ANY_LENGTH = (ceilings.GENERATE, own_engine.BATCHES, ceilings.ASYNC, rays.ENGINE)
 """Engines that take a length for each row."""
 FOREIGN = tuple(foreign.NAMES.values())
 OLDER = (clients.THREADS, clients.CHUNKS)
@@ -35,23 +35,25 @@ def engines(plan: Plan, arguments: dict[str, Any]) -> Iterator[Field]:
     """Sides with an engine each, all resident that can be; one at a time is at work."""
     with ExitStack() as stack:
         field = Field(ENGINES, plan, stack)
-        field.start([ceilings.LLM, ceilings.CHUNKS], ceilings.serve_llm, arguments)
+        field.start([ceilings.GENERATE, ceilings.CHUNKS], ceilings.serve_llm, arguments)
         field.start([ceilings.ASYNC], ceilings.serve_async, arguments)
         field.start([own_engine.BATCHES, own_engine.TABLE], own_engine.serve, arguments)
         if not plan.short:
-            field.start([rays.ENGINE], rays.serve_engine, arguments, False)
+            field.start([rays.ENGINE, rays.TOLERANT], rays.serve_engine, arguments)
             field.start([run_batch.NAME], run_batch.serve, arguments)
         for name in field.here([ceilings.CHUNKS]):
             field.sides[name].share = SLOW
         yield field
 
 
-def measure_engines(field: Field) -> None:
+def measure_engines(field: Field) -> list[Ending]:
+    """All workloads, then the bad row, after which not every side is of use."""
     field.warm_up(RESIDENT)
     field.measure(SHORT, ALL_ENGINES)
     field.measure(MIXED, ANY_LENGTH)
     for workload in (PREFIXES, DUPLICATES):
         field.measure(workload, (*RESIDENT, rays.ENGINE))
+    return bad_rows.observe(field, (*reversed(RESIDENT), rays.ENGINE, rays.TOLERANT, run_batch.NAME))
 
 
 @contextmanager
@@ -80,10 +82,12 @@ def clients_of_one_server(plan: Plan, arguments: dict[str, Any]) -> Iterator[Fie
         yield field
 
 
-def measure_clients(field: Field) -> None:
+def measure_clients(field: Field) -> list[Ending]:
+    """All workloads, then the bad row."""
     field.warm_up((*QUICK, *FOREIGN))
     field.measure(SHORT, ALL_CLIENTS)
     field.measure(MIXED, QUICK)
+    return bad_rows.observe(field, ALL_CLIENTS)
 
 
 def tokens_made(url: str) -> int:

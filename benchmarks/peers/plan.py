@@ -17,12 +17,14 @@ from benchmarks.workload import Row, half_repeated, questions, rows
 
 SHORT, MIXED, PREFIXES, DUPLICATES, BAD, CRASH = "short", "mixed", "prefixes", "duplicates", "bad", "crash"
 WORKLOADS = (SHORT, MIXED, PREFIXES, DUPLICATES, BAD, CRASH)
+BAD_ROWS, CRASH_ROWS = 100, 400
 TOKENS = 24
 """Output tokens of a short answer: one number, for some sides have one for all rows."""
 LOG_MEAN, LOG_SPREAD, STEP, CAP = 3.2, 0.8, 8, 192
 """Of `mixed`: log(tokens) is normal, 25 in the median and 34 in the mean, rounded up to steps and capped."""
-FAMILIES, PREFIX_WORDS = 16, 160
-"""Of `prefixes`: so many beginnings, each with so many words."""
+FAMILIES, PREFIX_WORDS, TINY_PREFIX = 16, 160, 40
+"""Of `prefixes`: so many beginnings, each with so many words (of the tiny model, which has a token for
+each letter or two)."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,15 @@ class Plan:
         if workload == MIXED:
             return mixed(questions(self.options.data, self.count), round_)
         if workload == PREFIXES:
-            return rows(sharing(self.options.data, self.count), (STEP,), round_)
+            words = TINY_PREFIX if self.short else PREFIX_WORDS
+            return rows(sharing(self.options.data, self.count, words), (STEP,), round_)
         if workload == DUPLICATES:
             texts = questions(self.options.data, self.count // 2)
             return rows(half_repeated(texts), (TOKENS,), round_)
         if workload == BAD:
-            return spoilt(rows(questions(self.options.data, self.count), (STEP,), round_))
-        return rows(questions(self.options.data, self.count), (TOKENS,), round_)
+            return spoilt(rows(questions(self.options.data, BAD_ROWS), (STEP,), round_))
+        count = CRASH_ROWS if workload == CRASH else self.count
+        return rows(questions(self.options.data, count), (TOKENS,), round_)
 
 
 def mixed(texts: Sequence[str], round_: int) -> list[Row]:
@@ -70,11 +74,11 @@ def mixed(texts: Sequence[str], round_: int) -> list[Row]:
     return [Row(f"({round_:03d}) {text}", tokens) for text, tokens in zip(texts, lengths, strict=True)]
 
 
-def sharing(data: Path | None, count: int) -> list[str]:
+def sharing(data: Path | None, count: int, length: int) -> list[str]:
     """Texts with one of a few long beginnings, shuffled."""
     rng = random.Random(1)
     words = " ".join(questions(data, 1000)).split()
-    beginnings = [" ".join(rng.choices(words, k=PREFIX_WORDS)) for _ in range(FAMILIES)]
+    beginnings = [" ".join(rng.choices(words, k=length)) for _ in range(FAMILIES)]
     texts = [f"{beginnings[i % FAMILIES]} {text}" for i, text in enumerate(questions(data, count))]
     rng.shuffle(texts)
     return texts
@@ -82,7 +86,8 @@ def sharing(data: Path | None, count: int) -> list[str]:
 
 def spoilt(rows: Sequence[Row]) -> list[Row]:
     """One row of a hundred, at least one, is longer than the model takes."""
-    bad = {round(i * len(rows) / max(1, len(rows) // 100)) for i in range(max(1, len(rows) // 100))}
+    count = max(1, len(rows) // 100)
+    bad = {round((i + 0.5) * len(rows) / count) for i in range(count)}
     return [
         Row(f"{row.prompt} {'word ' * 2000}", row.max_tokens) if i in bad else row
         for i, row in enumerate(rows)

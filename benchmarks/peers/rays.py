@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,30 +30,41 @@ STORE = 256 * 2**20
 """Bytes of Ray's object store: the rows of a run are a few hundred KiB."""
 
 
-def serve_engine(pipe: Connection, engine_args: dict[str, Any], continue_on_error: bool) -> None:
-    """Answer rows by `vLLMEngineProcessorConfig`."""
-    name = TOLERANT if continue_on_error else ENGINE
-    with_ray(pipe, name, lambda: engine_processor(engine_args, continue_on_error), first_row_in_engine)
+def serve_engine(pipe: Connection, engine_args: dict[str, Any]) -> None:
+    """Answer rows by `vLLMEngineProcessorConfig`, as it is by default and with `should_continue_on_error`."""
+    ways = {ENGINE: False, TOLERANT: True}
+    with_ray(
+        pipe,
+        {name: partial(engine_processor, engine_args, tolerant) for name, tolerant in ways.items()},
+        first_row_in_engine,
+    )
 
 
-def serve_http(pipe: Connection, url: str, model: str, concurrency: int) -> None:
-    """Answer rows by `HttpRequestProcessorConfig`."""
-    with_ray(pipe, HTTP, lambda: http_processor(url, model, concurrency), None)
+def serve_http(pipe: Connection, url: str, model: str, concurrency: int, folder: str | None = None) -> None:
+    """Answer rows by `HttpRequestProcessorConfig`; in a `folder` of before it resumes by its checkpoints."""
+    with_ray(pipe, {HTTP: partial(http_processor, url, model, concurrency)}, None, folder)
 
 
 Started = Callable[[pa.Table], float]
 """From what came out, the `time.time()` at which the work began."""
 
 
-def with_ray(pipe: Connection, name: str, processor: Callable[[], Any], began: Started | None) -> None:
+def with_ray(
+    pipe: Connection,
+    processors: Mapping[str, Callable[[], Any]],
+    began: Started | None,
+    folder: str | None = None,
+) -> None:
     environments.overlay("ray")
     import ray
 
     os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
-    ray.init(include_dashboard=False, object_store_memory=STORE, log_to_driver=False)
-    build = processor()
+    ray.init("local", include_dashboard=False, object_store_memory=STORE, log_to_driver=False)
+    if folder is not None:
+        resume_by(f"{folder}/checkpoints")
     try:
-        answer_all(pipe, {name: lambda rows: through(build, rows, began)})
+        ways = {name: partial(through, build(), began, folder) for name, build in processors.items()}
+        answer_all(pipe, ways)
     finally:
         ray.shutdown()
 
@@ -117,12 +129,21 @@ def from_http(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def through(processor: Any, rows: Sequence[Row], began: Started | None) -> Outcome:
-    """A dataset from file to files."""
+def resume_by(checkpoints: str) -> None:
+    """Ray Data's own: rows whose key is there are left out."""
+    from ray.data import DataContext
+    from ray.data.checkpoint import CheckpointConfig
+
+    context = DataContext.get_current()
+    context.checkpoint_config = CheckpointConfig("id", checkpoints, delete_checkpoint_on_success=False)
+
+
+def through(processor: Any, began: Started | None, folder: str | None, rows: Sequence[Row]) -> Outcome:
+    """A dataset from file to files, in a folder of its own if none is given."""
     import ray
 
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "rows.parquet", Path(folder) / "outputs"
+    with tempfile.TemporaryDirectory() as scratch:
+        source, target = Path(folder or scratch) / "rows.parquet", Path(folder or scratch) / "outputs"
         write_source(source, rows)
         ordered, started = time.time(), time.perf_counter()
         try:
@@ -151,7 +172,8 @@ def outcome(found: pa.Table, ordered: float, seconds: float, began: Started | No
     if "__inference_error__" in found.column_names:
         errors = sum(bool(words) for words in found["__inference_error__"].to_pylist())
     tokens = sum(count or 0 for count in found["tokens"].to_pylist())
-    return Outcome(seconds - startup, tokens, len(found) - errors, errors, startup)
+    answered = len({*found["id"].to_pylist()}) - errors
+    return Outcome(seconds - startup, tokens, answered, errors, startup, stored=len(found))
 
 
 def remove_groups() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,6 +14,8 @@ from benchmarks.children import Child
 from benchmarks.pairs import SETTLE
 from benchmarks.peers.usage import Meter, Usage
 from benchmarks.workload import Row
+
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 Answer = Callable[[Sequence[Row]], "Outcome"]
 
@@ -32,6 +35,8 @@ class Outcome:
     errors: int = 0
     startup: float = 0.0
     died: str = ""
+    stored: int = 0
+    """Rows in the output of a run that was begun before: more than `answered` where some are there twice."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,11 @@ class Side:
 
     def run(self, rows: Sequence[Row], timeout: float | None = None) -> Measured:
         """Do the rows, after a rest; raises TimeoutError, after which the side is of no use any more."""
-        mine = list(rows[: round(len(rows) * self.share)])
         time.sleep(SETTLE)
         with Meter(self.child.pid) as meter:
-            self.child.send((self.name, mine))
+            self.child.send((self.name, list(rows)))
             outcome: Outcome = self.child.receive(timeout)
-        return Measured(outcome, meter.usage(), mine)
+        return Measured(outcome, meter.usage(), list(rows))
 
 
 def start(stack: ExitStack, names: Sequence[str], work: Any, *args: Any) -> list[Side]:
@@ -84,5 +88,10 @@ def answer_all(pipe: Connection, ways: Mapping[str, Answer]) -> None:
 
 def dead(started: float, error: BaseException) -> Outcome:
     """The outcome of a run that ended with an error as a whole."""
-    words = " ".join(f"{type(error).__name__}: {error}".split())
-    return Outcome(time.perf_counter() - started, 0, 0, died=words)
+    return Outcome(time.perf_counter() - started, 0, 0, died=reason(error))
+
+
+def reason(error: BaseException) -> str:
+    """The kind of an error and its last line, which is what a traceback in it says at its end."""
+    lines = [line.strip() for line in COLOURS.sub("", str(error)).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"

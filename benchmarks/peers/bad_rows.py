@@ -1,0 +1,65 @@
+"""What each side makes of 100 rows one of which is longer than the model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from benchmarks import results
+from benchmarks.children import ChildFailed
+from benchmarks.peers.field import Field, say
+from benchmarks.peers.plan import BAD
+from benchmarks.peers.plan import BAD_ROWS as ROWS
+from benchmarks.peers.side import Outcome, reason
+
+PATIENCE = 240.0
+"""Seconds after which a side is said to be at it still."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the rows of a side ended, and what it said."""
+
+    name: str
+    outcome: Outcome
+
+    def cells(self) -> tuple[str, ...]:
+        found = self.outcome
+        without = ROWS - found.answered - found.errors
+        words = found.died or ("every row ends" if without == 0 else "")
+        return self.name, str(found.answered), str(found.errors), str(without), clean(words)
+
+
+def observe(field: Field, names: Iterable[str]) -> list[Ending]:
+    """One run of each side that is here; one that does not survive it is absent from then on."""
+    if not field.plan.has_workload(BAD):
+        return []
+    rows = field.plan.rows(BAD, 0)
+    endings = []
+    for name in field.here(names):
+        side = field.sides[name]
+        try:
+            outcome = side.run(rows, PATIENCE).outcome
+        except TimeoutError:
+            outcome = Outcome(PATIENCE, 0, 0, died=f"at it still after {PATIENCE:g} s")
+            field.forget(side)
+        except ChildFailed as error:
+            outcome = Outcome(0.0, 0, 0, died=reason(error))
+            field.forget(side)
+        say(f"bad: {name}: {outcome}")
+        endings.append(Ending(name, outcome))
+    return endings
+
+
+def table(endings: Iterable[Ending]) -> str:
+    head = ("side", "rows with an output", "rows with an error", "rows with neither", "")
+    lines = [ending.cells() for ending in endings]
+    if not lines:
+        return ""
+    title = f"### A row that is refused (`bad`): 1 of {ROWS} is longer than the model takes"
+    return f"{title}\n\n{results.table(head, lines)}"
+
+
+def clean(words: str) -> str:
+    """An error in one short line of Markdown."""
+    return " ".join(words.split())[:160].replace("|", "/")

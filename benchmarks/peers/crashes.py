@@ -1,0 +1,165 @@
+"""A client that is killed when half of its rows are answered, and the same command again.
+
+Each asks a scripted server, which takes a second for an answer and counts what it is asked. The client and
+all that it started get SIGKILL; then it is started again, with the same folder. What it has to resume by, it
+has been given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks import results
+from benchmarks.children import Child, ChildFailed
+from benchmarks.peers import clients, foreign, own_engine, rays
+from benchmarks.peers.field import say
+from benchmarks.peers.plan import CRASH, Plan
+from benchmarks.peers.plan import CRASH_ROWS as ROWS
+from benchmarks.peers.side import Outcome, reason
+from benchmarks.peers.usage import tree
+from benchmarks.workload import Row
+from tests.scripted_server import MODEL, Asked, Reply, ScriptedServer, refused, usual
+
+SECOND = 1.0
+PATIENCE = 120.0
+
+Arguments = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Crash:
+    """What came of it: requests of rows, `repeated` of them for a row asked before; seconds to the end."""
+
+    name: str
+    in_flight: int
+    repeated: int
+    outcome: Outcome
+    seconds: float
+
+    def cells(self) -> tuple[str, ...]:
+        found = self.outcome
+        twice = max(0, found.stored - found.answered)
+        return (
+            self.name,
+            str(self.repeated),
+            str(self.in_flight),
+            str(ROWS - found.answered),
+            str(twice),
+            f"{self.seconds:.0f}",
+            " ".join(found.died.split())[:160].replace("|", "/"),
+        )
+
+
+class SlowServer:
+    """A scripted server that answers after `SECOND`, and knows how often each prompt was asked."""
+
+    def __init__(self) -> None:
+        self.server = ScriptedServer(self.answer)
+        self.answered = 0
+        self.prompts: Counter[str] = Counter()
+
+    async def answer(self, asked: Asked) -> Reply:
+        if asked.body is None:
+            return as_json(usual(asked))
+        if asked.body.get("messages") == []:  # with which a client asks for rate limits
+            return refused(400, "no messages")
+        self.prompts[asked.prompt] += 1
+        await asyncio.sleep(SECOND)
+        self.answered += 1
+        return as_json(usual(asked))
+
+
+def as_json(reply: Reply) -> Reply:
+    """As vLLM's server declares it, and some clients want it."""
+    return dataclasses.replace(reply, headers={"Content-Type": "application/json"})
+
+
+def jobs(flight: int) -> dict[str, Callable[[str, str], tuple[Any, Arguments]]]:
+    """What to start, given the server's URL and a folder that both processes have."""
+
+    def of_foreign(name: str) -> Callable[[str, str], tuple[Any, Arguments]]:
+        return lambda url, folder: (foreign.serve, (name, url, MODEL, flight, folder))
+
+    return {
+        own_engine.TABLE: lambda url, folder: (clients.serve_table, (url, flight, folder)),
+        rays.HTTP: lambda url, folder: (rays.serve_http, (url, MODEL, flight, folder)),
+        foreign.NAMES["datatrove"]: of_foreign("datatrove"),
+        foreign.NAMES["curator"]: of_foreign("curator"),
+        clients.THREADS: lambda url, folder: (clients.serve_older, (url, MODEL)),
+    }
+
+
+def observe(plan: Plan) -> list[Crash]:
+    """One crash of each."""
+    if not plan.has_workload(CRASH):
+        return []
+    rows = plan.rows(CRASH, 0)
+    found = []
+    for name, job in jobs(plan.options.concurrency).items():
+        if plan.has_side(name) and not (plan.short and name != own_engine.TABLE):
+            crash = crashed(name, job, rows)
+            say(f"crash: {crash}")
+            found.append(crash)
+    return found
+
+
+def crashed(name: str, job: Callable[[str, str], tuple[Any, Arguments]], rows: Sequence[Row]) -> Crash:
+    slow = SlowServer()
+    with slow.server as server, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        work, arguments = job(server.url, folder)
+        started = time.perf_counter()
+        in_flight = killed_at_half(slow, name, Child(work, *arguments), rows)
+        try:
+            with Child(work, *arguments) as again:
+                again.send((name, list(rows)))
+                outcome: Outcome = again.receive(PATIENCE)
+                seconds = time.perf_counter() - started
+        except (ChildFailed, TimeoutError) as error:
+            outcome, seconds = Outcome(0.0, 0, 0, died=reason(error)), time.perf_counter() - started
+    asked = {row.prompt: slow.prompts[row.prompt] for row in rows}
+    return Crash(name, in_flight, sum(asked.values()) - len(rows), outcome, seconds)
+
+
+def killed_at_half(slow: SlowServer, name: str, child: Child, rows: Sequence[Row]) -> int:
+    """Start it, kill it, and say how many requests were in flight then."""
+    try:
+        with child:
+            child.send((name, list(rows)))
+            deadline = time.monotonic() + PATIENCE
+            while slow.answered < len(rows) // 2 and time.monotonic() < deadline:
+                time.sleep(0.02)
+            in_flight = slow.server.open
+            for pid in tree(child.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    except ChildFailed:  # it was killed
+        pass
+    return in_flight
+
+
+def table(crashes: Sequence[Crash]) -> str:
+    if not crashes:
+        return ""
+    head = (
+        "side",
+        "rows asked again",
+        "of them in flight",
+        "rows lost",
+        "rows twice in the output",
+        "seconds",
+        "",
+    )
+    title = (
+        f"### A crash at half (`crash`): SIGKILL after {ROWS // 2} of {ROWS} rows, and the same command again"
+    )
+    return f"{title}\n\n{results.table(head, [crash.cells() for crash in crashes])}"
