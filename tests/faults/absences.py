@@ -12,7 +12,7 @@ from tests.pool_workers import pool
 from tests.scripted_server import Asked, Script, ScriptedServer
 
 How = Literal["killed", "frozen"]
-LONGER = 10.0
+LONGER = 5.0
 """Seconds that a run would take beyond the absence."""
 PATIENCE = 240.0
 """Seconds for the first request of a step that travels to a work pool."""

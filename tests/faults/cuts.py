@@ -13,7 +13,7 @@ from tests.scripted_server import ScriptedServer
 
 SHARE = 0.1
 """Of the answers that are treated."""
-RARE = 0.06
+RARE = 0.03
 """Of what PostgreSQL says: a commit has some ten answers."""
 IMPATIENT = {"timeout": 1.0, "retries": 5}
 

@@ -17,7 +17,7 @@ from tests.scripted_server import ScriptedServer
 
 LEFT = 16_384
 """Bytes that a full disk has left: something is begun, and cannot be ended."""
-AWAY = 4.0
+AWAY = 2.5
 """Seconds without room, of the 51 that commits are tried again for."""
 
 

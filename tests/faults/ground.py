@@ -25,6 +25,7 @@ from tests.scripted_server import MODEL, Script, ScriptedServer
 GROUP = 20
 """Rows of a commit group."""
 IN_FLIGHT = 16
+ATTEMPTS = 5
 OF_JOBS = {"VLLM_TASKS_PATIENCE": "600"}
 """A real server takes its time to come back, where others are at work on the machine."""
 
@@ -101,12 +102,13 @@ class ScriptedRun:
         jobs.run(self.model, "text", "rows", work="in_flow", **{**self.call, **call})
 
     def go_on(self, jobs: Jobs, job: int, moment: str) -> None:
-        """Wait for the end of a job that met a fault; the same call again where it has stopped."""
-        if jobs.wait(job) == 0:
-            self.ledger.fault(f"{moment}; it went on")
-        else:
+        """Wait for the end of a job that meets faults; the same call again as often as it stops."""
+        for _ in range(ATTEMPTS):
+            if jobs.wait(job) == 0:
+                return self.ledger.fault(f"{moment}; it went on")
             self.ledger.death(f"{moment}; it stopped")
-            self.finish(jobs)
+            job = self.start(jobs)
+        return self.finish(jobs)
 
     def undisturbed(self, jobs: Jobs, script: Script = lambda _: None) -> None:
         """The same rows under another name, with nothing in the way, and not counted."""
