@@ -19,6 +19,9 @@ from benchmarks.workload import Row
 from vllm_tasks import VllmAPI
 
 OURS, BENCH = "ours: VllmAPI.predict_batches", "vllm bench serve"
+GROUP = 64
+SMALL = f"{own_engine.TABLE}, max_chunk_size={GROUP}"
+"""Rows of a commit group: as many as are in flight."""
 THREADS, CHUNKS = "older: 4 threads, a request each", "older: requests of 4, one after another"
 
 
@@ -39,12 +42,12 @@ def serve_table(pipe: Connection, url: str, concurrency: int, folder: str) -> No
     """`predict_in_db` into a lake that is there after a crash, too."""
     lake = Path(folder) / "lake"
 
-    def through(rows: Sequence[Row]) -> Outcome:
-        found = own_engine.through_table(model_of(url, concurrency), rows, lake)
+    def through(rows: Sequence[Row], **options: int) -> Outcome:
+        found = own_engine.through_table(model_of(url, concurrency), rows, lake, **options)
         keys = DeltaTable(lake / "_outputs__peer").to_pyarrow_table(columns=["id"])["id"].to_pylist()
         return dataclasses.replace(found, answered=len({*keys}), stored=len(keys))
 
-    answer_all(pipe, {own_engine.TABLE: through})
+    answer_all(pipe, {own_engine.TABLE: through, SMALL: partial(through, max_chunk_size=GROUP)})
 
 
 def serve_bench(pipe: Connection, url: str, model: str, concurrency: int) -> None:

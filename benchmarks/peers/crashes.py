@@ -80,7 +80,10 @@ class SlowServer:
 
 
 def as_json(reply: Reply) -> Reply:
-    """As vLLM's server declares it, and some clients want it."""
+    """With what some clients want and the scripted server leaves out."""
+    if "usage" in reply.body:
+        usage = reply.body["usage"]
+        usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
     return dataclasses.replace(reply, headers={"Content-Type": "application/json"})
 
 
@@ -92,6 +95,7 @@ def jobs(flight: int) -> dict[str, Callable[[str, str], tuple[Any, Arguments]]]:
 
     return {
         own_engine.TABLE: lambda url, folder: (clients.serve_table, (url, flight, folder)),
+        clients.SMALL: lambda url, folder: (clients.serve_table, (url, flight, folder)),
         rays.HTTP: lambda url, folder: (rays.serve_http, (url, MODEL, flight, folder)),
         foreign.NAMES["datatrove"]: of_foreign("datatrove"),
         foreign.NAMES["curator"]: of_foreign("curator"),
@@ -106,7 +110,7 @@ def observe(plan: Plan) -> list[Crash]:
     rows = plan.rows(CRASH, 0)
     found = []
     for name, job in jobs(plan.options.concurrency).items():
-        if plan.has_side(name) and not (plan.short and name != own_engine.TABLE):
+        if plan.has_side(name) and not (plan.short and name != clients.SMALL):
             crash = crashed(name, job, rows)
             say(f"crash: {crash}")
             found.append(crash)

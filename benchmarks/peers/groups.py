@@ -63,6 +63,9 @@ def clients_of_one_server(plan: Plan, arguments: dict[str, Any]) -> Iterator[Fie
     The server does not cache prefixes, for all clients send the same prompts, and it takes a chat message
     as the prompt that it is, for some clients know only those.
     """
+    if not any(map(plan.has_side, ALL_CLIENTS)):
+        yield Field(CLIENTS, plan, ExitStack())
+        return
     extra = {"enable_prefix_caching": False, "chat_template": run_batch.PLAIN}
     with ExitStack() as stack:
         say("starting the server")

@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 from benchmarks.ours import GREEDY, seconds_of
 from benchmarks.peers.side import Outcome, answer_all, dead
 from benchmarks.workload import Row, output_tokens
-from vllm_tasks import RowErrors, VllmAPI, VllmModel, predict_in_db
+from vllm_tasks import RowErrors, VllmAPI, VllmModel
 
 BATCHES, TABLE = "ours: predict_batches", "ours: predict_in_db"
 
 
 def serve(pipe: Connection, engine_args: dict[str, Any]) -> None:
-    """Both ways on one engine; `predict_in_db` as a plain function, from a Parquet to a Delta table."""
+    """Both ways on one engine; the method `predict_in_db`, from a Parquet to a Delta table."""
     with model_of(engine_args) as model, tempfile.TemporaryDirectory() as folder:
         # What the first table costs (imports, for the most part) belongs to the start-up.
         through_table(model, [Row("first", 1)], Path(tempfile.mkdtemp(dir=folder)))
@@ -52,13 +52,13 @@ def through_batches(model: VllmAPI | VllmModel, rows: Sequence[Row]) -> Outcome:
     return Outcome(seconds, output_tokens(rows), len(rows))
 
 
-def through_table(model: VllmAPI | VllmModel, rows: Sequence[Row], lake: Path) -> Outcome:
+def through_table(model: VllmAPI | VllmModel, rows: Sequence[Row], lake: Path, **options: Any) -> Outcome:
     """One call; all rows have answers of one length, for a call has one `max_tokens`."""
     write_source(lake, [row.prompt for row in rows])
     (tokens,) = {row.max_tokens for row in rows}
     started = time.perf_counter()
     try:
-        report = predict_in_db(model, "prompt", "rows", db=str(lake), max_tokens=tokens)
+        report = model.predict_in_db("prompt", "rows", db=str(lake), max_tokens=tokens, **options)
     except Exception as error:  # noqa: BLE001 - what it does to a bad row is what is asked
         return dead(started, error)
     seconds = time.perf_counter() - started

@@ -58,7 +58,7 @@ def tables(field: Field) -> str:
             parts.append(table(field, workload, sides))
     if field.absent:
         parts.append("\n".join(f"- not run: {name}: {clean(why)}" for name, why in field.absent.items()))
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) if parts[1:] else ""
 
 
 def table(field: Field, workload: str, sides: dict[str, list[Measured]]) -> str:
