@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from tests.scripted_server import MODEL, Asked, Deed, Raw, Reply, ScriptedServer, answer_to, hang, refused
 from vllm_tasks import Completion, InvalidCall, RowError, RowErrors, ServerUnavailable, VllmAPI
 from vllm_tasks import loop as engine_loop
-from vllm_tasks.engines import http, servers
+from vllm_tasks.engines import http, room, servers, tries
 
 KEY = "sk-secret-0123456789"
 Make = Callable[..., VllmAPI]
@@ -35,7 +35,8 @@ Make = Callable[..., VllmAPI]
 @pytest.fixture(autouse=True)
 def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short waits; the order of events stays what it is."""
-    monkeypatch.setattr(http, "BACKOFF_BASE", 0.02)
+    monkeypatch.setattr(tries, "BACKOFF_BASE", 0.02)
+    monkeypatch.setattr(room, "HOLD_BASE", 0.02)
     monkeypatch.setattr(servers, "PROBE_EVERY", 0.05)
     monkeypatch.setenv("VLLM_TASKS_PATIENCE", "20")
 
@@ -612,14 +613,14 @@ def test_retry_after_is_obeyed(
 @example("nan")
 def test_any_retry_after_is_a_bounded_time_or_none(value: str) -> None:
     """Whatever the header says, the wait is between 0 and the limit, or our own backoff."""
-    seconds = http.retry_after(value)
-    assert seconds is None or 0 <= seconds <= http.RETRY_AFTER_LIMIT
+    seconds = tries.retry_after(value)
+    assert seconds is None or 0 <= seconds <= tries.RETRY_AFTER_LIMIT
 
 
 @given(st.integers(0, 10_000))
 def test_backoff_is_bounded(failures: int) -> None:
     """The wait grows with the failures up to the limit, however many they are."""
-    assert 0 <= http.backoff(failures) <= http.BACKOFF_LIMIT
+    assert 0 <= tries.backoff(failures) <= tries.BACKOFF_LIMIT
 
 
 def test_a_timed_out_attempt_is_repeated_once(server: ScriptedServer, api: Make) -> None:
@@ -888,15 +889,16 @@ def test_a_gateway_without_a_server_is_left_alone(
     assert [a.path for a in server.requests].count("/health") == 1
 
 
-def test_a_healthy_server_that_is_overloaded_fails_its_rows(
+def test_a_healthy_server_that_takes_no_row_ends_the_call_after_the_patience(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """503 of a healthy server counts against the row; one health check a while serves all rows."""
+    """503 of a healthy server fails no row; one health check a while serves all rows."""
     monkeypatch.setattr(servers, "PROBE_EVERY", 60.0)
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.3")
     server.script = lambda asked: None if asked.body is None else refused(503, "overloaded")
-    results = api().predict_batches([str(i) for i in range(40)], on_error="return")
-    assert {(r.kind, r.retryable) for r in results if isinstance(r, RowError)} == {("server", True)}
-    assert len(server.posts) == 80
+    with pytest.raises(ServerUnavailable, match=r"for 0.3 s .*HTTP 503 .*overloaded"):
+        api().predict_batches([str(i) for i in range(40)])
+    assert 40 < len(server.posts) < 80
     assert [a.path for a in server.requests].count("/health") == 1
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import io
 import json
-import math
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,20 +15,18 @@ import aiohttp
 from vllm_tasks.engines import Done, wire
 from vllm_tasks.engines.connections import NAME, Connector, Names
 from vllm_tasks.engines.servers import Key, Server, Servers, Unreachable, untrusted
+from vllm_tasks.engines.tries import Attempt, Full, Tries, retry_after
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.rows import Request, Result, RowError, RowErrorKind
+from vllm_tasks.rows import Request, Result, RowError
 from vllm_tasks.window import Window
 
-BACKOFF_BASE, BACKOFF_LIMIT = 0.5, 30.0
-"""Seconds: an attempt waits a random time up to min(limit, base * 2**attempt), so-called full jitter."""
-RETRY_AFTER_LIMIT = 300.0
-"""Seconds: a longer Retry-After is obeyed only so far."""
 CONNECT_TIMEOUT = 10.0
 """Seconds to get a connection accepted."""
 KEEPALIVE = 4.0
 """Seconds an idle connection is kept: vLLM's server closes its end after 5."""
 FATAL = {401: "check api_key", 403: "check api_key", 404: "check api_url and model"}
-RETRIED = {408, 429}
+FULL = {429, 503}
+"""What a server says that is asked for more than it takes."""
 GATEWAY = {502, 503, 504}
 """What a gateway says while the server behind it is away; vLLM itself says 503 when its engine is dead."""
 TOO_LONG = ("maximum context length", "maximum model length", "max_model_len")
@@ -58,23 +53,14 @@ class HttpConfig:
         return f"HttpConfig({', '.join(self.urls)})"  # never the key
 
 
-class Attempt(Exception):
-    """One failed attempt: what it would be as a row's error, and when to try again."""
-
-    def __init__(
-        self, kind: RowErrorKind, message: str, *, retryable: bool = False, delay: float | None = None
-    ) -> None:
-        super().__init__(message)
-        self.kind, self.message, self.retryable, self.delay = kind, message, retryable, delay
-
-
 class HttpEngine:
     """An `Engine` whose rows are HTTP requests, one each.
 
     Three limits, outermost first. The `window` admits the rows of all calls in whole chunks, so that
     it may be exceeded by one chunk. Of these `_room` lets exactly the window's limit become tasks: the
     rest must not wait at a slow server, where they would fill the window. Each server's `room`
-    is `max_in_flight` rows: it matters while others are down, whose share would come on top.
+    is `max_in_flight` rows, which matters while others are down, whose share would come on top; and less
+    where the server does not take so many (see `Room`).
     """
 
     def __init__(self, config: HttpConfig) -> None:
@@ -97,6 +83,8 @@ class HttpEngine:
 
     async def close(self) -> None:
         self._servers.close()
+        for server in self._servers.all:
+            server.room.close()
         if self._session is not None:
             await self._session.close()
 
@@ -116,7 +104,7 @@ class HttpEngine:
 
     async def _answer(self, request: Request) -> Result:
         """Try until the row has its answer or its error; raises what is the call's fault."""
-        failures = timeouts = lost = 0
+        tries = Tries(self.config.retries, len(self.config.urls), self.config.patience)
         while True:
             server = await self._servers.pick()
             server.in_flight += 1
@@ -125,25 +113,18 @@ class HttpEngine:
                     with self._names.new() as name:
                         return await self._attempt(server, request, name)
             except Unreachable as error:
-                # Not the row's failure: the next pick takes another server, or waits until one is
-                # healthy. When more are lost than there are, healthy ones refuse, and that counts.
                 self._servers.lose(server)
-                lost += 1
-                in_vain = lost - len(self.config.urls)
-                if in_vain > self.config.retries:
-                    return RowError("connection", f"{error} (after {lost} attempts)", retryable=True)
-                delay = backoff(in_vain) if in_vain > 0 else 0.0
+                next_one = tries.lose(error)
+            except Full as full:
+                self._servers.check_patience(full.message)
+                next_one = tries.refuse(full)
             except Attempt as failed:
-                failures += 1
-                timeouts += failed.kind == "timeout"
-                allowed = failures <= self.config.retries and timeouts <= 1
-                if not (failed.retryable and allowed):
-                    tries = f" (after {failures} attempts)" if failures > 1 else ""
-                    return RowError(failed.kind, failed.message + tries, retryable=failed.retryable)
-                delay = backoff(failures) if failed.delay is None else failed.delay
+                next_one = tries.fail(failed)
             finally:
                 server.in_flight -= 1
-            await asyncio.sleep(delay)
+            if isinstance(next_one, RowError):
+                return next_one
+            await asyncio.sleep(next_one)
 
     async def _attempt(self, server: Server, request: Request, name: str) -> Result:
         """One request, under this name; raises `Unreachable`, `Attempt`, or `InvalidCall`."""
@@ -155,15 +136,24 @@ class HttpEngine:
             body = json.dumps(wire.body_of(request, model)).encode()
         except (TypeError, ValueError) as error:  # prompts have been checked before
             raise InvalidCall(f"a sampling parameter cannot be sent: {error}") from error
-        sent = time.perf_counter()
-        response, content = await self._post(server.url + path, body, name)
-        seconds = time.perf_counter() - sent
+        sent = time.monotonic()
+        try:
+            response, content = await self._post(server.url + path, body, name)
+        except Attempt as failed:
+            if failed.kind == "timeout":
+                server.room.time_out(sent, self.config.timeout)
+            raise
+        seconds = time.monotonic() - sent
+        if response.status not in FULL:
+            self._servers.full_since = None
         if response.status != 200:
             if response.status == 404:
                 self._servers.forget_model(server)
             refused = refusal(response, content, self._key)
             if response.status in GATEWAY and "Retry-After" not in response.headers:
                 await self._servers.check(server)  # else it is not the row's failure
+            if isinstance(refused, Full):
+                server.room.refuse(refused.delay)
             raise refused
         try:
             answer = json.loads(content)
@@ -225,8 +215,9 @@ def refusal(response: aiohttp.ClientResponse, content: bytes, key: Key) -> Excep
     if 300 <= status < 400:
         there = key.hidden_in(response.headers.get("Location", ""))
         return InvalidCall(f"{said}: redirects are not followed; set api_url to {there!r}")
-    if status in RETRIED or status >= 500:
-        return Attempt("server", said, retryable=True, delay=retry_after(response.headers.get("Retry-After")))
+    if status == 408 or status in FULL or status >= 500:
+        failed = Full if status in FULL else Attempt
+        return failed("server", said, retryable=True, delay=retry_after(response.headers.get("Retry-After")))
     if status < 300:
         return Attempt("response", f"{said}: an answer comes with HTTP 200")
     return Attempt("too_long" if any(t in words for t in TOO_LONG) else "refused", said)
@@ -241,23 +232,3 @@ def words_of(content: bytes) -> str:
         return str(answer.get("message") or answer.get("detail") or text)[:500]
     except (ValueError, AttributeError, RecursionError):
         return text[:500]
-
-
-def retry_after(value: str | None) -> float | None:
-    """Seconds in a Retry-After header (a number or an HTTP date), None without a usable one."""
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return None
-    return None if math.isnan(seconds) else min(max(seconds, 0.0), RETRY_AFTER_LIMIT)
-
-
-def backoff(failures: int) -> float:
-    """Seconds before attempt `failures + 1`."""
-    doublings = min(failures, 16)  # far beyond the limit, and no number too large
-    return random.uniform(0, min(BACKOFF_LIMIT, BACKOFF_BASE * 2**doublings))

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import requests
 from requests.adapters import HTTPAdapter
 
+from vllm_tasks.engines.room import Room
 from vllm_tasks.errors import InvalidCall, ServerUnavailable
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Server:
 
     url: str
     model: str | None
-    room: asyncio.Semaphore
+    room: Room
     in_flight: int = 0
     avoid_until: float = 0.0
     well_until: float = 0.0
@@ -102,20 +103,23 @@ class Servers:
     def __init__(
         self, urls: Sequence[str], model: str | None, key: Key, patience: float, max_in_flight: int
     ) -> None:
-        self.all = [Server(url, model, asyncio.Semaphore(max_in_flight)) for url in urls]
+        self.all = [Server(url, model, Room(max_in_flight)) for url in urls]
         self.model = model
         self.key = key
         self.patience = patience
+        self.full_since: float | None = None
+        """When the first row was refused for load, if since then no row has been answered or worked on."""
         self.tls = ssl.create_default_context()  # for rows and control calls alike; obeys SSL_CERT_FILE
         self._search: asyncio.Task[None] | None = None
         self._waiting = 0
 
     async def pick(self) -> Server:
-        """The server with the fewest rows of ours; raises `ServerUnavailable` after the patience."""
+        """The server with the fewest rows of ours, of those that take more; raises `ServerUnavailable` after
+        the patience."""
         while True:
             there = [s for s in self.all if s.is_there]
             if there:
-                return min(there, key=lambda s: s.in_flight)
+                return min(there, key=lambda s: (s.room.is_full, s.in_flight))
             await self._wait_for_any()
 
     def lose(self, server: Server) -> None:
@@ -133,6 +137,14 @@ class Servers:
             if server.well_until <= time.monotonic():
                 await self._check_health(server.url)
                 server.well_until = time.monotonic() + PROBE_EVERY
+
+    def check_patience(self, said: str) -> None:
+        """Raise `ServerUnavailable` when all rows were refused for the patience, the last one with `said`."""
+        now = time.monotonic()
+        if self.full_since is None or not all(server.room.is_empty for server in self.all):
+            self.full_since = now
+        if now - self.full_since > self.patience:
+            raise self._unavailable(said)
 
     def forget_model(self, server: Server) -> None:
         """Ask the server anew for its model: it does not know the one that it told us."""
@@ -223,11 +235,15 @@ class Servers:
                     return
             left = started + self.patience - time.monotonic()
             if left <= 0:
-                raise ServerUnavailable(
-                    f"no server answered at {urls} for {self.patience:g} s (last: {ailment}); start it, "
-                    "correct api_url, or wait longer with VLLM_TASKS_PATIENCE (seconds)"
-                )
+                raise self._unavailable(ailment)
             await asyncio.sleep(min(PROBE_EVERY, left))
+
+    def _unavailable(self, last: str | None) -> ServerUnavailable:
+        urls = ", ".join(s.url for s in self.all)
+        return ServerUnavailable(
+            f"no server answered at {urls} for {self.patience:g} s (last: {last}); start it, "
+            "correct api_url, or wait longer with VLLM_TASKS_PATIENCE (seconds)"
+        )
 
     async def _ailment(self, server: Server) -> str | None:
         """Why the server cannot work, None when it can; one without /health can when it answers."""
