@@ -39,8 +39,9 @@ class Figures:
     lost: int = 0
     doubled: int = 0
     differ: int = 0
-    again: int = 0
-    bound: int = 0
+    again: int | None = 0
+    bound: int | None = 0
+    """None where nobody counts the requests."""
 
 
 @dataclass

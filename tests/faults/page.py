@@ -34,9 +34,12 @@ def page(found: Sequence[Figures], broken: Sequence[str]) -> str:
 def line(kind: str, runs: Sequence[Figures]) -> list[str]:
     places = ", ".join(dict.fromkeys(f.outputs for f in runs))
     names = ("faults", "rows", "lost", "doubled", "differ", "again", "bound")
-    sums = {name: sum(getattr(f, name) for f in runs) for name in names}
-    figures = [sums["faults"], len(runs), *(sums[name] for name in names[1:])]
-    return [kind, places, *(f"{figure:,}" for figure in figures)]
+    faults, *others = (total([getattr(f, name) for f in runs]) for name in names)
+    return [kind, places, faults, f"{len(runs)}", *others]
+
+
+def total(figures: Sequence[int | None]) -> str:
+    return "not counted" if None in figures else f"{sum(filter(None, figures)):,}"
 
 
 def quoted(words: str) -> str:
