@@ -290,12 +290,22 @@ texts = (
 )
 
 
-@fuzz(100)
+@fuzz(60)
 @given(
     schema=schemas | columns,
     text=texts,
     flatten=st.booleans(),
     many=st.booleans(),
+)
+@example(schema={"anyOf": [{"$ref": "#"}, {"$ref": "#"}]}, text="1", flatten=False, many=False)
+@example(
+    schema={
+        "type": "array",
+        "items": {"oneOf": [{"$ref": "#/items"}, {"$ref": "#/items"}, {"type": "string"}]},
+    },
+    text='["a"]',
+    flatten=True,
+    many=False,
 )
 def test_any_schema_and_answer_are_values_or_an_error(
     schema: dict[str, Any], text: str, flatten: bool, many: bool

@@ -124,6 +124,8 @@ def _checked_reader(schema: Json) -> Callable[[str], Any]:
         return _reader(json.dumps(schema, allow_nan=False))
     except TypeError as error:
         raise ValueError(f"output_schema is not plain data (JSON): {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"output_schema is nested too deep: {error}") from error
 
 
 @functools.lru_cache(maxsize=64)  # made at every call, and 5 ms to make
@@ -216,19 +218,23 @@ def _named(kinds: Mapping[str, BuiltinType]) -> tuple[OutputColumn, ...]:
 
 def _kind(root: Json, schema: Any) -> BuiltinType:
     """The column type that holds all values of `schema` but null."""
-    found = _kinds(root, schema, 0) - {"null"}
+    found = _kinds(root, schema, {}) - {"null"}
     if found == {"int", "float"}:
         return "float"
     return found.pop() if len(found) == 1 else "json"  # type: ignore[return-value]  # "null" is gone
 
 
-def _kinds(root: Json, schema: Any, depth: int) -> set[str]:
+def _kinds(root: Json, schema: Any, seen: dict[int, Json]) -> set[str]:
+    """`seen`: alternatives looked at, by identity; one that refers to itself twice has no end of ways."""
     schema = _resolved(root, schema)
-    if depth > DEEPEST:
-        return {"json"}
     for word in ("anyOf", "oneOf"):
         if isinstance(options := schema.get(word), list):
-            return set().union(*(_kinds(root, option, depth + 1) for option in options))
+            if id(schema) in seen:
+                return set()
+            if len(seen) > DEEPEST:
+                return {"json"}
+            seen[id(schema)] = schema
+            return set().union(*(_kinds(root, option, seen) for option in options))
     if "type" in schema:
         types = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
         return {"null" if t == "null" else KINDS.get(t, "json") for t in types}
