@@ -143,11 +143,11 @@ def over_table(record: Record, work: Path) -> None:
 
 def over_engine(record: Record, work: Path, minutes: float) -> None:
     """Engine after engine, until the time is over."""
-    from tests.tiny_model import make_tiny_model
     from vllm_tasks import VllmModel
 
-    name = make_tiny_model(work / "model")
-    model = VllmModel(identifier="tiny", model_name=str(name), vllm_kwargs=ENGINE, predict_kwargs=SAMPLING)
+    with Child(tiny_model, work / "model") as making:  # torch stays out of this process
+        name: str = making.ready
+    model = VllmModel(identifier="tiny", model_name=name, vllm_kwargs=ENGINE, predict_kwargs=SAMPLING)
     write_rows(work, BATCH)
     end = time.monotonic() + 60 * minutes
     barren = 0
