@@ -1,7 +1,8 @@
 """Ray Data LLM: its engine processor and its HTTP processor, from a Parquet file to Parquet files.
 
-A run is one dataset. Its engine lives as long as the run, so each run has a start-up: until the first
-row is in the engine, told by the time that the processor says a row took.
+A run is one dataset. What it starts, an engine or a client, lives as long as the run, so each run has a
+start-up: until the first row is in the engine, as the processor says how long a row took, or until the
+first request is made.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ ENGINE, HTTP = "Ray Data LLM: engine", "Ray Data LLM: HTTP"
 TOLERANT = "Ray Data LLM: engine, continue on error"
 BATCH = 32
 """Rows of a batch: Ray Data LLM's default for its engine. At most 8 are in the engine: 256 rows."""
+ALL = 2**20
+"""Rows of a block that all rows fit into."""
 STORE = 256 * 2**20
 """Bytes of Ray's object store: the rows of a run are a few hundred KiB."""
 
@@ -36,23 +39,26 @@ def serve_engine(pipe: Connection, engine_args: dict[str, Any]) -> None:
     with_ray(
         pipe,
         {name: partial(engine_processor, engine_args, tolerant) for name, tolerant in ways.items()},
-        first_row_in_engine,
+        BATCH,
     )
 
 
 def serve_http(pipe: Connection, url: str, model: str, concurrency: int, folder: str | None = None) -> None:
-    """Answer rows by `HttpRequestProcessorConfig`; in a `folder` of before it resumes by its checkpoints."""
-    with_ray(pipe, {HTTP: partial(http_processor, url, model, concurrency)}, None, folder)
+    """Answer rows by `HttpRequestProcessorConfig`; in a `folder` of before it resumes by its checkpoints.
 
-
-Started = Callable[[pa.Table], float]
-"""From what came out, the `time.time()` at which the work began."""
+    It sends the rows of a batch one after another, and 4 batches of a block at once. So that it has as
+    many rows in flight as the others, a batch is a row, that 4 is set higher, and all rows are one block;
+    to resume, whose unit is a block, a block is as many rows as are in flight.
+    """
+    os.environ["RAY_DATA_DEFAULT_ASYNC_BATCH_UDF_MAX_CONCURRENCY"] = str(concurrency)
+    block = concurrency if folder else ALL
+    with_ray(pipe, {HTTP: partial(http_processor, url, model)}, block, folder)
 
 
 def with_ray(
     pipe: Connection,
     processors: Mapping[str, Callable[[], Any]],
-    began: Started | None,
+    block: int,
     folder: str | None = None,
 ) -> None:
     environments.overlay("ray")
@@ -63,7 +69,7 @@ def with_ray(
     if folder is not None:
         resume_by(f"{folder}/checkpoints")
     try:
-        ways = {name: partial(through, build(), began, folder) for name, build in processors.items()}
+        ways = {name: partial(through, build(), block, folder) for name, build in processors.items()}
         answer_all(pipe, ways)
     finally:
         ray.shutdown()
@@ -103,20 +109,15 @@ def from_engine(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def first_row_in_engine(found: pa.Table) -> float:
-    """Not before the true time: a row is seen here a little after its end."""
-    first: float = min(found["began"].to_pylist())
-    return first
-
-
-def http_processor(url: str, model: str, concurrency: int) -> Any:
+def http_processor(url: str, model: str) -> Any:
     from ray.data.llm import HttpRequestProcessorConfig, build_processor
 
     def to_http(row: dict[str, Any]) -> dict[str, Any]:
         sampling = {"temperature": 0, "ignore_eos": True, "max_tokens": row["max_tokens"]}
-        return {"payload": {"model": model, "prompt": row["prompt"], **sampling}}
+        payload = {"model": model, "prompt": row["prompt"], **sampling}
+        return {"payload": payload, "began": time.time()}
 
-    config = HttpRequestProcessorConfig(url=f"{url}/v1/completions", batch_size=1, concurrency=concurrency)
+    config = HttpRequestProcessorConfig(url=f"{url}/v1/completions", batch_size=1, concurrency=1)
     return build_processor(config, preprocess=to_http, postprocess=from_http)
 
 
@@ -126,6 +127,7 @@ def from_http(row: dict[str, Any]) -> dict[str, Any]:
         "id": row["id"],
         "output": answer["choices"][0]["text"],
         "tokens": answer["usage"]["completion_tokens"],
+        "began": row["began"],
     }
 
 
@@ -138,36 +140,39 @@ def resume_by(checkpoints: str) -> None:
     context.checkpoint_config = CheckpointConfig("id", checkpoints, delete_checkpoint_on_success=False)
 
 
-def through(processor: Any, began: Started | None, folder: str | None, rows: Sequence[Row]) -> Outcome:
+def through(processor: Any, block: int, folder: str | None, rows: Sequence[Row]) -> Outcome:
     """A dataset from file to files, in a folder of its own if none is given."""
     import ray
 
     with tempfile.TemporaryDirectory() as scratch:
         source, target = Path(folder or scratch) / "rows.parquet", Path(folder or scratch) / "outputs"
-        write_source(source, rows)
+        write_source(source, rows, block)
         ordered, started = time.time(), time.perf_counter()
         try:
-            processor(ray.data.read_parquet(str(source))).write_parquet(str(target))
+            blocks = -(-len(rows) // block)
+            data = ray.data.read_parquet(str(source), override_num_blocks=blocks)
+            processor(data).write_parquet(str(target))
         except Exception as error:  # noqa: BLE001 - what it does to a bad row is what is asked
             return dead(started, error)
         finally:
             remove_groups()
         seconds = time.perf_counter() - started
-        return outcome(pq.read_table(target), ordered, seconds, began)
+        return outcome(pq.read_table(target), ordered, seconds)
 
 
-def write_source(source: Path, rows: Sequence[Row]) -> None:
-    """As many row groups as batches, so that reading can overlap with the work."""
+def write_source(source: Path, rows: Sequence[Row], block: int) -> None:
+    """Row groups of `block` rows: the blocks that Ray Data reads."""
     columns = {
         "id": range(len(rows)),
         "prompt": [row.prompt for row in rows],
         "max_tokens": [row.max_tokens for row in rows],
     }
-    pq.write_table(pa.table(columns), source, row_group_size=BATCH)
+    pq.write_table(pa.table(columns), source, row_group_size=block)
 
 
-def outcome(found: pa.Table, ordered: float, seconds: float, began: Started | None) -> Outcome:
-    startup = began(found) - ordered if began else 0.0
+def outcome(found: pa.Table, ordered: float, seconds: float) -> Outcome:
+    """The start-up is until the first row was sent; a row is seen here not before that."""
+    startup = min(filter(None, found["began"].to_pylist())) - ordered
     errors = 0
     if "__inference_error__" in found.column_names:
         errors = sum(bool(words) for words in found["__inference_error__"].to_pylist())
