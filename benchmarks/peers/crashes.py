@@ -99,7 +99,6 @@ def jobs(flight: int) -> dict[str, Callable[[str, str], tuple[Any, Arguments]]]:
         rays.HTTP: lambda url, folder: (rays.serve_http, (url, MODEL, flight, folder)),
         foreign.NAMES["datatrove"]: of_foreign("datatrove"),
         foreign.NAMES["curator"]: of_foreign("curator"),
-        clients.THREADS: lambda url, folder: (clients.serve_older, (url, MODEL)),
     }
 
 
