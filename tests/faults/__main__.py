@@ -47,9 +47,9 @@ def told(name: str, run: Run, ground: Ground, found: list[Figures], broken: list
     try:
         found.append(run(ground))
         print(f"{name}: {found[-1]} in {time.monotonic() - began:.0f} s", flush=True)
-    except AssertionError as error:
-        broken.append(f"{name}: {error}")
-        print(f"{name} BROKEN: {error}", file=sys.stderr, flush=True)
+    except Exception as error:  # noqa: BLE001 - a breach, or a run that stuck: both are told, and others follow
+        broken.append(f"{name}: {type(error).__name__}: {error}")
+        print(f"{name} BROKEN: {error!r}", file=sys.stderr, flush=True)
 
 
 def arguments() -> argparse.Namespace:
