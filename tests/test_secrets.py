@@ -51,7 +51,7 @@ from vllm_tasks import (
     validate,
 )
 from vllm_tasks.engines import process
-from vllm_tasks.routing import parcel
+from vllm_tasks.routing import parcel, storage
 from vllm_tasks.sampling import known_names
 from vllm_tasks.tables import datalayer_of
 
@@ -242,7 +242,7 @@ def test_what_travels_to_another_flow_run_has_no_secret(left: Path) -> None:
         words = tell(give)
         assert "readable in the parameters" in words
         assert not found_in(words)
-    rows = parcel.store({"prompts": ["p"], "sampling": {}})
+    rows = storage.store({"prompts": ["p"], "sampling": {}})
     stored = Path(PREFECT_LOCAL_STORAGE_PATH.value()) / rows
     assert json.loads(stored.read_bytes()) == {"prompts": ["p"], "sampling": {}}
     assert not found_in(stored.read_bytes())

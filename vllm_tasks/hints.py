@@ -66,6 +66,12 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
+def _deployment(name: str, value: Any) -> str:
+    if not re.fullmatch("[^/]+/[^/]+", _text(name, value)):
+        raise InvalidCall(f"compute_kwargs has {name}={value!r}, which is no 'FLOW/DEPLOYMENT'")
+    return str(value)
+
+
 def _amounts(name: str, value: Any) -> dict[str, float]:
     return {key: _number(f"{name}[{key!r}]", amount) for key, amount in _mapping(name, value).items()}
 
@@ -111,5 +117,5 @@ HINTS: dict[str, Callable[[str, Any], Any]] = {
     "tolerations": _tolerations,
     "work_pool": _text,
     "work_queue": _text,
-    "deployment": _text,
+    "deployment": _deployment,
 }

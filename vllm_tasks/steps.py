@@ -14,7 +14,7 @@ from vllm_tasks import loop, sharing, tasks
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.errors import VllmTasksError
 from vllm_tasks.models import VllmAPI, VllmModel
-from vllm_tasks.routing import parcel
+from vllm_tasks.routing import parcel, storage
 from vllm_tasks.routing.lifeline import Lifeline
 from vllm_tasks.routing.place import STEP
 from vllm_tasks.rows import Request
@@ -54,10 +54,10 @@ def step(
 
 def rows(told: dict[str, Any], model: VllmAPI | VllmModel, _: Datalayer | None) -> str:
     """Answer finished prompts; gives the place of the answers in the result storage."""
-    content = parcel.stored(told["rows"])
+    content = storage.stored(told["rows"])
     requests = [Request(prompt, content["sampling"]) for prompt in content["prompts"]]
     results = loop.run(sharing.answer(model._config(), requests, model.max_batch_size))
-    return parcel.store(parcel.results_as_data(results))
+    return storage.store(parcel.results_as_data(results))
 
 
 def table(told: dict[str, Any], model: VllmAPI | VllmModel, db: Datalayer | None) -> Any:

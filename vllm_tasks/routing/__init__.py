@@ -16,10 +16,11 @@ from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.errors import InvalidCall, TooManyFailed
 from vllm_tasks.plan import Columns
 from vllm_tasks.report import Progress, Report, Tally
-from vllm_tasks.routing import parcel
+from vllm_tasks.routing import parcel, storage
 from vllm_tasks.routing.parcel import Model, Parameters
+from vllm_tasks.routing.part import Part
 from vllm_tasks.routing.place import Place, place_of
-from vllm_tasks.routing.runs import Part, Runs, Shown
+from vllm_tasks.routing.runs import Runs, Shown
 from vllm_tasks.rows import Request, Result, RowError
 from vllm_tasks.stream import Budget, Display
 from vllm_tasks.tables import datalayer_of
@@ -54,11 +55,18 @@ def _answered(
     asked = [request for request in requests if isinstance(request, Request)]
     if not asked:
         return [request for request in requests if isinstance(request, RowError)]
-    rows = {"prompts": [request.prompt for request in asked], "sampling": dict(asked[0].sampling)}
-    call = {"work": "rows", "rows": parcel.store(rows)}
-    part = Part(f"{model.identifier} - {len(asked):,} rows", parameters(call, model, None))
-    (outcome,) = Runs(place, [part], repeatable=True, shown=shown).outcomes()
-    answers = iter(parcel.results_of(parcel.stored(parcel.value_of(outcome))))
+    rows = storage.store(
+        {"prompts": [request.prompt for request in asked], "sampling": dict(asked[0].sampling)}
+    )
+    try:
+        call = {"work": "rows", "rows": rows}
+        part = Part(f"{model.identifier} - {len(asked):,} rows", parameters(call, model, None))
+        (outcome,) = Runs(place, [part], repeatable=True, shown=shown).outcomes()
+    finally:
+        storage.discard(rows)
+    answered = parcel.value_of(outcome)
+    answers = iter(parcel.results_of(storage.stored(answered)))
+    storage.discard(answered)
     return [request if isinstance(request, RowError) else next(answers) for request in requests]
 
 

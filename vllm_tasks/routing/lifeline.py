@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from contextvars import ContextVar, Token
 from typing import Any, Self
 from uuid import UUID
 
 import httpx
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.client.schemas.filters import ArtifactFilter
 from prefect.exceptions import PrefectException
 
 from vllm_tasks.report import Progress
+from vllm_tasks.routing.patience import patiently
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +52,12 @@ class Lifeline:
         self._progress = progress
 
     def settle(self, outcome: str) -> None:
-        """Tell what became of the step; raises where Prefect's server does not hear it."""
+        """Tell what became of the step; raises where Prefect's server stays away."""
         self._stop()
-        self._tell({"outcome": outcome})
+        patiently(lambda: self._tell({"outcome": outcome}))
 
     def __enter__(self) -> Self:
-        created = ArtifactCreate(type=KIND, data={"beat": 0}, flow_run_id=self._run)
-        with get_client(sync_client=True) as client:
-            self._artifact = client.create_artifact(created).id
+        self._artifact = patiently(self._create)
         self._beats.start()
         self._before = _current.set(self)
         return self
@@ -65,6 +66,11 @@ class Lifeline:
         assert self._before is not None
         _current.reset(self._before)
         self._stop()
+
+    def _create(self) -> UUID:
+        created = ArtifactCreate(type=KIND, data={"beat": 0}, flow_run_id=self._run)
+        with get_client(sync_client=True) as client:
+            return client.create_artifact(created).id
 
     def _stop(self) -> None:
         self._ended.set()
@@ -90,3 +96,19 @@ class Lifeline:
         assert self._artifact is not None
         with get_client(sync_client=True) as client:
             client.update_artifact(self._artifact, ArtifactUpdate(data=data))
+
+
+def told_by(client: SyncPrefectClient, runs: Sequence[UUID]) -> dict[UUID, dict[str, Any]]:
+    """What the lifelines of these flow runs tell."""
+    wanted = ArtifactFilter.model_validate({"flow_run_id": {"any_": runs}, "type": {"any_": [KIND]}})
+    told: dict[UUID, dict[str, Any]] = {}
+    for artifact in client.read_artifacts(artifact_filter=wanted):
+        assert artifact.flow_run_id is not None
+        assert isinstance(artifact.data, dict)
+        # One that was made twice, because the first answer was lost, beats in one place only.
+        told[artifact.flow_run_id] = max(told.get(artifact.flow_run_id, {}), artifact.data, key=_latest)
+    return told
+
+
+def _latest(told: dict[str, Any]) -> tuple[bool, int]:
+    return "outcome" in told, told.get("beat", 0)

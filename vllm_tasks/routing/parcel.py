@@ -1,7 +1,7 @@
 """How a step travels to another flow run and its outcome back: block references, or data without secrets.
 
-An outcome is JSON text; nothing is pickled. Rows and their answers are too much for parameters and artifacts:
-they are files in Prefect's default result storage, which both sides have to see.
+An outcome is JSON text; nothing is pickled. Rows and their answers are too much for parameters and artifacts
+(see `vllm_tasks.routing.storage`).
 """
 
 from __future__ import annotations
@@ -10,18 +10,15 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from inspect import isawaitable
 from typing import Any
 from urllib.parse import urlsplit
-from uuid import uuid4
 
 from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
-from prefect.results import get_default_result_storage
 from pydantic import TypeAdapter
 
-from vllm_tasks import errors, loop
+from vllm_tasks import errors
 from vllm_tasks.datalayer import Datalayer, is_lake
 from vllm_tasks.errors import EngineFailed, InvalidCall, VllmTasksError
 from vllm_tasks.models import VllmAPI, VllmModel
@@ -33,8 +30,6 @@ from vllm_tasks.validation.report import ValidationReport
 Model = VllmAPI | VllmModel
 Parameters = dict[str, Any]
 
-FOLDER = "vllm-tasks"
-"""Of the result storage."""
 SECRET_ARGUMENTS = ("hf_token",)
 """Of vLLM's engine arguments."""
 
@@ -50,9 +45,7 @@ def model_parameter(model: Model) -> Parameters:
     """
     if (reference := _reference(model)) is not None:
         return reference
-    secrets = ["api_key"] if isinstance(model, VllmAPI) and model.api_key else []
-    if isinstance(model, VllmModel):
-        secrets += [f"vllm_kwargs[{name!r}]" for name in SECRET_ARGUMENTS if name in model.vllm_kwargs]
+    secrets = _secrets(model)
     if secrets:
         raise InvalidCall(
             f"{model.identifier!r} has {', '.join(secrets)}, which would be readable in the parameters of "
@@ -63,13 +56,32 @@ def model_parameter(model: Model) -> Parameters:
     return {name: value for name, value in model.model_dump(mode="json").items() if name not in without}
 
 
+def _secrets(model: Model) -> list[str]:
+    """The fields of `model` that hold a key or a password, or may."""
+    found = [
+        f"artifacts[{name!r}]" for name, artifact in model.artifacts.items() if _has_secret(artifact.uri)
+    ]
+    if isinstance(model, VllmAPI):
+        return found + (["api_key"] if model.api_key else [])
+    found += [f"vllm_kwargs[{name!r}]" for name in SECRET_ARGUMENTS if name in model.vllm_kwargs]
+    if model.ray_config.get("runtime_env", {}).get("env_vars"):
+        found.append("ray_config['runtime_env']['env_vars']")
+    return found
+
+
 def db_parameter(db: Datalayer | str | None) -> Parameters | None:
     """A datalayer as a reference, or as its URL where no secret is in it; local paths become absolute."""
     if db is None:
         return None
-    if isinstance(db, Datalayer) and (reference := _reference(db)) is not None:
-        return reference
     url = os.fspath(db) if not isinstance(db, Datalayer) else db.url.get_secret_value().strip()
+    if isinstance(db, Datalayer) and (reference := _reference(db)) is not None:
+        _, path = _path_of(url)
+        if path and not os.path.isabs(path):
+            raise InvalidCall(
+                f"the saved datalayer is in {path!r}, which is another folder where a worker runs: save it "
+                f"with the full path, such as {os.path.abspath(path)!r}"
+            )
+        return reference
     if _has_secret(url):
         raise InvalidCall(
             "the datalayer's url has a password or a query, which would be readable in the parameters of the "
@@ -115,10 +127,16 @@ def _has_secret(url: str) -> bool:
 
 def _absolute(url: str) -> str:
     """A worker runs in another folder."""
+    before, path = _path_of(url)
+    return before + os.path.abspath(path) if path else url
+
+
+def _path_of(url: str) -> tuple[str, str]:
+    """The path of a lake in a folder or of a SQLite file, and what is before it; "" elsewhere."""
     scheme, _, path = url.partition(":///")
-    if scheme == "sqlite" and path:
-        return f"sqlite:///{os.path.abspath(os.path.expanduser(path))}"
-    return url if "://" in url else os.path.abspath(os.path.expanduser(url))
+    if scheme == "sqlite":
+        return f"{scheme}:///", os.path.expanduser(path)
+    return ("", os.path.expanduser(url)) if "://" not in url else (url, "")
 
 
 # ---------------------------------------------------------------------- the outcome
@@ -175,45 +193,6 @@ def _read(kind: type[Any], text: str) -> Any:
 
 
 # ---------------------------------------------------------------------- rows
-
-
-def store(content: Any) -> str:
-    """Keep JSON data in the result storage; returns its path there."""
-    path = f"{FOLDER}/{uuid4()}.json"
-    try:
-        data = json.dumps(content).encode()
-    except (TypeError, ValueError) as error:
-        raise InvalidCall(
-            f"rows that travel to another flow run must be plain data (JSON): {error}"
-        ) from error
-
-    async def write() -> None:
-        await _awaited((await _awaited(get_default_result_storage())).write_path(path, data))
-
-    loop.run(write())
-    return path
-
-
-def stored(path: str) -> Any:
-    """What `store` has kept; raises `InvalidCall` where this side cannot see it."""
-
-    async def read() -> bytes:
-        found: bytes = await _awaited((await _awaited(get_default_result_storage())).read_path(path))
-        return found
-
-    try:
-        return json.loads(loop.run(read()))
-    except (OSError, ValueError) as error:
-        raise InvalidCall(
-            f"{path!r} is not in the result storage of this machine ({error}): rows travel "
-            "through Prefect's default result storage, which both sides must see "
-            "(PREFECT_DEFAULT_RESULT_STORAGE_BLOCK)"
-        ) from error
-
-
-async def _awaited(value: Any) -> Any:
-    """What Prefect's functions give: the thing itself, or something to wait for it, as the context is."""
-    return await value if isawaitable(value) else value
 
 
 def results_of(content: Sequence[Any]) -> list[Result]:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from uuid import UUID
 
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import WorkPool
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 
-from vllm_tasks.errors import InvalidCall
+from vllm_tasks.errors import InvalidCall, near
 from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.resources import Resources, check_declared
 from vllm_tasks.settings import site_settings
 
 STEP = "vllm-step"
 """The flow that is deployed on each pool (see `vllm_tasks.steps`); the deployment has the pool's name."""
+
+MADE_FOR = "PREFECT__FLOW_RUN_ID"
+"""Prefect's name of the variable by which a worker tells a process for which flow run it is."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +45,34 @@ def place_of(model: VllmAPI | VllmModel) -> Place | None:
     resources = Resources.of(model)
     pool = resources.work_pool or (site_settings().gpu_work_pool if isinstance(model, VllmModel) else "")
     name = resources.deployment or (pool and f"{STEP}/{pool}")
-    if not name or pool == _own_pool():
+    if not name or pool in (own := _own_pools()):
         return None
     deployment, work_pool = _found(name, pool)
-    if work_pool.name == _own_pool():
+    if work_pool.name in own:
         return None
     variables = resources.job_variables(work_pool.type)
     check_declared(work_pool, variables)
     return Place(deployment.id, name, work_pool.name, resources.work_queue, variables)
 
 
-def _own_pool() -> str | None:
-    """The pool of the flow run that this is called in."""
+def _own_pools() -> set[str | None]:
+    """The pool of the flow run that this is called in, and of the one for which a worker made this process.
+
+    They differ in a subflow, which has no pool of its own.
+    """
     context = FlowRunContext.get()
-    return context.flow_run.work_pool_name if context and context.flow_run else None
+    called_in = context.flow_run.work_pool_name if context and context.flow_run else None
+    made_for = os.environ.get(MADE_FOR)
+    return {called_in, _pool_of(made_for) if made_for else None}
+
+
+@cache
+def _pool_of(flow_run: str) -> str | None:
+    with get_client(sync_client=True) as client:
+        try:
+            return client.read_flow_run(UUID(flow_run)).work_pool_name
+        except ObjectNotFound:  # of another Prefect server
+            return None
 
 
 def _found(name: str, pool: str) -> tuple[DeploymentResponse, WorkPool]:
@@ -61,9 +80,9 @@ def _found(name: str, pool: str) -> tuple[DeploymentResponse, WorkPool]:
         try:
             deployment = client.read_deployment_by_name(name)
         except ObjectNotFound as error:
-            way_out = f"make pools ARGS='--gpu-pool {pool}'" if pool else "deploy it, or name a work_pool"
             raise InvalidCall(
-                f"there is no deployment {name!r} on this Prefect server to run the step: {way_out}"
+                f"there is no deployment {name!r} on this Prefect server to run the step"
+                f"{_way_out(client, pool)}"
             ) from error
         if not deployment.work_pool_name:
             raise InvalidCall(
@@ -75,3 +94,12 @@ def _found(name: str, pool: str) -> tuple[DeploymentResponse, WorkPool]:
                 "the hint work_pool says; leave one of them out"
             )
         return deployment, client.read_work_pool(deployment.work_pool_name)
+
+
+def _way_out(client: SyncPrefectClient, pool: str) -> str:
+    if not pool:
+        return ": deploy it, or name a work_pool"
+    there = [work_pool.name for work_pool in client.read_work_pools()]
+    if pool in there:
+        return f", only the work pool {pool!r}: make pools ARGS='--gpu-pool {pool}' adds it"
+    return f", nor the work pool{near(pool, there)}: make pools ARGS='--gpu-pool {pool}' makes both"

@@ -14,11 +14,11 @@ from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectException
@@ -26,7 +26,9 @@ from prefect.states import Cancelling, Crashed
 
 from vllm_tasks.errors import EngineFailed
 from vllm_tasks.report import Progress
-from vllm_tasks.routing.lifeline import KIND
+from vllm_tasks.routing.lifeline import told_by
+from vllm_tasks.routing.part import Part
+from vllm_tasks.routing.patience import patiently
 from vllm_tasks.routing.place import Place
 from vllm_tasks.settings import site_settings
 
@@ -45,45 +47,12 @@ LATE = 60.0
 """Seconds after which it is said that no worker takes a run."""
 BEATS = 6
 """Signs of life within the time of silence after which a run counts as dead."""
+SEEN_AT_ONCE = 100
+"""Runs that are asked for in one request; Prefect's server refuses to give more than 200."""
+STARTED_WITHIN = 10.0
+"""Seconds for a run that is just being made when the step is interrupted: it has to be cancelled, too."""
 CANCELLED_WITHIN = 30.0
 """Seconds that runs get to commit what is finished, when another one has failed."""
-
-
-@dataclass(eq=False)
-class Part:
-    """One part of a step's work, and the flow run that does it."""
-
-    name: str
-    parameters: dict[str, Any]
-    run: UUID | None = None
-    deaths: int = 0
-    state: State[Any] | None = None
-    sign: Any = None
-    since: float = 0.0
-    """When `sign` was seen first."""
-    progress: Progress | None = None
-    outcome: str | None = None
-    told_late: bool = False
-    dropped: bool = False
-    """Its run was cancelled by us, because another part has failed."""
-
-    def see(self, state: State[Any] | None, told: dict[str, Any]) -> None:
-        """How its run is now, and what its lifeline tells."""
-        self.state = state
-        self.outcome = told.get("outcome")
-        if told.get("progress"):
-            self.progress = Progress(*told["progress"])
-        if (sign := (state and state.type, told.get("beat"))) != self.sign:
-            self.sign, self.since = sign, time.monotonic()
-
-    @property
-    def ended(self) -> bool:
-        return self.state is not None and self.state.is_final()
-
-    @property
-    def silent(self) -> float:
-        """Seconds since its run has changed in any way."""
-        return time.monotonic() - self.since
 
 
 @dataclass(eq=False)
@@ -96,6 +65,8 @@ class Runs:
     """Whether a part whose run died may be done again."""
     shown: Shown
     _silence: float = field(default_factory=lambda: site_settings().silence)
+    _is_seen: bool = True
+    """Whether the last look saw anything."""
 
     def outcomes(self) -> list[str]:
         """What became of each part, in order; see `parcel.value_of`.
@@ -110,7 +81,7 @@ class Runs:
                 time.sleep(LOOKED_EVERY)
                 self._look()
                 self.shown(self._progress())
-                if any(part.ended and not _completed(part) for part in self.parts):
+                if any(part.ended and not part.completed for part in self.parts):
                     self._end_others()
                     break
         except BaseException:
@@ -122,20 +93,24 @@ class Runs:
 
     def _start(self, part: Part) -> None:
         parameters = {**part.parameters, "beat_every": self._silence / BEATS}
-        run = outside_of_loops(
-            partial(
-                run_deployment,
-                name=self.place.deployment,
-                parameters=parameters,
-                job_variables=self.place.job_variables,
-                flow_run_name=part.name,
-                work_queue_name=self.place.queue,
-                timeout=0,
-            )
+        make = partial(
+            run_deployment,
+            name=self.place.deployment,
+            parameters=parameters,
+            job_variables=self.place.job_variables,
+            flow_run_name=part.name,
+            work_queue_name=self.place.queue,
+            idempotency_key=str(uuid4()),  # asked twice, Prefect makes one run
+            timeout=0,
         )
-        assert isinstance(run, FlowRun)
-        part.run, part.state, part.sign, part.since = run.id, run.state, None, time.monotonic()
-        logger.info("%s: flow run %s on the work pool %r", part.name, run.id, self.place.pool)
+
+        def start() -> None:
+            run = make()
+            assert isinstance(run, FlowRun)
+            part.run, part.state, part.sign, part.since = run.id, run.state, None, time.monotonic()
+
+        patiently(partial(outside_of_loops, start))
+        logger.info("%s: flow run %s on the work pool %r", part.name, part.run, self.place.pool)
 
     def _end_others(self) -> None:
         for part in self.parts:
@@ -168,10 +143,13 @@ class Runs:
             with get_client(sync_client=True) as client:
                 self._see(client, open_parts)
         except (httpx.HTTPError, PrefectException) as error:
-            logger.warning("the flow runs of this step cannot be seen: %s", error)
+            if self._is_seen:
+                logger.warning("the flow runs of this step cannot be seen, until Prefect answers: %s", error)
+            self._is_seen = False
             for part in open_parts.values():
                 part.since = time.monotonic()
             return
+        self._is_seen = True
         for part in open_parts.values():
             if rerun:
                 self._bury(part)
@@ -179,16 +157,12 @@ class Runs:
 
     def _see(self, client: SyncPrefectClient, parts: dict[UUID, Part]) -> None:
         ids = list(parts)
-        found = client.read_flow_runs(
-            flow_run_filter=FlowRunFilter.model_validate({"id": {"any_": ids}}), limit=len(ids)
-        )
-        states = {run.id: run.state for run in found}
-        # Read later than the states: a run tells its outcome before it ends.
-        lines = ArtifactFilter.model_validate({"flow_run_id": {"any_": ids}, "type": {"any_": [KIND]}})
-        artifacts = client.read_artifacts(artifact_filter=lines)
-        told = {artifact.flow_run_id: artifact.data for artifact in artifacts}
-        for run, part in parts.items():
-            part.see(states.get(run, Crashed(message="It was deleted.")), told.get(run) or {})
+        for first in range(0, len(ids), SEEN_AT_ONCE):
+            some = ids[first : first + SEEN_AT_ONCE]
+            states = _states(client, some)
+            told = told_by(client, some)  # later than the states: a run tells its outcome before it ends
+            for run in some:
+                parts[run].see(states.get(run, Crashed(message="It was deleted.")), told.get(run, {}))
 
     def _bury(self, part: Part) -> None:
         """Make a part again whose run is dead."""
@@ -226,10 +200,6 @@ class Runs:
         return Progress.of_parts(told, complete=len(told) == len(self.parts))
 
 
-def _completed(part: Part) -> bool:
-    return part.state is not None and part.state.is_completed()
-
-
 def _words(state: State[Any] | None) -> str:
     return (state and (state.message or state.name)) or "no reason was given"
 
@@ -243,20 +213,34 @@ def _set_state(client: SyncPrefectClient, run: UUID, state: State[Any]) -> None:
         logger.warning("the flow run %s could not be told: %s", run, error)
 
 
+def _states(client: SyncPrefectClient, runs: Sequence[UUID]) -> dict[UUID, State[Any] | None]:
+    wanted = FlowRunFilter.model_validate({"id": {"any_": runs}})
+    return {run.id: run.state for run in client.read_flow_runs(flow_run_filter=wanted, limit=len(runs))}
+
+
 def outside_of_loops(work: Callable[[], T]) -> T:
-    """`work()` in a thread with this context: what is called in a running loop becomes a coroutine there."""
+    """`work()` in a thread with this context: what is called in a running loop becomes a coroutine there.
+
+    An interrupt of the waiting thread waits a little for what is being done.
+    """
     found: list[T] = []
     failed: list[BaseException] = []
+    finished = threading.Event()  # an interrupted join would take the thread for ended
 
     def do() -> None:
         try:
             found.append(work())
         except BaseException as error:  # noqa: BLE001 - raised again by the waiting thread
             failed.append(error)
+        finally:
+            finished.set()
 
-    thread = threading.Thread(target=copy_context().run, args=(do,), name="vllm-tasks-start", daemon=True)
-    thread.start()
-    thread.join()
+    threading.Thread(target=copy_context().run, args=(do,), name="vllm-tasks-start", daemon=True).start()
+    try:
+        finished.wait()
+    except BaseException:
+        finished.wait(STARTED_WITHIN)
+        raise
     if failed:
         raise failed[0]
     return found[0]
