@@ -12,15 +12,19 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import httpx
 import pytest
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.exceptions import PrefectException
 from prefect.settings import get_current_settings
 
 from tests.conftest import IN_PREFECT
 from vllm_tasks import EngineFailed, InvalidCall, VllmModel, loop
 from vllm_tasks.engines import gpus, process
+from vllm_tasks.engines import slots as slots_module
 from vllm_tasks.engines.gpus import Claim, free_devices, visible_devices
 from vllm_tasks.engines.slots import Slots
 
@@ -258,6 +262,46 @@ def test_a_lost_lease_is_taken_anew(limit: str, monkeypatch: pytest.MonkeyPatch)
     assert taken(limit) == 1
     loop.run(slots.release())
     assert taken(limit) == 0
+
+
+def test_a_lease_that_a_busy_server_does_not_renew_is_kept(
+    limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has not ended: who let go of it would hold its slots and wait for others beside them."""
+    monkeypatch.setattr("vllm_tasks.engines.slots.RENEW_EVERY", 0.1)
+    renew, renewed = PrefectClient.renew_concurrency_lease, asyncio.Event()
+    refused = httpx.Response(500, request=httpx.Request("POST", "http://prefect"))
+    refusals = [httpx.HTTPStatusError("busy", request=refused.request, response=refused), PrefectException()]
+
+    async def busy_at_first(self: PrefectClient, lease: UUID, duration: float) -> Any:
+        if refusals:
+            raise refusals.pop()
+        renewed.set()
+        return await renew(self, lease, duration)
+
+    monkeypatch.setattr(PrefectClient, "renew_concurrency_lease", busy_at_first)
+    slots = Slots(limit, 1)
+
+    async def hold() -> None:
+        await slots.take()
+        lease = slots._lease
+        await renewed.wait()
+        assert slots._lease == lease
+        await slots.release()
+
+    loop.run(asyncio.wait_for(hold(), 30))
+    assert taken(limit) == 0
+
+
+def test_a_forked_child_counts_none_of_its_parents_slots(limit: str) -> None:
+    """It would be told to close engines that it does not have."""
+    slots = Slots(limit, 1)
+    loop.run(slots.take())
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        os._exit(bool(slots_module._held))
+    assert os.waitpid(child, 0)[1] == 0
+    loop.run(slots.release())
 
 
 def test_a_process_that_exits_gives_its_slot_back(limit: str, tmp_path: Path) -> None:

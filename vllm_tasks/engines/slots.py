@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from contextlib import suppress
 from http import HTTPStatus
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import get_client
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectException
 
 from vllm_tasks.errors import EngineFailed, InvalidCall
 
@@ -155,21 +156,30 @@ class Slots:
                     continue
                 async with get_client() as client:
                     await client.renew_concurrency_lease(self._lease, LEASE)
-            except httpx.HTTPError as error:
-                gone = isinstance(error, httpx.HTTPStatusError)
-                self._lease = None if gone else self._lease  # and is taken anew, when it is free
+            except (httpx.HTTPError, PrefectException) as error:
+                if _is_gone(error):
+                    self._lease = None  # and is taken anew, when it is free
                 logger.warning(
                     "the slots of the limit %r could not be kept, and another engine may take them: %s",
                     self.name, error,
                 )  # fmt: skip
 
 
+def _is_gone(error: Exception) -> bool:
+    """Whether Prefect says that there is no such lease; any other failure may pass before the lease ends."""
+    return isinstance(error, httpx.HTTPStatusError) and error.response.status_code == HTTPStatus.GONE
+
+
 async def _give_back(name: str, lease: UUID) -> None:
     try:
-        async with get_client() as client:
-            await client.release_concurrency_slots_with_lease(lease)
-    except RuntimeError:  # the interpreter exits, and has no thread left that looks up a host
-        with get_client(sync_client=True) as blocking:
-            blocking.release_concurrency_slots_with_lease(lease)
+        try:
+            async with get_client() as client:
+                await client.release_concurrency_slots_with_lease(lease)
+        except RuntimeError:  # the interpreter exits, and has no thread left that looks up a host
+            with get_client(sync_client=True) as blocking:
+                blocking.release_concurrency_slots_with_lease(lease)
     except httpx.HTTPError as error:
         logger.warning("slots of the limit %r come back in %g s: %s", name, LEASE, error)
+
+
+os.register_at_fork(after_in_child=lambda: _held.clear())  # a forked child's engines are its own
