@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import psutil
@@ -27,6 +28,7 @@ from vllm_tasks import EngineFailed, InvalidCall, VllmModel, loop, predict_batch
 from vllm_tasks.engines import shared_server
 from vllm_tasks.engines.gpus import free_devices
 from vllm_tasks.serving import command_line, server_arguments
+from vllm_tasks.tasks import save_metric_values
 
 STAND_IN = Path(__file__).with_name("scripted_vllm.py")
 
@@ -140,6 +142,20 @@ def test_the_client_asks_as_the_model_does(scripted: Callable[..., VllmModel]) -
         assert (served.uuid, served.model, served.compute_kwargs) == (model.uuid, "m", {})
         assert served.api_key is not None
         assert served.api_key.get_secret_value() not in repr(served)
+        served.metric_values["d"] = {"exact_match": 1.0}  # as a validation does
+    assert model.metric_values == {"d": {"exact_match": 1.0}}
+
+
+@IN_PREFECT[0]
+def test_values_of_a_validation_go_to_the_block_of_the_model(scripted: Callable[..., VllmModel]) -> None:
+    """The client that asks for it is no block of its own."""
+    scripted().save("served")
+    try:
+        with serve(VllmModel.load("served")) as served:
+            save_metric_values(served, SimpleNamespace(metric_values={"d": {"exact_match": 0.5}}))
+        assert VllmModel.load("served").metric_values == {"d": {"exact_match": 0.5}}
+    finally:
+        VllmModel.delete("served")
 
 
 # ---------------------------------------------------------------------- lives of a stand-in
@@ -218,6 +234,22 @@ def test_a_server_holds_its_gpus_as_long_as_it_lives(
         again.release()
     finally:
         others.release()
+
+
+def test_a_keeper_that_cannot_be_started_holds_no_gpus(
+    scripted: Callable[..., VllmModel], servers: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The reason is told, and the next engine finds the devices free."""
+    monkeypatch.setattr(shared_server, "free_devices", partial(free_devices, folder=tmp_path / "gpus"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv("VLLM_TASKS_GPUS", "1")
+    with serve(scripted()):
+        pass
+    (folder,) = servers.iterdir()
+    (folder / "log.1").mkdir()
+    with pytest.raises(IsADirectoryError), serve(scripted()):
+        pass
+    loop.run(asyncio.wait_for(free_devices(1, tmp_path / "gpus"), 5)).release()
 
 
 def ask_without(killed: str, model: VllmModel, servers: Path) -> None:

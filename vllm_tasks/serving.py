@@ -70,12 +70,16 @@ def serve(model: VllmModel) -> Iterator[VllmAPI]:
                     failed.results, failed.repeatable = error.results, error.repeatable
                     raise failed from error
                 raise
+            finally:
+                model.metric_values.update(api.metric_values)
 
 
 def api_of(model: VllmModel, name: str, url: str, key: str) -> VllmAPI:
     """The client that asks as `model` does; its resources are those of the server, not of who asks it."""
     shared = {field: getattr(model, field) for field in Predictor.model_fields if field != "compute_kwargs"}
-    return VllmAPI(**shared, api_url=url, api_key=SecretStr(key), model=name)
+    api = VllmAPI(**shared, api_url=url, api_key=SecretStr(key), model=name)
+    api._block_document_id = model._block_document_id  # where the values of a validation go
+    return api
 
 
 def server_arguments(engine_args: Mapping[str, Any]) -> dict[str, Any]:

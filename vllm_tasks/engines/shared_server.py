@@ -121,6 +121,12 @@ class SharedServer:
     def _start_keeper(self, lock: int) -> None:
         """Start a keeper that inherits `lock`, so that it is never free while the keeper lives."""
         devices = self._devices()
+        try:
+            self._run_keeper(devices, lock)
+        finally:
+            devices.release()  # the keeper and its server hold them now, if they were started
+
+    def _run_keeper(self, devices: Devices, lock: int) -> None:
         order = {**self._order, "env": dict(devices.env), "locks": devices.locks}
         logger.info("starting a vLLM server for %r; its log: %s", self.model, self._log)
         (self.folder / "server.json").unlink(missing_ok=True)
@@ -137,7 +143,6 @@ class SharedServer:
                 start_new_session=True,
                 check=False,  # whether it lives is seen from the lock
             )
-        devices.release()  # the keeper and its server hold them now
 
     def _devices(self) -> Devices:
         wanted = site_settings().gpus
