@@ -13,9 +13,10 @@ from packaging.requirements import Requirement
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tests.conftest import IN_PREFECT
-from vllm_tasks import InvalidCall
+from vllm_tasks import InvalidCall, ServerUnavailable
 from vllm_tasks.hints import HINTS
 from vllm_tasks.pools import POOL_TYPES, Pool, PoolType, make, template
 from vllm_tasks.pools.__main__ import main
@@ -177,6 +178,15 @@ def test_what_cannot_be_is_refused(name: str, client: SyncPrefectClient) -> None
         command(name, "--image", "site/vllm:1")
     with pytest.raises(ObjectNotFound):
         client.read_work_pool(name)
+
+
+def test_a_server_that_is_not_there_is_named(name: str) -> None:
+    """With what to do about it, instead of a traceback of Prefect's client."""
+    with (
+        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}),
+        pytest.raises(ServerUnavailable, match=r"no Prefect server answers at http://127.0.0.1:9/api"),
+    ):
+        command(name)
 
 
 def test_the_image_fits_the_package() -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 
+import httpx
+from prefect.settings import PREFECT_API_URL
+
 from vllm_tasks.engines.gpus import visible_devices
-from vllm_tasks.errors import InvalidCall
+from vllm_tasks.errors import InvalidCall, ServerUnavailable, VllmTasksError
 from vllm_tasks.pools import POOL_TYPES, Pool, make
 
 
@@ -20,8 +23,14 @@ def main(arguments: list[str] | None = None) -> None:
         Pool(asked.pool, "process"),
         Pool(asked.gpu_pool, asked.gpu_type, gpus, asked.image),
     )
-    for line in make(*pools, change_slots=asked.gpus is not None):
-        print(line)
+    try:
+        lines = make(*pools, change_slots=asked.gpus is not None)
+    except httpx.TransportError as error:
+        raise ServerUnavailable(
+            f"no Prefect server answers at {PREFECT_API_URL.value()} ({error}); start it, or correct "
+            "PREFECT_API_URL"
+        ) from error
+    print(*lines, sep="\n")
     if asked.gpu_type != "process" and not asked.image:
         print(
             "note: no --image; it stays as it was, and where there is none, each model needs the hint `image`"
@@ -48,5 +57,5 @@ def parse(arguments: list[str] | None) -> Namespace:
 if __name__ == "__main__":
     try:
         main()
-    except InvalidCall as error:
+    except VllmTasksError as error:
         sys.exit(str(error))
