@@ -35,6 +35,8 @@ PARENT_CHECKED_EVERY = 0.5
 """Seconds between two looks at whether the parent still lives."""
 SHUTDOWN_GRACE = 10.0
 """Seconds that an orderly shutdown may take before the whole session is killed."""
+ENGINE_GRACE = 8.0
+"""Seconds of these for vLLM's own processes: one that is killed leaves a file in the temporary folder."""
 SOCKETS = "VLLM_RPC_BASE_PATH"
 """vLLM's name of the folder where its processes meet. It leaves its sockets there, one or two a start."""
 OWN = "vllm-"
@@ -296,7 +298,7 @@ async def serve(channel: socket.socket) -> None:
     died = asyncio.create_task(dead.wait())
     await asyncio.wait({frames, died}, return_when=asyncio.FIRST_COMPLETED)
     writer.close()
-    engine.shutdown(timeout=1)
+    engine.shutdown(timeout=ENGINE_GRACE)
 
 
 async def take_frames(reader: asyncio.StreamReader, host: Host) -> None:

@@ -104,7 +104,7 @@ class HttpEngine:
 
     async def _answer(self, request: Request) -> Result:
         """Try until the row has its answer or its error; raises what is the call's fault."""
-        tries = Tries(self.config.retries, len(self.config.urls), self.config.patience)
+        tries = Tries(self.config.retries, self._servers)
         while True:
             server = await self._servers.pick()
             server.in_flight += 1
@@ -116,7 +116,6 @@ class HttpEngine:
                 self._servers.lose(server)
                 next_one = tries.lose(error)
             except Full as full:
-                self._servers.check_patience(full.message)
                 next_one = tries.refuse(full)
             except Attempt as failed:
                 next_one = tries.fail(failed)
@@ -145,7 +144,7 @@ class HttpEngine:
             raise
         seconds = time.monotonic() - sent
         if response.status not in FULL:
-            self._servers.full_since = None
+            self._servers.answer(server)
         if response.status != 200:
             if response.status == 404:
                 self._servers.forget_model(server)

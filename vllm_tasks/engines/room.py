@@ -33,6 +33,7 @@ class Room:
         self._places = Window(most)
         self._step = 1  # places that the last growth added; 0 while held back
         self._in_vain = 0
+        self._answered = True  # since it is held back
         self._every = GROW_EVERY
         self._halved = 0.0
         self._growth: asyncio.TimerHandle | None = None
@@ -55,11 +56,15 @@ class Room:
         """A row that is in here has been refused, perhaps with the seconds until the server wants another."""
         self._places.limit = min(self._places.limit, self._places.in_flight - 1)
         if self._step:  # else this refusal is one of many at once
-            self._step = 0
+            self._step, self._answered = 0, False
             self._in_vain += 1
             self._hold(pause(self._in_vain))
         if retry_after is not None:
             self._hold(retry_after)
+
+    def answer(self) -> None:
+        """A row that is in here has been answered, or refused for its own sake."""
+        self._answered = True
 
     def time_out(self, sent: float, timeout: float) -> None:
         """A row that was sent at `sent` (by `time.monotonic`) has got no answer in `timeout` seconds."""
@@ -84,6 +89,9 @@ class Room:
         self._growth = loop.call_at(due, self._grow)
 
     def _grow(self) -> None:
+        if not (self._step or self._answered or self.is_empty):  # nothing has changed there
+            self._hold(self._every)
+            return
         if self._step:  # and none of the rows before was refused
             self._in_vain = 0
         self._step = 2 * self._step or 1

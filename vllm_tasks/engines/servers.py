@@ -107,8 +107,9 @@ class Servers:
         self.model = model
         self.key = key
         self.patience = patience
-        self.full_since: float | None = None
-        """When the first row was refused for load, if since then no row has been answered or worked on."""
+        self.places = max_in_flight * len(urls)
+        self.answers = 0
+        self._full_since: float | None = None
         self.tls = ssl.create_default_context()  # for rows and control calls alike; obeys SSL_CERT_FILE
         self._search: asyncio.Task[None] | None = None
         self._waiting = 0
@@ -138,13 +139,18 @@ class Servers:
                 await self._check_health(server.url)
                 server.well_until = time.monotonic() + PROBE_EVERY
 
-    def check_patience(self, said: str) -> None:
-        """Raise `ServerUnavailable` when all rows were refused for the patience, the last one with `said`."""
+    def answer(self, server: Server) -> None:
+        """A server has dealt with a row, and so has room again."""
+        self.answers += 1
+        self._full_since = None
+        server.room.answer()
+
+    def is_patience_over(self) -> bool:
+        """Whether for the patience no row has been answered or worked on, but all were refused for load."""
         now = time.monotonic()
-        if self.full_since is None or not all(server.room.is_empty for server in self.all):
-            self.full_since = now
-        if now - self.full_since > self.patience:
-            raise self._unavailable(said)
+        if self._full_since is None or not all(server.room.is_empty for server in self.all):
+            self._full_since = now
+        return now - self._full_since > self.patience
 
     def forget_model(self, server: Server) -> None:
         """Ask the server anew for its model: it does not know the one that it told us."""
@@ -235,10 +241,11 @@ class Servers:
                     return
             left = started + self.patience - time.monotonic()
             if left <= 0:
-                raise self._unavailable(ailment)
+                raise self.unavailable(ailment)
             await asyncio.sleep(min(PROBE_EVERY, left))
 
-    def _unavailable(self, last: str | None) -> ServerUnavailable:
+    def unavailable(self, last: str | None) -> ServerUnavailable:
+        """What ends a call after the patience; `last` is what was heard last."""
         urls = ", ".join(s.url for s in self.all)
         return ServerUnavailable(
             f"no server answered at {urls} for {self.patience:g} s (last: {last}); start it, "

@@ -7,13 +7,19 @@ import math
 import random
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vllm_tasks.rows import RowError, RowErrorKind
+
+if TYPE_CHECKING:
+    from vllm_tasks.engines.servers import Servers
 
 BACKOFF_BASE, BACKOFF_LIMIT = 0.5, 30.0
 """Seconds: an attempt waits a random time up to min(limit, base * 2**attempt), so-called full jitter."""
 RETRY_AFTER_LIMIT = 300.0
 """Seconds: a longer Retry-After is obeyed only so far."""
+TURNS = 20
+"""A row that is refused while the window was answered so many times over is refused for its own sake."""
 
 
 class Attempt(Exception):
@@ -35,13 +41,12 @@ class Tries:
     """One row's attempts so far. Each method says how many seconds to wait, or with which error it ends."""
 
     retries: int
-    servers: int
-    patience: float
+    servers: Servers
     failures: int = 0
     timeouts: int = 0
     lost: int = 0
     refusals: int = 0
-    refused_since: float = 0.0
+    answers_before: int = 0
 
     def fail(self, failed: Attempt) -> float | RowError:
         """The row's own failure: so many `retries`, but one after a timeout."""
@@ -59,19 +64,27 @@ class Tries:
         When more are lost than there are, healthy ones refuse, and that counts.
         """
         self.lost += 1
-        in_vain = self.lost - self.servers
+        in_vain = self.lost - len(self.servers.all)
         if in_vain > self.retries:
             return RowError("connection", f"{error} (after {self.lost} attempts)", retryable=True)
         return backoff(in_vain) if in_vain > 0 else 0.0
 
     def refuse(self, full: Full) -> float | RowError:
-        """The server is full. The row waits for the patience at least, whatever the `retries`."""
+        """The server is full, which is not the row's failure, whatever the `retries`.
+
+        Unless others have had their turn again and again meanwhile, or had it until this row was left alone
+        with a server that takes nothing for the patience. Of a server that takes no row at all for so long
+        `ServerUnavailable` is raised.
+        """
+        if not self.refusals:
+            self.answers_before = self.servers.answers
         self.refusals += 1
-        self.refused_since = self.refused_since or time.monotonic()
-        waited = time.monotonic() - self.refused_since
-        if self.refusals > self.retries and waited > self.patience:
-            tries = f" (after {self.refusals} attempts in {waited:.0f} s)"
-            return RowError(full.kind, full.message + tries, retryable=True)
+        turns = (self.servers.answers - self.answers_before) / self.servers.places
+        impatient = self.servers.is_patience_over()
+        if self.refusals > self.retries and (turns >= TURNS or (turns and impatient)):
+            return RowError(full.kind, f"{full.message} (after {self.refusals} attempts)", retryable=True)
+        if impatient:
+            raise self.servers.unavailable(full.message)
         return backoff(self.refusals) if full.delay is None else full.delay
 
 
