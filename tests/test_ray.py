@@ -22,10 +22,11 @@ from prefect import flow
 from tests.conftest import IN_PREFECT, TINY_ARGS
 from tests.places import Place
 from tests.scripted_server import ScriptedServer, answer_to
-from vllm_tasks import EngineFailed, InvalidCall, ServerUnavailable, VllmAPI, VllmModel, predict_batches
+from vllm_tasks import EngineFailed, InvalidCall, ServerUnavailable, VllmAPI, VllmModel, loop, predict_batches
 from vllm_tasks.batching import answer
 from vllm_tasks.engines import actor, process
 from vllm_tasks.engines.local import LocalConfig, LocalEngine
+from vllm_tasks.engines.ray import RayHost
 from vllm_tasks.engines.replicas import REMEMBERED, Replica, Replicas, beginnings_of
 from vllm_tasks.plan import identity_of
 from vllm_tasks.rows import Completion, Request
@@ -173,6 +174,23 @@ def test_rows_of_a_host_that_died_in_its_actor_are_asked_once_more(make: Make, t
     asked = (tmp_path / "log").read_text().splitlines()
     assert asked.count("die") == 2
     assert asked.count("start") == 2
+
+
+def test_an_end_that_is_cut_short_gives_the_place_back_too(make: Make, tmp_path: Path) -> None:
+    """An interrupt has no time for an orderly end; an actor left behind would keep its GPUs."""
+
+    async def cut_short() -> None:
+        arguments = {"model": "m", "log": str(tmp_path / "log")}
+        host, _ = await RayHost.launch(ON_CPU, arguments, 60)
+        assert len(actors()) == 2
+        end = asyncio.create_task(host.end())
+        await asyncio.wait({end}, timeout=0)
+        end.cancel()
+        await asyncio.wait({end})
+
+    with make():
+        loop.run(cut_short())
+        assert eventually(lambda: len(actors()) == 1)
 
 
 def test_failed_start_tells_the_reason_of_the_engine(make: Make) -> None:

@@ -178,14 +178,15 @@ class RayHost:
             self._sender.cancel()
         if not self._is_member():  # Ray has ended the actor when this process left
             return
-        if self._is_placed:
-            try:
+        try:
+            if self._is_placed:
                 await asyncio.wait_for(self._actor.end.remote(), grace)
-            except (ray.exceptions.RayError, TimeoutError) as error:
-                logger.debug("the actor of %r did not end in order: %s", self.model, error)
-        ray.kill(self._actor)
-        if self._group is not None:
-            ray.util.remove_placement_group(self._group)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            logger.debug("the actor of %r did not end in order: %s", self.model, error)
+        finally:  # also when nobody has time to wait for its order
+            ray.kill(self._actor)
+            if self._group is not None:
+                ray.util.remove_placement_group(self._group)
 
     async def _taken(self) -> list[Frame]:
         """All that has come, at least one frame; none when this process has left the cluster."""
