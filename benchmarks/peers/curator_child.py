@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import litellm.litellm_core_utils  # type: ignore[import-not-found]
@@ -62,10 +63,15 @@ def run(order: dict[str, Any], url: str, model: str, concurrency: int, folder: s
     return {
         "seconds": time.perf_counter() - started,
         "answered": answered,
-        "errors": len(rows) - answered,
+        "errors": failures(response.failed_requests_path),
         "tokens": answered * order["max_tokens"],
         "stored": len(response.dataset),
     }
+
+
+def failures(file: Path | None) -> int:
+    """Rows of the file that it has beside its dataset."""
+    return len(file.read_text().splitlines()) if file is not None and file.exists() else 0
 
 
 if __name__ == "__main__":

@@ -59,16 +59,17 @@ class Field:
         for name in self.here(names):
             self.take(SHORT, name, rows)
 
-    def measure(self, workload: str, names: Sequence[str]) -> None:
-        """All rounds of a workload."""
+    def measure(self, workload: str, names: Sequence[str], once: Sequence[str] = ()) -> None:
+        """All rounds of a workload, of which those that start an engine each time do one, if in `once`."""
         if not self.plan.has_workload(workload):
             return
         for round_ in range(1, self.plan.rounds + 1):
             rows = self.plan.rows(workload, round_)
-            for name in in_turn(self.here(names), round_):
+            taking_part = [name for name in self.here(names) if round_ == 1 or name not in once]
+            for name in in_turn(taking_part, round_):
                 if found := self.take(workload, name, rows):
                     self.runs.setdefault((workload, name), []).append(found)
-        self.drop_incomplete(workload)
+        self.drop_incomplete(workload, once)
 
     def here(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if name in self.sides]
@@ -101,10 +102,10 @@ class Field:
             del self.sides[name]
         return gone
 
-    def drop_incomplete(self, workload: str) -> None:
+    def drop_incomplete(self, workload: str, once: Sequence[str]) -> None:
         """A side with fewer runs than rounds has no ratio of each round."""
         for key in [key for key in self.runs if key[0] == workload]:
-            if len(self.runs[key]) < self.plan.rounds:
+            if len(self.runs[key]) < (1 if key[1] in once else self.plan.rounds):
                 del self.runs[key]
 
 

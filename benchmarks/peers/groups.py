@@ -25,7 +25,7 @@ FOREIGN = tuple(foreign.NAMES.values())
 OLDER = (clients.THREADS, clients.CHUNKS)
 QUICK = (clients.BENCH, clients.OURS)
 ALL_CLIENTS = (*QUICK, *FOREIGN, harnessed.NAME, rays.HTTP, *OLDER)
-SLOW = 0.25
+SLOW = 0.125
 """The older ways get this part of the rows; their rates are compared."""
 TOKENS = re.compile(r"^vllm:generation_tokens_total\{.*\} (\S+)$", re.MULTILINE)
 
@@ -49,10 +49,10 @@ def engines(plan: Plan, arguments: dict[str, Any]) -> Iterator[Field]:
 def measure_engines(field: Field) -> list[Ending]:
     """All workloads, then the bad row, after which not every side is of use."""
     field.warm_up(RESIDENT)
-    field.measure(SHORT, ALL_ENGINES)
-    field.measure(MIXED, ANY_LENGTH)
+    field.measure(SHORT, ALL_ENGINES, once=[run_batch.NAME])
+    field.measure(MIXED, ANY_LENGTH, once=[rays.ENGINE])
     for workload in (PREFIXES, DUPLICATES):
-        field.measure(workload, (*RESIDENT, rays.ENGINE))
+        field.measure(workload, (*RESIDENT, rays.ENGINE), once=[rays.ENGINE])
     return bad_rows.observe(field, (*reversed(RESIDENT), rays.ENGINE, rays.TOLERANT, run_batch.NAME))
 
 

@@ -102,13 +102,13 @@ def marked(name: str, steady: Summary, whole: Summary, is_ours: bool) -> str:
 
 
 def steadies(runs: Sequence[Measured], ours: Sequence[Measured]) -> Summary:
-    """Our tokens a second by its, round by round."""
-    return summarize([rate(us) / rate(it) for us, it in zip(ours, runs, strict=True)])
+    """Our tokens a second by its, round by round; a side may have done the first round only."""
+    return summarize([rate(us) / rate(it) for us, it in zip(ours, runs, strict=False)])
 
 
 def totals(side: Side, runs: Sequence[Measured], us: Side, ours: Sequence[Measured]) -> Summary:
     """Its seconds with the start-up by ours, round by round."""
-    return summarize([total(side, it) / total(us, we) for it, we in zip(runs, ours, strict=True)])
+    return summarize([total(side, it) / total(us, we) for it, we in zip(runs, ours, strict=False)])
 
 
 def rate(run: Measured) -> float:

@@ -15,6 +15,7 @@ from benchmarks.pairs import SETTLE
 from benchmarks.peers.usage import Meter, Usage
 from benchmarks.workload import Row
 
+NAMED = re.compile(r"[A-Za-z_.]+(Error|Exception|Failed)\b")
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 Answer = Callable[[Sequence[Row]], "Outcome"]
@@ -92,6 +93,7 @@ def dead(started: float, error: BaseException) -> Outcome:
 
 
 def reason(error: BaseException) -> str:
-    """The kind of an error and its last line, which is what a traceback in it says at its end."""
+    """The kind of an error and the end of the last traceback in it, else its last line."""
     lines = [line.strip() for line in COLOURS.sub("", str(error)).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+    named = [line for line in lines if NAMED.match(line)]
+    return f"{type(error).__name__}: {(named or lines or [''])[-1]}"
