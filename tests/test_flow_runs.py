@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
+import httpx
 import pytest
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -22,7 +23,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH, tempor
 from tests.conftest import IN_PREFECT
 from tests.pool_workers import pool
 from vllm_tasks import Artifact, Datalayer, InvalidCall, VllmAPI, VllmModel
-from vllm_tasks.routing import parcel, runs, storage
+from vllm_tasks.routing import parcel, patience, runs, storage
 from vllm_tasks.routing.lifeline import KIND, Lifeline, told_by
 from vllm_tasks.routing.part import Part
 from vllm_tasks.routing.place import MADE_FOR, Place, place_of
@@ -37,6 +38,8 @@ pytestmark = [
     ),
 ]
 POOL = "without-workers"
+LONGER = 2.5
+"""Seconds: more than Prefect's client takes to give up a server that it has not met yet."""
 
 
 @pytest.fixture(scope="module")
@@ -117,22 +120,22 @@ def test_more_runs_are_seen_than_prefect_tells_of_at_once(client: SyncPrefectCli
     assert {str(part.state and part.state.message) for part in parts[:-1]} == {"It was deleted."}
 
 
-def test_a_server_that_is_away_is_waited_for(client: SyncPrefectClient, place: Place) -> None:
-    """A run is made, lives and tells its outcome, though nobody answers for Prefect at first."""
+def test_a_server_that_is_away_is_waited_for(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run is made and tells its outcome, though at first nobody answers for Prefect, or it is too busy."""
+    monkeypatch.setattr(patience, "TRY_EVERY", 0.1)
+    answers = [httpx.Response(code, request=httpx.Request("GET", "http://prefect")) for code in (500, 200)]
+    patience.patiently(lambda: answers.pop(0).raise_for_status())
+    with pytest.raises(httpx.HTTPStatusError):
+        patience.patiently(lambda: httpx.Response(404, request=httpx.Request("GET", "/")).raise_for_status())
     part = Part("waited for", {"call": "{}"})
     looking = Runs(place, [part], repeatable=True, shown=lambda _: None)
     with Absent() as server:
-        server.comes(1)
+        server.comes(LONGER)
         looking._start(part)
     assert part.run is not None
-    with Absent() as server:
-        server.comes(1)
-        lifeline = Lifeline(part.run, 3600)
-        lifeline.__enter__()
-    with Absent() as server:
-        server.comes(1)
+    with Lifeline(part.run, 3600) as lifeline, Absent() as server:
+        server.comes(LONGER)
         lifeline.settle("done")
-    lifeline.__exit__()
     looking._look()
     assert part.outcome == "done"
 
@@ -155,8 +158,8 @@ def test_a_run_that_was_asked_for_twice_is_one(place: Place, monkeypatch: pytest
 def test_a_lifeline_that_was_made_twice_is_one(client: SyncPrefectClient, place: Place) -> None:
     """The one that beats tells, whichever Prefect lists first."""
     run = client.create_flow_run(step, parameters={"call": "{}"}).id
-    for data in {"beat": 0}, {"beat": 7}, {"beat": 0}:
-        client.create_artifact(ArtifactCreate(type=KIND, data=data, flow_run_id=run))
+    for beat in (*[0] * 4, 7, *[0] * 4):
+        client.create_artifact(ArtifactCreate(type=KIND, data={"beat": beat}, flow_run_id=run))
     assert told_by(client, [run]) == {run: {"beat": 7}}
 
 

@@ -22,6 +22,7 @@ import pytest
 from prefect import flow
 
 from tests.conftest import TINY_ARGS
+from tests.eventually import eventually
 from tests.places import Place
 from tests.poison import ROWS, check_poisoned
 from vllm_tasks import Completion, EngineFailed, InvalidCall, RowError, RowErrors, VllmModel, predict_batches
@@ -40,15 +41,6 @@ def processes(root: int | None = None) -> list[psutil.Process]:
 
 def alive(found: list[psutil.Process]) -> list[psutil.Process]:
     return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-
-
-def eventually(condition: Callable[[], Any], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
 
 
 def engine_core(found: list[psutil.Process]) -> psutil.Process:

@@ -10,7 +10,6 @@ import json
 import secrets
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import pytest
 from prefect import flow
 
 from tests.conftest import IN_PREFECT, TINY_ARGS
+from tests.eventually import eventually
 from tests.places import Place
 from tests.scripted_server import ScriptedServer, answer_to
 from vllm_tasks import EngineFailed, InvalidCall, ServerUnavailable, VllmAPI, VllmModel, loop, predict_batches
@@ -113,15 +113,6 @@ def actors() -> list[psutil.Process]:
 
 def hosts() -> list[psutil.Process]:
     return of_ray("_host.py") + of_ray("engines/host.py")
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def assert_nothing_left() -> None:

@@ -24,6 +24,7 @@ import requests
 from prefect import flow
 
 from tests.conftest import IN_PREFECT, TINY_ARGS
+from tests.eventually import eventually
 from vllm_tasks import EngineFailed, InvalidCall, VllmModel, loop, predict_batches, serve
 from vllm_tasks.engines import shared_server
 from vllm_tasks.engines.gpus import free_devices
@@ -70,15 +71,6 @@ def is_alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def eventually(condition: Callable[[], Any], seconds: float = 30) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 # ---------------------------------------------------------------------- the model's part

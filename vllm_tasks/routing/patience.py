@@ -19,7 +19,7 @@ TRY_EVERY = 2.0
 
 
 def patiently(work: Callable[[], T]) -> T:
-    """`work()`, again while nobody answers for Prefect; its client waits only for a server that it has met.
+    """`work()`, again while nobody answers for Prefect; its client itself waits for a server that it has met.
 
     `work` may have been done when its answer is lost: doing it again must do no harm.
     """
@@ -27,8 +27,9 @@ def patiently(work: Callable[[], T]) -> T:
     while True:
         try:
             return work()
-        except httpx.TransportError as error:
-            if time.monotonic() > until:
+        except httpx.HTTPError as error:
+            refused = isinstance(error, httpx.HTTPStatusError) and not error.response.is_server_error
+            if refused or time.monotonic() > until:
                 raise
             logger.warning("Prefect's server does not answer, and is waited for: %s", error or repr(error))
             time.sleep(TRY_EVERY)

@@ -17,6 +17,7 @@ from prefect.exceptions import ObjectNotFound
 from vllm_tasks.errors import InvalidCall, near
 from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.resources import Resources, check_declared
+from vllm_tasks.routing.patience import patiently
 from vllm_tasks.settings import site_settings
 
 STEP = "vllm-step"
@@ -47,7 +48,7 @@ def place_of(model: VllmAPI | VllmModel) -> Place | None:
     name = resources.deployment or (pool and f"{STEP}/{pool}")
     if not name or pool in (own := _own_pools()):
         return None
-    deployment, work_pool = _found(name, pool)
+    deployment, work_pool = patiently(lambda: _found(name, pool))
     if work_pool.name in own:
         return None
     variables = resources.job_variables(work_pool.type)
@@ -63,7 +64,7 @@ def _own_pools() -> set[str | None]:
     context = FlowRunContext.get()
     called_in = context.flow_run.work_pool_name if context and context.flow_run else None
     made_for = os.environ.get(MADE_FOR)
-    return {called_in, _pool_of(made_for) if made_for else None}
+    return {called_in, patiently(lambda: _pool_of(made_for)) if made_for else None}
 
 
 @cache
