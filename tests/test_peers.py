@@ -27,7 +27,7 @@ def test_a_short_run_writes_its_part_of_the_page(tiny_model: Path, tmp_path: Pat
     found = page.read_text()
     assert "not run" not in found  # a side that made another number of tokens is not run
     assert f"32 rows, {32 * plan.TOKENS} output tokens a round" in found
-    lines = re.findall(r"^\| (?:\*\*)?(.+?)(?:\*\*)? \| [\d.]+ \| [\d.]+ \|", found, re.MULTILINE)
+    lines = re.findall(r"^\| (?:\*\*)?(.+?)(?:\*\*)? \| [\d.]+ \| [\d.]+ \| \d+ \|", found, re.MULTILINE)
     assert {*lines} == {
         "LLM.generate",
         "older: LLM.generate, chunks of 4",

@@ -10,7 +10,7 @@ from benchmarks.peers.page import OURS, work
 from benchmarks.peers.plan import SHORT
 from vllm_tasks.validation import svg
 
-LEFT, RIGHT = 250.0, 660.0
+LEFT, RIGHT = 300.0, 670.0
 TOP, STEP, THICK = 58.0, 26.0, 12.0
 
 Bar = tuple[str, float, float]
