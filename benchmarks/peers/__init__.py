@@ -1,6 +1,7 @@
 """Beside what people would use instead: `python -m benchmarks.peers`, the part "Peers" of RESULTS.md.
 
-One side a file; each answers rows over a pipe from a process of its own (`side`), its engine resident
-where it can be. `group_a` has those with an engine of their own, `group_b` the clients of one server;
-`troubles` what happens to a bad row and to a killed process. Rounds are interleaved within a group.
+A side does rows in a process of its own (`side`), its engine or client resident where it can be: `ceilings`,
+`own_engine`, `rays`, `run_batch`, `clients`, `harnessed`, and `foreign` with its scripts for environments of
+their own. `groups` says which start together and what they do, `field` runs them in turn, `plan` has the
+rows, `usage` the CPU; `bad_rows` and `crashes` look at what goes wrong; `page` and `chart` show it.
 """
