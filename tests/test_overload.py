@@ -125,12 +125,12 @@ def test_a_row_that_is_always_refused_ends_as_an_error(server: ScriptedServer, a
 
     async def script(asked: Asked) -> Deed:
         await asyncio.sleep(0.02)
-        return refused(429, "too large for your quota") if asked.prompt == "7" else None
+        return refused(429, "too large for your quota") if asked.prompt == "100" else None
 
     server.script = script
     results = api(server.url, max_in_flight=4).predict_batches(XS, on_error="return")
     (error,) = [result for result in results if isinstance(result, RowError)]
-    assert (error.index, error.kind, error.retryable) == (7, "server", True)
+    assert (error.index, error.kind, error.retryable) == (100, "server", True)
     assert "too large for your quota" in error.message
 
 
