@@ -237,6 +237,17 @@ def test_rows_on_their_way_can_be_removed() -> None:
         storage.stored(path)
 
 
+def test_only_files_of_rows_are_read_and_removed(tmp_path: Path) -> None:
+    """What another flow run says may lead anywhere."""
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    for path in str(other), f"vllm-tasks/../{other.name}", f"vllm-tasks/../../{uuid4()}.json":
+        storage.discard(path)
+        with pytest.raises(InvalidCall, match="is no file of rows"):
+            storage.stored(path)
+    assert other.exists()
+
+
 @pytest.mark.parametrize("url", ["data", "sqlite:///data/tables.db"])
 def test_a_saved_folder_that_a_worker_would_not_find_is_refused(url: str, prefect_server: None) -> None:
     """A relative path is another folder on the worker; outside of a block it travels as the full one."""

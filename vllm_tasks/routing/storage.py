@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from inspect import isawaitable
 from typing import Any
 from uuid import uuid4
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "vllm-tasks"
 """Of the result storage."""
+OURS = re.compile(FOLDER + r"/[0-9a-f-]{36}\.json")
+"""A path that `store` gives; one that was told by another flow run may be anything."""
 
 
 def store(content: Any) -> str:
@@ -36,6 +39,7 @@ def store(content: Any) -> str:
 
 def stored(path: str) -> Any:
     """What `store` has kept; raises `InvalidCall` where this side cannot see it."""
+    _check(path)
     try:
         return json.loads(loop.run(_read(path)))
     except (OSError, ValueError) as error:
@@ -49,6 +53,7 @@ def stored(path: str) -> Any:
 def discard(path: str) -> None:
     """Remove what `store` has kept; emptied, where the storage can only write. To fail is worth a warning."""
     try:
+        _check(path)
         storage = loop.run(_storage())
         if isinstance(storage, LocalFileSystem):
             os.remove(os.path.expanduser(os.path.join(storage.basepath or "", path)))
@@ -56,6 +61,11 @@ def discard(path: str) -> None:
             loop.run(_write(path, b""))
     except Exception as error:  # noqa: BLE001 - whatever a storage raises: the step itself is done
         logger.warning("%r stays in the result storage: %s", path, error)
+
+
+def _check(path: str) -> None:
+    if not OURS.fullmatch(path):
+        raise InvalidCall(f"{path!r:.200} is no file of rows; those are in {FOLDER}/ of the result storage")
 
 
 async def _write(path: str, data: bytes) -> None:
