@@ -23,6 +23,7 @@ from benchmarks import (
     p11_shards,
     rivals,
     same,
+    window,
 )
 from benchmarks.options import parse
 
@@ -42,6 +43,7 @@ MEASURES = {
     "P11": p11.measure,
     "P11-SHARDS": p11_shards.measure,
     "RIVALS": rivals.measure,
+    "WINDOW": window.measure,
     "OVERLOAD": overload.measure,
     "LONG-RUN": long_run.measure,
 }
