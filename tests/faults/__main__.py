@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -26,6 +27,7 @@ NAMES = ("flow", "postgresql", "engine", "server", "ray", "network", "storms", "
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it has started ends with it
     options = arguments()
     print(f"seed {options.seed}", flush=True)
     found: list[Figures] = []
