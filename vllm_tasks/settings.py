@@ -28,11 +28,16 @@ class Settings(BaseSettings):
         description="Rows in flight per server over HTTP, over all calls with the same settings.",
     )
     timeout: float = Field(default=600.0, gt=0, description="Seconds for one HTTP attempt of one row.")
-    retries: int = Field(default=5, ge=0, description="HTTP attempts of one row after its first.")
+    retries: int = Field(
+        default=5,
+        ge=0,
+        description="HTTP attempts of one row after its first; refusals of a full server do not count.",
+    )
     patience: float = Field(
         default=120.0,
         ge=0,
-        description="Seconds to wait for a server that nobody reaches before the call fails.",
+        description="Seconds to wait for a server that nobody reaches, or that refuses all rows as too many, "
+        "before the call fails.",
     )
     max_response_bytes: int = Field(
         default=64 * 2**20, ge=1024, description="Largest HTTP response read for one row, in bytes."
