@@ -372,6 +372,18 @@ def test_an_engine_that_is_given_up_holds_nothing(scripted: Callable[..., VllmMo
         time.sleep(0.1)
 
 
+def test_an_engine_whose_process_cannot_be_made_again_ends_its_calls(
+    scripted: Callable[..., VllmModel], limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk or a Python that is gone is no reason of vLLM's, and the rows must not wait for ever."""
+    with scripted("one") as model:
+        monkeypatch.setattr(sys, "executable", "/no/python")
+        with pytest.raises(EngineFailed, match=r"FileNotFoundError: .*/no/python") as caught:
+            model.predict("die")
+    assert caught.value.temporary
+    assert taken(limit) == 0
+
+
 def test_warm_engines_make_room(scripted: Callable[..., VllmModel], limit: str) -> None:
     """One that nobody holds is closed when another of this process needs its GPU; a held one is not."""
     warm, next_one = scripted("warm", tensor_parallel_size=2), scripted("next", tensor_parallel_size=2)

@@ -146,6 +146,11 @@ class LocalEngine:
     async def _live_and_release(self, host: Host) -> None:
         try:
             await self._live(host)
+        except Exception as error:  # noqa: BLE001 - a full disk, no descriptor left: nobody must wait for ever
+            words = f"vLLM for {host.model!r} could not be started again: {type(error).__name__}: {error}"
+            failed = EngineFailed(words, temporary=True)
+            failed.__cause__ = error
+            self._fail(failed)
         finally:
             await self._claim.release()
 
