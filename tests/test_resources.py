@@ -206,7 +206,7 @@ def test_a_hint_that_a_pool_cannot_honour_is_refused(kind: str) -> None:
         "env": {"A": "1"},
         "node_selector": {"zone": "a"},
         "tolerations": [{"key": "gpu"}],
-        **dict.fromkeys(ROUTES, "there"),
+        **dict.fromkeys(ROUTES, "a/there"),
     }
     assert every.keys() == HINTS.keys()
     for hint, value in every.items():
