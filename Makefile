@@ -30,7 +30,7 @@ empty :=
 space := $(empty) $(empty)
 # The base package beside a remote vLLM: no vLLM here, and the newest Prefect. Only what meets Prefect is
 # tested a second time; of validations what depends on Prefect's ways: blocks, events, transactions, forms.
-WITH_PREFECT := blocks gpus models package pools resources tables_prefect tasks
+WITH_PREFECT := blocks flow_runs gpus models package pools resources tables_prefect tasks
 VALIDATION := values_go_into_the_saved_block a_model_that_fails_is_recorded a_model_that_passes_is_told \
 	called_rolled_back deployable_flows_have_good_forms models_are_compared
 test-newest: .venv-newest/.ready
@@ -87,4 +87,4 @@ constraints:
 	$(COMPILE) - <<< 'lm_eval[api]' > constraints/lm_eval.txt
 
 clean:
-	rm -rf .venv .venv-newest .venv-lm-eval out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest .venv-lm-eval .venv-peers-* out .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -17,8 +17,8 @@ os.environ["PREFECT_HOME"] = PREFECT_HOME.name
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ["PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL"] = "0.1"  # 5 s for people
-# On CPUs vLLM puts the model into a third process. Without it an engine starts in 17 s instead of 25 (here); one
-# thread, because in this mode vLLM does not bind its threads to cores, and many then wait for each other.
+# On CPUs vLLM puts the model into a third process. Without it an engine starts in 17 s instead of 25 (here);
+# one thread, because in this mode vLLM does not bind its threads to cores, and many then wait for each other.
 VLLM_TOPOLOGY = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
 os.environ.update(VLLM_TOPOLOGY)
 

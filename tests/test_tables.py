@@ -622,6 +622,7 @@ def test_poison_at_every_stage_fails_its_rows_alone(place: Place, server: Script
         ({"primary_id": None}, "primary_id=None"),
         ({"db": {}}, "db="),
         ({"temprature": 1}, "temperature"),
+        ({"shards": 2}, "task"),
         ({"context": "unused"}, "context"),
     ],
 )

@@ -93,6 +93,11 @@ def predict_in_db(
     pace = pace_of(max_chunk_size)
     _at_least_one("limit", limit)
     budget = Budget(check_max_failed(max_failed))
+    if "shards" in sampling:
+        raise InvalidCall("shards is of the task vllm_tasks.predict_in_db; here shard=(i, n) asks a part")
+    # Checked before `Plan.of`, which may wait for a server.
+    refreshed, part = _refresh(refresh, overwrite, retry_failed), _shard(shard)
+    keys = None if ids is None else _keys(ids, key)
     plan = Plan.of(model, X, context, sampling)
     selection = Selection(
         select=select,
@@ -100,9 +105,9 @@ def predict_in_db(
         columns=plan.columns,
         outputs=options.get("table") or outputs_name(predict_id),
         fingerprint=plan.fingerprint,
-        refresh=_refresh(refresh, overwrite, retry_failed),
-        ids=None if ids is None else _keys(ids, key),
-        shard=_shard(shard),
+        refresh=refreshed,
+        ids=keys,
+        shard=part,
     )
     output = OutputTable(
         name=selection.outputs,
