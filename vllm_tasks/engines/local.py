@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from vllm_tasks.engines import Done
@@ -141,6 +142,9 @@ class LocalEngine:
             await asyncio.wait({self._life})
 
     async def _launch_here(self, arguments: Frame, timeout: float) -> tuple[Host, Frame]:  # noqa: ASYNC109
+        if (folder := Path(arguments["model"])).is_absolute() and not folder.exists():
+            # After half a minute of imports, vLLM would say that this is no name of Hugging Face.
+            raise EngineFailed(f"there is no model at {folder}: pass the folder of one, or its name")
         return await HostProcess.launch(arguments, timeout, self._claim.devices)
 
     async def _live_and_release(self, host: Host) -> None:
