@@ -204,8 +204,9 @@ def on_ray(ground: Ground, kind: str, kills: int, *, real: bool) -> Figures:
         if not lives(job):  # both were killed as they started
             assert ground.jobs.wait(job) != 0
             job = ground.jobs.start(fields, "text", "rows", work=work, **CALL)
-        chance.choice(actors_of(job)).kill()
-        ledger.death(moment)
+        victim, before = chance.choice(actors_of(job)), {row["id"] for row in ledger.committed()}
+        victim.kill()
+        ledger.death(moment, before)
     if ground.jobs.wait(job) != 0:
         ground.jobs.run(fields, "text", "rows", work=work, **CALL)
     if any(row["_error"] for row in ledger.committed()):

@@ -75,15 +75,17 @@ class Ledger:
         """Something was cut or refused, but who asks lives: what it has, it may not ask again."""
         self.moments.append(moment)
 
-    def death(self, moment: str) -> None:
+    def death(self, moment: str, before: Collection[int] | None = None) -> None:
         """Who asked is dead: what it had asked and not committed may be asked again, all else may not.
 
-        What is committed now must stay as it is to the end.
+        What is committed now must stay as it is to the end. `before`: the keys that were committed before
+        the death, where others live on, who ask and commit until we look.
         """
         self.fault(moment)
         now = {row["id"]: row for row in self.committed()}
         self._keep(now)
-        self.due.update({key: n - self.due[key] for key, n in self.asked().items() if key not in now})
+        done = now.keys() if before is None else before
+        self.due.update({key: n - self.due[key] for key, n in self.asked().items() if key not in done})
 
     def check(self, failed: Collection[int] = ()) -> Figures:
         """Every row exactly once, as undisturbed; nothing asked oftener than the faults account for.
