@@ -30,11 +30,11 @@ from vllm_tasks.engines.local import WINDOW_FACTOR, LocalConfig, LocalEngine
 from vllm_tasks.rows import Request
 
 BARE = "LLM.generate"
-FACTORS = 1.1, 1.5, 2.0, 3.0
+FACTORS = 1.1, 2.0
 """Rows in the window per row that vLLM runs at once."""
-LENGTHS = 2, 16, 64
+LENGTHS = 2, 16
 """Output tokens of all rows of a run."""
-ROWS = 1500
+ROWS = 1000
 SEQS: int = ENGINE["max_num_seqs"]  # type: ignore[assignment]
 CHUNK = VllmModel.model_fields["max_batch_size"].default
 
