@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 FILE = Path(__file__).with_name("RESULTS.md")
-PARTS = ("Peers", "Window", "Overload", "Faults", "Long run")
+PARTS = ("Peers", "Peers when things go wrong", "Window", "Overload", "Faults", "Long run")
 """In the order of the page."""
 HEAD = """\
 # Results

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.peers`: measure, and write the part "Peers" of RESULTS.md and its picture."""
+"""`python -m benchmarks.peers`: measure, and write the parts "Peers" of RESULTS.md and their picture."""
 
 from __future__ import annotations
 
@@ -58,22 +58,32 @@ def tiny(asked: plan.Plan, stack: ExitStack) -> dict[str, Any]:
 
 def measured(asked: plan.Plan, arguments: dict[str, Any]) -> tuple[list[Field], list[str]]:
     """Both groups, and the tables of what went wrong as it was made to."""
-    with groups.engines(asked, arguments) as engines:
-        endings = groups.measure_engines(engines)
-    with groups.clients_of_one_server(asked, arguments) as clients:
-        endings += groups.measure_clients(clients)
-    return [engines, clients], [bad_rows.table(endings), crashes.table(crashes.observe(asked))]
+    fields, endings = [], []
+    if any(map(asked.has_workload, plan.WITH_ENGINES)):
+        with groups.engines(asked, arguments) as engines:
+            endings += groups.measure_engines(engines)
+        with groups.clients_of_one_server(asked, arguments) as clients:
+            endings += groups.measure_clients(clients)
+        fields = [engines, clients]
+    return fields, [bad_rows.table(endings), crashes.table(crashes.observe(asked))]
 
 
 def write(asked: plan.Plan, fields: list[Field], troubles: list[str]) -> None:
-    """The page, and its picture beside it."""
-    method = METHOD.format(rounds=asked.rounds, concurrency=asked.options.concurrency)
-    parts = [method, page.goals(fields), *map(page.tables, fields), *troubles]
-    if picture := chart.draw(fields):
-        file = asked.output.with_suffix(".svg")
-        file.write_text(picture, encoding="utf-8")
-        parts.insert(2, f"![Seconds for the short answers, by side]({file.name})")
-    results.record("Peers", asked.command, "\n\n".join(filter(None, parts)), page.PACKAGES, asked.output)
+    """The parts of the page that were measured, and the picture beside it."""
+    if any(field.runs for field in fields):
+        method = METHOD.format(rounds=asked.rounds, concurrency=asked.options.concurrency)
+        parts = [method, page.goals(fields), *map(page.tables, fields)]
+        if picture := chart.draw(fields):
+            file = asked.output.with_suffix(".svg")
+            file.write_text(picture, encoding="utf-8")
+            parts.insert(2, f"![Seconds for the short answers, by side]({file.name})")
+        record(asked, "Peers", parts)
+    if any(troubles):
+        record(asked, "Peers when things go wrong", troubles)
+
+
+def record(asked: plan.Plan, part: str, texts: list[str]) -> None:
+    results.record(part, asked.command, "\n\n".join(filter(None, texts)), page.PACKAGES, asked.output)
 
 
 if __name__ == "__main__":

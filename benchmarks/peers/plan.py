@@ -17,6 +17,7 @@ from benchmarks.workload import Row, half_repeated, questions, rows
 
 SHORT, MIXED, PREFIXES, DUPLICATES, BAD, CRASH = "short", "mixed", "prefixes", "duplicates", "bad", "crash"
 WORKLOADS = (SHORT, MIXED, PREFIXES, DUPLICATES, BAD, CRASH)
+WITH_ENGINES = tuple(set(WORKLOADS) - {CRASH})
 BAD_ROWS, CRASH_ROWS = 100, 400
 TOKENS = 24
 """Output tokens of a short answer: one number, for some sides have one for all rows."""
