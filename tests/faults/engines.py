@@ -29,6 +29,8 @@ from tests.faults.ledger import UNDISTURBED, Figures, Ledger
 from tests.scripted_server import Asked, Deed, ScriptedServer, refused
 from tests.tiny_model import make_tiny_model
 
+IN_ITS_PIPE = 8
+"""Rows that a scripted host has been handed and has not told of yet: its window, in whole chunks."""
 WINDOW = 40
 """Rows that an engine with `TINY_ARGS` has at most: ceil(1.1 * 32), and the rest of a chunk of 4."""
 SAMPLING = {"temperature": 0, "max_tokens": 128, "ignore_eos": True}
@@ -207,6 +209,7 @@ def on_ray(ground: Ground, kind: str, kills: int, *, real: bool) -> Figures:
         victim, before = chance.choice(actors_of(job)), {row["id"] for row in ledger.committed()}
         victim.kill()
         ledger.death(moment, before)
+        ledger.spare += IN_ITS_PIPE
     if ground.jobs.wait(job) != 0:
         ground.jobs.run(fields, "text", "rows", work=work, **CALL)
     if any(row["_error"] for row in ledger.committed()):
