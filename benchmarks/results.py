@@ -40,6 +40,7 @@ def read(file: Path = FILE) -> dict[str, str]:
 
 def circumstances(command: str, packages: Sequence[str]) -> str:
     """One sentence: the command, the day, the commit, the machine and the versions."""
+    command = re.sub(r"(?<=\s)/\S*/(?=\S)", "", command)  # where a file lies is nobody's business
     versions = ", ".join(f"{name} {found}" for name in packages if (found := version_of(name)))
     return (
         f"`{command}` on {datetime.now(UTC):%Y-%m-%d}, commit {commit()}: {machine()}; "
