@@ -142,9 +142,7 @@ class LocalEngine:
             await asyncio.wait({self._life})
 
     async def _launch_here(self, arguments: Frame, timeout: float) -> tuple[Host, Frame]:  # noqa: ASYNC109
-        if (folder := Path(arguments["model"])).is_absolute() and not folder.exists():
-            # After half a minute of imports, vLLM would say that this is no name of Hugging Face.
-            raise EngineFailed(f"there is no model at {folder}: pass the folder of one, or its name")
+        check_is_there(Path(arguments["model"]))
         return await HostProcess.launch(arguments, timeout, self._claim.devices)
 
     async def _live_and_release(self, host: Host) -> None:
@@ -219,6 +217,12 @@ class LocalEngine:
         for sampling, group in itertools.groupby(rows.items(), key=lambda item: item[1].request.sampling):
             chunk = [[row_id, row.request.prompt] for row_id, row in group]
             self._host.write({"chunk": chunk, "sampling": dict(sampling)})
+
+
+def check_is_there(folder: Path) -> None:
+    """Raise `EngineFailed` for a path without a model: vLLM would say so after half a minute of imports."""
+    if folder.is_absolute() and not folder.exists():
+        raise EngineFailed(f"there is no model at {folder}: pass the folder of one, or its name")
 
 
 def tell_trust(model: str) -> None:
