@@ -18,7 +18,6 @@ from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     PrivateAttr,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -27,7 +26,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails
 
 from vllm_tasks import loop, sharing
 from vllm_tasks.callables import DottedCallable, check_importable
-from vllm_tasks.datalayer import Datalayer, check_name, not_shown, own_fields
+from vllm_tasks.datalayer import Datalayer, check_name, not_shown, own_fields, validated
 from vllm_tasks.datatypes import DataType
 from vllm_tasks.errors import InvalidCall, RowErrors
 from vllm_tasks.fingerprint import source_of
@@ -257,12 +256,7 @@ class Predictor(BaseModel):
     @classmethod
     def _without_secrets(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         """Errors show the value of their field, but never the whole input: a key may be in it."""
-        try:
-            return handler(data)
-        except ValidationError as error:
-            raise ValidationError.from_exception_data(
-                error.title, [_shown(e) for e in error.errors()]
-            ) from None
+        return validated(data, handler, _shown)
 
     @classmethod
     def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:

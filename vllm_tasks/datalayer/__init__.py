@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from prefect.blocks.core import Block
 from pydantic import (
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 LOGO = "https://avatars.githubusercontent.com/u/136984999?s=200"
 """vLLM's."""
+T = TypeVar("T")
+
 OUTPUTS = "_outputs__"
 """What the name of every outputs table begins with."""
 ODD = """/\\:*?"<>|#%[]^`"""
@@ -48,6 +50,16 @@ def not_shown(error: ErrorDetails) -> InitErrorDetails:
     return InitErrorDetails(
         type=error["type"], loc=error["loc"], input="(not shown)", ctx=error.get("ctx", {})
     )
+
+
+def validated(
+    data: Any, handler: ModelWrapValidatorHandler[T], shown: Callable[[ErrorDetails], InitErrorDetails]
+) -> T:
+    """What pydantic's `handler` makes of `data`; its errors tell of the input only what `shown` leaves."""
+    try:
+        return handler(data)
+    except ValidationError as error:
+        raise ValidationError.from_exception_data(error.title, [shown(e) for e in error.errors()]) from None
 
 
 def outputs_name(predict_id: str) -> str:
@@ -110,12 +122,7 @@ class Datalayer(Block):
     @classmethod
     def _without_secrets(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         """No error shows what was given: a URL with a password may be in any place."""
-        try:
-            return handler(data)
-        except ValidationError as error:
-            raise ValidationError.from_exception_data(
-                error.title, [not_shown(e) for e in error.errors()]
-            ) from None
+        return validated(data, handler, not_shown)
 
     @field_validator("url")
     @classmethod

@@ -83,8 +83,6 @@ class HttpEngine:
 
     async def close(self) -> None:
         self._servers.close()
-        for server in self._servers.all:
-            server.room.close()
         if self._session is not None:
             await self._session.close()
 

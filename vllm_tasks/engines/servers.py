@@ -157,7 +157,9 @@ class Servers:
         server.model = self.model
 
     def close(self) -> None:
-        """Stop looking for a server."""
+        """Stop looking for a server, and letting more rows in."""
+        for server in self.all:
+            server.room.close()
         if self._search is not None:
             self._search.cancel()
             self._search = None
