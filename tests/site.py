@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tests.postgres import binaries, running
 
@@ -61,6 +64,21 @@ def prefect_with_ui() -> Iterator[str]:
         with log.open("w") as out, ended(command, os.environ | settings, out) as process:
             _wait_until_healthy(url, process, log)
             yield url
+
+
+@contextmanager
+def spoken_to(url: str) -> Iterator[None]:
+    """The server of flows and tasks in this process. Prefect's threads for logs and events keep the server
+    they first spoke to, so they begin and end with the block."""
+    _say_the_rest()
+    with temporary_settings({PREFECT_API_URL: f"{url}/api"}):
+        yield
+        _say_the_rest()
+
+
+def _say_the_rest() -> None:
+    APILogWorker.drain_all()
+    EventsWorker.drain_all()
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from tests.conftest import IN_PREFECT, TINY_ARGS
 from tests.places import Place
 from tests.pool_workers import Workers, pool, runs_of, state_of
 from tests.scripted_server import Asked, Deed, ScriptedServer, answer_to, refused
+from tests.site import spoken_to
 from vllm_tasks import (
     Completion,
     Datalayer,
@@ -48,6 +49,13 @@ from vllm_tasks import (
 
 pytestmark = IN_PREFECT
 ROWS = 300
+
+
+@pytest.fixture(scope="module")
+def prefect_server(ui: str) -> Iterator[None]:
+    """The site's server, for its PostgreSQL: with SQLite a run may wait a minute for its start here."""
+    with spoken_to(ui):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -300,7 +300,7 @@ def test_a_report_cannot_break_its_markdown() -> None:
     )  # fmt: skip
     lines = markdown_of(report).splitlines()
     assert lines[0] == "# p # x"
-    assert "| prompt | 1 | `a b  c` |" in lines
+    assert "| prompt | 1 | `a b� c` |" in lines
     assert slug("p\n# x") == "p-x"
 
 
