@@ -36,6 +36,7 @@ from vllm_tasks import (
     Metric,
     Report,
     RowError,
+    ServerUnavailable,
     TooManyFailed,
     Validation,
     ValidationReport,
@@ -186,6 +187,18 @@ def test_what_fails_there_fails_here_with_its_reason(
         over_a_table(model, lake.url, shards=2)
     assert caught.value.report.failed >= 26, "more than 5 % of the 500 that a share is taken of at least"
     assert caught.value.report.succeeded == 0
+
+
+def test_what_is_answered_before_a_failure_arrives_with_it(model: VllmAPI, server: ScriptedServer) -> None:
+    """A server that goes away takes no answer with it: they are in the error, in the order of the rows."""
+    server.script = lambda asked: refused(503, "away") if asked.prompt == "lost" else None
+    impatient = {**model.compute_kwargs, "env": {"VLLM_TASKS_PATIENCE": "1"}}
+    hasty = model.model_copy(update={"compute_kwargs": impatient})
+    with pytest.raises(ServerUnavailable) as caught:
+        flow(lambda: completions(hasty, ["a", None, "lost"]))()
+    assert caught.value.results is not None
+    answered, no_prompt, lost = caught.value.results
+    assert (answered.text, no_prompt.kind, lost) == (" a!", "prompt", None)
 
 
 def test_a_budget_counts_all_shards(model: VllmAPI, lake: Place, server: ScriptedServer) -> None:
@@ -364,6 +377,7 @@ def test_wrong_places_are_refused_before_anything_runs(
 
     refused("no deployment 'vllm-step/nowhere'.*make pools", {"work_pool": "nowhere"})
     refused("memory, which a work pool of type 'process'", {"work_pool": "tested", "memory": "1Gi"})
+    refused("work_queue='gpu' and no work pool", {"work_queue": "gpu"})
     refused("shards=2 are flow runs on a work pool", {}, shards=2)
     refused("leave out limit", {"work_pool": "tested"}, shards=2, limit=5)
     refused("whole number from 1", {"work_pool": "tested"}, shards=0)

@@ -27,6 +27,7 @@ from vllm_tasks import (
 )
 from vllm_tasks.fingerprint import input_hash
 from vllm_tasks.plan import records
+from vllm_tasks.stream import Pace
 from vllm_tasks.tables import Log
 
 
@@ -387,6 +388,18 @@ def test_a_long_row_holds_up_no_commit(
         server._loop.call_soon_threadsafe(committed.set)
         job.join()
     assert len(place.answers()) == 51
+
+
+def test_the_first_groups_are_small() -> None:
+    """In a young run no row waits longer for its commit than 2 s or a tenth of the time so far."""
+    pace = Pace.of(None, commit_rows=512, commit_seconds=30.0)
+
+    def closes(age: float, elapsed: float, *, redo: bool = False) -> bool:
+        return pace.is_due(10, age, age, elapsed, redo=redo)
+
+    assert [closes(2, 5), closes(6, 60), closes(30, 10_000)] == [True] * 3
+    assert [closes(1.9, 5), closes(5.9, 60), closes(29.9, 10_000)] == [False] * 3
+    assert not closes(29.9, 60, redo=True), "a lake copies the files of rows that are redone"
 
 
 def _there(place: Place) -> list[Any]:

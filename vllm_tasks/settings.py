@@ -52,7 +52,9 @@ class Settings(BaseSettings):
         default=512, ge=1, description="Rows of a commit group of `predict_in_db`, unless the call says."
     )
     commit_seconds: float = Field(
-        default=30.0, gt=0, description="Seconds after which finished rows are committed, however few."
+        default=30.0,
+        gt=0,
+        description="Seconds after which finished rows are committed, however few; sooner at first.",
     )
     gpu_work_pool: str = Field(
         default="",

@@ -47,9 +47,14 @@ def step(
             db = db or (Datalayer(**told["db"]) if told.get("db") else None)
             outcome = parcel.outcome_of(WORKS[told["work"]](told, model, db))
         except VllmTasksError as error:
-            lifeline.settle(parcel.outcome_of_error(error))
+            lifeline.settle(parcel.outcome_of_error(error, _answered(error, told["work"])))
             raise
         lifeline.settle(outcome)
+
+
+def _answered(error: VllmTasksError, work: str) -> str | None:
+    """The place of the answers before `error`; those of a table are committed."""
+    return storage.store(parcel.results_as_data(error.results)) if work == "rows" and error.results else None
 
 
 def rows(told: dict[str, Any], model: VllmAPI | VllmModel, _: Datalayer | None) -> str:

@@ -36,6 +36,9 @@ FULLEST = 16
 APART = 2.0
 """Seconds between two commits, unless the second one is as full as can be: at a thousand rows a second,
 groups of 512 would cost Prefect and the log more than they are worth."""
+AT_RISK = 0.1
+"""The share of a run's time that a crash may undo: early groups close early, as a small job is one group
+otherwise, and all of it would be asked again."""
 RETRY_DELAYS = 1, 5, 15, 30
 """Seconds before each new attempt to reach lost tables."""
 HASTE = 2.0
@@ -51,7 +54,7 @@ FEW = 500
 
 @dataclass(frozen=True)
 class Pace:
-    """When a commit group closes: at `rows` finished rows, or `seconds` after its first."""
+    """When a commit group closes: at `rows` finished rows or `seconds` after its first; early ones sooner."""
 
     rows: int
     seconds: float
@@ -65,15 +68,16 @@ class Pace:
             return cls(max_chunk_size, commit_seconds, max_chunk_size, 0.0)
         return cls(commit_rows, commit_seconds, FULLEST * commit_rows, APART)
 
-    def is_due(self, finished: int, first: float, last_commit: float, *, redo: bool) -> bool:
-        """Whether a group of `finished` rows, the first of them of the time `first`, closes now.
+    def is_due(self, finished: int, age: float, since_commit: float, elapsed: float, *, redo: bool) -> bool:
+        """Whether a group of `finished` rows closes now.
 
-        Where rows are redone, groups are as large as can be: a lake copies each file that one is in.
+        In seconds: the `age` of its first row, the time since the last commit, and since the first answer of
+        the run. Where rows are redone, groups are as large as can be: a lake copies each file that one is in.
         """
-        now = time.monotonic()
-        if finished >= self.most or now - first >= self.seconds:
+        patience = self.seconds if redo else min(self.seconds, max(APART, AT_RISK * elapsed))
+        if finished >= self.most or age >= patience:
             return True
-        return finished >= self.rows and now - last_commit >= self.apart and not (redo and self.apart)
+        return finished >= self.rows and since_commit >= self.apart and not (redo and self.apart)
 
 
 @dataclass(frozen=True)
@@ -250,7 +254,7 @@ class Run:
         self._asks = Tasks()
         self._all_read = False
         self._group: list[Finished] = []
-        self._group_since = self._last_commit = 0.0
+        self._group_since = self._last_commit = self._first_answer = 0.0
 
     def run(self) -> str | None:
         """Ask and commit until all is done; returns why it stopped early, None when it did not.
@@ -373,8 +377,9 @@ class Run:
         return self.job.budget.exceeded(self.tally, at_end=True)
 
     def _is_due(self) -> bool:
-        redo = self._group[0].row.redo
-        return self.job.pace.is_due(len(self._group), self._group_since, self._last_commit, redo=redo)
+        redo, now = self._group[0].row.redo, time.monotonic()
+        ages = now - self._group_since, now - self._last_commit, now - self._first_answer
+        return self.job.pace.is_due(len(self._group), *ages, redo=redo)
 
     def _news(self) -> Iterator[tuple[SourceRow, str, Result] | Failed | None]:
         """What has arrived, waiting for it a moment; not more than a full group takes."""
@@ -393,6 +398,7 @@ class Run:
         else:
             if not self._group:
                 self._group_since = time.monotonic()
+                self._first_answer = self._first_answer or self._group_since
             self._group.append(self._finished(*item))
             self.tally.last_answer = time.monotonic()
 

@@ -58,6 +58,10 @@ ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
 """System call, request and feature by which a process on x86-64 asks Linux for AMX's registers:
 https://docs.kernel.org/arch/x86/xstate.html"""
 
+PR_SET_PDEATHSIG = 1
+"""Request by which a process asks Linux for a signal at its parent's death:
+https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html"""
+
 Frame = dict[str, Any]
 
 
@@ -71,8 +75,22 @@ def permit_amx() -> None:
         ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA)
 
 
+def die_with_parent() -> None:
+    """Ask for SIGKILL when the process that made this one dies.
+
+    vLLM's processes would outlive a host that is killed together with its own parent, as Ray does with the
+    actors of a driver that ends, and the kernel where memory is out.
+    """
+    if platform.system() == "Linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getsid(os.getppid()) != os.getsid(0):  # it died before
+            os._exit(1)
+
+
 if __name__ in ("__main__", "__mp_main__"):  # the host, and what vLLM spawns from it
     permit_amx()
+if __name__ == "__mp_main__":
+    die_with_parent()
 
 
 class Host:
@@ -367,6 +385,7 @@ if __name__ == "__main__":
     channel = socket.socket(fileno=int(sys.argv[1]))
     # Where vLLM forks (its default on GPUs), a copy of our end would hide our death from the parent.
     os.register_at_fork(after_in_child=partial(os.close, channel.fileno()))
+    os.register_at_fork(after_in_child=die_with_parent)
     threading.Thread(target=leave_with, args=(int(sys.argv[2]),), daemon=True).start()
     code = 1
     try:

@@ -101,17 +101,22 @@ class HostProcess:
     async def _spawn(cls, model: str, devices: Devices) -> HostProcess:
         ours, theirs = socket.socketpair()
         sockets = new_sockets()
-        with theirs:
-            process = subprocess.Popen(  # noqa: ASYNC220 - takes milliseconds, and must end with us
-                # -P: the folder of host.py must not be searched for modules (it holds an `http.py`).
-                [sys.executable, "-P", str(HOST), str(theirs.fileno()), str(os.getpid())],
-                pass_fds=[theirs.fileno(), *devices.locks],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", SOCKETS: sockets, **devices.env},
-            )
+        try:
+            with theirs:
+                process = subprocess.Popen(  # noqa: ASYNC220 - takes milliseconds, and must end with us
+                    # -P: the folder of host.py must not be searched for modules (it holds an `http.py`).
+                    [sys.executable, "-P", str(HOST), str(theirs.fileno()), str(os.getpid())],
+                    pass_fds=[theirs.fileno(), *devices.locks],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env={**os.environ, "PYTHONUNBUFFERED": "1", SOCKETS: sockets, **devices.env},
+                )
+        except OSError as error:  # no memory, or too many processes or open files
+            ours.close()
+            remove_sockets(sockets)
+            raise EngineFailed(f"no process for vLLM could be made: {error}", temporary=True) from error
         return cls(model, process, *await asyncio.open_connection(sock=ours), sockets)
 
     async def _ready(self, started: float, timeout: float) -> Frame:  # noqa: ASYNC109

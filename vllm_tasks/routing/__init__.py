@@ -10,10 +10,10 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from vllm_tasks.datalayer import Datalayer
-from vllm_tasks.errors import InvalidCall, TooManyFailed
+from vllm_tasks.errors import InvalidCall, TooManyFailed, VllmTasksError
 from vllm_tasks.plan import Columns
 from vllm_tasks.report import Progress, Report, Tally
 from vllm_tasks.routing import parcel, storage
@@ -64,7 +64,19 @@ def _answered(
         (outcome,) = Runs(place, [part], repeatable=True, shown=shown).outcomes()
     finally:
         storage.discard(rows)
-    answered = parcel.value_of(outcome)
+    results = _results(parcel.answered_in(outcome), requests)
+    try:
+        parcel.value_of(outcome)
+    except VllmTasksError as error:
+        error.results = results
+        raise
+    return cast(list[Result], results)
+
+
+def _results(answered: str | None, requests: Sequence[Request | RowError]) -> list[Result | None] | None:
+    """What was `answered`, among the rows that became no request."""
+    if answered is None:
+        return None
     answers = iter(parcel.results_of(storage.stored(answered)))
     storage.discard(answered)
     return [request if isinstance(request, RowError) else next(answers) for request in requests]

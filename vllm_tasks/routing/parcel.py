@@ -142,6 +142,11 @@ def _path_of(url: str) -> tuple[str, str]:
 # ---------------------------------------------------------------------- the outcome
 
 REPORTS: dict[str, type[Any]] = {"Report": Report, "ValidationReport": ValidationReport}
+ERRORS = {
+    name: kind
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and issubclass(kind, VllmTasksError)
+}
 
 
 def outcome_of(value: Any) -> str:
@@ -154,9 +159,11 @@ def outcome_of(value: Any) -> str:
     return json.dumps({type(value).__name__: dataclasses.asdict(value)}, default=str)
 
 
-def outcome_of_error(error: VllmTasksError) -> str:
-    """Why a step failed, as JSON; with its report where it has one."""
+def outcome_of_error(error: VllmTasksError, answered: str | None = None) -> str:
+    """Why a step failed, as JSON; with its report where it has one, or the place of what was `answered`."""
     told: Parameters = {"error": type(error).__name__, "message": str(error), "repeatable": error.repeatable}
+    if answered is not None:
+        told["answered"] = answered
     if isinstance(error, EngineFailed):
         told["temporary"] = error.temporary
     if (report := getattr(error, "report", None)) is not None:
@@ -172,8 +179,15 @@ def value_of(outcome: str) -> Any:
     return told if name == "text" else _read(REPORTS[name], json.dumps(told))
 
 
+def answered_in(outcome: str) -> str | None:
+    """The place of the answers to rows, of all of them or of those before an error; None without any."""
+    told = json.loads(outcome)
+    place: str | None = told.get("text") or told.get("answered")
+    return place
+
+
 def _error_of(name: str, told: Parameters) -> VllmTasksError:
-    kind: type[VllmTasksError] = getattr(errors, name)
+    kind = ERRORS.get(name, VllmTasksError)  # of another version, perhaps
     if "report" in told:
         error = kind(told["message"], value_of(told["report"]))
     elif "temporary" in told:
@@ -195,12 +209,12 @@ def _read(kind: type[Any], text: str) -> Any:
 # ---------------------------------------------------------------------- rows
 
 
-def results_of(content: Sequence[Any]) -> list[Result]:
+def results_of(content: Sequence[Any]) -> list[Result | None]:
     """Answers and errors of rows as `results_as_data` gave them."""
     answers = TypeAdapter(Completion), TypeAdapter(RowError)
-    return [answers["kind" in each].validate_python(each) for each in content]
+    return [each and answers["kind" in each].validate_python(each) for each in content]
 
 
-def results_as_data(results: Sequence[Result]) -> list[Any]:
-    """Answers and errors of rows as JSON data."""
-    return [dataclasses.asdict(result) for result in results]
+def results_as_data(results: Sequence[Result | None]) -> list[Any]:
+    """Answers and errors of rows as JSON data; None for a row that has neither."""
+    return [result and dataclasses.asdict(result) for result in results]

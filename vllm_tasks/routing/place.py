@@ -46,6 +46,11 @@ def place_of(model: VllmAPI | VllmModel) -> Place | None:
     resources = Resources.of(model)
     pool = resources.work_pool or (site_settings().gpu_work_pool if isinstance(model, VllmModel) else "")
     name = resources.deployment or (pool and f"{STEP}/{pool}")
+    if not name and resources.work_queue:
+        raise InvalidCall(
+            f"compute_kwargs has work_queue={resources.work_queue!r} and no work pool of which it is: give "
+            "work_pool, too"
+        )
     if not name or pool in (own := _own_pools()):
         return None
     deployment, work_pool = patiently(lambda: _found(name, pool))
