@@ -35,11 +35,12 @@ def main() -> int:
     broken: list[str] = []
     folder = tempfile.TemporaryDirectory(prefix="vllm-tasks-faults-")
     with folder as path, made(Path(path), options.seed) as ground:
-        for name, run in runs(options.kills):
+        planned = list(runs(options.kills))
+        for name, run in planned:
             if options.only in (None, name):
                 told(name, run, ground, found, broken)
             if options.only is None:  # after each run: an interrupted pass has a page, too
-                record("Faults", command, page(found, broken), PACKAGES)
+                record("Faults", command, page(found, broken, len(planned)), PACKAGES)
     return 1 if broken else 0
 
 

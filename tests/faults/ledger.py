@@ -76,7 +76,7 @@ class Ledger:
         self.moments.append(moment)
 
     def death(self, moment: str, before: Collection[int] | None = None) -> None:
-        """Who asked is dead: what it had asked and not committed may be asked again, all else may not.
+        """Who asked is dead: what it had asked and not committed may be asked once more, all else may not.
 
         What is committed now must stay as it is to the end. `before`: the keys that were committed before
         the death, where others live on, who ask and commit until we look.
@@ -85,26 +85,29 @@ class Ledger:
         now = {row["id"]: row for row in self.committed()}
         self._keep(now)
         done = now.keys() if before is None else before
-        self.due.update({key: n - self.due[key] for key, n in self.asked().items() if key not in done})
+        open_ = {key for key, n in self.asked().items() if key not in done and n > self.due[key]}
+        self.due.update(open_)
 
     def check(self, failed: Collection[int] = ()) -> Figures:
         """Every row exactly once, as undisturbed; nothing asked oftener than the faults account for.
 
         `failed`: rows that end as errors. Raises `Broken` with all that is needed to see it again.
         """
-        found = self.committed()
+        found, plain = self.committed(), self.committed(UNDISTURBED)
         times = Counter(row["id"] for row in found)
         by_key = {row["id"]: row for row in found}
         again = {key: n - 1 for key, n in self.asked().items() if n > 1}
         over = {key: n - self.due[key] for key, n in again.items() if n > self.due[key]}
         lost = [key for key in range(self.rows) if key not in times]
         doubled = [key for key, n in times.items() if n > 1]
-        differ = self._differences(by_key, failed)
+        differ = self._differences(by_key, plain, failed)
         problems = {
             "lost": lost,
             "doubled": doubled,
             "not of the source": [key for key in times if key not in range(self.rows)],
             "differ from the undisturbed run": differ,
+            "not in the undisturbed run": sorted({*range(self.rows)} - {row["id"] for row in plain}),
+            "errors of the undisturbed run": [row["id"] for row in plain if row["_error"]],
             "no errors": [key for key in failed if key in by_key and not by_key[key]["_error"]],
             f"asked oftener than {self.spare} spare": over if sum(over.values()) > self.spare else [],
         }
@@ -128,10 +131,12 @@ class Ledger:
             raise Broken(self._told({"committed, and changed or gone since": changed}))
         self._seen = now
 
-    def _differences(self, found: dict[int, dict[str, Any]], failed: Collection[int]) -> list[str]:
+    def _differences(
+        self, found: dict[int, dict[str, Any]], plain: list[dict[str, Any]], failed: Collection[int]
+    ) -> list[str]:
         left_out = OF_A_RUN if self.exact else OF_A_RUN | OF_THE_MODEL
         told = []
-        for row in self.committed(UNDISTURBED):
+        for row in plain:
             other = found.get(row["id"])
             if other is None or row["id"] in failed:
                 continue

@@ -22,12 +22,14 @@ request. Errors that a fault left (a row that was unfinished at two deaths of it
 twice) are asked anew at the end."""
 
 
-def page(found: Sequence[Figures], broken: Sequence[str]) -> str:
-    """A row for each kind of fault, and what broke."""
+def page(found: Sequence[Figures], broken: Sequence[str], planned: int) -> str:
+    """A row for each kind of fault, and what broke; says when fewer runs were done than `planned`."""
     kinds = {figures.kind: [f for f in found if f.kind == figures.kind] for figures in found}
     rows = [line(kind, runs) for kind, runs in kinds.items()]
     kills = sum(f.faults for f in found if f.kind.startswith("kill"))
-    head = f"{kills} kills, {len(found) + len(broken)} runs, {len(broken)} of them broken."
+    done = len(found) + len(broken)
+    of_all = "" if done == planned else f" of {planned} (the pass was cut short)"
+    head = f"{kills} kills, {done}{of_all} runs, {len(broken)} of them broken."
     return "\n\n".join([head, table(HEAD, rows), NOTES, *map(quoted, broken)])
 
 

@@ -90,3 +90,26 @@ def test_the_check_sees_what_is_lost_doubled_changed_and_asked_too_often(tmp_pat
     forged.fault("a moment")
     with pytest.raises(Broken, match=r"(?s)--seed 7.*a moment.*1 lost: 2.*1 doubled: 0.*' t0!'.*\(1, 2\)"):
         forged.check()
+
+
+def test_the_check_sees_what_one_life_asks_twice_and_a_reference_that_is_none(tmp_path: Path) -> None:
+    """A death permits one more request of a row; an empty or failed undisturbed run shows nothing."""
+
+    class Forged(Ledger):
+        def committed(self, predict_id: str = "m") -> list[dict[str, object]]:
+            if predict_id == ledger.UNDISTURBED:
+                return [{"id": 1, "output": None, "_error": "refused: no"}]
+            return [{"id": i, "output": None, "_error": "refused: no"} for i in range(2) if asked[i] > 2]
+
+    asked = ledger.Counter({0: 2, 1: 1})
+    forged = Forged("forged", Place(str(tmp_path / "lake")), 2, 7, lambda: asked)
+    forged.death("a moment")
+    asked.update((0, 1, 1))
+    with pytest.raises(Broken) as caught:
+        forged.check()
+    for words in (
+        "1 not in the undisturbed run: 0",
+        "1 errors of the undisturbed run: 1",
+        "2 asked oftener than 0 spare: (0, 1), (1, 1)",
+    ):
+        assert words in str(caught.value)
