@@ -21,6 +21,7 @@ from benchmarks import (
     p10,
     p11,
     p11_shards,
+    results,
     rivals,
     same,
     window,
@@ -54,6 +55,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options = parse(sys.argv[1:], tuple(MEASURES))
+    results.commit()
     for name in options.measures:
         for line in MEASURES[name](options):
             print(line, flush=True)

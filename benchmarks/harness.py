@@ -22,6 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from benchmarks.peers.environments import uv
+
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = ROOT / ".venv-lm-eval"
 CONSTRAINTS = ROOT / "constraints" / "lm_eval.txt"
@@ -60,14 +62,9 @@ def interpreter() -> Path:
     """The Python that has lm-evaluation-harness; its environment is made at first use, in seconds."""
     ready = ENVIRONMENT / ".ready"
     if not ready.exists() or ready.stat().st_mtime < CONSTRAINTS.stat().st_mtime:
-        uv = [sys.executable, "-m", "uv"]
-        into = ["--python", str(ENVIRONMENT), "--constraints", str(CONSTRAINTS)]
-        subprocess.run(
-            [*uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(ENVIRONMENT)], check=True
-        )
-        subprocess.run(
-            [*uv, "pip", "install", "--quiet", "--compile-bytecode", *into, "lm_eval[api]"], check=True
-        )
+        into = ("--python", str(ENVIRONMENT), "--constraints", str(CONSTRAINTS))
+        uv("venv", "--quiet", "--clear", "--python", sys.executable, str(ENVIRONMENT))
+        uv("pip", "install", "--quiet", "--compile-bytecode", *into, "lm_eval[api]")
         ready.touch()
     return ENVIRONMENT / "bin" / "python"
 

@@ -144,7 +144,7 @@ def verdict(samples: Sequence[Sample], name: str, unit: str) -> str:
     half = samples[len(samples) // 2 :]
     risen = growth(samples, name, unit) * (getattr(half[-1], unit) - getattr(half[0], unit))
     slack = SLACK.get(name, 0) * half[0].held[name] or 1
-    return "grows" if risen >= slack else "no leak"
+    return "grows" if risen >= slack else "steady"
 
 
 def resources_table(samples: Sequence[Sample], unit: str, per: int) -> str:

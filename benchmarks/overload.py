@@ -71,7 +71,8 @@ at once in 0.25 s, or 16 in 1 s (16 rows/s), and has this for those beyond them.
 answered. *Capacity*: the share that was used, without the first and the last tenth of the answers; where
 the server is out for {OUT.outage:g} s in the middle, once it has recovered. *Recovered*:
 seconds after the outage until {GOAL:.0%} of the capacity are reached, over one second. *Ended*: seconds that
-each of two clients with as many rows took, the second of which begins {LATE:g} s later."""
+each of two clients with as many rows took, the second of which begins {LATE:g} s later. Goals: {GOAL:.0%} of
+the capacity, no error; what misses one is in **bold**."""
 
 
 def measure(options: Options) -> Iterator[str]:
@@ -132,26 +133,28 @@ def figures(case: Case, seen: Seen, askings: list[Asking]) -> list[str]:
     first, last = times[len(times) // 10], times[len(times) * 9 // 10]
     recovered = ""
     if seen.back:
-        first = back_at(times, seen.back, case.limits.capacity)
-        recovered = f"{first - seen.back:.1f}"
+        back = back_at(times, seen.back, case.limits.capacity)
+        recovered = "**never**" if back is None else f"{back - seen.back:.1f}"
+        first = times[-1] if back is None else back
     used = (
         sum(first < at <= last for at in times) / (last - first) / case.limits.capacity if last > first else 0
     )
     ended = ""
     if len(askings) > 1:
         ended = ", ".join(f"{asking.ended - asking.began:.1f} s" for asking in askings)
+    errors = sum(asking.errors for asking in askings)
     return [
         f"{seen.requests / max(answered, 1):.2f}",
-        f"{sum(asking.errors for asking in askings):,}",
-        f"{used:.1%}",
+        f"**{errors:,}**" if errors else "0",
+        f"{used:.1%}" if used >= GOAL else f"**{used:.1%}**",
         recovered,
         ended,
     ]
 
 
-def back_at(times: list[float], back: float, capacity: float) -> float:
-    """When, after `back`, one second with `GOAL` of the capacity begins; the last answer if there is none."""
+def back_at(times: list[float], back: float, capacity: float) -> float | None:
+    """When, after `back`, one second with `GOAL` of the capacity begins."""
     for i, at in enumerate(times):
         if at >= back and sum(at <= other < at + 1 for other in times[i:]) >= GOAL * capacity:
             return at
-    return times[-1]
+    return None

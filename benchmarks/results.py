@@ -8,6 +8,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -20,6 +21,8 @@ HEAD = """\
 Written by the commands that each part names, never by hand; a command writes its own part anew.
 """
 GIB = 2**30
+PATH = re.compile(r"(?<![\w./])/\S*/(?=\S)")
+"""Where a file lies is nobody's business."""
 
 
 def record(part: str, command: str, body: str, packages: Sequence[str] = (), file: Path = FILE) -> None:
@@ -40,7 +43,7 @@ def read(file: Path = FILE) -> dict[str, str]:
 
 def circumstances(command: str, packages: Sequence[str]) -> str:
     """One sentence: the command, the day, the commit, the machine and the versions."""
-    command = re.sub(r"(?<=\s)/\S*/(?=\S)", "", command)  # where a file lies is nobody's business
+    command = PATH.sub("", command)
     versions = ", ".join(f"{name} {found}" for name in packages if (found := version_of(name)))
     return (
         f"`{command}` on {datetime.now(UTC):%Y-%m-%d}, commit {commit()}: {machine()}; "
@@ -55,8 +58,12 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {model[1] if model else platform.machine()}, {memory:.0f} GiB"
 
 
+@cache
 def commit() -> str:
-    """The commit that was measured, with a word when the tree had changes beside the page."""
+    """The commit as it is at the first call, with a word when the tree has changes beside the page.
+
+    Called before anything is measured: the tree may be at another one when the page is written.
+    """
     git = ["git", "-C", str(FILE.parent)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
@@ -77,3 +84,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column is text, the others are figures."""
     bars = ["---", *["--:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, bars, *rows])
+
+
+def one_line(words: str, most: int = 160) -> str:
+    """An error in a cell of a table, without paths of this machine."""
+    return PATH.sub("", " ".join(words.split()))[:most].replace("|", "/")

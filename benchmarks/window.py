@@ -58,7 +58,8 @@ class Costs:
                 started = time.perf_counter()
                 work(own, tokens)
                 seconds = time.perf_counter() - started
-            self.of[name].append(1000 * meter.usage().client / len(own))
+            if round_:  # the first one warms up
+                self.of[name].append(1000 * meter.usage().client / len(own))
             return len(own) / seconds
 
         return rate
@@ -113,7 +114,7 @@ def page(found: dict[int, Rates], costs: Costs) -> str:
         ]
         for factor in FACTORS
     ]
-    ours = median(ms for name, values in costs.of.items() if name != BARE for ms in values)
+    ours = median(costs.of[name_of(WINDOW_FACTOR)])
     return (
         f"{ROWS} rows with answers of one length, a tiny model, `max_num_seqs={SEQS}`: "
         f"rows/s of our engine by rows/s of `{BARE}` with all rows at once, medians of rounds in turn with "

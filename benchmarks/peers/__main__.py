@@ -20,23 +20,28 @@ permit_amx()  # what vLLM spawns imports this, too
 METHOD = """\
 Each side is a process of its own with the same model, engine settings, rows and output lengths (greedy, \
 end-of-sequence ignored); one is at work at a time, in turn, {rounds} rounds. `start-up` is from the \
-start of its process until it took rows (Ray Data LLM, run-batch and lm-evaluation-harness start anew \
-for each run: until the first row was sent). `work` is from the order to the last answer in hand, or in \
-the table; `total` is both, for one round. Figures are medians; a ratio is the median of the rounds' \
-ratios with its 95 % interval (bootstrap). `ours ÷ it` compares output tokens a second of work; above 1 \
-we are faster, and a side that is ahead of us is in **bold**. CPU is that of the side's process and all \
-below it, read from /proc twice a second, in ms a row: the client, + vLLM's own engine processes (with \
-the start, where each run has one); a server's are not in it. Ray Data LLM and `predict_in_db` go from a \
-Parquet file to a table, run-batch from file to file, the others from list to list. The older ways got \
-an eighth of the rows; run-batch, and Ray Data LLM beyond `short`, did one round, for their starts take \
-longest. The server of the clients caches no prefixes and has at most {concurrency} rows of a client in \
-flight."""
+start of its process until it took rows, once for a side that stays (Ray Data LLM and run-batch start \
+anew for each run: until the first row was sent; lm-evaluation-harness: its imports). Sides that stay, \
+but for the older ways, did 32 rows before, which are in no figure; the others begin cold. `work` is from \
+the order to the last answer in hand, or in the table or file; `total` is both, for one round. Figures \
+are medians; a ratio is the median of the rounds' ratios with the bootstrap's 95 % interval, which of \
+three rounds is the least and the greatest (and holds the true median three times in four). `ours ÷ it` \
+compares output tokens a second of work; above 1 we are faster, and a side that is ahead of us is in \
+**bold**. CPU is that of the side's process and all below it, read from /proc twice a second, in ms a \
+row: the client, + vLLM's own engine processes (with the start, where each run has one); a server's are \
+not in it. Ray Data LLM and `predict_in_db` go from a Parquet file to files or a table, run-batch from \
+file to file; datatrove and curator write files of their own and are, as Ray Data's client, compared with \
+`predict_in_db`; lm-evaluation-harness makes its data set and its scores; `vllm bench serve` streams; the \
+others go from list to list. The older ways got an eighth of the rows; run-batch, and Ray Data LLM beyond \
+`short`, did one round, for their starts take longest. The server of the clients caches no prefixes and \
+has at most {concurrency} rows of a client in flight."""
 
 
 def main() -> None:
     """Measure what was asked for; an interrupt or an order to end closes all children first."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    results.commit()
     asked = plan.parse(sys.argv[1:])
     with ExitStack() as stack:
         arguments = asked.options.engine_args() if not asked.short else tiny(asked, stack)

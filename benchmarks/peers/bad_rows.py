@@ -27,7 +27,7 @@ class Ending:
         found = self.outcome
         without = ROWS - found.answered - found.errors
         words = found.died or ("every row ends" if without == 0 else "")
-        return self.name, str(found.answered), str(found.errors), str(without), clean(words)
+        return self.name, str(found.answered), str(found.errors), str(without), results.one_line(words)
 
 
 def observe(field: Field, names: Iterable[str]) -> list[Ending]:
@@ -58,8 +58,3 @@ def table(endings: Iterable[Ending]) -> str:
         return ""
     title = f"### A row that is refused (`bad`): 1 of {ROWS} is longer than the model takes"
     return f"{title}\n\n{results.table(head, lines)}"
-
-
-def clean(words: str) -> str:
-    """An error in one short line of Markdown."""
-    return " ".join(words.split())[:160].replace("|", "/")

@@ -56,7 +56,7 @@ class Crash:
             str(ROWS - found.answered),
             str(twice),
             f"{self.seconds:.0f}",
-            " ".join(found.died.split())[:160].replace("|", "/"),
+            results.one_line(found.died),
         )
 
 
@@ -121,8 +121,9 @@ def crashed(name: str, job: Callable[[str, str], tuple[Any, Arguments]], rows: S
     with slow.server as server, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         work, arguments = job(server.url, folder)
         started = time.perf_counter()
-        in_flight = killed_at_half(slow, name, Child(work, *arguments), rows)
+        in_flight = 0
         try:
+            in_flight = killed_at_half(slow, name, Child(work, *arguments), rows)
             with Child(work, *arguments) as again:
                 again.send((name, list(rows)))
                 outcome: Outcome = again.receive(PATIENCE)
@@ -134,20 +135,19 @@ def crashed(name: str, job: Callable[[str, str], tuple[Any, Arguments]], rows: S
 
 
 def killed_at_half(slow: SlowServer, name: str, child: Child, rows: Sequence[Row]) -> int:
-    """Start it, kill it, and say how many requests were in flight then."""
-    try:
-        with child:
-            child.send((name, list(rows)))
-            deadline = time.monotonic() + PATIENCE
-            while slow.answered < len(rows) // 2 and time.monotonic() < deadline:
-                time.sleep(0.02)
-            in_flight = slow.server.open
-            for pid in tree(child.pid):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-    except ChildFailed:  # it was killed
-        pass
-    return in_flight
+    """Start it, kill it, and say how many requests were in flight then; raises TimeoutError before half."""
+    with child:
+        child.send((name, list(rows)))
+        deadline = time.monotonic() + PATIENCE
+        while slow.answered < len(rows) // 2:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{slow.answered} of {len(rows)} rows after {PATIENCE:g} s")
+            time.sleep(0.02)
+        in_flight = slow.server.open
+        for pid in tree(child.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return in_flight
 
 
 def table(crashes: Sequence[Crash]) -> str:

@@ -59,7 +59,7 @@ def run(order: dict[str, Any], url: str, model: str, concurrency: int, folder: s
         response = llm(rows, working_dir=folder)
     except Exception as error:  # noqa: BLE001 - what it does to a bad row is what is asked
         return {"died": f"{type(error).__name__}: {error}"}
-    answered = sum(row["output"] is not None for row in response.dataset)
+    answered = len({row["id"] for row in response.dataset if row["output"] is not None})
     return {
         "seconds": time.perf_counter() - started,
         "answered": answered,

@@ -21,23 +21,32 @@ PACKAGES = {
 """What each is made of; Ray Data needs pandas beside what we have, which an overlay adds."""
 
 
+OVERLAY = "ray"
+
+
+def prepare(name: str) -> None:
+    """Make it unless it is there: before the start-up of a peer is timed."""
+    folder, install = folder_of(name), ("pip", "install", "--quiet", "--compile-bytecode")
+    if not is_stale(name):
+        return
+    if name == OVERLAY:
+        uv(*install, "--target", str(folder), "--python", sys.executable, "--no-deps", *wanted(name))
+    else:
+        uv("venv", "--quiet", "--clear", "--python", sys.executable, str(folder))
+        uv(*install, "--python", str(folder), *wanted(name))
+    (folder / ".ready").touch()
+
+
 def interpreter(name: str) -> Path:
     """The Python of a peer's environment."""
-    folder = folder_of(name)
-    if is_stale(name):
-        uv("venv", "--quiet", "--clear", "--python", sys.executable, str(folder))
-        uv("pip", "install", "--quiet", "--compile-bytecode", "--python", str(folder), *wanted(name))
-        (folder / ".ready").touch()
-    return folder / "bin" / "python"
+    prepare(name)
+    return folder_of(name) / "bin" / "python"
 
 
-def overlay(name: str) -> None:
-    """Put a peer's packages before ours, in this process and in all that it starts."""
-    folder = folder_of(name)
-    if is_stale(name):
-        here = ("--python", sys.executable, "--no-deps")
-        uv("pip", "install", "--quiet", "--compile-bytecode", "--target", str(folder), *here, *wanted(name))
-        (folder / ".ready").touch()
+def overlay() -> None:
+    """Put what Ray Data needs before what is ours, in this process and in all that it starts."""
+    prepare(OVERLAY)
+    folder = folder_of(OVERLAY)
     sys.path.insert(0, str(folder))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.children import ChildFailed
@@ -20,7 +20,7 @@ LIMIT = 420.0
 WARM_UP = 32
 """Rows before the first round, of the sides that stay resident."""
 
-Counter = Callable[[], int]
+CountTokens = Callable[[], int]
 """Output tokens that the server has made so far."""
 
 
@@ -34,7 +34,7 @@ class Field:
     title: str
     plan: Plan
     stack: ExitStack
-    count: Counter | None = None
+    count: CountTokens | None = None
     sides: dict[str, Side] = field(default_factory=dict)
     sides_ever: dict[str, Side] = field(default_factory=dict)
     runs: dict[tuple[str, str], list[Measured]] = field(default_factory=dict)
@@ -71,6 +71,10 @@ class Field:
                     self.runs.setdefault((workload, name), []).append(found)
         self.drop_incomplete(workload, once)
 
+    def of(self, workload: str) -> dict[str, list[Measured]]:
+        """The runs of a workload by their sides."""
+        return {name: runs for (measured, name), runs in self.runs.items() if measured == workload}
+
     def here(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if name in self.sides]
 
@@ -81,7 +85,7 @@ class Field:
             return None
         before = self.count() if self.count else 0
         try:
-            found = side.run(rows[: round(len(rows) * side.share)], LIMIT)
+            found = side.run(self.own(name, rows[: round(len(rows) * side.share)]), LIMIT)
         except (ChildFailed, TimeoutError) as error:
             self.remove(side, reason(error))
             return None
@@ -91,6 +95,11 @@ class Field:
             self.absent[f"{name} ({workload})"] = wrong
             return None
         return found
+
+    def own(self, name: str, rows: Sequence[Row]) -> list[Row]:
+        """The rows with the number of the side before them: some sides share an engine and its cache."""
+        number = list(self.sides_ever).index(name)
+        return [replace(row, prompt=f"{number:02d} {row.prompt}") for row in rows]
 
     def remove(self, side: Side, why: str) -> None:
         self.absent |= dict.fromkeys(self.forget(side), why)

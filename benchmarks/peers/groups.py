@@ -11,7 +11,17 @@ from typing import Any
 
 from benchmarks import servers
 from benchmarks.children import Child
-from benchmarks.peers import bad_rows, ceilings, clients, foreign, harnessed, own_engine, rays, run_batch
+from benchmarks.peers import (
+    bad_rows,
+    ceilings,
+    clients,
+    environments,
+    foreign,
+    harnessed,
+    own_engine,
+    rays,
+    run_batch,
+)
 from benchmarks.peers.bad_rows import Ending
 from benchmarks.peers.field import Field, say
 from benchmarks.peers.plan import DUPLICATES, MIXED, PREFIXES, SHORT, Plan
@@ -24,7 +34,7 @@ ANY_LENGTH = (ceilings.GENERATE, own_engine.BATCHES, ceilings.ASYNC, rays.ENGINE
 FOREIGN = tuple(foreign.NAMES.values())
 OLDER = (clients.THREADS, clients.CHUNKS)
 QUICK = (clients.BENCH, clients.OURS)
-ALL_CLIENTS = (*QUICK, *FOREIGN, harnessed.NAME, rays.HTTP, *OLDER)
+ALL_CLIENTS = (*QUICK, own_engine.TABLE, *FOREIGN, harnessed.NAME, rays.HTTP, *OLDER)
 SLOW = 0.125
 """The older ways get this part of the rows; their rates are compared."""
 TOKENS = re.compile(r"^vllm:generation_tokens_total\{.*\} (\S+)$", re.MULTILINE)
@@ -39,6 +49,7 @@ def engines(plan: Plan, arguments: dict[str, Any]) -> Iterator[Field]:
         field.start([ceilings.ASYNC], ceilings.serve_async, arguments)
         field.start([own_engine.BATCHES, own_engine.TABLE], own_engine.serve, arguments)
         if not plan.short:
+            environments.prepare("ray")
             field.start([rays.ENGINE, rays.TOLERANT], rays.serve_engine, arguments)
             field.start([run_batch.NAME], run_batch.serve, arguments)
         for name in field.here([ceilings.CHUNKS]):
@@ -72,11 +83,13 @@ def clients_of_one_server(plan: Plan, arguments: dict[str, Any]) -> Iterator[Fie
         server = stack.enter_context(Child(servers.serve, {**arguments, **extra}))
         url, model, flight = server.ready, arguments["model"], plan.options.concurrency
         field = Field(CLIENTS, plan, stack, partial(tokens_made, url))
-        field.start([clients.OURS], clients.serve_ours, url, flight)
+        field.start([clients.OURS, own_engine.TABLE], clients.serve_ours, url, flight)
         field.start([clients.BENCH], clients.serve_bench, url, model, flight)
         field.start(OLDER, clients.serve_older, url, model)
         if not plan.short:
+            environments.prepare("ray")
             for name, title in foreign.NAMES.items():
+                environments.prepare(name)
                 field.start([title], foreign.serve, name, url, model, flight)
             field.start([harnessed.NAME], harnessed.serve, url, model, flight)
             field.start([rays.HTTP], rays.serve_http, url, model, flight)

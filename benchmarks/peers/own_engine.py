@@ -13,7 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.ours import GREEDY, seconds_of
+from benchmarks.ours import GREEDY, check_lengths, seconds_of
+from benchmarks.peers.plan import TOKENS
 from benchmarks.peers.side import Outcome, answer_all, dead
 from benchmarks.workload import Row, output_tokens
 from vllm_tasks import RowErrors, VllmAPI, VllmModel
@@ -26,6 +27,7 @@ def serve(pipe: Connection, engine_args: dict[str, Any]) -> None:
     with model_of(engine_args) as model, tempfile.TemporaryDirectory() as folder:
         # What the first table costs (imports, for the most part) belongs to the start-up.
         through_table(model, [Row("first", 1)], Path(tempfile.mkdtemp(dir=folder)))
+        check_lengths(model, [Row("first", TOKENS)])  # of `predict_batches` nobody counts the tokens
         answer_all(
             pipe,
             {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from benchmarks import results
 from benchmarks.pairs import Summary, summarize
-from benchmarks.peers import ceilings, clients, own_engine, rays
+from benchmarks.peers import ceilings, clients, foreign, own_engine, rays
 from benchmarks.peers.field import Field
 from benchmarks.peers.plan import DUPLICATES, MIXED, PREFIXES, SHORT
 from benchmarks.peers.side import Measured, Side
@@ -31,6 +31,8 @@ WORDS = {
     PREFIXES: "Shared prefixes, shuffled",
     DUPLICATES: "Half of the rows repeated",
 }
+TO_FILES = {rays.HTTP, foreign.NAMES["datatrove"], foreign.NAMES["curator"]}
+"""Clients that write their answers down."""
 OURS = {own_engine.BATCHES, own_engine.TABLE, clients.OURS}
 
 
@@ -54,25 +56,30 @@ def tables(field: Field) -> str:
     """What was measured of a group."""
     parts = [f"### {field.title}"]
     for workload in WORDS:
-        sides = {name: field.runs[key] for key in field.runs if key[0] == workload for name in [key[1]]}
-        if sides:
+        if sides := field.of(workload):
             parts.append(table(field, workload, sides))
     if field.absent:
-        parts.append("\n".join(f"- not run: {name}: {clean(why)}" for name, why in field.absent.items()))
+        parts.append(
+            "\n".join(
+                f"- not run: {name}: {results.one_line(why, 300)}" for name, why in field.absent.items()
+            )
+        )
     return "\n\n".join(parts) if parts[1:] else ""
 
 
 def table(field: Field, workload: str, sides: dict[str, list[Measured]]) -> str:
-    """One line a side, against our `predict_batches`, whose own ratio is 1."""
-    reference = reference_of(sides)
+    """One line a side, against ours with the same to do, whose own ratio is 1."""
     some = max((runs[0].rows for runs in sides.values()), key=len)
     tokens = sum(row.max_tokens for row in some)
-    lines = [line(name, runs, field, sides[reference], reference) for name, runs in sides.items()]
+    lines = [line(name, runs, field, sides) for name, runs in sides.items()]
     title = f"{WORDS[workload]} (`{workload}`): {len(some)} rows, {tokens} output tokens a round"
     return f"#### {title}\n\n{results.table(HEAD, lines)}"
 
 
-def reference_of(sides: dict[str, list[Measured]]) -> str:
+def reference_of(sides: dict[str, list[Measured]], against: str = "") -> str:
+    """Our side that has the same to do: what `against` writes to files, ours writes to a table."""
+    if against in TO_FILES and own_engine.TABLE in sides:
+        return own_engine.TABLE
     for name in (own_engine.BATCHES, clients.OURS):
         if name in sides:
             return name
@@ -80,9 +87,10 @@ def reference_of(sides: dict[str, list[Measured]]) -> str:
 
 
 def line(
-    name: str, runs: Sequence[Measured], field: Field, ours: Sequence[Measured], reference: str
+    name: str, runs: Sequence[Measured], field: Field, sides: dict[str, list[Measured]]
 ) -> tuple[str, ...]:
-    side, us = field.sides_ever[name], field.sides_ever[reference]
+    reference = reference_of(sides, name)
+    side, us, ours = field.sides_ever[name], field.sides_ever[reference], sides[reference]
     steady, whole = steadies(runs, ours), totals(side, runs, us, ours)
     return (
         marked(name, steady, whole, name in OURS),
@@ -147,11 +155,6 @@ def ratio(summary: Summary) -> str:
     return f"{summary.median:.2f} [{summary.low:.2f} {summary.high:.2f}]"
 
 
-def clean(words: str) -> str:
-    """An error in one line of Markdown, without paths of this machine."""
-    return " ".join(words.split())[:300].replace("|", "/")
-
-
 def goals(fields: Sequence[Field]) -> str:
     """Each goal with its figure."""
     found = [goal for field in fields for goal in goals_of(field)]
@@ -162,8 +165,8 @@ def goals(fields: Sequence[Field]) -> str:
 def goals_of(field: Field) -> list[Goal]:
     found = []
     for (workload, name), runs in field.runs.items():
-        sides = {other: field.runs[key] for key in field.runs if key[0] == workload for other in [key[1]]}
-        reference = reference_of(sides)
+        sides = field.of(workload)
+        reference = reference_of(sides, name)
         if name in OURS or reference not in OURS:
             continue
         steady = steadies(runs, sides[reference])
@@ -172,7 +175,7 @@ def goals_of(field: Field) -> list[Goal]:
         elif name == rays.ENGINE:
             found += against_ray(field, workload, runs, sides)
         elif field.count is not None:
-            found.append(Goal(f"`{workload}`: ours ÷ {name}, steady", steady, 1.0))
+            found.append(Goal(f"`{workload}`: {reference} ÷ {name}, steady", steady, 1.0))
     return found + (
         [cheapest(field)] if field.count is not None and (SHORT, clients.OURS) in field.runs else []
     )

@@ -61,7 +61,7 @@ def with_ray(
     block: int,
     folder: str | None = None,
 ) -> None:
-    environments.overlay("ray")
+    environments.overlay()
     import ray
 
     os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"

@@ -1,7 +1,7 @@
 """vLLM's `run-batch`, from one JSONL file to another; its module, as the `vllm` command does not start here.
 
 It starts an engine for each run: the start-up is the time until its log says that it reads the batch, the
-work the time from then until its file is there and the process has ended. It knows chat requests only: a
+work the time from then until its file is written. It knows chat requests only: a
 template of the content alone makes them the prompts that the other sides send.
 """
 
@@ -43,15 +43,14 @@ def run(engine_args: dict[str, Any], rows: Sequence[Row]) -> Outcome:
         asked, said = Path(folder) / "rows.jsonl", Path(folder) / "answers.jsonl"
         asked.write_text("".join(f"{request(engine_args['model'], i, row)}\n" for i, row in enumerate(rows)))
         module = [sys.executable, "-m", "benchmarks.peers.run_batch", "-i", str(asked), "-o", str(said)]
-        started = time.perf_counter()
+        started = time.time()
         process = subprocess.Popen(
             [*module, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         began, last_words = follow(process)
-        ended = time.perf_counter()
         if process.wait() != 0 or not said.exists():
-            return Outcome(ended - started, 0, 0, died=last_words)
-        return outcome(said, work=ended - began, startup=began - started)
+            return Outcome(time.time() - started, 0, 0, died=last_words)
+        return outcome(said, work=said.stat().st_mtime - began, startup=began - started)
 
 
 def request(model: str, number: int, row: Row) -> str:
@@ -64,11 +63,11 @@ def request(model: str, number: int, row: Row) -> str:
 def follow(process: subprocess.Popen[str]) -> tuple[float, str]:
     """When it began to read the batch, and the end of its log."""
     assert process.stdout is not None
-    began, log = time.perf_counter(), ""
+    began, log = time.time(), ""
     for line in process.stdout:
         log = (log + line)[-LAST_WORDS:]
         if READS in line:
-            began = time.perf_counter()
+            began = time.time()
     return began, log
 
 

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -60,7 +60,6 @@ class Side:
     child: Child
     startup: float
     share: float = 1.0
-    runs: dict[str, list[Measured]] = field(default_factory=dict)
 
     def run(self, rows: Sequence[Row], timeout: float | None = None) -> Measured:
         """Do the rows, after a rest; raises TimeoutError, after which the side is of no use any more."""

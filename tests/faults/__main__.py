@@ -17,7 +17,7 @@ from pathlib import Path
 from tests import conftest  # noqa: F401 - its environment, before Prefect reads it
 
 # ruff: isort: split
-from benchmarks.results import record
+from benchmarks.results import commit, record
 from tests.faults.ground import Ground, made
 from tests.faults.ledger import Figures
 from tests.faults.page import PACKAGES, page
@@ -29,7 +29,7 @@ NAMES = ("flow", "postgresql", "engine", "server", "ray", "network", "storms", "
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it has started ends with it
     options = arguments()
-    print(f"seed {options.seed}", flush=True)
+    print(f"seed {options.seed}, commit {commit()}", flush=True)
     command = f"python -m tests.faults --seed {options.seed} --kills {options.kills}"
     found: list[Figures] = []
     broken: list[str] = []
