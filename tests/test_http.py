@@ -24,7 +24,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.scripted_server import MODEL, Asked, Deed, Raw, Reply, ScriptedServer, answer_to, hang, refused
-from vllm_tasks import Completion, InvalidCall, RowError, RowErrors, ServerUnavailable, VllmAPI
+from vllm_tasks import Completion, InvalidCall, RowError, RowErrors, ServerUnavailable, VllmAPI, sharing
 from vllm_tasks import loop as engine_loop
 from vllm_tasks.engines import http, room, servers, tries
 
@@ -60,6 +60,11 @@ def api(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mak
     yield make
     for model in made:
         model.close()
+
+
+def ended(reason: str) -> Reply:
+    """An answer that vLLM has given up, as it is by a shutdown, a pause or an error of its own."""
+    return Reply({"choices": [{"index": 0, "text": "", "finish_reason": reason}], "usage": {}})
 
 
 def once(*deeds: Deed) -> Callable[[Asked], Deed]:
@@ -199,9 +204,26 @@ def test_a_list_of_models_that_never_comes_is_no_server(
         return deed or await hang(asked) if asked.path == "/v1/models" else None
 
     server.script = stuck
-    with pytest.raises(ServerUnavailable, match=r"within 0\.3 s|timed out"):
+    with pytest.raises(ServerUnavailable, match=r"(within 0\.3 s|timed out).*with model='\.\.\.'"):
         api(model=None).predict_batches([str(i) for i in range(100)])
     assert [a.path for a in server.requests].count("/v1/models") <= 4
+
+
+@pytest.mark.parametrize(
+    ("model", "cut", "told"),
+    [
+        (None, {"/version"}, {"model": MODEL, "root": "/models/scripted"}),
+        ("m", {"/version", "/v1/models"}, {"model": "m"}),
+    ],
+)
+def test_a_gateway_that_cuts_control_calls_is_still_a_server(
+    server: ScriptedServer, api: Make, model: str | None, cut: set[str], told: dict[str, str]
+) -> None:
+    """What a server tells of itself ends where its paths are cut, and puts the server in no doubt."""
+    server.script = lambda asked: Raw(reset=True) if asked.path in cut else None
+    facts = sharing.facts(api(model=model)._config())
+    assert engine_loop.run(asyncio.wait_for(facts, 20)) == told
+    assert "/health" not in {asked.path for asked in server.requests}
 
 
 def test_a_list_of_models_in_many_small_chunks_is_read_whole(server: ScriptedServer, api: Make) -> None:
@@ -547,6 +569,8 @@ def test_a_server_that_was_down_gets_rows_again(
     "deed",
     [
         refused(500, "oops"),
+        ended("abort"),
+        ended("error"),
         refused(503, "oops"),
         refused(408, "oops"),
         refused(429, "oops"),
@@ -557,7 +581,7 @@ def test_a_server_that_was_down_gets_rows_again(
     ],
 )
 def test_a_passing_failure_is_retried(server: ScriptedServer, api: Make, deed: Deed) -> None:
-    """5xx, 408, 429 and a broken connection are tried again, and the caller sees the answer only."""
+    """5xx, 408, 429, a broken connection and an answer that vLLM gave up are tried again, unseen."""
     server.script = once(deed)
     assert api().predict("x") == answer_to("x")
     assert len(server.posts) == 2

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from tests.scripted_server import Asked, Deed, ScriptedServer, answer_to, refused
-from vllm_tasks import RowError, ServerUnavailable, VllmAPI
+from vllm_tasks import RowError, ServerUnavailable, VllmAPI, loop
 from vllm_tasks.engines import room, tries
+from vllm_tasks.engines.http import HttpEngine
 
 SLOTS, WINDOW = 8, 64
 XS = [str(i) for i in range(300)]
@@ -132,6 +133,26 @@ def test_a_row_that_is_always_refused_ends_as_an_error(server: ScriptedServer, a
     (error,) = [result for result in results if isinstance(result, RowError)]
     assert (error.index, error.kind, error.retryable) == (100, "server", True)
     assert "too large for your quota" in error.message
+
+
+def test_a_search_for_a_server_leaves_its_room_growing(server: ScriptedServer, api: Make) -> None:
+    """One that refused, was lost and is found again lets rows in when its while is over."""
+
+    async def found_again() -> None:
+        engine = HttpEngine(api(server.url)._config())
+        await engine.start()
+        try:
+            (far,) = engine._servers.all
+            async with far.room:
+                far.room.refuse(retry_after=0.5)
+            engine._servers.lose(far)
+            assert await engine._servers.pick() is far
+            async with asyncio.timeout(10), far.room:
+                pass
+        finally:
+            await engine.close()
+
+    loop.run(found_again())
 
 
 def test_a_server_with_room_takes_what_another_one_refuses(server: ScriptedServer, api: Make) -> None:

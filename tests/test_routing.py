@@ -19,6 +19,7 @@ import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
+from prefect.states import Crashed, Running
 from pydantic import SecretStr
 
 from tests.conftest import IN_PREFECT, TINY_ARGS
@@ -47,6 +48,8 @@ from vllm_tasks import (
     predict_in_db,
     validate,
 )
+from vllm_tasks.routing import parcel
+from vllm_tasks.routing.part import LAST_WORDS, Part
 
 pytestmark = IN_PREFECT
 ROWS = 300
@@ -199,6 +202,29 @@ def test_what_is_answered_before_a_failure_arrives_with_it(model: VllmAPI, serve
     assert caught.value.results is not None
     answered, no_prompt, lost = caught.value.results
     assert (answered.text, no_prompt.kind, lost) == (" a!", "prompt", None)
+
+
+def test_errors_of_rows_have_the_places_of_the_call(model: VllmAPI, server: ScriptedServer) -> None:
+    """Though only rows that have a prompt travel."""
+    server.script = lambda asked: refused(400, "no") if asked.prompt == "bad" else None
+    _, _, bad = flow(lambda: completions(model, [None, "a", "bad"], on_error="return"))()
+    assert (bad.kind, bad.index) == ("refused", 2)
+
+
+def test_a_part_is_done_when_it_has_told_its_outcome() -> None:
+    """Also when its run dies, or is never heard of again, between that and its end."""
+    report, error = parcel.outcome_of("place"), parcel.outcome_of_error(EngineFailed("no"))
+    crashed = Part("a", {})
+    crashed.see(Crashed(), {"outcome": report})
+    assert (crashed.ended, crashed.completed) == (True, True)
+    crashed.see(Crashed(), {"outcome": error})
+    assert (crashed.ended, crashed.completed) == (True, False)
+    lost = Part("b", {})
+    lost.see(Running(), {"outcome": report})
+    assert not lost.ended, "its end may come yet"
+    lost.since -= LAST_WORDS
+    lost.see(Running(), {"outcome": report})
+    assert (lost.ended, lost.completed) == (True, True)
 
 
 def test_a_budget_counts_all_shards(model: VllmAPI, lake: Place, server: ScriptedServer) -> None:

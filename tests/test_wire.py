@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_tasks.engines import wire
-from vllm_tasks.rows import Choice, Completion, Request, TokenLogprob
+from vllm_tasks.engines.local import result_of
+from vllm_tasks.rows import Choice, Completion, Request, RowError, TokenLogprob
 
 LOGPROB_TOP = {" a": -0.5, "b": -1.5}
 TEXT_LOGPROBS = {"tokens": [" a", "b"], "token_logprobs": [None, -1.5], "top_logprobs": [None, LOGPROB_TOP]}
@@ -222,3 +223,14 @@ def test_body_has_the_prompt_and_sampling_and_no_model_in_the_legacy_format() ->
     assert wire.body_of(Request("x", {"n": 2}), None) == {"prompt": "x", "n": 2}
     assert wire.body_of(Request("x", {}), "m") == {"model": "m", "prompt": "x"}
     assert wire.body_of(Request(messages, {"n": 2}), "m") == {"model": "m", "messages": messages, "n": 2}
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+def test_what_the_engine_gave_up_is_an_error(reason: str) -> None:
+    """vLLM's engine ends such a row like any other, with the text so far: it is no answer."""
+    choice = {"text": "", "finish_reason": reason, "token_ids": [], "logprobs": None, "reasoning": None}
+    counts = {"prompt_tokens": 1, "completion_tokens": 0, "prompt_logprobs": None, "seconds": 0.1}
+    error = result_of({"completion": {"choices": [choice], **counts}})
+    assert isinstance(error, RowError)
+    assert (error.kind, error.retryable) == ("engine", True)
+    assert reason in error.message

@@ -21,6 +21,10 @@ RowErrorKind = Literal[
     "output",  # the answer is not of the type asked for
 ]
 
+GIVEN_UP = frozenset(("abort", "error"))
+"""vLLM's finish reasons of an answer that it did not end: by a shutdown or a pause, or by an error of its
+own, of which its engine, unlike its server, raises none."""
+
 BuiltinType = Literal["str", "int", "float", "bool", "json", "bytes"]
 """Types of an answer, and of the columns that answers are kept in."""
 

@@ -17,7 +17,7 @@ from vllm_tasks.engines.connections import NAME, Connector, Names
 from vllm_tasks.engines.servers import Key, Server, Servers, Unreachable, untrusted
 from vllm_tasks.engines.tries import Attempt, Full, Tries, retry_after
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.rows import Request, Result, RowError
+from vllm_tasks.rows import GIVEN_UP, Request, Result, RowError
 from vllm_tasks.window import Window
 
 CONNECT_TIMEOUT = 10.0
@@ -156,11 +156,15 @@ class HttpEngine:
             answer = json.loads(content)
             if self._names.is_of_another(answer, name):
                 raise Attempt("connection", f"{server.url} answered another request", retryable=True)
-            return replace(wire.parse(path, request, answer), seconds=seconds)
+            completion = replace(wire.parse(path, request, answer), seconds=seconds)
         except (ValueError, RecursionError) as error:
             begin = self._key.hidden_in(content)[:100]
             why = self._key.hidden_in(f"{error}")
             raise Attempt("response", f"{why}; the answer from {server.url} began with {begin!r}") from error
+        if given_up := GIVEN_UP & {choice.finish_reason for choice in completion.choices}:
+            words = f"{server.url} gave the row up before its end ({', '.join(given_up)})"
+            raise Attempt("server", words, retryable=True)
+        return completion
 
     async def _post(self, url: str, body: bytes, name: str) -> tuple[aiohttp.ClientResponse, bytes]:
         """The response and its body.

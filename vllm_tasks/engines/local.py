@@ -17,7 +17,7 @@ from vllm_tasks.engines.gpus import Claim
 from vllm_tasks.engines.host import Frame
 from vllm_tasks.engines.process import HostProcess
 from vllm_tasks.errors import EngineFailed
-from vllm_tasks.rows import Choice, Completion, Request, Result, RowError, TokenLogprob
+from vllm_tasks.rows import GIVEN_UP, Choice, Completion, Request, Result, RowError, TokenLogprob
 from vllm_tasks.window import Window
 
 logger = logging.getLogger(__name__)
@@ -239,6 +239,8 @@ def result_of(frame: Frame) -> Result:
     if "error" in frame:
         return RowError(**frame["error"])
     completion = frame["completion"]
+    if given_up := GIVEN_UP & {choice["finish_reason"] for choice in completion["choices"]}:
+        return RowError("engine", f"vLLM gave the row up ({', '.join(given_up)})", retryable=True)
     return Completion(
         choices=tuple(
             Choice(**{**choice, "logprobs": logprobs_of(choice["logprobs"])})

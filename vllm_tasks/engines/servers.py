@@ -160,6 +160,9 @@ class Servers:
         """Stop looking for a server, and letting more rows in."""
         for server in self.all:
             server.room.close()
+        self._end_search()
+
+    def _end_search(self) -> None:
         if self._search is not None:
             self._search.cancel()
             self._search = None
@@ -183,27 +186,39 @@ class Servers:
             server = await self.pick()
             try:
                 model = await self.model_of(server)
-                listed = await self._told(f"{server.url}/v1/models")
-                version = await self._told(f"{server.url}/version")
             except Unreachable:
                 self.lose(server)
                 continue
-            entries = listed.get("data") or []
-            roots = [e.get("root") for e in entries if isinstance(e, dict) and e.get("id") == model]
-            known = {"model": model, "root": roots[0] if roots else None, "version": version.get("version")}
-            return {name: value for name, value in known.items() if isinstance(value, str) and value}
+            told = await self._told_of(server.url, model)
+            if told or server.is_there:  # else rows have found out meanwhile that it is away
+                return {"model": model, **told}
+
+    async def _told_of(self, url: str, model: str) -> dict[str, str]:
+        """The `root` of the model and the server's `version`, where it tells them."""
+        listed = (await self._told(f"{url}/v1/models")).get("data")
+        entries = listed if isinstance(listed, list) else []
+        roots = [e.get("root") for e in entries if isinstance(e, dict) and e.get("id") == model]
+        version = (await self._told(f"{url}/version")).get("version")
+        known = {"root": roots[0] if roots else None, "version": version}
+        return {name: value for name, value in known.items() if isinstance(value, str) and value}
 
     async def _told(self, url: str) -> dict[str, Any]:
-        """A JSON object, empty from a server that has none to give."""
-        _, content = await self._ask(url)
+        """A JSON object, empty from a server that has none to give, or that cannot be reached for it.
+
+        That does not count against the server: a gateway may let through only what rows need.
+        """
         try:
+            _, content = await self._ask(url)
             told = json.loads(content)
-        except (ValueError, RecursionError):
+        except (Unreachable, ValueError, RecursionError):
             return {}
         return told if isinstance(told, dict) else {}
 
     async def _first_model(self, url: str) -> str:
-        status, content = await self._ask(f"{url}/v1/models")
+        try:
+            status, content = await self._ask(f"{url}/v1/models")
+        except Unreachable as error:
+            raise Unreachable(f"{error}; with model='...' it need not be asked") from error
         said = f"HTTP {status} from {url}/v1/models: {self.key.hidden_in(content)[:300]!r}"
         if status >= 500 or status in (408, 429):
             raise Unreachable(said)
@@ -227,7 +242,7 @@ class Servers:
         finally:
             self._waiting -= 1
             if not self._waiting:  # cancelled calls leave no search behind
-                self.close()
+                self._end_search()
 
     async def _find_any(self) -> None:
         """Return when some server is able to answer."""

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from vllm_tasks.datalayer import Datalayer
@@ -79,7 +80,9 @@ def _results(answered: str | None, requests: Sequence[Request | RowError]) -> li
         return None
     answers = iter(parcel.results_of(storage.stored(answered)))
     storage.discard(answered)
-    return [request if isinstance(request, RowError) else next(answers) for request in requests]
+    found = [request if isinstance(request, RowError) else next(answers) for request in requests]
+    # There a row has its place among those that travelled.
+    return [replace(r, index=i) if isinstance(r, RowError) else r for i, r in enumerate(found)]
 
 
 def over_table(

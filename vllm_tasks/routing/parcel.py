@@ -179,6 +179,11 @@ def value_of(outcome: str) -> Any:
     return told if name == "text" else _read(REPORTS[name], json.dumps(told))
 
 
+def has_failed(outcome: str) -> bool:
+    """Whether `value_of` raises."""
+    return "error" in json.loads(outcome)
+
+
 def answered_in(outcome: str) -> str | None:
     """The place of the answers to rows, of all of them or of those before an error; None without any."""
     told = json.loads(outcome)

@@ -10,6 +10,10 @@ from uuid import UUID
 from prefect.client.schemas.objects import State
 
 from vllm_tasks.report import Progress
+from vllm_tasks.routing import parcel
+
+LAST_WORDS = 30.0
+"""Seconds for a run to end that has told its outcome: its machine may have died with it."""
 
 
 @dataclass(eq=False)
@@ -41,10 +45,15 @@ class Part:
 
     @property
     def ended(self) -> bool:
-        return self.state is not None and self.state.is_final()
+        """Whether no more comes of it: its run has ended, or has told its outcome and then nothing more."""
+        is_final = self.state is not None and self.state.is_final()
+        return is_final or (self.outcome is not None and self.silent > LAST_WORDS)
 
     @property
     def completed(self) -> bool:
+        """Whether its work is done: by what its run has told, for it may die between that and its end."""
+        if self.outcome is not None:
+            return not parcel.has_failed(self.outcome)
         return self.state is not None and self.state.is_completed()
 
     @property
