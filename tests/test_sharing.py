@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -13,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from vllm_tasks import EngineFailed, RowError, VllmModel
-from vllm_tasks.engines import process
+from vllm_tasks import EngineFailed, RowError, VllmModel, loop, sharing
+from vllm_tasks.engines import gpus, process
 
 Make = Any
 
@@ -75,6 +77,22 @@ def wait_for_start(log: Path) -> None:
     while not log.exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def interrupt_while_it_starts(model: VllmModel, log: Path) -> None:
+    """Ctrl-C in `init()`, when the engine's process is there and its model still loads."""
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def interrupt() -> None:
+        wait_for_start(log)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        model.init()
+    thread.join()
 
 
 def test_equal_models_share_one_engine_and_the_last_to_leave_ends_it(make: Make, log: Path) -> None:
@@ -138,6 +156,43 @@ def test_failed_start_gives_the_cause_in_the_log(make: Make, log: Path) -> None:
             model.predict("a")
         assert not caught.value.temporary
     assert starts(log) == 2
+
+
+def test_close_ends_a_start_that_was_interrupted(make: Make, log: Path) -> None:
+    """An engine whose first caller left while it loaded does not come to life after `close()`."""
+    model = make(start=60)
+    interrupt_while_it_starts(model, log)
+    assert len(hosts()) == 1
+    model.close()
+    assert not hosts()
+
+
+def test_failure_of_an_interrupted_start_is_nobodys(make: Make, log: Path) -> None:
+    """A start that fails after its caller has left is forgotten; the next call tries anew."""
+    model = make(start=0.5, refuse="no room")
+    interrupt_while_it_starts(model, log)
+
+    async def end_of_starts() -> None:
+        await asyncio.gather(*(shared.started for shared in sharing._shared.values()), return_exceptions=True)
+
+    loop.run(end_of_starts())
+    with pytest.raises(EngineFailed):
+        model.predict("a")
+    assert starts(log) == 2
+
+
+def test_engine_for_which_others_made_room_stays_warm(
+    make: Make, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the engines whose GPU it needs are closed, not the one that starts: two calls are one start."""
+    monkeypatch.setattr(gpus.free_devices, "__defaults__", (tmp_path / "gpus",))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("VLLM_TASKS_GPUS", "1")
+    make(log=str(tmp_path / "other")).predict("a")
+    for _ in range(2):
+        make().predict("b")
+    assert starts(log) == 1
+    assert len(hosts()) == 1
 
 
 def test_rows_of_a_dead_engine_are_asked_once_more(make: Make, log: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sqlite3
 import threading
 import time
@@ -550,6 +551,20 @@ def no_booms(x: str) -> str:
     if x.startswith("boom"):
         raise ValueError("boom")
     return x
+
+
+@pytest.mark.parametrize("place", ["postgres"], indirect=True)
+def test_keys_that_no_table_holds_keep_what_is_finished(model: VllmAPI, place: Place) -> None:
+    """Rows whose keys the outputs cannot have end the run, and cost no other row that is finished."""
+    good = {"boom 1", "boom 2", "boom 3"}
+    place.fill_texts(*good, os.urandom(4000).hex(), os.urandom(4000).hex())
+    with pytest.raises(InvalidCall, match="can have no output"):
+        ask(changed(model, prompt_func=booms), primary_id="text")
+    assert {row["text"] for row in place.db.outputs("m").to_pylist()} == good
+
+
+def booms(x: str) -> str:
+    raise ValueError(x)
 
 
 POISON = 20

@@ -132,13 +132,10 @@ async def _using(config: Config) -> AsyncIterator[Engine]:
     """The started engine of `config`; those who come while it starts wait for the same start."""
     while closing := _closing.get(config):
         await asyncio.wait({closing})  # two engines of one kind would not fit on the device
-    shared = _shared.get(config)
-    if shared is None:
-        engine = _new(config)
-        shared = _shared[config] = Shared(engine, asyncio.create_task(_start(engine)))
+    shared = _shared.get(config) or _begin(config)
     shared.calls += 1
     try:
-        await _started(config, shared)
+        await asyncio.shield(shared.started)
         yield shared.engine
     except EngineFailed:
         _forget(config, shared)  # the next call starts a new one
@@ -146,6 +143,19 @@ async def _using(config: Config) -> AsyncIterator[Engine]:
     finally:
         shared.calls -= 1
         await _close_if_unused(config, shared)
+
+
+def _begin(config: Config) -> Shared:
+    """Start an engine. A start that fails is forgotten at once, also when no call waits for it any more."""
+    engine = _new(config)
+    shared = _shared[config] = Shared(engine, asyncio.create_task(_start(engine)))
+
+    def forget_if_failed(start: asyncio.Task[None]) -> None:
+        if start.cancelled() or start.exception():
+            _forget(config, shared)
+
+    shared.started.add_done_callback(forget_if_failed)
+    return shared
 
 
 def _new(config: Config) -> Engine:
@@ -159,19 +169,12 @@ async def _start(engine: Engine) -> None:
     try:
         await engine.start()
     except HeldHere:
-        warm = [(c, s) for c, s in _shared.items() if isinstance(c, LocalConfig) and not _is_held(c)]
-        for config, shared in warm:
-            shared.keep = False
-            await _close_if_unused(config, shared)
+        others = [(c, s) for c, s in _shared.items() if s.engine is not engine and isinstance(c, LocalConfig)]
+        for config, shared in others:
+            if not _is_held(config):
+                shared.keep = False
+                await _close_if_unused(config, shared)
         await engine.start()
-
-
-async def _started(config: Config, shared: Shared) -> None:
-    try:
-        await asyncio.shield(shared.started)
-    except Exception:
-        _forget(config, shared)
-        raise
 
 
 def _forget(config: Config, shared: Shared) -> None:
@@ -193,21 +196,24 @@ async def _close_if_unused(config: Config, shared: Shared) -> None:
     if shared.calls or shared.keep or _is_held(config) or _shared.get(config) is not shared:
         return
     del _shared[config]
-    closing = _closing[config] = asyncio.create_task(shared.engine.close())
+    closing = _closing[config] = asyncio.create_task(_end(shared))
     closing.add_done_callback(lambda _: _closing.pop(config, None))
     await asyncio.shield(closing)
 
 
+async def _end(shared: Shared) -> None:
+    """Close the engine, also one that is still starting for a call that was interrupted."""
+    if not shared.started.done():
+        shared.started.cancel()  # which ends what it has begun
+        await asyncio.wait({shared.started})
+    await shared.engine.close()
+
+
 async def _close_all() -> None:
     """Close every engine of this process, those that are still starting too."""
-    engines = [shared.engine for shared in _shared.values()]
-    starting = [shared.started for shared in _shared.values() if not shared.started.done()]
+    left = list(_shared.values())
     _shared.clear()
-    for start in starting:
-        start.cancel()
-    if starting:
-        await asyncio.wait(starting)
-    await asyncio.gather(*(engine.close() for engine in engines), *_closing.values())
+    await asyncio.gather(*map(_end, left), *_closing.values())
 
 
 def _close_at_exit() -> None:

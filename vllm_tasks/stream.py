@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
@@ -483,7 +484,8 @@ class Run:
             while not self._queue.empty():
                 item = self._queue.get_nowait()
                 if item is not None and not isinstance(item, Failed):
-                    self._take(item)
+                    with suppress(InvalidCall):  # a key that no table holds must not cost the other rows
+                        self._take(item)
             if self._group:
                 self._commit_group(lambda _name, work: work())
         except VllmTasksError as error:
