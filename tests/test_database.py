@@ -1032,6 +1032,19 @@ def test_text_that_is_no_text(tmp_path: Path) -> None:
     db.close()
 
 
+@pytest.mark.parametrize("kind", ["BLOB", "TEXT"])
+def test_shards_of_keys_that_are_no_text(tmp_path: Path, kind: str) -> None:
+    """Keys in SQLite that are not UTF-8 have their shard, and those that are keep the one they always had."""
+    db = sqlite(tmp_path).fill(1)
+    keys = " UNION ALL ".join(f"SELECT CAST(x'{k}' AS {kind}) AS id" for k in ("ff00", "61ff", "c3a9", "62"))
+    select = f"SELECT id, 1 AS text FROM ({keys})"
+    shards = [{r.key[0] for r in every(db, selection(select, shard=(i, 2)))} for i in range(2)]
+    of_bytes = [{b"a\xff", "é".encode()}, {b"b", b"\xff\0"}]
+    of_text = [{key.decode(errors="surrogateescape") for key in shard} for shard in of_bytes]
+    assert shards == (of_bytes if kind == "BLOB" else of_text)
+    db.close()
+
+
 def test_a_locked_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lock that outlasts the patience is `TablesUnavailable`, and the commit may be repeated."""
     monkeypatch.setattr("vllm_tasks.datalayer.backends.WAIT", 0.1)

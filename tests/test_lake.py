@@ -289,6 +289,22 @@ def test_values_are_plain_python_values(lake: Lake) -> None:
     }
 
 
+@pytest.mark.parametrize("kind", ["DATE", "TIMESTAMP", "TIMESTAMPTZ"])
+def test_a_date_that_python_has_not(lake: Lake, kind: str) -> None:
+    """It comes as text, those beside it as dates; as a key it is refused, by name, before any row is read."""
+    select = (
+        f"SELECT id, if(id = 3, '19999-01-01', '2024-02-0' || (id + 1))::{kind} AS text FROM t WHERE id < 9"
+    )
+    dates = {r.key[0]: r.values[0] for r in read(lake, selection(select))}
+    assert str(dates.pop(3)).startswith("19999-01-01")
+    assert len(dates) == 8
+    assert all(isinstance(date, dt.date) and date.day == i + 1 for i, date in dates.items())
+    words = refusal(lake, selection(select, key=("text",), columns=("id",)))
+    assert "1 rows" in words
+    assert "for example text='19999-01-01" in words
+    assert "CAST it to VARCHAR" in words
+
+
 def test_what_looks_like_a_date_in_json_stays_text(folder: Path) -> None:
     """JSON has no dates: "2024-01-01" comes as it is; mixed columns come as what each line says."""
     rows = [
@@ -737,6 +753,36 @@ def test_partitions(lake: Lake, partition: str) -> None:
 
 
 # ---------------------------------------------------------------------- rivals, crashes, full disks
+
+
+@pytest.mark.parametrize("ids", [(0, 0), (0, 1)])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_rival_beside_a_compaction(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch, moment: str, ids: tuple[int, int]
+) -> None:
+    """What a rival commits right before or after a compaction, of one file or of two, is replaced."""
+    writer, rival = lake.writer(selection(), TABLE), lake.writer(selection(), TABLE)
+    compact = TableOptimizer.compact
+
+    def beside(self: TableOptimizer, **given: Any) -> Any:
+        if moment == "before":
+            rival.commit([row(100, "rival")], [])
+        done = compact(self, **given)
+        if moment == "after":
+            rival.commit([row(100, "rival")], [])
+            self.table.update_incremental()  # the last that `compact` does itself
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(delta_writer, "COMPACT_EVERY", 2)
+        patch.setattr(delta_writer, "SMALL_FILES", 1)
+        patch.setattr(TableOptimizer, "compact", beside)
+        for i in ids:
+            writer.commit([row(i)], [])
+    writer.commit([row(100, "mine")], [])
+    assert committed(lake) == [*((i, "o") for i in sorted(set(ids))), (100, "mine")]
+    writer.close()
+    rival.close()
 
 
 def test_keys_that_a_rival_wrote_are_replaced_however_long_ago(lake: Lake) -> None:

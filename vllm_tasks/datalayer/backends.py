@@ -80,8 +80,8 @@ def backend(url: str) -> Backend:
     return Postgres(made)
 
 
-def _hash(*key: str) -> int:
-    return zlib.crc32("\x1f".join(key).encode(errors="surrogateescape"))
+def _hash(*key: bytes) -> int:
+    return zlib.crc32(b"\x1f".join(key))
 
 
 class Backend:
@@ -282,7 +282,8 @@ class Sqlite(Backend):
         )
 
     def hashed(self, columns: Sequence[sa.ColumnElement[Any]]) -> sa.ColumnElement[int]:
-        return sa.Function(HASH, *(sa.cast(c, sa.Text) for c in columns), type_=sa.Integer())
+        # The bytes of the text: Python's sqlite3 fails over an argument that is no UTF-8, as a BLOB may be.
+        return sa.Function(HASH, *(sa.cast(c, sa.LargeBinary) for c in columns), type_=sa.Integer())
 
     def passing(self, error: DBAPIError) -> bool:
         code = getattr(error.orig, "sqlite_errorcode", None)

@@ -92,8 +92,9 @@ class DeltaWriter:
             try:
                 with storage_errors(f"cannot write {self._shown}"):
                     delta = self._latest()
+                    base = delta.version()
                     self._write(delta, new, self._distinct(old, self._taken(new)))
-                    self._known = set(delta.file_uris())
+                    self._know(delta, base)
                 break
             except CommitFailedError as e:
                 # A rival has this version: take in what it wrote, and try for the next one.
@@ -156,6 +157,14 @@ class DeltaWriter:
             self._known = files
         return self._delta
 
+    def _know(self, delta: DeltaTable, base: int) -> None:
+        """After a commit of ours: its files hold known keys, if it alone is what came after `base`.
+
+        Otherwise rivals' files came with it, and the next `_latest` looks at the keys of them all.
+        """
+        if delta.version() == base + 1:
+            self._known = set(delta.file_uris())
+
     def _remember(self, rows: pa.Table | ds.Dataset) -> None:
         """Count the keys of `rows` as taken: rivals may write more than there is memory, DuckDB spills."""
         self._cursor.register("_vllm_tasks_added", rows)
@@ -212,13 +221,16 @@ class DeltaWriter:
             sizes = pa.table(delta.get_add_actions(flatten=True))["size_bytes"]
             if pc.sum(pc.less(sizes, FILE_BYTES // 2)).as_py() < SMALL_FILES:
                 return False
-            delta.optimize.compact(
+            base = delta.version()
+            # After rivals' appends, too, whatever ONCE says: delta-rs tries again by itself.
+            done = delta.optimize.compact(
                 target_size=FILE_BYTES,
                 max_concurrent_tasks=1,  # each holds files in memory
                 writer_properties=self._properties,
                 commit_properties=ONCE,
             )
-            self._known = set(delta.file_uris())
+            if done["numFilesAdded"]:
+                self._know(delta, base)
         except CommitFailedError:
             self._delta = None  # a rival was faster: the next time will do, or the rival's own compaction
             return False

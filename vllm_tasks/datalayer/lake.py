@@ -68,6 +68,9 @@ KEY_TYPES: dict[str, tuple[str, pa.DataType]] = {
     "BLOB": ("BLOB", pa.binary()),
 }
 """DuckDB's types that may be a key: what it is compared and stored as, in SQL and in Arrow."""
+DATES = ("DATE", "TIMESTAMP", "TIMESTAMPTZ")
+STRANGE = "{0} < '0001-01-01' OR {0} >= '10000-01-01'"
+"""Whether Python has no such date: it has the years 1 to 9999, and no infinity."""
 CLOSING_S = 1.0
 """How long other threads have to leave the queries that closing interrupts."""
 OUTPUTS = "_vllm_tasks_outputs"
@@ -152,34 +155,31 @@ class Lake:
     def check(self, selection: Selection) -> None:
         """See `Tables.check`."""
         self._outputs(selection)
-        casts = self._casts(selection)
+        faults, width = self._faults(selection), len(selection.key)
         named, select = ", ".join(selection.key), selection.select[:200]
         source = f"{select[:60]}..." if len(select) > 60 else select
         logger.info("checking that %s is unique in %s: one pass", named, source)
-        keys = [f"k{i}" for i in range(len(casts))]
-        null = f"({' OR '.join(f'{k} IS NULL' for k in keys)})"
         with self._cursor(selection) as cursor:
-            nulls, doubled, rows, *example = cursor.execute(
-                f"""
-                SELECT coalesce(sum(n) FILTER ({null}), 0)::BIGINT, count(*) FILTER (NOT {null}),
-                    coalesce(sum(n) FILTER (NOT {null}), 0)::BIGINT,
-                    {", ".join(f"first({k}) FILTER (NOT {null})" for k in keys)}
-                FROM (
-                    SELECT {", ".join(keys)}, count(*) AS n FROM (SELECT {", ".join(casts)} FROM {VIEW})
-                    GROUP BY ALL HAVING count(*) > 1 OR {null}
-                )
-                """  # noqa: S608 - the names are quoted
-            ).fetchall()[0]
+            nulls, strange, doubled, rows, *examples = cursor.execute(faults).fetchall()[0]
+
+        def shown(values: Sequence[Any]) -> str:
+            return ", ".join(f"{n}={v!r:.100}" for n, v in zip(selection.key, values, strict=True))
+
         if nulls:
             raise InvalidCall(
                 f"{nulls} rows of {select!r} have NULL for {named}; leave them out with "
                 "SELECT ... WHERE ... IS NOT NULL, or give another primary_id"
             )
+        if strange:
+            raise InvalidCall(
+                f"{strange} rows of {select!r} have a key with a date that Python does not have, for example "
+                f"{shown(examples[width:])}; CAST it to VARCHAR in a SELECT, leave them out with "
+                "SELECT ... WHERE, or give another primary_id"
+            )
         if doubled:
-            shown = ", ".join(f"{n}={v!r:.100}" for n, v in zip(selection.key, example, strict=True))
             raise InvalidCall(
                 f"{named} does not identify the rows of {select!r}: {doubled} keys have {rows} rows, "
-                f"for example {shown}; give another primary_id, or several columns"
+                f"for example {shown(examples[:width])}; give another primary_id, or several columns"
             )
 
     def rows(self, selection: Selection, size: int) -> Iterator[list[SourceRow]]:
@@ -408,6 +408,30 @@ class Lake:
         columns = zip(selection.key, kinds, strict=True)
         return [f"CAST({quoted(name)} AS {kind}) AS k{i}" for i, (name, kind) in enumerate(columns)]
 
+    def _faults(self, selection: Selection) -> str:
+        """A query for how many rows have NULL in the key, a date that Python has not, and a key of others.
+
+        Its columns: the rows with NULL; with such a date; the doubled keys; their rows; one such key; one
+        with such a date, as text.
+        """
+        types = self._types(selection)
+        keys = [f"k{i}" for i in range(len(selection.key))]
+        null = f"({' OR '.join(f'{k} IS NULL' for k in keys)})"
+        kinds = zip(keys, (key_type(name, types[name])[0] for name in selection.key), strict=True)
+        strange = f"({' OR '.join(STRANGE.format(k) for k, kind in kinds if kind in DATES) or 'false'})"
+        return f"""
+            SELECT coalesce(sum(n) FILTER ({null}), 0)::BIGINT,
+                coalesce(sum(n) FILTER ({strange}), 0)::BIGINT,
+                count(*) FILTER (NOT {null}), coalesce(sum(n) FILTER (NOT {null}), 0)::BIGINT,
+                {", ".join(f"first({k}) FILTER (NOT {null})" for k in keys)},
+                {", ".join(f"first({k}::VARCHAR) FILTER ({strange})" for k in keys)}
+            FROM (
+                SELECT {", ".join(keys)}, count(*) AS n
+                FROM (SELECT {", ".join(self._casts(selection))} FROM {VIEW})
+                GROUP BY ALL HAVING count(*) > 1 OR {null} OR {strange}
+            )
+            """  # noqa: S608 - the names are quoted
+
     def _attach_outputs(self, cursor: duckdb.DuckDBPyConnection, url: str, outputs: DeltaTable) -> None:
         """Make the outputs known to `cursor` as `OUTPUTS`."""
         # Their URIs are percent-encoded; the names in them are made of a UUID.
@@ -536,5 +560,12 @@ def _python(column: pa.Array) -> list[Any]:
     try:
         values: list[Any] = column.to_pylist(maps_as_pydicts="strict")
     except (ValueError, OverflowError):
-        values = column.cast(pa.string()).to_pylist()  # a date that Python does not have
+        values = [_one(value) for value in column]
     return values
+
+
+def _one(value: pa.Scalar) -> Any:
+    try:
+        return value.as_py(maps_as_pydicts="strict")
+    except (ValueError, OverflowError):
+        return value.cast(pa.string()).as_py()  # a date that Python does not have
