@@ -35,23 +35,35 @@ async def join(address: str | None) -> None:
     """
     global _engines
     async with _turn:
-        await asyncio.to_thread(_join, address)
+        joining = asyncio.create_task(asyncio.to_thread(_join, address))
+        try:
+            await asyncio.shield(joining)
+        except asyncio.CancelledError:
+            await asyncio.wait({joining})  # nothing interrupts Ray's start, which no other one may meet
+            if joining.exception() is None:
+                await _leave_unused()
+            raise
         _engines += 1
 
 
 async def leave() -> None:
     """Undo a `join`; with the last, leave a cluster that `join` joined, or end the Ray that it started."""
-    global _engines, _stay, _is_local
+    global _engines
     async with _turn:
         _engines -= 1
-        if _engines or not _stay:
-            return
-        began, _stay, _is_local = _stay, "", False
-        if membership() == began:
-            import ray
+        await _leave_unused()
 
-            # Ends a Ray that we started; one that we joined goes on without us.
-            await asyncio.to_thread(ray.shutdown)
+
+async def _leave_unused() -> None:
+    global _stay, _is_local
+    if _engines or not _stay:
+        return
+    began, _stay, _is_local = _stay, "", False
+    if membership() == began:
+        import ray
+
+        # Ends a Ray that we started; one that we joined goes on without us.
+        await asyncio.to_thread(ray.shutdown)
 
 
 def membership() -> str:
