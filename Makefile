@@ -26,16 +26,15 @@ test: .venv/.ready .venv-newest/.ready
 	$(BIN)/python -m pytest $(AT_ONCE) $(ARGS)
 	$(MAKE) --no-print-directory test-newest
 
-empty :=
-space := $(empty) $(empty)
 # The base package beside a remote vLLM: no vLLM here, and the newest Prefect. Only what meets Prefect is
 # tested a second time; of validations what depends on Prefect's ways: blocks, events, transactions, forms.
 WITH_PREFECT := blocks flow_runs gpus models package pools resources tables_prefect tasks
-VALIDATION := values_go_into_the_saved_block a_model_that_fails_is_recorded a_model_that_passes_is_told \
-	called_rolled_back deployable_flows_have_good_forms models_are_compared
+VALIDATION := values_go_into_the_saved_block_and_nothing_else_changes a_model_that_passes_is_told_to_automations \
+	a_model_that_fails_is_recorded_shown_and_told_before what_is_committed_is_not_called_rolled_back \
+	models_are_compared_row_by_row the_deployable_flows_have_good_forms
 test-newest: .venv-newest/.ready
-	.venv-newest/bin/python -m pytest $(AT_ONCE) -m "not engine" $(WITH_PREFECT:%=tests/test_%.py) $(ARGS)
-	.venv-newest/bin/python -m pytest tests/test_validation_prefect.py -k "$(subst $(space), or ,$(strip $(VALIDATION)))" $(ARGS)
+	.venv-newest/bin/python -m pytest $(AT_ONCE) -m "not engine" $(WITH_PREFECT:%=tests/test_%.py) \
+		$(VALIDATION:%=tests/test_validation_prefect.py::test_%) $(ARGS)
 
 check: .venv/.ready
 	$(BIN)/ruff format --check .
