@@ -45,7 +45,7 @@ def main() -> None:
     asked = plan.parse(sys.argv[1:])
     with ExitStack() as stack:
         arguments = asked.options.engine_args() if not asked.short else tiny(asked, stack)
-        write(asked, *measured(asked, arguments))
+        measure(asked, arguments)
 
 
 def tiny(asked: plan.Plan, stack: ExitStack) -> dict[str, Any]:
@@ -61,20 +61,28 @@ def tiny(asked: plan.Plan, stack: ExitStack) -> dict[str, Any]:
     return {**ENGINE, "model": str(folder), **asked.options.engine}
 
 
-def measured(asked: plan.Plan, arguments: dict[str, Any]) -> tuple[list[Field], list[str]]:
-    """Both groups, and the tables of what went wrong as it was made to."""
-    fields, endings = [], []
-    if any(map(asked.has_workload, plan.WITH_ENGINES)):
-        with groups.engines(asked, arguments) as engines:
-            endings += groups.measure_engines(engines)
-        with groups.clients_of_one_server(asked, arguments) as clients:
-            endings += groups.measure_clients(clients)
-        fields = [engines, clients]
-    return fields, [bad_rows.table(endings), crashes.table(crashes.observe(asked))]
+def measure(asked: plan.Plan, arguments: dict[str, Any]) -> None:
+    """What was made to go wrong, then both groups. The page is written as they go: a run takes an hour."""
+    write_troubles(asked, crashed := crashes.table(crashes.observe(asked)))
+    if not any(map(asked.has_workload, plan.WITH_ENGINES)):
+        return
+    fields: list[Field] = []
+    endings = []
+
+    def write() -> None:
+        write_fields(asked, fields)
+
+    with groups.clients_of_one_server(asked, arguments) as clients:
+        fields.append(clients)
+        endings += groups.measure_clients(clients, write)
+    with groups.engines(asked, arguments) as engines:
+        fields.insert(0, engines)
+        endings = groups.measure_engines(engines, write) + endings
+    write_troubles(asked, bad_rows.table(endings), crashed)
 
 
-def write(asked: plan.Plan, fields: list[Field], troubles: list[str]) -> None:
-    """The parts of the page that were measured, and the picture beside it."""
+def write_fields(asked: plan.Plan, fields: list[Field]) -> None:
+    """The part of the page with what was measured so far, and the picture beside it."""
     if any(field.runs for field in fields):
         method = METHOD.format(rounds=asked.rounds, concurrency=asked.options.concurrency)
         parts = [method, page.goals(fields), *map(page.tables, fields)]
@@ -83,8 +91,11 @@ def write(asked: plan.Plan, fields: list[Field], troubles: list[str]) -> None:
             file.write_text(picture, encoding="utf-8")
             parts.insert(2, f"![Seconds for the short answers, by side]({file.name})")
         record(asked, "Peers", parts)
-    if any(troubles):
-        record(asked, "Peers when things go wrong", troubles)
+
+
+def write_troubles(asked: plan.Plan, *tables: str) -> None:
+    if any(tables):
+        record(asked, "Peers when things go wrong", list(tables))
 
 
 def record(asked: plan.Plan, part: str, texts: list[str]) -> None:

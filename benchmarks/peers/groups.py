@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -57,13 +57,18 @@ def engines(plan: Plan, arguments: dict[str, Any]) -> Iterator[Field]:
         yield field
 
 
-def measure_engines(field: Field) -> list[Ending]:
+def measure_engines(field: Field, after_each: Callable[[], None]) -> list[Ending]:
     """All workloads, then the bad row, after which not every side is of use."""
     field.warm_up(RESIDENT)
-    field.measure(SHORT, ALL_ENGINES, once=[run_batch.NAME])
-    field.measure(MIXED, ANY_LENGTH, once=[rays.ENGINE])
-    for workload in (PREFIXES, DUPLICATES):
-        field.measure(workload, (*RESIDENT, rays.ENGINE), once=[rays.ENGINE])
+    with_ray = (*RESIDENT, rays.ENGINE)
+    for workload, names, once in (
+        (SHORT, ALL_ENGINES, run_batch.NAME),
+        (MIXED, ANY_LENGTH, rays.ENGINE),
+        (PREFIXES, with_ray, rays.ENGINE),
+        (DUPLICATES, with_ray, rays.ENGINE),
+    ):
+        field.measure(workload, names, once=[once])
+        after_each()
     return bad_rows.observe(field, (*reversed(RESIDENT), rays.ENGINE, rays.TOLERANT, run_batch.NAME))
 
 
@@ -98,11 +103,13 @@ def clients_of_one_server(plan: Plan, arguments: dict[str, Any]) -> Iterator[Fie
         yield field
 
 
-def measure_clients(field: Field) -> list[Ending]:
+def measure_clients(field: Field, after_each: Callable[[], None]) -> list[Ending]:
     """All workloads, then the bad row."""
     field.warm_up((*QUICK, *FOREIGN))
     field.measure(SHORT, ALL_CLIENTS)
+    after_each()
     field.measure(MIXED, QUICK)
+    after_each()
     return bad_rows.observe(field, ALL_CLIENTS)
 
 

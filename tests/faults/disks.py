@@ -84,9 +84,10 @@ def read_only(ground: Ground, kind: str) -> Figures:
         moment = somewhere(chance, run, 300)
         ground.jobs.kill(job)
         close(folder)
+        run.ledger.death(f"killed {moment}")
         assert ground.jobs.wait(run.start(ground.jobs)) != 0
         open_again(folder)
-        run.ledger.death(f"killed {moment}; the next call stopped")
+        run.ledger.death("the next call stopped")
         run.finish(ground.jobs)
         run.undisturbed(ground.jobs)
         return run.ledger.check()
