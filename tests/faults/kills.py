@@ -10,6 +10,8 @@ from tests.faults.ground import Ground, ScriptedRun
 from tests.faults.ledger import Figures
 from tests.scripted_server import Asked, Script, ScriptedServer
 
+APART = 100
+"""Requests between two kills in the mean; each may cost as many again, so there are twice as many rows."""
 LATEST = 0.1
 """Seconds after a moment that the schedule waits at most: a commit takes less."""
 
@@ -29,10 +31,10 @@ def flows(ground: Ground, kind: str, kills: int) -> Figures:
     chance = ground.chance(f"flow {kind}")
     jobs = ground.jobs
     with ScriptedServer(slowly(chance)) as server:
-        run = ground.run_of("kill: flow", ground.place(kind), server, rows=100 * kills)
+        run = ground.run_of("kill: flow", ground.place(kind), server, rows=2 * APART * kills)
         for _ in range(kills):
             job = run.start(jobs)
-            moment = somewhere(chance, run, 2 * run.ledger.rows // kills)
+            moment = somewhere(chance, run, 2 * APART)
             over = all_committed(run)  # then it kills a run that has nothing left to lose
             jobs.kill(job)
             time.sleep(0.05)  # what was sent arrives
