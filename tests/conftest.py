@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 # Before Prefect is imported: a home of the tests' own, and a server that tells nobody of itself, and
-# of events at once.
-PREFECT_HOME = tempfile.TemporaryDirectory(prefix="vllm-tasks-prefect-")
-os.environ["PREFECT_HOME"] = PREFECT_HOME.name
+# of events at once. An actor of Ray's that imports this has its tests' home: killed, it would leave one.
+HOME = None if "RAY_RAYLET_PID" in os.environ else tempfile.TemporaryDirectory(prefix="vllm-tasks-prefect-")
+if HOME:
+    os.environ["PREFECT_HOME"] = HOME.name
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ["PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL"] = "0.1"  # 5 s for people
@@ -69,7 +70,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_unconfigure() -> None:
     """Remove Prefect's home."""
-    PREFECT_HOME.cleanup()
+    if HOME:
+        HOME.cleanup()
 
 
 @pytest.fixture(autouse=True)
