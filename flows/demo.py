@@ -112,7 +112,7 @@ def show(rows: Sequence[Row]) -> None:
     print("\nSome answers:")
     for row in rows[:: -(-len(rows) // SHOWN)]:
         mark = "right" if right[row["id"]] else "wrong"
-        print(f"  [{mark}] {row['question']} -> {' '.join((row['output'] or row['_error']).split())}")
+        print(f"  [{mark}] {row['question']} -> {' '.join((row['output'] or row['_error'] or '').split())}")
     print("\nRight answers by topic:")
     for topic in sorted({row["topic"] for row in rows}):
         marks = [right[row["id"]] for row in rows if row["topic"] == topic]

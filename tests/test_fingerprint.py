@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import re
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -12,7 +14,14 @@ from typing import Any
 
 import pytest
 
-from vllm_tasks.fingerprint import canonical, engine_identity, fingerprint, input_hash, source_of
+from vllm_tasks.fingerprint import (
+    canonical,
+    engine_identity,
+    fingerprint,
+    input_hash,
+    sampling_identity,
+    source_of,
+)
 from vllm_tasks.outputs import Decoder
 
 
@@ -41,7 +50,31 @@ def of(function: Any) -> str:
     return fingerprint({"prompt_func": source_of(function)})
 
 
-@pytest.mark.parametrize("make", [say, Saying, lambda word: functools.partial(Saying("x"), word)])
+def say_by_default(word: str) -> Callable[[str], str]:
+    return lambda x, word=word: word + x
+
+
+def say_one_of(first: str | None, second: str | None) -> Callable[[str], str]:
+    return lambda x: (first or second or "") + x
+
+
+def find(word: str) -> Callable[[str], Any]:
+    pattern = re.compile(word)
+    return lambda x: pattern.sub("", x)
+
+
+def say_first(word: str) -> Callable[[str], str]:
+    words = deque([word])
+    return lambda x: words[0] + x
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        say, Saying, lambda word: functools.partial(Saying("x"), word), say_by_default, find, say_first,
+        lambda word: say_one_of("x", None) if word == "a" else say_one_of(None, "x"),
+    ],
+)  # fmt: skip
 def test_a_function_counts_with_its_state(make: Callable[[str], Any]) -> None:
     """What a function closes over, an object holds or a partial has bound decides its prompts."""
     assert of(make("a")) == of(make("a"))
@@ -53,6 +86,8 @@ def test_a_function_without_source_counts_by_its_code() -> None:
     assert of(typed_in("def f(x): return x + 'a'")) == of(typed_in("def f(x): return x + 'a'"))
     assert of(typed_in("def f(x): return x + 'a'")) != of(typed_in("def f(x): return x + 'b'"))
     assert of(typed_in("def f(x): return x.upper()")) != of(typed_in("def f(x): return x.lower()"))
+    inner = "def f(x): return [(lambda y: y + {!r})(z) for z in x]"
+    assert of(typed_in(inner.format("a"))) != of(typed_in(inner.format("b")))
 
 
 def test_no_address_is_in_it() -> None:
@@ -117,6 +152,19 @@ def test_a_local_model_counts_by_its_files(tmp_path: Path) -> None:
     assert engine_identity({"model": one}) == engine_identity({"model": two, "tensor_parallel_size": 2})
     assert engine_identity({"model": one}) != engine_identity({"model": other})
     assert engine_identity({"model": one}) != engine_identity({"model": one, "dtype": "float32"})
+
+
+def test_a_token_for_downloads_does_not_count_and_an_adapter_counts_by_its_files(tmp_path: Path) -> None:
+    """Neither who loads the model nor where the adapter's folder is decides an answer."""
+    assert engine_identity({"model": "m", "hf_token": "a"}) == engine_identity({"model": "m"})
+    asked = []
+    for folder, content in ("here", "a"), ("there", "a"), ("again", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "adapter.bin").write_text(content)
+        lora = {"lora_name": "l", "lora_int_id": 1, "lora_path": str(tmp_path / folder)}
+        asked.append(sampling_identity({"temperature": 0, "lora_request": lora}))
+    assert asked[0] == asked[1] != asked[2]
+    assert sampling_identity({"temperature": 0}) == {"temperature": 0}
 
 
 def test_it_is_the_same_in_another_process() -> None:

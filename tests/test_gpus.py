@@ -25,8 +25,8 @@ from tests.conftest import IN_PREFECT
 from vllm_tasks import EngineFailed, InvalidCall, VllmModel, loop
 from vllm_tasks.engines import gpus, process
 from vllm_tasks.engines import slots as slots_module
-from vllm_tasks.engines.gpus import Claim, free_devices, visible_devices
-from vllm_tasks.engines.slots import Slots
+from vllm_tasks.engines.gpus import Claim, Devices, free_devices, visible_devices
+from vllm_tasks.engines.slots import HeldHere, Slots
 
 pytestmark = IN_PREFECT
 
@@ -143,6 +143,37 @@ def test_a_machine_with_too_few_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(InvalidCall, match=r"sees 4, of which engines of this same process hold 3"):
         asyncio.run(free_devices(2, tmp_path))
     held.release()
+
+
+@pytest.mark.usefixtures("four")
+def test_who_waits_for_its_own_process_is_refused(tmp_path: Path) -> None:
+    """Of two engines that wait for another one's devices, one gets them, and the other is refused."""
+
+    async def both() -> list[Any]:
+        waiting = [asyncio.create_task(free_devices(count, tmp_path)) for count in (2, 4)]
+        assert not (await asyncio.wait(waiting, timeout=1.5))[0]
+        other.send_signal(signal.SIGKILL)
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    with holder(3, tmp_path) as (other, _):
+        found = asyncio.run(both())
+    (held,) = [each for each in found if isinstance(each, Devices)]
+    held.release()
+    assert [type(each) for each in found if each is not held] == [HeldHere]
+
+
+@pytest.mark.usefixtures("four")
+def test_a_folder_that_cannot_be_used_holds_nothing(tmp_path: Path) -> None:
+    """One that Docker made for a mount is opened to all; where a file cannot be opened, no lock is left."""
+    tmp_path.chmod(0o755)
+    asyncio.run(free_devices(1, tmp_path)).release()
+    assert tmp_path.stat().st_mode & 0o7777 == 0o1777
+    (tmp_path / "2").symlink_to("/nowhere")  # as another user might, to lead astray
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(EngineFailed, match="no GPU can be held in"):
+        asyncio.run(free_devices(3, tmp_path))
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert gpus._held == set()
 
 
 @pytest.mark.usefixtures("four")

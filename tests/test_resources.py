@@ -103,6 +103,8 @@ def test_sizes_are_bytes_or_a_text_with_a_unit(size: Any, count: int) -> None:
         ({"resources": {"tpu": "1"}}, ["resources['tpu']='1'", "no number"]),
         ({"env": {"A": 1}}, ["a int as env['A']", "give a text"]),
         ({"env": ["A=1"]}, ["a list as env", "give a dict"]),
+        ({"env": {"vllm_tasks_places": "[]"}}, ["'vllm_tasks_places' in env", "the site's to set"]),
+        ({"env": {"VLLM_TASKS_API_URL": "http://me"}}, ["'VLLM_TASKS_API_URL' in env"]),
         ({"node_selector": {1: "a"}}, ["node_selector", "keys are texts"]),
         ({"tolerations": {"key": "gpu"}}, ["tolerations={'key': 'gpu'}", "no list"]),
         ({"tolerations": [{"kye": "gpu"}]}, ["'kye' in tolerations", "did you mean 'key'"]),

@@ -581,6 +581,13 @@ def test_typed_answers_reach_metrics_as_data(
         assert only(validate(make(place, **fields), checked, max_failed=1)).values[0].value == 0.5
 
 
+def test_bytes_are_compared_as_the_text_that_they_are(make: Make, place: Place, pupil: Pupil) -> None:
+    """An answer of the type bytes is its UTF-8, and a target is text."""
+    pupil.says = {"q0": "größer"}
+    checked = validation([{"q": "q0", "a": "größer"}])
+    assert only(validate(make(place, datatype="bytes"), checked)).values[0].value == 1.0
+
+
 def test_several_columns_are_arguments(make: Make, place: Place, pupil: Pupil) -> None:
     """With signature **kwargs the columns of X are named fields, from a table as from raw data."""
     place.fill_texts("x", "y")
@@ -788,6 +795,16 @@ def test_the_most_likely_choice_is_the_answer(
     report = only(validate(make(here), choosing(choices, target, **options)))
     assert report.values[0].value == value
     assert asked(server) == Counter(["x", *(f"x{choice}" for choice in choices)])
+
+
+def test_likelihoods_are_of_what_the_model_is_asked(make: Make, here: Place, server: ScriptedServer) -> None:
+    """What decides the prompt goes along, other sampling parameters do not."""
+    server.script = letters
+    model = make(here, predict_kwargs={"add_special_tokens": False, "temperature": 0.7, "max_tokens": 9})
+    validate(model, choosing(["d", "b"], 1, delimiter=""))
+    for post in server.posts:
+        own = {name: post.body[name] for name in ("add_special_tokens", "temperature", "max_tokens")}
+        assert own == {"add_special_tokens": False, "temperature": 0, "max_tokens": 1}
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,18 @@ server is, batch size, window, retries, hardware. What a server does not tell, i
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import date, time, timedelta
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path, PurePath
+from types import CodeType
 from typing import Any
 from uuid import UUID
 
@@ -49,6 +52,7 @@ PERFORMANCE_ONLY = {
     "tensor_parallel_size",
 }
 """Engine arguments of vLLM that change how fast it answers, not what. All others count."""
+NOT_OF_AN_ANSWER = PERFORMANCE_ONLY | {"hf_token"}
 DEEPEST = 100
 """Levels of nested values that are told apart."""
 PLAIN_TEXTS = date, time, timedelta, Decimal, UUID, Fraction, complex, PurePath
@@ -94,11 +98,27 @@ def _plain(value: Any, depth: int) -> Any:
         return _plain(source_of(value), depth + 1)
     if isinstance(value, PLAIN_TEXTS):
         return {type(value).__name__: str(value)}
-    return {type(value).__qualname__: _plain(getattr(value, "__dict__", None), depth + 1)}
+    return {type(value).__qualname__: _plain(_state_of(value), depth + 1)}
+
+
+def _state_of(value: object) -> Any:
+    """What an object holds: its attributes, or where it has none what it would be copied by."""
+    if (attributes := getattr(value, "__dict__", None)) is not None:
+        return attributes
+    reducer = copyreg.dispatch_table.get(type(value))
+    try:
+        copied = reducer(value) if reducer else value.__reduce_ex__(2)
+    except Exception:  # noqa: BLE001 - whatever its class raises: it is known by its class alone
+        return None
+    return copied if isinstance(copied, str) else [_listed(part) for part in copied[1:]]
+
+
+def _listed(part: Any) -> Any:
+    return list(part) if isinstance(part, Iterator) else part
 
 
 def source_of(function: Callable[..., Any] | None) -> Any:
-    """The source text of a function, with the values that it closes over; not what it calls.
+    """The source text of a function, with its defaults and the values that it closes over; not what it calls.
 
     A callable object is known by the source of its class and its state, a function whose source is
     not there by its bytecode, a built-in one by its path.
@@ -111,14 +131,29 @@ def source_of(function: Callable[..., Any] | None) -> Any:
         return [source_of(function.__func__), source_of_object(function.__self__)]
     if not (inspect.isroutine(function) or inspect.isclass(function)):
         return source_of_object(function)
-    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
+    code = getattr(function, "__code__", None)
+    defaults = getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None)
+    held = [_cells_of(function), *defaults]
     try:
-        return [inspect.getsource(function), cells]
+        return [inspect.getsource(function), held]
     except (OSError, TypeError):
-        code = getattr(function, "__code__", None)
-        if code is None:
-            return [dotted_path(function)]
-        return [code.co_code, [c for c in code.co_consts if not inspect.iscode(c)], code.co_names, cells]
+        return [dotted_path(function) if code is None else _bytecode_of(code), held]
+
+
+def _bytecode_of(code: CodeType) -> list[Any]:
+    """What a function does, and those inside it."""
+    constants = [_bytecode_of(each) if inspect.iscode(each) else each for each in code.co_consts]
+    return [code.co_code, constants, code.co_names]
+
+
+def _cells_of(function: Any) -> dict[str, Any]:
+    """The values that a function closes over, by their names; one that is not bound yet is left out."""
+    held: dict[str, Any] = {}
+    if (code := getattr(function, "__code__", None)) is not None:
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            with suppress(ValueError):
+                held[name] = cell.cell_contents
+    return held
 
 
 def source_of_object(value: object) -> Any:
@@ -127,24 +162,25 @@ def source_of_object(value: object) -> Any:
         made_by = inspect.getsource(type(value))
     except (OSError, TypeError):
         made_by = type(value).__qualname__
-    return [made_by, getattr(value, "__dict__", None)]
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # a name that is not bound yet
-        return False
+    return [made_by, _state_of(value)]
 
 
 def engine_identity(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What of vLLM's engine arguments decides an answer; a folder counts by its files."""
-    identity = {name: value for name, value in arguments.items() if name not in PERFORMANCE_ONLY}
+    identity = {name: value for name, value in arguments.items() if name not in NOT_OF_AN_ANSWER}
     for name in IDENTITY_OF_A_FOLDER:
         folder = identity.get(name)
         if isinstance(folder, str) and Path(folder).is_dir():
             identity[name] = _hashes(folder)
     return identity
+
+
+def sampling_identity(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a call's parameters decides an answer: all; a LoRA adapter's folder counts by its files."""
+    lora = sampling.get("lora_request")
+    if isinstance(lora, Mapping) and Path(str(lora.get("lora_path"))).is_dir():
+        lora = {**lora, "lora_path": _hashes(str(lora["lora_path"]))}
+    return {**sampling, "lora_request": lora} if lora else dict(sampling)
 
 
 def _hashes(folder: str) -> dict[str, str]:

@@ -83,6 +83,17 @@ def _texts(name: str, value: Any) -> dict[str, str]:
     return dict(value)
 
 
+def _env(name: str, value: Any) -> dict[str, str]:
+    """Variables for the job; what a site guards itself by is not a model's to set."""
+    for key in _mapping(name, value):
+        if key.upper() in GUARDS:
+            raise InvalidCall(
+                f"compute_kwargs has {key!r} in {name}, which is the site's to set: in the work pool's own "
+                "variables, or where the worker runs"
+            )
+    return _texts(name, value)
+
+
 def _mapping(name: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise InvalidCall(
@@ -104,6 +115,12 @@ def _tolerations(name: str, value: Any) -> tuple[dict[str, Any], ...]:
     return tuple(dict(toleration) for toleration in value)
 
 
+GUARDS = {
+    f"VLLM_TASKS_{name}"
+    for name in ("API_KEY", "API_URL", "CALLABLE_PREFIXES", "PLACES", "TRUST_REMOTE_CODE")
+}
+"""Settings that say where the site's key goes, which code runs and which files are read."""
+
 HINTS: dict[str, Callable[[str, Any], Any]] = {
     "num_gpus": _whole,
     "num_cpus": _number,
@@ -112,7 +129,7 @@ HINTS: dict[str, Callable[[str, Any], Any]] = {
     "resources": _amounts,
     "shm_size": _size,
     "image": _text,
-    "env": _texts,
+    "env": _env,
     "node_selector": _texts,
     "tolerations": _tolerations,
     "work_pool": _text,

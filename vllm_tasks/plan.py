@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from vllm_tasks import loop, sharing
 from vllm_tasks.engines.http import HttpConfig
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.fingerprint import engine_identity, fingerprint
+from vllm_tasks.fingerprint import engine_identity, fingerprint, sampling_identity
 from vllm_tasks.prompts import Context, Signature
 from vllm_tasks.rows import Completion, Request, RowError
 
@@ -73,8 +73,8 @@ class Plan:
         model._check_call([], sampling)
         model_name, model_identity = identity_of(config)
         identity = {
-            "model": model_identity,
-            "sampling": sampling,
+            "model": model._behind or model_identity,
+            "sampling": sampling_identity(sampling),
             "context": prompter.context,
             "outputs": decoder.identity(),
             "columns": [columns, X if isinstance(X, Mapping) else None],

@@ -169,6 +169,8 @@ class Predictor(BaseModel):
 
     _asks: Callable[[Sequence[Request | RowError]], list[Result]] | None = PrivateAttr(default=None)
     """Who answers in place of the engine: see `vllm_tasks.routing`."""
+    _behind: dict[str, Any] | None = PrivateAttr(default=None)
+    """What decides an answer of the engine behind a server of ours, which does not tell it itself."""
 
     # ------------------------------------------------------------------ checks
 

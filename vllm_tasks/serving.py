@@ -20,6 +20,7 @@ from pydantic import SecretStr
 from vllm_tasks.engines.local import tell_trust
 from vllm_tasks.engines.shared_server import SharedServer
 from vllm_tasks.errors import EngineFailed, InvalidCall, ServerUnavailable
+from vllm_tasks.fingerprint import engine_identity
 from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.predictor import Predictor
 from vllm_tasks.resources import Resources
@@ -58,10 +59,12 @@ def serve(model: VllmModel) -> Iterator[VllmAPI]:
     command = command_line(arguments)
     if arguments.get("trust_remote_code"):
         tell_trust(arguments["model"])
+    behind = engine_identity(json.loads(config.engine_args))
     server = SharedServer(arguments["model"], command, config.start_timeout, Resources.of(model).num_gpus)
     with server.used():
         told = server.facts()
         with api_of(model, _first(arguments["served_model_name"]), told["url"], told["key"]) as api:
+            api._behind = behind
             try:
                 yield api
             except ServerUnavailable as error:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_tasks.engines.slots import HeldHere, Slots
-from vllm_tasks.errors import InvalidCall
+from vllm_tasks.errors import EngineFailed, InvalidCall
 from vllm_tasks.settings import site_settings
 
 logger = logging.getLogger(__name__)
@@ -106,6 +106,18 @@ async def free_devices(count: int, folder: Path = FOLDER) -> Devices:
     Raises `InvalidCall` where the machine has too few, or this process itself holds what is missing.
     """
     visible = visible_devices()
+    _check_enough(visible, count)
+    tries = 0
+    while (devices := _take_free(visible, count, folder)) is None:
+        if tries * TRY_EVERY % SAY_EVERY == 0:
+            logger.info("waiting for %d free GPUs of %s on this machine", count, ",".join(visible))
+        tries += 1
+        await asyncio.sleep(TRY_EVERY)
+        _check_enough(visible, count)  # another engine of this process may have taken some meanwhile
+    return devices
+
+
+def _check_enough(visible: Sequence[str], count: int) -> None:
     needs = f"the engine needs {count} GPUs (VLLM_TASKS_GPUS), and this process sees {len(visible)}"
     if count > len(visible):
         raise InvalidCall(
@@ -117,21 +129,19 @@ async def free_devices(count: int, folder: Path = FOLDER) -> Devices:
             f"{needs}, of which engines of this same process hold {len(_held)}: close one first "
             "(use `with model:`)"
         )
-    tries = 0
-    while (devices := _take_free(visible, count, folder)) is None:
-        if tries * TRY_EVERY % SAY_EVERY == 0:
-            logger.info("waiting for %d free GPUs of %s on this machine", count, ",".join(visible))
-        tries += 1
-        await asyncio.sleep(TRY_EVERY)
-    return devices
 
 
 def _take_free(visible: Sequence[str], count: int, folder: Path) -> Devices | None:
     """Hold the first `count` that are free, or none at all, so that no two wait for each other."""
     taken: dict[str, int] = {}
-    for name in visible:
-        if len(taken) < count and (lock := _lock(name, folder)) is not None:
-            taken[name] = lock
+    try:
+        for name in visible:
+            if len(taken) < count and (lock := _lock(name, folder)) is not None:
+                taken[name] = lock
+    except OSError as error:
+        for lock in taken.values():
+            os.close(lock)
+        raise EngineFailed(f"no GPU can be held in {folder}: {error}", temporary=True) from error
     devices = Devices(tuple(taken), tuple(taken.values()))
     _held.update(devices.locks)
     if len(taken) == count:
@@ -158,6 +168,9 @@ def _open(path: Path, folder: Path) -> int:
     """
     with suppress(FileExistsError):
         folder.mkdir(mode=0o777)
+    with suppress(
+        PermissionError
+    ):  # another user's, who has done it; Docker, which makes it for a mount, has not
         folder.chmod(0o1777)
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:

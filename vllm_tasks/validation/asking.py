@@ -221,4 +221,6 @@ def _python(value: Any, kind: str) -> Any:
         return None
     if kind == "json":
         return json.loads(value)
+    if kind == "bytes":  # metrics and judges compare texts, and an answer's bytes are its UTF-8
+        return bytes(value).decode(errors="backslashreplace")
     return bool(value) if kind == "bool" else value  # SQLite has 0 and 1

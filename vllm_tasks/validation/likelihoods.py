@@ -21,6 +21,7 @@ from vllm_tasks.fingerprint import canonical, fingerprint
 from vllm_tasks.metrics.measure import Answer, Likelihood
 from vllm_tasks.plan import Plan
 from vllm_tasks.rows import Completion, Request, RowError
+from vllm_tasks.sampling import LOCAL_CHAT
 from vllm_tasks.validation import Metric
 from vllm_tasks.validation.asking import Incomplete, Round, Row, Source, predict_id_of, read
 from vllm_tasks.validation.frozen import Case, Frozen, has_rows
@@ -29,6 +30,8 @@ KEY = "row", "part"
 PROMPT_ALONE = -1
 """The part of a row that has no text."""
 SAMPLING = {"prompt_logprobs": 0, "max_tokens": 1, "temperature": 0}
+OF_THE_PROMPT = LOCAL_CHAT | {"lora_request", "add_special_tokens", "tool_choice"}
+"""What travels with sampling parameters and decides what the model is asked, and which model that is."""
 GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
 """For chat: the last message is not at its end."""
 
@@ -154,31 +157,33 @@ def _asking(plan: Plan, delimiter: Any) -> Plan:
         pairs = [json.loads(row[0]) for row in rows]
         prompts = plan.requests([(json.dumps(inputs),) for inputs, _ in pairs])
         return [
-            prompt if isinstance(prompt, RowError) else _request(prompt, text)
+            prompt if isinstance(prompt, RowError) else _request(prompt, text, sampling)
             for prompt, (_, text) in zip(prompts, pairs, strict=True)
         ]
 
+    own = {name: value for name, value in plan.sampling.items() if name in OF_THE_PROMPT}
+    sampling = {**own, **SAMPLING}
     return replace(
         plan,
         columns=("input",),
         requests=requests,
         decoder=LogprobDecoder(),
-        sampling=SAMPLING,
+        sampling=sampling,
         fingerprint=fingerprint(
-            {"likelihood": plan.fingerprint, "sampling": SAMPLING, "delimiter": delimiter}
+            {"likelihood": plan.fingerprint, "sampling": sampling, "delimiter": delimiter}
         ),
     )
 
 
-def _request(asked: Request, text: str | None) -> Request | RowError:
+def _request(asked: Request, text: str | None, sampling: Mapping[str, Any]) -> Request | RowError:
     if isinstance(asked.prompt, str):
         prompt = asked.prompt + (text or "")
         return (
-            Request(prompt, SAMPLING) if prompt else RowError("prompt", "an empty prompt has no likelihood")
+            Request(prompt, sampling) if prompt else RowError("prompt", "an empty prompt has no likelihood")
         )
     if text is None:
-        return Request(asked.prompt, SAMPLING)
-    return Request([*asked.prompt, {"role": "assistant", "content": text}], {**SAMPLING, **GO_ON})
+        return Request(asked.prompt, sampling)
+    return Request([*asked.prompt, {"role": "assistant", "content": text}], {**sampling, **GO_ON})
 
 
 def _answer(
