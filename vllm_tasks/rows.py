@@ -87,6 +87,11 @@ class Completion:
         return self.choices[0].text
 
 
+def given_up(completion: Completion) -> str:
+    """Why vLLM gave an answer up before its end; empty for one that it has ended."""
+    return ", ".join(sorted(GIVEN_UP & {choice.finish_reason for choice in completion.choices}))
+
+
 def reason_of(kind: str, message: str) -> str:
     """A row's error without what the model said, which stands in `_error` and is not for everyone."""
     return message.partition(": ")[0] if kind == "output" else message

@@ -63,7 +63,8 @@ def tiny(asked: plan.Plan, stack: ExitStack) -> dict[str, Any]:
 
 def measure(asked: plan.Plan, arguments: dict[str, Any]) -> None:
     """What was made to go wrong, then both groups. The page is written as they go: a run takes an hour."""
-    write_troubles(asked, crashed := crashes.table(crashes.observe(asked)))
+    crashed = crashes.table(crashes.observe(asked))
+    write_troubles(asked, crashed)
     if not any(map(asked.has_workload, plan.WITH_ENGINES)):
         return
     fields: list[Field] = []

@@ -24,9 +24,8 @@ def nothing_left(folder: Path) -> Iterator[None]:
     mark = uuid.uuid4().hex
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(MARK, mark)
-        patch.setenv(
-            "SPT_NOENV", "1"
-        )  # else a process that gives itself a title, as vLLM's do, loses the mark
+        # Else a process that gives itself a title, as vLLM's do, loses the mark.
+        patch.setenv("SPT_NOENV", "1")
         patch.setenv("VLLM_RPC_BASE_PATH", str(folder))  # where a killed vLLM leaves its sockets
         yield
     until = time.monotonic() + ENDING

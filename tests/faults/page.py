@@ -29,7 +29,7 @@ def page(found: Sequence[Figures], broken: Sequence[str], planned: int) -> str:
     kills = sum(f.faults for f in found if f.kind.startswith("kill"))
     done = len(found) + len(broken)
     of_all = "" if done == planned else f" of {planned} (the pass was cut short)"
-    head = f"{kills} kills, {done}{of_all} runs, {len(broken)} of them broken."
+    head = f"{kills} kills, {done} runs{of_all}, {len(broken)} of them broken."
     return "\n\n".join([head, table(HEAD, rows), NOTES, *map(quoted, broken)])
 
 

@@ -168,9 +168,8 @@ def _open(path: Path, folder: Path) -> int:
     """
     with suppress(FileExistsError):
         folder.mkdir(mode=0o777)
-    with suppress(
-        PermissionError
-    ):  # another user's, who has done it; Docker, which makes it for a mount, has not
+    # Also where it is there: Docker makes it for a mount, closed to others; another user has opened his own.
+    with suppress(PermissionError):
         folder.chmod(0o1777)
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:

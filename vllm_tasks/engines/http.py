@@ -17,7 +17,7 @@ from vllm_tasks.engines.connections import NAME, Connector, Names
 from vllm_tasks.engines.servers import Key, Server, Servers, Unreachable, untrusted
 from vllm_tasks.engines.tries import Attempt, Full, Tries, retry_after
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.rows import GIVEN_UP, Request, Result, RowError
+from vllm_tasks.rows import Completion, Request, Result, RowError, given_up
 from vllm_tasks.window import Window
 
 CONNECT_TIMEOUT = 10.0
@@ -152,18 +152,23 @@ class HttpEngine:
             if isinstance(refused, Full):
                 server.room.refuse(refused.delay)
             raise refused
+        return replace(self._completion(server, path, request, name, content), seconds=seconds)
+
+    def _completion(
+        self, server: Server, path: str, request: Request, name: str, content: bytes
+    ) -> Completion:
+        """The answer in a response's body; raises `Attempt` for what is none to the request of this name."""
         try:
             answer = json.loads(content)
             if self._names.is_of_another(answer, name):
                 raise Attempt("connection", f"{server.url} answered another request", retryable=True)
-            completion = replace(wire.parse(path, request, answer), seconds=seconds)
+            completion = wire.parse(path, request, answer)
         except (ValueError, RecursionError) as error:
             begin = self._key.hidden_in(content)[:100]
             why = self._key.hidden_in(f"{error}")
             raise Attempt("response", f"{why}; the answer from {server.url} began with {begin!r}") from error
-        if given_up := GIVEN_UP & {choice.finish_reason for choice in completion.choices}:
-            words = f"{server.url} gave the row up before its end ({', '.join(given_up)})"
-            raise Attempt("server", words, retryable=True)
+        if reason := given_up(completion):
+            raise Attempt("server", f"{server.url} gave the row up before its end ({reason})", retryable=True)
         return completion
 
     async def _post(self, url: str, body: bytes, name: str) -> tuple[aiohttp.ClientResponse, bytes]:

@@ -17,7 +17,7 @@ from vllm_tasks.engines.gpus import Claim
 from vllm_tasks.engines.host import Frame
 from vllm_tasks.engines.process import HostProcess
 from vllm_tasks.errors import EngineFailed
-from vllm_tasks.rows import GIVEN_UP, Choice, Completion, Request, Result, RowError, TokenLogprob
+from vllm_tasks.rows import Choice, Completion, Request, Result, RowError, TokenLogprob, given_up
 from vllm_tasks.window import Window
 
 logger = logging.getLogger(__name__)
@@ -239,9 +239,7 @@ def result_of(frame: Frame) -> Result:
     if "error" in frame:
         return RowError(**frame["error"])
     completion = frame["completion"]
-    if given_up := GIVEN_UP & {choice["finish_reason"] for choice in completion["choices"]}:
-        return RowError("engine", f"vLLM gave the row up ({', '.join(given_up)})", retryable=True)
-    return Completion(
+    answer = Completion(
         choices=tuple(
             Choice(**{**choice, "logprobs": logprobs_of(choice["logprobs"])})
             for choice in completion["choices"]
@@ -251,6 +249,9 @@ def result_of(frame: Frame) -> Result:
         prompt_logprobs=logprobs_of(completion["prompt_logprobs"]),
         seconds=completion["seconds"],
     )
+    if reason := given_up(answer):
+        return RowError("engine", f"vLLM gave the row up ({reason})", retryable=True)
+    return answer
 
 
 def logprobs_of(entries: list[Any] | None) -> list[Any] | None:
