@@ -44,7 +44,7 @@ from vllm_tasks.datalayer.selection import (
     SourceRow,
     Writer,
 )
-from vllm_tasks.datalayer.sources import VIEW, Files, Source, exactly, literal, reading
+from vllm_tasks.datalayer.sources.files import VIEW, Files, Source, exactly, literal, reading
 from vllm_tasks.errors import InvalidCall, TablesUnavailable, near
 from vllm_tasks.places import without_secrets
 

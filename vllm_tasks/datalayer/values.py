@@ -1,0 +1,225 @@
+"""What the values of any source are in Python: the one way from a cell to a prompt, for runs and validations.
+
+Bools, whole numbers, texts, bytes, dates, times, decimals and UUIDs (as text) are Python's own. Numbers with
+32 or 16 bits are the shortest float that is them, so that 0.1 prints as 0.1. Timestamps with a zone are in
+UTC; nanoseconds are kept. JSON is decoded, at any depth. A date that Python does not have (the year 10000,
+infinity) is its text, which is a matter of the one row that has it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta, tzinfo
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Number(float):
+    """A number of JSON that Python would print in another way: `str` gives its text, as in `12.50` or `1e5`."""
+
+    text: str
+
+    def __new__(cls, text: str) -> Self:
+        made = super().__new__(cls, text)
+        made.text = text
+        return made
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __getnewargs__(self) -> tuple[str]:  # type: ignore[override]  # a text instead of a float
+        return (self.text,)
+
+
+class Nanoseconds(datetime):
+    """A time with nine digits behind the second; equal to, and ordered as, the one with six."""
+
+    nanosecond: int = 0
+    """0 to 999: the three digits beyond microseconds; lost by arithmetic, as datetime has no place for them."""
+
+    @classmethod
+    def of(cls, since_epoch: int, zone: tzinfo | None) -> Self:
+        """From nanoseconds since 1970 in UTC (without a zone: of the clock on the wall)."""
+        micros, nanos = divmod(since_epoch, 1000)
+        at = EPOCH + timedelta(microseconds=micros)
+        made = cls.combine(at.date(), at.time(), zone)
+        made.nanosecond = nanos
+        return made
+
+    def isoformat(self, sep: str = "T", timespec: str = "auto") -> str:
+        """As that of `datetime`, with nanoseconds."""
+        if not self.nanosecond:
+            return super().isoformat(sep, timespec)
+        whole = super().isoformat(sep, "microseconds")
+        behind = len("2024-01-02T03:04:05.000006")
+        return f"{whole[:behind]}{self.nanosecond:03}{whole[behind:]}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        since = self.replace(tzinfo=UTC) - EPOCH
+        micros = since // timedelta(microseconds=1)
+        return Nanoseconds.of, (micros * 1000 + self.nanosecond, self.tzinfo)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    return value if repr(value) == text else Number(text)
+
+
+def _whole(text: str) -> int | float:
+    return Number(text) if text == "-0" else int(text)
+
+
+_DECODER = json.JSONDecoder(parse_float=_number, parse_int=_whole, parse_constant=Number)
+
+
+def from_json(text: str) -> Any:
+    """What a JSON text says, each number with all its digits; raises ValueError or RecursionError.
+
+    NaN and Infinity, which Python and pandas write, are numbers.
+    """
+    return _DECODER.decode(text)
+
+
+def python(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """The values of an Arrow column, None for NULL."""
+    if isinstance(column, pa.ChunkedArray):
+        return [value for chunk in column.chunks for value in python(chunk)]
+    convert = _special(column.type)
+    if convert is not None:
+        return convert(column)
+    try:
+        return list(column.to_pylist(maps_as_pydicts="strict"))
+    except (ValueError, OverflowError, KeyError):
+        return [_one(value) for value in column]
+
+
+def _special(kind: pa.DataType) -> Callable[[Any], list[Any]] | None:
+    """How a column is read that Arrow's own way would change; None where it does not."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _EXTENSIONS.get(kind.extension_name, lambda column: python(column.storage))
+    if pa.types.is_float32(kind) or pa.types.is_float16(kind):
+        return _short_floats
+    if pa.types.is_timestamp(kind) and (kind.unit == "ns" or kind.tz not in (None, "UTC")):
+        return _timestamps
+    if pa.types.is_dictionary(kind):
+        return lambda column: python(column.dictionary_decode())
+    if pa.types.is_nested(kind) and any(_special(kind.field(i).type) for i in range(kind.num_fields)):
+        return _nested
+    if pa.types.is_duration(kind) and kind.unit == "ns":
+        return _durations
+    if pa.types.is_time64(kind) and kind.unit == "ns":
+        return _times
+    return None
+
+
+def _json(column: Any) -> list[Any]:
+    return [None if text is None else _decoded(text) for text in column.storage.to_pylist()]
+
+
+def _decoded(text: str) -> Any:
+    try:
+        return from_json(text)
+    except (ValueError, RecursionError):
+        return text  # a column may be called JSON and hold something else
+
+
+def _opaque(column: Any) -> list[Any]:
+    """DuckDB's whole numbers of 128 bits; bytes of whatever else it has no Arrow type for."""
+    name = column.type.type_name
+    raw = column.storage.to_pylist()
+    if name not in ("hugeint", "uhugeint"):
+        return list(raw)
+    return [None if b is None else int.from_bytes(b, "little", signed=name == "hugeint") for b in raw]
+
+
+_EXTENSIONS: Mapping[str, Callable[[Any], list[Any]]] = {
+    "arrow.json": _json,
+    "arrow.opaque": _opaque,
+    "arrow.uuid": lambda column: [None if u is None else str(u) for u in column.to_pylist()],
+}
+
+
+def _short_floats(column: Any) -> list[Any]:
+    # numpy prints a float with as many digits as tell it from its neighbours of the same width.
+    floats = column.fill_null(0).to_numpy(zero_copy_only=False)
+    known = column.is_valid().to_pylist()
+    return [float(str(each)) if valid else None for each, valid in zip(floats, known, strict=True)]
+
+
+def _timestamps(column: Any) -> list[Any]:
+    kind = column.type
+    zone = UTC if kind.tz is not None else None
+    if kind.unit != "ns":
+        return python(column.cast(pa.timestamp(kind.unit, "UTC")))
+    return [None if n is None else _at(n, zone) for n in column.cast(pa.int64()).to_pylist()]
+
+
+def _at(since_epoch: int, zone: tzinfo | None) -> datetime:
+    if since_epoch % 1000:
+        return Nanoseconds.of(since_epoch, zone)
+    return (EPOCH + timedelta(microseconds=since_epoch // 1000)).replace(tzinfo=zone)
+
+
+def _durations(column: Any) -> list[Any]:
+    """Those that no timedelta can be, with their text: whole nanoseconds."""
+    found = column.cast(pa.int64()).to_pylist()
+    return [
+        None if n is None else f"{n} ns" if n % 1000 else timedelta(microseconds=n // 1000) for n in found
+    ]
+
+
+def _times(column: Any) -> list[Any]:
+    found = column.cast(pa.int64()).to_pylist()
+    micros = python(pc.cast(column, pa.time64("us"), safe=False))
+    return [
+        time if n is None or n % 1000 == 0 else f"{time:%H:%M:%S.%f}{n % 1000:03}"
+        for n, time in zip(found, micros, strict=True)
+    ]
+
+
+def _nested(column: Any) -> list[Any]:
+    kind = column.type
+    if pa.types.is_struct(kind):
+        names = [kind.field(i).name for i in range(kind.num_fields)]
+        children = [python(child) for child in column.flatten()]
+        rows = [dict(zip(names, values, strict=True)) for values in zip(*children, strict=True)]
+        return [
+            row if valid else None for row, valid in zip(rows, column.is_valid().to_pylist(), strict=True)
+        ]
+    return [None if not value.is_valid else _items(kind, value) for value in column]
+
+
+def _items(kind: pa.DataType, value: Any) -> Any:
+    """A list, or of a map a dict (a list of pairs where a key is there twice)."""
+    if not pa.types.is_map(kind):
+        return python(value.values)
+    keys, items = python(value.values.field(0)), python(value.values.field(1))
+    made = dict(zip(keys, items, strict=True))
+    return made if len(made) == len(keys) else list(zip(keys, items, strict=True))
+
+
+def _one(value: Any) -> Any:
+    """A value of which Python has no such thing: a date as its text, bytes that are no text with halves."""
+    try:
+        return value.as_py(maps_as_pydicts="strict")
+    except (ValueError, OverflowError, KeyError):
+        kind = value.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return value.cast(pa.binary()).as_py().decode("utf-8", "surrogateescape")
+    if pa.types.is_struct(kind):
+        return {kind.field(i).name: _one(value[i]) for i in range(kind.num_fields)}
+    if pa.types.is_nested(kind):
+        return _one_by_one(kind, value)
+    return value.cast(pa.string()).as_py()
+
+
+def _one_by_one(kind: pa.DataType, value: Any) -> Any:
+    if not pa.types.is_map(kind):
+        return [_one(item) for item in value.values]
+    pairs = [(_one(pair[0]), _one(pair[1])) for pair in value.values]
+    return dict(pairs) if len({repr(key) for key, _ in pairs}) == len(pairs) else pairs
