@@ -56,6 +56,11 @@ class Settings(BaseSettings):
         gt=0,
         description="Seconds after which finished rows are committed, however few; sooner at first.",
     )
+    select_memory: str = Field(
+        default="25%",
+        description="Memory that a SELECT over the files of a lake may take, as DuckDB has it: 4GB, or a share of "
+        "the machine's; what it needs beyond is spilled to the temporary folder.",
+    )
     gpu_work_pool: str = Field(
         default="",
         description="Work pool for steps with a local model that names none; empty: they run where they are.",

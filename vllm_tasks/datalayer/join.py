@@ -111,7 +111,7 @@ class Join:
     # ------------------------------------------------------------------ the key identifies the rows
 
     def check(self) -> None:
-        """Refuse keys that are NULL, are not unique, or have dates that Python has not; see `Tables.check`."""
+        """Refuse keys that are NULL, doubled, or have dates that Python has not; see `Tables.check`."""
         key = self.key
         if not key.names:
             return
@@ -181,7 +181,7 @@ class Join:
             return lambda keys: States(np.arange(keys.num_rows), np.zeros(keys.num_rows, dtype=bool), None)
         hashes = self._selection.refresh == "changed"
         columns = f"n, same IS NOT NULL AS redo, {'if(same, hash, NULL)' if hashes else 'NULL'} AS hash"
-        query = f"SELECT {columns} {self._joined()} WHERE {WANTED[self._selection.refresh]}"  # noqa: S608
+        query = f"SELECT {columns} {self._joined()} WHERE {WANTED[self._selection.refresh]}"
 
         def match(keys: pa.Table) -> States:
             cursor.register(PART, _with_numbers(keys))
@@ -201,7 +201,7 @@ class Join:
             none = self._selection.refresh == "failed"
             return lambda keys: (keys.num_rows, 0 if none else keys.num_rows)
         wanted = WANTED[self._selection.refresh]
-        query = f"SELECT count(*), count(*) FILTER ({wanted}) {self._joined()}"  # noqa: S608
+        query = f"SELECT count(*), count(*) FILTER ({wanted}) {self._joined()}"
 
         def count(keys: pa.Table) -> tuple[int, int]:
             cursor.register(PART, _with_numbers(keys))
@@ -281,7 +281,7 @@ def read(source: Source, select: str, columns: Sequence[str] | None, size: int) 
             unreadable.add(f"row {number}", why)
         good = [i for i in range(part.count) if i not in part.errors]
         for values in part.values(good):
-            rows = [dict(zip(names, row, strict=True)) for row in values]
+            rows: list[Row] = [dict(zip(names, row, strict=True)) for row in values]
             for start in range(0, len(rows), size):
                 yield rows[start : start + size]
     if unreadable.count:

@@ -1,4 +1,4 @@
-"""DuckDB as a workbench: joins and checks in bounded memory, and a folder to spill to that outlives nobody."""
+"""DuckDB as a workbench: queries in bounded memory, with a folder to spill to that goes with the process."""
 
 from __future__ import annotations
 

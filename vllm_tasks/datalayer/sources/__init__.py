@@ -85,7 +85,9 @@ class Source(Protocol):
         """The key of every row that has one, in these types, NULLs among them."""
 
     def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
-        """All rows, each in one part; with an empty `key` without keys. Rows whose key is NULL or does not fit its type go to `unreadable`.
+        """All rows, each in one part; with an empty `key` without keys.
+
+        Rows whose key is NULL or does not fit its type go to `unreadable`.
 
         Closing the iterator ends the reading. Columns may repeat those of the key.
         """

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pyarrow as pa
 
+from vllm_tasks.datalayer.delta import storage_errors
 from vllm_tasks.datalayer.sources import PART_BYTES, Part, Unreadable, Values
-from vllm_tasks.datalayer.sources.keys import cast_keys, known
+from vllm_tasks.datalayer.sources.keys import cast_keys, key_type, known
 from vllm_tasks.datalayer.values import python
+
+KEYS_AT_ONCE, ROWS_AT_ONCE = 1 << 17, 1 << 16
+"""Rows that are matched together with the outputs: by their keys alone, and with their values."""
 
 
 def part_of(
@@ -54,3 +58,50 @@ def values_of(
 def rows_within(most: int, batch: pa.RecordBatch | pa.Table) -> int:
     """How many rows of `batch` have about `most` bytes, at least one."""
     return max(1, int(most * batch.num_rows // max(1, batch.nbytes)))
+
+
+class ArrowSource:
+    """`Source` of whatever can be read as a stream of Arrow, again and again: `read(columns)` begins anew."""
+
+    def __init__(
+        self, schema: pa.Schema, read: Callable[[Sequence[str]], pa.RecordBatchReader], shown: str
+    ) -> None:
+        self._schema = schema
+        self._read = read
+        self._shown = shown
+
+    def columns(self) -> Sequence[str]:
+        return list(self._schema.names)
+
+    def key_types(self, key: Sequence[str]) -> Sequence[pa.DataType]:
+        return [key_type(name, self._schema.field(name).type) for name in key]
+
+    def identified_by(self, key: Sequence[str]) -> bool:
+        return False
+
+    def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
+        for found in self._tables(key.names, KEYS_AT_ONCE):
+            yield cast_keys(found, key)[0]
+
+    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
+        for found in self._tables(list(dict.fromkeys((*key.names, *columns))), ROWS_AT_ONCE):
+            yield part_of(found, key, columns, unreadable, self._shown)
+
+    def close(self) -> None:
+        pass
+
+    def _tables(self, columns: Sequence[str], rows: int) -> Iterator[pa.Table]:
+        with storage_errors(f"cannot read {self._shown!r}"), self._read(columns) as reader:
+            yield from gathered(reader, rows)
+
+
+def gathered(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
+    """The batches in tables of about so many rows, or of `PART_BYTES`."""
+    held: list[pa.RecordBatch] = []
+    for batch in batches:
+        held.append(batch)
+        if sum(b.num_rows for b in held) >= rows or sum(b.nbytes for b in held) >= PART_BYTES:
+            yield pa.Table.from_batches(held)
+            held = []
+    if held:
+        yield pa.Table.from_batches(held)

@@ -98,7 +98,7 @@ def known(keys: pa.Table) -> np.ndarray:
     return np.flatnonzero(valid)
 
 
-def listed(keys: pa.Table, rows: Sequence[int]) -> list[tuple[object, ...]]:
+def listed(keys: pa.Table, rows: Sequence[int] | np.ndarray) -> list[tuple[object, ...]]:
     """The keys of these rows as tuples of Python values."""
     columns = [column.to_pylist() for column in keys.take(pa.array(rows, pa.int64())).columns]
     return list(zip(*columns, strict=True))

@@ -1,0 +1,127 @@
+"""A SELECT over the tables of a lake, run by DuckDB; its rows come as a stream of Arrow."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from vllm_tasks.datalayer.delta import quoted
+from vllm_tasks.datalayer.sources import Part, Unreadable
+from vllm_tasks.datalayer.sources.arrow import KEYS_AT_ONCE, ROWS_AT_ONCE, gathered, part_of
+from vllm_tasks.datalayer.sources.keys import cast_keys, key_type
+from vllm_tasks.datalayer.workspace import Workspace
+from vllm_tasks.errors import SHOWN, InvalidCall
+
+SQL = re.compile(
+    r"(\s|\(|--[^\n]*\n|/\*(?:[^*]|\*(?!/))*\*/)*+(select|with|from|values|table)\b", re.IGNORECASE
+)
+"""How a statement begins, after comments, each of which matches in one way only: nothing is tried again."""
+BATCH_ROWS = 2048
+"""DuckDB's own; a batch has as many rows, or fewer."""
+
+Attach = Callable[[duckdb.DuckDBPyConnection, str], None]
+"""Makes one table known to a connection under a name."""
+
+
+class Statement:
+    """`Source`: one SELECT. Each use runs it anew, so its rows may come in another order."""
+
+    def __init__(self, sql: str, tables: Mapping[str, Attach], workspace: Workspace, shown: str) -> None:
+        """`tables`: by name, those of the lake that the statement reads; `workspace` is closed with it."""
+        self._sql = sql
+        self._tables = tables
+        self._workspace = workspace
+        self._shown = shown
+        self._described: tuple[list[str], pa.Schema] | None = None
+
+    def columns(self) -> Sequence[str]:
+        return self._description()[0]
+
+    def key_types(self, key: Sequence[str]) -> Sequence[pa.DataType]:
+        _, schema = self._description()
+        return [key_type(name, schema.field(name).type) for name in key]
+
+    def identified_by(self, key: Sequence[str]) -> bool:
+        return False
+
+    def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
+        for found in self._batches(key.names, KEYS_AT_ONCE):
+            yield cast_keys(found, key)[0]
+
+    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
+        names = list(dict.fromkeys((*key.names, *columns)))
+        for found in self._batches(names, ROWS_AT_ONCE):
+            yield part_of(found, key, columns, unreadable, self._shown)
+
+    def close(self) -> None:
+        self._workspace.close()
+
+    def _description(self) -> tuple[list[str], pa.Schema]:
+        """The names of all columns, and the Arrow types of those that can be told by their name."""
+        if self._described is None:
+            with self._cursor() as cursor:
+                names = cursor.sql(self._sql).columns
+                rows = cursor.sql(f"SELECT {self._readable(cursor, names)} FROM ({self._sql}\n) LIMIT 0")
+                self._described = list(names), rows.to_arrow_table().schema
+        return self._described
+
+    def _batches(self, names: Sequence[str], rows: int) -> Iterator[pa.Table]:
+        """The statement's rows in tables of about so many rows, or `PART_BYTES`."""
+        with self._cursor() as cursor:
+            query = f"SELECT {self._readable(cursor, names)} FROM ({self._sql}\n)"  # noqa: S608 - names are quoted
+            with cursor.sql(query).to_arrow_reader(BATCH_ROWS) as reader:
+                yield from gathered(reader, rows)
+
+    def _readable(self, cursor: duckdb.DuckDBPyConnection, names: Sequence[str]) -> str:
+        """These columns in SQL; those of which Arrow has no type as their text."""
+        kinds = {row[0]: row[1] for row in cursor.execute(f"DESCRIBE {self._sql}").fetchall()}
+        texts = {name for name, kind in kinds.items() if WITHOUT_ARROW.match(kind)}
+        wanted = [f"CAST({quoted(n)} AS VARCHAR) AS {quoted(n)}" if n in texts else quoted(n) for n in names]
+        return ", ".join(wanted) or "1 AS one"
+
+    @contextmanager
+    def _cursor(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        with self._workspace.cursor(f"cannot read {self._shown!r}") as cursor:
+            for name, attach in self._tables.items():
+                attach(cursor, name)
+            yield cursor
+
+
+WITHOUT_ARROW = re.compile(r"(BIT|BIGNUM|VARINT|TIME WITH TIME ZONE|INTERVAL|GEOMETRY|UNION)\b")
+"""The beginning of the names of such types."""
+
+
+def parse(con: duckdb.DuckDBPyConnection, select: str) -> tuple[str, set[str], set[str]]:
+    """The one SELECT statement in `select`, the tables it names, and (casefolded) those it makes by WITH."""
+    try:
+        statements = con.extract_statements(select)
+    except duckdb.Error as e:
+        raise InvalidCall(f"{select!r:.500} is no table, path or SELECT statement: {e}") from e
+    if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+        kinds = ", ".join(s.type.name for s in statements[:SHOWN])
+        raise InvalidCall(f"{select!r:.500} must be one SELECT statement, not {kinds or 'nothing'}")
+    found = con.execute("SELECT json_serialize_sql(?::VARCHAR)", [select]).fetchall()[0][0]
+    tree = json.loads(found)
+    if tree["error"]:
+        raise InvalidCall(f"{select!r:.500} must be one SELECT statement: {tree['error_message']}")
+    nodes = list(_nodes(tree))
+    named = {
+        node["table_name"]
+        for node in nodes
+        if node.get("type") == "BASE_TABLE" and not node["schema_name"] and not node["catalog_name"]
+    }
+    own = {entry["key"].casefold() for node in nodes for entry in node.get("cte_map", {"map": []})["map"]}
+    return statements[0].query, named, own
+
+
+def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(tree, dict):
+        yield tree
+    for child in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        yield from _nodes(child)
