@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, Protocol
 
+from vllm_tasks.datalayer.sources import Unreadable
 from vllm_tasks.rows import BuiltinType
 
 Refresh = Literal["missing", "changed", "failed", "all"]
@@ -141,6 +142,9 @@ class Tables(Protocol):
 
     def count(self, selection: Selection) -> tuple[int, int]:
         """How many rows the source has (with the `ids`), and how many of them are selected."""
+
+    def unreadable(self) -> Unreadable:
+        """The rows without a readable key that the latest `rows` has come to so far."""
 
     def writer(self, selection: Selection, table: OutputTable) -> Writer:
         """Make the outputs table unless it is there, and a writer to it.

@@ -1,0 +1,99 @@
+"""A source in one place and its outputs in another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from vllm_tasks.datalayer.join import Join, Outputs
+from vllm_tasks.datalayer.selection import OutputTable, Row, Selection, SourceRow, Writer
+from vllm_tasks.datalayer.sources import Source, Unreadable
+from vllm_tasks.datalayer.workspace import Workspace
+
+MEMORY = "300MB"
+"""DuckDB's, for keys and the state of their outputs; what it needs beyond is spilled."""
+
+
+class Home(Outputs, Protocol):
+    """A store that keeps outputs, of whatever source."""
+
+    def writer_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> Writer:
+        """As `Tables.writer`, for a key of these Arrow types, which are empty when the source has no rows."""
+
+    def outputs(self, name: str) -> Any:
+        """See `Tables.outputs`."""
+
+    def read(self, select: str, columns: Sequence[str] | None = None) -> Iterator[list[Row]]:
+        """See `Tables.read`."""
+
+    def has(self, name: str) -> bool:
+        """See `Tables.has`."""
+
+    def put(self, name: str, rows: Any, key: Sequence[str]) -> None:
+        """See `Tables.put`."""
+
+    def close(self) -> None:
+        """Release connections."""
+
+
+class Elsewhere:
+    """`Tables` whose rows come from `source`, and whose outputs are at `home`; both are closed with it."""
+
+    def __init__(self, source: Source, home: Home) -> None:
+        self._source = source
+        self._home = home
+        self._workspace = Workspace(MEMORY)
+        self._join: Join | None = None
+        """Of the latest `rows`."""
+
+    def check(self, selection: Selection) -> None:
+        """See `Tables.check`."""
+        self._joined(selection).check()
+
+    def rows(self, selection: Selection, size: int) -> Iterator[list[SourceRow]]:
+        """See `Tables.rows`."""
+        self._join = self._joined(selection)
+        yield from self._join.rows(size)
+
+    def count(self, selection: Selection) -> tuple[int, int]:
+        """See `Tables.count`."""
+        return self._joined(selection).count()
+
+    def unreadable(self) -> Unreadable:
+        """See `Tables.unreadable`."""
+        return Unreadable() if self._join is None else self._join.unreadable
+
+    def writer(self, selection: Selection, table: OutputTable) -> Writer:
+        """See `Tables.writer`."""
+        return self._home.writer_of(self._joined(selection).key, selection.key, table)
+
+    def outputs(self, name: str) -> Any:
+        """See `Tables.outputs`."""
+        return self._home.outputs(name)
+
+    def read(self, select: str, columns: Sequence[str] | None = None) -> Iterator[list[Row]]:
+        """See `Tables.read`; of what is at home."""
+        return self._home.read(select, columns)
+
+    def has(self, name: str) -> bool:
+        """See `Tables.has`."""
+        return self._home.has(name)
+
+    def put(self, name: str, rows: Any, key: Sequence[str]) -> None:
+        """See `Tables.put`."""
+        self._home.put(name, rows, key)
+
+    def where(self, name: str) -> str:
+        """See `Tables.where`."""
+        return self._home.where(name)
+
+    def close(self) -> None:
+        """See `Tables.close`."""
+        self._source.close()
+        self._workspace.close()
+        self._home.close()
+
+    def _joined(self, selection: Selection) -> Join:
+        return Join(self._source, self._home, selection, self._workspace)
