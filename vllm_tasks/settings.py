@@ -58,8 +58,8 @@ class Settings(BaseSettings):
     )
     select_memory: str = Field(
         default="25%",
-        description="Memory that a SELECT over the files of a lake may take, as DuckDB has it: 4GB, or a share of "
-        "the machine's; what it needs beyond is spilled to the temporary folder.",
+        description="Memory that a SELECT over the files of a lake may take, as DuckDB has it: 4GB, or a "
+        "percentage of the machine's; what it needs beyond is spilled to the temporary folder.",
     )
     gpu_work_pool: str = Field(
         default="",

@@ -7,7 +7,8 @@ matched with it; so a row's values are read only when it is wanted, and pass thr
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from uuid import UUID
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from vllm_tasks.datalayer.delta import arrow_column
 from vllm_tasks.datalayer.selection import Key, Row, Selection, SourceRow
@@ -117,7 +119,7 @@ class Join:
             return
         if self._selection.ids is not None:
             self._ids()  # refused before the pass
-        if self._source.identified_by(key.names):
+        if self._source.identified_by(key.names) or ascending(self._source.keys(key), key):
             return
         named = ", ".join(key.names)
         logger.info("checking that %s is unique in %s: one pass", named, self._selection.shown)
@@ -189,7 +191,7 @@ class Join:
             cursor.unregister(PART)
             return States(
                 found["n"].to_numpy(),
-                found["redo"].to_numpy(zero_copy_only=False),
+                found["redo"].to_numpy(zero_copy_only=False).astype(bool),
                 found["hash"].to_pylist() if hashes else None,
             )
 
@@ -289,6 +291,23 @@ def read(source: Source, select: str, columns: Sequence[str] | None, size: int) 
             f"{unreadable.count:,} rows of {select!r} cannot be read: {'; '.join(unreadable.examples[:3])}; "
             "correct them, or leave them out of the file"
         )
+
+
+def ascending(tables: Generator[pa.Table], key: pa.Schema) -> bool:
+    """Whether each key is larger than the one before, so that none is there twice: told at once where not."""
+    if len(key) != 1 or pa.types.is_temporal(key[0].type):
+        return False
+    last = None
+    with closing(tables):
+        for table in tables:
+            column = pa.concat_arrays(table[0].chunks) if table[0].num_chunks else pa.array([], key[0].type)
+            if not len(column):
+                continue
+            begins = last is None or pc.less(last, column[0]).as_py()
+            if not begins or not pc.all(pc.less(column[:-1], column[1:]), skip_nulls=False).as_py():
+                return False
+            last = column[-1]
+    return last is None or last.is_valid
 
 
 def refuse_missing(select: str, wanted: Sequence[str], there: Sequence[str]) -> None:

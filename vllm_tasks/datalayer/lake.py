@@ -160,8 +160,8 @@ class Lake:
         there = {field.name: field.type for field in arrow_schema(found)}
         if missing := [column for column in OWN_COLUMNS if column not in there]:
             raise InvalidCall(
-                f"{self.where(name)!r} is not a table of outputs: it has no column {missing[0]!r}; give another "
-                "predict_id"
+                f"{self.where(name)!r} is no table of outputs: it has no column {missing[0]!r}; give "
+                "another predict_id"
             )
         return {column: there[column] for column in key if column in there}
 

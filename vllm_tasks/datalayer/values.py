@@ -143,6 +143,7 @@ def _opaque(column: Any) -> list[Any]:
 
 
 _EXTENSIONS: Mapping[str, Callable[[Any], list[Any]]] = {
+    "arrow.bool8": lambda column: list(column.to_pylist()),  # DuckDB's bools
     "arrow.json": _json,
     "arrow.opaque": _opaque,
     "arrow.uuid": lambda column: [None if u is None else str(u) for u in column.to_pylist()],

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from vllm_tasks.errors import InvalidCall
 
 UTC_TIME = pa.timestamp("us", "UTC")
+_OF_EXTENSIONS = {"arrow.bool8": pa.bool_(), "arrow.json": pa.string(), "arrow.uuid": pa.string()}
 
 
 def key_type(column: str, kind: pa.DataType) -> pa.DataType:
@@ -26,7 +27,7 @@ def key_type(column: str, kind: pa.DataType) -> pa.DataType:
 def _stored(kind: pa.DataType) -> pa.DataType | None:
     t = pa.types
     if isinstance(kind, pa.BaseExtensionType):
-        return pa.string() if kind.extension_name in ("arrow.json", "arrow.uuid") else None
+        return _OF_EXTENSIONS.get(str(kind.extension_name))
     if t.is_dictionary(kind):
         return _stored(kind.value_type)
     if t.is_uint64(kind):

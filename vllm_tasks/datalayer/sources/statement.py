@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,11 +50,11 @@ class Statement:
     def identified_by(self, key: Sequence[str]) -> bool:
         return False
 
-    def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
+    def keys(self, key: pa.Schema) -> Generator[pa.Table]:
         for found in self._batches(key.names, KEYS_AT_ONCE):
             yield cast_keys(found, key)[0]
 
-    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
+    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Generator[Part]:
         names = list(dict.fromkeys((*key.names, *columns)))
         for found in self._batches(names, ROWS_AT_ONCE):
             yield part_of(found, key, columns, unreadable, self._shown)
@@ -67,7 +67,8 @@ class Statement:
         if self._described is None:
             with self._cursor() as cursor:
                 names = cursor.sql(self._sql).columns
-                rows = cursor.sql(f"SELECT {self._readable(cursor, names)} FROM ({self._sql}\n) LIMIT 0")
+                wanted = self._readable(cursor, names)
+                rows = cursor.sql(f"SELECT {wanted} FROM ({self._sql}\n) LIMIT 0")  # noqa: S608 - quoted
                 self._described = list(names), rows.to_arrow_table().schema
         return self._described
 
