@@ -1,0 +1,279 @@
+"""One table of nasty keys and texts, in every format and store: the same prompts, keys and scores from all."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import deltalake
+import duckdb
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
+import pytest
+import sqlalchemy as sa
+
+from tests.mariadb import MariaDB
+from tests.postgres import Postgres
+from tests.scripted_server import ScriptedServer
+from vllm_tasks import Datalayer, Dataset, Metric, Validation, VllmAPI, validate
+
+TEXTS = [
+    "plain",
+    "",
+    "007",
+    "1.50",
+    "1e5",
+    "0x1A",
+    "yes",
+    "NULL",
+    "null",
+    "nan",
+    "true",
+    "01/02/2024",
+    "2024-01-03T10:00:00+02:00",
+    "3.14159265358979323846",
+    "12345678901234567890123",
+    " blanks around ",
+    "a, comma; a semicolon\ta tab",
+    'a "quoted" word',
+    '"',
+    "two\nlines",
+    "carriage\r\nreturn",
+    "back\\slash \\n",
+    "{braces} {{twice}}",
+    "é ü 漢字 🙂",
+    "e\u0301 combined",
+    "\u202ebackwards",
+    "'; DROP TABLE rows; --",
+    '{"json": [1, 2.50]}',
+    "=1+1",
+    "x" * 70_000,
+]
+KEYS = ["007", "7", "0x1A", "1e5", "NULL", "null", " a ", "a", "A", "é", "e\u0301", "漢", "a,b", 'q"', "n\nl"]
+KEYS += [f"k{i}" for i in range(len(TEXTS) - len(KEYS))]
+ROWS = [{"id": k, "text": t, "answer": t[::-1]} for k, t in zip(KEYS, TEXTS, strict=True)]
+TABLE = pa.Table.from_pylist(ROWS)
+MESSAGES = [
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": t}] for t in TEXTS
+]
+
+
+def delimited(delimiter: str) -> bytes:
+    """As Python's own writer has it, with every text in quotes: an empty one is not NULL then."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter=delimiter, quoting=csv.QUOTE_ALL)
+    writer.writerow(ROWS[0])
+    writer.writerows(row.values() for row in ROWS)
+    return text.getvalue().encode()
+
+
+def lines(rows: list[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def arrow(table: pa.Table, path: Path) -> None:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+
+
+def iceberg(table: pa.Table, folder: Path) -> None:
+    from pyiceberg.catalog.sql import SqlCatalog
+
+    catalog = SqlCatalog("c", uri="sqlite://", warehouse=f"file://{folder}")
+    catalog.create_namespace("n")
+    made = catalog.create_table("n.rows", table.schema, location=f"file://{folder}/rows")
+    made.append(table.slice(0, 10))
+    made.append(table.slice(10))
+
+
+FILES: dict[str, Callable[[Path], Any]] = {
+    "CSV": lambda at: (at / "rows.csv").write_bytes(delimited(",")),
+    "CSV, gzip": lambda at: (at / "rows.CSV.gz").write_bytes(gzip.compress(delimited(","))),
+    "TSV": lambda at: (at / "rows.tsv").write_bytes(b"\xef\xbb\xbf" + delimited("\t")),
+    "JSON lines": lambda at: (at / "rows.jsonl").write_bytes(lines(ROWS)),
+    "JSON lines, gzip": lambda at: (at / "rows.jsonl.gz").write_bytes(gzip.compress(lines(ROWS))),
+    "JSON lines, zstd": lambda at: (at / "rows.jsonl.zst").write_bytes(
+        pa.compress(lines(ROWS), "zstd", asbytes=True)
+    ),
+    "Parquet": lambda at: pq.write_table(TABLE, at / "rows.parquet"),
+    "Parquet, many row groups": lambda at: pq.write_table(TABLE, at / "rows.parquet", row_group_size=3),
+    "Arrow": lambda at: arrow(TABLE, at / "rows.arrow"),
+    "Feather": lambda at: pa.feather.write_feather(TABLE, at / "rows.feather", compression="zstd"),
+    "Delta": lambda at: deltalake.write_deltalake(at / "rows", TABLE),
+    "Iceberg": lambda at: iceberg(TABLE, at),
+}
+
+
+def put_into(engine: sa.Engine) -> None:
+    columns = [sa.Column("id", sa.String(50), primary_key=True), sa.Column("text", LONG), sa.Column("answer", LONG)]
+    rows = sa.Table("rows", sa.MetaData(), *columns, mysql_charset="utf8mb4", mysql_collate="utf8mb4_bin")
+    with engine.begin() as connection:
+        rows.create(connection)
+        connection.execute(sa.insert(rows), ROWS)
+    engine.dispose()
+
+
+LONG = sa.Text().with_variant(sa.dialects.mysql.LONGTEXT(), "mysql", "mariadb")
+
+
+def sqlite_file(at: Path) -> str:
+    url = f"sqlite:///{at}/crm.db"
+    put_into(sa.create_engine(url))
+    return url
+
+
+def duckdb_file(at: Path) -> str:
+    with duckdb.connect(f"{at}/crm.duckdb") as connection:
+        connection.register("t", TABLE)
+        connection.execute("CREATE TABLE rows AS FROM t")
+    return f"duckdb:///{at}/crm.duckdb"
+
+
+@pytest.fixture
+def asked(server: ScriptedServer) -> Callable[[], list[str]]:
+    """The prompts that reached the server since this was last called, in order."""
+    seen = 0
+
+    def new() -> list[str]:
+        nonlocal seen
+        posts = server.posts[seen:]
+        seen += len(posts)
+        return sorted(post.prompt for post in posts)
+
+    return new
+
+
+@pytest.fixture
+def model(server: ScriptedServer) -> Iterator[VllmAPI]:
+    with VllmAPI(identifier="m", api_url=server.url, retries=0) as made:
+        yield made
+
+
+def same_from(model: VllmAPI, asked: Callable[[], list[str]], home: Path, select: Any, **where: Any) -> None:
+    """Predict and validate over the table; assert keys, prompts and scores."""
+    report = model.predict_in_db("text", select, db=str(home), predict_id="p", max_failed=None, **where)
+    assert (report.rows, report.succeeded, report.failed) == (len(ROWS), len(ROWS), 0), report
+    assert asked() == sorted(TEXTS)
+    outputs = Datalayer(url=str(home)).outputs("p").to_pylist()
+    assert {row["id"]: row["output"] for row in outputs} == {r["id"]: f" {r['text']}!" for r in ROWS}
+    again = model.predict_in_db("text", select, db=str(home), predict_id="p", **where)
+    assert (again.asked, again.up_to_date) == (0, len(ROWS))
+
+
+def scores_of(model: VllmAPI, home: Path, dataset: Dataset) -> tuple[str, float]:
+    """The hash of the rows that were drawn, and the score."""
+    validation = Validation(
+        datasets=[dataset], metrics=[Metric(identifier="edit_similarity")], key=("text", "answer")
+    )
+    report = validate(model, validation, db=str(home))
+    (found,) = report.datasets
+    return found.hash, found.values["edit_similarity"]
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_files(kind: str, tmp_path: Path, model: VllmAPI, asked: Callable[[], list[str]]) -> None:
+    """In a lake, by name and in a SELECT."""
+    FILES[kind](tmp_path)
+    same_from(model, asked, tmp_path, "rows")
+    statement = model.predict_in_db("text", "SELECT * FROM rows", db=str(tmp_path), predict_id="s")
+    assert statement.succeeded == len(ROWS)
+    assert asked() == sorted(TEXTS)
+
+
+@pytest.mark.parametrize("kind", ["pyarrow", "stream", "pandas", "polars", "duckdb"])
+def test_frames(kind: str, tmp_path: Path, model: VllmAPI, asked: Callable[[], list[str]]) -> None:
+    """In memory, whatever speaks Arrow's stream protocol."""
+    frame: Any = TABLE
+    if kind == "stream":
+        report = model.predict_in_db("text", TABLE.to_reader(7), db=str(tmp_path), predict_id="p")
+        assert report.succeeded == len(ROWS)
+        assert asked() == sorted(TEXTS)
+        return
+    if kind == "pandas":
+        frame = TABLE.to_pandas()
+    if kind == "polars":
+        import polars
+
+        frame = polars.from_arrow(TABLE)
+    if kind == "duckdb":
+        frame = duckdb.sql("FROM TABLE")
+    same_from(model, asked, tmp_path, frame)
+
+
+@pytest.mark.parametrize("kind", ["SQLite", "PostgreSQL", "MariaDB", "DuckDB"])
+def test_databases_elsewhere(
+    kind: str, tmp_path: Path, model: VllmAPI, asked: Callable[[], list[str]], request: pytest.FixtureRequest
+) -> None:
+    """Read there, written to a lake here."""
+    if kind == "SQLite":
+        url = sqlite_file(tmp_path)
+    elif kind == "DuckDB":
+        url = duckdb_file(tmp_path)
+    elif kind == "PostgreSQL":
+        postgres: Postgres = request.getfixturevalue("postgres")
+        url = postgres.new_database()
+        put_into(sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:")))
+    else:
+        mariadb: MariaDB = request.getfixturevalue("mariadb")
+        url = mariadb.new_database()
+        put_into(sa.create_engine(url))
+    same_from(model, asked, tmp_path / "home", "rows", source=url)
+
+
+def test_scores_are_the_same_from_all_stores(tmp_path: Path, model: VllmAPI) -> None:
+    """A sample of the same texts is the same sample, with the same score, from each."""
+    found = set()
+    for kind, write in FILES.items():
+        at = tmp_path / kind.replace(" ", "_")
+        at.mkdir()
+        write(at)
+        found.add(scores_of(model, at, Dataset(identifier="v", select="rows", sample_size=12)))
+    with closing(sqlite3.connect(tmp_path / "x.db")):
+        url = sqlite_file(tmp_path)
+    model_at = Validation(
+        datasets=[Dataset(identifier="v", select="rows", sample_size=12)],
+        metrics=[Metric(identifier="edit_similarity")],
+        key=("text", "answer"),
+    )
+    (of_sqlite,) = validate(model, model_at, db=url).datasets
+    found.add((of_sqlite.hash, of_sqlite.values["edit_similarity"]))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("kind", ["JSON lines", "Parquet", "Arrow", "Delta", "Iceberg", "polars", "DuckDB"])
+def test_chat_messages(kind: str, tmp_path: Path, server: ScriptedServer, model: VllmAPI) -> None:
+    """Lists of messages, in the formats that hold lists, arrive as they are."""
+    rows = [{"id": i, "text": m} for i, m in enumerate(MESSAGES)]
+    table = pa.Table.from_pylist(rows)
+    select: Any = "rows"
+    where: dict[str, Any] = {}
+    if kind == "JSON lines":
+        (tmp_path / "rows.jsonl").write_bytes(lines(rows))
+    elif kind == "Parquet":
+        pq.write_table(table, tmp_path / "rows.parquet")
+    elif kind == "Arrow":
+        arrow(table, tmp_path / "rows.arrow")
+    elif kind == "Delta":
+        deltalake.write_deltalake(tmp_path / "rows", table)
+    elif kind == "Iceberg":
+        iceberg(table, tmp_path)
+    elif kind == "polars":
+        import polars
+
+        select = polars.from_arrow(table)
+    else:
+        with duckdb.connect(f"{tmp_path}/crm.duckdb") as connection:
+            connection.execute("CREATE TABLE rows AS FROM table")
+        where = {"source": f"duckdb:///{tmp_path}/crm.duckdb"}
+    report = model.predict_in_db("text", select, db=str(tmp_path), max_failed=None, **where)
+    assert report.succeeded == len(rows), report
+    sent = [post.body["messages"] for post in server.posts]
+    assert sorted(map(json.dumps, sent)) == sorted(map(json.dumps, MESSAGES))
