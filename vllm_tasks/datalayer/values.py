@@ -65,7 +65,8 @@ class Nanoseconds(datetime):
         return Nanoseconds.of, (micros * 1000 + self.nanosecond, self.tzinfo)
 
 
-def _number(text: str) -> float:
+def number(text: str) -> float:
+    """A number with a fraction or an exponent, which prints as its `text` does."""
     value = float(text)
     return value if repr(value) == text else Number(text)
 
@@ -74,7 +75,7 @@ def _whole(text: str) -> int | float:
     return Number(text) if text == "-0" else int(text)
 
 
-_DECODER = json.JSONDecoder(parse_float=_number, parse_int=_whole, parse_constant=Number)
+_DECODER = json.JSONDecoder(parse_float=number, parse_int=_whole, parse_constant=Number)
 
 
 def from_json(text: str) -> Any:

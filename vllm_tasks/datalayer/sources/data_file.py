@@ -6,11 +6,9 @@ import io
 import posixpath
 import re
 from dataclasses import dataclass
-from typing import IO, Any, Literal, Self, cast
+from typing import IO, Any, Literal, Self
 
-import pyarrow as pa
-
-from vllm_tasks.errors import InvalidCall
+from vllm_tasks.datalayer.sources.byte_stream import BUFFER, Connected, Decompressed
 
 Kind = Literal["parquet", "jsonl", "json", "csv", "tsv", "arrow", "excel"]
 ENDINGS: dict[str, Kind] = {
@@ -60,12 +58,13 @@ class DataFile:
         return cls(fs, path, match["stem"], kind, packed, shown)
 
     def open(self) -> IO[bytes]:
-        """Its bytes, decompressed, from the first on."""
-        raw = cast(IO[bytes], self.fs.open(self.path, "rb"))
-        if self.compression is None:
-            return raw
-        try:
-            # Arrow's own codecs: several members or frames behind each other are read as one.
-            return cast(IO[bytes], io.BufferedReader(pa.CompressedInputStream(raw, self.compression)))
-        except (OSError, pa.ArrowException) as e:
-            raise InvalidCall(f"{self.shown} is not compressed with {self.compression}: {e}") from e
+        """Its bytes, decompressed, from the first on; see `byte_stream` for the errors."""
+        return io.BufferedReader(self._decompressed() if self.compression else self._raw(), BUFFER)
+
+    def _raw(self) -> Connected:
+        return Connected(self.fs, self.path, self.shown)
+
+    def _decompressed(self) -> Decompressed:
+        return Decompressed(
+            lambda: io.BufferedReader(self._raw(), BUFFER), self.compression or "", self.shown
+        )

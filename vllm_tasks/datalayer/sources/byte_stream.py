@@ -1,0 +1,117 @@
+"""The bytes of a data file. A lost connection is told from a damaged file, of which the beginning is read."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import IO, Any, cast
+
+import pyarrow as pa
+
+from vllm_tasks.errors import InvalidCall, TablesUnavailable
+from vllm_tasks.places import without_secrets
+
+BUFFER = 1 << 20
+SHOWN = 200
+
+
+class Damaged(Exception):
+    """A compressed file is truncated or broken here; every byte before has been read."""
+
+
+class Connected(io.RawIOBase):
+    """A file of an fsspec filesystem, read from the first byte on; errors are `TablesUnavailable`, but for
+    a file that may not be read (`InvalidCall`)."""
+
+    def __init__(self, fs: Any, path: str, shown: str) -> None:
+        super().__init__()
+        self.shown = shown
+        try:
+            self.file = fs.open(path, "rb")
+        except PermissionError as e:
+            raise InvalidCall(f"cannot read {shown!r}: not allowed") from e
+        except Exception as e:  # every filesystem has errors of its own, which have no base in common
+            raise self._lost(e) from e
+
+    def _lost(self, error: Exception) -> TablesUnavailable:
+        why = without_secrets(f"{type(error).__name__}: {error}")[:SHOWN]
+        return TablesUnavailable(f"cannot read {self.shown!r}: {why}")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            found = self.file.read(len(buffer))
+        except Exception as e:  # see above
+            raise self._lost(e) from e
+        buffer[: len(found)] = found
+        return len(found)
+
+    def close(self) -> None:
+        if not self.closed and hasattr(self, "file"):
+            self.file.close()
+        super().close()
+
+
+class Decompressed(io.RawIOBase):
+    """What `opened()` holds in `codec`, up to where it is damaged (`Damaged`).
+
+    Arrow's codecs read several members or frames behind each other as one.
+    """
+
+    def __init__(self, opened: Callable[[], IO[bytes]], codec: str, shown: str) -> None:
+        super().__init__()
+        self.opened, self.codec, self.shown = opened, codec, shown
+        self.raw = opened()
+        self.stream = pa.CompressedInputStream(self.raw, codec)
+        self.offset = 0
+        self.damage: str | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        found = b"" if self.damage else self._read(len(buffer))
+        if self.damage and not found:
+            raise Damaged(self.damage)
+        buffer[: len(found)] = found
+        self.offset += len(found)
+        return len(found)
+
+    def _read(self, most: int) -> bytes:
+        try:
+            return cast(bytes, self.stream.read(most))
+        except TablesUnavailable:
+            raise
+        except OSError as e:
+            self.damage = str(e)[:SHOWN]
+            found = self._before_damage(most)
+            if not self.offset and not found:
+                raise InvalidCall(
+                    f"{self.shown!r} is not compressed with {self.codec}, as its name says, or is cut at its "
+                    f"beginning ({self.damage}); rename or replace it"
+                ) from e
+            return found
+
+    def _before_damage(self, most: int) -> bytes:
+        """Arrow drops what a failed read had found, so the file is read again, at last byte by byte."""
+        self.raw.close()
+        self.raw = self.opened()
+        self.stream = pa.CompressedInputStream(self.raw, self.codec)
+        left, found = self.offset, bytearray()
+        try:
+            while left:
+                left -= len(self.stream.read(min(left, BUFFER)))
+            while len(found) < most and (one := self.stream.read(1)):
+                found += one
+        except TablesUnavailable:
+            raise
+        except OSError:
+            pass  # the damage again, behind all that could be read
+        return bytes(found)
+
+    def close(self) -> None:
+        if not self.closed and hasattr(self, "raw"):
+            self.raw.close()
+        super().close()

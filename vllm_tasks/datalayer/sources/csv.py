@@ -1,0 +1,193 @@
+"""CSV and TSV files as a source: every cell is the text that stands in the file.
+
+A cell without any character is NULL; with quotes around nothing it is the empty text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+
+import pyarrow as pa
+
+from vllm_tasks.datalayer.sources import Part, Unreadable, Values
+from vllm_tasks.datalayer.sources.arrow import values_of
+from vllm_tasks.datalayer.sources.csv_file import CsvFile
+from vllm_tasks.datalayer.sources.csv_pass import Bad, Lost, Records
+from vllm_tasks.datalayer.sources.data_file import DataFile
+from vllm_tasks.datalayer.sources.keys import cast_keys, known
+from vllm_tasks.datalayer.sources.read_options import DEFAULTS, ReadOptions
+from vllm_tasks.errors import InvalidCall, near
+
+
+class Csv:
+    """The `Source` of CSV and TSV files of one table; columns are told by their names, in any order."""
+
+    def __init__(self, files: Sequence[DataFile], options: ReadOptions = DEFAULTS) -> None:
+        self.files = [CsvFile(file, options) for file in files]
+        self.left_out = Unreadable()
+
+    @cached_property
+    def _names(self) -> list[list[str]]:
+        """Of each file."""
+        return [file.names() for file in self.files]
+
+    def columns(self) -> Sequence[str]:
+        return list(dict.fromkeys(name for names in self._names for name in names))
+
+    def key_types(self, key: Sequence[str]) -> Sequence[pa.DataType]:
+        return [pa.string() for _ in key]
+
+    def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
+        for file, _, places, records in self._records(key.names, Unreadable()):
+            yield _keys(file, places, records, key)[0]
+
+    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
+        for file, width, places, records in self._records([*key.names, *columns], unreadable):
+            keys, wrong = _keys(file, places, records, key)
+            kept = known(keys).tolist()
+            if len(kept) < keys.num_rows:
+                _tell(file, key, keys.num_rows, kept, wrong, records, unreadable)
+                keys = keys.take(pa.array(kept, pa.int64()))
+            if keys.num_rows:
+                yield _part(keys, kept, places, records, columns, width)
+
+    def _records(
+        self, columns: Sequence[str], unreadable: Unreadable
+    ) -> Iterator[tuple[CsvFile, int, Mapping[str, int | None], Records]]:
+        """Of all files, with their width and where these columns are in them."""
+        for file, names in zip(self.files, self._names, strict=True):
+            places = {name: _place(file, names, name) for name in columns}
+            wanted = sorted({place for place in places.values() if place is not None})
+            for found in file.records(len(names), wanted) if names else ():
+                if isinstance(found, Lost):
+                    unreadable.add(_where(file, found.number), found.why)
+                elif found.good.num_rows or found.bad:
+                    yield file, len(names), places, found
+
+    def schema(self, columns: Sequence[str]) -> pa.Schema:
+        """See `Streamed`: all columns are texts."""
+        if missing := [name for name in columns if name not in self.columns()]:
+            raise InvalidCall(f"there is no column {missing[0]!r:.200}{near(missing[0], self.columns())}")
+        return pa.schema([(name, pa.string()) for name in columns])
+
+    def batches(self, schema: pa.Schema, unreadable: Unreadable) -> Iterator[pa.RecordBatch]:
+        """See `Streamed`."""
+        for file, width, places, records in self._records(schema.names, unreadable):
+            for bad in records.bad:
+                unreadable.add(_where(file, bad.number), _why(bad, width))
+            found = [_texts(_column(records, places[name]), name) for name in schema.names]
+            wrong = {row: why for _, misfits in found for row, why in misfits.items()}
+            for row, why in sorted(wrong.items()):
+                unreadable.add(_where(file, records.number(row)), why)
+            batch = pa.record_batch([column for column, _ in found], schema=schema)
+            if wrong:
+                batch = batch.take(pa.array([i for i in range(batch.num_rows) if i not in wrong], pa.int64()))
+            yield batch
+
+
+def _place(file: CsvFile, names: Sequence[str], name: str) -> int | None:
+    if names.count(name) > 1:
+        raise InvalidCall(
+            f"{file.file.shown!r} has {names.count(name)} columns named {name!r:.200}; rename them in the "
+            "file, or leave its first record out and give the names: read={table: {'header': [...]}}"
+        )
+    return names.index(name) if name in names else None
+
+
+def _where(file: CsvFile, number: int) -> str:
+    return f"{file.file.shown}, record {number}"
+
+
+def _why(bad: Bad, width: int) -> str:
+    return f"the record {bad.number} has {bad.cells} cells, where the header has {width}"
+
+
+def _column(records: Records, place: int | None) -> pa.Array:
+    """Bytes; a column that the file lacks is NULL."""
+    if place is None:
+        return pa.nulls(records.good.num_rows, pa.binary())
+    return records.good.column(str(place))
+
+
+def _texts(column: pa.Array, name: str) -> tuple[pa.Array, dict[int, str]]:
+    """Texts of bytes, and why rows of these numbers have none."""
+    try:
+        return column.cast(pa.string()), {}
+    except pa.ArrowInvalid:
+        pass
+    values: list[str | None] = []
+    wrong = {}
+    for row, value in enumerate(column.to_pylist()):
+        try:
+            values.append(None if value is None else value.decode())
+        except UnicodeDecodeError:
+            values.append(None)
+            wrong[row] = f"{name[:50]!r} is no text in the file's encoding; give it, if it is another one"
+    return pa.array(values, pa.string()), wrong
+
+
+def _keys(
+    file: CsvFile, places: Mapping[str, int | None], records: Records, key: pa.Schema
+) -> tuple[pa.Table, dict[int, str]]:
+    """Of the good records, then of the bad ones; and why rows of these numbers have none."""
+    cells = [file.cells(bad) for bad in records.bad]
+    columns, wrong = [], {}
+    for name in key.names:
+        place = places[name]
+        column = _column(records, place)
+        if cells:
+            told = [_cell(each, place) for each in cells]
+            column = pa.concat_arrays([column, pa.array(told, pa.binary())])
+        texts, misfits = _texts(column, name)
+        columns.append(texts)
+        wrong.update(misfits)
+    keys, misfits = cast_keys(pa.table(columns, names=key.names), key)
+    return keys, {**misfits, **wrong}
+
+
+def _cell(cells: Sequence[str], place: int | None) -> bytes | None:
+    """Of a bad record: nothing says whether an empty one stood in quotes, so it is none."""
+    if place is None or place >= len(cells) or not cells[place]:
+        return None
+    return cells[place].encode("utf-8", "surrogateescape")
+
+
+def _tell(
+    file: CsvFile,
+    key: pa.Schema,
+    rows: int,
+    kept: Sequence[int],
+    wrong: Mapping[int, str],
+    records: Records,
+    unreadable: Unreadable,
+) -> None:
+    """Count the rows without a key."""
+    good = records.good.num_rows
+    for row in sorted(set(range(rows)) - set(kept)):
+        bad = records.bad[row - good] if row >= good else None
+        number = bad.number if bad else records.number(row)
+        why = f"a record has {bad.cells} cells" if bad else f"NULL for the key {', '.join(key.names)}"
+        unreadable.add(_where(file, number), wrong.get(row, why))
+
+
+def _part(
+    keys: pa.Table,
+    kept: Sequence[int],
+    places: Mapping[str, int | None],
+    records: Records,
+    columns: Sequence[str],
+    width: int,
+) -> Part:
+    good = records.good.num_rows
+    errors = {i: _why(records.bad[row - good], width) for i, row in enumerate(kept) if row >= good}
+    # Not checked to be UTF-8: a text that is none fails where it is used, in its row.
+    texts = pa.table({name: _column(records, places[name]).view(pa.string()) for name in columns or places})
+
+    def values(rows: Sequence[int]) -> Iterator[list[Values]]:
+        readable = [kept[i] for i in rows if i not in errors]
+        yield from values_of(texts, columns, readable)
+        if without := len(rows) - len(readable):  # they are the last ones
+            yield [()] * without
+
+    return Part(keys, values, errors)

@@ -1,0 +1,100 @@
+"""A CSV file: the names of its columns, and its records, however long they are."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import TextIO
+
+from vllm_tasks.datalayer.sources.csv_pass import (
+    LONGEST,
+    UNCLOSED,
+    Bad,
+    Lost,
+    NotUtf8,
+    Pass,
+    Records,
+    TooLong,
+)
+from vllm_tasks.datalayer.sources.data_file import DataFile
+from vllm_tasks.datalayer.sources.read_options import ReadOptions
+from vllm_tasks.datalayer.sources.text_file import text_of
+from vllm_tasks.errors import InvalidCall
+
+BLOCK = 1 << 20
+"""Bytes that are parsed at once, until a record is longer."""
+GROWTH = 4
+SIGNS = {"csv": ",", "tsv": "\t"}
+
+
+class CsvFile:
+    """A file of the kind csv or tsv."""
+
+    def __init__(self, file: DataFile, options: ReadOptions) -> None:
+        self.file, self.options = file, options
+        self.delimiter = options.delimiter or SIGNS[file.kind]
+
+    def names(self) -> list[str]:
+        """The columns' names in their order; none of an empty file. Raises `InvalidCall` for a header that
+        cannot be read."""
+        if isinstance(self.options.header, list):
+            return self.options.header
+        with text_of(self.file, self.options, newline="") as text:
+            try:
+                first = next((cells for cells in self._cells(text, strict=True) if cells), [])
+            except csv.Error as e:
+                raise InvalidCall(
+                    f"the first record of {self.file.shown!r} cannot be read: {e}; is a quote not closed? "
+                    "Mend it, or give the quote or the delimiter: read={table: {'quote': ''}}"
+                ) from e
+        return first if self.options.header else [f"column{i}" for i in range(len(first))]
+
+    def cells(self, bad: Bad) -> list[str]:
+        """Of a bad record."""
+        return next(self._cells(io.StringIO(bad.text, newline="")), [])
+
+    def _cells(self, text: TextIO, strict: bool = False) -> Iterator[list[str]]:
+        quote = self.options.quote
+        return csv.reader(
+            text,
+            delimiter=self.delimiter,
+            quotechar=quote or None,
+            quoting=csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE,
+            escapechar=self.options.escape or None,
+            strict=strict,
+        )
+
+    def records(self, width: int, wanted: Sequence[int]) -> Iterator[Records | Lost]:
+        """All records of `width` cells but the header, of which those at the places `wanted`; behind them
+        perhaps a `Lost`."""
+        good, bad = int(self.options.header is True), 0
+        size, widened = BLOCK, False
+        while size <= LONGEST:
+            try:
+                with closing(
+                    Pass(self.file, self.options, self.delimiter, width, wanted, size, widened)
+                ) as one_pass:
+                    for found in _behind(one_pass.records(), good, bad):
+                        yield found
+                        if isinstance(found, Records):
+                            good, bad = good + found.good.num_rows, bad + len(found.bad)
+                return
+            except TooLong:
+                size *= GROWTH
+            except NotUtf8:
+                widened = True
+        yield Lost(good + bad + 1, f"the record has more than {LONGEST >> 30} GiB, or {UNCLOSED}")
+
+
+def _behind(found: Iterator[Records | Lost], good: int, bad: int) -> Iterator[Records | Lost]:
+    """Without the first records, of which so many are `good` and `bad`: an earlier pass had them, or they
+    are the header."""
+    for some in found:
+        if isinstance(some, Records) and (good or bad):
+            rows = min(good, some.good.num_rows)
+            told = min(bad, len(some.bad))
+            good, bad = good - rows, bad - told
+            some = Records(some.good.slice(rows), some.bad[told:], some.first + rows + told)
+        yield some

@@ -1,0 +1,193 @@
+"""One pass of Arrow's parser over a CSV file, from its first record on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+
+from vllm_tasks.datalayer.sources.csv_blocks import Blocks
+from vllm_tasks.datalayer.sources.data_file import DataFile
+from vllm_tasks.datalayer.sources.read_options import ReadOptions
+from vllm_tasks.errors import InvalidCall
+
+LONGEST = 1 << 30
+"""Bytes of a record at most: Arrow counts them in 32 bits."""
+UNCLOSED = "a quote opens in this record and is not closed: the rest of the file is one cell"
+
+
+class TooLong(Exception):
+    """A record is longer than a block."""
+
+
+class NotUtf8(Exception):
+    """Arrow cannot report a bad record, as its text is not UTF-8."""
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A record with too many or too few cells."""
+
+    number: int
+    cells: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Records:
+    """Records that came together. Numbers count from 1, the header among them, blank lines not."""
+
+    good: pa.RecordBatch
+    """Binary columns, named by their places in the file: "0", "3"."""
+    bad: Sequence[Bad]
+    first: int
+    """How many records came before `good`."""
+
+    def number(self, row: int) -> int:
+        """Of the record that is this row of `good`."""
+        number = self.first + row + 1
+        for bad in self.bad:
+            number += bad.number <= number
+        return number
+
+
+@dataclass(frozen=True)
+class Lost:
+    """From this record on, the file cannot be read."""
+
+    number: int
+    why: str
+
+
+class Pass:
+    """Reads the columns at the places `wanted`, of records of `width` cells, in blocks of `size` bytes."""
+
+    def __init__(
+        self,
+        file: DataFile,
+        options: ReadOptions,
+        delimiter: str,
+        width: int,
+        wanted: Sequence[int],
+        size: int,
+        widened: bool,
+    ) -> None:
+        self.shown, self.width = file.shown, width
+        self.bad: list[Bad] = []
+        self.complete = False
+        """The mark behind the last record was found as a record of its own."""
+        self.blocks = Blocks(file, options, size, widened)
+        try:
+            self.reader = self._parser(options, delimiter, [str(i) for i in wanted or (0,)])
+        except BaseException:
+            self.blocks.close()
+            raise
+
+    def _parser(self, options: ReadOptions, delimiter: str, included: list[str]) -> Any:
+        return self._tried(
+            lambda: pa.csv.open_csv(
+                self.blocks,
+                read_options=pa.csv.ReadOptions(
+                    # With threads, Arrow gives bad records no number.
+                    use_threads=False,
+                    # A block is what one `read` gives.
+                    block_size=LONGEST,
+                    column_names=[str(i) for i in range(self.width)],
+                ),
+                parse_options=pa.csv.ParseOptions(
+                    delimiter=delimiter,
+                    quote_char=options.quote or False,
+                    escape_char=options.escape or False,
+                    newlines_in_values=True,
+                    invalid_row_handler=self._invalid,
+                ),
+                convert_options=pa.csv.ConvertOptions(
+                    column_types=dict.fromkeys(included, pa.binary()),
+                    include_columns=included,
+                    null_values=options.null_values,
+                    strings_can_be_null=True,
+                    quoted_strings_can_be_null=False,
+                ),
+            )
+        )
+
+    def _invalid(self, row: Any) -> str:
+        widened = self.blocks.widened
+        text = row.text.encode("latin-1").decode("utf-8", "surrogateescape") if widened else row.text
+        if text == self.blocks.mark:
+            self.complete = True
+        else:
+            self.bad.append(Bad(row.number, row.actual_columns, text))
+        return "skip"
+
+    def _tried(self, call: Any) -> Any:
+        self.blocks.awaited()
+        try:
+            return call()
+        except pa.ArrowInvalid as e:
+            if "straddl" in str(e):
+                raise TooLong from e
+            if self.blocks.widened:
+                raise InvalidCall(f"{self.shown!r} cannot be read as CSV: {str(e)[:200]}") from e
+            raise NotUtf8 from e
+
+    def _batch(self) -> pa.RecordBatch | None:
+        try:
+            found = self._tried(self.reader.read_next_batch)
+        except StopIteration:
+            return None
+        self.blocks.taken()
+        return _narrowed(found) if self.blocks.widened else found
+
+    def records(self) -> Iterator[Records | Lost]:
+        """All records; behind them perhaps a `Lost`. Raises `TooLong` and `NotUtf8` in their place."""
+        before = 0
+        batch = self._batch()
+        while batch is not None:
+            following = self._batch()  # the last batch is another matter
+            lost = None
+            if following is None:
+                batch, lost = self._ended(batch, before)
+            found = Records(batch, self._bad_until(before + batch.num_rows, following is None), before)
+            yield found
+            if lost:
+                yield lost
+            before += batch.num_rows + len(found.bad)
+            batch = following
+
+    def _bad_until(self, number: int, last: bool) -> list[Bad]:
+        """Those that stand before or right behind the good record of this number, were there none of them."""
+        found: list[Bad] = []
+        while self.bad and (last or self.bad[0].number <= number + len(found) + 1):
+            found.append(self.bad.pop(0))
+        return found
+
+    def _ended(self, batch: pa.RecordBatch, before: int) -> tuple[pa.RecordBatch, Lost | None]:
+        """The last batch without the mark, and what is lost where a record has swallowed it."""
+        damage = self.blocks.damage
+        why = UNCLOSED if damage is None else f"the file is damaged in or behind this record: {damage}"
+        number = before + batch.num_rows + len(self.bad)
+        if self.complete:
+            return batch, None if damage is None else Lost(number + 1, why)
+        if self.bad and self.blocks.mark in self.bad[-1].text:
+            return batch, Lost(self.bad.pop().number, why)
+        if self.width == 1 and batch.num_rows and batch.column(0)[-1].as_py() == self.blocks.mark.encode():
+            return batch.slice(0, batch.num_rows - 1), None if damage is None else Lost(number, why)
+        return batch.slice(0, max(0, batch.num_rows - 1)), Lost(number, why)
+
+    def close(self) -> None:
+        """End the reading, also where Arrow reads ahead at this moment."""
+        self.blocks.close()
+        self.reader.close()
+
+
+def _narrowed(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The bytes of the file again, from `Blocks` that are widened."""
+    columns = [
+        pa.array([None if v is None else v.decode().encode("latin-1") for v in c.to_pylist()], pa.binary())
+        for c in batch.columns
+    ]
+    return pa.record_batch(columns, names=batch.schema.names)

@@ -1,0 +1,179 @@
+"""JSON lines and JSON documents as a source: every value is what its own line says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from vllm_tasks.datalayer.sources import PART_BYTES, Part, Unreadable, Values
+from vllm_tasks.datalayer.sources.data_file import DataFile
+from vllm_tasks.datalayer.sources.json_fields import Fields, decode, value_texts
+from vllm_tasks.datalayer.sources.json_keys import json_keys
+from vllm_tasks.datalayer.sources.json_records import json_texts
+from vllm_tasks.datalayer.sources.keys import known
+from vllm_tasks.datalayer.sources.read_options import DEFAULTS, ReadOptions
+from vllm_tasks.datalayer.sources.text_file import has_half
+from vllm_tasks.datalayer.values import from_json
+from vllm_tasks.errors import InvalidCall, TablesUnavailable, near
+
+PIECE = PART_BYTES // 4
+"""Characters of text that are decoded at once: Python's objects take several times the room."""
+ROWS = 20_000
+Decoded = Callable[[str], Any]
+
+
+@dataclass
+class Piece:
+    """Rows of one file that stand behind each other."""
+
+    file: DataFile
+    lines: list[int] = field(default_factory=list)
+    rows: list[Values] = field(default_factory=list)
+
+    def where(self, row: int) -> str:
+        return f"{self.file.shown}, line {self.lines[row]}"
+
+
+class JsonLines:
+    """The `Source` of files .jsonl, .ndjson and .json of one table."""
+
+    def __init__(self, files: Sequence[DataFile], options: ReadOptions = DEFAULTS) -> None:
+        self.files = files
+        self.options = options
+        self.left_out = Unreadable()
+        if foreign := sorted(self.options.model_fields_set - {"encoding"}):
+            raise InvalidCall(
+                f"JSON has no {foreign[0]}: of the read options, `encoding` is the only one for it"
+            )
+
+    @cached_property
+    def _fields(self) -> Fields:
+        unreadable = Unreadable()
+        return Fields(row for file in self.files for _, _, row in self._rows(file, unreadable, decode))
+
+    def columns(self) -> Sequence[str]:
+        return list(self._fields.kinds)
+
+    def key_types(self, key: Sequence[str]) -> Sequence[pa.DataType]:
+        return [self._fields.key_type(name) for name in key]
+
+    def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
+        for piece in self._pieces(key.names, Unreadable()):
+            yield json_keys(piece.rows, key)[0]
+
+    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
+        width = len(key)
+        for piece in self._pieces([*key.names, *columns], unreadable):
+            keys, wrong = json_keys(piece.rows, key)
+            kept = known(keys).tolist()
+            if len(kept) < len(piece.rows):
+                for row in sorted(set(range(len(piece.rows))) - set(kept)):
+                    unreadable.add(
+                        piece.where(row), wrong.get(row, f"NULL for the key {', '.join(key.names)}")
+                    )
+                keys = keys.take(pa.array(kept, pa.int64()))
+            if kept:
+                yield _part(keys, [piece.rows[row][width:] for row in kept])
+
+    def _rows(
+        self, file: DataFile, unreadable: Unreadable, decoded: Decoded = from_json
+    ) -> Iterator[tuple[int, str, dict[str, Any]]]:
+        """(line, text, object) of each line that is one."""
+        for line, text in json_texts(file, self.options, unreadable):
+            try:
+                row = decoded(text)
+            except RecursionError:
+                why = "nested too deeply"
+            except ValueError as e:
+                why = f"no JSON: {getattr(e, 'msg', e)}"
+                if text.strip() in ("{", "["):
+                    why += "; name a file whose objects have several lines .json"
+            else:
+                if type(row) is dict:
+                    yield line, text, row
+                    continue
+                why = "JSON, but no object {...}"
+            unreadable.add(f"{file.shown}, line {line}", why)
+
+    def _pieces(
+        self, columns: Sequence[str], unreadable: Unreadable, as_json: Sequence[str] = ()
+    ) -> Iterator[Piece]:
+        """These columns of all rows; those `as_json` as their texts in the file."""
+        for file in self.files:
+            piece, size = Piece(file), 0
+            for line, text, row in self._rows(file, unreadable):
+                if piece.rows and (size + len(text) > PIECE or len(piece.rows) >= ROWS):
+                    yield piece
+                    piece, size = Piece(file), 0
+                if as_json:
+                    _put_texts(row, text, as_json)
+                piece.rows.append(tuple(map(row.get, columns)))
+                piece.lines.append(line)
+                size += len(text)
+            if piece.rows:
+                yield piece
+
+    def schema(self, columns: Sequence[str]) -> pa.Schema:
+        """See `Streamed`: JSON where a column has values of several kinds, lists, objects, or numbers that no
+        float prints alike."""
+        if missing := [name for name in columns if name not in self._fields.kinds]:
+            raise InvalidCall(f"there is no column {missing[0]!r:.200}{near(missing[0], self.columns())}")
+        return pa.schema([(name, self._fields.stream_type(name)) for name in columns])
+
+    def batches(self, schema: pa.Schema, unreadable: Unreadable) -> Iterator[pa.RecordBatch]:
+        """See `Streamed`."""
+        as_json = [name for name, kind in zip(schema.names, schema.types, strict=True) if _is_json(kind)]
+        for piece in self._pieces(schema.names, unreadable, as_json):
+            try:
+                batch = _batch(piece.rows, schema)
+            except UnicodeEncodeError:
+                batch = _batch(_whole_characters(piece, schema.names, unreadable), schema)
+            except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as e:
+                raise TablesUnavailable(f"{piece.file.shown!r} has changed while it was read") from e
+            yield batch
+
+
+def _part(keys: pa.Table, values: Sequence[Values]) -> Part:
+    def some(rows: Sequence[int]) -> Iterator[list[Values]]:
+        if len(rows):
+            yield [values[row] for row in rows]
+
+    return Part(keys, some)
+
+
+def _is_json(kind: pa.DataType) -> bool:
+    return isinstance(kind, pa.BaseExtensionType)
+
+
+def _put_texts(row: dict[str, Any], text: str, as_json: Sequence[str]) -> None:
+    found = value_texts(text)
+    for name in as_json:
+        if row.get(name) is not None:
+            row[name] = found[name]
+
+
+def _batch(rows: Sequence[Values], schema: pa.Schema) -> pa.RecordBatch:
+    columns = []
+    for place, kind in enumerate(schema.types):
+        values = [row[place] for row in rows]
+        if _is_json(kind):
+            columns.append(pa.ExtensionArray.from_storage(kind, pa.array(values, pa.string())))
+        else:
+            columns.append(pa.array(values, kind))
+    return pa.record_batch(columns, schema=schema)
+
+
+def _whole_characters(piece: Piece, columns: Sequence[str], unreadable: Unreadable) -> list[Values]:
+    """The rows without those that have half a character somewhere, which Arrow's texts cannot have."""
+    whole = []
+    for number, row in enumerate(piece.rows):
+        halves = [name for name, v in zip(columns, row, strict=True) if isinstance(v, str) and has_half(v)]
+        if halves:
+            unreadable.add(piece.where(number), f"{halves[0][:50]!r} has half a character or a wrong byte")
+        else:
+            whole.append(row)
+    return whole
