@@ -1,0 +1,138 @@
+"""Tables in memory and streams of Arrow: pandas, polars, pyarrow, a relation of DuckDB, and whatever else
+has `__arrow_c_stream__`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pyarrow as pa
+
+from vllm_tasks.datalayer.sources.arrow_file import ArrowFile, Mapped
+from vllm_tasks.datalayer.sources.layout import familiar
+from vllm_tasks.datalayer.sources.pieces import BATCH_ROWS, Piece, Pieces, reading_errors
+from vllm_tasks.errors import InvalidCall
+
+IN_MEMORY = ("pandas", "polars")
+"""Packages whose data frames are what they are however often they are read."""
+
+
+class Frame(Pieces):
+    """The rows of `data`. A data frame or table in memory is read where it is; of anything else, which may
+    be read once only or give other rows the next time, a copy is made in a temporary file, until `close`.
+
+    A pandas index is no column. What pandas holds as NaN, NaT, NA or None is NULL, as pyarrow converts it.
+    """
+
+    def __init__(self, data: Any) -> None:
+        """Raises `InvalidCall` for what is no table."""
+        _check(data)
+        self._where = shown(data)
+        self._opened = ExitStack()
+        self._copy: ArrowFile | None = None
+        with reading_errors(self._where), _conversion_errors(self._where):
+            if _in_memory(data):
+                self._table = pa.table(data)
+            else:
+                self._copy = ArrowFile([Mapped(_copied(data, self._opened), self._where)])
+                ((_, schema),) = self._copy.schemas()
+                self._table = schema.empty_table()
+        self._schema = _without_index(self._table.schema)
+
+    def schemas(self) -> Iterator[tuple[str, pa.Schema]]:
+        """See `Pieces.schemas`."""
+        yield self._where, self._schema
+
+    def pieces(self) -> Iterator[Piece]:
+        """See `Pieces.pieces`."""
+        if self._copy is not None:
+            yield from (Piece(self._where, self._schema, piece.at) for piece in self._copy.pieces())
+        else:
+            yield Piece(self._where, self._schema, self._table)
+
+    def reading(self, rows: int) -> Any:
+        """See `Pieces.reading`."""
+        return _Pass(rows) if self._copy is None else self._copy.reading(rows)
+
+    def close(self) -> None:
+        """Remove the copy."""
+        self._opened.close()
+
+
+class _Pass:
+    """See `pieces.Pass`."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+
+    def batches(self, piece: Piece, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """See `Pass.batches`."""
+        yield from piece.at.select(list(columns)).to_batches(max_chunksize=self._rows)
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+def shown(data: Any) -> str:
+    """What a person is told that `data` is."""
+    return f"the {type(data).__module__.split('.')[0]} {type(data).__name__}"
+
+
+def is_table(data: Any) -> bool:
+    """Whether `data` speaks Arrow, or is one of its tables."""
+    return hasattr(data, "__arrow_c_stream__") or isinstance(data, pa.RecordBatch)
+
+
+def _check(data: Any) -> None:
+    if not is_table(data):
+        raise InvalidCall(
+            "rows in memory must be a table that has __arrow_c_stream__ (of pandas, polars, pyarrow or DuckDB), "
+            f"not a {type(data).__name__}; make one of a list of rows by pyarrow.Table.from_pylist(rows), of a "
+            "dict of columns by pyarrow.table(columns), of a pyarrow dataset by dataset.scanner().to_reader()"
+        )
+
+
+def _in_memory(data: Any) -> bool:
+    package = type(data).__module__.split(".")[0]
+    frame = package in IN_MEMORY and type(data).__name__ == "DataFrame"
+    return frame or isinstance(data, pa.Table | pa.RecordBatch)
+
+
+def _copied(data: Any, opened: ExitStack) -> str:
+    """The path of an Arrow file with the rows of `data`, which goes with `opened`."""
+    file = opened.enter_context(tempfile.NamedTemporaryFile(prefix="vllm-tasks-", suffix=".arrow"))
+    with pa.RecordBatchReader.from_stream(data) as reader:
+        schema = _written(pa.RecordBatch.from_pylist([], reader.schema)).schema
+        with pa.ipc.new_file(file.name, schema) as writer:
+            for batch in reader:
+                for start in range(0, batch.num_rows, BATCH_ROWS):
+                    writer.write_batch(_written(batch.slice(start, BATCH_ROWS)))
+    return file.name
+
+
+def _written(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """`batch` as a file may have it: dictionaries may change under way in a stream, and not in a file."""
+    columns = [
+        column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+        for column in familiar(batch).columns
+    ]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _without_index(schema: pa.Schema) -> pa.Schema:
+    """Without the columns that were the index of a pandas frame."""
+    index = (schema.pandas_metadata or {}).get("index_columns", ())
+    return pa.schema([field for field in schema if field.name not in index])
+
+
+@contextmanager
+def _conversion_errors(where: str) -> Iterator[None]:
+    """Rows that pandas cannot give as Arrow."""
+    try:
+        yield
+    except pa.ArrowException:
+        raise
+    except (TypeError, ValueError) as e:
+        raise InvalidCall(f"cannot read {where}: {str(e):.200}") from e

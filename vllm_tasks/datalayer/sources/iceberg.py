@@ -1,0 +1,166 @@
+"""Iceberg tables, through pyiceberg: the rows of the current snapshot, without those that it deletes."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from vllm_tasks.datalayer.delta import plain
+from vllm_tasks.datalayer.sources.pieces import Piece, Pieces
+from vllm_tasks.errors import InvalidCall, TablesUnavailable, VllmTasksError
+from vllm_tasks.places import check_place, without_secrets
+
+if TYPE_CHECKING:
+    from pyiceberg.table import DataScan, StaticTable
+
+METADATA = ".metadata.json"
+HINT = "version-hint.text"
+VERSION = re.compile(r"v?(\d+)")
+"""How the name of a metadata file begins: `v3.metadata.json`, `00003-<uuid>.metadata.json`."""
+
+
+def is_iceberg(fs: Any, folder: str) -> bool:
+    """Whether `folder` on the fsspec filesystem `fs` is an Iceberg table."""
+    return bool(_metadata_files(fs, folder))
+
+
+def refuse_inside(fs: Any, path: str, root: str, shown: str) -> None:
+    """Raise `InvalidCall` when the file or folder `path`, of the lake `root`, lies in an Iceberg table: its
+    files are not its rows, as some are of the past. The table's own folder is refused too."""
+    root, folder = root.rstrip("/"), path.rstrip("/")
+    while len(folder) > len(root):
+        if is_iceberg(fs, folder):
+            raise InvalidCall(
+                f"{shown!r} lies in the Iceberg table {posixpath.basename(folder)!r}: name that table, not the "
+                "files in it, of which some are of the past"
+            )
+        folder = posixpath.dirname(folder)
+
+
+def _metadata_files(fs: Any, folder: str) -> list[str]:
+    try:
+        found = fs.ls(f"{folder.rstrip('/')}/metadata", detail=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [path for path in found if path.endswith(METADATA)]
+
+
+class Iceberg(Pieces):
+    """The table in `folder`, at the snapshot that is its current one when it is first read.
+
+    A piece is a data file with its deletes. pyiceberg reads the wanted columns of a whole data file at once.
+    """
+
+    def __init__(self, fs: Any, folder: str, shown: str) -> None:
+        """Raises `InvalidCall` when pyiceberg is not installed or does not read the table."""
+        self._shown = shown
+        try:
+            from vllm_tasks.datalayer.sources.iceberg_files import LakeFiles, table
+        except ImportError as e:
+            raise InvalidCall(
+                f"{shown} is an Iceberg table, for which pyiceberg is needed: pip install 'vllm-tasks[iceberg]'"
+            ) from e
+        with self._errors():
+            self._table = table(LakeFiles(fs), _newest(fs, folder))
+            self._tasks = list(self._scan(("*",)).plan_files())
+        for task in self._tasks:
+            self._check_place(fs, folder, task.file.file_path)
+
+    def _check_place(self, fs: Any, folder: str, path: str) -> None:
+        if not str(fs._strip_protocol(path)).startswith(folder.rstrip("/") + "/"):
+            check_place(f"of the Iceberg table {self._shown} the data file", path)
+
+    def _scan(self, columns: Sequence[str]) -> DataScan:
+        return self._table.scan(selected_fields=tuple(columns))
+
+    def schemas(self) -> Iterator[tuple[str, pa.Schema]]:
+        """See `Pieces.schemas`."""
+        yield self._shown, self._schema
+
+    @cached_property
+    def _schema(self) -> pa.Schema:
+        from pyiceberg.io.pyarrow import schema_to_pyarrow
+
+        with self._errors():
+            return schema_to_pyarrow(self._scan(("*",)).projection(), include_field_ids=False)
+
+    def pieces(self) -> Iterator[Piece]:
+        """See `Pieces.pieces`."""
+        for task in self._tasks:
+            yield Piece(without_secrets(task.file.file_path), self._schema, task)
+
+    def reading(self, rows: int) -> _Pass:
+        """See `Pieces.reading`."""
+        return _Pass(self, rows)
+
+    def batches(self, piece: Piece, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """See `Pass.batches`."""
+        from pyiceberg.expressions import AlwaysTrue
+        from pyiceberg.io.pyarrow import ArrowScan
+
+        # A table's own scan would start all of its files at once and keep what is ready.
+        projection = self._scan(columns).projection()
+        with self._errors():
+            yield from ArrowScan(
+                self._table.metadata, self._table.io, projection, AlwaysTrue()
+            ).to_record_batches([piece.at])
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except VllmTasksError:
+            raise
+        except FileNotFoundError as e:
+            raise InvalidCall(
+                f"the Iceberg table {self._shown} lacks a file that its metadata names: {plain(e):.300}; a table "
+                "that was moved has to be registered anew, as it names its files by their whole paths"
+            ) from e
+        except (OSError, ConnectionError) as e:
+            raise TablesUnavailable(f"cannot read the Iceberg table {self._shown}: {plain(e):.300}") from e
+        except Exception as e:  # pyiceberg's errors, Arrow's and pydantic's have no base in common
+            raise InvalidCall(f"cannot read the Iceberg table {self._shown}: {plain(e):.300}") from e
+
+
+class _Pass:
+    """See `pieces.Pass`."""
+
+    def __init__(self, source: Iceberg, rows: int) -> None:
+        self._source = source
+        self._rows = rows
+
+    def batches(self, piece: Piece, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """See `Pass.batches`."""
+        for batch in self._source.batches(piece, columns):
+            for start in range(0, batch.num_rows, self._rows):
+                yield batch.slice(start, self._rows)
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+def _newest(fs: Any, folder: str) -> str:
+    """The path of the metadata file that the hint names, or of the one with the highest version."""
+    files = _metadata_files(fs, folder)
+    hint = f"{folder.rstrip('/')}/metadata/{HINT}"
+    if fs.exists(hint):
+        version = fs.cat_file(hint).decode().strip().removesuffix(METADATA)
+        named = [
+            path
+            for path in files
+            if posixpath.basename(path) in (f"v{version}{METADATA}", version + METADATA)
+        ]
+        if named:
+            return named[0]
+    return max(files, key=lambda path: (_version(path), fs.modified(path)))
+
+
+def _version(path: str) -> int:
+    match = VERSION.match(posixpath.basename(path))
+    return int(match[1]) if match else -1

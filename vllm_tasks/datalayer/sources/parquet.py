@@ -1,0 +1,164 @@
+"""Parquet files, through pyarrow: a piece is a row group, read a batch at a time, the wanted columns only."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from vllm_tasks.datalayer.sources import PART_BYTES
+from vllm_tasks.datalayer.sources.data_file import DataFile
+from vllm_tasks.datalayer.sources.int96 import exact
+from vllm_tasks.datalayer.sources.layout import VALUE_BYTES
+from vllm_tasks.datalayer.sources.pieces import BATCH_ROWS, Piece, Pieces, reading_errors
+
+BUFFER_BYTES = 1 << 20
+"""Read of a column at once; without it Arrow reads the whole column of a row group."""
+FOOTERS_BYTES = 32 << 20
+"""Footers that are kept, as they are in the files; the others are read again for each pass."""
+FOOTERS_AT_ONCE = 16
+"""Files whose footers are read at once."""
+REPEATED_ROWS = 64
+"""Rows read at once at least of texts that a dictionary holds once for many rows: writers end it at 1 MB."""
+
+
+class Parquet(Pieces):
+    """The files of a table. Their columns are put together by name; the values of a file are as it has them,
+    whatever types the others have."""
+
+    def __init__(self, files: Sequence[DataFile]) -> None:
+        self._files = files
+        self._footers = _Footers()
+
+    def schemas(self) -> Iterator[tuple[str, pa.Schema]]:
+        """See `Pieces.schemas`."""
+        with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+            for file, footer in zip(self._files, pool.map(self._footers.of, self._files), strict=True):
+                yield file.shown, footer.schema
+
+    def pieces(self) -> Iterator[Piece]:
+        """See `Pieces.pieces`."""
+        for file in self._files:
+            footer = self._footers.of(file)
+            for group in range(footer.metadata.num_row_groups):
+                yield Piece(file.shown, footer.schema, (file, footer, group))
+
+    def reading(self, rows: int) -> _Pass:
+        """See `Pieces.reading`."""
+        return _Pass(rows)
+
+
+@dataclass(frozen=True)
+class _Footer:
+    """What a file says of its row groups and columns."""
+
+    metadata: pq.FileMetaData
+    schema: pa.Schema
+
+
+class _Footers:
+    """The footers that were read last, up to `FOOTERS_BYTES` of them."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, _Footer] = OrderedDict()
+        self._bytes = 0
+        self._lock = Lock()
+
+    def of(self, file: DataFile) -> _Footer:
+        with self._lock:
+            kept = self._kept.get(file.path)
+        if kept is not None:
+            return kept
+        with reading_errors(file.shown), ExitStack() as opened:
+            found = _open(file, opened)
+            footer = _Footer(found.metadata, found.schema_arrow)
+        with self._lock:
+            if file.path not in self._kept:
+                self._kept[file.path] = footer
+                self._bytes += footer.metadata.serialized_size
+            while self._bytes > FOOTERS_BYTES:
+                self._bytes -= self._kept.popitem(last=False)[1].metadata.serialized_size
+        return footer
+
+
+def _open(file: DataFile, opened: ExitStack, **options: Any) -> pq.ParquetFile:
+    """The file, which `opened` closes."""
+    local = isinstance(file.fs, LocalFileSystem)
+    raw = opened.enter_context(pa.OSFile(file.path) if local else file.open())
+    return opened.enter_context(pq.ParquetFile(raw, pre_buffer=False, **options))
+
+
+class _Pass:
+    """See `pieces.Pass`; one file is open at a time."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._opened = ExitStack()
+        self._open: tuple[DataFile, Sequence[str]] | None = None
+        self._readers: list[pq.ParquetFile] = []
+        self._leaves: list[int] = []
+
+    def batches(self, piece: Piece, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """See `Pass.batches`."""
+        file, footer, group = piece.at
+        if self._open != (file, columns):
+            self._reopen(file, footer, columns)
+        rows = self._rows_at_once(footer.metadata.row_group(group))
+        found = [
+            # One thread: it is not what takes time, and several would hold more at once.
+            reader.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False)
+            for reader in self._readers
+        ]
+        # The names of a struct's fields follow a point: with "a" comes the column "a.b", if there is one.
+        for some in zip(*found, strict=True):
+            yield exact(*(batch.select(columns) for batch in some)) if some[1:] else some[0].select(columns)
+
+    def _reopen(self, file: DataFile, footer: _Footer, columns: Sequence[str]) -> None:
+        self.close()
+        self._leaves = _leaves(footer.metadata, set(columns))
+        kinds = {footer.metadata.schema.column(leaf).physical_type for leaf in self._leaves}
+        # Keys have microseconds; of values both are read, as one column of INT96 may need both.
+        units = ["us"] if self._rows > BATCH_ROWS else ["ns", "us"] if "INT96" in kinds else ["ns"]
+        for unit in units:
+            options = {"metadata": footer.metadata, "buffer_size": BUFFER_BYTES}
+            self._readers.append(_open(file, self._opened, coerce_int96_timestamp_unit=unit, **options))
+        self._open = (file, columns)
+
+    def _rows_at_once(self, group: pq.RowGroupMetaData) -> int:
+        """How many rows have about `PART_BYTES`, as far as it can be known before they are read."""
+        size, repeated = 0, 0
+        for chunk in map(group.column, self._leaves):
+            size += chunk.total_uncompressed_size + VALUE_BYTES * chunk.num_values
+            if chunk.has_dictionary_page and chunk.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"):
+                repeated += chunk.total_uncompressed_size  # each row may have all of it
+        rows: int = min(self._rows, PART_BYTES * group.num_rows // max(1, size))
+        if repeated and self._rows <= BATCH_ROWS:  # keys do not repeat
+            rows = min(rows, max(REPEATED_ROWS, PART_BYTES // repeated))
+        return max(1, rows)
+
+    def close(self) -> None:
+        """See `Pass.close`."""
+        self._opened.close()
+        self._opened, self._open, self._readers = ExitStack(), None, []
+
+
+def _leaves(metadata: pq.FileMetaData, columns: set[str]) -> list[int]:
+    """The numbers of the stored columns that `columns` are made of: a struct has several."""
+    return [
+        leaf
+        for leaf in range(metadata.num_columns)
+        if any(prefix in columns for prefix in _prefixes(metadata.schema.column(leaf).path))
+    ]
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    names = path.split(".")
+    return (".".join(names[:count]) for count in range(1, len(names) + 1))
