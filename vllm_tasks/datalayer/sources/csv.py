@@ -5,7 +5,7 @@ A cell without any character is NULL; with quotes around nothing it is the empty
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import pyarrow as pa
@@ -38,12 +38,20 @@ class Csv:
     def key_types(self, key: Sequence[str]) -> Sequence[pa.DataType]:
         return [pa.string() for _ in key]
 
-    def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
+    def identified_by(self, key: Sequence[str]) -> bool:
+        """See `Source.identified_by`: files promise nothing."""
+        return False
+
+    def keys(self, key: pa.Schema) -> Generator[pa.Table]:
         for file, _, places, records in self._records(key.names, Unreadable()):
             yield _keys(file, places, records, key)[0]
 
-    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
+    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Generator[Part]:
         for file, width, places, records in self._records([*key.names, *columns], unreadable):
+            if not key.names:
+                everything = range(records.good.num_rows + len(records.bad))
+                yield _part(pa.table({}), everything, places, records, columns, width)
+                continue
             keys, wrong = _keys(file, places, records, key)
             kept = known(keys).tolist()
             if len(kept) < keys.num_rows:
@@ -190,4 +198,4 @@ def _part(
         if without := len(rows) - len(readable):  # they are the last ones
             yield [()] * without
 
-    return Part(keys, values, errors)
+    return Part(keys, values, errors, len(kept))

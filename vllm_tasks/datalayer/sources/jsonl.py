@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -61,13 +61,20 @@ class JsonLines:
     def key_types(self, key: Sequence[str]) -> Sequence[pa.DataType]:
         return [self._fields.key_type(name) for name in key]
 
-    def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
+    def identified_by(self, key: Sequence[str]) -> bool:
+        """See `Source.identified_by`: files promise nothing."""
+        return False
+
+    def keys(self, key: pa.Schema) -> Generator[pa.Table]:
         for piece in self._pieces(key.names, Unreadable()):
             yield json_keys(piece.rows, key)[0]
 
-    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
+    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Generator[Part]:
         width = len(key)
         for piece in self._pieces([*key.names, *columns], unreadable):
+            if not width:
+                yield _part(pa.table({}), piece.rows)
+                continue
             keys, wrong = json_keys(piece.rows, key)
             kept = known(keys).tolist()
             if len(kept) < len(piece.rows):
@@ -142,7 +149,7 @@ def _part(keys: pa.Table, values: Sequence[Values]) -> Part:
         if len(rows):
             yield [values[row] for row in rows]
 
-    return Part(keys, some)
+    return Part(keys, some, rows=len(values))
 
 
 def _is_json(kind: pa.DataType) -> bool:

@@ -6,7 +6,7 @@ read of the pieces that have a wanted row, and of no other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -87,14 +87,18 @@ class Pieces:
                     found[name] = (before[0], widest(name, before, (where, stored)))
         return [found[name][1] if name in found else key_type(name, pa.null()) for name in key]
 
-    def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
+    def identified_by(self, key: Sequence[str]) -> bool:
+        """See `Source.identified_by`: files promise nothing."""
+        return False
+
+    def keys(self, key: pa.Schema) -> Generator[pa.Table]:
         """See `Source.keys`."""
         with closing(self.reading(KEY_ROWS)) as reading:
             for piece in self.pieces():
                 for batch in _read(reading, piece, key.names):
                     yield cast_keys(_keys(batch, key), key)[0]
 
-    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
+    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Generator[Part]:
         """See `Source.parts`."""
         cursor = Cursor(self.reading(BATCH_ROWS), columns)
         with closing(self.reading(KEY_ROWS)) as reading, closing(cursor):
@@ -127,6 +131,10 @@ class _Gathered:
 
     def add(self, piece: Piece, start: int, batch: pa.RecordBatch, unreadable: Unreadable) -> None:
         """`batch` has the keys of the rows of `piece` from `start` on."""
+        if not self._key.names:
+            self._spans.append((piece, np.arange(start, start + batch.num_rows)))
+            self._rows += batch.num_rows
+            return
         keys, wrong = cast_keys(_keys(batch, self._key), self._key)
         kept = known(keys)
         if len(kept) < keys.num_rows:
@@ -138,7 +146,7 @@ class _Gathered:
         self._bytes += keys.nbytes
 
     def made(self) -> Part:
-        return Part(pa.concat_tables(self._keys), self._values)
+        return Part(pa.concat_tables(self._keys), self._values, rows=self._rows)
 
     def _values(self, rows: Sequence[int]) -> Iterator[list[Values]]:
         wanted, first = np.asarray(rows, dtype=np.int64), 0

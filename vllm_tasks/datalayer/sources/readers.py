@@ -12,15 +12,13 @@ from vllm_tasks.datalayer.delta import filterable, open_table, quoted, storage_e
 from vllm_tasks.datalayer.sources import Source
 from vllm_tasks.datalayer.sources.arrow_file import ArrowFile
 from vllm_tasks.datalayer.sources.csv import Csv
-from vllm_tasks.datalayer.sources.delta import DeltaSource, is_plain
-from vllm_tasks.datalayer.sources.excel import Excel
 from vllm_tasks.datalayer.sources.files import Files, Table, exactly
-from vllm_tasks.datalayer.sources.frames import as_stream
 from vllm_tasks.datalayer.sources.iceberg import Iceberg
-from vllm_tasks.datalayer.sources.jsonl import JsonDocument, JsonLines
+from vllm_tasks.datalayer.sources.jsonl import JsonLines
 from vllm_tasks.datalayer.sources.parquet import Parquet
-from vllm_tasks.datalayer.sources.read_options import ReadOptions
+from vllm_tasks.datalayer.sources.read_options import DEFAULTS, ReadOptions, read_options
 from vllm_tasks.datalayer.sources.statement import SQL, Attach, Statement, parse
+from vllm_tasks.datalayer.sources.stream import as_stream
 from vllm_tasks.datalayer.workspace import Workspace, literal
 from vllm_tasks.settings import site_settings
 
@@ -30,7 +28,7 @@ class Readers:
 
     def __init__(self, files: Files, options: Mapping[str, Any]) -> None:
         self._files = files
-        self._options = {name: ReadOptions.of(name, given) for name, given in options.items()}
+        self._options = {name: read_options(name, given) for name, given in options.items()}
 
     def source(self, select: str) -> Source:
         """What `select` names; raises `InvalidCall`."""
@@ -63,21 +61,17 @@ class Readers:
     def _of(self, table: Table) -> Source:
         """The reader of one table."""
         if table.delta is not None:
-            return DeltaSource(open_table(table.delta))
+            raise NotImplementedError
         if table.iceberg is not None:
-            return Iceberg(table.iceberg)
+            return Iceberg(self._files.fs, table.iceberg, self._files.shown(table.iceberg))
         options = self._options_of(table)
         match table.files[0].kind:
             case "parquet":
                 return Parquet(table.files)
             case "arrow":
                 return ArrowFile(table.files)
-            case "jsonl":
+            case "jsonl" | "json":
                 return JsonLines(table.files, options)
-            case "json":
-                return JsonDocument(table.files, options)
-            case "excel":
-                return Excel(table.files, options)
             case _:
                 return Csv(table.files, options)
 
@@ -88,7 +82,7 @@ class Readers:
         for name in (table.name, first.stem, folder):
             if name in self._options:
                 return self._options[name]
-        return ReadOptions()
+        return DEFAULTS
 
     def _attach(self, table: Table) -> Attach:
         """How a SELECT's connection gets to know the table: Parquet and plain Delta tables by DuckDB, which
@@ -101,9 +95,11 @@ class Readers:
                 cursor.execute(f"CREATE OR REPLACE TEMP VIEW {quoted(name)} AS FROM {read}")
 
             return view
-        if table.delta is not None and is_plain(delta := open_table(table.delta)):
+        if table.delta is not None:
+            delta = open_table(table.delta)
             with storage_errors(f"cannot read {table.name!r}"):
                 rows = filterable(delta)
             return lambda cursor, name: cursor.register(name, rows) and None
-        stream = as_stream(self._of(table))
+        source = self._of(table)
+        stream = as_stream(source, source.columns())
         return lambda cursor, name: cursor.register(name, stream) and None
