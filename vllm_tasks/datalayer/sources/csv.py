@@ -73,6 +73,9 @@ class Csv:
                 elif found.good.num_rows or found.bad:
                     yield file, len(names), places, found
 
+    def close(self) -> None:
+        """See `Source.close`: a file is open as long as it is read."""
+
     def schema(self, columns: Sequence[str]) -> pa.Schema:
         """See `Streamed`: all columns are texts."""
         if missing := [name for name in columns if name not in self.columns()]:

@@ -124,6 +124,9 @@ class JsonLines:
             if piece.rows:
                 yield piece
 
+    def close(self) -> None:
+        """See `Source.close`: a file is open as long as it is read."""
+
     def schema(self, columns: Sequence[str]) -> pa.Schema:
         """See `Streamed`: JSON where a column has values of several kinds, lists, objects, or numbers that no
         float prints alike."""
