@@ -142,26 +142,17 @@ def _keys(
     file: CsvFile, places: Mapping[str, int | None], records: Records, key: pa.Schema
 ) -> tuple[pa.Table, dict[int, str]]:
     """Of the good records, then of the bad ones; and why rows of these numbers have none."""
-    cells = [file.cells(bad) for bad in records.bad]
+    cells = file.cells(records.bad, [places[name] for name in key.names])
     columns, wrong = [], {}
-    for name in key.names:
-        place = places[name]
-        column = _column(records, place)
+    for i, name in enumerate(key.names):
+        column = _column(records, places[name])
         if cells:
-            told = [_cell(each, place) for each in cells]
-            column = pa.concat_arrays([column, pa.array(told, pa.binary())])
+            column = pa.concat_arrays([column, pa.array([row[i] for row in cells], pa.binary())])
         texts, misfits = _texts(column, name)
         columns.append(texts)
         wrong.update(misfits)
     keys, misfits = cast_keys(pa.table(columns, names=key.names), key)
     return keys, {**misfits, **wrong}
-
-
-def _cell(cells: Sequence[str], place: int | None) -> bytes | None:
-    """Of a bad record: nothing says whether an empty one stood in quotes, so it is none."""
-    if place is None or place >= len(cells) or not cells[place]:
-        return None
-    return cells[place].encode("utf-8", "surrogateescape")
 
 
 def _tell(

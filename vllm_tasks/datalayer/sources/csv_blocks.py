@@ -8,8 +8,8 @@ import threading
 
 from vllm_tasks.datalayer.sources.byte_stream import Damaged
 from vllm_tasks.datalayer.sources.data_file import DataFile
-from vllm_tasks.datalayer.sources.read_options import UTF8, ReadOptions
-from vllm_tasks.datalayer.sources.text_file import WRONG_BYTES, opened
+from vllm_tasks.datalayer.sources.read_options import ReadOptions
+from vllm_tasks.datalayer.sources.text_file import WRONG_BYTES, decoder_of, opened
 
 AHEAD = 3
 """Blocks that Arrow may have beyond the batches it has given. It reads ahead by 32 when it is let."""
@@ -17,8 +17,13 @@ STALLED = 0.05
 """Seconds after which a block more is given to a parser that somebody waits for."""
 
 
+class NotUtf8(Exception):
+    """A text has half a character or a wrong byte, with which Arrow could not report a bad record."""
+
+
 class Blocks:
-    """A file as Arrow reads it: UTF-8 without a byte order mark.
+    """A file as Arrow reads it: UTF-8 without a byte order mark; `NotUtf8` where that cannot be, unless it is
+    `widened`: each byte of UTF-8, good or wrong, is a character of its own.
 
     Behind the end stands a record that is nowhere else, `mark`. Where the parser does not find it as a record
     of its own, the last record has swallowed it: a quote in it was never closed, or the file is damaged.
@@ -30,9 +35,7 @@ class Blocks:
         self.damage: str | None = None
         self.closed = False
         self.raw = opened(file, options.encoding)
-        self.decoder = (
-            None if options.encoding == UTF8 else codecs.getincrementaldecoder(options.encoding)(WRONG_BYTES)
-        )
+        self.decoder = codecs.getincrementaldecoder(decoder_of(options.encoding))(WRONG_BYTES)
         self._given = self._taken = 0
         self._ended = False
         self._awaited = False
@@ -66,21 +69,31 @@ class Blocks:
 
     def _next(self) -> bytes:
         while not self._ended:
-            try:
-                found = self.raw.read(self.size)
-            except Damaged as e:
-                self.damage = str(e)
-                found = b""
-            self._ended = not found
-            if block := self._encoded(found):
+            if block := self._encoded(self._read()):
                 return block
         return b""
 
+    def _read(self) -> bytes:
+        """`size` bytes, fewer at the end of the file."""
+        found = bytearray()
+        while len(found) < self.size and not self._ended:
+            try:
+                more = self.raw.read1(self.size - len(found))
+            except Damaged as e:
+                self.damage = str(e)
+                more = b""
+            found += more
+            self._ended = not more
+        return bytes(found)
+
     def _encoded(self, found: bytes) -> bytes:
-        if self.decoder is not None:
-            found = self.decoder.decode(found, self._ended).encode("utf-8", "surrogatepass")
-        elif not self._given - 1:
-            found = found.removeprefix(codecs.BOM_UTF8)
+        text = self.decoder.decode(found, self._ended)
+        try:
+            found = text.encode()
+        except UnicodeEncodeError as e:
+            if not self.widened:
+                raise NotUtf8 from e
+            found = text.encode("utf-8", WRONG_BYTES)
         if self.widened:
             found = found.decode("latin-1").encode()
         if not self._ended:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import TextIO
 
+from vllm_tasks.datalayer.sources.csv_blocks import NotUtf8
 from vllm_tasks.datalayer.sources.csv_pass import (
     LONGEST,
     UNCLOSED,
     Bad,
     Lost,
-    NotUtf8,
     Pass,
     Records,
     TooLong,
+    key_cells,
 )
 from vllm_tasks.datalayer.sources.data_file import DataFile
 from vllm_tasks.datalayer.sources.read_options import ReadOptions
@@ -43,7 +43,7 @@ class CsvFile:
             return self.options.header
         with text_of(self.file, self.options, newline="") as text:
             try:
-                first = next((cells for cells in self._cells(text, strict=True) if cells), [])
+                first = next((cells for cells in self._cells(text) if cells), [])
             except csv.Error as e:
                 raise InvalidCall(
                     f"the first record of {self.file.shown!r} cannot be read: {e}; is a quote not closed? "
@@ -51,11 +51,11 @@ class CsvFile:
                 ) from e
         return first if self.options.header else [f"column{i}" for i in range(len(first))]
 
-    def cells(self, bad: Bad) -> list[str]:
-        """Of a bad record."""
-        return next(self._cells(io.StringIO(bad.text, newline="")), [])
+    def cells(self, bad: Sequence[Bad], places: Sequence[int | None]) -> list[list[bytes | None]]:
+        """Of each bad record the cells at these places; None where it has none."""
+        return key_cells(bad, self.options, self.delimiter, places)
 
-    def _cells(self, text: TextIO, strict: bool = False) -> Iterator[list[str]]:
+    def _cells(self, text: TextIO) -> Iterator[list[str]]:
         quote = self.options.quote
         return csv.reader(
             text,
@@ -63,7 +63,7 @@ class CsvFile:
             quotechar=quote or None,
             quoting=csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE,
             escapechar=self.options.escape or None,
-            strict=strict,
+            strict=True,
         )
 
     def records(self, width: int, wanted: Sequence[int]) -> Iterator[Records | Lost]:

@@ -23,10 +23,6 @@ class TooLong(Exception):
     """A record is longer than a block."""
 
 
-class NotUtf8(Exception):
-    """Arrow cannot report a bad record, as its text is not UTF-8."""
-
-
 @dataclass(frozen=True)
 class Bad:
     """A record with too many or too few cells."""
@@ -62,6 +58,58 @@ class Lost:
     why: str
 
 
+def numbered(width: int) -> list[str]:
+    """Names of columns by their places."""
+    return [str(i) for i in range(width)]
+
+
+def parsing(options: ReadOptions, delimiter: str, invalid: Any = None) -> pa.csv.ParseOptions:
+    """How records are told apart, and cells."""
+    return pa.csv.ParseOptions(
+        delimiter=delimiter,
+        quote_char=options.quote or False,
+        escape_char=options.escape or False,
+        newlines_in_values=True,
+        invalid_row_handler=invalid,
+    )
+
+
+def as_bytes(options: ReadOptions, included: list[str]) -> pa.csv.ConvertOptions:
+    """Cells as they are in the file; NULL where there is nothing, not even quotes."""
+    return pa.csv.ConvertOptions(
+        column_types=dict.fromkeys(included, pa.binary()),
+        include_columns=included,
+        null_values=options.null_values,
+        strings_can_be_null=True,
+        quoted_strings_can_be_null=False,
+    )
+
+
+def key_cells(
+    bad: Sequence[Bad], options: ReadOptions, delimiter: str, places: Sequence[int | None]
+) -> list[list[bytes | None]]:
+    """Of each bad record the cells at these places; None where it has none."""
+    found: list[list[bytes | None]] = [[None] * len(places) for _ in bad]
+    for width in {each.cells for each in bad}:
+        alike = [i for i, each in enumerate(bad) if each.cells == width]
+        there = {i: str(place) for i, place in enumerate(places) if place is not None and place < width}
+        if not there:
+            continue
+        text = "\n".join(bad[i].text for i in alike).encode("utf-8", "surrogateescape")
+        table = pa.csv.read_csv(
+            pa.BufferReader(text),
+            read_options=pa.csv.ReadOptions(
+                use_threads=False, block_size=len(text) + 1, column_names=numbered(width)
+            ),
+            parse_options=parsing(options, delimiter),
+            convert_options=as_bytes(options, list(there.values())),
+        )
+        for at, name in there.items():
+            for i, cell in zip(alike, table[name].to_pylist(), strict=True):
+                found[i][at] = cell
+    return found
+
+
 class Pass:
     """Reads the columns at the places `wanted`, of records of `width` cells, in blocks of `size` bytes."""
 
@@ -90,27 +138,12 @@ class Pass:
         return self._tried(
             lambda: pa.csv.open_csv(
                 self.blocks,
+                # With threads, Arrow gives bad records no number; a block is what one `read` gives.
                 read_options=pa.csv.ReadOptions(
-                    # With threads, Arrow gives bad records no number.
-                    use_threads=False,
-                    # A block is what one `read` gives.
-                    block_size=LONGEST,
-                    column_names=[str(i) for i in range(self.width)],
+                    use_threads=False, block_size=LONGEST, column_names=numbered(self.width)
                 ),
-                parse_options=pa.csv.ParseOptions(
-                    delimiter=delimiter,
-                    quote_char=options.quote or False,
-                    escape_char=options.escape or False,
-                    newlines_in_values=True,
-                    invalid_row_handler=self._invalid,
-                ),
-                convert_options=pa.csv.ConvertOptions(
-                    column_types=dict.fromkeys(included, pa.binary()),
-                    include_columns=included,
-                    null_values=options.null_values,
-                    strings_can_be_null=True,
-                    quoted_strings_can_be_null=False,
-                ),
+                parse_options=parsing(options, delimiter, self._invalid),
+                convert_options=as_bytes(options, included),
             )
         )
 
@@ -130,9 +163,7 @@ class Pass:
         except pa.ArrowInvalid as e:
             if "straddl" in str(e):
                 raise TooLong from e
-            if self.blocks.widened:
-                raise InvalidCall(f"{self.shown!r} cannot be read as CSV: {str(e)[:200]}") from e
-            raise NotUtf8 from e
+            raise InvalidCall(f"{self.shown!r} cannot be read as CSV: {str(e)[:200]}") from e
 
     def _batch(self) -> pa.RecordBatch | None:
         try:

@@ -6,7 +6,7 @@ import io
 import posixpath
 import re
 from dataclasses import dataclass
-from typing import IO, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from vllm_tasks.datalayer.sources.byte_stream import BUFFER, Connected, Decompressed
 
@@ -57,7 +57,7 @@ class DataFile:
             return None
         return cls(fs, path, match["stem"], kind, packed, shown)
 
-    def open(self) -> IO[bytes]:
+    def open(self) -> io.BufferedReader:
         """Its bytes, decompressed, from the first on; see `byte_stream` for the errors."""
         return io.BufferedReader(self._decompressed() if self.compression else self._raw(), BUFFER)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import io
-from typing import IO
 
 from vllm_tasks.datalayer.sources.data_file import DataFile
 from vllm_tasks.datalayer.sources.read_options import UTF8, ReadOptions
@@ -16,11 +15,19 @@ Python's surrogateescape, but for the bytes below 128 too, which UTF-16 may have
 UTF16_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-def _halves(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeDecodeError):
-        raise error
-    wrong = error.object[error.start : error.end]
-    return "".join(chr(0xDC00 + byte) for byte in wrong), error.end
+def _halves(error: UnicodeError) -> tuple[str | bytes, int]:
+    if isinstance(error, UnicodeDecodeError):
+        return "".join(chr(0xDC00 + byte) for byte in error.object[error.start : error.end]), error.end
+    if isinstance(error, UnicodeEncodeError):
+        halves = error.object[error.start : error.end]
+        return b"".join(_bytes(ord(half)) for half in halves), error.end
+    raise error
+
+
+def _bytes(half: int) -> bytes:
+    """The wrong byte that it stands for; else those that UTF-8 does not have, which are wrong again."""
+    byte = half - 0xDC00
+    return bytes([byte]) if 0x80 <= byte <= 0xFF else chr(half).encode("utf-8", "surrogatepass")
 
 
 codecs.register_error(WRONG_BYTES, _halves)
@@ -35,11 +42,10 @@ def has_half(text: str) -> bool:
     return False
 
 
-def opened(file: DataFile, encoding: str) -> IO[bytes]:
+def opened(file: DataFile, encoding: str) -> io.BufferedReader:
     """The file's bytes; raises `InvalidCall` for UTF-16 that is to be read as UTF-8."""
     stream = file.open()
-    # BufferedReader: shows what comes without taking it.
-    if encoding == UTF8 and stream.peek(2)[:2] in UTF16_BOMS:  # type: ignore[attr-defined]
+    if encoding == UTF8 and stream.peek(2)[:2] in UTF16_BOMS:
         stream.close()
         raise InvalidCall(
             f"{file.shown!r} begins as UTF-16 does, not UTF-8; say so: "
