@@ -12,6 +12,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from vllm_tasks.artifacts import code, markdown_table, only_shown, slug, words
 from vllm_tasks.metrics.measure import Confusion
+from vllm_tasks.plain_text import plain_text
 from vllm_tasks.validation.picture import Panel, Point, Row, compare_svg, histories_svg, markdown_image
 from vllm_tasks.validation.report import (
     ChangedRow,
@@ -190,9 +191,18 @@ def _changed(row: ChangedRow) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    text = " ".join(text.split())
+    text = " ".join(_readable(value).split())
     return text if len(text) <= TEXT_SHOWN else text[: TEXT_SHOWN - 1] + "…"
+
+
+def _readable(value: Any) -> str:
+    """A scalar as a prompt has it, data as JSON; whatever is neither as Python shows it."""
+    try:
+        if value is None or isinstance(value, bool | list | dict):
+            return json.dumps(value, ensure_ascii=False, default=_readable)
+        return plain_text(value)
+    except (TypeError, ValueError):
+        return repr(value)
 
 
 def _confusion(table: Confusion) -> str:
