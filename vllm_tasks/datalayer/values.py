@@ -20,7 +20,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Number(float):
-    """A number of JSON that Python would print in another way: `str` gives its text, as in `12.50` or `1e5`."""
+    """A number of JSON that Python would print in another way; `str` gives its text: `12.50`, `1e5`."""
 
     text: str
 
@@ -40,7 +40,7 @@ class Nanoseconds(datetime):
     """A time with nine digits behind the second; equal to, and ordered as, the one with six."""
 
     nanosecond: int = 0
-    """0 to 999: the three digits beyond microseconds; lost by arithmetic, as datetime has no place for them."""
+    """0 to 999: the three digits beyond microseconds. Arithmetic drops them."""
 
     @classmethod
     def of(cls, since_epoch: int, zone: tzinfo | None) -> Self:
@@ -60,8 +60,8 @@ class Nanoseconds(datetime):
         return f"{whole[:behind]}{self.nanosecond:03}{whole[behind:]}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        since = self.replace(tzinfo=UTC) - EPOCH
-        micros = since // timedelta(microseconds=1)
+        at = datetime.combine(self.date(), self.time(), UTC)
+        micros = (at - EPOCH) // timedelta(microseconds=1)
         return Nanoseconds.of, (micros * 1000 + self.nanosecond, self.tzinfo)
 
 
@@ -101,7 +101,7 @@ def python(column: pa.Array | pa.ChunkedArray) -> list[Any]:
 def _special(kind: pa.DataType) -> Callable[[Any], list[Any]] | None:
     """How a column is read that Arrow's own way would change; None where it does not."""
     if isinstance(kind, pa.BaseExtensionType):
-        return _EXTENSIONS.get(kind.extension_name, lambda column: python(column.storage))
+        return _EXTENSIONS.get(str(kind.extension_name), _stored)
     if pa.types.is_float32(kind) or pa.types.is_float16(kind):
         return _short_floats
     if pa.types.is_timestamp(kind) and (kind.unit == "ns" or kind.tz not in (None, "UTC")):
@@ -115,6 +115,10 @@ def _special(kind: pa.DataType) -> Callable[[Any], list[Any]] | None:
     if pa.types.is_time64(kind) and kind.unit == "ns":
         return _times
     return None
+
+
+def _stored(column: Any) -> list[Any]:
+    return python(column.storage)
 
 
 def _json(column: Any) -> list[Any]:
