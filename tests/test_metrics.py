@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from vllm_tasks import InvalidCall
 from vllm_tasks.metrics import BUILT_IN, built_in
+from vllm_tasks.metrics.data import JsonText
 from vllm_tasks.metrics.judge import judge_messages, verdict_schema
 from vllm_tasks.metrics.measure import Answer, Likelihood
 
@@ -283,8 +284,14 @@ def test_edit_similarity_of_known_words() -> None:
     [
         ('{"a": [1, null]}', True),
         (" 5 ", True),
-        ("9" * 10_000, True),
-        ("1e999999999", True),
+        ("9" * 4_300, True),
+        ("9" * 4_301, False),
+        ("1e999999999", False),
+        ('"\\ud800"', False),
+        ('"\ud800"', False),
+        ("[" * 100 + "]" * 100, True),
+        ("[" * 101 + "]" * 101, False),
+        (JsonText("said in quotes"), True),
         ({"a": 1}, True),
         (None, True),
         (1.5, True),

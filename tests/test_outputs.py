@@ -124,7 +124,8 @@ def test_an_answer_of_its_type_is_a_value_and_a_row(datatype: Any, text: str, va
         ("json", "[" * 101 + "]" * 101, "nested deeper than 100"),
         ("json", '{"a":' * 200 + "1" + "}" * 200, "nested deeper than 100"),
         ("json", "[" * 100_000, "is n"),
-        ("json", "1" * 5000, "is not JSON"),
+        ("json", "1" * 5000, "more than 4,300 digits"),
+        ("json", '"\ud800"', "half a character"),
     ],
 )
 def test_an_answer_of_another_type_is_an_error_with_the_answer_in_it(

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -289,18 +288,6 @@ def test_a_set_that_cannot_be_validated_with_says_why(
     """A missing column, an empty set, too few rows and answers that are NULL are clear errors."""
     with pytest.raises(InvalidCall, match=words):
         freeze(sample(**dataset), COLUMNS, home)
-
-
-@pytest.mark.parametrize(
-    "value", [b"x", math.nan, -math.inf, Decimal("NaN"), Decimal("Infinity"), {"x": [object()]}, {1, 2}]
-)
-def test_values_that_are_no_data_are_refused(here: Place, value: Any) -> None:
-    """What JSON cannot say is refused with its row, and not asked as something else."""
-    tables = here.db.tables()
-    rows = [{"n": 1, "q": "x", "a": "y"}, {"n": 2, "q": value, "a": "y"}]
-    with pytest.raises(InvalidCall, match="row 1 of dataset 'd'"):
-        freeze(sample(select=None, sample_size=None, raw_data=rows), COLUMNS, tables)
-    tables.close()
 
 
 def test_any_text_and_data_survive_being_kept(home: Tables) -> None:

@@ -255,3 +255,29 @@ def test_too_many_failed_says_of_how_many(make: Make, here: Place, pupil: Pupil)
     pupil.refuses = {"q3"}
     with pytest.raises(TooManyFailed, match="of 10 rows 0 may fail; a larger max_failed"):
         validate(make(here), validation())
+
+
+def test_a_first_run_shows_what_went_wrong(make: Make, here: Place, pupil: Pupil) -> None:
+    """Without a run before, the page has the worst rows, failed ones with their reason; right ones never."""
+    pupil.misses(1, 2)
+    pupil.refuses = {"q3"}
+    report = only(validate(make(here), validation(10), max_failed=1))
+    worst = [(row.row, row.metric, row.score, row.inputs, row.target) for row in report.worst]
+    assert sorted(row[3:] for row in worst) == [(["q1"], "a1"), (["q2"], "a2"), (["q3"], "a3")]
+    assert worst == sorted(worst)
+    page = markdown_of("m", report)
+    assert "Worst rows in exact" in page
+    assert "I refuse" in page
+    assert "no idea" in page
+    assert "q4" not in page
+    few = only(validate(make(here), validation(10, rows_shown=1), max_failed=1))
+    assert len(few.worst) == 1
+    assert only(validate(make(here), validation(10, rows_shown=0), max_failed=1)).worst == ()
+
+
+def test_the_slowest_rows_are_the_worst_of_a_latency(make: Make, here: Place, pupil: Pupil) -> None:
+    """Where less is better the largest scores come first."""
+    report = only(validate(make(here), validation(10, metrics=[Metric(identifier="latency")], rows_shown=9)))
+    scores = [row.score for row in report.worst]
+    assert len(scores) == 9
+    assert scores == sorted(scores, reverse=True)

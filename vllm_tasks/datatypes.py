@@ -24,6 +24,8 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE | re.AS
 INTEGER = re.compile(r"[+-]?\d{1,19}", re.ASCII)
 DEEPEST = 100
 """Lists and objects within each other; databases and other readers of JSON give up at some depth."""
+MOST_DIGITS = 4_300
+"""Of a whole number; Python reads no more unless it is told to (sys.set_int_max_str_digits)."""
 SHOWN = 300
 """Characters of a reason."""
 
@@ -148,9 +150,15 @@ def _read_bool(text: str) -> bool:
 
 
 def read_json(text: str) -> Any:
-    """The JSON value in `text`; raises `Undecodable` also for what is JSON to Python only, or too deep."""
+    """The JSON value in `text`: whether an answer is JSON is decided here, for datatypes and for metrics.
+
+    Raises `Undecodable` also for what is JSON to Python only (NaN), for what no table could keep (numbers too
+    large for 64 bits, whole ones of more than 4,300 digits, halves of characters), and for more than
+    100 levels.
+    """
     try:
-        value = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+        text.encode()
+        value = json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_whole)
         if "\\u" in text:  # half a character can be escaped, and then not be written down
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -175,6 +183,12 @@ def _finite(digits: str) -> float:
     if value in (float("inf"), float("-inf")):
         raise Undecodable(f"has the number {digits[:50]}, which is too large")
     return value
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise Undecodable(f"has a whole number of more than {MOST_DIGITS:,} digits")
+    return int(digits)
 
 
 def _depth(value: Any) -> int:

@@ -8,25 +8,19 @@ import json
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, time
-from numbers import Number
 from typing import Any, Literal, TypeGuard
-from uuid import UUID
 
 import fsspec
 
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.places import check_place, without_secrets
+from vllm_tasks.plain_text import NoText, plain_text
 from vllm_tasks.rows import Message, RowError
 from vllm_tasks.settings import site_settings
 
 Signature = Literal["singleton", "*args", "**kwargs", "*args,**kwargs"]
 Context = str | Sequence[str] | None
 ARTIFACT = "artifacts."
-MISSING = {"nan", "-nan", "snan", "nat"}
-"""How the missing values of tables print: NaN of floats and decimals, NaT of dates."""
-NUMPY_PLAIN = {"bool", "bool_", "datetime64"}
-"""numpy's scalars that are none of Python's numbers; by name, as numpy need not be there."""
 
 
 class BadRow(ValueError):
@@ -78,22 +72,10 @@ def _text(field: str, values: Mapping[str, Any]) -> str:
         value = values[field]
     except KeyError:
         raise BadRow(f"the record has no {field!r}; it has {sorted(map(str, values))[:10]}") from None
-    if isinstance(value, str):
-        return value
-    if not _is_plain(value):
-        raise BadRow(f"{field!r} is {_shown(value)}, not a text or a number; use prompt_func to convert it")
-    text = str(value)
-    if text.lower() in MISSING:
-        raise BadRow(f"{field!r} is {text}, which tables use for a missing value")
-    return text
-
-
-def _is_plain(value: object) -> bool:
-    """Whether the text of a value is beyond doubt: a number, a date, a time, a UUID."""
-    kind = type(value)
-    return isinstance(value, Number | date | time | UUID) or (
-        kind.__module__ == "numpy" and kind.__name__ in NUMPY_PLAIN
-    )
+    try:
+        return plain_text(value)
+    except NoText as error:
+        raise BadRow(f"{field!r} {error}") from error
 
 
 def _shown(value: object) -> str:

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from decimal import Decimal
-from typing import Any, NoReturn
+from typing import Any
 
-LONG = 4_000
-"""Digits from which Python refuses to make an int of a text (sys.set_int_max_str_digits)."""
-
-
-class NoJson(ValueError):
-    """A text that is no JSON."""
+from vllm_tasks.datatypes import Undecodable, read_json
 
 
-def read_json(text: str) -> Any:
-    """The data in `text`, which must be JSON and nothing else (RFC 8259, so no NaN or Infinity).
+class JsonText(str):
+    """A text that a model wrote as JSON, in quotation marks: data already, of which no JSON is to be read."""
 
-    Raises `NoJson`, also for lists within lists deeper than Python's reader follows.
-    """
+
+def is_json(text: str) -> bool:
+    """Whether `text` is JSON and nothing else, as a model's `datatype="json"` takes it."""
     try:
-        return json.loads(text, parse_int=_whole, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise NoJson(str(error)) from error
-
-
-def _whole(digits: str) -> int | Decimal:
-    return int(digits) if len(digits) < LONG else Decimal(digits)
-
-
-def _no_number(constant: str) -> NoReturn:
-    raise NoJson(f"{constant} is no JSON")
+        read_json(text)
+    except Undecodable:
+        return False
+    return True
 
 
 def data_of(value: Any) -> Any:
@@ -39,12 +27,13 @@ def data_of(value: Any) -> Any:
         return value
     try:
         return read_json(value)
-    except NoJson:
+    except Undecodable:
         return None
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two JSON values are equal: numbers by value (1 is 1.0), but true is not 1.
+    """Whether two JSON values are equal: numbers by value (1 is 1.0, and 0.1 a decimal 0.10), but true is
+    not 1.
 
     Without recursion: what a model said may be nested deeper than Python calls.
     """
@@ -59,6 +48,11 @@ def same(one: Any, other: Any) -> bool:
             if len(a) != len(b):
                 return False
             pairs += zip(a, b, strict=True)
-        elif isinstance(a, bool) is not isinstance(b, bool) or a != b:
+        elif isinstance(a, bool) is not isinstance(b, bool) or _number(a, b) != _number(b, a):
             return False
     return True
+
+
+def _number(value: Any, other: Any) -> Any:
+    """Beside a decimal a float is the decimal that it is written as; its binary value is another one."""
+    return Decimal(repr(value)) if isinstance(value, float) and isinstance(other, Decimal) else value

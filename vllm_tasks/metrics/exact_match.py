@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_tasks.metrics.data import data_of, same
 from vllm_tasks.metrics.measure import Measure
-from vllm_tasks.metrics.text import Step, accepted, check_steps, normalized, text_of
+from vllm_tasks.metrics.text import SCALAR, Step, accepted, check_steps, decimals_of, normalized, text_of
 
 
 def score(prediction: Any, target: Any, *, normalize: Sequence[Step] = ()) -> bool:
@@ -21,9 +21,10 @@ def score(prediction: Any, target: Any, *, normalize: Sequence[Step] = ()) -> bo
         taken out), "articles" (a, an, the are taken out), "whitespace" (runs become one space, none at the
         ends), "strip" (none at the ends), "squad" (the first four). Nothing by default.
 
-    A number is compared as text (3.0 is "3"). An answer that is a list or an object is compared by its data
-    (1 is 1.0), unnormalized; a target that is a text is read as JSON for that, and one that is a list may be
-    equal as a whole or hold the answer. Of such a list a text can only be one of its texts and numbers.
+    A number is compared as text (3.0 is "3"), and a decimal as the text that a prompt has of it (12.50), but
+    by value where the answer is a number. An answer that is a list or an object is compared by its data (1 is
+    1.0), unnormalized; a target that is a text is read as JSON for that, and one that is a list may be equal
+    as a whole or hold the answer. Of such a list a text can only be one of its texts and numbers.
     Raises `InvalidCall` for an unknown step and a target of null.
     """
     steps = check_steps(normalize)
@@ -33,9 +34,11 @@ def score(prediction: Any, target: Any, *, normalize: Sequence[Step] = ()) -> bo
     if isinstance(target, dict):
         return False  # data, and the model said a text
     if isinstance(target, list):
-        target = [one for one in target if isinstance(one, str | int | float)]
+        target = [one for one in target if isinstance(one, SCALAR)]
         if not target:
             return False
+    if isinstance(prediction, int | float) and any(same(prediction, one) for one in decimals_of(target)):
+        return True
     answer = normalized(text_of(prediction, "exact_match"), steps)
     return any(normalized(text, steps) == answer for text in accepted(target, "exact_match"))
 

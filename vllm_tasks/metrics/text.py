@@ -9,9 +9,12 @@ from decimal import Decimal
 from typing import Any, Literal, get_args
 
 from vllm_tasks.errors import InvalidCall, near
+from vllm_tasks.plain_text import plain_text
 
 Step = Literal["lower", "punctuation", "articles", "whitespace", "strip", "squad"]
 
+SCALAR = str, int, float, Decimal
+"""What a target, or one of its texts, may be."""
 ARTICLES = re.compile(r"\b(a|an|the)\b", re.IGNORECASE)
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 STEPS: dict[str, Callable[[str], str]] = {
@@ -41,24 +44,30 @@ def text_of(prediction: Any, metric: str) -> str:
 def accepted(target: Any, metric: str) -> list[str]:
     """The texts of a target, of which any will do: one, or those of a list.
 
-    Raises `InvalidCall` for an empty list, an object or null.
+    A decimal is the text that a prompt has of it (12.50). Raises `InvalidCall` for an empty list, an object
+    or null.
     """
     texts = target if isinstance(target, list) else [target]
-    if not texts or not all(isinstance(text, str | int | float) for text in texts):
+    if not texts or not all(isinstance(text, SCALAR) for text in texts):
         raise InvalidCall(
             f"{metric} takes a text, or a list of accepted texts, as target, not {target!r:.100}"
         )
     return [_scalar(text) for text in texts]
 
 
-def _scalar(value: str | int | float) -> str:
+def decimals_of(target: Any) -> list[Decimal]:
+    """The decimals of a target, which a number is compared with by value."""
+    return [one for one in (target if isinstance(target, list) else [target]) if isinstance(one, Decimal)]
+
+
+def _scalar(value: str | int | float | Decimal) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
         # By Decimal, since int(1e23) has digits that 1e23 was never written with.
         whole = f"{Decimal(repr(value)):.0f}" if value.is_integer() else repr(value)
         return "0" if whole == "-0" else whole
-    return str(value)
+    return plain_text(value) if isinstance(value, int | Decimal) else str(value)
 
 
 def check_steps(steps: Any) -> frozenset[str]:

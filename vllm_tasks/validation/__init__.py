@@ -245,7 +245,7 @@ class Validation(BaseModel):
         default=5,
         ge=0,
         title="Rows shown",
-        description="Wins and losses whose contents are shown in the UI; 0 shows none.",
+        description="Worst rows, wins and losses whose contents are shown in the UI; 0 shows none.",
     )
 
     @model_validator(mode="after")

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from vllm_tasks import exact_json
 from vllm_tasks.datalayer import outputs_name
 from vllm_tasks.datalayer.delta import quoted
 from vllm_tasks.datalayer.selection import POSITION, OutputTable, Selection, Tables
 from vllm_tasks.datalayer.sources.files import literal
 from vllm_tasks.errors import InvalidCall, TooManyFailed
 from vllm_tasks.fingerprint import fingerprint
+from vllm_tasks.metrics.data import JsonText
 from vllm_tasks.metrics.measure import Answer
 from vllm_tasks.plan import Columns, Plan, RowDecoder
 from vllm_tasks.predictor import Predictor
@@ -38,7 +40,7 @@ def packed(model: Predictor, X: Columns, context: Context) -> Plan:  # noqa: N80
     """How `model` is asked for inputs that are kept as JSON in one column."""
     plan = Plan.of(model, X, context)
     return replace(
-        plan, columns=("input",), requests=lambda rows: plan.requests([json.loads(r[0]) for r in rows])
+        plan, columns=("input",), requests=lambda rows: plan.requests([exact_json.loads(r[0]) for r in rows])
     )
 
 
@@ -220,7 +222,8 @@ def _python(value: Any, kind: str) -> Any:
     if value is None:
         return None
     if kind == "json":
-        return json.loads(value)
+        data = json.loads(value)
+        return JsonText(data) if isinstance(data, str) else data
     if kind == "bytes":  # metrics and judges compare texts, and an answer's bytes are its UTF-8
         return bytes(value).decode(errors="backslashreplace")
     return bool(value) if kind == "bool" else value  # SQLite has 0 and 1

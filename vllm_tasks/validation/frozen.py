@@ -2,34 +2,30 @@
 
 Which rows a sample has, and their order, follows from their contents and the seed alone: the same on every
 machine and from every kind of table. The frozen table, `_dataset__<identifier>__<hash>`, has the columns
-`row` (from 0), `input` (JSON: the values of X's columns), `target` (JSON) and, for a metric, `choices`.
+`row` (from 0), `input` (the values of X's columns), `target` and, for a metric, `choices`, as `exact_json`
+writes them: a prompt is made of the values that the source gave, as in `predict_in_db`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
-import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, time, timedelta
-from decimal import Decimal
 from typing import Any
-from uuid import UUID
 
 import pyarrow as pa
 
+from vllm_tasks import exact_json
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.delta import quoted
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.errors import InvalidCall, near
 from vllm_tasks.fingerprint import canonical
 from vllm_tasks.validation import Dataset
+from vllm_tasks.validation.expected import NotComparable, expected
 
 SHOWN_TEXT = 100
-TEXTS = date, time, timedelta, UUID
-"""Kept as their text, which is also what a prompt has of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +35,7 @@ class Case:
     row: int
     inputs: list[Any]
     target: Any
+    """As metrics compare it: see `expected`."""
     choices: list[Any] | None = None
 
 
@@ -77,7 +74,7 @@ def freeze(dataset: Dataset, columns: Columns, home: Tables) -> Frozen:
     """The rows of `dataset`, kept in `home`.
 
     Raises `InvalidCall` for a column that is not there, a set without rows, answers that are NULL, fewer rows
-    than `sample_size`, and values that are no data.
+    than `sample_size`, values of types that no source has, and targets that no answer could be compared with.
     """
     pinned = f"_dataset__{dataset.identifier}__pinned-{_spec(dataset, columns)[:12]}" if dataset.pin else None
     if pinned is not None and has_rows(home, pinned):
@@ -107,8 +104,8 @@ def _spec(dataset: Dataset, columns: Columns) -> str:
 
 
 def _drawn(dataset: Dataset, columns: Columns, home: Tables) -> list[Case]:
-    rows = (_values(dataset, row, columns, i) for i, row in enumerate(_rows(dataset, columns, home)))
-    ranked = ((_rank(dataset.random_seed, values), values) for values in rows)
+    rows = enumerate(_rows(dataset, columns, home))
+    ranked = (_ranked(dataset, {name: row[name] for name in columns.all}, i) for i, row in rows)
     if dataset.sample_size is None:
         drawn = sorted(ranked, key=lambda pair: pair[0])
     else:
@@ -120,7 +117,7 @@ def _drawn(dataset: Dataset, columns: Columns, home: Tables) -> list[Case]:
             f"dataset {dataset.identifier!r} has {len(drawn)} rows, fewer than sample_size="
             f"{dataset.sample_size}; ask for fewer, or leave sample_size out for all"
         )
-    cases = [_case(i, values, columns) for i, (_, values) in enumerate(drawn)]
+    cases = [_case(dataset, i, values, columns) for i, (_, values) in enumerate(drawn)]
     _refuse_nulls(dataset, columns, cases)
     return cases
 
@@ -157,46 +154,30 @@ def _saved(name: str) -> Datalayer:
     return found
 
 
-def _values(dataset: Dataset, row: Mapping[str, Any], columns: Columns, i: int) -> dict[str, Any]:
+def _ranked(dataset: Dataset, values: dict[str, Any], i: int) -> tuple[bytes, dict[str, Any]]:
+    """A row with its place in the order of all rows."""
     try:
-        return {name: _data(row[name]) for name in columns.all}
-    except TypeError as error:
+        text = exact_json.identity([dataset.random_seed, values])
+    except (TypeError, RecursionError) as error:
         raise InvalidCall(
-            f"row {i} of dataset {dataset.identifier!r}: {error}, which is no data that JSON can say"
+            f"row {i} of dataset {dataset.identifier!r}: {error}, which no source gives; pass data: texts, "
+            "numbers, dates, bytes, lists, dicts"
         ) from error
+    return hashlib.blake2b(text.encode(), digest_size=16).digest(), values
 
 
-def _data(value: Any) -> Any:
-    """`value` as JSON has it; dates and UUIDs as their text."""
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float | Decimal) and not math.isfinite(value):
-        raise TypeError(f"{value!r} is not finite")
-    if isinstance(value, float):
-        return value
-    if isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
-    if isinstance(value, TEXTS):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(name): _data(item) for name, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
-        return [_data(item) for item in value]
-    raise TypeError(f"{value!r:.{SHOWN_TEXT}} is a {type(value).__name__}")
-
-
-def _rank(seed: int, values: Mapping[str, Any]) -> bytes:
-    return hashlib.blake2b(_exactly([seed, values]).encode(), digest_size=16).digest()
-
-
-def _exactly(value: Any) -> str:
-    """As text, in which 1 and 1.0 differ, as they do in a prompt."""
-    return json.dumps(value, sort_keys=True)
-
-
-def _case(i: int, values: Mapping[str, Any], columns: Columns) -> Case:
+def _case(dataset: Dataset, i: int, values: Mapping[str, Any], columns: Columns) -> Case:
+    inputs = [values[name] for name in columns.inputs]
+    try:
+        target = expected(values[columns.target])
+    except NotComparable as error:
+        raise InvalidCall(
+            f"dataset {dataset.identifier!r}: {columns.target!r} of {inputs!r:.{SHOWN_TEXT}} {error}; leave "
+            "such rows out, or CAST it in the SELECT"
+        ) from error
     choices = None if columns.choices is None else values[columns.choices]
-    return Case(i, [values[name] for name in columns.inputs], values[columns.target], choices)
+    # As it will be read again, so that a run is the same when it is gone on with.
+    return Case(i, *exact_json.loads(exact_json.dumps([inputs, target, choices])))
 
 
 def _refuse_nulls(dataset: Dataset, columns: Columns, cases: Sequence[Case]) -> None:
@@ -212,23 +193,19 @@ def _refuse_nulls(dataset: Dataset, columns: Columns, cases: Sequence[Case]) -> 
 def _hash(cases: Iterable[Case]) -> str:
     digest = hashlib.sha256()
     for case in cases:
-        digest.update(_exactly([case.inputs, case.target, case.choices]).encode() + b"\n")
+        digest.update(exact_json.identity([case.inputs, case.target, case.choices]).encode() + b"\n")
     return digest.hexdigest()
 
 
 def _as_table(cases: Sequence[Case]) -> pa.Table:
     columns: dict[str, Any] = {
         "row": pa.array([case.row for case in cases], pa.int64()),
-        "input": [_json(case.inputs) for case in cases],
-        "target": [_json(case.target) for case in cases],
+        "input": [exact_json.dumps(case.inputs) for case in cases],
+        "target": [exact_json.dumps(case.target) for case in cases],
     }
     if cases[0].choices is not None:
-        columns["choices"] = [_json(case.choices) for case in cases]
+        columns["choices"] = [exact_json.dumps(case.choices) for case in cases]
     return pa.table(columns)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value)  # in ASCII: halves of characters survive, which no table would hold
 
 
 def _kept(home: Tables, table: str, columns: Columns) -> list[Case]:
@@ -236,9 +213,8 @@ def _kept(home: Tables, table: str, columns: Columns) -> list[Case]:
     rows = sorted(
         (row for batch in home.read(table, names) for row in batch), key=lambda row: int(row["row"])
     )
+    read = exact_json.loads
     return [
-        Case(
-            r["row"], json.loads(r["input"]), json.loads(r["target"]), json.loads(r.get("choices") or "null")
-        )
-        for r in rows
+        Case(row["row"], read(row["input"]), read(row["target"]), read(row.get("choices") or "null"))
+        for row in rows
     ]

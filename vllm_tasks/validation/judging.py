@@ -14,7 +14,7 @@ from vllm_tasks.validation import Metric, Validation, history
 from vllm_tasks.validation.asking import Source
 from vllm_tasks.validation.frozen import Frozen
 from vllm_tasks.validation.gate import verdict
-from vllm_tasks.validation.report import ChangedRow, DatasetReport, Record
+from vllm_tasks.validation.report import ChangedRow, DatasetReport, Record, WorstRow
 from vllm_tasks.validation.scores import Scored, compared, row_scores, score
 from vllm_tasks.validation.statistics import Paired
 
@@ -38,7 +38,7 @@ class Judging:
         """The report of `run`, whose answers are given by predict_id, and all scores by metric and row."""
         on_error = self.validation.on_error
         earlier: dict[tuple[str, str], list[Answer] | None] = {}
-        values, verdicts, changed, tables = [], [], [], {}
+        values, verdicts, changed, worst, tables = [], [], [], [], {}
         scores: Scores = {}
         for metric in self.validation.metrics:
             name, source = metric.identifier, self.sources[metric.identifier]
@@ -48,6 +48,7 @@ class Judging:
             scores[name] = {case.row: scored.scores.get(case.row) for case in self.frozen.cases}
             if scored.table is not None:
                 tables[name] = scored.table
+            worst += self._worst(metric, scored, now)
             before = history.last_passed(past, self.frozen.hash, source.predict_id, name)
             paired = None
             if before is not None and metric.measure().kind != "set":
@@ -73,6 +74,7 @@ class Judging:
             verdicts=tuple(verdicts),
             history=tuple(past),
             changed=tuple(changed),
+            worst=tuple(worst),
             tables=tables,
         )
         return report, scores
@@ -97,6 +99,25 @@ class Judging:
         except InvalidCall as error:
             logger.warning("%s: the last run that passed cannot be scored: %s", metric.identifier, error)
             return None, []
+
+    def _worst(self, metric: Metric, now: Scored, answers: Sequence[Answer]) -> list[WorstRow]:
+        """As many rows as are shown: also of a first run a person sees what went wrong."""
+        measure = metric.measure()
+        sign, best = (1, measure.range[1]) if measure.higher_is_better else (-1, measure.range[0])
+        wrong = [row for row, score in now.scores.items() if score != best]
+        wrong.sort(key=lambda row: (sign * now.scores[row], row))
+        said = {answer.row: _said(answer) for answer in answers}
+        return [
+            WorstRow(
+                row=row,
+                metric=metric.identifier,
+                score=now.scores[row],
+                inputs=self.frozen.cases[row].inputs,
+                target=self.frozen.cases[row].target,
+                said=said[row],
+            )
+            for row in wrong[: self.validation.rows_shown]
+        ]
 
     def _changed(
         self, metric: Metric, now: Scored, before: Sequence[Answer], after: Sequence[Answer]

@@ -8,22 +8,25 @@ lm-evaluation-harness. For chat messages the text is the beginning of the assist
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
 
+from vllm_tasks import exact_json
 from vllm_tasks.datalayer.selection import OutputColumn, Tables
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.fingerprint import canonical, fingerprint
 from vllm_tasks.metrics.measure import Answer, Likelihood
+from vllm_tasks.plain_text import NoText, plain_text
 from vllm_tasks.plan import Plan
 from vllm_tasks.rows import Completion, Request, RowError
 from vllm_tasks.sampling import LOCAL_CHAT
 from vllm_tasks.validation import Metric
 from vllm_tasks.validation.asking import Incomplete, Round, Row, Source, predict_id_of, read
+from vllm_tasks.validation.expected import expected
 from vllm_tasks.validation.frozen import Case, Frozen, has_rows
 
 KEY = "row", "part"
@@ -102,17 +105,22 @@ def _texts(cases: Sequence[Case], metric: Metric) -> tuple[list[list[str]], list
             raise InvalidCall(
                 f"{metric.identifier!r}: row {case.row} has no list of choices but {own!r:.100}"
             )
-        if strange := [text for text in own if not isinstance(text, str | int | float)]:
-            raise InvalidCall(
-                f"{metric.identifier!r} is of texts, and row {case.row} has {strange[0]!r:.100} for one"
-            )
-        if not all(map(str, own)):
-            raise InvalidCall(
-                f"{metric.identifier!r}: an empty text, as of row {case.row}, has no likelihood"
-            )
-        texts.append([f"{delimiter}{text}" for text in own])
+        said = [_text(text, case, metric) for text in own]
+        texts.append([f"{delimiter}{text}" for text in said])
         targets.append(_index(case, own, metric) if chooses else case.target)
     return texts, targets
+
+
+def _text(value: Any, case: Case, metric: Metric) -> str:
+    try:
+        text = plain_text(value)
+    except NoText as error:
+        raise InvalidCall(
+            f"{metric.identifier!r} is of texts, and one of row {case.row} is {value!r:.100}, which {error}"
+        ) from error
+    if not text:
+        raise InvalidCall(f"{metric.identifier!r}: an empty text, as of row {case.row}, has no likelihood")
+    return text
 
 
 def _delimiter(metric: Metric) -> str:
@@ -124,9 +132,11 @@ def _delimiter(metric: Metric) -> str:
 
 def _index(case: Case, choices: list[Any], metric: Metric) -> int:
     """Which choice is right: the target is its index from 0, or the choice itself."""
-    target = case.target
+    target, choices = case.target, expected(choices)
     if target in choices and not (isinstance(target, int) and all(isinstance(c, str) for c in choices)):
         return choices.index(target)
+    if isinstance(target, Decimal) and target == target.to_integral_value():
+        target = int(target)  # a NUMERIC column of indexes
     if isinstance(target, int) and not isinstance(target, bool) and 0 <= target < len(choices):
         return target
     raise InvalidCall(
@@ -138,7 +148,7 @@ def _index(case: Case, choices: list[Any], metric: Metric) -> int:
 def _kept(home: Tables, frozen: Frozen, texts: list[list[str]]) -> str:
     """The table of prompts and texts, one row each, made unless it is there."""
     rows = [
-        (case.row, part, json.dumps([case.inputs, text]))
+        (case.row, part, exact_json.dumps([case.inputs, text]))
         for case, own in zip(frozen.cases, texts, strict=True)
         for part, text in enumerate([None, *own], PROMPT_ALONE)
     ]
@@ -154,8 +164,8 @@ def _asking(plan: Plan, delimiter: Any) -> Plan:
     """As `plan` asks, but for the likelihood of a text after the prompt and the delimiter."""
 
     def requests(rows: Sequence[Sequence[Any]]) -> list[Request | RowError]:
-        pairs = [json.loads(row[0]) for row in rows]
-        prompts = plan.requests([(json.dumps(inputs),) for inputs, _ in pairs])
+        pairs = [exact_json.loads(row[0]) for row in rows]
+        prompts = plan.requests([(exact_json.dumps(inputs),) for inputs, _ in pairs])
         return [
             prompt if isinstance(prompt, RowError) else _request(prompt, text, sampling)
             for prompt, (_, text) in zip(prompts, pairs, strict=True)

@@ -98,6 +98,18 @@ class ChangedRow:
 
 
 @dataclass(frozen=True)
+class WorstRow:
+    """A row with one of the worst scores of this run, and what was said, or why it failed."""
+
+    row: int
+    metric: str
+    score: float
+    inputs: Any
+    target: Any
+    said: Any
+
+
+@dataclass(frozen=True)
 class DatasetReport:
     """One model on one data set: values, the gate's verdicts, and where every row can be found."""
 
@@ -117,6 +129,8 @@ class DatasetReport:
     history: tuple[Record, ...] = field(default=(), repr=False)
     """Of earlier runs and of this one, oldest first."""
     changed: tuple[ChangedRow, ...] = field(default=(), repr=False)
+    worst: tuple[WorstRow, ...] = field(default=(), repr=False)
+    """By metric, the worst row first; none with the best score that there can be."""
     tables: dict[str, Confusion] = field(default_factory=dict, repr=False)
     """Confusion tables by metric."""
 

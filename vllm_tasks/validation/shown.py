@@ -12,6 +12,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from vllm_tasks.artifacts import code, markdown_table, only_shown, slug, words
 from vllm_tasks.metrics.measure import Confusion
+from vllm_tasks.plain_text import plain_text
 from vllm_tasks.validation.picture import Panel, Point, Row, compare_svg, histories_svg, markdown_image
 from vllm_tasks.validation.report import (
     ChangedRow,
@@ -21,6 +22,7 @@ from vllm_tasks.validation.report import (
     ValidationReport,
     Value,
     Verdict,
+    WorstRow,
 )
 from vllm_tasks.validation.statistics import Paired
 
@@ -28,6 +30,7 @@ RUNS_SHOWN = 60
 """In the picture; under each date stand the first digits of the rows' hash: others are other rows."""
 CLASSES_SHOWN = 20
 """The largest ones."""
+WORST = "row", "score", "input", "expected", "said"
 CHANGED = "row", "score", "input", "expected", "said before", "says now"
 TEXT_SHOWN = 200
 """Characters of an input, an answer or a target."""
@@ -132,6 +135,9 @@ def _parts(model: str, report: DatasetReport) -> Iterator[str]:
             if rows:
                 yield f"## Biggest {what} in {words(value.metric)}"
                 yield markdown_table(CHANGED, map(_changed, rows))
+        if worst := [row for row in report.worst if row.metric == value.metric]:
+            yield f"## Worst rows in {words(value.metric)}"
+            yield markdown_table(WORST, map(_worst, worst))
     for metric, table in report.tables.items():
         yield f"## Confusion in {words(metric)}"
         yield _confusion(table)
@@ -185,14 +191,32 @@ def picture_of(report: DatasetReport) -> str:
 
 
 def _changed(row: ChangedRow) -> list[str]:
-    texts = row.inputs[0] if len(row.inputs) == 1 else row.inputs, row.target, row.said_before, row.said_after
+    texts = _input(row.inputs), row.target, row.said_before, row.said_after
     return [str(row.row), f"{row.before:.3g} → {row.after:.3g}", *(code(_text(text)) for text in texts)]
 
 
+def _worst(row: WorstRow) -> list[str]:
+    texts = _input(row.inputs), row.target, row.said
+    return [str(row.row), f"{row.score:.3g}", *(code(_text(text)) for text in texts)]
+
+
+def _input(inputs: Any) -> Any:
+    return inputs[0] if len(inputs) == 1 else inputs
+
+
 def _text(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    text = " ".join(text.split())
+    text = " ".join(_readable(value).split())
     return text if len(text) <= TEXT_SHOWN else text[: TEXT_SHOWN - 1] + "…"
+
+
+def _readable(value: Any) -> str:
+    """A scalar as a prompt has it, data as JSON; whatever is neither as Python shows it."""
+    try:
+        if value is None or isinstance(value, bool | list | dict):
+            return json.dumps(value, ensure_ascii=False, default=_readable)
+        return plain_text(value)
+    except (TypeError, ValueError):
+        return repr(value)
 
 
 def _confusion(table: Confusion) -> str:

@@ -6,7 +6,6 @@ verdicts before its figures decide anything.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +13,7 @@ from functools import partial
 import pyarrow as pa
 from prefect.blocks.core import Block
 
+from vllm_tasks import exact_json
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.judge import check_scale, judge_messages, verdict_schema
@@ -57,7 +57,9 @@ class Verdicts:
         if not pairs:
             return 0
         table = f"_judged__{self.predict_id}"
-        questions = [json.dumps([case.inputs, answer.prediction, answer.target]) for case, answer in pairs]
+        questions = [
+            exact_json.dumps([case.inputs, answer.prediction, answer.target]) for case, answer in pairs
+        ]
         rows = {
             "run": [round_.run] * len(pairs),
             "row": [case.row for case, _ in pairs],
@@ -102,7 +104,7 @@ def _asking(metric: Metric) -> Plan:
 
 
 def _messages(question: str, *, rubric: str, scale: tuple[int, int]) -> list[dict[str, str]]:
-    inputs, prediction, target = json.loads(question)
+    inputs, prediction, target = exact_json.loads(question)
     asked = inputs[0] if len(inputs) == 1 else inputs
     return judge_messages(asked, prediction, target, rubric, scale)
 
