@@ -21,7 +21,6 @@ from fsspec.implementations.local import LocalFileSystem
 
 from vllm_tasks.datalayer.delta import (
     arrow_column,
-    arrow_schema,
     dataset,
     filterable,
     find_table,
@@ -31,6 +30,7 @@ from vllm_tasks.datalayer.delta import (
     table_schema,
     writer_properties,
 )
+from vllm_tasks.datalayer.delta_shape import arrow_schema, refuse_unwritable
 from vllm_tasks.datalayer.delta_writer import DeltaWriter
 from vllm_tasks.datalayer.put import WAY_OUT, checked
 from vllm_tasks.datalayer.selection import (
@@ -211,7 +211,7 @@ class Lake:
             return NoRows(self._shown)
         types = self._types(selection)
         schema = table_schema({name: key_type(name, types[name])[1] for name in selection.key}, table)
-        properties = writer_properties(table.compression)
+        properties = writer_properties(table.compression, schema, len(selection.key))
         delta = make_table(url, schema, len(selection.key), table.partition_by)
         return DeltaWriter(url, schema, selection.key, properties, delta, self._open().cursor())
 
@@ -251,7 +251,8 @@ class Lake:
         delta = make_table(url, new.schema, len(key), way_out=WAY_OUT)
         schema = pa.schema([new.schema.field(column) for column in _names(delta)])
         cursor = self._open().cursor()
-        writer = DeltaWriter(url, schema, key, writer_properties(None), delta, cursor, told=False)
+        properties = writer_properties(None, schema, len(key))
+        writer = DeltaWriter(url, schema, key, properties, delta, cursor, told=False)
         try:
             writer.replace(new.select(schema.names), new.select(list(key)).slice(0, 0))
         finally:
@@ -448,6 +449,7 @@ class Lake:
         outputs = find_table(self._at(selection.outputs))
         if outputs is None:
             return None
+        refuse_unwritable(outputs, "give another predict_id")
         there = {field.name: field.type for field in arrow_schema(outputs)}
         wrong = self._differences(selection, there)
         if wrong and self._is_empty(selection):

@@ -13,13 +13,13 @@ import duckdb
 from fsspec.implementations.local import LocalFileSystem
 
 from vllm_tasks.datalayer.delta import (
-    filterable,
     find_table,
     open_table,
     plain,
     quoted,
     storage_errors,
 )
+from vllm_tasks.datalayer.sources.delta import queryable
 from vllm_tasks.errors import SHOWN, InvalidCall, TablesUnavailable, near
 from vllm_tasks.places import without_secrets
 
@@ -209,7 +209,7 @@ class Files:
         if len(paths) == 1 and self._ask("isdir", paths[0]):
             if self._ask("exists", f"{paths[0]}/_delta_log"):
                 with storage_errors(f"cannot read {self.shown(paths[0])}"):
-                    rows = filterable(open_table(self.uri(paths[0])))
+                    rows = queryable(open_table(self.uri(paths[0])))
                 return lambda view: Source(f"FROM {quoted(view)}", {}, {view: rows})
             paths = self._inside(paths[0])
         if not paths:
