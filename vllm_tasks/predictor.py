@@ -27,6 +27,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails
 from vllm_tasks import loop, sharing
 from vllm_tasks.callables import DottedCallable, check_importable
 from vllm_tasks.datalayer import Datalayer, check_name, not_shown, own_fields, validated
+from vllm_tasks.datalayer.partitions import named, refuse_inexact
 from vllm_tasks.datatypes import DataType
 from vllm_tasks.errors import InvalidCall, RowErrors
 from vllm_tasks.fingerprint import source_of
@@ -208,6 +209,8 @@ class Predictor(BaseModel):
             check_name("table", value["table"])
         if value.get("on_length", "keep") not in ("keep", "error"):
             raise ValueError(f"on_length={value['on_length']!r} is neither 'keep' nor 'error'")
+        if "partition_by" in value:
+            named(value["partition_by"])
         return value
 
     @field_validator("compute_kwargs")
@@ -247,6 +250,17 @@ class Predictor(BaseModel):
     def _known_sampling(self) -> Self:
         check_names(self.predict_kwargs, self._sampling_target())
         check_one_type(self.datatype, self.output_schema)
+        return self
+
+    @model_validator(mode="after")
+    def _exact_partitions(self) -> Self:
+        if partition_by := named(self.model_update_kwargs.get("partition_by", ())):
+            try:
+                columns = self._decoder({}).columns
+            except InvalidCall:
+                # A call may still say what an answer is (`n`); what is wrong with it is told there.
+                columns = ()
+            refuse_inexact(partition_by, columns)
         return self
 
     @model_validator(mode="after")

@@ -16,11 +16,19 @@ import duckdb
 import fsspec
 import pyarrow as pa
 import pyarrow.dataset as ds
-from deltalake import CommitProperties, DeltaTable, WriterProperties
+from deltalake import ColumnProperties, CommitProperties, DeltaTable, WriterProperties
 from deltalake.exceptions import CommitFailedError, DeltaError, DeltaProtocolError, TableNotFoundError
 from fsspec.implementations.local import LocalFileSystem as LocalFolders
+from pyarrow.dataset import ParquetReadOptions
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
+from vllm_tasks.datalayer.delta_shape import (
+    beyond_plain,
+    refuse_differences,
+    refuse_partitions,
+    refuse_unwritable,
+)
+from vllm_tasks.datalayer.partitions import problem_of_partition
 from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, OutputTable
 from vllm_tasks.datalayer.storable import HALF_A_CHARACTER, INT64, is_text, to_json
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
@@ -57,6 +65,8 @@ PASSING = re.compile(
     "|^Invalid Input Error: reading the stream registered as .* failed: IOError"
 )
 """DuckDB's errors of what is not there now: its own, and those of the files that Arrow reads for it."""
+UNSUPPORTED = re.compile("Unsupported: |Invalid protocol|[Cc]atalog version|Unsupported table features")
+"""In what delta-rs says of a table of another kind than it knows."""
 FOOTERS_AT_ONCE = 16
 """Files of a table whose types are looked up at once."""
 DENIED = re.compile("permission denied|accessdenied|access denied|forbidden", re.IGNORECASE)
@@ -107,7 +117,7 @@ def storage_errors(doing: str) -> Iterator[None]:
 
 
 def _lasts(error: Exception, words: str) -> bool:
-    if isinstance(error, DeltaProtocolError):
+    if isinstance(error, DeltaProtocolError) or (isinstance(error, DeltaError) and UNSUPPORTED.search(words)):
         return True
     if isinstance(error, DeltaError) or REMOTE.match(str(error)) or PASSING.search(words):
         return False
@@ -138,21 +148,39 @@ def open_table(url: str) -> DeltaTable:
 
 
 def dataset(table: DeltaTable) -> ds.Dataset:
-    """The table as pyarrow reads it; raises `InvalidCall` for one whose log names files outside of it.
+    """The table as pyarrow reads it.
+
+    Raises `InvalidCall` for a table whose files are not its rows as they are, or not in its folder.
 
     Local files by Arrow's own filesystem: delta-rs's one has Arrow's threads call Python, and of 15
     processes that ended right after reading 9 M rows so, 9 aborted; with this one, none.
     """
     uri = table.table_uri
+    if used := beyond_plain(table):
+        # pyarrow would give NULL for renamed columns, and rows that were deleted.
+        raise InvalidCall(
+            f"the Delta table {without_secrets(uri)!r} uses {', '.join(used)}, which cannot be read here; "
+            "drop the feature from the table, or copy its rows into one without it"
+        )
     local = uri.startswith("file://") or "://" not in uri
     folder = unquote(urlsplit(uri).path) if uri.startswith("file://") else uri
     files = SubTreeFileSystem(folder, LocalFileSystem()) if local else None
+    refuse_outside(table)
+    # Spark writes times as INT96, of which pyarrow would make nanoseconds: those hold the years 1677 to 2262.
+    micros = ParquetReadOptions(coerce_int96_timestamp_unit="us")
+    return table.to_pyarrow_dataset(filesystem=files, parquet_read_options=micros)
+
+
+def refuse_outside(table: DeltaTable) -> None:
+    """Raise `InvalidCall` for a table whose log names files outside of its folder."""
+    uri = table.table_uri
+    folder = unquote(uri.removeprefix("file://")).rstrip("/") + "/"
     for file in table.file_uris():
-        if ".." in unquote(unquote(file.removeprefix(uri))).split("/"):
+        path = unquote(file.removeprefix("file://"))
+        if not path.startswith(folder) or ".." in unquote(path).split("/"):
             raise InvalidCall(
                 f"the Delta table {without_secrets(uri)!r} has a file that is not in it: {file!r}"
             )
-    return table.to_pyarrow_dataset(filesystem=files)
 
 
 def filterable(table: DeltaTable) -> ds.Dataset | ds.Scanner:
@@ -166,11 +194,6 @@ def filterable(table: DeltaTable) -> ds.Dataset | ds.Scanner:
         schemas = pool.map(lambda fragment: fragment.physical_schema, whole.get_fragments())
         views = any(pa.types.is_string_view(kind) for schema in schemas for kind in schema.types)
     return whole.scanner() if views else whole
-
-
-def arrow_schema(table: DeltaTable) -> pa.Schema:
-    """The table's, in pyarrow's types."""
-    return pa.schema(table.schema())
 
 
 def table_schema(key: dict[str, pa.DataType], table: OutputTable) -> pa.Schema:
@@ -194,20 +217,20 @@ def table_schema(key: dict[str, pa.DataType], table: OutputTable) -> pa.Schema:
     return pa.schema(fields)
 
 
-def _shape(schema: pa.Schema) -> dict[str, str]:
-    return {f.name: "json" if (f.metadata or {}).get(b"json") else str(f.type) for f in schema}
-
-
 def indexed(key: Iterable[pa.DataType]) -> int:
     """How many columns get bounds by which a merge skips files: the key's, or none.
 
-    Never those of what the model said, which would fill the log. delta-rs 1.6 writes wrong bounds of
-    decimals (as a float, or the next 64-bit integer), and rounds timestamps: a merge then passes over
-    rows that it should take.
+    Never those of what the model said, which would fill the log.
     """
     kinds = list(key)
+    return len(kinds) if all(map(_has_exact_bounds, kinds)) else 0
+
+
+def _has_exact_bounds(kind: pa.DataType) -> bool:
+    """delta-rs 1.6 writes wrong bounds of decimals (as a float, or the next 64-bit integer), and rounds
+    timestamps: a merge then passes over rows that it should take."""
     exact = (pa.types.is_int64, pa.types.is_string, pa.types.is_date32, pa.types.is_boolean)
-    return len(kinds) if all(any(is_one(kind) for is_one in exact) for kind in kinds) else 0
+    return any(is_one(kind) for is_one in exact)
 
 
 def refuse_taken(url: str) -> None:
@@ -238,7 +261,7 @@ def make_table(
     way_out: str = "give another predict_id",
 ) -> DeltaTable:
     """The table, made unless it is there; raises `InvalidCall` when it is there with another shape."""
-    _refuse_partitions(schema, keys, partition_by)
+    refuse_partitions(schema, keys, partition_by)
     made = find_table(url)
     if made is None:
         refuse_taken(url)
@@ -257,45 +280,25 @@ def make_table(
             if made is None:
                 raise
             # A rival made it in this moment.
-    differences = _differences(_shape(arrow_schema(made)), _shape(schema))
-    partitions = tuple(made.metadata().partition_columns)
-    if partitions != partition_by:
-        differences.append(f"it is partitioned by {list(partitions)}, not {list(partition_by)}")
-    if differences:
-        raise InvalidCall(
-            f"the table {without_secrets(url)!r} is there with another shape: {'; '.join(differences)}; "
-            f"{way_out}"
-        )
+    refuse_unwritable(made, way_out)
+    refuse_differences(made, schema, partition_by, way_out)
     return made
 
 
-def _refuse_partitions(schema: pa.Schema, keys: int, partition_by: tuple[str, ...]) -> None:
-    if strange := set(partition_by) - set(schema.names):
-        raise InvalidCall(
-            f"partition_by names {sorted(strange)}, the outputs have {', '.join(map(repr, schema.names))}"
-        )
-    for name, kind in zip(schema.names[:keys], schema.types, strict=False):
-        if name in partition_by and (pa.types.is_string(kind) or pa.types.is_binary(kind)):
-            # Delta has '' as NULL, and bytes as text, in the names of partitions.
-            raise InvalidCall(
-                f"partition_by names {name!r}, a column of the key, whose type {kind} no partition holds "
-                "exactly; partition by another column"
-            )
+def writer_properties(compression: str | None, schema: pa.Schema, keys: int) -> WriterProperties:
+    """Without wrong bounds of the first `keys` columns, the key, whatever the table's properties are.
 
-
-def _differences(there: dict[str, str], here: dict[str, str]) -> list[str]:
-    lines = [f"no column {n!r}" for n in here if n not in there]
-    lines += [f"a column {n!r} that is not wanted" for n in there if n not in here]
-    lines += [f"{n!r} is {there[n]}, not {here[n]}" for n in here if n in there and there[n] != here[n]]
-    return lines
-
-
-def writer_properties(compression: str | None) -> WriterProperties:
-    """Raises `InvalidCall` for a compression that Parquet does not have."""
+    Raises `InvalidCall` for a compression that Parquet does not have.
+    """
     chosen: Any = (compression or "zstd").upper()
     if chosen not in CODECS:
         raise InvalidCall(f"compression={compression!r} is none of {', '.join(CODECS).lower()}")
-    return WriterProperties(compression=chosen)
+    bounds = {
+        field.name: ColumnProperties(statistics_enabled="NONE")
+        for field in list(schema)[:keys]
+        if not _has_exact_bounds(field.type)
+    }
+    return WriterProperties(compression=chosen, column_properties=bounds or None)
 
 
 def arrow_column(name: str, kind: pa.DataType, values: Sequence[Any], as_json: bool = False) -> pa.Array:
@@ -312,8 +315,14 @@ def arrow_column(name: str, kind: pa.DataType, values: Sequence[Any], as_json: b
         raise ValueError(f"column {name!r} ({kind}) cannot hold a value: {e}") from e
 
 
-def problem_of(field: pa.Field) -> Callable[[Any], str | None]:
+def problem_of(field: pa.Field, in_partition: bool = False) -> Callable[[Any], str | None]:
     """The function that says why a column cannot hold a value, None when it can."""
+    if in_partition and pa.types.is_string(field.type):
+        as_json = bool((field.metadata or {}).get(b"json"))
+        return lambda v: (
+            problem_of(field)(v)
+            or (None if v is None else problem_of_partition(field.name, to_json(v) if as_json else v))
+        )
     if (field.metadata or {}).get(b"json"):
         return _no_json
     if pa.types.is_string(field.type):

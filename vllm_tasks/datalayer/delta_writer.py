@@ -24,7 +24,8 @@ from vllm_tasks.datalayer.delta import (
     quoted,
     storage_errors,
 )
-from vllm_tasks.datalayer.selection import Key, Row
+from vllm_tasks.datalayer.delta_shape import added_columns, arrow_schema, refuse_unwritable, with_added
+from vllm_tasks.datalayer.selection import POSITION, Key, Row
 from vllm_tasks.datalayer.storable import last_outputs
 from vllm_tasks.errors import TablesUnavailable
 from vllm_tasks.places import without_secrets
@@ -65,7 +66,8 @@ class DeltaWriter:
         self._key = pa.schema([schema.field(name) for name in key])
         self._properties = properties
         self._delta: DeltaTable | None = delta
-        self._problems = [(f.name, problem_of(f)) for f in schema]
+        partitions = delta.metadata().partition_columns
+        self._problems = [(f.name, problem_of(f, f.name in partitions)) for f in schema]
         self._known = set(delta.file_uris()) if told else set()
         """Files whose keys the caller's `redo` accounts for, or `TAKEN`."""
         self._cursor = cursor
@@ -188,31 +190,40 @@ class DeltaWriter:
     def _write(self, delta: DeltaTable, new: pa.Table, old: pa.Table) -> None:
         if not old.num_rows:
             write_deltalake(
-                delta, new, mode="append", writer_properties=self._properties, commit_properties=ONCE
-            )
-            return
-        # One row to delete by for each key that goes, and the new ones: they match nothing, and are inserted.
-        gone = pa.table(
-            [
-                old[f.name] if f.name in old.column_names else pa.nulls(old.num_rows, f.type)
-                for f in self._schema
-            ],
-            schema=self._schema,
-        )
-        source = pa.concat_tables([_marked(gone, False), _marked(new, True)])
-        keys = " AND ".join(f"s.{quoted(n)} = t.{quoted(n)}" for n in self._key.names)
-        (
-            delta.merge(
-                source, f"s._new = false AND {keys}", source_alias="s", target_alias="t",
-                streamed_exec=False,  # streamed, it would not skip files by the keys' bounds
+                delta, with_added(new, delta), mode="append",
                 writer_properties=self._properties, commit_properties=ONCE,
-            )
-            .when_matched_delete()
-            .when_not_matched_insert(
-                {quoted(n): f"s.{quoted(n)}" for n in self._schema.names}, predicate="s._new = true"
-            )
-            .execute()
+            )  # fmt: skip
+            return
+        # A property may have been set since the run began; delta-rs would take its own refusal for a rival's.
+        refuse_unwritable(delta, "give another predict_id")
+        # A user's values in added columns stay with their rows, where one row there is one row here.
+        keeps = POSITION not in self._schema.names and bool(added_columns(arrow_schema(delta).names))
+        if keeps:
+            old = old.join(new.select(self._key.names), self._key.names, join_type="left anti")
+        on = " AND ".join(f"s.{quoted(n)} = t.{quoted(n)}" for n in self._key.names)
+        merge = delta.merge(
+            pa.concat_tables([_marked(self._gone(old), False), _marked(new, True)]),
+            # One row to delete by for each key that goes, and the new ones: unless they keep something, they
+            # match nothing, and are inserted.
+            on if keeps else f"s._new = false AND {on}",
+            source_alias="s", target_alias="t",
+            streamed_exec=False,  # streamed, it would not skip files by the keys' bounds
+            writer_properties=self._properties, commit_properties=ONCE,
         )  # fmt: skip
+        ours = {quoted(n): f"s.{quoted(n)}" for n in self._schema.names}
+        if keeps:
+            merge = merge.when_matched_update(ours, predicate="s._new = true")
+        merge.when_matched_delete(predicate="s._new = false").when_not_matched_insert(
+            ours, predicate="s._new = true"
+        ).execute()
+
+    def _gone(self, old: pa.Table) -> pa.Table:
+        """A row of the table for each of the keys `old`, with nothing in it beside the key."""
+        columns = [
+            old[f.name] if f.name in old.column_names else pa.nulls(old.num_rows, f.type)
+            for f in self._schema
+        ]
+        return pa.table(columns, schema=self._schema)
 
     def _compact(self) -> bool:
         """Make few files of many small ones; whether that was done. A failure harms nobody."""

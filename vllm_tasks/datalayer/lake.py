@@ -10,9 +10,7 @@ import pyarrow as pa
 from deltalake import DeltaTable
 
 from vllm_tasks.datalayer.delta import (
-    arrow_schema,
     dataset,
-    filterable,
     find_table,
     make_table,
     quoted,
@@ -20,6 +18,7 @@ from vllm_tasks.datalayer.delta import (
     table_schema,
     writer_properties,
 )
+from vllm_tasks.datalayer.delta_shape import arrow_schema, refuse_unwritable
 from vllm_tasks.datalayer.delta_writer import DeltaWriter
 from vllm_tasks.datalayer.join import Join, read
 from vllm_tasks.datalayer.put import WAY_OUT, checked
@@ -35,6 +34,7 @@ from vllm_tasks.datalayer.selection import (
     Writer,
 )
 from vllm_tasks.datalayer.sources import Source, Unreadable
+from vllm_tasks.datalayer.sources.delta import queryable
 from vllm_tasks.datalayer.sources.files import Files, exactly
 from vllm_tasks.datalayer.sources.readers import Readers
 from vllm_tasks.datalayer.workspace import Workspace, literal
@@ -128,7 +128,8 @@ class Lake:
         delta = make_table(url, new.schema, len(key), way_out=WAY_OUT)
         schema = pa.schema([new.schema.field(column) for column in _names(delta)])
         cursor = self._workspace.connection().cursor()
-        writer = DeltaWriter(url, schema, key, writer_properties(None), delta, cursor, told=False)
+        properties = writer_properties(None, schema, len(key))
+        writer = DeltaWriter(url, schema, key, properties, delta, cursor, told=False)
         try:
             writer.replace(new.select(schema.names), new.select(list(key)).slice(0, 0))
         finally:
@@ -157,6 +158,7 @@ class Lake:
         found = find_table(self._at(name))
         if found is None:
             return None
+        refuse_unwritable(found, "give another predict_id")
         there = {field.name: field.type for field in arrow_schema(found)}
         if missing := [column for column in OWN_COLUMNS if column not in there]:
             raise InvalidCall(
@@ -187,7 +189,7 @@ class Lake:
                 return NoRows(self._shown)
             types = pa.schema(list(there.items()))
         schema = table_schema({field.name: field.type for field in types}, table)
-        properties = writer_properties(table.compression)
+        properties = writer_properties(table.compression, schema, len(key))
         delta = make_table(url, schema, len(key), table.partition_by)
         return DeltaWriter(url, schema, key, properties, delta, self._workspace.connection().cursor())
 
@@ -215,7 +217,7 @@ class Lake:
             read = f"read_parquet([{listed}], union_by_name = true)"
             cursor.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS FROM {read}")
         else:
-            cursor.register(view, filterable(outputs))
+            cursor.register(view, queryable(outputs))
 
 
 def _names(table: DeltaTable) -> list[str]:

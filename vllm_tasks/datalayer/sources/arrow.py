@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from vllm_tasks.datalayer.delta import storage_errors
 from vllm_tasks.datalayer.sources import PART_BYTES, Part, Unreadable, Values
-from vllm_tasks.datalayer.sources.keys import cast_keys, key_type, known
+from vllm_tasks.datalayer.sources.keys import cast_keys, fitting, key_type, known
 from vllm_tasks.datalayer.values import python
 
 KEYS_AT_ONCE, ROWS_AT_ONCE = 1 << 17, 1 << 16
@@ -81,7 +81,7 @@ class ArrowSource:
 
     def keys(self, key: pa.Schema) -> Generator[pa.Table]:
         for found in self._tables(key.names, KEYS_AT_ONCE):
-            yield cast_keys(found, key)[0]
+            yield fitting(found, key)
 
     def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Generator[Part]:
         for found in self._tables(list(dict.fromkeys((*key.names, *columns))), ROWS_AT_ONCE):

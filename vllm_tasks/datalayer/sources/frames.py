@@ -135,4 +135,4 @@ def _conversion_errors(where: str) -> Iterator[None]:
     except pa.ArrowException:
         raise
     except (TypeError, ValueError) as e:
-        raise InvalidCall(f"cannot read {where}: {str(e):.200}") from e
+        raise InvalidCall(f"cannot read {where}: {e!s:.200}") from e

@@ -17,7 +17,7 @@ from vllm_tasks.errors import InvalidCall, TablesUnavailable, VllmTasksError
 from vllm_tasks.places import check_place, without_secrets
 
 if TYPE_CHECKING:
-    from pyiceberg.table import DataScan, StaticTable
+    from pyiceberg.table import DataScan
 
 METADATA = ".metadata.json"
 HINT = "version-hint.text"

@@ -57,6 +57,14 @@ def cast_keys(found: pa.Table, key: pa.Schema) -> tuple[pa.Table, dict[int, str]
     return pa.table(columns, schema=key), wrong
 
 
+def fitting(found: pa.Table, key: pa.Schema) -> pa.Table:
+    """As `cast_keys`, without the rows whose key does not fit."""
+    keys, wrong = cast_keys(found, key)
+    if wrong:
+        keys = keys.take(pa.array([i for i in range(keys.num_rows) if i not in wrong], pa.int64()))
+    return keys
+
+
 def _cast(column: pa.Array, field: pa.Field) -> tuple[pa.Array, dict[int, str]]:
     if isinstance(column, pa.ChunkedArray):
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)

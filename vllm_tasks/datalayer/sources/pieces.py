@@ -17,7 +17,7 @@ import pyarrow as pa
 from vllm_tasks.datalayer.delta import plain
 from vllm_tasks.datalayer.sources import PART_BYTES, PART_ROWS, Part, Unreadable, Values
 from vllm_tasks.datalayer.sources.arrow import tell
-from vllm_tasks.datalayer.sources.keys import cast_keys, key_type, known
+from vllm_tasks.datalayer.sources.keys import cast_keys, fitting, key_type, known
 from vllm_tasks.datalayer.sources.layout import familiar, split
 from vllm_tasks.datalayer.sources.widest import widest
 from vllm_tasks.datalayer.values import python
@@ -96,7 +96,7 @@ class Pieces:
         with closing(self.reading(KEY_ROWS)) as reading:
             for piece in self.pieces():
                 for batch in _read(reading, piece, key.names):
-                    yield cast_keys(_keys(batch, key), key)[0]
+                    yield fitting(_keys(batch, key), key)
 
     def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Generator[Part]:
         """See `Source.parts`."""

@@ -8,10 +8,11 @@ from typing import Any
 
 import duckdb
 
-from vllm_tasks.datalayer.delta import filterable, open_table, quoted, storage_errors
+from vllm_tasks.datalayer.delta import open_table, quoted, storage_errors
 from vllm_tasks.datalayer.sources import Source
 from vllm_tasks.datalayer.sources.arrow_file import ArrowFile
 from vllm_tasks.datalayer.sources.csv import Csv
+from vllm_tasks.datalayer.sources.delta import DeltaSource, queryable
 from vllm_tasks.datalayer.sources.files import Files, Table, exactly
 from vllm_tasks.datalayer.sources.iceberg import Iceberg
 from vllm_tasks.datalayer.sources.jsonl import JsonLines
@@ -61,7 +62,7 @@ class Readers:
     def _of(self, table: Table) -> Source:
         """The reader of one table."""
         if table.delta is not None:
-            raise NotImplementedError
+            return DeltaSource(open_table(table.delta), self._files.shown(table.delta))
         if table.iceberg is not None:
             return Iceberg(self._files.fs, table.iceberg, self._files.shown(table.iceberg))
         options = self._options_of(table)
@@ -96,10 +97,13 @@ class Readers:
 
             return view
         if table.delta is not None:
-            delta = open_table(table.delta)
             with storage_errors(f"cannot read {table.name!r}"):
-                rows = filterable(delta)
-            return lambda cursor, name: cursor.register(name, rows) and None
+                rows = queryable(open_table(table.delta))
+            return lambda cursor, name: _register(cursor, name, rows)
         source = self._of(table)
         stream = as_stream(source, source.columns())
-        return lambda cursor, name: cursor.register(name, stream) and None
+        return lambda cursor, name: _register(cursor, name, stream)
+
+
+def _register(cursor: duckdb.DuckDBPyConnection, name: str, rows: Any) -> None:
+    cursor.register(name, rows)

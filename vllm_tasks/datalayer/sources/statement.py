@@ -14,7 +14,7 @@ import pyarrow as pa
 from vllm_tasks.datalayer.delta import quoted
 from vllm_tasks.datalayer.sources import Part, Unreadable
 from vllm_tasks.datalayer.sources.arrow import KEYS_AT_ONCE, ROWS_AT_ONCE, gathered, part_of
-from vllm_tasks.datalayer.sources.keys import cast_keys, key_type
+from vllm_tasks.datalayer.sources.keys import fitting, key_type
 from vllm_tasks.datalayer.workspace import Workspace
 from vllm_tasks.errors import SHOWN, InvalidCall
 
@@ -52,7 +52,7 @@ class Statement:
 
     def keys(self, key: pa.Schema) -> Generator[pa.Table]:
         for found in self._batches(key.names, KEYS_AT_ONCE):
-            yield cast_keys(found, key)[0]
+            yield fitting(found, key)
 
     def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Generator[Part]:
         names = list(dict.fromkeys((*key.names, *columns)))

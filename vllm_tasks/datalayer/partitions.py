@@ -1,0 +1,64 @@
+"""Partitions of outputs in a lake: the columns and values that names of folders hold exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import quote
+
+from vllm_tasks.datalayer.selection import OWN_COLUMNS, OutputColumn
+
+FOLDER_BYTES = 255
+"""Of a folder's name, on file systems; kept on object stores too, so that a lake can be moved."""
+LOST = "~"
+"""delta-rs 1.6 writes it as it is in a folder's name but as %7E into the log, and does not find the file."""
+OTHER_COLUMN = "partition by another column"
+INEXACT_OUTPUTS = {"float": "numbers with a point", "bytes": "bytes"}
+"""A float of 1e300 would have a name of 301 digits, and equal ones (0.0 and -0.0) two names. delta-rs writes
+bytes as escapes of text, and takes these for the bytes when it reads."""
+
+
+def named(partition_by: Any) -> tuple[str, ...]:
+    """`partition_by` as columns; raises ValueError for what is no list of different names."""
+    columns = (partition_by,) if isinstance(partition_by, str) else partition_by
+    if not isinstance(columns, list | tuple) or not all(isinstance(c, str) and c for c in columns):
+        raise ValueError(
+            f"partition_by={partition_by!r:.200} is neither the name of a column nor a list of them"
+        )
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"partition_by={list(columns)!r:.200} names a column twice")
+    return tuple(columns)
+
+
+def refuse_inexact(partition_by: Sequence[str], columns: Sequence[OutputColumn]) -> None:
+    """Raise ValueError when partitions by an output or by a column of ours would not be exact.
+
+    The key's columns are not known before a call: see `delta_shape.refuse_partitions`.
+    """
+    kinds: dict[str, str] = {**OWN_COLUMNS, **{column.name: column.kind for column in columns}}
+    for name in partition_by:
+        if name == "_error":
+            raise ValueError(
+                f"partition_by names '_error', whose texts are too long for names of folders; {OTHER_COLUMN}"
+            )
+        if what := INEXACT_OUTPUTS.get(kinds.get(name, "")):
+            raise ValueError(
+                f"partition_by names {name!r}: names of folders do not hold {what} exactly; {OTHER_COLUMN}"
+            )
+        if LOST in name:
+            raise ValueError(
+                f"partition_by names {name!r}: delta-rs loses files of a partition with a ~; {OTHER_COLUMN}"
+            )
+
+
+def problem_of_partition(name: str, text: str) -> str | None:
+    """Why no partition of the column `name` can be the one of `text`, None when one can."""
+    if text == "":
+        return "an empty text, which as the name of a partition would be NULL"
+    if LOST in text:
+        return "a text with a ~, of which delta-rs loses the partition"
+    # Delta names the folder so.
+    size = len(quote(name, safe="")) + 1 + len(quote(text, safe=""))
+    if size > FOLDER_BYTES:
+        return f"a text that takes {size:,} bytes in the name of a partition, which has {FOLDER_BYTES}"
+    return None

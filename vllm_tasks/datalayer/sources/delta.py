@@ -1,0 +1,155 @@
+"""Delta tables as sources, read by delta-rs' own engine, renamed columns and deletion vectors included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from deltalake import DeltaTable, QueryBuilder
+
+from vllm_tasks.datalayer.delta import filterable, quoted, refuse_outside, storage_errors
+from vllm_tasks.datalayer.delta_shape import (
+    PLAIN_FEATURES,
+    arrow_schema,
+    beyond_plain,
+    mapping_mode,
+    named_feature,
+)
+from vllm_tasks.datalayer.sources import PART_BYTES, PART_ROWS, Part, Unreadable
+from vllm_tasks.datalayer.sources.arrow import part_of
+from vllm_tasks.datalayer.sources.keys import cast_keys, key_type
+from vllm_tasks.errors import InvalidCall
+from vllm_tasks.places import without_secrets
+
+READABLE = PLAIN_FEATURES | {"columnMapping", "deletionVectors", "v2Checkpoint"}
+"""Reader features of Delta's protocol with which delta-rs 1.6 reads exactly what is in a table."""
+BATCH_ROWS = 8192
+WIDE_BATCH_ROWS = 256
+"""Of columns whose values may be of any length; of short ones it takes twice the time that 8,192 would."""
+
+
+def refuse_unreadable(table: DeltaTable) -> None:
+    """Raise `InvalidCall` naming what of the table no reader here reads exactly."""
+    features = table.protocol().reader_features or ()
+    wrong = sorted(named_feature(feature) for feature in features if feature not in READABLE)
+    if mapping_mode(table) == "id":
+        wrong.append("column mapping by id")  # delta-rs 1.6 looks for columns by name all the same
+    if wrong:
+        raise InvalidCall(
+            f"the Delta table {without_secrets(table.table_uri)!r} uses {', '.join(wrong)}, which delta-rs "
+            "does not read; drop the feature from the table, or copy its rows into one without it"
+        )
+    refuse_outside(table)
+
+
+def delta_reader(table: DeltaTable, columns: Sequence[str] | None = None) -> pa.RecordBatchReader:
+    """The rows of the loaded version in batches, in any order: these columns, or all; at least one.
+
+    Raises `InvalidCall` as `refuse_unreadable`.
+    """
+    refuse_unreadable(table)
+    schema = arrow_schema(table)
+    wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+    settings = {
+        "datafusion.execution.batch_size": str(_batch_rows(table, wanted)),
+        "datafusion.execution.target_partitions": "1",  # each would hold its own files in memory
+    }
+    query = QueryBuilder(settings).register("source", table)
+    found = query.execute(f"SELECT {', '.join(map(quoted, wanted.names))} FROM source")  # noqa: S608 - quoted
+    batches = pa.RecordBatchReader.from_stream(found)
+    # The engine's text is `string_view`, whose size and types differ from what everyone else reads here.
+    return pa.RecordBatchReader.from_batches(wanted, (batch.cast(wanted) for batch in batches))
+
+
+def _batch_rows(table: DeltaTable, wanted: pa.Schema) -> int:
+    """As many rows as have `PART_BYTES`, by the stored size of the widest file's rows."""
+    if all(_is_short(field.type) for field in wanted):
+        return BATCH_ROWS
+    files = pa.table(table.get_add_actions(flatten=True))
+    if not {"num_records", "size_bytes"} <= set(files.column_names):
+        return WIDE_BATCH_ROWS
+    known = files.filter(pc.greater(files["num_records"], 0))
+    widest = pc.max(pc.divide(known["size_bytes"], known["num_records"])).as_py()
+    return max(1, min(WIDE_BATCH_ROWS, PART_BYTES // max(1, widest or 1)))
+
+
+def _is_short(kind: pa.DataType) -> bool:
+    return not (pa.types.is_nested(kind) or pa.types.is_string(kind) or pa.types.is_binary(kind))
+
+
+class DeltaRows:
+    """The rows for DuckDB, which asks for a new stream with each query."""
+
+    def __init__(self, table: DeltaTable) -> None:
+        refuse_unreadable(table)
+        self._table = table
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+        return delta_reader(self._table).__arrow_c_stream__(requested_schema)
+
+
+def queryable(table: DeltaTable) -> ds.Dataset | ds.Scanner | DeltaRows:
+    """The table for DuckDB: by pyarrow, with which it reads only what a query needs, where that is exact."""
+    # Partitions are values in the log, of which delta-rs gives pyarrow -0.05 as 0.-5.
+    decimals = [
+        name
+        for name in table.metadata().partition_columns
+        if pa.types.is_decimal(arrow_schema(table).field(name).type)
+    ]
+    return DeltaRows(table) if beyond_plain(table) or decimals else filterable(table)
+
+
+class DeltaSource:
+    """The loaded version of a Delta table as a `Source`."""
+
+    def __init__(self, table: DeltaTable, shown: str) -> None:
+        """`shown`: the table as a person is told it. Raises `InvalidCall` as `refuse_unreadable`."""
+        refuse_unreadable(table)
+        self._table = table
+        self._shown = shown
+        self._schema = arrow_schema(table)
+
+    def columns(self) -> Sequence[str]:
+        """See `Source.columns`."""
+        return list(self._schema.names)
+
+    def key_types(self, key: Sequence[str]) -> Sequence[pa.DataType]:
+        """See `Source.key_types`."""
+        return [key_type(name, self._schema.field(name).type) for name in key]
+
+    def identified_by(self, key: Sequence[str]) -> bool:
+        """See `Source.identified_by`."""
+        return False
+
+    def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
+        """See `Source.keys`."""
+        for rows in self._read(key.names):
+            keys, misfits = cast_keys(rows, key)
+            if misfits:
+                keys = keys.take(pa.array([i for i in range(keys.num_rows) if i not in misfits], pa.int64()))
+            yield keys
+
+    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
+        """See `Source.parts`."""
+        for rows in self._read(list(dict.fromkeys([*key.names, *columns]))):
+            yield part_of(rows, key, columns, unreadable, self._shown)
+
+    def close(self) -> None:
+        """See `Source.close`."""
+
+    def _read(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """The rows in tables of about `PART_BYTES`; of no columns, those of the first one."""
+        with storage_errors(f"cannot read {self._shown}"):
+            gathered: list[pa.RecordBatch] = []
+            size = rows = 0
+            for batch in delta_reader(self._table, columns or self._schema.names[:1]):
+                gathered.append(batch)
+                size, rows = size + batch.nbytes, rows + batch.num_rows
+                if size >= PART_BYTES or rows >= PART_ROWS:
+                    yield pa.Table.from_batches(gathered)
+                    gathered, size, rows = [], 0, 0
+            if gathered:
+                yield pa.Table.from_batches(gathered)
