@@ -12,16 +12,20 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_tasks import loop, sharing
+from vllm_tasks.budget import Budget
 from vllm_tasks.datalayer import Datalayer, outputs_name
 from vllm_tasks.datalayer.selection import Key, OutputTable, Refresh, Selection
+from vllm_tasks.earlier import refuse_other_source
 from vllm_tasks.engines.http import HttpConfig
 from vllm_tasks.errors import InvalidCall, TablesUnavailable, TooManyFailed, VllmTasksError
 from vllm_tasks.fingerprint import fingerprint
+from vllm_tasks.pace import Pace
 from vllm_tasks.plan import Columns, Plan, named_columns
 from vllm_tasks.prompts import Context
 from vllm_tasks.report import Progress, Report, Tally
 from vllm_tasks.settings import site_settings
-from vllm_tasks.stream import HASTE, RETRY_DELAYS, Budget, Display, Job, Pace, Run
+from vllm_tasks.source_id import source_id
+from vllm_tasks.stream import HASTE, RETRY_DELAYS, Display, Job, Run
 
 if TYPE_CHECKING:
     from vllm_tasks.predictor import Predictor
@@ -51,6 +55,7 @@ def predict_in_db(
     limit: int | None = None,
     context: Context = None,
     shard: tuple[int, int] | None = None,
+    same_source: bool = False,
     display: Display | None = None,
     **sampling: Any,
 ) -> Report:
@@ -75,10 +80,15 @@ def predict_in_db(
     retry_failed: ask the rows that have an error, and no others.
     max_failed: how many rows may fail, a share (float) or a count (int); None: any number. A run with more
         stops, commits what is finished and raises `TooManyFailed`; at once when the first 50 all fail alike.
-    limit: ask so many rows at most.
+        Judged by the rows that were read or sent first, not by those that finish first: failures that come
+        sooner than answers count for no more than they are.
+    limit: ask so many rows at most. Refused where it would replace outputs of another prompt, sampling or
+        model: `preview` tries rows and commits nothing.
     context: fills `{context}` of every prompt.
     shard: (i, n), only the i-th, from 0, of n parts of the rows, told by a hash of their keys: n such calls,
         on as many machines, are the whole table. The task's `shards=n` makes them.
+    same_source: go on with outputs of another source, whose rows are the same ones: the table was renamed, or
+        the SELECT was edited. Without it another source than the outputs are of is refused.
     display: where the run is shown; None: in the log.
 
     Raises `InvalidCall` before any work for what could not succeed, `TooManyFailed`, and what keeps a
@@ -118,7 +128,8 @@ def predict_in_db(
     )
     tables = datalayer.tables()
     try:
-        job = Job.of(plan, tables, selection, pace, budget, limit)
+        source = source_id(select, datalayer.url.get_secret_value().strip())
+        job = Job.of(plan, tables, selection, pace, budget, limit, source, same_source=same_source)
         return commit_answers(plan.model, predict_id, job, output, display or Log(), tally)
     finally:
         tables.close()
@@ -130,9 +141,15 @@ def commit_answers(
     """Ask for the rows that `job` selects and commit what comes; as of `predict_in_db`."""
     with tally.phase("check"):
         job.tables.check(job.selection)
+        if job.source is not None and not job.same_source:
+            refuse_other_source(job.tables, job.selection.outputs, job.source)
     verdict, counted = _run(job, output, display, tally)
     report = _report(model, predict_id, job, tally, counted)
     model._tell_cut_rows(tally.cut, tally.succeeded, job.plan.sampling)
+    if tally.replaced:
+        logger.warning(
+            "%s: %d outputs of an earlier prompt, sampling or model were replaced", predict_id, tally.replaced
+        )
     if verdict:
         raise TooManyFailed(
             f"{verdict}; what was finished is committed. Look at `_error` in {report.outputs}, correct the "
@@ -157,6 +174,8 @@ def _run(job: Job, output: OutputTable, display: Display, tally: Tally) -> tuple
     counted.compare(job, tally.done, complete=not verdict)
     if not verdict:
         display.progress(tally.progress(run.to_ask), last=True)
+        tally.rows = counted.rows
+        verdict = job.budget.exceeded(tally, at_end=True)
     return verdict, counted
 
 
@@ -219,6 +238,9 @@ def _report(model: Predictor, predict_id: str, job: Job, tally: Tally, counted: 
         errors=tally.errors(),
         worst=tuple(tally.worst),
         served_by=counted.served_by,
+        replaced=tally.replaced,
+        unreadable=tally.unreadable,
+        unreadable_lines=tuple(tally.unreadable_lines),
     )
 
 

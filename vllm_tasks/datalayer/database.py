@@ -123,7 +123,7 @@ class Database:
             self._refuse_bad_keys(connection, source, selection.key)
             if there := self._backend.shape(connection, selection.outputs):
                 table = OutputTable(selection.outputs, ())
-                expected = shape_of(made(table, selection.key, kinds), connection.dialect)
+                expected = shape_of(made(table, selection.key, kinds, there), connection.dialect)
                 known = {n: s for n, s in there.items() if n in expected or not s[1]}
                 refuse_differences(selection.outputs, known, expected, WAY_OUT)
 

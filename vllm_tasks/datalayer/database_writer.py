@@ -18,7 +18,7 @@ from vllm_tasks.datalayer.keyed_table import (
     refuse_long_names,
     shape_of,
 )
-from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, Key, OutputTable, Row
+from vllm_tasks.datalayer.selection import LATER, OWN_COLUMNS, POSITION, Key, OutputTable, Row
 from vllm_tasks.datalayer.storable import last_outputs
 from vllm_tasks.errors import InvalidCall
 
@@ -26,13 +26,14 @@ WAY_OUT = "give another predict_id, or drop that table if its answers are not ne
 """For outputs that are there with other columns."""
 
 
-def made(table: OutputTable, key: Sequence[str], key_kinds: Sequence[Any]) -> sa.Table:
-    """The table as SQLAlchemy makes it."""
+def made(table: OutputTable, key: Sequence[str], key_kinds: Sequence[Any], there: Shape) -> sa.Table:
+    """The table as SQLAlchemy makes it; where it is `there` from an earlier version, as that made it."""
+    absent = LATER - there.keys() if there else frozenset()
     columns = [sa.Column(name, kind, nullable=False) for name, kind in zip(key, key_kinds, strict=True)]
     columns += [sa.Column(column.name, KINDS[column.kind]) for column in table.columns]
     if table.flatten:
         columns.append(sa.Column(POSITION, KINDS["int"]))
-    columns += [sa.Column(name, KINDS[kind]) for name, kind in OWN_COLUMNS.items()]
+    columns += [sa.Column(name, KINDS[kind]) for name, kind in OWN_COLUMNS.items() if name not in absent]
     result = sa.Table(table.name, sa.MetaData(), *columns)
     if table.flatten:
         # An empty list is one row without a position. At 0 any two outcomes of a key meet.
@@ -57,7 +58,7 @@ class DatabaseWriter:
         self._backend = backend
         self._key = tuple(key)
         self._refuse_names(table)
-        self._table = made(table, key, key_kinds)
+        self._table = made(table, key, key_kinds, self._shape_of(table.name))
         self._create()
         json = {column.name for column in table.columns if column.kind == "json"}
         self._keyed = KeyedTable(backend, self._table, key, json)
@@ -89,16 +90,16 @@ class DatabaseWriter:
         refuse_long_names((table.name, *columns), self._backend.engine.dialect)
 
     def _create(self) -> None:
-        if not self._shape():
+        if not self._shape_of(self._table.name):
             try:
                 with self._backend.engine.begin() as connection:
                     self._table.create(connection, checkfirst=False)
             except DBAPIError as e:
-                if not self._shape():  # no rival made it
+                if not self._shape_of(self._table.name):  # no rival made it
                     raise self._backend.translated(e) from e
         expected = shape_of(self._table, self._backend.engine.dialect)
-        refuse_differences(self._table.name, self._shape(), expected, WAY_OUT)
+        refuse_differences(self._table.name, self._shape_of(self._table.name), expected, WAY_OUT)
 
-    def _shape(self) -> Shape:
+    def _shape_of(self, name: str) -> Shape:
         with self._backend.reading() as connection:
-            return self._backend.shape(connection, self._table.name)
+            return self._backend.shape(connection, name)

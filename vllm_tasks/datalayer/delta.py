@@ -21,7 +21,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, DeltaProtocolErr
 from fsspec.implementations.local import LocalFileSystem as LocalFolders
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
-from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, OutputTable
+from vllm_tasks.datalayer.selection import LATER, OWN_COLUMNS, POSITION, OutputTable
 from vllm_tasks.datalayer.storable import HALF_A_CHARACTER, INT64, is_text, to_json
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 from vllm_tasks.places import without_secrets
@@ -173,8 +173,12 @@ def arrow_schema(table: DeltaTable) -> pa.Schema:
     return pa.schema(table.schema())
 
 
-def table_schema(key: dict[str, pa.DataType], table: OutputTable) -> pa.Schema:
-    """Raises `InvalidCall` when two columns would have one name."""
+def table_schema(key: dict[str, pa.DataType], table: OutputTable, there: DeltaTable | None) -> pa.Schema:
+    """That of the outputs `table`; where it is `there` from an earlier version, without what came later.
+
+    Raises `InvalidCall` when two columns would have one name.
+    """
+    absent = LATER - set(arrow_schema(there).names) if there is not None else frozenset()
     fields = [pa.field(name, kind) for name, kind in key.items()]
     fields += [
         pa.field(c.name, ARROW_TYPES[c.kind], metadata=JSON if c.kind == "json" else None)
@@ -182,7 +186,7 @@ def table_schema(key: dict[str, pa.DataType], table: OutputTable) -> pa.Schema:
     ]
     if table.flatten:
         fields.append(pa.field(POSITION, pa.int64()))
-    fields += [pa.field(name, ARROW_TYPES[kind]) for name, kind in OWN_COLUMNS.items()]
+    fields += [pa.field(name, ARROW_TYPES[kind]) for name, kind in OWN_COLUMNS.items() if name not in absent]
     seen: set[str] = set()
     for f in fields:
         if f.name.casefold() in seen:

@@ -34,6 +34,7 @@ from vllm_tasks.datalayer.delta import (
 from vllm_tasks.datalayer.delta_writer import DeltaWriter
 from vllm_tasks.datalayer.put import WAY_OUT, checked
 from vllm_tasks.datalayer.selection import (
+    LATER,
     OWN_COLUMNS,
     PAGE,
     POSITION,
@@ -206,11 +207,13 @@ class Lake:
     def writer(self, selection: Selection, table: OutputTable) -> Writer:
         """See `Tables.writer`."""
         url = self._at(table.name)
-        if self._outputs(selection) is None and self._is_empty(selection):
+        there = self._outputs(selection)
+        if there is None and self._is_empty(selection):
             # The types of no rows' keys would be those of the table for ever.
             return NoRows(self._shown)
         types = self._types(selection)
-        schema = table_schema({name: key_type(name, types[name])[1] for name in selection.key}, table)
+        key = {name: key_type(name, types[name])[1] for name in selection.key}
+        schema = table_schema(key, table, there)
         properties = writer_properties(table.compression)
         delta = make_table(url, schema, len(selection.key), table.partition_by)
         return DeltaWriter(url, schema, selection.key, properties, delta, self._open().cursor())
@@ -468,7 +471,7 @@ class Lake:
             for n, kind in here.items()
             if there.get(n) != kind
         ]
-        return wrong + [f"{n!r} is missing" for n in OWN_COLUMNS if n not in there]
+        return wrong + [f"{n!r} is missing" for n in OWN_COLUMNS if n not in there.keys() | LATER]
 
     def _ids(self, selection: Selection) -> pa.Table:
         types = self._types(selection)

@@ -34,9 +34,12 @@ OWN_COLUMNS: dict[str, BuiltinType | Literal["timestamp"]] = {
     "_fingerprint": "str",
     "_input_hash": "str",
     "_created_at": "timestamp",
+    "_source": "str",
 }
 """What every outputs table has after the key, the output and, when flattened, `_position`.
 Timestamps are in UTC, with microseconds."""
+LATER = frozenset({"_source"})
+"""Own columns that outputs of earlier versions lack. Those are written on without them."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,13 @@ class SourceRow:
     """The outputs hold this key already, under whatever fingerprint."""
     input_hash: str | None
     """Of the output there, when it was made under the present fingerprint."""
+    error: str | None = None
+    """Why the row could not be read, in words of bounded length; `values` is empty then."""
+
+    @property
+    def replaces_earlier(self) -> bool:
+        """Whether the output there was made under another fingerprint."""
+        return self.redo and self.input_hash is None
 
 
 @dataclass(frozen=True)

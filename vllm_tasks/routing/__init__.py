@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from vllm_tasks.budget import Budget
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.errors import InvalidCall, TooManyFailed, VllmTasksError
 from vllm_tasks.plan import Columns
@@ -23,7 +24,7 @@ from vllm_tasks.routing.part import Part
 from vllm_tasks.routing.place import Place, place_of
 from vllm_tasks.routing.runs import Runs, Shown
 from vllm_tasks.rows import Request, Result, RowError
-from vllm_tasks.stream import Budget, Display
+from vllm_tasks.stream import Display
 from vllm_tasks.tables import datalayer_of
 from vllm_tasks.validation import Validation
 from vllm_tasks.validation.report import ValidationReport
