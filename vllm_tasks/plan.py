@@ -71,6 +71,7 @@ class Plan:
         sampling = model._sampling(given)
         prompter = model._prompter(context)
         model._check_call([], sampling)
+        prompter.check_fields(record(columns))
         model_name, model_identity = identity_of(config)
         identity = {
             "model": model._behind or model_identity,

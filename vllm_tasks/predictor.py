@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
@@ -18,6 +19,7 @@ from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     PrivateAttr,
+    SecretStr,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -25,6 +27,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, InitErrorDetails
 
 from vllm_tasks import loop, sharing
+from vllm_tasks.arguments import check_spelling
 from vllm_tasks.callables import DottedCallable, check_importable
 from vllm_tasks.datalayer import Datalayer, check_name, not_shown, own_fields, validated
 from vllm_tasks.datatypes import DataType
@@ -178,6 +181,15 @@ class Predictor(BaseModel):
         site_settings()  # raises `InvalidCall` here; in a check it would be the error of a field
         super().__init__(**fields)
 
+    @field_validator("db", mode="before")
+    @classmethod
+    def _datalayer_of_url(cls, value: Any) -> Any:
+        if isinstance(value, str | os.PathLike):
+            return Datalayer(url=SecretStr(os.fspath(value)))
+        if not (value is None or isinstance(value, Datalayer | Mapping)):
+            raise ValueError(f"db is a {type(value).__name__}; give a Datalayer, or its URL as a text")
+        return value
+
     @field_validator("identifier")
     @classmethod
     def _without_slash(cls, value: str) -> str:
@@ -298,6 +310,7 @@ class Predictor(BaseModel):
         model too. Raises `RowErrors` when the row fails, `InvalidCall`, `ServerUnavailable` or `EngineFailed`
         when the call does.
         """
+        check_spelling(sampling, self.predict, self._sampling_target())
         (output,) = _checked(self._outputs([x], context, sampling), "raise")
         assert not isinstance(output, RowError)
         return output
@@ -312,6 +325,7 @@ class Predictor(BaseModel):
         `context` fills `{context}` of every prompt, `sampling` wins over `predict_kwargs`.
         """
         _check_on_error(on_error)
+        check_spelling(sampling, self.predict_batches, self._sampling_target())
         return _checked(self._outputs(xs, context, sampling), on_error)
 
     def completions(
@@ -319,6 +333,7 @@ class Predictor(BaseModel):
     ) -> list[Completion | RowError]:
         """As `predict_batches`, with full results: texts, token ids, logprobs, finish reasons, usage."""
         _check_on_error(on_error)
+        check_spelling(sampling, self.completions, self._sampling_target())
         return _checked(self._results(xs, context, sampling), on_error)
 
     def _outputs(

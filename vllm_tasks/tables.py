@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import SecretStr
+
 from vllm_tasks import loop, sharing
+from vllm_tasks.arguments import check_folder, check_spelling, table_or_statement
 from vllm_tasks.budget import Budget
 from vllm_tasks.datalayer import Datalayer, outputs_name
 from vllm_tasks.datalayer.selection import Key, OutputTable, Refresh, Selection
@@ -41,7 +44,7 @@ COUNT_PATIENCE = 5.0
 def predict_in_db(
     model: Predictor,
     X: Columns,  # noqa: N803 - the name in the contract, as in scikit-learn
-    select: str,
+    select: str | os.PathLike[str],
     *,
     predict_id: str | None = None,
     primary_id: str | Sequence[str] = "id",
@@ -95,6 +98,8 @@ def predict_in_db(
     run from going on: `ServerUnavailable`, `EngineFailed`, `TablesUnavailable`. In each case, and on
     Ctrl-C or SIGTERM, what was finished is committed.
     """
+    check_spelling(sampling, predict_in_db, model._sampling_target())
+    select = table_or_statement(select)
     key = named_columns("primary_id", primary_id)
     predict_id = model.identifier if predict_id is None else predict_id
     options = model.model_update_kwargs
@@ -292,13 +297,17 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 def datalayer_of(db: Datalayer | str | None, model: Predictor) -> Datalayer:
+    """Where a call reads and writes: `db`, else the model's own; raises `InvalidCall` for no such place."""
     if isinstance(db, os.PathLike):
         db = os.fspath(db)
     if db is not None and not isinstance(db, str | Datalayer):
-        raise InvalidCall(f"db=<{type(db).__name__}> is neither a Datalayer nor its URL")
-    if isinstance(db, str):
-        return Datalayer(url=db)  # type: ignore[arg-type]  # pydantic makes the secret
-    if (found := db or model.db) is not None:
+        raise InvalidCall(
+            f"db=<{type(db).__name__}> is neither a Datalayer nor its URL: give a folder, 'data/', an fsspec "
+            "URL or a SQLAlchemy URL, 'sqlite:///file.db'"
+        )
+    found = Datalayer(url=SecretStr(db)) if isinstance(db, str) else db or model.db
+    if found is not None:
+        check_folder(found.url.get_secret_value().strip())
         return found
     raise InvalidCall(
         f"{model.identifier!r} has no db: pass db='folder' or db=Datalayer(url=...), or give the model one"
