@@ -24,6 +24,7 @@ from prefect.exceptions import PrefectException
 
 from vllm_tasks.datalayer import ODD
 from vllm_tasks.errors import printable
+from vllm_tasks.previews import Preview, as_cells
 from vllm_tasks.report import Progress, Report
 from vllm_tasks.stream import shown_key
 
@@ -105,6 +106,14 @@ def show_report(report: Report) -> None:
             ]
             words = f"{len(table)} of {report.failed:,} failed rows of {report.predict_id}"
             create_table_artifact(table, f"{slug(report.predict_id)}-errors", words)
+
+
+def show_preview(preview: Preview) -> None:
+    """The rows of a preview as a table artifact."""
+    with only_shown("the preview"):
+        words = f"{len(preview.rows)} rows of {preview.source}; nothing is committed"
+        table = [as_cells(row) for row in preview.rows]
+        create_table_artifact(table, f"{slug(preview.model)}-preview", words)
 
 
 def markdown_of(report: Report) -> str:

@@ -46,6 +46,7 @@ from vllm_tasks.validation import Validation
 
 if TYPE_CHECKING:
     from vllm_tasks.plan import Columns
+    from vllm_tasks.previews import Preview
     from vllm_tasks.report import Report
 
 logger = logging.getLogger(__name__)
@@ -426,7 +427,7 @@ class Predictor(BaseModel):
                 "model nor the chat protocol says more)", self.identifier, cut, answers,
             )  # fmt: skip
 
-    def predict_in_db(self, X: Columns, select: str, **options: Any) -> Report:  # noqa: N803
+    def predict_in_db(self, X: Columns, select: str | os.PathLike[str], **options: Any) -> Report:  # noqa: N803
         """Ask for the rows of a table and commit one output or one error for each.
 
         All options and errors are those of `vllm_tasks.tables.predict_in_db`, which this calls; in a flow,
@@ -435,6 +436,21 @@ class Predictor(BaseModel):
         from vllm_tasks.tables import predict_in_db
 
         return predict_in_db(self, X, select, **options)
+
+    def preview(
+        self,
+        X: Columns,  # noqa: N803
+        select: str | os.PathLike[str],
+        n: int = 5,
+        **options: Any,
+    ) -> Preview:
+        """Ask for the first `n` rows of a table, to look at prompts and answers; nothing is committed.
+
+        All options and errors are those of `vllm_tasks.previews.preview`.
+        """
+        from vllm_tasks.previews import preview
+
+        return preview(self, X, select, n, **options)
 
     # ------------------------------------------------------------------ the engine
 
