@@ -41,6 +41,7 @@ def batch_predict(
     max_failed: float | int | None = 0.05,
     max_chunk_size: Rows | None = None,
     shards: Rows = 1,
+    same_source: bool = False,
 ) -> Report:
     """Ask a model for the rows of a table and commit one output or one error for each.
 
@@ -62,6 +63,7 @@ def batch_predict(
         ids: Only the rows with these keys.
         max_failed: How many rows may fail, a share (0.05) or a count (20); None: any number.
         max_chunk_size: Rows of a commit; None: VLLM_TASKS_COMMIT_ROWS.
+        same_source: Go on with the outputs of a table that was renamed or a SELECT that was edited since.
         shards: Flow runs on the model's work pool to spread the rows over, each with an engine of its own.
     """
     report: Report = predict_in_db(
@@ -80,6 +82,7 @@ def batch_predict(
         max_chunk_size=max_chunk_size,
         context=context,
         shards=shards,
+        same_source=same_source,
         **(sampling or {}),
     )
     return report

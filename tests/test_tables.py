@@ -27,8 +27,8 @@ from vllm_tasks import (
     VllmAPI,
 )
 from vllm_tasks.fingerprint import input_hash
+from vllm_tasks.pace import Pace
 from vllm_tasks.plan import records
-from vllm_tasks.stream import Pace
 from vllm_tasks.tables import Log
 
 

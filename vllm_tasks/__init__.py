@@ -17,11 +17,12 @@ from vllm_tasks.errors import (
 )
 from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.outputs import Artifact
+from vllm_tasks.previews import Preview, PreviewRow
 from vllm_tasks.report import ErrorKind, FailedRow, Report
 from vllm_tasks.rows import Choice, Completion, RowError, TokenLogprob
 from vllm_tasks.serving import serve
 from vllm_tasks.settings import Settings
-from vllm_tasks.tasks import compare, completions, predict, predict_batches, predict_in_db, validate
+from vllm_tasks.tasks import compare, completions, predict, predict_batches, predict_in_db, preview, validate
 from vllm_tasks.validation import Dataset, Metric, Validation
 from vllm_tasks.validation.report import Comparison, DatasetReport, ValidationReport
 
@@ -40,6 +41,8 @@ __all__ = [
     "GateFailed",
     "InvalidCall",
     "Metric",
+    "Preview",
+    "PreviewRow",
     "Report",
     "RowError",
     "RowErrors",
@@ -58,6 +61,7 @@ __all__ = [
     "predict",
     "predict_batches",
     "predict_in_db",
+    "preview",
     "serve",
     "validate",
 ]

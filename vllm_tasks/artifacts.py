@@ -24,6 +24,7 @@ from prefect.exceptions import PrefectException
 
 from vllm_tasks.datalayer import ODD
 from vllm_tasks.errors import printable
+from vllm_tasks.previews import Preview, as_cells
 from vllm_tasks.report import Progress, Report
 from vllm_tasks.stream import shown_key
 
@@ -35,6 +36,8 @@ LAST_PATIENCE = 5.0
 """Seconds that a finished run waits until the last update is there."""
 MESSAGE_SHOWN = 300
 """Characters of an error's message in the table of errors."""
+LINES_SHOWN = 20
+"""Lines that could not be read, of which the report tells."""
 PHASES = {
     "check": "checking the call, the source and its keys",
     "first_row": "start to the first row sent",
@@ -105,6 +108,14 @@ def show_report(report: Report) -> None:
             create_table_artifact(table, f"{slug(report.predict_id)}-errors", words)
 
 
+def show_preview(preview: Preview) -> None:
+    """The rows of a preview as a table artifact."""
+    with only_shown("the preview"):
+        words = f"{len(preview.rows)} rows of {preview.source}; nothing is committed"
+        table = [as_cells(row) for row in preview.rows]
+        create_table_artifact(table, f"{slug(preview.model)}-preview", words)
+
+
 def markdown_of(report: Report) -> str:
     """The report as Markdown: counts, tokens, seconds, kinds of errors with keys (no contents)."""
     per_second = report.completion_tokens / max(report.seconds.get("answer", 0.0), 1e-3)
@@ -119,8 +130,13 @@ def markdown_of(report: Report) -> str:
         "completion tokens": f"{report.completion_tokens:,} ({per_second:,.0f} a second)",
         "commits": _number(report.commits),
     }
+    if report.replaced:
+        counts["outputs of an earlier prompt, sampling or model replaced"] = _number(report.replaced)
+    if report.unreadable:
+        counts["lines that could not be read"] = _number(report.unreadable)
     seconds = {PHASES[p]: f"{report.seconds[p]:,.2f} s" for p in PHASES if p in report.seconds}
     kinds = [(e.kind, f"{e.rows:,}", ", ".join(code(shown_key(k)) for k in e.keys)) for e in report.errors]
+    lines = [(words(line[:MESSAGE_SHOWN]),) for line in report.unreadable_lines[:LINES_SHOWN]]
     served = ", ".join(f"{name} {value}" for name, value in report.served_by.items())
     parts = [
         f"# {words(report.predict_id)}",
@@ -128,6 +144,7 @@ def markdown_of(report: Report) -> str:
         markdown_table(("rows", ""), counts.items()),
         markdown_table(("time", ""), seconds.items()),
         markdown_table(("error", "rows", "keys, for example"), kinds) if kinds else "No row failed.",
+        *([markdown_table(("lines that could not be read, for example",), lines)] if lines else []),
         f"Model `{cell(report.model)}`, fingerprint `{report.fingerprint[:16]}`"
         + (f", served by {words(served)}" if served else ""),
     ]

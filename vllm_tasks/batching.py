@@ -98,6 +98,12 @@ def side_by_side(folded: Sequence[tuple[Request, T]]) -> list[tuple[Request, T]]
     return sorted(folded, key=lambda entry: _text_of(entry[0]))
 
 
+def sending_order(requests: Sequence[Request]) -> Iterator[int]:
+    """The positions of requests in the order in which `answer` sends them."""
+    for _, positions in side_by_side(fold(requests)):
+        yield from positions
+
+
 def chunks(items: Sequence[T], size: int | None) -> Iterator[Sequence[T]]:
     """Consecutive slices of `size` items, the last one shorter; None gives one slice."""
     step = size or max(len(items), 1)

@@ -38,6 +38,9 @@ class RowDecoder(Protocol):
     def rows(self, completion: Completion) -> list[tuple[Any, ...]] | RowError:
         """The answer as rows, each with a value for each of `columns`."""
 
+    def values(self, completion: Completion) -> Any | RowError:
+        """The answer as `predict` gives it."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -71,6 +74,7 @@ class Plan:
         sampling = model._sampling(given)
         prompter = model._prompter(context)
         model._check_call([], sampling)
+        prompter.check_fields(record(columns))
         model_name, model_identity = identity_of(config)
         identity = {
             "model": model._behind or model_identity,

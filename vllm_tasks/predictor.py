@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
@@ -18,6 +19,7 @@ from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     PrivateAttr,
+    SecretStr,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -25,6 +27,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, InitErrorDetails
 
 from vllm_tasks import loop, sharing
+from vllm_tasks.arguments import check_spelling
 from vllm_tasks.callables import DottedCallable, check_importable
 from vllm_tasks.datalayer import Datalayer, check_name, not_shown, own_fields, validated
 from vllm_tasks.datalayer.partitions import named, refuse_inexact
@@ -44,6 +47,7 @@ from vllm_tasks.validation import Validation
 
 if TYPE_CHECKING:
     from vllm_tasks.plan import Columns
+    from vllm_tasks.previews import Preview
     from vllm_tasks.report import Report
 
 logger = logging.getLogger(__name__)
@@ -179,6 +183,15 @@ class Predictor(BaseModel):
         site_settings()  # raises `InvalidCall` here; in a check it would be the error of a field
         super().__init__(**fields)
 
+    @field_validator("db", mode="before")
+    @classmethod
+    def _datalayer_of_url(cls, value: Any) -> Any:
+        if isinstance(value, str | os.PathLike):
+            return Datalayer(url=SecretStr(os.fspath(value)))
+        if not (value is None or isinstance(value, Datalayer | Mapping)):
+            raise ValueError(f"db is a {type(value).__name__}; give a Datalayer, or its URL as a text")
+        return value
+
     @field_validator("identifier")
     @classmethod
     def _without_slash(cls, value: str) -> str:
@@ -312,6 +325,7 @@ class Predictor(BaseModel):
         model too. Raises `RowErrors` when the row fails, `InvalidCall`, `ServerUnavailable` or `EngineFailed`
         when the call does.
         """
+        check_spelling(sampling, self.predict, self._sampling_target())
         (output,) = _checked(self._outputs([x], context, sampling), "raise")
         assert not isinstance(output, RowError)
         return output
@@ -326,6 +340,7 @@ class Predictor(BaseModel):
         `context` fills `{context}` of every prompt, `sampling` wins over `predict_kwargs`.
         """
         _check_on_error(on_error)
+        check_spelling(sampling, self.predict_batches, self._sampling_target())
         return _checked(self._outputs(xs, context, sampling), on_error)
 
     def completions(
@@ -333,6 +348,7 @@ class Predictor(BaseModel):
     ) -> list[Completion | RowError]:
         """As `predict_batches`, with full results: texts, token ids, logprobs, finish reasons, usage."""
         _check_on_error(on_error)
+        check_spelling(sampling, self.completions, self._sampling_target())
         return _checked(self._results(xs, context, sampling), on_error)
 
     def _outputs(
@@ -425,7 +441,7 @@ class Predictor(BaseModel):
                 "model nor the chat protocol says more)", self.identifier, cut, answers,
             )  # fmt: skip
 
-    def predict_in_db(self, X: Columns, select: str, **options: Any) -> Report:  # noqa: N803
+    def predict_in_db(self, X: Columns, select: str | os.PathLike[str], **options: Any) -> Report:  # noqa: N803
         """Ask for the rows of a table and commit one output or one error for each.
 
         All options and errors are those of `vllm_tasks.tables.predict_in_db`, which this calls; in a flow,
@@ -434,6 +450,21 @@ class Predictor(BaseModel):
         from vllm_tasks.tables import predict_in_db
 
         return predict_in_db(self, X, select, **options)
+
+    def preview(
+        self,
+        X: Columns,  # noqa: N803
+        select: str | os.PathLike[str],
+        n: int = 5,
+        **options: Any,
+    ) -> Preview:
+        """Ask for the first `n` rows of a table, to look at prompts and answers; nothing is committed.
+
+        All options and errors are those of `vllm_tasks.previews.preview`.
+        """
+        from vllm_tasks.previews import preview
+
+        return preview(self, X, select, n, **options)
 
     # ------------------------------------------------------------------ the engine
 

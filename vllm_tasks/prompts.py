@@ -6,13 +6,13 @@ import functools
 import inspect
 import json
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
 import fsspec
 
-from vllm_tasks.errors import InvalidCall
+from vllm_tasks.errors import SHOWN, InvalidCall, near
 from vllm_tasks.places import check_place, without_secrets
 from vllm_tasks.plain_text import NoText, plain_text
 from vllm_tasks.rows import Message, RowError
@@ -158,6 +158,24 @@ class Prompter:
             way_out = "put {context} into the prompt" if self.function is None else "name it in prompt_func"
             raise InvalidCall(f"context was given, but nothing uses it: {way_out}")
 
+    def check_fields(self, example: Any) -> None:
+        """Raise `InvalidCall` when no record of the shape of `example` can be a prompt."""
+        args, kwargs = call_arguments(self.signature, example)
+        if self.function is not None:
+            named = {name: value for name, value in self.named.items() if value or name not in kwargs}
+            if why := _refusal(self.function, args, {**kwargs, **named}, twice=named.keys() & kwargs.keys()):
+                raise InvalidCall(f"prompt_func cannot be called with the columns of X: {why}")
+            return
+        there = {*map(str, range(len(args))), *kwargs, *self.filled}
+        if self.signature == "singleton":
+            there.add("input")
+        if absent := sorted(self.template.fields - there):
+            fields = ", ".join(f"{{{field}}}" for field in absent[:SHOWN])
+            raise InvalidCall(
+                f"the prompt uses {fields}, and X gives no such argument; with signature={self.signature!r} "
+                f"it gives {', '.join(map(repr, sorted(there)[:20])) or 'nothing'}{near(absent[0], there)}"
+            )
+
     def __call__(self, x: Any) -> str | list[Message] | RowError:
         """The text or chat messages for one record, or why there are none."""
         try:
@@ -233,6 +251,23 @@ def joined(context: Context) -> str | None:
     if _is_tuple(context) and all(isinstance(piece, str) for piece in context):
         return "\n".join(context)
     raise InvalidCall(f"context must be a text or a list of texts, got {context!r:.100}")
+
+
+def _refusal(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], twice: Collection[str]
+) -> str | None:
+    """Why `function` takes no such arguments; None when it does, or does not tell what it takes."""
+    if twice:
+        return f"{sorted(twice)} would be given twice, by X and by the call"
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some built-ins, such as str, do not tell
+        return None
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        return str(error)
+    return None
 
 
 def named_parameters(function: Callable[..., Any]) -> set[str]:

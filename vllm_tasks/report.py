@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
+from vllm_tasks.errors import printable
 from vllm_tasks.rows import Completion, Result, RowError, reason_of
 
 EXAMPLES = 5
 """Keys that are shown for each kind of error."""
 WORST = 50
 """Failed rows of which key and message are kept for the table of errors."""
+LINE_SHOWN = 200
+"""Characters of what is told about a line that could not be read."""
+FIRST = 50
+"""A run is hopeless when so many rows, the first that were sent, have all failed alike."""
+UNASKED = {"prompt", "read"}
+"""Kinds of errors of rows that were never sent: they say nothing about those that are."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,9 @@ class Report:
 
     `rows` of the source (with the `ids`), None when they were not counted in time; `up_to_date` of them
     needed no asking, None where that is not known: with `limit` or `retry_failed`, or when the run stopped
-    early. `asked` = `succeeded` + `failed`, all of them committed.
+    early. `asked` = `succeeded` + `failed`, all of them committed. `replaced` of them had an output of an
+    earlier prompt, sampling or model, which is gone. `unreadable` lines of the source have no key, hence
+    no output; `unreadable_lines` tells of some of them where they are, and why.
     `seconds` has `total` and its parts, which overlap: `check` (the call, the source and its keys),
     `first_row` (from the start to the first row that was sent), `read` (source and prompts), `answer`
     (from the first row sent to the last answer), `commit`.
@@ -69,14 +79,22 @@ class Report:
     errors: tuple[ErrorKind, ...] = ()
     worst: tuple[FailedRow, ...] = field(default=(), repr=False)
     served_by: dict[str, str] = field(default_factory=dict)
+    replaced: int = 0
+    unreadable: int = 0
+    unreadable_lines: tuple[str, ...] = ()
 
     @classmethod
     def of_shards(cls, reports: Sequence[Report], total: float) -> Report:
         """That of a run in parts, one or more, `total` seconds long, from those of the parts.
 
-        Counts are added up; of a phase, the seconds of the part that took longest.
+        Counts are added up, but for lines that could not be read, which each part meets. Of a phase, the
+        seconds of the part that took longest.
         """
-        counts = ("asked", "succeeded", "failed", "cut", "prompt_tokens", "completion_tokens", "commits")
+        counts = (
+            *("asked", "succeeded", "failed", "cut", "prompt_tokens", "completion_tokens", "commits"),
+            "replaced",
+        )
+        most = max(reports, key=lambda r: r.unreadable)
         longest = {
             phase: max(r.seconds.get(phase, 0.0) for r in reports)
             for report in reports
@@ -90,18 +108,28 @@ class Report:
             seconds={**longest, "total": round(total, 3)},
             errors=_merged([e for r in reports for e in r.errors]),
             worst=tuple(row for r in reports for row in r.worst)[:WORST],
+            unreadable=most.unreadable,
+            unreadable_lines=most.unreadable_lines,
         )
 
     def __str__(self) -> str:
         done_before = "" if self.up_to_date is None else f", {self.up_to_date:,} were up to date"
+        if self.unreadable:
+            done_before += f", {self.unreadable:,} lines could not be read"
         if not self.asked:
-            return f"{self.predict_id}: nothing to ask{done_before}; outputs: {self.outputs}"
+            return f"{self.predict_id}: nothing to ask{done_before}{self._lines}; outputs: {self.outputs}"
+        if self.replaced:
+            done_before += f", {self.replaced:,} outputs of an earlier prompt, sampling or model replaced"
         kinds = "".join(f"; {e.kind}: {e.rows:,}" for e in self.errors)
         return (
             f"{self.predict_id}: {self.succeeded:,} rows answered, {self.failed:,} failed{done_before}, "
-            f"{self.completion_tokens:,} tokens in {self.seconds['total']:.1f} s{kinds}; "
-            f"outputs: {self.outputs}"
+            f"{self.completion_tokens:,} tokens in {self.seconds['total']:.1f} s{kinds}"
+            f"{self._lines}; outputs: {self.outputs}"
         )
+
+    @property
+    def _lines(self) -> str:
+        return "".join(f"; {printable(line[:LINE_SHOWN])}" for line in self.unreadable_lines[:EXAMPLES])
 
 
 @dataclass(frozen=True)
@@ -184,6 +212,15 @@ class Tally:
     kinds: dict[str, int] = field(default_factory=dict)
     keys: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
     worst: list[FailedRow] = field(default_factory=list)
+    rows: int | None = None
+    """Of the source, once they have been counted."""
+    replaced: int = 0
+    unreadable: int = 0
+    unreadable_lines: list[str] = field(default_factory=list)
+    _first: set[tuple[Any, ...]] = field(default_factory=set)
+    """Of the `FIRST` rows that were sent, those without an outcome."""
+    _sent: int = 0
+    """How many rows were in `_first` at any time."""
 
     @classmethod
     def of(cls, report: Report) -> Tally:
@@ -195,7 +232,24 @@ class Tally:
             kinds={e.kind: e.rows for e in report.errors},
             keys={e.kind: list(e.keys) for e in report.errors},
             worst=list(report.worst),
+            rows=report.rows,
+            unreadable=report.unreadable,
+            unreadable_lines=list(report.unreadable_lines),
         )
+
+    def begin(self, rows: int, sent: Iterable[tuple[Any, ...]]) -> None:
+        """So many rows were read, of which these keys are `sent`, in this order; before any is finished."""
+        self.read += rows
+        first = list(islice(sent, FIRST - self._sent))
+        self._first.update(first)
+        self._sent += len(first)
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether all that is finished has failed in one way, and among it the rows that were sent first."""
+        if self.done < FIRST or self.succeeded or len(self.kinds) != 1 or self._first:
+            return False
+        return not self.kinds.keys() <= UNASKED or self.done == self.read
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -208,6 +262,7 @@ class Tally:
 
     def count(self, key: tuple[Any, ...], answer: Result, outcome: Result) -> None:
         """`answer` is what the engine said, `outcome` the same unless it could not be decoded."""
+        self._first.discard(key)
         if isinstance(answer, Completion):
             self.prompt_tokens += answer.prompt_tokens or 0
             self.completion_tokens += answer.completion_tokens or 0

@@ -10,6 +10,7 @@ Message = Mapping[str, Any]
 """One chat message as vLLM takes it: `role`, `content` (text or a list of content parts), ..."""
 
 RowErrorKind = Literal[
+    "read",  # the row could not be read
     "prompt",  # the row could not be turned into a prompt
     "too_long",  # the prompt does not fit into the model's context
     "refused",  # vLLM refused this request (HTTP 4xx, or its own validation)

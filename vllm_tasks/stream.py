@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -20,10 +20,15 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
 from vllm_tasks import sharing
+from vllm_tasks.batching import sending_order
+from vllm_tasks.budget import Budget
 from vllm_tasks.datalayer.selection import POSITION, Key, Row, Selection, SourceRow, Tables, Writer
+from vllm_tasks.earlier import holds_others
 from vllm_tasks.errors import InvalidCall, TablesUnavailable, VllmTasksError, printable
 from vllm_tasks.fingerprint import input_hash
 from vllm_tasks.loop import Tasks
+from vllm_tasks.open_rows import Open, bytes_of_answer, bytes_of_request
+from vllm_tasks.pace import Pace
 from vllm_tasks.plan import Plan
 from vllm_tasks.report import Progress, Tally
 from vllm_tasks.rows import Completion, Request, Result, RowError
@@ -32,85 +37,20 @@ logger = logging.getLogger(__name__)
 
 ASKED_TOGETHER = 512
 """Rows that are folded and put in order together."""
-FULLEST = 16
-"""A commit takes what has finished by then, up to so many times the rows that close a group."""
-APART = 2.0
-"""Seconds between two commits, unless the second one is as full as can be: at a thousand rows a second,
-groups of 512 would cost Prefect and the log more than they are worth."""
-AT_RISK = 0.1
-"""The share of a run's time that a crash may undo: early groups close early, as a small job is one group
-otherwise, and all of it would be asked again."""
 RETRY_DELAYS = 1, 5, 15, 30
 """Seconds before each new attempt to reach lost tables."""
 HASTE = 2.0
 """Seconds that a stopping run waits for its requests to end, and again for its reader: of 10 s, within which
 what is finished must be committed."""
-SAME_FATE = 50
-"""A run whose first rows, so many, all fail alike is hopeless."""
 KEY_SHOWN = 100
 """Characters of a key in names and logs."""
-FEW = 500
-"""A share of failed rows is taken of at least so many."""
-
-
-@dataclass(frozen=True)
-class Pace:
-    """When a commit group closes: at `rows` finished rows or `seconds` after its first; early ones sooner."""
-
-    rows: int
-    seconds: float
-    most: int
-    apart: float
-
-    @classmethod
-    def of(cls, max_chunk_size: int | None, commit_rows: int, commit_seconds: float) -> Pace:
-        """A size that the caller gives is kept; else groups are larger where rows are fast."""
-        if max_chunk_size is not None:
-            return cls(max_chunk_size, commit_seconds, max_chunk_size, 0.0)
-        return cls(commit_rows, commit_seconds, FULLEST * commit_rows, APART)
-
-    def is_due(self, finished: int, age: float, since_commit: float, elapsed: float, *, redo: bool) -> bool:
-        """Whether a group of `finished` rows closes now.
-
-        In seconds: the `age` of its first row, the time since the last commit, and since the first answer of
-        the run. Where rows are redone, groups are as large as can be: a lake copies each file that one is in.
-        """
-        patience = self.seconds if redo else min(self.seconds, max(APART, AT_RISK * elapsed))
-        if finished >= self.most or age >= patience:
-            return True
-        return finished >= self.rows and since_commit >= self.apart and not (redo and self.apart)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How many rows may fail: a share of those finished, a count, or None for any number."""
-
-    max_failed: float | int | None
-
-    def exceeded(self, tally: Tally, *, at_end: bool) -> str | None:
-        """Why the run must stop, or None."""
-        limit = self.max_failed
-        if limit is None or not tally.failed:
-            return None
-        if isinstance(limit, float) and limit >= 1.0:
-            return None
-        # Rows that become no prompt come before any answer: they say nothing of those that are asked.
-        told = tally.kinds.keys() != {"prompt"} or tally.done == tally.read
-        if tally.done >= SAME_FATE and tally.failed == tally.done and len(tally.kinds) == 1 and told:
-            (kind,) = tally.kinds
-            why = printable(tally.worst[0].reason[:300])
-            return f"the first {tally.done} rows all failed alike ({kind}: {why})"
-        # Rows that fail before they are asked come first, so the share is taken of all that were read.
-        base = tally.done if at_end else max(tally.read, FEW)
-        allowed = limit * base if isinstance(limit, float) else limit
-        if tally.failed <= allowed:
-            return None
-        most = tally.errors()[0]
-        example = next(row.reason for row in tally.worst if row.kind == most.kind)
-        return (
-            f"{tally.failed:,} of {tally.done:,} rows failed, more than max_failed={limit!r} allows; "
-            f"{most.rows:,} of them {most.kind}, as {printable(example[:300])}"
-        )
+MADE_TOGETHER = 32
+"""Rows whose prompts are made at once, and are in memory beyond what `open_rows.HELD` counts."""
+SLICE = 2**20
+"""Bytes of prompts that are handed over together: with many more, one slow row would keep those of all the
+others in memory. `ASKED_TOGETHER` rows of usual width are less."""
+ERROR_KEPT = 4000
+"""Characters of a row's error in its output."""
 
 
 class Display(Protocol):
@@ -138,6 +78,10 @@ class Job:
     pace: Pace
     budget: Budget
     limit: int | None
+    source: str | None
+    """What the rows are of; see `vllm_tasks.source_id`. None where outputs are not told apart by it."""
+    same_source: bool
+    """Whether outputs of another source go on."""
     started: datetime
     _began: float = field(default_factory=time.monotonic)
 
@@ -149,15 +93,37 @@ class Job:
 
     @classmethod
     def of(
-        cls, plan: Plan, tables: Tables, selection: Selection, pace: Pace, budget: Budget, limit: int | None
+        cls,
+        plan: Plan,
+        tables: Tables,
+        selection: Selection,
+        pace: Pace,
+        budget: Budget,
+        limit: int | None,
+        source: str | None = None,
+        *,
+        same_source: bool = False,
     ) -> Job:
         """A job that starts now."""
-        stamp = {"_model": plan.model_name, "_uuid": plan.model.uuid, "_fingerprint": plan.fingerprint}
-        return cls(plan, tables, selection, stamp, pace, budget, limit, datetime.now(UTC))
+        stamp = {
+            "_model": plan.model_name,
+            "_uuid": plan.model.uuid,
+            "_fingerprint": plan.fingerprint,
+            "_source": source,
+        }
+        return cls(
+            plan, tables, selection, stamp, pace, budget, limit, source, same_source, datetime.now(UTC)
+        )
 
 
 Hashed = tuple[SourceRow, str]
 """A row with the hash of its input."""
+Prompted = tuple[SourceRow, str, Request | RowError]
+"""A row, without its values, with the hash of its input and what it is asked."""
+
+
+Arrived = tuple[SourceRow, str, Result, int]
+"""A row with the hash of its input, its answer and how large that is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +132,8 @@ class Finished:
 
     row: SourceRow
     outputs: list[Row]
+    size: int
+    """Bytes of the answer."""
 
 
 @dataclass(frozen=True)
@@ -173,71 +141,6 @@ class Failed:
     """Why the run cannot go on, from another thread."""
 
     error: BaseException
-
-
-@dataclass
-class Open:
-    """The rows between source and commit; all threads meet here."""
-
-    keys: set[Key] = field(default_factory=set)
-    unanswered: int = 0
-    stopped: bool = False
-    _wanted: tuple[int, int] | None = None
-    _changed: threading.Condition = field(default_factory=threading.Condition)
-
-    def wait_for_room(self, unanswered: int, uncommitted: int) -> bool:
-        """Wait until fewer rows than these are open; False when the run stops."""
-        with self._changed:
-            self._wanted = unanswered, uncommitted
-            self._changed.wait_for(self._has_room)
-            self._wanted = None
-            return not self.stopped
-
-    def wait(self, seconds: float) -> None:
-        """Wait so long, or until the run stops."""
-        with self._changed:
-            self._changed.wait_for(lambda: self.stopped, seconds)
-
-    def _has_room(self) -> bool:
-        if self._wanted is None:
-            return False
-        unanswered, uncommitted = self._wanted
-        return self.stopped or (self.unanswered < unanswered and len(self.keys) < uncommitted)
-
-    def _tell(self) -> None:
-        if self._has_room():  # not for every row: waking the reader costs more than the row
-            self._changed.notify_all()
-
-    def read(self, keys: Collection[Key]) -> Key | None:
-        """Add rows; a key that is open already is returned, and none is added then."""
-        with self._changed:
-            seen: set[Key] = set()
-            for key in keys:
-                if key in self.keys or key in seen:
-                    return key
-                seen.add(key)
-            self.keys |= seen
-            self.unanswered += len(seen)
-            return None
-
-    def answered(self) -> None:
-        with self._changed:
-            self.unanswered -= 1
-            self._tell()
-
-    def committed(self, keys: Iterable[Key]) -> None:
-        with self._changed:
-            self.keys.difference_update(keys)
-            self._tell()
-
-    def stop(self) -> None:
-        with self._changed:
-            self.stopped = True
-            self._changed.notify_all()
-
-    def snapshot(self) -> set[Key]:
-        with self._changed:
-            return set(self.keys)
 
 
 class Run:
@@ -251,10 +154,11 @@ class Run:
         self.to_ask: int | None = None
         self.begun = threading.Event()
         self._open = Open()
-        self._queue: queue.SimpleQueue[tuple[SourceRow, str, Result] | Failed | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Arrived | Failed | None] = queue.SimpleQueue()
         self._asks = Tasks()
         self._all_read = False
         self._group: list[Finished] = []
+        self._group_size = 0
         self._group_since = self._last_commit = self._first_answer = 0.0
 
     def run(self) -> str | None:
@@ -281,9 +185,10 @@ class Run:
     def _read(self) -> None:
         try:
             for rows in self._wanted_rows():
-                with self.tally.phase("read"):
-                    requests = self.job.plan.requests([row.values for row, _ in rows])
-                self._hand_over(rows, requests)
+                for group in self._slices(rows):
+                    self._hand_over(*group)
+                    if self._open.stopped:
+                        break
                 if self._open.stopped:
                     break
         except BaseException as error:  # noqa: BLE001 - handed to the thread that runs the job
@@ -302,6 +207,7 @@ class Run:
             if left is not None:
                 rows = rows[:left]
                 left -= len(rows)
+                self._refuse_trial(row for row, _ in rows)
             if rows:
                 yield rows
             if left == 0:
@@ -328,38 +234,78 @@ class Run:
             handled = self._open.snapshot()
             selection = replace(selection, since=self.job.started)
 
-    def _hand_over(self, rows: Sequence[Hashed], requests: Sequence[Request | RowError]) -> None:
-        asked = [i for i, request in enumerate(requests) if isinstance(request, Request)]
+    def _refuse_trial(self, rows: Iterable[SourceRow]) -> None:
+        """A `limit` tries a few rows: it must not replace good outputs of another fingerprint by the way."""
+        job = self.job
+        if job.selection.refresh not in ("missing", "changed"):
+            return
+        if any(row.replaces_earlier for row in rows) and holds_others(job.tables, job.selection):
+            raise InvalidCall(
+                f"limit={job.limit} would replace outputs of another prompt, sampling or model in "
+                f"{job.selection.outputs!r}: to try a few rows, preview(...) commits nothing and predict_id="
+                "'...' keeps outputs of their own; without limit, all rows are processed again"
+            )
+
+    def _slices(self, rows: Sequence[Hashed]) -> Iterator[tuple[list[Prompted], int]]:
+        """The rows with their prompts, in parts that have about `SLICE` bytes at most, with those bytes."""
+        part: list[Prompted] = []
+        held = 0
+        for start in range(0, len(rows), MADE_TOGETHER):
+            some = rows[start : start + MADE_TOGETHER]
+            with self.tally.phase("read"):
+                requests = self._requests([row for row, _ in some])
+            for (row, digest), request in zip(some, requests, strict=True):
+                # Its values are in the prompt; kept until the commit, they would be in memory twice.
+                part.append((without_values(row), digest, request))
+                held += bytes_of_request(request)
+                if held >= SLICE:
+                    yield part, held
+                    part, held = [], 0
+        if part:
+            yield part, held
+
+    def _requests(self, rows: Sequence[SourceRow]) -> list[Request | RowError]:
+        """What the rows are asked; a row that could not be read is its error."""
+        made = iter(self.job.plan.requests([row.values for row in rows if row.error is None]))
+        return [next(made) if row.error is None else RowError("read", row.error) for row in rows]
+
+    def _hand_over(self, rows: Sequence[Prompted], size: int) -> None:
+        asked = [(row, digest, request) for row, digest, request in rows if isinstance(request, Request)]
         room = self._asks.start(lambda: sharing.room(self.job.plan.config)).result() if asked else 0
         uncommitted = room + 2 * self.job.pace.most + len(rows)
-        if not self._open.wait_for_room(room + len(rows), uncommitted):
+        if not self._open.wait_for_room(room + len(rows), uncommitted, size):
             return
-        if (twice := self._open.read([row.key for row, _ in rows])) is not None:
+        keys = [row.key for row, _, _ in rows]
+        if (twice := self._open.read(keys, size)) is not None:
             raise InvalidCall(
                 f"the source changed while it was read: the key {shown_key(twice)!r:.200} came twice; "
                 "correct it, and the same call goes on"
             )
-        self.tally.read += len(rows)
-        for row, request in zip(rows, requests, strict=True):
+        self.tally.begin(len(keys), (asked[i][0].key for i in sending_order([r for _, _, r in asked])))
+        for row, digest, request in rows:
             if isinstance(request, RowError):
-                self._finish(*row, request)
+                self._finish(row, digest, request)
         if asked:
             self.tally.first_sent = self.tally.first_sent or time.monotonic()
-            mine, theirs = [rows[i] for i in asked], [requests[i] for i in asked]
-            self._asks.start(lambda: self._answer(mine, theirs)).add_done_callback(self._tell_failure)
+            answers = self._asks.start(lambda: self._answer(asked))
+            answers.add_done_callback(lambda future: self._end_of_slice(future, size))
             self.begun.set()
 
-    async def _answer(self, rows: Sequence[Hashed], requests: Sequence[Request | RowError]) -> None:
+    async def _answer(self, rows: Sequence[tuple[SourceRow, str, Request]]) -> None:
         def done(i: int, result: Result) -> None:
-            self._finish(*rows[i], result)
+            row, digest, _ = rows[i]
+            self._finish(row, digest, result)
 
+        requests = [request for _, _, request in rows]
         await sharing.answer(self.job.plan.config, requests, self.job.plan.model.max_batch_size, done)
 
     def _finish(self, row: SourceRow, digest: str, result: Result) -> None:
-        self._queue.put((row, digest, result))
-        self._open.answered()
+        size = bytes_of_answer(result)
+        self._queue.put((row, digest, result, size))
+        self._open.answered(size)
 
-    def _tell_failure(self, future: Future[Any]) -> None:
+    def _end_of_slice(self, future: Future[Any], size: int) -> None:
+        self._open.sent(size)
         if not future.cancelled() and (error := future.exception()):
             self._queue.put(Failed(error))
 
@@ -375,23 +321,25 @@ class Run:
             if self._group and (idle or self._is_due()):
                 self._commit_group(self.display.commit)
             self.display.progress(self.tally.progress(self.to_ask))
-        return self.job.budget.exceeded(self.tally, at_end=True)
+        return None
 
     def _is_due(self) -> bool:
+        if self.job.pace.is_full(len(self._group), self._group_size):
+            return True
         redo, now = self._group[0].row.redo, time.monotonic()
         ages = now - self._group_since, now - self._last_commit, now - self._first_answer
         return self.job.pace.is_due(len(self._group), *ages, redo=redo)
 
-    def _news(self) -> Iterator[tuple[SourceRow, str, Result] | Failed | None]:
+    def _news(self) -> Iterator[Arrived | Failed | None]:
         """What has arrived, waiting for it a moment; not more than a full group takes."""
         try:
             yield self._queue.get(timeout=0.2)
-            while len(self._group) < self.job.pace.most:
+            while not self.job.pace.is_full(len(self._group), self._group_size):
                 yield self._queue.get_nowait()
         except queue.Empty:
             return
 
-    def _take(self, item: tuple[SourceRow, str, Result] | Failed | None) -> None:
+    def _take(self, item: Arrived | Failed | None) -> None:
         if item is None:
             self._all_read = True
         elif isinstance(item, Failed):
@@ -401,9 +349,10 @@ class Run:
                 self._group_since = time.monotonic()
                 self._first_answer = self._first_answer or self._group_since
             self._group.append(self._finished(*item))
+            self._group_size += self._group[-1].size
             self.tally.last_answer = time.monotonic()
 
-    def _finished(self, row: SourceRow, digest: str, answer: Result) -> Finished:
+    def _finished(self, row: SourceRow, digest: str, answer: Result, size: int) -> Finished:
         """Decode an answer; what cannot be decoded or stored becomes an error of its row."""
         outcome = answer if isinstance(answer, RowError) else self.job.plan.decoder.rows(answer)
         outputs = list(self._output_rows(row, digest, answer, outcome))
@@ -414,7 +363,8 @@ class Run:
                 self._check_key(row.key, outputs[0])
                 break
         self.tally.count(row.key, answer, outcome if isinstance(outcome, RowError) else answer)
-        return Finished(row, outputs)
+        self.tally.replaced += row.replaces_earlier
+        return Finished(row, outputs, size)
 
     def _check_key(self, key: Key, error: Row) -> None:
         """Where not even an error can be written, it is the key that the table cannot hold."""
@@ -425,17 +375,18 @@ class Run:
             )
 
     def _commit_group(self, commit: Callable[[str, Callable[[], None]], None]) -> None:
-        group = self._group
+        group, size = self._group, self._group_size
         keys = [finished.row.key for finished in group]
         redo = {finished.row.key for finished in group if finished.row.redo}
         rows = [row for finished in group for row in finished.outputs]
 
         def work() -> None:
             self.writer.commit(rows, redo)
-            self._group = []  # at once: an interrupt from here on finds nothing to commit again
+            # At once: an interrupt from here on finds nothing to commit again.
+            self._group, self._group_size = [], 0
             self._last_commit = time.monotonic()
             self.tally.commits += 1
-            self._open.committed(keys)
+            self._open.committed(keys, size)
 
         with self.tally.phase("commit"):
             commit(key_range(keys), work)
@@ -503,6 +454,11 @@ class Run:
         return lost
 
 
+def without_values(row: SourceRow) -> SourceRow:
+    """The row without its values."""
+    return SourceRow(row.key, (), row.redo, row.input_hash, row.error)
+
+
 def _of_answer(answer: Result) -> dict[str, Any]:
     if isinstance(answer, RowError):
         return dict.fromkeys(("_finish_reason", "_prompt_tokens", "_completion_tokens", "_seconds"))
@@ -516,7 +472,9 @@ def _of_answer(answer: Result) -> dict[str, Any]:
 
 
 def _storable(words: str) -> str:
-    """Words that any table can hold: without the character 0 and halves of characters."""
+    """Words that any table can hold: without the character 0 and halves of characters, at no great length."""
+    if len(words) > ERROR_KEPT:
+        words = f"{words[:ERROR_KEPT]}... ({len(words):,} characters)"
     return words.replace("\0", "\\0").encode(errors="backslashreplace").decode()
 
 

@@ -11,17 +11,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import SecretStr
+
 from vllm_tasks import loop, sharing
+from vllm_tasks.arguments import check_folder, check_spelling, table_or_statement
+from vllm_tasks.budget import Budget
 from vllm_tasks.datalayer import Datalayer, outputs_name
 from vllm_tasks.datalayer.selection import Key, OutputTable, Refresh, Selection
+from vllm_tasks.earlier import refuse_other_source
 from vllm_tasks.engines.http import HttpConfig
 from vllm_tasks.errors import InvalidCall, TablesUnavailable, TooManyFailed, VllmTasksError
 from vllm_tasks.fingerprint import fingerprint
+from vllm_tasks.pace import Pace
 from vllm_tasks.plan import Columns, Plan, named_columns
 from vllm_tasks.prompts import Context
 from vllm_tasks.report import Progress, Report, Tally
 from vllm_tasks.settings import site_settings
-from vllm_tasks.stream import HASTE, RETRY_DELAYS, Budget, Display, Job, Pace, Run
+from vllm_tasks.source_id import source_id
+from vllm_tasks.stream import HASTE, RETRY_DELAYS, Display, Job, Run
 
 if TYPE_CHECKING:
     from vllm_tasks.predictor import Predictor
@@ -37,7 +44,7 @@ COUNT_PATIENCE = 5.0
 def predict_in_db(
     model: Predictor,
     X: Columns,  # noqa: N803 - the name in the contract, as in scikit-learn
-    select: str,
+    select: str | os.PathLike[str],
     *,
     predict_id: str | None = None,
     primary_id: str | Sequence[str] = "id",
@@ -51,6 +58,7 @@ def predict_in_db(
     limit: int | None = None,
     context: Context = None,
     shard: tuple[int, int] | None = None,
+    same_source: bool = False,
     display: Display | None = None,
     **sampling: Any,
 ) -> Report:
@@ -75,16 +83,23 @@ def predict_in_db(
     retry_failed: ask the rows that have an error, and no others.
     max_failed: how many rows may fail, a share (float) or a count (int); None: any number. A run with more
         stops, commits what is finished and raises `TooManyFailed`; at once when the first 50 all fail alike.
-    limit: ask so many rows at most.
+        Judged by the rows that were read or sent first, not by those that finish first: failures that come
+        sooner than answers count for no more than they are.
+    limit: ask so many rows at most. Refused where it would replace outputs of another prompt, sampling or
+        model: `preview` tries rows and commits nothing.
     context: fills `{context}` of every prompt.
     shard: (i, n), only the i-th, from 0, of n parts of the rows, told by a hash of their keys: n such calls,
         on as many machines, are the whole table. The task's `shards=n` makes them.
+    same_source: go on with outputs of another source, whose rows are the same ones: the table was renamed, or
+        the SELECT was edited. Without it another source than the outputs are of is refused.
     display: where the run is shown; None: in the log.
 
     Raises `InvalidCall` before any work for what could not succeed, `TooManyFailed`, and what keeps a
     run from going on: `ServerUnavailable`, `EngineFailed`, `TablesUnavailable`. In each case, and on
     Ctrl-C or SIGTERM, what was finished is committed.
     """
+    check_spelling(sampling, predict_in_db, model._sampling_target())
+    select = table_or_statement(select)
     key = named_columns("primary_id", primary_id)
     predict_id = model.identifier if predict_id is None else predict_id
     options = model.model_update_kwargs
@@ -118,7 +133,8 @@ def predict_in_db(
     )
     tables = datalayer.tables()
     try:
-        job = Job.of(plan, tables, selection, pace, budget, limit)
+        source = source_id(select, datalayer.url.get_secret_value().strip())
+        job = Job.of(plan, tables, selection, pace, budget, limit, source, same_source=same_source)
         return commit_answers(plan.model, predict_id, job, output, display or Log(), tally)
     finally:
         tables.close()
@@ -130,9 +146,15 @@ def commit_answers(
     """Ask for the rows that `job` selects and commit what comes; as of `predict_in_db`."""
     with tally.phase("check"):
         job.tables.check(job.selection)
+        if job.source is not None and not job.same_source:
+            refuse_other_source(job.tables, job.selection.outputs, job.source)
     verdict, counted = _run(job, output, display, tally)
     report = _report(model, predict_id, job, tally, counted)
     model._tell_cut_rows(tally.cut, tally.succeeded, job.plan.sampling)
+    if tally.replaced:
+        logger.warning(
+            "%s: %d outputs of an earlier prompt, sampling or model were replaced", predict_id, tally.replaced
+        )
     if verdict:
         raise TooManyFailed(
             f"{verdict}; what was finished is committed. Look at `_error` in {report.outputs}, correct the "
@@ -157,6 +179,8 @@ def _run(job: Job, output: OutputTable, display: Display, tally: Tally) -> tuple
     counted.compare(job, tally.done, complete=not verdict)
     if not verdict:
         display.progress(tally.progress(run.to_ask), last=True)
+        tally.rows = counted.rows
+        verdict = job.budget.exceeded(tally, at_end=True)
     return verdict, counted
 
 
@@ -219,6 +243,9 @@ def _report(model: Predictor, predict_id: str, job: Job, tally: Tally, counted: 
         errors=tally.errors(),
         worst=tuple(tally.worst),
         served_by=counted.served_by,
+        replaced=tally.replaced,
+        unreadable=tally.unreadable,
+        unreadable_lines=tuple(tally.unreadable_lines),
     )
 
 
@@ -270,13 +297,17 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 def datalayer_of(db: Datalayer | str | None, model: Predictor) -> Datalayer:
+    """Where a call reads and writes: `db`, else the model's own; raises `InvalidCall` for no such place."""
     if isinstance(db, os.PathLike):
         db = os.fspath(db)
     if db is not None and not isinstance(db, str | Datalayer):
-        raise InvalidCall(f"db=<{type(db).__name__}> is neither a Datalayer nor its URL")
-    if isinstance(db, str):
-        return Datalayer(url=db)  # type: ignore[arg-type]  # pydantic makes the secret
-    if (found := db or model.db) is not None:
+        raise InvalidCall(
+            f"db=<{type(db).__name__}> is neither a Datalayer nor its URL: give a folder, 'data/', an fsspec "
+            "URL or a SQLAlchemy URL, 'sqlite:///file.db'"
+        )
+    found = Datalayer(url=SecretStr(db)) if isinstance(db, str) else db or model.db
+    if found is not None:
+        check_folder(found.url.get_secret_value().strip())
         return found
     raise InvalidCall(
         f"{model.identifier!r} has no db: pass db='folder' or db=Datalayer(url=...), or give the model one"

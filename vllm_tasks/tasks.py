@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copyreg
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from prefect import Task, unmapped
+from prefect import Task
 from prefect.assets import Asset
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
@@ -23,11 +23,10 @@ from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import MaterializingTask
 from prefect.transactions import CommitMode, transaction
-from prefect.utilities.annotations import BaseAnnotation, opaque
 
 from vllm_tasks import tables
-from vllm_tasks.artifacts import ProgressArtifact, asset_key, show_report
-from vllm_tasks.datalayer import Datalayer
+from vllm_tasks.artifacts import ProgressArtifact, asset_key, show_preview, show_report
+from vllm_tasks.datalayer import Datalayer, outputs_name
 from vllm_tasks.errors import (
     EngineFailed,
     GateFailed,
@@ -36,13 +35,16 @@ from vllm_tasks.errors import (
     TooManyFailed,
     VllmTasksError,
 )
+from vllm_tasks.mapping import ModelTask, RowsTask
 from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.plan import Columns
 from vllm_tasks.predictor import OnError, Output
+from vllm_tasks.previews import Preview
 from vllm_tasks.prompts import Context
 from vllm_tasks.report import Progress, Report
 from vllm_tasks.routing import check_shards, over_table, place_of, routed, validated
 from vllm_tasks.routing.lifeline import Lifeline
+from vllm_tasks.routing.pulled import check_stays
 from vllm_tasks.rows import Completion, RowError
 from vllm_tasks.stream import RETRY_DELAYS
 from vllm_tasks.validation import Validation
@@ -79,7 +81,7 @@ def _completions(
 def _predict_in_db(
     model: Model,
     X: Columns,  # noqa: N803 - the name in the contract
-    select: str,
+    select: str | os.PathLike[str],
     *,
     predict_id: str | None = None,
     primary_id: str | Sequence[str] = "id",
@@ -94,6 +96,7 @@ def _predict_in_db(
     context: Context = None,
     shards: int = 1,
     shard: tuple[int, int] | None = None,
+    same_source: bool = False,
     **sampling: Any,
 ) -> Report:
     """Rows of a table in, one committed output or error per row out; see `vllm_tasks.tables.predict_in_db`.
@@ -102,8 +105,11 @@ def _predict_in_db(
     the model's hints or the settings name a work pool, a flow run there does it; with `shards=n`, n flow runs
     do it at once, each with an engine of its own. One that dies is made again and goes on.
     """
+    if predict_id is not None:
+        outputs_name(predict_id)
     place = place_of(model)
     check_shards(shards, place, limit, shard)
+    check_stays(tables.datalayer_of(db, model))
     work = tables.predict_in_db if place is None else partial(over_table, place, shards)
     try:
         report: Report = work(
@@ -122,6 +128,7 @@ def _predict_in_db(
             limit=limit,
             context=context,
             shard=shard,
+            same_source=same_source,
             display=InPrefect(model.identifier, predict_id or model.identifier),
             **sampling,
         )
@@ -135,6 +142,28 @@ def _predict_in_db(
         raise
     publish(report)
     return report
+
+
+def _preview(
+    model: Model,
+    X: Columns,  # noqa: N803 - the name in the contract
+    select: str | os.PathLike[str],
+    n: int = 5,
+    *,
+    primary_id: str | Sequence[str] = "id",
+    db: Datalayer | str | None = None,
+    context: Context = None,
+    **sampling: Any,
+) -> Preview:
+    """The first `n` rows of a table with their prompts and answers; see `vllm_tasks.previews.preview`.
+
+    They become a table artifact and nothing is committed. Where the model is asked on a work pool, as by
+    `predict`, the rows are read and the answers decoded here all the same.
+    """
+    options = {"primary_id": primary_id, "db": db, "context": context, **sampling}
+    found = routed(model, raise_if_cancelled).preview(X, select, n, **options)
+    show_preview(found)
+    return found
 
 
 def _validate(
@@ -158,6 +187,7 @@ def _validate(
 
     run = FlowRunContext.get()
     place = place_of(model)
+    check_stays(tables.datalayer_of(db, model))
     work = found if place is None else partial(validated, place, raise_if_cancelled)
     report = work(
         model,
@@ -326,70 +356,6 @@ def publish(report: Report) -> None:
         task(report)
 
 
-class RowsTask(Task[..., Any]):
-    """A task `f(model, rows, ...)` that fits rows better than Prefect's own way with arguments.
-
-    Prefect walks the arguments in search of futures, 5 microseconds a row (a measured second for
-    200,000); here it hands rows on unseen. And Prefect maps over everything iterable, which a model
-    is (over its fields), like a list of stop words; here it maps over the rows alone.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = on_rows(unseen, args, kwargs)
-        return super().__call__(*args, **kwargs)
-
-    def submit(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = on_rows(unseen, args, kwargs)
-        return super().submit(*args, **kwargs)
-
-    def map(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = on_rows(each_unseen, args, kwargs)
-        args = tuple(value if i == 1 else unmapped(value) for i, value in enumerate(args))
-        mapped = {*ROWS, "return_state", "wait_for", "deferred"}  # the last three are Prefect's own
-        kwargs = {name: value if name in mapped else unmapped(value) for name, value in kwargs.items()}
-        return super().map(*args, **kwargs)
-
-    def with_options(self, **options: Any) -> RowsTask:
-        changed = super().with_options(**options)
-        changed.__class__ = type(self)  # Prefect's own way gives a plain Task
-        assert isinstance(changed, RowsTask)
-        return changed
-
-
-ROWS = ("x", "xs")
-"""The names of the second argument."""
-
-
-def on_rows(
-    change: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of `f(model, rows, ...)` with the rows changed."""
-    args = tuple(change(value) if i == 1 else value for i, value in enumerate(args))
-    return args, {name: change(value) if name in ROWS else value for name, value in kwargs.items()}
-
-
-def each_unseen(batches: Any) -> Any:
-    """Each of `batches` wrapped; what Prefect has to resolve or unwrap to them is left to it."""
-    for_prefect = isinstance(batches, PrefectFuture | State | BaseAnnotation)
-    return batches if for_prefect else [unseen(rows) for rows in batches]
-
-
-def unseen(rows: Any) -> Any:
-    """`rows` wrapped so that Prefect resolves a future but looks no further.
-
-    Rows that are futures themselves are the exception: those Prefect has to find, as well as
-    futures that are fields of a single record. It does not search any deeper.
-    """
-    within = rows.values() if isinstance(rows, dict) else rows if isinstance(rows, list | tuple) else ()
-    holds_futures = any(isinstance(x, PrefectFuture | State) for x in within)
-    return rows if holds_futures or isinstance(rows, BaseAnnotation) else opaque(rows)
-
-
-# A task runner on Ray sends its arguments as a pickle, out of which Prefect's own (3.7, 3.8) would come with
-# its value in a tuple.
-copyreg.pickle(opaque, lambda wrapped: (opaque, (wrapped[0],)))
-
-
 def run_name(parameters: dict[str, Any]) -> str:
     """Model and number of rows, as the UI shows them; Prefect has resolved the futures by now."""
     xs = parameters.get("xs")
@@ -409,7 +375,7 @@ def is_temporary(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
 
 def table_run_name(parameters: dict[str, Any]) -> str:
     """Model and source, as the UI shows them."""
-    return f"{parameters['model'].identifier} - {parameters['select'][:80]}"
+    return f"{parameters['model'].identifier} - {str(parameters['select'])[:80]}"
 
 
 def validation_run_name(parameters: dict[str, Any]) -> str:
@@ -438,8 +404,9 @@ POLICY: dict[str, Any] = {
 predict = RowsTask(_predict, name="predict", **POLICY)
 predict_batches = RowsTask(_predict_batches, name="predict-batches", **POLICY)
 completions = RowsTask(_completions, name="completions", **POLICY)
-predict_in_db = Task(_predict_in_db, name="predict-in-db", **{**POLICY, "task_run_name": table_run_name})
-validate = Task(_validate, name="validate", **{**POLICY, "task_run_name": validation_run_name})
+predict_in_db = ModelTask(_predict_in_db, name="predict-in-db", **{**POLICY, "task_run_name": table_run_name})
+preview = ModelTask(_preview, name="preview", **{**POLICY, "task_run_name": table_run_name})
+validate = ModelTask(_validate, name="validate", **{**POLICY, "task_run_name": validation_run_name})
 compare = Task(_compare, name="compare", cache_policy=NO_CACHE)
 commit_group = Task(
     _commit_group,

@@ -181,7 +181,7 @@ class Join:
             if self._selection.refresh == "failed":
                 return lambda keys: States(np.zeros(0, dtype=np.int64), none, None)
             return lambda keys: States(np.arange(keys.num_rows), np.zeros(keys.num_rows, dtype=bool), None)
-        hashes = self._selection.refresh == "changed"
+        hashes = self._selection.refresh != "missing"
         columns = f"n, same IS NOT NULL AS redo, {'if(same, hash, NULL)' if hashes else 'NULL'} AS hash"
         query = f"SELECT {columns} {self._joined()} WHERE {WANTED[self._selection.refresh]}"
 

@@ -35,6 +35,7 @@ OWN_COLUMNS: dict[str, BuiltinType | Literal["timestamp"]] = {
     "_fingerprint": "str",
     "_input_hash": "str",
     "_created_at": "timestamp",
+    "_source": "str",
 }
 """What every outputs table has after the key, the output and, when flattened, `_position`.
 Timestamps are in UTC, with microseconds."""
@@ -79,7 +80,12 @@ class SourceRow:
     input_hash: str | None
     """Of the output there, when it was made under the present fingerprint."""
     error: str | None = None
-    """Why the row could not be read; it has no values then."""
+    """Why the row could not be read, in words of bounded length; `values` is empty then."""
+
+    @property
+    def replaces_earlier(self) -> bool:
+        """Whether the output there was made under another fingerprint."""
+        return self.redo and self.input_hash is None
 
 
 @dataclass(frozen=True)

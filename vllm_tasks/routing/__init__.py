@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from prefect.settings import get_current_settings
+
+from vllm_tasks.arguments import check_spelling, table_or_statement
+from vllm_tasks.budget import Budget
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.errors import InvalidCall, TooManyFailed, VllmTasksError
 from vllm_tasks.plan import Columns
@@ -23,13 +28,15 @@ from vllm_tasks.routing.part import Part
 from vllm_tasks.routing.place import Place, place_of
 from vllm_tasks.routing.runs import Runs, Shown
 from vllm_tasks.rows import Request, Result, RowError
-from vllm_tasks.stream import Budget, Display
-from vllm_tasks.tables import datalayer_of
+from vllm_tasks.stream import Display
+from vllm_tasks.tables import datalayer_of, predict_in_db
 from vllm_tasks.validation import Validation
 from vllm_tasks.validation.report import ValidationReport
 
 logger = logging.getLogger(__name__)
 
+OF_A_PARAMETER = 1024
+"""Bytes of the parameters of a flow run beside its call: references, names, quotes."""
 MOST_SHARDS = 1000
 """More flow runs at once than this are surely a mistake."""
 
@@ -90,7 +97,7 @@ def over_table(
     shards: int,
     model: Model,
     X: Columns,  # noqa: N803 - the name in predict_in_db
-    select: str,
+    select: str | os.PathLike[str],
     *,
     db: Datalayer | str | None,
     display: Display,
@@ -98,6 +105,8 @@ def over_table(
 ) -> Report:
     """`predict_in_db` on `place`, in `shards` flow runs at once; their report is one. Raises as it does."""
     began = time.monotonic()
+    _check_options(model, options)
+    select = table_or_statement(select)
     names = f"{model.identifier} - {select[:80]}"
     call = {"work": "table", "X": X, "select": select, "options": options}
     calls = [{**call, "options": {**options, "shard": (i, shards)}} for i in range(shards)]
@@ -118,6 +127,11 @@ def over_table(
     )
     display.progress(done, last=True)
     return report
+
+
+def _check_options(model: Model, options: Parameters) -> None:
+    """What is misspelt is told before a flow run is made for it."""
+    check_spelling(options, predict_in_db, model._sampling_target(), more=("shards",))
 
 
 def validated(
@@ -149,9 +163,25 @@ def parameters(call: Parameters, model: Model, db: Datalayer | None) -> Paramete
             call = {**call, name: told}
     call["kind"] = type(model).__name__
     try:
-        return {"call": json.dumps(call, allow_nan=False), **references}
+        text = json.dumps(call, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InvalidCall(f"what travels to another flow run must be plain data (JSON): {error}") from error
+    _check_size(text, call)
+    return {"call": text, **references}
+
+
+def _check_size(text: str, call: Parameters) -> None:
+    """Raise `InvalidCall` for parameters that Prefect's server would refuse."""
+    size, most = len(json.dumps(text)) + OF_A_PARAMETER, get_current_settings().server.api.max_parameter_size
+    if size <= most:
+        return
+    parts = {**call.get("options", {}), **{n: v for n, v in call.items() if n != "options"}}
+    largest = max(parts, key=lambda name: len(json.dumps(parts[name])))
+    raise InvalidCall(
+        f"the call has {size:,} bytes, most of them {largest!r}, and the parameters of a flow run on a work "
+        f"pool may have {most:,} (PREFECT_SERVER_API_MAX_PARAMETER_SIZE): keep it where the step runs, such "
+        "as ids in a table that the SELECT joins, or a context in an artifact's file"
+    )
 
 
 def check_shards(shards: int, place: Place | None, limit: int | None, shard: tuple[int, int] | None) -> None:

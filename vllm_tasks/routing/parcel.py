@@ -75,7 +75,7 @@ def db_parameter(db: Datalayer | str | None) -> Parameters | None:
         return None
     url = os.fspath(db) if not isinstance(db, Datalayer) else db.url.get_secret_value().strip()
     if isinstance(db, Datalayer) and (reference := _reference(db)) is not None:
-        _, path = _path_of(url)
+        _, path = path_of(url)
         if path and not os.path.isabs(path):
             raise InvalidCall(
                 f"the saved datalayer is in {path!r}, which is another folder where a worker runs: save it "
@@ -127,11 +127,11 @@ def _has_secret(url: str) -> bool:
 
 def _absolute(url: str) -> str:
     """A worker runs in another folder."""
-    before, path = _path_of(url)
+    before, path = path_of(url)
     return before + os.path.abspath(path) if path else url
 
 
-def _path_of(url: str) -> tuple[str, str]:
+def path_of(url: str) -> tuple[str, str]:
     """The path of a lake in a folder or of a SQLite file, and what is before it; "" elsewhere."""
     scheme, _, path = url.partition(":///")
     if scheme == "sqlite":

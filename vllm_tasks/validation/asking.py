@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from vllm_tasks import exact_json
+from vllm_tasks.budget import Budget
 from vllm_tasks.datalayer import outputs_name
 from vllm_tasks.datalayer.delta import quoted
 from vllm_tasks.datalayer.selection import POSITION, OutputTable, Selection, Tables
@@ -24,7 +25,7 @@ from vllm_tasks.plan import Columns, Plan, RowDecoder
 from vllm_tasks.predictor import Predictor
 from vllm_tasks.prompts import Context
 from vllm_tasks.report import Report, Tally
-from vllm_tasks.stream import Budget, Display, Job
+from vllm_tasks.stream import Display, Job
 from vllm_tasks.tables import commit_answers, pace_of
 from vllm_tasks.validation.frozen import Case, Frozen
 

@@ -1,0 +1,72 @@
+"""The arguments of a call as they were given: what is misspelt, and what is of the wrong kind."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from vllm_tasks.errors import InvalidCall
+from vllm_tasks.sampling import GONE, OWNED, Target, known_names
+
+SHOWN = 100
+"""Characters of a value in an error."""
+DATABASES = {".db", ".sqlite", ".sqlite3", ".duckdb"}
+"""How files of databases end."""
+
+
+def check_spelling(
+    given: Iterable[str], call: Callable[..., Any], target: Target, more: Iterable[str] = ()
+) -> None:
+    """Raise `InvalidCall` for a name that is neither an argument of `call` nor a sampling parameter, but near
+    to an argument. What is near to a sampling parameter is `check_names`' matter.
+
+    `more`: arguments that the call has elsewhere.
+    """
+    own = {name for name, p in inspect.signature(call).parameters.items() if p.kind != p.VAR_KEYWORD}
+    own = (own | set(more)) - {"self", "model", "display"}
+    known = known_names(target)
+    for name in given:
+        if name in known or name in OWNED or name in GONE:
+            continue
+        near = difflib.get_close_matches(name, own | known, n=1)
+        if near and near[0] in own:
+            called = call.__name__.lstrip("_")
+            raise InvalidCall(f"{called} has no argument {name!r}; did you mean {near[0]!r}?")
+
+
+def table_or_statement(select: Any) -> str:
+    """`select` as text; raises `InvalidCall` for what names no table."""
+    if isinstance(select, os.PathLike):
+        select = os.fspath(select)
+    if not isinstance(select, str):
+        raise InvalidCall(
+            f"select={_shown(select)} is no text: give the name of a table in db, in a lake also a path or a "
+            "glob, or one SELECT statement. Rows in memory have to be written to a table first, or asked by "
+            "predict_batches"
+        )
+    return select
+
+
+def check_folder(db: str) -> None:
+    """Raise `InvalidCall` for a file where a folder is meant: a lake is a folder, its files are tables."""
+    if "://" in db:
+        return
+    path = os.path.expanduser(db)
+    folder, file = os.path.split(path)
+    ending = os.path.splitext(file)[1].lower()
+    if ending in DATABASES and not os.path.isdir(path):
+        raise InvalidCall(
+            f"db={db!r:.200} is a file, not a folder: a SQLite database is 'sqlite:///{db:.200}'"
+        )
+    if os.path.isfile(path):
+        raise InvalidCall(
+            f"db={db!r:.200} is a file, not a folder: give its folder, db={folder or '.'!r:.200}, and the "
+            f"file as the table, select={file!r:.200}"
+        )
+
+
+def _shown(value: Any) -> str:
+    return "None" if value is None else f"<{type(value).__name__}>"

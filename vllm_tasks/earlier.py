@@ -1,0 +1,46 @@
+"""What earlier calls left in the outputs: of which source it is, and under which fingerprint."""
+
+from __future__ import annotations
+
+from vllm_tasks.datalayer.selection import Row, Selection, Tables
+from vllm_tasks.errors import InvalidCall
+
+
+def refuse_other_source(tables: Tables, outputs: str, source: str) -> None:
+    """Raise `InvalidCall` when the outputs are of other sources than `source`.
+
+    Those of versions that recorded no source are of any.
+    """
+    if not tables.has(outputs):
+        return
+    first = _first(tables, "*", outputs)
+    if first is None or first.get("_source", source) == source or _has_source(tables, outputs, source):
+        return
+    other = _first(tables, "_source", outputs, "_source IS NOT NULL")
+    if other is not None:
+        raise InvalidCall(
+            f"the outputs {outputs!r} are of {other['_source']!r}, not of {source!r}: their answers would "
+            "stand for other rows with the same keys. Give predict_id='...' for outputs of their own, or "
+            "same_source=True where both are the same rows (a renamed table, an edited SELECT)"
+        )
+
+
+def _has_source(tables: Tables, outputs: str, source: str) -> bool:
+    from vllm_tasks.datalayer.sources import literal
+
+    return _first(tables, "_source", outputs, f"_source = {literal(source)}") is not None
+
+
+def holds_others(tables: Tables, selection: Selection) -> bool:
+    """Whether there is an output, not an error, that was made under another fingerprint."""
+    from vllm_tasks.datalayer.sources import literal
+
+    other = f"_error IS NULL AND _fingerprint <> {literal(selection.fingerprint)}"
+    return _first(tables, "_fingerprint", selection.outputs, other) is not None
+
+
+def _first(tables: Tables, columns: str, outputs: str, where: str = "1 = 1") -> Row | None:
+    from vllm_tasks.datalayer.delta import quoted
+
+    select = f"SELECT {columns} FROM {quoted(outputs)} WHERE {where} LIMIT 1"  # noqa: S608 - quoted
+    return next((row for rows in tables.read(select) for row in rows), None)

@@ -1,0 +1,88 @@
+"""What the rows of a call are of, as outputs remember it: a table's name, or a statement's hash.
+
+The logical name and not the place: a lake or database that was moved with its outputs, or has another host
+name now, is still the same source, and so is a table that is named by its path. A statement is another
+source when it was edited, even if only its WHERE was: whether it still gives the same rows under the same
+keys is known to who edited it, and answers of other rows must not stand for these without a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import posixpath
+import re
+from urllib.parse import unquote, urlsplit
+
+from vllm_tasks.datalayer import is_lake
+
+LONGEST = 200
+"""Characters of a name that is kept as it is."""
+DEFAULT_SCHEMAS = {"postgresql": "public.", "sqlite": "main."}
+FILE = re.compile(
+    r"(?P<table>.*[^/])\.(?:parquet|jsonl|ndjson|json|csv|tsv|arrow|xlsx)(?:\.(?:gz|zst))?", re.I
+)
+WHOLE_FOLDER = re.compile(r"(?P<folder>.*[^/])/(?:\*\*/)?\*(?:\.\w+)*")
+"""A glob of all files in a folder, which is what the folder's own name means."""
+
+
+def source_id(select: str, url: str, source_url: str | None = None) -> str:
+    """The table or path that `select` names, or `query-` and a hash of its statement.
+
+    `url`: of the datalayer that keeps the outputs. `source_url`: of the one that is read, where that is
+    another; of it the last part of its path counts, too, as outputs do not move with it.
+    """
+    read = source_url or url
+    name = f"query-{_hash(' '.join(tokens(select)))}" if is_statement(select) else _table(select, read)
+    if source_url is None or source_url == url:
+        return name
+    place = posixpath.basename(unquote(urlsplit(source_url).path).rstrip("/"))
+    return f"{place}/{name}" if place else name
+
+
+def is_statement(select: str) -> bool:
+    """Whether `select` is SQL and not the name of a table, which may have a space in it."""
+    found = tokens(select) if re.search(r"\s", select.strip()) else []
+    return bool(found) and found[0].upper() in {"SELECT", "WITH", "FROM", "VALUES", "TABLE", "("}
+
+
+def tokens(statement: str) -> list[str]:
+    """The statement without white space, comments and a semicolon at its end; keywords in capitals."""
+    import duckdb
+
+    text = statement.encode("utf-8", "surrogatepass")
+    found = duckdb.tokenize(statement.encode("utf-8", "replace").decode())
+    ends = [start for start, _ in found[1:]] + [len(text)]
+    kept = []
+    for (start, kind), end in zip(found, ends, strict=True):
+        token = text[start:end].decode("utf-8", "replace").strip()
+        if kind == duckdb.token_type.keyword:
+            token = token.upper()
+        if kind != duckdb.token_type.comment:
+            kept.append(token)
+    while kept and kept[-1] == ";":
+        kept.pop()
+    return kept
+
+
+def _table(select: str, url: str) -> str:
+    name = select.strip()
+    if is_lake(url):
+        name = _path(name, url)
+    else:
+        name = name.removeprefix(DEFAULT_SCHEMAS.get(urlsplit(url).scheme.partition("+")[0], "\0"))
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 13]}-{_hash(name)}"
+
+
+def _path(name: str, url: str) -> str:
+    """A table, path or glob in a lake, relative to it and without the ending of a file."""
+    for root in {url, os.path.abspath(os.path.expanduser(url)) if "://" not in url else url}:
+        name = name.removeprefix(f"{root.rstrip('/')}/")
+    name = posixpath.normpath(name)
+    if match := WHOLE_FOLDER.fullmatch(name):
+        return match["folder"]
+    return match["table"] if (match := FILE.fullmatch(name)) else name
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
