@@ -678,7 +678,7 @@ def test_a_table_of_another_shape_is_refused(place: Place) -> None:
     db.check(selection())
     for other in (
         FLAT,
-        OutputTable(OUT, ()),
+        OutputTable(OUT, (OutputColumn("output", "int"),)),
         OutputTable(OUT, (OutputColumn("output", "json"), OutputColumn("x", "int"))),
     ):
         with pytest.raises(InvalidCall, match=r"another shape.*another predict_id"):
@@ -876,8 +876,9 @@ def test_a_key_that_comes_twice_in_a_commit(place: Place) -> None:
     ]
 
 
-def test_postgres_restarted(pg: Place, postgres: Postgres) -> None:
+def test_postgres_restarted(pg: Place, postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lost server is `TablesUnavailable`, nothing of the commit is written, and later it is repeated."""
+    monkeypatch.setattr("vllm_tasks.datalayer.spool.MOST", 1)
     db = pg.fill(30_000)
     writer = db.writer(selection(), TABLE)
     writer.commit([row(0)], [])
@@ -980,7 +981,7 @@ SOURCES = {
 @pytest.mark.parametrize("kind", SOURCES)
 def test_sqlite_counts_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Whatever the source and however far apart its rows, the parts add up."""
-    monkeypatch.setattr("vllm_tasks.datalayer.backends.COUNTED", 7)
+    monkeypatch.setattr("vllm_tasks.datalayer.sqlite.COUNTED", 7)
     place = sqlite(tmp_path)
     db = place.fill(50)
     made, select = SOURCES[kind]
@@ -1004,7 +1005,7 @@ def test_a_count_holds_up_no_commit_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, journal: str
 ) -> None:
     """Without a write-ahead log, a count in one read that takes too long gives up."""
-    monkeypatch.setattr("vllm_tasks.datalayer.backends.PATIENCE", 0.2)
+    monkeypatch.setattr("vllm_tasks.datalayer.sqlite.PATIENCE", 0.2)
     place = sqlite(tmp_path)
     place.sql(f"PRAGMA journal_mode = {journal}")
     db = place.fill(60_000)
@@ -1091,17 +1092,25 @@ def test_a_postgres_transaction_timeout_may_pass(pg: Place) -> None:
         writer.commit([row(1)], [])
 
 
-def test_closing_ends_the_query(pg: Place) -> None:
-    """Closing the rows leaves no transaction open, in the middle or unread."""
+def test_no_transaction_is_open_between_two_pages(pg: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever alters or drops the source does not wait for the reader of its rows."""
+    monkeypatch.setattr("vllm_tasks.datalayer.spool.MOST", 1)
     db = pg.fill(10_000)
     asked = (
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in%'"
     )
     pages = db.rows(selection(), 10)
     next(pages)
-    assert pg.sql(asked) == [(1,)]
+    assert pg.sql(asked) == [(0,)]
+    pg.sql("SET lock_timeout = '1s'", "ALTER TABLE t ADD added INTEGER")
+    assert sum(map(len, pages)) == 10_000 - 10
+    pages = db.rows(selection(), 10)
+    next(pages)
     pages.close()
     assert pg.sql(asked) == [(0,)]
+    with pytest.raises(InvalidCall, match="does not exist"):
+        for _ in db.rows(selection(), 10):
+            pg.sql("SET lock_timeout = '1s'", "DROP TABLE IF EXISTS t")
 
 
 def test_memory_does_not_grow_with_the_table(place: Place) -> None:
