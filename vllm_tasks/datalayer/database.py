@@ -46,8 +46,8 @@ class Database:
         if not self._backend.keeps_outputs:
             raise InvalidCall(
                 f"{self._backend.where()} keeps no outputs: SQLite, PostgreSQL and lakes are tested to "
-                "process each row exactly once; MariaDB, MySQL and others are not. Read from it with source=..., and "
-                "let db=... be a lake, an SQLite file or PostgreSQL"
+                "process each row exactly once; MariaDB, MySQL and others are not. Read from it with "
+                "source=..., and let db=... be a lake, an SQLite file or PostgreSQL"
             )
 
     def check(self, selection: Selection) -> None:
