@@ -29,6 +29,7 @@ from prefect.testing.utilities import prefect_test_harness
 
 from tests import places
 from tests import site as sites
+from tests.databases import database, pg  # noqa: F401 - fixtures
 from tests.postgres import Postgres, binaries, running
 from tests.scripted_server import ScriptedServer
 from tests.tiny_model import make_tiny_model

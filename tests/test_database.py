@@ -16,8 +16,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -26,114 +26,21 @@ import psutil
 import pyarrow as pa
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.pool import NullPool
 
+from tests.databases import FLAT, NOW, OUT, TABLE, Place, either, every, keys, row, selection, sqlite
 from tests.postgres import Postgres
 from vllm_tasks.datalayer.database import Database
-from vllm_tasks.datalayer.selection import OWN_COLUMNS, OutputColumn, OutputTable, Selection, SourceRow
+from vllm_tasks.datalayer.selection import OutputColumn, OutputTable, SourceRow
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 
-OUT = "_outputs__m"
-TABLE = OutputTable(OUT, (OutputColumn("output", "str"),))
-FLAT = replace(TABLE, flatten=True)
-NOW = dt.datetime(2026, 11, 22, 12, 0, 0, 1, tzinfo=dt.UTC)
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload([__name__])
-
-
-def selection(select: str = "t", **changed: Any) -> Selection:
-    given: dict[str, Any] = {"key": ("id",), "columns": ("text",), "outputs": OUT, "fingerprint": "f"}
-    return Selection(select, **(given | changed))
-
-
-def row(*key: Any, names: Sequence[str] = ("id",), **changed: Any) -> dict[str, Any]:
-    own = dict.fromkeys(OWN_COLUMNS) | {"_fingerprint": "f", "_input_hash": "h", "_created_at": NOW}
-    return dict(zip(names, key, strict=True)) | {"output": "o"} | own | changed
-
-
-def every(db: Database, chosen: Selection, size: int = 3) -> list[SourceRow]:
-    pages = list(db.rows(chosen, size))
-    assert all(0 < len(page) <= size for page in pages)
-    return sorted((r for page in pages for r in page), key=lambda r: repr(r.key))
-
-
-def keys(db: Database, chosen: Selection) -> list[Any]:
-    found = [r.key[0] if len(r.key) == 1 else r.key for r in every(db, chosen)]
-    assert db.count(chosen)[1] == len(found)
-    return found
-
-
-@dataclass
-class Place:
-    """An empty database, a connection of the test's own to it, and the `Database`s that it opened."""
-
-    url: str
-    opened: list[Database] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.engine = sa.create_engine(
-            self.url.replace("postgresql:", "postgresql+psycopg:"), poolclass=NullPool
-        )
-
-    @property
-    def sqlite(self) -> bool:
-        return self.url.startswith("sqlite")
-
-    def open(self) -> Database:
-        self.opened.append(Database(self.url))
-        return self.opened[-1]
-
-    def sql(self, *statements: str) -> list[Any]:
-        """Run them; what the last one returned."""
-        with self.engine.begin() as connection:
-            for statement in statements:
-                if not self.sqlite:
-                    statement = statement.replace("%", "%%")  # psycopg's own
-                result = connection.exec_driver_sql(statement)
-            return [tuple(r) for r in result.all()] if result.returns_rows else []
-
-    def fill(self, count: int = 10) -> Database:
-        """The table `t` with the ids 0, 1, ..."""
-        numbers = f"WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < {count - 1}) "
-        insert = "INSERT INTO t " + numbers + "SELECT i, 'text ' || i FROM n"
-        self.sql("CREATE TABLE t (id BIGINT NOT NULL PRIMARY KEY, text TEXT)", insert)
-        return self.open()
-
-    def outputs(self, column: str = "output") -> list[tuple[Any, Any]]:
-        return sorted(self.sql(f'SELECT id, {column} FROM "{OUT}"'))
-
-
-@pytest.fixture(scope="module")
-def database(postgres: Postgres) -> str:
-    """One for all tests here: each takes a while to make and to remove."""
-    return postgres.new_database()
-
-
-@pytest.fixture
-def pg(database: str) -> Iterator[Place]:
-    """An empty PostgreSQL database."""
-    made = Place(database)
-    made.sql("DROP SCHEMA public CASCADE", "CREATE SCHEMA public", "GRANT USAGE ON SCHEMA public TO public")
-    yield made
-    for db in made.opened:
-        db.close()
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     """An empty SQLite file or PostgreSQL database."""
-    if request.param == "postgres":
-        yield request.getfixturevalue("pg")
-        return
-    made = sqlite(tmp_path)
-    yield made
-    for db in made.opened:
-        db.close()
-
-
-def sqlite(folder: Path) -> Place:
-    (folder / "t.db").touch()
-    return Place(f"sqlite:///{folder}/t.db")
+    yield from either(request, tmp_path)
 
 
 # ---------------------------------------------------------------------- which rows
@@ -678,7 +585,7 @@ def test_a_table_of_another_shape_is_refused(place: Place) -> None:
     db.check(selection())
     for other in (
         FLAT,
-        OutputTable(OUT, ()),
+        OutputTable(OUT, (OutputColumn("output", "int"),)),
         OutputTable(OUT, (OutputColumn("output", "json"), OutputColumn("x", "int"))),
     ):
         with pytest.raises(InvalidCall, match=r"another shape.*another predict_id"):
@@ -876,8 +783,9 @@ def test_a_key_that_comes_twice_in_a_commit(place: Place) -> None:
     ]
 
 
-def test_postgres_restarted(pg: Place, postgres: Postgres) -> None:
+def test_postgres_restarted(pg: Place, postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lost server is `TablesUnavailable`, nothing of the commit is written, and later it is repeated."""
+    monkeypatch.setattr("vllm_tasks.datalayer.spool.MOST", 1)
     db = pg.fill(30_000)
     writer = db.writer(selection(), TABLE)
     writer.commit([row(0)], [])
@@ -980,7 +888,7 @@ SOURCES = {
 @pytest.mark.parametrize("kind", SOURCES)
 def test_sqlite_counts_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Whatever the source and however far apart its rows, the parts add up."""
-    monkeypatch.setattr("vllm_tasks.datalayer.backends.COUNTED", 7)
+    monkeypatch.setattr("vllm_tasks.datalayer.sqlite.COUNTED", 7)
     place = sqlite(tmp_path)
     db = place.fill(50)
     made, select = SOURCES[kind]
@@ -1004,7 +912,7 @@ def test_a_count_holds_up_no_commit_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, journal: str
 ) -> None:
     """Without a write-ahead log, a count in one read that takes too long gives up."""
-    monkeypatch.setattr("vllm_tasks.datalayer.backends.PATIENCE", 0.2)
+    monkeypatch.setattr("vllm_tasks.datalayer.sqlite.PATIENCE", 0.2)
     place = sqlite(tmp_path)
     place.sql(f"PRAGMA journal_mode = {journal}")
     db = place.fill(60_000)
@@ -1091,17 +999,27 @@ def test_a_postgres_transaction_timeout_may_pass(pg: Place) -> None:
         writer.commit([row(1)], [])
 
 
-def test_closing_ends_the_query(pg: Place) -> None:
-    """Closing the rows leaves no transaction open, in the middle or unread."""
+def test_no_transaction_is_open_between_two_pages(pg: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever alters or drops the source does not wait for the reader of its rows."""
+    monkeypatch.setattr("vllm_tasks.datalayer.spool.MOST", 1)
     db = pg.fill(10_000)
     asked = (
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in%'"
     )
     pages = db.rows(selection(), 10)
     next(pages)
-    assert pg.sql(asked) == [(1,)]
+    assert pg.sql(asked) == [(0,)]
+    pg.sql("SET lock_timeout = '1s'", "ALTER TABLE t ADD added INTEGER")
+    assert sum(map(len, pages)) == 10_000 - 10
+    pages = db.rows(selection(), 10)
+    next(pages)
     pages.close()
     assert pg.sql(asked) == [(0,)]
+    pages = db.rows(selection(), 10)
+    next(pages)
+    pg.sql("SET lock_timeout = '1s'", "DROP TABLE t")
+    with pytest.raises(InvalidCall, match="does not exist"):
+        list(pages)
 
 
 def test_memory_does_not_grow_with_the_table(place: Place) -> None:

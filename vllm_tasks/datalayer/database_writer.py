@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from hashlib import sha256
 from typing import Any
@@ -9,11 +10,10 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
-from vllm_tasks.datalayer.backends import Backend
+from vllm_tasks.datalayer.backends import Backend, Shape, TableName
 from vllm_tasks.datalayer.keyed_table import (
     KINDS,
     KeyedTable,
-    Shape,
     refuse_differences,
     refuse_long_names,
     shape_of,
@@ -22,26 +22,49 @@ from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, Key, OutputTab
 from vllm_tasks.datalayer.storable import last_outputs
 from vllm_tasks.errors import InvalidCall
 
+logger = logging.getLogger(__name__)
+
 WAY_OUT = "give another predict_id, or drop that table if its answers are not needed"
 """For outputs that are there with other columns."""
 
 
-def made(table: OutputTable, key: Sequence[str], key_kinds: Sequence[Any]) -> sa.Table:
+def made(place: TableName, table: OutputTable, key: Sequence[str], key_kinds: Sequence[Any]) -> sa.Table:
     """The table as SQLAlchemy makes it."""
     columns = [sa.Column(name, kind, nullable=False) for name, kind in zip(key, key_kinds, strict=True)]
     columns += [sa.Column(column.name, KINDS[column.kind]) for column in table.columns]
     if table.flatten:
         columns.append(sa.Column(POSITION, KINDS["int"]))
     columns += [sa.Column(name, KINDS[kind]) for name, kind in OWN_COLUMNS.items()]
-    result = sa.Table(table.name, sa.MetaData(), *columns)
+    result = sa.Table(place.name, sa.MetaData(), *columns, schema=place.schema)
     if table.flatten:
         # An empty list is one row without a position. At 0 any two outcomes of a key meet.
         position = sa.func.coalesce(result.c[POSITION], sa.literal_column("0"))
-        name = "_key_" + sha256(table.name.encode()).hexdigest()[:16]
+        name = "_key_" + sha256(place.name.encode()).hexdigest()[:16]
         sa.Index(name, *(result.c[k] for k in key), position, unique=True)
     else:
         result.append_constraint(sa.PrimaryKeyConstraint(*key))
     return result
+
+
+def refuse_shape(
+    backend: Backend, place: TableName, shape: Shape, key: Sequence[str], key_kinds: Sequence[Any]
+) -> None:
+    """Raise `InvalidCall` where outputs that are there have another key, whatever else they have."""
+    expected = shape_of(made(place, OutputTable(place.name, ()), key, key_kinds), backend.engine.dialect)
+    known = {name: column for name, column in shape.items() if name in expected}
+    narrow = _narrow(backend, known, expected, key)
+    refuse_differences(backend, place.whole, {**known, **narrow}, expected, WAY_OUT)
+
+
+def _narrow(backend: Backend, there: Shape, expected: Shape, key: Sequence[str]) -> Shape:
+    """The key's columns, as expected, that hold less than the source's, which somebody has widened."""
+    return {
+        name: expected[name]
+        for name in key
+        if name in there
+        and not backend.holds(there[name].kind, expected[name].kind)
+        and backend.holds(expected[name].kind, there[name].kind)
+    }
 
 
 class DatabaseWriter:
@@ -56,11 +79,13 @@ class DatabaseWriter:
     ) -> None:
         self._backend = backend
         self._key = tuple(key)
+        with backend.reading() as connection:
+            self._place = backend.located(connection, table.name)
         self._refuse_names(table)
-        self._table = made(table, key, key_kinds)
+        self._table = made(self._place, table, key, key_kinds)
         self._create()
         json = {column.name for column in table.columns if column.kind == "json"}
-        self._keyed = KeyedTable(backend, self._table, key, json)
+        self._keyed = KeyedTable(backend, self._table, key, json, in_place=self._may_update(table))
 
     def commit(self, rows: Sequence[Row], redo: Collection[Key]) -> None:
         for row in rows:
@@ -86,7 +111,7 @@ class DatabaseWriter:
                 f"{', '.join(self._key)}, the output's columns and our own); rename it in a SELECT or in "
                 "the output_schema"
             )
-        refuse_long_names((table.name, *columns), self._backend.engine.dialect)
+        refuse_long_names((self._place.name, *columns), self._backend.engine.dialect)
 
     def _create(self) -> None:
         if not self._shape():
@@ -97,8 +122,36 @@ class DatabaseWriter:
                 if not self._shape():  # no rival made it
                     raise self._backend.translated(e) from e
         expected = shape_of(self._table, self._backend.engine.dialect)
-        refuse_differences(self._table.name, self._shape(), expected, WAY_OUT)
+        there = self._shape()
+        if narrow := _narrow(self._backend, there, expected, self._key):
+            self._widen(narrow)
+            there = self._shape()
+        refuse_differences(self._backend, self._place.whole, there, expected, WAY_OUT)
+
+    def _widen(self, columns: Shape) -> None:
+        """The source's key was widened, so the outputs' is: else a key would come that it cannot hold."""
+        quote = self._backend.engine.dialect.identifier_preparer
+        specs = {name: self._table.c[name].type.compile(quote.dialect) for name in columns}
+        types = ", ".join(f"ALTER COLUMN {quote.quote_identifier(n)} TYPE {specs[n]}" for n in specs)
+        statement = f"ALTER TABLE {quote.format_table(self._table)} {types}"
+        logger.info("the key of the source was widened: %s", statement)
+        try:
+            with self._backend.writing(self._place.name) as connection:
+                connection.exec_driver_sql(statement)
+        except DBAPIError as e:
+            error = self._backend.translated(e)
+            if isinstance(error, InvalidCall):
+                raise InvalidCall(f"{error}; the outputs' owner must run: {statement}") from e
+            raise error from e
+
+    def _may_update(self, table: OutputTable) -> bool:
+        """Whether a row may be replaced in its place, so that what others keep in it stays."""
+        if table.flatten:
+            return False
+        with self._backend.reading() as connection:
+            indexes = self._backend.unique(connection, self._place)
+            return {*self._key} in map(set, indexes) and self._backend.may_update(connection, self._place)
 
     def _shape(self) -> Shape:
         with self._backend.reading() as connection:
-            return self._backend.shape(connection, self._table.name)
+            return self._backend.shape(connection, self._place)

@@ -11,13 +11,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import sqlite
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.exc import DBAPIError
 
-from vllm_tasks.datalayer.backends import Backend, Verbatim
-from vllm_tasks.datalayer.selection import Key, Row
+from vllm_tasks.datalayer.backends import Backend, Column, Shape, TableName, Verbatim
+from vllm_tasks.datalayer.selection import POSITION, Key, Row
 from vllm_tasks.datalayer.storable import HALF_A_CHARACTER, INT64, is_text, to_json
 from vllm_tasks.errors import InvalidCall
 
@@ -26,9 +26,6 @@ ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 """In JSON: an even number of backslashes before it are backslashes of the text."""
 
 UTC_TEXT = "%(year)04d-%(month)02d-%(day)02d %(hour)02d:%(minute)02d:%(second)02d.%(microsecond)06d+00:00"
-
-Shape = Mapping[str, tuple[str, bool]]
-"""Type and whether NULL may stand there, by column."""
 
 
 class UtcTime(sa.TypeDecorator[datetime]):
@@ -85,22 +82,31 @@ def shape_of(table: sa.Table, dialect: Dialect) -> Shape:
         spec = column.type.compile(dialect).partition(" COLLATE ")[0]
         if dialect.name == "postgresql" and not isinstance(column.type, Verbatim):
             spec = spec.lower()
-        shape[column.name] = (spec, bool(column.nullable))
+        shape[column.name] = Column(spec, bool(column.nullable))
     return shape
 
 
-def refuse_differences(name: str, there: Shape, expected: Shape, way_out: str) -> None:
-    """Raise `InvalidCall` unless the table that is there is the one expected."""
+def refuse_differences(backend: Backend, name: str, there: Shape, expected: Shape, way_out: str) -> None:
+    """Raise `InvalidCall` unless the table that is there can keep what the expected one would.
 
-    def told(shape: Shape, column: str) -> str:
-        if column not in shape:
-            return "no such column"
-        return f"{shape[column][0] or 'any type'}{'' if shape[column][1] else ', part of the key'}"
-
-    wrong = [c for c in {**expected, **there} if there.get(c) != expected.get(c)]
+    Others may have given it columns, indexes and triggers, and wider types.
+    """
+    wrong = []
+    for column, needed in expected.items():
+        found = there.get(column)
+        if found is None:
+            wrong.append(f"{column!r} is no such column, would be {needed.kind or 'any type'}")
+        elif not backend.holds(found.kind, needed.kind):
+            wrong.append(f"{column!r} is {found.kind or 'any type'}, would be {needed.kind or 'any type'}")
+        elif needed.nullable and not found.nullable:
+            wrong.append(f"{column!r} is NOT NULL, and would have no value where a row fails")
+    for column in there.keys() - expected.keys():
+        if column == POSITION:
+            wrong.append(f"{column!r} is there, of outputs that are flattened, and would not be")
+        elif not there[column].nullable and not there[column].default:
+            wrong.append(f"{column!r} is NOT NULL without a DEFAULT, so that no new row can be written")
     if wrong:
-        differences = "; ".join(f"{c!r} is {told(there, c)}, would be {told(expected, c)}" for c in wrong)
-        raise InvalidCall(f"the table {name!r} is there with another shape: {differences}; {way_out}")
+        raise InvalidCall(f"the table {name!r} is there with another shape: {'; '.join(wrong)}; {way_out}")
 
 
 def refuse_long_names(names: Iterable[str], dialect: Dialect) -> None:
@@ -115,12 +121,22 @@ def refuse_long_names(names: Iterable[str], dialect: Dialect) -> None:
 class KeyedTable:
     """The statements that replace rows of `table`, which has each `key` once.
 
-    All keys are deleted before they are inserted, also those that nobody said are there: a rival may have
-    committed them meanwhile, or this process itself, when an acknowledgement was lost. (That costs less
-    than to run into the unique key and to begin again.)
+    All keys are replaced, also those that nobody said are there: a rival may have committed them meanwhile,
+    or this process itself, when an acknowledgement was lost.
+
+    `in_place`: a row that is there is updated, so that columns which others gave the table keep their values;
+    the key must have a unique index. Else it is deleted before the new one is inserted.
     """
 
-    def __init__(self, backend: Backend, table: sa.Table, key: Sequence[str], json: Collection[str]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        table: sa.Table,
+        key: Sequence[str],
+        json: Collection[str],
+        *,
+        in_place: bool = False,
+    ) -> None:
         self._backend = backend
         self._table = table
         self._key = tuple(key)
@@ -128,7 +144,8 @@ class KeyedTable:
         # Names of columns have characters that names of parameters may not have.
         binds = {name: sa.bindparam(f"b{i}", type_=c.type) for i, (name, c) in enumerate(table.c.items())}
         self._binds = {name: bind.key for name, bind in binds.items()}
-        self._insert = sa.insert(table).values(binds)
+        self._in_place = in_place
+        self._insert = self._upsert(binds) if in_place else sa.insert(table).values(binds)
         self._delete = sa.delete(table).where(*(table.c[name] == binds[name] for name in key))
 
     def key_of(self, row: Row) -> Key:
@@ -159,8 +176,18 @@ class KeyedTable:
             time.sleep(random.random() * 0.05 * attempt)
         return None
 
+    def _upsert(self, binds: Mapping[str, Any]) -> sa.Insert:
+        dialects: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+        insert = dialects[self._backend.engine.dialect.name](self._table).values(binds)
+        names = [c.name for c in self._table.c]
+        new = {name: insert.excluded[name] for name in names if name not in self._key}
+        made: sa.Insert = insert.on_conflict_do_update(index_elements=list(self._key), set_=new)
+        return made
+
     def _write(self, connection: Connection, rows: Sequence[Row], redo: Collection[Key]) -> None:
-        if keys := sorted({*redo, *map(self.key_of, rows)}, key=repr):
+        written = set(map(self.key_of, rows))
+        gone = {*redo} - written if self._in_place else {*redo, *written}
+        if keys := sorted(gone, key=repr):
             names = [self._binds[name] for name in self._key]
             connection.execute(self._delete, [dict(zip(names, key, strict=True)) for key in keys])
         if rows:
@@ -168,9 +195,10 @@ class KeyedTable:
             connection.execute(self._insert, [{bind: row[name] for name, bind in binds} for row in rows])
 
     def _make(self, connection: Connection, way_out: str) -> None:
-        if there := self._backend.shape(connection, self._table.name):
+        place = TableName(self._table.name, self._table.schema)
+        if there := self._backend.shape(connection, place):
             expected = shape_of(self._table, connection.dialect)
-            refuse_differences(self._table.name, there, expected, way_out)
+            refuse_differences(self._backend, place.whole, there, expected, way_out)
         else:
             self._table.create(connection, checkfirst=False)
 

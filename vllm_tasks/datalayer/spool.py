@@ -1,0 +1,106 @@
+"""Rows read aside at full speed, so that no transaction is open while their reader waits for a model."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from tempfile import SpooledTemporaryFile
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from vllm_tasks.datalayer.backends import Backend
+
+LEAST = 16 << 20
+"""Bytes that one transaction reads, if there are so many; they are kept in memory, more on the disk."""
+MOST = 256 << 20
+"""Bytes that one transaction reads at most, but for a last page."""
+LONGEST = 5.0
+"""Seconds after its first row in which a transaction has to end: somebody may wait for its locks."""
+PAGE_BYTES = 4 << 20
+"""About how many bytes of rows are Python objects at once."""
+FIRST = 16
+"""Rows that are fetched before it is known how wide they are."""
+
+Values = tuple[Any, ...]
+
+
+class Spool:
+    """Rows of one query, in pages of at most `size` rows and about `PAGE_BYTES`."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        # Pickled by this process for itself, into a file without a name: nobody else can write it.
+        self._file = SpooledTemporaryFile(max_size=LEAST)  # noqa: SIM115 - closed by `close`
+        self.last: Values = ()
+        """The last row that was read."""
+        self.rows = 0
+
+    def fill(self, connection: Connection, query: sa.Select[Any], leave: Callable[[], None]) -> bool:
+        """Read until that is enough for one transaction, and `leave` then; True: the query is at its end.
+
+        A query that took long before its first row is read as long again: else a sort of the whole table
+        would be repeated for each few rows.
+        """
+        began = time.monotonic()
+        first = 0.0
+        streaming = connection.execution_options(stream_results=True, max_row_buffer=1)
+        with streaming.execute(query) as result:
+            count = min(FIRST, self._size)
+            while page := [tuple(row) for row in result.fetchmany(count)]:
+                now = time.monotonic()
+                first = first or now
+                written = self._add(page)
+                if (
+                    written >= MOST
+                    or now - first >= LONGEST
+                    or (written >= LEAST and now - first >= first - began)
+                ):
+                    leave()
+                    return False
+                count = max(1, min(self._size, PAGE_BYTES * self.rows // written))
+        return True
+
+    def _add(self, page: list[Values]) -> int:
+        """How many bytes there are now."""
+        pickle.dump(page, self._file, pickle.HIGHEST_PROTOCOL)
+        self.last = page[-1]
+        self.rows += len(page)
+        return self._file.tell()
+
+    def pages(self) -> Iterator[list[Values]]:
+        """The rows in their order."""
+        end = self._file.tell()
+        self._file.seek(0)
+        while self._file.tell() < end:
+            yield pickle.load(self._file)  # noqa: S301 - what `_add` wrote, in a file that nobody else has
+
+    def close(self) -> None:
+        """Forget the rows."""
+        self._file.close()
+
+
+def spools(
+    backend: Backend,
+    query: Callable[[Connection, Sequence[Any] | None], sa.Select[Any]],
+    bound: int,
+    size: int,
+) -> Iterator[Spool]:
+    """All rows of a query that is in the order of its keys, each spool read in a transaction of its own.
+
+    `query(connection, after)` gives what is left after the row whose last `bound` columns were `after`. No
+    transaction is open while a spool is with the caller, and it is closed when the next one is asked for.
+    """
+    after: Sequence[Any] | None = None
+    while True:
+        with closing(Spool(size)) as spool:
+            with backend.reading() as connection:
+                left = query(connection, after)
+                complete = spool.fill(connection, left, lambda: backend.leave(connection))
+            yield spool
+            if complete:
+                return
+            after = spool.last[-bound:]
