@@ -26,14 +26,14 @@ def refuse_other_source(tables: Tables, outputs: str, source: str) -> None:
 
 
 def _has_source(tables: Tables, outputs: str, source: str) -> bool:
-    from vllm_tasks.datalayer.sources import literal
+    from vllm_tasks.datalayer.workspace import literal
 
     return _first(tables, "_source", outputs, f"_source = {literal(source)}") is not None
 
 
 def holds_others(tables: Tables, selection: Selection) -> bool:
     """Whether there is an output, not an error, that was made under another fingerprint."""
-    from vllm_tasks.datalayer.sources import literal
+    from vllm_tasks.datalayer.workspace import literal
 
     other = f"_error IS NULL AND _fingerprint <> {literal(selection.fingerprint)}"
     return _first(tables, "_fingerprint", selection.outputs, other) is not None

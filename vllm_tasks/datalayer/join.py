@@ -7,8 +7,7 @@ matched with it; so a row's values are read only when it is wanted, and pass thr
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
@@ -293,20 +292,19 @@ def read(source: Source, select: str, columns: Sequence[str] | None, size: int) 
         )
 
 
-def ascending(tables: Generator[pa.Table], key: pa.Schema) -> bool:
+def ascending(tables: Iterator[pa.Table], key: pa.Schema) -> bool:
     """Whether each key is larger than the one before, so that none is there twice: told at once where not."""
     if len(key) != 1 or pa.types.is_temporal(key[0].type):
         return False
     last = None
-    with closing(tables):
-        for table in tables:
-            column = pa.concat_arrays(table[0].chunks) if table[0].num_chunks else pa.array([], key[0].type)
-            if not len(column):
-                continue
-            begins = last is None or pc.less(last, column[0]).as_py()
-            if not begins or not pc.all(pc.less(column[:-1], column[1:]), skip_nulls=False).as_py():
-                return False
-            last = column[-1]
+    for table in tables:
+        column = pa.concat_arrays(table[0].chunks) if table[0].num_chunks else pa.array([], key[0].type)
+        if not len(column):
+            continue
+        begins = last is None or pc.less(last, column[0]).as_py()
+        if not begins or not pc.all(pc.less(column[:-1], column[1:]), skip_nulls=False).as_py():
+            return False
+        last = column[-1]
     return last is None or last.is_valid
 
 

@@ -102,8 +102,8 @@ def python(column: pa.Array | pa.ChunkedArray) -> list[Any]:
 def _special(kind: pa.DataType) -> Callable[[Any], list[Any]] | None:
     """How a column is read that Arrow's own way would change; None where it does not."""
     if isinstance(kind, pa.BaseExtensionType):
-        name: str = kind.extension_name
-        return _EXTENSIONS.get(name, _stored)
+        convert: Callable[[Any], list[Any]] = _EXTENSIONS.get(kind.extension_name, _stored)
+        return convert
     if pa.types.is_float32(kind) or pa.types.is_float16(kind):
         return _short_floats
     if pa.types.is_timestamp(kind) and (kind.unit == "ns" or kind.tz not in (None, "UTC")):

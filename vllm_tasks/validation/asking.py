@@ -16,7 +16,7 @@ from vllm_tasks.budget import Budget
 from vllm_tasks.datalayer import outputs_name
 from vllm_tasks.datalayer.delta import quoted
 from vllm_tasks.datalayer.selection import POSITION, OutputTable, Selection, Tables
-from vllm_tasks.datalayer.sources.files import literal
+from vllm_tasks.datalayer.workspace import literal
 from vllm_tasks.errors import InvalidCall, TooManyFailed
 from vllm_tasks.fingerprint import fingerprint
 from vllm_tasks.metrics.data import JsonText

@@ -17,7 +17,7 @@ import pyarrow as pa
 from vllm_tasks.datalayer import outputs_name
 from vllm_tasks.datalayer.delta import quoted
 from vllm_tasks.datalayer.selection import Tables
-from vllm_tasks.datalayer.sources.files import literal
+from vllm_tasks.datalayer.workspace import literal
 from vllm_tasks.validation.report import Record
 
 VALUES, SCORES = "_metric_values", "_metric_scores"

@@ -10,7 +10,7 @@ only of the rows that are wanted, values are read, in lists bounded in bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -81,10 +81,10 @@ class Source(Protocol):
         """Whether the source itself promises (by a unique index, say) that no two rows have the same key and
         none has NULL in it; else that is found out by reading all keys."""
 
-    def keys(self, key: pa.Schema) -> Generator[pa.Table]:
+    def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
         """The key of every row that has one, in these types, NULLs among them."""
 
-    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Generator[Part]:
+    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
         """All rows, each in one part; with an empty `key` without keys.
 
         Rows whose key is NULL or does not fit its type go to `unreadable`.

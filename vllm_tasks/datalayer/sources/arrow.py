@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pyarrow as pa
 
@@ -79,11 +79,11 @@ class ArrowSource:
     def identified_by(self, key: Sequence[str]) -> bool:
         return False
 
-    def keys(self, key: pa.Schema) -> Generator[pa.Table]:
+    def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
         for found in self._tables(key.names, KEYS_AT_ONCE):
             yield fitting(found, key)
 
-    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Generator[Part]:
+    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
         for found in self._tables(list(dict.fromkeys((*key.names, *columns))), ROWS_AT_ONCE):
             yield part_of(found, key, columns, unreadable, self._shown)
 

@@ -5,7 +5,7 @@ A cell without any character is NULL; with quotes around nothing it is the empty
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 import pyarrow as pa
@@ -42,11 +42,11 @@ class Csv:
         """See `Source.identified_by`: files promise nothing."""
         return False
 
-    def keys(self, key: pa.Schema) -> Generator[pa.Table]:
+    def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
         for file, _, places, records in self._records(key.names, Unreadable()):
             yield _keys(file, places, records, key)[0]
 
-    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Generator[Part]:
+    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
         for file, width, places, records in self._records([*key.names, *columns], unreadable):
             if not key.names:
                 everything = range(records.good.num_rows + len(records.bad))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -65,11 +65,11 @@ class JsonLines:
         """See `Source.identified_by`: files promise nothing."""
         return False
 
-    def keys(self, key: pa.Schema) -> Generator[pa.Table]:
+    def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
         for piece in self._pieces(key.names, Unreadable()):
             yield json_keys(piece.rows, key)[0]
 
-    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Generator[Part]:
+    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
         width = len(key)
         for piece in self._pieces([*key.names, *columns], unreadable):
             if not width:

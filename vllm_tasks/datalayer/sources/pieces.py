@@ -6,7 +6,7 @@ read of the pieces that have a wanted row, and of no other.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -91,14 +91,14 @@ class Pieces:
         """See `Source.identified_by`: files promise nothing."""
         return False
 
-    def keys(self, key: pa.Schema) -> Generator[pa.Table]:
+    def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
         """See `Source.keys`."""
         with closing(self.reading(KEY_ROWS)) as reading:
             for piece in self.pieces():
                 for batch in _read(reading, piece, key.names):
                     yield fitting(_keys(batch, key), key)
 
-    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Generator[Part]:
+    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
         """See `Source.parts`."""
         cursor = Cursor(self.reading(BATCH_ROWS), columns)
         with closing(self.reading(KEY_ROWS)) as reading, closing(cursor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,11 +50,11 @@ class Statement:
     def identified_by(self, key: Sequence[str]) -> bool:
         return False
 
-    def keys(self, key: pa.Schema) -> Generator[pa.Table]:
+    def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
         for found in self._batches(key.names, KEYS_AT_ONCE):
             yield fitting(found, key)
 
-    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Generator[Part]:
+    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
         names = list(dict.fromkeys((*key.names, *columns)))
         for found in self._batches(names, ROWS_AT_ONCE):
             yield part_of(found, key, columns, unreadable, self._shown)
