@@ -578,7 +578,7 @@ def packed(kind: str, content: bytes) -> bytes:
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
 def test_compressed_files_and_their_truncated_ends(write: Write, kind: str) -> None:
-    rows = [(i, f"t{i * 7919 % 100_003}") for i in range(5_000)]
+    rows = [(i, f"t{i * 7919 % 100_003}") for i in range(5_000 if kind == "gz" else 20_000)]
     contents = {
         "csv": "id,text\n" + "".join(f"{i},{t}\n" for i, t in rows),
         "JSONL": lines([{"id": str(i), "text": t} for i, t in rows]),
