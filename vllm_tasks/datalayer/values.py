@@ -110,6 +110,8 @@ def _special(kind: pa.DataType) -> Callable[[Any], list[Any]] | None:
         return _timestamps
     if pa.types.is_dictionary(kind):
         return lambda column: python(column.dictionary_decode())
+    if pa.types.is_union(kind):
+        return _union
     if pa.types.is_nested(kind) and any(_special(kind.field(i).type) for i in range(kind.num_fields)):
         return _nested
     if pa.types.is_duration(kind) and kind.unit == "ns":
@@ -121,6 +123,11 @@ def _special(kind: pa.DataType) -> Callable[[Any], list[Any]] | None:
 
 def _stored(column: Any) -> list[Any]:
     return python(column.storage)
+
+
+def _union(column: Any) -> list[Any]:
+    """Each value by the type that it has."""
+    return [python(pa.repeat(value.value, 1))[0] if value.is_valid else None for value in column]
 
 
 def _json(column: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Arrow IPC: files (`.arrow`, `.feather` of version 2) and streams, whatever their buffers are compressed with."""
+"""Arrow IPC: files (`.arrow`, `.feather` of version 2) and streams, with compressed buffers or plain ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Mapped:
 
 
 class ArrowFile(Pieces):
-    """The files of a table; a piece is a batch of a file, or a whole stream, which cannot be read from its middle."""
+    """The files of a table. A piece is a batch of a file, or a whole stream, which is read from its start."""
 
     def __init__(self, files: Sequence[DataFile | Mapped]) -> None:
         self._files = files
@@ -82,7 +82,7 @@ class _Pass:
 
 
 def _reader(file: DataFile | Mapped, opened: ExitStack, options: Any) -> Any:
-    """Of a file or of a stream, which `opened` closes; raises `InvalidCall` for the first version of Feather."""
+    """Of a file or a stream, which `opened` closes; raises `InvalidCall` for the first version of Feather."""
     raw = opened.enter_context(_raw(file))
     beginning = raw.read(len(MAGIC))
     raw.seek(0)

@@ -10,10 +10,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from vllm_tasks.datalayer.delta import plain
 from vllm_tasks.datalayer.sources.arrow_file import ArrowFile, Mapped
 from vllm_tasks.datalayer.sources.layout import familiar
-from vllm_tasks.datalayer.sources.pieces import BATCH_ROWS, Piece, Pieces, reading_errors
-from vllm_tasks.errors import InvalidCall
+from vllm_tasks.datalayer.sources.pieces import BATCH_ROWS, Piece, Pieces
+from vllm_tasks.errors import InvalidCall, TablesUnavailable
 
 IN_MEMORY = ("pandas", "polars")
 """Packages whose data frames are what they are however often they are read."""
@@ -30,15 +31,15 @@ class Frame(Pieces):
         """Raises `InvalidCall` for what is no table."""
         _check(data)
         self._where = shown(data)
-        self._opened = ExitStack()
         self._copy: ArrowFile | None = None
-        with reading_errors(self._where), _conversion_errors(self._where):
+        with ExitStack() as opened, _errors(self._where):
             if _in_memory(data):
                 self._table = pa.table(data)
             else:
-                self._copy = ArrowFile([Mapped(_copied(data, self._opened), self._where)])
+                self._copy = ArrowFile([Mapped(_copied(data, opened), self._where)])
                 ((_, schema),) = self._copy.schemas()
                 self._table = schema.empty_table()
+            self._opened = opened.pop_all()
         self._schema = _without_index(self._table.schema)
 
     def schemas(self) -> Iterator[tuple[str, pa.Schema]]:
@@ -88,9 +89,9 @@ def is_table(data: Any) -> bool:
 def _check(data: Any) -> None:
     if not is_table(data):
         raise InvalidCall(
-            "rows in memory must be a table that has __arrow_c_stream__ (of pandas, polars, pyarrow or DuckDB), "
-            f"not a {type(data).__name__}; make one of a list of rows by pyarrow.Table.from_pylist(rows), of a "
-            "dict of columns by pyarrow.table(columns), of a pyarrow dataset by dataset.scanner().to_reader()"
+            "rows in memory must be a table that has __arrow_c_stream__ (pandas, polars, pyarrow, DuckDB), "
+            f"not a {type(data).__name__}; make one of a list of rows by pyarrow.Table.from_pylist(rows), of "
+            "a dict of columns by pyarrow.table(columns), of a dataset by dataset.scanner().to_reader()"
         )
 
 
@@ -102,7 +103,8 @@ def _in_memory(data: Any) -> bool:
 
 def _copied(data: Any, opened: ExitStack) -> str:
     """The path of an Arrow file with the rows of `data`, which goes with `opened`."""
-    file = opened.enter_context(tempfile.NamedTemporaryFile(prefix="vllm-tasks-", suffix=".arrow"))
+    file = tempfile.NamedTemporaryFile(prefix="vllm-tasks-", suffix=".arrow")  # noqa: SIM115 - `opened` closes it
+    opened.enter_context(file)
     with pa.RecordBatchReader.from_stream(data) as reader:
         schema = _written(pa.RecordBatch.from_pylist([], reader.schema)).schema
         with pa.ipc.new_file(file.name, schema) as writer:
@@ -128,11 +130,13 @@ def _without_index(schema: pa.Schema) -> pa.Schema:
 
 
 @contextmanager
-def _conversion_errors(where: str) -> Iterator[None]:
-    """Rows that pandas cannot give as Arrow."""
+def _errors(where: str) -> Iterator[None]:
+    """What the library that made the table says, or the disk that it is copied to."""
     try:
         yield
-    except pa.ArrowException:
-        raise
-    except (TypeError, ValueError) as e:
-        raise InvalidCall(f"cannot read {where}: {e!s:.200}") from e
+    except OSError as e:
+        raise TablesUnavailable(f"cannot copy {where} to a temporary file: {plain(e):.200}") from e
+    except (
+        Exception
+    ) as e:  # each library has errors of its own, and rows that it cannot give stay as they are
+        raise InvalidCall(f"cannot read {where}: {plain(e):.200}") from e

@@ -37,8 +37,8 @@ def refuse_inside(fs: Any, path: str, root: str, shown: str) -> None:
     while len(folder) > len(root):
         if is_iceberg(fs, folder):
             raise InvalidCall(
-                f"{shown!r} lies in the Iceberg table {posixpath.basename(folder)!r}: name that table, not the "
-                "files in it, of which some are of the past"
+                f"{shown!r} lies in the Iceberg table {posixpath.basename(folder)!r}: name that table, not "
+                "the files in it, of which some are of the past"
             )
         folder = posixpath.dirname(folder)
 
@@ -64,7 +64,7 @@ class Iceberg(Pieces):
             from vllm_tasks.datalayer.sources.iceberg_files import LakeFiles, table
         except ImportError as e:
             raise InvalidCall(
-                f"{shown} is an Iceberg table, for which pyiceberg is needed: pip install 'vllm-tasks[iceberg]'"
+                f"{shown} is an Iceberg table, which needs pyiceberg: pip install 'vllm-tasks[iceberg]'"
             ) from e
         with self._errors():
             self._table = table(LakeFiles(fs), _newest(fs, folder))
@@ -119,8 +119,8 @@ class Iceberg(Pieces):
             raise
         except FileNotFoundError as e:
             raise InvalidCall(
-                f"the Iceberg table {self._shown} lacks a file that its metadata names: {plain(e):.300}; a table "
-                "that was moved has to be registered anew, as it names its files by their whole paths"
+                f"the Iceberg table {self._shown} lacks a file that its metadata names: {plain(e):.300}; a "
+                "table names its files by their whole paths, and cannot be read where it was moved or copied"
             ) from e
         except (OSError, ConnectionError) as e:
             raise TablesUnavailable(f"cannot read the Iceberg table {self._shown}: {plain(e):.300}") from e

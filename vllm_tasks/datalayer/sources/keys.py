@@ -71,28 +71,37 @@ def _cast(column: pa.Array, field: pa.Field) -> tuple[pa.Array, dict[int, str]]:
     if isinstance(column.type, pa.BaseExtensionType):
         uuid = column.type.extension_name == "arrow.uuid"
         column = pa.array(map(_text, column.to_pylist()), pa.string()) if uuid else column.storage
-    if column.type == field.type:
-        return column, {}
+    return _in_halves(column, field)
+
+
+def _valid(column: pa.Array, kind: pa.DataType) -> pa.Array:
+    """`column` as `kind`; raises `ArrowInvalid` where a value is none."""
+    if column.type != kind:
+        # Nanoseconds are cut: a key is kept with microseconds.
+        column = pc.cast(column, kind, safe=not pa.types.is_timestamp(column.type))
+    column.validate(full=True)  # files may hold bytes as text that are none
+    return column
+
+
+def _in_halves(column: pa.Array, field: pa.Field, first: int = 0) -> tuple[pa.Array, dict[int, str]]:
+    """As `_cast`, NULL for the values that do not fit; `first` is the number of the first row."""
     try:
-        return _plain(column, field.type), {}
+        return _valid(column, field.type), {}
     except pa.ArrowInvalid:
-        return _one_by_one(column, field)
+        if len(column) == 1:
+            wrong = f"{field.name}={_shown(column[0])} is no {field.type}, as the outputs have it"
+            return pa.nulls(1, field.type), {first: wrong}
+    half = len(column) // 2
+    before, wrong_before = _in_halves(column.slice(0, half), field, first)
+    behind, wrong_behind = _in_halves(column.slice(half), field, first + half)
+    return pa.concat_arrays([before, behind]), wrong_before | wrong_behind
 
 
-def _plain(column: pa.Array, kind: pa.DataType) -> pa.Array:
-    # Nanoseconds are cut: a key is kept with microseconds.
-    return pc.cast(column, kind, safe=not pa.types.is_timestamp(column.type))
-
-
-def _one_by_one(column: pa.Array, field: pa.Field) -> tuple[pa.Array, dict[int, str]]:
-    values, wrong = [], {}
-    for i, value in enumerate(column):
-        try:
-            values.append(_plain(pa.array([value.as_py()], column.type), field.type)[0].as_py())
-        except (pa.ArrowInvalid, ValueError, OverflowError):
-            values.append(None)
-            wrong[i] = f"{field.name}={str(value)[:100]} is no {field.type}, as the outputs have it"
-    return pa.array(values, field.type), wrong
+def _shown(value: pa.Scalar) -> str:
+    try:
+        return str(value)[:100]
+    except (ValueError, OverflowError):  # bytes that are no text, a date that Python does not have
+        return f"a value of the type {value.type}"
 
 
 def _text(value: object) -> str | None:

@@ -95,7 +95,7 @@ class Pieces:
         """See `Source.keys`."""
         with closing(self.reading(KEY_ROWS)) as reading:
             for piece in self.pieces():
-                for batch in _read(reading, piece, key.names):
+                for batch in read(reading, piece, key.names):
                     yield fitting(_keys(batch, key), key)
 
     def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
@@ -105,7 +105,7 @@ class Pieces:
             part = _Gathered(key, cursor)
             for piece in self.pieces():
                 start = 0
-                for batch in _read(reading, piece, key.names):
+                for batch in read(reading, piece, key.names):
                     if part.full:
                         yield part.made()
                         part = _Gathered(key, cursor)
@@ -174,7 +174,7 @@ class Cursor:
         """Of the rows of `piece` with these numbers, ascending and none of them given before."""
         if piece is not self._piece:
             self._piece, self._start, self._batch = piece, 0, None
-            self._batches = _read(self._reading, piece, self._columns)
+            self._batches = read(self._reading, piece, self._columns)
         while len(wanted):
             batch = self._batch
             end = self._start + (batch.num_rows if batch is not None else 0)
@@ -201,7 +201,7 @@ class Cursor:
         self._reading.close()
 
 
-def _read(reading: Pass, piece: Piece, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def read(reading: Pass, piece: Piece, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Those of `columns` that the piece has, or any one where it has none, for the number of rows."""
     there = [name for name in dict.fromkeys(columns) if _only(piece.schema, name, piece.where) is not None]
     with reading_errors(piece.where):

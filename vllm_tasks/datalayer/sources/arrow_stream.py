@@ -1,0 +1,66 @@
+"""A source in pieces as a typed stream of Arrow, for a SELECT over it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import pyarrow as pa
+
+from vllm_tasks.datalayer.delta import plain
+from vllm_tasks.datalayer.sources.layout import familiar
+from vllm_tasks.datalayer.sources.pieces import BATCH_ROWS, Pieces, read
+from vllm_tasks.errors import InvalidCall
+
+
+class Stream:
+    """The columns of a source, which may be read any number of times; each time from the files."""
+
+    def __init__(self, source: Pieces, columns: Sequence[str]) -> None:
+        """Raises `InvalidCall` where files have types of a column that no one type holds."""
+        self._source = source
+        self._columns = columns
+        self.schema = _schema(source, columns)
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+        reader = pa.RecordBatchReader.from_batches(self.schema, self._batches())
+        return reader.__arrow_c_stream__(requested_schema)
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        with closing(self._source.reading(BATCH_ROWS)) as reading:
+            for piece in self._source.pieces():
+                for batch in read(reading, piece, self._columns):
+                    yield self._typed(batch)
+
+    def _typed(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        names = set(batch.schema.names)
+        columns = [
+            batch[field.name].cast(field.type)
+            if field.name in names
+            else pa.nulls(batch.num_rows, field.type)
+            for field in self.schema
+        ]
+        return pa.RecordBatch.from_arrays(columns, schema=self.schema)
+
+
+def as_stream(source: Pieces, columns: Sequence[str]) -> Stream:
+    """`columns` of `source` as an object that DuckDB reads in a SELECT, once it is registered."""
+    return Stream(source, columns)
+
+
+def _schema(source: Pieces, columns: Sequence[str]) -> pa.Schema:
+    wanted = set(columns)
+    schemas = [
+        familiar(pa.RecordBatch.from_pylist([], _some(schema, wanted))).schema
+        for _, schema in source.schemas()
+    ]
+    try:
+        found = pa.unify_schemas(schemas, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as e:
+        raise InvalidCall(f"the files have types of a column that cannot meet: {plain(e):.300}") from e
+    return pa.schema([found.field(name) for name in columns if name in found.names])
+
+
+def _some(schema: pa.Schema, wanted: set[str]) -> pa.Schema:
+    return pa.schema([field for field in schema if field.name in wanted])
