@@ -140,7 +140,15 @@ def _shape(schema: pa.Schema) -> dict[str, str]:
 
 
 def with_added(rows: pa.Table, table: DeltaTable) -> pa.Table:
-    """`rows` with all columns of the table, NULL in those that they have not."""
+    """`rows` with all columns of the table, NULL in those that they have not.
+
+    Raises `InvalidCall` for a column, added under a run, where NULL may not stand.
+    """
     full = arrow_schema(table)
+    for name in (f.name for f in full if not f.nullable and f.name not in rows.column_names):
+        raise InvalidCall(
+            f"the added column {name!r} of the table {without_secrets(table.table_uri)!r} is NOT NULL, and "
+            "new rows have no value for it; drop that, or give another predict_id"
+        )
     columns = [rows[f.name] if f.name in rows.column_names else pa.nulls(rows.num_rows, f.type) for f in full]
     return pa.table(columns, schema=full)
