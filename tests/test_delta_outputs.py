@@ -46,14 +46,14 @@ def parted(*by: str, **kinds: Any) -> OutputTable:
 # ---------------------------------------------------------------------- columns that users add
 
 STRUCT = StructType([Field("x", PrimitiveType("long"), nullable=False)])
-ADDED = {
+ADDED: dict[str, tuple[Any, str | None, Any]] = {
     "text": (PrimitiveType("string"), "'yes'", "yes"),
     "bytes": (PrimitiveType("binary"), "X'00ff'", b"\x00\xff"),
     "small": (PrimitiveType("byte"), "7", 7),
     "decimal": (PrimitiveType("decimal(12,3)"), "1.500", Decimal("1.500")),
     "time": (PrimitiveType("timestamp"), "TIMESTAMP '2024-01-02T03:04:05Z'", None),
-    "vector": (ArrayType(PrimitiveType("double"), False), "[0.25, -1.0]", [0.25, -1.0]),
-    "map": (MapType(PrimitiveType("string"), PrimitiveType("long"), True), None, None),
+    "vector": (ArrayType(PrimitiveType("double"), contains_null=False), "[0.25, -1.0]", [0.25, -1.0]),
+    "map": (MapType(PrimitiveType("string"), PrimitiveType("long"), value_contains_null=True), None, None),
     "struct": (STRUCT, None, None),
 }
 
