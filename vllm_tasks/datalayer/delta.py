@@ -67,6 +67,8 @@ PASSING = re.compile(
 """DuckDB's errors of what is not there now: its own, and those of the files that Arrow reads for it."""
 UNSUPPORTED = re.compile("Unsupported: |Invalid protocol|[Cc]atalog version|Unsupported table features")
 """In what delta-rs says of a table of another kind than it knows."""
+ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+"""How a URL begins."""
 FOOTERS_AT_ONCE = 16
 """Files of a table whose types are looked up at once."""
 DENIED = re.compile("permission denied|accessdenied|access denied|forbidden", re.IGNORECASE)
@@ -173,13 +175,13 @@ def dataset(table: DeltaTable) -> ds.Dataset:
 
 def refuse_outside(table: DeltaTable) -> None:
     """Raise `InvalidCall` for a table whose log names files outside of its folder."""
-    uri = table.table_uri
-    folder = unquote(uri.removeprefix("file://")).rstrip("/") + "/"
-    for file in table.file_uris():
-        path = unquote(file.removeprefix("file://"))
-        if not path.startswith(folder) or ".." in unquote(path).split("/"):
+    # As the log has them: `file_uris` shows also those that are elsewhere as if they were inside.
+    for path in pa.table(table.get_add_actions(flatten=True))["path"].to_pylist():
+        decoded = unquote(path)
+        if ELSEWHERE.match(path) or decoded.startswith("/") or ".." in decoded.split("/"):
             raise InvalidCall(
-                f"the Delta table {without_secrets(uri)!r} has a file that is not in it: {file!r}"
+                f"the Delta table {without_secrets(table.table_uri)!r} has a file that is not in it: "
+                f"{path!r:.300}"
             )
 
 

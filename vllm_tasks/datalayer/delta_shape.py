@@ -16,7 +16,8 @@ PLAIN_FEATURES = {"timestampNtz"}
 """Reader features with which each file of a table is rows of the table, as they are."""
 FILLED_BY_DELTA = ("delta.generationExpression", "delta.identity")
 """What the metadata of a column begins with whose values delta-rs would have to make, and cannot."""
-LAST_OWN = list(OWN_COLUMNS)[-1]
+BEHIND = "_created_at"
+"""The last column that all outputs have of ours, whatever version made them."""
 
 
 def arrow_schema(table: DeltaTable) -> pa.Schema:
@@ -25,11 +26,12 @@ def arrow_schema(table: DeltaTable) -> pa.Schema:
 
 
 def added_columns(there: Sequence[str]) -> list[str]:
-    """The columns that users added to outputs with the columns `there`: they stand behind all of ours.
+    """The columns that users added to outputs with the columns `there`: they stand behind `BEHIND`.
 
     What stands before is of another shape, such as that of an earlier `output_schema`.
     """
-    return list(there[there.index(LAST_OWN) + 1 :]) if LAST_OWN in there else []
+    behind = there[there.index(BEHIND) + 1 :] if BEHIND in there else ()
+    return [name for name in behind if name not in OWN_COLUMNS]
 
 
 def beyond_plain(table: DeltaTable) -> list[str]:
@@ -140,7 +142,15 @@ def _shape(schema: pa.Schema) -> dict[str, str]:
 
 
 def with_added(rows: pa.Table, table: DeltaTable) -> pa.Table:
-    """`rows` with all columns of the table, NULL in those that they have not."""
+    """`rows` with all columns of the table, NULL in those that they have not.
+
+    Raises `InvalidCall` for a column, added under a run, where NULL may not stand.
+    """
     full = arrow_schema(table)
+    for name in (f.name for f in full if not f.nullable and f.name not in rows.column_names):
+        raise InvalidCall(
+            f"the added column {name!r} of the table {without_secrets(table.table_uri)!r} is NOT NULL, and "
+            "new rows have no value for it; drop that, or give another predict_id"
+        )
     columns = [rows[f.name] if f.name in rows.column_names else pa.nulls(rows.num_rows, f.type) for f in full]
     return pa.table(columns, schema=full)

@@ -196,6 +196,7 @@ class DeltaWriter:
             return
         # A property may have been set since the run began; delta-rs would take its own refusal for a rival's.
         refuse_unwritable(delta, "give another predict_id")
+        new = with_added(new, delta).select(self._schema.names)
         # A user's values in added columns stay with their rows, where one row there is one row here.
         keeps = POSITION not in self._schema.names and bool(added_columns(arrow_schema(delta).names))
         if keeps:

@@ -12,6 +12,8 @@ FOLDER_BYTES = 255
 """Of a folder's name, on file systems; kept on object stores too, so that a lake can be moved."""
 LOST = "~"
 """delta-rs 1.6 writes it as it is in a folder's name but as %7E into the log, and does not find the file."""
+NULL_FOLDER = "__HIVE_DEFAULT_PARTITION__"
+"""The name of NULL's folder: among rows that have NULL, delta-rs writes a text of this name as NULL."""
 OTHER_COLUMN = "partition by another column"
 INEXACT_OUTPUTS = {"float": "numbers with a point", "bytes": "bytes"}
 """A float of 1e300 would have a name of 301 digits, and equal ones (0.0 and -0.0) two names. delta-rs writes
@@ -55,6 +57,8 @@ def problem_of_partition(name: str, text: str) -> str | None:
     """Why no partition of the column `name` can be the one of `text`, None when one can."""
     if text == "":
         return "an empty text, which as the name of a partition would be NULL"
+    if text == NULL_FOLDER:
+        return f"the text {NULL_FOLDER}, which is the name of NULL's partition"
     if LOST in text:
         return "a text with a ~, of which delta-rs loses the partition"
     # Delta names the folder so.

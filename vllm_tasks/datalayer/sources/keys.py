@@ -77,6 +77,9 @@ def _cast(column: pa.Array, field: pa.Field) -> tuple[pa.Array, dict[int, str]]:
 def _valid(column: pa.Array, kind: pa.DataType) -> pa.Array:
     """`column` as `kind`; raises `ArrowInvalid` where a value is none."""
     if column.type != kind:
+        if pa.types.is_integer(column.type) and pa.types.is_decimal(kind):
+            # Arrow asks for room for every number of 64 bits, also where all that are there fit.
+            column = pc.cast(column, pa.decimal256(76, kind.scale))
         # Nanoseconds are cut: a key is kept with microseconds.
         column = pc.cast(column, kind, safe=not pa.types.is_timestamp(column.type))
     column.validate(full=True)  # files may hold bytes as text that are none
