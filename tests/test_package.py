@@ -22,6 +22,8 @@ PUBLIC = [
     "GateFailed",
     "InvalidCall",
     "Metric",
+    "Preview",
+    "PreviewRow",
     "Report",
     "RowError",
     "RowErrors",
@@ -40,6 +42,7 @@ PUBLIC = [
     "predict",
     "predict_batches",
     "predict_in_db",
+    "preview",
     "serve",
     "validate",
 ]

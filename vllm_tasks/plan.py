@@ -38,9 +38,6 @@ class RowDecoder(Protocol):
     def rows(self, completion: Completion) -> list[tuple[Any, ...]] | RowError:
         """The answer as rows, each with a value for each of `columns`."""
 
-    def values(self, completion: Completion) -> Any | RowError:
-        """The answer as `predict` gives it."""
-
 
 @dataclass(frozen=True)
 class Plan:

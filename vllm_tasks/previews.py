@@ -15,6 +15,7 @@ from vllm_tasks.arguments import check_spelling, table_or_statement
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.selection import Selection, SourceRow, Tables
 from vllm_tasks.errors import InvalidCall, printable
+from vllm_tasks.outputs import Decoder
 from vllm_tasks.plan import Columns, Plan, named_columns
 from vllm_tasks.prompts import Context
 from vllm_tasks.rows import Completion, Message, Request, Result, RowError
@@ -92,7 +93,8 @@ def preview(
     made = iter(plan.requests([row.values for row in rows if row.error is None]))
     requests = [next(made) if row.error is None else RowError("read", row.error) for row in rows]
     answers = model._ask(requests) if requests else []
-    found = [_row(plan, *each) for each in zip(rows, requests, answers, strict=True)]
+    decoder = model._decoder(sampling)
+    found = [_row(decoder, *each) for each in zip(rows, requests, answers, strict=True)]
     return Preview(model.identifier, select if len(select) <= SHOWN else f"{select[:SHOWN]}...", tuple(found))
 
 
@@ -101,14 +103,14 @@ def _first(tables: Tables, selection: Selection, n: int) -> list[SourceRow]:
         return list(islice((row for rows in batches for row in rows), n))
 
 
-def _row(plan: Plan, row: SourceRow, request: Request | RowError, answer: Result) -> PreviewRow:
+def _row(decoder: Decoder, row: SourceRow, request: Request | RowError, answer: Result) -> PreviewRow:
     prompt = request.prompt if isinstance(request, Request) else None
     text = answer.text if isinstance(answer, Completion) else None
-    outcome = answer if isinstance(answer, RowError) else plan.decoder.rows(answer)
+    outcome = answer if isinstance(answer, RowError) else decoder.rows(answer)
     if isinstance(outcome, RowError):
         return PreviewRow(row.key, prompt, text, None, f"{outcome.kind}: {outcome.message}")
     assert isinstance(answer, Completion)
-    return PreviewRow(row.key, prompt, text, plan.decoder.values(answer), None)
+    return PreviewRow(row.key, prompt, text, decoder.values(answer), None)
 
 
 def as_cells(row: PreviewRow) -> dict[str, str]:

@@ -1,0 +1,161 @@
+"""Outputs know what they are of: another source is refused, the same one by another name is not."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deltalake import DeltaTable, write_deltalake
+
+from tests.places import Place
+from tests.scripted_server import ScriptedServer, answer_to
+from vllm_tasks import InvalidCall, Report, VllmAPI
+from vllm_tasks.source_id import source_id
+
+
+@pytest.fixture
+def model(server: ScriptedServer, place: Place) -> Iterator[VllmAPI]:
+    with VllmAPI(identifier="m", api_url=server.url, db=place.db, retries=0) as model:
+        yield model
+
+
+def ask(model: VllmAPI, select: str, **options: Any) -> Report:
+    return model.predict_in_db("text", select, **options)
+
+
+PAIRS = [
+    ("t", "t.parquet"),
+    ("t", " t "),
+    ("t", "./t.jsonl.gz"),
+    ("t", "/lake/t.csv"),
+    ("t", "t/"),
+    ("t", "t/*.parquet"),
+    ("sub/t.csv", "sub/t"),
+    ("SELECT a FROM t", "select  a\n from t -- said\n;"),
+]
+OTHERS = [
+    ("t", "u"),
+    ("t", "sub/t"),
+    ("t/2024*.parquet", "t/2025*.parquet"),
+    ("SELECT 'a b' FROM t", "SELECT 'a  b' FROM t"),
+    ("SELECT a FROM t WHERE b = 1", "SELECT a FROM t WHERE b = 2"),
+    ("t", "SELECT * FROM t"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_harmless_changes_are_the_same_source(one: str, other: str) -> None:
+    """A table by name or path, a statement with other white space, comments and letter case of keywords."""
+    assert source_id(one, "/lake") == source_id(other, "/lake/")
+
+
+@pytest.mark.parametrize(("one", "other"), OTHERS)
+def test_other_tables_and_statements_are_other_sources(one: str, other: str) -> None:
+    assert source_id(one, "/lake") != source_id(other, "/lake")
+
+
+def test_a_source_is_not_its_host() -> None:
+    """The place counts only where rows are read elsewhere than outputs are kept, and never its host."""
+    assert source_id("t", "postgresql://a/x") == source_id("public.t", "postgresql+psycopg://u:p@b/x")
+    assert source_id("t", "/one") == source_id("t", "s3://bucket/two") == "t"
+    assert source_id("t", "/one", "/one") == "t"
+    assert source_id("t", "/one", "postgresql://u:secret@a/shop") == "shop/t"
+    assert source_id("t", "/one", "postgresql://b/shop?x=1") == "shop/t"
+    assert source_id("t", "/one", "postgresql://a/other") != "shop/t"
+
+
+def test_another_source_is_refused_before_any_row(
+    model: VllmAPI, place: Place, server: ScriptedServer
+) -> None:
+    """Rows of another source have keys of the same values; the way out is named, and works."""
+    place.fill_texts("a", "b")
+    ask(model, "rows")
+    statement = "SELECT id, 'other' AS text FROM rows"
+    asked = len(server.posts)
+    with pytest.raises(InvalidCall, match=r"are of 'rows', not of 'query-.*predict_id=.*same_source=True"):
+        ask(model, statement)
+    assert len(server.posts) == asked
+    assert ask(model, statement, predict_id="own").succeeded == 2
+    assert {row["_source"] for row in place.outputs()} == {"rows"}
+
+
+def test_the_same_rows_by_another_name_go_on(model: VllmAPI, place: Place) -> None:
+    """`same_source` says so once: outputs of both names then go on with either."""
+    place.fill_texts("a")
+    ask(model, "rows")
+    place.fill_texts("a", "b")
+    edited = "SELECT * FROM rows WHERE id < 10"
+    assert ask(model, edited, same_source=True).asked == 1
+    assert ask(model, edited).asked == 0
+    assert ask(model, "rows").asked == 0
+    assert ask(model, "  SELECT *\nFROM rows where id < 10;").asked == 0
+
+
+def test_outputs_of_earlier_versions_go_on(model: VllmAPI, place: Place) -> None:
+    """Without a column `_source` they are of any source, and stay as they are."""
+    place.fill_texts("a")
+    ask(model, "rows")
+    without_source(place)
+    place.fill_texts("a", "b")
+    assert ask(model, "SELECT * FROM rows").asked == 1
+    assert place.answers() == {0: answer_to("a"), 1: answer_to("b")}
+    assert "_source" not in place.outputs()[0]
+
+
+def without_source(place: Place) -> None:
+    """Make the outputs `m` as versions before this column made them."""
+    if place.kind == "lake":
+        path = f"{place.url}/_outputs__m"
+        rows = DeltaTable(path).to_pyarrow_table().drop_columns(["_source"])
+        shutil.rmtree(path)
+        write_deltalake(path, rows)
+    elif place.kind == "sqlite":
+        with closing(sqlite3.connect(place.url.removeprefix("sqlite:///"))) as database:
+            database.execute("ALTER TABLE _outputs__m DROP COLUMN _source")
+            database.commit()
+    else:
+        import sqlalchemy as sa
+
+        engine = sa.create_engine(place.url.replace("postgresql:", "postgresql+psycopg:"))
+        with engine.begin() as connection:
+            connection.execute(sa.text("ALTER TABLE _outputs__m DROP COLUMN _source"))
+        engine.dispose()
+
+
+def test_a_lake_that_was_moved_goes_on(server: ScriptedServer, tmp_path: Path) -> None:
+    """With its outputs, under another name and by a file's name."""
+    place = Place(str(tmp_path / "before"))
+    place.fill_texts("a")
+    model = VllmAPI(identifier="m", api_url=server.url)
+    ask(model, "rows", db=place.url)
+    shutil.move(place.url, tmp_path / "after")
+    assert ask(model, "rows.parquet", db=str(tmp_path / "after")).asked == 0
+
+
+def test_a_limit_replaces_no_outputs_of_another_prompt(
+    model: VllmAPI, place: Place, server: ScriptedServer
+) -> None:
+    """A trial with another prompt is refused with the ways out; new rows may be tried."""
+    place.fill_texts("a", "b")
+    ask(model, "rows")
+    asked = len(server.posts)
+    with pytest.raises(InvalidCall, match=r"limit=1 would replace.*preview.*predict_id"):
+        ask(model, "rows", limit=1, temperature=0.5)
+    assert len(server.posts) == asked
+    assert ask(model, "rows", limit=1, temperature=0.5, predict_id="trial").asked == 1
+    report = ask(model, "rows", temperature=0.5)
+    assert report.replaced == 2
+    assert "2 outputs of an earlier prompt" in str(report)
+    assert ask(model, "rows", overwrite=True, limit=1, temperature=0.5).replaced == 0
+
+
+def test_a_limit_may_replace_errors(model: VllmAPI, place: Place) -> None:
+    """A trial in which every row failed is repeated with another prompt."""
+    place.fill_texts(None, None)
+    ask(model, "rows", limit=2, max_failed=None)
+    assert ask(model, "rows", limit=2, max_failed=None, temperature=0).replaced == 2
