@@ -181,7 +181,7 @@ class Join:
             return lambda keys: States(np.arange(keys.num_rows), np.zeros(keys.num_rows, dtype=bool), None)
         hashes = self._selection.refresh == "changed"
         columns = f"n, same IS NOT NULL AS redo, {'if(same, hash, NULL)' if hashes else 'NULL'} AS hash"
-        query = f"SELECT {columns} {self._joined()} WHERE {WANTED[self._selection.refresh]}"  # noqa: S608
+        query = f"SELECT {columns} {self._joined()} WHERE {WANTED[self._selection.refresh]}"
 
         def match(keys: pa.Table) -> States:
             cursor.register(PART, _with_numbers(keys))
@@ -201,7 +201,7 @@ class Join:
             none = self._selection.refresh == "failed"
             return lambda keys: (keys.num_rows, 0 if none else keys.num_rows)
         wanted = WANTED[self._selection.refresh]
-        query = f"SELECT count(*), count(*) FILTER ({wanted}) {self._joined()}"  # noqa: S608
+        query = f"SELECT count(*), count(*) FILTER ({wanted}) {self._joined()}"
 
         def count(keys: pa.Table) -> tuple[int, int]:
             cursor.register(PART, _with_numbers(keys))
