@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterator
+from contextlib import closing
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -99,13 +100,14 @@ def test_bad_keys_are_refused(url: str) -> None:
     source = SqlSource(url, "t")
     with pytest.raises(InvalidCall, match="not unique"):
         source.identified_by(("id",))
-    with pytest.raises(InvalidCall, match="NULL in 1 rows"):
-        SqlSource(url, "SELECT * FROM t WHERE text <> 'b'").identified_by(("id",))
+    some = SqlSource(url, "SELECT * FROM t WHERE text <> 'b'")
+    with closing(some), pytest.raises(InvalidCall, match="NULL in 1 rows"):
+        some.identified_by(("id",))
     unreadable = Unreadable()
     (part,) = source.parts(pa.schema([("id", pa.int64())]), ("text",), unreadable)
     assert (part.count, unreadable.count) == (2, 1)
-    with pytest.raises(InvalidCall, match="no table or view"):
-        SqlSource(url, "nothing").columns()
+    with closing(SqlSource(url, "nothing")) as absent, pytest.raises(InvalidCall, match="no table or view"):
+        absent.columns()
     source.close()
 
 
@@ -113,8 +115,8 @@ def test_a_select_cannot_write(url: str) -> None:
     """A source is only read."""
     run(url, "CREATE TABLE t (id INTEGER, text TEXT)", "INSERT INTO t VALUES (1, 'a')")
     for select in ("SELECT 1 AS id; DELETE FROM t", "SELECT 1 AS id) AS s; DELETE FROM t; SELECT (1"):
-        with pytest.raises(InvalidCall):
-            SqlSource(url, select).columns()
+        with closing(SqlSource(url, select)) as source, pytest.raises(InvalidCall):
+            source.columns()
     source = SqlSource(url, "t")
     assert len(rows(source, ("id",), ("text",))) == 1
     source.close()
