@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -106,6 +106,8 @@ class Backend:
     """Commits are tested to be exactly once, whatever kills them."""
     server_side = True
     """A query is read as it runs, in a transaction; else it is copied aside first."""
+    leaves_results = False
+    """A result need not be read to its end: many drivers do it themselves when it is closed before."""
     nul = nan = True
     """Text may hold the character 0, numbers may be NaN."""
     longest_key: int | None = None
@@ -116,6 +118,8 @@ class Backend:
     def __init__(self, url: URL) -> None:
         self.url = url
         self.engine = self.reader = self._engine()
+        if url.get_backend_name() in ("mysql", "mariadb"):
+            sa.event.listen(self.reader, "connect", _set_up_mysql)
 
     def _engine(self, **more: Any) -> Engine:
         name = self.url.get_backend_name()
@@ -237,6 +241,10 @@ class Backend:
         """The rows of `query`, which counts the rows of `source`: one, or one for each part of the source."""
         yield connection.execute(query).one()
 
+    def as_key(self, column: sa.ColumnElement[Any], kind: Any) -> sa.ColumnElement[Any]:
+        """A column whose values are kept as the type `kind` of Arrow."""
+        return column
+
     def bound(self, columns: Sequence[sa.ColumnElement[Any]]) -> list[sa.ColumnElement[Any]]:
         """What `after` takes of a row to know where it stands."""
         return list(columns)
@@ -251,12 +259,14 @@ class Backend:
             condition = sa.or_(column > value, sa.and_(column == value, condition))
         return condition
 
-    def leave(self, connection: Connection) -> None:
-        """Give up a query that is not read to its end."""
-        # Many drivers would read the rest to keep the connection.
-        connection.invalidate()
-
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
         self.reader.dispose()
+
+
+def _set_up_mysql(connection: Any, _: Any) -> None:
+    """Nothing is written, and a time is the same value whatever the zone of the session is."""
+    with closing(connection.cursor()) as cursor:
+        cursor.execute("SET SESSION TRANSACTION READ ONLY")
+        cursor.execute("SET time_zone = '+00:00'")

@@ -91,7 +91,15 @@ class DatabaseWriter:
         for row in rows:
             if problem := self.unstorable(row):
                 raise ValueError(f"the key {self._keyed.key_of(row)!r:.200}: {problem}")
-        self._keyed.replace(last_outputs(rows, self._key), redo)
+        try:
+            self._keyed.replace(last_outputs(rows, self._key), redo)
+        except InvalidCall as e:
+            if self._shape():
+                raise
+            raise InvalidCall(
+                f"the outputs {self._place.whole!r} were dropped or renamed under the run ({e}); give them "
+                "their name again, or run it again to make them anew"
+            ) from e
 
     def unstorable(self, row: Row) -> str | None:
         """See `Writer.unstorable`; `commit` raises ValueError for such a row, before anything is sent."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pyarrow as pa
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, OID
 from sqlalchemy.engine import URL, Connection
@@ -29,7 +30,7 @@ WIDER = {
 class Postgres(Backend):
     """Reads in READ ONLY transactions through server-side cursors."""
 
-    keeps_outputs = True
+    keeps_outputs = leaves_results = True
     nul = False
     longest_key = 2700
 
@@ -191,6 +192,9 @@ class Postgres(Backend):
         names: list[Any] = [sa.column(f"i{n}") for n in range(len(kinds))]
         return sa.select(*sa.func.unnest(*arrays).table_valued(*names, name="ids").render_derived().c)
 
+    def as_key(self, column: sa.ColumnElement[Any], kind: Any) -> sa.ColumnElement[Any]:
+        return sa.cast(column, sa.Text) if pa.types.is_string(kind) else column
+
     def bound(self, columns: Sequence[sa.ColumnElement[Any]]) -> list[sa.ColumnElement[Any]]:
         # The server's own text of a value is what it reads without loss, whatever Python makes of it.
         return [sa.cast(column, sa.Text) for column in columns]
@@ -203,9 +207,6 @@ class Postgres(Backend):
             for value, kind in zip(bound, kinds, strict=True)
         ]
         return columns[0] > values[0] if len(columns) == 1 else sa.tuple_(*columns) > sa.tuple_(*values)
-
-    def leave(self, connection: Connection) -> None:
-        """The server's cursor is closed with its result; nothing is on its way."""
 
 
 def _quoted(connection: Connection, table: TableName) -> str:

@@ -25,6 +25,9 @@ PAGE_BYTES = 4 << 20
 FIRST = 16
 """Rows that are fetched before it is known how wide they are."""
 
+LIMIT = 1000
+"""Rows of the first transaction, where a result must be read to its end."""
+
 Values = tuple[Any, ...]
 
 
@@ -37,10 +40,10 @@ class Spool:
         self._file = SpooledTemporaryFile(max_size=LEAST)  # noqa: SIM115 - closed by `close`
         self.last: Values = ()
         """The last row that was read."""
-        self.rows = 0
+        self.rows = self._end = 0
 
-    def fill(self, connection: Connection, query: sa.Select[Any], leave: Callable[[], None]) -> bool:
-        """Read until that is enough for one transaction, and `leave` then; True: the query is at its end.
+    def fill(self, connection: Connection, query: sa.Select[Any], *, whole: bool = False) -> bool:
+        """Read all, or not `whole` what is enough for one transaction; True: the query is at its end.
 
         A query that took long before its first row is read as long again: else a sort of the whole table
         would be repeated for each few rows.
@@ -54,28 +57,30 @@ class Spool:
                 now = time.monotonic()
                 first = first or now
                 written = self._add(page)
-                if (
-                    written >= MOST
-                    or now - first >= LONGEST
-                    or (written >= LEAST and now - first >= first - began)
-                ):
-                    leave()
+                if not whole and self._is_enough(written, now - first, first - began):
                     return False
                 count = max(1, min(self._size, PAGE_BYTES * self.rows // written))
         return True
+
+    def _is_enough(self, written: int, reading: float, waited: float) -> bool:
+        return written >= MOST or reading >= LONGEST or (written >= LEAST and reading >= waited)
 
     def _add(self, page: list[Values]) -> int:
         """How many bytes there are now."""
         pickle.dump(page, self._file, pickle.HIGHEST_PROTOCOL)
         self.last = page[-1]
         self.rows += len(page)
-        return self._file.tell()
+        self._end = self._file.tell()
+        return self._end
+
+    def rows_within(self, most: int) -> int:
+        """How many rows like these have so many bytes."""
+        return max(1, most * self.rows // self._end)
 
     def pages(self) -> Iterator[list[Values]]:
-        """The rows in their order."""
-        end = self._file.tell()
+        """The rows in their order, as often as one asks for them."""
         self._file.seek(0)
-        while self._file.tell() < end:
+        while self._file.tell() < self._end:
             yield pickle.load(self._file)  # noqa: S301 - what `_add` wrote, in a file that nobody else has
 
     def close(self) -> None:
@@ -95,12 +100,14 @@ def spools(
     transaction is open while a spool is with the caller, and it is closed when the next one is asked for.
     """
     after: Sequence[Any] | None = None
+    limit = None if backend.leaves_results else LIMIT
     while True:
         with closing(Spool(size)) as spool:
             with backend.reading() as connection:
-                left = query(connection, after)
-                complete = spool.fill(connection, left, lambda: backend.leave(connection))
+                left = query(connection, after).limit(limit)
+                complete = spool.fill(connection, left, whole=limit is not None)
             yield spool
-            if complete:
+            if complete and (limit is None or spool.rows < limit):
                 return
             after = spool.last[-bound:]
+            limit = None if limit is None else spool.rows_within(LEAST)

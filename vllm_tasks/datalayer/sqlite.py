@@ -52,7 +52,7 @@ def affinity(kind: str) -> str:
 class Sqlite(Backend):
     """Reads on connections opened read-only, and never for long: a reader would hold up our own writer."""
 
-    keeps_outputs = True
+    keeps_outputs = leaves_results = True
     server_side = False
     nan = False
     numbered = re.compile(r"(.*):\d+", re.DOTALL)

@@ -1,0 +1,85 @@
+"""A file of DuckDB's as a source."""
+
+from __future__ import annotations
+
+import datetime as dt
+from contextlib import closing
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pytest
+
+from vllm_tasks.datalayer.sources import Unreadable
+from vllm_tasks.datalayer.sources.duckdb_file import DuckDBSource
+from vllm_tasks.errors import InvalidCall
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """A file with a table, a table in a schema and a view."""
+    with closing(duckdb.connect(str(tmp_path / "x.duckdb"))) as db:
+        db.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, price DECIMAL(10, 2), made TIMESTAMPTZ, l JSON)")
+        db.execute("INSERT INTO t SELECT i, i + 0.5, '2026-11-22 00:00Z', '{\"a\": 1}' FROM range(5000) r(i)")
+        db.execute("CREATE SCHEMA s")
+        db.execute('CREATE TABLE s."a b" AS SELECT NULL::INTEGER AS id, 1.5 AS price')
+        db.execute("CREATE VIEW v AS SELECT * FROM t")
+    return f"duckdb:///{tmp_path}/x.duckdb"
+
+
+def test_tables_views_and_selects(url: str) -> None:
+    """Each row once, with its key in its type and values as any source has them."""
+    for select in ("t", "v", "main.t", "SELECT * FROM t; -- done"):
+        with closing(DuckDBSource(url, select)) as source:
+            assert list(source.columns()) == ["id", "price", "made", "l"]
+            (kind,) = source.key_types(("id",))
+            key, found = pa.schema([("id", kind)]), dict[Any, Any]()
+            for part in source.parts(key, ("price", "made", "l"), Unreadable()):
+                rows = [row for page in part.values(range(part.count)) for row in page]
+                found.update(zip(part.keys["id"].to_pylist(), rows, strict=True))
+            assert len(found) == 5000
+            assert found[7] == (Decimal("7.50"), dt.datetime(2026, 11, 22, tzinfo=dt.UTC), {"a": 1})
+            assert sum(k.num_rows for k in source.keys(key)) == 5000
+            assert sum(p.count for p in source.parts(pa.schema([]), ("l",), Unreadable())) == 5000
+
+
+def test_rows_without_a_key_are_told(url: str) -> None:
+    """NULL identifies no row."""
+    unreadable = Unreadable()
+    with closing(DuckDBSource(url, "s.a b")) as source:
+        parts = list(source.parts(pa.schema([("id", pa.int64())]), ("price",), unreadable))
+    assert (sum(p.count for p in parts), unreadable.count) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "select",
+    [
+        "nothing",
+        "DELETE FROM t",
+        "SELECT 1; DELETE FROM t",
+        "SELECT * FROM read_csv('/etc/passwd')",
+        "SELECT nope FROM t",
+        "SELECT 1) FROM t; DROP TABLE t; SELECT (1",
+    ],
+)
+def test_what_a_select_may_not_do(url: str, select: str) -> None:
+    """No writing, no other file, one statement."""
+    with pytest.raises(InvalidCall):
+        DuckDBSource(url, select).columns()
+    with closing(DuckDBSource(url, "t")) as source:
+        assert sum(p.count for p in source.parts(pa.schema([]), ("id",), Unreadable())) == 5000
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    """Nothing is made; what is no file of DuckDB's is said to be none."""
+    (tmp_path / "text.duckdb").write_text("no database at all, but some text" * 100)
+    for path in (
+        "duckdb:///" + str(tmp_path / "no.duckdb"),
+        f"duckdb:///{tmp_path}/text.duckdb",
+        "duckdb://",
+    ):
+        with pytest.raises(InvalidCall, match="DuckDB"):
+            DuckDBSource(path, "t")
+    assert [p.name for p in tmp_path.iterdir()] == ["text.duckdb"]

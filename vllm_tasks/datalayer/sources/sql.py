@@ -1,0 +1,192 @@
+"""A table, a view or a SELECT of any database that SQLAlchemy can stream, as a source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from vllm_tasks.datalayer.backends import Backend, backend
+from vllm_tasks.datalayer.declared import declared, typed
+from vllm_tasks.datalayer.relation import Relation
+from vllm_tasks.datalayer.sources import Part, Unreadable, Values
+from vllm_tasks.datalayer.sources.arrow import tell
+from vllm_tasks.datalayer.sources.keys import known
+from vllm_tasks.datalayer.spool import Spool, spools
+
+PAGE = 1000
+"""Rows that are Python objects at once, at most."""
+
+
+class SqlSource:
+    """`Source` of a SQLAlchemy URL. Values are as the driver gives them, as `Database.rows` has them.
+
+    Rows are read in the order of their key, in transactions that are over before a part is handed on.
+    """
+
+    def __init__(self, url: str, select: str) -> None:
+        self._backend: Backend = backend(url)
+        self._select = select
+        self._found: Relation | None = None
+
+    def columns(self) -> Sequence[str]:
+        return self._relation().columns
+
+    def key_types(self, key: Sequence[str]) -> Sequence[pa.DataType]:
+        with self._backend.reading() as connection:
+            kinds = self._relation(connection).kinds(connection, key)
+            return [
+                _arrow(kind, spec)
+                for kind, spec in zip(kinds, self._backend.plain(connection, kinds), strict=True)
+            ]
+
+    def identified_by(self, key: Sequence[str]) -> bool:
+        # Where the rows are, all keys are compared sooner than they come here.
+        with self._backend.reading() as connection:
+            self._relation(connection).refuse_bad_keys(connection, key)
+        return True
+
+    def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
+        for spool in self._spools(key, ()):
+            yield _keys(spool, key)[0]
+
+    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
+        if not key.names:
+            yield from self._whole(columns)
+            return
+        convert = self._converters(columns)
+        for spool in self._spools(key, columns):
+            keys, wrong = _keys(spool, key)
+            kept = known(keys)
+            if len(kept) < keys.num_rows:
+                tell(keys, wrong, kept, unreadable, self._backend.where())
+                keys = keys.take(pa.array(kept))
+            width = slice(len(key.names), len(key.names) + len(columns))
+            yield Part(keys, _reader(spool, kept, width, convert))
+
+    def close(self) -> None:
+        self._backend.close()
+
+    def _relation(self, connection: Connection | None = None) -> Relation:
+        if self._found is None:
+            if connection is None:
+                with self._backend.reading() as own:
+                    return self._relation(own)
+            self._found = Relation.of(self._backend, connection, self._select, ())
+        return self._found
+
+    def _spools(self, key: pa.Schema, columns: Sequence[str]) -> Iterator[Spool]:
+        """Rows of the key, the columns, and the place in the order."""
+        with self._backend.reading() as connection:
+            source = self._relation(connection)
+            order = source.index(connection, key.names) or key.names
+            kinds = source.kinds(connection, order)
+        place = [source.rows.c[name] for name in order]
+        found = [self._backend.as_key(source.rows.c[field.name], field.type) for field in key]
+        found += [source.rows.c[name] for name in columns]
+        found += self._backend.bound(place)
+
+        def query(_: Connection, after: Sequence[Any] | None) -> sa.Select[Any]:
+            rows = source.query(*(c.label(f"_c{i}") for i, c in enumerate(found))).order_by(*place)
+            return rows if after is None else rows.where(self._backend.after(place, kinds, after))
+
+        return spools(self._backend, query, len(order), PAGE)
+
+    def _whole(self, columns: Sequence[str]) -> Iterator[Part]:
+        """All rows, in no order that they could be found by again: in one transaction."""
+        source, convert = self._relation(), self._converters(columns)
+        query = source.query(*(source.rows.c[name].label(f"_c{i}") for i, name in enumerate(columns)))
+        with closing(Spool(PAGE)) as spool:
+            with self._backend.reading() as connection:
+                spool.fill(connection, query, whole=True)
+            every = np.arange(spool.rows)
+            read = _reader(spool, every, slice(0, len(columns)), convert)
+            yield Part(pa.table({}), read, rows=spool.rows)
+
+    def _converters(self, columns: Sequence[str]) -> list[str]:
+        """By which declared type each column's values are read."""
+        with self._backend.reading() as connection:
+            source = self._relation(connection)
+            if connection.dialect.name == "sqlite":
+                return declared(connection, source.table, columns)
+            kinds = self._backend.types(connection, source.rows, columns)
+        return ["JSON" if isinstance(kind, sa.JSON) else "" for kind in kinds]
+
+
+def _reader(spool: Spool, kept: np.ndarray, width: slice, kinds: Sequence[str]) -> Any:
+    """`Part.values` of the rows in a spool, of which those with the numbers `kept` are in the part."""
+
+    def values(rows: Sequence[int]) -> Iterator[list[Values]]:
+        wanted = set(kept[np.asarray(rows, dtype=np.int64)].tolist())
+        first = 0
+        for page in spool.pages():
+            found = [tuple(map(typed, row[width], kinds)) for i, row in enumerate(page, first) if i in wanted]
+            first += len(page)
+            if found:
+                yield found
+
+    return values
+
+
+def _keys(spool: Spool, key: pa.Schema) -> tuple[pa.Table, dict[int, str]]:
+    """The keys in a spool, and why some are none (NULL)."""
+    pages: list[list[pa.Array]] = [[] for _ in key]
+    wrong: dict[int, str] = {}
+    first = 0
+    for page in spool.pages():
+        for i, field in enumerate(key):
+            pages[i].append(_array([row[i] for row in page], field, first, wrong))
+        first += len(page)
+    columns = [pa.chunked_array(arrays, field.type) for arrays, field in zip(pages, key, strict=True)]
+    return pa.table(columns, schema=key).combine_chunks(), wrong
+
+
+def _array(values: list[Any], field: pa.Field, first: int, wrong: dict[int, str]) -> pa.Array:
+    if pa.types.is_string(field.type):
+        values = [v if v is None or isinstance(v, str) else str(v) for v in values]
+    try:
+        return pa.array(values, field.type)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
+        return pa.array([_one(v, field, first + i, wrong) for i, v in enumerate(values)], field.type)
+
+
+def _one(value: Any, field: pa.Field, number: int, wrong: dict[int, str]) -> Any:
+    try:
+        pa.array([value], field.type)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
+        wrong[number] = f"{field.name}={str(value)[:100]!a} is no {field.type}"
+        return None
+    return value
+
+
+ARROW = {
+    **dict.fromkeys(("smallint", "integer", "bigint", "int"), pa.int64()),
+    "boolean": pa.bool_(),
+    "bytea": pa.binary(),
+    "blob": pa.binary(),
+    "date": pa.date32(),
+    "timestamp without time zone": pa.timestamp("us"),
+    "timestamp with time zone": pa.timestamp("us", "UTC"),
+}
+"""By PostgreSQL's and SQLite's names. Whatever is not listed is a key by its text."""
+
+
+def _arrow(kind: Any, spec: str) -> pa.DataType:
+    """What a key of this type is stored as; where a database does not say, its text."""
+    if isinstance(kind, sa.Integer):
+        unsigned = getattr(kind, "unsigned", False) and spec.startswith("bigint")
+        return pa.decimal128(20, 0) if unsigned else pa.int64()
+    if isinstance(kind, sa.Numeric) and kind.precision and kind.precision <= 38:
+        return pa.decimal128(kind.precision, kind.scale or 0)
+    if isinstance(kind, sa.LargeBinary | sa.BINARY | sa.VARBINARY):
+        return pa.binary()
+    if isinstance(kind, sa.DateTime):
+        return pa.timestamp("us")
+    if isinstance(kind, sa.Date):
+        return pa.date32()
+    return ARROW.get(spec, pa.string())
