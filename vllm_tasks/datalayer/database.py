@@ -7,18 +7,21 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from vllm_tasks.datalayer import put
+from vllm_tasks.datalayer import database_home, put
 from vllm_tasks.datalayer.backends import Backend, backend
 from vllm_tasks.datalayer.database_outputs import outputs_table
 from vllm_tasks.datalayer.database_writer import DatabaseWriter, refuse_shape
 from vllm_tasks.datalayer.declared import declared, typed
+from vllm_tasks.datalayer.elsewhere import NoRows
 from vllm_tasks.datalayer.keyed_table import KINDS, KeyedTable, UtcTime, refuse_long_names
 from vllm_tasks.datalayer.relation import Relation, named_table
 from vllm_tasks.datalayer.selection import PAGE, POSITION, OutputTable, Row, Selection, SourceRow, Writer
+from vllm_tasks.datalayer.sources import Unreadable
 from vllm_tasks.datalayer.spool import spools
 from vllm_tasks.datalayer.storable import is_text
 from vllm_tasks.errors import InvalidCall
@@ -99,6 +102,25 @@ class Database:
         with self._backend.reading() as connection:
             kinds = self._source(connection, selection).kinds(connection, selection.key)
         return DatabaseWriter(self._backend, table, selection.key, kinds)
+
+    def unreadable(self) -> Unreadable:
+        """See `Tables.unreadable`: every row of a database has a key."""
+        return Unreadable()
+
+    def key_types(self, name: str, key: Sequence[str]) -> dict[str, pa.DataType] | None:
+        """See `Outputs.key_types`."""
+        return database_home.key_types(self._backend, self.where(name), name, key)
+
+    def done(self, cursor: duckdb.DuckDBPyConnection, name: str, key: pa.Schema) -> str:
+        """See `Outputs.done`."""
+        return database_home.done(self._backend, cursor, name, key)
+
+    def writer_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> Writer:
+        """See `Home.writer_of`."""
+        if not types.names:
+            return NoRows(self._backend.where())
+        kinds = database_home.column_types(self._backend.engine.dialect.name, types)
+        return DatabaseWriter(self._backend, table, key, kinds)
 
     def outputs(self, name: str) -> pa.Table:
         with self._backend.reading() as connection:

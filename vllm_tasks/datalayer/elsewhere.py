@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 import pyarrow as pa
 
 from vllm_tasks.datalayer.join import Join, Outputs
-from vllm_tasks.datalayer.selection import OutputTable, Row, Selection, SourceRow, Writer
+from vllm_tasks.datalayer.selection import Key, OutputTable, Row, Selection, SourceRow, Writer
 from vllm_tasks.datalayer.sources import Source, Unreadable
 from vllm_tasks.datalayer.workspace import Workspace
+from vllm_tasks.errors import TablesUnavailable
 
 MEMORY = "300MB"
 """DuckDB's, for keys and the state of their outputs; what it needs beyond is spilled."""
+
+
+class NoRows:
+    """The `Writer` to outputs that are not there yet, of a source without rows: its keys have no types."""
+
+    def __init__(self, shown: str) -> None:
+        self._shown = shown
+
+    def commit(self, rows: Sequence[Row], redo: Collection[Key]) -> None:
+        """See `Writer.commit`; there is nothing to commit."""
+        if rows or redo:
+            raise TablesUnavailable(f"the source in {self._shown!r} had no rows, and has some now")
+
+    def unstorable(self, row: Row) -> str | None:
+        """See `Writer.unstorable`."""
+
+    def close(self) -> None:
+        """See `Writer.close`."""
 
 
 class Home(Outputs, Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import duckdb
@@ -20,13 +20,13 @@ from vllm_tasks.datalayer.delta import (
 )
 from vllm_tasks.datalayer.delta_shape import arrow_schema, refuse_unwritable
 from vllm_tasks.datalayer.delta_writer import DeltaWriter
+from vllm_tasks.datalayer.elsewhere import NoRows
 from vllm_tasks.datalayer.join import Join, read
 from vllm_tasks.datalayer.put import WAY_OUT, checked
 from vllm_tasks.datalayer.selection import (
     OWN_COLUMNS,
     PAGE,
     POSITION,
-    Key,
     OutputTable,
     Row,
     Selection,
@@ -42,24 +42,6 @@ from vllm_tasks.errors import InvalidCall, TablesUnavailable, near
 
 MEMORY = "300MB"
 """DuckDB's, for keys and the state of their outputs; what it needs beyond is spilled."""
-
-
-class NoRows:
-    """The `Writer` to outputs that are not there yet, of a source without rows: its keys have no types."""
-
-    def __init__(self, shown: str) -> None:
-        self._shown = shown
-
-    def commit(self, rows: Sequence[Row], redo: Collection[Key]) -> None:
-        """See `Writer.commit`; there is nothing to commit."""
-        if rows or redo:
-            raise TablesUnavailable(f"the source in {self._shown!r} had no rows, and has some now")
-
-    def unstorable(self, row: Row) -> str | None:
-        """See `Writer.unstorable`."""
-
-    def close(self) -> None:
-        """See `Writer.close`."""
 
 
 class Lake:

@@ -9,7 +9,7 @@ from typing import Any
 import duckdb
 
 from vllm_tasks.datalayer.delta import open_table, quoted, storage_errors
-from vllm_tasks.datalayer.sources import Source
+from vllm_tasks.datalayer.sources import Source, arrow_stream
 from vllm_tasks.datalayer.sources.arrow_file import ArrowFile
 from vllm_tasks.datalayer.sources.csv import Csv
 from vllm_tasks.datalayer.sources.delta import DeltaSource, queryable
@@ -17,6 +17,7 @@ from vllm_tasks.datalayer.sources.files import Files, Table, exactly
 from vllm_tasks.datalayer.sources.iceberg import Iceberg
 from vllm_tasks.datalayer.sources.jsonl import JsonLines
 from vllm_tasks.datalayer.sources.parquet import Parquet
+from vllm_tasks.datalayer.sources.pieces import Pieces
 from vllm_tasks.datalayer.sources.read_options import DEFAULTS, ReadOptions, read_options
 from vllm_tasks.datalayer.sources.statement import SQL, Attach, Statement, parse
 from vllm_tasks.datalayer.sources.stream import as_stream
@@ -59,7 +60,7 @@ class Readers:
         shown = select if len(select) <= 200 else f"{select[:200]}..."
         return Statement(sql, attached, workspace, shown)
 
-    def _of(self, table: Table) -> Source:
+    def _of(self, table: Table) -> Pieces | Csv | JsonLines | DeltaSource:
         """The reader of one table."""
         if table.delta is not None:
             return DeltaSource(open_table(table.delta), self._files.shown(table.delta))
@@ -101,7 +102,13 @@ class Readers:
                 rows = queryable(open_table(table.delta))
             return lambda cursor, name: _register(cursor, name, rows)
         source = self._of(table)
-        stream = as_stream(source, source.columns())
+        assert not isinstance(source, DeltaSource), "DuckDB was given it above"
+        every = source.columns()
+        stream: Any
+        if isinstance(source, Csv | JsonLines):
+            stream = as_stream(source, every)
+        else:
+            stream = arrow_stream.as_stream(source, every)
         return lambda cursor, name: _register(cursor, name, stream)
 
 

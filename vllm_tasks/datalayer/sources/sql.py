@@ -41,7 +41,7 @@ class SqlSource:
         with self._backend.reading() as connection:
             kinds = self._relation(connection).kinds(connection, key)
             return [
-                _arrow(kind, spec)
+                stored_as(kind, spec)
                 for kind, spec in zip(kinds, self._backend.plain(connection, kinds), strict=True)
             ]
 
@@ -140,13 +140,14 @@ def _keys(spool: Spool, key: pa.Schema) -> tuple[pa.Table, dict[int, str]]:
     first = 0
     for page in spool.pages():
         for i, field in enumerate(key):
-            pages[i].append(_array([row[i] for row in page], field, first, wrong))
+            pages[i].append(key_array([row[i] for row in page], field, wrong, first))
         first += len(page)
     columns = [pa.chunked_array(arrays, field.type) for arrays, field in zip(pages, key, strict=True)]
     return pa.table(columns, schema=key).combine_chunks(), wrong
 
 
-def _array(values: list[Any], field: pa.Field, first: int, wrong: dict[int, str]) -> pa.Array:
+def key_array(values: Sequence[Any], field: pa.Field, wrong: dict[int, str], first: int = 0) -> pa.Array:
+    """A column of keys; `wrong` gets why values are none (NULL), by their number, that of the first given."""
     if pa.types.is_string(field.type):
         values = [v if v is None or isinstance(v, str) else str(v) for v in values]
     try:
@@ -176,7 +177,7 @@ ARROW = {
 """By PostgreSQL's and SQLite's names. Whatever is not listed is a key by its text."""
 
 
-def _arrow(kind: Any, spec: str) -> pa.DataType:
+def stored_as(kind: Any, spec: str) -> pa.DataType:
     """What a key of this type is stored as; where a database does not say, its text."""
     if isinstance(kind, sa.Integer):
         unsigned = getattr(kind, "unsigned", False) and spec.startswith("bigint")
