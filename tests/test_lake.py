@@ -57,6 +57,7 @@ def row(key: Any, output: Any = "o", **changed: Any) -> dict[str, Any]:
         "_fingerprint": "f",
         "_input_hash": f"hash of {key}",
         "_created_at": dt.datetime.now(dt.UTC),
+        "_source": "t",
     }
     return made | changed
 
@@ -143,8 +144,10 @@ def test_every_format_by_name_path_glob_folder_and_select(tmp_path: Path, ending
     ):
         chosen = selection(select)
         lake.check(chosen)
+        # A CSV has no types: its keys are the texts in the file.
+        key = str if "csv" in ending else int
         assert sorted((r.key, r.values) for r in read(lake, chosen)) == [
-            ((r["id"],), (r["text"],)) for r in ROWS
+            ((key(r["id"]),), (r["text"],)) for r in ROWS
         ], select
         assert lake.count(chosen) == (10, 10)
     lake.close()

@@ -22,6 +22,7 @@ SQL = re.compile(
     r"(\s|\(|--[^\n]*\n|/\*(?:[^*]|\*(?!/))*\*/)*+(select|with|from|values|table)\b", re.IGNORECASE
 )
 """How a statement begins, after comments, each of which matches in one way only: nothing is tried again."""
+VIEW = "_vllm_tasks_source"
 BATCH_ROWS = 2048
 """DuckDB's own; a batch has as many rows, or fewer."""
 
@@ -68,20 +69,20 @@ class Statement:
             with self._cursor() as cursor:
                 names = cursor.sql(self._sql).columns
                 wanted = self._readable(cursor, names)
-                rows = cursor.sql(f"SELECT {wanted} FROM ({self._sql}\n) LIMIT 0")  # noqa: S608 - quoted
+                rows = cursor.sql(f"SELECT {wanted} FROM {VIEW} LIMIT 0")  # noqa: S608 - quoted
                 self._described = list(names), rows.to_arrow_table().schema
         return self._described
 
     def _batches(self, names: Sequence[str], rows: int) -> Iterator[pa.Table]:
         """The statement's rows in tables of about so many rows, or `PART_BYTES`."""
         with self._cursor() as cursor:
-            query = f"SELECT {self._readable(cursor, names)} FROM ({self._sql}\n)"  # noqa: S608 - names are quoted
+            query = f"SELECT {self._readable(cursor, names)} FROM {VIEW}"  # noqa: S608 - quoted
             with cursor.sql(query).to_arrow_reader(BATCH_ROWS) as reader:
                 yield from gathered(reader, rows)
 
     def _readable(self, cursor: duckdb.DuckDBPyConnection, names: Sequence[str]) -> str:
         """These columns in SQL; those of which Arrow has no type as their text."""
-        kinds = {row[0]: row[1] for row in cursor.execute(f"DESCRIBE {self._sql}").fetchall()}
+        kinds = {row[0]: row[1] for row in cursor.execute(f"DESCRIBE FROM {VIEW}").fetchall()}
         texts = {name for name, kind in kinds.items() if WITHOUT_ARROW.match(kind)}
         wanted = [f"CAST({quoted(n)} AS VARCHAR) AS {quoted(n)}" if n in texts else quoted(n) for n in names]
         return ", ".join(wanted) or "1 AS one"
@@ -91,6 +92,7 @@ class Statement:
         with self._workspace.cursor(f"cannot read {self._shown!r}") as cursor:
             for name, attach in self._tables.items():
                 attach(cursor, name)
+            cursor.execute(f"CREATE TEMP VIEW {VIEW} AS {self._sql}")
             yield cursor
 
 
