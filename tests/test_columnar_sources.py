@@ -216,6 +216,23 @@ def test_a_file_without_the_key_has_no_rows(tmp_path: Path) -> None:
     assert unreadable.examples[0].startswith("1.parquet")
 
 
+def test_a_table_is_read_without_a_key(tmp_path: Path) -> None:
+    table = pa.table({"wide": ["x" * 100, "y"], "id": [None, 1]})
+    pa.feather.write_feather(table, tmp_path / "t.arrow")
+    for source in (
+        written(tmp_path / "t.parquet", table),
+        ArrowFile(files(tmp_path / "t.arrow")),
+        Frame(table),
+    ):
+        (part,) = source.parts(pa.schema([]), ["id"], Unreadable())
+        assert part.count == 2
+        assert list(part.values([0, 1])) == [[(None,), (1,)]]
+        (part,) = source.parts(pa.schema([]), [], Unreadable())
+        assert list(part.values([1])) == [[()]]
+        (part,) = source.parts(pa.schema([]), ["none"], Unreadable())
+        assert list(part.values([1])) == [[(None,)]]
+
+
 def test_columns_of_one_name(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array([1]), pa.array([2]), pa.array([3])], names=["id", "x", "x"])
     source = written(tmp_path / "t.parquet", table)
@@ -273,8 +290,8 @@ for path in sys.argv[1:]:
 
 
 def test_memory_is_bounded_in_bytes(tmp_path: Path) -> None:
-    """150 MB of pictures in one row group, in pages of 1 MB, as all but pyarrow write them; thousands of columns;
-    400 MB of texts that a dictionary of 1 MB holds: no file says their size.
+    """150 MB of pictures in one row group, in pages of 1 MB, as all but pyarrow write them; thousands of
+    columns; 400 MB of texts that a dictionary of 1 MB holds: no file says their size.
     """
     pictures, columns, texts = (tmp_path / f"{name}.parquet" for name in ("pictures", "columns", "texts"))
     table = pa.table({"id": range(150), "picture": [os.urandom(1_000_000) for _ in range(150)]})
@@ -497,6 +514,7 @@ def test_iceberg_has_the_rows_of_its_snapshot(tmp_path: Path, changed: Any) -> N
     with duckdb.connect() as con:
         con.register("t", as_stream(source, ["id", "text"]))
         assert con.execute("SELECT max(text) FROM t WHERE id < 3").fetchall() == [("b",)]
+    assert sum(part.count for part in source.parts(pa.schema([]), [], Unreadable())) == 3
     changed.delete("id = 0")
     assert sorted(rows(source, "id", "text", "lang")) == wanted, "the snapshot is that of the start"
     assert sorted(rows(Iceberg(LOCAL, f"{tmp_path}/t", "t"), "id")) == [(1,), (3,)]

@@ -61,6 +61,11 @@ class Selection:
     """With `failed` and `all`: leave out what was committed under the fingerprint at or after this time.
     Set when a run goes on after a lost connection."""
 
+    @property
+    def shown(self) -> str:
+        """The source as a person is told it: a long statement by its beginning."""
+        return self.select if len(self.select) <= 200 else f"{self.select[:200]}..."
+
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
@@ -72,6 +77,8 @@ class SourceRow:
     """The outputs hold this key already, under whatever fingerprint."""
     input_hash: str | None
     """Of the output there, when it was made under the present fingerprint."""
+    error: str | None = None
+    """Why the row could not be read; it has no values then."""
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,7 @@ def python(column: pa.Array | pa.ChunkedArray) -> list[Any]:
 def _special(kind: pa.DataType) -> Callable[[Any], list[Any]] | None:
     """How a column is read that Arrow's own way would change; None where it does not."""
     if isinstance(kind, pa.BaseExtensionType):
-        name: str = kind.extension_name
-        return _EXTENSIONS.get(name, lambda column: python(column.storage))
+        return _EXTENSIONS.get(str(kind.extension_name), _stored)
     if pa.types.is_float32(kind) or pa.types.is_float16(kind):
         return _short_floats
     if pa.types.is_timestamp(kind) and (kind.unit == "ns" or kind.tz not in (None, "UTC")):
@@ -123,6 +122,10 @@ def _special(kind: pa.DataType) -> Callable[[Any], list[Any]] | None:
 def _union(column: Any) -> list[Any]:
     """Each value by the type that it has."""
     return [python(pa.repeat(value.value, 1))[0] if value.is_valid else None for value in column]
+
+
+def _stored(column: Any) -> list[Any]:
+    return python(column.storage)
 
 
 def _json(column: Any) -> list[Any]:

@@ -39,7 +39,14 @@ class Part:
     """Of the rows with these numbers (ascending, from 0): the wanted columns' values as `values.python` has
     them, in lists of at most `PART_BYTES` or one row. Called at most once."""
     errors: Mapping[int, str] = field(default_factory=dict)
-    """Why rows of these numbers could not be read, though their keys could; they have no values (`()`)."""
+    """Why rows of these numbers could not be read, though their keys could; they have no values."""
+    rows: int | None = None
+    """How many there are, where the key has no columns: a whole table is read without one."""
+
+    @property
+    def count(self) -> int:
+        """How many rows the part has."""
+        return int(self.keys.num_rows) if self.rows is None else self.rows
 
 
 @dataclass
@@ -70,11 +77,15 @@ class Source(Protocol):
         """What the columns `key`, which are there, are stored as (see `keys.key_type`); raises `InvalidCall`
         for a type that identifies no row."""
 
+    def identified_by(self, key: Sequence[str]) -> bool:
+        """Whether the source itself promises (by a unique index, say) that no two rows have the same key and
+        none has NULL in it; else that is found out by reading all keys."""
+
     def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
         """The key of every row that has one, in these types, NULLs among them."""
 
     def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
-        """All rows, each in one part. Rows whose key is NULL or does not fit its type go to `unreadable`.
+        """All rows, each in one part; with an empty `key` without keys. Rows whose key is NULL or does not fit its type go to `unreadable`.
 
         Closing the iterator ends the reading. Columns may repeat those of the key.
         """

@@ -20,6 +20,8 @@ def part_of(
 ) -> Part:
     """The rows of `batch`, which has the columns of `key` and `columns`; those without a key go to
     `unreadable`, as of the place `where`."""
+    if not key.names:
+        return Part(pa.table({}), lambda rows: values_of(batch, columns, rows), rows=batch.num_rows)
     keys, wrong = cast_keys(pa.table({name: batch[name] for name in key.names}), key)
     kept = known(keys)
     if len(kept) < keys.num_rows:
@@ -51,5 +53,4 @@ def values_of(
 
 def rows_within(most: int, batch: pa.RecordBatch | pa.Table) -> int:
     """How many rows of `batch` have about `most` bytes, at least one."""
-    rows: int = batch.num_rows
-    return max(1, most * rows // max(1, batch.nbytes))
+    return max(1, int(most * batch.num_rows // max(1, batch.nbytes)))
