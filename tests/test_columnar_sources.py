@@ -216,6 +216,23 @@ def test_a_file_without_the_key_has_no_rows(tmp_path: Path) -> None:
     assert unreadable.examples[0].startswith("1.parquet")
 
 
+def test_a_table_is_read_without_a_key(tmp_path: Path) -> None:
+    table = pa.table({"wide": ["x" * 100, "y"], "id": [None, 1]})
+    pa.feather.write_feather(table, tmp_path / "t.arrow")
+    for source in (
+        written(tmp_path / "t.parquet", table),
+        ArrowFile(files(tmp_path / "t.arrow")),
+        Frame(table),
+    ):
+        (part,) = source.parts(pa.schema([]), ["id"], Unreadable())
+        assert part.count == 2
+        assert list(part.values([0, 1])) == [[(None,), (1,)]]
+        (part,) = source.parts(pa.schema([]), [], Unreadable())
+        assert list(part.values([1])) == [[()]]
+        (part,) = source.parts(pa.schema([]), ["none"], Unreadable())
+        assert list(part.values([1])) == [[(None,)]]
+
+
 def test_columns_of_one_name(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array([1]), pa.array([2]), pa.array([3])], names=["id", "x", "x"])
     source = written(tmp_path / "t.parquet", table)
@@ -273,8 +290,8 @@ for path in sys.argv[1:]:
 
 
 def test_memory_is_bounded_in_bytes(tmp_path: Path) -> None:
-    """In a process of its own: 150 MB of pictures in one row group, in pages of 1 MB, as all but pyarrow write
-    them; thousands of columns; 400 MB of texts that a dictionary of 1 MB holds, of which no file says the size.
+    """150 MB of pictures in one row group, in pages of 1 MB, as all but pyarrow write them; thousands of
+    columns; 400 MB of texts that a dictionary of 1 MB holds: no file says their size.
     """
     pictures, columns, texts = (tmp_path / f"{name}.parquet" for name in ("pictures", "columns", "texts"))
     table = pa.table({"id": range(150), "picture": [os.urandom(1_000_000) for _ in range(150)]})
@@ -430,8 +447,15 @@ def iceberg(folder: Path) -> Any:
 def add_deletes(folder: Path, table: Any, content: int) -> None:
     """Delete the row 0 in its snapshot, as other engines do: by its position (1) or by its value (2)."""
     from pyiceberg.manifest import DataFile as Entry
-    from pyiceberg.manifest import DataFileContent, FileFormat, ManifestContent, ManifestEntry
-    from pyiceberg.manifest import ManifestEntryStatus, ManifestWriterV2, write_manifest_list
+    from pyiceberg.manifest import (
+        DataFileContent,
+        FileFormat,
+        ManifestContent,
+        ManifestEntry,
+        ManifestEntryStatus,
+        ManifestWriterV2,
+        write_manifest_list,
+    )
     from pyiceberg.typedef import Record
 
     class Deletes(ManifestWriterV2):  # pyiceberg itself writes none
@@ -490,6 +514,7 @@ def test_iceberg_has_the_rows_of_its_snapshot(tmp_path: Path, changed: Any) -> N
     with duckdb.connect() as con:
         con.register("t", as_stream(source, ["id", "text"]))
         assert con.execute("SELECT max(text) FROM t WHERE id < 3").fetchall() == [("b",)]
+    assert sum(part.count for part in source.parts(pa.schema([]), [], Unreadable())) == 3
     changed.delete("id = 0")
     assert sorted(rows(source, "id", "text", "lang")) == wanted, "the snapshot is that of the start"
     assert sorted(rows(Iceberg(LOCAL, f"{tmp_path}/t", "t"), "id")) == [(1,), (3,)]
@@ -548,17 +573,8 @@ def test_iceberg_with_deletes_beside_its_files(tmp_path: Path, changed: Any, con
             Iceberg(LOCAL, f"{tmp_path}/t", "t")
 
 
-def test_iceberg_without_pyiceberg(tmp_path: Path, changed: Any) -> None:
-    code = """
-import sys
-sys.modules["pyiceberg"] = None
-import fsspec
-from vllm_tasks.datalayer.sources.iceberg import Iceberg
-try:
-    Iceberg(fsspec.filesystem("file"), sys.argv[1], "t")
-except ValueError as e:
-    print(e)
-"""
-    command = [sys.executable, "-c", code, str(tmp_path / "t")]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-    assert "pip install 'vllm-tasks[iceberg]'" in said.stdout
+def test_iceberg_without_pyiceberg(tmp_path: Path, changed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyiceberg.catalog.noop", None)
+    monkeypatch.delitem(sys.modules, "vllm_tasks.datalayer.sources.iceberg_files", raising=False)
+    with pytest.raises(InvalidCall, match=r"Iceberg table.*pip install 'vllm-tasks\[iceberg\]'"):
+        Iceberg(LOCAL, f"{tmp_path}/t", "t")

@@ -68,12 +68,13 @@ class _Pass:
         file, number = piece.at
         if self._open != (file, columns) or number is None:  # a stream is read once
             self.close()
-            included = [piece.schema.get_field_index(name) for name in columns]
+            # Without any Arrow would read all.
+            included = [piece.schema.get_field_index(name) for name in columns] or [0]
             self._reader = _reader(file, self._opened, pa.ipc.IpcReadOptions(included_fields=included))
             self._open = (file, columns)
         for batch in self._reader if number is None else [self._reader.get_batch(number)]:
             for start in range(0, batch.num_rows, self._rows):
-                yield batch.slice(start, self._rows)
+                yield batch.slice(start, self._rows).select(columns)
 
     def close(self) -> None:
         """See `Pass.close`."""

@@ -105,7 +105,7 @@ class Iceberg(Pieces):
         from pyiceberg.io.pyarrow import ArrowScan
 
         # A table's own scan would start all of its files at once and keep what is ready.
-        projection = self._scan(columns).projection()
+        projection = self._scan(columns or piece.schema.names[:1]).projection()
         with self._errors():
             yield from ArrowScan(
                 self._table.metadata, self._table.io, projection, AlwaysTrue()
@@ -139,7 +139,7 @@ class _Pass:
         """See `Pass.batches`."""
         for batch in self._source.batches(piece, columns):
             for start in range(0, batch.num_rows, self._rows):
-                yield batch.slice(start, self._rows)
+                yield batch.slice(start, self._rows).select(columns)
 
     def close(self) -> None:
         """There is nothing to close."""

@@ -45,7 +45,7 @@ class Pass(Protocol):
     """One reading of some columns, piece after piece."""
 
     def batches(self, piece: Piece, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """The columns, which the piece has, of all its rows in their order."""
+        """The columns, which the piece has, of all its rows in their order; without any, their number."""
 
     def close(self) -> None:
         """Close what is open."""
@@ -131,19 +131,17 @@ class _Gathered:
 
     def add(self, piece: Piece, start: int, batch: pa.RecordBatch, unreadable: Unreadable) -> None:
         """`batch` has the keys of the rows of `piece` from `start` on."""
-        if not self._key.names:
-            self._spans.append((piece, np.arange(start, start + batch.num_rows)))
-            self._rows += batch.num_rows
-            return
-        keys, wrong = cast_keys(_keys(batch, self._key), self._key)
-        kept = known(keys)
-        if len(kept) < keys.num_rows:
-            tell(keys, wrong, kept.tolist(), unreadable, piece.where)
-            keys = keys.take(pa.array(kept))
-        self._keys.append(keys)
+        kept = np.arange(batch.num_rows)
+        if self._key.names:
+            keys, wrong = cast_keys(_keys(batch, self._key), self._key)
+            kept = known(keys)
+            if len(kept) < keys.num_rows:
+                tell(keys, wrong, kept.tolist(), unreadable, piece.where)
+                keys = keys.take(pa.array(kept))
+            self._keys.append(keys)
+            self._bytes += keys.nbytes
         self._spans.append((piece, kept + start))
-        self._rows += keys.num_rows
-        self._bytes += keys.nbytes
+        self._rows += len(kept)
 
     def made(self) -> Part:
         return Part(pa.concat_tables(self._keys), self._values, rows=self._rows)
@@ -179,8 +177,7 @@ class Cursor:
             batch = self._batch
             end = self._start + (batch.num_rows if batch is not None else 0)
             if batch is not None and (count := np.searchsorted(wanted, end)):
-                for some in split(batch.take(pa.array(wanted[:count] - self._start)), PART_BYTES):
-                    yield self._rows(some)
+                yield from self._lists(batch, wanted[:count] - self._start)
                 wanted = wanted[count:]
             else:
                 self._start = end
@@ -188,9 +185,13 @@ class Cursor:
                 if self._batch is None:
                     raise TablesUnavailable(f"{piece.where} has fewer rows than a moment ago: it was changed")
 
+    def _lists(self, batch: pa.RecordBatch, wanted: np.ndarray) -> Iterator[list[Values]]:
+        if not batch.num_columns:  # of which Arrow takes no rows
+            yield [(None,) * len(self._columns)] * len(wanted)
+            return
+        yield from map(self._rows, split(batch.take(pa.array(wanted)), PART_BYTES))
+
     def _rows(self, batch: pa.RecordBatch) -> list[Values]:
-        if not self._columns:
-            return [()] * batch.num_rows
         names = set(batch.schema.names)
         missing = [None] * batch.num_rows
         found = [python(batch[name]) if name in names else missing for name in self._columns]
@@ -202,10 +203,10 @@ class Cursor:
 
 
 def read(reading: Pass, piece: Piece, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Those of `columns` that the piece has, or any one where it has none, for the number of rows."""
+    """Those of `columns` that the piece has, which may be none."""
     there = [name for name in dict.fromkeys(columns) if _only(piece.schema, name, piece.where) is not None]
     with reading_errors(piece.where):
-        for batch in reading.batches(piece, there or piece.schema.names[:1]):
+        for batch in reading.batches(piece, there):
             yield familiar(batch)
 
 
