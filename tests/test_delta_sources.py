@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from tests.test_lake import Lake, keys, selection
+from tests.test_lake import keys, selection
 from vllm_tasks.datalayer.delta import dataset, find_table
+from vllm_tasks.datalayer.lake import Lake
 from vllm_tasks.datalayer.sources import PART_BYTES, Unreadable
 from vllm_tasks.datalayer.sources.delta import DeltaSource, delta_reader, queryable
 from vllm_tasks.errors import InvalidCall
@@ -75,7 +76,7 @@ def write(
 def both(table: DeltaTable) -> list[dict[str, Any]]:
     """Its rows, the same by the reader and by what DuckDB is given."""
     rows = delta_reader(table).read_all()
-    given = queryable(table)
+    given: Any = queryable(table)
     other = pa.table(given) if hasattr(given, "__arrow_c_stream__") else given.to_table()
     assert other.to_pylist() == rows.to_pylist()
     assert other.schema.types == rows.schema.types
@@ -245,7 +246,8 @@ def test_a_delta_source_in_parts(tmp_path: Path) -> None:
     assert source.columns() == ["id", "text"]
     assert source.key_types(["id"]) == [pa.int64()]
     key = pa.schema([("id", pa.decimal128(10, 0))])  # as the outputs have it, too narrow for one
-    found, unreadable = {}, Unreadable()
+    found: dict[Any, Any] = {}
+    unreadable = Unreadable()
     for part in source.parts(key, ["text", "id"], unreadable):
         wanted = list(range(0, part.count, 2))
         values = [row for rows in part.values(wanted) for row in rows]
