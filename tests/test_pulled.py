@@ -1,0 +1,52 @@
+"""A relative lake in a deployment whose code is pulled for each flow run is refused: it goes with the run."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from prefect import flow
+from prefect.client.orchestration import get_client
+
+from vllm_tasks import Datalayer, InvalidCall
+from vllm_tasks.routing.place import MADE_FOR
+from vllm_tasks.routing.pulled import check_stays
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+CLONE = {"prefect.deployments.steps.git_clone": {"repository": "https://host/flows.git"}}
+IN_PLACE = {"prefect.deployments.steps.set_working_directory": {"directory": "/srv/flows"}}
+
+
+@flow
+def deployed() -> None:
+    """A flow to deploy."""
+
+
+def started(monkeypatch: pytest.MonkeyPatch, pull_steps: list[dict[str, Any]] | None) -> None:
+    """Let this process be one that a worker made for a flow run of such a deployment."""
+    with get_client(sync_client=True) as client:
+        steps = client.create_flow(deployed)
+        deployment = client.create_deployment(steps, f"d-{uuid4()}", pull_steps=pull_steps)
+        run = client.create_flow_run_from_deployment(deployment)
+    monkeypatch.setenv(MADE_FOR, str(run.id))
+
+
+@pytest.mark.parametrize("url", ["data", "./data/", "sqlite:///x.db"])
+def test_a_relative_place_in_pulled_code_is_refused(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    started(monkeypatch, [CLONE])
+    with pytest.raises(InvalidCall, match=r"git_clone.*deleted with the flow run.*full path"):
+        check_stays(Datalayer(url=url))  # type: ignore[arg-type]
+
+
+def test_what_stays_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full path, a URL, code that is where it runs, and whatever is called outside of deployments."""
+    started(monkeypatch, [CLONE])
+    for url in ("/srv/data", "s3://bucket/data", "sqlite:////srv/x.db", "postgresql://host/x"):
+        check_stays(Datalayer(url=url))  # type: ignore[arg-type]
+    for steps in ([IN_PLACE], None):
+        started(monkeypatch, steps)
+        check_stays(Datalayer(url="data"))  # type: ignore[arg-type]
+    monkeypatch.delenv(MADE_FOR)
+    check_stays(Datalayer(url="data"))  # type: ignore[arg-type]
