@@ -123,7 +123,7 @@ def test_outputs_in_a_schema(pg: Place) -> None:
         chosen = selection(outputs=table.name)
         db.check(chosen)
         writer = db.writer(chosen, table)
-        writer.commit([row(0, **({"_position": 0} if table.flatten else {}))], [])
+        writer.commit([row(0) | ({"_position": 0} if table.flatten else {})], [])
         assert pg.sql(f"SELECT id FROM {table.name}") == [(0,)]
         assert keys(db, chosen) == [1, 2]
         assert db.has(table.name)

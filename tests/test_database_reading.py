@@ -19,7 +19,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     yield from either(request, tmp_path)
 
 
-KEYS = {
+KEYS: dict[str, list[Any]] = {
     "bigint": [-(2**63), -1, 0, 1, 2**63 - 1],
     "numeric": ["-Infinity", "-1.50", "0", "1E+30", "1e-30", "Infinity", "NaN"],
     "text": ["", " ", "a", "A", "ä", "z", "Z", "a b", "a'b", "a\\b", "%", "数", "a" * 3000],

@@ -31,7 +31,7 @@ def url(tmp_path: Path) -> str:
 
 def test_tables_views_and_selects(url: str) -> None:
     """Each row once, with its key in its type and values as any source has them."""
-    for select in ("t", "v", "main.t", "SELECT * FROM t; -- done"):
+    for select in ("t", "v", "main.t", "SELECT * FROM t ;\n"):
         with closing(DuckDBSource(url, select)) as source:
             assert list(source.columns()) == ["id", "price", "made", "l"]
             (kind,) = source.key_types(("id",))

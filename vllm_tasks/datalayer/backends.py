@@ -223,7 +223,12 @@ class Backend:
 
     def plain(self, connection: Connection, kinds: Sequence[Any]) -> list[str]:
         """The types' names in small letters, without a schema or collation; a domain's is that beneath it."""
-        return [kind.compile(connection.dialect).partition(" COLLATE ")[0].lower() for kind in kinds]
+        return [
+            ""
+            if isinstance(kind, sa.types.NullType)
+            else kind.compile(connection.dialect).partition(" COLLATE ")[0].lower()
+            for kind in kinds
+        ]
 
     def floating(self, kind: Any) -> bool:
         """Whether a column type holds floating-point numbers."""

@@ -68,6 +68,7 @@ class DuckDBSource:
             raise InvalidCall(f"{str(self._path)!r} is no file of DuckDB's: {str(e)[:300]}") from e
         connection.execute("SET enable_external_access = false")
         connection.execute("SET TimeZone = 'UTC'")
+        connection.execute("SET arrow_lossless_conversion = true")  # JSON and UUIDs are told from texts
         connection.execute("SET lock_configuration = true")
         return connection
 
@@ -98,18 +99,18 @@ class DuckDBSource:
         except duckdb.Error as e:
             raise InvalidCall(f"select must be exactly one SELECT statement that runs: {str(e)[:300]}") from e
 
-    def _query(self, names: Sequence[str]) -> Any:
+    def _query(self, names: Sequence[str], end: str = "") -> Any:
         import duckdb
 
         wanted = ", ".join(map(_quoted, names)) or "*"
         # A cursor of its own: a query that is read in batches ends with the next one on its connection.
         try:
-            return self._connection.cursor().execute(f"SELECT {wanted} FROM {self._rows}")  # noqa: S608
+            return self._connection.cursor().sql(f"SELECT {wanted} FROM {self._rows} {end}")  # noqa: S608
         except duckdb.Error as e:
             raise InvalidCall(f"{str(self._path)!r} refuses the select: {str(e)[:300]}") from e
 
     def _schema(self, names: Sequence[str]) -> pa.Schema:
-        reader = self._query(names).to_arrow_reader(1)
+        reader = self._query(names, "LIMIT 0").to_arrow_reader(1)
         schema: pa.Schema = reader.schema
         reader.close()
         return schema
