@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from vllm_tasks.arguments import check_spelling, table_or_statement
+from vllm_tasks.arguments import check_spelling
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.selection import Selection, SourceRow, Tables
 from vllm_tasks.errors import InvalidCall, printable
@@ -62,11 +61,12 @@ class Preview:
 def preview(
     model: Predictor,
     X: Columns,  # noqa: N803 - the name in predict_in_db
-    select: str | os.PathLike[str],
+    select: Any,
     n: int = 5,
     *,
     primary_id: str | Sequence[str] = "id",
     db: Datalayer | str | None = None,
+    source: Place | None = None,
     context: Context = None,
     **sampling: Any,
 ) -> Preview:
@@ -79,13 +79,12 @@ def preview(
     check_spelling(sampling, preview, model._sampling_target())
     if type(n) is not int or not 1 <= n <= MOST:
         raise InvalidCall(f"n={n!r:.100} must be a whole number of rows from 1 to {MOST}")
-    select = table_or_statement(select)
     key = named_columns("primary_id", primary_id)
     datalayer = datalayer_of(db, model)
     plan = Plan.of(model, X, context, sampling)
+    tables, named = open_tables(datalayer, select, source_of(source))
     # Outputs that are not there: what earlier calls committed, under whatever key, is of no concern.
-    selection = Selection(select, key, plan.columns, f"_preview_{uuid4().hex}", plan.fingerprint, "all")
-    tables = datalayer.tables()
+    selection = Selection(named, key, plan.columns, f"_preview_{uuid4().hex}", plan.fingerprint, "all")
     try:
         rows = _first(tables, selection, n)
     finally:
@@ -95,7 +94,7 @@ def preview(
     answers = model._ask(requests) if requests else []
     decoder = model._decoder(sampling)
     found = [_row(decoder, *each) for each in zip(rows, requests, answers, strict=True)]
-    return Preview(model.identifier, select if len(select) <= SHOWN else f"{select[:SHOWN]}...", tuple(found))
+    return Preview(model.identifier, named if len(named) <= SHOWN else f"{named[:SHOWN]}...", tuple(found))
 
 
 def _first(tables: Tables, selection: Selection, n: int) -> list[SourceRow]:

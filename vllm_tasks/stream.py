@@ -223,6 +223,8 @@ class Run:
                 for rows in self.job.tables.rows(selection, size):
                     failures = 0
                     yield [row for row in rows if row.key not in handled]
+                    self._count_unreadable()
+                self._count_unreadable()
                 return
             except TablesUnavailable as error:
                 if failures == len(RETRY_DELAYS):
@@ -233,6 +235,10 @@ class Run:
             # In this order: a row that is committed in between is in one of the two.
             handled = self._open.snapshot()
             selection = replace(selection, since=self.job.started)
+
+    def _count_unreadable(self) -> None:
+        found = self.job.tables.unreadable()
+        self.tally.unreadable, self.tally.unreadable_lines = found.count, list(found.examples)
 
     def _refuse_trial(self, rows: Iterable[SourceRow]) -> None:
         """A `limit` tries a few rows: it must not replace good outputs of another fingerprint by the way."""

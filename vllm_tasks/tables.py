@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import SecretStr
 
 from vllm_tasks import loop, sharing
-from vllm_tasks.arguments import check_folder, check_spelling, table_or_statement
+from vllm_tasks.arguments import check_folder, check_spelling
 from vllm_tasks.budget import Budget
 from vllm_tasks.datalayer import Datalayer, outputs_name
+from vllm_tasks.datalayer.opening import Place, open_tables, source_of
 from vllm_tasks.datalayer.selection import Key, OutputTable, Refresh, Selection
 from vllm_tasks.earlier import refuse_other_source
 from vllm_tasks.engines.http import HttpConfig
@@ -44,11 +45,12 @@ COUNT_PATIENCE = 5.0
 def predict_in_db(
     model: Predictor,
     X: Columns,  # noqa: N803 - the name in the contract, as in scikit-learn
-    select: str | os.PathLike[str],
+    select: Any,
     *,
     predict_id: str | None = None,
     primary_id: str | Sequence[str] = "id",
     db: Datalayer | str | None = None,
+    source: Place | None = None,
     ids: Sequence[Any] | None = None,
     max_chunk_size: int | None = None,
     overwrite: bool = False,
@@ -71,10 +73,14 @@ def predict_in_db(
 
     X: the column that is the record; a list of columns for signature `*args` or `**kwargs`; or a
         mapping of columns to arguments, by name or by position.
-    select: a table, in a lake also a path or a glob in it, or one SELECT statement.
+    select: a table, in a lake also a path or a glob in it, or one SELECT statement; or a table in memory, of
+        pandas, polars, pyarrow or whatever else has `__arrow_c_stream__`.
     predict_id: names the outputs, `_outputs__<predict_id>`; the model's identifier when None.
     primary_id: column or columns that identify a row: never NULL, each value once.
-    db: where source and outputs are: a `Datalayer` or its URL; the model's own when None.
+    db: where the outputs are, and the rows unless `source` says: a `Datalayer` or its URL; the model's own
+        when None.
+    source: where the rows are read, when elsewhere: a `Datalayer`, its URL or path, or the name of a saved
+        one. Also what keeps no outputs: MariaDB, `duckdb:///file.duckdb`, any SQLAlchemy dialect that streams.
     ids: only rows with these keys (tuples when the key has several columns).
     max_chunk_size: rows of a commit group; None: VLLM_TASKS_COMMIT_ROWS and more, when rows are fast.
     overwrite: ask all rows, done or not.
@@ -99,12 +105,11 @@ def predict_in_db(
     Ctrl-C or SIGTERM, what was finished is committed.
     """
     check_spelling(sampling, predict_in_db, model._sampling_target())
-    select = table_or_statement(select)
     key = named_columns("primary_id", primary_id)
     predict_id = model.identifier if predict_id is None else predict_id
     options = model.model_update_kwargs
     tally = Tally()
-    datalayer = datalayer_of(db, model)
+    datalayer, read_from = datalayer_of(db, model), source_of(source)
     pace = pace_of(max_chunk_size)
     _at_least_one("limit", limit)
     budget = Budget(check_max_failed(max_failed))
@@ -113,28 +118,29 @@ def predict_in_db(
     # Checked before `Plan.of`, which may wait for a server.
     refreshed, part = _refresh(refresh, overwrite, retry_failed), _shard(shard)
     keys = None if ids is None else _keys(ids, key)
-    plan = Plan.of(model, X, context, sampling)
-    selection = Selection(
-        select=select,
-        key=key,
-        columns=plan.columns,
-        outputs=options.get("table") or outputs_name(predict_id),
-        fingerprint=plan.fingerprint,
-        refresh=refreshed,
-        ids=keys,
-        shard=part,
-    )
-    output = OutputTable(
-        name=selection.outputs,
-        columns=plan.decoder.columns,
-        flatten=plan.decoder.flatten,
-        partition_by=_tuple(options.get("partition_by", ())),
-        compression=options.get("compression"),
-    )
-    tables = datalayer.tables()
+    tables, named = open_tables(datalayer, select, read_from)
     try:
-        source = source_id(select, datalayer.url.get_secret_value().strip())
-        job = Job.of(plan, tables, selection, pace, budget, limit, source, same_source=same_source)
+        plan = Plan.of(model, X, context, sampling)
+        selection = Selection(
+            select=named,
+            key=key,
+            columns=plan.columns,
+            outputs=options.get("table") or outputs_name(predict_id),
+            fingerprint=plan.fingerprint,
+            refresh=refreshed,
+            ids=keys,
+            shard=part,
+        )
+        output = OutputTable(
+            name=selection.outputs,
+            columns=plan.decoder.columns,
+            flatten=plan.decoder.flatten,
+            partition_by=_tuple(options.get("partition_by", ())),
+            compression=options.get("compression"),
+        )
+        place = None if read_from is None else read_from.url.get_secret_value().strip()
+        from_where = source_id(named, datalayer.url.get_secret_value().strip(), place)
+        job = Job.of(plan, tables, selection, pace, budget, limit, from_where, same_source=same_source)
         return commit_answers(plan.model, predict_id, job, output, display or Log(), tally)
     finally:
         tables.close()

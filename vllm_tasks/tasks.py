@@ -81,11 +81,12 @@ def _completions(
 def _predict_in_db(
     model: Model,
     X: Columns,  # noqa: N803 - the name in the contract
-    select: str | os.PathLike[str],
+    select: Any,
     *,
     predict_id: str | None = None,
     primary_id: str | Sequence[str] = "id",
     db: Datalayer | str | None = None,
+    source: Place | None = None,
     ids: Sequence[Any] | None = None,
     max_chunk_size: int | None = None,
     overwrite: bool = False,
@@ -119,6 +120,7 @@ def _predict_in_db(
             predict_id=predict_id,
             primary_id=primary_id,
             db=db,
+            source=source,
             ids=ids,
             max_chunk_size=max_chunk_size,
             overwrite=overwrite,

@@ -23,12 +23,16 @@ from vllm_tasks.places import check_place
 if TYPE_CHECKING:
     import pyarrow
 
-    from vllm_tasks.datalayer.selection import Tables
+    from vllm_tasks.datalayer.database import Database
+    from vllm_tasks.datalayer.lake import Lake
+    from vllm_tasks.datalayer.sources import Source
 
 LOGO = "https://avatars.githubusercontent.com/u/136984999?s=200"
 """vLLM's."""
 T = TypeVar("T")
 
+DUCKDB = "duckdb:///"
+"""What the URL of a DuckDB file begins with."""
 OUTPUTS = "_outputs__"
 """What the name of every outputs table begins with."""
 ODD = """/\\:*?"<>|#%[]^`"""
@@ -113,6 +117,13 @@ class Datalayer(Block):
         "(postgresql://user:password@host/name). Kept secret, as it may hold a password.",
     )
 
+    read: dict[str, dict[str, Any]] = Field(
+        default={},
+        title="Read options",
+        description="Of a lake, by table: how its text files are read, as in "
+        '{"tickets": {"delimiter": ";", "encoding": "latin-1"}}; also escape, quote, header, null_values.',
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _own_fields(cls, data: Any) -> Any:
@@ -129,6 +140,15 @@ class Datalayer(Block):
     def _some_url(cls, value: SecretStr) -> SecretStr:
         if not value.get_secret_value().strip():
             raise ValueError("the url is empty; give a folder, an fsspec URL or a SQLAlchemy URL")
+        return value
+
+    @field_validator("read")
+    @classmethod
+    def _some_options(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        from vllm_tasks.datalayer.sources.read_options import read_options
+
+        for table, given in value.items():
+            read_options(table, given)
         return value
 
     def outputs(self, predict_id: str, *, table: str | None = None) -> pyarrow.Table:
@@ -148,17 +168,48 @@ class Datalayer(Block):
         finally:
             tables.close()
 
-    def tables(self) -> Tables:
+    def tables(self) -> Lake | Database:
         """Open the lake or database; raises `InvalidCall` for a URL that is neither."""
-        url = self.url.get_secret_value().strip()
+        url = self._url
         if is_lake(url):
             check_place("the lake", url)
             from vllm_tasks.datalayer.lake import Lake
 
-            return Lake(url)
+            return Lake(url, self.read)
+        if url.startswith(DUCKDB):
+            raise InvalidCall(
+                f"{url!r:.200} keeps no outputs: read from it with source=..., and let db=... be a lake, an "
+                "SQLite file or PostgreSQL"
+            )
         from vllm_tasks.datalayer.database import Database
 
         return Database(url)
+
+    def source(self, select: str) -> Source:
+        """What `select` names here, to be read only; whoever asks closes it.
+
+        Any SQLAlchemy dialect that streams and files of DuckDB's are read beside what keeps outputs.
+        Raises `InvalidCall`.
+        """
+        url = self._url
+        if is_lake(url):
+            check_place("the lake", url)
+            from vllm_tasks.datalayer.sources.files import Files
+            from vllm_tasks.datalayer.sources.readers import Readers
+
+            return Readers(Files(url), self.read).source(select)
+        if url.startswith(DUCKDB):
+            check_place("the database", url.removeprefix(DUCKDB))
+            from vllm_tasks.datalayer.sources.duckdb_file import DuckDBSource
+
+            return DuckDBSource(url, select)
+        from vllm_tasks.datalayer.sources.sql import SqlSource
+
+        return SqlSource(url, select)
+
+    @property
+    def _url(self) -> str:
+        return self.url.get_secret_value().strip()
 
 
 def is_lake(url: str) -> bool:

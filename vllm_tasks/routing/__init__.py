@@ -97,9 +97,10 @@ def over_table(
     shards: int,
     model: Model,
     X: Columns,  # noqa: N803 - the name in predict_in_db
-    select: str | os.PathLike[str],
+    select: Any,
     *,
     db: Datalayer | str | None,
+    source: Place | None,
     display: Display,
     **options: Any,
 ) -> Report:
@@ -115,7 +116,7 @@ def over_table(
     parts = [
         Part(
             names if shards == 1 else f"{names} [{i + 1}/{shards}]",
-            parameters(call, model, datalayer_of(db, model)),
+            parameters(call, model, datalayer_of(db, model), source_of(source)),
         )
         for i, call in enumerate(calls)
     ]
@@ -153,10 +154,16 @@ def validated(
     return report
 
 
-def parameters(call: Parameters, model: Model, db: Datalayer | None) -> Parameters:
+def parameters(
+    call: Parameters, model: Model, db: Datalayer | None, source: Datalayer | None = None
+) -> Parameters:
     """Of the thin flow. All but references is one text: Prefect takes a JSON Schema's `$ref` for a block."""
     references: Parameters = {}
-    for name, told in ("model", parcel.model_parameter(model)), ("db", parcel.db_parameter(db)):
+    for name, told in (
+        ("model", parcel.model_parameter(model)),
+        ("db", parcel.db_parameter(db)),
+        ("source", parcel.db_parameter(source)),
+    ):
         if told is not None and "$ref" in told:
             references[name] = told
         else:

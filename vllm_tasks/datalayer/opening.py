@@ -1,0 +1,64 @@
+"""What a call reads and where it writes: `select`, `source` and `db` as they are given, opened as tables."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from vllm_tasks.arguments import table_or_statement
+from vllm_tasks.datalayer import Datalayer
+from vllm_tasks.datalayer.selection import Tables
+from vllm_tasks.errors import InvalidCall
+
+Place = Datalayer | str | os.PathLike[str]
+"""A `Datalayer`, its URL or path, or, of a source, the name of a saved one."""
+
+
+def open_tables(home: Datalayer, select: Any, source: Datalayer | None = None) -> tuple[Tables, str]:
+    """The tables that `select` is read from, with outputs at `home`, and how `select` is called.
+
+    `select`: a text, or a table in memory that speaks Arrow's stream protocol. Raises `InvalidCall`.
+    """
+    from vllm_tasks.datalayer.sources import frames
+
+    in_memory = frames.is_table(select)
+    if in_memory and source is not None:
+        raise InvalidCall("select is a table in memory, and source= says where a table is: leave source out")
+    named = frames.shown(select) if in_memory else table_or_statement(select)
+    if not in_memory and (source is None or source.url == home.url):
+        return home.tables(), named
+    from vllm_tasks.datalayer.elsewhere import Elsewhere
+
+    kept = home.tables()
+    try:
+        rows = frames.Frame(select) if in_memory or source is None else source.source(named)
+    except BaseException:
+        kept.close()
+        raise
+    return Elsewhere(rows, kept), named
+
+
+def source_of(given: Place | None) -> Datalayer | None:
+    """The `Datalayer` that `source=` means; raises `InvalidCall`."""
+    if given is None or isinstance(given, Datalayer):
+        return given
+    if not isinstance(given, str | os.PathLike):
+        raise InvalidCall(
+            f"source=<{type(given).__name__}> is no Datalayer, URL, path or name of a saved one"
+        )
+    text = os.fspath(given)
+    is_path = isinstance(given, os.PathLike) or "://" in text or os.sep in text or os.path.isdir(text)
+    return Datalayer(url=text) if is_path else saved(text)  # type: ignore[arg-type]  # pydantic makes the secret
+
+
+def saved(name: str) -> Datalayer:
+    """The saved `Datalayer` of this name; raises `InvalidCall`."""
+    try:
+        found = Datalayer.load(name)
+    except ValueError as error:
+        raise InvalidCall(
+            f"{name!r:.200} is neither a folder here nor the name of a saved Datalayer ({error}); give a path "
+            "with a / in it, a URL, or save one: Datalayer(url=...).save(NAME)"
+        ) from error
+    assert isinstance(found, Datalayer), "called from synchronous code"
+    return found
