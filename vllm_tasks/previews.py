@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from vllm_tasks.arguments import check_spelling
 from vllm_tasks.datalayer import Datalayer
+from vllm_tasks.datalayer.opening import Store, open_tables, source_of
 from vllm_tasks.datalayer.selection import Selection, SourceRow, Tables
 from vllm_tasks.errors import InvalidCall, printable
 from vllm_tasks.outputs import Decoder
@@ -66,7 +67,7 @@ def preview(
     *,
     primary_id: str | Sequence[str] = "id",
     db: Datalayer | str | None = None,
-    source: Place | None = None,
+    source: Store | None = None,
     context: Context = None,
     **sampling: Any,
 ) -> Preview:

@@ -27,6 +27,7 @@ def step(
     call: str,
     model: VllmAPI | VllmModel | None = None,
     db: Datalayer | None = None,
+    source: Datalayer | None = None,
     beat_every: float = 15.0,
 ) -> None:
     """Do a part of a step that was called in another flow run.
@@ -35,6 +36,7 @@ def step(
         call: What to do, as JSON.
         model: A saved block; empty: in the call.
         db: A saved block; empty: in the call, if it needs one.
+        source: Likewise, where rows are read elsewhere than in `db`.
         beat_every: Seconds between two signs of life.
     """
     told = json.loads(call)
@@ -45,6 +47,9 @@ def step(
         try:
             model = model or MODELS[told["kind"]](**told["model"])
             db = db or (Datalayer(**told["db"]) if told.get("db") else None)
+            source = source or (Datalayer(**told["source"]) if told.get("source") else None)
+            if source is not None:
+                told["options"]["source"] = source
             outcome = parcel.outcome_of(WORKS[told["work"]](told, model, db))
         except VllmTasksError as error:
             lifeline.settle(parcel.outcome_of_error(error, _answered(error, told["work"])))

@@ -17,7 +17,7 @@ from vllm_tasks import loop, sharing
 from vllm_tasks.arguments import check_folder, check_spelling
 from vllm_tasks.budget import Budget
 from vllm_tasks.datalayer import Datalayer, outputs_name
-from vllm_tasks.datalayer.opening import Place, open_tables, source_of
+from vllm_tasks.datalayer.opening import Store, open_tables, source_of
 from vllm_tasks.datalayer.selection import Key, OutputTable, Refresh, Selection
 from vllm_tasks.earlier import refuse_other_source
 from vllm_tasks.engines.http import HttpConfig
@@ -50,7 +50,7 @@ def predict_in_db(
     predict_id: str | None = None,
     primary_id: str | Sequence[str] = "id",
     db: Datalayer | str | None = None,
-    source: Place | None = None,
+    source: Store | None = None,
     ids: Sequence[Any] | None = None,
     max_chunk_size: int | None = None,
     overwrite: bool = False,
@@ -80,7 +80,7 @@ def predict_in_db(
     db: where the outputs are, and the rows unless `source` says: a `Datalayer` or its URL; the model's own
         when None.
     source: where the rows are read, when elsewhere: a `Datalayer`, its URL or path, or the name of a saved
-        one. Also what keeps no outputs: MariaDB, `duckdb:///file.duckdb`, any SQLAlchemy dialect that streams.
+        one. Also what keeps no outputs: MariaDB, `duckdb:///x.duckdb`, any SQLAlchemy dialect that streams.
     ids: only rows with these keys (tuples when the key has several columns).
     max_chunk_size: rows of a commit group; None: VLLM_TASKS_COMMIT_ROWS and more, when rows are fast.
     overwrite: ask all rows, done or not.

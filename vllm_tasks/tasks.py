@@ -27,6 +27,7 @@ from prefect.transactions import CommitMode, transaction
 from vllm_tasks import tables
 from vllm_tasks.artifacts import ProgressArtifact, asset_key, show_preview, show_report
 from vllm_tasks.datalayer import Datalayer, outputs_name
+from vllm_tasks.datalayer.opening import Store
 from vllm_tasks.errors import (
     EngineFailed,
     GateFailed,
@@ -86,7 +87,7 @@ def _predict_in_db(
     predict_id: str | None = None,
     primary_id: str | Sequence[str] = "id",
     db: Datalayer | str | None = None,
-    source: Place | None = None,
+    source: Store | None = None,
     ids: Sequence[Any] | None = None,
     max_chunk_size: int | None = None,
     overwrite: bool = False,

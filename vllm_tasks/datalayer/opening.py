@@ -10,7 +10,7 @@ from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.errors import InvalidCall
 
-Place = Datalayer | str | os.PathLike[str]
+Store = Datalayer | str | os.PathLike[str]
 """A `Datalayer`, its URL or path, or, of a source, the name of a saved one."""
 
 
@@ -38,14 +38,12 @@ def open_tables(home: Datalayer, select: Any, source: Datalayer | None = None) -
     return Elsewhere(rows, kept), named
 
 
-def source_of(given: Place | None) -> Datalayer | None:
+def source_of(given: Store | None) -> Datalayer | None:
     """The `Datalayer` that `source=` means; raises `InvalidCall`."""
     if given is None or isinstance(given, Datalayer):
         return given
     if not isinstance(given, str | os.PathLike):
-        raise InvalidCall(
-            f"source=<{type(given).__name__}> is no Datalayer, URL, path or name of a saved one"
-        )
+        raise InvalidCall(f"source=<{type(given).__name__}> is no Datalayer, nor its URL or saved name")
     text = os.fspath(given)
     is_path = isinstance(given, os.PathLike) or "://" in text or os.sep in text or os.path.isdir(text)
     return Datalayer(url=text) if is_path else saved(text)  # type: ignore[arg-type]  # pydantic makes the secret
@@ -57,8 +55,8 @@ def saved(name: str) -> Datalayer:
         found = Datalayer.load(name)
     except ValueError as error:
         raise InvalidCall(
-            f"{name!r:.200} is neither a folder here nor the name of a saved Datalayer ({error}); give a path "
-            "with a / in it, a URL, or save one: Datalayer(url=...).save(NAME)"
+            f"{name!r:.200} is neither a folder here nor the name of a saved Datalayer ({error}); give a "
+            "path with a / in it, a URL, or save one: Datalayer(url=...).save(NAME)"
         ) from error
     assert isinstance(found, Datalayer), "called from synchronous code"
     return found

@@ -19,6 +19,7 @@ from prefect.settings import get_current_settings
 from vllm_tasks.arguments import check_spelling, table_or_statement
 from vllm_tasks.budget import Budget
 from vllm_tasks.datalayer import Datalayer
+from vllm_tasks.datalayer.opening import Store, source_of
 from vllm_tasks.errors import InvalidCall, TooManyFailed, VllmTasksError
 from vllm_tasks.plan import Columns
 from vllm_tasks.report import Progress, Report, Tally
@@ -100,7 +101,7 @@ def over_table(
     select: Any,
     *,
     db: Datalayer | str | None,
-    source: Place | None,
+    source: Store | None,
     display: Display,
     **options: Any,
 ) -> Report:

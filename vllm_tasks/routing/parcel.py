@@ -87,7 +87,8 @@ def db_parameter(db: Datalayer | str | None) -> Parameters | None:
             "the datalayer's url has a password or a query, which would be readable in the parameters of the "
             "flow run that it travels to: save the Datalayer as a block and load it, db.save(NAME)"
         )
-    return {"url": _absolute(url)}
+    told: Parameters = {"url": _absolute(url)}
+    return {**told, "read": db.read} if isinstance(db, Datalayer) and db.read else told
 
 
 def validation_parameter(validation: Validation | None) -> Parameters | None:
