@@ -99,7 +99,7 @@ def _reader(file: DataFile | Mapped, opened: ExitStack, options: Any) -> Any:
 def _raw(file: DataFile | Mapped) -> Any:
     if isinstance(file, Mapped) or isinstance(file.fs, LocalFileSystem):
         return pa.memory_map(file.path)
-    return file.open()
+    return file.seekable()
 
 
 def _is_file(reader: Any) -> bool:

@@ -6,7 +6,7 @@ import io
 import posixpath
 import re
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import IO, Any, Literal, Self, cast
 
 from vllm_tasks.datalayer.sources.byte_stream import BUFFER, Connected, Decompressed
 
@@ -60,6 +60,10 @@ class DataFile:
     def open(self) -> io.BufferedReader:
         """Its bytes, decompressed, from the first on; see `byte_stream` for the errors."""
         return io.BufferedReader(self._decompressed() if self.compression else self._raw(), BUFFER)
+
+    def seekable(self) -> IO[bytes]:
+        """Its bytes as they are, for formats that are read from their end or middle."""
+        return cast(IO[bytes], self.fs.open(self.path, "rb"))
 
     def _raw(self) -> Connected:
         return Connected(self.fs, self.path, self.shown)

@@ -92,7 +92,7 @@ class _Footers:
 def _open(file: DataFile, opened: ExitStack, **options: Any) -> pq.ParquetFile:
     """The file, which `opened` closes."""
     local = isinstance(file.fs, LocalFileSystem)
-    raw = opened.enter_context(pa.OSFile(file.path) if local else file.open())
+    raw = opened.enter_context(pa.OSFile(file.path) if local else file.seekable())
     return opened.enter_context(pq.ParquetFile(raw, pre_buffer=False, **options))
 
 
