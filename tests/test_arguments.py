@@ -15,8 +15,10 @@ from pydantic import ValidationError
 from tests.places import Place
 from tests.scripted_server import ScriptedServer
 from vllm_tasks import InvalidCall, VllmAPI
+from vllm_tasks.arguments import check_spelling
 from vllm_tasks.mapping import ModelTask
 from vllm_tasks.routing import parameters
+from vllm_tasks.tables import predict_in_db
 
 
 @pytest.fixture
@@ -143,3 +145,11 @@ def test_mapping_goes_over_models_and_tables_alone(model: VllmAPI, place: Place)
         assert isinstance(task._each(name, value), unmapped), name
     for name, value in {"model": [model], "select": ["t", "u"], "predict_id": ("a", "b")}.items():
         assert task._each(name, value) is value, name
+
+
+def test_a_routed_call_knows_its_own_arguments(model: VllmAPI) -> None:
+    """All options of the call travel together: none of them is a misspelt one."""
+    options = {"predict_id": "p", "limit": 1, "same_source": False, "shards": 1, "temperature": 0}
+    check_spelling(options, predict_in_db, "openai", more=("shards",))
+    with pytest.raises(InvalidCall, match="'shards'"):
+        check_spelling(["shard_s"], predict_in_db, "openai", more=("shards",))

@@ -26,10 +26,10 @@ def check_spelling(
     `more`: arguments that the call has elsewhere.
     """
     own = {name for name, p in inspect.signature(call).parameters.items() if p.kind != p.VAR_KEYWORD}
-    own = (own | set(more)) - {"self", "model", "display"}
+    own |= set(more)
     known = known_names(target)
     for name in given:
-        if name in known or name in OWNED or name in GONE:
+        if name in own | known or name in OWNED or name in GONE:
             continue
         near = difflib.get_close_matches(name, own | known, n=1)
         if near and near[0] in own:
