@@ -198,8 +198,12 @@ class Backend:
         found = {c["name"]: c["type"] for c in inspector.get_columns(table.name, table.schema)}
         return [found[name] for name in names]
 
-    def located(self, connection: Connection, name: str) -> TableName:
-        """Where the table `name` of ours is, or would be made."""
+    def located(self, connection: Connection, name: str, *, dots: bool = False) -> TableName:
+        """Where the table `name` of ours is, or would be made.
+
+        A name with a dot is that of a schema and a table where there are schemas; raises `InvalidCall` when
+        this one is not there, unless names may have `dots` of their own.
+        """
         return TableName(name)
 
     def shape(self, connection: Connection, table: TableName) -> Shape:

@@ -124,7 +124,7 @@ class Database:
 
     def outputs(self, name: str) -> pa.Table:
         with self._backend.reading() as connection:
-            table = self._backend.located(connection, name)
+            table = self._backend.located(connection, name, dots=True)
             if not (shape := self._backend.shape(connection, table)):
                 raise InvalidCall(f"there is no table {name!r} in {self._backend.where()}")
             return outputs_table(connection, table, shape)
@@ -145,7 +145,7 @@ class Database:
     def put(self, name: str, rows: pa.Table, key: Sequence[str]) -> None:
         new = put.checked(name, rows, key)
         with self._backend.reading() as connection:
-            place = self._backend.located(connection, name)
+            place = self._backend.located(connection, name, dots=True)
         refuse_long_names((place.name, *new.column_names), self._backend.engine.dialect)
         columns = [
             sa.Column(f.name, KINDS[put.KINDS[f.type]], nullable=f.name not in key, autoincrement=False)

@@ -35,6 +35,8 @@ SQLITE = {
     "BLOB": (pa.binary(), {"blob"}),
 }
 """By the type that we declare, and what SQLite may then have there."""
+OUR_TIME = "____-__-__ __:__:__.______+00:00"
+"""A time as `UtcTime` writes it to SQLite; others may have columns of that type with other texts."""
 CHUNK = 50_000
 """Rows that are Python objects at a time."""
 
@@ -57,11 +59,7 @@ def outputs_table(connection: Connection, table: TableName, shape: Shape) -> pa.
 
 def _arrow(connection: Connection, table: TableName, column: str, kind: str) -> pa.DataType:
     if connection.dialect.name == "sqlite":
-        return (
-            TIMESTAMP
-            if column in OWN_COLUMNS and kind == "DATETIME"
-            else _in_sqlite(connection, table, column, kind)
-        )
+        return _in_sqlite(connection, table, column, kind)
     if kind.startswith(("date", "timestamp")) and column not in OWN_COLUMNS:
         return pa.string() if _out_of_range(connection, table, column) else POSTGRES.get(kind, pa.string())
     return POSTGRES.get(kind, pa.string())
@@ -70,6 +68,9 @@ def _arrow(connection: Connection, table: TableName, column: str, kind: str) -> 
 def _in_sqlite(connection: Connection, table: TableName, column: str, kind: str) -> pa.DataType:
     """Any value may stand in a column of SQLite's: by the type that was declared if all have it."""
     c = table.clause([column]).c[column]
+    if kind == "DATETIME":
+        other = sa.select(sa.true()).where(c.not_like(OUR_TIME)).limit(1)
+        return pa.string() if connection.execute(other).first() else TIMESTAMP
     query = sa.select(sa.func.typeof(c)).distinct()
     found = {*connection.execute(query).scalars()} - {"null"}
     if kind in SQLITE and found <= SQLITE[kind][1]:

@@ -86,10 +86,12 @@ def shape_of(table: sa.Table, dialect: Dialect) -> Shape:
     return shape
 
 
-def refuse_differences(backend: Backend, name: str, there: Shape, expected: Shape, way_out: str) -> None:
+def refuse_differences(
+    backend: Backend, name: str, there: Shape, expected: Shape, way_out: str, *, exactly: bool = False
+) -> None:
     """Raise `InvalidCall` unless the table that is there can keep what the expected one would.
 
-    Others may have given it columns, indexes and triggers, and wider types.
+    Others may have given it columns (not `exactly`), indexes and triggers, and wider types.
     """
     wrong = []
     for column, needed in expected.items():
@@ -101,7 +103,9 @@ def refuse_differences(backend: Backend, name: str, there: Shape, expected: Shap
         elif needed.nullable and not found.nullable:
             wrong.append(f"{column!r} is NOT NULL, and would have no value where a row fails")
     for column in there.keys() - expected.keys():
-        if column == POSITION:
+        if exactly:
+            wrong.append(f"{column!r} is there, and would not be")
+        elif column == POSITION:
             wrong.append(f"{column!r} is there, of outputs that are flattened, and would not be")
         elif not there[column].nullable and not there[column].default:
             wrong.append(f"{column!r} is NOT NULL without a DEFAULT, so that no new row can be written")
@@ -198,7 +202,8 @@ class KeyedTable:
         place = TableName(self._table.name, self._table.schema)
         if there := self._backend.shape(connection, place):
             expected = shape_of(self._table, connection.dialect)
-            refuse_differences(self._backend, place.whole, there, expected, way_out)
+            # Rows are replaced whole here: what others had in columns of their own would be lost.
+            refuse_differences(self._backend, place.whole, there, expected, way_out, exactly=True)
         else:
             self._table.create(connection, checkfirst=False)
 

@@ -113,7 +113,7 @@ class Postgres(Backend):
         own = {n: f" COLLATE {c}" for n, c in zip(texts, collations, strict=True) if c not in (None, DEFAULT)}
         return [Verbatim(spec + own.get(name, "")) for name, spec in zip(names, types, strict=True)]
 
-    def located(self, connection: Connection, name: str) -> TableName:
+    def located(self, connection: Connection, name: str, *, dots: bool = False) -> TableName:
         schema, dot, rest = name.partition(".")
         if not dot:
             return TableName(name)
@@ -124,7 +124,7 @@ class Postgres(Backend):
         whole, has_schema = connection.execute(query, {"name": name, "schema": schema}).one()
         if not whole and has_schema:
             return TableName(rest, schema)
-        if not whole and not name.startswith("_"):  # ours may have dots, as a predict_id may
+        if not whole and not dots and not name.startswith("_"):  # ours have dots, as a predict_id may
             raise InvalidCall(
                 f"there is no schema {schema!r} in {self.where()} for the table {name!r}: create it, or "
                 "give a name without a dot"
