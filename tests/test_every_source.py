@@ -1,4 +1,4 @@
-"""One table of nasty keys and texts, in every format and store: the same prompts, keys and scores from all."""
+"""One table of nasty keys and texts, in every format and store: from all the same prompts, keys, scores."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.dialects import mysql
 
 from tests import mariadb
 from tests.postgres import Postgres
 from tests.scripted_server import ScriptedServer
-from vllm_tasks import Datalayer, Dataset, Metric, Validation, VllmAPI, validate
+from vllm_tasks import Datalayer, Dataset, Metric, Validation, VllmAPI
+from vllm_tasks.validation.run import validate
 
 TEXTS = [
     "plain",
@@ -124,7 +126,7 @@ def put_into(engine: sa.Engine) -> None:
     engine.dispose()
 
 
-LONG = sa.Text().with_variant(sa.dialects.mysql.LONGTEXT(), "mysql", "mariadb")
+LONG = sa.Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
 
 
 def sqlite_file(at: Path) -> str:
@@ -207,7 +209,7 @@ def test_frames(kind: str, tmp_path: Path, model: VllmAPI, asked: Callable[[], l
 
         frame = polars.from_arrow(TABLE)
     if kind == "duckdb":
-        frame = duckdb.sql("FROM TABLE")
+        frame = duckdb.from_arrow(TABLE)
     same_from(model, asked, tmp_path, frame)
 
 
@@ -277,7 +279,8 @@ def test_chat_messages(kind: str, tmp_path: Path, server: ScriptedServer, model:
         select = polars.from_arrow(table)
     else:
         with duckdb.connect(f"{tmp_path}/crm.duckdb") as connection:
-            connection.execute("CREATE TABLE rows AS FROM table")
+            connection.register("t", table)
+            connection.execute("CREATE TABLE rows AS FROM t")
         where = {"source": f"duckdb:///{tmp_path}/crm.duckdb"}
     report = model.predict_in_db("text", select, db=str(tmp_path), max_failed=None, **where)
     assert report.succeeded == len(rows), report

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import duckdb
@@ -24,6 +25,7 @@ from vllm_tasks.datalayer.selection import PAGE, POSITION, OutputTable, Row, Sel
 from vllm_tasks.datalayer.sources import Unreadable
 from vllm_tasks.datalayer.spool import spools
 from vllm_tasks.datalayer.storable import is_text
+from vllm_tasks.datalayer.workspace import MEMORY, Workspace
 from vllm_tasks.errors import InvalidCall
 
 ID_TYPES: dict[str, type] = {
@@ -166,6 +168,13 @@ class Database:
 
     def close(self) -> None:
         self._backend.close()
+        if "workspace" in self.__dict__:
+            self.workspace.close()
+
+    @cached_property
+    def workspace(self) -> Workspace:
+        """See `Home.workspace`."""
+        return Workspace(MEMORY)
 
     # ------------------------------------------------------------------ the selected rows
 

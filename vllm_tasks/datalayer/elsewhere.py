@@ -13,9 +13,6 @@ from vllm_tasks.datalayer.sources import Source, Unreadable
 from vllm_tasks.datalayer.workspace import Workspace
 from vllm_tasks.errors import TablesUnavailable
 
-MEMORY = "300MB"
-"""DuckDB's, for keys and the state of their outputs; what it needs beyond is spilled."""
-
 
 class NoRows:
     """The `Writer` to outputs that are not there yet, of a source without rows: its keys have no types."""
@@ -37,6 +34,10 @@ class NoRows:
 
 class Home(Outputs, Protocol):
     """A store that keeps outputs, of whatever source."""
+
+    @property
+    def workspace(self) -> Workspace:
+        """Where rows are joined with their outputs; it may read them, and closes with the store."""
 
     def writer_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> Writer:
         """As `Tables.writer`, for a key of these Arrow types, which are empty when the source has no rows."""
@@ -63,7 +64,6 @@ class Elsewhere:
     def __init__(self, source: Source, home: Home) -> None:
         self._source = source
         self._home = home
-        self._workspace = Workspace(MEMORY)
         self._join: Join | None = None
         """Of the latest `rows`."""
 
@@ -111,8 +111,7 @@ class Elsewhere:
     def close(self) -> None:
         """See `Tables.close`."""
         self._source.close()
-        self._workspace.close()
         self._home.close()
 
     def _joined(self, selection: Selection) -> Join:
-        return Join(self._source, self._home, selection, self._workspace)
+        return Join(self._source, self._home, selection, self._home.workspace)

@@ -37,11 +37,8 @@ from vllm_tasks.datalayer.sources import Source, Unreadable
 from vllm_tasks.datalayer.sources.delta import queryable
 from vllm_tasks.datalayer.sources.files import Files, exactly
 from vllm_tasks.datalayer.sources.readers import Readers
-from vllm_tasks.datalayer.workspace import Workspace, literal
+from vllm_tasks.datalayer.workspace import MEMORY, Workspace, literal
 from vllm_tasks.errors import InvalidCall, TablesUnavailable, near
-
-MEMORY = "300MB"
-"""DuckDB's, for keys and the state of their outputs; what it needs beyond is spilled."""
 
 
 class Lake:
@@ -54,7 +51,7 @@ class Lake:
         self._shown = self._files.shown(self._files.root)
         self._readers = Readers(self._files, read or {})
         filesystem = None if self._files.local else self._files.fs
-        self._workspace = Workspace(MEMORY, [f"{self._url}/", f"{exactly(self._url)}/"], filesystem)
+        self.workspace = Workspace(MEMORY, [f"{self._url}/", f"{exactly(self._url)}/"], filesystem)
         self._sources: dict[str, Source] = {}
         self._join: Join | None = None
         """Of the latest `rows`."""
@@ -109,7 +106,7 @@ class Lake:
         new = checked(name, rows, key)
         delta = make_table(url, new.schema, len(key), way_out=WAY_OUT)
         schema = pa.schema([new.schema.field(column) for column in _names(delta)])
-        cursor = self._workspace.connection().cursor()
+        cursor = self.workspace.connection().cursor()
         properties = writer_properties(None, schema, len(key))
         writer = DeltaWriter(url, schema, key, properties, delta, cursor, told=False)
         try:
@@ -125,7 +122,7 @@ class Lake:
         """See `Tables.close`."""
         for source in self._sources.values():
             source.close()
-        self._workspace.close()
+        self.workspace.close()
 
     # ------------------------------------------------------------------ `Outputs` of whatever source
 
@@ -173,12 +170,12 @@ class Lake:
         schema = table_schema({field.name: field.type for field in types}, table)
         properties = writer_properties(table.compression, schema, len(key))
         delta = make_table(url, schema, len(key), table.partition_by)
-        return DeltaWriter(url, schema, key, properties, delta, self._workspace.connection().cursor())
+        return DeltaWriter(url, schema, key, properties, delta, self.workspace.connection().cursor())
 
     # ------------------------------------------------------------------
 
     def _joined(self, selection: Selection) -> Join:
-        return Join(self.source(selection.select), self, selection, self._workspace)
+        return Join(self.source(selection.select), self, selection, self.workspace)
 
     def _at(self, name: str) -> str:
         """The URL of the outputs `name`; raises `InvalidCall` for what would be somewhere else."""

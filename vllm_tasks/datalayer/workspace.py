@@ -17,6 +17,8 @@ import duckdb
 from vllm_tasks.datalayer.delta import storage_errors
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 
+MEMORY = "300MB"
+"""DuckDB's for keys and the state of their outputs; what it needs beyond is spilled."""
 THREADS = 2
 """More would hold more at once, and not be noticed: what takes time is the model."""
 CLOSING_S = 1.0
