@@ -57,6 +57,7 @@ def row(key: Any, output: Any = "o", **changed: Any) -> dict[str, Any]:
         "_fingerprint": "f",
         "_input_hash": f"hash of {key}",
         "_created_at": dt.datetime.now(dt.UTC),
+        "_source": "t",
     }
     return made | changed
 
