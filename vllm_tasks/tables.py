@@ -104,6 +104,8 @@ def predict_in_db(
     run from going on: `ServerUnavailable`, `EngineFailed`, `TablesUnavailable`. In each case, and on
     Ctrl-C or SIGTERM, what was finished is committed.
     """
+    if "shards" in sampling:
+        raise InvalidCall("shards is of the task vllm_tasks.predict_in_db; here shard=(i, n) asks a part")
     check_spelling(sampling, predict_in_db, model._sampling_target())
     key = named_columns("primary_id", primary_id)
     predict_id = model.identifier if predict_id is None else predict_id
@@ -113,8 +115,6 @@ def predict_in_db(
     pace = pace_of(max_chunk_size)
     _at_least_one("limit", limit)
     budget = Budget(check_max_failed(max_failed))
-    if "shards" in sampling:
-        raise InvalidCall("shards is of the task vllm_tasks.predict_in_db; here shard=(i, n) asks a part")
     # Checked before `Plan.of`, which may wait for a server.
     refreshed, part = _refresh(refresh, overwrite, retry_failed), _shard(shard)
     keys = None if ids is None else _keys(ids, key)
