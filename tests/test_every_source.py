@@ -180,7 +180,7 @@ def scores_of(model: VllmAPI, home: Path, dataset: Dataset) -> tuple[str, float]
     )
     report = validate(model, validation, db=str(home))
     (found,) = report.datasets
-    return found.hash, found.values["edit_similarity"]
+    return found.dataset_hash, found.values[0].value
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -252,7 +252,7 @@ def test_scores_are_the_same_from_all_stores(tmp_path: Path, model: VllmAPI) -> 
         key=("text", "answer"),
     )
     (of_sqlite,) = validate(model, model_at, db=url).datasets
-    found.add((of_sqlite.hash, of_sqlite.values["edit_similarity"]))
+    found.add((of_sqlite.dataset_hash, of_sqlite.values[0].value))
     assert len(found) == 1
 
 
