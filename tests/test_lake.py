@@ -30,6 +30,7 @@ from deltalake.table import TableOptimizer
 from vllm_tasks.datalayer import delta_writer
 from vllm_tasks.datalayer.lake import Lake
 from vllm_tasks.datalayer.selection import OutputColumn, OutputTable, Selection, SourceRow
+from vllm_tasks.datalayer.values import Nanoseconds
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 
 OUT = "_outputs__m"
@@ -176,9 +177,9 @@ def test_names_that_are_not_there_or_not_clear(lake: Lake, folder: Path) -> None
     (folder / "notes.txt").write_text("")
     (folder / "empty").mkdir()
     assert "twice.csv, twice.jsonl; give the file's whole name" in refusal(lake, selection("twice"))
-    assert keys(lake, selection("twice.csv")) == list(range(10))
+    assert keys(lake, selection("twice.csv")) == [str(i) for i in range(10)]
     assert "did you mean 'twice'?; it has 'empty', 'mixed', 't', 'twice'" in refusal(lake, selection("twicf"))
-    assert "no table 'nope'; it has" in refusal(lake, selection("SELECT * FROM nope"))
+    assert "no table, file or match for 'nope'; it has" in refusal(lake, selection("SELECT * FROM nope"))
     assert "several kinds (csv, jsonl)" in refusal(lake, selection("mixed"))
     assert "'notes.txt' is none of" in refusal(lake, selection("notes.txt"))
     assert "holds no parquet" in refusal(lake, selection("empty"))
@@ -242,17 +243,17 @@ def test_the_folder_must_be_there_to_read_from(tmp_path: Path, monkeypatch: pyte
 
 
 def test_files_that_cannot_be_read(folder: Path) -> None:
-    """A broken file is named, at the start where it shows there, else when the rows come to it."""
+    """A broken file is named at the start; a bad line costs itself; a lost file may come back."""
     (folder / "bad.parquet").write_bytes(b"PAR1 no")
     (folder / "bad.jsonl").write_text('{"id": 1, "text": "a"}\n{"id": 2,\n')
-    (folder / "late.csv").write_text("id,text\n" + "1,a\n" * 90_000 + "x,b\n")
-    (folder / "denied").mkdir()
     lake = Lake(str(folder))
-    for select in ("bad.parquet", "bad.jsonl", "late"):
-        words = refusal(lake, selection(select))
-        assert str(folder / select) in words
-        with pytest.raises(InvalidCall, match="cannot read"):
-            read(lake, selection(select))
+    assert str(folder / "bad.parquet") in refusal(lake, selection("bad.parquet"))
+    with pytest.raises(InvalidCall, match="cannot read"):
+        read(lake, selection("bad.parquet"))
+    lake.check(selection("bad.jsonl"))
+    assert keys(lake, selection("bad.jsonl")) == [1]
+    (line,) = lake.unreadable().examples
+    assert line.startswith(f"{folder}/bad.jsonl, line 2: ")
     (folder / "gone.csv").write_text("id,text\n1,a\n")
     lake.check(selection("gone"))
     (folder / "gone.csv").unlink()
@@ -281,15 +282,16 @@ def test_values_are_plain_python_values(lake: Lake) -> None:
         "d": dt.date(2024, 2, 29),
         "ts": dt.datetime(2024, 2, 29, 12, 0, 0, 1),
         "tz": dt.datetime(2024, 2, 29, 11, tzinfo=dt.UTC),
-        "ns": dt.datetime(2024, 2, 29, 12, 0, 0, 123457),
+        "ns": Nanoseconds.of(1709208000123456789, None),
         "l": [1, None],
         "st": {"a": [{"b": 1}]},
         "m": {"k": 1},
         "j": {"j": [1]},
         "u": "123e4567-e89b-12d3-a456-426614174000",
         "far": "19999-01-01",
-        "h": Decimal("17014118346046923173168730371588410572"),
+        "h": 17014118346046923173168730371588410572,
     }
+    assert str(found.values[names.index("ns")]) == "2024-02-29 12:00:00.123456789"
 
 
 @pytest.mark.parametrize("kind", ["DATE", "TIMESTAMP", "TIMESTAMPTZ"])
@@ -352,7 +354,7 @@ def test_what_looks_like_a_uuid_in_json_stays_text(folder: Path, ending: str) ->
 def test_a_night_without_rows(folder: Path, name: str, content: str) -> None:
     """A source without rows selects nothing, before and after a good night, and makes no outputs."""
 
-    def night(content: str, ids: list[int]) -> None:
+    def night(content: str, ids: list[Any]) -> None:
         path = folder / name
         path.write_bytes(gzip.compress(content.encode()) if name.endswith("gz") else content.encode())
         for refresh in ("missing", "changed", "all"):
@@ -369,10 +371,11 @@ def test_a_night_without_rows(folder: Path, name: str, content: str) -> None:
 
     night(content, [])
     assert not (folder / OUT).exists()
-    night("id,text\n1,a\n" if ".csv" in name else '{"id": 1, "text": "a"}\n', [1])
+    key: Any = "1" if ".csv" in name else 1
+    night("id,text\n1,a\n" if ".csv" in name else '{"id": 1, "text": "a"}\n', [key])
     night(content, [])
     lake = Lake(str(folder))
-    assert committed(lake) == [(1, "o")]
+    assert committed(lake) == [(key, "o")]
     lake.close()
 
 
@@ -1050,7 +1053,7 @@ def test_compaction_keeps_contents_and_rivals_go_on(lake: Lake, monkeypatch: pyt
 def test_the_temporary_folder_goes_with_the_lake(folder: Path, tmp_path: Path) -> None:
     """Closing leaves no file where queries spill to."""
     lake = Lake(str(folder))
-    spill = Path(lake._spill)
+    spill = lake.workspace._folder.path
     lake.check(selection("SELECT id, text FROM (SELECT hash(x) AS id, x AS text FROM range(12000000) r(x))"))
     assert any(spill.iterdir())
     lake.close()
@@ -1099,8 +1102,8 @@ def test_an_object_store(bucket: str, tmp_path: Path) -> None:
     lake = Lake(bucket)
     for select in ("par (x'", "jso (x'.jsonl.gz", "*.csv", 'SELECT * FROM "par (x\'"'):
         lake.check(selection(select))
-        assert keys(lake, selection(select)) == list(range(10))
-    chosen = selection("*.csv")
+        assert keys(lake, selection(select)) == [str(i) if "csv" in select else i for i in range(10)]
+    chosen = selection("par (x'")
     writer, rival = lake.writer(chosen, TABLE), lake.writer(chosen, TABLE)
     writer.commit([row(i) for i in range(5)], [])
     rival.commit([row(4, "rival"), row(5, "rival")], [])
@@ -1132,7 +1135,7 @@ def test_tables_that_are_put_on_an_object_store(bucket: str) -> None:
 def test_rival_processes_on_an_object_store(bucket: str) -> None:
     """Two processes that write the same keys over S3 are settled there too."""
     s3fs.S3FileSystem(skip_instance_cache=True).pipe(
-        f"{bucket}2/t.csv", ("id,text\n" + "".join(f"{i},x\n" for i in range(12))).encode()
+        f"{bucket}2/t.jsonl", "".join(f'{{"id": {i}, "text": "x"}}\n' for i in range(12)).encode()
     )
     run_rivals([start_rival(f"{bucket}2", name) for name in "ab"])
     lake = Lake(f"{bucket}2")

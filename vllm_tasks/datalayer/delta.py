@@ -63,6 +63,7 @@ SAID_BY_DUCKDB = re.compile(r"([A-Z]\w+ )+Error: ")
 PASSING = re.compile(
     "^(IO|HTTP|Out of Memory|INTERRUPT|Connection) Error"
     "|^Invalid Input Error: reading the stream registered as .* failed: IOError"
+    "|^External error: .*Object Store error: "
 )
 """DuckDB's errors of what is not there now: its own, and those of the files that Arrow reads for it."""
 UNSUPPORTED = re.compile("Unsupported: |Invalid protocol|[Cc]atalog version|Unsupported table features")

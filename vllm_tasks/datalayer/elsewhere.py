@@ -86,7 +86,7 @@ class Elsewhere:
 
     def writer(self, selection: Selection, table: OutputTable) -> Writer:
         """See `Tables.writer`."""
-        return self._home.writer_of(self._joined(selection).key, selection.key, table)
+        return self._home.writer_of(self._joined(selection).key_to_write, selection.key, table)
 
     def outputs(self, name: str) -> Any:
         """See `Tables.outputs`."""

@@ -87,6 +87,16 @@ class Join:
             self._key = self._found_key()
         return self._key
 
+    @property
+    def key_to_write(self) -> pa.Schema:
+        """The key of outputs that are to be made: empty when the source has no rows, and none are made.
+
+        Raises as `key`.
+        """
+        if self.key.names and any(keys.num_rows for keys in self._source.keys(self.key)):
+            return self.key
+        return NO_ROWS
+
     def _found_key(self) -> pa.Schema:
         key, wanted = self._selection.key, (*self._selection.key, *self._selection.columns)
         columns = self._source.columns()

@@ -77,7 +77,7 @@ class Lake:
 
     def writer(self, selection: Selection, table: OutputTable) -> Writer:
         """See `Tables.writer`."""
-        return self.writer_of(self._joined(selection).key, selection.key, table)
+        return self.writer_of(self._joined(selection).key_to_write, selection.key, table)
 
     def outputs(self, name: str) -> pa.Table:
         """See `Tables.outputs`."""
@@ -175,6 +175,7 @@ class Lake:
     # ------------------------------------------------------------------
 
     def _joined(self, selection: Selection) -> Join:
+        self.workspace.connection()  # nothing is read for a thread that comes late
         return Join(self.source(selection.select), self, selection, self.workspace)
 
     def _at(self, name: str) -> str:

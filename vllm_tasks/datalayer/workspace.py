@@ -76,7 +76,7 @@ class Workspace:
     def connection(self) -> duckdb.DuckDBPyConnection:
         """Raises `TablesUnavailable` for a thread that comes late."""
         if (con := self._con) is None:
-            raise TablesUnavailable("the tables were closed")
+            raise TablesUnavailable("the lake or database was closed")
         return con
 
     def close(self) -> None:

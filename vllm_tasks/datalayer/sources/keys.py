@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vllm_tasks.datalayer.values import python
 from vllm_tasks.errors import InvalidCall
 
 UTC_TIME = pa.timestamp("us", "UTC")
@@ -26,6 +27,8 @@ def key_type(column: str, kind: pa.DataType) -> pa.DataType:
 
 def _stored(kind: pa.DataType) -> pa.DataType | None:
     t = pa.types
+    if isinstance(kind, pa.OpaqueType) and kind.type_name in ("hugeint", "uhugeint"):
+        return pa.decimal128(38, 0)
     if isinstance(kind, pa.BaseExtensionType):
         return _OF_EXTENSIONS.get(str(kind.extension_name))
     if t.is_dictionary(kind):
@@ -68,10 +71,23 @@ def fitting(found: pa.Table, key: pa.Schema) -> pa.Table:
 def _cast(column: pa.Array, field: pa.Field) -> tuple[pa.Array, dict[int, str]]:
     if isinstance(column, pa.ChunkedArray):
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    if isinstance(column.type, pa.OpaqueType):  # DuckDB's whole numbers of 128 bits
+        return _wide_numbers(column, field)
     if isinstance(column.type, pa.BaseExtensionType):
         uuid = column.type.extension_name == "arrow.uuid"
         column = pa.array(map(_text, column.to_pylist()), pa.string()) if uuid else column.storage
     return _in_halves(column, field)
+
+
+def _wide_numbers(column: pa.Array, field: pa.Field) -> tuple[pa.Array, dict[int, str]]:
+    numbers = python(column)
+    wrong = {
+        i: f"{field.name}={n} has more than 38 digits"
+        for i, n in enumerate(numbers)
+        if n is not None and abs(n) >= 10**38
+    }
+    kept = [None if i in wrong else n for i, n in enumerate(numbers)]
+    return pa.array(kept, pa.decimal128(38, 0)).cast(field.type), wrong
 
 
 def _valid(column: pa.Array, kind: pa.DataType) -> pa.Array:
