@@ -311,3 +311,25 @@ def test_progress_tells_rates_and_time_left() -> None:
     )
     assert str(Progress(None, 0, 0, 0, 1.0)) == "0 rows done, 0 failed, 0.0 rows/s, 0 tokens/s"
     assert str(Progress(10**6, 1, 0, 0, 10.0)).endswith("2777 h 46 min left")
+
+
+def test_mapping_goes_over_models_and_over_tables(lake: Place, server: ScriptedServer) -> None:
+    """With `db` a Datalayer and `X` a list of columns, which go to each call as they are."""
+
+    def model(name: str) -> VllmAPI:
+        return VllmAPI(
+            identifier=name, api_url=server.url, signature="**kwargs", prompt=name + " {id} {text}"
+        )
+
+    @flow
+    def compared() -> list[int]:
+        models = [model("a"), model("b")]
+        by_model = predict_in_db.map(models, ["id", "text"], "rows", db=lake.db, limit=2)
+        named = ["p", "q"]
+        by_table = predict_in_db.map(
+            model("c"), ["id", "text"], ["rows", "rows.parquet"], db=lake.db, predict_id=named, limit=3
+        )
+        return [future.result().succeeded for future in (*by_model, *by_table)]
+
+    assert compared() == [2, 2, 3, 3]
+    assert sorted({asked.prompt.split()[0] for asked in server.posts}) == ["a", "b", "c"]

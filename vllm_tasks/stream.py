@@ -44,7 +44,7 @@ HASTE = 2.0
 what is finished must be committed."""
 KEY_SHOWN = 100
 """Characters of a key in names and logs."""
-MADE_TOGETHER = 32
+MADE_TOGETHER = 64
 """Rows whose prompts are made at once, and are in memory beyond what `open_rows.HELD` counts."""
 SLICE = 2**20
 """Bytes of prompts that are handed over together: with many more, one slow row would keep those of all the
