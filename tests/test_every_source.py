@@ -24,7 +24,7 @@ from sqlalchemy.dialects import mysql
 from tests import mariadb
 from tests.postgres import Postgres
 from tests.scripted_server import ScriptedServer
-from vllm_tasks import Datalayer, Dataset, Metric, Validation, VllmAPI
+from vllm_tasks import Datalayer, Dataset, InvalidCall, Metric, Validation, VllmAPI
 from vllm_tasks.validation.run import validate
 
 TEXTS = [
@@ -286,3 +286,11 @@ def test_chat_messages(kind: str, tmp_path: Path, server: ScriptedServer, model:
     assert report.succeeded == len(rows), report
     sent = [post.body["messages"] for post in server.posts]
     assert sorted(map(json.dumps, sent)) == sorted(map(json.dumps, MESSAGES))
+
+
+@pytest.mark.parametrize("select", ["rows", "rows.xlsx", "SELECT * FROM rows"])
+def test_excel_is_refused_by_name(select: str, tmp_path: Path, model: VllmAPI) -> None:
+    """With the way out, however the file is named."""
+    (tmp_path / "rows.xlsx").write_bytes(b"PK")
+    with pytest.raises(InvalidCall, match=r"rows\.xlsx.*pandas\.read_excel"):
+        model.predict_in_db("text", select, db=str(tmp_path))

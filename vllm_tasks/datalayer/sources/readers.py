@@ -22,6 +22,7 @@ from vllm_tasks.datalayer.sources.read_options import DEFAULTS, ReadOptions, rea
 from vllm_tasks.datalayer.sources.statement import SQL, Attach, Statement, parse
 from vllm_tasks.datalayer.sources.stream import as_stream
 from vllm_tasks.datalayer.workspace import Workspace, literal
+from vllm_tasks.errors import InvalidCall
 from vllm_tasks.settings import site_settings
 
 
@@ -74,6 +75,11 @@ class Readers:
                 return ArrowFile(table.files)
             case "jsonl" | "json":
                 return JsonLines(table.files, options)
+            case "excel":
+                raise InvalidCall(
+                    f"{table.files[0].shown!r} is a file of Excel's, which is not read here; pass it as a "
+                    "table in memory, select=pandas.read_excel(...), or save it as CSV or Parquet"
+                )
             case _:
                 return Csv(table.files, options)
 
