@@ -7,10 +7,7 @@ from vllm_tasks.errors import InvalidCall
 
 
 def refuse_other_source(tables: Tables, outputs: str, source: str) -> None:
-    """Raise `InvalidCall` when the outputs are of other sources than `source`.
-
-    Those of versions that recorded no source are of any.
-    """
+    """Raise `InvalidCall` when the outputs are of other sources than `source`."""
     if not tables.has(outputs):
         return
     first = _first(tables, "*", outputs)

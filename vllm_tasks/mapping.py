@@ -31,7 +31,17 @@ class ModelTask(Task[P, R]):
 
     MAPPED: ClassVar[frozenset[str]] = frozenset(
         {
-            *("model", "select", "predict_id", "db", "overwrite", "refresh", "retry_failed", "max_failed"),
+            *(
+                "model",
+                "select",
+                "predict_id",
+                "db",
+                "source",
+                "overwrite",
+                "refresh",
+                "retry_failed",
+                "max_failed",
+            ),
             *("limit", "max_chunk_size", "shards", "same_source", "n", "validation", "reuse"),
         }
     )

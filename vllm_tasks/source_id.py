@@ -15,13 +15,12 @@ import re
 from urllib.parse import unquote, urlsplit
 
 from vllm_tasks.datalayer import is_lake
+from vllm_tasks.datalayer.sources.data_file import ENDINGS
 
 LONGEST = 200
 """Characters of a name that is kept as it is."""
 DEFAULT_SCHEMAS = {"postgresql": "public.", "sqlite": "main."}
-FILE = re.compile(
-    r"(?P<table>.*[^/])\.(?:parquet|jsonl|ndjson|json|csv|tsv|arrow|xlsx)(?:\.(?:gz|zst))?", re.I
-)
+FILE = re.compile(rf"(?P<table>.*[^/])\.(?:{'|'.join(ENDINGS)})(?:\.(?:gz|zst))?", re.I)
 WHOLE_FOLDER = re.compile(r"(?P<folder>.*[^/])/(?:\*\*/)?\*(?:\.\w+)*")
 """A glob of all files in a folder, which is what the folder's own name means."""
 

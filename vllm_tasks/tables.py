@@ -74,7 +74,7 @@ def predict_in_db(
     X: the column that is the record; a list of columns for signature `*args` or `**kwargs`; or a
         mapping of columns to arguments, by name or by position.
     select: a table, in a lake also a path or a glob in it, or one SELECT statement; or a table in memory, of
-        pandas, polars, pyarrow or whatever else has `__arrow_c_stream__`.
+        pandas, polars, pyarrow or whatever else has `__arrow_c_stream__`, with `refresh="changed"`.
     predict_id: names the outputs, `_outputs__<predict_id>`; the model's identifier when None.
     primary_id: column or columns that identify a row: never NULL, each value once.
     db: where the outputs are, and the rows unless `source` says: a `Datalayer` or its URL; the model's own
@@ -119,6 +119,8 @@ def predict_in_db(
     refreshed, part = _refresh(refresh, overwrite, retry_failed), _shard(shard)
     keys = None if ids is None else _keys(ids, key)
     tables, named = open_tables(datalayer, select, read_from)
+    if refreshed == "missing" and not isinstance(select, str | os.PathLike):
+        refreshed = "changed"  # a table in memory has no name by which another one could be told from it
     try:
         plan = Plan.of(model, X, context, sampling)
         selection = Selection(
@@ -233,7 +235,7 @@ def _report(model: Predictor, predict_id: str, job: Job, tally: Tally, counted: 
     return Report(
         model=model.identifier,
         predict_id=predict_id,
-        source=job.tables.where(_name_of(job.selection.select)),
+        source=job.tables.read_from(_name_of(job.selection.select)),
         outputs=job.tables.where(job.selection.outputs),
         fingerprint=job.selection.fingerprint,
         rows=counted.rows,

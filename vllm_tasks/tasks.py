@@ -155,6 +155,7 @@ def _preview(
     *,
     primary_id: str | Sequence[str] = "id",
     db: Datalayer | str | None = None,
+    source: Store | None = None,
     context: Context = None,
     **sampling: Any,
 ) -> Preview:
@@ -163,7 +164,7 @@ def _preview(
     They become a table artifact and nothing is committed. Where the model is asked on a work pool, as by
     `predict`, the rows are read and the answers decoded here all the same.
     """
-    options = {"primary_id": primary_id, "db": db, "context": context, **sampling}
+    options = {"primary_id": primary_id, "db": db, "source": source, "context": context, **sampling}
     found = routed(model, raise_if_cancelled).preview(X, select, n, **options)
     show_preview(found)
     return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from prefect.blocks.core import Block
@@ -18,7 +19,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, InitErrorDetails
 
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.places import check_place
+from vllm_tasks.places import check_place, without_secrets
 
 if TYPE_CHECKING:
     import pyarrow
@@ -151,10 +152,19 @@ class Datalayer(Block):
             read_options(table, given)
         return value
 
-    def outputs(self, predict_id: str, *, table: str | None = None) -> pyarrow.Table:
+    def outputs(
+        self,
+        predict_id: str,
+        *,
+        table: str | None = None,
+        source: str | None = None,
+        primary_id: str | Sequence[str] = "id",
+    ) -> pyarrow.Table:
         """The committed outputs of `predict_id`, each key exactly once, as a `pyarrow.Table`.
 
         `table`: the outputs' own name, where the model's `model_update_kwargs` give one.
+        `source`: a table, path or SELECT here whose rows, with their key `primary_id`, the outputs are of:
+        each row in the source's order, its columns first, then those of its output, NULL where it has none.
         Columns: the key, the output's columns, `_position` when flattened, `_error`, `_finish_reason`,
         `_prompt_tokens`, `_completion_tokens`, `_seconds`, `_model`, `_uuid`, `_fingerprint`,
         `_input_hash`, `_created_at`. Raises `InvalidCall` when there are none, `TablesUnavailable`
@@ -164,7 +174,14 @@ class Datalayer(Block):
         check_name("table", name)
         tables = self.tables()
         try:
-            return tables.outputs(name)
+            found = tables.outputs(name)
+            if source is None:
+                return found
+            from vllm_tasks.datalayer.beside import beside
+
+            with closing(self.source(source)) as rows:
+                key = (primary_id,) if isinstance(primary_id, str) else tuple(primary_id)
+                return beside(rows, source, found, key)
         finally:
             tables.close()
 
@@ -206,6 +223,11 @@ class Datalayer(Block):
         from vllm_tasks.datalayer.sources.sql import SqlSource
 
         return SqlSource(url, select)
+
+    def shown(self, table: str) -> str:
+        """Where a person finds a table that is read here, without secrets."""
+        url = without_secrets(self._url)
+        return f"{url.rstrip('/')}/{table}" if is_lake(self._url) else f"table {table} in {url}"
 
     @property
     def _url(self) -> str:

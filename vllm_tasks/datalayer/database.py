@@ -163,6 +163,10 @@ class Database:
                 raise InvalidCall(f"{name!r}: the key {keyed.key_of(row)!r:.200}: {problem}")
         keyed.replace(listed, (), make_or=put.WAY_OUT)
 
+    def read_from(self, name: str) -> str:
+        """See `Tables.read_from`."""
+        return self.where(name)
+
     def where(self, name: str) -> str:
         return f"table {name} in {self._backend.where()}"
 

@@ -61,7 +61,9 @@ class Home(Outputs, Protocol):
 class Elsewhere:
     """`Tables` whose rows come from `source`, and whose outputs are at `home`; both are closed with it."""
 
-    def __init__(self, source: Source, home: Home) -> None:
+    def __init__(self, source: Source, home: Home, shown: str) -> None:
+        """`shown`: where the rows are read, as a person is told it."""
+        self._shown = shown
         self._source = source
         self._home = home
         self._join: Join | None = None
@@ -107,6 +109,10 @@ class Elsewhere:
     def where(self, name: str) -> str:
         """See `Tables.where`."""
         return self._home.where(name)
+
+    def read_from(self, name: str) -> str:
+        """See `Tables.read_from`."""
+        return self._shown
 
     def close(self) -> None:
         """See `Tables.close`."""

@@ -295,6 +295,11 @@ def read(source: Source, select: str, columns: Sequence[str] | None, size: int) 
             rows: list[Row] = [dict(zip(names, row, strict=True)) for row in values]
             for start in range(0, len(rows), size):
                 yield rows[start : start + size]
+    refuse_unreadable(select, unreadable)
+
+
+def refuse_unreadable(select: str, unreadable: Unreadable) -> None:
+    """Raise `InvalidCall` where rows could not be read, of which all are needed."""
     if unreadable.count:
         raise InvalidCall(
             f"{unreadable.count:,} rows of {select!r} cannot be read: {'; '.join(unreadable.examples[:3])}; "

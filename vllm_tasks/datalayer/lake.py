@@ -114,6 +114,10 @@ class Lake:
         finally:
             writer.close()
 
+    def read_from(self, name: str) -> str:
+        """See `Tables.read_from`."""
+        return self.where(name)
+
     def where(self, name: str) -> str:
         """See `Tables.where`."""
         return f"{self._shown}/{name}"

@@ -35,7 +35,7 @@ def open_tables(home: Datalayer, select: Any, source: Datalayer | None = None) -
     except BaseException:
         kept.close()
         raise
-    return Elsewhere(rows, kept), named
+    return Elsewhere(rows, kept, named if source is None else source.shown(named)), named
 
 
 def source_of(given: Store | None) -> Datalayer | None:

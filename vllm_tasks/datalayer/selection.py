@@ -187,6 +187,9 @@ class Tables(Protocol):
         `TablesUnavailable`.
         """
 
+    def read_from(self, name: str) -> str:
+        """Where a person finds the source `name`, as `where` for outputs."""
+
     def where(self, name: str) -> str:
         """Where a person finds the outputs: a path or URL and a table, without secrets."""
 

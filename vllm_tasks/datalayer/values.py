@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any, Self
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -229,7 +230,18 @@ def _one(value: Any) -> Any:
         return {kind.field(i).name: _one(value[i]) for i in range(kind.num_fields)}
     if pa.types.is_nested(kind):
         return _one_by_one(kind, value)
-    return value.cast(pa.string()).as_py()
+    return _far(value) if pa.types.is_date(kind) or pa.types.is_timestamp(kind) else str(value)
+
+
+def _far(value: Any) -> str:
+    """A date that Python does not have; the last ones of DuckDB are its infinities."""
+    kind = value.type
+    number = value.value
+    most = 2**31 - 1 if pa.types.is_date32(kind) else 2**63 - 1
+    if abs(number) == most:
+        return "infinity" if number > 0 else "-infinity"
+    unit = {"day": "D", "ms": "ms"}.get(kind.unit, kind.unit) if hasattr(kind, "unit") else "D"
+    return str(np.datetime64(number, "D" if pa.types.is_date32(kind) else unit)).replace("T", " ")
 
 
 def _one_by_one(kind: pa.DataType, value: Any) -> Any:

@@ -35,12 +35,20 @@ def literal(text: str) -> str:
 class Workspace:
     """A DuckDB connection of its own that may open files below the `allowed` URLs only."""
 
-    def __init__(self, memory: str, allowed: Sequence[str] = (), filesystem: Any = None) -> None:
+    def __init__(
+        self,
+        memory: str,
+        allowed: Sequence[str] = (),
+        filesystem: Any = None,
+        database: Path | None = None,
+    ) -> None:
         """`memory` as DuckDB's `memory_limit` has it; what a query needs beyond is spilled. `filesystem`: of
-        fsspec, where files are not local."""
+        fsspec, where files are not local. `database`: a file of DuckDB's, to read from."""
         self._folder = SpillFolder()
         self._open_cursors: set[duckdb.DuckDBPyConnection] = set()
         self._con: duckdb.DuckDBPyConnection | None = duckdb.connect(
+            ":memory:" if database is None else str(database),
+            read_only=database is not None,
             config={
                 "memory_limit": memory,
                 "threads": THREADS,
@@ -48,7 +56,7 @@ class Workspace:
                 "preserve_insertion_order": False,
                 "autoinstall_known_extensions": False,
                 "autoload_known_extensions": False,
-            }
+            },
         )
         if filesystem is not None:
             self._con.register_filesystem(filesystem)

@@ -11,15 +11,17 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from vllm_tasks import exact_json
-from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.delta import quoted
-from vllm_tasks.datalayer.selection import Tables
+from vllm_tasks.datalayer.join import read
+from vllm_tasks.datalayer.opening import source_of
+from vllm_tasks.datalayer.selection import PAGE, Tables
 from vllm_tasks.errors import InvalidCall, near
 from vllm_tasks.fingerprint import canonical
 from vllm_tasks.validation import Dataset
@@ -134,24 +136,13 @@ def _rows(dataset: Dataset, columns: Columns, home: Tables) -> Iterator[Mapping[
         yield from dataset.raw_data
         return
     assert dataset.select is not None
-    tables = home if dataset.db is None else _saved(dataset.db).tables()
-    try:
-        for batch in tables.read(dataset.select, columns.all):
+    if (elsewhere := source_of(dataset.db)) is None:
+        for batch in home.read(dataset.select, columns.all):
             yield from batch
-    finally:
-        if tables is not home:
-            tables.close()
-
-
-def _saved(name: str) -> Datalayer:
-    try:
-        found = Datalayer.load(name)
-    except ValueError as error:
-        raise InvalidCall(
-            f"there is no saved Datalayer {name!r}, which a dataset selects from: {error}"
-        ) from error
-    assert isinstance(found, Datalayer), "called from synchronous code"
-    return found
+        return
+    with closing(elsewhere.source(dataset.select)) as source:
+        for batch in read(source, dataset.select, columns.all, PAGE):
+            yield from batch
 
 
 def _ranked(dataset: Dataset, values: dict[str, Any], i: int) -> tuple[bytes, dict[str, Any]]:

@@ -62,6 +62,11 @@ class Unreadable:
         if len(self.examples) < EXAMPLES:
             self.examples.append(f"{where}: {why[:SHOWN_ERROR]}")
 
+    def take(self, others: Unreadable) -> None:
+        """Count those of another source, too."""
+        self.count += others.count
+        self.examples += others.examples[: EXAMPLES - len(self.examples)]
+
 
 class Source(Protocol):
     """Rows to read, as often as needed and each time the same ones, unless somebody changes them meanwhile.
@@ -82,7 +87,8 @@ class Source(Protocol):
         none has NULL in it; else that is found out by reading all keys."""
 
     def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
-        """The key of every row that has one, in these types, NULLs among them."""
+        """The key of every row, in these types: NULLs among them, but in files of text, where a row without a
+        key costs itself."""
 
     def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
         """All rows, each in one part; with an empty `key` without keys.

@@ -44,7 +44,8 @@ class Csv:
 
     def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
         for file, _, places, records in self._records(key.names, Unreadable()):
-            yield _keys(file, places, records, key)[0]
+            keys, _ = _keys(file, places, records, key)
+            yield keys.take(pa.array(known(keys)))
 
     def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
         for file, width, places, records in self._records([*key.names, *columns], unreadable):

@@ -67,7 +67,8 @@ class JsonLines:
 
     def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
         for piece in self._pieces(key.names, Unreadable()):
-            yield json_keys(piece.rows, key)[0]
+            keys, _ = json_keys(piece.rows, key)
+            yield keys.take(pa.array(known(keys)))
 
     def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
         width = len(key)

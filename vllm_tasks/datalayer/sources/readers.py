@@ -20,7 +20,7 @@ from vllm_tasks.datalayer.sources.parquet import Parquet
 from vllm_tasks.datalayer.sources.pieces import Pieces
 from vllm_tasks.datalayer.sources.read_options import DEFAULTS, ReadOptions, read_options
 from vllm_tasks.datalayer.sources.statement import SQL, Attach, Statement, parse
-from vllm_tasks.datalayer.sources.stream import as_stream
+from vllm_tasks.datalayer.sources.stream import Streamed, as_stream
 from vllm_tasks.datalayer.workspace import Workspace, literal
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.settings import site_settings
@@ -49,9 +49,10 @@ class Readers:
         with duckdb.connect() as con:
             sql, names, own = parse(con, select)
         attached: dict[str, Attach] = {}
+        texts: list[Streamed] = []
         for name in names:
             if (table := self._files.table(name, tables)) is not None:
-                attached[name] = self._attach(table)
+                attached[name] = self._attach(table, texts)
             elif name.casefold() not in own:
                 raise self._files.unknown(name, tables)
         root = self._files.uri(self._files.root)
@@ -59,7 +60,7 @@ class Readers:
         memory = site_settings().select_memory
         workspace = Workspace(memory, [f"{root}/", f"{exactly(root)}/"], filesystem)
         shown = select if len(select) <= 200 else f"{select[:200]}..."
-        return Statement(sql, attached, workspace, shown)
+        return Statement(sql, attached, workspace, shown, texts)
 
     def _of(self, table: Table) -> Pieces | Csv | JsonLines | DeltaSource:
         """The reader of one table."""
@@ -92,10 +93,12 @@ class Readers:
                 return self._options[name]
         return DEFAULTS
 
-    def _attach(self, table: Table) -> Attach:
+    def _attach(self, table: Table, texts: list[Streamed]) -> Attach:
         """How a SELECT's connection gets to know the table: Parquet and plain Delta tables by DuckDB, which
-        reads of them what the SELECT needs, all others as a stream."""
-        if table.files and table.files[0].kind == "parquet":
+        reads of them what the SELECT needs, all others as a stream. `texts` gets those of them that are text."""
+        # DuckDB asks a filesystem when a file was changed, which a web server may not tell.
+        web = "http" in self._files.fs.protocol
+        if table.files and table.files[0].kind == "parquet" and not web:
             uris = ", ".join(literal(exactly(self._files.uri(file.path))) for file in table.files)
             read = f"read_parquet([{uris}], union_by_name = true)"
 
@@ -112,6 +115,7 @@ class Readers:
         every = source.columns()
         stream: Any
         if isinstance(source, Csv | JsonLines):
+            texts.append(source)
             stream = as_stream(source, every)
         else:
             stream = arrow_stream.as_stream(source, every)

@@ -15,6 +15,7 @@ from vllm_tasks.datalayer.delta import quoted
 from vllm_tasks.datalayer.sources import Part, Unreadable
 from vllm_tasks.datalayer.sources.arrow import KEYS_AT_ONCE, ROWS_AT_ONCE, gathered, part_of
 from vllm_tasks.datalayer.sources.keys import fitting, key_type
+from vllm_tasks.datalayer.sources.stream import Streamed
 from vllm_tasks.datalayer.workspace import Workspace
 from vllm_tasks.errors import SHOWN, InvalidCall
 
@@ -33,12 +34,23 @@ Attach = Callable[[duckdb.DuckDBPyConnection, str], None]
 class Statement:
     """`Source`: one SELECT. Each use runs it anew, so its rows may come in another order."""
 
-    def __init__(self, sql: str, tables: Mapping[str, Attach], workspace: Workspace, shown: str) -> None:
-        """`tables`: by name, those of the lake that the statement reads; `workspace` is closed with it."""
+    def __init__(
+        self,
+        sql: str,
+        tables: Mapping[str, Attach],
+        workspace: Workspace,
+        shown: str,
+        texts: Sequence[Streamed] = (),
+    ) -> None:
+        """`tables`: by name, those of the lake that the statement reads; `workspace` is closed with it.
+
+        `texts`: those among them that leave out the lines that they cannot read.
+        """
         self._sql = sql
         self._tables = tables
         self._workspace = workspace
         self._shown = shown
+        self._texts = texts
         self._described: tuple[list[str], pa.Schema] | None = None
 
     def columns(self) -> Sequence[str]:
@@ -59,6 +71,8 @@ class Statement:
         names = list(dict.fromkeys((*key.names, *columns)))
         for found in self._batches(names, ROWS_AT_ONCE):
             yield part_of(found, key, columns, unreadable, self._shown)
+        for text in self._texts:
+            unreadable.take(text.left_out)
 
     def close(self) -> None:
         self._workspace.close()

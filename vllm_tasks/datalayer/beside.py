@@ -1,0 +1,63 @@
+"""Outputs beside the rows that they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from vllm_tasks import exact_json
+from vllm_tasks.datalayer.join import refuse_missing, refuse_unreadable
+from vllm_tasks.datalayer.selection import POSITION, Key
+from vllm_tasks.datalayer.sources import Source, Unreadable
+from vllm_tasks.datalayer.sources.keys import listed
+from vllm_tasks.errors import InvalidCall
+
+
+def beside(source: Source, select: str, outputs: pa.Table, key: Sequence[str]) -> pa.Table:
+    """Each row of `source`, in its order, with the columns of its output, which are NULL where it has none.
+
+    Of a flattened output each position is a row. Raises `InvalidCall` for columns that are not there, a name
+    that is in both, and rows that cannot be read.
+    """
+    columns = source.columns()
+    refuse_missing(select, key, columns)
+    refuse_missing("the outputs", key, outputs.column_names)
+    said = [name for name in outputs.column_names if name not in key]
+    if twice := sorted({*said} & {*columns}):
+        raise InvalidCall(
+            f"{select!r} and its outputs both have a column {twice[0]!r}: give a SELECT that names it otherwise"
+        )
+    types = pa.schema([outputs.schema.field(name) for name in key])
+    if POSITION in outputs.column_names:
+        outputs = outputs.sort_by(POSITION)
+    places: dict[Key, list[int]] = {}
+    for place, found in enumerate(listed(outputs.select(list(key)), np.arange(outputs.num_rows))):
+        places.setdefault(found, []).append(place)
+    rows: list[tuple[Any, ...]] = []
+    taken: list[int | None] = []
+    unreadable = Unreadable()
+    for part in source.parts(types, columns, unreadable):
+        good = [i for i in range(part.count) if i not in part.errors]
+        unreadable.count += len(part.errors)
+        unreadable.examples += part.errors.values()
+        keys = iter(listed(part.keys, good))
+        for values in part.values(good):
+            for row in values:
+                for place in places.get(next(keys), [None]):  # type: ignore[list-item]  # no output
+                    rows.append(row)
+                    taken.append(place)
+    refuse_unreadable(select, unreadable)
+    arrays = [_array(column) for column in zip(*rows, strict=True)] if rows else [pa.nulls(0)] * len(columns)
+    answers = outputs.select(said).take(pa.array(taken, pa.int64()))
+    return pa.table([*arrays, *answers.columns], names=[*columns, *said])
+
+
+def _array(values: Sequence[Any]) -> pa.Array:
+    """As Arrow has them; of several kinds, as JSON may have them, each as its JSON."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        return pa.array([None if value is None else exact_json.dumps(value) for value in values])
