@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -150,7 +149,7 @@ def _predict_in_db(
 def _preview(
     model: Model,
     X: Columns,  # noqa: N803 - the name in the contract
-    select: str | os.PathLike[str],
+    select: Any,
     n: int = 5,
     *,
     primary_id: str | Sequence[str] = "id",

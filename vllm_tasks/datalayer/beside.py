@@ -15,6 +15,9 @@ from vllm_tasks.datalayer.sources import Source, Unreadable
 from vllm_tasks.datalayer.sources.keys import listed
 from vllm_tasks.errors import InvalidCall
 
+NOWHERE: list[int | None] = [None]
+"""Where the output of a row is that has none."""
+
 
 def beside(source: Source, select: str, outputs: pa.Table, key: Sequence[str]) -> pa.Table:
     """Each row of `source`, in its order, with the columns of its output, which are NULL where it has none.
@@ -28,12 +31,12 @@ def beside(source: Source, select: str, outputs: pa.Table, key: Sequence[str]) -
     said = [name for name in outputs.column_names if name not in key]
     if twice := sorted({*said} & {*columns}):
         raise InvalidCall(
-            f"{select!r} and its outputs both have a column {twice[0]!r}: give a SELECT that names it otherwise"
+            f"{select!r} and its outputs both have a column {twice[0]!r}: name it otherwise by a SELECT"
         )
     types = pa.schema([outputs.schema.field(name) for name in key])
     if POSITION in outputs.column_names:
         outputs = outputs.sort_by(POSITION)
-    places: dict[Key, list[int]] = {}
+    places: dict[Key, list[int | None]] = {}
     for place, found in enumerate(listed(outputs.select(list(key)), np.arange(outputs.num_rows))):
         places.setdefault(found, []).append(place)
     rows: list[tuple[Any, ...]] = []
@@ -46,9 +49,9 @@ def beside(source: Source, select: str, outputs: pa.Table, key: Sequence[str]) -
         keys = iter(listed(part.keys, good))
         for values in part.values(good):
             for row in values:
-                for place in places.get(next(keys), [None]):  # type: ignore[list-item]  # no output
-                    rows.append(row)
-                    taken.append(place)
+                found_at = places.get(next(keys), NOWHERE)
+                rows += [row] * len(found_at)
+                taken += found_at
     refuse_unreadable(select, unreadable)
     arrays = [_array(column) for column in zip(*rows, strict=True)] if rows else [pa.nulls(0)] * len(columns)
     answers = outputs.select(said).take(pa.array(taken, pa.int64()))

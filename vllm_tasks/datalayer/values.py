@@ -240,8 +240,8 @@ def _far(value: Any) -> str:
     most = 2**31 - 1 if pa.types.is_date32(kind) else 2**63 - 1
     if abs(number) == most:
         return "infinity" if number > 0 else "-infinity"
-    unit = {"day": "D", "ms": "ms"}.get(kind.unit, kind.unit) if hasattr(kind, "unit") else "D"
-    return str(np.datetime64(number, "D" if pa.types.is_date32(kind) else unit)).replace("T", " ")
+    unit: Any = "D" if pa.types.is_date32(kind) else "ms" if pa.types.is_date64(kind) else kind.unit
+    return str(np.datetime64(number, unit)).replace("T", " ")
 
 
 def _one_by_one(kind: pa.DataType, value: Any) -> Any:

@@ -95,7 +95,7 @@ class Readers:
 
     def _attach(self, table: Table, texts: list[Streamed]) -> Attach:
         """How a SELECT's connection gets to know the table: Parquet and plain Delta tables by DuckDB, which
-        reads of them what the SELECT needs, all others as a stream. `texts` gets those of them that are text."""
+        reads of them what the SELECT needs, all others as a stream. `texts` gets those that are text."""
         # DuckDB asks a filesystem when a file was changed, which a web server may not tell.
         web = "http" in self._files.fs.protocol
         if table.files and table.files[0].kind == "parquet" and not web:
