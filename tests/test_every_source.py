@@ -294,3 +294,39 @@ def test_excel_is_refused_by_name(select: str, tmp_path: Path, model: VllmAPI) -
     (tmp_path / "rows.xlsx").write_bytes(b"PK")
     with pytest.raises(InvalidCall, match=r"rows\.xlsx.*pandas\.read_excel"):
         model.predict_in_db("text", select, db=str(tmp_path))
+
+
+def test_outputs_beside_their_rows(tmp_path: Path, server: ScriptedServer, model: VllmAPI) -> None:
+    """`outputs(source=)` has each row of the source in its order, and NULL where there is no output yet."""
+    (tmp_path / "t.jsonl").write_bytes(lines([{"id": i, "text": f"t{i}", "n": [i]} for i in (3, 1, 2)]))
+    model.predict_in_db("text", "t", db=str(tmp_path), predict_id="p", ids=[1, 3])
+    found = Datalayer(url=str(tmp_path)).outputs("p", source="t").to_pylist()
+    assert [(r["id"], r["text"], r["n"], r["output"]) for r in found] == [
+        (3, "t3", [3], " t3!"),
+        (1, "t1", [1], " t1!"),
+        (2, "t2", [2], None),
+    ]
+    with pytest.raises(InvalidCall, match="both have a column 'output'"):
+        Datalayer(url=str(tmp_path)).outputs("p", source="SELECT id, text AS output FROM t")
+
+
+def test_another_table_in_memory_is_told_by_its_rows(
+    tmp_path: Path, model: VllmAPI, asked: Callable[[], list[str]]
+) -> None:
+    """It has no name: rows of a known key whose content is another one are processed, the others are not."""
+    one = pa.table({"id": [1, 2], "text": ["a", "b"]})
+    other = pa.table({"id": [1, 2], "text": ["a", "other"]})
+    for frame, wanted in ((one, ["a", "b"]), (one, []), (other, ["other"])):
+        model.predict_in_db("text", frame, db=str(tmp_path), predict_id="p")
+        assert asked() == wanted
+
+
+@pytest.mark.parametrize("select", ["t", "SELECT * FROM t WHERE id IS NOT NULL"])
+def test_lines_that_cannot_be_read_are_reported(select: str, tmp_path: Path, model: VllmAPI) -> None:
+    """By name as in a SELECT: they are counted with their place, and the other rows are processed."""
+    good = lines([{"id": i, "text": f"t{i}"} for i in range(100)])
+    (tmp_path / "t.jsonl").write_bytes(good + b'{"id": 100, "te\n' + b'{"text": "no key"}\n')
+    report = model.predict_in_db("text", select, db=str(tmp_path), predict_id="p", max_failed=None)
+    assert report.succeeded == 100
+    assert report.unreadable == (2 if select == "t" else 1)
+    assert "t.jsonl, line 101" in report.unreadable_lines[0]
