@@ -96,7 +96,7 @@ def done_rows(start: int, end: int, fingerprint: str) -> str:
             CAST(48 AS BIGINT) AS _completion_tokens, CAST(1.5 AS FLOAT8) AS _seconds,
             'scripted' AS _model, 'bench' AS _uuid,
             '{fingerprint}' AS _fingerprint, md5(CAST(i AS VARCHAR)) AS _input_hash,
-            current_timestamp AS _created_at
+            current_timestamp AS _created_at, 'rows' AS _source
         FROM {{series}}
     """.format(series=f"generate_series({start}, {end - 1}) AS t(i)")
 
@@ -134,7 +134,7 @@ def fill_postgres(url: str, server: str) -> str:
         run(f"INSERT INTO rows SELECT i, {TEXT} FROM generate_series(0, {ALL - 1}) AS t(i)")
         fingerprint = first_output(url, server)
         columns = "id, output, _error, _finish_reason, _prompt_tokens, _completion_tokens, _seconds"
-        columns += ", _model, _uuid, _fingerprint, _input_hash, _created_at"
+        columns += ", _model, _uuid, _fingerprint, _input_hash, _created_at, _source"
         run(f"INSERT INTO _outputs__bench ({columns}) {done_rows(0, DONE, fingerprint)}")
         run("VACUUM ANALYZE")
     engine.dispose()

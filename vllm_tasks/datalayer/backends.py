@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
@@ -106,6 +107,8 @@ class Backend:
     """Commits are tested to be exactly once, whatever kills them."""
     server_side = True
     """A query is read as it runs, in a transaction; else it is copied aside first."""
+    lists = False
+    """Rows are found by a list of their keys; see `key_rows`."""
     leaves_results = False
     """A result need not be read to its end: many drivers do it themselves when it is closed before."""
     nul = nan = True
@@ -253,6 +256,16 @@ class Backend:
     def as_key(self, column: sa.ColumnElement[Any], kind: Any) -> sa.ColumnElement[Any]:
         """A column whose values are kept as the type `kind` of Arrow."""
         return column
+
+    def packed(self, column: sa.ColumnElement[Any], kind: pa.DataType) -> list[sa.ColumnElement[Any]]:
+        """Aggregates that make a few values of a whole column of keys, kept as `kind`; empty where there are
+        none. Of int64: its big-endian bytes. Of text: the length of each in bytes, of 4 bytes themselves,
+        big-endian; and all texts in UTF-8, one behind the other."""
+        return []
+
+    def key_rows(self, kinds: Sequence[Any], keys: Sequence[Sequence[Any]]) -> sa.TableValuedAlias:
+        """`keys` as rows with their number, from 1, in a last column; where the database `lists`."""
+        raise NotImplementedError("of databases that list")
 
     def bound(self, columns: Sequence[sa.ColumnElement[Any]]) -> list[sa.ColumnElement[Any]]:
         """What `after` takes of a row to know where it stands."""
