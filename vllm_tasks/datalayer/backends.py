@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -277,7 +278,7 @@ class Backend:
         """Rows that come later, in the order of these columns, than the one with this `bound`."""
         # Spelled out: not every database compares rows, nor finds the place in an index where it does.
         condition: sa.ColumnElement[bool] = sa.false()
-        for column, value in zip(reversed(columns), reversed(bound), strict=True):
+        for column, value in zip(reversed(columns), map(_literal, reversed(bound)), strict=True):
             condition = sa.or_(column > value, sa.and_(column == value, condition))
         return condition
 
@@ -285,6 +286,17 @@ class Backend:
         """Close all connections."""
         self.engine.dispose()
         self.reader.dispose()
+
+
+def _literal(value: Any) -> Any:
+    """A span of time, MySQL's TIME, as its text: pymysql writes another one for those before zero."""
+    if not isinstance(value, timedelta):
+        return value
+    micros = abs(value) // timedelta(microseconds=1)
+    sign = "-" if value < timedelta(0) else ""
+    return (
+        f"{sign}{micros // 3_600_000_000}:{micros // 60_000_000 % 60:02d}:{micros % 60_000_000 / 1e6:09.6f}"
+    )
 
 
 def _set_up_mysql(connection: Any, _: Any) -> None:
