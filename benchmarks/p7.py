@@ -1,9 +1,10 @@
 """P7: `predict_in_db` over 10 M rows of which 9 M are done; goal: the first row leaves within 10 s, <= 1 GB.
 
-In a lake (a Parquet source, outputs in a Delta table of 90 files) and in PostgreSQL, each run in a fresh
-process against a server that answers at once. Seconds are from the call of `predict_in_db`, without the
-imports before it; memory is the most that was resident in the process, imports and all, until 20,000
-rows were answered and committed. The outputs are what the job itself would have written.
+In a lake (a Parquet source, outputs in a Delta table of 90 files), in PostgreSQL, and with the source in
+PostgreSQL and the outputs in the lake; each run in a fresh process against a server that answers at once.
+Seconds are from the call of `predict_in_db`, without the imports before it; memory is the most that was
+resident in the process, imports and all, until 20,000 rows were answered and committed. The outputs are
+what the job itself would have written.
 """
 
 from __future__ import annotations
@@ -47,30 +48,34 @@ def measure(options: Options) -> Iterator[str]:
     with ExitStack() as stack:
         server: str = stack.enter_context(Child(scripted.serve)).ready
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        yield line("lake", *starts(fill_lake(folder, server), server, options.least))
-        postgres = stack.enter_context(running())
-        yield line(
-            "PostgreSQL", *starts(fill_postgres(postgres.new_database(), server), server, options.least)
-        )
+        lake = fill_lake(folder, server)
+        yield line("lake", *starts(lake, server, options.least))
+        postgres = fill_postgres(stack.enter_context(running()).new_database(), server)
+        yield line("PostgreSQL", *starts(postgres, server, options.least))
+        yield line("PostgreSQL to lake", *starts(lake, server, options.least, postgres))
 
 
-def starts(url: str, server: str, runs: int) -> list[Start]:
+def starts(url: str, server: str, runs: int, source: str | None = None) -> list[Start]:
     found = []
     for _ in range(runs):
-        with Child(job, url, server) as child:
+        with Child(job, url, server, source) as child:
             found.append(child.ready)
     return found
 
 
-def job(pipe: Connection, url: str, server: str) -> None:
-    """Send the `Start` of a run that asks the first rows that are not done."""
+def job(pipe: Connection, url: str, server: str, source: str | None = None) -> None:
+    """Send the `Start` of a run that asks the first rows that are not done.
+
+    The rows of `source` are those that `url` has too.
+    """
     import deltalake  # noqa: F401 - imports are not part of the call
     import duckdb  # noqa: F401
     import sqlalchemy  # noqa: F401
 
     model = model_of(server)
     idle = resident("VmRSS")
-    report = model.predict_in_db("text", "rows", db=url, limit=ASKED)
+    there = {} if source is None else {"source": source, "same_source": True}
+    report = model.predict_in_db("text", "rows", db=url, limit=ASKED, **there)
     assert report.succeeded == ASKED, report
     pipe.send(Start(report.seconds["first_row"], idle, resident("VmHWM"), report.asked))
 
@@ -96,7 +101,7 @@ def done_rows(start: int, end: int, fingerprint: str) -> str:
             CAST(48 AS BIGINT) AS _completion_tokens, CAST(1.5 AS FLOAT8) AS _seconds,
             'scripted' AS _model, 'bench' AS _uuid,
             '{fingerprint}' AS _fingerprint, md5(CAST(i AS VARCHAR)) AS _input_hash,
-            current_timestamp AS _created_at
+            current_timestamp AS _created_at, 'rows' AS _source
         FROM {{series}}
     """.format(series=f"generate_series({start}, {end - 1}) AS t(i)")
 
@@ -134,7 +139,7 @@ def fill_postgres(url: str, server: str) -> str:
         run(f"INSERT INTO rows SELECT i, {TEXT} FROM generate_series(0, {ALL - 1}) AS t(i)")
         fingerprint = first_output(url, server)
         columns = "id, output, _error, _finish_reason, _prompt_tokens, _completion_tokens, _seconds"
-        columns += ", _model, _uuid, _fingerprint, _input_hash, _created_at"
+        columns += ", _model, _uuid, _fingerprint, _input_hash, _created_at, _source"
         run(f"INSERT INTO _outputs__bench ({columns}) {done_rows(0, DONE, fingerprint)}")
         run("VACUUM ANALYZE")
     engine.dispose()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from datetime import timedelta
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
@@ -106,6 +108,8 @@ class Backend:
     """Commits are tested to be exactly once, whatever kills them."""
     server_side = True
     """A query is read as it runs, in a transaction; else it is copied aside first."""
+    lists = False
+    """Rows are found by a list of their keys; see `key_rows`."""
     leaves_results = False
     """A result need not be read to its end: many drivers do it themselves when it is closed before."""
     nul = nan = True
@@ -254,6 +258,16 @@ class Backend:
         """A column whose values are kept as the type `kind` of Arrow."""
         return column
 
+    def packed(self, column: sa.ColumnElement[Any], kind: pa.DataType) -> list[sa.ColumnElement[Any]]:
+        """Aggregates that make a few values of a whole column of keys, kept as `kind`; empty where there are
+        none. Of int64: its big-endian bytes. Of text: the length of each in bytes, of 4 bytes themselves,
+        big-endian; and all texts in UTF-8, one behind the other."""
+        return []
+
+    def key_rows(self, kinds: Sequence[Any], keys: Sequence[Sequence[Any]]) -> sa.TableValuedAlias:
+        """`keys` as rows with their number, from 1, in a last column; where the database `lists`."""
+        raise NotImplementedError("of databases that list")
+
     def bound(self, columns: Sequence[sa.ColumnElement[Any]]) -> list[sa.ColumnElement[Any]]:
         """What `after` takes of a row to know where it stands."""
         return list(columns)
@@ -264,7 +278,7 @@ class Backend:
         """Rows that come later, in the order of these columns, than the one with this `bound`."""
         # Spelled out: not every database compares rows, nor finds the place in an index where it does.
         condition: sa.ColumnElement[bool] = sa.false()
-        for column, value in zip(reversed(columns), reversed(bound), strict=True):
+        for column, value in zip(reversed(columns), map(_literal, reversed(bound)), strict=True):
             condition = sa.or_(column > value, sa.and_(column == value, condition))
         return condition
 
@@ -272,6 +286,17 @@ class Backend:
         """Close all connections."""
         self.engine.dispose()
         self.reader.dispose()
+
+
+def _literal(value: Any) -> Any:
+    """A span of time, MySQL's TIME, as its text: pymysql writes another one for those before zero."""
+    if not isinstance(value, timedelta):
+        return value
+    micros = abs(value) // timedelta(microseconds=1)
+    sign = "-" if value < timedelta(0) else ""
+    return (
+        f"{sign}{micros // 3_600_000_000}:{micros // 60_000_000 % 60:02d}:{micros % 60_000_000 / 1e6:09.6f}"
+    )
 
 
 def _set_up_mysql(connection: Any, _: Any) -> None:

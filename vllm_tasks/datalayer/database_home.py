@@ -13,7 +13,7 @@ from vllm_tasks.datalayer.backends import Backend, TableName
 from vllm_tasks.datalayer.database_writer import WAY_OUT
 from vllm_tasks.datalayer.keyed_table import UtcTime
 from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION
-from vllm_tasks.datalayer.sources.sql import key_array, stored_as
+from vllm_tasks.datalayer.sources.sql_types import key_array, stored_as
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 
 CHUNK = 50_000

@@ -292,7 +292,7 @@ def read(source: Source, select: str, columns: Sequence[str] | None, size: int) 
             unreadable.add(f"row {number}", why)
         good = [i for i in range(part.count) if i not in part.errors]
         for values in part.values(good):
-            rows: list[Row] = [dict(zip(names, row, strict=True)) for row in values]
+            rows: list[Row] = [dict(zip(names, row, strict=True)) for row in values if row is not None]
             for start in range(0, len(rows), size):
                 yield rows[start : start + size]
     refuse_unreadable(select, unreadable)
@@ -408,7 +408,11 @@ def _source_rows(part: Part, states: States, size: int) -> Iterator[list[SourceR
             redo = states.redo[at].tolist()
             hashes = [None] * len(some) if states.hashes is None else [states.hashes[i] for i in at]
             keys = listed(part.keys, states.rows[at])
-            yield list(map(SourceRow, keys, some, redo, hashes))
+            yield [
+                SourceRow(key, row, *state)
+                for key, row, *state in zip(keys, some, redo, hashes, strict=True)
+                if row is not None  # gone from the source a moment ago
+            ]
 
 
 def _plain_key(key: Key, wanted: pa.Schema) -> Key:

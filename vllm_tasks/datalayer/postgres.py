@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY, OID
+from sqlalchemy.dialects.postgresql import ARRAY, BYTEA, OID
 from sqlalchemy.engine import URL, Connection
 from sqlalchemy.exc import DBAPIError
 
@@ -30,7 +30,7 @@ WIDER = {
 class Postgres(Backend):
     """Reads in READ ONLY transactions through server-side cursors."""
 
-    keeps_outputs = leaves_results = True
+    keeps_outputs = leaves_results = lists = True
     nul = False
     longest_key = 2700
 
@@ -184,13 +184,29 @@ class Postgres(Backend):
     def listed(
         self, connection: Connection, kinds: Sequence[Any], ids: Sequence[Sequence[Any]]
     ) -> sa.Select[Any]:
+        return sa.select(*list(self.key_rows(kinds, ids).c)[:-1])
+
+    def key_rows(self, kinds: Sequence[Any], keys: Sequence[Sequence[Any]]) -> sa.TableValuedAlias:
         # Text that the server reads: it names what is no value of the key's type.
         arrays = [
-            sa.cast(sa.cast([_text(key[n]) for key in ids], ARRAY(sa.Text)), ARRAY(Verbatim(kind.bare)))
+            sa.cast(sa.cast([_text(key[n]) for key in keys], ARRAY(sa.Text)), ARRAY(Verbatim(kind.bare)))
             for n, kind in enumerate(kinds)
         ]
         names: list[Any] = [sa.column(f"i{n}") for n in range(len(kinds))]
-        return sa.select(*sa.func.unnest(*arrays).table_valued(*names, name="ids").render_derived().c)
+        table = sa.func.unnest(*arrays).table_valued(*names, name="ids", with_ordinality="n")
+        return table.render_derived()
+
+    def packed(self, column: sa.ColumnElement[Any], kind: pa.DataType) -> list[sa.ColumnElement[Any]]:
+        nothing: Any = sa.literal_column("CAST('' AS bytea)", BYTEA)
+        if pa.types.is_int64(kind):
+            return [
+                sa.func.string_agg(sa.func.int8send(sa.cast(column, sa.BigInteger)), nothing, type_=BYTEA())
+            ]
+        if not pa.types.is_string(kind):
+            return []
+        text = sa.func.convert_to(column, "UTF8", type_=BYTEA())
+        lengths = sa.func.int4send(sa.func.octet_length(text))
+        return [sa.func.string_agg(part, nothing, type_=BYTEA()) for part in (lengths, text)]
 
     def as_key(self, column: sa.ColumnElement[Any], kind: Any) -> sa.ColumnElement[Any]:
         return sa.cast(column, sa.Text) if pa.types.is_string(kind) else column

@@ -35,9 +35,10 @@ class Part:
 
     keys: pa.Table
     """The key's columns in the types that were asked for, never NULL; a row each, in any order."""
-    values: Callable[[Sequence[int]], Iterator[list[Values]]]
+    values: Callable[[Sequence[int]], Iterator[Sequence[Values | None]]]
     """Of the rows with these numbers (ascending, from 0): the wanted columns' values as `values.python` has
-    them, in lists of at most `PART_BYTES` or one row. Called at most once."""
+    them, in lists of at most `PART_BYTES` or one row; None for a row that is gone since its key was read.
+    Called at most once."""
     errors: Mapping[int, str] = field(default_factory=dict)
     """Why rows of these numbers could not be read, though their keys could; they have no values."""
     rows: int | None = None

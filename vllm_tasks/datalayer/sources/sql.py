@@ -17,16 +17,17 @@ from vllm_tasks.datalayer.relation import Relation
 from vllm_tasks.datalayer.sources import Part, Unreadable, Values
 from vllm_tasks.datalayer.sources.arrow import tell
 from vllm_tasks.datalayer.sources.keys import known
+from vllm_tasks.datalayer.sources.sql_keys import PAGE, SqlKeys
+from vllm_tasks.datalayer.sources.sql_types import key_array, stored_as
+from vllm_tasks.datalayer.sources.sql_values import SqlValues
 from vllm_tasks.datalayer.spool import Spool, spools
-
-PAGE = 1000
-"""Rows that are Python objects at once, at most."""
 
 
 class SqlSource:
     """`Source` of a SQLAlchemy URL. Values are as the driver gives them, as `Database.rows` has them.
 
-    Rows are read in the order of their key, in transactions that are over before a part is handed on.
+    Rows are read in the order of their key, in transactions that are over before a part is handed on. Where
+    an index has this order, keys are read alone, and then values of the wanted rows only.
     """
 
     def __init__(self, url: str, select: str) -> None:
@@ -52,22 +53,25 @@ class SqlSource:
         return True
 
     def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
-        for spool in self._spools(key, ()):
-            yield _keys(spool, key)[0]
+        order, kinds, indexed = self._order(key)
+        reader = SqlKeys(self._backend, self._relation(), key, order, [kinds[name] for name in order])
+        for part in reader.parts(indexed=indexed):
+            yield part.keys()
 
     def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
         if not key.names:
             yield from self._whole(columns)
             return
+        order, kinds, indexed = self._order(key)
+        place = (order, [kinds[name] for name in order])
+        if not indexed:
+            yield from self._at_once(key, place, columns, unreadable)
+            return
         convert = self._converters(columns)
-        for spool in self._spools(key, columns):
-            keys, wrong = _keys(spool, key)
-            kept = known(keys)
-            if len(kept) < keys.num_rows:
-                tell(keys, wrong, kept, unreadable, self._backend.where())
-                keys = keys.take(pa.array(kept))
-            width = slice(len(key.names), len(key.names) + len(columns))
-            yield Part(keys, _reader(spool, kept, width, convert))
+        values = SqlValues(self._backend, self._relation(), key, order, kinds, columns, convert)
+        for part in SqlKeys(self._backend, self._relation(), key, *place).parts(indexed=True):
+            keys, kept = self._known(part.keys(), part.wrong, unreadable)
+            yield Part(keys, values.of(part, keys, kept))
 
     def close(self) -> None:
         self._backend.close()
@@ -80,20 +84,51 @@ class SqlSource:
             self._found = Relation.of(self._backend, connection, self._select, ())
         return self._found
 
-    def _spools(self, key: pa.Schema, columns: Sequence[str]) -> Iterator[Spool]:
-        """Rows of the key, the columns, and the place in the order."""
+    def _order(self, key: pa.Schema) -> tuple[Sequence[str], dict[str, Any], bool]:
+        """In which order rows are read; the types of the key's columns; whether an index has this order."""
         with self._backend.reading() as connection:
             source = self._relation(connection)
-            order = source.index(connection, key.names) or key.names
-            kinds = source.kinds(connection, order)
-        place = [source.rows.c[name] for name in order]
+            index = source.index(connection, key.names)
+            kinds = source.kinds(connection, key.names)
+        return index or key.names, dict(zip(key.names, kinds, strict=True)), index is not None
+
+    def _known(
+        self, keys: pa.Table, wrong: dict[int, str], unreadable: Unreadable
+    ) -> tuple[pa.Table, np.ndarray]:
+        """The keys without NULL in them, and their numbers; the others go to `unreadable`."""
+        kept = known(keys)
+        if len(kept) < keys.num_rows:
+            tell(keys, wrong, kept, unreadable, self._backend.where())
+            keys = keys.take(pa.array(kept))
+        return keys, kept
+
+    def _at_once(
+        self,
+        key: pa.Schema,
+        place: tuple[Sequence[str], Sequence[Any]],
+        columns: Sequence[str],
+        unreadable: Unreadable,
+    ) -> Iterator[Part]:
+        """Rows that no index finds again, of which keys and values are read together."""
+        convert = self._converters(columns)
+        width = slice(len(key.names), len(key.names) + len(columns))
+        for spool in self._spools(key, place, columns):
+            keys, kept = self._known(*_keys(spool, key), unreadable)
+            yield Part(keys, _reader(spool, kept, width, convert))
+
+    def _spools(
+        self, key: pa.Schema, place: tuple[Sequence[str], Sequence[Any]], columns: Sequence[str]
+    ) -> Iterator[Spool]:
+        """Rows of the key, the columns, and the place in the order."""
+        source, (order, kinds) = self._relation(), place
+        ordered = [source.rows.c[name] for name in order]
         found = [self._backend.as_key(source.rows.c[field.name], field.type) for field in key]
         found += [source.rows.c[name] for name in columns]
-        found += self._backend.bound(place)
+        found += self._backend.bound(ordered)
 
         def query(_: Connection, after: Sequence[Any] | None) -> sa.Select[Any]:
-            rows = source.query(*(c.label(f"_c{i}") for i, c in enumerate(found))).order_by(*place)
-            return rows if after is None else rows.where(self._backend.after(place, kinds, after))
+            rows = source.query(*(c.label(f"_c{i}") for i, c in enumerate(found))).order_by(*ordered)
+            return rows if after is None else rows.where(self._backend.after(ordered, kinds, after))
 
         return spools(self._backend, query, len(order), PAGE)
 
@@ -144,50 +179,3 @@ def _keys(spool: Spool, key: pa.Schema) -> tuple[pa.Table, dict[int, str]]:
         first += len(page)
     columns = [pa.chunked_array(arrays, field.type) for arrays, field in zip(pages, key, strict=True)]
     return pa.table(columns, schema=key).combine_chunks(), wrong
-
-
-def key_array(values: Sequence[Any], field: pa.Field, wrong: dict[int, str], first: int = 0) -> pa.Array:
-    """A column of keys; `wrong` gets why values are none (NULL), by their number, that of the first given."""
-    if pa.types.is_string(field.type):
-        values = [v if v is None or isinstance(v, str) else str(v) for v in values]
-    try:
-        return pa.array(values, field.type)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
-        return pa.array([_one(v, field, first + i, wrong) for i, v in enumerate(values)], field.type)
-
-
-def _one(value: Any, field: pa.Field, number: int, wrong: dict[int, str]) -> Any:
-    try:
-        pa.array([value], field.type)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
-        wrong[number] = f"{field.name}={str(value)[:100]!a} is no {field.type}"
-        return None
-    return value
-
-
-ARROW = {
-    **dict.fromkeys(("smallint", "integer", "bigint", "int"), pa.int64()),
-    "boolean": pa.bool_(),
-    "bytea": pa.binary(),
-    "blob": pa.binary(),
-    "date": pa.date32(),
-    "timestamp without time zone": pa.timestamp("us"),
-    "timestamp with time zone": pa.timestamp("us", "UTC"),
-}
-"""By PostgreSQL's and SQLite's names. Whatever is not listed is a key by its text."""
-
-
-def stored_as(kind: Any, spec: str) -> pa.DataType:
-    """What a key of this type is stored as; where a database does not say, its text."""
-    if isinstance(kind, sa.Integer):
-        unsigned = getattr(kind, "unsigned", False) and spec.startswith("bigint")
-        return pa.decimal128(20, 0) if unsigned else pa.int64()
-    if isinstance(kind, sa.Numeric) and kind.precision and kind.precision <= 38:
-        return pa.decimal128(kind.precision, kind.scale or 0)
-    if isinstance(kind, sa.LargeBinary | sa.BINARY | sa.VARBINARY):
-        return pa.binary()
-    if isinstance(kind, sa.DateTime):
-        return pa.timestamp("us")
-    if isinstance(kind, sa.Date):
-        return pa.date32()
-    return ARROW.get(spec, pa.string())

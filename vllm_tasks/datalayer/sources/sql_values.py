@@ -1,0 +1,145 @@
+"""Values of some rows of an indexed table, found by keys that were read before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from vllm_tasks.datalayer.backends import Backend
+from vllm_tasks.datalayer.declared import typed
+from vllm_tasks.datalayer.relation import Relation
+from vllm_tasks.datalayer.sources import Values
+from vllm_tasks.datalayer.sources.keys import listed
+from vllm_tasks.datalayer.sources.sql_keys import PAGE, KeyPart, Mark
+from vllm_tasks.datalayer.sources.sql_types import key_array
+from vllm_tasks.datalayer.spool import spools
+
+LISTED = 4096
+"""Keys that one query names."""
+
+Numbered = list[tuple[int, Values]]
+
+
+class SqlValues:
+    """The columns `columns` of rows by their number in a part."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        source: Relation,
+        key: pa.Schema,
+        order: Sequence[str],
+        kinds: dict[str, Any],
+        columns: Sequence[str],
+        convert: Sequence[str],
+    ) -> None:
+        """`order`: the columns of the index; `kinds`: the types of the key; `convert`: see `typed`."""
+        self._backend = backend
+        self._source = source
+        self._key = key
+        self._order = order
+        self._kinds = kinds
+        self._columns = [source.rows.c[name] for name in columns]
+        self._convert = convert
+
+    def of(self, part: KeyPart, keys: pa.Table, kept: np.ndarray) -> Callable[[Sequence[int]], Any]:
+        """`Part.values` of a part with these `keys`, which stand in `part` at the numbers `kept`."""
+
+        def values(rows: Sequence[int]) -> Iterator[list[Values | None]]:
+            wanted = np.asarray(rows, dtype=np.int64)
+            found = (
+                self._by_list(keys, wanted)
+                if self._backend.lists
+                else self._by_range(part.marks, keys, kept, wanted)
+            )
+            yield from _with_gaps(found, wanted)
+
+        return values
+
+    def _by_list(self, keys: pa.Table, wanted: np.ndarray) -> Iterator[Numbered]:
+        """By their keys, however far apart they are."""
+        for start in range(0, len(wanted), LISTED):
+            some = wanted[start : start + LISTED]
+            kinds = [self._kinds[name] for name in self._key.names]
+            ids = self._backend.key_rows(kinds, listed(keys, some))
+            *there, number = ids.c
+            on = [self._source.rows.c[name] == c for name, c in zip(self._key.names, there, strict=True)]
+            wide = [c.label(f"_c{i}") for i, c in enumerate(self._columns)]
+            query = sa.select(*wide, number.label("_n")).select_from(
+                ids.join(self._source.rows, sa.and_(*on))
+            )
+
+            def left(
+                _: Connection, after: Sequence[Any] | None, query: Any = query, number: Any = number
+            ) -> Any:
+                return (query if after is None else query.where(number > after[0])).order_by(number)
+
+            for spool in spools(self._backend, left, 1, PAGE):
+                for page in spool.pages():
+                    yield [(int(some[row[-1] - 1]), self._typed(row[:-1])) for row in page]
+
+    def _by_range(
+        self, marks: Sequence[Mark], keys: pa.Table, kept: np.ndarray, wanted: np.ndarray
+    ) -> Iterator[Numbered]:
+        """By the places between which they are: of each 1,000 rows all or none are read."""
+        place = [self._source.rows.c[name] for name in self._order]
+        kinds = [self._kinds[name] for name in self._order]
+        found = [self._backend.as_key(self._source.rows.c[f.name], f.type) for f in self._key]
+        wide = [
+            c.label(f"_c{i}") for i, c in enumerate([*found, *self._columns, *self._backend.bound(place)])
+        ]
+        width = slice(len(found), len(found) + len(self._columns))
+        for some, start, end in _runs(marks, kept, wanted):
+            numbers = dict(zip(listed(keys, some), some.tolist(), strict=True))
+
+            def between(
+                _: Connection, after: Sequence[Any] | None, start: Any = start, end: Any = end
+            ) -> Any:
+                rows = self._source.query(*wide).order_by(*place)
+                if (after := start if after is None else after) is not None:
+                    rows = rows.where(self._backend.after(place, kinds, after))
+                return rows if end is None else rows.where(sa.not_(self._backend.after(place, kinds, end)))
+
+            for spool in spools(self._backend, between, len(place), PAGE):
+                for page in spool.pages():
+                    columns = [
+                        key_array([r[i] for r in page], f, {}).to_pylist() for i, f in enumerate(self._key)
+                    ]
+                    there = map(numbers.get, zip(*columns, strict=True))
+                    yield [
+                        (n, self._typed(r[width])) for n, r in zip(there, page, strict=True) if n is not None
+                    ]
+
+    def _typed(self, row: Values) -> Values:
+        return tuple(map(typed, row, self._convert))
+
+
+def _runs(
+    marks: Sequence[Mark], kept: np.ndarray, wanted: np.ndarray
+) -> Iterator[tuple[np.ndarray, Any, Any]]:
+    """The wanted rows by neighbouring marks: rows, the place before the first mark, that of the last one."""
+    starts = np.array([mark.number for mark in marks[:-1]])
+    at = np.searchsorted(starts, kept[wanted], side="right") - 1
+    for rows in np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(at) > 1) + 1):
+        if len(rows):
+            yield wanted[rows], marks[at[rows[0]]].after, marks[at[rows[-1]] + 1].after
+
+
+def _with_gaps(pages: Iterator[Numbered], wanted: np.ndarray) -> Iterator[list[Values | None]]:
+    """The values of the wanted rows in their order; None for a row that is gone."""
+    at = 0
+    for page in pages:
+        found: list[Values | None] = []
+        for number, row in page:
+            behind = int(np.searchsorted(wanted, number))
+            found += [None] * (behind - at) + [row]
+            at = behind + 1
+        if found:
+            yield found
+    if at < len(wanted):
+        yield [None] * (len(wanted) - at)
