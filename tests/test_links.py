@@ -42,7 +42,7 @@ TABLES = [
     ("years/202?/*.parquet", {0, 1}),
     ("years/**/*.parquet", {0, 1}),
     ("**/*.parquet", {0, 1, 2}),
-    ("years/2024", {1}),
+    ("years/2024", {0, 1}),
     ("years/latest/*.parquet", {0}),
 ]
 
