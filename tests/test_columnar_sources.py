@@ -396,10 +396,27 @@ def test_what_is_no_frame(data: Any) -> None:
 
 
 def test_pandas_that_arrow_refuses() -> None:
-    with pytest.raises(InvalidCall, match="cannot read the pandas DataFrame"):
-        Frame(pd.DataFrame({"id": [1, "a"]}))
-    with pytest.raises(InvalidCall, match="Duplicate column names"):
-        Frame(pd.DataFrame([[1, 2]], columns=["id", "id"]))
+    """A column costs those who name it; a cell of another type than its neighbours keeps its own value."""
+    odd = pd.DataFrame({"id": [1, 2, 3], "o": [object()] * 3, "x": ["a", 5, None], "c": [1j] * 3})
+    frame = Frame(odd)
+    assert rows(frame, "x") == [("a",), (5,), (None,)]
+    for name in ("o", "c"):
+        with pytest.raises(
+            InvalidCall, match=f"cannot read the column '{name}' of the pandas DataFrame.*astype"
+        ):
+            rows(frame, name)
+    with pytest.raises(InvalidCall, match=r"union.*cannot be a key"):
+        frame.key_types(["x"])
+    twice = Frame(pd.DataFrame([[1, 2, 3]], columns=["id", "t", "t"]))
+    assert rows(twice, "id") == [(1,)]
+    with pytest.raises(InvalidCall, match="2 columns 't'"):
+        rows(twice, "t")
+    months = pd.DataFrame({"id": [1, 2], "t": pd.PeriodIndex(["2024-01", None], freq="M")})
+    assert rows(Frame(months), "t") == [("2024-01",), (None,)]
+    sparse = pd.DataFrame({"id": [1], "t": pd.arrays.SparseArray([5])})
+    assert rows(Frame(sparse), "t") == [(5,)]
+    with pytest.raises(InvalidCall, match="a column and not a table"):
+        Frame(odd["x"])
     frame = Frame(
         pd.DataFrame({"id": [1, 2], "x": [0.5, float("nan")], "at": pd.to_datetime(["2024-01-01", None])})
     )

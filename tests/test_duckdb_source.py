@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import tempfile
 from contextlib import closing
 from decimal import Decimal
 from pathlib import Path
@@ -72,8 +73,10 @@ def test_what_a_select_may_not_do(url: str, select: str) -> None:
         assert sum(p.count for p in source.parts(pa.schema([]), ("id",), Unreadable())) == 5000
 
 
-def test_files_that_are_not_there(tmp_path: Path) -> None:
-    """Nothing is made; what is no file of DuckDB's is said to be none."""
+def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is made, nor left behind; what is no file of DuckDB's is said to be none."""
+    (tmp_path / "spill").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spill"))
     (tmp_path / "text.duckdb").write_text("no database at all, but some text" * 100)
     for path in (
         "duckdb:///" + str(tmp_path / "no.duckdb"),
@@ -82,4 +85,4 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     ):
         with pytest.raises(InvalidCall, match="DuckDB"):
             DuckDBSource(path, "t")
-    assert [p.name for p in tmp_path.iterdir()] == ["text.duckdb"]
+    assert {p.name for p in tmp_path.rglob("*")} == {"spill", "text.duckdb"}

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from deltalake import DeltaTable, write_deltalake
 
 from tests.places import Place
+from tests.postgres import Postgres
 from tests.scripted_server import ScriptedServer, answer_to
-from vllm_tasks import InvalidCall, Report, VllmAPI
+from vllm_tasks import Datalayer, InvalidCall, Report, VllmAPI
 from vllm_tasks.source_id import source_id
 
 
@@ -67,6 +69,45 @@ def test_a_source_is_not_its_host() -> None:
     assert source_id("t", "/one", "postgresql://u:secret@a/shop") == "shop/t"
     assert source_id("t", "/one", "postgresql://b/shop?x=1") == "shop/t"
     assert source_id("t", "/one", "postgresql://a/other") != "shop/t"
+
+
+def test_a_place_is_the_same_however_it_is_written(
+    model: VllmAPI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder or a file that is both `source` and `db`; options for reading are those of `source`."""
+    monkeypatch.chdir(tmp_path)
+    assert source_id("t", "data/", "./data") == source_id("t", str(tmp_path), ".") == "t"
+    assert source_id("t", "sqlite:///x.db", f"sqlite:///{tmp_path}/./x.db") == "t"
+    assert source_id("t", "/one", ".") == f"{tmp_path.name}/t"
+    Path("data").mkdir()
+    Path("data/t.csv").write_text("id;text\n1;a\n")
+    german = Datalayer(url="./data", read={"t": {"delimiter": ";"}})
+    assert ask(model, "t", source=german, db="data/").succeeded == 1
+    report = ask(model, "SELECT id, text FROM t", source=german, db=f"{tmp_path}", predict_id="n")
+    assert report.source.startswith("./data/query-")
+    for wrong, words in ((" ", "is empty"), ("data/t.csv", "source='data'"), ("x.duckdb", "duckdb:///")):
+        with pytest.raises(InvalidCall, match=words):
+            ask(model, "t", source=wrong)
+
+
+def test_outputs_in_a_schema_know_their_source(server: ScriptedServer, postgres: Postgres) -> None:
+    """A second run, and one with a changed prompt and a limit, look into them as into any others."""
+    place = Place(postgres.new_database())
+    place.fill_texts("a", "b")
+    engine = sa.create_engine(place.url.replace("postgresql:", "postgresql+psycopg:"))
+    with engine.begin() as connection:
+        connection.execute(sa.text("CREATE SCHEMA answers"))
+    engine.dispose()
+    options: Any = {"api_url": server.url, "db": place.db, "retries": 0}
+    options["model_update_kwargs"] = {"table": "answers.m"}
+    with VllmAPI(identifier="m", **options) as model:
+        assert [ask(model, "rows").asked for _ in range(2)] == [2, 0]
+        with pytest.raises(InvalidCall, match="are of 'rows'"):
+            ask(model, "SELECT * FROM rows")
+    with VllmAPI(identifier="m", prompt="Say {input}", **options) as model:
+        with pytest.raises(InvalidCall, match="preview"):
+            ask(model, "rows", limit=1)
+        assert ask(model, "rows").replaced == 2
 
 
 def test_another_source_is_refused_before_any_row(

@@ -37,7 +37,5 @@ def holds_others(tables: Tables, selection: Selection) -> bool:
 
 
 def _first(tables: Tables, columns: str, outputs: str, where: str = "1 = 1") -> Row | None:
-    from vllm_tasks.datalayer.delta import quoted
-
-    select = f"SELECT {columns} FROM {quoted(outputs)} WHERE {where} LIMIT 1"  # noqa: S608 - quoted
+    select = f"SELECT {columns} FROM {tables.quoted(outputs)} WHERE {where} LIMIT 1"  # noqa: S608 - quoted
     return next((row for rows in tables.read(select) for row in rows), None)

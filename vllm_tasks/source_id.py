@@ -33,10 +33,19 @@ def source_id(select: str, url: str, source_url: str | None = None) -> str:
     """
     read = source_url or url
     name = f"query-{_hash(' '.join(tokens(select)))}" if is_statement(select) else _table(select, read)
-    if source_url is None or source_url == url:
+    if source_url is None or place(source_url) == place(url):
         return name
-    place = posixpath.basename(unquote(urlsplit(source_url).path).rstrip("/"))
-    return f"{place}/{name}" if place else name
+    last = posixpath.basename(unquote(urlsplit(place(source_url)).path).rstrip("/"))
+    return f"{last}/{name}" if last else name
+
+
+def place(url: str) -> str:
+    """A datalayer's URL; a folder, or a file of SQLite's, however it is written, as its whole path."""
+    url = url.strip()
+    scheme, separator, path = url.partition(":///")
+    if separator and scheme in ("sqlite", "duckdb"):
+        return f"{scheme}:///{os.path.abspath(os.path.expanduser(path))}"
+    return url.rstrip("/") if "://" in url else os.path.abspath(os.path.expanduser(url))
 
 
 def is_statement(select: str) -> bool:

@@ -17,12 +17,11 @@ from vllm_tasks import loop, sharing
 from vllm_tasks.arguments import check_folder, check_spelling
 from vllm_tasks.budget import Budget
 from vllm_tasks.datalayer import Datalayer, outputs_name
-from vllm_tasks.datalayer.opening import Store, open_tables, source_of
+from vllm_tasks.datalayer.opening import Store, name_of, open_tables, source_of
 from vllm_tasks.datalayer.selection import Key, OutputTable, Refresh, Selection
 from vllm_tasks.earlier import refuse_other_source
 from vllm_tasks.engines.http import HttpConfig
 from vllm_tasks.errors import InvalidCall, TablesUnavailable, TooManyFailed, VllmTasksError
-from vllm_tasks.fingerprint import fingerprint
 from vllm_tasks.pace import Pace
 from vllm_tasks.plan import Columns, Plan, named_columns
 from vllm_tasks.prompts import Context
@@ -235,7 +234,7 @@ def _report(model: Predictor, predict_id: str, job: Job, tally: Tally, counted: 
     return Report(
         model=model.identifier,
         predict_id=predict_id,
-        source=job.tables.read_from(_name_of(job.selection.select)),
+        source=job.tables.read_from(name_of(job.selection.select)),
         outputs=job.tables.where(job.selection.outputs),
         fingerprint=job.selection.fingerprint,
         rows=counted.rows,
@@ -255,11 +254,6 @@ def _report(model: Predictor, predict_id: str, job: Job, tally: Tally, counted: 
         unreadable=tally.unreadable,
         unreadable_lines=tuple(tally.unreadable_lines),
     )
-
-
-def _name_of(select: str) -> str:
-    """A table's name or path as it is, a statement by a short hash."""
-    return f"query-{fingerprint({'select': select})[:8]}" if len(select.split()) > 1 else select
 
 
 class Log:

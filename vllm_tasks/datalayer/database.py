@@ -18,6 +18,7 @@ from vllm_tasks.datalayer.backends import Backend, backend
 from vllm_tasks.datalayer.database_outputs import outputs_table
 from vllm_tasks.datalayer.database_writer import DatabaseWriter, refuse_shape
 from vllm_tasks.datalayer.declared import declared, typed
+from vllm_tasks.datalayer.delta import quoted
 from vllm_tasks.datalayer.elsewhere import NoRows
 from vllm_tasks.datalayer.keyed_table import KINDS, KeyedTable, UtcTime, refuse_long_names
 from vllm_tasks.datalayer.relation import Relation, named_table
@@ -143,6 +144,11 @@ class Database:
     def has(self, name: str) -> bool:
         with self._backend.reading() as connection:
             return is_text(name) and named_table(connection, name) is not None
+
+    def quoted(self, name: str) -> str:
+        with self._backend.reading() as connection:
+            place = self._backend.located(connection, name, dots=True)
+        return ".".join(quoted(part) for part in (place.schema, place.name) if part)
 
     def put(self, name: str, rows: pa.Table, key: Sequence[str]) -> None:
         new = put.checked(name, rows, key)

@@ -51,6 +51,9 @@ class Home(Outputs, Protocol):
     def has(self, name: str) -> bool:
         """See `Tables.has`."""
 
+    def quoted(self, name: str) -> str:
+        """See `Tables.quoted`."""
+
     def put(self, name: str, rows: Any, key: Sequence[str]) -> None:
         """See `Tables.put`."""
 
@@ -101,6 +104,10 @@ class Elsewhere:
     def has(self, name: str) -> bool:
         """See `Tables.has`."""
         return self._home.has(name)
+
+    def quoted(self, name: str) -> str:
+        """See `Tables.quoted`."""
+        return self._home.quoted(name)
 
     def put(self, name: str, rows: Any, key: Sequence[str]) -> None:
         """See `Tables.put`."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from vllm_tasks.arguments import table_or_statement
+from vllm_tasks.arguments import check_folder, table_or_statement
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.errors import InvalidCall
+from vllm_tasks.source_id import is_statement, place
 
 Store = Datalayer | str | os.PathLike[str]
 """A `Datalayer`, its URL or path, or, of a source, the name of a saved one."""
@@ -25,7 +26,7 @@ def open_tables(home: Datalayer, select: Any, source: Datalayer | None = None) -
     if in_memory and source is not None:
         raise InvalidCall("select is a table in memory, and source= says where a table is: leave source out")
     named = frames.shown(select) if in_memory else table_or_statement(select)
-    if not in_memory and (source is None or source.url == home.url):
+    if not in_memory and (source is None or _same(source, home)):
         return home.tables(), named
     from vllm_tasks.datalayer.elsewhere import Elsewhere
 
@@ -35,7 +36,19 @@ def open_tables(home: Datalayer, select: Any, source: Datalayer | None = None) -
     except BaseException:
         kept.close()
         raise
-    return Elsewhere(rows, kept, named if source is None else source.shown(named)), named
+    return Elsewhere(rows, kept, named if source is None else source.shown(name_of(named))), named
+
+
+def name_of(select: str) -> str:
+    """A table's name or path as it is, a statement by a short hash."""
+    from vllm_tasks.fingerprint import fingerprint
+
+    return f"query-{fingerprint({'select': select})[:8]}" if is_statement(select) else select
+
+
+def _same(one: Datalayer, other: Datalayer) -> bool:
+    """Whether both read the same files or tables in the same way."""
+    return place(one.url.get_secret_value()) == place(other.url.get_secret_value()) and one.read == other.read
 
 
 def source_of(given: Store | None) -> Datalayer | None:
@@ -45,6 +58,9 @@ def source_of(given: Store | None) -> Datalayer | None:
     if not isinstance(given, str | os.PathLike):
         raise InvalidCall(f"source=<{type(given).__name__}> is no Datalayer, nor its URL or saved name")
     text = os.fspath(given)
+    if not text.strip():
+        raise InvalidCall("source='' is empty: give a Datalayer, its URL or path, or the name of a saved one")
+    check_folder(text, "source")
     is_path = isinstance(given, os.PathLike) or "://" in text or os.sep in text or os.path.isdir(text)
     return Datalayer(url=text) if is_path else saved(text)  # type: ignore[arg-type]  # pydantic makes the secret
 

@@ -177,6 +177,9 @@ class Tables(Protocol):
     def has(self, name: str) -> bool:
         """Whether there is a table `name`, so that `read(name)` finds one."""
 
+    def quoted(self, name: str) -> str:
+        """The outputs `name` as a SELECT of `read` names them, with their schema where they are in one."""
+
     def put(self, name: str, rows: Any, key: Sequence[str]) -> None:
         """Write a `pyarrow.Table` in one transaction to the table `name`, made unless it is there: rows of
         a key that is there already are replaced, so that the same call may be repeated.

@@ -41,33 +41,32 @@ class Workspace:
         allowed: Sequence[str] = (),
         filesystem: Any = None,
         database: Path | None = None,
+        files: Sequence[str] = (),
     ) -> None:
         """`memory` as DuckDB's `memory_limit` has it; what a query needs beyond is spilled. `filesystem`: of
-        fsspec, where files are not local. `database`: a file of DuckDB's, to read from."""
+        fsspec, where files are not local. `database`: a file of DuckDB's, to read from. `files`: further
+        ones that may be opened, which links lead to."""
         self._folder = SpillFolder()
         self._open_cursors: set[duckdb.DuckDBPyConnection] = set()
-        self._con: duckdb.DuckDBPyConnection | None = duckdb.connect(
-            ":memory:" if database is None else str(database),
-            read_only=database is not None,
-            config={
-                "memory_limit": memory,
-                "threads": THREADS,
-                "temp_directory": str(self._folder.path),
-                "preserve_insertion_order": False,
-                "autoinstall_known_extensions": False,
-                "autoload_known_extensions": False,
-            },
-        )
+        try:
+            con = _connected(memory, database, self._folder.path)
+        except BaseException:  # no file of DuckDB's, or another process writes it
+            self._folder.remove()
+            raise
+        self._con: duckdb.DuckDBPyConnection | None = con
         if filesystem is not None:
-            self._con.register_filesystem(filesystem)
+            con.register_filesystem(filesystem)
+        # DuckDB follows links before it compares; a glob stands for itself in the path that it is given.
+        opened = {path for file in files for path in (file, os.path.realpath(file))}
         for setting in (
             "TimeZone = 'UTC'",
             "arrow_lossless_conversion = true",
             f"allowed_directories = [{', '.join(map(literal, allowed))}]",
+            f"allowed_paths = [{', '.join(map(literal, sorted(opened)))}]",
             "enable_external_access = false",
             "lock_configuration = true",
         ):
-            self._con.execute(f"SET {setting}")
+            con.execute(f"SET {setting}")
 
     @contextmanager
     def cursor(self, doing: str) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -102,6 +101,21 @@ class Workspace:
             time.sleep(0.01)
         con.close()
         self._folder.remove()
+
+
+def _connected(memory: str, database: Path | None, spill: Path) -> duckdb.DuckDBPyConnection:
+    return duckdb.connect(
+        ":memory:" if database is None else str(database),
+        read_only=database is not None,
+        config={
+            "memory_limit": memory,
+            "threads": THREADS,
+            "temp_directory": str(spill),
+            "preserve_insertion_order": False,
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+        },
+    )
 
 
 class SpillFolder:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import posixpath
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from vllm_tasks.datalayer.delta import find_table, plain
 from vllm_tasks.datalayer.sources.data_file import ENDINGS, DataFile
@@ -43,6 +45,13 @@ class Files:
     def uri(self, path: str) -> str:
         """`path` as DuckDB and delta-rs know it."""
         return path if self.local else str(self.fs.unstrip_protocol(path))
+
+    def linked(self, table: Table) -> list[str]:
+        """The files of a table that links lead to, out of the lake; see `_refuse_places`."""
+        if not self.local:
+            return []
+        root = os.path.realpath(self.root)
+        return [f.path for f in table.files if not os.path.realpath(f.path).startswith(root + "/")]
 
     def shown(self, path: str) -> str:
         """`path` as a person is told it."""
@@ -121,13 +130,24 @@ class Files:
 
     def _of_one_format(self, name: str, paths: list[str]) -> Table:
         self._refuse_places(paths)
-        files = [file for path in sorted(paths) if (file := self._file(path))]
+        files = [file for path in self._once(sorted(paths)) if (file := self._file(path))]
         kinds = sorted({file.kind for file in files})
         if len(kinds) != 1:
             raise InvalidCall(
                 f"{name!r} has files of several kinds ({', '.join(kinds)}); name those of one kind"
             )
         return Table(name, tuple(files))
+
+    def _once(self, paths: list[str]) -> list[str]:
+        """Each file by one path: links may lead to what is there by its own name, too."""
+        if not self.local:
+            return paths
+        found: dict[str, str] = {}
+        for path in paths:
+            real = os.path.realpath(path)
+            if path == real or real not in found:
+                found[real] = path
+        return sorted(found.values())
 
     def _paths(self, name: str) -> list[str]:
         path = name.strip()
@@ -147,7 +167,7 @@ class Files:
             return self._refuse_tables([whole]) if self._file(whole) else [whole]
         if not set("*?[") & set(path):
             return []
-        found = [p for p in self._ask("glob", whole) if self._file(p) and not self._hidden(p, path)]
+        found = [p for p in self._glob(path) if self._file(p) and not self._hidden(p, path)]
         return self._refuse_tables(found)
 
     def _file(self, path: str) -> DataFile | None:
@@ -163,8 +183,27 @@ class Files:
             linked = self.local and os.path.islink(path) and os.path.isdir(path)
             if not linked:
                 yield path
-            elif os.path.realpath(path) not in seen:
+                continue
+            real = os.path.realpath(path)
+            if not any(f"{real}/".startswith(f"{folder}/") for folder in seen):
                 yield from self._inside(path, seen)
+
+    def _glob(self, pattern: str) -> Iterable[str]:
+        """All files and folders whose path in the lake matches; linked folders are gone into, as fsspec does
+        not by itself."""
+        if any("**" in part and part != "**" for part in pattern.split("/")):
+            raise InvalidCall(
+                f"{pattern!r:.200} is no glob: ** stands for whole folders, as in a/**/*.parquet"
+            )
+        if not self.local:
+            found: list[str] = self._ask("glob", f"{exactly(self.root)}/{pattern}")
+            return found
+        if "**" not in pattern:
+            return glob.glob(f"{glob.escape(self.root)}/{pattern}", include_hidden=True)
+        matches, start = re.compile(glob_translate(pattern)).match, len(self.root) + 1
+        folder = posixpath.dirname(re.split(r"[*?[]", pattern)[0])
+        inside = self._inside(f"{self.root}/{folder}".rstrip("/"), set())
+        return [path for path in inside if matches(path[start:])]
 
     def _hidden(self, path: str, pattern: str) -> bool:
         """Whether a part of `path` that `pattern` does not name begins with . or _: a log, or under way."""
@@ -192,6 +231,8 @@ class Files:
         root = os.path.realpath(self.root)
         for path in paths:
             real = os.path.realpath(path)
+            if os.path.islink(path) and not os.path.exists(path):
+                raise InvalidCall(f"the link {path!r} leads to {real!r}, where nothing is: mend or remove it")
             if not real.startswith(root + "/"):
                 check_place("the file behind the link", real)
 
@@ -220,4 +261,6 @@ def _opened(url: str) -> tuple[Any, str]:
         fs, root = fsspec.url_to_fs(url, skip_instance_cache=True)
     except ImportError as e:
         raise InvalidCall(f"{url.partition('://')[0]}:// needs another package: {e}") from e
+    except OSError as e:  # some connect at once
+        raise TablesUnavailable(f"cannot reach {without_secrets(url)!r}: {plain(e)}") from e
     return fs, root

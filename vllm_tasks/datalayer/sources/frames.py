@@ -4,7 +4,7 @@ has `__arrow_c_stream__`."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 from vllm_tasks.datalayer.delta import plain
 from vllm_tasks.datalayer.sources.arrow_file import ArrowFile, Mapped
 from vllm_tasks.datalayer.sources.layout import familiar
+from vllm_tasks.datalayer.sources.pandas_frame import in_arrow
 from vllm_tasks.datalayer.sources.pieces import BATCH_ROWS, Piece, Pieces
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 
@@ -32,9 +33,11 @@ class Frame(Pieces):
         _check(data)
         self._where = shown(data)
         self._copy: ArrowFile | None = None
+        self._problems: dict[str, str] = {}
+        """Of columns that Arrow cannot have, why."""
         with ExitStack() as opened, _errors(self._where):
             if _in_memory(data):
-                self._table = pa.table(data)
+                self._table, self._problems = in_arrow(data)
             else:
                 self._copy = ArrowFile([Mapped(_copied(data, opened), self._where)])
                 ((_, schema),) = self._copy.schemas()
@@ -55,7 +58,7 @@ class Frame(Pieces):
 
     def reading(self, rows: int) -> Any:
         """See `Pieces.reading`."""
-        return _Pass(rows) if self._copy is None else self._copy.reading(rows)
+        return _Pass(rows, self._where, self._problems) if self._copy is None else self._copy.reading(rows)
 
     def close(self) -> None:
         """Remove the copy."""
@@ -65,11 +68,19 @@ class Frame(Pieces):
 class _Pass:
     """See `pieces.Pass`."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, where: str, problems: Mapping[str, str]) -> None:
         self._rows = rows
+        self._where = where
+        self._problems = problems
 
     def batches(self, piece: Piece, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """See `Pass.batches`."""
+        for name in columns:
+            if name in self._problems:
+                raise InvalidCall(
+                    f"cannot read the column {name!r} of {self._where}: {self._problems[name]:.200}; give it "
+                    f"values of a usual type, as by frame[{name!r}].astype(str)"
+                )
         yield from piece.at.select(list(columns)).to_batches(max_chunksize=self._rows)
 
     def close(self) -> None:
@@ -87,6 +98,12 @@ def is_table(data: Any) -> bool:
 
 
 def _check(data: Any) -> None:
+    kind = type(data).__name__
+    if kind in ("Series", "ChunkedArray"):
+        raise InvalidCall(
+            f"select=<{kind}> is a column and not a table: make one with the key beside it, as in "
+            "pandas.DataFrame({'id': ..., 'text': ...})"
+        )
     if not is_table(data):
         raise InvalidCall(
             "rows in memory must be a table that has __arrow_c_stream__ (pandas, polars, pyarrow, DuckDB), "

@@ -50,15 +50,17 @@ class Readers:
             sql, names, own = parse(con, select)
         attached: dict[str, Attach] = {}
         texts: list[Streamed] = []
+        linked: list[str] = []
         for name in names:
             if (table := self._files.table(name, tables)) is not None:
+                linked += self._files.linked(table)
                 attached[name] = self._attach(table, texts)
             elif name.casefold() not in own:
                 raise self._files.unknown(name, tables)
         root = self._files.uri(self._files.root)
         filesystem = None if self._files.local else self._files.fs
         memory = site_settings().select_memory
-        workspace = Workspace(memory, [f"{root}/", f"{exactly(root)}/"], filesystem)
+        workspace = Workspace(memory, [f"{root}/", f"{exactly(root)}/"], filesystem, files=linked)
         shown = select if len(select) <= 200 else f"{select[:200]}..."
         return Statement(sql, attached, workspace, shown, texts)
 

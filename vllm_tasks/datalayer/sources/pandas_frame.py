@@ -1,0 +1,66 @@
+"""Data frames of pandas in Arrow, also those whose columns Arrow does not take as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from vllm_tasks.datalayer.delta import plain
+
+REFUSED = (pa.ArrowException, TypeError, ValueError, OverflowError)
+"""What pyarrow raises for values that it does not know."""
+
+
+def in_arrow(data: Any) -> tuple[pa.Table, dict[str, str]]:
+    """The rows of a data frame or table, and of columns that Arrow cannot have, NULL in them, why.
+
+    A column of pandas may have values of several types, as those of Excel do: each keeps its own. Only
+    columns that a call names count, so that a column is refused when it is read and not before.
+    """
+    if type(data).__module__.split(".")[0] != "pandas":
+        return pa.table(data), {}
+    if not any(str(kind).startswith("period") for kind in data.dtypes):
+        try:
+            return pa.table(data), {}
+        except REFUSED:
+            pass  # one column of many, perhaps
+    arrays, problems = [], {}
+    names = [str(name) for name in data.columns]
+    for place, name in enumerate(names):
+        try:
+            arrays.append(_column(data.iloc[:, place]))
+        except REFUSED as error:
+            arrays.append(pa.nulls(len(data)))
+            problems[name] = plain(error)
+    return pa.Table.from_arrays(arrays, names=names), problems
+
+
+def _column(series: Any) -> pa.Array:
+    kind = str(series.dtype)
+    if kind.startswith("period"):  # Arrow would have their numbers: 648 for January 2024
+        return pa.array(
+            [None if missing else str(p) for p, missing in zip(series, series.isna(), strict=True)]
+        )
+    if kind.startswith("Sparse"):
+        series = series.sparse.to_dense()
+    try:
+        found = pa.array(series, from_pandas=True)
+    except REFUSED:
+        if kind != "object":
+            raise
+        return _mixed([None if missing else v for v, missing in zip(series, series.isna(), strict=True)])
+    return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+
+
+def _mixed(values: list[Any]) -> pa.Array:
+    """Values of several types, each of its own, as a union; raises Arrow's error for one that it has not."""
+    groups: dict[type, list[Any]] = {}
+    types, offsets = [], []
+    for value in values:
+        group = groups.setdefault(type(value), [])
+        types.append(list(groups).index(type(value)))
+        offsets.append(len(group))
+        group.append(value)
+    children = [pa.array(group) for group in groups.values()]
+    return pa.UnionArray.from_dense(pa.array(types, pa.int8()), pa.array(offsets, pa.int32()), children)
