@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import shutil
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from deltalake import DeltaTable, write_deltalake
 
 from tests.places import Place
 from tests.postgres import Postgres
-from tests.scripted_server import ScriptedServer, answer_to
+from tests.scripted_server import ScriptedServer
 from vllm_tasks import Datalayer, InvalidCall, Report, VllmAPI
 from vllm_tasks.source_id import source_id
 
@@ -135,37 +132,6 @@ def test_the_same_rows_by_another_name_go_on(model: VllmAPI, place: Place) -> No
     assert ask(model, edited).asked == 0
     assert ask(model, "rows").asked == 0
     assert ask(model, "  SELECT *\nFROM rows where id < 10;").asked == 0
-
-
-def test_outputs_of_earlier_versions_go_on(model: VllmAPI, place: Place) -> None:
-    """Without a column `_source` they are of any source, and stay as they are."""
-    place.fill_texts("a")
-    ask(model, "rows")
-    without_source(place)
-    place.fill_texts("a", "b")
-    assert ask(model, "SELECT * FROM rows").asked == 1
-    assert place.answers() == {0: answer_to("a"), 1: answer_to("b")}
-    assert "_source" not in place.outputs()[0]
-
-
-def without_source(place: Place) -> None:
-    """Make the outputs `m` as versions before this column made them."""
-    if place.kind == "lake":
-        path = f"{place.url}/_outputs__m"
-        rows = DeltaTable(path).to_pyarrow_table().drop_columns(["_source"])
-        shutil.rmtree(path)
-        write_deltalake(path, rows)
-    elif place.kind == "sqlite":
-        with closing(sqlite3.connect(place.url.removeprefix("sqlite:///"))) as database:
-            database.execute("ALTER TABLE _outputs__m DROP COLUMN _source")
-            database.commit()
-    else:
-        import sqlalchemy as sa
-
-        engine = sa.create_engine(place.url.replace("postgresql:", "postgresql+psycopg:"))
-        with engine.begin() as connection:
-            connection.execute(sa.text("ALTER TABLE _outputs__m DROP COLUMN _source"))
-        engine.dispose()
 
 
 def test_a_lake_that_was_moved_goes_on(server: ScriptedServer, tmp_path: Path) -> None:

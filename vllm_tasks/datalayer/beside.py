@@ -50,6 +50,8 @@ def beside(source: Source, select: str, outputs: pa.Table, key: Sequence[str]) -
         for values in part.values(good):
             for row in values:
                 found_at = places.get(next(keys), NOWHERE)
+                if row is None:  # gone since its key was read
+                    continue
                 rows += [row] * len(found_at)
                 taken += found_at
     refuse_unreadable(select, unreadable)
