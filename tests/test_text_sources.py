@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import math
 import random
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from typing import Any
 import duckdb
 import fsspec
 import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
@@ -112,7 +117,7 @@ def test_an_empty_cell_is_null_and_an_empty_text_stands_in_quotes(write: Write) 
     assert (found, errors) == ({"1": None, "2": "", "3": " ", "": "a key"}, {})
     assert unreadable == Unreadable(1, ["t.csv, record 5: NULL for the key id"])
     keys = pa.concat_tables(source.keys(pa.schema([("id", pa.string())])))
-    assert keys["id"].to_pylist() == ["1", "2", "3", None, ""]
+    assert keys["id"].to_pylist() == ["1", "2", "3", ""]
 
 
 @pytest.mark.parametrize("late", ["late, but fine", "two\nlines", 'a "quote"', "letters", "b" * 3_000_000])
@@ -155,10 +160,35 @@ def test_records_with_too_many_or_few_cells_are_errors_of_their_rows(write: Writ
         "3": "the record 4 has 1 cells, where the header has 3",
         "5": "the record 7 has 4 cells, where the header has 3",
     }
-    assert unreadable == Unreadable(1, ["t.csv, record 5: a record has 2 cells"])
+    assert unreadable == Unreadable(1, ["t.csv, record 5: the record 5 has 2 cells, where the header has 3"])
     late_key = read(Csv([file]), ["text"], key="more")
     assert late_key[1].keys() == {"c", "g"}
     assert late_key[2].count == 2
+
+
+def test_lines_of_a_text_without_quotes_take_no_other_record_along(write: Write) -> None:
+    """`Regards` stands where a key would, twice; and what looks like the key 2 is one already."""
+    content = "id,text\n1,hello\nRegards\n2\n2,x\nRegards\nBye\n3,a,b\n3,y\n"
+    source = Csv([write("t.csv", content)])
+    found, errors, unreadable = read(source)
+    assert found == {"1": "hello", "2": "x", "3": "y"}
+    assert errors == {"Bye": "the record 7 has 1 cells, where the header has 2"}
+    assert unreadable.count == 4
+    assert unreadable.examples[0] == "t.csv, record 3: the record 3 has 1 cells, where the header has 2"
+    keys = pa.concat_tables(source.keys(pa.schema([("id", pa.string())])))
+    assert keys["id"].to_pylist() == ["1", "2", "3", "Bye"]
+    both = pa.schema([("id", pa.string()), ("text", pa.string())])
+    assert [t.num_rows for t in source.keys(both)] == [3, 1]  # of the short records no whole key is known
+
+
+def test_a_key_of_bad_records_is_looked_for_in_all_blocks_and_files(write: Write) -> None:
+    late = "".join(f"{i},{'x' * 100}\n" for i in range(30_000))
+    files = [
+        write("a.csv", "id,text\n29999,a,b\nonly,a,b\n7,a,b\n" + late),
+        write("b.csv", "id,text\nonly,b\n"),
+    ]
+    found, errors, unreadable = read(Csv(files), [])
+    assert (len(found), errors, unreadable.count) == (30_001, {}, 3)
 
 
 @pytest.mark.parametrize("size", [0, 3_000_000])
@@ -303,6 +333,41 @@ def test_more_options_of_csv(write: Write) -> None:
     assert found[0]["2"] == "b"
     with pytest.raises(UnicodeEncodeError):
         found[0]["1"].encode()
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_a_byte_order_mark_is_no_part_of_the_first_name(write: Write, encoding: str) -> None:
+    options = read_options("t", {"encoding": encoding})
+    content = "\ufeffid,text\n1,\ufeffä\n".encode(encoding)
+    assert read(Csv([write("t.csv", content)], options))[0] == {"1": "\ufeffä"}
+    content = '\ufeff{"id": 1, "text": "ä"}\n'.encode(encoding)
+    assert read(JsonLines([write("t.jsonl", content)], options))[0] == {1: "ä"}
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json"])
+@pytest.mark.parametrize("kind", ["gz", "zst", "bz2", "xz", "xlsx", "parquet", "arrow"])
+def test_what_is_no_text_is_refused_by_what_it_is(write: Write, ending: str, kind: str) -> None:
+    table, sink = pa.table({"id": [1], "text": ["a"]}), io.BytesIO()
+    if kind == "parquet":
+        pa.parquet.write_table(table, sink)
+    elif kind == "arrow":
+        pa.feather.write_feather(table, sink)
+    elif kind == "xlsx":
+        with zipfile.ZipFile(sink, "w") as archive:
+            archive.writestr("xl/workbook.xml", "<x/>")
+    text = b'{"id": 1, "text": "a"}\n'
+    packers = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    content = sink.getvalue() or (packers[kind](text) if kind in packers else packed(kind, text))
+    file = write(f"t.{ending}", content)
+    source = Csv([file]) if ending in ("csv", "tsv") else JsonLines([file])
+    with pytest.raises(InvalidCall, match=f"not {ending} as its name says; (rename|decompress|take)"):
+        source.columns()
+
+
+def test_a_first_record_of_any_width_counts_the_columns(write: Write) -> None:
+    file = write("t.csv", f"1,{'a' * 200_000}\n2,b\n")
+    source = Csv([file], read_options("t", {"header": False}))
+    assert read(source, ["column1"], "column0")[0] == {"1": "a" * 200_000, "2": "b"}
 
 
 def test_utf16_that_nobody_announced_is_refused(write: Write) -> None:
@@ -454,7 +519,7 @@ def test_the_first_row_says_what_keys_are(write: Write, rows: list[Any], kind: p
     key = pa.schema([("id", kind)])
     keys = pa.concat_tables(source.keys(key))["id"].to_pylist()
     wanted = (str,) if kind == pa.string() else (bool,) if kind == pa.bool_() else (int,)
-    assert keys == [None, *(v if type(v) in wanted else None for v in rows)]
+    assert keys == [v for v in rows if type(v) in wanted]
 
 
 @pytest.mark.parametrize("value", ["1.5", "1e3", "-0", "NaN", "[1]", '{"a": 1}', "1.0"])

@@ -222,8 +222,8 @@ class Run:
             try:
                 for rows in self.job.tables.rows(selection, size):
                     failures = 0
+                    self._count_unreadable()  # before the rows: with a `limit`, nobody may ask for more
                     yield [row for row in rows if row.key not in handled]
-                    self._count_unreadable()
                 self._count_unreadable()
                 return
             except TablesUnavailable as error:

@@ -164,7 +164,9 @@ class Join:
     def rows(self, size: int) -> Iterator[list[SourceRow]]:
         """See `Tables.rows`."""
         self.unreadable = Unreadable()
-        if not self.key.names:
+        if not self.key.names:  # no row can be read, but lines may be there that are none
+            for _ in self._source.parts(NO_ROWS, (), self.unreadable):
+                pass
             return
         with self._workspace.cursor(self._named) as cursor:
             match = self._matching(cursor)
@@ -282,9 +284,7 @@ def read(source: Source, select: str, columns: Sequence[str] | None, size: int) 
     Raises `InvalidCall` for columns that are not there, and at the end for rows that could not be read.
     """
     there = source.columns()
-    if not there:
-        return
-    names = list(dict.fromkeys(there if columns is None else columns))
+    names = list(dict.fromkeys(there if columns is None or not there else columns))
     refuse_missing(select, names, there)
     unreadable = Unreadable()
     for part in source.parts(NO_ROWS, names, unreadable):
@@ -423,5 +423,5 @@ def _plain_key(key: Key, wanted: pa.Schema) -> Key:
 
 def _as_kept(value: Any, kind: pa.DataType) -> Any:
     """A UUID, and where keys are text (as in CSV) a whole number, by its text."""
-    whole = isinstance(value, int) and not isinstance(value, bool) and pa.types.is_string(kind)
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool) and pa.types.is_string(kind)
     return str(value) if whole or isinstance(value, UUID) else value

@@ -6,6 +6,7 @@ A cell without any character is NULL; with quotes around nothing it is the empty
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import pyarrow as pa
@@ -14,8 +15,9 @@ from vllm_tasks.datalayer.sources import Part, Unreadable, Values
 from vllm_tasks.datalayer.sources.arrow import values_of
 from vllm_tasks.datalayer.sources.csv_file import CsvFile
 from vllm_tasks.datalayer.sources.csv_pass import Bad, Lost, Records
+from vllm_tasks.datalayer.sources.csv_strays import Key, Strays
 from vllm_tasks.datalayer.sources.data_file import DataFile
-from vllm_tasks.datalayer.sources.keys import cast_keys, known
+from vllm_tasks.datalayer.sources.keys import cast_keys, known, listed
 from vllm_tasks.datalayer.sources.read_options import DEFAULTS, ReadOptions
 from vllm_tasks.errors import InvalidCall, near
 
@@ -26,6 +28,8 @@ class Csv:
     def __init__(self, files: Sequence[DataFile], options: ReadOptions = DEFAULTS) -> None:
         self.files = [CsvFile(file, options) for file in files]
         self.left_out = Unreadable()
+        self._lone: dict[str, set[Key]] = {}
+        """By key (its schema as text), those of bad records that no other record has."""
 
     @cached_property
     def _names(self) -> list[list[str]]:
@@ -43,9 +47,29 @@ class Csv:
         return False
 
     def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
+        strays = Strays()
         for file, _, places, records in self._records(key.names, Unreadable()):
             keys, _ = _keys(file, places, records, key)
-            yield keys.take(pa.array(known(keys)))
+            good = records.good.num_rows
+            if records.bad:
+                strays.add(keys.slice(good), _where(file, records.bad[-1].number))
+            yield _known(keys.slice(0, good))
+        lone = strays.without(self._good_keys(key), key) if strays else set()
+        self._lone[str(key)] = lone
+        if lone:
+            columns = zip(*lone, strict=True)
+            yield pa.table([pa.array(c, f.type) for c, f in zip(columns, key, strict=True)], schema=key)
+
+    def _good_keys(self, key: pa.Schema) -> Iterator[pa.Table]:
+        for file, _, places, records in self._records(key.names, Unreadable()):
+            yield _known(_keys(file, places, replace(records, bad=()), key)[0])
+
+    def _lone_keys(self, key: pa.Schema) -> set[Key]:
+        """As the last whole pass over `keys` found them."""
+        if str(key) not in self._lone:
+            for _ in self.keys(key):
+                pass
+        return self._lone[str(key)]
 
     def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
         for file, width, places, records in self._records([*key.names, *columns], unreadable):
@@ -54,12 +78,23 @@ class Csv:
                 yield _part(pa.table({}), everything, places, records, columns, width)
                 continue
             keys, wrong = _keys(file, places, records, key)
-            kept = known(keys).tolist()
+            kept = self._kept(keys, records, key)
             if len(kept) < keys.num_rows:
-                _tell(file, key, keys.num_rows, kept, wrong, records, unreadable)
+                _tell(file, key, keys.num_rows, kept, wrong, records, width, unreadable)
                 keys = keys.take(pa.array(kept, pa.int64()))
             if keys.num_rows:
                 yield _part(keys, kept, places, records, columns, width)
+
+    def _kept(self, keys: pa.Table, records: Records, key: pa.Schema) -> list[int]:
+        """The rows with a key of their own: good ones, then bad ones."""
+        kept: list[int] = known(keys).tolist()
+        if not records.bad:
+            return kept
+        good = records.good.num_rows
+        bad = [row for row in kept if row >= good]
+        lone = self._lone_keys(key)
+        own = {row for row, found in zip(bad, listed(keys, bad), strict=True) if found in lone}
+        return [row for row in kept if row < good or row in own]
 
     def _records(
         self, columns: Sequence[str], unreadable: Unreadable
@@ -81,6 +116,9 @@ class Csv:
         """See `Streamed`: all columns are texts."""
         if missing := [name for name in columns if name not in self.columns()]:
             raise InvalidCall(f"there is no column {missing[0]!r:.200}{near(missing[0], self.columns())}")
+        for file, names in zip(self.files, self._names, strict=True):
+            for name in columns:
+                _place(file, names, name)  # refuses one that is there twice
         return pa.schema([(name, pa.string()) for name in columns])
 
     def batches(self, schema: pa.Schema, unreadable: Unreadable) -> Iterator[pa.RecordBatch]:
@@ -156,6 +194,10 @@ def _keys(
     return keys, {**misfits, **wrong}
 
 
+def _known(keys: pa.Table) -> pa.Table:
+    return keys.take(pa.array(known(keys)))
+
+
 def _tell(
     file: CsvFile,
     key: pa.Schema,
@@ -163,15 +205,16 @@ def _tell(
     kept: Sequence[int],
     wrong: Mapping[int, str],
     records: Records,
+    width: int,
     unreadable: Unreadable,
 ) -> None:
-    """Count the rows without a key."""
+    """Count the rows without a key of their own."""
     good = records.good.num_rows
     for row in sorted(set(range(rows)) - set(kept)):
         bad = records.bad[row - good] if row >= good else None
         number = bad.number if bad else records.number(row)
-        why = f"a record has {bad.cells} cells" if bad else f"NULL for the key {', '.join(key.names)}"
-        unreadable.add(_where(file, number), wrong.get(row, why))
+        why = wrong.get(row) if bad is None else _why(bad, width)
+        unreadable.add(_where(file, number), why or f"NULL for the key {', '.join(key.names)}")
 
 
 def _part(

@@ -27,6 +27,9 @@ BLOCK = 1 << 20
 """Bytes that are parsed at once, until a record is longer."""
 GROWTH = 4
 SIGNS = {"csv": ",", "tsv": "\t"}
+csv.field_size_limit(max(csv.field_size_limit(), 1 << 26))
+"""Python's reader takes 128 KiB a cell otherwise, and has one limit for the process: it is raised, never
+lowered. It counts the cells of a first record without names, which may be large."""
 
 
 class CsvFile:

@@ -55,4 +55,4 @@ def _statement(con: duckdb.DuckDBPyConnection, select: str, path: Path) -> str:
             f"select={select[:200]!r} is no table or view of {str(path)!r} and no SELECT"
             f"{near(select, list(there))}"
         )
-    return parse(con, select)[0]
+    return parse(con, select).sql

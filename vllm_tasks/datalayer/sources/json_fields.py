@@ -18,6 +18,9 @@ SHAPES = 10_000
 INT64 = range(-(2**63), 2**63)
 SPACE = " \t\r\n"
 WIDE = pa.decimal128(38, 0)
+MIXED = pa.sparse_union([pa.field("text", pa.string()), pa.field("other", pa.json_(pa.string()))])
+"""Of texts beside numbers or bools, in SQL: JSON would put quotes around each text, so that a number in the
+last line changed what CAST(... AS VARCHAR) and = give for all texts before."""
 
 
 class Wide(int):
@@ -76,8 +79,14 @@ class Fields:
         return key_type(name, nested.get(kinds[0], pa.float64()))
 
     def stream_type(self, name: str) -> pa.DataType:
-        """The type in which every value of this field is exact; JSON where no other is."""
+        """The type of this field in SQL: the one in which every value is exact, DOUBLE for numbers that are not
+        all whole, `MIXED` for texts beside other plain values, else JSON."""
         kinds = self.kinds[name]
+        if (len(kinds) > 1 and {*kinds} <= {int, float, Number}) or kinds == [Number]:
+            # As JSON they would be compared wrongly: DuckDB makes 9.25 a whole number for `> 9`.
+            return pa.float64()
+        if str in kinds and len(kinds) > 1 and not {list, dict} & set(kinds):
+            return MIXED
         if len(kinds) > 1:
             return pa.json_(pa.string())
         plain: dict[type, pa.DataType] = {

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from vllm_tasks.datalayer.sources import PART_BYTES, Part, Unreadable, Values
 from vllm_tasks.datalayer.sources.data_file import DataFile
-from vllm_tasks.datalayer.sources.json_fields import Fields, decode, value_texts
+from vllm_tasks.datalayer.sources.json_fields import MIXED, Fields, decode, value_texts
 from vllm_tasks.datalayer.sources.json_keys import json_keys
 from vllm_tasks.datalayer.sources.json_records import json_texts
 from vllm_tasks.datalayer.sources.keys import known
@@ -24,6 +24,10 @@ PIECE = PART_BYTES // 4
 """Characters of text that are decoded at once: Python's objects take several times the room."""
 ROWS = 20_000
 Decoded = Callable[[str], Any]
+
+
+class JsonText(str):
+    """A value as it stands in the file."""
 
 
 @dataclass
@@ -108,17 +112,22 @@ class JsonLines:
             unreadable.add(f"{file.shown}, line {line}", why)
 
     def _pieces(
-        self, columns: Sequence[str], unreadable: Unreadable, as_json: Sequence[str] = ()
+        self,
+        columns: Sequence[str],
+        unreadable: Unreadable,
+        as_json: Sequence[str] = (),
+        mixed: Sequence[str] = (),
     ) -> Iterator[Piece]:
-        """These columns of all rows; those `as_json` as their texts in the file."""
+        """These columns of all rows; as their `JsonText` in the file those `as_json`, and of those that are
+        `mixed` what is no text."""
         for file in self.files:
             piece, size = Piece(file), 0
             for line, text, row in self._rows(file, unreadable):
                 if piece.rows and (size + len(text) > PIECE or len(piece.rows) >= ROWS):
                     yield piece
                     piece, size = Piece(file), 0
-                if as_json:
-                    _put_texts(row, text, as_json)
+                if put := [*as_json, *(name for name in mixed if type(row.get(name)) is not str)]:
+                    _put_texts(row, text, put)
                 piece.rows.append(tuple(map(row.get, columns)))
                 piece.lines.append(line)
                 size += len(text)
@@ -138,7 +147,8 @@ class JsonLines:
     def batches(self, schema: pa.Schema, unreadable: Unreadable) -> Iterator[pa.RecordBatch]:
         """See `Streamed`."""
         as_json = [name for name, kind in zip(schema.names, schema.types, strict=True) if _is_json(kind)]
-        for piece in self._pieces(schema.names, unreadable, as_json):
+        mixed = [name for name, kind in zip(schema.names, schema.types, strict=True) if kind == MIXED]
+        for piece in self._pieces(schema.names, unreadable, as_json, mixed):
             try:
                 batch = _batch(piece.rows, schema)
             except UnicodeEncodeError:
@@ -160,18 +170,29 @@ def _is_json(kind: pa.DataType) -> bool:
     return isinstance(kind, pa.BaseExtensionType)
 
 
+def _mixed(values: Sequence[Any]) -> pa.Array:
+    """Of texts, and of the JSON of other values."""
+    texts = pa.array([value if type(value) is str else None for value in values], pa.string())
+    others = [value if isinstance(value, JsonText) else None for value in values]
+    json = pa.ExtensionArray.from_storage(MIXED[1].type, pa.array(others, pa.string()))
+    kinds = pa.array([int(isinstance(value, JsonText)) for value in values], pa.int8())
+    return pa.UnionArray.from_sparse(kinds, [texts, json], [MIXED[0].name, MIXED[1].name])
+
+
 def _put_texts(row: dict[str, Any], text: str, as_json: Sequence[str]) -> None:
     found = value_texts(text)
     for name in as_json:
         if row.get(name) is not None:
-            row[name] = found[name]
+            row[name] = JsonText(found[name])
 
 
 def _batch(rows: Sequence[Values], schema: pa.Schema) -> pa.RecordBatch:
     columns = []
     for place, kind in enumerate(schema.types):
         values = [row[place] for row in rows]
-        if _is_json(kind):
+        if kind == MIXED:
+            columns.append(_mixed(values))
+        elif _is_json(kind):
             columns.append(pa.ExtensionArray.from_storage(kind, pa.array(values, pa.string())))
         else:
             columns.append(pa.array(values, kind))

@@ -16,6 +16,7 @@ from vllm_tasks.datalayer.sources.delta import DeltaSource, queryable
 from vllm_tasks.datalayer.sources.files import Files, Table, exactly
 from vllm_tasks.datalayer.sources.iceberg import Iceberg
 from vllm_tasks.datalayer.sources.jsonl import JsonLines
+from vllm_tasks.datalayer.sources.named import NoColumns, named_columns
 from vllm_tasks.datalayer.sources.parquet import Parquet
 from vllm_tasks.datalayer.sources.pieces import Pieces
 from vllm_tasks.datalayer.sources.read_options import DEFAULTS, ReadOptions, read_options
@@ -47,22 +48,22 @@ class Readers:
 
     def _statement(self, select: str, tables: dict[str, list[str]]) -> Statement:
         with duckdb.connect() as con:
-            sql, names, own = parse(con, select)
+            parsed = parse(con, select)
         attached: dict[str, Attach] = {}
         texts: list[Streamed] = []
         linked: list[str] = []
-        for name in names:
+        for name in parsed.tables:
             if (table := self._files.table(name, tables)) is not None:
                 linked += self._files.linked(table)
-                attached[name] = self._attach(table, texts)
-            elif name.casefold() not in own:
+                attached[name] = self._attach(table, parsed.columns, texts)
+            elif name.casefold() not in parsed.own:
                 raise self._files.unknown(name, tables)
         root = self._files.uri(self._files.root)
         filesystem = None if self._files.local else self._files.fs
         memory = site_settings().select_memory
         workspace = Workspace(memory, [f"{root}/", f"{exactly(root)}/"], filesystem, files=linked)
         shown = select if len(select) <= 200 else f"{select[:200]}..."
-        return Statement(sql, attached, workspace, shown, texts)
+        return Statement(parsed.sql, attached, workspace, shown, texts)
 
     def _of(self, table: Table) -> Pieces | Csv | JsonLines | DeltaSource:
         """The reader of one table."""
@@ -95,9 +96,10 @@ class Readers:
                 return self._options[name]
         return DEFAULTS
 
-    def _attach(self, table: Table, texts: list[Streamed]) -> Attach:
+    def _attach(self, table: Table, named: set[str] | None, texts: list[Streamed]) -> Attach:
         """How a SELECT's connection gets to know the table: Parquet and plain Delta tables by DuckDB, which
-        reads of them what the SELECT needs, all others as a stream. `texts` gets those that are text."""
+        reads of them what the SELECT needs, all others as a stream of the columns it has `named` (see
+        `Parsed.columns`). `texts` gets those that are text."""
         # DuckDB asks a filesystem when a file was changed, which a web server may not tell.
         web = "http" in self._files.fs.protocol
         if table.files and table.files[0].kind == "parquet" and not web:
@@ -114,13 +116,18 @@ class Readers:
             return lambda cursor, name: _register(cursor, name, rows)
         source = self._of(table)
         assert not isinstance(source, DeltaSource), "DuckDB was given it above"
-        every = source.columns()
+        columns = named_columns(source, named, table.name)
         stream: Any
+        if not columns:
+            empty = NoColumns(source, named, table.name)
+            texts.append(empty)
+            stream = as_stream(empty, empty.columns)
+            return lambda cursor, name: _register(cursor, name, stream)
         if isinstance(source, Csv | JsonLines):
             texts.append(source)
-            stream = as_stream(source, every)
+            stream = as_stream(source, columns)
         else:
-            stream = arrow_stream.as_stream(source, every)
+            stream = arrow_stream.as_stream(source, columns)
         return lambda cursor, name: _register(cursor, name, stream)
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import duckdb
@@ -51,6 +52,8 @@ class Statement:
         self._workspace = workspace
         self._shown = shown
         self._texts = texts
+        self._mixed: set[str] = set()
+        """Columns of texts and other values of JSON."""
         self._described: tuple[list[str], pa.Schema] | None = None
 
     def columns(self) -> Sequence[str]:
@@ -58,6 +61,11 @@ class Statement:
 
     def key_types(self, key: Sequence[str]) -> Sequence[pa.DataType]:
         _, schema = self._description()
+        if mixed := [name for name in key if name in self._mixed]:
+            raise InvalidCall(
+                f"the key {mixed[0]!r:.100} has texts and other values; make all of them texts by "
+                f"CAST({quoted(mixed[0])} AS VARCHAR) AS {quoted(mixed[0])}"
+            )
         return [key_type(name, schema.field(name).type) for name in key]
 
     def identified_by(self, key: Sequence[str]) -> bool:
@@ -95,11 +103,10 @@ class Statement:
                 yield from gathered(reader, rows)
 
     def _readable(self, cursor: duckdb.DuckDBPyConnection, names: Sequence[str]) -> str:
-        """These columns in SQL; those of which Arrow has no type as their text."""
+        """These columns in SQL; those of which Arrow has no type as their text, mixed ones as JSON."""
         kinds = {row[0]: row[1] for row in cursor.execute(f"DESCRIBE FROM {VIEW}").fetchall()}
-        texts = {name for name, kind in kinds.items() if WITHOUT_ARROW.match(kind)}
-        wanted = [f"CAST({quoted(n)} AS VARCHAR) AS {quoted(n)}" if n in texts else quoted(n) for n in names]
-        return ", ".join(wanted) or "1 AS one"
+        self._mixed = {name for name, kind in kinds.items() if kind == MIXED_KIND}
+        return ", ".join(f"{_in_arrow(quoted(n), kinds[n])} AS {quoted(n)}" for n in names) or "1 AS one"
 
     @contextmanager
     def _cursor(self) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -113,9 +120,31 @@ class Statement:
 WITHOUT_ARROW = re.compile(r"(BIT|BIGNUM|VARINT|TIME WITH TIME ZONE|INTERVAL|GEOMETRY|UNION)\b")
 """The beginning of the names of such types."""
 
+MIXED_KIND = 'UNION("text" VARCHAR, other JSON)'
+"""DuckDB's name of `json_fields.MIXED`."""
 
-def parse(con: duckdb.DuckDBPyConnection, select: str) -> tuple[str, set[str], set[str]]:
-    """The one SELECT statement in `select`, the tables it names, and (casefolded) those it makes by WITH."""
+
+def _in_arrow(column: str, kind: str) -> str:
+    if kind == MIXED_KIND:
+        return f"if(union_tag({column}) = 'text', to_json({column}.text), {column}.other)"
+    return f"CAST({column} AS VARCHAR)" if WITHOUT_ARROW.match(kind) else column
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """One SELECT statement."""
+
+    sql: str
+    tables: set[str]
+    """Those it names."""
+    own: set[str]
+    """Those it makes by WITH, casefolded."""
+    columns: set[str] | None
+    """All that it may read of any table; None where it does not name them (a star, a whole row)."""
+
+
+def parse(con: duckdb.DuckDBPyConnection, select: str) -> Parsed:
+    """The one SELECT statement in `select`; raises `InvalidCall`."""
     try:
         statements = con.extract_statements(select)
     except duckdb.Error as e:
@@ -134,7 +163,23 @@ def parse(con: duckdb.DuckDBPyConnection, select: str) -> tuple[str, set[str], s
         if node.get("type") == "BASE_TABLE" and not node["schema_name"] and not node["catalog_name"]
     }
     own = {entry["key"].casefold() for node in nodes for entry in node.get("cte_map", {"map": []})["map"]}
-    return statements[0].query, named, own
+    return Parsed(statements[0].query, named, own, _columns(nodes))
+
+
+def _columns(nodes: Sequence[dict[str, Any]]) -> set[str] | None:
+    """See `Parsed.columns`."""
+    kinds = {node.get("type") for node in nodes} | {node.get("ref_type") for node in nodes}
+    if kinds & {"STAR", "PIVOT", "SHOW_REF", "NATURAL"}:
+        return None
+    # What has a class is an expression; else an alias is a table's, and its name alone is a whole row.
+    tables = [node for node in nodes if "class" not in node]
+    rows = {node.get(name, "").casefold() for node in tables for name in ("alias", "table_name")}
+    names = [node["column_names"] for node in nodes if node.get("class") == "COLUMN_REF"]
+    if any(parts[0].casefold() in rows for parts in names if len(parts) == 1):
+        return None
+    joined = [node.get("using_columns") or () for node in nodes]
+    bare = [parts[1:] if parts[0].casefold() in rows else parts for parts in names]
+    return {name for parts in (*bare, *joined) for name in parts}
 
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:

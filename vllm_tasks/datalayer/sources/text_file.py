@@ -13,6 +13,23 @@ WRONG_BYTES = "vllm_tasks.wrong_bytes"
 """How decoders treat bytes that are no text: each becomes half a character, which no prompt may have. As
 Python's surrogateescape, but for the bytes below 128 too, which UTF-16 may have wrong."""
 UTF16_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+NO_TEXT = {
+    b"\x1f\x8b": ("compressed with gzip", "rename it to end in .gz"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "rename it to end in .zst"),
+    b"BZh91AY&": ("compressed with bzip2", "decompress it, or compress it with gzip (.gz) or zstd (.zst)"),
+    b"\xfd7zXZ": ("compressed with xz", "decompress it, or compress it with gzip (.gz) or zstd (.zst)"),
+    b"PK\x03\x04": ("a zip archive or a workbook of Excel's", "take the files out of it"),
+    b"PAR1\x15": ("Parquet", "rename it to end in .parquet"),
+    b"ARROW1\0\0": ("Arrow IPC", "rename it to end in .arrow"),
+}
+"""By how a file begins: what it is instead of text, and the way out."""
+MARKS = {
+    "utf-16-le": codecs.BOM_UTF16_LE,
+    "utf-16-be": codecs.BOM_UTF16_BE,
+    "utf-32-le": codecs.BOM_UTF32_LE,
+    "utf-32-be": codecs.BOM_UTF32_BE,
+}
+"""Byte order marks that Python's codecs would give as a character."""
 
 
 def _halves(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -43,19 +60,29 @@ def has_half(text: str) -> bool:
 
 
 def opened(file: DataFile, encoding: str) -> io.BufferedReader:
-    """The file's bytes; raises `InvalidCall` for UTF-16 that is to be read as UTF-8."""
+    """The file's bytes; raises `InvalidCall` for what is no text, and for UTF-16 that is to be read as UTF-8.
+
+    A byte order mark that the encoding's codec would keep is left out.
+    """
     stream = file.open()
+    head = stream.peek(8)[:8]
+    for magic, (what, way_out) in NO_TEXT.items():
+        if head.startswith(magic):
+            stream.close()
+            raise InvalidCall(f"{file.shown!r} is {what}, not {file.kind} as its name says; {way_out}")
     if encoding == UTF8 and stream.peek(2)[:2] in UTF16_BOMS:
         stream.close()
         raise InvalidCall(
             f"{file.shown!r} begins as UTF-16 does, not UTF-8; say so: "
             f'Datalayer(..., read={{{file.stem!r:.100}: {{"encoding": "utf-16"}}}})'
         )
+    if (mark := MARKS.get(encoding)) and head.startswith(mark):
+        stream.read(len(mark))
     return stream
 
 
 def decoder_of(encoding: str) -> str:
-    """The codec that also leaves out a byte order mark."""
+    """The codec that also leaves out a byte order mark, which `opened` does for those in `MARKS`."""
     return "utf-8-sig" if encoding == UTF8 else encoding
 
 

@@ -1,0 +1,61 @@
+"""The columns of a table that a SELECT is given: those that it names, so that others cost it no row."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import pyarrow as pa
+
+from vllm_tasks.datalayer.sources import Source, Unreadable
+from vllm_tasks.datalayer.sources.text_file import has_half
+from vllm_tasks.errors import InvalidCall
+
+NOTHING = pa.schema([])
+
+
+def named_columns(source: Source, named: Collection[str] | None, table: str) -> list[str]:
+    """The columns with these names in any case of their letters, at least one where there is any; all when
+    None. Raises `InvalidCall` for two of them that SQL takes for one."""
+    # SQL is UTF-8: it cannot name what has half a character.
+    every = [name for name in source.columns() if not has_half(name)]
+    if named is None:
+        return every
+    wanted = {name.casefold() for name in named}
+    found: dict[str, str] = {}
+    for name in every:
+        if (folded := name.casefold()) not in wanted:
+            continue
+        if folded in found:
+            raise InvalidCall(
+                f"{table!r} has the columns {found[folded]!r:.100} and {name!r:.100}, which are one in SQL; "
+                "name the table itself instead of a SELECT, or rename one of them"
+            )
+        found[folded] = name
+    return list(found.values()) or every[:1]
+
+
+class NoColumns:
+    """`Streamed`, of a source that has neither rows nor columns: whatever a SELECT names is there, empty."""
+
+    def __init__(self, source: Source, named: Collection[str] | None, table: str) -> None:
+        """Raises `InvalidCall` where nothing is named."""
+        self.source = source
+        self.left_out = Unreadable()
+        if not named:
+            self._count(self.left_out)
+            why = f" ({self.left_out.examples[0]})" if self.left_out.count else ": it is empty"
+            raise InvalidCall(f"{table!r} has no columns{why}; name those of the SELECT instead of a *")
+        self.columns = list({name.casefold(): name for name in named}.values())
+
+    def schema(self, columns: Sequence[str]) -> pa.Schema:
+        """See `Streamed`."""
+        return pa.schema([(name, pa.string()) for name in columns])
+
+    def batches(self, schema: pa.Schema, unreadable: Unreadable) -> Iterator[pa.RecordBatch]:
+        """None; lines that cannot be read are counted."""
+        self._count(unreadable)
+        return iter(())
+
+    def _count(self, unreadable: Unreadable) -> None:
+        for _ in self.source.parts(NOTHING, (), unreadable):
+            pass
