@@ -79,8 +79,8 @@ class Fields:
         return key_type(name, nested.get(kinds[0], pa.float64()))
 
     def stream_type(self, name: str) -> pa.DataType:
-        """The type of this field in SQL: the one in which every value is exact, DOUBLE for numbers that are not
-        all whole, `MIXED` for texts beside other plain values, else JSON."""
+        """The type of this field in SQL: DOUBLE for numbers that are not all whole, `MIXED` for texts beside
+        other plain values; else the one in which every value is exact, JSON if there is no other."""
         kinds = self.kinds[name]
         if (len(kinds) > 1 and {*kinds} <= {int, float, Number}) or kinds == [Number]:
             # As JSON they would be compared wrongly: DuckDB makes 9.25 a whole number for `> 9`.
