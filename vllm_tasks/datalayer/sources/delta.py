@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from deltalake import DeltaTable, QueryBuilder
 
-from vllm_tasks.datalayer.delta import filterable, quoted, refuse_outside, storage_errors
+from vllm_tasks.datalayer.delta import filterable, quoted, refuse_outside
 from vllm_tasks.datalayer.delta_shape import (
     PLAIN_FEATURES,
     arrow_schema,
@@ -18,9 +18,8 @@ from vllm_tasks.datalayer.delta_shape import (
     mapping_mode,
     named_feature,
 )
-from vllm_tasks.datalayer.sources import PART_BYTES, PART_ROWS, Part, Unreadable
-from vllm_tasks.datalayer.sources.arrow import part_of
-from vllm_tasks.datalayer.sources.keys import cast_keys, key_type
+from vllm_tasks.datalayer.sources import PART_BYTES
+from vllm_tasks.datalayer.sources.arrow import ArrowSource
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.places import without_secrets
 
@@ -102,54 +101,11 @@ def queryable(table: DeltaTable) -> ds.Dataset | ds.Scanner | DeltaRows:
     return DeltaRows(table) if beyond_plain(table) or decimals else filterable(table)
 
 
-class DeltaSource:
+class DeltaSource(ArrowSource):
     """The loaded version of a Delta table as a `Source`."""
 
     def __init__(self, table: DeltaTable, shown: str) -> None:
         """`shown`: the table as a person is told it. Raises `InvalidCall` as `refuse_unreadable`."""
         refuse_unreadable(table)
-        self._table = table
-        self._shown = shown
-        self._schema = arrow_schema(table)
-
-    def columns(self) -> Sequence[str]:
-        """See `Source.columns`."""
-        return list(self._schema.names)
-
-    def key_types(self, key: Sequence[str]) -> Sequence[pa.DataType]:
-        """See `Source.key_types`."""
-        return [key_type(name, self._schema.field(name).type) for name in key]
-
-    def identified_by(self, key: Sequence[str]) -> bool:
-        """See `Source.identified_by`."""
-        return False
-
-    def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
-        """See `Source.keys`."""
-        for rows in self._read(key.names):
-            keys, misfits = cast_keys(rows, key)
-            if misfits:
-                keys = keys.take(pa.array([i for i in range(keys.num_rows) if i not in misfits], pa.int64()))
-            yield keys
-
-    def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
-        """See `Source.parts`."""
-        for rows in self._read(list(dict.fromkeys([*key.names, *columns]))):
-            yield part_of(rows, key, columns, unreadable, self._shown)
-
-    def close(self) -> None:
-        """See `Source.close`."""
-
-    def _read(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """The rows in tables of about `PART_BYTES`; of no columns, those of the first one."""
-        with storage_errors(f"cannot read {self._shown}"):
-            gathered: list[pa.RecordBatch] = []
-            size = rows = 0
-            for batch in delta_reader(self._table, columns or self._schema.names[:1]):
-                gathered.append(batch)
-                size, rows = size + batch.nbytes, rows + batch.num_rows
-                if size >= PART_BYTES or rows >= PART_ROWS:
-                    yield pa.Table.from_batches(gathered)
-                    gathered, size, rows = [], 0, 0
-            if gathered:
-                yield pa.Table.from_batches(gathered)
+        schema = arrow_schema(table)
+        super().__init__(schema, lambda names: delta_reader(table, names or schema.names[:1]), shown)
