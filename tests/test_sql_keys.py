@@ -114,7 +114,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def lake_of(source: SqlSource, key: tuple[str, ...], folder: Path, done: range) -> Elsewhere:
     """A lake with the outputs of the rows of these numbers."""
     folder.mkdir()
-    here = Elsewhere(source, Lake(str(folder)))
+    here = Elsewhere(source, Lake(str(folder)), "rows there")
     chosen = selection(key=key, columns=("n", "text"))
     here.check(chosen)
     writer = here.writer(chosen, OutputTable(OUT, (OutputColumn("output", "str"),)))
