@@ -159,7 +159,7 @@ def read(lake: Path, select: str) -> list[Any]:
 def test_links_and_functions_lead_out_of_no_place(
     tmp_path: Path, select: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a link in the folder (followed within VLLM_TASKS_PLACES), a glob or a function points to outside."""
+    """What a link (followed within VLLM_TASKS_PLACES), a glob or a function leads to outside is not read."""
     lake = tmp_path / "lake"
     lake.mkdir()
     monkeypatch.setenv("VLLM_TASKS_PLACES", json.dumps([str(lake)]))
