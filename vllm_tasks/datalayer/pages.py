@@ -11,7 +11,7 @@ from itertools import chain
 from typing import IO, Any
 from uuid import UUID
 
-Values = tuple[Any, ...]
+from vllm_tasks.datalayer.sources import Values
 
 PLAIN = {bool, float, int, str, type(None)}
 """Types that JSON has."""

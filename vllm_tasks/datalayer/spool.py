@@ -12,7 +12,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from vllm_tasks.datalayer.backends import Backend
-from vllm_tasks.datalayer.pages import Pages, Values
+from vllm_tasks.datalayer.pages import Pages
+from vllm_tasks.datalayer.sources import Values
 
 LEAST = 16 << 20
 """Bytes that one transaction reads, if there are so many; they are kept in memory, more on the disk."""
