@@ -268,8 +268,7 @@ def test_nothing_is_evaluated_or_unpickled() -> None:
     """No module imports a pickler or YAML, evaluates text or calls a shell.
 
     Two pickles there are, of code and arguments, by Ray and Prefect themselves, between processes of one run:
-    the actor's class, and what `copyreg.pickle` in `tasks` tells of a task's argument. And `spool` keeps rows
-    in a file without a name, which nobody but this process can write.
+    the actor's class, and what `copyreg.pickle` in `tasks` tells of a task's argument.
     """
     found = []
     for file in sorted(PACKAGE.rglob("*.py")):
@@ -280,7 +279,7 @@ def test_nothing_is_evaluated_or_unpickled() -> None:
             shell = isinstance(node, ast.Call) and any(k.arg == "shell" for k in node.keywords)
             if called in EVALUATORS or shell or UNPICKLERS & {name.partition(".")[0] for name in names}:
                 found.append(f"{file.name}:{node.lineno}")  # type: ignore[attr-defined]  # those have lines
-    assert [place for place in found if not place.startswith("spool.py:")] == []
+    assert found == []
 
 
 # ---------------------------------------------------------------------- sizes

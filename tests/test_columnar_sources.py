@@ -23,7 +23,7 @@ import pytest
 
 from vllm_tasks.datalayer.sources import Part, Source, Unreadable
 from vllm_tasks.datalayer.sources.arrow_file import ArrowFile
-from vllm_tasks.datalayer.sources.arrow_stream import as_stream
+from vllm_tasks.datalayer.sources.arrow_stream import ColumnStream
 from vllm_tasks.datalayer.sources.data_file import DataFile
 from vllm_tasks.datalayer.sources.frames import Frame
 from vllm_tasks.datalayer.sources.iceberg import Iceberg, is_iceberg, refuse_inside
@@ -432,7 +432,7 @@ def test_a_select_reads_a_stream_as_often_as_it_likes(tmp_path: Path) -> None:
             file.write_table(table)
     source = ArrowFile(files(*sorted(tmp_path.iterdir())))
     with duckdb.connect() as con:
-        con.register("t", as_stream(source, ["text", "day", "id"]))
+        con.register("t", ColumnStream(source, ["text", "day", "id"]))
         for _ in range(2):
             assert con.execute("SELECT id, text, day FROM t ORDER BY id").fetchall() == [
                 (1, "a", None),
@@ -529,7 +529,7 @@ def test_iceberg_has_the_rows_of_its_snapshot(tmp_path: Path, changed: Any) -> N
         key for table in source.keys(schema(source, ["id"])) for key in table["id"].to_pylist()
     ) == [0, 1, 3]
     with duckdb.connect() as con:
-        con.register("t", as_stream(source, ["id", "text"]))
+        con.register("t", ColumnStream(source, ["id", "text"]))
         assert con.execute("SELECT max(text) FROM t WHERE id < 3").fetchall() == [("b",)]
     assert sum(part.count for part in source.parts(pa.schema([]), [], Unreadable())) == 3
     changed.delete("id = 0")

@@ -32,7 +32,7 @@ from vllm_tasks.datalayer.sources.csv import Csv
 from vllm_tasks.datalayer.sources.data_file import DataFile
 from vllm_tasks.datalayer.sources.jsonl import JsonLines
 from vllm_tasks.datalayer.sources.read_options import ReadOptions, read_options
-from vllm_tasks.datalayer.sources.stream import as_stream
+from vllm_tasks.datalayer.sources.stream import Stream
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 
 Write = Callable[..., DataFile]
@@ -76,7 +76,7 @@ def read(
 
 def sql(source: Csv | JsonLines, columns: Sequence[str], query: str) -> list[Any]:
     with duckdb.connect() as db:
-        db.register("t", as_stream(source, columns))
+        db.register("t", Stream(source, columns))
         return db.execute(query).fetchall()
 
 
@@ -607,7 +607,7 @@ def test_sql_gives_the_values_that_reading_gives(write: Write) -> None:
     ]
     source = JsonLines([write("t.jsonl", lines(rows))])
     columns = list(source.columns())
-    stream = as_stream(source, columns)
+    stream = Stream(source, columns)
     kinds = {field.name: getattr(field.type, "extension_name", str(field.type)) for field in stream.schema}
     assert kinds == {
         "id": "int64", "whole": "int64", "mixed": "arrow.json", "float": "double", "digits": "double",
@@ -635,7 +635,7 @@ def test_floats_that_print_alike_are_floats_in_sql(write: Write) -> None:
     csv_source = Csv([write("t.csv", "id,x\n1,0.10\n")])
     assert sql(csv_source, ["x"], "SELECT x, CAST(x AS DOUBLE) FROM t") == [("0.10", 0.1)]
     with pytest.raises(InvalidCall, match="did you mean 'x'"):
-        as_stream(csv_source, ["X"])
+        Stream(csv_source, ["X"])
 
 
 def packed(kind: str, content: bytes) -> bytes:

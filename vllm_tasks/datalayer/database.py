@@ -70,14 +70,10 @@ class Database:
         with self._backend.reading() as connection:
             source = self._source(connection, selection)
             types = declared(connection, source.table, selection.columns)
-            kinds = source.kinds(connection, selection.key)
-            order = source.index(connection, selection.key) or selection.key
         pages = self._read_aside if self._backend.server_side else self._copied
         keys = len(selection.key)
         values = slice(keys, keys + len(selection.columns))
-        with closing(
-            pages(source, selection, dict(zip(selection.key, kinds, strict=True)), order, size)
-        ) as found:
+        with closing(pages(source, selection, size)) as found:
             for page in found:
                 yield [
                     SourceRow(
@@ -107,19 +103,16 @@ class Database:
         return DatabaseWriter(self._backend, table, selection.key, kinds)
 
     def unreadable(self) -> Unreadable:
-        """See `Tables.unreadable`: every row of a database has a key."""
+        """None: every row of a database has a key."""
         return Unreadable()
 
     def key_types(self, name: str, key: Sequence[str]) -> dict[str, pa.DataType] | None:
-        """See `Outputs.key_types`."""
         return database_home.key_types(self._backend, self.where(name), name, key)
 
     def done(self, cursor: duckdb.DuckDBPyConnection, name: str, key: pa.Schema) -> str:
-        """See `Outputs.done`."""
         return database_home.done(self._backend, cursor, name, key)
 
     def writer_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> Writer:
-        """See `Home.writer_of`."""
         if not types.names:
             return NoRows(self._backend.where())
         kinds = database_home.column_types(self._backend.engine.dialect.name, types)
@@ -170,7 +163,6 @@ class Database:
         keyed.replace(listed, (), make_or=put.WAY_OUT)
 
     def read_from(self, name: str) -> str:
-        """See `Tables.read_from`."""
         return self.where(name)
 
     def where(self, name: str) -> str:
@@ -245,20 +237,18 @@ class Database:
         return query
 
     def _read_aside(
-        self,
-        source: Relation,
-        selection: Selection,
-        kinds: dict[str, Any],
-        order: Sequence[str],
-        size: int,
+        self, source: Relation, selection: Selection, size: int
     ) -> Generator[Sequence[Any], None, None]:
         """Pages of key, values, `redo`, `input_hash`, in the order of the key."""
         names = (*selection.key, *selection.columns)
+        with self._backend.reading() as connection:
+            order = source.index(connection, selection.key) or selection.key
+            kinds = source.kinds(connection, order)
         columns = [source.rows.c[name] for name in order]
         place = self._backend.bound(columns)
 
         def query(connection: Connection, after: Sequence[Any] | None) -> sa.Select[Any]:
-            behind = None if after is None else (order, [kinds[name] for name in order], after)
+            behind = None if after is None else (order, kinds, after)
             joined = self._joined(connection, source, selection, behind)
             bound = [c.label(f"_after{i}") for i, c in enumerate(place)]
             return joined.selected(source, names).add_columns(*bound).order_by(*columns)
@@ -267,16 +257,12 @@ class Database:
             yield from spool.pages()
 
     def _copied(
-        self,
-        source: Relation,
-        selection: Selection,
-        kinds: dict[str, Any],
-        order: Sequence[str],
-        size: int,
+        self, source: Relation, selection: Selection, size: int
     ) -> Generator[Sequence[Any], None, None]:
         """Pages of key, values, `redo`, `input_hash`, by a copy of the keys or of the rows."""
         names = (*selection.key, *selection.columns)
         with self._backend.reading() as connection:
+            source.kinds(connection, selection.key)  # refuses what identifies no row: `check` may not have
             joined = self._joined(connection, source, selection)
             indexed = source.index(connection, selection.key)
             copied = selection.key if indexed else names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -61,7 +62,42 @@ class Home(Outputs, Protocol):
         """Release connections."""
 
 
-class Elsewhere:
+class ByJoin(ABC):
+    """What of `Tables` is the same wherever source and outputs are: a `Join` in DuckDB."""
+
+    _checked: Join | None = None
+    _read: Join | None = None
+    """Of the latest `rows`."""
+
+    def check(self, selection: Selection) -> None:
+        self._checked = self._joined(selection)
+        self._checked.check()
+
+    def rows(self, selection: Selection, size: int) -> Iterator[list[SourceRow]]:
+        self._read = self._joined(selection)
+        yield from self._read.rows(size)
+
+    def count(self, selection: Selection) -> tuple[int, int]:
+        return self._joined(selection).count()
+
+    def unreadable(self) -> Unreadable:
+        return Unreadable() if self._read is None else self._read.unreadable
+
+    def writer(self, selection: Selection, table: OutputTable) -> Writer:
+        checked = self._checked
+        if checked is None or checked.selection is not selection:
+            checked = self._joined(selection)
+        return self.writer_of(checked.key_to_write, selection.key, table)
+
+    @abstractmethod
+    def writer_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> Writer:
+        """See `Home.writer_of`."""
+
+    @abstractmethod
+    def _joined(self, selection: Selection) -> Join: ...
+
+
+class Elsewhere(ByJoin):
     """`Tables` whose rows come from `source`, and whose outputs are at `home`; both are closed with it."""
 
     def __init__(self, source: Source, home: Home, shown: str) -> None:
@@ -69,32 +105,11 @@ class Elsewhere:
         self._shown = shown
         self._source = source
         self._home = home
-        self._join: Join | None = None
-        """Of the latest `rows`."""
 
-    def check(self, selection: Selection) -> None:
-        """See `Tables.check`."""
-        self._joined(selection).check()
-
-    def rows(self, selection: Selection, size: int) -> Iterator[list[SourceRow]]:
-        """See `Tables.rows`."""
-        self._join = self._joined(selection)
-        yield from self._join.rows(size)
-
-    def count(self, selection: Selection) -> tuple[int, int]:
-        """See `Tables.count`."""
-        return self._joined(selection).count()
-
-    def unreadable(self) -> Unreadable:
-        """See `Tables.unreadable`."""
-        return Unreadable() if self._join is None else self._join.unreadable
-
-    def writer(self, selection: Selection, table: OutputTable) -> Writer:
-        """See `Tables.writer`."""
-        return self._home.writer_of(self._joined(selection).key_to_write, selection.key, table)
+    def writer_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> Writer:
+        return self._home.writer_of(types, key, table)
 
     def outputs(self, name: str) -> Any:
-        """See `Tables.outputs`."""
         return self._home.outputs(name)
 
     def read(self, select: str, columns: Sequence[str] | None = None) -> Iterator[list[Row]]:
@@ -102,27 +117,21 @@ class Elsewhere:
         return self._home.read(select, columns)
 
     def has(self, name: str) -> bool:
-        """See `Tables.has`."""
         return self._home.has(name)
 
     def quoted(self, name: str) -> str:
-        """See `Tables.quoted`."""
         return self._home.quoted(name)
 
     def put(self, name: str, rows: Any, key: Sequence[str]) -> None:
-        """See `Tables.put`."""
         self._home.put(name, rows, key)
 
     def where(self, name: str) -> str:
-        """See `Tables.where`."""
         return self._home.where(name)
 
     def read_from(self, name: str) -> str:
-        """See `Tables.read_from`."""
         return self._shown
 
     def close(self) -> None:
-        """See `Tables.close`."""
         self._source.close()
         self._home.close()
 

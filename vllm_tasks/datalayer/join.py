@@ -70,10 +70,14 @@ class Join:
     def __init__(self, source: Source, outputs: Outputs, selection: Selection, workspace: Workspace) -> None:
         self._source = source
         self._outputs = outputs
-        self._selection = selection
+        self.selection = selection
         self._workspace = workspace
         self._named = f"cannot read {selection.shown!r}"
         self._key: pa.Schema | None = None
+        self._there = False
+        """Whether there are outputs, once the key is known."""
+        self._some = False
+        """Whether a key was seen."""
         self.unreadable = Unreadable()
         """Of the latest `rows`."""
 
@@ -93,18 +97,26 @@ class Join:
 
         Raises as `key`.
         """
-        if self.key.names and any(keys.num_rows for keys in self._source.keys(self.key)):
+        if not self._there:
+            self._key = None  # a rival may have made them since `check`
+        if self.key.names and (self._some or any(keys.num_rows for keys in self._keys())):
             return self.key
         return NO_ROWS
 
+    def _keys(self) -> Iterator[pa.Table]:
+        for keys in self._source.keys(self.key):
+            self._some = self._some or keys.num_rows > 0
+            yield keys
+
     def _found_key(self) -> pa.Schema:
-        key, wanted = self._selection.key, (*self._selection.key, *self._selection.columns)
+        key, wanted = self.selection.key, (*self.selection.key, *self.selection.columns)
         columns = self._source.columns()
         if not columns:
             return NO_ROWS
-        refuse_missing(self._selection.shown, wanted, columns)
+        refuse_missing(self.selection.shown, wanted, columns)
         found = dict(zip(key, self._source.key_types(key), strict=True))
-        there = self._outputs.key_types(self._selection.outputs, key)
+        there = self._outputs.key_types(self.selection.outputs, key)
+        self._there = there is not None
         if there is None:
             return pa.schema(list(found.items()))
         wrong = [
@@ -114,7 +126,7 @@ class Join:
         ]
         if wrong:
             raise InvalidCall(
-                f"the outputs {self._outputs.where(self._selection.outputs)!r} have another shape: "
+                f"the outputs {self._outputs.where(self.selection.outputs)!r} have another shape: "
                 f"{'; '.join(wrong)}; give another predict_id"
             )
         return pa.schema([(name, there[name]) for name in key])
@@ -126,18 +138,17 @@ class Join:
         key = self.key
         if not key.names:
             return
-        if self._selection.ids is not None:
+        if self.selection.ids is not None:
             self._ids()  # refused before the pass
-        if self._source.identified_by(key.names) or ascending(self._source.keys(key), key):
+        if self._source.identified_by(key.names) or ascending(self._keys(), key):
             return
         named = ", ".join(key.names)
-        logger.info("checking that %s is unique in %s: one pass", named, self._selection.shown)
+        logger.info("checking that %s is unique in %s: one pass", named, self.selection.shown)
         with self._workspace.cursor(self._named) as cursor:
-            found = self._source.keys(key)
-            stream = pa.RecordBatchReader.from_batches(_numbered(key), _renamed(found, key))
+            stream = pa.RecordBatchReader.from_batches(_numbered(key), _renamed(self._keys(), key))
             cursor.register(PART, stream)
             nulls, strange, doubled, rows, *examples = cursor.execute(_faults(key)).fetchall()[0]
-        shown, width = self._selection.shown, len(key.names)
+        shown, width = self.selection.shown, len(key.names)
 
         def example(values: Sequence[Any]) -> str:
             return ", ".join(f"{n}={v!r:.100}" for n, v in zip(key.names, values, strict=True))
@@ -170,7 +181,7 @@ class Join:
             return
         with self._workspace.cursor(self._named) as cursor:
             match = self._matching(cursor)
-            for part in self._source.parts(self.key, self._selection.columns, self.unreadable):
+            for part in self._source.parts(self.key, self.selection.columns, self.unreadable):
                 yield from _source_rows(part, match(part.keys), size)
 
     def count(self) -> tuple[int, int]:
@@ -180,7 +191,7 @@ class Join:
             return 0, 0
         with self._workspace.cursor(self._named) as cursor:
             count = self._counting(cursor)
-            for keys in self._source.keys(self.key):
+            for keys in self._keys():
                 some, of_them = count(keys)
                 rows, wanted = rows + some, wanted + of_them
         return rows, wanted
@@ -189,12 +200,12 @@ class Join:
         """A function from the keys of a part to the `States` of its wanted rows."""
         if not self._loaded(cursor):
             none = np.zeros(0, dtype=bool)
-            if self._selection.refresh == "failed":
+            if self.selection.refresh == "failed":
                 return lambda keys: States(np.zeros(0, dtype=np.int64), none, None)
             return lambda keys: States(np.arange(keys.num_rows), np.zeros(keys.num_rows, dtype=bool), None)
-        hashes = self._selection.refresh != "missing"
+        hashes = self.selection.refresh != "missing"
         columns = f"n, same IS NOT NULL AS redo, {'if(same, hash, NULL)' if hashes else 'NULL'} AS hash"
-        query = f"SELECT {columns} {self._joined()} WHERE {WANTED[self._selection.refresh]}"
+        query = f"SELECT {columns} {self._joined()} WHERE {WANTED[self.selection.refresh]}"
 
         def match(keys: pa.Table) -> States:
             cursor.register(PART, _with_numbers(keys))
@@ -211,9 +222,9 @@ class Join:
     def _counting(self, cursor: duckdb.DuckDBPyConnection) -> Any:
         """A function from keys to how many there are (of the `ids` and the shard), and are wanted."""
         if not self._loaded(cursor):
-            none = self._selection.refresh == "failed"
+            none = self.selection.refresh == "failed"
             return lambda keys: (keys.num_rows, 0 if none else keys.num_rows)
-        wanted = WANTED[self._selection.refresh]
+        wanted = WANTED[self.selection.refresh]
         query = f"SELECT count(*), count(*) FILTER ({wanted}) {self._joined()}"
 
         def count(keys: pa.Table) -> tuple[int, int]:
@@ -226,7 +237,7 @@ class Join:
 
     def _loaded(self, cursor: duckdb.DuckDBPyConnection) -> bool:
         """Make the tables that parts are joined with on `cursor`; False when none is needed."""
-        selection, key = self._selection, self.key
+        selection, key = self.selection, self.key
         names = [f"k{i}" for i in range(len(key.names))]
         using = f"USING ({', '.join(names)})"
         restricted = ""
@@ -234,8 +245,7 @@ class Join:
             cursor.register(f"{IDS}_given", self._ids())
             cursor.execute(f"CREATE TEMP TABLE {IDS} AS SELECT DISTINCT * FROM {IDS}_given")  # noqa: S608
             restricted = f"SEMI JOIN {IDS} {using}"
-        there = self._outputs.key_types(selection.outputs, key.names) is not None
-        if there:
+        if self._there:
             state = ["_fingerprint IS NOT DISTINCT FROM $fingerprint AS same"]
             if selection.refresh != "missing":
                 state += ["_error IS NOT NULL AS failed", "_created_at AS created", "_input_hash AS hash"]
@@ -251,24 +261,24 @@ class Join:
             cursor.execute(
                 f"CREATE TEMP TABLE {DONE} AS SELECT *, {', '.join(none)}, '' AS hash FROM {DONE}_none"  # noqa: S608
             )
-        return there or selection.ids is not None or selection.shard is not None
+        return self._there or selection.ids is not None or selection.shard is not None
 
     def _joined(self) -> str:
         """The FROM clause of a part beside its outputs."""
         names = [f"k{i}" for i in range(len(self.key.names))]
         using = f"USING ({', '.join(names)})"
         clause = f"FROM {PART}"
-        if self._selection.ids is not None:
+        if self.selection.ids is not None:
             clause += f" SEMI JOIN {IDS} {using}"
-        if self._selection.shard is not None:
-            clause = f"FROM (SELECT * {clause} WHERE {_in_shard(self._selection.shard, len(names))})"
+        if self.selection.shard is not None:
+            clause = f"FROM (SELECT * {clause} WHERE {_in_shard(self.selection.shard, len(names))})"
         return f"{clause} LEFT JOIN {DONE} {using}"
 
     def _parameters(self) -> dict[str, datetime | None]:
-        return {"since": self._selection.since} if "$since" in WANTED[self._selection.refresh] else {}
+        return {"since": self.selection.since} if "$since" in WANTED[self.selection.refresh] else {}
 
     def _ids(self) -> pa.Table:
-        ids = [_plain_key(i, self.key) for i in self._selection.ids or ()]
+        ids = [_plain_key(i, self.key) for i in self.selection.ids or ()]
         columns = []
         for i, field in enumerate(self.key):
             try:

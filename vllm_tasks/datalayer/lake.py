@@ -21,7 +21,7 @@ from vllm_tasks.datalayer.delta import (
 )
 from vllm_tasks.datalayer.delta_shape import arrow_schema, refuse_unwritable
 from vllm_tasks.datalayer.delta_writer import DeltaWriter
-from vllm_tasks.datalayer.elsewhere import NoRows
+from vllm_tasks.datalayer.elsewhere import ByJoin, NoRows
 from vllm_tasks.datalayer.join import Join, read
 from vllm_tasks.datalayer.put import WAY_OUT, checked
 from vllm_tasks.datalayer.selection import (
@@ -31,10 +31,9 @@ from vllm_tasks.datalayer.selection import (
     OutputTable,
     Row,
     Selection,
-    SourceRow,
     Writer,
 )
-from vllm_tasks.datalayer.sources import Source, Unreadable
+from vllm_tasks.datalayer.sources import Source
 from vllm_tasks.datalayer.sources.delta import queryable
 from vllm_tasks.datalayer.sources.files import Files, exactly
 from vllm_tasks.datalayer.sources.readers import Readers
@@ -43,7 +42,7 @@ from vllm_tasks.errors import InvalidCall, TablesUnavailable, near
 from vllm_tasks.places import check_place
 
 
-class Lake:
+class Lake(ByJoin):
     """`Tables` of a folder or an fsspec URL, and the `Outputs` of any source."""
 
     def __init__(self, url: str, read: Mapping[str, Any] | None = None) -> None:
@@ -55,34 +54,10 @@ class Lake:
         filesystem = None if self._files.local else self._files.fs
         self.workspace = Workspace(MEMORY, [f"{self._url}/", f"{exactly(self._url)}/"], filesystem)
         self._sources: dict[str, Source] = {}
-        self._join: Join | None = None
-        """Of the latest `rows`."""
 
     # ------------------------------------------------------------------ `Tables`
 
-    def check(self, selection: Selection) -> None:
-        """See `Tables.check`."""
-        self._joined(selection).check()
-
-    def rows(self, selection: Selection, size: int) -> Iterator[list[SourceRow]]:
-        """See `Tables.rows`."""
-        self._join = self._joined(selection)
-        yield from self._join.rows(size)
-
-    def count(self, selection: Selection) -> tuple[int, int]:
-        """See `Tables.count`."""
-        return self._joined(selection).count()
-
-    def unreadable(self) -> Unreadable:
-        """See `Tables.unreadable`."""
-        return Unreadable() if self._join is None else self._join.unreadable
-
-    def writer(self, selection: Selection, table: OutputTable) -> Writer:
-        """See `Tables.writer`."""
-        return self.writer_of(self._joined(selection).key_to_write, selection.key, table)
-
     def outputs(self, name: str) -> pa.Table:
-        """See `Tables.outputs`."""
         found = find_table(self._at(name))
         if found is None:
             hint = near(name, list(self._files.tables()))
@@ -91,7 +66,6 @@ class Lake:
             return dataset(found).to_table()
 
     def read(self, select: str, columns: Sequence[str] | None = None) -> Iterator[list[Row]]:
-        """See `Tables.read`."""
         source = self._readers.source(select)
         try:
             yield from read(source, select, columns, PAGE)
@@ -99,15 +73,12 @@ class Lake:
             source.close()
 
     def has(self, name: str) -> bool:
-        """See `Tables.has`."""
         return self._files.has(name)
 
     def quoted(self, name: str) -> str:
-        """See `Tables.quoted`."""
         return quoted(name)
 
     def put(self, name: str, rows: pa.Table, key: Sequence[str]) -> None:
-        """See `Tables.put`."""
         url = self._at(name)
         new = checked(name, rows, key)
         delta = make_table(url, new.schema, len(key), way_out=WAY_OUT)
@@ -121,15 +92,12 @@ class Lake:
             writer.close()
 
     def read_from(self, name: str) -> str:
-        """See `Tables.read_from`."""
         return self.where(name)
 
     def where(self, name: str) -> str:
-        """See `Tables.where`."""
         return f"{self._shown}/{name}"
 
     def close(self) -> None:
-        """See `Tables.close`."""
         for source in self._sources.values():
             source.close()
         self.workspace.close()
@@ -143,7 +111,6 @@ class Lake:
         return source
 
     def key_types(self, name: str, key: Sequence[str]) -> dict[str, pa.DataType] | None:
-        """See `Outputs.key_types`."""
         found = find_table(self._at(name))
         if found is None:
             return None
@@ -157,7 +124,6 @@ class Lake:
         return {column: there[column] for column in key if column in there}
 
     def done(self, cursor: duckdb.DuckDBPyConnection, name: str, key: pa.Schema) -> str:
-        """See `Outputs.done`."""
         url, view = self._at(name), "_vllm_tasks_outputs"
         found = find_table(url)
         if found is None:

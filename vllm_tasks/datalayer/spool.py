@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -13,6 +12,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from vllm_tasks.datalayer.backends import Backend
+from vllm_tasks.datalayer.pages import Pages
+from vllm_tasks.datalayer.sources import Values
 
 LEAST = 16 << 20
 """Bytes that one transaction reads, if there are so many; they are kept in memory, more on the disk."""
@@ -28,16 +29,14 @@ FIRST = 16
 LIMIT = 1000
 """Rows of the first transaction, where a result must be read to its end."""
 
-Values = tuple[Any, ...]
-
 
 class Spool:
     """Rows of one query, in pages of at most `size` rows and about `PAGE_BYTES`."""
 
     def __init__(self, size: int) -> None:
         self._size = size
-        # Pickled by this process for itself, into a file without a name: nobody else can write it.
         self._file = SpooledTemporaryFile(max_size=LEAST)  # noqa: SIM115 - closed by `close`
+        self._pages = Pages()
         self.last: Values = ()
         """The last row that was read."""
         self.rows = self._end = 0
@@ -67,7 +66,7 @@ class Spool:
 
     def _add(self, page: list[Values]) -> int:
         """How many bytes there are now."""
-        pickle.dump(page, self._file, pickle.HIGHEST_PROTOCOL)
+        self._pages.write(page, self._file)
         self.last = page[-1]
         self.rows += len(page)
         self._end = self._file.tell()
@@ -81,7 +80,7 @@ class Spool:
         """The rows in their order, as often as one asks for them."""
         self._file.seek(0)
         while self._file.tell() < self._end:
-            yield pickle.load(self._file)  # noqa: S301 - what `_add` wrote, in a file that nobody else has
+            yield self._pages.read(self._file)
 
     def close(self) -> None:
         """Forget the rows."""

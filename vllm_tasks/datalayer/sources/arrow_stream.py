@@ -14,7 +14,7 @@ from vllm_tasks.datalayer.sources.pieces import BATCH_ROWS, Pieces, read
 from vllm_tasks.errors import InvalidCall
 
 
-class Stream:
+class ColumnStream:
     """The columns of a source, which may be read any number of times; each time from the files."""
 
     def __init__(self, source: Pieces, columns: Sequence[str]) -> None:
@@ -42,11 +42,6 @@ class Stream:
             for field in self.schema
         ]
         return pa.RecordBatch.from_arrays(columns, schema=self.schema)
-
-
-def as_stream(source: Pieces, columns: Sequence[str]) -> Stream:
-    """`columns` of `source` as an object that DuckDB reads in a SELECT, once it is registered."""
-    return Stream(source, columns)
 
 
 def _schema(source: Pieces, columns: Sequence[str]) -> pa.Schema:

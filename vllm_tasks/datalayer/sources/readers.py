@@ -9,8 +9,9 @@ from typing import Any
 import duckdb
 
 from vllm_tasks.datalayer.delta import open_table, quoted, storage_errors
-from vllm_tasks.datalayer.sources import Source, arrow_stream
+from vllm_tasks.datalayer.sources import Source
 from vllm_tasks.datalayer.sources.arrow_file import ArrowFile
+from vllm_tasks.datalayer.sources.arrow_stream import ColumnStream
 from vllm_tasks.datalayer.sources.csv import Csv
 from vllm_tasks.datalayer.sources.delta import DeltaSource, queryable
 from vllm_tasks.datalayer.sources.files import Files, Table, exactly
@@ -21,7 +22,7 @@ from vllm_tasks.datalayer.sources.parquet import Parquet
 from vllm_tasks.datalayer.sources.pieces import Pieces
 from vllm_tasks.datalayer.sources.read_options import DEFAULTS, ReadOptions, read_options
 from vllm_tasks.datalayer.sources.statement import SQL, Attach, Statement, parse
-from vllm_tasks.datalayer.sources.stream import Streamed, as_stream
+from vllm_tasks.datalayer.sources.stream import Stream, Streamed
 from vllm_tasks.datalayer.workspace import Workspace, literal
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.settings import site_settings
@@ -121,13 +122,13 @@ class Readers:
         if not columns:
             empty = NoColumns(source, named, table.name)
             texts.append(empty)
-            stream = as_stream(empty, empty.columns)
+            stream = Stream(empty, empty.columns)
             return lambda cursor, name: _register(cursor, name, stream)
         if isinstance(source, Csv | JsonLines):
             texts.append(source)
-            stream = as_stream(source, columns)
+            stream = Stream(source, columns)
         else:
-            stream = arrow_stream.as_stream(source, columns)
+            stream = ColumnStream(source, columns)
         return lambda cursor, name: _register(cursor, name, stream)
 
 

@@ -18,6 +18,7 @@ from vllm_tasks.datalayer.sources import Part, Unreadable, Values
 from vllm_tasks.datalayer.sources.arrow import tell
 from vllm_tasks.datalayer.sources.keys import known
 from vllm_tasks.datalayer.sources.sql_keys import PAGE, SqlKeys
+from vllm_tasks.datalayer.sources.sql_order import Order, Place
 from vllm_tasks.datalayer.sources.sql_types import key_array, stored_as
 from vllm_tasks.datalayer.sources.sql_values import SqlValues
 from vllm_tasks.datalayer.spool import Spool, spools
@@ -53,23 +54,19 @@ class SqlSource:
         return True
 
     def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
-        order, kinds, indexed = self._order(key)
-        reader = SqlKeys(self._backend, self._relation(), key, order, [kinds[name] for name in order])
-        for part in reader.parts(indexed=indexed):
+        for part in SqlKeys(self._order(key)).parts():
             yield part.keys()
 
     def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
         if not key.names:
             yield from self._whole(columns)
             return
-        order, kinds, indexed = self._order(key)
-        place = (order, [kinds[name] for name in order])
-        if not indexed:
-            yield from self._at_once(key, place, columns, unreadable)
+        order = self._order(key)
+        if not order.indexed:
+            yield from self._at_once(order, columns, unreadable)
             return
-        convert = self._converters(columns)
-        values = SqlValues(self._backend, self._relation(), key, order, kinds, columns, convert)
-        for part in SqlKeys(self._backend, self._relation(), key, *place).parts(indexed=True):
+        values = SqlValues(order, columns, self._converters(columns))
+        for part in SqlKeys(order).parts():
             keys, kept = self._known(part.keys(), part.wrong, unreadable)
             yield Part(keys, values.of(part, keys, kept))
 
@@ -84,13 +81,13 @@ class SqlSource:
             self._found = Relation.of(self._backend, connection, self._select, ())
         return self._found
 
-    def _order(self, key: pa.Schema) -> tuple[Sequence[str], dict[str, Any], bool]:
-        """In which order rows are read; the types of the key's columns; whether an index has this order."""
+    def _order(self, key: pa.Schema) -> Order:
         with self._backend.reading() as connection:
             source = self._relation(connection)
             index = source.index(connection, key.names)
             kinds = source.kinds(connection, key.names)
-        return index or key.names, dict(zip(key.names, kinds, strict=True)), index is not None
+        types = dict(zip(key.names, kinds, strict=True))
+        return Order(self._backend, source, key, index or key.names, types, indexed=index is not None)
 
     def _known(
         self, keys: pa.Table, wrong: dict[int, str], unreadable: Unreadable
@@ -102,35 +99,17 @@ class SqlSource:
             keys = keys.take(pa.array(kept))
         return keys, kept
 
-    def _at_once(
-        self,
-        key: pa.Schema,
-        place: tuple[Sequence[str], Sequence[Any]],
-        columns: Sequence[str],
-        unreadable: Unreadable,
-    ) -> Iterator[Part]:
+    def _at_once(self, order: Order, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
         """Rows that no index finds again, of which keys and values are read together."""
         convert = self._converters(columns)
-        width = slice(len(key.names), len(key.names) + len(columns))
-        for spool in self._spools(key, place, columns):
-            keys, kept = self._known(*_keys(spool, key), unreadable)
+        width = slice(len(order.key), len(order.key) + len(columns))
+
+        def query(_: Connection, after: Place | None) -> sa.Select[Any]:
+            return order.query(columns, after)
+
+        for spool in spools(self._backend, query, len(order.columns), PAGE):
+            keys, kept = self._known(*_keys(spool, order.key), unreadable)
             yield Part(keys, _reader(spool, kept, width, convert))
-
-    def _spools(
-        self, key: pa.Schema, place: tuple[Sequence[str], Sequence[Any]], columns: Sequence[str]
-    ) -> Iterator[Spool]:
-        """Rows of the key, the columns, and the place in the order."""
-        source, (order, kinds) = self._relation(), place
-        ordered = [source.rows.c[name] for name in order]
-        found = [self._backend.as_key(source.rows.c[field.name], field.type) for field in key]
-        found += [source.rows.c[name] for name in columns]
-        found += self._backend.bound(ordered)
-
-        def query(_: Connection, after: Sequence[Any] | None) -> sa.Select[Any]:
-            rows = source.query(*(c.label(f"_c{i}") for i, c in enumerate(found))).order_by(*ordered)
-            return rows if after is None else rows.where(self._backend.after(ordered, kinds, after))
-
-        return spools(self._backend, query, len(order), PAGE)
 
     def _whole(self, columns: Sequence[str]) -> Iterator[Part]:
         """All rows, in no order that they could be found by again: in one transaction."""

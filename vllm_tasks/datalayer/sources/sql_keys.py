@@ -13,9 +13,8 @@ import pyarrow as pa
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from vllm_tasks.datalayer.backends import Backend
-from vllm_tasks.datalayer.relation import Relation
 from vllm_tasks.datalayer.sources import PART_BYTES, PART_ROWS
+from vllm_tasks.datalayer.sources.sql_order import Order, Place
 from vllm_tasks.datalayer.sources.sql_types import key_array
 from vllm_tasks.datalayer.spool import LONGEST
 
@@ -28,8 +27,6 @@ TEXTS = 1 << 16
 a value of the server's 1 GB."""
 SOON = 1.0
 """A query that is over in so many seconds is followed by a larger one."""
-
-Place = Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -74,23 +71,16 @@ class KeyPart:
 
 
 class SqlKeys:
-    """The keys of `source` in the types of `key`, in the order of its columns `order`."""
+    """The keys of a source in their order."""
 
-    def __init__(
-        self, backend: Backend, source: Relation, key: pa.Schema, order: Sequence[str], kinds: Sequence[Any]
-    ) -> None:
-        """`kinds`: the types of `order` as `Relation.kinds` has them."""
-        self._backend = backend
-        self._source = source
-        self._key = key
+    def __init__(self, order: Order) -> None:
         self._order = order
-        self._kinds = kinds
-        self._place = [source.rows.c[name] for name in order]
-        self._columns = [backend.as_key(source.rows.c[f.name], f.type) for f in key]
+        self._backend = order.backend
+        self._key = order.key
 
-    def parts(self, *, indexed: bool) -> Iterator[KeyPart]:
-        """All keys; `indexed`: an index has them in this order, so that each query finds its beginning."""
-        packed = self._packed() if indexed else None
+    def parts(self) -> Iterator[KeyPart]:
+        """All keys."""
+        packed = self._packed() if self._order.indexed else None
         limited = packed is not None or not self._backend.leaves_results
         most = TEXTS if any(pa.types.is_string(f.type) for f in self._key) else PART_ROWS
         part = KeyPart(self._key, [Mark(0, None)])
@@ -117,13 +107,6 @@ class SqlKeys:
         columns = [self._backend.packed(sa.column(f"_c{i}"), f.type) for i, f in enumerate(self._key)]
         return [c for c in columns if c] if all(columns) else None
 
-    def _next(self, after: Place | None) -> sa.Select[Any]:
-        """The keys that come later."""
-        bound = self._backend.bound(self._place)
-        labels = [c.label(f"_c{i}") for i, c in enumerate([*self._columns, *bound])]
-        rows = self._source.query(*labels).order_by(*self._place)
-        return rows if after is None else rows.where(self._backend.after(self._place, self._kinds, after))
-
     def _unpack(
         self, connection: Connection, part: KeyPart, packed: list[list[sa.ColumnElement[Any]]], limit: int
     ) -> bool:
@@ -131,7 +114,7 @@ class SqlKeys:
 
         An aggregate without an order of its own takes rows as they come, here from an ordered subquery.
         """
-        rows = self._next(part.marks[-1].after).limit(limit).subquery("k")
+        rows = self._order.query((), part.marks[-1].after).limit(limit).subquery("k")
         counts = [sa.func.count(sa.column(f"_c{i}")) for i in range(len(self._key))]
         found = connection.execute(
             sa.select(sa.func.count(), *counts, *chain(*packed)).select_from(rows)
@@ -149,7 +132,7 @@ class SqlKeys:
         except pa.ArrowInvalid:  # a database without an encoding
             return False
         last = {f.name: column[-1].as_py() for f, column in zip(self._key, columns, strict=True)}
-        part.add(columns, [str(last[name]) for name in self._order])
+        part.add(columns, [str(last[name]) for name in self._order.columns])
         return True
 
     def _stream(self, connection: Connection, part: KeyPart, limit: int | None) -> bool:
@@ -161,7 +144,7 @@ class SqlKeys:
         began, first, before = time.monotonic(), 0.0, part.count
         streaming = connection.execution_options(stream_results=True, max_row_buffer=1)
         width = len(self._key)
-        with streaming.execute(self._next(part.marks[-1].after).limit(limit)) as result:
+        with streaming.execute(self._order.query((), part.marks[-1].after).limit(limit)) as result:
             while page := result.fetchmany(PAGE):
                 now = time.monotonic()
                 first = first or now

@@ -10,12 +10,11 @@ import pyarrow as pa
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from vllm_tasks.datalayer.backends import Backend
 from vllm_tasks.datalayer.declared import typed
-from vllm_tasks.datalayer.relation import Relation
 from vllm_tasks.datalayer.sources import Values
 from vllm_tasks.datalayer.sources.keys import listed
 from vllm_tasks.datalayer.sources.sql_keys import PAGE, KeyPart, Mark
+from vllm_tasks.datalayer.sources.sql_order import Order
 from vllm_tasks.datalayer.sources.sql_types import key_array
 from vllm_tasks.datalayer.spool import spools
 
@@ -28,23 +27,12 @@ Numbered = list[tuple[int, Values]]
 class SqlValues:
     """The columns `columns` of rows by their number in a part."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        source: Relation,
-        key: pa.Schema,
-        order: Sequence[str],
-        kinds: dict[str, Any],
-        columns: Sequence[str],
-        convert: Sequence[str],
-    ) -> None:
-        """`order`: the columns of the index; `kinds`: the types of the key; `convert`: see `typed`."""
-        self._backend = backend
-        self._source = source
-        self._key = key
+    def __init__(self, order: Order, columns: Sequence[str], convert: Sequence[str]) -> None:
+        """`convert`: see `typed`."""
         self._order = order
-        self._kinds = kinds
-        self._columns = [source.rows.c[name] for name in columns]
+        self._backend = order.backend
+        self._key = order.key
+        self._columns = columns
         self._convert = convert
 
     def of(self, part: KeyPart, keys: pa.Table, kept: np.ndarray) -> Callable[[Sequence[int]], Any]:
@@ -63,16 +51,15 @@ class SqlValues:
 
     def _by_list(self, keys: pa.Table, wanted: np.ndarray) -> Iterator[Numbered]:
         """By their keys, however far apart they are."""
+        rows = self._order.source.rows
         for start in range(0, len(wanted), LISTED):
             some = wanted[start : start + LISTED]
-            kinds = [self._kinds[name] for name in self._key.names]
+            kinds = [self._order.kinds[name] for name in self._key.names]
             ids = self._backend.key_rows(kinds, listed(keys, some))
             *there, number = ids.c
-            on = [self._source.rows.c[name] == c for name, c in zip(self._key.names, there, strict=True)]
-            wide = [c.label(f"_c{i}") for i, c in enumerate(self._columns)]
-            query = sa.select(*wide, number.label("_n")).select_from(
-                ids.join(self._source.rows, sa.and_(*on))
-            )
+            on = [rows.c[name] == c for name, c in zip(self._key.names, there, strict=True)]
+            wide = [rows.c[name].label(f"_c{i}") for i, name in enumerate(self._columns)]
+            query = sa.select(*wide, number.label("_n")).select_from(ids.join(rows, sa.and_(*on)))
 
             def left(
                 _: Connection, after: Sequence[Any] | None, query: Any = query, number: Any = number
@@ -87,25 +74,17 @@ class SqlValues:
         self, marks: Sequence[Mark], keys: pa.Table, kept: np.ndarray, wanted: np.ndarray
     ) -> Iterator[Numbered]:
         """By the places between which they are: of each 1,000 rows all or none are read."""
-        place = [self._source.rows.c[name] for name in self._order]
-        kinds = [self._kinds[name] for name in self._order]
-        found = [self._backend.as_key(self._source.rows.c[f.name], f.type) for f in self._key]
-        wide = [
-            c.label(f"_c{i}") for i, c in enumerate([*found, *self._columns, *self._backend.bound(place)])
-        ]
-        width = slice(len(found), len(found) + len(self._columns))
+        width = slice(len(self._key), len(self._key) + len(self._columns))
         for some, start, end in _runs(marks, kept, wanted):
             numbers = dict(zip(listed(keys, some), some.tolist(), strict=True))
 
             def between(
                 _: Connection, after: Sequence[Any] | None, start: Any = start, end: Any = end
             ) -> Any:
-                rows = self._source.query(*wide).order_by(*place)
-                if (after := start if after is None else after) is not None:
-                    rows = rows.where(self._backend.after(place, kinds, after))
-                return rows if end is None else rows.where(sa.not_(self._backend.after(place, kinds, end)))
+                rows = self._order.query(self._columns, start if after is None else after)
+                return rows if end is None else rows.where(sa.not_(self._order.behind(end)))
 
-            for spool in spools(self._backend, between, len(place), PAGE):
+            for spool in spools(self._backend, between, len(self._order.columns), PAGE):
                 for page in spool.pages():
                     columns = [
                         key_array([r[i] for r in page], f, {}).to_pylist() for i, f in enumerate(self._key)

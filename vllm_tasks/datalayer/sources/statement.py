@@ -52,8 +52,8 @@ class Statement:
         self._workspace = workspace
         self._shown = shown
         self._texts = texts
-        self._mixed: set[str] = set()
-        """Columns of texts and other values of JSON."""
+        self._kinds: dict[str, str] = {}
+        """DuckDB's names of the types of all columns, once a pass has begun."""
         self._described: tuple[list[str], pa.Schema] | None = None
 
     def columns(self) -> Sequence[str]:
@@ -61,7 +61,7 @@ class Statement:
 
     def key_types(self, key: Sequence[str]) -> Sequence[pa.DataType]:
         _, schema = self._description()
-        if mixed := [name for name in key if name in self._mixed]:
+        if mixed := [name for name in key if self._kinds[name] == MIXED_KIND]:
             raise InvalidCall(
                 f"the key {mixed[0]!r:.100} has texts and other values; make all of them texts by "
                 f"CAST({quoted(mixed[0])} AS VARCHAR) AS {quoted(mixed[0])}"
@@ -104,9 +104,10 @@ class Statement:
 
     def _readable(self, cursor: duckdb.DuckDBPyConnection, names: Sequence[str]) -> str:
         """These columns in SQL; those of which Arrow has no type as their text, mixed ones as JSON."""
-        kinds = {row[0]: row[1] for row in cursor.execute(f"DESCRIBE FROM {VIEW}").fetchall()}
-        self._mixed = {name for name, kind in kinds.items() if kind == MIXED_KIND}
-        return ", ".join(f"{_in_arrow(quoted(n), kinds[n])} AS {quoted(n)}" for n in names) or "1 AS one"
+        if not self._kinds:
+            self._kinds = {row[0]: row[1] for row in cursor.execute(f"DESCRIBE FROM {VIEW}").fetchall()}
+        wanted = (f"{_in_arrow(quoted(n), self._kinds[n])} AS {quoted(n)}" for n in names)
+        return ", ".join(wanted) or "1 AS one"
 
     @contextmanager
     def _cursor(self) -> Iterator[duckdb.DuckDBPyConnection]:

@@ -25,7 +25,10 @@ class Streamed(Protocol):
 
 
 class Stream:
-    """What DuckDB registers: it takes a stream for each query."""
+    """What DuckDB registers: these columns of `source`, as often as it asks for them.
+
+    Rows that cannot be read are left out and counted in `source.left_out`, anew for each pass.
+    """
 
     def __init__(self, source: Streamed, columns: Sequence[str]) -> None:
         self.source = source
@@ -45,9 +48,3 @@ class Stream:
         except Exception as e:
             self.error = e
             raise
-
-
-def as_stream(source: Streamed, columns: Sequence[str]) -> Stream:
-    """These columns of `source`, as often as somebody asks for them. Rows that cannot be read are left out
-    and counted in `source.left_out`, anew for each pass."""
-    return Stream(source, columns)

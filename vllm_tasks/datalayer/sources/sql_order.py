@@ -1,0 +1,46 @@
+"""In which order the rows of a database are read, so that the next query begins where the last one ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import sqlalchemy as sa
+
+from vllm_tasks.datalayer.backends import Backend
+from vllm_tasks.datalayer.relation import Relation
+
+Place = Sequence[Any]
+"""A `Backend.bound`: values of the columns of the order in one row."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """The rows of `source` by `columns`, which are those of the key, as an index has them if one does."""
+
+    backend: Backend
+    source: Relation
+    key: pa.Schema
+    columns: Sequence[str]
+    kinds: dict[str, Any]
+    """The types of the key's columns as `Relation.kinds` has them."""
+    indexed: bool
+    """An index has this order, so that each query finds its beginning."""
+
+    def query(self, columns: Sequence[str], after: Place | None) -> sa.Select[Any]:
+        """The rows behind `after`, None for all: the key, these columns, and the place of each."""
+        place = self._place()
+        found = [self.backend.as_key(self.source.rows.c[f.name], f.type) for f in self.key]
+        found += [self.source.rows.c[name] for name in columns]
+        found += self.backend.bound(place)
+        rows = self.source.query(*(c.label(f"_c{i}") for i, c in enumerate(found))).order_by(*place)
+        return rows if after is None else rows.where(self.behind(after))
+
+    def behind(self, place: Place) -> sa.ColumnElement[bool]:
+        """The condition that a row comes later."""
+        return self.backend.after(self._place(), [self.kinds[name] for name in self.columns], place)
+
+    def _place(self) -> list[sa.ColumnElement[Any]]:
+        return [self.source.rows.c[name] for name in self.columns]
