@@ -161,3 +161,19 @@ def test_mariadb_keeps_no_outputs(maria: str, pg: Place) -> None:
     for url in (maria, "mssql+pyodbc://u@h/d", "oracle://u@h/d"):
         with pytest.raises(InvalidCall, match=r"MariaDB.*source=|driver"):
             Database(url)
+
+
+@pytest.mark.parametrize("kind", ["", "BLOB"])
+@pytest.mark.parametrize("select", ["t", "SELECT id, x FROM t"])
+def test_keys_that_are_one_as_text(tmp_path: Path, kind: str, select: str) -> None:
+    """SQLite tells 1 from '1'; a key of texts does not, so neither stands for the other."""
+    (tmp_path / "f.db").touch()
+    url = f"sqlite:///{tmp_path}/f.db"
+    run(url, f"CREATE TABLE t (id {kind}, x TEXT)", "INSERT INTO t VALUES (1, 'a'), ('1', 'b')")
+    words = r"integer and text.*CAST\(\.\.\. AS TEXT\)"
+    with closing(SqlSource(url, select)) as source, pytest.raises(InvalidCall, match=words):
+        source.key_types(("id",))
+    run(url, "DELETE FROM t WHERE typeof(id) = 'text'", "INSERT INTO t VALUES (2, 'c')")
+    if not kind:
+        with closing(SqlSource(url, select)) as source:
+            assert sorted(rows(source, ("id",), ("x",))) == [("1", "a")]

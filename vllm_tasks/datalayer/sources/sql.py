@@ -21,6 +21,7 @@ from vllm_tasks.datalayer.sources.sql_keys import PAGE, SqlKeys
 from vllm_tasks.datalayer.sources.sql_types import key_array, stored_as
 from vllm_tasks.datalayer.sources.sql_values import SqlValues
 from vllm_tasks.datalayer.spool import Spool, spools
+from vllm_tasks.errors import InvalidCall
 
 
 class SqlSource:
@@ -40,11 +41,13 @@ class SqlSource:
 
     def key_types(self, key: Sequence[str]) -> Sequence[pa.DataType]:
         with self._backend.reading() as connection:
-            kinds = self._relation(connection).kinds(connection, key)
-            return [
-                stored_as(kind, spec)
-                for kind, spec in zip(kinds, self._backend.plain(connection, kinds), strict=True)
-            ]
+            source = self._relation(connection)
+            kinds = source.kinds(connection, key)
+            plain = self._backend.plain(connection, kinds)
+            stored = [stored_as(kind, spec) for kind, spec in zip(kinds, plain, strict=True)]
+            if connection.dialect.name == "sqlite":
+                _refuse_mixed(connection, source, key, stored)
+            return stored
 
     def identified_by(self, key: Sequence[str]) -> bool:
         # Where the rows are, all keys are compared sooner than they come here.
@@ -151,6 +154,23 @@ class SqlSource:
                 return declared(connection, source.table, columns)
             kinds = self._backend.types(connection, source.rows, columns)
         return ["JSON" if isinstance(kind, sa.JSON) else "" for kind in kinds]
+
+
+def _refuse_mixed(
+    connection: Connection, source: Relation, key: Sequence[str], stored: Sequence[pa.DataType]
+) -> None:
+    """SQLite's columns may have values of any type, of which 1 and '1' would be one as texts."""
+    for name, kind in zip(key, stored, strict=True):
+        if not (pa.types.is_string(kind) or pa.types.is_binary(kind)):
+            continue
+        types = source.query(sa.func.typeof(source.rows.c[name])).distinct()
+        found = sorted({*connection.execute(types).scalars()} - {"null"})
+        if len(found) > 1:
+            raise InvalidCall(
+                f"the key {name!r:.100} has values of the types {' and '.join(found)}, which no key tells "
+                f"apart; make all of them texts in a SELECT, by CAST(... AS TEXT) AS {name:.100}, or give "
+                "another primary_id"
+            )
 
 
 def _reader(spool: Spool, kept: np.ndarray, width: slice, kinds: Sequence[str]) -> Any:
