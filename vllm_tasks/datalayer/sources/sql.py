@@ -41,18 +41,19 @@ class SqlSource:
 
     def key_types(self, key: Sequence[str]) -> Sequence[pa.DataType]:
         with self._backend.reading() as connection:
-            source = self._relation(connection)
-            kinds = source.kinds(connection, key)
-            plain = self._backend.plain(connection, kinds)
-            stored = [stored_as(kind, spec) for kind, spec in zip(kinds, plain, strict=True)]
-            if connection.dialect.name == "sqlite":
-                _refuse_mixed(connection, source, key, stored)
-            return stored
+            kinds = self._relation(connection).kinds(connection, key)
+            return [
+                stored_as(kind, spec)
+                for kind, spec in zip(kinds, self._backend.plain(connection, kinds), strict=True)
+            ]
 
     def identified_by(self, key: Sequence[str]) -> bool:
         # Where the rows are, all keys are compared sooner than they come here.
         with self._backend.reading() as connection:
-            self._relation(connection).refuse_bad_keys(connection, key)
+            source = self._relation(connection)
+            source.refuse_bad_keys(connection, key)
+            if connection.dialect.name == "sqlite":
+                _refuse_merged(connection, source, key)
         return True
 
     def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
@@ -156,21 +157,20 @@ class SqlSource:
         return ["JSON" if isinstance(kind, sa.JSON) else "" for kind in kinds]
 
 
-def _refuse_mixed(
-    connection: Connection, source: Relation, key: Sequence[str], stored: Sequence[pa.DataType]
-) -> None:
-    """SQLite's columns may have values of any type, of which 1 and '1' would be one as texts."""
-    for name, kind in zip(key, stored, strict=True):
-        if not (pa.types.is_string(kind) or pa.types.is_binary(kind)):
-            continue
-        types = source.query(sa.func.typeof(source.rows.c[name])).distinct()
-        found = sorted({*connection.execute(types).scalars()} - {"null"})
-        if len(found) > 1:
-            raise InvalidCall(
-                f"the key {name!r:.100} has values of the types {' and '.join(found)}, which no key tells "
-                f"apart; make all of them texts in a SELECT, by CAST(... AS TEXT) AS {name:.100}, or give "
-                "another primary_id"
-            )
+def _refuse_merged(connection: Connection, source: Relation, key: Sequence[str]) -> None:
+    """SQLite's columns may have values of any type; 1 and '1', which it tells apart, are one as texts."""
+    columns = [source.rows.c[name] for name in key]
+    types = connection.execute(source.query(*map(sa.func.typeof, columns)).distinct().limit(2)).all()
+    if len(types) < 2:
+        return
+    texts = [sa.cast(column, sa.Text) for column in columns]
+    merged = source.query(*texts).group_by(*texts).having(sa.func.count() > 1).limit(1)
+    if row := connection.execute(merged).first():
+        shown = ", ".join(f"{name}={value!r:.100}" for name, value in zip(key, row, strict=True))
+        raise InvalidCall(
+            f"the key {', '.join(key)} has values of several types that are one as text, as {shown}; "
+            "give each row a key of its own, or another primary_id"
+        )
 
 
 def _reader(spool: Spool, kept: np.ndarray, width: slice, kinds: Sequence[str]) -> Any:
