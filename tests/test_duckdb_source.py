@@ -54,6 +54,17 @@ def test_rows_without_a_key_are_told(url: str) -> None:
     assert (sum(p.count for p in parts), unreadable.count) == (0, 1)
 
 
+def test_one_name_in_two_schemas(url: str) -> None:
+    """Neither is taken for the other: the schema says which."""
+    with duckdb.connect(url.removeprefix("duckdb:///")) as db:
+        db.execute("CREATE TABLE s.t AS SELECT 7 AS id, 1.5 AS price")
+    with pytest.raises(InvalidCall, match=r"'t' may be any of main\.t, s\.t .*with its schema"):
+        DuckDBSource(url, "t")
+    for select, count in (("main.t", 5000), ("s.t", 1), ("SELECT * FROM s.t", 1)):
+        with closing(DuckDBSource(url, select)) as source:
+            assert sum(k.num_rows for k in source.keys(pa.schema([("id", pa.int64())]))) == count
+
+
 @pytest.mark.parametrize(
     "select",
     [

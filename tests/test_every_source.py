@@ -330,3 +330,38 @@ def test_lines_that_cannot_be_read_are_reported(select: str, tmp_path: Path, mod
     assert report.succeeded == 100
     assert report.unreadable == (2 if select == "t" else 1)
     assert "t.jsonl, line 101" in report.unreadable_lines[0]
+
+
+UNREAD = {
+    "rows.csv.bz2": r"unpack it, or pack lines of text as \.gz or \.zst",
+    "rows.jsonl.xz": "unpack it",
+    "rows.parquet.gz": "unpack it",
+    "rows.zip": "unpack it",
+    "rows.txt": r"link it as \.csv.*read=",
+    "rows.XLSX": r"pandas\.read_excel",
+    "rows.xml": r"pandas\.read_xml",
+    "rows.orc": r"pyarrow\.orc\.read_table",
+    "rows.avro": r"polars\.read_avro",
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_files_that_are_not_read_are_refused_by_name(name: str, tmp_path: Path, model: VllmAPI) -> None:
+    """With what is read, and the way out, however the file is named."""
+    (tmp_path / name).write_bytes(b"PK")
+    for select in ("rows", name, "SELECT * FROM rows", f"SELECT * FROM '{name}'"):
+        with pytest.raises(InvalidCall, match=rf"{name}.*parquet, jsonl.*{UNREAD[name]}"):
+            model.predict_in_db("text", select, db=str(tmp_path))
+
+
+def test_rows_that_are_not_read_are_not_left_out(tmp_path: Path, model: VllmAPI) -> None:
+    """A folder or a glob with one file that is not read is refused; a README beside the rows is none."""
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.csv").write_text("id,text\n1,a\n")
+    (tmp_path / "rows" / "README.txt").write_text("About the rows.")
+    assert model.predict_in_db("text", "rows", db=str(tmp_path)).succeeded == 1
+    (tmp_path / "rows" / "b.csv.bz2").write_bytes(b"BZh")
+    for select in ("rows", "rows/*", "SELECT * FROM rows"):
+        with pytest.raises(InvalidCall, match=r"b\.csv\.bz2.*unpack it"):
+            model.predict_in_db("text", select, db=str(tmp_path))
+    assert model.predict_in_db("text", "rows/*.csv", db=str(tmp_path), same_source=True).up_to_date == 1

@@ -230,3 +230,32 @@ def test_an_interrupted_thread_leaves_no_request(place: Place, server: ScriptedS
         assert not {"vllm-tasks-reader", "vllm-tasks-count"} & names
     assert server.open == 0
     assert sys.exc_info() == (None, None, None)
+
+
+@pytest.mark.parametrize("place", ["lake", "postgres"], indirect=True)
+def test_a_killed_run_of_a_source_elsewhere_goes_on(
+    place: Place, server: ScriptedServer, tmp_path: Path
+) -> None:
+    """Into a lake: each row is there once, no committed one is asked again, and nothing is left in TMPDIR."""
+    rows, temporary, left = 600, tmp_path / "tmp", set[Path]()
+    temporary.mkdir()
+    place.fill_texts(*(f"t{i}" for i in range(rows)))
+    home = Place(str(tmp_path / "home"))
+    Path(home.url).mkdir()
+    call = {"source": place.url, "max_chunk_size": GROUP}
+    with Jobs(tmp_path / "log", {"TMPDIR": str(temporary)}) as jobs:
+        for _ in range(5):
+            first, done = len(server.posts), committed(home)
+            job = jobs.start(model_of(server, home), "text", "rows", **call)
+            enough = first + random.randint(1, rows // 5)
+            server.wait_until(lambda: len(server.posts) >= enough or len(committed(home)) == rows)  # noqa: B023
+            time.sleep(random.uniform(0, 0.1))
+            jobs.kill(job)
+            left |= {*temporary.iterdir()}
+            time.sleep(0.05)  # what was sent arrives
+            assert not asked_since(server, first).keys() & done, "a committed row was asked again"
+            assert done <= committed(home), "a committed row is gone"
+        jobs.run(model_of(server, home), "text", "rows", **call)
+        assert committed(home) == set(range(rows))
+        assert left, "no kill left anything to remove"
+        assert not list(temporary.iterdir()), "a spill folder or a spool is left"

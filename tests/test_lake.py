@@ -181,7 +181,7 @@ def test_names_that_are_not_there_or_not_clear(lake: Lake, folder: Path) -> None
     assert "did you mean 'twice'?; it has 'empty', 'mixed', 't', 'twice'" in refusal(lake, selection("twicf"))
     assert "no table, file or match for 'nope'; it has" in refusal(lake, selection("SELECT * FROM nope"))
     assert "several kinds (csv, jsonl)" in refusal(lake, selection("mixed"))
-    assert "'notes.txt' is none of" in refusal(lake, selection("notes.txt"))
+    assert "notes.txt' is no file that is read here" in refusal(lake, selection("notes.txt"))
     assert "holds no parquet" in refusal(lake, selection("empty"))
     for outside in ("/etc/passwd", "../t", "sub/../../t", "s3://bucket/t", f"{folder}x/t"):
         assert "is not in the lake" in refusal(lake, selection(outside))

@@ -166,3 +166,13 @@ def test_a_limit_may_replace_errors(model: VllmAPI, place: Place) -> None:
     place.fill_texts(None, None)
     ask(model, "rows", limit=2, max_failed=None)
     assert ask(model, "rows", limit=2, max_failed=None, temperature=0).replaced == 2
+
+
+def test_a_saved_name_without_a_server(model: VllmAPI) -> None:
+    """Whether it is one cannot be asked: refused with the reason, and what else may be given."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    words = r"'warehouse' is no folder here.*PREFECT_API_URL.*a URL, or a path"
+    nowhere = temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"})
+    with nowhere, pytest.raises(InvalidCall, match=words):
+        model.predict_in_db("text", "rows", source="warehouse")

@@ -161,3 +161,18 @@ def test_mariadb_keeps_no_outputs(maria: str, pg: Place) -> None:
     for url in (maria, "mssql+pyodbc://u@h/d", "oracle://u@h/d"):
         with pytest.raises(InvalidCall, match=r"MariaDB.*source=|driver"):
             Database(url)
+
+
+@pytest.mark.parametrize("kind", ["", "BLOB"])
+@pytest.mark.parametrize("select", ["t", "SELECT id, x FROM t"])
+def test_keys_that_are_one_as_text(tmp_path: Path, kind: str, select: str) -> None:
+    """SQLite tells 1 from '1'; a key of texts does not, so neither stands for the other."""
+    (tmp_path / "f.db").touch()
+    url = f"sqlite:///{tmp_path}/f.db"
+    run(url, f"CREATE TABLE t (id {kind}, x TEXT)", "INSERT INTO t VALUES (1, 'a'), ('1', 'b'), ('2', 'c')")
+    words = "several types that are one as text, as id='1'"
+    with closing(SqlSource(url, select)) as source, pytest.raises(InvalidCall, match=words):
+        source.identified_by(("id",))
+    run(url, "DELETE FROM t WHERE id = '1'")
+    with closing(SqlSource(url, select)) as source:
+        assert source.identified_by(("id",))

@@ -15,6 +15,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.sources import PART_BYTES, Unreadable
 from vllm_tasks.datalayer.sources.csv import Csv
 from vllm_tasks.datalayer.sources.data_file import DataFile
@@ -791,3 +793,12 @@ def test_blocks_of_any_size_give_the_same_records(
     assert unreadable.count == len(numbers)
     assert [e.split(": ")[0] for e in unreadable.examples] == [f"t.csv, record {n}" for n in numbers[:20]]
     assert len(sql(source, ["id"], "SELECT id FROM t")) == len(wanted)
+
+
+def test_lines_of_a_txt(tmp_path: Path) -> None:
+    """As docs/tables.md says: linked as a CSV, with a delimiter that no line has."""
+    (tmp_path / "lines.txt").write_text('a, "b"\n c\n')
+    (tmp_path / "lines.csv").symlink_to(tmp_path / "lines.txt")
+    options = {"header": ["text"], "quote": "", "delimiter": "\x01"}
+    with closing(Datalayer(url=str(tmp_path), read={"lines": options}).tables()) as tables:
+        assert list(tables.read("lines")) == [[{"text": 'a, "b"'}, {"text": " c"}]]

@@ -341,8 +341,7 @@ def refuse_missing(select: str, wanted: Sequence[str], there: Sequence[str]) -> 
             f"{select!r} has no column {', '.join(map(repr, missing))}{hints}; "
             f"it has {', '.join(map(repr, there[:50]))}"
         )
-    folded = [name.casefold() for name in there]
-    if twice := [name for name in wanted if there.count(name) > 1 or folded.count(name.casefold()) > 1]:
+    if twice := [name for name in wanted if there.count(name) > 1]:
         raise InvalidCall(f"{select!r} has two columns {twice[0]!r}; name one otherwise with AS")
 
 

@@ -67,8 +67,18 @@ def source_of(given: Store | None) -> Datalayer | None:
 
 def saved(name: str) -> Datalayer:
     """The saved `Datalayer` of this name; raises `InvalidCall`."""
+    import httpx
+
+    from vllm_tasks.datalayer.delta import plain
+
     try:
         found = Datalayer.load(name)
+    except (httpx.HTTPError, RuntimeError) as error:  # of Prefect's own server, too
+        raise InvalidCall(
+            f"{name!r:.200} is no folder here, and Prefect's server cannot be asked whether it is a saved "
+            f"Datalayer ({plain(error):.300}); set PREFECT_API_URL to a server that runs, or give a URL, or "
+            "a path with a / in it"
+        ) from error
     except ValueError as error:
         raise InvalidCall(
             f"{name!r:.200} is neither a folder here nor the name of a saved Datalayer ({error}); give a "

@@ -60,6 +60,8 @@ class Relation:
         twice = sorted({c for c in columns if columns.count(c) > 1} & {*wanted})
         if twice:
             raise InvalidCall(f"the select has more than one column {twice[0]!r}; name it in the SELECT")
+        if connection.dialect.name == "sqlite":
+            _refuse_cases(columns)
         for name in wanted:
             if name not in columns:
                 raise InvalidCall(f"{select[:200]!r} has no column {name!r}{_near(name, columns)}")
@@ -141,7 +143,10 @@ def _columns(
             raise InvalidCall(f"select must be exactly one SELECT statement that runs: {error}") from e
         raise error from e
     if isinstance(clause, sa.TextClause) and (numbered := backend.numbered):
-        return [match[1] if (match := numbered.fullmatch(n)) and match[1] in names else n for n in names]
+        there = {name.lower() for name in names}
+        return [
+            match[1] if (match := numbered.fullmatch(n)) and match[1].lower() in there else n for n in names
+        ]
     return names
 
 
@@ -149,6 +154,20 @@ def _rows(clause: sa.TableClause | sa.TextClause, columns: Sequence[str]) -> sa.
     if isinstance(clause, sa.TextClause):
         return clause.columns(*map(sa.column, columns)).subquery("s")
     return sa.table(clause.name, *map(sa.column, columns), schema=clause.schema).alias("s")
+
+
+def _refuse_cases(columns: Sequence[str]) -> None:
+    """SQLite takes Text and text for one column, and gives the first of them."""
+    found: dict[bytes, str] = {}
+    for name in columns:
+        other = found.setdefault(
+            name.encode(errors="surrogatepass").lower(), name
+        )  # as SQLite does, of ASCII only
+        if other != name:
+            raise InvalidCall(
+                f"the select has the columns {other!r:.100} and {name!r:.100}, which are one in "
+                "SQLite; name one otherwise with AS"
+            )
 
 
 def _near(name: str, names: Sequence[str]) -> str:

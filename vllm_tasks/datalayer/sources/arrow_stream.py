@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -17,11 +17,12 @@ from vllm_tasks.errors import InvalidCall
 class ColumnStream:
     """The columns of a source, which may be read any number of times; each time from the files."""
 
-    def __init__(self, source: Pieces, columns: Sequence[str]) -> None:
-        """Raises `InvalidCall` where files have types of a column that no one type holds."""
+    def __init__(self, source: Pieces, columns: Sequence[str], without: Collection[str] = ()) -> None:
+        """`without`: columns that are NULL and not read. Raises `InvalidCall` where files have types of a
+        column that no one type holds."""
         self._source = source
-        self._columns = columns
-        self.schema = _schema(source, columns)
+        self._columns = [name for name in columns if name not in without]
+        self.schema = pa.schema([*_schema(source, self._columns), *((name, pa.null()) for name in without)])
 
     def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
         reader = pa.RecordBatchReader.from_batches(self.schema, self._batches())

@@ -10,7 +10,7 @@ from typing import IO, Any, Literal, Self, cast
 
 from vllm_tasks.datalayer.sources.byte_stream import BUFFER, Connected, Decompressed
 
-Kind = Literal["parquet", "jsonl", "json", "csv", "tsv", "arrow", "excel"]
+Kind = Literal["parquet", "jsonl", "json", "csv", "tsv", "arrow"]
 ENDINGS: dict[str, Kind] = {
     "parquet": "parquet",
     "jsonl": "jsonl",
@@ -21,7 +21,6 @@ ENDINGS: dict[str, Kind] = {
     "tab": "tsv",
     "arrow": "arrow",
     "feather": "arrow",
-    "xlsx": "excel",
 }
 """Formats by the ending of a file's name, in any case of its letters."""
 COMPRESSIONS: dict[str, Literal["gzip", "zstd"]] = {"gz": "gzip", "zst": "zstd"}

@@ -9,7 +9,7 @@ import duckdb
 from vllm_tasks.datalayer.delta import quoted
 from vllm_tasks.datalayer.sources.statement import SQL, Statement, parse
 from vllm_tasks.datalayer.workspace import Workspace
-from vllm_tasks.errors import InvalidCall, TablesUnavailable, near
+from vllm_tasks.errors import SHOWN, InvalidCall, TablesUnavailable, near
 from vllm_tasks.settings import site_settings
 
 SCHEME = "duckdb:///"
@@ -46,13 +46,18 @@ def _opened(path: Path) -> Workspace:
 def _statement(con: duckdb.DuckDBPyConnection, select: str, path: Path) -> str:
     """SQL of the rows that `select` names."""
     found = con.execute("SELECT table_schema, table_name FROM information_schema.tables").fetchall()
-    there = {name: (schema, name) for schema, name in found}
-    there.update({f"{schema}.{name}": (schema, name) for schema, name in found})
-    if (place := there.get(select)) is not None:
-        return f"FROM {'.'.join(map(quoted, place))}"
+    there = {f"{schema}.{name}": (schema, name) for schema, name in found}
+    named = sorted(whole for whole, (_, name) in there.items() if select in (whole, name))
+    if len(named) > 1:
+        raise InvalidCall(
+            f"select={select[:200]!r} may be any of {', '.join(named[:SHOWN])} in {str(path)!r}; name "
+            "the table with its schema, or in a SELECT"
+        )
+    if named:
+        return f"FROM {'.'.join(map(quoted, there[named[0]]))}"
     if not SQL.match(select):
         raise InvalidCall(
             f"select={select[:200]!r} is no table or view of {str(path)!r} and no SELECT"
-            f"{near(select, list(there))}"
+            f"{near(select, [*there, *(name for _, name in found)])}"
         )
     return parse(con, select).sql

@@ -15,12 +15,11 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from vllm_tasks.datalayer.delta import find_table, plain
-from vllm_tasks.datalayer.sources.data_file import ENDINGS, DataFile
+from vllm_tasks.datalayer.sources.data_file import DataFile
 from vllm_tasks.datalayer.sources.iceberg import is_iceberg
+from vllm_tasks.datalayer.sources.unread import FORMATS, has_rows, is_called, refusal
 from vllm_tasks.errors import InvalidCall, TablesUnavailable, near
 from vllm_tasks.places import check_place, without_secrets
-
-FORMATS = ", ".join(ENDINGS)
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,10 @@ class Files:
         return self._of_one_format(name, paths)
 
     def unknown(self, name: str, tables: Collection[str]) -> InvalidCall:
-        """That there is no such table."""
+        """That there is no such table, or that it is not read."""
+        for entry in self._ask("ls", self.root or "/", detail=False):
+            if is_called(entry, name):
+                return refusal(entry, self.shown(entry))
         has = ", ".join(map(repr, sorted(tables)[:20])) + (", ..." if len(tables) > 20 else "")
         return InvalidCall(
             f"{self.shown(self.root)!r} has no table, file or match for {name!r}{near(name, tables)}; "
@@ -163,18 +165,29 @@ class Files:
         whole = f"{self.root}/{path.rstrip('/')}"
         if self._ask("exists", whole):
             if not self._ask("isdir", whole) and self._file(whole) is None:
-                raise InvalidCall(f"{name!r} is none of {FORMATS} by its name")
+                raise refusal(whole, self.shown(whole))
             return self._refuse_tables([whole]) if self._file(whole) else [whole]
         if not set("*?[") & set(path):
             return []
-        found = [p for p in self._glob(path) if self._file(p) and not self._hidden(p, path)]
-        return self._refuse_tables(found)
+        return self._refuse_tables(self._with_rows(self._glob(path), path))
 
     def _file(self, path: str) -> DataFile | None:
         return DataFile.of(self.fs, path, self.shown(path))
 
     def _data_files(self, folder: str) -> list[str]:
-        return [p for p in self._inside(folder, set()) if self._file(p) and not self._hidden(p, folder)]
+        return self._with_rows(self._inside(folder, set()), folder)
+
+    def _with_rows(self, paths: Iterable[str], pattern: str) -> list[str]:
+        """Those that are read; raises `InvalidCall` for one whose rows would be missing."""
+        found = []
+        for path in paths:
+            if self._hidden(path, pattern):
+                continue
+            if self._file(path):
+                found.append(path)
+            elif has_rows(path):
+                raise refusal(path, self.shown(path))
+        return found
 
     def _inside(self, folder: str, seen: set[str]) -> Iterator[str]:
         """All files in a folder and in those that links in it lead to, each folder once."""

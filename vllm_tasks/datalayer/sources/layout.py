@@ -33,7 +33,12 @@ def size(column: pa.Array) -> int:
         return own + _repeated(column)
     if pa.types.is_struct(kind):
         return own + sum(size(child) for child in column.flatten())
-    if pa.types.is_nested(kind) and not pa.types.is_union(kind):  # all kinds of lists, and maps
+    if pa.types.is_map(kind):
+        entries = column.offsets.to_numpy()
+        return own + sum(
+            size(child) for child in column.values.slice(entries[0], entries[-1] - entries[0]).flatten()
+        )
+    if pa.types.is_nested(kind) and not pa.types.is_union(kind):  # all kinds of lists
         return own + size(column.flatten())
     return own + int(column.nbytes)
 
@@ -76,6 +81,8 @@ def _familiar(kind: pa.DataType) -> pa.DataType:
         return pa.large_binary()
     if t.is_run_end_encoded(kind):
         return _familiar(kind.value_type)
+    if t.is_decimal256(kind) and kind.precision <= 38:
+        return pa.decimal128(kind.precision, kind.scale)
     if t.is_dictionary(kind):
         return pa.dictionary(kind.index_type, _familiar(kind.value_type), kind.ordered)
     if t.is_struct(kind):

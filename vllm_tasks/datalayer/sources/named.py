@@ -18,9 +18,7 @@ def named_columns(source: Source, named: Collection[str] | None, table: str) -> 
     None. Raises `InvalidCall` for two of them that SQL takes for one."""
     # SQL is UTF-8: it cannot name what has half a character.
     every = [name for name in source.columns() if not has_half(name)]
-    if named is None:
-        return every
-    wanted = {name.casefold() for name in named}
+    wanted = {name.casefold() for name in (every if named is None else named)}
     found: dict[str, str] = {}
     for name in every:
         if (folded := name.casefold()) not in wanted:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,9 +16,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from vllm_tasks.datalayer.sources import PART_BYTES
 from vllm_tasks.datalayer.sources.data_file import DataFile
+from vllm_tasks.datalayer.sources.hive import Partition
 from vllm_tasks.datalayer.sources.int96 import exact
 from vllm_tasks.datalayer.sources.layout import VALUE_BYTES
 from vllm_tasks.datalayer.sources.pieces import BATCH_ROWS, Piece, Pieces, reading_errors
+from vllm_tasks.errors import InvalidCall
 
 BUFFER_BYTES = 1 << 20
 """Read of a column at once; without it Arrow reads the whole column of a row group."""
@@ -34,22 +36,26 @@ class Parquet(Pieces):
     """The files of a table. Their columns are put together by name; the values of a file are as it has them,
     whatever types the others have."""
 
-    def __init__(self, files: Sequence[DataFile]) -> None:
+    def __init__(self, files: Sequence[DataFile], partitions: Sequence[Partition] = ()) -> None:
+        """`partitions`: of each file, if there are any."""
         self._files = files
+        self._partitions = partitions or [{} for _ in files]
         self._footers = _Footers()
 
     def schemas(self) -> Iterator[tuple[str, pa.Schema]]:
         """See `Pieces.schemas`."""
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
-            for file, footer in zip(self._files, pool.map(self._footers.of, self._files), strict=True):
-                yield file.shown, footer.schema
+            footers = pool.map(self._footers.of, self._files)
+            for file, footer, partition in zip(self._files, footers, self._partitions, strict=True):
+                yield file.shown, _with(footer.schema, partition)
 
     def pieces(self) -> Iterator[Piece]:
         """See `Pieces.pieces`."""
-        for file in self._files:
+        for file, partition in zip(self._files, self._partitions, strict=True):
             footer = self._footers.of(file)
+            schema = _with(footer.schema, partition)
             for group in range(footer.metadata.num_row_groups):
-                yield Piece(file.shown, footer.schema, (file, footer, group))
+                yield Piece(file.shown, schema, (file, footer, group, partition))
 
     def reading(self, rows: int) -> _Pass:
         """See `Pieces.reading`."""
@@ -89,6 +95,11 @@ class _Footers:
         return footer
 
 
+def _with(schema: pa.Schema, partition: Partition) -> pa.Schema:
+    own = [field for field in schema if field.name not in partition]
+    return pa.schema([*own, *((name, pa.string()) for name in partition)])
+
+
 def _open(file: DataFile, opened: ExitStack, **options: Any) -> pq.ParquetFile:
     """The file, which `opened` closes."""
     local = isinstance(file.fs, LocalFileSystem)
@@ -108,22 +119,25 @@ class _Pass:
 
     def batches(self, piece: Piece, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """See `Pass.batches`."""
-        file, footer, group = piece.at
-        if self._open != (file, columns):
-            self._reopen(file, footer, columns)
+        file, footer, group, partition = piece.at
+        own = [name for name in columns if name not in partition]
+        if self._open != (file, own):
+            self._reopen(file, footer, own)
         rows = self._rows_at_once(footer.metadata.row_group(group))
         found = [
             # One thread: it is not what takes time, and several would hold more at once.
-            reader.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False)
+            reader.iter_batches(rows, row_groups=[group], columns=own, use_threads=False)
             for reader in self._readers
         ]
         # The names of a struct's fields follow a point: with "a" comes the column "a.b", if there is one.
         for some in zip(*found, strict=True):
-            yield exact(*(batch.select(columns) for batch in some)) if some[1:] else some[0].select(columns)
+            batch = exact(*(batch.select(own) for batch in some)) if some[1:] else some[0].select(own)
+            yield _filled(batch, columns, partition) if partition else batch
 
     def _reopen(self, file: DataFile, footer: _Footer, columns: Sequence[str]) -> None:
         self.close()
         self._leaves = _leaves(footer.metadata, set(columns))
+        _refuse_spans(file, footer.metadata, self._leaves)
         kinds = {footer.metadata.schema.column(leaf).physical_type for leaf in self._leaves}
         # Keys have microseconds; of values both are read, as one column of INT96 may need both.
         units = ["us"] if self._rows > BATCH_ROWS else ["ns", "us"] if "INT96" in kinds else ["ns"]
@@ -148,6 +162,25 @@ class _Pass:
         """See `Pass.close`."""
         self._opened.close()
         self._opened, self._open, self._readers = ExitStack(), None, []
+
+
+def _filled(batch: pa.RecordBatch, columns: Sequence[str], partition: Partition) -> pa.RecordBatch:
+    """The columns of the file, `batch`, and of its folder."""
+    made = {name: pa.repeat(pa.scalar(partition[name], pa.string()), batch.num_rows) for name in partition}
+    if not columns:
+        return batch
+    return pa.RecordBatch.from_arrays(
+        [made[name] if name in made else batch[name] for name in columns], names=list(columns)
+    )
+
+
+def _refuse_spans(file: DataFile, metadata: pq.FileMetaData, leaves: Collection[int]) -> None:
+    for column in map(metadata.schema.column, leaves):
+        if column.converted_type == "INTERVAL":  # Arrow would make bytes of it
+            raise InvalidCall(
+                f"the column {column.path!r:.100} of {file.shown} has spans of Parquet's type INTERVAL; "
+                "read them as texts, by SELECT CAST(... AS VARCHAR)"
+            )
 
 
 def _leaves(metadata: pq.FileMetaData, columns: set[str]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,9 @@ from vllm_tasks.datalayer.sources.arrow_file import ArrowFile
 from vllm_tasks.datalayer.sources.arrow_stream import ColumnStream
 from vllm_tasks.datalayer.sources.csv import Csv
 from vllm_tasks.datalayer.sources.delta import DeltaSource, queryable
+from vllm_tasks.datalayer.sources.exact_sql import plain_times, refused_in_sql
 from vllm_tasks.datalayer.sources.files import Files, Table, exactly
+from vllm_tasks.datalayer.sources.hive import Partition, partitions
 from vllm_tasks.datalayer.sources.iceberg import Iceberg
 from vllm_tasks.datalayer.sources.jsonl import JsonLines
 from vllm_tasks.datalayer.sources.named import NoColumns, named_columns
@@ -24,7 +27,6 @@ from vllm_tasks.datalayer.sources.read_options import DEFAULTS, ReadOptions, rea
 from vllm_tasks.datalayer.sources.statement import SQL, Attach, Statement, parse
 from vllm_tasks.datalayer.sources.stream import Stream, Streamed
 from vllm_tasks.datalayer.workspace import Workspace, literal
-from vllm_tasks.errors import InvalidCall
 from vllm_tasks.settings import site_settings
 
 
@@ -75,16 +77,11 @@ class Readers:
         options = self._options_of(table)
         match table.files[0].kind:
             case "parquet":
-                return Parquet(table.files)
+                return Parquet(table.files, self._partitions(table))
             case "arrow":
                 return ArrowFile(table.files)
             case "jsonl" | "json":
                 return JsonLines(table.files, options)
-            case "excel":
-                raise InvalidCall(
-                    f"{table.files[0].shown!r} is a file of Excel's, which is not read here; pass it as a "
-                    "table in memory, select=pandas.read_excel(...), or save it as CSV or Parquet"
-                )
             case _:
                 return Csv(table.files, options)
 
@@ -101,16 +98,6 @@ class Readers:
         """How a SELECT's connection gets to know the table: Parquet and plain Delta tables by DuckDB, which
         reads of them what the SELECT needs, all others as a stream of the columns it has `named` (see
         `Parsed.columns`). `texts` gets those that are text."""
-        # DuckDB asks a filesystem when a file was changed, which a web server may not tell.
-        web = "http" in self._files.fs.protocol
-        if table.files and table.files[0].kind == "parquet" and not web:
-            uris = ", ".join(literal(exactly(self._files.uri(file.path))) for file in table.files)
-            read = f"read_parquet([{uris}], union_by_name = true)"
-
-            def view(cursor: duckdb.DuckDBPyConnection, name: str) -> None:
-                cursor.execute(f"CREATE OR REPLACE TEMP VIEW {quoted(name)} AS FROM {read}")
-
-            return view
         if table.delta is not None:
             with storage_errors(f"cannot read {table.name!r}"):
                 rows = queryable(open_table(table.delta))
@@ -118,18 +105,52 @@ class Readers:
         source = self._of(table)
         assert not isinstance(source, DeltaSource), "DuckDB was given it above"
         columns = named_columns(source, named, table.name)
-        stream: Any
         if not columns:
             empty = NoColumns(source, named, table.name)
             texts.append(empty)
-            stream = Stream(empty, empty.columns)
-            return lambda cursor, name: _register(cursor, name, stream)
+            return _attached(Stream(empty, empty.columns), {})
         if isinstance(source, Csv | JsonLines):
             texts.append(source)
-            stream = Stream(source, columns)
-        else:
-            stream = ColumnStream(source, columns)
-        return lambda cursor, name: _register(cursor, name, stream)
+            return _attached(Stream(source, columns), {})
+        refused = refused_in_sql(source, columns)
+        if isinstance(source, Parquet) and self._by_duckdb(table):
+            return _attached(self._read_parquet(table), plain_times(source, columns) | refused)
+        return _attached(ColumnStream(source, columns, refused), refused)
+
+    def _by_duckdb(self, table: Table) -> bool:
+        """Whether DuckDB reads these files of Parquet as we do."""
+        # It asks a filesystem when a file was changed, which a web server may not tell.
+        web = "http" in self._files.fs.protocol
+        # It takes the folders that the lake is in for columns, too.
+        return not web and not (self._partitions(table)[0] and "=" in self._files.root)
+
+    def _read_parquet(self, table: Table) -> str:
+        uris = ", ".join(literal(exactly(self._files.uri(file.path))) for file in table.files)
+        hive = str(bool(self._partitions(table)[0])).lower()
+        options = f"hive_partitioning = {hive}, hive_types_autocast = false"
+        return f"read_parquet([{uris}], union_by_name = true, {options})"
+
+    def _partitions(self, table: Table) -> list[Partition]:
+        root = self._files.root + "/"
+        return partitions([posixpath.dirname(file.path.removeprefix(root)) for file in table.files])
+
+
+def _attached(rows: Any, expressions: Mapping[str, str]) -> Attach:
+    """`rows`: an object with a stream of Arrow, or SQL; `expressions` stand for the columns so named."""
+    replaced = ", ".join(f"{sql} AS {quoted(column)}" for column, sql in expressions.items())
+
+    def attach(cursor: duckdb.DuckDBPyConnection, name: str) -> None:
+        found = rows
+        if not isinstance(rows, str):
+            if not replaced:
+                _register(cursor, name, rows)
+                return
+            _register(cursor, f"_vllm_tasks_{name}", rows)
+            found = quoted(f"_vllm_tasks_{name}")
+        columns = f"* REPLACE ({replaced})" if replaced else "*"
+        cursor.execute(f"CREATE OR REPLACE TEMP VIEW {quoted(name)} AS SELECT {columns} FROM {found}")  # noqa: S608 - quoted
+
+    return attach
 
 
 def _register(cursor: duckdb.DuckDBPyConnection, name: str, rows: Any) -> None:

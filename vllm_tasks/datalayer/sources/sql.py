@@ -22,6 +22,7 @@ from vllm_tasks.datalayer.sources.sql_order import Order, Place
 from vllm_tasks.datalayer.sources.sql_types import key_array, stored_as
 from vllm_tasks.datalayer.sources.sql_values import SqlValues
 from vllm_tasks.datalayer.spool import Spool, spools
+from vllm_tasks.errors import InvalidCall
 
 
 class SqlSource:
@@ -50,7 +51,10 @@ class SqlSource:
     def identified_by(self, key: Sequence[str]) -> bool:
         # Where the rows are, all keys are compared sooner than they come here.
         with self._backend.reading() as connection:
-            self._relation(connection).refuse_bad_keys(connection, key)
+            source = self._relation(connection)
+            source.refuse_bad_keys(connection, key)
+            if connection.dialect.name == "sqlite":
+                _refuse_merged(connection, source, key)
         return True
 
     def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
@@ -130,6 +134,22 @@ class SqlSource:
                 return declared(connection, source.table, columns)
             kinds = self._backend.types(connection, source.rows, columns)
         return ["JSON" if isinstance(kind, sa.JSON) else "" for kind in kinds]
+
+
+def _refuse_merged(connection: Connection, source: Relation, key: Sequence[str]) -> None:
+    """SQLite's columns may have values of any type; 1 and '1', which it tells apart, are one as texts."""
+    columns = [source.rows.c[name] for name in key]
+    types = connection.execute(source.query(*map(sa.func.typeof, columns)).distinct().limit(2)).all()
+    if len(types) < 2:
+        return
+    texts = [sa.cast(column, sa.Text) for column in columns]
+    merged = source.query(*texts).group_by(*texts).having(sa.func.count() > 1).limit(1)
+    if row := connection.execute(merged).first():
+        shown = ", ".join(f"{name}={value!r:.100}" for name, value in zip(key, row, strict=True))
+        raise InvalidCall(
+            f"the key {', '.join(key)} has values of several types that are one as text, as {shown}; "
+            "give each row a key of its own, or another primary_id"
+        )
 
 
 def _reader(spool: Spool, kept: np.ndarray, width: slice, kinds: Sequence[str]) -> Any:

@@ -60,7 +60,8 @@ class Statement:
         return self._description()[0]
 
     def key_types(self, key: Sequence[str]) -> Sequence[pa.DataType]:
-        _, schema = self._description()
+        names, schema = self._description()
+        _refuse_doubles(key, names)
         if mixed := [name for name in key if self._kinds[name] == MIXED_KIND]:
             raise InvalidCall(
                 f"the key {mixed[0]!r:.100} has texts and other values; make all of them texts by "
@@ -90,13 +91,14 @@ class Statement:
         if self._described is None:
             with self._cursor() as cursor:
                 names = cursor.sql(self._sql).columns
-                wanted = self._readable(cursor, names)
+                wanted = self._readable(cursor, [n for n in names if not _doubles(n, names)])
                 rows = cursor.sql(f"SELECT {wanted} FROM {VIEW} LIMIT 0")  # noqa: S608 - quoted
                 self._described = list(names), rows.to_arrow_table().schema
         return self._described
 
     def _batches(self, names: Sequence[str], rows: int) -> Iterator[pa.Table]:
         """The statement's rows in tables of about so many rows, or `PART_BYTES`."""
+        _refuse_doubles(names, self.columns())
         with self._cursor() as cursor:
             query = f"SELECT {self._readable(cursor, names)} FROM {VIEW}"  # noqa: S608 - quoted
             with cursor.sql(query).to_arrow_reader(BATCH_ROWS) as reader:
@@ -123,6 +125,20 @@ WITHOUT_ARROW = re.compile(r"(BIT|BIGNUM|VARINT|TIME WITH TIME ZONE|INTERVAL|GEO
 
 MIXED_KIND = 'UNION("text" VARCHAR, other JSON)'
 """DuckDB's name of `json_fields.MIXED`."""
+
+
+def _refuse_doubles(wanted: Sequence[str], names: Sequence[str]) -> None:
+    for name in wanted:
+        if others := _doubles(name, names):
+            raise InvalidCall(
+                f"the SELECT gives the columns {name!r:.100} and {others[0]!r:.100}, which are one in "
+                "SQL; name one otherwise with AS"
+            )
+
+
+def _doubles(name: str, names: Sequence[str]) -> list[str]:
+    """The names that SQL takes for `name`, though they are others."""
+    return [other for other in names if other != name and other.casefold() == name.casefold()]
 
 
 def _in_arrow(column: str, kind: str) -> str:

@@ -1,0 +1,74 @@
+"""Columns whose values DuckDB would change: what stands for them in a SELECT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from vllm_tasks.datalayer.delta import quoted
+from vllm_tasks.datalayer.sources.pieces import Pieces
+from vllm_tasks.datalayer.workspace import literal
+
+DIGITS = 38
+"""Of DuckDB's decimals."""
+
+
+def refused_in_sql(source: Pieces, columns: Sequence[str]) -> dict[str, str]:
+    """By column, an expression that ends the SELECT that uses it, and no other."""
+    found: dict[str, str] = {}
+    for where, schema in source.schemas():
+        for name in columns:
+            numbers = schema.get_all_field_indices(name)
+            if len(numbers) > 1:
+                why = f"{where} has {len(numbers)} columns {name!r:.100}; give each a name of its own"
+            elif numbers and _changed(kind := schema.field(numbers[0]).type):
+                why = (
+                    f"the column {name!r:.100} of {where} is of the type {str(kind)[:100]}, which SQL would "
+                    "change; name the table itself instead of a SELECT, or leave the column out"
+                )
+            else:
+                continue
+            found.setdefault(name, f"error({literal(why)})")
+    return found
+
+
+def plain_times(source: Pieces, columns: Sequence[str]) -> dict[str, str]:
+    """By column of times of day, an expression for them without a zone, which DuckDB gives to those that are
+    marked as UTC in Parquet, as pyarrow once marked all."""
+    kinds: dict[str, set[str | None]] = {}
+    for _, schema in source.schemas():
+        for field in schema:
+            kinds.setdefault(field.name, set()).add(_time(field.type))
+    return {
+        name: _without_zone(quoted(name), kind)
+        for name in columns
+        if len(there := kinds.get(name, set())) == 1 and (kind := next(iter(there)))
+    }
+
+
+def _without_zone(column: str, kind: str) -> str:
+    if kind.startswith("TIME_NS"):  # those with a zone have lost them
+        why = literal(f"the column {column} has nanoseconds that SQL would drop; name the table itself")
+        return f"if(typeof({column}) LIKE 'TIME WITH%', error({why}), {column})"
+    return f"CAST({column} AS {kind})"
+
+
+def _changed(kind: pa.DataType) -> bool:
+    t = pa.types
+    if t.is_dictionary(kind) or t.is_run_end_encoded(kind):
+        return _changed(kind.value_type)
+    if t.is_nested(kind):
+        return any(_changed(kind.field(i).type) for i in range(kind.num_fields))
+    wide = t.is_decimal(kind) and kind.precision > DIGITS
+    return bool(wide or t.is_float16(kind) or t.is_duration(kind) or t.is_interval(kind))
+
+
+def _time(kind: pa.DataType) -> str | None:
+    t = pa.types
+    if t.is_list(kind) or t.is_large_list(kind):
+        inner = _time(kind.value_type)
+        return inner and f"{inner}[]"
+    if not t.is_time(kind):
+        return None
+    return "TIME_NS" if kind.unit == "ns" else "TIME"

@@ -1,0 +1,49 @@
+"""Files that are known and not read: what to do instead."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+
+from vllm_tasks.datalayer.sources.data_file import COMPRESSED, COMPRESSIONS, ENDINGS
+from vllm_tasks.errors import InvalidCall
+
+FORMATS = f"{', '.join(ENDINGS)} ({', '.join(COMPRESSED)} also as {' or '.join(COMPRESSIONS)})"
+UNPACK = "unpack it, or pack lines of text as .gz or .zst"
+PACKED = dict.fromkeys(("bz2", "xz", "zip", "lz4", "br", "7z", "gz", "zst", "zstd"), UNPACK)
+ROWS = {
+    "xlsx": "pass it as a table in memory, select=pandas.read_excel(...), or save it as CSV or Parquet",
+    "xls": "pass it as a table in memory, select=pandas.read_excel(...), or save it as CSV or Parquet",
+    "orc": "pass it as a table in memory, select=pyarrow.orc.read_table(...), or save it as Parquet",
+    "avro": "pass it as a table in memory, select=polars.read_avro(...), or save it as Parquet",
+}
+WAYS_OUT = {
+    **PACKED,
+    **ROWS,
+    "xml": "pass it as a table in memory, select=pandas.read_xml(...), or save it as CSV or Parquet",
+    "txt": "rename or link it as .csv, and say how its lines are read by the option read= of the Datalayer",
+}
+"""By ending."""
+SURE = re.compile(
+    rf".+\.(?:{'|'.join(ROWS)}|(?:{'|'.join(ENDINGS)})\.(?:{'|'.join(PACKED)}))", re.I | re.DOTALL
+)
+"""The names of those that have rows, whatever else they are beside: others may be a README.txt."""
+
+
+def has_rows(path: str) -> bool:
+    """Whether a file that is not read has rows, by its name."""
+    return SURE.fullmatch(posixpath.basename(path)) is not None
+
+
+def is_called(path: str, name: str) -> bool:
+    """Whether a file that is known and not read is the table `name`, by its own name."""
+    stem, *endings = posixpath.basename(path).removeprefix(name).split(".")
+    return not stem and bool(endings) and endings[-1].lower() in WAYS_OUT and len(endings) <= 2
+
+
+def refusal(path: str, shown: str) -> InvalidCall:
+    """Of a file that is not read."""
+    way_out = WAYS_OUT.get(path.rpartition(".")[2].lower(), "save it as one of these")
+    return InvalidCall(
+        f"{shown!r} is no file that is read here, which are {FORMATS} by their names; {way_out}"
+    )
