@@ -436,7 +436,9 @@ def test_a_data_set_may_come_from_another_saved_datalayer(
 def test_a_datalayer_that_is_not_there_is_named(model: VllmAPI, server: ScriptedServer) -> None:
     """A data set with the name of no saved Datalayer fails the call, before anything is asked."""
     absent = of(datasets=[Dataset(identifier="held", select="held_out", db="no-such-lake")])
-    with pytest.raises(InvalidCall, match="'no-such-lake' is neither a folder here nor the name of a saved Datal"):
+    with pytest.raises(
+        InvalidCall, match="'no-such-lake' is neither a folder here nor the name of a saved Datal"
+    ):
         validated(model, absent)
     assert not server.posts
 
