@@ -84,7 +84,7 @@ class ServedAPI(VllmAPI):
     _block_type_slug: ClassVar[str] = "vllm-served"
     _behind: Mapping[str, Any] = PrivateAttr()
 
-    def __init__(self, behind: Mapping[str, Any], **fields: Any) -> None:
+    def __init__(self, *, behind: Mapping[str, Any], **fields: Any) -> None:
         super().__init__(**fields)
         self._behind = behind
 
@@ -95,7 +95,7 @@ class ServedAPI(VllmAPI):
 def api_of(model: VllmModel, behind: Mapping[str, Any], name: str, url: str, key: str) -> VllmAPI:
     """The client that asks as `model` does; its resources are those of the server, not of who asks it."""
     shared = {field: getattr(model, field) for field in Predictor.model_fields if field != "compute_kwargs"}
-    api = ServedAPI(behind, **shared, api_url=url, api_key=SecretStr(key), model=name)
+    api = ServedAPI(behind=behind, **shared, api_url=url, api_key=SecretStr(key), model=name)
     api._block_document_id = model._block_document_id  # where the values of a validation go
     return api
 
