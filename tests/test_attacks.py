@@ -29,8 +29,8 @@ from vllm_tasks.engines import process
 from vllm_tasks.engines.local import LocalEngine
 from vllm_tasks.engines.ray import RayConfig
 from vllm_tasks.engines.urls import split_urls
-from vllm_tasks.errors import printable
 from vllm_tasks.outputs import Artifact
+from vllm_tasks.printable import printable
 from vllm_tasks.report import ErrorKind
 from vllm_tasks.rows import RowError
 from vllm_tasks.serving import command_line
@@ -243,7 +243,7 @@ def test_the_sites_key_goes_to_the_sites_servers_only(
     monkeypatch.setenv("VLLM_TASKS_API_KEY", "of-the-site")
 
     def key_at(url: Any, **fields: Any) -> str | None:
-        return VllmAPI(identifier="m", api_url=url, **fields)._config().api_key
+        return VllmAPI(identifier="m", api_url=url, **fields).engine_config().api_key
 
     assert key_at("") == key_at(server.url) == "of-the-site"
     assert split_urls(server.url)[0] == (server.url,)
@@ -492,8 +492,8 @@ def test_a_name_too_long_is_refused() -> None:
 def test_an_engine_is_no_secret_carrier() -> None:
     """Configurations and engines show no argument, among which a token may be."""
     model = local(vllm_kwargs={"hf_token": "hf-secret"}, compute_kwargs={"num_gpus": 0})
-    config = model._config()
-    ray = local(vllm_kwargs={"hf_token": "hf-secret"}, on_ray=True)._config()
+    config = model.engine_config()
+    ray = local(vllm_kwargs={"hf_token": "hf-secret"}, on_ray=True).engine_config()
     assert isinstance(ray, RayConfig)
     shown = f"{model!r} {model} {config!r} {ray!r}"
     assert "hf-secret" not in shown

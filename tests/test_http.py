@@ -221,7 +221,7 @@ def test_a_gateway_that_cuts_control_calls_is_still_a_server(
 ) -> None:
     """What a server tells of itself ends where its paths are cut, and puts the server in no doubt."""
     server.script = lambda asked: Raw(reset=True) if asked.path in cut else None
-    facts = sharing.facts(api(model=model)._config())
+    facts = sharing.facts(api(model=model).engine_config())
     assert engine_loop.run(asyncio.wait_for(facts, 20)) == told
     assert "/health" not in {asked.path for asked in server.requests}
 
@@ -339,7 +339,7 @@ def test_the_key_is_sent_as_a_bearer_token_and_shown_nowhere(
     model = api(model=None, api_key=KEY)
     model.predict("x")
     assert [a.headers["Authorization"] for a in server.requests] == [f"Bearer {KEY}"] * 2
-    assert KEY not in repr(model) + str(model) + repr(model._config()) + caplog.text
+    assert KEY not in repr(model) + str(model) + repr(model.engine_config()) + caplog.text
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/completions"])

@@ -160,7 +160,7 @@ def test_no_error_shows_the_key(fields: dict[str, Any]) -> None:
     assert "sk-secret" not in str(missing.value)
     assert "identifier" in str(missing.value)
     model = VllmAPI(identifier="m", api_key="sk-secret", api_url="http://x")
-    assert "sk-secret" not in repr(model) + str(model) + repr(model._config()) + dumps(
+    assert "sk-secret" not in repr(model) + str(model) + repr(model.engine_config()) + dumps(
         model.model_dump(mode="json")
     )
 
@@ -235,10 +235,12 @@ def test_settings_stand_in_for_what_a_model_does_not_say(monkeypatch: pytest.Mon
     monkeypatch.setenv("VLLM_TASKS_API_KEY", "site-key")
     monkeypatch.setenv("VLLM_TASKS_MAX_IN_FLIGHT", "7")
     monkeypatch.setenv("VLLM_TASKS_TIMEOUT", "3")
-    site = VllmAPI(identifier="m", predict_kwargs={"best_of": 2})._config()
+    site = VllmAPI(identifier="m", predict_kwargs={"best_of": 2}).engine_config()
     assert (site.urls, site.protocol, site.api_key) == (("http://site",), "legacy", "site-key")
     assert (site.max_in_flight, site.timeout) == (7, 3)
-    own = VllmAPI(identifier="m", api_url="http://own", api_key="own", max_in_flight=9, timeout=4)._config()
+    own = VllmAPI(
+        identifier="m", api_url="http://own", api_key="own", max_in_flight=9, timeout=4
+    ).engine_config()
     assert (own.urls, own.protocol, own.api_key) == (("http://own",), "openai", "own")
     assert (own.max_in_flight, own.timeout) == (9, 4)
 
@@ -248,12 +250,12 @@ def test_the_site_decides_at_each_call_what_a_model_leaves_open(monkeypatch: pyt
     model = VllmAPI(identifier="m", api_url="http://x")
     own = VllmAPI(identifier="m", api_url="http://x", timeout=4, retries=0, max_in_flight=3)
     assert model.model_dump(include={"timeout", "retries"}) == {"timeout": None, "retries": None}
-    assert (model._config().timeout, model._config().retries) == (600, 5)
+    assert (model.engine_config().timeout, model.engine_config().retries) == (600, 5)
     for name, value in {"TIMEOUT": "7", "RETRIES": "9", "MAX_IN_FLIGHT": "2"}.items():
         monkeypatch.setenv(f"VLLM_TASKS_{name}", value)
-    config = model._config()
+    config = model.engine_config()
     assert (config.timeout, config.retries, config.max_in_flight) == (7, 9, 2)
-    config = own._config()
+    config = own.engine_config()
     assert (config.timeout, config.retries, config.max_in_flight) == (4, 0, 3)
 
 
@@ -282,7 +284,7 @@ def test_vllm_kwargs_win_over_the_fields() -> None:
     model = VllmModel(
         identifier="m", model_name="a", tensor_parallel_size=2, vllm_kwargs={"model": "b", "seed": 1}
     )
-    config = model._config()
+    config = model.engine_config()
     assert loads(config.engine_args) == {
         "model": "b",
         "tensor_parallel_size": 2,
@@ -292,7 +294,7 @@ def test_vllm_kwargs_win_over_the_fields() -> None:
     same = VllmModel(
         identifier="n", model_name="b", tensor_parallel_size=2, vllm_kwargs={"seed": 1}, prompt="Q: {input}"
     )
-    assert same._config() == config
+    assert same.engine_config() == config
 
 
 def test_a_local_model_needs_a_model() -> None:
@@ -331,7 +333,7 @@ def test_actors_get_what_the_hints_say_unless_ray_config_says_else() -> None:
         compute_kwargs={"num_cpus": 8, "accelerator_type": "A100", "env": {"A": "hint", "B": "hint"}},
         ray_config={"num_cpus": 4, "runtime_env": {"env_vars": {"A": "own"}, "working_dir": "."}},
     )
-    config = model._config()
+    config = model.engine_config()
     assert isinstance(config, RayConfig)
     assert (config.replicas, config.address) == (3, None)
     assert loads(config.options) == {
@@ -340,7 +342,7 @@ def test_actors_get_what_the_hints_say_unless_ray_config_says_else() -> None:
         "accelerator_type": "A100",
         "runtime_env": {"env_vars": {"A": "own", "B": "hint"}, "working_dir": "."},
     }
-    for_one = VllmModel(identifier="m", model_name="x", ray_address="auto")._config()
+    for_one = VllmModel(identifier="m", model_name="x", ray_address="auto").engine_config()
     assert isinstance(for_one, RayConfig)
     assert loads(for_one.options) == {"num_gpus": 1}
     assert "own" not in repr(config) + repr(model)

@@ -139,7 +139,7 @@ def test_a_search_for_a_server_leaves_its_room_growing(server: ScriptedServer, a
     """One that refused, was lost and is found again lets rows in when its while is over."""
 
     async def found_again() -> None:
-        engine = HttpEngine(api(server.url)._config())
+        engine = HttpEngine(api(server.url).engine_config())
         await engine.start()
         try:
             (far,) = engine._servers.all

@@ -24,11 +24,11 @@ from tests.places import Place
 from tests.scripted_server import ScriptedServer, answer_to
 from vllm_tasks import EngineFailed, InvalidCall, ServerUnavailable, VllmAPI, VllmModel, loop, predict_batches
 from vllm_tasks.batching import answer
+from vllm_tasks.call import identity_of
 from vllm_tasks.engines import actor, process
 from vllm_tasks.engines.local import LocalConfig, LocalEngine
 from vllm_tasks.engines.ray import RayHost
 from vllm_tasks.engines.replicas import REMEMBERED, Replica, Replicas, beginnings_of
-from vllm_tasks.plan import identity_of
 from vllm_tasks.rows import Completion, Request
 
 SCRIPTED_HOST = Path(__file__).with_name("scripted_host.py")
@@ -152,7 +152,7 @@ def test_replicas_on_two_nodes_answer_a_table_though_one_is_killed(
         assert len(actors()) == 2
     assert_nothing_left()
     here = model.model_copy(update={"on_ray": False, "ray_address": None, "replicas": 1})
-    assert identity_of(model._config()) == identity_of(here._config())
+    assert identity_of(model.engine_config()) == identity_of(here.engine_config())
 
 
 # ---------------------------------------------------------------------- deaths and places

@@ -43,7 +43,7 @@ SECRET = "hf-secret"
 
 
 def resources(**fields: Any) -> Resources:
-    return Resources.of(VllmModel(identifier="m", **fields))
+    return VllmModel(identifier="m", **fields).resources()
 
 
 def job(kind: str, needs: Resources) -> Any:
@@ -73,7 +73,7 @@ def test_the_gpus_of_a_job_are_those_of_its_engines(fields: dict[str, Any], gpus
 
 def test_a_client_of_a_server_needs_no_gpu() -> None:
     """`VllmAPI` has none, and its other hints count."""
-    needs = Resources.of(VllmAPI(identifier="m", compute_kwargs={"work_pool": "w"}))
+    needs = VllmAPI(identifier="m", compute_kwargs={"work_pool": "w"}).resources()
     assert (needs.num_gpus, needs.work_pool) == (0, "w")
 
 
@@ -125,9 +125,9 @@ def test_a_parallel_size_that_is_none_is_refused() -> None:
 def test_values_of_env_are_shown_nowhere() -> None:
     """Neither by a model, nor by its resources, nor by a refusal of another hint."""
     model = VllmModel(identifier="m", compute_kwargs={"env": {"HF_TOKEN": SECRET}})
-    shown = repr(model) + repr(Resources.of(model))
+    shown = repr(model) + repr(model.resources())
     shown += refusal(lambda: resources(compute_kwargs={"env": {"HF_TOKEN": SECRET}, "num_gpus": -1}))
-    shown += refusal(lambda: Resources.of(model.model_copy(update={"tensor_parallel_size": 0})))
+    shown += refusal(lambda: model.model_copy(update={"tensor_parallel_size": 0}).resources())
     assert SECRET not in shown
 
 

@@ -28,7 +28,6 @@ from tests.eventually import eventually
 from vllm_tasks import EngineFailed, InvalidCall, VllmModel, loop, predict_batches, serve
 from vllm_tasks.engines import shared_server
 from vllm_tasks.engines.gpus import free_devices
-from vllm_tasks.plan import Plan
 from vllm_tasks.serving import command_line, server_arguments
 from vllm_tasks.tasks import save_metric_values
 
@@ -133,14 +132,14 @@ def test_the_client_asks_as_the_model_does(scripted: Callable[..., VllmModel]) -
     with serve(model) as served:
         assert served.predict("1") == [1]
         assert (served.uuid, served.model, served.compute_kwargs) == (model.uuid, "m", {})
-        fingerprint = Plan.of(served, "x").fingerprint
+        fingerprint = served.prepare(served.predict_in_db).over("x").fingerprint
         assert served.api_key is not None
         assert served.api_key.get_secret_value() not in repr(served)
         served.metric_values["d"] = {"exact_match": 1.0}  # as a validation does
     assert model.metric_values == {"d": {"exact_match": 1.0}}
     other = model.model_copy(update={"vllm_kwargs": {**model.vllm_kwargs, "dtype": "half"}})
     with serve(other) as served:
-        assert Plan.of(served, "x").fingerprint != fingerprint
+        assert served.prepare(served.predict_in_db).over("x").fingerprint != fingerprint
 
 
 @IN_PREFECT[0]

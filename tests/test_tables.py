@@ -26,9 +26,9 @@ from vllm_tasks import (
     TooManyFailed,
     VllmAPI,
 )
+from vllm_tasks.call import records
 from vllm_tasks.fingerprint import input_hash
 from vllm_tasks.pace import Pace
-from vllm_tasks.plan import records
 from vllm_tasks.tables import Log
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from vllm_tasks.errors import printable
+from vllm_tasks.printable import printable
 from vllm_tasks.report import Tally
 
 FEW = 500

@@ -15,9 +15,10 @@ A single row that fails is not an exception but a `RowError` value (see `vllm_ta
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from vllm_tasks.printable import printable
 
 if TYPE_CHECKING:
     from vllm_tasks.report import Report
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from vllm_tasks.validation.report import ValidationReport
 
 SHOWN = 5
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters and line ends, those that turn the direction of writing, halves of characters."""
 
 
 def near(name: str, names: Iterable[str]) -> str:
@@ -34,11 +33,6 @@ def near(name: str, names: Iterable[str]) -> str:
     folded = {n.casefold(): n for n in names}
     match = difflib.get_close_matches(name.casefold(), folded, 1)
     return f"; did you mean {folded[match[0]]!r}?" if match else ""
-
-
-def printable(text: str) -> str:
-    """Text of rows and servers as a log may show it: nothing in it that a terminal would obey."""
-    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 class VllmTasksError(Exception):

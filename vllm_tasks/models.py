@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Self, TypeVar
 
 from prefect.blocks.core import Block
@@ -17,8 +18,8 @@ from vllm_tasks.engines.ray import RayConfig
 from vllm_tasks.engines.urls import origins, split_urls
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.predictor import FORBID, Predictor
-from vllm_tasks.resources import Resources
-from vllm_tasks.sampling import LOCAL_CHAT, Target, check_names
+from vllm_tasks.resources import PARALLEL, Resources
+from vllm_tasks.sampling import Target
 from vllm_tasks.settings import Settings, site_settings
 
 T = TypeVar("T")
@@ -92,7 +93,7 @@ class VllmAPI(Predictor, Block):
             )
         return urls, protocol
 
-    def _config(self) -> HttpConfig:
+    def engine_config(self) -> HttpConfig:
         settings = site_settings()
         urls, protocol = self._servers()
         key = self.api_key or (settings.api_key if _has_site_key(urls, settings) else None)
@@ -108,25 +109,14 @@ class VllmAPI(Predictor, Block):
             max_response_bytes=settings.max_response_bytes,
         )
 
-    def _sampling_target(self) -> Target:
+    def sampling_target(self) -> Target:
         return split_urls(self.api_url or site_settings().api_url)[1]
 
     def _is_chat(self) -> bool:
-        return self.chat or self._sampling_target() == "chat"
+        return self.chat or self.sampling_target() == "chat"
 
-    def _check_call(self, prompts: Sequence[Any], sampling: Mapping[str, Any]) -> None:
-        super()._check_call(prompts, sampling)
-        protocol = self._sampling_target()
-        texts = any(isinstance(p, str) for p in prompts)
-        messages = any(isinstance(p, list) for p in prompts)
-        if messages and protocol in ("legacy", "completions"):
-            urls = self.api_url or site_settings().api_url
-            raise InvalidCall(f"api_url {urls!r} takes texts, no chat messages; use the server's base URL")
-        if protocol == "openai":
-            if texts:
-                check_names(sampling, "completions")
-            if messages:
-                check_names(sampling, "chat")
+    def resources(self) -> Resources:
+        return Resources.of(self.compute_kwargs, {})
 
 
 def _has_site_key(urls: Sequence[str], settings: Settings) -> bool:
@@ -218,7 +208,7 @@ class VllmModel(Predictor, Block):
             object.__setattr__(self, "on_ray", True)  # a plain assignment would validate again
         return self
 
-    def _config(self) -> LocalConfig | RayConfig:
+    def engine_config(self) -> LocalConfig | RayConfig:
         arguments, timeout = self._arguments(), site_settings().engine_start_timeout
         if self.on_ray:
             options = _as_json("ray_config", self._actor_options())
@@ -228,7 +218,7 @@ class VllmModel(Predictor, Block):
                 f"replicas={self.replicas} are for Ray: set on_ray=True or ray_address; without Ray, "
                 f"predict_in_db(..., shards={self.replicas}) spreads a table over flow runs"
             )
-        return LocalConfig(arguments, timeout, Resources.of(self).num_gpus)
+        return LocalConfig(arguments, timeout, self.resources().num_gpus)
 
     def _arguments(self) -> str:
         """vLLM's engine arguments, as JSON."""
@@ -250,17 +240,19 @@ class VllmModel(Predictor, Block):
 
     def _actor_options(self) -> dict[str, Any]:
         """Options of each engine's actor: the resource hints, and `ray_config` over them."""
-        options = {**Resources.of(self).ray_options(), **self.ray_config}
+        options = {**self.resources().ray_options(), **self.ray_config}
         if env := self.compute_kwargs.get("env"):
             own = self.ray_config.get("runtime_env", {})
             options["runtime_env"] = {**own, "env_vars": {**env, **own.get("env_vars", {})}}
         return options
 
-    def _sampling_target(self) -> Target:
+    def sampling_target(self) -> Target:
         return "local"
 
-    def _check_call(self, prompts: Sequence[Any], sampling: Mapping[str, Any]) -> None:
-        super()._check_call(prompts, sampling)
-        unused = sorted(sampling.keys() & LOCAL_CHAT)
-        if unused and any(isinstance(p, str) for p in prompts):
-            raise InvalidCall(f"{unused} are for chat messages, and there are text prompts; set chat=True")
+    def resources(self) -> Resources:
+        hints = self.compute_kwargs
+        given = {"tensor_parallel_size": self.tensor_parallel_size, **self.vllm_kwargs}
+        needs = Resources.of(hints, {name: given[name] for name in PARALLEL if name in given})
+        on_ray = self.on_ray or bool(self.ray_address)
+        held = 0 if self.ray_address else self.replicas if on_ray else 1
+        return replace(needs, replicas=held, on_ray=on_ray)

@@ -9,8 +9,7 @@ import difflib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 from uuid import uuid4
 
 from pydantic import (
@@ -18,7 +17,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
-    PrivateAttr,
     SecretStr,
     ValidationInfo,
     field_validator,
@@ -28,25 +26,24 @@ from pydantic_core import ErrorDetails, InitErrorDetails
 
 from vllm_tasks import loop, sharing
 from vllm_tasks.arguments import check_spelling
+from vllm_tasks.call import Call, Columns, OnError, Output
 from vllm_tasks.callables import DottedCallable, check_importable
 from vllm_tasks.datalayer import Datalayer, check_name, not_shown, own_fields, validated
 from vllm_tasks.datalayer.partitions import named, refuse_inexact
 from vllm_tasks.datatypes import DataType
-from vllm_tasks.errors import InvalidCall, RowErrors
-from vllm_tasks.fingerprint import source_of
+from vllm_tasks.errors import InvalidCall
 from vllm_tasks.forms import arranged
 from vllm_tasks.hints import checked
 from vllm_tasks.outputs import Artifact, Decoder, check_one_type
 from vllm_tasks.prompts import Context, Prompter, Signature, Template, load_artifact
 from vllm_tasks.resources import Resources
-from vllm_tasks.rows import BuiltinType, Completion, Request, Result, RowError
+from vllm_tasks.rows import BuiltinType, Completion, RowError
 from vllm_tasks.sampling import Target, check_names, known_names
 from vllm_tasks.schemas import schema_type
 from vllm_tasks.settings import site_settings
 from vllm_tasks.validation import Validation
 
 if TYPE_CHECKING:
-    from vllm_tasks.plan import Columns
     from vllm_tasks.previews import Preview
     from vllm_tasks.report import Report
 
@@ -69,11 +66,6 @@ WRITTEN = ("metric_values", "uuid")
 
 HIDDEN = {"api_key", "api_url", "compute_kwargs", "db", "ray_config", "uri", "validation", "vllm_kwargs"}
 """Fields whose values may hold a key or a password; errors do not show them, but what is wrong."""
-
-T = TypeVar("T")
-OnError = Literal["raise", "return"]
-Output = Any
-"""A text, or what `datatype` or `output_schema` make of it; with `n > 1` a list of those."""
 
 
 class Predictor(BaseModel):
@@ -172,11 +164,6 @@ class Predictor(BaseModel):
         default=None, title="System message", description="Put before chat messages; needs chat."
     )
 
-    _asks: Callable[[Sequence[Request | RowError]], list[Result]] | None = PrivateAttr(default=None)
-    """Who answers in place of the engine: see `vllm_tasks.routing`."""
-    _behind: dict[str, Any] | None = PrivateAttr(default=None)
-    """What decides an answer of the engine behind a server of ours, which does not tell it itself."""
-
     # ------------------------------------------------------------------ checks
 
     def __init__(self, **fields: Any) -> None:
@@ -261,7 +248,7 @@ class Predictor(BaseModel):
 
     @model_validator(mode="after")
     def _known_sampling(self) -> Self:
-        check_names(self.predict_kwargs, self._sampling_target())
+        check_names(self.predict_kwargs, self.sampling_target())
         check_one_type(self.datatype, self.output_schema)
         return self
 
@@ -278,7 +265,7 @@ class Predictor(BaseModel):
 
     @model_validator(mode="after")
     def _hints_that_fit(self) -> Self:
-        Resources.of(self)
+        self.resources()
         return self
 
     @model_validator(mode="wrap")
@@ -325,10 +312,7 @@ class Predictor(BaseModel):
         model too. Raises `RowErrors` when the row fails, `InvalidCall`, `ServerUnavailable` or `EngineFailed`
         when the call does.
         """
-        check_spelling(sampling, self.predict, self._sampling_target())
-        (output,) = _checked(self._outputs([x], context, sampling), "raise")
-        assert not isinstance(output, RowError)
-        return output
+        return self.prepare(self.predict, context, sampling).predict(x)
 
     def predict_batches(
         self, xs: Sequence[Any], context: Context = None, *, on_error: OnError = "raise", **sampling: Any
@@ -339,40 +323,31 @@ class Predictor(BaseModel):
         with `on_error="return"` each failed row is a `RowError` in its place instead.
         `context` fills `{context}` of every prompt, `sampling` wins over `predict_kwargs`.
         """
-        _check_on_error(on_error)
-        check_spelling(sampling, self.predict_batches, self._sampling_target())
-        return _checked(self._outputs(xs, context, sampling), on_error)
+        return self.prepare(self.predict_batches, context, sampling).predict_batches(xs, on_error)
 
     def completions(
         self, xs: Sequence[Any], context: Context = None, *, on_error: OnError = "raise", **sampling: Any
     ) -> list[Completion | RowError]:
         """As `predict_batches`, with full results: texts, token ids, logprobs, finish reasons, usage."""
-        _check_on_error(on_error)
-        check_spelling(sampling, self.completions, self._sampling_target())
-        return _checked(self._results(xs, context, sampling), on_error)
+        return self.prepare(self.completions, context, sampling).completions(xs, on_error)
 
-    def _outputs(
-        self, xs: Sequence[Any], context: Context, given: Mapping[str, Any]
-    ) -> list[Output | RowError]:
-        decoder = self._decoder(given)
-        outputs = [
-            r if isinstance(r, RowError) else decoder.values(r) for r in self._results(xs, context, given)
-        ]
-        return [replace(o, index=i) if isinstance(o, RowError) else o for i, o in enumerate(outputs)]
-
-    def _results(self, xs: Sequence[Any], context: Context, given: Mapping[str, Any]) -> list[Result]:
-        xs = _rows_of(xs)
-        self._config()  # what is wrong with it is told first
-        sampling = self._sampling(given)
-        results = self._ask(self._requests(self._prompter(context), xs, sampling))
-        self._tell_cut(results, sampling)
-        return results
-
-    def _ask(self, requests: Sequence[Request | RowError]) -> list[Result]:
-        """N requests to N results, in the engine of this model or wherever `_asks` says."""
-        if self._asks is not None:
-            return self._asks(requests)
-        return loop.run(sharing.answer(self._config(), requests, self.max_batch_size))
+    def prepare(
+        self, call: Callable[..., Any], context: Context = None, sampling: Mapping[str, Any] | None = None
+    ) -> Call:
+        """A call of the function `call`, worked out; raises `InvalidCall` for whatever is wrong with it."""
+        given = sampling or {}
+        target = self.sampling_target()
+        check_spelling(given, call, target)
+        return Call(
+            identifier=self.identifier,
+            uuid=self.uuid,
+            engine=self.engine_config(),
+            max_batch_size=self.max_batch_size,
+            target=target,
+            decoder=self._decoder(given),
+            sampling=self._sampling(given),
+            prompter=self._prompter(context),
+        )
 
     def _decoder(self, given: Mapping[str, Any]) -> Decoder:
         many = {**self.predict_kwargs, **given}.get("n") not in (None, 1)
@@ -384,7 +359,7 @@ class Predictor(BaseModel):
         sampling = {**self.predict_kwargs, **given}
         asked = None if ASKED & sampling.keys() else self._decoder(given).schema
         # Servers with the legacy format hand the parameters on as they are, and vLLM takes no dict there.
-        if asked is None or self._sampling_target() == "legacy":
+        if asked is None or self.sampling_target() == "legacy":
             return sampling
         return {**sampling, "structured_outputs": {"json": asked}}
 
@@ -395,51 +370,9 @@ class Predictor(BaseModel):
             signature=self.signature,
             chat=self._is_chat(),
             system=self.system,
-            artifacts=self._loaded_artifacts(),
+            artifacts={name: load_artifact(a.uri, a.datatype) for name, a in self.artifacts.items()},
             context=context,
         )
-
-    def _loaded_artifacts(self) -> dict[str, Any]:
-        return {name: load_artifact(a.uri, a.datatype) for name, a in self.artifacts.items()}
-
-    def _identity(self) -> dict[str, Any]:
-        """What of this model, beside its engine, decides an answer."""
-        return {
-            "prompt": self.prompt,
-            "prompt_func": source_of(self.prompt_func),
-            "artifacts": self._loaded_artifacts(),
-            "signature": self.signature,
-            "chat": self._is_chat(),
-            "system": self.system,
-        }
-
-    def _requests(
-        self, prompter: Prompter, xs: Sequence[Any], sampling: Mapping[str, Any]
-    ) -> list[Request | RowError]:
-        prompts = [prompter(x) for x in xs]
-        self._check_call(prompts, sampling)
-        return [
-            replace(p, index=i) if isinstance(p, RowError) else Request(p, sampling)
-            for i, p in enumerate(prompts)
-        ]
-
-    def _check_call(self, prompts: Sequence[Any], sampling: Mapping[str, Any]) -> None:
-        """Refuse what would be wrong for every row."""
-        if self.system is not None and any(isinstance(p, str) for p in prompts):
-            raise InvalidCall("system needs chat messages: set chat=True, or put the words into the prompt")
-        check_names(sampling, self._sampling_target())
-
-    def _tell_cut(self, results: Sequence[Result], sampling: Mapping[str, Any]) -> None:
-        answers = [r for r in results if isinstance(r, Completion)]
-        cut = sum(any(c.finish_reason == "length" for c in r.choices) for r in answers)
-        self._tell_cut_rows(cut, len(answers), sampling)
-
-    def _tell_cut_rows(self, cut: int, answers: int, sampling: Mapping[str, Any]) -> None:
-        if cut and not {"max_tokens", "max_completion_tokens"} & sampling.keys():
-            logger.warning(
-                "%s: %d of %d answers were cut at max_tokens (vLLM's own default is 16 where neither the "
-                "model nor the chat protocol says more)", self.identifier, cut, answers,
-            )  # fmt: skip
 
     def predict_in_db(self, X: Columns, select: str | os.PathLike[str], **options: Any) -> Report:  # noqa: N803
         """Ask for the rows of a table and commit one output or one error for each.
@@ -470,24 +403,29 @@ class Predictor(BaseModel):
 
     def init(self) -> Self:
         """Start the engine now and keep it until `close()`."""
-        loop.run(sharing.hold(self._config(), id(self), again=False))
+        loop.run(sharing.hold(self.engine_config(), id(self), again=False))
         return self
 
     def close(self) -> None:
         """Let the engine go; it ends when no other model of this process holds it."""
-        loop.run(sharing.let_go(self._config(), id(self)))
+        loop.run(sharing.let_go(self.engine_config(), id(self)))
 
     def __enter__(self) -> Self:
-        loop.run(sharing.hold(self._config(), id(self), again=True))
+        loop.run(sharing.hold(self.engine_config(), id(self), again=True))
         return self
 
     def __exit__(self, *_: object) -> None:
         loop.run(sharing.leave(id(self)))
 
-    def _config(self) -> sharing.Config:
+    def engine_config(self) -> sharing.Config:
+        """Which engine answers, and how it is reached; raises `InvalidCall` where that is not said."""
         raise NotImplementedError
 
-    def _sampling_target(self) -> Target:
+    def resources(self) -> Resources:
+        """What an engine of this model needs; raises `InvalidCall` where its hints contradict it."""
+        raise NotImplementedError
+
+    def sampling_target(self) -> Target:
         raise NotImplementedError
 
     def _is_chat(self) -> bool:
@@ -500,32 +438,3 @@ def _shown(error: ErrorDetails) -> InitErrorDetails:
     if unplaced or HIDDEN & set(error["loc"]):
         return hidden
     return {**hidden, "input": error["input"]}
-
-
-def _checked(results: list[T], on_error: OnError) -> list[T]:
-    errors = [r for r in results if isinstance(r, RowError)]
-    if errors and on_error == "raise":
-        raise RowErrors(errors, results)
-    return results
-
-
-def _check_on_error(on_error: OnError) -> None:
-    if on_error not in ("raise", "return"):
-        raise InvalidCall(f"on_error={on_error!r} is neither 'raise' nor 'return'")
-
-
-def _rows_of(xs: Any) -> Sequence[Any]:
-    """The records; refuses what would be iterated into something else, or in no order."""
-    if isinstance(xs, str | bytes | Mapping):
-        raise InvalidCall(f"xs must be a list of records, got a {type(xs).__name__}; predict(x) takes one")
-    if isinstance(xs, set | frozenset):
-        raise InvalidCall(f"xs must be a list of records, got a {type(xs).__name__}, which has no order")
-    if hasattr(xs, "columns"):
-        raise InvalidCall(
-            f"xs must be a list of records, got a {type(xs).__name__}, which iterates over its columns; pass "
-            "one of them, table['column'], or with signature='**kwargs' all rows as dicts: "
-            "table.to_pylist() of pyarrow, table.to_dict('records') of pandas"
-        )
-    # pyarrow's columns iterate over scalars of its own.
-    rows: Sequence[Any] = xs.to_pylist() if hasattr(xs, "to_pylist") else xs
-    return rows

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
-from vllm_tasks.arguments import check_spelling
+from vllm_tasks.call import Call, Columns, Model, named_columns
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.opening import Store, open_tables, source_of
 from vllm_tasks.datalayer.selection import Selection, SourceRow, Tables
-from vllm_tasks.errors import InvalidCall, printable
+from vllm_tasks.errors import InvalidCall
 from vllm_tasks.outputs import Decoder
-from vllm_tasks.plan import Columns, Plan, named_columns
+from vllm_tasks.printable import printable
 from vllm_tasks.prompts import Context
 from vllm_tasks.rows import Completion, Message, Request, Result, RowError
 from vllm_tasks.stream import shown_key
 from vllm_tasks.tables import datalayer_of
-
-if TYPE_CHECKING:
-    from vllm_tasks.predictor import Predictor
 
 MOST = 1000
 """Rows of a preview: more are a run, which commits them."""
@@ -60,7 +57,7 @@ class Preview:
 
 
 def preview(
-    model: Predictor,
+    model: Model,
     X: Columns,  # noqa: N803 - the name in predict_in_db
     select: Any,
     n: int = 5,
@@ -69,32 +66,33 @@ def preview(
     db: Datalayer | str | None = None,
     source: Store | None = None,
     context: Context = None,
+    routed: Callable[[Call], Call] = lambda call: call,
     **sampling: Any,
 ) -> Preview:
     """Ask `model` for the first `n` rows that the source gives, done or not, and commit nothing.
 
     The arguments are those of `predict_in_db`. A row that fails has its error in the preview.
+    routed: the call as it is answered elsewhere, see `vllm_tasks.routing`.
 
     Raises `InvalidCall`, `ServerUnavailable`, `EngineFailed`, `TablesUnavailable`.
     """
-    check_spelling(sampling, preview, model._sampling_target())
+    call = routed(model.prepare(preview, context, sampling))
     if type(n) is not int or not 1 <= n <= MOST:
         raise InvalidCall(f"n={n!r:.100} must be a whole number of rows from 1 to {MOST}")
     key = named_columns("primary_id", primary_id)
     datalayer = datalayer_of(db, model)
-    plan = Plan.of(model, X, context, sampling)
+    over = call.over(X)
     tables, named = open_tables(datalayer, select, source_of(source))
     # Outputs that are not there: what earlier calls committed, under whatever key, is of no concern.
-    selection = Selection(named, key, plan.columns, f"_preview_{uuid4().hex}", plan.fingerprint, "all")
+    selection = Selection(named, key, over.columns, f"_preview_{uuid4().hex}", over.fingerprint, "all")
     try:
         rows = _first(tables, selection, n)
     finally:
         tables.close()
-    made = iter(plan.requests([row.values for row in rows if row.error is None]))
+    made = iter(over.requests([row.values for row in rows if row.error is None]))
     requests = [next(made) if row.error is None else RowError("read", row.error) for row in rows]
-    answers = model._ask(requests) if requests else []
-    decoder = model._decoder(sampling)
-    found = [_row(decoder, *each) for each in zip(rows, requests, answers, strict=True)]
+    answers = call.answers(requests) if requests else []
+    found = [_row(call.decoder, *each) for each in zip(rows, requests, answers, strict=True)]
     return Preview(model.identifier, named if len(named) <= SHOWN else f"{named[:SHOWN]}...", tuple(found))
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeGuard
 import fsspec
 
 from vllm_tasks.errors import SHOWN, InvalidCall, near
+from vllm_tasks.fingerprint import source_of
 from vllm_tasks.places import check_place, without_secrets
 from vllm_tasks.plain_text import NoText, plain_text
 from vllm_tasks.rows import Message, RowError
@@ -120,6 +121,8 @@ class Prompter:
         artifacts: Mapping[str, Any],
         context: Context,
     ) -> None:
+        self.prompt = prompt
+        self.artifacts = artifacts
         self.template = Template.parse(prompt)
         self.plain = prompt == "{input}"
         self.signature = signature
@@ -131,6 +134,18 @@ class Prompter:
         self.named = self._named(artifacts)
         self.filled = {} if prompt_func else self._filled(artifacts)
         self._check_context()
+
+    def identity(self) -> dict[str, Any]:
+        """What decides a prompt beside its record, for the fingerprint."""
+        return {
+            "prompt": self.prompt,
+            "prompt_func": source_of(self.function),
+            "artifacts": self.artifacts,
+            "signature": self.signature,
+            "chat": self.chat,
+            "system": self.system,
+            "context": self.context,
+        }
 
     def _named(self, artifacts: Mapping[str, Any]) -> dict[str, Any]:
         """What `prompt_func` gets by keyword, because it names it."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from vllm_tasks.errors import printable
+from vllm_tasks.printable import printable
 from vllm_tasks.rows import Completion, Result, RowError, reason_of
 
 EXAMPLES = 5

@@ -16,10 +16,6 @@ from vllm_tasks.hints import HINTS, checked, quantity
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import WorkPool
-
-    from vllm_tasks.models import VllmModel
-    from vllm_tasks.predictor import Predictor
-
 PARALLEL = (
     "tensor_parallel_size",
     "pipeline_parallel_size",
@@ -80,24 +76,22 @@ class Resources:
     on_ray: bool = False
 
     @classmethod
-    def of(cls, model: Predictor) -> Resources:
-        """What `model` needs; raises `InvalidCall` where its hints are wrong or contradict the model."""
-        from vllm_tasks.models import VllmModel  # which itself is checked by this
+    def of(cls, hints: Mapping[str, Any], parallel: Mapping[str, Any]) -> Resources:
+        """By the hints of `compute_kwargs`, and the engine arguments of `PARALLEL` for an engine of our own.
 
-        hints = checked(model.compute_kwargs)
-        if not isinstance(model, VllmModel):
-            return cls(**{"num_gpus": 0, **hints})
-        sizes = _parallel_sizes(model)
-        gpus = hints.setdefault("num_gpus", math.prod(sizes.values()))
-        if 0 < gpus < math.prod(sizes.values()):
+        Raises `InvalidCall` where hints are wrong or contradict the arguments.
+        """
+        hints = checked(hints)
+        sizes = _parallel_sizes(parallel)
+        needed = math.prod(sizes.values()) if parallel else 0
+        gpus = hints.setdefault("num_gpus", needed)
+        if 0 < gpus < needed:
             split = " x ".join(f"{name}={size}" for name, size in sizes.items())
             raise InvalidCall(
-                f"compute_kwargs has num_gpus={gpus}, but {split} needs {math.prod(sizes.values())} GPUs; "
-                "leave num_gpus out, or give 0 for an engine on CPUs"
+                f"compute_kwargs has num_gpus={gpus}, but {split} needs {needed} GPUs; leave num_gpus out, "
+                "or give 0 for an engine on CPUs"
             )
-        on_ray = model.on_ray or bool(model.ray_address)
-        held = 0 if model.ray_address else model.replicas if on_ray else 1
-        return cls(**hints, replicas=held, on_ray=on_ray)
+        return cls(**hints)
 
     @property
     def job_gpus(self) -> int:
@@ -197,9 +191,7 @@ def check_declared(pool: WorkPool, variables: Mapping[str, Any]) -> None:
         )
 
 
-def _parallel_sizes(model: VllmModel) -> dict[str, int]:
-    given = {"tensor_parallel_size": model.tensor_parallel_size, **model.vllm_kwargs}
-    sizes = {name: given.get(name, 1) for name in PARALLEL}
+def _parallel_sizes(sizes: Mapping[str, Any]) -> dict[str, int]:
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
             raise InvalidCall(f"vllm_kwargs has {name}={size!r}, which is no whole number of at least 1")

@@ -6,9 +6,9 @@ import ast
 import difflib
 import functools
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vllm_tasks.engines.host import CHAT_NAMES
 from vllm_tasks.errors import InvalidCall
@@ -92,6 +92,21 @@ def check_names(names: Iterable[str], target: Target) -> None:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
         raise InvalidCall(f"vLLM knows no sampling parameter {name!r} ({target}); {hint}")
+
+
+def check_prompts(prompts: Iterable[object], sampling: Mapping[str, Any], target: Target) -> None:
+    """Raise `InvalidCall` for what could not be sent beside such prompts, texts or chat messages."""
+    check_names(sampling, target)
+    kinds = {str if isinstance(p, str) else list for p in prompts if isinstance(p, str | list)}
+    if list in kinds and target in ("legacy", "completions"):
+        raise InvalidCall(
+            f"the path of api_url ({target}) takes texts, no chat messages; use the server's base URL"
+        )
+    if target == "openai":
+        for kind in kinds:
+            check_names(sampling, "completions" if kind is str else "chat")
+    if target == "local" and str in kinds and (unused := sorted(sampling.keys() & LOCAL_CHAT)):
+        raise InvalidCall(f"{unused} are for chat messages, and there are text prompts; set chat=True")
 
 
 @functools.cache

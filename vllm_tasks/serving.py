@@ -12,18 +12,19 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import SecretStr
+from pydantic import PrivateAttr, SecretStr
 
+from vllm_tasks.call import Call
 from vllm_tasks.engines.local import tell_trust
 from vllm_tasks.engines.shared_server import SharedServer
 from vllm_tasks.errors import EngineFailed, InvalidCall, ServerUnavailable
 from vllm_tasks.fingerprint import engine_identity
 from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.predictor import Predictor
-from vllm_tasks.resources import Resources
 from vllm_tasks.sampling import check_names
 
 OWNED = (
@@ -54,17 +55,16 @@ def serve(model: VllmModel) -> Iterator[VllmAPI]:
     started again and a call in the block therefore ended in `ServerUnavailable`.
     """
     _check(model)
-    config = model._config()
+    config = model.engine_config()
     arguments = server_arguments(json.loads(config.engine_args))
     command = command_line(arguments)
     if arguments.get("trust_remote_code"):
         tell_trust(arguments["model"])
     behind = engine_identity(json.loads(config.engine_args))
-    server = SharedServer(arguments["model"], command, config.start_timeout, Resources.of(model).num_gpus)
+    server = SharedServer(arguments["model"], command, config.start_timeout, model.resources().num_gpus)
     with server.used():
         told = server.facts()
-        with api_of(model, _first(arguments["served_model_name"]), told["url"], told["key"]) as api:
-            api._behind = behind
+        with api_of(model, behind, _first(arguments["served_model_name"]), told["url"], told["key"]) as api:
             try:
                 yield api
             except ServerUnavailable as error:
@@ -77,10 +77,25 @@ def serve(model: VllmModel) -> Iterator[VllmAPI]:
                 model.metric_values.update(api.metric_values)
 
 
-def api_of(model: VllmModel, name: str, url: str, key: str) -> VllmAPI:
+class ServedAPI(VllmAPI):
+    """The client of a server of ours, which does not tell itself what decides its answers."""
+
+    _block_type_name: ClassVar[str] = "vLLM served"  # Prefect knows each class of blocks by a name of its own
+    _block_type_slug: ClassVar[str] = "vllm-served"
+    _behind: Mapping[str, Any] = PrivateAttr()
+
+    def __init__(self, *, behind: Mapping[str, Any], **fields: Any) -> None:
+        super().__init__(**fields)
+        self._behind = behind
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Call:
+        return replace(super().prepare(*args, **kwargs), behind=self._behind)
+
+
+def api_of(model: VllmModel, behind: Mapping[str, Any], name: str, url: str, key: str) -> VllmAPI:
     """The client that asks as `model` does; its resources are those of the server, not of who asks it."""
     shared = {field: getattr(model, field) for field in Predictor.model_fields if field != "compute_kwargs"}
-    api = VllmAPI(**shared, api_url=url, api_key=SecretStr(key), model=name)
+    api = ServedAPI(behind=behind, **shared, api_url=url, api_key=SecretStr(key), model=name)
     api._block_document_id = model._block_document_id  # where the values of a validation go
     return api
 

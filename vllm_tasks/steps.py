@@ -66,7 +66,7 @@ def rows(told: dict[str, Any], model: VllmAPI | VllmModel, _: Datalayer | None) 
     """Answer finished prompts; gives the place of the answers in the result storage."""
     content = storage.stored(told["rows"])
     requests = [Request(prompt, content["sampling"]) for prompt in content["prompts"]]
-    results = loop.run(sharing.answer(model._config(), requests, model.max_batch_size))
+    results = loop.run(sharing.answer(model.engine_config(), requests, model.max_batch_size))
     return storage.store(parcel.results_as_data(results))
 
 

@@ -22,14 +22,15 @@ from typing import Any, Protocol
 from vllm_tasks import sharing
 from vllm_tasks.batching import sending_order
 from vllm_tasks.budget import Budget
+from vllm_tasks.call import TableCall
 from vllm_tasks.datalayer.selection import POSITION, Key, Row, Selection, SourceRow, Tables, Writer
 from vllm_tasks.earlier import holds_others
-from vllm_tasks.errors import InvalidCall, TablesUnavailable, VllmTasksError, printable
+from vllm_tasks.errors import InvalidCall, TablesUnavailable, VllmTasksError
 from vllm_tasks.fingerprint import input_hash
 from vllm_tasks.loop import Tasks
 from vllm_tasks.open_rows import Open, bytes_of_answer, bytes_of_request
 from vllm_tasks.pace import Pace
-from vllm_tasks.plan import Plan
+from vllm_tasks.printable import printable
 from vllm_tasks.report import Progress, Tally
 from vllm_tasks.rows import Completion, Request, Result, RowError
 
@@ -70,7 +71,7 @@ class Display(Protocol):
 class Job:
     """All that a run needs, checked."""
 
-    plan: Plan
+    over: TableCall
     tables: Tables
     selection: Selection
     stamp: Row
@@ -94,7 +95,7 @@ class Job:
     @classmethod
     def of(
         cls,
-        plan: Plan,
+        over: TableCall,
         tables: Tables,
         selection: Selection,
         pace: Pace,
@@ -106,13 +107,13 @@ class Job:
     ) -> Job:
         """A job that starts now."""
         stamp = {
-            "_model": plan.model_name,
-            "_uuid": plan.model.uuid,
-            "_fingerprint": plan.fingerprint,
+            "_model": over.model_name,
+            "_uuid": over.call.uuid,
+            "_fingerprint": over.fingerprint,
             "_source": source,
         }
         return cls(
-            plan, tables, selection, stamp, pace, budget, limit, source, same_source, datetime.now(UTC)
+            over, tables, selection, stamp, pace, budget, limit, source, same_source, datetime.now(UTC)
         )
 
 
@@ -215,7 +216,7 @@ class Run:
 
     def _selected_rows(self) -> Iterator[list[SourceRow]]:
         """The source's rows; opened again where it left off when its connection is lost."""
-        selection, size = self.job.selection, max(ASKED_TOGETHER, self.job.plan.model.max_batch_size or 0)
+        selection, size = self.job.selection, max(ASKED_TOGETHER, self.job.over.call.max_batch_size or 0)
         handled: set[Key] = set()
         failures = 0
         while True:
@@ -272,12 +273,12 @@ class Run:
 
     def _requests(self, rows: Sequence[SourceRow]) -> list[Request | RowError]:
         """What the rows are asked; a row that could not be read is its error."""
-        made = iter(self.job.plan.requests([row.values for row in rows if row.error is None]))
+        made = iter(self.job.over.requests([row.values for row in rows if row.error is None]))
         return [next(made) if row.error is None else RowError("read", row.error) for row in rows]
 
     def _hand_over(self, rows: Sequence[Prompted], size: int) -> None:
         asked = [(row, digest, request) for row, digest, request in rows if isinstance(request, Request)]
-        room = self._asks.start(lambda: sharing.room(self.job.plan.config)).result() if asked else 0
+        room = self._asks.start(lambda: sharing.room(self.job.over.call.engine)).result() if asked else 0
         uncommitted = room + 2 * self.job.pace.most + len(rows)
         if not self._open.wait_for_room(room + len(rows), uncommitted, size):
             return
@@ -303,7 +304,7 @@ class Run:
             self._finish(row, digest, result)
 
         requests = [request for _, _, request in rows]
-        await sharing.answer(self.job.plan.config, requests, self.job.plan.model.max_batch_size, done)
+        await sharing.answer(self.job.over.call.engine, requests, self.job.over.call.max_batch_size, done)
 
     def _finish(self, row: SourceRow, digest: str, result: Result) -> None:
         size = bytes_of_answer(result)
@@ -360,7 +361,7 @@ class Run:
 
     def _finished(self, row: SourceRow, digest: str, answer: Result, size: int) -> Finished:
         """Decode an answer; what cannot be decoded or stored becomes an error of its row."""
-        outcome = answer if isinstance(answer, RowError) else self.job.plan.decoder.rows(answer)
+        outcome = answer if isinstance(answer, RowError) else self.job.over.decoder.rows(answer)
         outputs = list(self._output_rows(row, digest, answer, outcome))
         for output in outputs:
             if problem := self.writer.unstorable(output):
@@ -404,8 +405,8 @@ class Run:
         job = self.job
         row = {
             **dict(zip(job.selection.key, source.key, strict=True)),
-            **{column.name: None for column in job.plan.decoder.columns},
-            **({POSITION: None} if job.plan.decoder.flatten else {}),
+            **{column.name: None for column in job.over.decoder.columns},
+            **({POSITION: None} if job.over.decoder.flatten else {}),
             "_error": None,
             **_of_answer(answer),
             **job.stamp,
@@ -417,8 +418,8 @@ class Run:
         if isinstance(outcome, RowError):
             yield {**row, "_error": _storable(f"{outcome.kind}: {outcome.message}")}
             return
-        names = [column.name for column in job.plan.decoder.columns]
-        if not job.plan.decoder.flatten:
+        names = [column.name for column in job.over.decoder.columns]
+        if not job.over.decoder.flatten:
             yield {**row, **dict(zip(names, outcome[0], strict=True))}
             return
         for position, values in enumerate(outcome):

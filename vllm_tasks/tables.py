@@ -9,13 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import SecretStr
 
 from vllm_tasks import loop, sharing
-from vllm_tasks.arguments import check_folder, check_spelling
+from vllm_tasks.arguments import check_folder
 from vllm_tasks.budget import Budget
+from vllm_tasks.call import Columns, Model, named_columns
 from vllm_tasks.datalayer import Datalayer, outputs_name
 from vllm_tasks.datalayer.opening import Store, name_of, open_tables, source_of
 from vllm_tasks.datalayer.selection import Key, OutputTable, Refresh, Selection
@@ -23,15 +24,11 @@ from vllm_tasks.earlier import refuse_other_source
 from vllm_tasks.engines.http import HttpConfig
 from vllm_tasks.errors import InvalidCall, TablesUnavailable, TooManyFailed, VllmTasksError
 from vllm_tasks.pace import Pace
-from vllm_tasks.plan import Columns, Plan, named_columns
 from vllm_tasks.prompts import Context
 from vllm_tasks.report import Progress, Report, Tally
 from vllm_tasks.settings import site_settings
 from vllm_tasks.source_id import source_id
 from vllm_tasks.stream import HASTE, RETRY_DELAYS, Display, Job, Run
-
-if TYPE_CHECKING:
-    from vllm_tasks.predictor import Predictor
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +39,7 @@ COUNT_PATIENCE = 5.0
 
 
 def predict_in_db(
-    model: Predictor,
+    model: Model,
     X: Columns,  # noqa: N803 - the name in the contract, as in scikit-learn
     select: Any,
     *,
@@ -105,7 +102,7 @@ def predict_in_db(
     """
     if "shards" in sampling:
         raise InvalidCall("shards is of the task vllm_tasks.predict_in_db; here shard=(i, n) asks a part")
-    check_spelling(sampling, predict_in_db, model._sampling_target())
+    call = model.prepare(predict_in_db, context, sampling)
     key = named_columns("primary_id", primary_id)
     predict_id = model.identifier if predict_id is None else predict_id
     options = model.model_update_kwargs
@@ -114,50 +111,48 @@ def predict_in_db(
     pace = pace_of(max_chunk_size)
     _at_least_one("limit", limit)
     budget = Budget(check_max_failed(max_failed))
-    # Checked before `Plan.of`, which may wait for a server.
+    # Checked before `over`, which may wait for a server.
     refreshed, part = _refresh(refresh, overwrite, retry_failed), _shard(shard)
     keys = None if ids is None else _keys(ids, key)
     tables, named = open_tables(datalayer, select, read_from)
     if refreshed == "missing" and not isinstance(select, str | os.PathLike):
         refreshed = "changed"  # a table in memory has no name by which another one could be told from it
     try:
-        plan = Plan.of(model, X, context, sampling)
+        over = call.over(X)
         selection = Selection(
             select=named,
             key=key,
-            columns=plan.columns,
+            columns=over.columns,
             outputs=options.get("table") or outputs_name(predict_id),
-            fingerprint=plan.fingerprint,
+            fingerprint=over.fingerprint,
             refresh=refreshed,
             ids=keys,
             shard=part,
         )
         output = OutputTable(
             name=selection.outputs,
-            columns=plan.decoder.columns,
-            flatten=plan.decoder.flatten,
+            columns=over.decoder.columns,
+            flatten=over.decoder.flatten,
             partition_by=_tuple(options.get("partition_by", ())),
             compression=options.get("compression"),
         )
         place = None if read_from is None else read_from.url.get_secret_value().strip()
         from_where = source_id(named, datalayer.url.get_secret_value().strip(), place)
-        job = Job.of(plan, tables, selection, pace, budget, limit, from_where, same_source=same_source)
-        return commit_answers(plan.model, predict_id, job, output, display or Log(), tally)
+        job = Job.of(over, tables, selection, pace, budget, limit, from_where, same_source=same_source)
+        return commit_answers(predict_id, job, output, display or Log(), tally)
     finally:
         tables.close()
 
 
-def commit_answers(
-    model: Predictor, predict_id: str, job: Job, output: OutputTable, display: Display, tally: Tally
-) -> Report:
+def commit_answers(predict_id: str, job: Job, output: OutputTable, display: Display, tally: Tally) -> Report:
     """Ask for the rows that `job` selects and commit what comes; as of `predict_in_db`."""
     with tally.phase("check"):
         job.tables.check(job.selection)
         if job.source is not None and not job.same_source:
             refuse_other_source(job.tables, job.selection.outputs, job.source)
     verdict, counted = _run(job, output, display, tally)
-    report = _report(model, predict_id, job, tally, counted)
-    model._tell_cut_rows(tally.cut, tally.succeeded, job.plan.sampling)
+    report = _report(predict_id, job, tally, counted)
+    job.over.call.tell_cut(tally.cut, tally.succeeded)
     if tally.replaced:
         logger.warning(
             "%s: %d outputs of an earlier prompt, sampling or model were replaced", predict_id, tally.replaced
@@ -207,7 +202,7 @@ class Counted:
         job, run = self._job, self._run
         try:
             if run.tally.first_sent is not None:
-                self.served_by = _served_by(job.plan.config)
+                self.served_by = _served_by(job.over.call.engine)
             rows, selected = job.tables.count(job.selection)
         except VllmTasksError as error:  # what matters of it, the run meets itself
             logger.warning("the rows to ask could not be counted: %s", error)
@@ -230,9 +225,9 @@ class Counted:
         self._thread.join(seconds)
 
 
-def _report(model: Predictor, predict_id: str, job: Job, tally: Tally, counted: Counted) -> Report:
+def _report(predict_id: str, job: Job, tally: Tally, counted: Counted) -> Report:
     return Report(
-        model=model.identifier,
+        model=job.over.call.identifier,
         predict_id=predict_id,
         source=job.tables.read_from(name_of(job.selection.select)),
         outputs=job.tables.where(job.selection.outputs),
@@ -298,7 +293,7 @@ def _sigterm_raises() -> Iterator[None]:
 # ---------------------------------------------------------------------- the call's arguments
 
 
-def datalayer_of(db: Datalayer | str | None, model: Predictor) -> Datalayer:
+def datalayer_of(db: Datalayer | str | None, model: Model) -> Datalayer:
     """Where a call reads and writes: `db`, else the model's own; raises `InvalidCall` for no such place."""
     if isinstance(db, os.PathLike):
         db = os.fspath(db)

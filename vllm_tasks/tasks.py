@@ -25,6 +25,7 @@ from prefect.transactions import CommitMode, transaction
 
 from vllm_tasks import tables
 from vllm_tasks.artifacts import ProgressArtifact, asset_key, show_preview, show_report
+from vllm_tasks.call import Call, Columns, OnError, Output
 from vllm_tasks.datalayer import Datalayer, outputs_name
 from vllm_tasks.datalayer.opening import Store
 from vllm_tasks.errors import (
@@ -37,8 +38,6 @@ from vllm_tasks.errors import (
 )
 from vllm_tasks.mapping import ModelTask, RowsTask
 from vllm_tasks.models import VllmAPI, VllmModel
-from vllm_tasks.plan import Columns
-from vllm_tasks.predictor import OnError, Output
 from vllm_tasks.previews import Preview
 from vllm_tasks.prompts import Context
 from vllm_tasks.report import Progress, Report
@@ -61,21 +60,27 @@ SAVING = threading.Lock()
 
 def _predict(model: Model, x: Any, context: Context = None, **sampling: Any) -> Output:
     """One record in, its answer out; see `VllmAPI.predict`."""
-    return routed(model, raise_if_cancelled).predict(x, context, **sampling)
+    return _routed(model, model.prepare(model.predict, context, sampling)).predict(x)
 
 
 def _predict_batches(
     model: Model, xs: Sequence[Any], context: Context = None, *, on_error: OnError = "raise", **sampling: Any
 ) -> list[Output | RowError]:
     """N records in, N answers out in input order; see `VllmAPI.predict_batches`."""
-    return routed(model, raise_if_cancelled).predict_batches(xs, context, on_error=on_error, **sampling)
+    call = model.prepare(model.predict_batches, context, sampling)
+    return _routed(model, call).predict_batches(xs, on_error)
 
 
 def _completions(
     model: Model, xs: Sequence[Any], context: Context = None, *, on_error: OnError = "raise", **sampling: Any
 ) -> list[Completion | RowError]:
     """N records in, N full results out in input order; see `VllmAPI.completions`."""
-    return routed(model, raise_if_cancelled).completions(xs, context, on_error=on_error, **sampling)
+    call = model.prepare(model.completions, context, sampling)
+    return _routed(model, call).completions(xs, on_error)
+
+
+def _routed(model: Model, call: Call) -> Call:
+    return routed(model, call, raise_if_cancelled)
 
 
 def _predict_in_db(
@@ -164,7 +169,7 @@ def _preview(
     `predict`, the rows are read and the answers decoded here all the same.
     """
     options = {"primary_id": primary_id, "db": db, "source": source, "context": context, **sampling}
-    found = routed(model, raise_if_cancelled).preview(X, select, n, **options)
+    found = model.preview(X, select, n, routed=partial(_routed, model), **options)
     show_preview(found)
     return found
 

@@ -76,31 +76,6 @@ class Verbatim(sa.types.UserDefinedType[Any]):
         return self.spec
 
 
-def backend(url: str) -> Backend:
-    """Connects to nothing yet; raises `InvalidCall`, which never shows the password."""
-    try:
-        made = sa.make_url(url)
-    except (ArgumentError, ValueError):
-        raise InvalidCall(NO_URL) from None
-    if made.get_backend_name() == "sqlite":
-        from vllm_tasks.datalayer.sqlite import Sqlite
-
-        return Sqlite(made)
-    if made.drivername in ("postgresql", "postgres"):
-        made = made.set(drivername="postgresql+psycopg")
-    if made.get_backend_name() != "postgresql":
-        return Backend(made)
-    if made.drivername != "postgresql+psycopg":
-        # Others send a statement with its parameters filled in, and the server runs two as gladly as one.
-        raise InvalidCall(
-            f"{made.drivername!r}: PostgreSQL is read by psycopg alone; write postgresql://, or "
-            "postgresql+psycopg:// (pip install 'vllm-tasks[postgres]')"
-        )
-    from vllm_tasks.datalayer.postgres import Postgres
-
-    return Postgres(made)
-
-
 class Backend:
     """Any dialect as a source, by SQLAlchemy's own means; SQLite and PostgreSQL keep outputs too."""
 

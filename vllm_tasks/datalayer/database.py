@@ -14,11 +14,12 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from vllm_tasks.datalayer import database_home, put
-from vllm_tasks.datalayer.backends import Backend, backend
+from vllm_tasks.datalayer.backends import Backend
 from vllm_tasks.datalayer.database_outputs import outputs_table
 from vllm_tasks.datalayer.database_writer import DatabaseWriter, refuse_shape
 from vllm_tasks.datalayer.declared import declared, typed
 from vllm_tasks.datalayer.delta import quoted
+from vllm_tasks.datalayer.dialects import backend
 from vllm_tasks.datalayer.elsewhere import NoRows
 from vllm_tasks.datalayer.keyed_table import KINDS, KeyedTable, UtcTime, refuse_long_names
 from vllm_tasks.datalayer.relation import Relation, named_table

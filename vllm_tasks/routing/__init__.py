@@ -17,10 +17,10 @@ from prefect.settings import get_current_settings
 
 from vllm_tasks.arguments import check_spelling, table_or_statement
 from vllm_tasks.budget import Budget
+from vllm_tasks.call import Call, Columns
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.opening import Store, source_of
 from vllm_tasks.errors import InvalidCall, TooManyFailed, VllmTasksError
-from vllm_tasks.plan import Columns
 from vllm_tasks.report import Progress, Report, Tally
 from vllm_tasks.routing import parcel, storage
 from vllm_tasks.routing.parcel import Model, Parameters
@@ -41,17 +41,11 @@ MOST_SHARDS = 1000
 """More flow runs at once than this are surely a mistake."""
 
 
-def routed(model: Model, shown: Shown) -> Model:
-    """`model`, or a copy of it that asks on its work pool."""
+def routed(model: Model, call: Call, shown: Shown) -> Call:
+    """`call` of `model`, answered on its work pool where it has one."""
     if (place := place_of(model)) is None:
-        return model
-
-    def ask(requests: Sequence[Request | RowError]) -> list[Result]:
-        return _answered(place, model, requests, shown)
-
-    elsewhere = model.model_copy()
-    elsewhere._asks = ask
-    return elsewhere
+        return call
+    return replace(call, answerer=lambda requests: _answered(place, model, requests, shown))
 
 
 def _answered(
@@ -132,7 +126,7 @@ def over_table(
 
 def _check_options(model: Model, options: Parameters) -> None:
     """What is misspelt is told before a flow run is made for it."""
-    check_spelling(options, predict_in_db, model._sampling_target(), more=("shards",))
+    check_spelling(options, predict_in_db, model.sampling_target(), more=("shards",))
 
 
 def validated(

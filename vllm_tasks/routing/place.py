@@ -16,7 +16,7 @@ from prefect.exceptions import ObjectNotFound
 
 from vllm_tasks.errors import InvalidCall, near
 from vllm_tasks.models import VllmAPI, VllmModel
-from vllm_tasks.resources import Resources, check_declared
+from vllm_tasks.resources import check_declared
 from vllm_tasks.routing.patience import patiently
 from vllm_tasks.settings import site_settings
 
@@ -43,7 +43,7 @@ def place_of(model: VllmAPI | VllmModel) -> Place | None:
 
     Raises `InvalidCall` for a pool or deployment that is not there, and for hints that the pool would drop.
     """
-    resources = Resources.of(model)
+    resources = model.resources()
     pool = resources.work_pool or (site_settings().gpu_work_pool if isinstance(model, VllmModel) else "")
     name = resources.deployment or (pool and f"{STEP}/{pool}")
     if not name and resources.work_queue:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from vllm_tasks import exact_json
 from vllm_tasks.budget import Budget
+from vllm_tasks.call import Call, Columns, Model, RowDecoder, TableCall
 from vllm_tasks.datalayer import outputs_name
 from vllm_tasks.datalayer.delta import quoted
 from vllm_tasks.datalayer.selection import POSITION, OutputTable, Selection, Tables
@@ -21,12 +22,10 @@ from vllm_tasks.errors import InvalidCall, TooManyFailed
 from vllm_tasks.fingerprint import fingerprint
 from vllm_tasks.metrics.data import JsonText
 from vllm_tasks.metrics.measure import Answer
-from vllm_tasks.plan import Columns, Plan, RowDecoder
-from vllm_tasks.predictor import Predictor
-from vllm_tasks.prompts import Context
 from vllm_tasks.report import Report, Tally
 from vllm_tasks.stream import Display, Job
 from vllm_tasks.tables import commit_answers, pace_of
+from vllm_tasks.validation import Validation
 from vllm_tasks.validation.frozen import Case, Frozen
 
 Row = dict[str, Any]
@@ -37,11 +36,11 @@ LONGEST_ID = 53
 KEPT = "_error", "_finish_reason", "_prompt_tokens", "_completion_tokens", "_seconds"
 
 
-def packed(model: Predictor, X: Columns, context: Context) -> Plan:  # noqa: N803
-    """How `model` is asked for inputs that are kept as JSON in one column."""
-    plan = Plan.of(model, X, context)
+def packed(call: Call, X: Columns) -> TableCall:  # noqa: N803
+    """`call` over inputs that are kept as JSON in one column."""
+    over = call.over(X)
     return replace(
-        plan, columns=("input",), requests=lambda rows: plan.requests([exact_json.loads(r[0]) for r in rows])
+        over, columns=("input",), requests=lambda rows: over.requests([exact_json.loads(r[0]) for r in rows])
     )
 
 
@@ -75,7 +74,7 @@ class Round:
 
     def ask(
         self,
-        plan: Plan,
+        over: TableCall,
         predict_id: str,
         table: str,
         key: Sequence[str] = ("row",),
@@ -89,36 +88,47 @@ class Round:
         `of_run`: the table has rows of many runs.
         """
         budget = Budget(None if self.may_fail is None else self.may_fail * parts)
-        columns = ", ".join(map(quoted, dict.fromkeys((*key, *plan.columns))))
+        columns = ", ".join(map(quoted, dict.fromkeys((*key, *over.columns))))
         run = f'CAST({literal(self.run)} AS VARCHAR(100)) AS "run"'
         where = f' WHERE "run" = {literal(self.run)}' if of_run else ""
         selection = Selection(
             select=f"SELECT {run}, {columns} FROM {quoted(table)}{where}",  # noqa: S608 - quoted
             key=("run", *key),
-            columns=plan.columns,
+            columns=over.columns,
             outputs=outputs_name(predict_id),
-            fingerprint=plan.fingerprint,
+            fingerprint=over.fingerprint,
         )
         asked = 0
         if self.retry_failed and self.home.has(selection.outputs):
-            asked += self._commit(plan, predict_id, replace(selection, refresh="failed"), budget).asked
-        return asked + self._commit(plan, predict_id, selection, budget).asked
+            asked += self._commit(over, predict_id, replace(selection, refresh="failed"), budget).asked
+        return asked + self._commit(over, predict_id, selection, budget).asked
 
-    def _commit(self, plan: Plan, predict_id: str, selection: Selection, budget: Budget) -> Report:
-        output = OutputTable(selection.outputs, plan.decoder.columns, plan.decoder.flatten)
-        job = Job.of(plan, self.home, selection, pace_of(None), budget, None)
+    def _commit(self, over: TableCall, predict_id: str, selection: Selection, budget: Budget) -> Report:
+        output = OutputTable(selection.outputs, over.decoder.columns, over.decoder.flatten)
+        job = Job.of(over, self.home, selection, pace_of(None), budget, None)
         try:
-            return commit_answers(plan.model, predict_id, job, output, self.display(predict_id), Tally())
+            return commit_answers(predict_id, job, output, self.display(predict_id), Tally())
         except TooManyFailed as error:
             allowed = f"of {self.rows} rows {self.may_fail} may fail; a larger max_failed allows more"
             raise TooManyFailed(f"{error} ({allowed})", error.report) from error
+
+
+class Validated(Model, Protocol):
+    """What a validation knows of the model that is validated."""
+
+    @property
+    def uuid(self) -> str: ...
+    @property
+    def validation(self) -> Validation | None: ...
+    @property
+    def metric_values(self) -> dict[str, dict[str, float]]: ...
 
 
 class Source(Protocol):
     """Where a metric's answers come from: the model itself, its likelihoods, or a judge."""
 
     @property
-    def plan(self) -> Plan:
+    def over(self) -> TableCall:
         """How it is asked."""
 
     @property
@@ -146,7 +156,7 @@ class Incomplete(InvalidCall):
 class Own:
     """What the model itself says."""
 
-    plan: Plan
+    over: TableCall
     predict_id: str
 
     def needed(self) -> list[Source]:
@@ -156,10 +166,10 @@ class Own:
         """Each row is checked when it is asked."""
 
     def ask(self, round_: Round, frozen: Frozen) -> int:
-        return round_.ask(self.plan, self.predict_id, frozen.table)
+        return round_.ask(self.over, self.predict_id, frozen.table)
 
     def answers(self, home: Tables, run: str, frozen: Frozen) -> list[Answer]:
-        rows = {row["row"]: row for row in read(home, run, self.predict_id, self.plan.decoder)}
+        rows = {row["row"]: row for row in read(home, run, self.predict_id, self.over.decoder)}
         if missing := [case.row for case in frozen.cases if case.row not in rows]:
             raise Incomplete(f"{run} has no answer for {len(missing)} rows, for example {missing[0]}")
         return [_answer(rows[case.row], case) for case in frozen.cases]

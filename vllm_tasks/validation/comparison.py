@@ -8,11 +8,10 @@ from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.measure import Answer
-from vllm_tasks.predictor import Predictor
 from vllm_tasks.prompts import Context
 from vllm_tasks.tables import datalayer_of
 from vllm_tasks.validation import Validation, check_comparable
-from vllm_tasks.validation.asking import packed
+from vllm_tasks.validation.asking import Validated, packed
 from vllm_tasks.validation.frozen import kept
 from vllm_tasks.validation.report import Comparison, DatasetReport, Standing, ValidationReport
 from vllm_tasks.validation.run import columns_of, sources_of
@@ -20,7 +19,7 @@ from vllm_tasks.validation.scores import compared
 
 
 def compare(
-    models: Sequence[Predictor],
+    models: Sequence[Validated],
     validation: Validation,
     reports: Sequence[ValidationReport],
     *,
@@ -50,7 +49,7 @@ def compare(
 
 
 def _standings(
-    models: Sequence[Predictor],
+    models: Sequence[Validated],
     validation: Validation,
     dataset: str,
     reports: Sequence[ValidationReport],
@@ -91,8 +90,10 @@ def _of(report: ValidationReport, validation: Validation, dataset: str) -> Datas
 
 
 def _answers(
-    model: Predictor, validation: Validation, found: DatasetReport, home: Tables, context: Context
+    model: Validated, validation: Validation, found: DatasetReport, home: Tables, context: Context
 ) -> dict[str, list[Answer]]:
     frozen = kept(found.dataset, found.dataset_table, columns_of(validation, model), home)
-    sources = sources_of(packed(model, validation.key[0], context), validation.metrics, found.dataset)
+    sources = sources_of(
+        packed(model.prepare(compare, context), validation.key[0]), validation.metrics, found.dataset
+    )
     return {metric: source.answers(home, found.answers, frozen) for metric, source in sources.items()}

@@ -16,12 +16,12 @@ from typing import Any
 import pyarrow as pa
 
 from vllm_tasks import exact_json
+from vllm_tasks.call import TableCall
 from vllm_tasks.datalayer.selection import OutputColumn, Tables
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.fingerprint import canonical, fingerprint
 from vllm_tasks.metrics.measure import Answer, Likelihood
 from vllm_tasks.plain_text import NoText, plain_text
-from vllm_tasks.plan import Plan
 from vllm_tasks.rows import Completion, Request, RowError
 from vllm_tasks.sampling import LOCAL_CHAT
 from vllm_tasks.validation import Metric
@@ -59,20 +59,20 @@ class Likelihoods:
     """For each row the likelihoods of its texts: of its choices (the target says which of them is right, from
     0), or of the target."""
 
-    plan: Plan
+    over: TableCall
     """How likelihoods are asked."""
     metric: Metric
     predict_id: str
 
     @classmethod
-    def of(cls, plan: Plan, metric: Metric, dataset: str) -> Likelihoods:
-        """By a model that answers as `plan` says."""
+    def of(cls, over: TableCall, metric: Metric, dataset: str) -> Likelihoods:
+        """By a model that answers as `over` says."""
         delimiter = _delimiter(metric)
-        asking = _asking(plan, delimiter)
+        asking = _asking(over, delimiter)
         # Metrics of the same texts are of the same likelihoods.
         texts = "choices" if metric.built_in == "multiple_choice" else "target"
         kind = f"{texts}-{fingerprint({'delimiter': delimiter})[:8]}"
-        return cls(asking, metric, predict_id_of(plan.model.identifier, dataset, asking.decoder, kind))
+        return cls(asking, metric, predict_id_of(over.call.identifier, dataset, asking.decoder, kind))
 
     def needed(self) -> list[Source]:
         return [self]
@@ -83,11 +83,11 @@ class Likelihoods:
     def ask(self, round_: Round, frozen: Frozen) -> int:
         texts, _ = _texts(frozen.cases, self.metric)
         parts = 1 + max(map(len, texts))
-        return round_.ask(self.plan, self.predict_id, _kept(round_.home, frozen, texts), KEY, parts=parts)
+        return round_.ask(self.over, self.predict_id, _kept(round_.home, frozen, texts), KEY, parts=parts)
 
     def answers(self, home: Tables, run: str, frozen: Frozen) -> list[Answer]:
         texts, targets = _texts(frozen.cases, self.metric)
-        rows = read(home, run, self.predict_id, self.plan.decoder, KEY)
+        rows = read(home, run, self.predict_id, self.over.decoder, KEY)
         found = {(row["row"], row["part"]): row for row in rows}
         return [
             _answer(case, own, target, found, len(_delimiter(self.metric)))
@@ -160,27 +160,27 @@ def _kept(home: Tables, frozen: Frozen, texts: list[list[str]]) -> str:
     return name
 
 
-def _asking(plan: Plan, delimiter: Any) -> Plan:
-    """As `plan` asks, but for the likelihood of a text after the prompt and the delimiter."""
+def _asking(over: TableCall, delimiter: Any) -> TableCall:
+    """As `over` asks, but for the likelihood of a text after the prompt and the delimiter."""
 
     def requests(rows: Sequence[Sequence[Any]]) -> list[Request | RowError]:
         pairs = [exact_json.loads(row[0]) for row in rows]
-        prompts = plan.requests([(exact_json.dumps(inputs),) for inputs, _ in pairs])
+        prompts = over.requests([(exact_json.dumps(inputs),) for inputs, _ in pairs])
         return [
             prompt if isinstance(prompt, RowError) else _request(prompt, text, sampling)
             for prompt, (_, text) in zip(prompts, pairs, strict=True)
         ]
 
-    own = {name: value for name, value in plan.sampling.items() if name in OF_THE_PROMPT}
+    own = {name: value for name, value in over.call.sampling.items() if name in OF_THE_PROMPT}
     sampling = {**own, **SAMPLING}
     return replace(
-        plan,
+        over,
         columns=("input",),
         requests=requests,
         decoder=LogprobDecoder(),
-        sampling=sampling,
+        call=replace(over.call, sampling=sampling),
         fingerprint=fingerprint(
-            {"likelihood": plan.fingerprint, "sampling": sampling, "delimiter": delimiter}
+            {"likelihood": over.fingerprint, "sampling": sampling, "delimiter": delimiter}
         ),
     )
 

@@ -10,18 +10,18 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from vllm_tasks import sharing
+from vllm_tasks.call import TableCall, records
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.engines.http import HttpConfig
 from vllm_tasks.errors import InvalidCall, near
 from vllm_tasks.metrics.measure import Answer
-from vllm_tasks.plan import Plan, records
-from vllm_tasks.predictor import Predictor
 from vllm_tasks.prompts import Context
 from vllm_tasks.stream import Display
 from vllm_tasks.tables import Log, check_max_failed, datalayer_of
 from vllm_tasks.validation import Dataset, Metric, Validation, history
-from vllm_tasks.validation.asking import Own, Round, Source, packed, predict_id_of
+from vllm_tasks.validation.asking import Own, Round, Source, Validated, packed, predict_id_of
 from vllm_tasks.validation.frozen import Columns, Frozen, freeze
 from vllm_tasks.validation.judging import Judging
 from vllm_tasks.validation.likelihoods import Likelihoods
@@ -36,7 +36,7 @@ COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 
 
 def validate(
-    model: Predictor,
+    model: Validated,
     validation: Validation | None = None,
     *,
     db: Datalayer | str | None = None,
@@ -77,25 +77,26 @@ def validate(
         )
     chosen = _chosen(validation, datasets)
     check_max_failed(max_failed)
+    call = model.prepare(validate, context)
     if reuse:
-        _refuse_unknown_weights(model)
+        _refuse_unknown_weights(call.engine)
     home = datalayer_of(db, model).tables()
     try:
-        plan = packed(model, validation.key[0], context)
-        call = Call(model, validation, plan, home, reuse, retry_failed, max_failed, flow_run, display or _log)
+        over = packed(call, validation.key[0])
+        run = _Run(model, validation, over, home, reuse, retry_failed, max_failed, flow_run, display or _log)
         rows = [freeze(dataset, columns_of(validation, model), home) for dataset in chosen]
         for frozen in rows:
-            for source in distinct_of(sources_of(plan, validation.metrics, frozen.dataset).values()):
+            for source in distinct_of(sources_of(over, validation.metrics, frozen.dataset).values()):
                 source.check(frozen)
             for metric in validation.metrics:
-                check(metric, frozen, plan.decoder)
+                check(metric, frozen, over.decoder)
         # All are asked before any is recorded: what is gone on with is the whole call.
-        found = call.recorded([call.over(frozen) for frozen in rows])
+        found = run.recorded([run.found(frozen) for frozen in rows])
     finally:
         home.close()
     for one in found:
         model.metric_values[one.dataset] = {value.metric: value.value for value in one.values}
-    return ValidationReport(model.identifier, plan.fingerprint, found)
+    return ValidationReport(model.identifier, over.fingerprint, found)
 
 
 def _log(_predict_id: str) -> Display:
@@ -114,8 +115,7 @@ def _chosen(validation: Validation, names: Sequence[str] | None) -> list[Dataset
     return [by_name[name] for name in dict.fromkeys(names)] if names is not None else validation.datasets
 
 
-def _refuse_unknown_weights(model: Predictor) -> None:
-    config = model._config()
+def _refuse_unknown_weights(config: sharing.Config) -> None:
     if isinstance(config, HttpConfig):
         raise InvalidCall(
             "reuse=True: what weights a server has is not known, so old answers may be another model's; "
@@ -130,7 +130,7 @@ def _refuse_unknown_weights(model: Predictor) -> None:
         )
 
 
-def columns_of(validation: Validation, model: Predictor) -> Columns:
+def columns_of(validation: Validation, model: Validated) -> Columns:
     """What of a data set is asked, expected, and chosen from."""
     X, target = validation.key  # noqa: N806 - the name in predict_in_db
     inputs, _ = records(X, model.signature)
@@ -143,14 +143,14 @@ def columns_of(validation: Validation, model: Predictor) -> Columns:
     return Columns(inputs, target, next(iter(named), None))
 
 
-def sources_of(plan: Plan, metrics: Sequence[Metric], dataset: str) -> dict[str, Source]:
+def sources_of(over: TableCall, metrics: Sequence[Metric], dataset: str) -> dict[str, Source]:
     """By metric, each after what it depends on."""
-    own = Own(plan, predict_id_of(plan.model.identifier, dataset, plan.decoder))
+    own = Own(over, predict_id_of(over.call.identifier, dataset, over.decoder))
     sources: dict[str, Source] = {}
     for metric in sorted(metrics, key=lambda m: m.measure().asks != "answer"):
         asks = metric.measure().asks
         if asks == "likelihood":
-            sources[metric.identifier] = Likelihoods.of(plan, metric, dataset)
+            sources[metric.identifier] = Likelihoods.of(over, metric, dataset)
         elif asks == "verdict":
             sources[metric.identifier] = Verdicts.of(own, metric, dataset)
         else:
@@ -174,12 +174,12 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of `validate`."""
+class _Run:
+    """One run of a validation."""
 
-    model: Predictor
+    model: Validated
     validation: Validation
-    plan: Plan
+    over: TableCall
     home: Tables
     reuse: bool
     retry_failed: bool
@@ -187,9 +187,9 @@ class Call:
     flow_run: str | None
     display: Callable[[str], Display]
 
-    def over(self, frozen: Frozen) -> Found:
+    def found(self, frozen: Frozen) -> Found:
         """One data set: ask, score, compare."""
-        sources = sources_of(self.plan, self.validation.metrics, frozen.dataset)
+        sources = sources_of(self.over, self.validation.metrics, frozen.dataset)
         distinct = distinct_of(sources.values())
         answered = self._answered(frozen, distinct[0])
         may_fail = self._may_fail(len(frozen.cases))
@@ -219,7 +219,7 @@ class Call:
     def _answered(self, frozen: Frozen, first: Source) -> str:
         """A run to go on with or, for `reuse`, to score again; else a new one. What is asked first decides:
         later sources depend on it, or are asked anew where they are others."""
-        asked = self.home, first.predict_id, frozen.hash, first.plan.fingerprint
+        asked = self.home, first.predict_id, frozen.hash, first.over.fingerprint
         if self.reuse and (runs := history.runs_answered(*asked)):
             return max(runs, key=history.began)
         if run := history.interrupted(*asked, self.model.identifier, frozen.dataset):
@@ -261,7 +261,7 @@ class Call:
                 dataset_hash=frozen.hash,
                 dataset_table=frozen.table,
                 outputs=sources[value.metric].predict_id,
-                fingerprint=sources[value.metric].plan.fingerprint,
+                fingerprint=sources[value.metric].over.fingerprint,
                 value=value.value,
                 low=value.low,
                 high=value.high,

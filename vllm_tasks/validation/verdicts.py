@@ -14,11 +14,11 @@ import pyarrow as pa
 from prefect.blocks.core import Block
 
 from vllm_tasks import exact_json
+from vllm_tasks.call import TableCall
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.judge import check_scale, judge_messages, verdict_schema
 from vllm_tasks.metrics.measure import Answer
-from vllm_tasks.plan import Plan
 from vllm_tasks.predictor import Predictor
 from vllm_tasks.validation import Metric
 from vllm_tasks.validation.asking import Incomplete, Own, Round, Row, Source, predict_id_of, read
@@ -32,18 +32,18 @@ class Verdicts:
     """For each answer of a model a judge's verdict. A row that failed is not judged, and stays failed."""
 
     judged: Own
-    plan: Plan
+    over: TableCall
     """How the judge is asked."""
     predict_id: str
 
     @classmethod
     def of(cls, judged: Own, metric: Metric, dataset: str) -> Verdicts:
         """Raises `InvalidCall` for a metric without a rubric or a model that judges."""
-        plan = _asking(metric)
-        model = judged.plan.model.identifier
+        over = _asking(metric)
+        model = judged.over.call.identifier
         # Verdicts by another rubric, scale or judge are not compared with these.
-        asked = f"{metric.identifier}-{plan.fingerprint[:8]}"
-        return cls(judged, plan, predict_id_of(model, dataset, plan.decoder, asked))
+        asked = f"{metric.identifier}-{over.fingerprint[:8]}"
+        return cls(judged, over, predict_id_of(model, dataset, over.decoder, asked))
 
     def needed(self) -> list[Source]:
         return [self.judged, self]
@@ -66,10 +66,10 @@ class Verdicts:
             "question": questions,
         }
         round_.home.put(table, pa.table(rows), ["run", "row"])
-        return round_.ask(self.plan, self.predict_id, table, of_run=True)
+        return round_.ask(self.over, self.predict_id, table, of_run=True)
 
     def answers(self, home: Tables, run: str, frozen: Frozen) -> list[Answer]:
-        rows = {row["row"]: row for row in read(home, run, self.predict_id, self.plan.decoder)}
+        rows = {row["row"]: row for row in read(home, run, self.predict_id, self.over.decoder)}
         return [_judged(answer, rows) for answer in self.judged.answers(home, run, frozen)]
 
 
@@ -82,7 +82,7 @@ def _judged(answer: Answer, verdicts: Mapping[int, Row]) -> Answer:
     return replace(answer, prediction=None if failed else row["value"], error=row["_error"], unjudged=failed)
 
 
-def _asking(metric: Metric) -> Plan:
+def _asking(metric: Metric) -> TableCall:
     judge = judge_of(metric)
     rubric, scale = metric.options.get("rubric"), check_scale(metric.options.get("scale", SCALE))
     if not isinstance(rubric, str) or not rubric.strip():
@@ -100,7 +100,7 @@ def _asking(metric: Metric) -> Plan:
             "predict_kwargs": {"temperature": 0, "max_tokens": 512, **judge.predict_kwargs},
         }
     )
-    return Plan.of(asking, "question")
+    return asking.prepare(asking.predict).over("question")
 
 
 def _messages(question: str, *, rubric: str, scale: tuple[int, int]) -> list[dict[str, str]]:

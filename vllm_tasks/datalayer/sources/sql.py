@@ -11,8 +11,9 @@ import pyarrow as pa
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from vllm_tasks.datalayer.backends import Backend, backend
+from vllm_tasks.datalayer.backends import Backend
 from vllm_tasks.datalayer.declared import declared, typed
+from vllm_tasks.datalayer.dialects import backend
 from vllm_tasks.datalayer.relation import Relation
 from vllm_tasks.datalayer.sources import Part, Unreadable, Values
 from vllm_tasks.datalayer.sources.arrow import tell

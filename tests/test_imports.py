@@ -1,0 +1,39 @@
+"""No file of the package imports itself by way of others, not even within a function or for types alone."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import vllm_tasks
+
+ROOT = Path(vllm_tasks.__file__).parent
+FILES = {
+    ".".join((ROOT.name, *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in ROOT.rglob("*.py")
+}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The files of the package that one imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in FILES)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield from (name for name in (inner if inner in FILES else node.module,) if name in FILES)
+
+
+def test_no_import_leads_back() -> None:
+    """The imports of the package's files have an order."""
+    graph = {name: set(imported(path)) - {name} for name, path in FILES.items()}
+    assert sum(map(len, graph.values())) > len(graph)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"an import loop: {' <- '.join(error.args[1])}")
