@@ -19,6 +19,8 @@ from typing import Any
 # Before Prefect is imported: its temporary server reports to nobody, and says only what matters.
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+# Its first start on a fresh machine reads thousands of files, and Prefect gives it 20 seconds.
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 
 import pyarrow.json
 from prefect import flow

@@ -117,7 +117,7 @@ def test_fields_that_x_does_not_give_are_refused_before_any_row(
 
 def test_fields_of_x_context_and_artifacts_are_there(server: ScriptedServer, place: Place) -> None:
     """What the call gives beside X counts, and so do a function's defaults and `**kwargs`."""
-    template = {"signature": "**kwargs", "prompt": "{context} {text}"}
+    template = {"signature": "**kwargs", "prompt": "{context} {id}: {text}"}
     function = {"signature": "**kwargs", "prompt_func": lambda text, more="", *, context, **_: text + context}
     for number, fields in enumerate((template, function)):
         model = VllmAPI(identifier=f"m{number}", api_url=server.url, db=place.db, **fields)  # type: ignore[arg-type]

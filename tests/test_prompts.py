@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_tasks import VllmAPI
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.prompts import Prompter, Template, call_arguments, load_artifact
-from vllm_tasks.rows import RowError
+from vllm_tasks.rows import Request, RowError
 
 ATTACKS = [
     "{x.__class__}",
@@ -465,3 +466,101 @@ def test_a_list_of_messages_is_always_chat(chat: bool) -> None:
 def test_messages_do_not_fit_into_a_template() -> None:
     """A template around messages would print them; that is refused per row."""
     assert "'input' is a list" in refusal(prompter("Q: {input}")([{"role": "user", "content": "x"}]))
+
+
+# ---------------------------------------------------------------------- the record is in the prompt
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "Summarize this ticket in one sentence."},
+        {"prompt": "Summarize: {{ input }}"},
+        {"prompt": ""},
+        {"prompt": "{context}"},
+        {"prompt": "{artifacts.rules}", "artifacts": {"rules": {"uri": "memory://rules.txt"}}},
+        {"prompt": "Summarize: {{title}}", "signature": "**kwargs"},
+    ],
+)
+def test_a_prompt_without_its_record_is_refused(fields: dict[str, Any]) -> None:
+    """All rows would get one answer; the error says how a field is written."""
+    with pytest.raises(ValueError, match="uses no field of the record"):
+        VllmAPI(identifier="m", api_url="http://x", **fields)
+    VllmAPI(identifier="m", api_url="http://x", **{**fields, "prompt_func": str})
+
+
+@pytest.mark.parametrize(
+    ("fields", "columns", "named"),
+    [
+        ({"signature": "**kwargs", "prompt": "{title}"}, ["title", "text"], "'text'"),
+        ({"signature": "*args", "prompt": "{0}"}, ["title", "text"], "'text'"),
+        ({"signature": "**kwargs", "prompt": "{a}"}, {"title": "a", "text": "b"}, "'text'"),
+        ({"signature": "*args,**kwargs", "prompt": "{0} {b}"}, {"title": 0, "text": "b", "day": 1}, "'day'"),
+    ],
+)
+def test_a_column_that_the_prompt_leaves_out_is_refused(
+    fields: dict[str, Any], columns: Any, named: str
+) -> None:
+    """Over a table; a record of `predict` may have more fields than the prompt."""
+    model = VllmAPI(identifier="m", api_url="http://x", model="x", **fields)
+    with pytest.raises(InvalidCall, match=f"never uses the columns {named} of X"):
+        model.prepare(model.predict_in_db).over(columns)
+
+
+def test_a_function_gets_the_keywords_that_it_names() -> None:
+    """They are in the fingerprint and no sampling parameters; what it does not name is one as before."""
+
+    def styled(x: str, style: str = "plain", *, context: str | None = None) -> str:
+        return f"{style}: {x}"
+
+    model = VllmAPI(identifier="m", api_url="http://x", model="x", prompt_func=styled)
+    call = model.prepare(model.predict, None, {"style": "formal", "max_tokens": 7})
+    (request,) = call.requests(["hello"])
+    assert isinstance(request, Request)
+    assert (request.prompt, request.sampling) == ("formal: hello", {"max_tokens": 7})
+    prints = {
+        model.prepare(model.predict, None, given).over("x").fingerprint
+        for given in ({}, {"style": "formal"}, {"style": "short"})
+    }
+    assert len(prints) == 3
+    with pytest.raises(InvalidCall, match="did you mean 'style'"):
+        model.prepare(model.predict, None, {"stile": "formal"})
+
+
+def test_a_keyword_is_not_both_for_the_function_and_for_vllm() -> None:
+    """What of the two is meant is not guessed; as long as the call does not give it, nothing is in doubt."""
+    model = VllmAPI(identifier="m", api_url="http://x", model="x", prompt_func=lambda x, n=3: x * n)
+    assert model.prepare(model.predict).requests(["a"])[0] == Request("aaa", {})
+    with pytest.raises(InvalidCall, match="'n' is an argument of prompt_func and a sampling parameter"):
+        model.prepare(model.predict, None, {"n": 2})
+
+
+def test_messages_go_out_as_they_are_given() -> None:
+    """No field is added, none is changed."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a":  1.50}'}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "name": "f", "content": [{"type": "text", "text": "x"}]},
+    ]
+    sent = prompter(chat=True)(messages)
+    assert json.dumps(sent) == json.dumps(messages)
+
+
+def test_two_system_messages_are_the_rows_error() -> None:
+    """Which of them counts is not guessed."""
+    rows = [{"role": "system", "content": "be short"}, {"role": "user", "content": "hi"}]
+    assert "leave one out" in refusal(prompter(chat=True, system="be long")(rows))
+    assert prompter(chat=True)(rows) == rows
+
+
+def test_messages_may_be_json_as_in_a_csv() -> None:
+    """By an option: a text that looks like JSON is a text."""
+    rows = [{"role": "user", "content": "hi"}]
+    text = json.dumps(rows)
+    assert prompter(chat=True)(text) == [{"role": "user", "content": text}]
+    read = prompter(chat=True, messages_as_json=True, system="be short")
+    assert read(text) == [{"role": "system", "content": "be short"}, *rows]
+    assert "is no JSON" in refusal(read("hi"))
+    assert "no list of chat messages" in refusal(read('"hi"'))
+    assert read.identity() != prompter(chat=True, system="be short").identity()

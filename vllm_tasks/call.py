@@ -133,7 +133,6 @@ class Call:
         that no prompt can be made of.
         """
         columns, record = records(X, self.prompter.signature)
-        check_prompts([], self.sampling, self.target)
         self.prompter.check_fields(record(columns))
         name, engine = identity_of(self.engine)
         identity = {

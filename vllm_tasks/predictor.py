@@ -35,7 +35,15 @@ from vllm_tasks.errors import InvalidCall
 from vllm_tasks.forms import arranged
 from vllm_tasks.hints import checked
 from vllm_tasks.outputs import Artifact, Decoder, check_one_type
-from vllm_tasks.prompts import Context, Prompter, Signature, Template, load_artifact
+from vllm_tasks.prompts import (
+    Context,
+    Prompter,
+    Signature,
+    Template,
+    keywords_of,
+    load_artifact,
+    named_parameters,
+)
 from vllm_tasks.resources import Resources
 from vllm_tasks.rows import BuiltinType, Completion, RowError
 from vllm_tasks.sampling import Target, check_names, known_names
@@ -46,6 +54,7 @@ from vllm_tasks.validation import Validation
 if TYPE_CHECKING:
     from vllm_tasks.previews import Preview
     from vllm_tasks.report import Report
+    from vllm_tasks.validation.report import ValidationReport
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +170,14 @@ class Predictor(BaseModel):
     )
     chat: bool = Field(default=False, title="Chat", description="The prompt is sent as a user's message.")
     system: str | None = Field(
-        default=None, title="System message", description="Put before chat messages; needs chat."
+        default=None,
+        title="System message",
+        description="Put before chat messages, which have none of their own; needs chat.",
+    )
+    messages_as_json: bool = Field(
+        default=False,
+        title="Messages as JSON",
+        description="A record is chat messages as JSON text, as a CSV has them.",
     )
 
     # ------------------------------------------------------------------ checks
@@ -233,6 +249,19 @@ class Predictor(BaseModel):
                 "{input}; use signature='**kwargs' for dicts or '*args' for tuples"
             )
         return value
+
+    @model_validator(mode="after")
+    def _carries_the_record(self) -> Self:
+        """A prompt that uses nothing of a row would be answered alike for all."""
+        fields = Template.parse(self.prompt).of_record
+        if self.prompt_func is None and not fields - {"context"}:
+            field = {"singleton": "{input}", "*args": "{0}"}.get(self.signature, "{name of a field}")
+            braces = ", and {{ }} are literal braces" if "{{" in self.prompt else ""
+            raise ValueError(
+                f"the prompt {self.prompt!r:.100} uses no field of the record, so all rows would get one "
+                f"answer: write {field} where the record goes{braces}"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -335,18 +364,22 @@ class Predictor(BaseModel):
         self, call: Callable[..., Any], context: Context = None, sampling: Mapping[str, Any] | None = None
     ) -> Call:
         """A call of the function `call`, worked out; raises `InvalidCall` for whatever is wrong with it."""
-        given = sampling or {}
         target = self.sampling_target()
-        check_spelling(given, call, target)
+        keywords = keywords_of(self.prompt_func, self.signature, sampling or {}, known_names(target))
+        given = {name: value for name, value in (sampling or {}).items() if name not in keywords}
+        of_function = named_parameters(self.prompt_func) if self.prompt_func else ()
+        check_spelling(given, call, target, more=of_function)
+        decoder, asked = self._decoder(given), self._sampling(given)
+        check_names(asked, target)
         return Call(
             identifier=self.identifier,
             uuid=self.uuid,
             engine=self.engine_config(),
             max_batch_size=self.max_batch_size,
             target=target,
-            decoder=self._decoder(given),
-            sampling=self._sampling(given),
-            prompter=self._prompter(context),
+            decoder=decoder,
+            sampling=asked,
+            prompter=self._prompter(context, keywords),
         )
 
     def _decoder(self, given: Mapping[str, Any]) -> Decoder:
@@ -363,7 +396,7 @@ class Predictor(BaseModel):
             return sampling
         return {**sampling, "structured_outputs": {"json": asked}}
 
-    def _prompter(self, context: Context) -> Prompter:
+    def _prompter(self, context: Context, keywords: Mapping[str, Any]) -> Prompter:
         return Prompter(
             prompt=self.prompt,
             prompt_func=self.prompt_func,
@@ -372,6 +405,8 @@ class Predictor(BaseModel):
             system=self.system,
             artifacts={name: load_artifact(a.uri, a.datatype) for name, a in self.artifacts.items()},
             context=context,
+            messages_as_json=self.messages_as_json,
+            keywords=keywords,
         )
 
     def predict_in_db(self, X: Columns, select: str | os.PathLike[str], **options: Any) -> Report:  # noqa: N803
@@ -398,6 +433,18 @@ class Predictor(BaseModel):
         from vllm_tasks.previews import preview
 
         return preview(self, X, select, n, **options)
+
+    def validate(  # type: ignore[override]  # of pydantic's, which has been deprecated since its version 2
+        self, validation: Validation | None = None, **options: Any
+    ) -> ValidationReport:
+        """Predict on data sets with known answers, score, and record what was found.
+
+        All options and errors are those of `vllm_tasks.validation.run.validate`, which this calls; in a flow,
+        the task `vllm_tasks.validate` does the same, shows it in the Prefect UI and fails below the limits.
+        """
+        from vllm_tasks.validation.run import validate
+
+        return validate(self, validation, **options)
 
     # ------------------------------------------------------------------ the engine
 

@@ -59,7 +59,13 @@ class Template:
 
     @property
     def fields(self) -> set[str]:
+        """All fields: of the record, of the call (`context`) and of the model (`artifacts.name`)."""
         return {field for _, field in self.parts if field is not None}
+
+    @property
+    def of_record(self) -> set[str]:
+        """The fields that a record may fill: all but `artifacts.name`."""
+        return {field for field in self.fields if not field.startswith(ARTIFACT)}
 
     def fill(self, values: Mapping[str, Any]) -> str:
         """Raises `BadRow` for a value that is missing or is no text."""
@@ -120,7 +126,10 @@ class Prompter:
         system: str | None,
         artifacts: Mapping[str, Any],
         context: Context,
+        messages_as_json: bool = False,
+        keywords: Mapping[str, Any] | None = None,
     ) -> None:
+        """`keywords`: those of the call that `prompt_func` names, see `keywords_of`."""
         self.prompt = prompt
         self.artifacts = artifacts
         self.template = Template.parse(prompt)
@@ -128,6 +137,8 @@ class Prompter:
         self.signature = signature
         self.chat = chat
         self.system = system
+        self.messages_as_json = messages_as_json
+        self.keywords = keywords or {}
         self.function = prompt_func
         self.context = joined(context)
         self.longest = site_settings().max_prompt_bytes
@@ -145,13 +156,15 @@ class Prompter:
             "chat": self.chat,
             "system": self.system,
             "context": self.context,
+            **({"messages_as_json": True} if self.messages_as_json else {}),
+            **({"keywords": self.keywords} if self.keywords else {}),
         }
 
     def _named(self, artifacts: Mapping[str, Any]) -> dict[str, Any]:
         """What `prompt_func` gets by keyword, because it names it."""
         offered = {"context": self.context, "artifacts": artifacts}
         names = named_parameters(self.function) if self.function else set()
-        return {name: value for name, value in offered.items() if name in names}
+        return {**{name: value for name, value in offered.items() if name in names}, **self.keywords}
 
     def _filled(self, artifacts: Mapping[str, Any]) -> dict[str, str]:
         """The fields that are the same in all prompts."""
@@ -174,21 +187,30 @@ class Prompter:
             raise InvalidCall(f"context was given, but nothing uses it: {way_out}")
 
     def check_fields(self, example: Any) -> None:
-        """Raise `InvalidCall` when no record of the shape of `example` can be a prompt."""
+        """Raise `InvalidCall` when no record like `example` can be a prompt, or a prompt leaves a column out.
+
+        `example`: the record whose values are the names of their columns.
+        """
         args, kwargs = call_arguments(self.signature, example)
         if self.function is not None:
             named = {name: value for name, value in self.named.items() if value or name not in kwargs}
             if why := _refusal(self.function, args, {**kwargs, **named}, twice=named.keys() & kwargs.keys()):
                 raise InvalidCall(f"prompt_func cannot be called with the columns of X: {why}")
             return
-        there = {*map(str, range(len(args))), *kwargs, *self.filled}
-        if self.signature == "singleton":
-            there.add("input")
+        given = {"input"} if self.signature == "singleton" else {*map(str, range(len(args))), *kwargs}
+        there = given | self.filled.keys()
         if absent := sorted(self.template.fields - there):
             fields = ", ".join(f"{{{field}}}" for field in absent[:SHOWN])
             raise InvalidCall(
                 f"the prompt uses {fields}, and X gives no such argument; with signature={self.signature!r} "
                 f"it gives {', '.join(map(repr, sorted(there)[:20])) or 'nothing'}{near(absent[0], there)}"
+            )
+        if unused := sorted(given - self.template.fields):
+            columns = {**dict(zip(map(str, range(len(args))), args, strict=True)), **kwargs}
+            shown = ", ".join(repr(columns[field]) for field in unused[:SHOWN])
+            raise InvalidCall(
+                f"the prompt {self.prompt!r:.100} never uses the columns {shown} of X: write {{{unused[0]}}} "
+                "into it, or leave them out of X"
             )
 
     def __call__(self, x: Any) -> str | list[Message] | RowError:
@@ -224,13 +246,27 @@ class Prompter:
             raise BadRow(f"prompt_func raised {type(error).__name__}: {error}") from error
 
     def _from_template(self, x: Any) -> Any:
-        if self.plain and self.signature == "singleton" and is_messages(x):
-            return x
+        if self.plain and self.signature == "singleton":
+            x = self._read(x) if self.messages_as_json else x
+            if is_messages(x):
+                return x
         args, kwargs = call_arguments(self.signature, x)
         values = {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
         if self.signature == "singleton":
             values["input"] = x
         return self.template.fill({**values, **self.filled})
+
+    def _read(self, x: Any) -> Any:
+        """The chat messages of a text that is JSON, as a CSV has them."""
+        if not isinstance(x, str):
+            return x
+        try:
+            found = json.loads(x)
+        except ValueError as error:
+            raise BadRow(f"messages_as_json=True, and the text is no JSON: {error}") from error
+        if not is_messages(found):
+            raise BadRow("messages_as_json=True, and the JSON is no list of chat messages with a role each")
+        return found
 
     def _in_chat(self, made: Any) -> str | list[Message]:
         if isinstance(made, str):
@@ -239,8 +275,11 @@ class Prompter:
             made = [{"role": "user", "content": made}]
         elif not is_messages(made):
             raise BadRow(f"expected a text or a list of chat messages, got {_shown(made)}")
-        system = [{"role": "system", "content": self.system}] if self.system is not None else []
-        return [*system, *made]
+        if self.system is None:
+            return [*made]
+        if any(message["role"] == "system" for message in made):
+            raise BadRow("the messages have a system message, and the model has system=...: leave one out")
+        return [{"role": "system", "content": self.system}, *made]
 
 
 def is_messages(x: object) -> bool:
@@ -292,6 +331,30 @@ def named_parameters(function: Callable[..., Any]) -> set[str]:
     except ValueError:  # some built-ins, such as str, do not tell
         return set()
     return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def keywords_of(
+    function: Callable[..., Any] | None,
+    signature: Signature,
+    given: Mapping[str, Any],
+    known: Collection[str],
+) -> dict[str, Any]:
+    """What of the keywords of a call is for `function`: those that it names, but for its record.
+
+    Raises `InvalidCall` for a name that is a sampling parameter (`known`), too.
+    """
+    if function is None:
+        return {}
+    names = named_parameters(function)
+    if signature == "singleton":
+        names -= {next(iter(inspect.signature(function).parameters), "")} if names else set()
+    found = {name: value for name, value in given.items() if name in names}
+    if both := sorted(found.keys() & set(known)):
+        raise InvalidCall(
+            f"{both[0]!r} is an argument of prompt_func and a sampling parameter of vLLM: give the argument "
+            "of prompt_func another name"
+        )
+    return found
 
 
 def load_artifact(uri: str, kind: str) -> Any:

@@ -21,6 +21,7 @@ from vllm_tasks.call import Call, Columns
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.opening import Store, source_of
 from vllm_tasks.errors import InvalidCall, TooManyFailed, VllmTasksError
+from vllm_tasks.prompts import named_parameters
 from vllm_tasks.report import Progress, Report, Tally
 from vllm_tasks.routing import parcel, storage
 from vllm_tasks.routing.parcel import Model, Parameters
@@ -126,7 +127,8 @@ def over_table(
 
 def _check_options(model: Model, options: Parameters) -> None:
     """What is misspelt is told before a flow run is made for it."""
-    check_spelling(options, predict_in_db, model.sampling_target(), more=("shards",))
+    of_function = named_parameters(model.prompt_func) if model.prompt_func else ()
+    check_spelling(options, predict_in_db, model.sampling_target(), more=("shards", *of_function))
 
 
 def validated(

@@ -9,22 +9,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 from prefect.blocks.core import Block
 
 from vllm_tasks import exact_json
-from vllm_tasks.call import TableCall
+from vllm_tasks.call import Model, TableCall
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.judge import check_scale, judge_messages, verdict_schema
 from vllm_tasks.metrics.measure import Answer
-from vllm_tasks.predictor import Predictor
 from vllm_tasks.validation import Metric
 from vllm_tasks.validation.asking import Incomplete, Own, Round, Row, Source, predict_id_of, read
 from vllm_tasks.validation.frozen import Frozen
 
 SCALE = 1, 5
+
+
+@runtime_checkable
+class Judge(Model, Protocol):
+    """A model that can be changed into one that judges."""
+
+    @property
+    def predict_kwargs(self) -> dict[str, Any]: ...
+    def model_copy(self, *, update: Mapping[str, Any]) -> Judge: ...
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,7 @@ def _asking(metric: Metric) -> TableCall:
             "predict_kwargs": {"temperature": 0, "max_tokens": 512, **judge.predict_kwargs},
         }
     )
-    return asking.prepare(asking.predict).over("question")
+    return asking.prepare(judge_of).over("question")
 
 
 def _messages(question: str, *, rubric: str, scale: tuple[int, int]) -> list[dict[str, str]]:
@@ -109,7 +118,7 @@ def _messages(question: str, *, rubric: str, scale: tuple[int, int]) -> list[dic
     return judge_messages(asked, prediction, target, rubric, scale)
 
 
-def judge_of(metric: Metric) -> Predictor:
+def judge_of(metric: Metric) -> Judge:
     """The model that judges: one given in Python, or a saved block by `type/name`."""
     model = metric.options.get("model")
     if isinstance(model, str) and model.startswith(("vllm-api/", "vllm-model/")):
@@ -117,7 +126,7 @@ def judge_of(metric: Metric) -> Predictor:
             model = Block.load(model)
         except ValueError as error:
             raise InvalidCall(f"{metric.identifier!r}: there is no saved block {model!r}: {error}") from error
-    if not isinstance(model, Predictor):
+    if not isinstance(model, Judge):
         given = repr(model)[:100] if isinstance(model, str | None) else f"a {type(model).__name__}"
         raise InvalidCall(
             f"{metric.identifier!r} needs a model that judges, "
