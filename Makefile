@@ -58,12 +58,15 @@ faults: .venv/.ready
 setup: .venv/.ready
 setup-newest: .venv-newest/.ready
 
+# pandas stands beside, for a few tests: Prefect imports it wherever it finds it, a second more in each process that the tests start.
+PANDAS := pandas==3.1.1
 # Where the CPU build of torch is not among the configured sources, it comes from PyTorch's own index.
 .venv/.ready: pyproject.toml constraints/$(ENGINE).txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv $(INSTALL) --python .venv -c constraints/$(ENGINE).txt -e '.[$(ENGINE),demo,dev]' || \
 	$(BIN)/uv $(INSTALL) --python .venv -c constraints/$(ENGINE).txt -e '.[$(ENGINE),demo,dev]' --torch-backend=auto
+	$(BIN)/uv $(INSTALL) --python .venv --no-deps --target .venv/beside $(PANDAS)
 	touch $@
 
 .venv-newest/.ready: pyproject.toml constraints/newest.txt

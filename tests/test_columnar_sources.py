@@ -14,13 +14,13 @@ from typing import Any
 
 import duckdb
 import fsspec
-import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
+from tests.beside import in_pandas, pandas
 from vllm_tasks.datalayer.sources import Part, Source, Unreadable
 from vllm_tasks.datalayer.sources.arrow_file import ArrowFile
 from vllm_tasks.datalayer.sources.arrow_stream import ColumnStream
@@ -77,7 +77,7 @@ def test_a_row_is_the_same_however_its_file_is_cut(tmp_path: Path, group: int) -
 def test_writers_agree(tmp_path: Path) -> None:
     table = pa.table({"id": range(8), "text": NASTY})
     pq.write_table(table, tmp_path / "arrow.parquet")
-    table.to_pandas().to_parquet(tmp_path / "pandas.parquet")
+    in_pandas(table).to_parquet(tmp_path / "pandas.parquet")
     pl.DataFrame(table).write_parquet(tmp_path / "polars.parquet")
     duckdb.from_arrow(table).write_parquet(str(tmp_path / "duckdb.parquet"))
     for path in tmp_path.iterdir():
@@ -350,9 +350,9 @@ def frames() -> dict[str, Any]:
     return {
         "pyarrow": table,
         "batch": table.to_batches()[0],
-        "pandas": table.to_pandas(),
-        "index": table.to_pandas().set_index(pd.Index(range(8, 0, -1), name="reversed")),
-        "objects": table.to_pandas().astype({"text": object}),
+        "pandas": in_pandas(table),
+        "index": in_pandas(table).set_index(pandas().Index(range(8, 0, -1), name="reversed")),
+        "objects": in_pandas(table).astype({"text": object}),
         "polars": pl.DataFrame(table),
         "chunks": pl.concat([pl.DataFrame(table)[:3], pl.DataFrame(table)[3:]], rechunk=False),
         "reader": table.to_reader(max_chunksize=3),
@@ -397,7 +397,7 @@ def test_what_is_no_frame(data: Any) -> None:
 
 def test_pandas_that_arrow_refuses() -> None:
     """A column costs those who name it; a cell of another type than its neighbours keeps its own value."""
-    odd = pd.DataFrame({"id": [1, 2, 3], "o": [object()] * 3, "x": ["a", 5, None], "c": [1j] * 3})
+    odd = pandas().DataFrame({"id": [1, 2, 3], "o": [object()] * 3, "x": ["a", 5, None], "c": [1j] * 3})
     frame = Frame(odd)
     assert rows(frame, "x") == [("a",), (5,), (None,)]
     for name in ("o", "c"):
@@ -407,18 +407,20 @@ def test_pandas_that_arrow_refuses() -> None:
             rows(frame, name)
     with pytest.raises(InvalidCall, match=r"union.*cannot be a key"):
         frame.key_types(["x"])
-    twice = Frame(pd.DataFrame([[1, 2, 3]], columns=["id", "t", "t"]))
+    twice = Frame(pandas().DataFrame([[1, 2, 3]], columns=["id", "t", "t"]))
     assert rows(twice, "id") == [(1,)]
     with pytest.raises(InvalidCall, match="2 columns 't'"):
         rows(twice, "t")
-    months = pd.DataFrame({"id": [1, 2], "t": pd.PeriodIndex(["2024-01", None], freq="M")})
+    months = pandas().DataFrame({"id": [1, 2], "t": pandas().PeriodIndex(["2024-01", None], freq="M")})
     assert rows(Frame(months), "t") == [("2024-01",), (None,)]
-    sparse = pd.DataFrame({"id": [1], "t": pd.arrays.SparseArray([5])})
+    sparse = pandas().DataFrame({"id": [1], "t": pandas().arrays.SparseArray([5])})
     assert rows(Frame(sparse), "t") == [(5,)]
     with pytest.raises(InvalidCall, match="a column and not a table"):
         Frame(odd["x"])
     frame = Frame(
-        pd.DataFrame({"id": [1, 2], "x": [0.5, float("nan")], "at": pd.to_datetime(["2024-01-01", None])})
+        pandas().DataFrame(
+            {"id": [1, 2], "x": [0.5, float("nan")], "at": pandas().to_datetime(["2024-01-01", None])}
+        )
     )
     assert rows(frame, "x", "at") == [(0.5, datetime(2024, 1, 1)), (None, None)]
 

@@ -22,6 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
 from tests import mariadb
+from tests.beside import in_pandas
 from tests.postgres import Postgres
 from tests.scripted_server import ScriptedServer
 from vllm_tasks import Datalayer, Dataset, InvalidCall, Metric, Validation, VllmAPI
@@ -203,7 +204,7 @@ def test_frames(kind: str, tmp_path: Path, model: VllmAPI, asked: Callable[[], l
         assert asked() == sorted(TEXTS)
         return
     if kind == "pandas":
-        frame = TABLE.to_pandas()
+        frame = in_pandas(TABLE)
     if kind == "polars":
         import polars
 

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.beside import pandas
 from vllm_tasks.datalayer.values import Nanoseconds, Number, from_json
 from vllm_tasks.exact_json import dumps, identity, loads
 
@@ -135,11 +136,10 @@ def test_what_no_source_gives_is_refused(value: Any) -> None:
 
 def test_missing_dates_of_pandas_are_refused() -> None:
     """Its NaT passes for a datetime, and its nanoseconds would be lost in a timedelta."""
-    pd = pytest.importorskip("pandas")
-    for value in pd.NaT, pd.Timedelta(1, "ns"):
+    for value in pandas().NaT, pandas().Timedelta(1, "ns"):
         with pytest.raises(TypeError, match=r"NaT|Timedelta"):
             dumps([value])
-    assert str(loads(dumps(pd.Timestamp(1, unit="ns")))) == "1970-01-01 00:00:00.000000001"
+    assert str(loads(dumps(pandas().Timestamp(1, unit="ns")))) == "1970-01-01 00:00:00.000000001"
 
 
 def test_a_value_has_one_identity_in_all_stores() -> None:
