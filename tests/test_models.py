@@ -733,7 +733,7 @@ def test_what_is_wrong_with_a_call_raises_before_anything_is_asked(server: EchoS
     with pytest.raises(InvalidCall, match="no context was given"):
         api(server, prompt="{context}{input}").predict("x")
     with pytest.raises(InvalidCall, match="'/absent/file' cannot be read"):
-        api(server, prompt="{artifacts.a}", artifacts={"a": Artifact(uri="/absent/file")}).predict("x")
+        api(server, prompt="{artifacts.a}{input}", artifacts={"a": Artifact(uri="/absent/file")}).predict("x")
     assert server.bodies == []
 
 
