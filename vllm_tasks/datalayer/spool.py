@@ -19,6 +19,8 @@ LEAST = 16 << 20
 """Bytes that one transaction reads, if there are so many; they are kept in memory, more on the disk."""
 MOST = 256 << 20
 """Bytes that one transaction reads at most, but for a last page."""
+SOON = 1 << 20
+"""The same of the first one: its rows need not wait for more."""
 LONGEST = 5.0
 """Seconds after its first row in which a transaction has to end: somebody may wait for its locks."""
 PAGE_BYTES = 4 << 20
@@ -33,8 +35,9 @@ LIMIT = 1000
 class Spool:
     """Rows of one query, in pages of at most `size` rows and about `PAGE_BYTES`."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, most: int = MOST) -> None:
         self._size = size
+        self._most = most
         self._file = SpooledTemporaryFile(max_size=LEAST)  # noqa: SIM115 - closed by `close`
         self._pages = Pages()
         self.last: Values = ()
@@ -62,7 +65,7 @@ class Spool:
         return True
 
     def _is_enough(self, written: int, reading: float, waited: float) -> bool:
-        return written >= MOST or reading >= LONGEST or (written >= LEAST and reading >= waited)
+        return written >= self._most or reading >= LONGEST or (written >= LEAST and reading >= waited)
 
     def _add(self, page: list[Values]) -> int:
         """How many bytes there are now."""
@@ -101,7 +104,7 @@ def spools(
     after: Sequence[Any] | None = None
     limit = None if backend.leaves_results else LIMIT
     while True:
-        with closing(Spool(size)) as spool:
+        with closing(Spool(size, SOON if after is None else MOST)) as spool:
             with backend.reading() as connection:
                 left = query(connection, after).limit(limit)
                 complete = spool.fill(connection, left, whole=limit is not None)
