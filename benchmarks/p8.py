@@ -60,7 +60,7 @@ def wide_line() -> str:
             shown.append(
                 f"{size:,} rows in groups of {group:,}: {peak / 2**20:,.0f} MiB ({size / took:,.0f} rows/s)"
             )
-    return f"P8 peak RSS over rows of 1 MB: {'; '.join(shown)}; goal <= 1 GB"
+    return f"P8 peak RSS over rows of 1 MB: {'; '.join(shown)}; goal <= 1 GB, and thrice one group of 1 GB"
 
 
 def wide_source(pipe: Connection, folder: str, size: int, group: int) -> None:

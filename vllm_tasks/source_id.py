@@ -15,7 +15,7 @@ import re
 from urllib.parse import unquote, urlsplit
 
 from vllm_tasks.datalayer import is_lake
-from vllm_tasks.datalayer.sources.data_file import ENDINGS
+from vllm_tasks.datalayer.sources.endings import ENDINGS
 
 LONGEST = 200
 """Characters of a name that is kept as it is."""

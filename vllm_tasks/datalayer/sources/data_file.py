@@ -9,23 +9,8 @@ from dataclasses import dataclass
 from typing import IO, Any, Literal, Self, cast
 
 from vllm_tasks.datalayer.sources.byte_stream import BUFFER, Connected, Decompressed
+from vllm_tasks.datalayer.sources.endings import COMPRESSED, COMPRESSIONS, ENDINGS, Kind
 
-Kind = Literal["parquet", "jsonl", "json", "csv", "tsv", "arrow"]
-ENDINGS: dict[str, Kind] = {
-    "parquet": "parquet",
-    "jsonl": "jsonl",
-    "ndjson": "jsonl",
-    "json": "json",
-    "csv": "csv",
-    "tsv": "tsv",
-    "tab": "tsv",
-    "arrow": "arrow",
-    "feather": "arrow",
-}
-"""Formats by the ending of a file's name, in any case of its letters."""
-COMPRESSIONS: dict[str, Literal["gzip", "zstd"]] = {"gz": "gzip", "zst": "zstd"}
-COMPRESSED = ("jsonl", "json", "csv", "tsv")
-"""Formats that are compressed as whole files; others compress within."""
 NAME = re.compile(
     rf"(?P<stem>.+)\.(?P<kind>{'|'.join(ENDINGS)})(?:\.(?P<packed>{'|'.join(COMPRESSIONS)}))?",
     re.DOTALL | re.IGNORECASE,

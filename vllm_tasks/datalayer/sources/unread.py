@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 
-from vllm_tasks.datalayer.sources.data_file import COMPRESSED, COMPRESSIONS, ENDINGS
+from vllm_tasks.datalayer.sources.endings import COMPRESSED, COMPRESSIONS, ENDINGS
 from vllm_tasks.errors import InvalidCall
 
 FORMATS = f"{', '.join(ENDINGS)} ({', '.join(COMPRESSED)} also as {' or '.join(COMPRESSIONS)})"

@@ -1,0 +1,22 @@
+"""Formats of files by how their names end."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Kind = Literal["parquet", "jsonl", "json", "csv", "tsv", "arrow"]
+ENDINGS: dict[str, Kind] = {
+    "parquet": "parquet",
+    "jsonl": "jsonl",
+    "ndjson": "jsonl",
+    "json": "json",
+    "csv": "csv",
+    "tsv": "tsv",
+    "tab": "tsv",
+    "arrow": "arrow",
+    "feather": "arrow",
+}
+"""Formats by the ending of a file's name, in any case of its letters."""
+COMPRESSIONS: dict[str, Literal["gzip", "zstd"]] = {"gz": "gzip", "zst": "zstd"}
+COMPRESSED = ("jsonl", "json", "csv", "tsv")
+"""Formats that are compressed as whole files; others compress within."""
