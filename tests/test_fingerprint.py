@@ -359,7 +359,7 @@ def test_large_files_count_by_their_head_and_by_samples(tmp_path: Path, place: i
     before = engine_identity({"model": str(tmp_path)})
     with file.open("r+b") as content:
         content.seek(place)
-        content.write(b"b" * 2**17)
+        content.write(b"b" * 2**19)
     assert engine_identity({"model": str(tmp_path)}) != before
 
 

@@ -31,7 +31,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
-from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
+from types import (
+    ClassMethodDescriptorType,
+    CodeType,
+    FunctionType,
+    MappingProxyType,
+    MethodDescriptorType,
+    MethodType,
+    ModuleType,
+    WrapperDescriptorType,
+)
 from typing import Any, Never
 
 from vllm_tasks.errors import InvalidCall
@@ -51,6 +60,7 @@ DERIVED = {
 }
 """Members of a class: where it stands, and what is made of its other members."""
 INSTALLED = {"site-packages", "dist-packages"}
+OF_C = MethodDescriptorType, WrapperDescriptorType, ClassMethodDescriptorType
 MADE_IN_PYTHON = 1 << 9
 """The flag of types that were made at run time (Py_TPFLAGS_HEAPTYPE)."""
 WAY_OUT = (
@@ -252,13 +262,17 @@ class _Reader:
         kind = type(value)
         if isinstance(value, CHANGING):
             self.refuse(f"is a {_path(kind)}, which changes as it is used")
+        if isinstance(value, OF_C) and not self._installed(
+            value.__objclass__, value.__objclass__.__qualname__
+        ):
+            self.refuse("is made in C")
         if isinstance(value, Path) and value.is_file():
             return ["file", str(value), hash_of_file(value)]
         try:
             reducer: Callable[[Any], Any] | None = copyreg.dispatch_table.get(kind)
             reduced = reducer(value) if reducer else value.__reduce_ex__(4)
         except Exception as error:  # noqa: BLE001 - whatever its class raises
-            self.refuse(f"is a {_path(kind)}, whose state cannot be told ({error})")
+            self.refuse(f"is a {_path(kind)}, whose state cannot be told ({error!s:.100})")
         if isinstance(reduced, str):
             return self._installed(value, reduced) or self.refuse(f"is a {_path(kind)} that cannot be told")
         made_by, arguments, state, items, pairs = [*reduced, None, None, None][:5]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,14 @@ WHOLE = 64 * 2**20
 """Bytes: a file up to this size is hashed whole, a larger one by its size, its head and samples."""
 HEAD = 2**20
 """Bytes at the beginning, where weights have the names, types and shapes of their tensors."""
-SAMPLES, SAMPLE = 1024, 4096
+SAMPLES, SAMPLE = 256, 4096
 """How many samples are read, spread evenly, and how many bytes each has."""
 PATHS = {
-    *(
-        "model",
-        "model_weights",
-        "spec_model",
-        "tokenizer",
-        "hf_config_path",
-        "generation_config",
-        "lora_path",
-    ),
+    *("model", "model_weights", "spec_model", "tokenizer", "hf_config_path", "generation_config"),
+    *("lora_path", "default_mm_loras", "lora_modules"),
+    *("chat_template", "tool_parser_plugin", "reasoning_parser_plugin"),
 }
-"""Arguments whose text is a path wherever there is such a file; elsewhere it is one that has a slash."""
+"""Arguments whose texts are files and folders, where there are such; of others a file with a slash is."""
 NOT_OF_AN_ANSWER = {
     "how the work is split over devices and machines": """
         tensor_parallel_size pipeline_parallel_size prefill_context_parallel_size
@@ -90,12 +85,16 @@ def sampling_identity(sampling: Mapping[str, Any]) -> dict[str, Any]:
 def _told(name: str, value: Any) -> Any:
     """`value` with the hashes of files for paths."""
     if isinstance(value, Mapping):
-        return {key: _told(str(key), each) for key, each in value.items()}
+        return {key: _told(name if name in PATHS else str(key), each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_told(name, each) for each in value]
     if isinstance(value, str) and (name in PATHS or os.sep in value):
-        if os.path.isdir(value):
-            return {found: hash_of_file(Path(value, found)) for found in sorted(_files(value))}
+        if name in PATHS and os.path.isdir(value):
+            names = sorted(_files(value))
+            with ThreadPoolExecutor() as reading:  # what costs is that the disk is slow to answer
+                return dict(
+                    zip(names, reading.map(lambda file: hash_of_file(Path(value, file)), names), strict=True)
+                )
         if os.path.isfile(value):
             return hash_of_file(Path(value))
     return value
@@ -106,8 +105,9 @@ def _files(folder: str) -> Iterator[str]:
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
         for name in files:
-            if not name.startswith(".") and not name.endswith(".md"):
-                yield (Path(place) / name).relative_to(folder).as_posix()
+            path = Path(place, name)
+            if path.is_file() and not name.startswith(".") and path.suffix != ".md":
+                yield path.relative_to(folder).as_posix()
 
 
 def hash_of_file(path: Path) -> str:
