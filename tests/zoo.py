@@ -199,6 +199,38 @@ def of_a_parent(datum: Any, inner: Prompt) -> Prompt:
 
 
 @kind
+def of_a_metaclass(datum: Any, inner: Prompt) -> Prompt:
+    class Meta(type):
+        def said(cls) -> str:
+            return f"{datum!r}"
+
+    class Own(metaclass=Meta):
+        def __call__(self, x: str) -> str:
+            return type(self).said() + inner(x)
+
+    return Own()
+
+
+@kind
+def of_a_registry(datum: Any, inner: Prompt) -> Prompt:
+    known = {"a": lambda x: f"{datum!r}" + inner(x), "b": lambda x: "b" + inner(x)}
+    return lambda x: known["a"](x)
+
+
+@kind
+def decorated(datum: Any, inner: Prompt) -> Prompt:
+    class Decorated:
+        def __init__(self, function: Prompt) -> None:
+            functools.update_wrapper(self, function)
+            self.function = function
+
+        def __call__(self, x: str) -> str:
+            return f"{datum!r}" + self.function(x)
+
+    return Decorated(inner)
+
+
+@kind
 def global_name(datum: Any, inner: Prompt) -> Prompt:
     return typed("def f(x): return repr(DATUM) + inner(x)", DATUM=datum, inner=inner)
 

@@ -138,11 +138,12 @@ class Call:
         check_prompts([], self.sampling, self.target)
         self.prompter.check_fields(record(columns))
         name, engine = identity_of(self.engine)
-        prompts, first = self.prompter.identity(), iter((True,))
+        prompts = self.prompter.identity()
+        unused = iter([fingerprint(prompts)] if self.prompter.function else [])
 
         def requests(rows: Sequence[Values]) -> list[Request | RowError]:
             made = self.requests([record(r) for r in rows])
-            if next(first, False) and fingerprint(self.prompter.identity()) != fingerprint(prompts):
+            if (before := next(unused, None)) and fingerprint(self.prompter.identity()) != before:
                 raise InvalidCall(
                     "prompt_func changes what it holds as it is used (a count, a cache), so that the next "
                     f"call would ask all rows again: {WAY_OUT}"

@@ -9,24 +9,18 @@ by its name, unless it is of the function's own package. What none of this tells
 
 from __future__ import annotations
 
-import ast
 import copyreg
-import dis
 import functools
 import hashlib
 import importlib
-import inspect
 import io
 import json
-import linecache
 import logging
 import os
 import pkgutil
 import random
 import sys
 import sysconfig
-import textwrap
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib.util import find_spec, resolve_name
@@ -44,6 +38,7 @@ from types import (
 from typing import Any, Never
 
 from vllm_tasks.errors import InvalidCall
+from vllm_tasks.source_code import Names, names_in, source_of
 from vllm_tasks.weights import hash_of_file
 
 MOST = 100_000
@@ -56,7 +51,7 @@ BY_CODE = {"eval", "exec", "globals", "__import__"}
 DERIVED = {
     *("__module__", "__dict__", "__weakref__", "__annotations__", "__orig_bases__", "__parameters__"),
     *("__annotate_func__", "__annotations_cache__", "__firstlineno__", "__static_attributes__", "_abc_impl"),
-    *("__dataclass_fields__", "__dataclass_params__", "__signature__"),
+    *("__dataclass_fields__", "__dataclass_params__", "__signature__", "__slotnames__"),
 }
 """Members of a class: where it stands, and what is made of its other members."""
 INSTALLED = {"site-packages", "dist-packages"}
@@ -78,7 +73,7 @@ def made_of(function: Callable[..., Any] | None, role: str) -> Any:
         return None
     if version := _declared(function):
         return version
-    reader = _Reader(role, _module_of(function).partition(".")[0])
+    reader = _Reader(role, _path(function).partition(".")[0])
     try:
         parts = json.dumps(reader.read(function, _path(function)))
     except RecursionError:
@@ -110,6 +105,10 @@ class _Reader:
         self.left -= 1
         if self.left < 0:
             self.refuse(f"holds more than {MOST:,} values")
+        if isinstance(value, list | dict | set | bytearray) or hasattr(value, "__dict__"):
+            if id(value) in self.numbers:
+                return ["again", self.numbers[id(value)][0]]
+            self.numbers[id(value)] = len(self.numbers), value
         if name is None:
             return self._read(value)
         self.trail.append(name)
@@ -119,54 +118,29 @@ class _Reader:
 
     def _read(self, value: Any) -> Any:
         kind = type(value)
-        if kind is int:
-            return ["int", hex(value)]
-        if kind in (float, complex, bytes, type(...)):
-            return [kind.__name__, repr(value)]
-        if isinstance(value, list | dict | set | bytearray) or hasattr(value, "__dict__"):
-            if id(value) in self.numbers:
-                return ["again", self.numbers[id(value)][0]]
-            self.numbers[id(value)] = len(self.numbers), value
-        if kind in (tuple, list):
-            return [kind.__name__, *map(self.read, value)]
-        if kind in (dict, MappingProxyType):
-            return [
-                kind.__name__,
-                *(
-                    [self.read(k), self.read(v, k if type(k) is str else None)]
-                    for k, v in list(value.items())
-                ),
-            ]
-        if kind in (set, frozenset):
-            return [kind.__name__, *sorted(json.dumps(self._apart(item)) for item in value)]
+        if parts_of := PARTS.get(kind):
+            return [kind.__name__, parts_of(self, value)]
         if isinstance(value, type):
             return self._installed(value, value.__qualname__) or self._class(value)
-        if kind is FunctionType:
-            return self._installed(value, value.__qualname__) or _declared(value) or self._function(value)
-        if kind is CodeType:
-            return self._bytecode(value)
-        if kind is ModuleType:
-            return self._module(value, set(), {})
-        if isinstance(value, LOGS):
-            return ["log"]
-        if kind is MethodType:
-            return ["method", self.read(value.__func__), self.read(value.__self__, "its object")]
-        if kind in (staticmethod, classmethod):
-            return [kind.__name__, self.read(value.__func__)]
-        if kind is property:
-            return ["property", *map(self.read, (value.fget, value.fset, value.fdel))]
-        if kind is functools.cached_property:
-            return ["cached", self.read(value.func)]
-        if kind is functools._lru_cache_wrapper:
-            return ["cached", self.read(vars(value))]
-        return self._object(value)
+        if isinstance(value, ModuleType):
+            return self.module(value, Names(), {})
+        return ["log"] if isinstance(value, LOGS) else self._object(value)
 
-    def _apart(self, item: Any) -> Any:
-        """An item of a set, which has no order, as if nothing had been read before it."""
-        before = dict(self.numbers)
-        known = self.read(item)
+    def all(self, values: Iterable[Any]) -> list[Any]:
+        return [self.read(value) for value in values]
+
+    def pairs(self, values: Mapping[Any, Any]) -> list[Any]:
+        """In their order, which functions may use."""
+        return [[self.read(k), self.read(v, k if type(k) is str else None)] for k, v in list(values.items())]
+
+    def unordered(self, values: Iterable[Any]) -> list[str]:
+        """Each as if none of the others had been read."""
+        before, known = self.numbers, []
+        for value in values:
+            self.numbers = dict(before)
+            known.append(json.dumps(self.read(value)))
         self.numbers = before
-        return known
+        return sorted(known)
 
     def _installed(self, value: Any, name: str) -> Any:
         """By its name, if that is all that there is to it."""
@@ -181,62 +155,64 @@ class _Reader:
 
     # ------------------------------------------------------------------ functions
 
-    def _function(self, function: FunctionType) -> Any:
-        code, attributes, held = function.__code__, set[str](), dict[str, Any]()
-        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+    def function(self, function: FunctionType) -> Any:
+        known = self._installed(function, function.__qualname__) or _declared(function)
+        if known:
+            return known
+        held, names = dict[str, Any](), Names()
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             with suppress(ValueError):  # not bound yet
                 held[name] = cell.cell_contents
         if not _is_installed(_module_of(function), self.package):
-            names, attributes, imports = _uses(code)
-            if hidden := sorted(n for n in names & BY_CODE if n not in function.__globals__):
+            names, space = names_in(function.__code__), function.__globals__
+            if hidden := sorted(n for n in names.globals & BY_CODE if n not in space):
                 self.refuse(f"calls {hidden[0]}, and what that reaches cannot be told")
-            held |= {f"global {n}": function.__globals__[n] for n in names if n in function.__globals__}
-            held |= {f"import {m.__name__}": m for m in self._imported(imports, function.__globals__)}
+            held |= {f"global {n}": space[n] for n in names.globals if n in space}
+            held |= {f"import {m.__name__}": m for m in self._imported(names, space.get("__package__"))}
         seen: dict[int, int] = {}
         return {
             "function": function.__qualname__,
-            "code": _sources(code.co_filename, function.__globals__).get(code) or self._bytecode(code),
+            "code": source_of(function) or self.bytecode(function.__code__),
             "doc": function.__doc__,
             "defaults": self.read([function.__defaults__, function.__kwdefaults__], "its defaults"),
             "attributes": {n: self.read(v, n) for n, v in sorted(vars(function).items())},
             "holds": {
-                n: self._module(v, attributes, seen) if type(v) is ModuleType else self.read(v, n)
+                n: self.module(v, names, seen) if isinstance(v, ModuleType) else self.read(v, n)
                 for n, v in sorted(held.items())
             },
         }
 
-    def _module(self, module: ModuleType, attributes: set[str], seen: dict[int, int]) -> Any:
-        """An installed one by its name, one of the user's by what `attributes` name in it."""
-        name = module.__name__
-        if _is_installed(name, self.package):
-            return ["installed module", name]
-        if not attributes:
-            self.refuse(f"holds the module {name!r}, and what it uses of that cannot be told")
+    def module(self, module: ModuleType, names: Names, seen: dict[int, int]) -> Any:
+        """An installed one by its name, one of the user's by what `names` has of it."""
+        if _is_installed(module.__name__, self.package):
+            return ["installed module", module.__name__]
+        if not names.attributes:
+            self.refuse(f"holds the module {module.__name__!r}, and what it uses of that cannot be told")
         if id(module) in seen:
             return ["again", seen[id(module)]]
         seen[id(module)] = len(seen)
+        used = {n: v for n, v in sorted(dict(vars(module)).items()) if n in names.attributes}
         return {
-            n: self._module(v, attributes, seen) if type(v) is ModuleType else self.read(v, f"{name}.{n}")
-            for n, v in sorted(dict(vars(module)).items())
-            if n in attributes
+            n: self.module(v, names, seen)
+            if isinstance(v, ModuleType)
+            else self.read(v, f"{module.__name__}.{n}")
+            for n, v in used.items()
         }
 
-    def _imported(
-        self, imports: Iterable[tuple[str, int, Any]], names: Mapping[str, Any]
-    ) -> Iterator[ModuleType]:
+    def _imported(self, names: Names, package: str | None) -> Iterator[ModuleType]:
         """The user's modules that a function would import when it is called."""
-        for name, level, wanted in imports:
+        for name, level, wanted in names.imports:
             with suppress(ImportError):
-                full = resolve_name("." * level + name, names.get("__package__"))
+                full = resolve_name("." * level + name, package)
                 if _is_installed(full, self.package):
                     continue
                 module = importlib.import_module(full)
-                for part in wanted or ():
+                for part in wanted:
                     if not hasattr(module, part):
                         importlib.import_module(f"{full}.{part}")
                 yield module
 
-    def _bytecode(self, code: CodeType) -> list[Any]:
+    def bytecode(self, code: CodeType) -> list[Any]:
         """For code whose source is not there; another one in another version of Python."""
         names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
         counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
@@ -280,64 +256,27 @@ class _Reader:
             members = {n: v for each in reversed(kind.__mro__) for n, v in vars(each).items()}
             state = {n: v for n, v in state.items() if type(members.get(n)) is not functools.cached_property}
         parts = [kind, made_by, arguments, state, list(items or ()), list(pairs or ())]
-        return ["object", *map(self.read, parts)]
+        return ["object", self.all(parts)]
 
 
-def _uses(code: CodeType) -> tuple[set[str], set[str], list[tuple[str, int, Any]]]:
-    """The globals, the attributes and the imports (name, level, what of it) that code names."""
-    names, attributes, imports = set[str](), set[str](), []
-    steps = list(dis.get_instructions(code))
-    for i, step in enumerate(steps):
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
-            names.add(step.argval)
-        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM"):
-            attributes.add(step.argval)
-        elif step.opname == "IMPORT_NAME":
-            imports.append((step.argval, steps[i - 2].argval, steps[i - 1].argval))
-    for inner in filter(inspect.iscode, code.co_consts):
-        more = _uses(inner)
-        names, attributes, imports = names | more[0], attributes | more[1], imports + more[2]
-    return names, attributes, imports
-
-
-def _sources(file: str, names: dict[str, Any]) -> Mapping[CodeType, str]:
-    """The source of each function in a file, by the code that Python makes of it now.
-
-    So what was changed since it was imported, and what only claims to be of that file, is not found.
-    """
-    linecache.checkcache(file)
-    return _sources_of("".join(linecache.getlines(file, names)), file)
-
-
-@functools.lru_cache(maxsize=64)
-def _sources_of(text: str, file: str) -> Mapping[CodeType, str]:
-    try:
-        module, tree = compile(text, file, "exec", dont_inherit=True), ast.parse(text)
-    except (SyntaxError, ValueError):
-        return {}
-    nodes: dict[tuple[int, str], list[ast.AST]] = defaultdict(list)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            nodes[min(n.lineno for n in (node, *node.decorator_list)), node.name].append(node)
-        elif isinstance(node, ast.Lambda):
-            nodes[node.lineno, "<lambda>"].append(node)
-    return {
-        code: _text(text, code.co_firstlineno, found[0])
-        for code in _codes(module)
-        if len(found := nodes.get((code.co_firstlineno, code.co_name), [])) == 1  # not two in one line
-    }
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    for inner in filter(inspect.iscode, code.co_consts):
-        yield inner
-        yield from _codes(inner)
-
-
-def _text(text: str, first: int, node: Any) -> str:
-    if isinstance(node, ast.Lambda):
-        return ast.get_source_segment(text, node) or ""
-    return textwrap.dedent("".join(text.splitlines(keepends=True)[first - 1 : node.end_lineno]))
+PARTS: dict[type, Callable[[_Reader, Any], Any]] = {
+    int: lambda _, value: hex(value),
+    **dict.fromkeys((float, complex, bytes, type(...)), lambda _, value: repr(value)),
+    **dict.fromkeys((tuple, list), _Reader.all),
+    **dict.fromkeys((dict, MappingProxyType), _Reader.pairs),
+    **dict.fromkeys((set, frozenset), _Reader.unordered),
+    **dict.fromkeys((staticmethod, classmethod), lambda reader, value: reader.read(value.__func__)),
+    FunctionType: _Reader.function,
+    CodeType: _Reader.bytecode,
+    MethodType: lambda reader, value: [
+        reader.read(value.__func__),
+        reader.read(value.__self__, "its object"),
+    ],
+    property: lambda reader, value: reader.all([value.fget, value.fset, value.fdel]),
+    functools.cached_property: lambda reader, value: reader.read(value.func),
+    functools._lru_cache_wrapper: lambda reader, value: reader.read(vars(value)),
+}
+"""What kinds of things are made of; another thing is what it would be pickled by."""
 
 
 def _module_of(value: Any) -> str:
@@ -367,7 +306,7 @@ def _path(value: Any) -> str:
     """`module.name`; a module that is run, and not imported, by its file."""
     if isinstance(value, functools.partial):
         return _path(value.func)
-    module = _module_of(value)
+    module = str(getattr(value, "__module__", None) or type(value).__module__)
     if module.startswith("__") and (file := getattr(sys.modules.get(module), "__file__", None)):
         module = Path(file).stem
     return f"{module}.{getattr(value, '__qualname__', type(value).__qualname__)}"
