@@ -2,98 +2,282 @@
 
 from __future__ import annotations
 
+import ast
 import functools
-import re
+import importlib
+import itertools
+import json
+import logging
+import os
+import random
 import subprocess
 import sys
-from collections import deque
+import threading
 from collections.abc import Callable
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vllm_tasks.fingerprint import (
-    canonical,
-    engine_identity,
-    fingerprint,
-    input_hash,
-    sampling_identity,
-    source_of,
-)
+from tests.scripted_server import ScriptedServer
+from tests.zoo import KINDS, build, told, typed
+from vllm_tasks import InvalidCall, VllmAPI, VllmModel
+from vllm_tasks.fingerprint import fingerprint, input_hash
+from vllm_tasks.functions import made_of
 from vllm_tasks.outputs import Decoder
+from vllm_tasks.serving import api_of
+from vllm_tasks.weights import IGNORED, engine_identity, sampling_identity
+
+ROOT = Path(__file__).parent.parent
 
 
-def say(word: str) -> Callable[[str], str]:
-    return lambda x: word + x
+def of(function: Any) -> Any:
+    return made_of(function, "prompt_func")
 
 
-class Saying:
-    """A callable object with a state."""
-
-    def __init__(self, word: str) -> None:
-        self.word = word
-
-    def __call__(self, x: str) -> str:
-        return self.word + x
+def refusal(function: Any) -> str:
+    with pytest.raises(InvalidCall) as refused:
+        of(function)
+    return str(refused.value)
 
 
-def typed_in(text: str) -> Any:
-    """A function without a source file, as in an interactive session."""
-    names: dict[str, Any] = {}
-    exec(text, names)
-    return names["f"]
+# ---------------------------------------------------------------------- functions
 
 
-def of(function: Any) -> str:
-    return fingerprint({"prompt_func": source_of(function)})
+def a_datum(draw: random.Random, depth: int = 0) -> Any:
+    plain: list[Any] = [0, 1, 1.0, True, None, "", "1", "a", "b", b"a", -0.0, 2**70, "a'{b}"]
+    if depth == 2 or draw.random() < 0.6:
+        return draw.choice(plain)
+    items = [a_datum(draw, depth + 1) for _ in range(draw.randint(0, 2))]
+    return draw.choice([items, tuple(items), dict(zip(draw.sample(plain[3:8], 2), items, strict=False))])
 
 
-def say_by_default(word: str) -> Callable[[str], str]:
-    return lambda x, word=word: word + x
+def a_recipe(draw: random.Random, depth: int = 0) -> list[Any]:
+    inner = None if depth == 3 or draw.random() < 0.4 else a_recipe(draw, depth + 1)
+    return [draw.choice([*KINDS]), a_datum(draw), inner]
 
 
-def say_one_of(first: str | None, second: str | None) -> Callable[[str], str]:
-    return lambda x: (first or second or "") + x
+def zoo(seed: int, size: int) -> list[Any]:
+    draw = random.Random(seed)
+    return [
+        *([kind, datum, None] for kind in KINDS for datum in "ab"),
+        *(a_recipe(draw) for _ in range(size)),
+    ]
 
 
-def find(word: str) -> Callable[[str], Any]:
-    pattern = re.compile(word)
-    return lambda x: pattern.sub("", x)
+def test_functions_that_answer_otherwise_never_share_a_fingerprint() -> None:
+    """Of functions of all kinds, within each other, two that say something else for a text count as two."""
+    recipes = zoo(seed=15, size=200)
+    said = zip(recipes, [build(recipe)("some text") for recipe in recipes], told(recipes), strict=True)
+    differ = 0
+    for (recipe, words, one), (other_recipe, other_words, other) in itertools.combinations(said, 2):
+        differ += words != other_words
+        assert words == other_words or one != other, (recipe, other_recipe)
+    assert differ > 15_000
 
 
-def say_first(word: str) -> Callable[[str], str]:
-    words = deque([word])
-    return lambda x: words[0] + x
+def test_a_function_has_one_fingerprint_in_all_processes() -> None:
+    """Neither addresses, nor the order of sets, nor what was called before is in it."""
+    recipes = zoo(seed=16, size=60)
+    here = [build(recipe) for recipe in recipes]
+    before = [of(function) for function in here]
+    assert before == told(recipes)
+    for function in here:
+        function("some text")
+    assert [of(function) for function in here] == before
+    command, given = [sys.executable, "-m", "tests.zoo"], {**os.environ, "PYTHONHASHSEED": "1"}
+    run = subprocess.run(
+        command, input=repr(recipes), env=given, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert json.loads(run.stdout) == before
+
+
+def test_a_function_counts_as_it_was_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that was changed since tells nothing of the functions that are in use."""
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "prompts_of_a_test.py"
+    file.write_text("WORD = 'a'\ndef f(x):\n    return 'a' + WORD + x\n")
+    module = importlib.import_module(file.stem)
+    first, shown = module.f, of(module.f)
+    file.write_text("WORD = 'a'\n\ndef f(x):\n    return 'b' + WORD + x\n")
+    importlib.invalidate_caches()
+    assert of(first) not in (shown, of(importlib.reload(module).f))
+    changed = of(module.f)
+    file.write_text("WORD = 'a'\n# A comment.\n\n\ndef f(x):\n    return 'b' + WORD + x\n")
+    assert of(importlib.reload(module).f) == changed
+    module.WORD = "b"
+    assert of(module.f) != changed
+
+
+def test_modules_of_the_user_count_by_what_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a function imports them when it is called; installed ones count by their names."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "package_of_a_test").mkdir()
+    (tmp_path / "package_of_a_test" / "__init__.py").touch()
+    words = tmp_path / "package_of_a_test" / "words.py"
+    words.write_text("WORD = 'a'\nOTHER = object()\ndef longer(x): return x + WORD\n")
+    within = typed(
+        "def f(x):\n    import json\n    from package_of_a_test import words\n    return words.longer(x)"
+    )
+    before = of(within)
+    assert within("b") == "ba"
+    assert of(within) == before
+    module = importlib.import_module("package_of_a_test.words")
+    module.OTHER = object  # type: ignore[attr-defined]
+    assert of(within) == before
+    module.WORD = "c"  # type: ignore[attr-defined]
+    assert of(within) != before
+    held = [module]
+    assert "module 'package_of_a_test.words'" in refusal(lambda x: held[0].longer(x))
+
+
+def test_a_file_counts_by_its_contents(tmp_path: Path) -> None:
+    """A function that holds a path reads what is there."""
+    path = tmp_path / "prompt.txt"
+    path.write_text("a")
+    before = of(lambda x: path.read_text() + x)
+    path.write_text("b")
+    assert of(lambda x: path.read_text() + x) != before
+
+
+class Guarded:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def make(self, x: str) -> str:
+        return x
+
+
+lines = iter(["a"])
+tangle: tuple[Any, ...] = ()
+for _ in range(60):
+    tangle = tangle, tangle
+
+
+def nested(depth: int) -> list[Any]:
+    made: list[Any] = []
+    for _ in range(depth):
+        made = [made]
+    return made
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("function", "why"),
     [
-        say, Saying, lambda word: functools.partial(Saying("x"), word), say_by_default, find, say_first,
-        lambda word: say_one_of("x", None) if word == "a" else say_one_of(None, "x"),
+        (Guarded().make, "its object > lock is a _thread.lock"),
+        (functools.partial(Guarded.make, Guarded()), "lock is a _thread.lock"),
+        (lambda x: x + next(lines), "lines is a builtins.list_iterator, which changes as it is used"),
+        (typed("def f(x): return eval(x)"), "calls eval"),
+        (typed("def f(x): return x if held else ''", held=tangle), "holds more than"),
+        (typed("def f(x): return x if held else ''", held=nested(10_000)), "nested too deep"),
+        (typed("def f(x): return environ[x]", environ=os.environ), "environ is a os._Environ"),
+        (functools.lru_cache(typed("def f(x): return r.random()", r=random.Random(1))), "random.Random"),
     ],
-)  # fmt: skip
-def test_a_function_counts_with_its_state(make: Callable[[str], Any]) -> None:
-    """What a function closes over, an object holds or a partial has bound decides its prompts."""
-    assert of(make("a")) == of(make("a"))
-    assert of(make("a")) != of(make("b"))
+)
+def test_what_cannot_be_told_is_refused(function: Any, why: str) -> None:
+    """With where it is, and the way out."""
+    message = refusal(function)
+    assert why in message
+    assert message.startswith("prompt_func ")
+    assert "f.version = '1'" in message
 
 
-def test_a_function_without_source_counts_by_its_code() -> None:
-    """A function that was typed in is another one when it is typed in otherwise."""
-    assert of(typed_in("def f(x): return x + 'a'")) == of(typed_in("def f(x): return x + 'a'"))
-    assert of(typed_in("def f(x): return x + 'a'")) != of(typed_in("def f(x): return x + 'b'"))
-    assert of(typed_in("def f(x): return x.upper()")) != of(typed_in("def f(x): return x.lower()"))
-    inner = "def f(x): return [(lambda y: y + {!r})(z) for z in x]"
-    assert of(typed_in(inner.format("a"))) != of(typed_in(inner.format("b")))
+class Versioned(Guarded):
+    version = "1"
+
+    def __call__(self, x: str) -> str:
+        return x
 
 
-def test_no_address_is_in_it() -> None:
-    """An object is known by what it is, or every process would ask all rows again."""
-    assert canonical({"a": object()}) == canonical({"a": object()})
-    assert "0x" not in canonical([object(), Saying("a"), functools.partial(say, object())])
+def test_a_declared_version_speaks_for_a_function() -> None:
+    """Of a function, of one that another calls, of a method, of an object's class, of a partial."""
+
+    def declared(version: str) -> Callable[[str], str]:
+        def f(x: str) -> str:
+            return x + next(lines)
+
+        f.version = version  # type: ignore[attr-defined]
+        return f
+
+    def calling(version: str) -> Callable[[str], str]:
+        inner = declared(version)
+        return lambda x: inner(x)
+
+    for make in declared, calling:
+        assert of(make("1")) == of(make("1")) != of(make("2"))
+    part = functools.partial(Guarded().make)
+    part.version = 1  # type: ignore[attr-defined]
+    assert of(Versioned()) != of(part)
+    assert of(Versioned()) == of(Versioned())
+
+
+def versioned(x: str) -> str:
+    return x + next(lines)
+
+
+versioned.version = "1"  # type: ignore[attr-defined]
+
+
+def test_a_version_is_loaded_with_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A saved block has the function's path, and the module that is there gives its version."""
+    monkeypatch.setenv("VLLM_TASKS_CALLABLE_PREFIXES", '["tests"]')
+    saved = VllmAPI(
+        identifier="m", api_url="http://127.0.0.1:1", model="m", prompt_func=versioned
+    ).model_dump()
+    saved |= {"db": None, "api_key": None}
+    loaded = VllmAPI(**saved)
+    prints = [
+        model.prepare(model.predict_in_db).over("x").fingerprint for model in (loaded, VllmAPI(**saved))
+    ]
+    assert prints[0] == prints[1]
+    monkeypatch.setattr(versioned, "version", "2")
+    assert loaded.prepare(loaded.predict_in_db).over("x").fingerprint != prints[0]
+
+
+def test_what_is_there_under_its_name_is_known_by_it() -> None:
+    """Types, functions of C and functions of libraries."""
+    named = [str, bytes, str.upper, len, json.loads, json.dumps, functools.partial(str.replace)]
+    assert len({of(function) for function in named}) == len(named)
+
+
+def test_a_function_that_changes_what_it_holds_is_refused_before_a_row_is_asked(tmp_path: Path) -> None:
+    """Else the next call would ask all rows again; with a version it is none of our business."""
+    seen: list[str] = []
+
+    def f(x: str) -> str:
+        seen.append(x)
+        return x
+
+    (tmp_path / "t.csv").write_text("id,text\n1,a\n")
+    with ScriptedServer() as server:
+        model = VllmAPI(identifier="m", api_url=server.url, model="stub", prompt_func=f)
+        with pytest.raises(InvalidCall, match="changes what it holds"):
+            model.predict_in_db("text", "t", db=tmp_path)
+        assert not server.posts
+        f.version = "1"  # type: ignore[attr-defined]
+        assert model.predict_in_db("text", "t", db=tmp_path).succeeded == 1
+        assert model.predict_in_db("text", "t", db=tmp_path).up_to_date == 1
+
+
+def test_a_call_without_a_table_needs_no_fingerprint() -> None:
+    """Whatever the function is made of."""
+    log, lock = logging.getLogger("a"), threading.Lock()
+
+    def f(x: str) -> str:
+        with lock:
+            log.debug(x)
+            return x
+
+    with ScriptedServer() as server:
+        model = VllmAPI(identifier="m", api_url=server.url, model="stub", prompt_func=f)
+        assert len(model.predict_batches(["a", "b"])) == 2
+        with pytest.raises(InvalidCall, match="lock is a _thread"):
+            model.prepare(model.predict_in_db).over("text")
+
+
+# ---------------------------------------------------------------------- data
 
 
 def test_numbers_that_a_form_cannot_tell_apart_are_the_same() -> None:
@@ -139,19 +323,104 @@ def test_deep_values_have_an_end() -> None:
     assert input_hash([deep])
 
 
-def test_a_local_model_counts_by_its_files(tmp_path: Path) -> None:
-    """Where the folder is does not matter, a changed file does; what only changes the speed does not."""
+# ---------------------------------------------------------------------- models
 
-    def folder(name: str, weights: bytes) -> str:
-        (tmp_path / name).mkdir()
+
+def test_a_local_model_counts_by_the_contents_of_its_files(tmp_path: Path) -> None:
+    """Neither where they are, nor when they were written, nor what only changes the speed."""
+
+    def folder(name: str, weights: bytes, template: str = "t") -> str:
+        (tmp_path / name / "templates").mkdir(parents=True)
         (tmp_path / name / "model.safetensors").write_bytes(weights)
+        (tmp_path / name / "templates" / "tools.jinja").write_text(template)
+        (tmp_path / name / "README.md").write_text(name)
+        os.utime(tmp_path / name / "model.safetensors", (1, 1))
         return str(tmp_path / name)
 
-    large = b"a" * (17 * 2**20)
-    one, two, other = folder("one", large), folder("two", large), folder("other", b"b" + large[1:])
-    assert engine_identity({"model": one}) == engine_identity({"model": two, "tensor_parallel_size": 2})
-    assert engine_identity({"model": one}) != engine_identity({"model": other})
-    assert engine_identity({"model": one}) != engine_identity({"model": one, "dtype": "float32"})
+    def identity(name: str, weights: bytes = b"a", template: str = "t", **more: Any) -> Any:
+        return engine_identity({"model": folder(name, weights, template), **more})
+
+    here = identity("here")
+    assert here == identity("there", tensor_parallel_size=2)
+    assert here != identity("weights", b"b")
+    assert here != identity("template", template="u")
+    assert here != identity("type", dtype="float32")
+    (tmp_path / "here" / "model.safetensors").write_bytes(b"b")
+    os.utime(tmp_path / "here" / "model.safetensors", (1, 1))
+    assert here != engine_identity({"model": str(tmp_path / "here")})
+
+
+def test_other_files_of_the_arguments_count_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GGUF file, a folder with a generation_config, a template, what is within a configuration."""
+    monkeypatch.chdir(tmp_path)
+    file, folder = tmp_path / "model.gguf", tmp_path / "settings"
+    folder.mkdir()
+    given = {
+        "model": "model.gguf",
+        "generation-config": "settings",
+        "chat_template": str(file),
+        "speculative_config": {"model": "./settings"},
+    }
+    for name, value in given.items():
+        file.write_text("a")
+        (folder / "generation_config.json").write_text("a")
+        before = engine_identity({name: value})
+        file.write_text("b")
+        (folder / "generation_config.json").write_text("b")
+        assert engine_identity({name: value}) != before
+    assert engine_identity({"quantization": "settings"}) == {"quantization": "settings"}
+    assert engine_identity({"chat_template": "/{{x}}" * 5_000})
+
+
+@pytest.mark.parametrize("place", [0, 2**19, 30 * 2**20, 60 * 2**20, 2**26])
+def test_large_files_count_by_their_head_and_by_samples(tmp_path: Path, place: int) -> None:
+    """Another tensor of a few hundred kB is seen wherever it is."""
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    os.truncate(file, 2**26 + 2**20)
+    before = engine_identity({"model": str(tmp_path)})
+    with file.open("r+b") as content:
+        content.seek(place)
+        content.write(b"b" * 2**19)
+    assert engine_identity({"model": str(tmp_path)}) != before
+
+
+def fields_of(tree: ast.Module, *classes: str) -> set[str]:
+    found = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name in classes]
+    return {ast.unparse(a.target) for c in found for a in c.body if isinstance(a, ast.AnnAssign)}
+
+
+def left_out(tree: ast.Module, kind: str) -> set[str]:
+    """What `compute_hash` of a configuration of vLLM's leaves out."""
+    (found,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == kind]
+    sets = [n.value for n in ast.walk(found) if isinstance(n, ast.Assign) and "ignored" in ast.unparse(n)]
+    return set(ast.literal_eval(sets[0]))
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM's source")
+def test_arguments_that_do_not_count_are_vllms() -> None:
+    """Each is an engine argument; what vLLM's own hash leaves out of how it runs is among them."""
+    (place,) = find_spec("vllm").submodule_search_locations or ()  # type: ignore[union-attr]
+    trees = {
+        name: ast.parse(Path(place, name).read_text())
+        for name in ("engine/arg_utils.py", "config/parallel.py", "config/cache.py")
+    }
+    known = fields_of(trees["engine/arg_utils.py"], "EngineArgs", "AsyncEngineArgs")
+    others = {
+        "swap_space",
+        "disable_log_requests",
+        "max_log_len",
+        "disable_uvicorn_access_log",
+        "uvicorn_log_level",
+    }
+    assert IGNORED - known == others
+    out = left_out(trees["config/parallel.py"], "ParallelConfig") | left_out(
+        trees["config/cache.py"], "CacheConfig"
+    )
+    code_of_ones_own = {"worker_cls", "worker_extension_cls"}
+    skips_work = {"kv_sharing_fast_prefill", "swa_bounded_replay", "enable_mamba_shared_prefix_checkpoint"}
+    launch = {"_api_process_count", "_api_process_rank"}
+    assert (out & known) - IGNORED == code_of_ones_own | skips_work | launch
 
 
 def test_a_token_for_downloads_does_not_count_and_an_adapter_counts_by_its_files(tmp_path: Path) -> None:
@@ -167,11 +436,11 @@ def test_a_token_for_downloads_does_not_count_and_an_adapter_counts_by_its_files
     assert sampling_identity({"temperature": 0}) == {"temperature": 0}
 
 
-def test_it_is_the_same_in_another_process() -> None:
-    """Neither the order of sets nor any address is in it."""
-    code = "from tests.test_fingerprint import *; print(of(Saying('a')), input_hash([{'x', 'y', 'z'}]))"
-    found = {
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        for _ in range(2)
-    }
-    assert len(found) == 1
+def test_a_served_model_is_the_model(tmp_path: Path) -> None:
+    """It answers alike, so that a table goes on with either."""
+    (tmp_path / "weights.safetensors").write_bytes(b"a")
+    model = VllmModel(identifier="m", model_name=str(tmp_path), vllm_kwargs={"max_model_len": 64})
+    arguments = json.loads(model.engine_config().engine_args)
+    served = api_of(model, engine_identity(arguments), "name", "http://127.0.0.1:1", "key")
+    over = [asked.prepare(asked.predict_in_db).over("text") for asked in (model, served)]
+    assert over[0].fingerprint == over[1].fingerprint

@@ -696,9 +696,6 @@ def test_identity_is_json_and_differs_where_answers_may() -> None:
     told = [json.dumps(decoder(**option).identity()) for option in options]
     assert told == [json.dumps(decoder(**option).identity()) for option in options]
     assert len(set(told)) == len(options)
-    assert "date.fromisoformat" in told[4]
-    assert "there is no Nobody" in told[11]
-    assert " at 0x" not in "".join(told)
 
 
 # ---------------------------------------------------------------------- over the wire

@@ -16,11 +16,13 @@ from vllm_tasks import loop, sharing
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.engines.http import HttpConfig
 from vllm_tasks.errors import InvalidCall, RowErrors
-from vllm_tasks.fingerprint import engine_identity, fingerprint, sampling_identity
+from vllm_tasks.fingerprint import fingerprint
+from vllm_tasks.functions import WAY_OUT
 from vllm_tasks.outputs import Decoder
 from vllm_tasks.prompts import Context, Prompter, Signature
 from vllm_tasks.rows import Completion, Request, Result, RowError
 from vllm_tasks.sampling import Target, check_prompts
+from vllm_tasks.weights import engine_identity, sampling_identity
 
 if TYPE_CHECKING:
     from vllm_tasks.datalayer.selection import OutputColumn
@@ -135,17 +137,29 @@ class Call:
         columns, record = records(X, self.prompter.signature)
         self.prompter.check_fields(record(columns))
         name, engine = identity_of(self.engine)
+        prompts = self.prompter.identity()
+        unused = iter([fingerprint(prompts)] if self.prompter.function else [])
+
+        def requests(rows: Sequence[Values]) -> list[Request | RowError]:
+            made = self.requests([record(r) for r in rows])
+            if (before := next(unused, None)) and fingerprint(self.prompter.identity()) != before:
+                raise InvalidCall(
+                    "prompt_func changes what it holds as it is used (a count, a cache), so that the next "
+                    f"call would ask all rows again: {WAY_OUT}"
+                )
+            return made
+
         identity = {
             "model": self.behind or engine,
             "sampling": sampling_identity(self.sampling),
             "outputs": self.decoder.identity(),
             "columns": [columns, X if isinstance(X, Mapping) else None],
-            **self.prompter.identity(),
+            **prompts,
         }
         return TableCall(
             call=self,
             columns=columns,
-            requests=lambda rows: self.requests([record(r) for r in rows]),
+            requests=requests,
             decoder=self.decoder,
             model_name=name,
             fingerprint=fingerprint(identity),

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from vllm_tasks.callables import DottedCallable
 from vllm_tasks.datalayer.selection import OutputColumn
 from vllm_tasks.datalayer.storable import INT64
-from vllm_tasks.fingerprint import source_of
+from vllm_tasks.functions import made_of
 from vllm_tasks.rows import BuiltinType
 
 OUTPUT = "output"
@@ -57,8 +57,8 @@ class AnswerType:
     columns: tuple[OutputColumn, ...]
     read: Callable[[str], Any]
     """The value in a text; raises `Undecodable`."""
-    identity: Any
-    """What decides the above, as JSON."""
+    identity: Callable[[], Any]
+    """What decides the above, as JSON; raises `InvalidCall` where that cannot be told."""
     write: Callable[[Any, Any], Any] = _value_itself
     """What is kept of a value and the text it came from; raises `Undecodable`."""
     asked: dict[str, Any] | None = None
@@ -211,7 +211,7 @@ READERS: dict[BuiltinType, Callable[[str], Any]] = {
 
 def builtin_type(kind: BuiltinType) -> AnswerType:
     """A built-in type as the type of answers."""
-    return AnswerType((OutputColumn(OUTPUT, kind),), READERS[kind], kind, may_be_list=kind == "json")
+    return AnswerType((OutputColumn(OUTPUT, kind),), READERS[kind], lambda: kind, may_be_list=kind == "json")
 
 
 # ---------------------------------------------------------------------- own types
@@ -235,11 +235,11 @@ def own_type(own: DataType) -> AnswerType:
             )
         return written
 
-    identity = {
-        "identifier": own.identifier,
-        "encoder": source_of(own.encoder),
-        "decoder": source_of(own.decoder),
-    }
+    def identity() -> Any:
+        coders = {"encoder": own.encoder, "decoder": own.decoder}
+        told = {name: made_of(coder, f"{name} of {own.identifier!r}") for name, coder in coders.items()}
+        return {"identifier": own.identifier, **told}
+
     columns = (OutputColumn(OUTPUT, kind),)
     return AnswerType(columns, read, identity, write, may_be_list=own.decoder is not None)
 

@@ -108,7 +108,7 @@ class Decoder:
     def identity(self) -> dict[str, Any]:
         """All of this that decides what is kept of an answer, for the fingerprint."""
         return {
-            "type": self.type.identity,
+            "type": self.type.identity(),
             # As text: the order of its properties is the order in which they are answered.
             "schema": json.dumps(self.schema),
             "flatten": self.flatten,

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeGuard
 import fsspec
 
 from vllm_tasks.errors import SHOWN, InvalidCall, near
-from vllm_tasks.fingerprint import source_of
+from vllm_tasks.functions import made_of
 from vllm_tasks.places import check_place, without_secrets
 from vllm_tasks.plain_text import NoText, plain_text
 from vllm_tasks.rows import Message, RowError
@@ -147,10 +147,13 @@ class Prompter:
         self._check_context()
 
     def identity(self) -> dict[str, Any]:
-        """What decides a prompt beside its record, for the fingerprint."""
+        """What decides a prompt beside its record, for the fingerprint.
+
+        Raises `InvalidCall` where it cannot be told what `prompt_func` is made of.
+        """
         return {
             "prompt": self.prompt,
-            "prompt_func": source_of(self.function),
+            "prompt_func": made_of(self.function, "prompt_func"),
             "artifacts": self.artifacts,
             "signature": self.signature,
             "chat": self.chat,

@@ -18,7 +18,7 @@ from referencing.jsonschema import DRAFT202012
 from vllm_tasks.callables import import_callable
 from vllm_tasks.datalayer.selection import OutputColumn
 from vllm_tasks.datatypes import DEEPEST, OUTPUT, SHOWN, AnswerType, Undecodable, read_json
-from vllm_tasks.fingerprint import source_of
+from vllm_tasks.functions import made_of
 from vllm_tasks.rows import BuiltinType
 
 Json = dict[str, Any]
@@ -59,7 +59,7 @@ def schema_type(given: Json | str, flatten: bool) -> AnswerType:
         )
     read = _checked_reader(given)
     columns, by_name = _columns(given, flatten)
-    return AnswerType(columns, read, identity=given, asked=given, by_name=by_name)
+    return AnswerType(columns, read, identity=lambda: given, asked=given, by_name=by_name)
 
 
 # ---------------------------------------------------------------------- the three forms
@@ -74,7 +74,7 @@ def _of_columns(given: Mapping[str, BuiltinType], flatten: bool) -> AnswerType:
     }
     asked = {"type": "array", "items": row} if flatten else row
     read = _checked_reader(asked)
-    return AnswerType(_named(given), read, identity={"columns": given}, asked=asked, by_name=True)
+    return AnswerType(_named(given), read, identity=lambda: {"columns": given}, asked=asked, by_name=True)
 
 
 def _of_pydantic(path: str, flatten: bool) -> AnswerType:
@@ -107,8 +107,13 @@ def _of_class(found: type[BaseModel], path: str, flatten: bool) -> AnswerType:
         return value
 
     columns, by_name = _columns(stored, flatten)
-    identity = {"pydantic": source_of(found), "schema": asked}
-    return AnswerType(columns, read, identity, asked=asked, by_name=by_name)
+    return AnswerType(
+        columns,
+        read,
+        identity=lambda: {"pydantic": made_of(found, "output_schema"), "schema": asked},
+        asked=asked,
+        by_name=by_name,
+    )
 
 
 def _first_of(error: ValidationError) -> str:

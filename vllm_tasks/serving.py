@@ -22,10 +22,10 @@ from vllm_tasks.call import Call
 from vllm_tasks.engines.local import tell_trust
 from vllm_tasks.engines.shared_server import SharedServer
 from vllm_tasks.errors import EngineFailed, InvalidCall, ServerUnavailable
-from vllm_tasks.fingerprint import engine_identity
 from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.predictor import Predictor
 from vllm_tasks.sampling import check_names
+from vllm_tasks.weights import engine_identity
 
 OWNED = (
     *("host", "port", "uds", "api_key", "root_path", "config", "headless", "api_server_count"),

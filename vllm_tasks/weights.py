@@ -1,0 +1,125 @@
+"""What decides a model's answers: the contents of its files, and the engine arguments that count."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+WHOLE = 64 * 2**20
+"""Bytes: a file up to this size is hashed whole, a larger one by its size, its head and samples."""
+HEAD = 2**20
+"""Bytes at the beginning, where weights have the names, types and shapes of their tensors."""
+SAMPLES, SAMPLE = 256, 4096
+"""How many samples are read, spread evenly, and how many bytes each has."""
+PATHS = {
+    *("model", "model_weights", "spec_model", "tokenizer", "hf_config_path", "generation_config"),
+    *("lora_path", "default_mm_loras", "lora_modules"),
+    *("chat_template", "tool_parser_plugin", "reasoning_parser_plugin"),
+}
+"""Arguments whose texts are files and folders, where there are such; of others a file with a slash is."""
+NOT_OF_AN_ANSWER = {
+    "how the work is split over devices and machines": """
+        tensor_parallel_size pipeline_parallel_size prefill_context_parallel_size
+        decode_context_parallel_size data_parallel_size data_parallel_size_local data_parallel_rank
+        data_parallel_start_rank data_parallel_address data_parallel_rpc_port data_parallel_backend
+        data_parallel_hybrid_lb data_parallel_external_lb data_parallel_multi_port_external_lb
+        dp_sync_interval master_addr master_port disable_nccl_for_dp_synchronization nnodes node_rank
+        numa_bind numa_bind_nodes numa_bind_cpus device_ids enable_expert_parallel
+        enable_ep_weight_filter enable_eplb eplb_config all2all_backend expert_placement_strategy
+        enable_elastic_ep elastic_ep_max_dp_size fully_sharded_loras mm_encoder_tp_mode
+        distributed_executor_backend distributed_timeout_seconds cpu_distributed_timeout_seconds
+        disable_custom_all_reduce enable_shm_tensor_arena ray_workers_use_nsight enable_dbo ubatch_size
+        dbo_decode_token_threshold dbo_prefill_token_threshold enable_fault_tolerance
+        fault_tolerance_config enable_nccl_comm_suspend""",
+    "which memory holds how much": """
+        gpu_memory_utilization kv_cache_memory_bytes num_gpu_blocks_override block_size swap_space
+        watermark enable_prefix_caching prefix_caching_hash_algo prefix_cache_retention_interval
+        prefix_match_unit kv_offloading_size kv_offloading_backend cpu_offload_gb cpu_offload_params
+        offload_backend offload_group_size offload_num_in_group offload_prefetch_step offload_params
+        enable_sleep_mode sleep_mode_offload_cudagraph sleep_preserve_parameter_names
+        enable_cumem_allocator max_loras max_cpu_loras mm_processor_cache_gb mm_processor_cache_type
+        mm_shm_cache_max_object_size_mb mm_ipc_gpu_memory_gb mm_tensor_ipc skip_mm_profiling""",
+    "which rows are worked on together, and when": """
+        max_num_seqs max_num_active_seqs max_num_batched_tokens max_num_scheduled_tokens
+        max_num_queued_reqs max_num_queued_tokens enable_chunked_prefill disable_chunked_mm_input
+        long_prefill_token_threshold long_prefill_token_threshold_adaptive prefill_schedule_interval
+        scheduler_reserve_full_isl scheduling_policy async_scheduling stream_interval
+        disable_hybrid_kv_cache_manager renderer_num_workers shutdown_timeout""",
+    "how the same computation is compiled": """
+        enforce_eager compilation_config cudagraph_capture_sizes max_cudagraph_capture_size
+        optimization_level performance_mode enable_flashinfer_autotune""",
+    "how files are fetched and read": """
+        download_dir hf_token max_parallel_loading_workers safetensors_load_strategy use_tqdm_on_load
+        safetensors_prefetch_num_threads safetensors_prefetch_block_size""",
+    "names, logs and measures": """
+        served_model_name disable_log_stats aggregate_engine_logging enable_log_requests
+        disable_log_requests logging_config log_level log_config_file max_log_len profiler_config
+        show_hidden_metrics_for_version otlp_traces_endpoint collect_detailed_traces kv_cache_metrics
+        kv_cache_metrics_sample kv_events_config custom_histogram_buckets cudagraph_metrics
+        per_request_spec_decode_metrics enable_mfu_metrics enable_layerwise_nvtx_tracing
+        enable_logging_iteration_details enable_mm_processor_stats jit_monitor_mode jit_monitor_verbose
+        fail_on_environ_validation disable_uvicorn_access_log uvicorn_log_level""",
+}
+"""Engine arguments of vLLM, by what they change: how fast it answers and what it logs, but nothing of an
+answer that is not rounding. All others count. vLLM's own hash of its configuration is no such list: it is of
+the graph that is compiled, so that sizes of buffers are in it and tokenizers are not."""
+IGNORED = {name for names in NOT_OF_AN_ANSWER.values() for name in names.split()}
+
+
+def engine_identity(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What of vLLM's engine arguments decides an answer; files count by their contents, wherever they are."""
+    named = {name.replace("-", "_"): value for name, value in arguments.items()}
+    return {name: _told(name, value) for name, value in named.items() if name not in IGNORED}
+
+
+def sampling_identity(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a call's parameters decides an answer: all; a LoRA adapter's folder counts by its files."""
+    lora = sampling.get("lora_request")
+    return {**sampling, "lora_request": _told("lora_request", lora)} if lora else dict(sampling)
+
+
+def _told(name: str, value: Any) -> Any:
+    """`value` with the hashes of files for paths."""
+    if isinstance(value, Mapping):
+        return {key: _told(name if name in PATHS else str(key), each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_told(name, each) for each in value]
+    if isinstance(value, str) and (name in PATHS or os.sep in value):
+        if name in PATHS and os.path.isdir(value):
+            names = sorted(_files(value))
+            with ThreadPoolExecutor() as reading:  # what costs is that the disk is slow to answer
+                return dict(
+                    zip(names, reading.map(lambda file: hash_of_file(Path(value, file)), names), strict=True)
+                )
+        if os.path.isfile(value):
+            return hash_of_file(Path(value))
+    return value
+
+
+def _files(folder: str) -> Iterator[str]:
+    """The files in a model's folder and below, but for hidden ones and the model card."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
+        for name in files:
+            path = Path(place, name)
+            if path.is_file() and not name.startswith(".") and path.suffix != ".md":
+                yield path.relative_to(folder).as_posix()
+
+
+def hash_of_file(path: Path) -> str:
+    """Of its contents: never of its times, which copies keep and downloads change."""
+    with path.open("rb") as content:
+        size = os.fstat(content.fileno()).st_size
+        digest = hashlib.sha256(str(size).encode())
+        if size <= WHOLE:
+            digest.update(content.read())
+        else:
+            digest.update(content.read(HEAD))
+            for i in range(SAMPLES):
+                content.seek(i * (size - SAMPLE) // (SAMPLES - 1))
+                digest.update(content.read(SAMPLE))
+    return digest.hexdigest()
