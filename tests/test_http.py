@@ -161,6 +161,28 @@ def test_a_server_with_another_model_than_before_is_asked_anew(server: ScriptedS
     assert model.predict("x") == answer_to("x")
 
 
+def serves(*names: str, root: str | None = None, then: Callable[[Asked], Deed] | None = None) -> Any:
+    """A script of a server that lists these models, the second one on as adapters of the first."""
+    entries = [{"id": name, "root": root, "parent": names[0] if i else None} for i, name in enumerate(names)]
+
+    def script(asked: Asked) -> Deed:
+        if asked.path == "/v1/models":
+            return Reply({"data": entries})
+        return then(asked) if then else None
+
+    return script
+
+
+def test_of_several_models_one_must_be_named(server: ScriptedServer, api: Make) -> None:
+    """A server that lists a model and its adapter is asked for neither unless `model` says which."""
+    server.script = serves("base", "adapter")
+    with pytest.raises(InvalidCall, match=r"'base', 'adapter'.*model="):
+        api(model=None).predict("x")
+    assert server.posts == []
+    assert api(model="adapter").predict("x") == answer_to("x")
+    assert server.posts[0].body["model"] == "adapter"
+
+
 @pytest.mark.parametrize("deed", [Reply({"data": []}), Reply(b"<html>"), Reply({"data": [{"id": 5}]})])
 def test_a_server_that_does_not_tell_its_model_is_the_calls_fault(
     server: ScriptedServer, api: Make, deed: Deed
@@ -519,6 +541,70 @@ def test_the_least_loaded_server_gets_the_next_row(
     assert model.predict_batches(xs) == [answer_to(x) for x in xs]
     assert len(server.posts) <= 4
     assert server.peak == 2 >= other.peak
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "model", "told"),
+    [
+        (serves("big"), serves("small"), None, "'big'.*'small'"),
+        (serves("big"), serves("small"), "big", "'big'.*'small'"),
+        (serves("llm", root="/big"), serves("llm", root="/small"), None, "/big.*/small"),
+    ],
+)
+def test_servers_of_different_models_are_refused_before_the_first_row(
+    server: ScriptedServer, other: ScriptedServer, api: Make, ours: Any, theirs: Any, model: Any, told: str
+) -> None:
+    """Rows of one call are never answered by two models; the error names both and their URLs."""
+    server.script, other.script = ours, theirs
+    with pytest.raises(InvalidCall, match=told) as raised:
+        api([server.url, other.url], model=model).predict_batches([str(i) for i in range(8)])
+    assert server.url in str(raised.value)
+    assert other.url in str(raised.value)
+    assert server.posts == other.posts == []
+
+
+@pytest.mark.parametrize("model", [None, "llm", "an alias that no server lists"])
+def test_servers_of_the_same_model_share_the_rows(
+    server: ScriptedServer, other: ScriptedServer, api: Make, model: Any
+) -> None:
+    """Those that list the same are one, whether or not they list the name that is asked for."""
+    server.script = serves("llm", root="/a", then=lambda _: None)
+    other.script = serves("llm")
+    xs = [str(i) for i in range(20)]
+    assert api([server.url, other.url], model=model).predict_batches(xs) == [answer_to(x) for x in xs]
+    assert server.posts
+    assert other.posts
+
+
+def test_the_order_of_urls_is_not_in_the_fingerprint(
+    server: ScriptedServer, other: ScriptedServer, api: Make
+) -> None:
+    """A table is up to date whichever server is named first."""
+    orders = [server.url, other.url], [other.url, server.url]
+    calls = [(made := api(urls, model=None)).prepare(made.predict_in_db).over("text") for urls in orders]
+    assert calls[0].fingerprint == calls[1].fingerprint
+    assert calls[0].model_name == MODEL
+
+
+@pytest.mark.parametrize("urls", [1, 2])
+def test_a_server_that_comes_back_with_another_model_ends_the_call(
+    server: ScriptedServer, other: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch, urls: int
+) -> None:
+    """After an outage it is asked again what it serves; the next call may take it as it is now."""
+    monkeypatch.setattr(servers, "LEFT_ALONE", 0.05)
+    server.script = other.script = serves("old", then=lambda _: asyncio.sleep(0.02))  # type: ignore[arg-type, return-value]
+    model = api([server.url, other.url][:urls], model=None, max_in_flight=2)
+    model.predict("x")
+    server.stop()
+    server.script = serves("new")
+    comes = threading.Timer(0.3, server.start)
+    comes.start()
+    with pytest.raises(InvalidCall, match=r"'old'.*'new'"):
+        model.predict_batches([str(i) for i in range(200)])
+    comes.join()
+    assert {asked.body["model"] for asked in server.posts} == {"old"}
+    other.script = serves("new")
+    assert model.predict("x") == answer_to("x")
 
 
 @pytest.mark.parametrize(("retries", "name"), [(0, "m"), (1, "m"), (0, None)])

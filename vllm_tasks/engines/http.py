@@ -91,6 +91,7 @@ class HttpEngine:
         return await self._servers.facts()
 
     async def generate(self, requests: Sequence[Request], done: Done) -> None:
+        await self._servers.compare()
         async with asyncio.TaskGroup() as group:
             for i, request in enumerate(requests):
                 await self._room.acquire()
@@ -145,7 +146,7 @@ class HttpEngine:
             self._servers.answer(server)
         if response.status != 200:
             if response.status == 404:
-                self._servers.forget_model(server)
+                self._servers.forget_model()
             refused = refusal(response, content, self._key)
             if response.status in GATEWAY and "Retry-After" not in response.headers:
                 await self._servers.check(server)  # else it is not the row's failure

@@ -62,6 +62,17 @@ class Key:
         return words.replace(self.secret, "***")
 
 
+@dataclass(frozen=True)
+class Served:
+    """What a server says that it serves: all names, of which rows ask for `model` (None: not among them),
+    and that one's `root` (its folder, or its own name)."""
+
+    url: str
+    names: tuple[str, ...]
+    model: str | None
+    root: str | None = None
+
+
 @dataclass(eq=False)
 class Server:
     """One server: its base URL and what this process knows of it now."""
@@ -69,6 +80,8 @@ class Server:
     url: str
     model: str | None
     room: Room
+    is_asked: bool
+    """Whether it need not be asked what it serves, or has been since it was away."""
     in_flight: int = 0
     avoid_until: float = 0.0
     well_until: float = 0.0
@@ -103,8 +116,11 @@ class Servers:
     def __init__(
         self, urls: Sequence[str], model: str | None, key: Key, patience: float, max_in_flight: int
     ) -> None:
-        self.all = [Server(url, model, Room(max_in_flight)) for url in urls]
+        self._is_sure = model == "" or (model is not None and len(urls) == 1)
+        self.all = [Server(url, model, Room(max_in_flight), self._is_sure) for url in urls]
         self.model = model
+        self._served: Served | None = None  # what all serve, from the first that told it
+        self._are_compared = len(urls) == 1
         self.key = key
         self.patience = patience
         self.places = max_in_flight * len(urls)
@@ -124,8 +140,9 @@ class Servers:
             await self._wait_for_any()
 
     def lose(self, server: Server) -> None:
-        """Leave a server alone for a while."""
+        """Leave a server alone for a while; it may come back with another model."""
         server.avoid_until = time.monotonic() + LEFT_ALONE
+        server.is_asked = self._is_sure
 
     async def check(self, server: Server) -> None:
         """Raise `Unreachable` when a server that a gateway gives no answer from is not healthy.
@@ -152,9 +169,12 @@ class Servers:
             self._full_since = now
         return now - self._full_since > self.patience
 
-    def forget_model(self, server: Server) -> None:
-        """Ask the server anew for its model: it does not know the one that it told us."""
-        server.model = self.model
+    def forget_model(self) -> None:
+        """Ask anew what is served: a server does not know the model that was told, or tells another one."""
+        self._served = None
+        self._are_compared = len(self.all) == 1
+        for server in self.all:
+            server.model, server.is_asked = self.model, self._is_sure
 
     def close(self) -> None:
         """Stop looking for a server, and letting more rows in."""
@@ -167,22 +187,60 @@ class Servers:
             self._search.cancel()
             self._search = None
 
-    async def model_of(self, server: Server) -> str:
-        """The model to name in requests: the one given, else the first that the server lists.
+    async def compare(self) -> None:
+        """Before the first row: raise `InvalidCall` where those that are there serve different models."""
+        if not self._are_compared:
+            await asyncio.gather(*(self._compare(server) for server in self.all if server.is_there))
+            self._are_compared = True
 
-        Raises `InvalidCall` when the server refuses to tell, `Unreachable` when it cannot now.
+    async def _compare(self, server: Server) -> None:
+        try:
+            await self.model_of(server)
+        except Unreachable:
+            self.lose(server)
+
+    async def model_of(self, server: Server) -> str:
+        """The model to name in requests: the one given, else the one that the server serves.
+
+        Raises `InvalidCall` when the server refuses to tell, or serves several or another one than the
+        others; `Unreachable` when it cannot tell now.
         """
         async with server.asking:
-            if server.model is None:
-                if not server.is_there:  # the row before us at this lock has found that out
-                    raise Unreachable(f"{server.url} does not answer")
-                server.model = await self._first_model(server.url)
-            return server.model
+            if not (server.is_asked or server.is_there):  # the row before us at this lock has found that out
+                raise Unreachable(f"{server.url} does not answer")
+            return await self._learn(server)
+
+    async def _learn(self, server: Server) -> str:
+        if not server.is_asked:
+            served = await self._told_models(server.url)
+            if served is not None:
+                self._agree(served)
+                server.model = self.model or served.model
+            server.is_asked = True
+        assert server.model is not None
+        return server.model
+
+    def _agree(self, served: Served) -> None:
+        """Raise `InvalidCall` unless all that were asked serve the same; of a model that is named, its name
+        counts, else its root too."""
+        first = self._served = self._served or served
+        roots = {first.root, served.root} - {None} if self.model is None else ()
+        if served.model == first.model and len(roots) <= 1:
+            return
+        self.forget_model()
+        order = [server.url for server in self.all]
+        one, other = sorted((first, served), key=lambda each: order.index(each.url))
+        now = " now" if one.url == other.url else ""
+        raise InvalidCall(
+            f"{one.url} serves {_named(one)}, and {other.url} {_named(other)}{now}: all rows of a call are "
+            "answered by one model; correct api_url, or pass model='...' with a name that every server has"
+        )
 
     async def facts(self) -> dict[str, str]:
         """What a server tells: `model` as it is to be asked for; `root` (the model's own name or folder)
         and `version` (vLLM's) where it tells them."""
         while True:
+            await self.compare()
             server = await self.pick()
             try:
                 model = await self.model_of(server)
@@ -195,11 +253,9 @@ class Servers:
 
     async def _told_of(self, url: str, model: str) -> dict[str, str]:
         """The `root` of the model and the server's `version`, where it tells them."""
-        listed = (await self._told(f"{url}/v1/models")).get("data")
-        entries = listed if isinstance(listed, list) else []
-        roots = [e.get("root") for e in entries if isinstance(e, dict) and e.get("id") == model]
+        root = models_in(await self._told(f"{url}/v1/models")).get(model)
         version = (await self._told(f"{url}/version")).get("version")
-        known = {"root": roots[0] if roots else None, "version": version}
+        known = {"root": root, "version": version}
         return {name: value for name, value in known.items() if isinstance(value, str) and value}
 
     async def _told(self, url: str) -> dict[str, Any]:
@@ -209,28 +265,33 @@ class Servers:
         """
         try:
             _, content = await self._ask(url)
-            told = json.loads(content)
-        except (Unreachable, ValueError, RecursionError):
+        except Unreachable:
             return {}
+        told = json_in(content)
         return told if isinstance(told, dict) else {}
 
-    async def _first_model(self, url: str) -> str:
+    async def _told_models(self, url: str) -> Served | None:
+        """What the server lists; None where the model is named and it lists nothing."""
         try:
             status, content = await self._ask(f"{url}/v1/models")
         except Unreachable as error:
+            if self.model is not None:
+                return None
             raise Unreachable(f"{error}; with model='...' it need not be asked") from error
+        roots = models_in(json_in(self.key.hidden_in(content))) if status == 200 else {}
+        names = tuple(roots)
+        if self.model is not None:
+            return Served(url, names, self.model if self.model in names else None) if names else None
         said = f"HTTP {status} from {url}/v1/models: {self.key.hidden_in(content)[:300]!r}"
         if status >= 500 or status in (408, 429):
             raise Unreachable(said)
-        try:
-            name = json.loads(content)["data"][0]["id"]
-            if status == 200 and isinstance(name, str):
-                return name
-        except (ValueError, LookupError, TypeError, RecursionError):
-            pass
-        raise InvalidCall(
-            f"the server does not tell its model; check api_url and api_key, or pass model='...' ({said})"
-        )
+        if not names:
+            raise InvalidCall(
+                f"the server does not tell its model; check api_url and api_key, or pass model='...' ({said})"
+            )
+        if len(names) > 1:
+            raise InvalidCall(f"{url} serves {_shown(names)}: say which is meant, model={names[0]!r:.200}")
+        return Served(url, names, names[0], roots[names[0]])
 
     async def _wait_for_any(self) -> None:
         """All rows wait for one and the same search, so that a dead server is not stormed."""
@@ -274,8 +335,7 @@ class Servers:
         try:
             await self._check_health(server.url)
             async with server.asking:
-                if server.model is None:
-                    server.model = await self._first_model(server.url)
+                await self._learn(server)
         except Unreachable as error:
             return str(error)
         return None
@@ -313,6 +373,31 @@ class Servers:
                     if len(content) >= CONTROL_BYTES:
                         break
                 return response.status_code, bytes(content)
+
+
+def json_in(content: bytes) -> Any:
+    """A JSON value, None for what is none."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def models_in(told: Any) -> dict[str, str | None]:
+    """The root, where told, of each model in an answer to /v1/models, by its name."""
+    listed = told.get("data") if isinstance(told, dict) else None
+    entries = [e for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
+    roots = {e["id"]: e.get("root") for e in entries if isinstance(e.get("id"), str)}
+    return {name: root if isinstance(root, str) else None for name, root in roots.items()}
+
+
+def _named(served: Served) -> str:
+    return _shown(served.names) + (f" ({served.root!r:.200})" if served.root else "")
+
+
+def _shown(names: tuple[str, ...]) -> str:
+    """Names of models in an error, however many and long they are."""
+    return ", ".join(f"{name!r:.200}" for name in names[:20]) + ", ..." * (len(names) > 20)
 
 
 def untrusted(url: str, error: Exception) -> InvalidCall:
