@@ -15,7 +15,7 @@ import aiohttp
 from vllm_tasks.engines import Done, wire
 from vllm_tasks.engines.connections import NAME, Connector, Names
 from vllm_tasks.engines.servers import Key, Server, Servers, Unreachable, untrusted
-from vllm_tasks.engines.tries import Attempt, Full, Tries, retry_after
+from vllm_tasks.engines.tries import MENDED_BY, Attempt, Denied, Full, Tries, retry_after
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import Completion, Request, Result, RowError, given_up
 from vllm_tasks.window import Window
@@ -24,11 +24,12 @@ CONNECT_TIMEOUT = 10.0
 """Seconds to get a connection accepted."""
 KEEPALIVE = 4.0
 """Seconds an idle connection is kept: vLLM's server closes its end after 5."""
-FATAL = {401: "check api_key", 403: "check api_key", 404: "check api_url and model"}
 FULL = {429, 503}
 """What a server says that is asked for more than it takes."""
 GATEWAY = {502, 503, 504}
 """What a gateway says while the server behind it is away; vLLM itself says 503 when its engine is dead."""
+WITHHELD = "content_filter"
+"""The finish reason of an answer that a gateway keeps back, whole or in part."""
 TOO_LONG = ("maximum context length", "maximum model length", "max_model_len")
 """How vLLM's refusals of a prompt that is too long say so."""
 STREAMED = 2**20
@@ -69,7 +70,12 @@ class HttpEngine:
         self._key = Key(config.api_key)
         self._names = Names()
         model = "" if config.protocol == "legacy" else config.model  # legacy names none
-        self._servers = Servers(config.urls, model, self._key, config.patience, config.max_in_flight)
+        self._servers = Servers(
+            config.urls, model, self._key, config.patience, config.max_in_flight, self._ask_again
+        )
+        self._answered: dict[str, Request] = {}  # by path, the last one
+        self._at_work = self._denied = 0
+        self._news = asyncio.Event()
         self._session: aiohttp.ClientSession | None = None
         self._room = asyncio.Semaphore(self.window.limit)
 
@@ -109,25 +115,91 @@ class HttpEngine:
             server.in_flight += 1
             try:
                 async with server.room:
-                    with self._names.new() as name:
-                        return await self._attempt(server, request, name)
+                    outcome = await self._outcome(server, request, tries)
             except Unreachable as error:
                 self._servers.lose(server)
-                next_one = tries.lose(error)
+                outcome = tries.lose(error)
             except Full as full:
-                next_one = tries.refuse(full)
-            except Attempt as failed:
-                next_one = tries.fail(failed)
+                outcome = tries.refuse(full)
             finally:
                 server.in_flight -= 1
-            if isinstance(next_one, RowError):
-                return next_one
-            await asyncio.sleep(next_one)
+            if not isinstance(outcome, float):
+                return outcome
+            await asyncio.sleep(outcome)
 
-    async def _attempt(self, server: Server, request: Request, name: str) -> Result:
-        """One request, under this name; raises `Unreachable`, `Attempt`, or `InvalidCall`."""
-        if not server.is_there:  # lost while this row waited for its room
-            raise Unreachable(f"{server.url} does not answer")
+    async def _outcome(self, server: Server, request: Request, tries: Tries) -> Result | float:
+        """The answer, the row's own error, or the seconds until it is tried again.
+
+        Raises `Unreachable` and `Full` for what is the server's, `InvalidCall` for what is the call's.
+        """
+        self._at_work += 1
+        try:
+            if not server.is_there:  # lost while this row waited for its room
+                raise Unreachable(f"{server.url} does not answer")
+            return await self._attempt(server, request)
+        except Full:
+            raise
+        except Denied as denied:
+            await self._blame(server, request, denied)
+            return tries.fail(denied)
+        except Attempt as failed:
+            outcome = tries.fail(failed)
+            if isinstance(outcome, RowError) and failed.may_be_anybodys:
+                await self._blame(server, request, failed)
+            return outcome
+        finally:
+            self._at_work -= 1
+            self._tell()
+
+    async def _blame(self, server: Server, request: Request, failed: Attempt) -> None:
+        """Return where the failure is the row's own: others are answered by this server meanwhile.
+
+        The row keeps its place until that is known, so that not all rows are sent to find out.
+        """
+        path = wire.path_of(self.config.protocol, request)
+        if isinstance(failed, Denied) and not await self._others_are_answered(path):
+            self._servers.forget_model()
+            raise failed.of_the_call()
+        if answered := self._answered.get(path):
+            await self._servers.prove(server, answered)
+        elif self.window.in_flight > 1:  # nothing to compare with: its own word counts
+            await self._servers.check(server)
+
+    async def _others_are_answered(self, path: str) -> bool:
+        """Whether any row of this path is; False when all that are at work are denied."""
+        self._denied += 1
+        self._tell()
+        try:
+            while path not in self._answered and self._denied < self._at_work:
+                await self._news.wait()
+            return path in self._answered
+        finally:
+            self._denied -= 1
+
+    def _tell(self) -> None:
+        """Wake the rows that wait for what becomes of others."""
+        if self._denied:
+            self._news.set()
+            self._news = asyncio.Event()
+
+    async def _ask_again(self, server: Server, answered: Request) -> None:
+        """Ask the server for what was answered before; raises as `_outcome`."""
+        try:
+            await self._attempt(server, answered)
+        except Full:
+            raise
+        except Denied as denied:
+            self._servers.forget_model()
+            raise denied.of_the_call() from denied
+        except Attempt as failed:
+            raise Unreachable(failed.message) from failed
+
+    async def _attempt(self, server: Server, request: Request) -> Completion:
+        """One request; raises `Unreachable`, `Attempt`, or `InvalidCall`."""
+        with self._names.new() as name:
+            return await self._ask(server, request, name)
+
+    async def _ask(self, server: Server, request: Request, name: str) -> Completion:
         path = wire.path_of(self.config.protocol, request)
         model = None if path == "/generate" else await self._servers.model_of(server)
         try:
@@ -145,15 +217,15 @@ class HttpEngine:
         if response.status not in FULL:
             self._servers.answer(server)
         if response.status != 200:
-            if response.status == 404:
-                self._servers.forget_model()
             refused = refusal(response, content, self._key)
             if response.status in GATEWAY and "Retry-After" not in response.headers:
                 await self._servers.check(server)  # else it is not the row's failure
             if isinstance(refused, Full):
                 server.room.refuse(refused.delay)
             raise refused
-        return replace(self._completion(server, path, request, name, content), seconds=seconds)
+        completion = self._completion(server, path, request, name, content)
+        self._answered[path] = request
+        return replace(completion, seconds=seconds)
 
     def _completion(
         self, server: Server, path: str, request: Request, name: str, content: bytes
@@ -170,6 +242,8 @@ class HttpEngine:
             raise Attempt("response", f"{why}; the answer from {server.url} began with {begin!r}") from error
         if reason := given_up(completion):
             raise Attempt("server", f"{server.url} gave the row up before its end ({reason})", retryable=True)
+        if any(choice.finish_reason == WITHHELD for choice in completion.choices):
+            raise Attempt("refused", f"{server.url} withheld the answer (finish_reason {WITHHELD!r})")
         return completion
 
     async def _post(self, url: str, body: bytes, name: str) -> tuple[aiohttp.ClientResponse, bytes]:
@@ -217,8 +291,8 @@ def refusal(response: aiohttp.ClientResponse, content: bytes, key: Key) -> Excep
     """What a status other than 200 means: `InvalidCall` for the call, `Attempt` for the row."""
     status, words = response.status, words_of(key.hidden_in(content))
     said = f"HTTP {status} from {response.url}: {words!r}"
-    if status in FATAL:
-        return InvalidCall(f"{said}; {FATAL[status]}")
+    if status in MENDED_BY:
+        return Denied(status, said)
     if 300 <= status < 400:
         there = key.hidden_in(response.headers.get("Location", ""))
         return InvalidCall(f"{said}: redirects are not followed; set api_url to {there!r}")

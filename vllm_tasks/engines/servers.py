@@ -8,7 +8,7 @@ import logging
 import re
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -16,7 +16,9 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from vllm_tasks.engines.room import Room
+from vllm_tasks.engines.tries import Full
 from vllm_tasks.errors import InvalidCall, ServerUnavailable
+from vllm_tasks.rows import Request
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +87,13 @@ class Server:
     in_flight: int = 0
     avoid_until: float = 0.0
     well_until: float = 0.0
+    proven: float = 0.0
+    """When a request was sent that had been answered before, and was again."""
+    owes: Request | None = None
+    """Such a request that failed when it was asked again: it must be answered before any other."""
     asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    checking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    proving: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def is_there(self) -> bool:
@@ -110,11 +118,18 @@ class TrustedBy(HTTPAdapter):
 class Servers:
     """The servers of one engine, each with room for `max_in_flight` rows.
 
-    `model` is the name to use for all; None: each server is asked for its own.
+    `model` is the name to use for all; None: each server is asked for its own. `prove` asks a server again
+    for what was answered before.
     """
 
     def __init__(
-        self, urls: Sequence[str], model: str | None, key: Key, patience: float, max_in_flight: int
+        self,
+        urls: Sequence[str],
+        model: str | None,
+        key: Key,
+        patience: float,
+        max_in_flight: int,
+        prove: Callable[[Server, Request], Awaitable[None]],
     ) -> None:
         self._is_sure = model == "" or (model is not None and len(urls) == 1)
         self.all = [Server(url, model, Room(max_in_flight), self._is_sure) for url in urls]
@@ -125,6 +140,8 @@ class Servers:
         self.patience = patience
         self.places = max_in_flight * len(urls)
         self.answers = 0
+        self._heard = 0.0
+        self._prove = prove
         self._full_since: float | None = None
         self.tls = ssl.create_default_context()  # for rows and control calls alike; obeys SSL_CERT_FILE
         self._search: asyncio.Task[None] | None = None
@@ -149,16 +166,36 @@ class Servers:
 
         One health check a second at most, however many rows ask.
         """
-        async with server.asking:
+        async with server.checking:
             if not server.is_there:  # the row before us at this lock has found that out
                 raise Unreachable(f"{server.url} is not healthy")
             if server.well_until <= time.monotonic():
                 await self._check_health(server.url)
                 server.well_until = time.monotonic() + PROBE_EVERY
 
+    async def prove(self, server: Server, answered: Request) -> None:
+        """Return where the server answers again what was answered before: failures are the rows' own.
+
+        Raises `Unreachable`, `Full` or `InvalidCall` where it does not. One proof serves all rows that failed
+        before it was sent.
+        """
+        failed = time.monotonic()
+        async with server.proving:
+            if not server.is_there:  # the row before us at this lock has found that out
+                raise Unreachable(f"{server.url} fails whatever it is asked")
+            if server.proven <= failed:
+                sent = time.monotonic()
+                try:
+                    await self._prove(server, answered)
+                except Unreachable:
+                    server.owes = answered
+                    raise
+                server.proven = sent
+
     def answer(self, server: Server) -> None:
         """A server has dealt with a row, and so has room again."""
         self.answers += 1
+        self._heard = time.monotonic()
         self._full_since = None
         server.room.answer()
 
@@ -168,6 +205,10 @@ class Servers:
         if self._full_since is None or not all(server.room.is_empty for server in self.all):
             self._full_since = now
         return now - self._full_since > self.patience
+
+    def is_silent_since(self, began: float) -> bool:
+        """Whether no row has been answered for the patience, nor since `began`."""
+        return time.monotonic() - max(self._heard, began) > self.patience
 
     def forget_model(self) -> None:
         """Ask anew what is served: a server does not know the model that was told, or tells another one."""
@@ -336,7 +377,10 @@ class Servers:
             await self._check_health(server.url)
             async with server.asking:
                 await self._learn(server)
-        except Unreachable as error:
+            if server.owes is not None:
+                await self._prove(server, server.owes)
+                server.owes = None
+        except (Unreachable, Full) as error:
             return str(error)
         return None
 

@@ -6,9 +6,10 @@ import email.utils
 import math
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import RowError, RowErrorKind
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ BACKOFF_BASE, BACKOFF_LIMIT = 0.5, 30.0
 """Seconds: an attempt waits a random time up to min(limit, base * 2**attempt), so-called full jitter."""
 RETRY_AFTER_LIMIT = 300.0
 """Seconds: a longer Retry-After is obeyed only so far."""
+MENDED_BY = {401: "check api_key", 403: "check api_key", 404: "check api_url and model"}
+"""Statuses of a call that cannot succeed as it is, and what to do then."""
 TURNS = 20
 """A row that is refused while the window was answered so many times over is refused for its own sake."""
 
@@ -31,9 +34,26 @@ class Attempt(Exception):
         super().__init__(message)
         self.kind, self.message, self.retryable, self.delay = kind, message, retryable, delay
 
+    @property
+    def may_be_anybodys(self) -> bool:
+        """Whether all rows would fail so while something is away: the row alone does not tell."""
+        return self.retryable and self.kind != "timeout"
+
 
 class Full(Attempt):
     """The server has more to do than it takes (429, 503): that is not the row's failure."""
+
+
+class Denied(Attempt):
+    """The server lets this request not pass (401, 403, 404): the row's failure, or that of the whole call."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__("refused", message)
+        self.status = status
+
+    def of_the_call(self) -> InvalidCall:
+        """What to raise where no row would pass."""
+        return InvalidCall(f"{self.message}; {MENDED_BY[self.status]}")
 
 
 @dataclass
@@ -47,6 +67,7 @@ class Tries:
     lost: int = 0
     refusals: int = 0
     answers_before: int = 0
+    began: float = field(default_factory=time.monotonic)
 
     def fail(self, failed: Attempt) -> float | RowError:
         """The row's own failure: so many `retries`, but one after a timeout."""
@@ -58,15 +79,15 @@ class Tries:
             return RowError(failed.kind, failed.message + tries, retryable=failed.retryable)
         return backoff(self.failures) if failed.delay is None else failed.delay
 
-    def lose(self, error: Exception) -> float | RowError:
+    def lose(self, error: Exception) -> float:
         """The server cannot be had: the next pick takes another one, or waits until one is healthy.
 
-        When more are lost than there are, healthy ones refuse, and that counts.
+        When more are lost than there are, healthy ones refuse, which ends with the patience.
         """
         self.lost += 1
         in_vain = self.lost - len(self.servers.all)
-        if in_vain > self.retries:
-            return RowError("connection", f"{error} (after {self.lost} attempts)", retryable=True)
+        if in_vain > self.retries and self.servers.is_silent_since(self.began):
+            raise self.servers.unavailable(str(error))
         return backoff(in_vain) if in_vain > 0 else 0.0
 
     def refuse(self, full: Full) -> float | RowError:
