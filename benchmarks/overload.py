@@ -61,7 +61,7 @@ class Asking:
 QUICK, SLOW = Limits(32, 0.25), Limits(16, 1.0)
 OUT = replace(QUICK, outage=10.0, outage_after=500)
 ROOMY = Limits(64, 0.25, beyond=0)
-DEAF = replace(ROOMY, deaf=1.5, outage=1.5, outage_status=429, outage_after=500)
+DEAF = replace(ROOMY, deaf=0.8, outage=1.5, outage_status=429, outage_after=500)
 AWAY = replace(ROOMY, outage=1.0, outage_after=500, outage_status=0)
 CASES = (
     Case("429", QUICK),
@@ -79,7 +79,7 @@ CASES = (
     Case("429, two clients", QUICK, clients=2),
     Case("429, Retry-After: 1, two clients", replace(QUICK, retry_after="1"), clients=2),
     Case("takes all; a row never ends", replace(ROOMY, hangs=300), window=64, timeout=3.0, rows=3000),
-    Case("deaf for 1.5 s, then 429 for 1.5 s", DEAF, window=64, timeout=1.0, rows=3000),
+    Case("deaf for 0.8 s, then 429 for 1.5 s", DEAF, window=64, timeout=1.0, rows=3000),
     Case("429, one of two servers", Limits(2, 1.0), window=64, rows=2000, beside=(ROOMY,)),
     Case("three of four away for 1 s", ROOMY, window=64, rows=8000, beside=(AWAY,) * 3),
 )
