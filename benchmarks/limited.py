@@ -26,6 +26,7 @@ class Limits:
     `beyond`: the status for requests beyond its slots, 0: they wait for one. `retry_after` comes with it:
     seconds or, as `date`, the HTTP date of two seconds later. After `outage_after` answers it is out for
     `outage` seconds: it says `outage_status` to all but health checks, 0: it breaks and refuses connections.
+    Before that, it is `deaf` to all requests for some seconds. To request number `hangs` it never answers.
     """
 
     slots: int
@@ -35,6 +36,8 @@ class Limits:
     outage_after: int = 0
     outage: float = 0.0
     outage_status: int = 503
+    deaf: float = 0.0
+    hangs: int = 0
 
     @property
     def capacity(self) -> float:
@@ -63,12 +66,14 @@ class Limited:
         self.working = 0
         self.queue: deque[LimitedConnection] = deque()
         self.connections: set[LimitedConnection] = set()
-        self.is_out = False
+        self.is_out = self.is_deaf = False
         self.go_out: Callable[[], None] = lambda: None
 
     def take(self, connection: LimitedConnection) -> None:
         """Work on a request, or let it wait, or refuse it."""
         self.seen.requests += 1
+        if self.is_deaf or self.seen.requests == self.limits.hangs:
+            return
         if self.is_out:
             self.refuse(connection, self.limits.outage_status)
         elif self.working < self.limits.slots:
@@ -88,11 +93,13 @@ class Limited:
 
     def done(self, connection: LimitedConnection) -> None:
         self.working -= 1
-        if connection in self.connections:  # else its client has left, as after a timeout
+        if (
+            connection in self.connections and not self.is_deaf
+        ):  # else its client has left, as after a timeout
             connection.transport.write(RESPONSE)
             self.seen.answered.append(time.monotonic())
         if self.limits.outage and not self.seen.back and len(self.seen.answered) >= self.limits.outage_after:
-            self.seen.back = time.monotonic() + self.limits.outage
+            self.seen.back = time.monotonic() + self.limits.deaf + self.limits.outage
             self.go_out()
         while self.queue:
             following = self.queue.popleft()
@@ -148,7 +155,9 @@ async def until_end(pipe: Connection, limits: Limits) -> None:
 
     async def be_out() -> None:
         nonlocal listening
-        server.is_out = True
+        server.is_deaf = True
+        await asyncio.sleep(limits.deaf)
+        server.is_deaf, server.is_out = False, True
         if not limits.outage_status:
             listening.close()
             for connection in list(server.connections):

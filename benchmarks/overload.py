@@ -35,6 +35,17 @@ class Case:
     window: int = 256
     timeout: float = 600.0
     clients: int = 1
+    beside: tuple[Limits, ...] = ()
+    """Further servers."""
+
+    @property
+    def servers(self) -> tuple[Limits, ...]:
+        return (self.limits, *self.beside)
+
+    @property
+    def capacity(self) -> float:
+        """Answers a second of all servers, at most."""
+        return sum(limits.capacity for limits in self.servers)
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,9 @@ class Asking:
 
 QUICK, SLOW = Limits(32, 0.25), Limits(16, 1.0)
 OUT = replace(QUICK, outage=10.0, outage_after=500)
+ROOMY = Limits(64, 0.25, beyond=0)
+DEAF = replace(ROOMY, deaf=0.8, outage=1.5, outage_status=429, outage_after=500)
+AWAY = replace(ROOMY, outage=1.0, outage_after=500, outage_status=0)
 CASES = (
     Case("429", QUICK),
     Case("503", replace(QUICK, beyond=503)),
@@ -64,10 +78,15 @@ CASES = (
     Case("out: no connections", replace(OUT, outage_status=0)),
     Case("429, two clients", QUICK, clients=2),
     Case("429, Retry-After: 1, two clients", replace(QUICK, retry_after="1"), clients=2),
+    Case("takes all; a row never ends", replace(ROOMY, hangs=300), window=64, timeout=3.0, rows=3000),
+    Case("deaf for 0.8 s, then 429 for 1.5 s", DEAF, window=64, timeout=1.0, rows=3000),
+    Case("429, one of two servers", Limits(2, 1.0), window=64, rows=2000, beside=(ROOMY,)),
+    Case("three of four away for 1 s", ROOMY, window=64, rows=8000, beside=(AWAY,) * 3),
 )
 HOW = f"""\
 One client process (`VllmAPI`, defaults but for the window) and one server process, which answers 32 requests
-at once in 0.25 s, or 16 in 1 s (16 rows/s), and has this for those beyond them. *Requests*: for each row
+at once in 0.25 s, or 16 in 1 s (16 rows/s), and has this for those beyond them; the last four have servers of
+64 in 0.25 s, the throttled one of 2 in 1 s. *Requests*: for each row
 answered. *Capacity*: the share that was used, without the first and the last tenth of the answers; where
 the server is out for {OUT.outage:g} s in the middle, once it has recovered. *Recovered*:
 seconds after the outage until {GOAL:.0%} of the capacity are reached, over one second. *Ended*: seconds that
@@ -93,24 +112,32 @@ def measure(options: Options) -> Iterator[str]:
 def run(case: Case) -> tuple[Seen, list[Asking]]:
     """What server and clients saw."""
     with ExitStack() as stack:
-        server = stack.enter_context(Child(limited.serve, case.limits))
-        clients = [
-            stack.enter_context(Child(client, server.ready, case, late)) for late in range(case.clients)
-        ]
+        servers = [stack.enter_context(Child(limited.serve, limits)) for limits in case.servers]
+        urls = ",".join(f"{server.ready}/v1/completions" for server in servers)
+        clients = [stack.enter_context(Child(client, urls, case, late)) for late in range(case.clients)]
         for child in clients:
             child.send("go")
         askings = [child.receive() for child in clients]
-        seen: Seen = server.ask("seen")
-    return seen, askings
+        return together([server.ask("seen") for server in servers]), askings
 
 
-def client(pipe: Connection, url: str, case: Case, late: int) -> None:
+def together(seen: list[Seen]) -> Seen:
+    """What all servers saw; the outage ends when the last one is back."""
+    return Seen(
+        sum(each.requests for each in seen),
+        sum(each.refused for each in seen),
+        sorted(at for each in seen for at in each.answered),
+        max(each.back for each in seen),
+    )
+
+
+def client(pipe: Connection, urls: str, case: Case, late: int) -> None:
     """Ask the rows of the case, `late * LATE` seconds after the word; send an `Asking`."""
     from vllm_tasks import RowError, VllmAPI
 
     model = VllmAPI(
         identifier="bench",
-        api_url=f"{url}/v1/completions",
+        api_url=urls,
         model="m",
         max_in_flight=case.window,
         timeout=case.timeout,
@@ -133,12 +160,10 @@ def figures(case: Case, seen: Seen, askings: list[Asking]) -> list[str]:
     first, last = times[len(times) // 10], times[len(times) * 9 // 10]
     recovered = ""
     if seen.back:
-        back = back_at(times, seen.back, case.limits.capacity)
+        back = back_at(times, seen.back, case.capacity)
         recovered = "**never**" if back is None else f"{back - seen.back:.1f}"
         first = times[-1] if back is None else back
-    used = (
-        sum(first < at <= last for at in times) / (last - first) / case.limits.capacity if last > first else 0
-    )
+    used = sum(first < at <= last for at in times) / (last - first) / case.capacity if last > first else 0
     ended = ""
     if len(askings) > 1:
         ended = ", ".join(f"{asking.ended - asking.began:.1f} s" for asking in askings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import itertools
 import json
 import logging
 import shutil
@@ -26,7 +27,7 @@ from hypothesis import strategies as st
 from tests.scripted_server import MODEL, Asked, Deed, Raw, Reply, ScriptedServer, answer_to, hang, refused
 from vllm_tasks import Completion, InvalidCall, RowError, RowErrors, ServerUnavailable, VllmAPI, sharing
 from vllm_tasks import loop as engine_loop
-from vllm_tasks.engines import http, room, servers, tries
+from vllm_tasks.engines import control, http, room, servers, tries
 
 KEY = "sk-secret-0123456789"
 Make = Callable[..., VllmAPI]
@@ -36,7 +37,7 @@ Make = Callable[..., VllmAPI]
 def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short waits; the order of events stays what it is."""
     monkeypatch.setattr(tries, "BACKOFF_BASE", 0.02)
-    monkeypatch.setattr(room, "HOLD_BASE", 0.02)
+    monkeypatch.setattr(room, "HOLD", 0.1)
     monkeypatch.setattr(servers, "PROBE_EVERY", 0.05)
     monkeypatch.setenv("VLLM_TASKS_PATIENCE", "20")
 
@@ -161,6 +162,28 @@ def test_a_server_with_another_model_than_before_is_asked_anew(server: ScriptedS
     assert model.predict("x") == answer_to("x")
 
 
+def serves(*names: str, root: str | None = None, then: Callable[[Asked], Deed] | None = None) -> Any:
+    """A script of a server that lists these models, the second one on as adapters of the first."""
+    entries = [{"id": name, "root": root, "parent": names[0] if i else None} for i, name in enumerate(names)]
+
+    def script(asked: Asked) -> Deed:
+        if asked.path == "/v1/models":
+            return Reply({"data": entries})
+        return then(asked) if then else None
+
+    return script
+
+
+def test_of_several_models_one_must_be_named(server: ScriptedServer, api: Make) -> None:
+    """A server that lists a model and its adapter is asked for neither unless `model` says which."""
+    server.script = serves("base", "adapter")
+    with pytest.raises(InvalidCall, match=r"'base', 'adapter'.*model="):
+        api(model=None).predict("x")
+    assert server.posts == []
+    assert api(model="adapter").predict("x") == answer_to("x")
+    assert server.posts[0].body["model"] == "adapter"
+
+
 @pytest.mark.parametrize("deed", [Reply({"data": []}), Reply(b"<html>"), Reply({"data": [{"id": 5}]})])
 def test_a_server_that_does_not_tell_its_model_is_the_calls_fault(
     server: ScriptedServer, api: Make, deed: Deed
@@ -197,7 +220,7 @@ def test_a_list_of_models_that_never_comes_is_no_server(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch, deed: Deed
 ) -> None:
     """A control call that hangs or drips is given up, and not once for each row."""
-    monkeypatch.setattr(servers, "CONTROL_TIMEOUT", 0.3)
+    monkeypatch.setattr(control, "CONTROL_TIMEOUT", 0.3)
     monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.2")
 
     async def stuck(asked: Asked) -> Deed:
@@ -521,6 +544,70 @@ def test_the_least_loaded_server_gets_the_next_row(
     assert server.peak == 2 >= other.peak
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "model", "told"),
+    [
+        (serves("big"), serves("small"), None, "'big'.*'small'"),
+        (serves("big"), serves("small"), "big", "'big'.*'small'"),
+        (serves("llm", root="/big"), serves("llm", root="/small"), None, "/big.*/small"),
+    ],
+)
+def test_servers_of_different_models_are_refused_before_the_first_row(
+    server: ScriptedServer, other: ScriptedServer, api: Make, ours: Any, theirs: Any, model: Any, told: str
+) -> None:
+    """Rows of one call are never answered by two models; the error names both and their URLs."""
+    server.script, other.script = ours, theirs
+    with pytest.raises(InvalidCall, match=told) as raised:
+        api([server.url, other.url], model=model).predict_batches([str(i) for i in range(8)])
+    assert server.url in str(raised.value)
+    assert other.url in str(raised.value)
+    assert server.posts == other.posts == []
+
+
+@pytest.mark.parametrize("model", [None, "llm", "an alias that no server lists"])
+def test_servers_of_the_same_model_share_the_rows(
+    server: ScriptedServer, other: ScriptedServer, api: Make, model: Any
+) -> None:
+    """Those that list the same are one, whether or not they list the name that is asked for."""
+    server.script = serves("llm", root="/a", then=lambda _: None)
+    other.script = serves("llm")
+    xs = [str(i) for i in range(20)]
+    assert api([server.url, other.url], model=model).predict_batches(xs) == [answer_to(x) for x in xs]
+    assert server.posts
+    assert other.posts
+
+
+def test_the_order_of_urls_is_not_in_the_fingerprint(
+    server: ScriptedServer, other: ScriptedServer, api: Make
+) -> None:
+    """A table is up to date whichever server is named first."""
+    orders = [server.url, other.url], [other.url, server.url]
+    calls = [(made := api(urls, model=None)).prepare(made.predict_in_db).over("text") for urls in orders]
+    assert calls[0].fingerprint == calls[1].fingerprint
+    assert calls[0].model_name == MODEL
+
+
+@pytest.mark.parametrize("urls", [1, 2])
+def test_a_server_that_comes_back_with_another_model_ends_the_call(
+    server: ScriptedServer, other: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch, urls: int
+) -> None:
+    """After an outage it is asked again what it serves; the next call may take it as it is now."""
+    monkeypatch.setattr(servers, "LEFT_ALONE", 0.05)
+    server.script = other.script = serves("old", then=lambda _: asyncio.sleep(0.02))  # type: ignore[arg-type, return-value]
+    model = api([server.url, other.url][:urls], model=None, max_in_flight=2)
+    model.predict("x")
+    server.stop()
+    server.script = serves("new")
+    comes = threading.Timer(0.3, server.start)
+    comes.start()
+    with pytest.raises(InvalidCall, match=r"'old'.*'new'|'new'.*'old'"):
+        model.predict_batches([str(i) for i in range(200)])
+    comes.join()
+    assert {asked.body["model"] for asked in server.posts} == {"old"}
+    other.script = serves("new")
+    assert model.predict("x") == answer_to("x")
+
+
 @pytest.mark.parametrize(("retries", "name"), [(0, "m"), (1, "m"), (0, None)])
 def test_servers_that_are_down_are_left_alone(
     server: ScriptedServer,
@@ -699,6 +786,46 @@ def test_what_is_wrong_with_the_call_raises_at_once(
     assert len(server.posts) < 20
 
 
+@pytest.mark.parametrize("status", [401, 403, 404])
+@pytest.mark.parametrize(("bad", "in_flight"), [("150", 8), ("150", 1), ("0", 8)])
+def test_a_row_that_alone_is_denied_is_its_own_error(
+    server: ScriptedServer, api: Make, status: int, bad: str, in_flight: int
+) -> None:
+    """401, 403 and 404 for one row, be it the first that is answered, leave the others their answers."""
+
+    async def script(asked: Asked) -> Deed:
+        if asked.body and asked.prompt == bad:
+            return refused(status, "blocked by policy 77")
+        await asyncio.sleep(0.005)
+        return None
+
+    server.script = script
+    xs = [str(i) for i in range(200)]
+    results = api(max_in_flight=in_flight).predict_batches(xs, on_error="return")
+    (error,) = [result for result in results if isinstance(result, RowError)]
+    assert (error.index, error.kind, error.retryable) == (int(bad), "refused", False)
+    assert "blocked by policy 77" in error.message
+    assert [a.prompt for a in server.posts].count(bad) == 1
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_key_that_is_revoked_under_way_ends_the_call(
+    server: ScriptedServer, api: Make, status: int
+) -> None:
+    """From then on nothing passes, not even what was answered before: that is no error of many rows."""
+
+    async def script(asked: Asked) -> Deed:
+        await asyncio.sleep(0.005)
+        return refused(status, "revoked") if len(server.posts) > 50 else None
+
+    server.script = script
+    with pytest.raises(InvalidCall, match="revoked") as raised:
+        api(max_in_flight=4).predict_batches([str(i) for i in range(200)])
+    assert raised.value.results is not None
+    assert not any(isinstance(result, RowError) for result in raised.value.results)
+    assert len(server.posts) < 70
+
+
 def test_sampling_that_is_no_json_is_the_calls_fault(server: ScriptedServer, api: Make) -> None:
     """A sampling value that cannot be sent raises InvalidCall before anything is."""
     with pytest.raises(InvalidCall, match="set is not JSON serializable"):
@@ -782,6 +909,36 @@ def test_chat_without_content_is_an_error(server: ScriptedServer, api: Make) -> 
     assert only_error(api(server.url, chat=True)).kind == "response"
 
 
+CALLS = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+
+
+@pytest.mark.parametrize(
+    "said", [{"reasoning": "hm"}, {"content": "", "reasoning": "hm"}, {"tool_calls": CALLS}]
+)
+def test_an_answer_that_is_no_text_is_never_an_empty_text(
+    server: ScriptedServer, api: Make, said: dict[str, Any]
+) -> None:
+    """All tokens went into reasoning or calls of tools: an error that shows them; `completions` has them."""
+    message = {"role": "assistant", "content": None, **said}
+    server.script = lambda _: Reply({"choices": [{"message": message, "finish_reason": "stop"}]})
+    model = api(server.url, chat=True)
+    error = only_error(model)
+    assert (error.kind, error.retryable) == ("output", False)
+    assert "hm" in error.message or '"name": "f"' in error.message
+    (completion,) = model.completions(["x"])
+    assert isinstance(completion, Completion)
+    assert completion.text == ""
+
+
+def test_an_answer_that_a_filter_withholds_is_an_error(server: ScriptedServer, api: Make) -> None:
+    """What a gateway has cut is no answer, and is not asked for again."""
+    server.script = lambda _: Reply({"choices": [{"text": "so", "finish_reason": "content_filter"}]})
+    error = only_error(api())
+    assert (error.kind, error.retryable) == ("refused", False)
+    assert "content_filter" in error.message
+    assert len(server.posts) == 1
+
+
 def test_a_legacy_text_without_the_prompt_is_an_error(server: ScriptedServer, api: Make) -> None:
     """A text that does not begin with its prompt belongs to another row or another server."""
     server.script = lambda _: Reply({"text": ["something else"]})
@@ -862,6 +1019,70 @@ def test_a_server_restarted_in_the_middle_of_a_call_answers_all(server: Scripted
         assert call.result(timeout=60) == [answer_to(x) for x in xs]
 
 
+@pytest.mark.parametrize("retries", [0, 2])
+def test_rows_under_way_when_a_server_dies_wait_for_it(
+    server: ScriptedServer, api: Make, retries: int
+) -> None:
+    """A connection that breaks with its server costs no row its attempts, however few it has."""
+    server.script = lambda _: asyncio.sleep(0.05)
+    xs = [str(i) for i in range(60)]
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(api(max_in_flight=8, retries=retries).predict_batches, xs)
+        for seen in (10, 30):
+            server.wait_until(lambda seen=seen: len(server.posts) >= seen)  # type: ignore[misc]
+            server.stop()
+            time.sleep(0.3)
+            server.start()
+        assert call.result(timeout=60) == [answer_to(x) for x in xs]
+
+
+@pytest.mark.parametrize("health", [200, 404])
+@pytest.mark.parametrize("retries", [0, 1])
+def test_500_of_a_gateway_whose_server_is_away_is_waited_out(
+    server: ScriptedServer, api: Make, health: int, retries: int
+) -> None:
+    """While nothing succeeds no row is blamed, whatever the gateway says of its own health; few are asked."""
+    begins, lasts = 40, 0.6
+
+    async def script(asked: Asked) -> Deed:
+        if asked.body is None:
+            return Reply(status=health)
+        await asyncio.sleep(0.01)
+        since = server.posts[begins].at if len(server.posts) > begins else asked.at
+        return refused(500, "upstream is away") if 0 < asked.at - since < lasts else None
+
+    server.script = script
+    xs = [str(i) for i in range(100)]
+    model = api(max_in_flight=8, retries=retries)
+    assert model.predict_batches(xs) == [answer_to(x) for x in xs]
+    assert len(server.posts) < 100 + 8 * (retries + 1) + 40
+
+
+def test_500_for_ever_ends_the_call_after_the_patience(
+    server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the server that is unavailable, with its words, and no row is called failed."""
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.3")
+    server.script = lambda asked: (
+        refused(500, "upstream is away") if asked.body and len(server.posts) > 40 else None
+    )
+    with pytest.raises(ServerUnavailable, match=r"for 0.3 s .*upstream is away") as raised:
+        api(max_in_flight=8).predict_batches([str(i) for i in range(100)])
+    assert not any(isinstance(result, RowError) for result in raised.value.results or ())
+
+
+def test_rows_that_always_fail_are_told_from_an_outage_at_the_end_too(
+    server: ScriptedServer, api: Make
+) -> None:
+    """Where only such rows are left, one that was answered before is asked again, and tells."""
+    server.script = lambda asked: refused(500, "no") if asked.prompt.startswith("z") else None
+    xs = [*"abc", *(f"z{i}" for i in range(12))]
+    results = api(max_in_flight=4).predict_batches(xs, on_error="return")
+    assert results[:3] == [answer_to(x) for x in "abc"]
+    assert all(isinstance(result, RowError) and result.kind == "server" for result in results[3:])
+    assert [a.prompt for a in server.posts if a.prompt.startswith("z")].count("z3") == 2
+
+
 # ---------------------------------------------------------------------- behind a gateway
 
 
@@ -888,6 +1109,29 @@ def test_a_server_restarted_behind_a_gateway_answers_all(
     assert api(max_in_flight=20, retries=0).predict_batches(xs) == [answer_to(x) for x in xs]
     assert [a.path for a in server.requests].count("/health") == 7
     assert len(server.posts) <= 20 + 60
+
+
+@pytest.mark.parametrize("model", [None, "m"])
+def test_a_slow_health_check_holds_up_its_row_only(
+    server: ScriptedServer, api: Make, model: str | None
+) -> None:
+    """A gateway that fails a row now and then, and takes long to say how it is, answers the others."""
+    failed = set()
+
+    async def script(asked: Asked) -> Deed:
+        if asked.path == "/health":
+            await asyncio.sleep(1)
+        if asked.body and asked.prompt.endswith("00") and asked.prompt not in failed:
+            failed.add(asked.prompt)
+            return refused(502, "bad gateway")
+        await asyncio.sleep(0.01)
+        return None
+
+    server.script = script
+    xs = [str(i) for i in range(1, 400)]
+    assert api(model=model, max_in_flight=8).predict_batches(xs) == [answer_to(x) for x in xs]
+    sent = [asked.at for asked in server.posts[:390]]
+    assert max(b - a for a, b in itertools.pairwise(sent)) < 0.7
 
 
 def test_a_gateway_without_a_server_ends_the_call_after_the_patience(

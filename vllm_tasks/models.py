@@ -56,7 +56,7 @@ class VllmAPI(Predictor, Block):
         default=None, title="Key", description="Bearer token. Empty: VLLM_TASKS_API_KEY."
     )
     model: str | None = Field(
-        default=None, title="Model", description="By the server's name for it. Empty: the one that it serves."
+        default=None, title="Model", description="By the server's name for it. Empty: its only one."
     )
     timeout: float | None = Field(
         default=None,

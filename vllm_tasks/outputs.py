@@ -145,6 +145,8 @@ class Decoder:
     def _read(self, completion: Completion) -> list[Any] | RowError:
         values = []
         for choice in completion.choices:
+            if not choice.text and (choice.reasoning or choice.tool_calls):
+                return _row_error("has no text, only reasoning or calls of tools", [choice])
             try:
                 values.append(self.type.read(choice.text))
             except Undecodable as error:
@@ -171,6 +173,6 @@ def _is_cut(choices: Sequence[Choice]) -> bool:
 def _row_error(why: object, choices: Sequence[Choice]) -> RowError:
     """Why, and the answer itself, which is kept nowhere else."""
     cut = "was cut at max_tokens and " if _is_cut(choices) else ""
-    text = " | ".join(c.text for c in choices)
+    text = " | ".join(c.text or c.reasoning or json.dumps(c.tool_calls or "") for c in choices)
     more = f"... ({len(text):,} characters)" if len(text) > RAW_SHOWN else ""
     return RowError("output", f"the answer {cut}{why}: {text[:RAW_SHOWN]}{more}")

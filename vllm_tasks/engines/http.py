@@ -14,8 +14,11 @@ import aiohttp
 
 from vllm_tasks.engines import Done, wire
 from vllm_tasks.engines.connections import NAME, Connector, Names
-from vllm_tasks.engines.servers import Key, Server, Servers, Unreachable, untrusted
-from vllm_tasks.engines.tries import Attempt, Full, Tries, retry_after
+from vllm_tasks.engines.control import Control, Key, untrusted
+from vllm_tasks.engines.failures import MENDED_BY, Attempt, Denied, Full, Unreachable
+from vllm_tasks.engines.files import OUT_OF_FILES, TOO_MANY_FILES, most_connections
+from vllm_tasks.engines.servers import Server, Servers
+from vllm_tasks.engines.tries import Tries, retry_after
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import Completion, Request, Result, RowError, given_up
 from vllm_tasks.window import Window
@@ -24,11 +27,12 @@ CONNECT_TIMEOUT = 10.0
 """Seconds to get a connection accepted."""
 KEEPALIVE = 4.0
 """Seconds an idle connection is kept: vLLM's server closes its end after 5."""
-FATAL = {401: "check api_key", 403: "check api_key", 404: "check api_url and model"}
 FULL = {429, 503}
 """What a server says that is asked for more than it takes."""
 GATEWAY = {502, 503, 504}
 """What a gateway says while the server behind it is away; vLLM itself says 503 when its engine is dead."""
+WITHHELD = "content_filter"
+"""The finish reason of an answer that a gateway keeps back, whole or in part."""
 TOO_LONG = ("maximum context length", "maximum model length", "max_model_len")
 """How vLLM's refusals of a prompt that is too long say so."""
 STREAMED = 2**20
@@ -56,33 +60,32 @@ class HttpConfig:
 class HttpEngine:
     """An `Engine` whose rows are HTTP requests, one each.
 
-    Three limits, outermost first. The `window` admits the rows of all calls in whole chunks, so that
-    it may be exceeded by one chunk. Of these `_room` lets exactly the window's limit become tasks: the
-    rest must not wait at a slow server, where they would fill the window. Each server's `room`
-    is `max_in_flight` rows, which matters while others are down, whose share would come on top; and less
-    where the server does not take so many (see `Room`).
+    The `window` admits the rows of all calls in whole chunks, so that it may be exceeded by one chunk. Of
+    these only rows with a place at a server become tasks; see `Servers`.
     """
 
     def __init__(self, config: HttpConfig) -> None:
         self.config = config
-        self.window = Window(config.max_in_flight * len(config.urls))
+        most = most_connections(config.max_in_flight, len(config.urls))
+        self.window = Window(most * len(config.urls))
         self._key = Key(config.api_key)
         self._names = Names()
+        self._control = Control(self._key)
         model = "" if config.protocol == "legacy" else config.model  # legacy names none
-        self._servers = Servers(config.urls, model, self._key, config.patience, config.max_in_flight)
+        self._servers = Servers(config.urls, model, self._control, config.patience, most, self._ask_again)
+        self._answered: dict[str, Request] = {}  # by path, the last one
+        self._denied = 0
         self._session: aiohttp.ClientSession | None = None
-        self._room = asyncio.Semaphore(self.window.limit)
 
     async def start(self) -> None:
         self._session = aiohttp.ClientSession(
-            connector=Connector(self._names, limit=0, keepalive_timeout=KEEPALIVE, ssl=self._servers.tls),
+            connector=Connector(self._names, limit=0, keepalive_timeout=KEEPALIVE, ssl=self._control.tls),
             timeout=aiohttp.ClientTimeout(total=self.config.timeout, sock_connect=CONNECT_TIMEOUT),
             headers={**self._key.headers(), "Content-Type": "application/json"},
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 
     async def close(self) -> None:
-        self._servers.close()
         if self._session is not None:
             await self._session.close()
 
@@ -91,44 +94,100 @@ class HttpEngine:
         return await self._servers.facts()
 
     async def generate(self, requests: Sequence[Request], done: Done) -> None:
+        await self._servers.compare()
         async with asyncio.TaskGroup() as group:
             for i, request in enumerate(requests):
-                await self._room.acquire()
-                task = group.create_task(self._row(i, request, done))
-                task.add_done_callback(lambda _: self._room.release())
+                tries = Tries(self.config.retries, self._servers)
+                tries.server = await self._servers.place()
+                task = group.create_task(self._row(i, request, tries, done))
+                # A callback too: a task cancelled before its first step gives nothing back.
+                task.add_done_callback(lambda _, tries=tries: tries.leave())  # type: ignore[misc]
 
-    async def _row(self, i: int, request: Request, done: Done) -> None:
-        done(i, await self._answer(request))
+    async def _row(self, i: int, request: Request, tries: Tries, done: Done) -> None:
+        done(i, await self._answer(request, tries))
 
-    async def _answer(self, request: Request) -> Result:
+    async def _answer(self, request: Request, tries: Tries) -> Result:
         """Try until the row has its answer or its error; raises what is the call's fault."""
-        tries = Tries(self.config.retries, self._servers)
         while True:
-            server = await self._servers.pick()
-            server.in_flight += 1
+            server = tries.server = tries.server or await self._servers.place()
             try:
-                async with server.room:
-                    with self._names.new() as name:
-                        return await self._attempt(server, request, name)
+                outcome = await self._outcome(server, request, tries)
             except Unreachable as error:
-                self._servers.lose(server)
-                next_one = tries.lose(error)
+                self._servers.lose(server, str(error))
+                outcome = tries.lose(str(error))
             except Full as full:
-                next_one = tries.refuse(full)
-            except Attempt as failed:
-                next_one = tries.fail(failed)
+                tries.leave()  # before it is asked whether others are at work
+                outcome = tries.refuse(full)
             finally:
-                server.in_flight -= 1
-            if isinstance(next_one, RowError):
-                return next_one
-            await asyncio.sleep(next_one)
+                tries.leave()
+            if not isinstance(outcome, float):
+                return outcome
+            await asyncio.sleep(outcome)
 
-    async def _attempt(self, server: Server, request: Request, name: str) -> Result:
-        """One request, under this name; raises `Unreachable`, `Attempt`, or `InvalidCall`."""
-        if not server.is_there:  # lost while this row waited for its room
-            raise Unreachable(f"{server.url} does not answer")
+    async def _outcome(self, server: Server, request: Request, tries: Tries) -> Result | float:
+        """The answer, the row's own error, or the seconds until it is tried again.
+
+        Raises `Unreachable` and `Full` for what is the server's, `InvalidCall` for what is the call's.
+        """
+        try:
+            await self._servers.trust(server)
+            return await self._attempt(server, request)
+        except Full:
+            raise
+        except Denied as denied:
+            await self._blame(server, request, denied)
+            return tries.fail(denied)
+        except Attempt as failed:
+            outcome = tries.fail(failed)
+            if isinstance(outcome, RowError) and failed.may_be_anybodys:
+                await self._blame(server, request, failed)
+            return outcome
+
+    async def _blame(self, server: Server, request: Request, failed: Attempt) -> None:
+        """Return where the failure is the row's own: others are answered by this server meanwhile.
+
+        The row keeps its place until that is known, so that not all rows are sent to find out.
+        """
         path = wire.path_of(self.config.protocol, request)
-        model = None if path == "/generate" else await self._servers.model_of(server)
+        if isinstance(failed, Denied) and not await self._others_are_answered(path):
+            self._servers.forget_model()
+            raise failed.of_the_call()
+        if answered := self._answered.get(path):
+            await self._servers.prove(server, answered)
+        elif self.window.in_flight > 1:  # nothing to compare with: its own word counts
+            await self._servers.check(server)
+
+    async def _others_are_answered(self, path: str) -> bool:
+        """Whether any row of this path is; False when all that are at work are denied."""
+        self._denied += 1
+        try:
+            while path not in self._answered and self._denied < self._servers.at_work:
+                self._servers.news.clear()
+                await self._servers.news.wait()
+            return path in self._answered
+        finally:
+            self._denied -= 1
+
+    async def _ask_again(self, server: Server, answered: Request) -> None:
+        """Ask the server for what was answered before; raises as `_outcome`."""
+        try:
+            await self._attempt(server, answered)
+        except Full:
+            raise
+        except Denied as denied:
+            self._servers.forget_model()
+            raise denied.of_the_call() from denied
+        except Attempt as failed:
+            raise Unreachable(failed.message) from failed
+
+    async def _attempt(self, server: Server, request: Request) -> Completion:
+        """One request; raises `Unreachable`, `Attempt`, or `InvalidCall`."""
+        with self._names.new() as name:
+            return await self._ask(server, request, name)
+
+    async def _ask(self, server: Server, request: Request, name: str) -> Completion:
+        path = wire.path_of(self.config.protocol, request)
+        model = None if path == "/generate" else server.model
         try:
             body = json.dumps(wire.body_of(request, model)).encode()
         except (TypeError, ValueError) as error:  # prompts have been checked before
@@ -138,21 +197,23 @@ class HttpEngine:
             response, content = await self._post(server.url + path, body, name)
         except Attempt as failed:
             if failed.kind == "timeout":
-                server.room.time_out(sent, self.config.timeout)
+                server.room.time_out(sent)
+            if isinstance(failed, Full):
+                server.room.refuse(None)
             raise
         seconds = time.monotonic() - sent
         if response.status not in FULL:
-            self._servers.answer(server)
+            self._servers.answer(server, sent)
         if response.status != 200:
-            if response.status == 404:
-                self._servers.forget_model(server)
             refused = refusal(response, content, self._key)
             if response.status in GATEWAY and "Retry-After" not in response.headers:
                 await self._servers.check(server)  # else it is not the row's failure
             if isinstance(refused, Full):
                 server.room.refuse(refused.delay)
             raise refused
-        return replace(self._completion(server, path, request, name, content), seconds=seconds)
+        completion = self._completion(server, path, request, name, content)
+        self._answered[path] = request
+        return replace(completion, seconds=seconds)
 
     def _completion(
         self, server: Server, path: str, request: Request, name: str, content: bytes
@@ -169,6 +230,8 @@ class HttpEngine:
             raise Attempt("response", f"{why}; the answer from {server.url} began with {begin!r}") from error
         if reason := given_up(completion):
             raise Attempt("server", f"{server.url} gave the row up before its end ({reason})", retryable=True)
+        if any(choice.finish_reason == WITHHELD for choice in completion.choices):
+            raise Attempt("refused", f"{server.url} withheld the answer (finish_reason {WITHHELD!r})")
         return completion
 
     async def _post(self, url: str, body: bytes, name: str) -> tuple[aiohttp.ClientResponse, bytes]:
@@ -186,6 +249,8 @@ class HttpEngine:
         except aiohttp.ClientSSLError as error:
             raise untrusted(url, error) from error
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            if isinstance(error, OSError) and error.errno in OUT_OF_FILES:
+                raise Full("connection", TOO_MANY_FILES, retryable=True) from error
             raise Unreachable(str(error)) from error
         except TimeoutError as error:
             waited = f"no answer from {url} within timeout={self.config.timeout:g} s"
@@ -216,8 +281,8 @@ def refusal(response: aiohttp.ClientResponse, content: bytes, key: Key) -> Excep
     """What a status other than 200 means: `InvalidCall` for the call, `Attempt` for the row."""
     status, words = response.status, words_of(key.hidden_in(content))
     said = f"HTTP {status} from {response.url}: {words!r}"
-    if status in FATAL:
-        return InvalidCall(f"{said}; {FATAL[status]}")
+    if status in MENDED_BY:
+        return Denied(status, said)
     if 300 <= status < 400:
         there = key.hidden_in(response.headers.get("Location", ""))
         return InvalidCall(f"{said}: redirects are not followed; set api_url to {there!r}")

@@ -2,106 +2,64 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
 
-from vllm_tasks.window import Window
-
-HOLD_BASE, HOLD_LIMIT = 0.25, 2.0
-"""Seconds without more rows after a refusal: half to all of min(limit, base * 2**refusals in a row)."""
-GROW_EVERY = 0.5
+HOLD = 0.5
+"""Seconds without more rows after a refusal: half to all of it."""
+GROW_EVERY = 0.2
 """Seconds between two steps of growth: time enough for a refusal to arrive."""
 
 
 class Room:
-    """Places at one server: `most`, or as many as it takes once it has said that it is full.
+    """Places at one server: `most`, or as many as it takes. Whoever takes one counts it in `open`.
 
     A refusal for load (429, 503) tells exactly how many rows the server takes: those that are there, but for
-    the refused one. They become the limit, and from then on a row goes out when another is answered, so that
-    the server stays full and is not stormed. Nothing is divided: many rows are refused at once, and a window
-    that is halved for each collapses. After the server's Retry-After, or else a while that doubles with each
-    refusal in a row, one row more is let in, then two, four and so on, until the next refusal or until all
-    have room. So an outage costs a few requests beyond those that it found under way.
+    the refused one. From then on a row goes out when another is answered, so that the server stays full and
+    is not stormed. After the server's Retry-After, or else a short while, one place is added, then two, four
+    and so on, until the next refusal: not before a row was answered that had been sent since the last one,
+    unless none is there. So an outage costs a few requests beyond those that it found under way.
 
-    Where requests beyond its capacity wait at the server until our timeout, nothing is refused: half of the
-    places are taken away, once for all rows that were on their way together, and come back more slowly.
+    Where rows wait at the server until our timeout, nothing is refused. When nothing that was sent since such
+    a row has been answered either, half of the places go, once for all rows that were on their way together;
+    one comes back whenever as many rows as there are places have been answered.
     """
 
     def __init__(self, most: int) -> None:
-        self._most = most
-        self._places = Window(most)
+        self.open = 0
+        self.grows_at = 0.0
+        self._most = self._limit = most  # the limit is what the last refusal told
+        self._lasting = float(most)  # as many as do not time out
         self._step = 1  # places that the last growth added; 0 while held back
-        self._in_vain = 0
-        self._answered = True  # since it is held back
-        self._every = GROW_EVERY
-        self._halved = 0.0
-        self._growth: asyncio.TimerHandle | None = None
+        self._changed = 0.0  # when it refused, or was cut
+        self._newest = 0.0  # when the last of the answered rows was sent
 
-    async def __aenter__(self) -> None:
-        await self._places.enter(1)
-
-    async def __aexit__(self, *_: object) -> None:
-        self._places.leave(1)
-
-    @property
-    def is_empty(self) -> bool:
-        return not self._places.in_flight
-
-    @property
-    def is_full(self) -> bool:
-        return self._places.in_flight >= self._places.limit
+    def has_place(self) -> bool:
+        """Whether another row may go there now."""
+        now = time.monotonic()
+        may_grow = self._step or not self.open or self._newest > self._changed
+        if self._limit < self._most and now >= self.grows_at and may_grow:
+            self._step = 2 * self._step or 1
+            self._limit = min(self._most, self._limit + self._step)
+            self.grows_at = now + GROW_EVERY
+        return self.open < min(self._limit, int(self._lasting))
 
     def refuse(self, retry_after: float | None) -> None:
         """A row that is in here has been refused, perhaps with the seconds until the server wants another."""
-        self._places.limit = min(self._places.limit, self._places.in_flight - 1)
+        now = time.monotonic()
+        self._limit = max(0, min(self._limit, self.open - 1))
         if self._step:  # else this refusal is one of many at once
-            self._step, self._answered = 0, False
-            self._in_vain += 1
-            self._hold(pause(self._in_vain))
-        if retry_after is not None:
-            self._hold(retry_after)
+            self._step, self._changed = 0, now
+            self.grows_at = now + random.uniform(HOLD / 2, HOLD)
+        self.grows_at = max(self.grows_at, now + (retry_after or 0.0))
 
-    def answer(self) -> None:
-        """A row that is in here has been answered, or refused for its own sake."""
-        self._answered = True
+    def answer(self, sent: float) -> None:
+        """A row that was sent at `sent` (by `time.monotonic`) was answered, or refused for its own sake."""
+        self._newest = max(self._newest, sent)
+        self._lasting = min(self._most, self._lasting + 1 / self._lasting)
 
-    def time_out(self, sent: float, timeout: float) -> None:
-        """A row that was sent at `sent` (by `time.monotonic`) has got no answer in `timeout` seconds."""
-        if sent > self._halved:
-            self._halved = time.monotonic()
-            self._places.limit = max(1, self._places.in_flight // 2)
-            self._step, self._every = 0, timeout
-            self._hold(timeout)
-
-    def close(self) -> None:
-        """Grow no more."""
-        if self._growth is not None:
-            self._growth.cancel()
-
-    def _hold(self, seconds: float) -> None:
-        """Grow in so many seconds, or later if that has been said already."""
-        loop = asyncio.get_running_loop()
-        due = loop.time() + seconds
-        if self._growth is not None:
-            self._growth.cancel()
-            due = max(due, self._growth.when())
-        self._growth = loop.call_at(due, self._grow)
-
-    def _grow(self) -> None:
-        if not (self._step or self._answered or self.is_empty):  # nothing has changed there
-            self._hold(self._every)
-            return
-        if self._step:  # and none of the rows before was refused
-            self._in_vain = 0
-        self._step = 2 * self._step or 1
-        self._places.limit = min(self._most, self._places.limit + self._step)
-        self._places.leave(0)
-        if self._places.limit < self._most:
-            self._growth = asyncio.get_running_loop().call_later(self._every, self._grow)
-
-
-def pause(refusals: int) -> float:
-    """Seconds to hold back after so many refusals in a row."""
-    longest = min(HOLD_LIMIT, HOLD_BASE * 2.0 ** min(refusals, 16))
-    return random.uniform(longest / 2, longest)
+    def time_out(self, sent: float) -> None:
+        """A row that was sent at `sent` has got no answer in time."""
+        if sent > max(self._newest, self._changed):
+            self._changed = time.monotonic()
+            self._lasting = max(1.0, self.open / 2)
