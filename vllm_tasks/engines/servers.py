@@ -19,6 +19,8 @@ from vllm_tasks.rows import Request
 
 logger = logging.getLogger(__name__)
 
+LEAST_SEARCH = 1.0
+"""Seconds that servers have to answer a search, however short the patience is."""
 LEFT_ALONE = 1.0
 """Seconds that a server which refused a connection gets no rows while others are there."""
 PROBE_EVERY = 1.0
@@ -186,7 +188,8 @@ class Servers:
         logger.warning("no server answers at %s; waiting up to %g s", urls, self.patience)
         watches = [asyncio.create_task(self._watch(server)) for server in self.all]
         try:
-            found, _ = await asyncio.wait(watches, timeout=self.patience, return_when=asyncio.FIRST_COMPLETED)
+            seconds = max(self.patience, LEAST_SEARCH)
+            found, _ = await asyncio.wait(watches, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for watch in watches:
                 watch.cancel()
