@@ -527,6 +527,37 @@ def test_a_function_gets_the_keywords_that_it_names() -> None:
         model.prepare(model.predict, None, {"stile": "formal"})
 
 
+def test_a_keyword_may_be_whatever_a_function_may_hold() -> None:
+    """Two functions as keywords are told apart, and what cannot be told is refused, as in a closure."""
+    model = VllmAPI(identifier="m", api_url="http://x", model="x", prompt_func=lambda x, style: style(x))
+
+    def printed(style: Any) -> str:
+        return model.prepare(model.predict, None, {"style": style}).over("x").fingerprint
+
+    assert printed(lambda x: x.upper()) != printed(lambda x: x.lower())
+    assert printed(str.upper) == printed(str.upper)
+    with pytest.raises(InvalidCall, match="the keywords of prompt_func"):
+        printed(iter("ab"))
+
+
+@pytest.mark.parametrize("style", ["", 0, False])
+def test_a_keyword_that_is_falsy_is_given(style: Any) -> None:
+    """It is not lost to a field of the record, which may have its name only where the call gives nothing."""
+    fields = {"signature": "**kwargs", "prompt_func": lambda text, style="plain": f"{style}: {text}"}
+    model = VllmAPI(identifier="m", api_url="http://x", model="x", **fields)  # type: ignore[arg-type]
+    call = model.prepare(model.predict, None, {"style": style})
+    with pytest.raises(InvalidCall, match="would be given twice"):
+        call.over(["text", "style"])
+    assert model.prepare(model.predict).requests([{"text": "a", "style": "b"}])[0] == Request("b: a", {})
+
+
+def test_the_artifacts_are_the_models() -> None:
+    """A keyword of that name does not take their place."""
+    model = VllmAPI(identifier="m", api_url="http://x", prompt_func=lambda x, artifacts: x)
+    with pytest.raises(InvalidCall, match="artifacts"):
+        model.prepare(model.predict, None, {"artifacts": {"rules": "none"}})
+
+
 def test_a_keyword_is_not_both_for_the_function_and_for_vllm() -> None:
     """What of the two is meant is not guessed; as long as the call does not give it, nothing is in doubt."""
     model = VllmAPI(identifier="m", api_url="http://x", model="x", prompt_func=lambda x, n=3: x * n)

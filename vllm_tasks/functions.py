@@ -42,7 +42,7 @@ from vllm_tasks.source_code import Names, names_in, source_of
 from vllm_tasks.weights import hash_of_file
 
 MOST = 100_000
-"""Values beside texts that a function may hold: about a second."""
+"""Values beside texts that a function may hold."""
 CHANGING = Iterator, io.IOBase, random.Random, type(os.environ)
 """What is another thing after each use, or in each process."""
 LOGS = logging.Logger, logging.LoggerAdapter, logging.Handler
@@ -64,8 +64,9 @@ WAY_OUT = (
 )
 
 
-def made_of(function: Callable[..., Any] | None, role: str) -> Any:
-    """What decides what `function` gives; its declared `version` alone, where it has one.
+def made_of(function: Any, role: str) -> Any:
+    """What decides what `function`, or what one is called with, gives; its declared `version` alone, where it
+    has one.
 
     `role` says in errors what it is for. Raises `InvalidCall` where that cannot be told.
     """

@@ -367,9 +367,9 @@ class Predictor(BaseModel):
         target = self.sampling_target()
         keywords = keywords_of(self.prompt_func, self.signature, sampling or {}, known_names(target))
         given = {name: value for name, value in (sampling or {}).items() if name not in keywords}
-        of_function = named_parameters(self.prompt_func) if self.prompt_func else ()
-        check_spelling(given, call, target, more=of_function)
-        decoder, asked = self._decoder(given), self._sampling(given)
+        check_spelling(given, call, target, more=named_parameters(self.prompt_func))
+        decoder = self._decoder(given)
+        asked = self._sampling(given, decoder)
         check_names(asked, target)
         return Call(
             identifier=self.identifier,
@@ -387,10 +387,10 @@ class Predictor(BaseModel):
         on_length = self.model_update_kwargs.get("on_length", "keep")
         return Decoder.of(self.datatype, self.output_schema, self.flatten, many, on_length)
 
-    def _sampling(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def _sampling(self, given: Mapping[str, Any], decoder: Decoder) -> dict[str, Any]:
         """The sampling parameters of a call; with a schema to ask for, unless the caller asks for his own."""
         sampling = {**self.predict_kwargs, **given}
-        asked = None if ASKED & sampling.keys() else self._decoder(given).schema
+        asked = None if ASKED & sampling.keys() else decoder.schema
         # Servers with the legacy format hand the parameters on as they are, and vLLM takes no dict there.
         if asked is None or self.sampling_target() == "legacy":
             return sampling

@@ -154,19 +154,19 @@ class Prompter:
         return {
             "prompt": self.prompt,
             "prompt_func": made_of(self.function, "prompt_func"),
+            "keywords": made_of(self.keywords, "the keywords of prompt_func"),
             "artifacts": self.artifacts,
             "signature": self.signature,
             "chat": self.chat,
             "system": self.system,
             "context": self.context,
-            **({"messages_as_json": True} if self.messages_as_json else {}),
-            **({"keywords": self.keywords} if self.keywords else {}),
+            "messages_as_json": self.messages_as_json,
         }
 
     def _named(self, artifacts: Mapping[str, Any]) -> dict[str, Any]:
         """What `prompt_func` gets by keyword, because it names it."""
         offered = {"context": self.context, "artifacts": artifacts}
-        names = named_parameters(self.function) if self.function else set()
+        names = named_parameters(self.function)
         return {**{name: value for name, value in offered.items() if name in names}, **self.keywords}
 
     def _filled(self, artifacts: Mapping[str, Any]) -> dict[str, str]:
@@ -196,7 +196,7 @@ class Prompter:
         """
         args, kwargs = call_arguments(self.signature, example)
         if self.function is not None:
-            named = {name: value for name, value in self.named.items() if value or name not in kwargs}
+            named = self._beside(kwargs)
             if why := _refusal(self.function, args, {**kwargs, **named}, twice=named.keys() & kwargs.keys()):
                 raise InvalidCall(f"prompt_func cannot be called with the columns of X: {why}")
             return
@@ -241,12 +241,21 @@ class Prompter:
     def _from_function(self, x: Any) -> Any:
         assert self.function is not None
         args, kwargs = call_arguments(self.signature, x)
-        # A record may have a field of such a name itself, where the call gives nothing.
-        named = {name: value for name, value in self.named.items() if value or name not in kwargs}
         try:
-            return self.function(*args, **kwargs, **named)
+            return self.function(*args, **kwargs, **self._beside(kwargs))
         except Exception as error:  # the user's own function: whatever it raises is this row's error
             raise BadRow(f"prompt_func raised {type(error).__name__}: {error}") from error
+
+    def _beside(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """What the function gets beside the fields of a record.
+
+        A record may have a field of such a name itself, where the call gives nothing.
+        """
+        return {
+            name: value
+            for name, value in self.named.items()
+            if value or name in self.keywords or name not in fields
+        }
 
     def _from_template(self, x: Any) -> Any:
         if self.plain and self.signature == "singleton":
@@ -327,8 +336,10 @@ def _refusal(
     return None
 
 
-def named_parameters(function: Callable[..., Any]) -> set[str]:
-    """The parameters of `function` that can be given by keyword; `**kwargs` names none."""
+def named_parameters(function: Callable[..., Any] | None) -> set[str]:
+    """The parameters of `function` that can be given by keyword; `**kwargs` names none, nor does None."""
+    if function is None:
+        return set()
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # some built-ins, such as str, do not tell
@@ -342,15 +353,15 @@ def keywords_of(
     given: Mapping[str, Any],
     known: Collection[str],
 ) -> dict[str, Any]:
-    """What of the keywords of a call is for `function`: those that it names, but for its record.
+    """What of the keywords of a call is for `function`: those that it names, but for its record and for what
+    the model has.
 
     Raises `InvalidCall` for a name that is a sampling parameter (`known`), too.
     """
-    if function is None:
-        return {}
-    names = named_parameters(function)
-    if signature == "singleton":
-        names -= {next(iter(inspect.signature(function).parameters), "")} if names else set()
+    names = named_parameters(function) - {"artifacts"}
+    if signature == "singleton" and names:
+        assert function is not None, "it has parameters"
+        names -= {next(iter(inspect.signature(function).parameters))}
     found = {name: value for name, value in given.items() if name in names}
     if both := sorted(found.keys() & set(known)):
         raise InvalidCall(

@@ -127,8 +127,8 @@ def over_table(
 
 def _check_options(model: Model, options: Parameters) -> None:
     """What is misspelt is told before a flow run is made for it."""
-    of_function = named_parameters(model.prompt_func) if model.prompt_func else ()
-    check_spelling(options, predict_in_db, model.sampling_target(), more=("shards", *of_function))
+    more = {"shards", *named_parameters(model.prompt_func)}
+    check_spelling(options, predict_in_db, model.sampling_target(), more)
 
 
 def validated(
