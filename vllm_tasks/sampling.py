@@ -95,8 +95,10 @@ def check_names(names: Iterable[str], target: Target) -> None:
 
 
 def check_prompts(prompts: Iterable[object], sampling: Mapping[str, Any], target: Target) -> None:
-    """Raise `InvalidCall` for what could not be sent beside such prompts, texts or chat messages."""
-    check_names(sampling, target)
+    """Raise `InvalidCall` for what could not be sent beside such prompts, texts or chat messages.
+
+    The names themselves have been checked by `check_names`.
+    """
     kinds = {str if isinstance(p, str) else list for p in prompts if isinstance(p, str | list)}
     if list in kinds and target in ("legacy", "completions"):
         raise InvalidCall(

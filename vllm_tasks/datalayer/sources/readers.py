@@ -101,7 +101,7 @@ class Readers:
         if table.delta is not None:
             with storage_errors(f"cannot read {table.name!r}"):
                 rows = queryable(open_table(table.delta))
-            return lambda cursor, name: _register(cursor, name, rows)
+            return _attached(rows, {})
         source = self._of(table)
         assert not isinstance(source, DeltaSource), "DuckDB was given it above"
         columns = named_columns(source, named, table.name)
@@ -143,15 +143,11 @@ def _attached(rows: Any, expressions: Mapping[str, str]) -> Attach:
         found = rows
         if not isinstance(rows, str):
             if not replaced:
-                _register(cursor, name, rows)
+                cursor.register(name, rows)
                 return
-            _register(cursor, f"_vllm_tasks_{name}", rows)
+            cursor.register(f"_vllm_tasks_{name}", rows)
             found = quoted(f"_vllm_tasks_{name}")
         columns = f"* REPLACE ({replaced})" if replaced else "*"
         cursor.execute(f"CREATE OR REPLACE TEMP VIEW {quoted(name)} AS SELECT {columns} FROM {found}")  # noqa: S608 - quoted
 
     return attach
-
-
-def _register(cursor: duckdb.DuckDBPyConnection, name: str, rows: Any) -> None:
-    cursor.register(name, rows)
