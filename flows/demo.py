@@ -26,7 +26,7 @@ import pyarrow.json
 from prefect import flow
 from pydantic import SecretStr
 
-from flows.smollm2 import model_folder
+from flows.smollm2 import model_folder, number_type
 from vllm_tasks import (
     Datalayer,
     Dataset,
@@ -55,7 +55,12 @@ def demo_model() -> VllmModel:
     return VllmModel(
         identifier="smollm2-135m",
         model_name=str(model_folder()),
-        vllm_kwargs={"max_model_len": 1024, "kv_cache_memory_bytes": 2**30, "enforce_eager": True},
+        vllm_kwargs={
+            "max_model_len": 1024,
+            "kv_cache_memory_bytes": 2**30,
+            "enforce_eager": True,
+            "dtype": number_type(),
+        },
         chat=True,
         system="Answer the question in one short sentence.",
         predict_kwargs={"temperature": 0, "max_tokens": 32},

@@ -7,6 +7,7 @@ is converted once and kept in the user's cache folder.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,14 @@ def model_folder() -> Path:
         # A process of its own: torch and the weights leave memory with it.
         subprocess.run([sys.executable, "-m", "flows.smollm2", str(folder)], check=True)
     return folder
+
+
+def number_type() -> str:
+    """vLLM's own choice, bfloat16, but where a CPU would have to emulate it, and is far slower for it."""
+    cpu = Path("/proc/cpuinfo")
+    flags = set(cpu.read_text().split()) if cpu.exists() else set()
+    emulated = "avx2" in flags and "avx512f" not in flags
+    return "float32" if emulated and shutil.which("nvidia-smi") is None else "auto"
 
 
 def prepare(folder: Path) -> None:
