@@ -181,6 +181,12 @@ class ScriptedServer:
                     connection.transport.abort()
             await self._runner.cleanup()
             self._runner = None
+        # A connection that was just being accepted has a socket, which nobody else closes.
+        late = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+        await asyncio.sleep(0)
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         content = await request.read()

@@ -261,7 +261,8 @@ def test_the_sites_key_goes_to_the_sites_servers_only(
 
 
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "shelve", "yaml"}
-EVALUATORS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "subprocess.getoutput"}
+EVALUATORS = {"eval", "exec", "FunctionType", "__import__", "os.system", "os.popen", "subprocess.getoutput"}
+"""`compile` is not one: it runs nothing, and its code is compared with that of functions."""
 
 
 def test_nothing_is_evaluated_or_unpickled() -> None:

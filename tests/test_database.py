@@ -1001,7 +1001,8 @@ def test_a_postgres_transaction_timeout_may_pass(pg: Place) -> None:
 
 def test_no_transaction_is_open_between_two_pages(pg: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever alters or drops the source does not wait for the reader of its rows."""
-    monkeypatch.setattr("vllm_tasks.datalayer.spool.MOST", 1)
+    for bytes_of_one in ("SOON", "MOST"):
+        monkeypatch.setattr(f"vllm_tasks.datalayer.spool.{bytes_of_one}", 1)
     db = pg.fill(10_000)
     asked = (
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in%'"

@@ -66,7 +66,7 @@ def databases(ground: Ground, kills: int) -> Figures:
         run = ground.run_of("kill: PostgreSQL", ground.place("postgres"), server, rows=200 * kills)
         job = run.start(jobs)
         for _ in range(kills):
-            more, away = chance.randint(0, 200), chance.uniform(0.1, 1.5)
+            more, away = chance.randint(0, 100), chance.uniform(0.1, 1.5)
             enough = len(server.posts) + more
             server.wait_until(lambda: len(server.posts) >= min(enough, run.ledger.rows), 60)  # noqa: B023
             if all_committed(run):
