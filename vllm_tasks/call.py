@@ -21,6 +21,7 @@ from vllm_tasks.outputs import Decoder
 from vllm_tasks.prompts import Context, Prompter, Signature
 from vllm_tasks.rows import Completion, Request, Result, RowError
 from vllm_tasks.sampling import Target, check_prompts
+from vllm_tasks.stopping import raise_if_stopped
 
 if TYPE_CHECKING:
     from vllm_tasks.datalayer.selection import OutputColumn
@@ -89,7 +90,7 @@ class Call:
         """N results for N requests, in their order."""
         if self.answerer is not None:
             return self.answerer(requests)
-        return loop.run(sharing.answer(self.engine, requests, self.max_batch_size))
+        return loop.run(sharing.answer(self.engine, requests, self.max_batch_size), raise_if_stopped)
 
     def predict(self, x: Any) -> Output:
         """The value of one record; raises as `predict_batches`."""
