@@ -5,7 +5,8 @@ All contact with vLLM's Python API is in this file. It is run by its path and im
 
 It talks over one socket in frames, a 4-byte length and JSON. To it: the engine arguments, then
 `{"chunk": [[row, prompt], ...], "sampling": {...}}` and `{"cancel": [row, ...]}`. From it:
-`{"ready": {...}}` or `{"failed": reason}`, then `{"row": row, "completion" | "error": {...}}`, and
+`{"ready": {...}}` or `{"failed": reason}`, then `{"row": row, "completion" | "error": {...}}` or, for a row
+of which the call is wrong, `{"row": row, "invalid": reason}`; `{"progress": tokens}` while rows get on, and
 `{"dead": reason}` when the engine died. The end of the socket, or of the parent, ends it.
 """
 
@@ -41,6 +42,8 @@ SOCKETS = "VLLM_RPC_BASE_PATH"
 """vLLM's name of the folder where its processes meet. It leaves its sockets there, one or two a start."""
 OWN = "vllm-"
 """How a folder for the sockets of one engine begins: short, as the path of a socket has 107 bytes at most."""
+TOLD_EVERY = 0.5
+"""Seconds between two looks at whether the rows have got on."""
 SHORT = 2048
 """Characters of a text that is tokenised at once: vLLM's way through a thread costs more than such a text."""
 CHAT_NAMES = (
@@ -97,8 +100,12 @@ class Host:
     """One engine and the rows it works on."""
 
     def __init__(self, engine: Any, write: Any) -> None:
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         self.engine = engine
         self.write = write
+        self.death, self.refusals = EngineDeadError, (VLLMClientError, ValueError, TypeError)
         self.tasks: dict[int, asyncio.Task[None]] = {}
         self.defaults = engine.model_config.get_diff_sampling_param()
         self.reasoning = reasoning_parser(engine)
@@ -111,8 +118,10 @@ class Host:
             self.tasks[row] = task
             task.add_done_callback(partial(self.forget, row))
 
-    def forget(self, row: int, _: asyncio.Task[None]) -> None:
+    def forget(self, row: int, task: asyncio.Task[None]) -> None:
         self.tasks.pop(row, None)
+        if not task.cancelled() and (error := task.exception()):  # else its row would be waited for for ever
+            self.write({"dead": reason_of(error)})
 
     def cancel(self, frame: Frame) -> None:
         """Abort rows that nobody waits for any more."""
@@ -123,20 +132,27 @@ class Host:
     async def answer(
         self, row: int, prompt: str | list[Any], sampling: dict[str, Any], accepted: float
     ) -> None:
-        from vllm.exceptions import VLLMClientError
-        from vllm.v1.engine.exceptions import EngineDeadError
-
+        """Tell what became of a row, whatever that is."""
         try:
             completion = await self.complete(str(row), prompt, sampling)
-            reply = {"completion": {**completion, "seconds": time.perf_counter() - accepted}}
-        except EngineDeadError as error:
-            self.write({"dead": reason_of(error)})
-            return
-        except (VLLMClientError, ValueError, TypeError) as error:
-            reply = {"error": {"kind": kind_of(error), "message": str(error)[:2000]}}
+            self.write({"row": row, "completion": {**completion, "seconds": time.perf_counter() - accepted}})
+        except self.death as error:
+            self.write({"dead": killed(self.engine) or reason_of(error)})
+        except self.refusals as error:
+            self.write({"row": row, "error": {"kind": kind_of(error), "message": str(error)[:2000]}})
         except Exception as error:  # noqa: BLE001 - whatever vLLM raises for a row is that row's error
-            reply = {"error": {"kind": "engine", "message": reason_of(error)[:2000]}}
-        self.write({"row": row, **reply})
+            self.write({"row": row, "error": {"kind": "engine", "message": reason_of(error)[:2000]}})
+
+    async def tell_progress(self) -> None:
+        """Tell when tokens have come, of which nothing is heard until their row is finished."""
+        before = 0
+        while True:
+            await asyncio.sleep(TOLD_EVERY)
+            states = self.engine.output_processor.request_states.values()
+            tokens = sum(state.detokenizer.num_output_tokens() for state in states)
+            if tokens != before:
+                before = tokens
+                self.write({"progress": tokens})
 
     async def complete(self, request_id: str, prompt: str | list[Any], sampling: dict[str, Any]) -> Frame:
         from vllm import SamplingParams
@@ -264,6 +280,19 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
+def killed(engine: Any) -> str:
+    """Which process of the engine was ended by a signal, which leaves no word in the log; empty for none."""
+    manager = engine.engine_core.resources.engine_manager
+    ends = {} if manager is None else manager.finished_procs()
+    found = [f"{name} was ended by {signal_words(-code)}" for name, code in ends.items() if code < 0]
+    return "; ".join(words for words in found if signal.SIGTERM.name not in words)
+
+
+def signal_words(number: int) -> str:
+    name = signal.Signals(number).name
+    return f"{name} (often the kernel, out of memory)" if number == signal.SIGKILL else name
+
+
 def start_engine(arguments: dict[str, Any]) -> Any:
     """An AsyncLLM with these engine arguments; an unknown one is refused with the nearest name."""
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -312,9 +341,12 @@ async def serve(channel: socket.socket) -> None:
         await writer.drain()
         raise
     write({"ready": facts_of(engine)})
-    frames = asyncio.create_task(take_frames(reader, host))
-    died = asyncio.create_task(dead.wait())
-    await asyncio.wait({frames, died}, return_when=asyncio.FIRST_COMPLETED)
+    # Whichever of them ends, and be it by an error: the host must not go on without it.
+    parts = take_frames(reader, host), dead.wait(), host.tell_progress()
+    ended, _ = await asyncio.wait(map(asyncio.create_task, parts), return_when=asyncio.FIRST_COMPLETED)
+    for part in ended:
+        if lost := part.exception():
+            write({"dead": reason_of(lost)})
     writer.close()
     engine.shutdown(timeout=ENGINE_GRACE)
 

@@ -63,6 +63,8 @@ class HttpEngine:
     where the server does not take so many (see `Room`).
     """
 
+    has_failed = False  # a server may come back
+
     def __init__(self, config: HttpConfig) -> None:
         self.config = config
         self.window = Window(config.max_in_flight * len(config.urls))
