@@ -16,6 +16,7 @@ import asyncio
 import ctypes
 import dataclasses
 import difflib
+import itertools
 import json
 import os
 import platform
@@ -44,6 +45,9 @@ OWN = "vllm-"
 """How a folder for the sockets of one engine begins: short, as the path of a socket has 107 bytes at most."""
 TOLD_EVERY = 0.5
 """Seconds between two looks at whether the rows have got on."""
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
+"""Files of a LoRA adapter, as vLLM looks for them."""
 SHORT = 2048
 """Characters of a text that is tokenised at once: vLLM's way through a thread costs more than such a text."""
 CHAT_NAMES = (
@@ -105,6 +109,7 @@ class Host:
 
         self.engine = engine
         self.write = write
+        self.adapters = Adapters(engine)
         self.death, self.refusals = EngineDeadError, (VLLMClientError, ValueError, TypeError)
         self.tasks: dict[int, asyncio.Task[None]] = {}
         self.defaults = engine.model_config.get_diff_sampling_param()
@@ -136,6 +141,8 @@ class Host:
         try:
             completion = await self.complete(str(row), prompt, sampling)
             self.write({"row": row, "completion": {**completion, "seconds": time.perf_counter() - accepted}})
+        except Unusable as error:
+            self.write({"row": row, "invalid": str(error)[:2000]})
         except self.death as error:
             self.write({"dead": killed(self.engine) or reason_of(error)})
         except self.refusals as error:
@@ -159,7 +166,8 @@ class Host:
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         extras = {name: sampling.pop(name) for name in CHAT_NAMES if name in sampling}
-        lora, priority = lora_request(sampling.pop("lora_request", None)), sampling.pop("priority", 0)
+        lora = await self.adapters.request(sampling.pop("lora_request", None))
+        priority = sampling.pop("priority", 0)
         if bias := sampling.get("logit_bias"):
             # JSON has text keys.
             sampling["logit_bias"] = {int(token): value for token, value in bias.items()}
@@ -261,12 +269,80 @@ def reasoning_parser(engine: Any) -> Any:
     return split
 
 
-def lora_request(value: Mapping[str, Any] | None) -> Any:
-    if value is None:
-        return None
-    from vllm.lora.request import LoRARequest
+class Unusable(Exception):
+    """An adapter that a call names cannot be used."""
 
-    return LoRARequest(**value)
+
+class Adapters:
+    """LoRA adapters by name and contents: each has a number, a name and a copy of its own.
+
+    To vLLM a number is one adapter for ever, a name one in its prefix cache, and a folder is read anew
+    whenever others have taken an adapter's place: changed by then it would mix answers, gone it would end
+    the engine. So what a folder has now is copied, and loaded before a row needs it, where a failure is the
+    call's alone.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.numbers = itertools.count(1)
+        self.loads: dict[str, asyncio.Task[Any]] = {}
+
+    async def request(self, given: Any) -> Any:
+        """vLLM's request for the adapter that is `given`, as its folder is now; raises `Unusable`."""
+        if given is None:
+            return None
+        if not isinstance(given, Mapping) or not {"lora_name", "lora_path"} <= given.keys():
+            raise Unusable(f"lora_request={given!r:.200} must have lora_name and lora_path")
+        wanted = {name: v for name, v in given.items() if name not in ("lora_int_id", "load_inplace")}
+        key = json.dumps([wanted, stamps(wanted["lora_path"])], sort_keys=True)
+        if key not in self.loads:
+            self.loads[key] = asyncio.create_task(self.load(wanted, next(self.numbers)))
+        try:
+            return await asyncio.shield(self.loads[key])
+        except Unusable:
+            self.loads.pop(key, None)  # its cause may be gone at the next call
+            raise
+
+    async def load(self, wanted: dict[str, Any], number: int) -> Any:
+        from vllm.lora.request import LoRARequest
+        from vllm.lora.utils import get_adapter_absolute_path
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            if self.engine.vllm_config.lora_config is None:
+                raise Unusable("the engine takes none without vllm_kwargs={'enable_lora': True}")
+            folder = await asyncio.to_thread(get_adapter_absolute_path, wanted["lora_path"])
+            copy = await asyncio.to_thread(copied, Path(folder), number)
+            name = f"{wanted['lora_name']}#{number}"
+            own = {"lora_name": name, "lora_int_id": number, "lora_path": str(copy)}
+            request = LoRARequest(**{**wanted, **own})
+            await self.engine.add_lora(request)
+        except EngineDeadError:
+            raise
+        except Exception as error:
+            words = str(error) if isinstance(error, Unusable) else reason_of(error)
+            raise Unusable(f"the adapter {wanted['lora_name']!r} cannot be used: {words}") from error
+        return request
+
+
+def stamps(folder: str) -> list[tuple[int, int, int]]:
+    """What tells the contents of an adapter's folder from those before; nothing where it is not here."""
+    files = [Path(folder).expanduser() / name for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)]
+    found = [file.stat() for file in files if file.is_file()]
+    return [(status.st_size, status.st_mtime_ns, status.st_ctime_ns) for status in found]
+
+
+def copied(folder: Path, number: int) -> Path:
+    """A copy of the adapter in `folder` that goes with the engine."""
+    weights = [name for name in ADAPTER_WEIGHTS if (folder / name).is_file()]
+    if not weights or not (folder / ADAPTER_CONFIG).is_file():
+        what = "has no" if folder.is_dir() else "is no folder with"
+        raise Unusable(f"{folder} {what} {ADAPTER_CONFIG} and {' or '.join(ADAPTER_WEIGHTS)}")
+    copy = Path(os.environ[SOCKETS]) / f"adapter-{number}"
+    copy.mkdir()
+    for name in (ADAPTER_CONFIG, *weights):
+        shutil.copyfile(folder / name, copy / name)
+    return copy
 
 
 def kind_of(error: Exception) -> str:
