@@ -120,7 +120,8 @@ class LocalEngine:
 
     async def close(self) -> None:
         if self._life is not None:
-            self._life.cancel()  # which ends the host that is there, or is being started
+            if not self._failed:  # else it is about to end, and gives its GPUs back
+                self._life.cancel()  # which ends the host that is there, or is being started
             await asyncio.wait({self._life})
 
     async def _launch_here(self, arguments: Frame, timeout: float) -> tuple[Host, Frame]:  # noqa: ASYNC109
