@@ -2,8 +2,10 @@
 
 Says it is ready after `start` seconds (an engine argument) and answers each row with its prompt, after
 `pause` seconds, but for
-prompts that are orders: `die` (on the first life only), `die always`, `shout` (a line of 2 MiB), `devices`
-(tell what GPUs are seen). It starts `lives` times, then no more.
+prompts that are orders: `die` (on the first life only), `die always`, `hang` (likewise), `hang always`,
+`trouble` (print a traceback and go on), `crash` (print one and say that the engine is dead), `linger` (say
+so, and take long to end), `no adapter` (the call is wrong), `refuse` (the row), `shout` (a line of 2 MiB),
+`devices` (tell what GPUs are seen). It starts `lives` times, then no more.
 Every row that comes in, and every start, is a line of the file `log`.
 """
 
@@ -41,6 +43,14 @@ def main() -> None:
             note(log, prompt)
             time.sleep(arguments.get("pause", 0))
             obey(prompt, life)
+            if prompt in ("crash", "linger") and life == 0:
+                send(channel, {"dead": "EngineDeadError: EngineCore encountered an issue."})
+                time.sleep(0 if prompt == "crash" else 60)
+                return
+            if prompt in ("no adapter", "refuse"):
+                wrong = {"kind": "refused", "message": "403"} if prompt == "refuse" else "there is no adapter"
+                send(channel, {"row": row, "error" if prompt == "refuse" else "invalid": wrong})
+                continue
             text = os.environ["CUDA_VISIBLE_DEVICES"] if prompt == "devices" else prompt
             choice = {"text": text, "finish_reason": "stop", "token_ids": [1], "logprobs": None}
             completion = {"choices": [choice], "prompt_tokens": 1, "completion_tokens": 1, "seconds": 0.5}
@@ -50,6 +60,10 @@ def main() -> None:
 def obey(prompt: str, life: int) -> None:
     if prompt == "shout":
         print("x" * 2**21, flush=True)
+    if prompt in ("trouble", "crash"):
+        print(f"Traceback (most recent call last):\nValueError: {prompt}", flush=True)
+    if prompt == "hang always" or (prompt == "hang" and life == 0):
+        os.kill(os.getpid(), signal.SIGSTOP)
     if prompt == "die always" or (prompt == "die" and life == 0):
         os.kill(os.getpid(), signal.SIGKILL)
 

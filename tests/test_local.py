@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from tests.conftest import TINY_ARGS
 from tests.eventually import eventually
 from tests.places import Place
 from tests.poison import ROWS, check_poisoned
+from tests.tiny_model import make_adapter
 from vllm_tasks import Completion, EngineFailed, InvalidCall, RowError, RowErrors, VllmModel, predict_batches
 
 pytestmark = pytest.mark.engine
@@ -287,6 +289,84 @@ def test_killed_process_leaves_no_engine(
     assert len(found) > 2
     assert eventually(lambda: not alive(found), 30)
     assert eventually(lambda: not os.listdir(sockets), 5) or "host" in moment
+
+
+# ---------------------------------------------------------------------- adapters, and an engine that hangs
+
+
+def test_adapters_go_by_their_contents_and_wrong_ones_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """Whatever number a call gives: answers are of the files that its folder has at the call. What is no
+    adapter is an error of the call, and the engine lives on, though it holds one adapter at a time."""
+    lora = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1}
+    arguments = {**TINY_ARGS, "max_num_seqs": 16, **lora}
+    model = VllmModel(identifier="lora", model_name=str(tiny_model), vllm_kwargs=arguments)
+    a, b = (make_adapter(tmp_path / name, seed) for name, seed in (("a", 10), ("b", 11)))
+
+    def ask(folder: Path, number: int | None = 1, name: str = "adapter") -> list[Any]:
+        request = {"lora_name": name, "lora_path": str(folder), "lora_int_id": number}
+        return model.predict_batches(["hello", "hi"], temperature=0, max_tokens=8, lora_request=request)
+
+    with model:
+        found = processes()
+        of_a, of_b = ask(a, 7, "a"), ask(b, 8, "b")
+        assert of_a != of_b
+        assert (ask(a), ask(b)) == (of_a, of_b)
+        trained = shutil.copytree(a, tmp_path / "trained")
+        assert ask(trained) == of_a
+        for file in b.iterdir():
+            shutil.copy2(file, trained)
+        assert ask(trained) == of_b
+        shutil.rmtree(trained)
+        assert (ask(a), ask(b)) == (of_a, of_b)
+
+        empty, large = tmp_path / "empty", make_adapter(tmp_path / "large", 12, rank=16)
+        empty.mkdir()
+        for folder, reason in (
+            (trained, "is no folder"),
+            (empty, "has no adapter_config.json"),
+            (large, "rank 16 is greater than max_lora_rank 8"),
+        ):
+            with pytest.raises(InvalidCall, match=f"'adapter' cannot be used: .*{reason}"):
+                ask(folder)
+        with pytest.raises(InvalidCall, match="lora_name and lora_path"):
+            model.predict("a", lora_request={"lora_name": "x"})
+        assert ask(a) == of_a
+        assert alive(found) == found
+
+
+def test_adapter_without_an_engine_for_it_is_refused(local_model: VllmModel, tmp_path: Path) -> None:
+    """The refusal says what the engine needs."""
+    request = {"lora_name": "a", "lora_path": str(make_adapter(tmp_path / "a", 1))}
+    with pytest.raises(InvalidCall, match="enable_lora"):
+        local_model.predict("a", lora_request=request)
+
+
+def test_engine_core_that_stands_still_or_is_killed_is_named(
+    own_model: VllmModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stopped core is ended after the site's time, and its rows are asked again; of one that was killed the
+    signal is told."""
+    before = {p.pid for p in processes()}
+
+    def core() -> psutil.Process:
+        return engine_core([p for p in processes() if p.pid not in before])
+
+    monkeypatch.setenv("VLLM_TASKS_ENGINE_TIMEOUT", "3")
+    long = {"max_tokens": 400, "ignore_eos": True}
+    rows = [f"row {i}" for i in range(150)]
+    with own_model:
+        for end in (psutil.Process.suspend, psutil.Process.kill):
+            victim = core()
+            timer = threading.Timer(1, end, [victim])
+            timer.start()
+            assert all(isinstance(a, str) for a in own_model.predict_batches(rows, **long))
+            timer.join()
+            assert not alive([victim])
+    deaths = [r.getMessage() for r in caplog.records if " died: " in r.getMessage()]
+    assert len(deaths) == 2
+    assert "hung: no progress with any of" in deaths[0]
+    assert "EngineCore" in deaths[1]
+    assert "SIGKILL (often the kernel, out of memory)" in deaths[1]
 
 
 # ---------------------------------------------------------------------- failed starts

@@ -8,14 +8,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from vllm_tasks import EngineFailed, RowError, VllmModel, loop, sharing
+from tests.eventually import eventually
+from tests.places import Place
+from vllm_tasks import EngineFailed, InvalidCall, RowError, VllmModel, loop, sharing
 from vllm_tasks.engines import gpus, process
 
 Make = Any
@@ -79,19 +81,20 @@ def wait_for_start(log: Path) -> None:
         time.sleep(0.01)
 
 
-def interrupt_while_it_starts(model: VllmModel, log: Path) -> None:
-    """Ctrl-C in `init()`, when the engine's process is there and its model still loads."""
+def interrupt(work: Callable[[], Any], log: Path, line: str = "start") -> None:
+    """Ctrl-C while `work` is at work, when the engine's process has noted `line`."""
     main = threading.main_thread().ident
     assert main is not None
 
-    def interrupt() -> None:
+    def then() -> None:
         wait_for_start(log)
+        assert eventually(lambda: line in log.read_text().splitlines())
         signal.pthread_kill(main, signal.SIGINT)
 
-    thread = threading.Thread(target=interrupt)
+    thread = threading.Thread(target=then)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        model.init()
+        work()
     thread.join()
 
 
@@ -161,7 +164,7 @@ def test_failed_start_gives_the_cause_in_the_log(make: Make, log: Path) -> None:
 def test_close_ends_a_start_that_was_interrupted(make: Make, log: Path) -> None:
     """An engine whose first caller left while it loaded does not come to life after `close()`."""
     model = make(start=60)
-    interrupt_while_it_starts(model, log)
+    interrupt(model.init, log)
     assert len(hosts()) == 1
     model.close()
     assert not hosts()
@@ -170,7 +173,7 @@ def test_close_ends_a_start_that_was_interrupted(make: Make, log: Path) -> None:
 def test_failure_of_an_interrupted_start_is_nobodys(make: Make, log: Path) -> None:
     """A start that fails after its caller has left is forgotten; the next call tries anew."""
     model = make(start=0.5, refuse="no room")
-    interrupt_while_it_starts(model, log)
+    interrupt(model.init, log)
 
     async def end_of_starts() -> None:
         await asyncio.gather(*(shared.started for shared in sharing._shared.values()), return_exceptions=True)
@@ -213,21 +216,131 @@ def test_rows_of_a_dead_engine_are_asked_once_more(make: Make, log: Path) -> Non
     assert asked(log).count("die") == 2
 
 
-def test_row_that_kills_the_engine_twice_is_given_up(make: Make, log: Path) -> None:
+def test_row_that_kills_the_engine_is_given_up_when_it_was_alone(make: Make, log: Path) -> None:
     """A row at whose sight every engine dies becomes an error; the others are answered."""
     results = make().predict_batches(["a", "die always", "z"], on_error="return", temperature=0)
     assert results[0] == "a"
     assert isinstance(results[1], RowError)
     assert results[1].kind == "engine"
     assert results[1].retryable
-    assert asked(log).count("die always") == 2
+    assert asked(log).count("die always") == 3
     assert make().predict("again") == "again"
+
+
+def test_only_rows_that_kill_are_lost(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows in flight together, those that kill or hang the engine are found one by one; each time anew."""
+    monkeypatch.setenv("VLLM_TASKS_ENGINE_TIMEOUT", "1")
+    model = make()
+    rows = ["die always"] * 3 + ["hang always"] + [f"row {i}" for i in range(60)]
+    results = model.predict_batches(rows, on_error="return", temperature=1)
+    assert [r.index for r in results if isinstance(r, RowError)] == [0, 1, 2, 3]
+    assert results[4:] == rows[4:]
+    for _ in range(3):
+        (again,) = model.predict_batches(["die always"], on_error="return")
+        assert isinstance(again, RowError)
+    assert model.predict("well") == "well"
+
+
+def test_table_has_an_error_for_each_bad_row_and_no_other(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 1,000 rows with 3 that kill, 2 that hang and 5 that are refused, 990 are answered; the bad ones
+    are asked again by `retry_failed`, and no good one is lost then."""
+    monkeypatch.setenv("VLLM_TASKS_ENGINE_TIMEOUT", "1")
+    bad = ["die always"] * 3 + ["hang always"] * 2 + ["refuse"] * 5
+    rows = [bad[i // 100] if i % 100 == 50 else f"row {i}" for i in range(1000)]
+    place = Place(str(tmp_path / "lake"))
+    place.fill_texts(*rows)
+    with make() as model:
+        report = model.predict_in_db("text", "rows", db=place.db, max_failed=None)
+        assert (report.succeeded, report.failed) == (990, 10)
+        assert {e.kind: e.rows for e in report.errors} == {"engine": 5, "refused": 5}
+        again = model.predict_in_db("text", "rows", db=place.db, max_failed=None, retry_failed=True)
+        assert (again.succeeded, again.failed) == (0, 10)
+    answers = place.answers("scripted")
+    assert [i for i in range(1000) if answers[i] != rows[i]] == [100 * i + 50 for i in range(10)]
+
+
+def test_call_whose_rows_all_kill_costs_no_other_call_a_row(make: Make) -> None:
+    """It fails, and the rows of another call on the same engine are answered."""
+    model = make(pause=0.02)
+    model.init()
+    rows = [f"row {i}" for i in range(60)]
+    other, outcome = in_thread(lambda: model.predict_batches(rows, temperature=1))
+    with pytest.raises(EngineFailed, match="without answering a row of this call"):
+        model.predict_batches(["die always"] * 40, temperature=1)
+    other.join()
+    assert outcome == [rows]
+
+
+def test_wrong_call_is_refused_alone(make: Make, log: Path) -> None:
+    """What an engine finds wrong with a call is that call's error, and the engine lives on for the others."""
+    model = make(pause=0.02)
+    model.init()
+    rows = [f"row {i}" for i in range(40)]
+    other, outcome = in_thread(lambda: model.predict_batches(rows, temperature=1))
+    with pytest.raises(InvalidCall, match="there is no adapter"):
+        model.predict_batches(["no adapter"] * 8, on_error="return", temperature=1)
+    other.join()
+    assert outcome == [rows]
+    assert starts(log) == 1
+
+
+def test_engine_that_hangs_is_started_again(
+    make: Make, log: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process that stands still is ended after the site's time, which is said; one that idles is not."""
+    monkeypatch.setenv("VLLM_TASKS_ENGINE_TIMEOUT", "1")
+    with make() as model:
+        time.sleep(1.5)
+        assert model.predict_batches(["hang", "z"], temperature=1) == ["hang", "z"]
+    assert starts(log) == 2
+    assert "hung: no progress with any of 2 rows for 1 s (VLLM_TASKS_ENGINE_TIMEOUT)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("last", "why"),
+    [("crash", "ValueError: crash"), ("die always", "SIGKILL (often the kernel, out of memory)")],
+)
+def test_cause_of_a_death_is_the_newest(
+    make: Make, last: str, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A signal, or what was printed last: not a trouble that was overcome before."""
+    make().predict_batches(["trouble"])
+    make().predict_batches([last], on_error="return")
+    deaths = [r.getMessage() for r in caplog.records if "died" in r.getMessage()]
+    assert deaths
+    assert why in deaths[0]
+    assert "trouble" not in deaths[0].partition("last words")[0]
+
+
+def test_close_beside_an_engine_that_takes_long_to_end(make: Make, log: Path) -> None:
+    """Its process is gone when `close()` has returned, though it was given time to end in order."""
+    model = make().init()
+    interrupt(lambda: model.predict("linger"), log, "linger")
+    time.sleep(0.5)
+    begin = time.monotonic()
+    model.close()
+    assert not hosts()
+    assert time.monotonic() - begin < 10
+
+
+def test_init_after_a_failure_starts_anew(make: Make, log: Path) -> None:
+    """Also for who held the engine, and where no call has met the failure."""
+    model = make(lives=1).init()
+    hosts()[0].kill()
+    assert eventually(lambda: all(shared.engine.has_failed for shared in sharing._shared.values()))
+    log.unlink()
+    model.init()
+    assert starts(log) == 1
+    assert model.predict("a") == "a"
+    assert starts(log) == 1
 
 
 def test_engine_that_only_dies_fails_the_call(make: Make) -> None:
     """Engines that die one after the other without an answer end the call, as a temporary failure."""
     rows = ["die always"] * 40
-    with pytest.raises(EngineFailed, match="died 3 times without answering") as caught:
+    with pytest.raises(EngineFailed, match="died 6 times without answering") as caught:
         make().predict_batches(rows, on_error="return")
     assert caught.value.temporary
     assert caught.value.results is not None

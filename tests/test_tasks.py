@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect import flow, task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
-from prefect.settings import PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
 from prefect.states import Completed, exception_to_failed_state
 from prefect.utilities.annotations import quote
 
 from tests.conftest import IN_PREFECT
-from tests.scripted_server import ScriptedServer, answer_to, refused
+from tests.scripted_server import Asked, ScriptedServer, answer_to, refused
 from vllm_tasks import (
     Completion,
     EngineFailed,
@@ -116,6 +122,93 @@ def test_many_at_once_share_one_engine(model: VllmAPI, server: ScriptedServer) -
 
     assert many() == answers(*map(str, range(100)))
     assert Counter(r.path for r in server.requests)["/v1/models"] == 1
+
+
+@pytest.mark.parametrize("the_task", [predict_batches, completions])
+def test_rows_end_with_the_timeout_of_their_task(server: ScriptedServer, the_task: RowsTask) -> None:
+    """A submitted task that has timed out asks no more rows, though its thread cannot be interrupted."""
+
+    async def slowly(_: Asked) -> None:
+        await asyncio.sleep(0.2)
+
+    server.script = slowly
+    model = VllmAPI(identifier="slow", api_url=server.url, max_in_flight=4)
+
+    outcome: list[Any] = []
+
+    @flow
+    def timed() -> None:
+        task = the_task.with_options(retries=0, timeout_seconds=2)
+        submitted = task.submit(model, [f"row {i}" for i in range(400)])
+        outcome.append(submitted.result(raise_on_failure=False))
+
+    begin = time.monotonic()
+    timed()
+    assert isinstance(outcome[0], TimeoutError)
+    assert time.monotonic() - begin < 15
+    asked = len(server.posts)
+    time.sleep(1)
+    assert 0 < asked == len(server.posts) < 100
+
+
+JOB = """
+import sys
+from prefect import flow, task
+from vllm_tasks import VllmAPI, completions, predict_batches
+
+model = VllmAPI(identifier="m", api_url=sys.argv[1], max_in_flight=8, model="x")
+
+def rows(name):
+    return [f"{name} {i}" for i in range(1000)]
+
+@task
+def method():
+    return model.predict_batches(rows("method"))
+
+@task
+def nested():
+    return predict_batches(model, rows("nested"))
+
+@flow
+def job():
+    a, b = predict_batches.submit(model, rows("batches")), completions.submit(model, rows("completions"))
+    return [future.result() for future in (a, b, method.submit(), nested.submit())]
+
+job()
+"""
+
+
+@pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM])
+def test_rows_end_with_the_flow_that_waits_for_them(
+    server: ScriptedServer, tmp_path: Path, way: signal.Signals
+) -> None:
+    """Ctrl-C and SIGTERM, which is how Prefect cancels, end what was submitted, also in one's own tasks."""
+
+    async def slowly(_: Asked) -> None:
+        await asyncio.sleep(0.2)
+
+    server.script = slowly
+    file = tmp_path / "job.py"
+    file.write_text(JOB)
+    url = PREFECT_API_URL.value()
+    assert url
+    job = subprocess.Popen(
+        [sys.executable, str(file), server.url],
+        env={**os.environ, "PREFECT_API_URL": url},
+        start_new_session=True,
+    )
+    try:
+        ways = {"batches", "completions", "method", "nested"}
+        server.wait_until(lambda: {post.prompt.split()[0] for post in server.posts} == ways, seconds=60)
+        job.send_signal(way)
+        time.sleep(2)
+        asked = len(server.posts)
+        job.wait(timeout=15)
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+    assert asked == len(server.posts)
 
 
 def test_mapping_goes_over_the_rows_alone(model: VllmAPI, server: ScriptedServer) -> None:

@@ -6,6 +6,7 @@ KV cache, scheduler, sampling) and start in seconds.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 CHAT_TEMPLATE = (
@@ -60,4 +61,31 @@ def make_tiny_model(folder: Path) -> Path:
     ).to(torch.bfloat16)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
+    return folder
+
+
+def make_adapter(folder: Path, seed: int, rank: int = 8) -> Path:
+    """Write a LoRA adapter for it into `folder`, strong enough to change its answers, and return it."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(seed)
+    weights = {}
+    for layer in range(2):
+        for part, width in (("q_proj", 128), ("v_proj", 64)):
+            base = f"base_model.model.model.layers.{layer}.self_attn.{part}"
+            weights[f"{base}.lora_A.weight"] = torch.randn(rank, 128).to(torch.bfloat16)
+            weights[f"{base}.lora_B.weight"] = torch.randn(width, rank).to(torch.bfloat16)
+    save_file(weights, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "lora_dropout": 0.0,
+        "target_modules": ["q_proj", "v_proj"],
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder

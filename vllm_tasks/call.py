@@ -22,6 +22,7 @@ from vllm_tasks.outputs import Decoder
 from vllm_tasks.prompts import Context, Prompter, Signature
 from vllm_tasks.rows import Completion, Request, Result, RowError
 from vllm_tasks.sampling import Target, check_prompts
+from vllm_tasks.stopping import raise_if_stopped
 from vllm_tasks.weights import engine_identity, sampling_identity
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Call:
         """N results for N requests, in their order."""
         if self.answerer is not None:
             return self.answerer(requests)
-        return loop.run(sharing.answer(self.engine, requests, self.max_batch_size))
+        return loop.run(sharing.answer(self.engine, requests, self.max_batch_size), raise_if_stopped)
 
     def predict(self, x: Any) -> Output:
         """The value of one record; raises as `predict_batches`."""

@@ -48,8 +48,15 @@ def _begin_anew() -> None:
 os.register_at_fork(after_in_child=_begin_anew)
 
 
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run on the engine loop and wait; an interrupt of the waiting thread cancels the work."""
+LOOKED_EVERY = 0.2
+"""Seconds between two turns of a waiting thread, in which it can be interrupted."""
+
+
+def run(coroutine: Coroutine[Any, Any, T], stop: Callable[[], None] = lambda: None) -> T:
+    """Run on the engine loop and wait; an interrupt of the waiting thread cancels the work.
+
+    `stop` is called a few times a second, and raises when the work is not wanted any more.
+    """
     finished = threading.Event()
 
     async def work() -> T:
@@ -60,10 +67,12 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
     future = asyncio.run_coroutine_threadsafe(work(), engine_loop())
     try:
+        while not finished.wait(LOOKED_EVERY):
+            stop()
         return future.result()
     except BaseException:
-        # Ctrl-C and Prefect's TerminationSignal arrive here, in the waiting thread. The cancelled
-        # work aborts its requests first, so that none outlives the call.
+        # Ctrl-C, Prefect's TerminationSignal and a task's timeout arrive here, in the waiting thread. The
+        # cancelled work aborts its requests first, so that none outlives the call.
         future.cancel()
         finished.wait(timeout=5)
         raise

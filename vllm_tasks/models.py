@@ -209,16 +209,17 @@ class VllmModel(Predictor, Block):
         return self
 
     def engine_config(self) -> LocalConfig | RayConfig:
-        arguments, timeout = self._arguments(), site_settings().engine_start_timeout
+        arguments, settings = self._arguments(), site_settings()
+        timeouts = {"start_timeout": settings.engine_start_timeout, "timeout": settings.engine_timeout}
         if self.on_ray:
             options = _as_json("ray_config", self._actor_options())
-            return RayConfig(arguments, options, self.ray_address, self.replicas, timeout)
+            return RayConfig(arguments, options, self.ray_address, self.replicas, **timeouts)
         if self.replicas > 1:
             raise InvalidCall(
                 f"replicas={self.replicas} are for Ray: set on_ray=True or ray_address; without Ray, "
                 f"predict_in_db(..., shards={self.replicas}) spreads a table over flow runs"
             )
-        return LocalConfig(arguments, timeout, self.resources().num_gpus)
+        return LocalConfig(arguments, gpus=self.resources().num_gpus, **timeouts)
 
     def _arguments(self) -> str:
         """vLLM's engine arguments, as JSON."""

@@ -49,6 +49,7 @@ from vllm_tasks.rows import BuiltinType, Completion, RowError
 from vllm_tasks.sampling import Target, check_names, known_names
 from vllm_tasks.schemas import schema_type
 from vllm_tasks.settings import site_settings
+from vllm_tasks.stopping import raise_if_stopped
 from vllm_tasks.validation import Validation
 
 if TYPE_CHECKING:
@@ -450,7 +451,7 @@ class Predictor(BaseModel):
 
     def init(self) -> Self:
         """Start the engine now and keep it until `close()`."""
-        loop.run(sharing.hold(self.engine_config(), id(self), again=False))
+        loop.run(sharing.hold(self.engine_config(), id(self), again=False), raise_if_stopped)
         return self
 
     def close(self) -> None:
@@ -458,7 +459,7 @@ class Predictor(BaseModel):
         loop.run(sharing.let_go(self.engine_config(), id(self)))
 
     def __enter__(self) -> Self:
-        loop.run(sharing.hold(self.engine_config(), id(self), again=True))
+        loop.run(sharing.hold(self.engine_config(), id(self), again=True), raise_if_stopped)
         return self
 
     def __exit__(self, *_: object) -> None:

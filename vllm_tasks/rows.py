@@ -18,7 +18,7 @@ RowErrorKind = Literal[
     "connection",  # the connection broke at every attempt while the server was up
     "server",  # the server kept answering 5xx, 408 or 429
     "response",  # the answer was not what the protocol promises
-    "engine",  # the local engine failed on this row, or died on it twice
+    "engine",  # the local engine failed on this row, or died on it again and again
     "output",  # the answer is not of the type asked for
 ]
 

@@ -48,6 +48,12 @@ class Settings(BaseSettings):
     engine_start_timeout: float = Field(
         default=1800.0, gt=0, description="Seconds that a local engine may take to load its model."
     )
+    engine_timeout: float = Field(
+        default=600.0,
+        gt=0,
+        description="Seconds without a token or an answer for any of its rows, after which a local engine "
+        "is restarted.",
+    )
     commit_rows: int = Field(
         default=512, ge=1, description="Rows of a commit group of `predict_in_db`, unless the call says."
     )

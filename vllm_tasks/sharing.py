@@ -22,7 +22,6 @@ from vllm_tasks.engines.http import HttpConfig, HttpEngine
 from vllm_tasks.engines.local import LocalConfig, LocalEngine
 from vllm_tasks.engines.ray import RayConfig, RayEngine
 from vllm_tasks.engines.slots import HeldHere
-from vllm_tasks.errors import EngineFailed
 from vllm_tasks.rows import Request, Result, RowError
 
 Config = HttpConfig | LocalConfig | RayConfig
@@ -52,9 +51,8 @@ held by the same models."""
 async def hold(config: Config, model: int, *, again: bool) -> None:
     """Start the engine if need be and keep it for `model`; with `again`, count every entry."""
     entries = _held.setdefault(model, [])
-    if not again and config in entries:
-        return
-    entries.append(config)  # before the start, which others must not end meanwhile
+    if again or config not in entries:
+        entries.append(config)  # before the start, which others must not end meanwhile
     try:
         async with _using(config):
             pass
@@ -132,14 +130,13 @@ async def _using(config: Config) -> AsyncIterator[Engine]:
     """The started engine of `config`; those who come while it starts wait for the same start."""
     while closing := _closing.get(config):
         await asyncio.wait({closing})  # two engines of one kind would not fit on the device
+    if (failed := _shared.get(config)) and failed.engine.has_failed:
+        await _close(config, failed)
     shared = _shared.get(config) or _begin(config)
     shared.calls += 1
     try:
         await asyncio.shield(shared.started)
         yield shared.engine
-    except EngineFailed:
-        _forget(config, shared)  # the next call starts a new one
-        raise
     finally:
         shared.calls -= 1
         await _close_if_unused(config, shared)
@@ -151,8 +148,8 @@ def _begin(config: Config) -> Shared:
     shared = _shared[config] = Shared(engine, asyncio.create_task(_start(engine)))
 
     def forget_if_failed(start: asyncio.Task[None]) -> None:
-        if start.cancelled() or start.exception():
-            _forget(config, shared)
+        if (start.cancelled() or start.exception()) and _shared.get(config) is shared:
+            del _shared[config]
 
     shared.started.add_done_callback(forget_if_failed)
     return shared
@@ -177,11 +174,6 @@ async def _start(engine: Engine) -> None:
         await engine.start()
 
 
-def _forget(config: Config, shared: Shared) -> None:
-    if _shared.get(config) is shared:
-        del _shared[config]
-
-
 async def _release(config: Config) -> None:
     if shared := _shared.get(config):
         shared.keep = _is_held(config)
@@ -193,8 +185,11 @@ def _is_held(config: Config) -> bool:
 
 
 async def _close_if_unused(config: Config, shared: Shared) -> None:
-    if shared.calls or shared.keep or _is_held(config) or _shared.get(config) is not shared:
-        return
+    if not (shared.calls or shared.keep or _is_held(config) or _shared.get(config) is not shared):
+        await _close(config, shared)
+
+
+async def _close(config: Config, shared: Shared) -> None:
     del _shared[config]
     closing = _closing[config] = asyncio.create_task(_end(shared))
     closing.add_done_callback(lambda _: _closing.pop(config, None))

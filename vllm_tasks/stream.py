@@ -33,6 +33,7 @@ from vllm_tasks.pace import Pace
 from vllm_tasks.printable import printable
 from vllm_tasks.report import Progress, Tally
 from vllm_tasks.rows import Completion, Request, Result, RowError
+from vllm_tasks.stopping import raise_if_stopped
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +62,7 @@ class Display(Protocol):
         """Do `work`, again after a `TablesUnavailable` as `RETRY_DELAYS` say."""
 
     def progress(self, progress: Progress, *, last: bool = False) -> None:
-        """Called often; shows it when the last time is a while ago, and the `last` one in any case.
-
-        May raise to stop the run.
-        """
+        """Called often; shows it when the last time is a while ago, and the `last` one in any case."""
 
 
 @dataclass(frozen=True)
@@ -320,6 +318,7 @@ class Run:
 
     def _commit_as_it_comes(self) -> str | None:
         while not (self._all_read and not self._open.keys):
+            raise_if_stopped()
             for item in self._news():
                 self._take(item)
             if verdict := self.job.budget.exceeded(self.tally, at_end=False):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,17 +14,16 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import BlockDocumentUpdate
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.context import FlowRunContext, TaskRunContext
+from prefect.context import FlowRunContext
 from prefect.events import emit_event
-from prefect.exceptions import ObjectNotFound, TerminationSignal
+from prefect.exceptions import ObjectNotFound
 from prefect.futures import PrefectFuture
-from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import MaterializingTask
 from prefect.transactions import CommitMode, transaction
 
 from vllm_tasks import tables
 from vllm_tasks.artifacts import ProgressArtifact, asset_key, show_preview, show_report
-from vllm_tasks.call import Call, Columns, OnError, Output
+from vllm_tasks.call import Columns, OnError, Output
 from vllm_tasks.datalayer import Datalayer, outputs_name
 from vllm_tasks.datalayer.opening import Store
 from vllm_tasks.errors import (
@@ -60,7 +58,7 @@ SAVING = threading.Lock()
 
 def _predict(model: Model, x: Any, context: Context = None, **sampling: Any) -> Output:
     """One record in, its answer out; see `VllmAPI.predict`."""
-    return _routed(model, model.prepare(model.predict, context, sampling)).predict(x)
+    return routed(model, model.prepare(model.predict, context, sampling)).predict(x)
 
 
 def _predict_batches(
@@ -68,7 +66,7 @@ def _predict_batches(
 ) -> list[Output | RowError]:
     """N records in, N answers out in input order; see `VllmAPI.predict_batches`."""
     call = model.prepare(model.predict_batches, context, sampling)
-    return _routed(model, call).predict_batches(xs, on_error)
+    return routed(model, call).predict_batches(xs, on_error)
 
 
 def _completions(
@@ -76,11 +74,7 @@ def _completions(
 ) -> list[Completion | RowError]:
     """N records in, N full results out in input order; see `VllmAPI.completions`."""
     call = model.prepare(model.completions, context, sampling)
-    return _routed(model, call).completions(xs, on_error)
-
-
-def _routed(model: Model, call: Call) -> Call:
-    return routed(model, call, raise_if_cancelled)
+    return routed(model, call).completions(xs, on_error)
 
 
 def _predict_in_db(
@@ -169,7 +163,7 @@ def _preview(
     `predict`, the rows are read and the answers decoded here all the same.
     """
     options = {"primary_id": primary_id, "db": db, "source": source, "context": context, **sampling}
-    found = model.preview(X, select, n, routed=partial(_routed, model), **options)
+    found = model.preview(X, select, n, routed=partial(routed, model), **options)
     show_preview(found)
     return found
 
@@ -196,7 +190,7 @@ def _validate(
     run = FlowRunContext.get()
     place = place_of(model)
     check_stays(tables.datalayer_of(db, model))
-    work = found if place is None else partial(validated, place, raise_if_cancelled)
+    work = found if place is None else partial(validated, place)
     report = work(
         model,
         validation,
@@ -317,25 +311,11 @@ class InPrefect:
             held.clear()  # Prefect keeps the arguments of a task run, which would keep all rows in memory
 
     def progress(self, progress: Progress, *, last: bool = False) -> None:
-        raise_if_cancelled()
         if self._lifeline is None:
             self._progress.show(progress, last=last)
         else:
             self._lifeline.progress(progress)  # it is shown where the step was called
         self._log.progress(progress, last=last)
-
-
-def raise_if_cancelled(_progress: Progress | None = None) -> None:
-    """Raise `TerminationSignal` in a submitted task when the flow that waits for it has been told to end.
-
-    Prefect tells the thread of a task nothing but by this event, which has no public name.
-    """
-    run, flow = TaskRunContext.get(), FlowRunContext.get()
-    if flow is None or run is None or not isinstance(flow.task_runner, ThreadPoolTaskRunner):
-        return
-    event = flow.task_runner._cancel_events.get(run.task_run.id)
-    if event is not None and event.is_set():
-        raise TerminationSignal(signal.SIGTERM)
 
 
 def _commit_group(name: str, work: Callable[[], None]) -> None:

@@ -21,6 +21,10 @@ class Engine(Protocol):
     window: Window
     """Bounds the rows in flight over all calls that share this engine; set once it has started."""
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether no row will be taken any more, so that another engine has to be started."""
+
     async def start(self) -> None:
         """Make it ready to answer; raises `EngineFailed`, `ServerUnavailable` or `InvalidCall`."""
 

@@ -80,7 +80,7 @@ class HostActor:
         """Collect frames until the host is gone; the last one says why."""
         while True:
             frame = await self._host.read()
-            if "row" not in frame:
+            if not frame or "dead" in frame:
                 await self._host.end()
                 frame = {"dead": self._host.why(str(frame.get("dead", "")))}
             self._frames.append(frame)

@@ -5,7 +5,8 @@ All contact with vLLM's Python API is in this file. It is run by its path and im
 
 It talks over one socket in frames, a 4-byte length and JSON. To it: the engine arguments, then
 `{"chunk": [[row, prompt], ...], "sampling": {...}}` and `{"cancel": [row, ...]}`. From it:
-`{"ready": {...}}` or `{"failed": reason}`, then `{"row": row, "completion" | "error": {...}}`, and
+`{"ready": {...}}` or `{"failed": reason}`, then `{"row": row, "completion" | "error": {...}}` or, for a row
+of which the call is wrong, `{"row": row, "invalid": reason}`; `{"progress": tokens}` while rows get on, and
 `{"dead": reason}` when the engine died. The end of the socket, or of the parent, ends it.
 """
 
@@ -15,6 +16,7 @@ import asyncio
 import ctypes
 import dataclasses
 import difflib
+import itertools
 import json
 import os
 import platform
@@ -41,6 +43,11 @@ SOCKETS = "VLLM_RPC_BASE_PATH"
 """vLLM's name of the folder where its processes meet. It leaves its sockets there, one or two a start."""
 OWN = "vllm-"
 """How a folder for the sockets of one engine begins: short, as the path of a socket has 107 bytes at most."""
+TOLD_EVERY = 0.5
+"""Seconds between two looks at whether the rows have got on."""
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
+"""Files of a LoRA adapter, as vLLM looks for them."""
 SHORT = 2048
 """Characters of a text that is tokenised at once: vLLM's way through a thread costs more than such a text."""
 CHAT_NAMES = (
@@ -97,8 +104,13 @@ class Host:
     """One engine and the rows it works on."""
 
     def __init__(self, engine: Any, write: Any) -> None:
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         self.engine = engine
         self.write = write
+        self.adapters = Adapters(engine)
+        self.death, self.refusals = EngineDeadError, (VLLMClientError, ValueError, TypeError)
         self.tasks: dict[int, asyncio.Task[None]] = {}
         self.defaults = engine.model_config.get_diff_sampling_param()
         self.reasoning = reasoning_parser(engine)
@@ -111,8 +123,10 @@ class Host:
             self.tasks[row] = task
             task.add_done_callback(partial(self.forget, row))
 
-    def forget(self, row: int, _: asyncio.Task[None]) -> None:
+    def forget(self, row: int, task: asyncio.Task[None]) -> None:
         self.tasks.pop(row, None)
+        if not task.cancelled() and (error := task.exception()):  # else its row would be waited for for ever
+            self.write({"dead": reason_of(error)})
 
     def cancel(self, frame: Frame) -> None:
         """Abort rows that nobody waits for any more."""
@@ -123,27 +137,37 @@ class Host:
     async def answer(
         self, row: int, prompt: str | list[Any], sampling: dict[str, Any], accepted: float
     ) -> None:
-        from vllm.exceptions import VLLMClientError
-        from vllm.v1.engine.exceptions import EngineDeadError
-
+        """Tell what became of a row, whatever that is."""
         try:
             completion = await self.complete(str(row), prompt, sampling)
-            reply = {"completion": {**completion, "seconds": time.perf_counter() - accepted}}
-        except EngineDeadError as error:
-            self.write({"dead": reason_of(error)})
-            return
-        except (VLLMClientError, ValueError, TypeError) as error:
-            reply = {"error": {"kind": kind_of(error), "message": str(error)[:2000]}}
+            self.write({"row": row, "completion": {**completion, "seconds": time.perf_counter() - accepted}})
+        except Unusable as error:
+            self.write({"row": row, "invalid": str(error)[:2000]})
+        except self.death as error:
+            self.write({"dead": killed(self.engine) or reason_of(error)})
+        except self.refusals as error:
+            self.write({"row": row, "error": {"kind": kind_of(error), "message": str(error)[:2000]}})
         except Exception as error:  # noqa: BLE001 - whatever vLLM raises for a row is that row's error
-            reply = {"error": {"kind": "engine", "message": reason_of(error)[:2000]}}
-        self.write({"row": row, **reply})
+            self.write({"row": row, "error": {"kind": "engine", "message": reason_of(error)[:2000]}})
+
+    async def tell_progress(self) -> None:
+        """Tell when tokens have come, of which nothing is heard until their row is finished."""
+        before = 0
+        while True:
+            await asyncio.sleep(TOLD_EVERY)
+            states = self.engine.output_processor.request_states.values()
+            tokens = sum(state.detokenizer.num_output_tokens() for state in states)
+            if tokens != before:
+                before = tokens
+                self.write({"progress": tokens})
 
     async def complete(self, request_id: str, prompt: str | list[Any], sampling: dict[str, Any]) -> Frame:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         extras = {name: sampling.pop(name) for name in CHAT_NAMES if name in sampling}
-        lora, priority = lora_request(sampling.pop("lora_request", None)), sampling.pop("priority", 0)
+        lora = await self.adapters.request(sampling.pop("lora_request", None))
+        priority = sampling.pop("priority", 0)
         if bias := sampling.get("logit_bias"):
             # JSON has text keys.
             sampling["logit_bias"] = {int(token): value for token, value in bias.items()}
@@ -245,12 +269,80 @@ def reasoning_parser(engine: Any) -> Any:
     return split
 
 
-def lora_request(value: Mapping[str, Any] | None) -> Any:
-    if value is None:
-        return None
-    from vllm.lora.request import LoRARequest
+class Unusable(Exception):
+    """An adapter that a call names cannot be used."""
 
-    return LoRARequest(**value)
+
+class Adapters:
+    """LoRA adapters by name and contents: each has a number, a name and a copy of its own.
+
+    To vLLM a number is one adapter for ever, a name one in its prefix cache, and a folder is read anew
+    whenever others have taken an adapter's place: changed by then it would mix answers, gone it would end
+    the engine. So what a folder has now is copied, and loaded before a row needs it, where a failure is the
+    call's alone.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.numbers = itertools.count(1)
+        self.loads: dict[str, asyncio.Task[Any]] = {}
+
+    async def request(self, given: Any) -> Any:
+        """vLLM's request for the adapter that is `given`, as its folder is now; raises `Unusable`."""
+        if given is None:
+            return None
+        if not isinstance(given, Mapping) or not {"lora_name", "lora_path"} <= given.keys():
+            raise Unusable(f"lora_request={given!r:.200} must have lora_name and lora_path")
+        wanted = {name: v for name, v in given.items() if name not in ("lora_int_id", "load_inplace")}
+        key = json.dumps([wanted, stamps(wanted["lora_path"])], sort_keys=True)
+        if key not in self.loads:
+            self.loads[key] = asyncio.create_task(self.load(wanted, next(self.numbers)))
+        try:
+            return await asyncio.shield(self.loads[key])
+        except Unusable:
+            self.loads.pop(key, None)  # its cause may be gone at the next call
+            raise
+
+    async def load(self, wanted: dict[str, Any], number: int) -> Any:
+        from vllm.lora.request import LoRARequest
+        from vllm.lora.utils import get_adapter_absolute_path
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            if self.engine.vllm_config.lora_config is None:
+                raise Unusable("the engine takes none without vllm_kwargs={'enable_lora': True}")
+            folder = await asyncio.to_thread(get_adapter_absolute_path, wanted["lora_path"])
+            copy = await asyncio.to_thread(copied, Path(folder), number)
+            name = f"{wanted['lora_name']}#{number}"
+            own = {"lora_name": name, "lora_int_id": number, "lora_path": str(copy)}
+            request = LoRARequest(**{**wanted, **own})
+            await self.engine.add_lora(request)
+        except EngineDeadError:
+            raise
+        except Exception as error:
+            words = str(error) if isinstance(error, Unusable) else reason_of(error)
+            raise Unusable(f"the adapter {wanted['lora_name']!r} cannot be used: {words}") from error
+        return request
+
+
+def stamps(folder: str) -> list[tuple[int, int, int]]:
+    """What tells the contents of an adapter's folder from those before; nothing where it is not here."""
+    files = [Path(folder).expanduser() / name for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)]
+    found = [file.stat() for file in files if file.is_file()]
+    return [(status.st_size, status.st_mtime_ns, status.st_ctime_ns) for status in found]
+
+
+def copied(folder: Path, number: int) -> Path:
+    """A copy of the adapter in `folder` that goes with the engine."""
+    weights = [name for name in ADAPTER_WEIGHTS if (folder / name).is_file()]
+    if not weights or not (folder / ADAPTER_CONFIG).is_file():
+        what = "has no" if folder.is_dir() else "is no folder with"
+        raise Unusable(f"{folder} {what} {ADAPTER_CONFIG} and {' or '.join(ADAPTER_WEIGHTS)}")
+    copy = Path(os.environ[SOCKETS]) / f"adapter-{number}"
+    copy.mkdir()
+    for name in (ADAPTER_CONFIG, *weights):
+        shutil.copyfile(folder / name, copy / name)
+    return copy
 
 
 def kind_of(error: Exception) -> str:
@@ -262,6 +354,19 @@ def reason_of(error: BaseException) -> str:
     while not str(error) and error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def killed(engine: Any) -> str:
+    """Which process of the engine was ended by a signal, which leaves no word in the log; empty for none."""
+    manager = engine.engine_core.resources.engine_manager
+    ends = {} if manager is None else manager.finished_procs()
+    found = [f"{name} was ended by {signal_words(-code)}" for name, code in ends.items() if code < 0]
+    return "; ".join(words for words in found if signal.SIGTERM.name not in words)
+
+
+def signal_words(number: int) -> str:
+    name = signal.Signals(number).name
+    return f"{name} (often the kernel, out of memory)" if number == signal.SIGKILL else name
 
 
 def start_engine(arguments: dict[str, Any]) -> Any:
@@ -312,9 +417,12 @@ async def serve(channel: socket.socket) -> None:
         await writer.drain()
         raise
     write({"ready": facts_of(engine)})
-    frames = asyncio.create_task(take_frames(reader, host))
-    died = asyncio.create_task(dead.wait())
-    await asyncio.wait({frames, died}, return_when=asyncio.FIRST_COMPLETED)
+    # Whichever of them ends, and be it by an error: the host must not go on without it.
+    parts = take_frames(reader, host), dead.wait(), host.tell_progress()
+    ended, _ = await asyncio.wait(map(asyncio.create_task, parts), return_when=asyncio.FIRST_COMPLETED)
+    for part in ended:
+        if lost := part.exception():
+            write({"dead": reason_of(lost)})
     writer.close()
     engine.shutdown(timeout=ENGINE_GRACE)
 

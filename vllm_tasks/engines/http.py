@@ -64,6 +64,8 @@ class HttpEngine:
     these only rows with a place at a server become tasks; see `Servers`.
     """
 
+    has_failed = False  # a server may come back
+
     def __init__(self, config: HttpConfig) -> None:
         self.config = config
         most = most_connections(config.max_in_flight, len(config.urls))

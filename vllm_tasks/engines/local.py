@@ -1,4 +1,4 @@
-"""One engine in a process elsewhere: rows in and out, restarted once an incident, ended with us."""
+"""One engine in a process elsewhere: rows in and out, started again when it dies or hangs, ended with us."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +16,9 @@ from typing import Any, Protocol
 from vllm_tasks.engines import Done
 from vllm_tasks.engines.gpus import Claim
 from vllm_tasks.engines.host import Frame
+from vllm_tasks.engines.in_flight import Rows
 from vllm_tasks.engines.process import HostProcess
-from vllm_tasks.errors import EngineFailed
+from vllm_tasks.errors import EngineFailed, InvalidCall
 from vllm_tasks.rows import Choice, Completion, Request, Result, RowError, TokenLogprob, given_up
 from vllm_tasks.window import Window
 
@@ -25,18 +27,22 @@ logger = logging.getLogger(__name__)
 WINDOW_FACTOR = 1.1
 """Rows in flight per row that vLLM runs at once: the surplus waits in vLLM, so that no place is empty."""
 BARREN_LIVES = 3
-"""An engine that died so many times in a row without an answer is not started again."""
-DEATHS_OF_A_ROW = 2
-"""A row that was unfinished at so many deaths of its engine is given up."""
+"""An engine that died so many times in a row, without an answer and by no row's doing, stays dead."""
+LOOKS = 10
+"""Looks at whether an engine gets on, within the time in which it has to."""
 
 
 @dataclass(frozen=True)
 class LocalConfig:
-    """vLLM's engine arguments, as JSON, and how many GPUs they need; equal ones share an engine."""
+    """vLLM's engine arguments, as JSON, and how many GPUs they need; equal ones share an engine.
+
+    `timeout`: seconds without progress after which an engine that has rows is taken for hung.
+    """
 
     engine_args: str = field(repr=False)  # its hf_token is a secret
     start_timeout: float = field(compare=False)
     gpus: int = field(default=0, compare=False)
+    timeout: float = field(default=600.0, compare=False)
 
 
 class Host(Protocol):
@@ -53,40 +59,12 @@ class Host(Protocol):
     def why(self, reason: str) -> str:
         """Why it ended, where its last frame said `reason` (or nothing)."""
 
-    async def end(self) -> None:
-        """End it and all that it started."""
+    async def end(self, grace: float = ...) -> None:
+        """End it and all that it started: in order, or by force after `grace` seconds and when cancelled."""
 
 
 Launch = Callable[[Frame, float], Awaitable[tuple[Host, Frame]]]
 """From engine arguments and the seconds that a start may take to a host that is ready, and its facts."""
-
-
-@dataclass(eq=False)
-class Chunk:
-    """The rows of one `generate` call: how many are open, and a future for the last of them."""
-
-    done: Done
-    open: int
-    finished: asyncio.Future[None]
-
-    def settle(self, index: int, result: Result) -> None:
-        self.done(index, result)
-        self.open -= 1
-        if self.open == 0 and not self.finished.done():
-            self.finished.set_result(None)
-
-
-@dataclass(slots=True)
-class OpenRow:
-    """A row that has been handed over and is not answered yet."""
-
-    chunk: Chunk
-    index: int
-    request: Request
-    deaths: int = 0
-
-    def settle(self, result: Result) -> None:
-        self.chunk.settle(self.index, result)
 
 
 class LocalEngine:
@@ -98,16 +76,21 @@ class LocalEngine:
         self._claim = Claim(0 if launch else config.gpus)  # elsewhere, others account for the GPUs
         self.window = Window(1)  # set when the engine has told its size
         self._arguments: Frame = json.loads(config.engine_args)
-        self._ids = itertools.count()
-        self._open: dict[int, OpenRow] = {}
+        self._rows = Rows()
         self._host: Host | None = None  # None while there is none that is ready
+        self._barren = 0
+        self._moved = 0.0
         self._life: asyncio.Task[None] | None = None
         self._failed: EngineFailed | None = None
 
     @property
     def is_ready(self) -> bool:
-        """Whether rows would be taken at once; not while it starts, for the first time or again."""
-        return self._host is not None
+        """Whether rows would be taken at once; not while it starts, or tries what may have killed it."""
+        return self._host is not None and not self._rows.some_wait
+
+    @property
+    def has_failed(self) -> bool:
+        return self._failed is not None
 
     async def start(self) -> None:
         if self._arguments.get("trust_remote_code"):
@@ -125,20 +108,20 @@ class LocalEngine:
     async def generate(self, requests: Sequence[Request], done: Done) -> None:
         if self._failed:
             raise self._failed
-        chunk = Chunk(done, len(requests), asyncio.get_running_loop().create_future())
-        mine = {next(self._ids): OpenRow(chunk, i, request) for i, request in enumerate(requests)}
-        self._open |= mine
+        mine, finished = self._rows.add(requests, done)
         try:
-            self._send(mine)
-            await chunk.finished
+            self._send()
+            await finished
         finally:
-            left = [row for row in mine if self._open.pop(row, None)]
+            left = self._rows.drop(mine)
             if left and self._host:
                 self._host.write({"cancel": left})
+            self._send()
 
     async def close(self) -> None:
         if self._life is not None:
-            self._life.cancel()  # which ends the host that is there, or is being started
+            if not self._failed:  # else it is about to end, and gives its GPUs back
+                self._life.cancel()  # which ends the host that is there, or is being started
             await asyncio.wait({self._life})
 
     async def _launch_here(self, arguments: Frame, timeout: float) -> tuple[Host, Frame]:  # noqa: ASYNC109
@@ -157,63 +140,80 @@ class LocalEngine:
             await self._claim.release()
 
     async def _live(self, host: Host) -> None:
-        """Take answers; when the engine dies, start it again and hand over what is unfinished."""
-        barren = 0
+        """Take answers; when the engine is gone, start it again and hand over what is unfinished."""
         while True:
-            try:
-                answered, reason = await self._take_answers(host)
-            finally:
-                self._host = None
-                await host.end()
-            barren = 0 if answered else barren + 1
-            why = host.why(reason)
+            why = await self._until_death(host)
             logger.warning("vLLM for %r died: %s", host.model, why)
-            self._bury(why)
+            self._barren = 0 if self._rows.bury(why) else self._barren + 1
             try:
-                if barren >= BARREN_LIVES:
-                    words = f"vLLM for {host.model!r} died {barren} times without answering a row: {why}"
+                if self._barren >= BARREN_LIVES:
+                    words = (
+                        f"vLLM for {host.model!r} died {self._barren} times without answering a row: {why}"
+                    )
                     raise EngineFailed(words, temporary=True)
                 host, _ = await self._launch(self._arguments, self.config.start_timeout)
             except EngineFailed as error:
                 self._fail(error)
                 return
             self._host = host
-            self._send(self._open)
+            self._send()
 
-    async def _take_answers(self, host: Host) -> tuple[int, str]:
-        """Deliver results until the engine is gone; returns how many, and why it is gone."""
-        for answered in itertools.count():
+    async def _until_death(self, host: Host) -> str:
+        """Take answers until the engine is gone or hangs, and end what is left of it; returns why."""
+        answers = asyncio.create_task(self._take_answers(host))
+        hangs = False
+        try:
+            while not answers.done() and not hangs:
+                await asyncio.wait({answers}, timeout=self.config.timeout / LOOKS)
+                hangs = not answers.done() and self._hangs()
+        finally:
+            answers.cancel()
+            self._host = None
+            await (host.end(grace=0) if hangs else host.end())
+        if hangs:
+            seconds = f"{self.config.timeout:g} s (VLLM_TASKS_ENGINE_TIMEOUT)"
+            return f"it hung: no progress with any of {len(self._rows.in_flight)} rows for {seconds}"
+        return host.why(answers.result())
+
+    def _hangs(self) -> bool:
+        if not self._rows.in_flight:
+            self._moved = time.monotonic()
+        return time.monotonic() - self._moved > self.config.timeout
+
+    async def _take_answers(self, host: Host) -> str:
+        """Deliver results until the engine is gone; returns what it says of that."""
+        while True:
+            self._moved = time.monotonic()
             frame = await host.read()
-            if "row" not in frame:
-                return answered, str(frame.get("dead", ""))
-            row = self._open.pop(frame["row"], None)
-            if row is not None:  # None: cancelled while the answer was on its way
-                row.settle(result_of(frame))
-        raise AssertionError("itertools.count() has no end")
+            if "row" in frame:
+                self._take(frame)
+            elif "progress" not in frame:
+                return str(frame.get("dead", ""))
 
-    def _bury(self, why: str) -> None:
-        """Count a death against the unfinished rows, and give up those that saw too many."""
-        for row_id, row in list(self._open.items()):
-            row.deaths += 1
-            if row.deaths >= DEATHS_OF_A_ROW:
-                del self._open[row_id]
-                words = f"the engine died {row.deaths} times while this row was unfinished: {why}"
-                row.settle(RowError("engine", words, retryable=True))
+    def _take(self, frame: Frame) -> None:
+        row = self._rows.answered(frame["row"])
+        if row is None:
+            return
+        self._barren = 0
+        if "invalid" in frame:
+            row.chunk.fail(InvalidCall(frame["invalid"]))
+        else:
+            row.settle(result_of(frame))
+        self._send()
 
     def _fail(self, error: EngineFailed) -> None:
         """Give up: every call that waits, and every later one, gets `error`."""
         self._failed = error
-        for row in self._open.values():
-            if not row.chunk.finished.done():
-                row.chunk.finished.set_exception(error)
+        self._rows.fail(error)
 
-    def _send(self, rows: Mapping[int, OpenRow]) -> None:
-        """Hand rows over, one frame for all that share their sampling parameters.
+    def _send(self) -> None:
+        """Hand over what may go, one frame for all rows that share their sampling parameters.
 
-        While there is no host this does nothing: open rows are handed over when there is one again.
+        While there is no host this does nothing: rows wait until there is one again.
         """
-        if self._host is None:
+        if self._host is None or not self._rows.some_wait:
             return
+        rows = self._rows.hand_over()
         for sampling, group in itertools.groupby(rows.items(), key=lambda item: item[1].request.sampling):
             chunk = [[row_id, row.request.prompt] for row_id, row in group]
             self._host.write({"chunk": chunk, "sampling": dict(sampling)})

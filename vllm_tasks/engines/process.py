@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-import signal
 import socket
 import struct
 import subprocess
@@ -17,7 +16,15 @@ from collections import deque
 from pathlib import Path
 
 from vllm_tasks.engines.gpus import Devices
-from vllm_tasks.engines.host import SOCKETS, Frame, kill_session, new_sockets, read_frame, remove_sockets
+from vllm_tasks.engines.host import (
+    SOCKETS,
+    Frame,
+    kill_session,
+    new_sockets,
+    read_frame,
+    remove_sockets,
+    signal_words,
+)
 from vllm_tasks.errors import EngineFailed
 
 logger = logging.getLogger(__name__)
@@ -37,12 +44,16 @@ LONGEST_LINE = 2**20
 """Bytes: a longer line of the log is dropped."""
 REASON = re.compile(r"\b((?:[\w.]+\.)?\w*(?:Error|Exception|OutOfMemory\w*): .+)")
 """A line that ends a traceback: an exception and its words."""
+DIED = re.compile(r"(Worker proc \S+) died unexpectedly \(exit code: -(\d+)\)")
+"""A line that tells of a signal to a process of vLLM's."""
 WRAPPERS = (
     "Engine core initialization failed",
     "WorkerProc initialization failed",
     "EngineCore encountered an issue",
 )
 """vLLM's errors that only point at another one in the log."""
+FIRST, NEWEST = 0, -1
+"""Errors in a log: the first explains a start, since the others follow from it, the newest a death."""
 MORE = " (the logger vllm_tasks.vllm has all of them at level DEBUG)"
 
 
@@ -64,6 +75,7 @@ class HostProcess:
         self._sockets = sockets
         self._log: deque[str] = deque(maxlen=LOG_LINES)
         self._log_reader = asyncio.create_task(self._read_log())
+        self._code: int | None = None  # that it ended with by itself
 
     @classmethod
     async def launch(
@@ -100,9 +112,11 @@ class HostProcess:
     @classmethod
     async def _spawn(cls, model: str, devices: Devices) -> HostProcess:
         ours, theirs = socket.socketpair()
-        sockets = new_sockets()
-        try:
-            with theirs:
+        sockets = ""
+        with theirs:
+            streams = await asyncio.open_connection(sock=ours)  # from here on nothing can be interrupted
+            try:
+                sockets = new_sockets()
                 process = subprocess.Popen(  # noqa: ASYNC220 - takes milliseconds, and must end with us
                     # -P: the folder of host.py must not be searched for modules (it holds an `http.py`).
                     [sys.executable, "-P", str(HOST), str(theirs.fileno()), str(os.getpid())],
@@ -113,11 +127,11 @@ class HostProcess:
                     start_new_session=True,
                     env={**os.environ, "PYTHONUNBUFFERED": "1", SOCKETS: sockets, **devices.env},
                 )
-        except OSError as error:  # no memory, or too many processes or open files
-            ours.close()
-            remove_sockets(sockets)
-            raise EngineFailed(f"no process for vLLM could be made: {error}", temporary=True) from error
-        return cls(model, process, *await asyncio.open_connection(sock=ours), sockets)
+            except OSError as error:  # no memory, or too many processes or open files
+                streams[1].close()
+                remove_sockets(sockets)
+                raise EngineFailed(f"no process for vLLM could be made: {error}", temporary=True) from error
+        return cls(model, process, *streams, sockets)
 
     async def _ready(self, started: float, timeout: float) -> Frame:  # noqa: ASYNC109
         """The facts of the engine when it is ready; says every few seconds how far the start-up is."""
@@ -138,7 +152,8 @@ class HostProcess:
             facts: Frame = frame["ready"]
             return facts
         await self.end()
-        raise EngineFailed(f"vLLM could not start {self.model!r}: {self.why(str(frame.get('failed', '')))}")
+        why = self._explained(str(frame.get("failed", "")), FIRST)
+        raise EngineFailed(f"vLLM could not start {self.model!r}: {why}")
 
     async def read(self) -> Frame:
         """The next frame; an empty one when the host is gone."""
@@ -154,24 +169,30 @@ class HostProcess:
             self._writer.write(struct.pack("!I", len(data)) + data)
 
     def why(self, reason: str) -> str:
-        """Why it ended: vLLM's own reason, or the error in the log that this only points at."""
+        """Why it ended: vLLM's own reason, or the signal or error in the log that this only points at."""
+        return self._explained(reason, NEWEST)
+
+    def _explained(self, reason: str, which: int) -> str:
         if reason and not any(wrapper in reason for wrapper in WRAPPERS):
             return reason
-        return explain(list(self._log), reason, self._process.returncode)
+        return explain(list(self._log), reason, self._code, which)
 
     async def end(self, grace: float = CLOSE_GRACE) -> None:
-        """End it in order, after `grace` seconds by force.
+        """End it in order, after `grace` seconds by force; at once by force when cancelled.
 
         Polls, because a thread to wait in is no longer to be had while the interpreter exits.
         """
         self._writer.close()  # which the host takes for its order to end
         deadline = time.monotonic() + grace
-        while self._process.poll() is None and time.monotonic() < deadline:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
-        self._process.kill()
-        kill_session(self._process.pid)
-        self._process.wait()
-        remove_sockets(self._sockets)
+        try:
+            while self._process.poll() is None and time.monotonic() < deadline:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        finally:  # without a pause, in which it could be interrupted again
+            self._code = self._process.poll()
+            self._process.kill()
+            kill_session(self._process.pid)
+            self._process.wait()
+            remove_sockets(self._sockets)
         await asyncio.wait({self._log_reader}, timeout=LOG_GRACE)
         self._log_reader.cancel()  # where a process that was spared still holds the log
         await asyncio.wait({self._log_reader})
@@ -200,19 +221,22 @@ class HostProcess:
         return last_words(list(self._log))
 
 
-def explain(log: list[str], reason: str, code: int | None, more: str = MORE) -> str:
-    """The first error of the first traceback in the log on, else its last words and the exit code.
+def explain(log: list[str], reason: str, code: int | None, which: int = FIRST, more: str = MORE) -> str:
+    """The signal that ended it, an error of a traceback in the log, or its last words and the exit code.
 
-    `more` says where all of the log is.
+    `which` of the errors, `FIRST` or `NEWEST`; `more` says where all of the log is.
     """
     start = next((i for i, line in enumerate(log) if "Traceback (most recent call last)" in line), len(log))
     found = [_words_at(log, i) for i in range(start, len(log)) if REASON.search(log[i])]
     causes = [words for words in found if not any(wrapper in words for wrapper in WRAPPERS)]
+    words = f"; its last words: {last_words(log)}{more}"
+    if code is not None and code < 0:
+        return f"its process was ended by {signal_words(-code)}{words}"
+    if died := [match for line in log if (match := DIED.search(line))]:
+        return f"{died[which][1]} was ended by {signal_words(int(died[which][2]))}"
     if causes:
-        return causes[0]
-    killed = " (SIGKILL; often the kernel, out of memory)" if code == -signal.SIGKILL else ""
-    said = reason or "its process ended"
-    return f"{said}, exit code {code}{killed}; its last words: {last_words(log)}{more}"
+        return causes[which]
+    return f"{reason or 'its process ended'}, exit code {code}{words}"
 
 
 def _words_at(log: list[str], i: int) -> str:

@@ -43,6 +43,7 @@ class RayConfig:
     address: str | None
     replicas: int
     start_timeout: float = field(compare=False)
+    timeout: float = field(default=600.0, compare=False)
 
 
 class RayEngine:
@@ -51,11 +52,15 @@ class RayEngine:
     def __init__(self, config: RayConfig) -> None:
         self.config = config
         self._options: dict[str, Any] = json.loads(config.options)
-        local = LocalConfig(config.engine_args, config.start_timeout)
+        local = LocalConfig(config.engine_args, config.start_timeout, timeout=config.timeout)
         launch = partial(RayHost.launch, self._options)
         self._replicas = Replicas([LocalEngine(local, launch) for _ in range(config.replicas)])
         self._has_joined = False
         self.window = self._replicas.window
+
+    @property
+    def has_failed(self) -> bool:
+        return self._replicas.has_failed
 
     async def start(self) -> None:
         await cluster.join(self.config.address)
@@ -73,7 +78,8 @@ class RayEngine:
         try:
             await self._replicas.generate(requests, done)
         except EngineFailed:
-            await self.close()  # none is left, and this engine will not be asked again
+            if self.has_failed:  # and will not be asked again
+                await self.close()
             raise
 
     async def close(self) -> None:

@@ -53,6 +53,10 @@ class Replicas:
         self._replicas: list[Replica] = []
         self._failed: EngineFailed | None = None
 
+    @property
+    def has_failed(self) -> bool:
+        return all(engine.has_failed for engine in self._engines)
+
     async def start(self) -> None:
         """Start all at once; where one does not start, none is left."""
         try:
@@ -109,6 +113,8 @@ class Replicas:
         try:
             await replica.engine.generate([left[place] for place in places], settle)
         except EngineFailed as error:
+            if not replica.engine.has_failed:  # it is the call that has
+                raise
             self._leave_out(replica, error)
         finally:
             replica.open -= len(left)

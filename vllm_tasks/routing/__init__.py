@@ -27,7 +27,7 @@ from vllm_tasks.routing import parcel, storage
 from vllm_tasks.routing.parcel import Model, Parameters
 from vllm_tasks.routing.part import Part
 from vllm_tasks.routing.place import Place, place_of
-from vllm_tasks.routing.runs import Runs, Shown
+from vllm_tasks.routing.runs import Runs
 from vllm_tasks.rows import Request, Result, RowError
 from vllm_tasks.stream import Display
 from vllm_tasks.tables import datalayer_of, predict_in_db
@@ -42,19 +42,14 @@ MOST_SHARDS = 1000
 """More flow runs at once than this are surely a mistake."""
 
 
-def routed(model: Model, call: Call, shown: Shown) -> Call:
+def routed(model: Model, call: Call) -> Call:
     """`call` of `model`, answered on its work pool where it has one."""
     if (place := place_of(model)) is None:
         return call
-    return replace(call, answerer=lambda requests: _answered(place, model, requests, shown))
+    return replace(call, answerer=lambda requests: _answered(place, model, requests))
 
 
-def _answered(
-    place: Place,
-    model: Model,
-    requests: Sequence[Request | RowError],
-    shown: Shown,
-) -> list[Result]:
+def _answered(place: Place, model: Model, requests: Sequence[Request | RowError]) -> list[Result]:
     asked = [request for request in requests if isinstance(request, Request)]
     if not asked:
         return [request for request in requests if isinstance(request, RowError)]
@@ -64,7 +59,7 @@ def _answered(
     try:
         call = {"work": "rows", "rows": rows}
         part = Part(f"{model.identifier} - {len(asked):,} rows", parameters(call, model, None))
-        (outcome,) = Runs(place, [part], repeatable=True, shown=shown).outcomes()
+        (outcome,) = Runs(place, [part], repeatable=True).outcomes()
     finally:
         storage.discard(rows)
     results = _results(parcel.answered_in(outcome), requests)
@@ -133,7 +128,6 @@ def _check_options(model: Model, options: Parameters) -> None:
 
 def validated(
     place: Place,
-    shown: Shown,
     model: Model,
     validation: Validation | None,
     *,
@@ -144,7 +138,7 @@ def validated(
     told = parcel.validation_parameter(validation or model.validation)
     call = {"work": "validation", "validation": told, "options": options}
     part = Part(f"validate {model.identifier}", parameters(call, model, datalayer_of(db, model)))
-    (outcome,) = Runs(place, [part], repeatable=True, shown=shown).outcomes()
+    (outcome,) = Runs(place, [part], repeatable=True).outcomes()
     report: ValidationReport = parcel.value_of(outcome)
     model.metric_values.update(report.metric_values)
     return report

@@ -31,13 +31,14 @@ from vllm_tasks.routing.part import Part
 from vllm_tasks.routing.patience import patiently
 from vllm_tasks.routing.place import Place
 from vllm_tasks.settings import site_settings
+from vllm_tasks.stopping import raise_if_stopped
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 Shown = Callable[[Progress], None]
-"""Called at each look at the flow runs with their progress, as far as they tell; may raise to stop them."""
+"""Called at each look at the flow runs with their progress, as far as they tell."""
 
 LOOKED_EVERY = 1.0
 """Seconds between two looks."""
@@ -63,7 +64,7 @@ class Runs:
     parts: Sequence[Part]
     repeatable: bool
     """Whether a part whose run died may be done again."""
-    shown: Shown
+    shown: Shown = lambda _: None
     _silence: float = field(default_factory=lambda: site_settings().silence)
     _is_seen: bool = True
     """Whether the last look saw anything."""
@@ -79,6 +80,7 @@ class Runs:
                 self._start(part)
             while not all(part.ended for part in self.parts):
                 time.sleep(LOOKED_EVERY)
+                raise_if_stopped()
                 self._look()
                 self.shown(self._progress())
                 if any(part.ended and not part.completed for part in self.parts):
