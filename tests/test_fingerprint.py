@@ -427,10 +427,10 @@ def test_a_token_for_downloads_does_not_count_and_an_adapter_counts_by_its_files
     """Neither who loads the model nor where the adapter's folder is decides an answer."""
     assert engine_identity({"model": "m", "hf_token": "a"}) == engine_identity({"model": "m"})
     asked = []
-    for folder, content in ("here", "a"), ("there", "a"), ("again", "b"):
+    for number, (folder, content) in enumerate((("here", "a"), ("there", "a"), ("again", "b"))):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "adapter.bin").write_text(content)
-        lora = {"lora_name": "l", "lora_int_id": 1, "lora_path": str(tmp_path / folder)}
+        lora = {"lora_name": "l", "lora_int_id": number, "lora_path": str(tmp_path / folder)}
         asked.append(sampling_identity({"temperature": 0, "lora_request": lora}))
     assert asked[0] == asked[1] != asked[2]
     assert sampling_identity({"temperature": 0}) == {"temperature": 0}

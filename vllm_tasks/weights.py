@@ -77,9 +77,11 @@ def engine_identity(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sampling_identity(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a call's parameters decides an answer: all; a LoRA adapter's folder counts by its files."""
-    lora = sampling.get("lora_request")
-    return {**sampling, "lora_request": _told("lora_request", lora)} if lora else dict(sampling)
+    """What of a call's parameters decides an answer: all; a LoRA adapter counts by its files, not its number."""
+    if not (lora := sampling.get("lora_request")):
+        return dict(sampling)
+    counts = {name: value for name, value in lora.items() if name not in ("lora_int_id", "load_inplace")}
+    return {**sampling, "lora_request": _told("lora_request", counts)}
 
 
 def _told(name: str, value: Any) -> Any:
