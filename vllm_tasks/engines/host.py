@@ -42,7 +42,9 @@ ENGINE_GRACE = 8.0
 SOCKETS = "VLLM_RPC_BASE_PATH"
 """vLLM's name of the folder where its processes meet. It leaves its sockets there, one or two a start."""
 OWN = "vllm-"
-"""How a folder for the sockets of one engine begins: short, as the path of a socket has 107 bytes at most."""
+"""How a folder for the sockets of one engine begins."""
+LONGEST = 107 - len("/vllm-12345678/01234567-89ab-cdef-0123-456789abcdef")
+"""Bytes of the path to such a folder: Linux takes 107 for a socket, which vLLM names by a UUID."""
 TOLD_EVERY = 0.5
 """Seconds between two looks at whether the rows have got on."""
 ADAPTER_CONFIG = "adapter_config.json"
@@ -392,6 +394,7 @@ def facts_of(engine: Any) -> Frame:
     config = engine.vllm_config
     return {
         "vllm": vllm.__version__,
+        "ranks": len(engine.engine_core.core_engines),  # of data parallel, each with rows of its own
         "max_num_seqs": config.scheduler_config.max_num_seqs,
         "max_model_len": config.model_config.max_model_len,
     }
@@ -464,7 +467,8 @@ def end_session(code: int) -> Never:
 
 def new_sockets() -> str:
     """A folder for the sockets of one engine: what goes as `SOCKETS` into its environment."""
-    return tempfile.mkdtemp(prefix=OWN, dir=os.environ.get(SOCKETS))
+    usual = os.environ.get(SOCKETS) or tempfile.gettempdir()
+    return tempfile.mkdtemp(prefix=OWN, dir=usual if len(os.fsencode(usual)) <= LONGEST else "/tmp")  # noqa: S108
 
 
 def remove_sockets(folder: str) -> None:
@@ -491,8 +495,9 @@ def kill_session(session: int) -> None:
 
 if __name__ == "__main__":
     channel = socket.socket(fileno=int(sys.argv[1]))
-    # Where vLLM forks (its default on GPUs), a copy of our end would hide our death from the parent.
-    os.register_at_fork(after_in_child=partial(os.close, channel.fileno()))
+    # Where vLLM forks (its default on GPUs), a copy of our end would hide our death from the parent. The object
+    # knows whether it is open still: in a child of that child its number may be another file's.
+    os.register_at_fork(after_in_child=channel.close)
     os.register_at_fork(after_in_child=die_with_parent)
     threading.Thread(target=leave_with, args=(int(sys.argv[2]),), daemon=True).start()
     code = 1

@@ -101,7 +101,7 @@ class LocalEngine:
         except BaseException:
             await self._claim.release()
             raise
-        self.window.limit = math.ceil(WINDOW_FACTOR * facts["max_num_seqs"])
+        self.window.limit = math.ceil(WINDOW_FACTOR * facts["max_num_seqs"] * facts["ranks"])
         self._host = host
         self._life = asyncio.create_task(self._live_and_release(host))
 
