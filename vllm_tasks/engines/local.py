@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 from vllm_tasks.engines import Done
 from vllm_tasks.engines.gpus import Claim
-from vllm_tasks.engines.host import Frame
 from vllm_tasks.engines.in_flight import Rows
 from vllm_tasks.engines.process import HostProcess
+from vllm_tasks.engines.session import Frame
 from vllm_tasks.errors import EngineFailed, InvalidCall
 from vllm_tasks.rows import Choice, Completion, Request, Result, RowError, TokenLogprob, given_up
 from vllm_tasks.window import Window
