@@ -13,7 +13,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -339,7 +339,10 @@ def test_two_ranks(
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     arguments = {**TINY_ARGS, "max_num_seqs": 8, option: 2}
     model = VllmModel(identifier="two", model_name=str(tiny_model), vllm_kwargs=arguments)
-    with model:
+    with ExitStack() as stack:
+        for _ in range(40):  # so that a number which is closed in one process is another file's in the next
+            stack.enter_context(open(os.devnull))
+        stack.enter_context(model)
         host = processes()[0]
         assert host.environ()["OMP_NUM_THREADS"] == "1"
         assert host.cpu_affinity() == psutil.Process().cpu_affinity()
