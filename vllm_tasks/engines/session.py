@@ -26,8 +26,10 @@ SOCKETS = "VLLM_RPC_BASE_PATH"
 """vLLM's name of the folder where its processes meet. It leaves its sockets there, one or two a start."""
 OWN = "vllm-"
 """How a folder for the sockets of one engine begins."""
-LONGEST = 107 - len("/vllm-12345678/01234567-89ab-cdef-0123-456789abcdef")
-"""Bytes of the path to such a folder: Linux takes 107 for a socket, which vLLM names by a UUID."""
+SOCKET_OF_VLLM = "/vllm-12345678/01234567-89ab-cdef-0123-456789abcdef"
+"""What comes after the temporary folder in the path of a socket of vLLM's."""
+LONGEST = 107
+"""Bytes that the path of a socket may have: https://man7.org/linux/man-pages/man7/unix.7.html"""
 CHAT_NAMES = (
     "add_generation_prompt",
     "continue_final_message",
@@ -97,8 +99,13 @@ def end(code: int) -> Never:
 
 def new_sockets() -> str:
     """A folder for the sockets of one engine: what goes as `SOCKETS` into its environment."""
-    usual = os.environ.get(SOCKETS) or tempfile.gettempdir()
-    return tempfile.mkdtemp(prefix=OWN, dir=usual if len(os.fsencode(usual)) <= LONGEST else "/tmp")  # noqa: S108
+    return tempfile.mkdtemp(prefix=OWN, dir=short(os.environ.get(SOCKETS), SOCKET_OF_VLLM))
+
+
+def short(folder: str | None, rest: str) -> str:
+    """A `folder`, or the temporary one; /tmp where a socket at `rest` below it would have too long a path."""
+    folder = folder or tempfile.gettempdir()
+    return folder if len(os.fsencode(folder)) + len(rest) <= LONGEST else "/tmp"  # noqa: S108
 
 
 def remove_sockets(folder: str) -> None:
