@@ -5,7 +5,7 @@ python -m benchmarks.api_server --model ...
 
 import runpy
 
-from vllm_tasks.engines.host import permit_amx
+from vllm_tasks.engines.session import permit_amx
 
 permit_amx()  # in the processes that vLLM spawns, too: they import this main module
 

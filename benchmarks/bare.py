@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks.workload import Row
-from vllm_tasks.engines.host import permit_amx
+from vllm_tasks.engines.session import permit_amx
 
 permit_amx()  # what vLLM spawns imports this, too
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self
 
-from vllm_tasks.engines.host import kill_session
+from vllm_tasks.engines import session
 
 P = ParamSpec("P")
 GRACE = 30.0
@@ -77,7 +77,7 @@ class Child:
         assert self._process.pid is not None
         if self._process.is_alive():
             self._process.kill()
-        kill_session(self._process.pid)
+        session.kill(self._process.pid)
         self._process.join()
         self._log.close()
 

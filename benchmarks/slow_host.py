@@ -42,7 +42,7 @@ async def serve(channel: socket.socket) -> None:
 
     arguments = await read()
     places, seconds = asyncio.Semaphore(arguments["seqs"]), arguments["seconds"]
-    write({"ready": {"vllm": "slow", "max_num_seqs": arguments["seqs"], "max_model_len": 1024}})
+    write({"ready": {"vllm": "slow", "ranks": 1, "max_num_seqs": arguments["seqs"], "max_model_len": 1024}})
     running: set[asyncio.Task[None]] = set()
     while True:
         try:

@@ -13,7 +13,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,17 @@ from tests.eventually import eventually
 from tests.places import Place
 from tests.poison import ROWS, check_poisoned
 from tests.tiny_model import make_adapter
-from vllm_tasks import Completion, EngineFailed, InvalidCall, RowError, RowErrors, VllmModel, predict_batches
+from vllm_tasks import (
+    Completion,
+    EngineFailed,
+    InvalidCall,
+    RowError,
+    RowErrors,
+    VllmModel,
+    loop,
+    predict_batches,
+    sharing,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -289,6 +299,55 @@ def test_killed_process_leaves_no_engine(
     assert len(found) > 2
     assert eventually(lambda: not alive(found), 30)
     assert eventually(lambda: not os.listdir(sockets), 5) or "host" in moment
+
+
+# ---------------------------------------------------------------------- engines of several ranks
+
+FORKED = """
+import os
+
+put = type(os.environ).__setitem__
+
+def forked(self, name, value):
+    put(self, name, "fork" if name == "VLLM_WORKER_MULTIPROC_METHOD" else value)
+
+type(os.environ).__setitem__ = forked
+"""
+"""Read by Python at each start: vLLM forks, as it does by default on GPUs, though on CPUs it would spawn."""
+
+
+@pytest.mark.usefixtures("all_processes_of_vllm")
+@pytest.mark.parametrize(
+    ("option", "forks", "room"), [("tensor_parallel_size", True, 9), ("data_parallel_size", False, 18)]
+)
+def test_two_ranks(
+    option: str, forks: bool, room: int, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However they are made, and however long the path of the temporary folder is, rows fill both of them.
+
+    Threads and cores are as the user has set them.
+    """
+    deep = tmp_path / ("deep" * 25)
+    deep.mkdir()
+    monkeypatch.setenv("TMPDIR", str(deep))
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    if forks:
+        (tmp_path / "sitecustomize.py").write_text(FORKED)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    arguments = {**TINY_ARGS, "max_num_seqs": 8, option: 2}
+    model = VllmModel(identifier="two", model_name=str(tiny_model), vllm_kwargs=arguments)
+    with ExitStack() as stack:
+        for _ in range(40):  # so that a number which is closed in one process is another file's in the next
+            stack.enter_context(open(os.devnull))
+        stack.enter_context(model)
+        host = processes()[0]
+        assert host.environ()["OMP_NUM_THREADS"] == "1"
+        assert host.cpu_affinity() == psutil.Process().cpu_affinity()
+        assert loop.run(sharing.room(model.engine_config())) == room
+        assert len(model.predict_batches([f"row {i}" for i in range(40)], max_tokens=4)) == 40
 
 
 # ---------------------------------------------------------------------- adapters, and an engine that hangs

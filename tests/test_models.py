@@ -463,7 +463,7 @@ def test_saved_callables_come_from_the_flows_unless_a_site_says_more(monkeypatch
     """By default no function of this package, nor of any other, can be named in a block."""
     monkeypatch.delenv("VLLM_TASKS_CALLABLE_PREFIXES")
     assert Settings().callable_prefixes == ["flows"]
-    assert "outside" in refusal(VllmAPI, prompt_func="vllm_tasks.engines.host.kill_session")
+    assert "outside" in refusal(VllmAPI, prompt_func="vllm_tasks.engines.session.kill")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import requests
 
 from tests.poison import ROWS, check_poisoned
 from vllm_tasks import Completion, InvalidCall, RowError, VllmAPI, VllmModel
-from vllm_tasks.engines.host import kill_session
+from vllm_tasks.engines import session
 
 pytestmark = pytest.mark.engine
 
@@ -62,7 +62,7 @@ class VllmServer:
 
     def kill(self) -> None:
         if self.process is not None:
-            kill_session(self.process.pid)  # all but the resource tracker, which removes shared memory
+            session.kill(self.process.pid)  # all but the resource tracker, which removes shared memory
             self.process.wait()
             self.process = None
 

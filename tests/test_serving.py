@@ -280,6 +280,11 @@ def test_a_killed_keeper_takes_the_server_along(
     assert caught.value.temporary
     with serve(model) as served:
         assert served.predict("a") == "a"
+        keeper = told(servers)["pids"]["keeper"]
+        os.kill(keeper, signal.SIGKILL)
+        assert eventually(lambda: not psutil.pid_exists(keeper))
+        with serve(model) as again:  # while its server may still be ending
+            assert again.predict("a") == "a"
 
 
 def test_a_user_killed_during_the_start_leaves_nothing(

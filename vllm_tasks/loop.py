@@ -82,33 +82,22 @@ class Tasks:
     """Work on the engine loop that other threads start, wait for, and end together."""
 
     def __init__(self) -> None:
-        self._loop = engine_loop()
         self._running: set[asyncio.Task[Any]] = set()
         self._ended = False
 
     def start(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
         """Begin `work()`; cancelled at once when all has ended already."""
-        future: Future[T] = Future()
 
-        def settle(task: asyncio.Task[T]) -> None:
-            self._running.discard(task)
-            if task.cancelled():
-                future.cancel()
-            elif error := task.exception():
-                future.set_exception(error)
-            else:
-                future.set_result(task.result())
-
-        def begin() -> None:
+        async def run_it() -> T:
             if self._ended:
-                future.cancel()
-                return
-            task = self._loop.create_task(work())
+                raise asyncio.CancelledError
+            task = asyncio.current_task()
+            assert task is not None
             self._running.add(task)
-            task.add_done_callback(settle)
+            task.add_done_callback(self._running.discard)
+            return await work()
 
-        self._loop.call_soon_threadsafe(begin)
-        return future
+        return asyncio.run_coroutine_threadsafe(run_it(), engine_loop())
 
     def end(self, timeout: float) -> None:
         """Cancel what runs and wait for its end, `timeout` seconds at most."""

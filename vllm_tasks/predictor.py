@@ -1,6 +1,6 @@
 """What both models are: what to ask and how, checked when made, and the ways to ask it.
 
-A model is data. Engines and their state are in `vllm_tasks.sharing`.
+A model is data, and a lease of engines, whose state is in `vllm_tasks.sharing`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
+    PrivateAttr,
     SecretStr,
     ValidationInfo,
     field_validator,
@@ -88,6 +89,7 @@ class Predictor(BaseModel):
     """Where a field may belong that is not one of this class."""
     _reached_by: ClassVar[tuple[str, ...]] = ()
     """How this model is reached: what a form asks after the identifier."""
+    _lease: sharing.Lease = PrivateAttr(default_factory=sharing.Lease)
 
     identifier: str = Field(
         min_length=1,
@@ -468,19 +470,24 @@ class Predictor(BaseModel):
 
     def init(self) -> Self:
         """Start the engine now and keep it until `close()`."""
-        loop.run(sharing.hold(self.engine_config(), id(self), again=False), raise_if_stopped)
+        loop.run(self._lease.hold(self.engine_config(), again=False), raise_if_stopped)
         return self
 
     def close(self) -> None:
         """Let the engine go; it ends when no other model of this process holds it."""
-        loop.run(sharing.let_go(self.engine_config(), id(self)))
+        loop.run(self._lease.let_go(self.engine_config()))
 
     def __enter__(self) -> Self:
-        loop.run(sharing.hold(self.engine_config(), id(self), again=True), raise_if_stopped)
+        loop.run(self._lease.hold(self.engine_config(), again=True), raise_if_stopped)
         return self
 
     def __exit__(self, *_: object) -> None:
-        loop.run(sharing.leave(id(self)))
+        loop.run(self._lease.leave())
+
+    def __copy__(self) -> Self:
+        copied = super().__copy__()
+        copied._lease = sharing.Lease()
+        return copied
 
     def engine_config(self) -> sharing.Config:
         """Which engine answers, and how it is reached; raises `InvalidCall` where that is not said."""

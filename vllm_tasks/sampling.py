@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from vllm_tasks.engines.host import CHAT_NAMES
+from vllm_tasks.engines.session import CHAT_NAMES
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.sampling_table import CHAT_REQUEST, COMPLETION_REQUEST, SAMPLING_PARAMS
 

@@ -1,7 +1,7 @@
 """One engine per distinct configuration and process, shared by all models, threads and tasks.
 
-A model *holds* its engine from `init()` (or entering `with`) to `close()` (or leaving it); each call
-uses it meanwhile. An engine that was only used stays warm until the process ends; one that was held
+A model *holds* its engine by a lease, from `init()` (or entering `with`) to `close()` (or leaving it); each
+call uses it meanwhile. An engine that was only used stays warm until the process ends; one that was held
 is closed when its last holder lets go and its last call has ended. All state lives on the engine
 loop, so nothing here needs a lock.
 """
@@ -14,7 +14,6 @@ import gc
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 
 from vllm_tasks import batching, loop
 from vllm_tasks.engines import Done, Engine
@@ -26,51 +25,116 @@ from vllm_tasks.rows import Request, Result, RowError
 
 Config = HttpConfig | LocalConfig | RayConfig
 
-
-@dataclass(eq=False)
-class Shared:
-    """An engine, its start, and how many calls use it. `keep`: it stays warm when nobody does."""
-
-    engine: Engine
-    started: asyncio.Task[None]
-    calls: int = 0
-    keep: bool = True
-
-
 GC_THRESHOLD = 10_000
 _answering = 0
 _threshold = gc.get_threshold()
 
 _shared: dict[Config, Shared] = {}
-_closing: dict[Config, asyncio.Task[None]] = {}
-_held: dict[int, list[Config]] = {}
-"""What each model holds, in the order of its entries. Outlives an engine that fails: its successor is
-held by the same models."""
 
 
-async def hold(config: Config, model: int, *, again: bool) -> None:
-    """Start the engine if need be and keep it for `model`; with `again`, count every entry."""
-    entries = _held.setdefault(model, [])
-    if again or config not in entries:
-        entries.append(config)  # before the start, which others must not end meanwhile
-    try:
-        async with _using(config):
-            pass
-    except BaseException:
-        entries.remove(config)
-        raise
+class Shared:
+    """The engine of one configuration, or its successor where it has failed."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.users = 0
+        """Calls that are at work, and what models hold."""
+        self.stays = True
+        """Whether the engine stays warm without users: until somebody lets go of it."""
+        self.engine: Engine | None = None
+        self.started: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+
+    @asynccontextmanager
+    async def used(self) -> AsyncIterator[Engine]:
+        """The started engine; those who come while it starts wait for the same start."""
+        self.users += 1
+        try:
+            yield await self._ready()
+        finally:
+            self.users -= 1
+            await self.close_if_unused()
+
+    async def let_go(self) -> None:
+        self.stays = False
+        await self.close_if_unused()
+
+    async def close_if_unused(self) -> None:
+        if not (self.users or self.stays) and _shared.get(self.config) is self:  # else it is of our parent
+            await self.close()
+
+    async def close(self) -> None:
+        if self.engine is not None and self.started is not None:
+            self._closing = asyncio.create_task(self._end(self.engine, self.started))
+            self.engine = None
+        if self._closing is not None:
+            await asyncio.shield(self._closing)
+
+    async def _end(self, engine: Engine, started: asyncio.Task[None]) -> None:
+        """Close the engine, also one that is still starting for a call that was interrupted."""
+        try:
+            if not started.done():
+                started.cancel()  # which ends what it has begun
+                await asyncio.wait({started})
+            await engine.close()
+        finally:
+            self._closing = None
+            if not self.users:
+                _shared.pop(self.config, None)
+
+    async def _ready(self) -> Engine:
+        while self._closing is not None:
+            await asyncio.wait({self._closing})  # two engines of one kind would not fit on the device
+        if self.engine is not None and self.engine.has_failed:
+            await self.close()
+        if self.engine is None or self.started is None:
+            self.engine, self.stays = _new(self.config), True
+            self.started = asyncio.create_task(_start(self.engine))
+            self.started.add_done_callback(self._forget_if_failed)
+        engine = self.engine
+        await asyncio.shield(self.started)
+        return engine
+
+    def _forget_if_failed(self, start: asyncio.Task[None]) -> None:
+        """At once, also when no call waits for the start any more."""
+        if (start.cancelled() or start.exception()) and start is self.started:
+            self.engine = None
 
 
-async def leave(model: int) -> None:
-    """Undo the last `hold` of `model`."""
-    if entries := _held.get(model):
-        await _release(entries.pop())
+class Lease:
+    """What one model holds, entry by entry, whatever becomes of the engines. No copy of the model has it."""
 
+    def __init__(self) -> None:
+        self._held: list[Shared] = []
 
-async def let_go(config: Config, model: int) -> None:
-    """Undo all holds of `model`, and close the engine of `config` unless others need it."""
-    for held in {config, *_held.pop(model, [])}:
-        await _release(held)
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Lease)  # models are equal by their fields
+
+    def __reduce__(self) -> tuple[type[Lease], tuple[()]]:
+        return Lease, ()
+
+    async def hold(self, config: Config, *, again: bool) -> None:
+        """Start the engine if need be and keep it; with `again`, count every entry."""
+        held, shared = self._held, _of(config)
+        async with shared.used():
+            if held is self._held and (again or shared not in held):  # else all was let go meanwhile
+                held.append(shared)
+                shared.users += 1
+
+    async def leave(self) -> None:
+        """Undo the last `hold`."""
+        if self._held:
+            shared = self._held.pop()
+            shared.users -= 1
+            await shared.let_go()
+
+    async def let_go(self, config: Config) -> None:
+        """Undo all holds, and close the engine of `config` unless others need it."""
+        held, self._held = self._held, []
+        for shared in held:
+            shared.users -= 1
+        for shared in {_of(config), *held}:
+            await shared.let_go()
 
 
 async def answer(
@@ -86,20 +150,20 @@ async def answer(
     failed: list[Result] = [request for request in requests if isinstance(request, RowError)]
     if len(failed) == len(requests):
         return failed
-    async with _using(config) as engine:
+    async with _of(config).used() as engine:
         with _rare_collections():
             return await batching.answer(engine, requests, max_batch_size, done)
 
 
 async def room(config: Config) -> int:
     """How many rows the shared engine of `config` has in flight at most. Starts it if need be."""
-    async with _using(config) as engine:
+    async with _of(config).used() as engine:
         return engine.window.limit
 
 
 async def facts(config: Config) -> dict[str, str]:
     """What a server tells of itself: `model` as it is asked for, `root` and `version` where known."""
-    async with _using(config) as engine:
+    async with _of(config).used() as engine:
         assert isinstance(engine, HttpEngine), "only a server is asked"
         return await engine.facts()
 
@@ -125,34 +189,8 @@ def _rare_collections() -> Iterator[None]:
             gc.set_threshold(*_threshold)
 
 
-@asynccontextmanager
-async def _using(config: Config) -> AsyncIterator[Engine]:
-    """The started engine of `config`; those who come while it starts wait for the same start."""
-    while closing := _closing.get(config):
-        await asyncio.wait({closing})  # two engines of one kind would not fit on the device
-    if (failed := _shared.get(config)) and failed.engine.has_failed:
-        await _close(config, failed)
-    shared = _shared.get(config) or _begin(config)
-    shared.calls += 1
-    try:
-        await asyncio.shield(shared.started)
-        yield shared.engine
-    finally:
-        shared.calls -= 1
-        await _close_if_unused(config, shared)
-
-
-def _begin(config: Config) -> Shared:
-    """Start an engine. A start that fails is forgotten at once, also when no call waits for it any more."""
-    engine = _new(config)
-    shared = _shared[config] = Shared(engine, asyncio.create_task(_start(engine)))
-
-    def forget_if_failed(start: asyncio.Task[None]) -> None:
-        if (start.cancelled() or start.exception()) and _shared.get(config) is shared:
-            del _shared[config]
-
-    shared.started.add_done_callback(forget_if_failed)
-    return shared
+def _of(config: Config) -> Shared:
+    return _shared.setdefault(config, Shared(config))
 
 
 def _new(config: Config) -> Engine:
@@ -166,62 +204,27 @@ async def _start(engine: Engine) -> None:
     try:
         await engine.start()
     except HeldHere:
-        others = [(c, s) for c, s in _shared.items() if s.engine is not engine and isinstance(c, LocalConfig)]
-        for config, shared in others:
-            if not _is_held(config):
-                shared.keep = False
-                await _close_if_unused(config, shared)
+        for shared in list(_shared.values()):
+            if shared.engine is not engine and isinstance(shared.config, LocalConfig):
+                await shared.let_go()
         await engine.start()
-
-
-async def _release(config: Config) -> None:
-    if shared := _shared.get(config):
-        shared.keep = _is_held(config)
-        await _close_if_unused(config, shared)
-
-
-def _is_held(config: Config) -> bool:
-    return any(config in entries for entries in _held.values())
-
-
-async def _close_if_unused(config: Config, shared: Shared) -> None:
-    if not (shared.calls or shared.keep or _is_held(config) or _shared.get(config) is not shared):
-        await _close(config, shared)
-
-
-async def _close(config: Config, shared: Shared) -> None:
-    del _shared[config]
-    closing = _closing[config] = asyncio.create_task(_end(shared))
-    closing.add_done_callback(lambda _: _closing.pop(config, None))
-    await asyncio.shield(closing)
-
-
-async def _end(shared: Shared) -> None:
-    """Close the engine, also one that is still starting for a call that was interrupted."""
-    if not shared.started.done():
-        shared.started.cancel()  # which ends what it has begun
-        await asyncio.wait({shared.started})
-    await shared.engine.close()
 
 
 async def _close_all() -> None:
     """Close every engine of this process, those that are still starting too."""
-    left = list(_shared.values())
-    _shared.clear()
-    await asyncio.gather(*map(_end, left), *_closing.values())
+    await asyncio.gather(*(shared.close() for shared in _shared.values()))
 
 
 def _close_at_exit() -> None:
-    if _shared or _closing:
+    if _shared:
         loop.run(_close_all())
 
 
 def _begin_anew() -> None:
     global _answering
     _answering = 0
-    loop.keep_from_parent(dict(_shared), dict(_closing))
-    for state in (_shared, _closing, _held):
-        state.clear()
+    loop.keep_from_parent(dict(_shared))
+    _shared.clear()
 
 
 atexit.register(_close_at_exit)

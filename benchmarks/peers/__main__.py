@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.peers import bad_rows, chart, crashes, groups, page, plan
 from benchmarks.peers.field import Field
-from vllm_tasks.engines.host import permit_amx
+from vllm_tasks.engines.session import permit_amx
 
 permit_amx()  # what vLLM spawns imports this, too
 

@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.peers.side import Outcome, answer_all
 from benchmarks.servers import flags
 from benchmarks.workload import Row
-from vllm_tasks.engines.host import permit_amx
+from vllm_tasks.engines.session import permit_amx
 
 permit_amx()  # in the processes that vLLM spawns, too: they import this main module
 

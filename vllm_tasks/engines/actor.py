@@ -9,8 +9,8 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_tasks.engines.host import Frame
 from vllm_tasks.engines.process import HostProcess
+from vllm_tasks.engines.session import Frame
 from vllm_tasks.errors import EngineFailed, InvalidCall
 
 OURS = {

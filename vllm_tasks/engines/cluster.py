@@ -9,10 +9,13 @@ import socket
 import sys
 from collections.abc import Mapping
 
+from vllm_tasks.engines.session import short
 from vllm_tasks.errors import InvalidCall, ServerUnavailable
 
 logger = logging.getLogger(__name__)
 
+SOCKET_OF_RAY = "/ray/session_2026-01-01_00-00-00_123456_1234567/sockets/plasma_store.1"
+"""What comes after the temporary folder in the path of a socket of Ray's."""
 KNOCK_TIMEOUT = 10.0
 """Seconds for a connection to the head of a cluster."""
 
@@ -104,12 +107,17 @@ def _join(address: str | None) -> None:
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     dashboard = False if address == "local" else None
+    folder = os.path.join(short(os.environ.get("RAY_TMPDIR"), SOCKET_OF_RAY), "ray")
     try:
         if "://" not in address and ":" in address:
             _knock(address)
         # Ray's warnings here are about signal handlers, which are Prefect's in a flow, and about its token.
         ray.init(
-            address=address, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR
+            address=address,
+            include_dashboard=dashboard,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=folder if address == "local" else None,
         )
     except ValueError as error:
         raise InvalidCall(f"ray_address={address!r}: {error}") from error

@@ -1,7 +1,7 @@
 """The process that holds one vLLM engine, started and spoken to by `vllm_tasks.engines.local`.
 
 All contact with vLLM's Python API is in this file. It is run by its path and imports nothing of
-`vllm_tasks`, so that it starts without Prefect. Written for and tested with vLLM 0.32.
+`vllm_tasks` but `session`, so that it starts without Prefect. Written for and tested with vLLM 0.32.
 
 It talks over one socket in frames, a 4-byte length and JSON. To it: the engine arguments, then
 `{"chunk": [[row, prompt], ...], "sampling": {...}}` and `{"cancel": [row, ...]}`. From it:
@@ -20,29 +20,22 @@ import itertools
 import json
 import os
 import platform
+import runpy
 import shutil
 import signal
 import socket
-import struct
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Never
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
-PARENT_CHECKED_EVERY = 0.5
-"""Seconds between two looks at whether the parent still lives."""
 SHUTDOWN_GRACE = 10.0
 """Seconds that an orderly shutdown may take before the whole session is killed."""
 ENGINE_GRACE = 8.0
 """Seconds of these for vLLM's own processes: one that is killed leaves a file in the temporary folder."""
-SOCKETS = "VLLM_RPC_BASE_PATH"
-"""vLLM's name of the folder where its processes meet. It leaves its sockets there, one or two a start."""
-OWN = "vllm-"
-"""How a folder for the sockets of one engine begins: short, as the path of a socket has 107 bytes at most."""
 TOLD_EVERY = 0.5
 """Seconds between two looks at whether the rows have got on."""
 ADAPTER_CONFIG = "adapter_config.json"
@@ -50,36 +43,16 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_mo
 """Files of a LoRA adapter, as vLLM looks for them."""
 SHORT = 2048
 """Characters of a text that is tokenised at once: vLLM's way through a thread costs more than such a text."""
-CHAT_NAMES = (
-    "add_generation_prompt",
-    "continue_final_message",
-    "chat_template",
-    "chat_template_kwargs",
-    "tools",
-    "documents",
-    "mm_processor_kwargs",
-)
-"""Parameters of a chat request that act before sampling; named as in vLLM's chat protocol."""
-
-ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
-"""System call, request and feature by which a process on x86-64 asks Linux for AMX's registers:
-https://docs.kernel.org/arch/x86/xstate.html"""
-
 PR_SET_PDEATHSIG = 1
 """Request by which a process asks Linux for a signal at its parent's death:
 https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html"""
 
 Frame = dict[str, Any]
 
-
-def permit_amx() -> None:
-    """Ask for AMX, which vLLM 0.32 uses for attention in bfloat16 without having asked.
-
-    Its worker then dies of SIGILL, unless another library has asked in the same process before. Without
-    AMX, or on another machine, the system call fails and nothing else happens.
-    """
-    if platform.system() == "Linux" and platform.machine() == "x86_64":
-        ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA)
+if TYPE_CHECKING:
+    from vllm_tasks.engines import session
+else:  # which would import the package
+    session = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("session.py"))))
 
 
 def die_with_parent() -> None:
@@ -95,7 +68,7 @@ def die_with_parent() -> None:
 
 
 if __name__ in ("__main__", "__mp_main__"):  # the host, and what vLLM spawns from it
-    permit_amx()
+    session.permit_amx()
 if __name__ == "__mp_main__":
     die_with_parent()
 
@@ -165,7 +138,7 @@ class Host:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-        extras = {name: sampling.pop(name) for name in CHAT_NAMES if name in sampling}
+        extras = {name: sampling.pop(name) for name in session.CHAT_NAMES if name in sampling}
         lora = await self.adapters.request(sampling.pop("lora_request", None))
         priority = sampling.pop("priority", 0)
         if bias := sampling.get("logit_bias"):
@@ -338,7 +311,7 @@ def copied(folder: Path, number: int) -> Path:
     if not weights or not (folder / ADAPTER_CONFIG).is_file():
         what = "has no" if folder.is_dir() else "is no folder with"
         raise Unusable(f"{folder} {what} {ADAPTER_CONFIG} and {' or '.join(ADAPTER_WEIGHTS)}")
-    copy = Path(os.environ[SOCKETS]) / f"adapter-{number}"
+    copy = Path(os.environ[session.SOCKETS]) / f"adapter-{number}"
     copy.mkdir()
     for name in (ADAPTER_CONFIG, *weights):
         shutil.copyfile(folder / name, copy / name)
@@ -360,13 +333,8 @@ def killed(engine: Any) -> str:
     """Which process of the engine was ended by a signal, which leaves no word in the log; empty for none."""
     manager = engine.engine_core.resources.engine_manager
     ends = {} if manager is None else manager.finished_procs()
-    found = [f"{name} was ended by {signal_words(-code)}" for name, code in ends.items() if code < 0]
+    found = [f"{name} was ended by {session.signal_words(-code)}" for name, code in ends.items() if code < 0]
     return "; ".join(words for words in found if signal.SIGTERM.name not in words)
-
-
-def signal_words(number: int) -> str:
-    name = signal.Signals(number).name
-    return f"{name} (often the kernel, out of memory)" if number == signal.SIGKILL else name
 
 
 def start_engine(arguments: dict[str, Any]) -> Any:
@@ -392,6 +360,7 @@ def facts_of(engine: Any) -> Frame:
     config = engine.vllm_config
     return {
         "vllm": vllm.__version__,
+        "ranks": len(engine.engine_core.core_engines),  # of data parallel, each with rows of its own
         "max_num_seqs": config.scheduler_config.max_num_seqs,
         "max_model_len": config.model_config.max_model_len,
     }
@@ -402,13 +371,12 @@ async def serve(channel: socket.socket) -> None:
     reader, writer = await asyncio.open_connection(sock=channel)
 
     def write(frame: Frame) -> None:
-        data = json.dumps(frame).encode()
-        writer.write(struct.pack("!I", len(data)) + data)
+        writer.write(session.packed(frame))
         if "dead" in frame:
             dead.set()
 
     dead = asyncio.Event()
-    arguments = await read_frame(reader)
+    arguments = await session.read_frame(reader)
     try:
         engine = start_engine(arguments)
         host = Host(engine, write)
@@ -430,74 +398,23 @@ async def serve(channel: socket.socket) -> None:
 async def take_frames(reader: asyncio.StreamReader, host: Host) -> None:
     while True:
         try:
-            frame = await read_frame(reader)
+            frame = await session.read_frame(reader)
         except (asyncio.IncompleteReadError, ConnectionError):
             return
         host.cancel(frame) if "cancel" in frame else host.start_chunk(frame)
 
 
-async def read_frame(reader: asyncio.StreamReader) -> Frame:
-    (size,) = struct.unpack("!I", await reader.readexactly(4))
-    frame: Frame = json.loads(await reader.readexactly(size))
-    return frame
-
-
-def leave_with(parent: int) -> None:
-    """Watch over the parent; when it is gone, shut down in order, or else by force.
-
-    vLLM's own processes outlive a killed parent. This thread also works while the engine is
-    still loading, when the event loop is blocked.
-    """
-    while os.getppid() == parent:
-        time.sleep(PARENT_CHECKED_EVERY)
-    # The socket's end has been seen by the event loop too; give an orderly shutdown its time.
-    time.sleep(SHUTDOWN_GRACE)
-    end_session(1)
-
-
-def end_session(code: int) -> Never:
-    """Kill what is left of this process's session, remove its sockets, then exit."""
-    kill_session(os.getsid(0))
-    remove_sockets(os.environ.get(SOCKETS, ""))
-    os._exit(code)
-
-
-def new_sockets() -> str:
-    """A folder for the sockets of one engine: what goes as `SOCKETS` into its environment."""
-    return tempfile.mkdtemp(prefix=OWN, dir=os.environ.get(SOCKETS))
-
-
-def remove_sockets(folder: str) -> None:
-    """Remove a folder of `new_sockets`: by who made it, and by the engine, whose parent may be killed."""
-    if Path(folder).name.startswith(OWN):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def kill_session(session: int) -> None:
-    """Kill every process of a session but the caller.
-
-    Spared is multiprocessing's resource tracker: it ends by itself when the others are gone,
-    after it has removed their shared memory.
-    """
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        try:
-            if os.getsid(pid) != session or pid == os.getpid():
-                continue
-            if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(pid, signal.SIGKILL)
-        except (ProcessLookupError, FileNotFoundError):
-            continue  # it ended meanwhile
-
-
 if __name__ == "__main__":
     channel = socket.socket(fileno=int(sys.argv[1]))
-    # Where vLLM forks (its default on GPUs), a copy of our end would hide our death from the parent.
-    os.register_at_fork(after_in_child=partial(os.close, channel.fileno()))
+    # Where vLLM forks (its default on GPUs), a copy of our end would hide our death from the parent. The
+    # object knows whether it is open still: in a child of that child its number may be another file's.
+    os.register_at_fork(after_in_child=channel.close)
     os.register_at_fork(after_in_child=die_with_parent)
-    threading.Thread(target=leave_with, args=(int(sys.argv[2]),), daemon=True).start()
+    # The parent's end is an end of the socket too; an orderly shutdown gets its time.
+    session.watch(int(sys.argv[2]), grace=SHUTDOWN_GRACE)
     code = 1
     try:
         asyncio.run(serve(channel))
         code = 0
     finally:
-        end_session(code)
+        session.end(code)

@@ -1,12 +1,12 @@
 """The process that keeps one vLLM server for as long as somebody uses it, started by `vllm_tasks.serving`.
 
-Run by its path, with the standard library alone (see `vllm_tasks.engines.host`): the server's folder is
+Run by its path, with the standard library alone (see `vllm_tasks.engines.session`): the server's folder is
 its argument, its order comes as JSON on standard input, and what it prints is the server's log. It leaves
 its parent and its session, so that no user's end is its own. In the folder:
 
-    keeper.lock    held exclusively by this process as long as it lives; it is inherited from its starter
+    keeper.lock    held exclusively as long as this process or its server lives; inherited from the starter,
+                   and by the server, so that no second one starts beside that of a keeper that was killed
     users.lock     shared by the users; who can have it exclusively knows that there is none
-    server.lock    held by the server's own process, so that no second one starts beside it
     server.json    what users need to know: state (starting, ready, failed), url, key, pids; or why it failed
 """
 
@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import fcntl
 import http.client
-import importlib.util
 import json
 import logging
 import os
+import runpy
 import secrets
 import shutil
 import signal
@@ -28,13 +28,13 @@ import time
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
-_spec = importlib.util.spec_from_file_location("vllm_tasks_host", Path(__file__).with_name("host.py"))
-assert _spec is not None
-assert _spec.loader is not None
-host = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(host)
+if TYPE_CHECKING:
+    from vllm_tasks.engines import session
+else:  # which would import the package
+    session = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("session.py"))))
 
 logger = logging.getLogger("keeper")
 
@@ -102,44 +102,36 @@ class Keeper:
         self.log_begin = self.log.stat().st_size
         timeout = self.order["start_timeout"]
         deadline = time.monotonic() + timeout
+        self.server = self.launch()
         while time.monotonic() < deadline:
-            if self.server is None:
-                self.launch()
-            elif (code := self.server.poll()) is not None:
-                return code, ""
-            elif self.is_well():
-                return None
             self.tick()
+            if (code := self.server.poll()) is not None:
+                return code, ""
+            if self.is_well():
+                return None
         return None, f"it was not ready within {timeout:g} s (VLLM_TASKS_ENGINE_START_TIMEOUT)"
 
-    def launch(self) -> None:
-        """Start the server, unless that of a keeper that was killed is still there."""
-        lock = os.open(self.folder / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            return
-        self.sockets = host.new_sockets()
+    def launch(self) -> subprocess.Popen[bytes]:
+        self.sockets = session.new_sockets()
         # -P: the folder of server.py must not be searched for modules (it holds an `http.py`).
-        self.server = subprocess.Popen(
+        server = subprocess.Popen(
             [sys.executable, "-P", self.order["server"], str(os.getpid())],
             stdin=subprocess.PIPE,
-            pass_fds=[lock, *self.order["locks"]],  # and those of its GPUs
+            pass_fds=self.order["locks"],  # the keeper's, and those of its GPUs
             start_new_session=True,
             env={
                 **os.environ,
                 **self.order["env"],
                 "VLLM_API_KEY": self.key,
                 "PYTHONUNBUFFERED": "1",
-                host.SOCKETS: self.sockets,
+                session.SOCKETS: self.sockets,
             },
         )
-        os.close(lock)
-        assert self.server.stdin is not None
+        assert server.stdin is not None
         arguments = [*self.order["arguments"], f"--host={ADDRESS}", f"--port={self.port}"]
-        with suppress(BrokenPipeError), self.server.stdin as stdin:
+        with suppress(BrokenPipeError), server.stdin as stdin:
             stdin.write(json.dumps(arguments).encode())
+        return server
 
     def watch(self) -> None:
         """Return when the server is dead, or does not say any more that it is well."""
@@ -191,9 +183,9 @@ class Keeper:
             with suppress(subprocess.TimeoutExpired):
                 self.server.wait(grace)
         self.server.kill()
-        host.kill_session(self.server.pid)
+        session.kill(self.server.pid)
         self.server.wait()
-        host.remove_sockets(self.sockets)
+        session.remove_sockets(self.sockets)
         self.server = None
 
     def tell(self, state: str) -> None:

@@ -10,14 +10,15 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
 from vllm_tasks.engines import Done
 from vllm_tasks.engines.gpus import Claim
-from vllm_tasks.engines.host import Frame
 from vllm_tasks.engines.in_flight import Rows
 from vllm_tasks.engines.process import HostProcess
+from vllm_tasks.engines.session import Frame
 from vllm_tasks.errors import EngineFailed, InvalidCall
 from vllm_tasks.rows import Choice, Completion, Request, Result, RowError, TokenLogprob, given_up
 from vllm_tasks.window import Window
@@ -67,6 +68,22 @@ Launch = Callable[[Frame, float], Awaitable[tuple[Host, Frame]]]
 """From engine arguments and the seconds that a start may take to a host that is ready, and its facts."""
 
 
+class State(Enum):
+    """Of an engine's host."""
+
+    STARTING = "there is none yet, or none since the last one died: rows wait"
+    READY = "rows are handed over to it"
+    FAILED = "there will be none any more: every call gets the error"
+
+
+MOVES = {
+    State.STARTING: {State.READY, State.FAILED},
+    State.READY: {State.STARTING, State.FAILED},
+    State.FAILED: set[State](),
+}
+"""The states that may follow each."""
+
+
 class LocalEngine:
     """An `Engine` over a host with a vLLM `AsyncLLM`: a child process, unless `launch` says otherwise."""
 
@@ -77,20 +94,21 @@ class LocalEngine:
         self.window = Window(1)  # set when the engine has told its size
         self._arguments: Frame = json.loads(config.engine_args)
         self._rows = Rows()
-        self._host: Host | None = None  # None while there is none that is ready
+        self._state = State.STARTING
+        self._host: Host  # the last one
+        self._error: EngineFailed  # where it has failed
         self._barren = 0
         self._moved = 0.0
         self._life: asyncio.Task[None] | None = None
-        self._failed: EngineFailed | None = None
 
     @property
     def is_ready(self) -> bool:
         """Whether rows would be taken at once; not while it starts, or tries what may have killed it."""
-        return self._host is not None and not self._rows.some_wait
+        return self._state is State.READY and not self._rows.some_wait
 
     @property
     def has_failed(self) -> bool:
-        return self._failed is not None
+        return self._state is State.FAILED
 
     async def start(self) -> None:
         if self._arguments.get("trust_remote_code"):
@@ -101,26 +119,26 @@ class LocalEngine:
         except BaseException:
             await self._claim.release()
             raise
-        self.window.limit = math.ceil(WINDOW_FACTOR * facts["max_num_seqs"])
-        self._host = host
+        self.window.limit = math.ceil(WINDOW_FACTOR * facts["max_num_seqs"] * facts["ranks"])
+        self._become_ready(host)
         self._life = asyncio.create_task(self._live_and_release(host))
 
     async def generate(self, requests: Sequence[Request], done: Done) -> None:
-        if self._failed:
-            raise self._failed
+        if self.has_failed:
+            raise self._error
         mine, finished = self._rows.add(requests, done)
         try:
             self._send()
             await finished
         finally:
             left = self._rows.drop(mine)
-            if left and self._host:
+            if left and self._state is State.READY:
                 self._host.write({"cancel": left})
             self._send()
 
     async def close(self) -> None:
         if self._life is not None:
-            if not self._failed:  # else it is about to end, and gives its GPUs back
+            if not self.has_failed:  # else it is about to end, and gives its GPUs back
                 self._life.cancel()  # which ends the host that is there, or is being started
             await asyncio.wait({self._life})
 
@@ -155,7 +173,7 @@ class LocalEngine:
             except EngineFailed as error:
                 self._fail(error)
                 return
-            self._host = host
+            self._become_ready(host)
             self._send()
 
     async def _until_death(self, host: Host) -> str:
@@ -168,7 +186,7 @@ class LocalEngine:
                 hangs = not answers.done() and self._hangs()
         finally:
             answers.cancel()
-            self._host = None
+            self._become(State.STARTING)
             await (host.end(grace=0) if hangs else host.end())
         if hangs:
             seconds = f"{self.config.timeout:g} s (VLLM_TASKS_ENGINE_TIMEOUT)"
@@ -203,15 +221,21 @@ class LocalEngine:
 
     def _fail(self, error: EngineFailed) -> None:
         """Give up: every call that waits, and every later one, gets `error`."""
-        self._failed = error
+        self._become(State.FAILED)
+        self._error = error
         self._rows.fail(error)
 
-    def _send(self) -> None:
-        """Hand over what may go, one frame for all rows that share their sampling parameters.
+    def _become_ready(self, host: Host) -> None:
+        self._become(State.READY)
+        self._host = host
 
-        While there is no host this does nothing: rows wait until there is one again.
-        """
-        if self._host is None or not self._rows.some_wait:
+    def _become(self, state: State) -> None:
+        assert state in MOVES[self._state], f"{self._state.name} -> {state.name}"
+        self._state = state
+
+    def _send(self) -> None:
+        """Hand over what may go, one frame for all rows that share their sampling parameters."""
+        if self._state is not State.READY or not self._rows.some_wait:
             return
         rows = self._rows.hand_over()
         for sampling, group in itertools.groupby(rows.items(), key=lambda item: item[1].request.sampling):

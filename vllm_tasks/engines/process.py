@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import re
 import socket
-import struct
 import subprocess
 import sys
 import time
 from collections import deque
 from pathlib import Path
 
+from vllm_tasks.engines import session
 from vllm_tasks.engines.gpus import Devices
-from vllm_tasks.engines.host import (
+from vllm_tasks.engines.session import (
     SOCKETS,
     Frame,
-    kill_session,
     new_sockets,
+    packed,
     read_frame,
     remove_sockets,
     signal_words,
@@ -165,8 +164,7 @@ class HostProcess:
     def write(self, frame: Frame) -> None:
         """Send a frame; one to a host that is gone is dropped."""
         if not self._writer.is_closing():
-            data = json.dumps(frame).encode()
-            self._writer.write(struct.pack("!I", len(data)) + data)
+            self._writer.write(packed(frame))
 
     def why(self, reason: str) -> str:
         """Why it ended: vLLM's own reason, or the signal or error in the log that this only points at."""
@@ -190,7 +188,7 @@ class HostProcess:
         finally:  # without a pause, in which it could be interrupted again
             self._code = self._process.poll()
             self._process.kill()
-            kill_session(self._process.pid)
+            session.kill(self._process.pid)
             self._process.wait()
             remove_sockets(self._sockets)
         await asyncio.wait({self._log_reader}, timeout=LOG_GRACE)

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 from vllm_tasks import loop
 from vllm_tasks.engines import Done, actor, cluster
-from vllm_tasks.engines.host import Frame
 from vllm_tasks.engines.local import LocalConfig, LocalEngine
 from vllm_tasks.engines.process import CLOSE_GRACE, REASON, SAY_EVERY
 from vllm_tasks.engines.replicas import Replicas
+from vllm_tasks.engines.session import Frame
 from vllm_tasks.errors import EngineFailed
 from vllm_tasks.rows import Request
 

@@ -104,11 +104,11 @@ class SharedServer:
     def _join(self, users: int) -> None:
         with self._deciding(), self._open("keeper") as keeper:
             fcntl.flock(users, fcntl.LOCK_SH)  # waits for a keeper that is ending
-            if _is_free(keeper):
-                self._start_keeper(keeper)
-            elif self._told().get("state") == "failed":
-                fcntl.flock(keeper, fcntl.LOCK_EX)  # it is ending, too
-                self._start_keeper(keeper)
+            if self._is_ending():
+                fcntl.flock(keeper, fcntl.LOCK_EX)
+            elif not _is_free(keeper):
+                return
+            self._start_keeper(keeper)
 
     def _leave(self, users: int) -> None:
         """Let go; the last one waits until the server is gone, whose memory the next step may need."""
@@ -127,7 +127,8 @@ class SharedServer:
             devices.release()  # the keeper and its server hold them now, if they were started
 
     def _run_keeper(self, devices: Devices, lock: int) -> None:
-        order = {**self._order, "env": dict(devices.env), "locks": devices.locks}
+        locks = [lock, *devices.locks]
+        order = {**self._order, "env": dict(devices.env), "locks": locks}
         logger.info("starting a vLLM server for %r; its log: %s", self.model, self._log)
         (self.folder / "server.json").unlink(missing_ok=True)
         if self._log.exists():
@@ -138,7 +139,7 @@ class SharedServer:
                 input=json.dumps(order).encode(),
                 stdout=log,
                 stderr=log,
-                pass_fds=[lock, *devices.locks],
+                pass_fds=locks,
                 cwd=self.folder,  # the flow's own may be gone before the server
                 start_new_session=True,
                 check=False,  # whether it lives is seen from the lock
@@ -147,6 +148,13 @@ class SharedServer:
     def _devices(self) -> Devices:
         wanted = site_settings().gpus
         return loop.run(free_devices(max(wanted, self.gpus))) if wanted and self.gpus else Devices()
+
+    def _is_ending(self) -> bool:
+        """Whether the last server that was told of is given up, or its keeper was killed."""
+        told = self._told()
+        return told.get("state") == "failed" or bool(
+            told and not Path(f"/proc/{told['pids']['keeper']}").exists()
+        )
 
     def _is_kept(self) -> bool:
         with self._deciding(), self._open("keeper") as keeper:
