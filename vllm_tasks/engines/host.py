@@ -251,7 +251,7 @@ def error_of(error: Exception) -> Frame:
         words = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".lstrip(": ") for e in error.errors())
     if code >= 500:
         return {"kind": "engine", "message": reason_of(error)[:2000]}
-    return {"kind": "too_long" if "maximum context length" in words else "refused", "message": words[:2000]}
+    return {"kind": "refused", "message": words[:2000]}
 
 
 class Unusable(Exception):
@@ -385,6 +385,8 @@ async def start_engine(arguments: dict[str, Any]) -> tuple[Any, Any]:
     engine_args = AsyncEngineArgs(**{name: given[name] for name in given.keys() & of_engine})
     server_args = FrontendArgs(**{name: given[name] for name in given.keys() & of_server})
     both = argparse.Namespace(**{**vars(server_args), **vars(engine_args)})
+    if isinstance(both.served_model_name, str):
+        both.served_model_name = [both.served_model_name]  # as the server's command line has it
     validate_parsed_serve_args(both)
     for plugin, manager in (
         (both.tool_parser_plugin, ToolParserManager.import_tool_parser),

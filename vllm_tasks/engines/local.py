@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vllm_tasks.engines import Done, wire
+from vllm_tasks.engines.failures import kind_of_refusal
 from vllm_tasks.engines.gpus import Claim
 from vllm_tasks.engines.host import Frame
 from vllm_tasks.engines.in_flight import Rows
@@ -237,7 +238,8 @@ def tell_trust(model: str) -> None:
 def result_of(frame: Frame, request: Request) -> Result:
     """The row of a frame from the host: an answer as vLLM's server gives it, read as one over HTTP is."""
     if "error" in frame:
-        return RowError(**frame["error"])
+        error = RowError(**frame["error"])
+        return replace(error, kind=kind_of_refusal(error.message)) if error.kind == "refused" else error
     try:
         answer = wire.parse(wire.path_of("openai", request), request, frame["answer"])
     except wire.WrongShape as error:
