@@ -13,13 +13,8 @@ import sys
 from typing import Any
 
 ANSWER = {
-    "choices": [
-        {"text": "The answer is 42. " * 8, "finish_reason": "stop", "token_ids": [1] * 48, "logprobs": None}
-    ],
-    "prompt_tokens": 60,
-    "completion_tokens": 48,
-    "prompt_logprobs": None,
-    "seconds": 1.0,
+    "choices": [{"text": "The answer is 42. " * 8, "finish_reason": "stop", "token_ids": [1] * 48}],
+    "usage": {"prompt_tokens": 60, "completion_tokens": 48},
 }
 
 
@@ -38,7 +33,7 @@ async def serve(channel: socket.socket) -> None:
     async def answer(row: int) -> None:
         async with places:
             await asyncio.sleep(seconds)
-        write({"row": row, "completion": ANSWER})
+        write({"row": row, "answer": ANSWER, "seconds": 1.0})
 
     arguments = await read()
     places, seconds = asyncio.Semaphore(arguments["seqs"]), arguments["seconds"]

@@ -52,9 +52,9 @@ def main() -> None:
                 send(channel, {"row": row, "error" if prompt == "refuse" else "invalid": wrong})
                 continue
             text = os.environ["CUDA_VISIBLE_DEVICES"] if prompt == "devices" else prompt
-            choice = {"text": text, "finish_reason": "stop", "token_ids": [1], "logprobs": None}
-            completion = {"choices": [choice], "prompt_tokens": 1, "completion_tokens": 1, "seconds": 0.5}
-            send(channel, {"row": row, "completion": {**completion, "prompt_logprobs": None}})
+            choice = {"text": text, "finish_reason": "stop", "token_ids": [1]}
+            usage = {"prompt_tokens": 1, "completion_tokens": 1}
+            send(channel, {"row": row, "answer": {"choices": [choice], "usage": usage}, "seconds": 0.5})
 
 
 def obey(prompt: str, life: int) -> None:

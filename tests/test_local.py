@@ -90,7 +90,7 @@ def test_completions_tell_all_that_vllm_tells(local_model: VllmModel) -> None:
     assert choice.token_ids is not None
     assert choice.logprobs is not None
     assert len(choice.token_ids) == len(choice.logprobs) == completion.completion_tokens == 4
-    assert all(t.logprob <= 0 and len(t.top) >= 1 for t in choice.logprobs)
+    assert all(t.logprob <= 0 and len(t.top) in (2, 3) for t in choice.logprobs)  # also where two read alike
     assert completion.prompt_logprobs is not None
     assert completion.prompt_logprobs[0] is None
     assert len(completion.prompt_logprobs) == completion.prompt_tokens

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.sampling import GONE, LOCAL_EXTRAS, OWNED, Target, _fields, check_names, known_names
+from vllm_tasks.sampling import (
+    GONE,
+    LOCAL_EXTRAS,
+    OWNED,
+    Target,
+    _fields,
+    check_names,
+    check_prompts,
+    known_names,
+)
 from vllm_tasks.sampling_table import CHAT_REQUEST, COMPLETION_REQUEST, SAMPLING_PARAMS
 
 TARGETS: tuple[Target, ...] = ("local", "legacy", "completions", "chat", "openai")
@@ -50,8 +59,6 @@ def test_our_own_names_are_refused_with_the_reason(target: Target, name: str) ->
     ("name", "since", "instead"),
     [
         ("best_of", "0.12", "n answers"),
-        ("use_beam_search", "0.8.5", "VllmAPI"),
-        ("length_penalty", "0.8.5", "use_beam_search=True"),
         ("early_stopping", "0.8.5", "use_beam_search=True"),
         ("guided_json", "0.12", "structured_outputs={'json': schema}"),
         ("guided_regex", "0.12", "structured_outputs={'regex': pattern}"),
@@ -69,13 +76,21 @@ def test_a_removed_name_says_since_when_and_what_instead(name: str, since: str, 
     assert instead in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["response_format", "use_beam_search"])
-def test_http_only_names_pass_over_http_and_not_locally(name: str) -> None:
-    """Servers take them; the engine does not, and the error says what to do."""
-    for target in ("completions", "chat", "openai"):
+@pytest.mark.parametrize("name", ["response_format", "use_beam_search", "truncate_prompt_tokens"])
+def test_the_local_engine_takes_what_vllms_server_takes(name: str) -> None:
+    """Parameters of a request that are not the engine's work in process as over HTTP."""
+    for target in ("completions", "chat", "openai", "local"):
         check_names([name], target)
-    with pytest.raises(InvalidCall, match=r"structured_outputs|VllmAPI"):
-        check_names([name], "local")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name", "others"),
+    [("text", "tools", "chat messages"), ([{"role": "user", "content": "x"}], "suffix", "text prompts")],
+)
+def test_the_local_engine_refuses_names_of_other_prompts(prompt: Any, name: str, others: str) -> None:
+    """What acts on chat messages or texts alone is refused beside the others, not ignored."""
+    with pytest.raises(InvalidCall, match=f"{name}.* for {others}"):
+        check_prompts([prompt], {name: "x"}, "local")
 
 
 def test_old_names_pass_to_servers_of_the_old_format() -> None:

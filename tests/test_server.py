@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,14 +16,17 @@ from pathlib import Path
 import pytest
 import requests
 
+from tests.conftest import TINY_ARGS
 from tests.poison import ROWS, check_poisoned
 from vllm_tasks import Completion, InvalidCall, RowError, VllmAPI, VllmModel
 from vllm_tasks.engines import session
+from vllm_tasks.serving import command_line
 
 pytestmark = pytest.mark.engine
 
 KEY = "a-test-key"
 START_SECONDS = 180
+ARGUMENTS = command_line({**TINY_ARGS, "served_model_name": "tiny"})
 
 
 def free_port() -> int:
@@ -33,18 +36,16 @@ def free_port() -> int:
 
 
 class VllmServer:
-    """vLLM's OpenAI server as a process group of its own."""
+    """vLLM's OpenAI server as a process group of its own. Its `arguments` are those of a command line."""
 
-    def __init__(self, model: Path, log: Path) -> None:
-        self.model, self.log, self.port = model, log, free_port()
+    def __init__(self, model: Path, log: Path, arguments: Sequence[str] = ARGUMENTS) -> None:
+        self.model, self.log, self.port, self.arguments = model, log, free_port(), arguments
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         command = [sys.executable, "-m", "benchmarks.api_server", "--model", str(self.model)]
-        command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--api-key", KEY, "--max-model-len", "1024", "--enforce-eager", "--max-num-seqs", "32"]
-        command += ["--kv-cache-memory-bytes", str(2**28)]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--api-key", KEY, *self.arguments]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 

@@ -118,7 +118,7 @@ def assert_sound(completion: Completion) -> None:
 def assert_sound_token(token: TokenLogprob) -> None:
     assert isinstance(token.token, str)
     assert type(token.logprob) is float
-    assert all(isinstance(t, str) and type(p) is float for t, p in token.top.items())
+    assert all(isinstance(t, str) and type(p) is float for t, p in token.top)
 
 
 @given(paths, anything)
@@ -178,9 +178,9 @@ def test_everything_that_the_protocol_carries_arrives() -> None:
     )
     assert choice.logprobs is not None
     assert choice.logprobs[0].logprob != choice.logprobs[0].logprob  # an echoed first token has none: NaN
-    assert choice.logprobs[1] == TokenLogprob("b", -1.5, LOGPROB_TOP)
+    assert choice.logprobs[1] == TokenLogprob("b", -1.5, list(LOGPROB_TOP.items()))
     assert (text.prompt_tokens, text.completion_tokens, text.model) == (1, 2, "m")
-    assert text.prompt_logprobs == [None, TokenLogprob("P", -0.25, {"P": -0.25})]
+    assert text.prompt_logprobs == [None, TokenLogprob("P", -0.25, [("P", -0.25)])]
 
     path = "/v1/chat/completions"
     chat = wire.parse(path, REQUESTS[path], ANSWERS[path])
@@ -189,7 +189,7 @@ def test_everything_that_the_protocol_carries_arrives() -> None:
             text=" a",
             finish_reason="stop",
             token_ids=[1, 2],
-            logprobs=[TokenLogprob(" a", -0.5, {" a": -0.5})],
+            logprobs=[TokenLogprob(" a", -0.5, [(" a", -0.5)])],
             reasoning="hm",
             tool_calls=[TOOL_CALL],
         ),
@@ -228,9 +228,8 @@ def test_body_has_the_prompt_and_sampling_and_no_model_in_the_legacy_format() ->
 @pytest.mark.parametrize("reason", ["abort", "error"])
 def test_what_the_engine_gave_up_is_an_error(reason: str) -> None:
     """vLLM's engine ends such a row like any other, with the text so far: it is no answer."""
-    choice = {"text": "", "finish_reason": reason, "token_ids": [], "logprobs": None, "reasoning": None}
-    counts = {"prompt_tokens": 1, "completion_tokens": 0, "prompt_logprobs": None, "seconds": 0.1}
-    error = result_of({"completion": {"choices": [choice], **counts}})
+    answer = {"choices": [{"text": "", "finish_reason": reason}]}
+    error = result_of({"answer": answer, "seconds": 0.1}, Request("P", {}))
     assert isinstance(error, RowError)
     assert (error.kind, error.retryable) == ("engine", True)
     assert reason in error.message

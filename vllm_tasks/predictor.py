@@ -172,8 +172,8 @@ class Predictor(BaseModel):
         default=4,
         ge=1,
         title="Rows in a chunk",
-        description="`max_batch_size`: rows handed to the engine at once. It has no visible effect over HTTP, "
-        "where max_in_flight bounds the requests at once. Empty: all.",
+        description="`max_batch_size`: rows handed to the engine at once. It has no visible effect over "
+        "HTTP, where max_in_flight bounds the requests at once. Empty: all.",
     )
     chat: bool = Field(default=False, title="Chat", description="The prompt is sent as a user's message.")
     system: str | None = Field(

@@ -43,11 +43,15 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One token with its log probability (natural log) and the alternatives that vLLM returned."""
+    """One token with its log probability (natural log), and those that vLLM gives for the likeliest tokens.
+
+    `top` is a list of pairs, as several tokens may read alike. Over HTTP a completion (not a chat) has them
+    by their text, so there the last one of such tokens stands for all.
+    """
 
     token: str
     logprob: float
-    top: Mapping[str, float]
+    top: list[tuple[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ class Choice:
     """One completion. What the protocol did not carry is None.
 
     `finish_reason` is vLLM's: `stop`, `length` (cut at `max_tokens` or at the context), `abort`, ...
-    `token_ids` come from the local engine always, over HTTP with `return_token_ids=True`.
+    `token_ids` come from the local engine unless `echo` is set, over HTTP with `return_token_ids=True`.
     """
 
     text: str

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from vllm_tasks.engines.session import CHAT_NAMES
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.sampling_table import CHAT_REQUEST, COMPLETION_REQUEST, SAMPLING_PARAMS
 
@@ -31,26 +30,19 @@ OWNED = {
     "flat_logprobs": "logprobs come as a list",
 }
 """Names that vLLM knows and that are not the caller's to set, with the reason."""
-LOCAL_CHAT = frozenset(CHAT_NAMES)
-"""What the local engine takes for chat messages: arguments of vLLM's `LLM.chat`."""
-LOCAL_EXTRAS = LOCAL_CHAT | {"lora_request", "priority"}
-"""What the local engine takes beside SamplingParams."""
+LOCAL_EXTRAS = frozenset({"lora_request"})
+"""What the local engine takes beside what vLLM's engine and its server do."""
 LEGACY_EXTRAS = {"best_of", "use_beam_search", "length_penalty", "early_stopping"}
 """Names that only servers with the legacy format, all of old versions, still take."""
-BEAM = "over HTTP with VllmAPI, beam search passes through as use_beam_search=True"
 GONE = {
     "best_of": "vLLM dropped it in 0.12; ask for n answers and choose by their logprobs",
-    "use_beam_search": f"not a sampling parameter of the engine since before 0.8.5; {BEAM}",
-    "length_penalty": f"part of beam search, which the engine's sampling left before 0.8.5; {BEAM}",
-    "early_stopping": f"part of beam search, which the engine's sampling left before 0.8.5; {BEAM}",
+    "early_stopping": "vLLM's beam search (use_beam_search=True) takes it no longer since before 0.8.5",
     "guided_decoding": "vLLM dropped it in 0.12; use structured_outputs={'json': schema}",
     "guided_json": "vLLM dropped it in 0.12; use structured_outputs={'json': schema}",
     "guided_regex": "vLLM dropped it in 0.12; use structured_outputs={'regex': pattern}",
     "guided_choice": "vLLM dropped it in 0.12; use structured_outputs={'choice': [...]}",
     "guided_grammar": "vLLM dropped it in 0.12; use structured_outputs={'grammar': grammar}",
     "logits_processors": "vLLM dropped it per request in 0.17; use vllm_kwargs={'logits_processors': [...]}",
-    "response_format": "a field of the HTTP protocols; here use structured_outputs={'json': schema}",
-    "max_completion_tokens": "a field of the chat protocol; here use max_tokens",
     "max_new_tokens": "the transformers name; vLLM's is max_tokens",
     "prompt_adapter_request": "vLLM dropped prompt adapters; use lora_request",
 }
@@ -60,9 +52,8 @@ GONE = {
 def known_names(target: Target) -> frozenset[str]:
     """Every name that may be set for `target`."""
     if target == "local":
-        return (
-            _fields("sampling_params.py", "SamplingParams") or SAMPLING_PARAMS
-        ) - OWNED.keys() | LOCAL_EXTRAS
+        of_engine = _fields("sampling_params.py", "SamplingParams") or SAMPLING_PARAMS
+        return (of_engine - OWNED.keys()) | known_names("openai") | LOCAL_EXTRAS
     if target == "legacy":
         return (SAMPLING_PARAMS - OWNED.keys()) | LEGACY_EXTRAS
     if target == "openai":
@@ -107,8 +98,12 @@ def check_prompts(prompts: Iterable[object], sampling: Mapping[str, Any], target
     if target == "openai":
         for kind in kinds:
             check_names(sampling, "completions" if kind is str else "chat")
-    if target == "local" and str in kinds and (unused := sorted(sampling.keys() & LOCAL_CHAT)):
-        raise InvalidCall(f"{unused} are for chat messages, and there are text prompts; set chat=True")
+    if target == "local":
+        text, chat = known_names("completions"), known_names("chat")
+        if str in kinds and (unused := sorted(sampling.keys() & (chat - text))):
+            raise InvalidCall(f"{unused} are for chat messages, and there are text prompts; set chat=True")
+        if list in kinds and (unused := sorted(sampling.keys() & (text - chat))):
+            raise InvalidCall(f"{unused} are for text prompts, and there are chat messages")
 
 
 @functools.cache

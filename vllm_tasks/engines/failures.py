@@ -8,11 +8,15 @@ Attempt            the row's, or everybody's
 
 from __future__ import annotations
 
+from typing import Literal
+
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import RowErrorKind
 
 MENDED_BY = {401: "check api_key", 403: "check api_key", 404: "check api_url and model"}
 """Statuses of a call that cannot succeed as it is, and what to do then."""
+TOO_LONG = ("maximum context length", "maximum model length", "max_model_len")
+"""How vLLM's refusals of a prompt that is too long say so."""
 
 
 class Unreachable(Exception):
@@ -51,3 +55,8 @@ class Denied(Attempt):
     def of_the_call(self) -> InvalidCall:
         """What to raise where no row would pass."""
         return InvalidCall(f"{self.message}; {MENDED_BY[self.status]}")
+
+
+def kind_of_refusal(words: str) -> Literal["too_long", "refused"]:
+    """What is wrong with a row that vLLM refuses in these words."""
+    return "too_long" if any(part in words for part in TOO_LONG) else "refused"

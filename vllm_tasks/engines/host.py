@@ -5,13 +5,15 @@ All contact with vLLM's Python API is in this file. It is run by its path and im
 
 It talks over one socket in frames, a 4-byte length and JSON. To it: the engine arguments, then
 `{"chunk": [[row, prompt], ...], "sampling": {...}}` and `{"cancel": [row, ...]}`. From it:
-`{"ready": {...}}` or `{"failed": reason}`, then `{"row": row, "completion" | "error": {...}}` or, for a row
-of which the call is wrong, `{"row": row, "invalid": reason}`; `{"progress": tokens}` while rows get on, and
-`{"dead": reason}` when the engine died. The end of the socket, or of the parent, ends it.
+`{"ready": {...}}` or `{"failed": reason}`, then `{"row": row, "answer": {...}, "seconds": s}` with what
+vLLM's server would answer, `{"row": row, "error": {...}}` or, for a row of which the call is wrong,
+`{"row": row, "invalid": reason}`; `{"progress": tokens}` while rows get on, and `{"dead": reason}` when the
+engine died. The end of the socket, or of the parent, ends it.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import ctypes
 import dataclasses
@@ -43,6 +45,9 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_mo
 """Files of a LoRA adapter, as vLLM looks for them."""
 SHORT = 2048
 """Characters of a text that is tokenised at once: vLLM's way through a thread costs more than such a text."""
+TRUSTED = {"trust_request_chat_template": True, "trust_request_mm_kwargs": True}
+"""Arguments of vLLM's server, which is not asked by strangers here."""
+
 PR_SET_PDEATHSIG = 1
 """Request by which a process asks Linux for a signal at its parent's death:
 https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html"""
@@ -74,19 +79,22 @@ if __name__ == "__mp_main__":
 
 
 class Host:
-    """One engine and the rows it works on."""
+    """One engine, what vLLM's own server answers with over it, and the rows it works on."""
 
-    def __init__(self, engine: Any, write: Any) -> None:
-        from vllm.exceptions import VLLMClientError
+    def __init__(self, engine: Any, serving: Any, write: Any) -> None:
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self.engine = engine
+        self.models = serving.openai_serving_models
+        self.chat, self.text = request_types()
+        self.answer_chat = serving.openai_serving_chat.create_chat_completion
+        self.answer_text = with_whole_logprobs(serving).create_completion
+        tokenise_short_at_once(engine.renderer)
         self.write = write
         self.adapters = Adapters(engine)
-        self.death, self.refusals = EngineDeadError, (VLLMClientError, ValueError, TypeError)
+        self.death, self.refusal = EngineDeadError, ErrorResponse
         self.tasks: dict[int, asyncio.Task[None]] = {}
-        self.defaults = engine.model_config.get_diff_sampling_param()
-        self.reasoning = reasoning_parser(engine)
 
     def start_chunk(self, frame: Frame) -> None:
         """Hand every row of a chunk to the engine."""
@@ -112,16 +120,15 @@ class Host:
     ) -> None:
         """Tell what became of a row, whatever that is."""
         try:
-            completion = await self.complete(str(row), prompt, sampling)
-            self.write({"row": row, "completion": {**completion, "seconds": time.perf_counter() - accepted}})
+            answer = await self.complete(row, prompt, sampling)
+            seconds = time.perf_counter() - accepted
+            self.write(f'{{"row": {row}, "seconds": {seconds}, "answer": {answer.model_dump_json()}}}')
         except Unusable as error:
             self.write({"row": row, "invalid": str(error)[:2000]})
         except self.death as error:
             self.write({"dead": killed(self.engine) or reason_of(error)})
-        except self.refusals as error:
-            self.write({"row": row, "error": {"kind": kind_of(error), "message": str(error)[:2000]}})
         except Exception as error:  # noqa: BLE001 - whatever vLLM raises for a row is that row's error
-            self.write({"row": row, "error": {"kind": "engine", "message": reason_of(error)[:2000]}})
+            self.write({"row": row, "error": error_of(error)})
 
     async def tell_progress(self) -> None:
         """Tell when tokens have come, of which nothing is heard until their row is finished."""
@@ -134,112 +141,101 @@ class Host:
                 before = tokens
                 self.write({"progress": tokens})
 
-    async def complete(self, request_id: str, prompt: str | list[Any], sampling: dict[str, Any]) -> Frame:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
-
-        extras = {name: sampling.pop(name) for name in session.CHAT_NAMES if name in sampling}
-        lora = await self.adapters.request(sampling.pop("lora_request", None))
-        priority = sampling.pop("priority", 0)
-        if bias := sampling.get("logit_bias"):
-            # JSON has text keys.
-            sampling["logit_bias"] = {int(token): value for token, value in bias.items()}
-        if isinstance(structured := sampling.get("structured_outputs"), Mapping):
-            sampling["structured_outputs"] = StructuredOutputsParams(**structured)
-        # They are this row's own, so vLLM need not copy them deeply.
-        own = {"output_kind": RequestOutputKind.FINAL_ONLY, "skip_clone": True}
-        params = SamplingParams(**{**self.defaults, **sampling}, **own)
-        rendered = await (
-            self.render_text(prompt) if isinstance(prompt, str) else self.render_chat(prompt, extras)
-        )
-        outputs = self.engine.generate(rendered, params, request_id, lora_request=lora, priority=priority)
-        return self.frame_of([output async for output in outputs][-1])  # FINAL_ONLY: there is one
-
-    async def render_text(self, prompt: str) -> Any:
-        from vllm.renderers.inputs.preprocess import parse_model_prompt
-
-        parsed = [parse_model_prompt(self.engine.model_config, prompt)]
-        renderer = self.engine.renderer
-        short = len(prompt) <= SHORT
-        (rendered,) = renderer.render_cmpl(parsed) if short else await renderer.render_cmpl_async(parsed)
-        return rendered
-
-    async def render_chat(self, messages: list[Any], extras: dict[str, Any]) -> Any:
-        from vllm.renderers import ChatParams
-        from vllm.utils.mistral import is_mistral_tokenizer
-
-        renderer = self.engine.renderer
-        template_kwargs = {
-            "tokenize": is_mistral_tokenizer(renderer.tokenizer),
-            "add_generation_prompt": extras.get("add_generation_prompt", True),
-            "continue_final_message": extras.get("continue_final_message", False),
-            "tools": extras.get("tools"),
-            "documents": extras.get("documents"),
-            **extras.get("chat_template_kwargs", {}),
-        }
-        mm = extras.get("mm_processor_kwargs")
-        _, (rendered,) = await renderer.render_chat_async(
-            [messages],
-            ChatParams(
-                chat_template=extras.get("chat_template"),
-                chat_template_kwargs=template_kwargs,
-                mm_processor_kwargs=mm,
-            ),
-            # As vLLM's chat server does: the template writes the special tokens itself.
-            renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False),
-            prompt_extras=None if mm is None else {"mm_processor_kwargs": mm},
-        )
-        return rendered
-
-    def frame_of(self, final: Any) -> Frame:
-        """vLLM's RequestOutput as the fields of a `Completion`."""
-        choices = [self.choice(output) for output in final.outputs]
-        return {
-            "choices": choices,
-            "prompt_tokens": len(final.prompt_token_ids),
-            "completion_tokens": sum(len(c["token_ids"]) for c in choices),
-            "prompt_logprobs": final.prompt_logprobs
-            and [entry and logprob_frame(entry, next(iter(entry))) for entry in final.prompt_logprobs],
-        }
-
-    def choice(self, output: Any) -> Frame:
-        reasoning, text = self.reasoning(output.text)
-        token_ids = list(output.token_ids)
-        return {
-            "text": text,
-            "finish_reason": output.finish_reason,
-            "token_ids": token_ids,
-            "logprobs": output.logprobs
-            and [logprob_frame(e, t) for e, t in zip(output.logprobs, token_ids, strict=True)],
-            "reasoning": reasoning,
-        }
+    async def complete(self, row: int, prompt: str | list[Any], sampling: dict[str, Any]) -> Any:
+        """What vLLM's server answers; raises `Refused` with its words for what it refuses."""
+        body = {"request_id": str(row), "return_token_ids": not sampling.get("echo"), **sampling}
+        if lora := await self.adapters.request(body.pop("lora_request", None)):
+            self.models.lora_requests[lora.lora_name] = lora
+            body["model"] = lora.lora_name
+        if isinstance(prompt, str):
+            answer = await self.answer_text(self.text(prompt=prompt, **body))
+        else:
+            if type(most := body.get("logprobs")) is int:  # as the engine's own parameters have it
+                body |= {"logprobs": True, "top_logprobs": most}
+            answer = await self.answer_chat(self.chat(messages=prompt, **body))
+        if isinstance(answer, self.refusal):
+            raise Refused(answer.error.message, answer.error.code)
+        if lora:
+            answer.model = lora.lora_name.rpartition("#")[0]
+        return answer
 
 
-def logprob_frame(entry: Mapping[int, Any], token_id: int) -> Frame:
-    own = entry[token_id]
-    return {
-        "token": own.decoded_token,
-        "logprob": own.logprob,
-        "top": {p.decoded_token: p.logprob for p in entry.values()},
-    }
-
-
-def reasoning_parser(engine: Any) -> Any:
-    """`text -> (reasoning, answer)` as the engine argument `reasoning_parser` says; else all is answer."""
-    name = engine.vllm_config.structured_outputs_config.reasoning_parser
-    if not name:
-        return lambda text: (None, text)
+def request_types() -> tuple[Any, Any]:
+    """vLLM's chat and completion requests, which also carry what only its engine takes."""
+    import msgspec
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.reasoning import ReasoningParserManager
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-    parser = ReasoningParserManager.get_reasoning_parser(name)(engine.get_tokenizer())
-    request = ChatCompletionRequest(messages=[])
+    class Engine:
+        def to_sampling_params(self, *args: Any) -> Any:
+            params, extra = super().to_sampling_params(*args), self.model_extra  # type: ignore[misc,attr-defined]
+            return msgspec.structs.replace(params, **extra) if extra else params
 
-    def split(text: str) -> tuple[str | None, str]:
-        reasoning, answer = parser.extract_reasoning(text, request)
-        return reasoning, answer or ""
+    class Chat(Engine, ChatCompletionRequest):  # type: ignore[misc]
+        pass
 
-    return split
+    class Text(Engine, CompletionRequest):  # type: ignore[misc]
+        pass
+
+    return Chat, Text
+
+
+def with_whole_logprobs(serving: Any) -> Any:
+    """vLLM's way to complete texts, with the likeliest tokens also as a list.
+
+    The protocol has them by their text, and several may read alike. For chat it has a list.
+    """
+    text, of_chat = serving.openai_serving_completion, serving.openai_serving_chat._create_chat_logprobs
+    of_text = text._create_completion_logprobs
+
+    def create(*, num_output_top_logprobs: int, **given: Any) -> Any:
+        logprobs = of_text(num_output_top_logprobs=num_output_top_logprobs, **given)
+        most = num_output_top_logprobs if num_output_top_logprobs < 0 else num_output_top_logprobs + 1
+        logprobs.content = of_chat(num_output_top_logprobs=most, **given).content
+        return logprobs
+
+    text._create_completion_logprobs = create
+    return text
+
+
+def tokenise_short_at_once(renderer: Any) -> None:
+    """Spare short texts vLLM's way through a thread."""
+    in_thread = renderer.tokenize_prompts_async
+
+    async def tokenize(prompts: list[Any], params: Any) -> Any:
+        if all(len(prompt.get("prompt") or ()) <= SHORT for prompt in prompts):
+            return renderer.tokenize_prompts(prompts, params)
+        return await in_thread(prompts, params)
+
+    renderer.tokenize_prompts_async = tokenize
+
+
+class Refused(Exception):
+    """What vLLM's server says to a request that it does not answer."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def error_of(error: Exception) -> Frame:
+    """A row's error as a `RowError`, in the words of vLLM's server."""
+    from pydantic import ValidationError
+    from vllm.entrypoints.serve import create_error_response
+    from vllm.exceptions import GenerationError
+
+    if isinstance(error, GenerationError):
+        return {"kind": "engine", "message": f"vLLM gave the row up ({error})", "retryable": True}
+    if isinstance(error, Refused):
+        words, code = str(error), error.code
+    else:
+        said = create_error_response(error).error
+        words, code = said.message, said.code
+    if isinstance(error, ValidationError):
+        words = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".lstrip(": ") for e in error.errors())
+    if code >= 500:
+        return {"kind": "engine", "message": reason_of(error)[:2000]}
+    return {"kind": "refused", "message": words[:2000]}
 
 
 class Unusable(Exception):
@@ -286,8 +282,11 @@ class Adapters:
                 raise Unusable("the engine takes none without vllm_kwargs={'enable_lora': True}")
             folder = await asyncio.to_thread(get_adapter_absolute_path, wanted["lora_path"])
             copy = await asyncio.to_thread(copied, Path(folder), number)
-            name = f"{wanted['lora_name']}#{number}"
-            own = {"lora_name": name, "lora_int_id": number, "lora_path": str(copy)}
+            own = {
+                "lora_name": f"{wanted['lora_name']}#{number}",
+                "lora_int_id": number,
+                "lora_path": str(copy),
+            }
             request = LoRARequest(**{**wanted, **own})
             await self.engine.add_lora(request)
         except EngineDeadError:
@@ -318,10 +317,6 @@ def copied(folder: Path, number: int) -> Path:
     return copy
 
 
-def kind_of(error: Exception) -> str:
-    return "too_long" if "maximum context length" in str(error) else "refused"
-
-
 def reason_of(error: BaseException) -> str:
     """The outermost error that has words; vLLM wraps some causes in errors without any."""
     while not str(error) and error.__cause__ is not None:
@@ -337,21 +332,51 @@ def killed(engine: Any) -> str:
     return "; ".join(words for words in found if signal.SIGTERM.name not in words)
 
 
-def start_engine(arguments: dict[str, Any]) -> Any:
-    """An AsyncLLM with these engine arguments; an unknown one is refused with the nearest name."""
+async def start_engine(arguments: dict[str, Any]) -> tuple[Any, Any]:
+    """An AsyncLLM with these arguments, and the state of vLLM's server over it.
+
+    They are of its engine, and of its server where they decide an answer; an unknown one is refused with the
+    nearest name.
+    """
+    from starlette.datastructures import State
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.cli_args import (
+        BaseFrontendArgs,
+        FrontendArgs,
+        validate_parsed_serve_args,
+    )
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    known = {f.name for f in dataclasses.fields(AsyncEngineArgs)}
-    for name in sorted(arguments.keys() - known):
-        near = difflib.get_close_matches(name, known, n=1)
+    of_engine, of_server = (
+        {f.name for f in dataclasses.fields(c)} for c in (AsyncEngineArgs, BaseFrontendArgs)
+    )
+    for name in sorted(arguments.keys() - of_engine - of_server):
+        near = difflib.get_close_matches(name, of_engine | of_server, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise TypeError(f"vllm_kwargs has {name!r}, which vLLM's engine arguments do not know{hint}")
     # As vLLM's `LLM` does for work in bulk: no statistics a step, and its larger default batches.
     quiet = {"enable_log_requests": False, "disable_log_stats": True}
-    engine_args = AsyncEngineArgs(**{**quiet, **arguments})
-    return AsyncLLM.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
+    given = {**quiet, **TRUSTED, **arguments}
+    engine_args = AsyncEngineArgs(**{name: given[name] for name in given.keys() & of_engine})
+    server_args = FrontendArgs(**{name: given[name] for name in given.keys() & of_server})
+    both = argparse.Namespace(**{**vars(server_args), **vars(engine_args)})
+    if isinstance(both.served_model_name, str):
+        both.served_model_name = [both.served_model_name]  # as the server's command line has it
+    validate_parsed_serve_args(both)
+    for plugin, manager in (
+        (both.tool_parser_plugin, ToolParserManager.import_tool_parser),
+        (both.reasoning_parser_plugin, ReasoningParserManager.import_reasoning_parser),
+    ):
+        if plugin:
+            manager(plugin)
+    engine = AsyncLLM.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
+    state = State()
+    await init_app_state(engine, state, both, ("generate",))
+    return engine, state
 
 
 def facts_of(engine: Any) -> Frame:
@@ -370,16 +395,16 @@ async def serve(channel: socket.socket) -> None:
     """Start the engine and answer frames until the other end is closed or the engine dies."""
     reader, writer = await asyncio.open_connection(sock=channel)
 
-    def write(frame: Frame) -> None:
+    def write(frame: Frame | str) -> None:
         writer.write(session.packed(frame))
-        if "dead" in frame:
+        if isinstance(frame, dict) and "dead" in frame:
             dead.set()
 
     dead = asyncio.Event()
     arguments = await session.read_frame(reader)
     try:
-        engine = start_engine(arguments)
-        host = Host(engine, write)
+        engine, serving = await start_engine(arguments)
+        host = Host(engine, serving, write)
     except BaseException as error:
         write({"failed": reason_of(error)})
         await writer.drain()

@@ -15,7 +15,7 @@ import aiohttp
 from vllm_tasks.engines import Done, wire
 from vllm_tasks.engines.connections import NAME, Connector, Names
 from vllm_tasks.engines.control import Control, Key, untrusted
-from vllm_tasks.engines.failures import MENDED_BY, Attempt, Denied, Full, Unreachable
+from vllm_tasks.engines.failures import MENDED_BY, Attempt, Denied, Full, Unreachable, kind_of_refusal
 from vllm_tasks.engines.files import OUT_OF_FILES, TOO_MANY_FILES, most_connections
 from vllm_tasks.engines.servers import Server, Servers
 from vllm_tasks.engines.tries import Tries, retry_after
@@ -33,8 +33,6 @@ GATEWAY = {502, 503, 504}
 """What a gateway says while the server behind it is away; vLLM itself says 503 when its engine is dead."""
 WITHHELD = "content_filter"
 """The finish reason of an answer that a gateway keeps back, whole or in part."""
-TOO_LONG = ("maximum context length", "maximum model length", "max_model_len")
-"""How vLLM's refusals of a prompt that is too long say so."""
 STREAMED = 2**20
 """Bytes: aiohttp wants larger bodies as a file, so that sending one does not hold up the loop."""
 
@@ -293,7 +291,7 @@ def refusal(response: aiohttp.ClientResponse, content: bytes, key: Key) -> Excep
         return failed("server", said, retryable=True, delay=retry_after(response.headers.get("Retry-After")))
     if status < 300:
         return Attempt("response", f"{said}: an answer comes with HTTP 200")
-    return Attempt("too_long" if any(t in words for t in TOO_LONG) else "refused", said)
+    return Attempt(kind_of_refusal(words), said)
 
 
 def words_of(content: bytes) -> str:

@@ -9,18 +9,19 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from vllm_tasks.engines import Done
+from vllm_tasks.engines import Done, wire
+from vllm_tasks.engines.failures import kind_of_refusal
 from vllm_tasks.engines.gpus import Claim
 from vllm_tasks.engines.in_flight import Rows
 from vllm_tasks.engines.process import HostProcess
 from vllm_tasks.engines.session import Frame
 from vllm_tasks.errors import EngineFailed, InvalidCall
-from vllm_tasks.rows import Choice, Completion, Request, Result, RowError, TokenLogprob, given_up
+from vllm_tasks.rows import Request, Result, RowError, given_up
 from vllm_tasks.window import Window
 
 logger = logging.getLogger(__name__)
@@ -216,7 +217,7 @@ class LocalEngine:
         if "invalid" in frame:
             row.chunk.fail(InvalidCall(frame["invalid"]))
         else:
-            row.settle(result_of(frame))
+            row.settle(result_of(frame, row.request))
         self._send()
 
     def _fail(self, error: EngineFailed) -> None:
@@ -258,25 +259,15 @@ def tell_trust(model: str) -> None:
     )
 
 
-def result_of(frame: Frame) -> Result:
-    """The row of a frame from the host."""
+def result_of(frame: Frame, request: Request) -> Result:
+    """The row of a frame from the host: an answer as vLLM's server gives it, read as one over HTTP is."""
     if "error" in frame:
-        return RowError(**frame["error"])
-    completion = frame["completion"]
-    answer = Completion(
-        choices=tuple(
-            Choice(**{**choice, "logprobs": logprobs_of(choice["logprobs"])})
-            for choice in completion["choices"]
-        ),
-        prompt_tokens=completion["prompt_tokens"],
-        completion_tokens=completion["completion_tokens"],
-        prompt_logprobs=logprobs_of(completion["prompt_logprobs"]),
-        seconds=completion["seconds"],
-    )
+        error = RowError(**frame["error"])
+        return replace(error, kind=kind_of_refusal(error.message)) if error.kind == "refused" else error
+    try:
+        answer = wire.parse(wire.path_of("openai", request), request, frame["answer"])
+    except wire.WrongShape as error:
+        return RowError("response", str(error))
     if reason := given_up(answer):
         return RowError("engine", f"vLLM gave the row up ({reason})", retryable=True)
-    return answer
-
-
-def logprobs_of(entries: list[Any] | None) -> list[Any] | None:
-    return entries and [entry and TokenLogprob(**entry) for entry in entries]
+    return replace(answer, seconds=frame["seconds"])

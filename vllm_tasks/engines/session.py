@@ -30,16 +30,6 @@ SOCKET_OF_VLLM = "/vllm-12345678/01234567-89ab-cdef-0123-456789abcdef"
 """What comes after the temporary folder in the path of a socket of vLLM's."""
 LONGEST = 107
 """Bytes that the path of a socket may have: https://man7.org/linux/man-pages/man7/unix.7.html"""
-CHAT_NAMES = (
-    "add_generation_prompt",
-    "continue_final_message",
-    "chat_template",
-    "chat_template_kwargs",
-    "tools",
-    "documents",
-    "mm_processor_kwargs",
-)
-"""Parameters of a chat request that act before sampling; named as in vLLM's chat protocol."""
 
 ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
 """System call, request and feature by which a process on x86-64 asks Linux for AMX's registers:
@@ -58,8 +48,9 @@ def permit_amx() -> None:
         ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA)
 
 
-def packed(frame: Frame) -> bytes:
-    data = json.dumps(frame).encode()
+def packed(frame: Frame | str) -> bytes:
+    """A frame as it goes over the socket; one that is JSON already as it is."""
+    data = (frame if isinstance(frame, str) else json.dumps(frame)).encode()
     return struct.pack("!I", len(data)) + data
 
 

@@ -125,9 +125,11 @@ def _text_logprobs(value: Any) -> list[TokenLogprob] | None:
     if value is None:
         return None
     try:
-        tops = value.get("top_logprobs") or [None] * len(value["tokens"])
+        tops = [(top or {}).items() for top in value.get("top_logprobs") or [None] * len(value["tokens"])]
+        if "content" in value:  # our host's: the same as a list, which tokens that read alike are all in
+            tops = [_tops(token) for token in value["content"]]
         rows = zip(value["tokens"], value["token_logprobs"], tops, strict=True)
-        return [_token(token, logprob, (top or {}).items()) for token, logprob, top in rows]
+        return [_token(token, logprob, top) for token, logprob, top in rows]
     except UNFIT:
         wrong('"logprobs" with "tokens" and "token_logprobs" of one length', value)
 
@@ -136,16 +138,13 @@ def _chat_logprobs(value: Any) -> list[TokenLogprob] | None:
     if value is None:
         return None
     try:
-        return [
-            _token(
-                t["token"],
-                t["logprob"],
-                [(top["token"], top["logprob"]) for top in t.get("top_logprobs") or ()],
-            )
-            for t in value.get("content") or ()
-        ]
+        return [_token(t["token"], t["logprob"], _tops(t)) for t in value.get("content") or ()]
     except UNFIT:
         wrong('"logprobs" with "content", a list of tokens', value)
+
+
+def _tops(token: JSON) -> list[tuple[Any, Any]]:
+    return [(top["token"], top["logprob"]) for top in token.get("top_logprobs") or ()]
 
 
 def _prompt_logprobs(value: Any) -> list[TokenLogprob | None] | None:
@@ -176,7 +175,7 @@ UNFIT = (AttributeError, LookupError, OverflowError, TypeError, ValueError)
 
 def _token(token: Any, logprob: Any, top: Iterable[tuple[Any, Any]]) -> TokenLogprob:
     return TokenLogprob(
-        _text(token, "token"), _number(logprob), {_text(t, "token"): _number(p) for t, p in top}
+        _text(token, "token"), _number(logprob), [(_text(t, "token"), _number(p)) for t, p in top]
     )
 
 

@@ -23,7 +23,6 @@ from vllm_tasks.fingerprint import canonical, fingerprint
 from vllm_tasks.metrics.measure import Answer, Likelihood
 from vllm_tasks.plain_text import NoText, plain_text
 from vllm_tasks.rows import Completion, Request, RowError
-from vllm_tasks.sampling import LOCAL_CHAT
 from vllm_tasks.validation import Metric
 from vllm_tasks.validation.asking import Incomplete, Round, Row, Source, predict_id_of, read
 from vllm_tasks.validation.expected import expected
@@ -33,7 +32,11 @@ KEY = "row", "part"
 PROMPT_ALONE = -1
 """The part of a row that has no text."""
 SAMPLING = {"prompt_logprobs": 0, "max_tokens": 1, "temperature": 0}
-OF_THE_PROMPT = LOCAL_CHAT | {"lora_request", "add_special_tokens", "tool_choice"}
+OF_THE_PROMPT = {
+    *("add_generation_prompt", "add_special_tokens", "chat_template", "chat_template_kwargs"),
+    *("continue_final_message", "documents", "lora_request", "media_io_kwargs", "mm_processor_kwargs"),
+    *("reasoning_effort", "tool_choice", "tools", "truncate_prompt_tokens", "truncation_side"),
+}
 """What travels with sampling parameters and decides what the model is asked, and which model that is."""
 GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
 """For chat: the last message is not at its end."""
