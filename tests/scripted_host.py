@@ -37,7 +37,10 @@ def main() -> None:
         )
         send(channel, {"failed": "RuntimeError: Engine core initialization failed. See root cause above."})
         return
-    send(channel, {"ready": {"vllm": "scripted", "max_num_seqs": 4, "max_model_len": 100}})
+    send(
+        channel,
+        {"ready": {"vllm": "scripted", "max_num_seqs": 4, "max_model_len": 100, "chat_template": False}},
+    )
     while frame := receive(channel):
         for row, prompt in frame.get("chunk", []):
             note(log, prompt)

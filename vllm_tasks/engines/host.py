@@ -48,6 +48,8 @@ TOLD_EVERY = 0.5
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 """Files of a LoRA adapter, as vLLM looks for them."""
+MISSING = "must provide a chat template"
+"""How vLLM says that a model has none."""
 SHORT = 2048
 """Characters of a text that is tokenised at once: vLLM's way through a thread costs more than such a text."""
 CHAT_NAMES = (
@@ -217,6 +219,16 @@ class Host:
             prompt_extras=None if mm is None else {"mm_processor_kwargs": mm},
         )
         return rendered
+
+    async def has_chat_template(self) -> bool:
+        """Whether vLLM finds a chat template for the model, in its files or of its own."""
+        try:
+            await self.render_chat([{"role": "user", "content": "Hello"}], {})
+        except ValueError as error:
+            return MISSING not in str(error)
+        except Exception:  # noqa: BLE001 - whatever a template raises: there is one
+            return True
+        return True
 
     def frame_of(self, final: Any) -> Frame:
         """vLLM's RequestOutput as the fields of a `Completion`."""
@@ -416,7 +428,7 @@ async def serve(channel: socket.socket) -> None:
         write({"failed": reason_of(error)})
         await writer.drain()
         raise
-    write({"ready": facts_of(engine)})
+    write({"ready": {**facts_of(engine), "chat_template": await host.has_chat_template()}})
     # Whichever of them ends, and be it by an error: the host must not go on without it.
     parts = take_frames(reader, host), dead.wait(), host.tell_progress()
     ended, _ = await asyncio.wait(map(asyncio.create_task, parts), return_when=asyncio.FIRST_COMPLETED)

@@ -78,6 +78,7 @@ class LocalEngine:
         self._arguments: Frame = json.loads(config.engine_args)
         self._rows = Rows()
         self._host: Host | None = None  # None while there is none that is ready
+        self._has_chat_template = False
         self._barren = 0
         self._moved = 0.0
         self._life: asyncio.Task[None] | None = None
@@ -102,6 +103,7 @@ class LocalEngine:
             await self._claim.release()
             raise
         self.window.limit = math.ceil(WINDOW_FACTOR * facts["max_num_seqs"])
+        self._has_chat_template = facts["chat_template"]
         self._host = host
         self._life = asyncio.create_task(self._live_and_release(host))
 
@@ -117,6 +119,9 @@ class LocalEngine:
             if left and self._host:
                 self._host.write({"cancel": left})
             self._send()
+
+    async def has_chat_template(self) -> bool:
+        return self._has_chat_template
 
     async def close(self) -> None:
         if self._life is not None:

@@ -84,6 +84,7 @@ class Servers:
         self.model = model
         self.control = control
         self.patience = patience
+        self.has_chat_template: bool | None = None  # of the model that all serve; None: not asked yet
         self.places = most * len(urls)
         self.answers = 0
         self._prove = prove
@@ -324,7 +325,7 @@ class Servers:
 
     def forget_model(self) -> None:
         """Ask anew what is served: a server does not know the model that was told, or tells another one."""
-        self._served = None
+        self._served = self.has_chat_template = None
         self._are_compared = len(self.all) == 1
         for server in self.all:
             server.model, server.is_asked = self.model, self._is_sure
@@ -332,6 +333,15 @@ class Servers:
     async def facts(self) -> dict[str, str]:
         """What a server tells: `model` as it is to be asked for; `root` (the model's own name or folder)
         and `version` (vLLM's) where it tells them."""
+        while True:
+            server = await self.trusted()
+            assert server.model is not None
+            told = await self.control.facts(server.url, server.model)
+            if told or server.is_there:  # else rows have found out meanwhile that it is away
+                return {"model": server.model, **told}
+
+    async def trusted(self) -> Server:
+        """One that is there and has told what it serves; raises as `place` and `trust`."""
         while True:
             await self.compare()
             server = next((server for server in self.all if server.is_there), None)
@@ -341,11 +351,8 @@ class Servers:
                 await self.trust(server)
             except Unreachable as error:
                 self.lose(server, str(error))
-                continue
-            assert server.model is not None
-            told = await self.control.facts(server.url, server.model)
-            if told or server.is_there:  # else rows have found out meanwhile that it is away
-                return {"model": server.model, **told}
+            else:
+                return server
 
 
 def _stays(server: Server) -> None:
