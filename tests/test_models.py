@@ -729,6 +729,7 @@ def test_what_is_wrong_with_a_call_raises_before_anything_is_asked(server: EchoS
     with pytest.raises(InvalidCall, match="set chat=True"):
         api(server, system="S").predict("x")
     with pytest.raises(InvalidCall, match=r"'top_logprobs' is for chat messages.*chat=True"):
+        model.chat = False
         model.predict("x", top_logprobs=2)
     with pytest.raises(InvalidCall, match="'suffix' is for text prompts"):
         api(server, chat=True).predict("x", suffix="y")

@@ -19,6 +19,8 @@ from vllm_tasks.engines.http import HttpConfig
 from vllm_tasks.sampling import Target, of_one_kind
 from vllm_tasks.stopping import raise_if_stopped
 
+HUB_TIMEOUT = 5.0
+"""Seconds in which the hub has to say which files a model has; else its cache counts alone."""
 FALLBACKS = {
     *("blip-2", "clip", "colpali", "deepseek_ocr", "deepseek_ocr2", "deepseek_vl_v2", "minicpmv"),
     *("minicpmv4_6", "minicpmv4_7", "paligemma", "siglip", "siglip2", "unlimited-ocr", "unlimited_ocr"),
@@ -122,7 +124,6 @@ class Files:
         return [] if path is None else list(path.parent.glob(pattern))
 
 
-@functools.lru_cache(maxsize=256)
 def _in_hub(name: str, file: str, revision: str | None, cache: str | None, token: Any) -> Path | None:
     """A file of a repository, from the hub's cache or fetched into it; None where it cannot be had."""
     try:
@@ -131,11 +132,23 @@ def _in_hub(name: str, file: str, revision: str | None, cache: str | None, token
         return None
     try:
         found = try_to_load_from_cache(name, file, cache_dir=cache, revision=revision)
-        if found is None:  # neither there nor known to be nowhere
+        if found is None and file in _listed(name, revision, token):
             found = hf_hub_download(name, file, cache_dir=cache, revision=revision, token=token)
-    except (OSError, ValueError):  # not there, no such repository, no network, or no name of one
+    except (OSError, ValueError):  # the network is lost, or that is no name of a repository
         return None
     return Path(found) if isinstance(found, str) else None
+
+
+@functools.lru_cache(maxsize=64)
+def _listed(name: str, revision: str | None, token: Any) -> frozenset[str]:
+    """The files that the hub lists: none where it is not reached, for which a download would try for long."""
+    from huggingface_hub import model_info
+
+    try:
+        listed = model_info(name, revision=revision, token=token, timeout=HUB_TIMEOUT).siblings or ()
+    except Exception:  # noqa: BLE001 - whatever the hub's client raises without a network or such a name
+        return frozenset()
+    return frozenset(file.rfilename for file in listed)
 
 
 @functools.lru_cache(maxsize=64)

@@ -127,10 +127,7 @@ class Control:
     async def has_chat_template(self, url: str, model: str) -> bool | None:
         """Whether the server has a chat template for the model, None where it does not tell, as a gateway."""
         message = {"role": "user", "content": "Hello"}
-        try:
-            status, content = await self._ask(f"{url}/tokenize", {"model": model, "messages": [message]})
-        except Unreachable:
-            return None
+        status, content = await self._ask(f"{url}/tokenize", {"model": model, "messages": [message]})
         told = json_in(content)
         if status == 200 and isinstance(told, dict) and told.get("count"):
             return True

@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,12 +105,19 @@ class HttpEngine:
     async def has_chat_template(self) -> bool:
         """Asked once, of one server. Where nothing tells, as behind gateways: unless chat is refused."""
         async with self._trying:
-            if self._servers.has_chat_template is None:
-                server = await self._servers.trusted()
+            if (told := self._servers.has_chat_template) is None:
+                told = await self._told_template()
+                self._servers.has_chat_template = told = await self._takes_chat() if told is None else told
+            return told
+
+    async def _told_template(self) -> bool | None:
+        """What the first server says that can be reached; None: it does not tell, or none can be."""
+        for server in self._servers.all:
+            with suppress(Unreachable):
+                await self._servers.trust(server)
                 assert server.model is not None
-                told = await self._control.has_chat_template(server.url, server.model)
-                self._servers.has_chat_template = await self._takes_chat() if told is None else told
-            return self._servers.has_chat_template
+                return await self._control.has_chat_template(server.url, server.model)
+        return None
 
     async def _takes_chat(self) -> bool:
         """Whether chat is not refused for want of a chat template, tried with one row of one token."""

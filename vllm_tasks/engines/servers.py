@@ -334,15 +334,6 @@ class Servers:
         """What a server tells: `model` as it is to be asked for; `root` (the model's own name or folder)
         and `version` (vLLM's) where it tells them."""
         while True:
-            server = await self.trusted()
-            assert server.model is not None
-            told = await self.control.facts(server.url, server.model)
-            if told or server.is_there:  # else rows have found out meanwhile that it is away
-                return {"model": server.model, **told}
-
-    async def trusted(self) -> Server:
-        """One that is there and has told what it serves; raises as `place` and `trust`."""
-        while True:
             await self.compare()
             server = next((server for server in self.all if server.is_there), None)
             if server is None:
@@ -351,8 +342,11 @@ class Servers:
                 await self.trust(server)
             except Unreachable as error:
                 self.lose(server, str(error))
-            else:
-                return server
+                continue
+            assert server.model is not None
+            told = await self.control.facts(server.url, server.model)
+            if told or server.is_there:  # else rows have found out meanwhile that it is away
+                return {"model": server.model, **told}
 
 
 def _stays(server: Server) -> None:
