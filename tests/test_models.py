@@ -729,8 +729,7 @@ def test_what_is_wrong_with_a_call_raises_before_anything_is_asked(server: EchoS
     with pytest.raises(InvalidCall, match="set chat=True"):
         api(server, system="S").predict("x")
     with pytest.raises(InvalidCall, match=r"'top_logprobs' is for chat messages.*chat=True"):
-        model.chat = False
-        model.predict("x", top_logprobs=2)
+        api(server, chat=False).predict("x", top_logprobs=2)
     with pytest.raises(InvalidCall, match="'suffix' is for text prompts"):
         api(server, chat=True).predict("x", suffix="y")
     with pytest.raises(InvalidCall, match="takes texts, no chat messages"):
@@ -744,7 +743,8 @@ def test_what_is_wrong_with_a_call_raises_before_anything_is_asked(server: EchoS
 
 def test_chat_only_names_need_messages_locally() -> None:
     """The engine's chat arguments are refused for text prompts, before an engine starts."""
-    model = VllmModel(identifier="m", model_name="/absent", predict_kwargs={"chat_template": "x"})
+    fields = {"predict_kwargs": {"chat_template": "x"}, "chat": False}
+    model = VllmModel(identifier="m", model_name="/absent", **fields)
     with pytest.raises(InvalidCall, match=r"\['chat_template'\] are for chat messages.*chat=True"):
         model.predict("x")
 
