@@ -207,6 +207,7 @@ def bare(folder: Path, tiny_model: Path, files: dict[str, Any]) -> Path:
 
 
 @pytest.mark.engine
+@pytest.mark.filterwarnings("ignore")  # torch's, of what vLLM imports
 @pytest.mark.parametrize("name", FILES)
 def test_files_tell_what_vllm_would_find(name: str, tiny_model: Path, tmp_path: Path) -> None:
     """Without importing it; where they are not sure, the engine is asked."""
@@ -230,6 +231,7 @@ def test_files_tell_what_vllm_would_find(name: str, tiny_model: Path, tmp_path: 
 
 
 @pytest.mark.engine
+@pytest.mark.filterwarnings("ignore")
 def test_the_exceptions_are_those_of_vllm() -> None:
     """The types with a template of vLLM's own, and those whose chat is written in code."""
     from vllm.transformers_utils.chat_templates.registry import _MODEL_TYPE_TO_CHAT_TEMPLATE_FALLBACK
