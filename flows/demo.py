@@ -61,7 +61,6 @@ def demo_model() -> VllmModel:
             "enforce_eager": True,
             "dtype": number_type(),
         },
-        chat=True,
         system="Answer the question in one short sentence.",
         predict_kwargs={"temperature": 0, "max_tokens": 32},
     )

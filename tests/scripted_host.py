@@ -37,7 +37,8 @@ def main() -> None:
         )
         send(channel, {"failed": "RuntimeError: Engine core initialization failed. See root cause above."})
         return
-    send(channel, {"ready": {"vllm": "scripted", "ranks": 1, "max_num_seqs": 4, "max_model_len": 100}})
+    facts = {"vllm": "scripted", "ranks": 1, "max_num_seqs": 4, "max_model_len": 100, "chat_template": False}
+    send(channel, {"ready": facts})
     while frame := receive(channel):
         for row, prompt in frame.get("chunk", []):
             note(log, prompt)

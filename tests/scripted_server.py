@@ -1,7 +1,8 @@
 """The far side of the wire: a real HTTP server on loopback that does what a test tells it to.
 
 It speaks vLLM's protocols and answers every prompt with `answer_to(prompt)`. A test's *script*
-is asked first, for every request; what it returns instead of None is done.
+is asked first, for every request; what it returns instead of None is done. Whether its model has a chat
+template is not the script's matter, but the attribute `tokenizes`'.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from typing import Any, Self
 from aiohttp import web
 
 HUGE = 2**30
+NO_TEMPLATE = (
+    "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat "
+    "template if the tokenizer does not define one."
+)
+"""How vLLM refuses chat for a model without a chat template."""
 MODEL = "scripted-model"
+CONTROL = ("/health", "/v1/models", "/version", "/tokenize")
+"""Paths of a server's control calls."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,8 @@ class ScriptedServer:
     def __init__(self, script: Script = lambda _: None, tls: ssl.SSLContext | None = None) -> None:
         self.script = script
         self.tls = tls
+        self.tokenizes = refused(400, NO_TEMPLATE)
+        """What /tokenize answers."""
         self.requests: list[Asked] = []
         self.peak = self.open = self.dropped = 0
         self._loop = asyncio.new_event_loop()
@@ -132,7 +142,7 @@ class ScriptedServer:
     @property
     def posts(self) -> list[Asked]:
         """The requests for answers, without the control calls."""
-        return [r for r in self.requests if r.path not in ("/health", "/v1/models", "/version")]
+        return [r for r in self.requests if r.path not in CONTROL]
 
     @property
     def connections(self) -> int:
@@ -193,7 +203,7 @@ class ScriptedServer:
         body = json.loads(content) if content else None
         asked = Asked(request.path, dict(request.headers), body, time.monotonic())
         self.requests.append(asked)
-        if request.method != "POST":
+        if request.path in CONTROL:
             return await self._act(request, asked)
         self.open += 1
         self.peak = max(self.peak, self.open)
@@ -206,7 +216,7 @@ class ScriptedServer:
             self.open -= 1
 
     async def _act(self, request: web.Request, asked: Asked) -> web.StreamResponse:
-        deed = self.script(asked)
+        deed = self.tokenizes if asked.path.endswith("/tokenize") else self.script(asked)
         if inspect.isawaitable(deed):
             deed = await deed
         if isinstance(deed, Raw):

@@ -24,6 +24,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/tokenize":
+            self.answer(400, {"error": {"message": "you must provide a chat template"}})
+            return
         if self.headers["Authorization"] != f"Bearer {os.environ['VLLM_API_KEY']}":
             self.answer(401, {"error": "Unauthorized"})
             return

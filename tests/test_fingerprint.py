@@ -24,10 +24,11 @@ import pytest
 from tests.scripted_server import ScriptedServer
 from tests.zoo import KINDS, build, told, typed
 from vllm_tasks import InvalidCall, VllmAPI, VllmModel
+from vllm_tasks.chat import of_files
 from vllm_tasks.fingerprint import fingerprint, input_hash
 from vllm_tasks.functions import made_of
 from vllm_tasks.outputs import Decoder
-from vllm_tasks.serving import api_of
+from vllm_tasks.serving import Behind, api_of
 from vllm_tasks.weights import IGNORED, engine_identity, sampling_identity
 
 ROOT = Path(__file__).parent.parent
@@ -224,7 +225,7 @@ def test_a_version_is_loaded_with_its_function(monkeypatch: pytest.MonkeyPatch) 
     """A saved block has the function's path, and the module that is there gives its version."""
     monkeypatch.setenv("VLLM_TASKS_CALLABLE_PREFIXES", '["tests"]')
     saved = VllmAPI(
-        identifier="m", api_url="http://127.0.0.1:1", model="m", prompt_func=versioned
+        identifier="m", api_url="http://127.0.0.1:1", model="m", chat=False, prompt_func=versioned
     ).model_dump()
     saved |= {"db": None, "api_key": None}
     loaded = VllmAPI(**saved)
@@ -436,11 +437,16 @@ def test_a_token_for_downloads_does_not_count_and_an_adapter_counts_by_its_files
     assert sampling_identity({"temperature": 0}) == {"temperature": 0}
 
 
-def test_a_served_model_is_the_model(tmp_path: Path) -> None:
-    """It answers alike, so that a table goes on with either."""
+@pytest.mark.parametrize("template", [None, "{{ messages }}"])
+def test_a_served_model_is_the_model(tmp_path: Path, template: str | None) -> None:
+    """It answers alike, so that a table goes on with either; nothing is asked for it."""
     (tmp_path / "weights.safetensors").write_bytes(b"a")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     model = VllmModel(identifier="m", model_name=str(tmp_path), vllm_kwargs={"max_model_len": 64})
     arguments = json.loads(model.engine_config().engine_args)
-    served = api_of(model, engine_identity(arguments), "name", "http://127.0.0.1:1", "key")
-    over = [asked.prepare(asked.predict_in_db).over("text") for asked in (model, served)]
-    assert over[0].fingerprint == over[1].fingerprint
+    behind = Behind(engine_identity(arguments), of_files(arguments))
+    served = api_of(model, behind, "name", "http://127.0.0.1:1", "key")
+    said = model.model_copy(update={"chat": template is not None})
+    over = [asked.prepare(asked.predict_in_db).over("text") for asked in (model, served, said)]
+    assert over[0].fingerprint == over[1].fingerprint == over[2].fingerprint

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from tests.scripted_server import NO_TEMPLATE
 from vllm_tasks import (
     Artifact,
     Completion,
@@ -52,7 +53,7 @@ def test_an_identifier_is_all_a_model_needs(make: Maker) -> None:
     """Every other field has the default of the design."""
     model = make(identifier="m")
     assert (model.signature, model.prompt, model.max_batch_size) == ("singleton", "{input}", 4)
-    assert (model.chat, model.system, model.prompt_func, model.db) == (False, None, None, None)
+    assert (model.chat, model.system, model.prompt_func, model.db) == (None, None, None, None)
     assert model.artifacts == model.predict_kwargs == model.metric_values == {}
 
 
@@ -565,6 +566,9 @@ class Echo(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/tokenize":
+            self.reply({"error": {"message": NO_TEMPLATE}}, 400)
+            return
         self.server.bodies.append({"path": self.path, **body})  # type: ignore[attr-defined]
         n = body.get("n") or 1
         if self.path == "/generate":
@@ -579,9 +583,9 @@ class Echo(BaseHTTPRequestHandler):
     def choice(self, content: dict[str, Any], index: int, text: str) -> dict[str, Any]:
         return {**content, "index": index, "finish_reason": "length" if "long" in text else "stop"}
 
-    def reply(self, answer: dict[str, Any]) -> None:
+    def reply(self, answer: dict[str, Any], status: int = 200) -> None:
         content = dumps(answer).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -725,7 +729,7 @@ def test_what_is_wrong_with_a_call_raises_before_anything_is_asked(server: EchoS
     with pytest.raises(InvalidCall, match="set chat=True"):
         api(server, system="S").predict("x")
     with pytest.raises(InvalidCall, match=r"'top_logprobs' is for chat messages.*chat=True"):
-        model.predict("x", top_logprobs=2)
+        api(server, chat=False).predict("x", top_logprobs=2)
     with pytest.raises(InvalidCall, match="'suffix' is for text prompts"):
         api(server, chat=True).predict("x", suffix="y")
     with pytest.raises(InvalidCall, match="takes texts, no chat messages"):
@@ -739,7 +743,8 @@ def test_what_is_wrong_with_a_call_raises_before_anything_is_asked(server: EchoS
 
 def test_chat_only_names_need_messages_locally() -> None:
     """The engine's chat arguments are refused for text prompts, before an engine starts."""
-    model = VllmModel(identifier="m", model_name="/absent", predict_kwargs={"chat_template": "x"})
+    fields = {"predict_kwargs": {"chat_template": "x"}, "chat": False}
+    model = VllmModel(identifier="m", model_name="/absent", **fields)
     with pytest.raises(InvalidCall, match=r"\['chat_template'\] are for chat messages.*chat=True"):
         model.predict("x")
 

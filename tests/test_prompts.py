@@ -502,7 +502,7 @@ def test_a_column_that_the_prompt_leaves_out_is_refused(
     fields: dict[str, Any], columns: Any, named: str
 ) -> None:
     """Over a table; a record of `predict` may have more fields than the prompt."""
-    model = VllmAPI(identifier="m", api_url="http://x", model="x", **fields)
+    model = VllmAPI(identifier="m", api_url="http://x", model="x", chat=False, **fields)
     with pytest.raises(InvalidCall, match=f"never uses the columns {named} of X"):
         model.prepare(model.predict_in_db).over(columns)
 
@@ -513,7 +513,7 @@ def test_a_function_gets_the_keywords_that_it_names() -> None:
     def styled(x: str, style: str = "plain", *, context: str | None = None) -> str:
         return f"{style}: {x}"
 
-    model = VllmAPI(identifier="m", api_url="http://x", model="x", prompt_func=styled)
+    model = VllmAPI(identifier="m", api_url="http://x", model="x", chat=False, prompt_func=styled)
     call = model.prepare(model.predict, None, {"style": "formal", "max_tokens": 7})
     (request,) = call.requests(["hello"])
     assert isinstance(request, Request)
@@ -529,7 +529,9 @@ def test_a_function_gets_the_keywords_that_it_names() -> None:
 
 def test_a_keyword_may_be_whatever_a_function_may_hold() -> None:
     """Two functions as keywords are told apart, and what cannot be told is refused, as in a closure."""
-    model = VllmAPI(identifier="m", api_url="http://x", model="x", prompt_func=lambda x, style: style(x))
+    model = VllmAPI(
+        identifier="m", api_url="http://x", model="x", chat=False, prompt_func=lambda x, style: style(x)
+    )
 
     def printed(style: Any) -> str:
         return model.prepare(model.predict, None, {"style": style}).over("x").fingerprint
@@ -544,7 +546,7 @@ def test_a_keyword_may_be_whatever_a_function_may_hold() -> None:
 def test_a_keyword_that_is_falsy_is_given(style: Any) -> None:
     """It is not lost to a field of the record, which may have its name only where the call gives nothing."""
     fields = {"signature": "**kwargs", "prompt_func": lambda text, style="plain": f"{style}: {text}"}
-    model = VllmAPI(identifier="m", api_url="http://x", model="x", **fields)  # type: ignore[arg-type]
+    model = VllmAPI(identifier="m", api_url="http://x", model="x", chat=False, **fields)  # type: ignore[arg-type]
     call = model.prepare(model.predict, None, {"style": style})
     with pytest.raises(InvalidCall, match="would be given twice"):
         call.over(["text", "style"])
@@ -553,14 +555,16 @@ def test_a_keyword_that_is_falsy_is_given(style: Any) -> None:
 
 def test_the_artifacts_are_the_models() -> None:
     """A keyword of that name does not take their place."""
-    model = VllmAPI(identifier="m", api_url="http://x", prompt_func=lambda x, artifacts: x)
+    model = VllmAPI(identifier="m", api_url="http://x", chat=False, prompt_func=lambda x, artifacts: x)
     with pytest.raises(InvalidCall, match="artifacts"):
         model.prepare(model.predict, None, {"artifacts": {"rules": "none"}})
 
 
 def test_a_keyword_is_not_both_for_the_function_and_for_vllm() -> None:
     """What of the two is meant is not guessed; as long as the call does not give it, nothing is in doubt."""
-    model = VllmAPI(identifier="m", api_url="http://x", model="x", prompt_func=lambda x, n=3: x * n)
+    model = VllmAPI(
+        identifier="m", api_url="http://x", model="x", chat=False, prompt_func=lambda x, n=3: x * n
+    )
     assert model.prepare(model.predict).requests(["a"])[0] == Request("aaa", {})
     with pytest.raises(InvalidCall, match="'n' is an argument of prompt_func and a sampling parameter"):
         model.prepare(model.predict, None, {"n": 2})

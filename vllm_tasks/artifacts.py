@@ -146,6 +146,7 @@ def markdown_of(report: Report) -> str:
         markdown_table(("error", "rows", "keys, for example"), kinds) if kinds else "No row failed.",
         *([markdown_table(("lines that could not be read, for example",), lines)] if lines else []),
         f"Model `{cell(report.model)}`, fingerprint `{report.fingerprint[:16]}`"
+        + (f", texts sent as {report.sent_as}" if report.sent_as else "")
         + (f", served by {words(served)}" if served else ""),
     ]
     return "\n\n".join(parts) + "\n"

@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from vllm_tasks import loop, sharing
+from vllm_tasks.chat import of_model
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.engines.http import HttpConfig
 from vllm_tasks.errors import InvalidCall, RowErrors
 from vllm_tasks.fingerprint import fingerprint
 from vllm_tasks.functions import WAY_OUT
 from vllm_tasks.outputs import Decoder
-from vllm_tasks.prompts import Context, Prompter, Signature
-from vllm_tasks.rows import Completion, Request, Result, RowError
+from vllm_tasks.prompts import Context, Prompter, Signature, conversation
+from vllm_tasks.rows import Completion, Message, Request, Result, RowError
 from vllm_tasks.sampling import Target, check_prompts
 from vllm_tasks.stopping import raise_if_stopped
 from vllm_tasks.weights import engine_identity, sampling_identity
@@ -74,19 +75,24 @@ class Call:
     decoder: Decoder
     behind: Mapping[str, Any] | None = None
     """What decides an answer of the engine behind a server of ours, which does not tell it itself."""
+    has_chat_template: bool | None = None
+    """Of the model, where that is known without asking."""
     answerer: Answerer | None = None
-    """Who answers in place of the engine: a work pool."""
+    """Who answers in place of the engine: a work pool. What the model is, is known there."""
+
+    def resolved(self) -> Call:
+        """This call where it is known whether texts are sent as chat; raises as a call that has to ask."""
+        if self.prompter.chat is not None or self.answerer is not None:
+            return self
+        known = self.has_chat_template
+        return replace(self, prompter=self.prompter.asking(of_model(self.engine) if known is None else known))
 
     def requests(self, records: Sequence[Any]) -> list[Request | RowError]:
         """For each record a request, or why there is none; raises `InvalidCall` for what all have wrong."""
         prompts = [self.prompter(record) for record in records]
-        if self.prompter.system is not None and any(isinstance(p, str) for p in prompts):
-            raise InvalidCall("system needs chat messages: set chat=True, or put the words into the prompt")
-        check_prompts(prompts, self.sampling, self.target)
-        return [
-            replace(p, index=i) if isinstance(p, RowError) else Request(p, self.sampling)
-            for i, p in enumerate(prompts)
-        ]
+        has_texts = any(isinstance(prompt, str) for prompt in prompts)
+        prompter = self.resolved().prompter if has_texts else self.prompter
+        return requests_of(prompts, prompter.chat, prompter.system, self.sampling, self.target)
 
     def answers(self, requests: Sequence[Request | RowError]) -> list[Result]:
         """N results for N requests, in their order."""
@@ -132,18 +138,20 @@ class Call:
     def over(self, X: Columns) -> TableCall:  # noqa: N803 - the name in predict_in_db
         """This call over the columns `X` of a table.
 
-        A server is asked for the name of its model when the model has none. Raises `InvalidCall` for columns
-        that no prompt can be made of.
+        A server is asked for the name of its model when the model has none, and for its chat template where
+        the call does not say how texts are sent. Raises `InvalidCall` for columns that no prompt can be made
+        of.
         """
         columns, record = records(X, self.prompter.signature)
         self.prompter.check_fields(record(columns))
+        call = self.resolved()
         name, engine = identity_of(self.engine)
-        prompts = self.prompter.identity()
-        unused = iter([fingerprint(prompts)] if self.prompter.function else [])
+        prompts = call.prompter.identity()
+        unused = iter([fingerprint(prompts)] if call.prompter.function else [])
 
         def requests(rows: Sequence[Values]) -> list[Request | RowError]:
-            made = self.requests([record(r) for r in rows])
-            if (before := next(unused, None)) and fingerprint(self.prompter.identity()) != before:
+            made = call.requests([record(r) for r in rows])
+            if (before := next(unused, None)) and fingerprint(call.prompter.identity()) != before:
                 raise InvalidCall(
                     "prompt_func changes what it holds as it is used (a count, a cache), so that the next "
                     f"call would ask all rows again: {WAY_OUT}"
@@ -158,13 +166,38 @@ class Call:
             **prompts,
         }
         return TableCall(
-            call=self,
+            call=call,
             columns=columns,
             requests=requests,
             decoder=self.decoder,
             model_name=name,
             fingerprint=fingerprint(identity),
         )
+
+
+def requests_of(
+    prompts: Sequence[str | list[Message] | RowError],
+    chat: bool | None,
+    system: str | None,
+    sampling: Mapping[str, Any],
+    target: Target,
+) -> list[Request | RowError]:
+    """A request for each prompt, with `chat` for texts as chat messages; None: texts are left to who answers.
+
+    Raises `InvalidCall` for what all have wrong.
+    """
+    if chat:
+        prompts = [conversation(p, system) if isinstance(p, str) else p for p in prompts]
+    if chat is False and system is not None and any(isinstance(p, str) for p in prompts):
+        raise InvalidCall(
+            "system needs chat messages, and texts are sent as plain text (chat=False, or the model has no "
+            "chat template): set chat=True, or put the words into the prompt"
+        )
+    check_prompts([p for p in prompts if chat is not None or not isinstance(p, str)], sampling, target)
+    return [
+        replace(p, index=i) if isinstance(p, RowError) else Request(p, sampling)
+        for i, p in enumerate(prompts)
+    ]
 
 
 class RowDecoder(Protocol):

@@ -112,9 +112,6 @@ class VllmAPI(Predictor, Block):
     def sampling_target(self) -> Target:
         return split_urls(self.api_url or site_settings().api_url)[1]
 
-    def _is_chat(self) -> bool:
-        return self.chat or self.sampling_target() == "chat"
-
     def resources(self) -> Resources:
         return Resources.of(self.compute_kwargs, {})
 

@@ -31,6 +31,7 @@ from vllm_tasks import loop, sharing
 from vllm_tasks.arguments import check_spelling
 from vllm_tasks.call import Call, Columns, OnError, Output
 from vllm_tasks.callables import DottedCallable, check_importable
+from vllm_tasks.chat import of_call
 from vllm_tasks.datalayer import Datalayer, check_name, not_shown, own_fields, validated
 from vllm_tasks.datalayer.partitions import named, refuse_inexact
 from vllm_tasks.datatypes import DataType
@@ -175,11 +176,16 @@ class Predictor(BaseModel):
         description="`max_batch_size`: rows handed to the engine at once. It has no visible effect over "
         "HTTP, where max_in_flight bounds the requests at once. Empty: all.",
     )
-    chat: bool = Field(default=False, title="Chat", description="The prompt is sent as a user's message.")
+    chat: bool | None = Field(
+        default=None,
+        title="Chat",
+        description="Texts are sent as a user's message (true) or as plain text (false). Empty: as a message "
+        "where the model has a chat template.",
+    )
     system: str | None = Field(
         default=None,
         title="System message",
-        description="Put before chat messages, which have none of their own; needs chat.",
+        description="Put before chat messages, which have none of their own.",
     )
     messages_as_json: bool = Field(
         default=False,
@@ -399,7 +405,7 @@ class Predictor(BaseModel):
             target=target,
             decoder=decoder,
             sampling=asked,
-            prompter=self._prompter(context, keywords),
+            prompter=self._prompter(context, keywords, of_call(self.chat, target, asked)),
         )
 
     def _decoder(self, given: Mapping[str, Any]) -> Decoder:
@@ -416,12 +422,12 @@ class Predictor(BaseModel):
             return sampling
         return {**sampling, "structured_outputs": {"json": asked}}
 
-    def _prompter(self, context: Context, keywords: Mapping[str, Any]) -> Prompter:
+    def _prompter(self, context: Context, keywords: Mapping[str, Any], chat: bool | None) -> Prompter:
         return Prompter(
             prompt=self.prompt,
             prompt_func=self.prompt_func,
             signature=self.signature,
-            chat=self._is_chat(),
+            chat=chat,
             system=self.system,
             artifacts={name: load_artifact(a.uri, a.datatype) for name, a in self.artifacts.items()},
             context=context,
@@ -499,9 +505,6 @@ class Predictor(BaseModel):
 
     def sampling_target(self) -> Target:
         raise NotImplementedError
-
-    def _is_chat(self) -> bool:
-        return self.chat
 
 
 def _revealed(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import json
@@ -122,14 +123,15 @@ class Prompter:
         prompt: str,
         prompt_func: Callable[..., Any] | None,
         signature: Signature,
-        chat: bool,
+        chat: bool | None,
         system: str | None,
         artifacts: Mapping[str, Any],
         context: Context,
         messages_as_json: bool = False,
         keywords: Mapping[str, Any] | None = None,
     ) -> None:
-        """`keywords`: those of the call that `prompt_func` names, see `keywords_of`."""
+        """`chat`: whether texts become chat messages; None: not known yet, and they stay texts.
+        `keywords`: those of the call that `prompt_func` names, see `keywords_of`."""
         self.prompt = prompt
         self.artifacts = artifacts
         self.template = Template.parse(prompt)
@@ -145,6 +147,12 @@ class Prompter:
         self.named = self._named(artifacts)
         self.filled = {} if prompt_func else self._filled(artifacts)
         self._check_context()
+
+    def asking(self, chat: bool) -> Prompter:
+        """This one where it is known whether texts become chat messages."""
+        known = copy.copy(self)
+        known.chat = chat
+        return known
 
     def identity(self) -> dict[str, Any]:
         """What decides a prompt beside its record, for the fingerprint.
@@ -282,16 +290,20 @@ class Prompter:
 
     def _in_chat(self, made: Any) -> str | list[Message]:
         if isinstance(made, str):
-            if not self.chat:
-                return made
-            made = [{"role": "user", "content": made}]
-        elif not is_messages(made):
+            return conversation(made, self.system) if self.chat else made
+        if not is_messages(made):
             raise BadRow(f"expected a text or a list of chat messages, got {_shown(made)}")
         if self.system is None:
             return [*made]
         if any(message["role"] == "system" for message in made):
             raise BadRow("the messages have a system message, and the model has system=...: leave one out")
         return [{"role": "system", "content": self.system}, *made]
+
+
+def conversation(text: str, system: str | None) -> list[Message]:
+    """A text as a user's message, after the system message."""
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": text}]
 
 
 def is_messages(x: object) -> bool:

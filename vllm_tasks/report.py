@@ -55,7 +55,8 @@ class Report:
     needed no asking, None where that is not known: with `limit` or `retry_failed`, or when the run stopped
     early. `asked` = `succeeded` + `failed`, all of them committed. `replaced` of them had an output of an
     earlier prompt, sampling or model, which is gone. `unreadable` lines of the source have no key, hence
-    no output; `unreadable_lines` tells of some of them where they are, and why.
+    no output; `unreadable_lines` tells of some of them where they are, and why. `chat`: texts were sent
+    through the model's chat template, or as plain text.
     `seconds` has `total` and its parts, which overlap: `check` (the call, the source and its keys),
     `first_row` (from the start to the first row that was sent), `read` (source and prompts), `answer`
     (from the first row sent to the last answer), `commit`.
@@ -82,6 +83,12 @@ class Report:
     replaced: int = 0
     unreadable: int = 0
     unreadable_lines: tuple[str, ...] = ()
+    chat: bool | None = None
+
+    @property
+    def sent_as(self) -> str:
+        """How texts were sent; empty where that is not known."""
+        return {True: "chat template", False: "plain text", None: ""}[self.chat]
 
     @classmethod
     def of_shards(cls, reports: Sequence[Report], total: float) -> Report:
@@ -123,8 +130,8 @@ class Report:
         kinds = "".join(f"; {e.kind}: {e.rows:,}" for e in self.errors)
         return (
             f"{self.predict_id}: {self.succeeded:,} rows answered, {self.failed:,} failed{done_before}, "
-            f"{self.completion_tokens:,} tokens in {self.seconds['total']:.1f} s{kinds}"
-            f"{self._lines}; outputs: {self.outputs}"
+            f"{self.completion_tokens:,} tokens in {self.seconds['total']:.1f} s"
+            f"{self.sent_as and f' ({self.sent_as})'}{kinds}{self._lines}; outputs: {self.outputs}"
         )
 
     @property

@@ -106,6 +106,14 @@ def check_prompts(prompts: Iterable[object], sampling: Mapping[str, Any], target
             raise InvalidCall(f"{unused} are for text prompts, and there are chat messages")
 
 
+def of_one_kind(names: Iterable[str]) -> bool | None:
+    """Whether a name that only one kind of prompt takes is among them: True for one of chat messages, False
+    for one of texts, None for neither."""
+    chat, text = known_names("chat"), known_names("completions")
+    own = set(names) & (chat ^ text)
+    return bool(own & chat) if own else None
+
+
 @functools.cache
 def _fields(file: str, class_name: str) -> frozenset[str] | None:
     """The annotated fields of a class of the installed vLLM, read from its source; None without it.

@@ -12,13 +12,14 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import PrivateAttr, SecretStr
 
 from vllm_tasks.call import Call
+from vllm_tasks.chat import of_files
 from vllm_tasks.engines.local import tell_trust
 from vllm_tasks.engines.shared_server import SharedServer
 from vllm_tasks.errors import EngineFailed, InvalidCall, ServerUnavailable
@@ -60,7 +61,8 @@ def serve(model: VllmModel) -> Iterator[VllmAPI]:
     command = command_line(arguments)
     if arguments.get("trust_remote_code"):
         tell_trust(arguments["model"])
-    behind = engine_identity(json.loads(config.engine_args))
+    engine_args = json.loads(config.engine_args)
+    behind = Behind(engine_identity(engine_args), of_files(engine_args))
     server = SharedServer(arguments["model"], command, config.start_timeout, model.resources().num_gpus)
     with server.used():
         told = server.facts()
@@ -77,22 +79,32 @@ def serve(model: VllmModel) -> Iterator[VllmAPI]:
                 model.metric_values.update(api.metric_values)
 
 
+@dataclass(frozen=True)
+class Behind:
+    """What is known of the model behind a server of ours, which does not tell it itself: what decides its
+    answers, and whether it has a chat template (None: to be asked)."""
+
+    identity: Mapping[str, Any]
+    has_chat_template: bool | None
+
+
 class ServedAPI(VllmAPI):
-    """The client of a server of ours, which does not tell itself what decides its answers."""
+    """The client of a server of ours."""
 
     _block_type_name: ClassVar[str] = "vLLM served"  # Prefect knows each class of blocks by a name of its own
     _block_type_slug: ClassVar[str] = "vllm-served"
-    _behind: Mapping[str, Any] = PrivateAttr()
+    _behind: Behind = PrivateAttr()
 
-    def __init__(self, *, behind: Mapping[str, Any], **fields: Any) -> None:
+    def __init__(self, *, behind: Behind, **fields: Any) -> None:
         super().__init__(**fields)
         self._behind = behind
 
     def prepare(self, *args: Any, **kwargs: Any) -> Call:
-        return replace(super().prepare(*args, **kwargs), behind=self._behind)
+        call = super().prepare(*args, **kwargs)
+        return replace(call, behind=self._behind.identity, has_chat_template=self._behind.has_chat_template)
 
 
-def api_of(model: VllmModel, behind: Mapping[str, Any], name: str, url: str, key: str) -> VllmAPI:
+def api_of(model: VllmModel, behind: Behind, name: str, url: str, key: str) -> VllmAPI:
     """The client that asks as `model` does; its resources are those of the server, not of who asks it."""
     shared = {field: getattr(model, field) for field in Predictor.model_fields if field != "compute_kwargs"}
     api = ServedAPI(behind=behind, **shared, api_url=url, api_key=SecretStr(key), model=name)

@@ -168,6 +168,12 @@ async def facts(config: Config) -> dict[str, str]:
         return await engine.facts()
 
 
+async def has_chat_template(config: Config) -> bool:
+    """Whether the engine of `config` has a chat template for its model. Starts it if need be."""
+    async with _of(config).used() as engine:
+        return await engine.has_chat_template()
+
+
 @contextmanager
 def _rare_collections() -> Iterator[None]:
     """While calls run, garbage is collected every `GC_THRESHOLD` new objects instead of every 700.

@@ -11,13 +11,14 @@ from prefect import flow
 from prefect.context import FlowRunContext
 
 from vllm_tasks import loop, sharing, tasks
+from vllm_tasks.call import requests_of
+from vllm_tasks.chat import of_call, of_model
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.errors import VllmTasksError
 from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.routing import parcel, storage
 from vllm_tasks.routing.lifeline import Lifeline
 from vllm_tasks.routing.place import STEP
-from vllm_tasks.rows import Request
 
 MODELS = {"VllmAPI": VllmAPI, "VllmModel": VllmModel}
 
@@ -65,8 +66,13 @@ def _answered(error: VllmTasksError, work: str) -> str | None:
 def rows(told: dict[str, Any], model: VllmAPI | VllmModel, _: Datalayer | None) -> str:
     """Answer finished prompts; gives the place of the answers in the result storage."""
     content = storage.stored(told["rows"])
-    requests = [Request(prompt, content["sampling"]) for prompt in content["prompts"]]
-    results = loop.run(sharing.answer(model.engine_config(), requests, model.max_batch_size))
+    prompts, sampling = content["prompts"], content["sampling"]
+    config, target = model.engine_config(), model.sampling_target()
+    chat = of_call(model.chat, target, sampling)
+    if chat is None and any(isinstance(prompt, str) for prompt in prompts):
+        chat = of_model(config)
+    requests = requests_of(prompts, chat, model.system, sampling, target)
+    results = loop.run(sharing.answer(config, requests, model.max_batch_size))
     return storage.store(parcel.results_as_data(results))
 
 

@@ -35,5 +35,8 @@ class Engine(Protocol):
         with the call raises. Cancelling aborts the requests that are not done.
         """
 
+    async def has_chat_template(self) -> bool:
+        """Whether it makes a prompt of chat messages: there is a chat template for its model."""
+
     async def close(self) -> None:
         """Release everything; a later `start` begins anew."""

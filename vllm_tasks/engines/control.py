@@ -20,6 +20,13 @@ CONTROL_TIMEOUT = 10.0
 CONTROL_BYTES = 2**20
 """Largest answer to a control call that is read."""
 
+NO_TEMPLATE = re.compile(
+    r"must provide a chat template|chat_template is not set|(no|not have a|without a|missing) chat.template",
+    re.I,
+)
+"""How servers say that a model has no chat template: vLLM (of transformers 4.44 and later), those before it,
+and what stands in front of them."""
+
 Words = TypeVar("Words", str, bytes)
 
 
@@ -117,6 +124,15 @@ class Control:
             raise InvalidCall(f"{url} serves {shown(names)}: say which is meant, model={names[0]!r:.200}")
         return Served(url, names, names[0], roots[names[0]])
 
+    async def has_chat_template(self, url: str, model: str) -> bool | None:
+        """Whether the server has a chat template for the model, None where it does not tell, as a gateway."""
+        message = {"role": "user", "content": "Hello"}
+        status, content = await self._ask(f"{url}/tokenize", {"model": model, "messages": [message]})
+        told = json_in(content)
+        if status == 200 and isinstance(told, dict) and told.get("count"):
+            return True
+        return False if status == 400 and lacks_template(content.decode(errors="replace")) else None
+
     async def facts(self, url: str, model: str) -> dict[str, str]:
         """The `root` of the model and the server's `version`, where it tells them."""
         root = models_in(await self._told(f"{url}/v1/models")).get(model)
@@ -136,10 +152,10 @@ class Control:
         told = json_in(content)
         return told if isinstance(told, dict) else {}
 
-    async def _ask(self, url: str) -> tuple[int, bytes]:
-        """Status and body of a control call."""
+    async def _ask(self, url: str, body: Any = None) -> tuple[int, bytes]:
+        """Status and body of a control call, with a body a POST."""
         try:
-            return await asyncio.wait_for(asyncio.to_thread(self._get, url), CONTROL_TIMEOUT)
+            return await asyncio.wait_for(asyncio.to_thread(self._call, url, body), CONTROL_TIMEOUT)
         except TimeoutError as error:
             raise Unreachable(f"no answer from {url} within {CONTROL_TIMEOUT:g} s") from error
         except requests.exceptions.SSLError as error:
@@ -149,14 +165,15 @@ class Control:
         except requests.RequestException as error:
             raise Unreachable(self.key.hidden_in(str(error))) from error
 
-    def _get(self, url: str) -> tuple[int, bytes]:
+    def _call(self, url: str, body: Any) -> tuple[int, bytes]:
         with requests.Session() as session:
             session.trust_env = False  # as for the rows: a .netrc would replace the key, a proxy see it
             session.mount("https://", TrustedBy(self.tls))
             # Redirects are not followed: the key must not travel to another host.
-            with session.get(
-                url, headers=self.key.headers(), timeout=CONTROL_TIMEOUT, allow_redirects=False, stream=True
-            ) as response:
+            with session.request(
+                "GET" if body is None else "POST", url, json=body, headers=self.key.headers(),
+                timeout=CONTROL_TIMEOUT, allow_redirects=False, stream=True,
+            ) as response:  # fmt: skip
                 content = bytearray()
                 for part in response.iter_content(CONTROL_BYTES):  # a part may be one small HTTP chunk
                     content += part
@@ -171,6 +188,11 @@ def json_in(content: bytes) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError):
         return None
+
+
+def lacks_template(words: str) -> bool:
+    """Whether a refusal is that the model has no chat template."""
+    return NO_TEMPLATE.search(words) is not None
 
 
 def models_in(told: Any) -> dict[str, str | None]:

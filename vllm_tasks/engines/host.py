@@ -43,6 +43,8 @@ TOLD_EVERY = 0.5
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 """Files of a LoRA adapter, as vLLM looks for them."""
+MISSING = "must provide a chat template"
+"""How vLLM says that a model has none."""
 SHORT = 2048
 """Characters of a text that is tokenised at once: vLLM's way through a thread costs more than such a text."""
 TRUSTED = {"trust_request_chat_template": True, "trust_request_mm_kwargs": True}
@@ -89,6 +91,7 @@ class Host:
         self.models = serving.openai_serving_models
         self.chat, self.text = request_types()
         self.answer_chat = serving.openai_serving_chat.create_chat_completion
+        self.render_chat = serving.openai_serving_chat.render_chat_request
         self.answer_text = with_whole_logprobs(serving).create_completion
         tokenise_short_at_once(engine.renderer)
         self.write = write
@@ -158,6 +161,14 @@ class Host:
         if lora:
             answer.model = lora.lora_name.rpartition("#")[0]
         return answer
+
+    async def has_chat_template(self) -> bool:
+        """Whether vLLM finds a chat template for the model, in its files or of its own."""
+        try:
+            said = await self.render_chat(self.chat(messages=[{"role": "user", "content": "Hello"}]))
+        except Exception as error:  # noqa: BLE001 - whatever a template raises: there is one
+            return MISSING not in str(error)
+        return not (isinstance(said, self.refusal) and MISSING in said.error.message)
 
 
 def request_types() -> tuple[Any, Any]:
@@ -409,7 +420,7 @@ async def serve(channel: socket.socket) -> None:
         write({"failed": reason_of(error)})
         await writer.drain()
         raise
-    write({"ready": facts_of(engine)})
+    write({"ready": {**facts_of(engine), "chat_template": await host.has_chat_template()}})
     # Whichever of them ends, and be it by an error: the host must not go on without it.
     parts = take_frames(reader, host), dead.wait(), host.tell_progress()
     ended, _ = await asyncio.wait(map(asyncio.create_task, parts), return_when=asyncio.FIRST_COMPLETED)

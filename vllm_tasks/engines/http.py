@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +16,7 @@ import aiohttp
 
 from vllm_tasks.engines import Done, wire
 from vllm_tasks.engines.connections import NAME, Connector, Names
-from vllm_tasks.engines.control import Control, Key, untrusted
+from vllm_tasks.engines.control import Control, Key, lacks_template, untrusted
 from vllm_tasks.engines.failures import MENDED_BY, Attempt, Denied, Full, Unreachable, kind_of_refusal
 from vllm_tasks.engines.files import OUT_OF_FILES, TOO_MANY_FILES, most_connections
 from vllm_tasks.engines.servers import Server, Servers
@@ -22,6 +24,8 @@ from vllm_tasks.engines.tries import Tries, retry_after
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import Completion, Request, Result, RowError, given_up
 from vllm_tasks.window import Window
+
+logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 10.0
 """Seconds to get a connection accepted."""
@@ -33,6 +37,8 @@ GATEWAY = {502, 503, 504}
 """What a gateway says while the server behind it is away; vLLM itself says 503 when its engine is dead."""
 WITHHELD = "content_filter"
 """The finish reason of an answer that a gateway keeps back, whole or in part."""
+TRIAL = Request([{"role": "user", "content": "Hello"}], {"max_tokens": 1})
+"""What tells whether chat is refused, where a server does not say it otherwise."""
 STREAMED = 2**20
 """Bytes: aiohttp wants larger bodies as a file, so that sending one does not hold up the loop."""
 
@@ -75,6 +81,7 @@ class HttpEngine:
         self._servers = Servers(config.urls, model, self._control, config.patience, most, self._ask_again)
         self._answered: dict[str, Request] = {}  # by path, the last one
         self._denied = 0
+        self._trying = asyncio.Lock()
         self._session: aiohttp.ClientSession | None = None
 
     async def start(self) -> None:
@@ -92,6 +99,35 @@ class HttpEngine:
     async def facts(self) -> dict[str, str]:
         """See `Servers.facts`."""
         return await self._servers.facts()
+
+    async def has_chat_template(self) -> bool:
+        """Asked once, of one server. Where nothing tells, as behind gateways: unless chat is refused."""
+        async with self._trying:
+            if (told := self._servers.has_chat_template) is None:
+                told = await self._told_template()
+                self._servers.has_chat_template = told = await self._takes_chat() if told is None else told
+            return told
+
+    async def _told_template(self) -> bool | None:
+        """What the first server says that can be reached; None: it does not tell, or none can be."""
+        for server in self._servers.all:
+            with suppress(Unreachable):
+                await self._servers.trust(server)
+                assert server.model is not None
+                return await self._control.has_chat_template(server.url, server.model)
+        return None
+
+    async def _takes_chat(self) -> bool:
+        """Whether chat is not refused for want of a chat template, tried with one row of one token."""
+        answer = await self._answer(TRIAL, Tries(self.config.retries, self._servers))
+        if not isinstance(answer, RowError) or not lacks_template(answer.message):
+            return True
+        logger.warning(
+            "texts are sent as plain text: %s refuses chat for want of a chat template (%s); chat=False says "
+            "so without a trial",
+            ", ".join(self.config.urls), answer.message,
+        )  # fmt: skip
+        return False
 
     async def generate(self, requests: Sequence[Request], done: Done) -> None:
         await self._servers.compare()

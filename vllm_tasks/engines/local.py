@@ -98,6 +98,7 @@ class LocalEngine:
         self._state = State.STARTING
         self._host: Host  # the last one
         self._error: EngineFailed  # where it has failed
+        self._has_chat_template = False
         self._barren = 0
         self._moved = 0.0
         self._life: asyncio.Task[None] | None = None
@@ -121,6 +122,7 @@ class LocalEngine:
             await self._claim.release()
             raise
         self.window.limit = math.ceil(WINDOW_FACTOR * facts["max_num_seqs"] * facts["ranks"])
+        self._has_chat_template = facts["chat_template"]
         self._become_ready(host)
         self._life = asyncio.create_task(self._live_and_release(host))
 
@@ -136,6 +138,9 @@ class LocalEngine:
             if left and self._state is State.READY:
                 self._host.write({"cancel": left})
             self._send()
+
+    async def has_chat_template(self) -> bool:
+        return self._has_chat_template
 
     async def close(self) -> None:
         if self._life is not None:

@@ -82,6 +82,9 @@ class RayEngine:
                 await self.close()
             raise
 
+    async def has_chat_template(self) -> bool:
+        return await self._replicas.has_chat_template()
+
     async def close(self) -> None:
         if self._has_joined:
             self._has_joined = False

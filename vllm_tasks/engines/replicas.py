@@ -78,6 +78,9 @@ class Replicas:
             replica = self._choose(next(iter(left.values())))
             await self._ask(replica, left, done)
 
+    async def has_chat_template(self) -> bool:
+        return await self._engines[0].has_chat_template()
+
     async def close(self) -> None:
         await asyncio.gather(*(engine.close() for engine in self._engines))
 

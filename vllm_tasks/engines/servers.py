@@ -84,6 +84,7 @@ class Servers:
         self.model = model
         self.control = control
         self.patience = patience
+        self.has_chat_template: bool | None = None  # of the model that all serve; None: not asked yet
         self.places = most * len(urls)
         self.answers = 0
         self._prove = prove
@@ -324,7 +325,7 @@ class Servers:
 
     def forget_model(self) -> None:
         """Ask anew what is served: a server does not know the model that was told, or tells another one."""
-        self._served = None
+        self._served = self.has_chat_template = None
         self._are_compared = len(self.all) == 1
         for server in self.all:
             server.model, server.is_asked = self.model, self._is_sure

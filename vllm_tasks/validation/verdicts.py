@@ -101,6 +101,7 @@ def _asking(metric: Metric) -> TableCall:
     asking = judge.model_copy(
         update={
             "signature": "singleton",
+            "chat": True,  # it gets messages alone
             "prompt_func": partial(_messages, rubric=rubric, scale=scale),
             "output_schema": verdict_schema(scale),
             "datatype": None,
