@@ -49,7 +49,7 @@ from vllm_tasks import (
     validate,
 )
 from vllm_tasks.routing import parcel
-from vllm_tasks.routing.part import LAST_WORDS, Part
+from vllm_tasks.routing.part import LAST_WORDS, Part, Stage
 
 pytestmark = IN_PREFECT
 ROWS = 300
@@ -216,15 +216,15 @@ def test_a_part_is_done_when_it_has_told_its_outcome() -> None:
     report, error = parcel.outcome_of("place"), parcel.outcome_of_error(EngineFailed("no"))
     crashed = Part("a", {})
     crashed.see(Crashed(), {"outcome": report})
-    assert (crashed.ended, crashed.completed) == (True, True)
+    assert crashed.stage is Stage.DONE
     crashed.see(Crashed(), {"outcome": error})
-    assert (crashed.ended, crashed.completed) == (True, False)
+    assert crashed.stage is Stage.FAILED
     lost = Part("b", {})
     lost.see(Running(), {"outcome": report})
     assert not lost.ended, "its end may come yet"
     lost.since -= LAST_WORDS
     lost.see(Running(), {"outcome": report})
-    assert (lost.ended, lost.completed) == (True, True)
+    assert lost.stage is Stage.DONE
 
 
 def test_a_budget_counts_all_shards(model: VllmAPI, lake: Place, server: ScriptedServer) -> None:

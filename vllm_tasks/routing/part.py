@@ -4,16 +4,47 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 from uuid import UUID
 
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import State, StateType
 
 from vllm_tasks.report import Progress
 from vllm_tasks.routing import parcel
 
 LAST_WORDS = 30.0
 """Seconds for a run to end that has told its outcome: its machine may have died with it."""
+
+
+class Stage(Enum):
+    """How far a part is: by what its run has told, for it may die between that and its end; else by state."""
+
+    NEW = "it has no run yet"
+    QUEUED = "no worker has taken its run"
+    STARTING = "a worker makes the job of its run"
+    WORKING = "its run works"
+    HELD = "its run is paused, or is to end early"
+    TOLD = "its run has told the outcome, and is about to end"
+    DONE = "its work is done"
+    FAILED = "its work has failed, or was cancelled"
+    DIED = "its run ended without a word"
+
+
+BY_STATE = {
+    StateType.SCHEDULED: Stage.QUEUED,
+    StateType.PENDING: Stage.STARTING,
+    StateType.RUNNING: Stage.WORKING,
+    StateType.PAUSED: Stage.HELD,
+    StateType.CANCELLING: Stage.HELD,
+    StateType.COMPLETED: Stage.DONE,
+    StateType.FAILED: Stage.FAILED,
+    StateType.CANCELLED: Stage.FAILED,
+    StateType.CRASHED: Stage.DIED,
+}
+"""The stage of a part that has told no outcome, by Prefect's state of its run."""
+LOST = {Stage.FAILED, Stage.DIED}
+ENDED = {Stage.DONE, *LOST}
 
 
 @dataclass(eq=False)
@@ -44,17 +75,19 @@ class Part:
             self.sign, self.since = sign, time.monotonic()
 
     @property
-    def ended(self) -> bool:
-        """Whether no more comes of it: its run has ended, or has told its outcome and then nothing more."""
-        is_final = self.state is not None and self.state.is_final()
-        return is_final or (self.outcome is not None and self.silent > LAST_WORDS)
+    def stage(self) -> Stage:
+        if self.state is None:
+            return Stage.NEW
+        if self.outcome is None:
+            return BY_STATE[self.state.type]
+        if not self.state.is_final() and self.silent <= LAST_WORDS:
+            return Stage.TOLD
+        return Stage.FAILED if parcel.has_failed(self.outcome) else Stage.DONE
 
     @property
-    def completed(self) -> bool:
-        """Whether its work is done: by what its run has told, for it may die between that and its end."""
-        if self.outcome is not None:
-            return not parcel.has_failed(self.outcome)
-        return self.state is not None and self.state.is_completed()
+    def ended(self) -> bool:
+        """Whether no more comes of it."""
+        return self.stage in ENDED
 
     @property
     def silent(self) -> float:

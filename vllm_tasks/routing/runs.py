@@ -7,6 +7,7 @@ One that dies is made again: a run that Prefect calls crashed, or that has given
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from prefect.states import Cancelling, Crashed
 from vllm_tasks.errors import EngineFailed
 from vllm_tasks.report import Progress
 from vllm_tasks.routing.lifeline import told_by
-from vllm_tasks.routing.part import Part
+from vllm_tasks.routing.part import LOST, Part, Stage
 from vllm_tasks.routing.patience import patiently
 from vllm_tasks.routing.place import Place
 from vllm_tasks.settings import site_settings
@@ -83,7 +84,7 @@ class Runs:
                 raise_if_stopped()
                 self._look()
                 self.shown(self._progress())
-                if any(part.ended and not part.completed for part in self.parts):
+                if any(part.stage in LOST for part in self.parts):
                     self._end_others()
                     break
         except BaseException:
@@ -168,28 +169,22 @@ class Runs:
 
     def _bury(self, part: Part) -> None:
         """Make a part again whose run is dead."""
-        assert part.state is not None
-        if part.outcome is None and not part.ended and self._is_dead(part):
+        limits = {Stage.WORKING: self._silence, Stage.STARTING: site_settings().engine_start_timeout}
+        # A job that is being made, of a large image perhaps, gives no sign.
+        if part.silent > limits.get(part.stage, math.inf):
             assert part.run is not None
             logger.warning("%s: no sign of life for %.0f s", part.name, part.silent)
             part.state = Crashed(message=f"It gave no sign of life for {part.silent:.0f} s.")
             with get_client(sync_client=True) as client:
                 _set_state(client, part.run, part.state)
-        if part.outcome is None and part.state.is_crashed():
+        if part.stage is Stage.DIED:
             part.deaths += 1
             if self.repeatable and part.deaths < DEATHS:
                 logger.warning("%s died (%s) and is run again", part.name, _words(part.state))
                 self._start(part)
 
-    def _is_dead(self, part: Part) -> bool:
-        assert part.state is not None
-        if part.state.is_running():
-            return part.silent > self._silence
-        # A job that is being made, of a large image perhaps, gives no sign.
-        return part.state.is_pending() and part.silent > site_settings().engine_start_timeout
-
     def _tell_late(self, part: Part) -> None:
-        if part.state and part.state.is_scheduled() and part.silent > LATE and not part.told_late:
+        if part.stage is Stage.QUEUED and part.silent > LATE and not part.told_late:
             part.told_late = True
             logger.warning(
                 "%s waits for a worker since %.0f s: prefect worker start --pool %r",
