@@ -18,7 +18,6 @@ import asyncio
 import ctypes
 import dataclasses
 import difflib
-import itertools
 import json
 import os
 import platform
@@ -88,14 +87,13 @@ class Host:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self.engine = engine
-        self.models = serving.openai_serving_models
         self.chat, self.text = request_types()
         self.answer_chat = serving.openai_serving_chat.create_chat_completion
         self.render_chat = serving.openai_serving_chat.render_chat_request
         self.answer_text = with_whole_logprobs(serving).create_completion
         tokenise_short_at_once(engine.renderer)
         self.write = write
-        self.adapters = Adapters(engine)
+        self.adapters = Adapters(engine, serving.openai_serving_models)
         self.death, self.refusal = EngineDeadError, ErrorResponse
         self.tasks: dict[int, asyncio.Task[None]] = {}
 
@@ -148,7 +146,6 @@ class Host:
         """What vLLM's server answers; raises `Refused` with its words for what it refuses."""
         body = {"request_id": str(row), "return_token_ids": not sampling.get("echo"), **sampling}
         if lora := await self.adapters.request(body.pop("lora_request", None)):
-            self.models.lora_requests[lora.lora_name] = lora
             body["model"] = lora.lora_name
         if isinstance(prompt, str):
             answer = await self.answer_text(self.text(prompt=prompt, **body))
@@ -262,9 +259,9 @@ class Adapters:
     call's alone.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, models: Any) -> None:
         self.engine = engine
-        self.numbers = itertools.count(1)
+        self.models = models  # of vLLM's server, which gives numbers too: to `default_mm_loras`
         self.loads: dict[str, asyncio.Task[Any]] = {}
 
     async def request(self, given: Any) -> Any:
@@ -276,7 +273,7 @@ class Adapters:
         wanted = {name: v for name, v in given.items() if name not in ("lora_int_id", "load_inplace")}
         key = json.dumps([wanted, stamps(wanted["lora_path"])], sort_keys=True)
         if key not in self.loads:
-            self.loads[key] = asyncio.create_task(self.load(wanted, next(self.numbers)))
+            self.loads[key] = asyncio.create_task(self.load(wanted, self.models.lora_id_counter.inc(1)))
         try:
             return await asyncio.shield(self.loads[key])
         except Unusable:
@@ -300,6 +297,7 @@ class Adapters:
             }
             request = LoRARequest(**{**wanted, **own})
             await self.engine.add_lora(request)
+            self.models.lora_requests[request.lora_name] = request
         except EngineDeadError:
             raise
         except Exception as error:
