@@ -115,7 +115,7 @@ OF_BOTH: list[Body] = [
     {"max_tokens": 0},
     {"max_tokens": 5000},
     {"min_tokens": 20, "max_tokens": 10},
-    {"priority": 3},
+    {**GREEDY, "priority": 3},
     {"prompt_logprobs": 100},
     {"prompt_logprobs": "all"},
     {"allowed_token_ids": [100000]},
@@ -248,7 +248,7 @@ def server(folder: Path) -> Iterator[VllmServer]:
 def test_the_engine_answers_as_vllms_server_does(server: VllmServer, folder: Path) -> None:
     """Of all the requests each has the same answer, or is refused in the same words."""
     engine = {**ENGINE, "chat_template": str(folder / "template.jinja")}
-    local = VllmModel(identifier="local", model_name=str(folder / "model"), vllm_kwargs=engine)
+    local = VllmModel(identifier="local", model_name=str(folder / "model"), vllm_kwargs=engine, chat=False)
     tags = {
         t["content"]: t["id"]
         for t in json.loads((folder / "model" / "tokenizer.json").read_text())["added_tokens"]
@@ -258,7 +258,7 @@ def test_the_engine_answers_as_vllms_server_does(server: VllmServer, folder: Pat
         stack.enter_context(local)
         clients = {
             name: stack.enter_context(
-                VllmAPI(identifier=name, api_url=server.url, api_key=KEY, model=name, retries=0)
+                VllmAPI(identifier=name, api_url=server.url, api_key=KEY, model=name, retries=0, chat=False)
             )
             for name in ("tiny", "a", "b")
         }

@@ -46,7 +46,10 @@ def body_of(request: Request, model: str | None) -> dict[str, Any]:
     named = {} if model is None else {"model": model}
     if isinstance(request.prompt, str):
         return {**named, "prompt": request.prompt, **request.sampling}
-    return {**named, "messages": request.prompt, **request.sampling}
+    body = {**named, "messages": request.prompt, **request.sampling}
+    if type(most := body.get("logprobs")) is int:  # the chat protocol says it in two names
+        body |= {"logprobs": True, "top_logprobs": most}
+    return body
 
 
 def parse(path: str, request: Request, answer: object) -> Completion:
