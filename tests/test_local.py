@@ -110,7 +110,7 @@ def test_chat_uses_the_template_of_the_model(local_model: VllmModel) -> None:
     """A chat prompt costs the tokens of the chat template around it."""
     chat = local_model.model_copy(update={"chat": True, "system": "Be brief."})
     (templated,) = chat.completions(["hello"])
-    (plain,) = local_model.completions(["hello"])
+    (plain,) = local_model.model_copy(update={"chat": False}).completions(["hello"])
     (messages,) = local_model.completions([[{"role": "user", "content": "hello"}]])
     assert plain.prompt_tokens < messages.prompt_tokens < templated.prompt_tokens  # type: ignore[union-attr]
 

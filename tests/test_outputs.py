@@ -821,7 +821,7 @@ class Verdict(BaseModel):
 @pytest.mark.engine
 def test_the_engine_answers_in_columns_and_says_what_was_cut(local_model: VllmModel) -> None:
     """Columns are an object, or with flatten a list of them; what max_tokens cuts is the row's error."""
-    model = local_model.model_copy(update={"output_schema": {"good": "bool", "bad": "bool"}})
+    model = local_model.model_copy(update={"output_schema": {"good": "bool", "bad": "bool"}, "chat": False})
     value = model.predict("a", max_tokens=100)
     assert {type(v) for v in value.values()} == {bool}
     with pytest.raises(RowErrors, match="was cut at max_tokens and is not JSON"):
