@@ -36,7 +36,8 @@ def make(log: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
 
     def model(**arguments: Any) -> VllmModel:
         kwargs = {"log": str(log), **arguments}
-        made.append(VllmModel(identifier="scripted", model_name="m", vllm_kwargs=kwargs))
+        # Without it the engine would be started to ask for its template, which is a call before the call.
+        made.append(VllmModel(identifier="scripted", model_name="m", vllm_kwargs=kwargs, chat=False))
         return made[-1]
 
     yield model

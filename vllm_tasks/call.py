@@ -6,6 +6,7 @@ the models.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from vllm_tasks import loop, sharing
 from vllm_tasks.chat import of_model
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.engines.http import HttpConfig
-from vllm_tasks.errors import InvalidCall, RowErrors
+from vllm_tasks.errors import InvalidCall, RowErrors, VllmTasksError
 from vllm_tasks.fingerprint import fingerprint
 from vllm_tasks.functions import WAY_OUT
 from vllm_tasks.outputs import Decoder
@@ -90,8 +91,14 @@ class Call:
     def requests(self, records: Sequence[Any]) -> list[Request | RowError]:
         """For each record a request, or why there is none; raises `InvalidCall` for what all have wrong."""
         prompts = [self.prompter(record) for record in records]
-        has_texts = any(isinstance(prompt, str) for prompt in prompts)
-        prompter = self.resolved().prompter if has_texts else self.prompter
+        prompter = self.prompter
+        if any(isinstance(prompt, str) for prompt in prompts):
+            try:
+                prompter = self.resolved().prompter
+            except VllmTasksError as error:
+                failed = copy.copy(error)  # others may wait for the same
+                failed.results = [p if isinstance(p, RowError) else None for p in prompts]
+                raise failed from error.__cause__
         return requests_of(prompts, prompter.chat, prompter.system, self.sampling, self.target)
 
     def answers(self, requests: Sequence[Request | RowError]) -> list[Result]:
