@@ -79,6 +79,7 @@ def make(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
                 replicas=replicas,
                 ray_config=ray_config,
                 vllm_kwargs={"log": str(tmp_path / "log"), **arguments},
+                chat=False,  # as in test_sharing
             )
         )
         return made[-1]
@@ -256,19 +257,26 @@ def test_without_an_address_ray_is_our_own_and_ends_with_the_last_engine(
 
 
 def test_ray_that_was_there_is_used_and_left_as_it_was(
-    make: Make, cluster: str, monkeypatch: pytest.MonkeyPatch
+    make: Make, cluster: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What others have joined in this process stays joined; when they leave, the next call starts anew."""
+    """What others have joined in this process stays joined; when they leave, rows in flight fail, and the
+    next call starts anew."""
     monkeypatch.setattr("vllm_tasks.engines.ray.LOOK_EVERY", 0.2)
     ray().init(address=cluster, log_to_driver=False, logging_level="ERROR")
-    model = make()
+    model = make(pause=1)
     assert model.predict("a") == "a"
     model.close()
     assert ray().is_initialized()
-    assert model.predict("b") == "b"
-    ray().shutdown()
+
+    def leave() -> None:
+        assert eventually(lambda: "b 0" in (tmp_path / "log").read_text())
+        ray().shutdown()
+
+    leaving = threading.Thread(target=leave)
+    leaving.start()
     with pytest.raises(EngineFailed, match="left its Ray cluster"):
-        model.predict("c")
+        model.predict_batches([f"b {i}" for i in range(20)])
+    leaving.join()
     assert model.predict("d") == "d"
 
 

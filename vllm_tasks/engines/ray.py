@@ -56,6 +56,7 @@ class RayEngine:
         launch = partial(RayHost.launch, self._options)
         self._replicas = Replicas([LocalEngine(local, launch) for _ in range(config.replicas)])
         self._has_joined = False
+        self._leaving: asyncio.Task[None] | None = None
         self.window = self._replicas.window
 
     @property
@@ -89,8 +90,13 @@ class RayEngine:
         if self._has_joined:
             self._has_joined = False
             atexit.unregister(self._close_at_exit)
-            await self._replicas.close()
-            await cluster.leave()
+            self._leaving = asyncio.create_task(self._leave())
+        if self._leaving is not None:  # several rows that fail close, and all but one of them are cancelled
+            await asyncio.shield(self._leaving)
+
+    async def _leave(self) -> None:
+        await self._replicas.close()
+        await cluster.leave()
 
     def _close_at_exit(self) -> None:
         self._has_joined = False  # Ray itself leaves its cluster now
