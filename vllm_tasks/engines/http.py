@@ -125,8 +125,8 @@ class HttpEngine:
         if not isinstance(answer, RowError) or not lacks_template(answer.message):
             return True
         logger.warning(
-            "texts are sent as plain text: %s refuses chat for want of a chat template (%s); chat=False says so "
-            "without a trial",
+            "texts are sent as plain text: %s refuses chat for want of a chat template (%s); "
+            "chat=False says so without a trial",
             ", ".join(self.config.urls), answer.message,
         )  # fmt: skip
         return False
