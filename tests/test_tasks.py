@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from prefect import flow, task, unmapped
-from prefect.cache_policies import NO_CACHE
+from prefect.cache_policies import INPUTS, NO_CACHE
 from prefect.runtime import task_run
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
 from prefect.states import Completed, exception_to_failed_state
@@ -522,3 +522,89 @@ def test_failed_rows_as_values_complete_the_run(model: VllmAPI) -> None:
     answer, error = partly()
     assert answer == answer_to("a")
     assert error.index == 1
+
+
+# ---------------------------------------------------------------------- what Prefect's users take for granted
+
+
+@pytest.mark.parametrize("the_task", [predict_batches, completions])
+def test_retries_that_a_user_sets_are_for_failed_rows_too(
+    model: VllmAPI, server: ScriptedServer, the_task: RowsTask
+) -> None:
+    """Another attempt asks for the rows that failed, and for no other; answers stay in their order."""
+    times: Counter[str] = Counter()
+
+    def script(asked: Asked) -> Any:
+        if not asked.body:
+            return None
+        times[asked.prompt] += 1
+        return refused(400, "no") if times[asked.prompt] < int(asked.prompt) else None
+
+    server.script = script
+    rows = ["1", "3", "1 ", "2"]
+
+    @flow
+    def ask(retries: int) -> Any:
+        return the_task.with_options(retries=retries, retry_delay_seconds=0).with_options(name="n")(
+            model, rows
+        )
+
+    found = ask(2)
+    assert [getattr(each, "text", each) for each in found] == answers(*rows)
+    assert times == {"1": 1, "3": 3, "1 ": 1, "2": 2}
+    times.clear()
+    with pytest.raises(RowErrors) as failed:
+        ask(1)
+    assert [error.index for error in failed.value.errors] == [1]
+    assert getattr(failed.value.results[3], "text", failed.value.results[3]) == answer_to("2")
+
+
+def test_an_equal_model_hits_the_cache_of_inputs(server: ScriptedServer, tmp_path: Path) -> None:
+    """What a model is decides, and not its `uuid`; a function that answers otherwise, or a database, does."""
+
+    def made(**fields: Any) -> VllmAPI:
+        return VllmAPI(identifier="m", api_url=server.url, **fields)
+
+    kept = predict_batches.with_options(cache_policy=INPUTS, persist_result=True)
+    one, other = tmp_path / "one", tmp_path / "other"
+
+    @flow
+    def ask(model: VllmAPI) -> Any:
+        return kept(model, ["a", "b"])
+
+    asked = []
+    for fields in (
+        *({}, {}, {"db": str(one)}, {"db": str(other)}, {"db": str(one)}),
+        *({"prompt_func": lambda x: f"1{x}"}, {"prompt_func": lambda x: f"2{x}"}),
+        *({"api_key": "one"}, {"api_key": "two"}, {"max_batch_size": 1}),
+    ):
+        before = len(server.posts)
+        ask(made(**fields))
+        asked.append(len(server.posts) - before)
+    assert asked == [2, 0, 2, 2, 0, 2, 2, 2, 2, 2]
+
+
+def test_a_thread_keeps_the_loop_of_an_asynchronous_flow_free(model: VllmAPI, server: ScriptedServer) -> None:
+    """The documented way: `asyncio.to_thread`, in which the task is a task run of the flow as ever."""
+    runs = Runs()
+    model.prompt_func = runs
+
+    async def script(asked: Asked) -> None:
+        if asked.body:
+            await asyncio.sleep(1)
+
+    server.script = script
+
+    @flow
+    async def ask() -> tuple[Any, int]:
+        asking = asyncio.create_task(asyncio.to_thread(predict_batches, model, ["a"]))
+        turns = 0
+        while not asking.done():
+            turns += 1
+            await asyncio.sleep(0.01)
+        return await asking, turns
+
+    found, turns = asyncio.run(ask())
+    assert found == answers("a")
+    assert turns > 10
+    assert runs.names == ["org-model - 1 rows"]

@@ -47,6 +47,9 @@ class ModelTask(Task[P, R]):
     )
     """Arguments whose values are never lists themselves."""
 
+    retries_rows = False
+    """Whether a run is retried for failed rows, too: where a user sets `retries`."""
+
     def map(self, *args: Any, **kwargs: Any) -> Any:
         names = [*inspect.signature(self.fn).parameters]
         args = tuple(self._each(name, value) for name, value in zip(names, args, strict=False))
@@ -67,6 +70,9 @@ class ModelTask(Task[P, R]):
         changed = super().with_options(**options)
         changed.__class__ = type(self)  # Prefect's own way gives a plain Task
         assert isinstance(changed, ModelTask)
+        changed.retries_rows = (
+            bool(options["retries"]) if options.get("retries") is not None else self.retries_rows
+        )
         return changed
 
 

@@ -6,6 +6,8 @@ A model is data. Engines and their state are in `vllm_tasks.sharing`.
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +36,7 @@ from vllm_tasks.datalayer.partitions import named, refuse_inexact
 from vllm_tasks.datatypes import DataType
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.forms import arranged
+from vllm_tasks.functions import made_of
 from vllm_tasks.hints import checked
 from vllm_tasks.outputs import Artifact, Decoder, check_one_type
 from vllm_tasks.prompts import (
@@ -168,7 +171,8 @@ class Predictor(BaseModel):
         default=4,
         ge=1,
         title="Rows in a chunk",
-        description="`max_batch_size`: handed to the engine at once; no limit of concurrency. Empty: all.",
+        description="`max_batch_size`: rows handed to the engine at once. It has no visible effect over HTTP, "
+        "where max_in_flight bounds the requests at once. Empty: all.",
     )
     chat: bool | None = Field(
         default=None,
@@ -339,6 +343,17 @@ class Predictor(BaseModel):
             found += [m.object for m in self.validation.metrics if not isinstance(m.object, str)]
         return [function for function in found if function is not None]
 
+    def identity(self) -> str:
+        """A hash of what the model is: equal for models that are made alike, in every process.
+
+        The `uuid` and what validations found are not in it. Raises `InvalidCall` for a function of which it
+        cannot be told what it does.
+        """
+        fields = self.model_dump(exclude={"uuid", "metric_values"})
+        made = [made_of(function, "the function") for function in self._callables()]
+        told = json.dumps([type(self).__name__, fields, made], default=_revealed, sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()
+
     # ------------------------------------------------------------------ predicting
 
     def predict(self, x: Any, context: Context = None, **sampling: Any) -> Output:
@@ -348,6 +363,8 @@ class Predictor(BaseModel):
         model too. Raises `RowErrors` when the row fails, `InvalidCall`, `ServerUnavailable` or `EngineFailed`
         when the call does.
         """
+        if self.prompt_func is None and self.signature == "singleton":
+            _refuse_many(x)
         return self.prepare(self.predict, context, sampling).predict(x)
 
     def predict_batches(
@@ -481,6 +498,19 @@ class Predictor(BaseModel):
 
     def sampling_target(self) -> Target:
         raise NotImplementedError
+
+
+def _revealed(value: Any) -> Any:
+    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+
+
+def _refuse_many(x: Any) -> None:
+    """Raise `InvalidCall` for a list of texts, which would be asked as one prompt."""
+    if isinstance(x, list | tuple) and x and all(isinstance(each, str) for each in x):
+        raise InvalidCall(
+            f"predict takes one record, and this is a {type(x).__name__} of {len(x)} texts: "
+            "predict_batches answers each; for one prompt of all, join them into a text"
+        )
 
 
 def _shown(error: ErrorDetails) -> InitErrorDetails:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from prefect import Task
 from prefect.assets import Asset
-from prefect.cache_policies import NO_CACHE
+from prefect.cache_policies import NO_CACHE, STABLE_TRANSFORMS
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import BlockDocumentUpdate
 from prefect.client.schemas.objects import State, TaskRun
@@ -23,12 +23,14 @@ from prefect.transactions import CommitMode, transaction
 
 from vllm_tasks import tables
 from vllm_tasks.artifacts import ProgressArtifact, asset_key, show_preview, show_report
+from vllm_tasks.attempts import over_attempts
 from vllm_tasks.call import Columns, OnError, Output
 from vllm_tasks.datalayer import Datalayer, outputs_name
 from vllm_tasks.datalayer.opening import Store
 from vllm_tasks.errors import (
     EngineFailed,
     GateFailed,
+    RowErrors,
     ServerUnavailable,
     TablesUnavailable,
     TooManyFailed,
@@ -50,6 +52,8 @@ from vllm_tasks.validation.report import Comparison, ValidationReport
 logger = logging.getLogger(__name__)
 
 Model = VllmAPI | VllmModel
+# Prefect hashes models for `cache_policy=INPUTS`, and would take their random uuid and their masked secrets.
+STABLE_TRANSFORMS.update({VllmAPI: VllmAPI.identity, VllmModel: VllmModel.identity})
 KEPT = CommitMode.EAGER
 """Of a task run within a task: it is not called rolled back when that fails later, as its work stays."""
 SAVING = threading.Lock()
@@ -66,7 +70,7 @@ def _predict_batches(
 ) -> list[Output | RowError]:
     """N records in, N answers out in input order; see `VllmAPI.predict_batches`."""
     call = model.prepare(model.predict_batches, context, sampling)
-    return routed(model, call).predict_batches(xs, on_error)
+    return over_attempts(routed(model, call).predict_batches, xs, on_error)
 
 
 def _completions(
@@ -74,7 +78,7 @@ def _completions(
 ) -> list[Completion | RowError]:
     """N records in, N full results out in input order; see `VllmAPI.completions`."""
     call = model.prepare(model.completions, context, sampling)
-    return routed(model, call).completions(xs, on_error)
+    return over_attempts(routed(model, call).completions, xs, on_error)
 
 
 def _predict_in_db(
@@ -351,9 +355,14 @@ def run_name(parameters: dict[str, Any]) -> str:
     return f"{parameters['model'].identifier}{rows}"
 
 
-def is_temporary(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
-    """Whether the same call may succeed later. Rows have been retried by their engine already."""
+def is_temporary(task: Any, _run: TaskRun, state: State[Any]) -> bool:
+    """Whether the same call may succeed later.
+
+    Failed rows count only where a user has set the task's `retries`: their engine has retried them already.
+    """
     error = state.result(raise_on_failure=False)
+    if isinstance(error, RowErrors):
+        return getattr(task, "retries_rows", False)
     if not isinstance(error, VllmTasksError) or not error.repeatable:
         return False
     return isinstance(error, ServerUnavailable | TablesUnavailable) or (

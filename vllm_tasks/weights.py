@@ -77,7 +77,7 @@ def engine_identity(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sampling_identity(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a call's parameters decides an answer: all; a LoRA adapter counts by its files, not its number."""
+    """What of a call's parameters decides an answer: all; a LoRA adapter counts by its files."""
     if not (lora := sampling.get("lora_request")):
         return dict(sampling)
     counts = {name: value for name, value in lora.items() if name not in ("lora_int_id", "load_inplace")}
