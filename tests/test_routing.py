@@ -25,7 +25,7 @@ from pydantic import SecretStr
 from tests.conftest import IN_PREFECT, TINY_ARGS
 from tests.places import Place
 from tests.pool_workers import Workers, pool, runs_of, state_of
-from tests.scripted_server import Asked, Deed, ScriptedServer, answer_to, refused
+from tests.scripted_server import Asked, Deed, Reply, ScriptedServer, answer_to, refused
 from tests.site import spoken_to
 from vllm_tasks import (
     Completion,
@@ -125,6 +125,21 @@ def test_rows_are_asked_on_the_pool(model: VllmAPI, server: ScriptedServer) -> N
     (run,) = runs_of("m - 3 rows")
     assert run.work_pool_name == "tested"
     assert '"a"' not in json.dumps(run.parameters), "rows do not stand in the parameters"
+
+
+def test_whether_texts_are_chat_is_known_on_the_pool(model: VllmAPI, server: ScriptedServer) -> None:
+    """Texts travel as texts; where the engine is they become what the model is, with its system message."""
+    server.tokenizes = Reply({"count": 3})
+    told = model.model_copy(update={"system": "S"})
+
+    @flow
+    def asks() -> list[Any]:
+        found: list[Any] = predict_batches(told, ["a", "b"])
+        return found
+
+    assert asks() == [answer_to("a"), answer_to("b")]
+    assert {tuple(m["content"] for m in r.body["messages"]) for r in server.posts} == {("S", "a"), ("S", "b")}
+    assert [r.path for r in server.requests].count("/tokenize") == 1
 
 
 def test_a_saved_block_travels_as_a_reference_and_a_secret_not_at_all(model: VllmAPI) -> None:
