@@ -768,3 +768,14 @@ def test_cut_answers_are_told_unless_the_caller_set_the_length(
         assert caplog.messages == []
         model.predict_batches(["long", "short"])
     assert "1 of 2 answers were cut" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["tool_parser_plugin", "reasoning-parser-plugin"])
+def test_a_site_that_trusts_no_code_refuses_plugins(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parser from a file is code, whoever trusts the model's own."""
+    monkeypatch.setenv("VLLM_TASKS_TRUST_REMOTE_CODE", "false")
+    model = VllmModel(
+        identifier="m", model_name="m", trust_remote_code=False, vllm_kwargs={name: "/tmp/evil.py"}
+    )
+    with pytest.raises(InvalidCall, match="a file of Python"):
+        model.engine_config()

@@ -137,6 +137,14 @@ def _trusts(arguments: Mapping[str, Any]) -> bool:
     return any(name.startswith("trust_rem") and "trust_remote_code".startswith(name) for name in names)
 
 
+def _plugins(arguments: Mapping[str, Any]) -> list[str]:
+    """Engine arguments that are files of Python, also as a server's option and cut short."""
+    names = sorted(name for name, value in arguments.items() if value)
+    return [
+        name for name in names if name.replace("-", "_").startswith(("tool_parser_p", "reasoning_parser_p"))
+    ]
+
+
 def _either(own: T | None, site: T) -> T:
     return site if own is None else own
 
@@ -233,6 +241,11 @@ class VllmModel(Predictor, Block):
                 f"{self.identifier!r} has trust_remote_code=True, and this site runs no code that comes with "
                 "a model (VLLM_TASKS_TRUST_REMOTE_CODE=false): pass trust_remote_code=False, with a model "
                 "that vLLM knows by itself"
+            )
+        if not site_settings().trust_remote_code and (plugins := _plugins(arguments)):
+            raise InvalidCall(
+                f"{self.identifier!r} has {plugins[0]}, a file of Python, and this site runs no such code "
+                "(VLLM_TASKS_TRUST_REMOTE_CODE=false): leave it out, and name a parser that vLLM has itself"
             )
         return _as_json("vllm_kwargs", arguments)
 
