@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -18,7 +15,6 @@ from typing import Any
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_URL
 from prefect.states import Crashed, Running
 from pydantic import SecretStr
 
@@ -26,6 +22,7 @@ from tests.conftest import IN_PREFECT, TINY_ARGS
 from tests.places import Place
 from tests.pool_workers import Workers, pool, runs_of, state_of
 from tests.scripted_server import Asked, Deed, Reply, ScriptedServer, answer_to, refused
+from tests.scripts import running_script
 from tests.site import spoken_to
 from vllm_tasks import (
     Completion,
@@ -379,24 +376,11 @@ def test_cancelling_the_parent_cancels_the_child(
             await asyncio.sleep(3600)
 
     server.script = script
-    file = tmp_path / "parent.py"
-    file.write_text(PARENT)
-    url = PREFECT_API_URL.value()
-    assert url
-    parent = subprocess.Popen(
-        [sys.executable, str(file), server.url, lake.url],
-        env={**os.environ, "PREFECT_API_URL": url},
-        start_new_session=True,
-    )
-    try:
+    with running_script(tmp_path, PARENT, server.url, lake.url) as parent:
         server.wait_until(lambda: len(server.posts) == 38, seconds=60)
         time.sleep(1)  # the answers arrive
         parent.send_signal(signal.SIGTERM)
         parent.wait(timeout=20)
-    finally:
-        if parent.poll() is None:
-            os.killpg(parent.pid, signal.SIGKILL)
-            parent.wait()
     (child,) = runs_of("cancelled - rows")
     server.wait_until(lambda: state_of(child.id) == "Cancelled", seconds=40)
     assert not workers.runs()

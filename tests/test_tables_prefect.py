@@ -28,6 +28,7 @@ from flows.batch_predict import batch_predict
 from tests.conftest import IN_PREFECT
 from tests.places import Place
 from tests.scripted_server import Asked, ScriptedServer, answer_to, refused
+from tests.scripts import running_script
 from vllm_tasks import InvalidCall, Report, TooManyFailed, VllmAPI, predict_in_db
 from vllm_tasks.artifacts import asset_key, markdown_of, slug
 from vllm_tasks.report import ErrorKind, Progress
@@ -201,25 +202,12 @@ def test_a_flow_that_is_told_to_end_commits_what_is_finished(
             await asyncio.sleep(3600)
 
     server.script = script
-    file = tmp_path / "job.py"
-    file.write_text(JOB)
-    url = PREFECT_API_URL.value()  # else the job would start a server of its own, and leave it behind
-    assert url
-    job = subprocess.Popen(
-        [sys.executable, str(file), server.url, lake.url, how],
-        env={**os.environ, "PREFECT_API_URL": url},
-        start_new_session=True,
-    )
-    try:
+    with running_script(tmp_path, JOB, server.url, lake.url, how) as job:
         server.wait_until(lambda: len(server.posts) == answered + 8, seconds=60)
         began = time.monotonic()
         job.send_signal(way)
         job.wait(timeout=15)
         assert time.monotonic() - began < 10
-    finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-            job.wait()
     assert job.returncode != 0
     assert len(lake.answers()) == answered
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,12 +15,13 @@ import pytest
 from prefect import flow, task, unmapped
 from prefect.cache_policies import INPUTS, NO_CACHE
 from prefect.runtime import task_run
-from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
+from prefect.settings import PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
 from prefect.states import Completed, exception_to_failed_state
 from prefect.utilities.annotations import quote
 
 from tests.conftest import IN_PREFECT
 from tests.scripted_server import Asked, ScriptedServer, answer_to, refused
+from tests.scripts import running_script
 from vllm_tasks import (
     Completion,
     EngineFailed,
@@ -188,26 +186,13 @@ def test_rows_end_with_the_flow_that_waits_for_them(
         await asyncio.sleep(0.2)
 
     server.script = slowly
-    file = tmp_path / "job.py"
-    file.write_text(JOB)
-    url = PREFECT_API_URL.value()
-    assert url
-    job = subprocess.Popen(
-        [sys.executable, str(file), server.url],
-        env={**os.environ, "PREFECT_API_URL": url},
-        start_new_session=True,
-    )
-    try:
+    with running_script(tmp_path, JOB, server.url) as job:
         ways = {"batches", "completions", "method", "nested"}
         server.wait_until(lambda: {post.prompt.split()[0] for post in server.posts} == ways, seconds=60)
         job.send_signal(way)
         time.sleep(2)
         asked = len(server.posts)
         job.wait(timeout=15)
-    finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-            job.wait()
     assert asked == len(server.posts)
 
 

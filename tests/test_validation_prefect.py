@@ -32,6 +32,7 @@ from flows.compare_models import compare_models
 from flows.validate_model import validate_model
 from tests.conftest import IN_PREFECT
 from tests.scripted_server import Asked, Reply, Script, ScriptedServer, refused, usual
+from tests.scripts import running_script
 from vllm_tasks import (
     Comparison,
     Datalayer,
@@ -636,33 +637,16 @@ def test_a_flow_that_is_told_to_end_goes_on_the_next_time(
         return said(right_of(80))(asked)  # type: ignore[return-value]
 
     server.script = script
-    file = tmp_path / "job.py"
-    file.write_text(JOB)
-    url = PREFECT_API_URL.value()  # else the job would start a server of its own, and leave it behind
-    assert url
-
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, str(file), server.url, lake.url.get_secret_value(), how],
-            env={**os.environ, "PREFECT_API_URL": url},
-            start_new_session=True,
-        )
-
-    job = start()
-    try:
+    with running_script(tmp_path, JOB, server.url, lake.url.get_secret_value(), how) as job:
         server.wait_until(lambda: len(server.posts) == answered + 8, seconds=60)
         job.terminate()
         assert job.wait(timeout=15) != 0
         assert not (Path(lake.url.get_secret_value()) / "_metric_values").exists()
-        finished = {asked.prompt for asked in server.posts[:answered]}
-        server.script = said(right_of(80))
-        server.requests.clear()
-        job = start()
+    finished = {asked.prompt for asked in server.posts[:answered]}
+    server.script = said(right_of(80))
+    server.requests.clear()
+    with running_script(tmp_path, JOB, server.url, lake.url.get_secret_value(), how) as job:
         assert job.wait(timeout=60) == 0
-    finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-            job.wait()
     asked = [asked.prompt for asked in server.posts]
     assert len(asked) == len(set(asked)) == 100 - answered
     assert not finished & set(asked)
