@@ -23,6 +23,12 @@ from vllm_tasks.sampling import Target
 from vllm_tasks.settings import Settings, site_settings
 
 T = TypeVar("T")
+FOREIGN_CODE = {
+    "trust_remote_code": "trust_rem",
+    "tool_parser_plugin": "tool_parser_p",
+    "reasoning_parser_plugin": "reasoning_parser_p",
+}
+"""Engine arguments that run code from elsewhere, and what each is cut to at least."""
 VLLM_DOCS = "https://docs.vllm.ai/en/latest"
 
 
@@ -131,18 +137,13 @@ def _as_json(field: str, value: Mapping[str, Any]) -> str:
         ) from error
 
 
-def _trusts(arguments: Mapping[str, Any]) -> bool:
-    """Whether `trust_remote_code` is among engine arguments, also as a server's option and cut short."""
+def _foreign_code(arguments: Mapping[str, Any]) -> str | None:
+    """Which of `FOREIGN_CODE` is among engine arguments, also as a server's option and cut short."""
     names = {name.replace("-", "_") for name, value in arguments.items() if value}
-    return any(name.startswith("trust_rem") and "trust_remote_code".startswith(name) for name in names)
-
-
-def _plugins(arguments: Mapping[str, Any]) -> list[str]:
-    """Engine arguments that are files of Python, also as a server's option and cut short."""
-    names = sorted(name for name, value in arguments.items() if value)
-    return [
-        name for name in names if name.replace("-", "_").startswith(("tool_parser_p", "reasoning_parser_p"))
-    ]
+    for option, least in FOREIGN_CODE.items():
+        if any(name.startswith(least) and option.startswith(name) for name in names):
+            return option
+    return None
 
 
 def _either(own: T | None, site: T) -> T:
@@ -236,15 +237,16 @@ class VllmModel(Predictor, Block):
             "trust_remote_code": self.trust_remote_code,
             **self.vllm_kwargs,
         }
-        if not site_settings().trust_remote_code and _trusts(arguments):
+        found = None if site_settings().trust_remote_code else _foreign_code(arguments)
+        if found == "trust_remote_code":
             raise InvalidCall(
                 f"{self.identifier!r} has trust_remote_code=True, and this site runs no code that comes with "
                 "a model (VLLM_TASKS_TRUST_REMOTE_CODE=false): pass trust_remote_code=False, with a model "
                 "that vLLM knows by itself"
             )
-        if not site_settings().trust_remote_code and (plugins := _plugins(arguments)):
+        if found:
             raise InvalidCall(
-                f"{self.identifier!r} has {plugins[0]}, a file of Python, and this site runs no such code "
+                f"{self.identifier!r} has {found}, a file of Python, and this site runs no such code "
                 "(VLLM_TASKS_TRUST_REMOTE_CODE=false): leave it out, and name a parser that vLLM has itself"
             )
         return _as_json("vllm_kwargs", arguments)
