@@ -348,7 +348,7 @@ class Predictor(BaseModel):
     def identity(self) -> str:
         """A hash of what the model is: equal for models that are made alike, in every process.
 
-        The `uuid` and what validations found are not in it. Raises `InvalidCall` for a function of which it
+        The `uuid`, what validations found, and what files hold are not in it. Raises `InvalidCall` for a function of which it
         cannot be told what it does.
         """
         fields = self.model_dump(exclude={"uuid", "metric_values"})

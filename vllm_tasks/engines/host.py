@@ -46,14 +46,14 @@ MISSING = "must provide a chat template"
 """How vLLM says that a model has none."""
 SHORT = 2048
 """Characters of a text that is tokenised at once: vLLM's way through a thread costs more than such a text."""
+NOT_TOLD = {"prompt_token_ids": True, "choices": {"__all__": {"prompt_token_ids"}}}
+"""What comes with `return_token_ids`, is long, and is no part of a `Completion`."""
 TRUSTED = {"trust_request_chat_template": True, "trust_request_mm_kwargs": True}
 """Arguments of vLLM's server, which is not asked by strangers here."""
 
 PR_SET_PDEATHSIG = 1
 """Request by which a process asks Linux for a signal at its parent's death:
 https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html"""
-
-Frame = dict[str, Any]
 
 if TYPE_CHECKING:
     from vllm_tasks.engines import session
@@ -97,7 +97,7 @@ class Host:
         self.death, self.refusal = EngineDeadError, ErrorResponse
         self.tasks: dict[int, asyncio.Task[None]] = {}
 
-    def start_chunk(self, frame: Frame) -> None:
+    def start_chunk(self, frame: session.Frame) -> None:
         """Hand every row of a chunk to the engine."""
         accepted = time.perf_counter()
         for row, prompt in frame["chunk"]:
@@ -110,7 +110,7 @@ class Host:
         if not task.cancelled() and (error := task.exception()):  # else its row would be waited for for ever
             self.write({"dead": reason_of(error)})
 
-    def cancel(self, frame: Frame) -> None:
+    def cancel(self, frame: session.Frame) -> None:
         """Abort rows that nobody waits for any more."""
         for row in frame["cancel"]:
             if task := self.tasks.get(row):
@@ -122,8 +122,8 @@ class Host:
         """Tell what became of a row, whatever that is."""
         try:
             answer = await self.complete(row, prompt, sampling)
-            seconds = time.perf_counter() - accepted
-            self.write(f'{{"row": {row}, "seconds": {seconds}, "answer": {answer.model_dump_json()}}}')
+            told = answer.model_dump_json(exclude_none=True, exclude=NOT_TOLD)
+            self.write(f'{{"row": {row}, "seconds": {time.perf_counter() - accepted}, "answer": {told}}}')
         except Unusable as error:
             self.write({"row": row, "invalid": str(error)[:2000]})
         except self.death as error:
@@ -150,8 +150,6 @@ class Host:
         if isinstance(prompt, str):
             answer = await self.answer_text(self.text(prompt=prompt, **body))
         else:
-            if type(most := body.get("logprobs")) is int:  # as the engine's own parameters have it
-                body |= {"logprobs": True, "top_logprobs": most}
             answer = await self.answer_chat(self.chat(messages=prompt, **body))
         if isinstance(answer, self.refusal):
             raise Refused(answer.error.message, answer.error.code)
@@ -226,7 +224,7 @@ class Refused(Exception):
         self.code = code
 
 
-def error_of(error: Exception) -> Frame:
+def error_of(error: Exception) -> session.Frame:
     """A row's error as a `RowError`, in the words of vLLM's server."""
     from pydantic import ValidationError
     from vllm.entrypoints.serve import create_error_response
@@ -388,7 +386,7 @@ async def start_engine(arguments: dict[str, Any]) -> tuple[Any, Any]:
     return engine, state
 
 
-def facts_of(engine: Any) -> Frame:
+def facts_of(engine: Any) -> session.Frame:
     import vllm
 
     config = engine.vllm_config
@@ -404,7 +402,7 @@ async def serve(channel: socket.socket) -> None:
     """Start the engine and answer frames until the other end is closed or the engine dies."""
     reader, writer = await asyncio.open_connection(sock=channel)
 
-    def write(frame: Frame | str) -> None:
+    def write(frame: session.Frame | str) -> None:
         writer.write(session.packed(frame))
         if isinstance(frame, dict) and "dead" in frame:
             dead.set()

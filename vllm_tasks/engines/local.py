@@ -244,7 +244,9 @@ class LocalEngine:
         if self._state is not State.READY or not self._rows.some_wait:
             return
         rows = self._rows.hand_over()
-        for sampling, group in itertools.groupby(rows.items(), key=lambda item: item[1].request.sampling):
+        for sampling, group in itertools.groupby(
+            rows.items(), lambda item: wire.sampling_of(item[1].request)
+        ):
             chunk = [[row_id, row.request.prompt] for row_id, row in group]
             self._host.write({"chunk": chunk, "sampling": dict(sampling)})
 

@@ -15,15 +15,7 @@ from pathlib import Path
 
 from vllm_tasks.engines import session
 from vllm_tasks.engines.gpus import Devices
-from vllm_tasks.engines.session import (
-    SOCKETS,
-    Frame,
-    new_sockets,
-    packed,
-    read_frame,
-    remove_sockets,
-    signal_words,
-)
+from vllm_tasks.engines.session import Frame
 from vllm_tasks.errors import EngineFailed
 
 logger = logging.getLogger(__name__)
@@ -115,7 +107,7 @@ class HostProcess:
         with theirs:
             streams = await asyncio.open_connection(sock=ours)  # from here on nothing can be interrupted
             try:
-                sockets = new_sockets()
+                sockets = session.new_sockets()
                 process = subprocess.Popen(  # noqa: ASYNC220 - takes milliseconds, and must end with us
                     # -P: the folder of host.py must not be searched for modules (it holds an `http.py`).
                     [sys.executable, "-P", str(HOST), str(theirs.fileno()), str(os.getpid())],
@@ -124,11 +116,11 @@ class HostProcess:
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    env={**os.environ, "PYTHONUNBUFFERED": "1", SOCKETS: sockets, **devices.env},
+                    env={**os.environ, "PYTHONUNBUFFERED": "1", session.SOCKETS: sockets, **devices.env},
                 )
             except OSError as error:  # no memory, or too many processes or open files
                 streams[1].close()
-                remove_sockets(sockets)
+                session.remove_sockets(sockets)
                 raise EngineFailed(f"no process for vLLM could be made: {error}", temporary=True) from error
         return cls(model, process, *streams, sockets)
 
@@ -157,14 +149,14 @@ class HostProcess:
     async def read(self) -> Frame:
         """The next frame; an empty one when the host is gone."""
         try:
-            return await read_frame(self._reader)
+            return await session.read_frame(self._reader)
         except (asyncio.IncompleteReadError, ConnectionError):
             return {}
 
     def write(self, frame: Frame) -> None:
         """Send a frame; one to a host that is gone is dropped."""
         if not self._writer.is_closing():
-            self._writer.write(packed(frame))
+            self._writer.write(session.packed(frame))
 
     def why(self, reason: str) -> str:
         """Why it ended: vLLM's own reason, or the signal or error in the log that this only points at."""
@@ -190,7 +182,7 @@ class HostProcess:
             self._process.kill()
             session.kill(self._process.pid)
             self._process.wait()
-            remove_sockets(self._sockets)
+            session.remove_sockets(self._sockets)
         await asyncio.wait({self._log_reader}, timeout=LOG_GRACE)
         self._log_reader.cancel()  # where a process that was spared still holds the log
         await asyncio.wait({self._log_reader})
@@ -229,9 +221,9 @@ def explain(log: list[str], reason: str, code: int | None, which: int = FIRST, m
     causes = [words for words in found if not any(wrapper in words for wrapper in WRAPPERS)]
     words = f"; its last words: {last_words(log)}{more}"
     if code is not None and code < 0:
-        return f"its process was ended by {signal_words(-code)}{words}"
+        return f"its process was ended by {session.signal_words(-code)}{words}"
     if died := [match for line in log if (match := DIED.search(line))]:
-        return f"{died[which][1]} was ended by {signal_words(int(died[which][2]))}"
+        return f"{died[which][1]} was ended by {session.signal_words(int(died[which][2]))}"
     if causes:
         return causes[which]
     return f"{reason or 'its process ended'}, exit code {code}{words}"

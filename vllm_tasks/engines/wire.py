@@ -46,10 +46,15 @@ def body_of(request: Request, model: str | None) -> dict[str, Any]:
     named = {} if model is None else {"model": model}
     if isinstance(request.prompt, str):
         return {**named, "prompt": request.prompt, **request.sampling}
-    body = {**named, "messages": request.prompt, **request.sampling}
-    if type(most := body.get("logprobs")) is int:  # the chat protocol says it in two names
-        body |= {"logprobs": True, "top_logprobs": most}
-    return body
+    return {**named, "messages": request.prompt, **sampling_of(request)}
+
+
+def sampling_of(request: Request) -> Mapping[str, Any]:
+    """The parameters of `request` in the names of its protocol: chat has two for a number of `logprobs`."""
+    most = request.sampling.get("logprobs")
+    if isinstance(request.prompt, str) or type(most) is not int:
+        return request.sampling
+    return {**request.sampling, "logprobs": True, "top_logprobs": most}
 
 
 def parse(path: str, request: Request, answer: object) -> Completion:
