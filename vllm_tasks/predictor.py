@@ -348,8 +348,8 @@ class Predictor(BaseModel):
     def identity(self) -> str:
         """A hash of what the model is: equal for models that are made alike, in every process.
 
-        The `uuid`, what validations found, and what files hold are not in it. Raises `InvalidCall` for a function of which it
-        cannot be told what it does.
+        The `uuid`, what validations found, and what files hold are not in it. Raises `InvalidCall` for a
+        function of which it cannot be told what it does.
         """
         fields = self.model_dump(exclude={"uuid", "metric_values"})
         made = [made_of(function, "the function") for function in self._callables()]
