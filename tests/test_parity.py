@@ -249,10 +249,6 @@ def test_the_engine_answers_as_vllms_server_does(server: VllmServer, folder: Pat
     """Of all the requests each has the same answer, or is refused in the same words."""
     engine = {**ENGINE, "chat_template": str(folder / "template.jinja")}
     local = VllmModel(identifier="local", model_name=str(folder / "model"), vllm_kwargs=engine, chat=False)
-    tags = {
-        t["content"]: t["id"]
-        for t in json.loads((folder / "model" / "tokenizer.json").read_text())["added_tokens"]
-    }
     other, kinds = [], dict.fromkeys(("reasoning", "tool_calls", "logprobs", "error"), 0)
     with ExitStack() as stack:
         stack.enter_context(local)
@@ -263,10 +259,7 @@ def test_the_engine_answers_as_vllms_server_does(server: VllmServer, folder: Pat
             for name in ("tiny", "a", "b")
         }
         for prompt, body in REQUESTS:
-            asked = {**body, "return_token_ids": not body.get("echo")}
-            if allowed := asked.get("allowed_token_ids"):
-                asked["allowed_token_ids"] = [tags.get(token, token) for token in allowed]
-            adapter = asked.pop("adapter", None)
+            asked, adapter = sent(body, folder)
             lora = {"lora_name": adapter, "lora_path": str(folder / adapter)} if adapter else None
             (here,) = local.completions(
                 [prompt], on_error="return", **asked, **({"lora_request": lora} if lora else {})
@@ -280,6 +273,42 @@ def test_the_engine_answers_as_vllms_server_does(server: VllmServer, folder: Pat
     print(f"{len(REQUESTS) - len(other)} of {len(REQUESTS)} equal; {kinds}")
     assert not other, f"{len(other)} of {len(REQUESTS)}:\n" + "\n".join(other)
     assert min(kinds.values()) >= 8, kinds
+
+
+def test_the_server_streams_what_it_answers_whole(server: VllmServer, folder: Path) -> None:
+    """Of all the requests that it streams each has the same answer, in one piece or in many."""
+    other, refused = [], 0
+    with ExitStack() as stack:
+        whole, streamed = (
+            stack.enter_context(
+                VllmAPI(
+                    identifier="a", api_url=server.url, api_key=KEY, model="tiny", retries=0, chat=False,
+                    stream=stream,
+                )
+            )
+            for stream in (False, True)
+        )  # fmt: skip
+        for prompt, body in REQUESTS:
+            asked, _ = sent(body, folder)
+            (one,), (many,) = (
+                model.completions([prompt], on_error="return", **asked) for model in (whole, streamed)
+            )
+            refused += isinstance(many, RowError) and isinstance(one, Completion)
+            if isinstance(many, Completion) and not alike(one, many):
+                other.append(f"{prompt!r:.60} {body}\n  whole {one!r:.1500}\n  streamed {many!r:.1500}")
+    print(f"{len(REQUESTS) - len(other)} of {len(REQUESTS)} equal, {refused} only whole")
+    assert not other, f"{len(other)} of {len(REQUESTS)}:\n" + "\n".join(other)
+    assert refused < 20
+
+
+def sent(body: Body, folder: Path) -> tuple[Body, str | None]:
+    """What is asked for, with tokens by their numbers, and of which adapter."""
+    added = json.loads((folder / "model" / "tokenizer.json").read_text())["added_tokens"]
+    tags = {token["content"]: token["id"] for token in added}
+    asked = {**body, "return_token_ids": not body.get("echo")}
+    if allowed := asked.get("allowed_token_ids"):
+        asked["allowed_token_ids"] = [tags.get(token, token) for token in allowed]
+    return asked, asked.pop("adapter", None)
 
 
 def alike(here: Result, there: Result) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import subprocess
@@ -9,16 +10,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import requests
 
 from tests.conftest import TINY_ARGS
 from tests.poison import ROWS, check_poisoned
-from vllm_tasks import Completion, InvalidCall, RowError, VllmAPI, VllmModel
+from vllm_tasks import Completion, InvalidCall, RowError, RowErrors, VllmAPI, VllmModel
 from vllm_tasks.engines import session
 from vllm_tasks.serving import command_line
 
@@ -137,6 +139,50 @@ def test_poisoned_rows_fail_alone(server: VllmServer) -> None:
     with client(server) as model:
         results = model.predict_batches(ROWS, on_error="return", max_tokens=2)
     check_poisoned(results)
+
+
+@contextmanager
+def gateway(upstream: str, silence: float) -> Iterator[str]:
+    """A gateway that closes connections on which nothing has moved for this many seconds."""
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(TimeoutError, ConnectionError):
+            while part := await asyncio.wait_for(reader.read(2**16), silence):
+                writer.write(part)
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = urlsplit(upstream)
+        back, forth = await asyncio.open_connection(there.hostname, there.port)
+        both = carry(back, writer), carry(reader, forth)
+        await asyncio.gather(*both)
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="gateway")
+    thread.start()
+    server = asyncio.run_coroutine_threadsafe(asyncio.start_server(serve, "127.0.0.1", 0), loop).result()
+    yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+    async def end() -> None:
+        server.close()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+
+    asyncio.run_coroutine_threadsafe(end(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def test_a_long_answer_comes_through_a_gateway_that_closes_silent_connections(server: VllmServer) -> None:
+    """Streamed, something moves all the time; whole, the connection is closed before the answer is there."""
+    long = {"max_tokens": 900, "ignore_eos": True, "temperature": 0}
+    with gateway(server.url, silence=0.3) as url, client(server) as direct:
+        fields = {"api_url": url, "api_key": KEY, "retries": 0, "chat": False}
+        with VllmAPI(identifier="whole", **fields) as whole, pytest.raises(RowErrors, match="connection"):
+            whole.predict("The quick brown", **long)
+        with VllmAPI(identifier="streamed", **fields, stream=True) as streamed:
+            assert streamed.predict("The quick brown", **long) == direct.predict("The quick brown", **long)
 
 
 def test_wrong_key_and_wrong_model_fail_the_call(server: VllmServer) -> None:

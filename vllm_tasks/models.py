@@ -83,6 +83,12 @@ class VllmAPI(Predictor, Block):
         description="Per server, over all calls with the same settings. "
         "Empty: VLLM_TASKS_MAX_IN_FLIGHT (256).",
     )
+    stream: bool = Field(
+        default=False,
+        title="Stream",
+        description="Receive answers token by token and use them when they are complete: for gateways that "
+        "close silent connections.",
+    )
 
     @field_validator("api_url")
     @classmethod
@@ -102,6 +108,8 @@ class VllmAPI(Predictor, Block):
     def engine_config(self) -> HttpConfig:
         settings = site_settings()
         urls, protocol = self._servers()
+        if self.stream and protocol == "legacy":
+            raise InvalidCall("stream=True is for OpenAI's protocol; /generate answers whole: leave it out")
         key = self.api_key or (settings.api_key if _has_site_key(urls, settings) else None)
         return HttpConfig(
             urls=urls,
@@ -113,6 +121,7 @@ class VllmAPI(Predictor, Block):
             max_in_flight=_either(self.max_in_flight, settings.max_in_flight),
             patience=settings.patience,
             max_response_bytes=settings.max_response_bytes,
+            stream=self.stream,
         )
 
     def sampling_target(self) -> Target:

@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,7 @@ from vllm_tasks.engines.control import Control, Key, lacks_template, untrusted
 from vllm_tasks.engines.failures import MENDED_BY, Attempt, Denied, Full, Unreachable, kind_of_refusal
 from vllm_tasks.engines.files import OUT_OF_FILES, TOO_MANY_FILES, most_connections
 from vllm_tasks.engines.servers import Server, Servers
+from vllm_tasks.engines.streaming import EVENTS, Ended, Pieces, streamed
 from vllm_tasks.engines.tries import Tries, retry_after
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import Completion, Request, Result, RowError, given_up
@@ -56,6 +57,7 @@ class HttpConfig:
     max_in_flight: int
     patience: float
     max_response_bytes: int
+    stream: bool = False
 
     def __repr__(self) -> str:
         return f"HttpConfig({', '.join(self.urls)})"  # never the key
@@ -225,7 +227,8 @@ class HttpEngine:
         path = wire.path_of(self.config.protocol, request)
         model = None if path == "/generate" else server.model
         try:
-            body = json.dumps(wire.body_of(request, model)).encode()
+            fields = wire.body_of(request, model)
+            body = json.dumps(streamed(fields) if self.config.stream else fields).encode()
         except (TypeError, ValueError) as error:  # prompts have been checked before
             raise InvalidCall(f"a sampling parameter cannot be sent: {error}") from error
         sent = time.monotonic()
@@ -241,7 +244,7 @@ class HttpEngine:
         if response.status not in FULL:
             self._servers.answer(server, sent)
         if response.status != 200:
-            refused = refusal(response, content, self._key)
+            refused = refusal(response.status, response, content, self._key)
             if response.status in GATEWAY and "Retry-After" not in response.headers:
                 await self._servers.check(server)  # else it is not the row's failure
             if isinstance(refused, Full):
@@ -281,6 +284,8 @@ class HttpEngine:
             async with self._session.post(
                 url, data=data, headers={NAME: name}, allow_redirects=False
             ) as response:
+                if response.status == 200 and response.content_type == EVENTS:
+                    return response, await self._read_pieces(response)
                 return response, await self._read(response)
         except aiohttp.ClientSSLError as error:
             raise untrusted(url, error) from error
@@ -300,22 +305,43 @@ class HttpEngine:
             raise Attempt("response", f"not an HTTP answer: {said}") from error
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
-        """The body, unless it is larger than the limit."""
-        limit = self.config.max_response_bytes
-        content = bytearray()
+        return b"".join([part async for part in self._parts(response)])
+
+    async def _read_pieces(self, response: aiohttp.ClientResponse) -> bytes:
+        """A streamed answer as if it had come whole; raises what an error within it means."""
+        pieces = Pieces()
+        try:
+            async for part in self._parts(response):
+                pieces.take(part)
+            content = json.dumps(pieces.whole()).encode()
+        except Ended as error:
+            raise Attempt("connection", f"{response.url}: {error}", retryable=True) from error
+        except (ValueError, RecursionError) as error:
+            why = self._key.hidden_in(f"{error}")
+            raise Attempt("response", f"{why}; in the stream from {response.url}") from error
+        if pieces.error_status:
+            raise refusal(pieces.error_status, response, content, self._key)
+        return content
+
+    async def _parts(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        """The body as it comes, unless it is larger than the limit."""
+        limit, size = self.config.max_response_bytes, 0
         async for part in response.content.iter_any():
-            content += part
-            if len(content) > limit:
+            size += len(part)
+            if size > limit:
                 raise Attempt(
                     "response",
                     f"the response is larger than {limit} bytes (VLLM_TASKS_MAX_RESPONSE_BYTES)",
                 )
-        return bytes(content)
+            yield part
 
 
-def refusal(response: aiohttp.ClientResponse, content: bytes, key: Key) -> Exception:
-    """What a status other than 200 means: `InvalidCall` for the call, `Attempt` for the row."""
-    status, words = response.status, words_of(key.hidden_in(content))
+def refusal(status: int, response: aiohttp.ClientResponse, content: bytes, key: Key) -> Exception:
+    """What a status other than 200 means: `InvalidCall` for the call, `Attempt` for the row.
+
+    A stream may end with one, after the 200 of its response.
+    """
+    words = words_of(key.hidden_in(content))
     said = f"HTTP {status} from {response.url}: {words!r}"
     if status in MENDED_BY:
         return Denied(status, said)
