@@ -18,7 +18,7 @@ import requests
 from prefect.settings import PREFECT_API_URL
 
 from benchmarks.results import table
-from vllm_tasks import loop
+from vllm_tasks.engines import loop
 
 MIB = 2**20
 UNFINISHED = ["SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING"]

@@ -27,8 +27,8 @@ from benchmarks.pairs import interleave, line
 
 OURS, THEIRS = "validate", "lm-evaluation-harness"
 IMPORTS = (
-    "vllm_tasks.datalayer.lake, vllm_tasks.engines.http, vllm_tasks.metrics.numeric_match, "
-    "vllm_tasks.validation.run, vllm_tasks.validation.shown"
+    "vllm_tasks.datalayer.lake.lake, vllm_tasks.engines.http.engine, vllm_tasks.metrics.numeric_match, "
+    "vllm_tasks.validation.run, vllm_tasks.validation.pages"
 )
 
 

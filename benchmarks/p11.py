@@ -20,7 +20,8 @@ from benchmarks.children import Child
 from benchmarks.options import Options
 from benchmarks.pairs import interleave, ratios, summarize
 from benchmarks.workload import questions
-from vllm_tasks.engines import actor, process
+from vllm_tasks.engines.local import process
+from vllm_tasks.engines.ray import actor
 
 if TYPE_CHECKING:
     from vllm_tasks import VllmModel

@@ -51,7 +51,7 @@ def at_once(running: list[Child]) -> list[tuple[int, float]]:
 
 def writer(pipe: Connection, folder: str, number: int) -> None:
     """Send how many groups were committed within `SECONDS`, and the seconds of the slowest."""
-    from vllm_tasks.datalayer.lake import Lake
+    from vllm_tasks.datalayer.lake.lake import Lake
     from vllm_tasks.datalayer.selection import OWN_COLUMNS, OutputColumn, OutputTable, Selection
 
     lake = Lake(folder)

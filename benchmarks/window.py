@@ -25,8 +25,9 @@ from benchmarks.pairs import Side, interleave, line, ratios, summarize
 from benchmarks.peers.usage import Meter
 from benchmarks.workload import Row, questions
 from tests.tiny_model import make_tiny_model
-from vllm_tasks import VllmModel, batching, loop
-from vllm_tasks.engines.local import WINDOW_FACTOR, LocalConfig, LocalEngine
+from vllm_tasks import VllmModel
+from vllm_tasks.engines import batching, loop
+from vllm_tasks.engines.local.engine import WINDOW_FACTOR, LocalConfig, LocalEngine
 from vllm_tasks.rows import Request
 
 BARE = "LLM.generate"

@@ -128,7 +128,7 @@ def show(rows: Sequence[Row]) -> None:
 
 def show_score(report: DatasetReport) -> None:
     """Print what the validation found, and draw it."""
-    from vllm_tasks.validation.shown import picture_of
+    from vllm_tasks.validation.pages import picture_of
 
     print(f"\nValidated on a sample of {report.rows} questions, {report.asked} of them asked now:")
     for value in report.values:

@@ -19,7 +19,7 @@ from vllm_tasks import (
     VllmModel,
     validate,
 )
-from vllm_tasks.routing import place_of
+from vllm_tasks.placement import place_of
 from vllm_tasks.tasks import emit_verdict, passed, report_of
 
 

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.pool import NullPool
 
 from tests.postgres import Postgres
-from vllm_tasks.datalayer.database import Database
+from vllm_tasks.datalayer.database.database import Database
 from vllm_tasks.datalayer.selection import OWN_COLUMNS, OutputColumn, OutputTable, Selection, SourceRow
 
 OUT = "_outputs__m"

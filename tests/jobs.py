@@ -94,7 +94,7 @@ def in_flow(model: Any, *args: Any, **call: Any) -> Any:
 def on_scripted_hosts(model: Any, *args: Any, **call: Any) -> Any:
     """In a flow, on Ray, with scripted hosts for engines."""
     from tests.test_ray import ScriptedActor
-    from vllm_tasks.engines import actor
+    from vllm_tasks.engines.ray import actor
 
     actor.HostActor = ScriptedActor  # type: ignore[misc]
     return in_flow(model, *args, **call)
@@ -108,7 +108,7 @@ def main() -> None:
     import sqlalchemy.dialects.postgresql  # noqa: F401
 
     from vllm_tasks import VllmAPI, VllmModel
-    from vllm_tasks.tables import predict_in_db
+    from vllm_tasks.tables.job import predict_in_db
     from vllm_tasks.validation.run import validate
 
     works = {

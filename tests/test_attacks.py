@@ -22,20 +22,21 @@ from deltalake import write_deltalake
 
 from tests.places import Place
 from tests.scripted_server import Reply, ScriptedServer, answer_to, usual
-from vllm_tasks import Datalayer, InvalidCall, Report, RowErrors, VllmAPI, VllmModel, loop, serve
+from vllm_tasks import Datalayer, InvalidCall, Report, RowErrors, VllmAPI, VllmModel, serve
 from vllm_tasks.artifacts import cell, code, markdown_of, markdown_table, words
+from vllm_tasks.calls.answers import Artifact
 from vllm_tasks.datalayer import outputs_name
-from vllm_tasks.engines import process
-from vllm_tasks.engines.local import LocalEngine
-from vllm_tasks.engines.ray import RayConfig
-from vllm_tasks.engines.urls import split_urls
-from vllm_tasks.outputs import Artifact
+from vllm_tasks.engines import loop
+from vllm_tasks.engines.http.urls import split_urls
+from vllm_tasks.engines.local import process
+from vllm_tasks.engines.local.engine import LocalEngine
+from vllm_tasks.engines.ray.engine import RayConfig
 from vllm_tasks.printable import printable
-from vllm_tasks.report import ErrorKind
 from vllm_tasks.rows import RowError
-from vllm_tasks.serving import command_line
-from vllm_tasks.stream import key_range
-from vllm_tasks.tables import predict_in_db
+from vllm_tasks.serving.api import command_line
+from vllm_tasks.tables.job import predict_in_db
+from vllm_tasks.tables.report import ErrorKind
+from vllm_tasks.tables.run import key_range
 
 PACKAGE = Path(__file__).parents[1] / "vllm_tasks"
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_tasks.batching import answer, chunks, fold, is_deterministic, side_by_side
 from vllm_tasks.engines import Done
+from vllm_tasks.engines.batching import answer, chunks, fold, is_deterministic, side_by_side
+from vllm_tasks.engines.window import Window
 from vllm_tasks.errors import InvalidCall, ServerUnavailable
 from vllm_tasks.rows import Choice, Completion, Request, Result, RowError
-from vllm_tasks.window import Window
 
 GREEDY = {"temperature": 0}
 PROMPTS = st.one_of(

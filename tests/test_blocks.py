@@ -31,9 +31,9 @@ from vllm_tasks import (
     VllmAPI,
     VllmModel,
 )
+from vllm_tasks.calls.prompts import joined
+from vllm_tasks.calls.sampling import known_names
 from vllm_tasks.errors import near
-from vllm_tasks.prompts import joined
-from vllm_tasks.sampling import known_names
 
 pytestmark = IN_PREFECT
 BOTH = pytest.mark.parametrize("kind", [VllmAPI, VllmModel])
@@ -130,7 +130,7 @@ def test_a_model_with_all_fields_survives_save_and_load(
             "type": "object",
             "properties": {"b": {"type": "string"}, "a": {"$ref": "#/$defs/A"}},
         },
-        "vllm_tasks.outputs.Artifact",
+        "vllm_tasks.calls.answers.Artifact",
     ],
     ids=["columns", "JSON Schema", "pydantic"],
 )
@@ -196,7 +196,7 @@ def test_an_edit_in_the_ui_changes_one_field(kind: Any, name: str) -> None:
                 block_schema_id=document.block_schema_id,
                 data={
                     "prompt": "UI: {0}",
-                    "prompt_func": "vllm_tasks.prompts.is_messages",
+                    "prompt_func": "vllm_tasks.calls.prompts.is_messages",
                     "max_batch_size": 8,
                 },
                 merge_existing_data=True,

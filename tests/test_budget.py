@@ -10,9 +10,9 @@ import pytest
 from tests.places import Place
 from tests.scripted_server import Asked, Reply, ScriptedServer, refused
 from vllm_tasks import TooManyFailed, VllmAPI
-from vllm_tasks.budget import Budget
-from vllm_tasks.report import Tally
 from vllm_tasks.rows import Choice, Completion, Result, RowError
+from vllm_tasks.tables.budget import Budget
+from vllm_tasks.tables.report import Tally
 
 GOOD = Completion((Choice("x"),))
 BAD = RowError("refused", "no")

@@ -16,10 +16,12 @@ import pytest
 
 from tests.conftest import TINY_ARGS
 from tests.scripted_server import NO_TEMPLATE, Asked, Deed, Reply, ScriptedServer, answer_to, refused
-from vllm_tasks import InvalidCall, RowError, VllmAPI, VllmModel, chat, loop, serve, sharing
+from vllm_tasks import InvalidCall, RowError, VllmAPI, VllmModel, serve
 from vllm_tasks.artifacts import markdown_of
-from vllm_tasks.chat import of_files
-from vllm_tasks.engines.control import lacks_template
+from vllm_tasks.calls import chat
+from vllm_tasks.calls.chat import of_files
+from vllm_tasks.engines import loop, sharing
+from vllm_tasks.engines.http.control import lacks_template
 
 TOLD = Reply({"count": 3, "max_model_len": 8, "tokens": [1, 2, 3]})
 """What vLLM's /tokenize says for chat messages."""

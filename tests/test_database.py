@@ -29,7 +29,7 @@ import sqlalchemy as sa
 
 from tests.databases import FLAT, NOW, OUT, TABLE, Place, either, every, keys, row, selection, sqlite
 from tests.postgres import Postgres
-from vllm_tasks.datalayer.database import Database
+from vllm_tasks.datalayer.database.database import Database
 from vllm_tasks.datalayer.selection import OutputColumn, OutputTable, SourceRow
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 
@@ -888,7 +888,7 @@ SOURCES = {
 @pytest.mark.parametrize("kind", SOURCES)
 def test_sqlite_counts_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Whatever the source and however far apart its rows, the parts add up."""
-    monkeypatch.setattr("vllm_tasks.datalayer.sqlite.COUNTED", 7)
+    monkeypatch.setattr("vllm_tasks.datalayer.database.sqlite.COUNTED", 7)
     place = sqlite(tmp_path)
     db = place.fill(50)
     made, select = SOURCES[kind]
@@ -912,7 +912,7 @@ def test_a_count_holds_up_no_commit_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, journal: str
 ) -> None:
     """Without a write-ahead log, a count in one read that takes too long gives up."""
-    monkeypatch.setattr("vllm_tasks.datalayer.sqlite.PATIENCE", 0.2)
+    monkeypatch.setattr("vllm_tasks.datalayer.database.sqlite.PATIENCE", 0.2)
     place = sqlite(tmp_path)
     place.sql(f"PRAGMA journal_mode = {journal}")
     db = place.fill(60_000)
@@ -955,7 +955,7 @@ def test_shards_of_keys_that_are_no_text(tmp_path: Path, kind: str) -> None:
 
 def test_a_locked_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lock that outlasts the patience is `TablesUnavailable`, and the commit may be repeated."""
-    monkeypatch.setattr("vllm_tasks.datalayer.backends.WAIT", 0.1)
+    monkeypatch.setattr("vllm_tasks.datalayer.database.backends.WAIT", 0.1)
     place = sqlite(tmp_path)
     db = place.fill()
     writer = db.writer(selection(), TABLE)
@@ -973,7 +973,7 @@ def test_a_locked_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_locked_postgres(pg: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rival's lock that outlasts the patience is `TablesUnavailable`, and the commit may be repeated."""
-    monkeypatch.setattr("vllm_tasks.datalayer.backends.WAIT", 0.1)
+    monkeypatch.setattr("vllm_tasks.datalayer.database.backends.WAIT", 0.1)
     db = pg.fill()
     writer = db.writer(selection(), TABLE)
     lock = f"SELECT pg_advisory_xact_lock(hashtextextended('{OUT}', 0))"

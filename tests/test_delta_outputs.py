@@ -18,9 +18,9 @@ from pydantic import ValidationError
 
 from tests.test_lake import FLAT, OUT, ROWS, TABLE, committed, jsonl, keys, row, selection
 from vllm_tasks import VllmAPI
-from vllm_tasks.datalayer import delta_writer
-from vllm_tasks.datalayer.delta import dataset
-from vllm_tasks.datalayer.lake import Lake
+from vllm_tasks.datalayer.lake import delta_writer
+from vllm_tasks.datalayer.lake.delta import dataset
+from vllm_tasks.datalayer.lake.lake import Lake
 from vllm_tasks.datalayer.selection import OutputColumn, OutputTable
 from vllm_tasks.datalayer.storable import to_json
 from vllm_tasks.errors import InvalidCall

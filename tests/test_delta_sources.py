@@ -17,8 +17,8 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from tests.test_lake import keys, selection
-from vllm_tasks.datalayer.delta import dataset, find_table
-from vllm_tasks.datalayer.lake import Lake
+from vllm_tasks.datalayer.lake.delta import dataset, find_table
+from vllm_tasks.datalayer.lake.lake import Lake
 from vllm_tasks.datalayer.sources import PART_BYTES, Unreadable
 from vllm_tasks.datalayer.sources.delta import DeltaSource, delta_reader, queryable
 from vllm_tasks.errors import InvalidCall

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.beside import pandas
+from vllm_tasks.datalayer.exact_json import dumps, identity, loads
 from vllm_tasks.datalayer.values import Nanoseconds, Number, from_json
-from vllm_tasks.exact_json import dumps, identity, loads
 
 BERLIN = ZoneInfo("Europe/Berlin")
 TWICE = dt.datetime(2024, 10, 27, 2, 30, tzinfo=BERLIN)

@@ -24,12 +24,12 @@ import pytest
 from tests.scripted_server import ScriptedServer
 from tests.zoo import KINDS, build, told, typed
 from vllm_tasks import InvalidCall, VllmAPI, VllmModel
-from vllm_tasks.chat import of_files
-from vllm_tasks.fingerprint import fingerprint, input_hash
-from vllm_tasks.functions import made_of
-from vllm_tasks.outputs import Decoder
-from vllm_tasks.serving import Behind, api_of
-from vllm_tasks.weights import IGNORED, engine_identity, sampling_identity
+from vllm_tasks.calls.answers import Decoder
+from vllm_tasks.calls.chat import of_files
+from vllm_tasks.calls.functions import made_of
+from vllm_tasks.calls.weights import IGNORED, engine_identity, sampling_identity
+from vllm_tasks.canonical import fingerprint, input_hash
+from vllm_tasks.serving.api import Behind, api_of
 
 ROOT = Path(__file__).parent.parent
 

@@ -23,12 +23,14 @@ from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH, tempor
 from tests.conftest import IN_PREFECT
 from tests.pool_workers import pool
 from vllm_tasks import Artifact, Datalayer, InvalidCall, VllmAPI, VllmModel
-from vllm_tasks.routing import parcel, patience, runs, storage
-from vllm_tasks.routing.lifeline import KIND, Lifeline, told_by
-from vllm_tasks.routing.part import Part
-from vllm_tasks.routing.place import MADE_FOR, Place, place_of
-from vllm_tasks.routing.runs import Runs, outside_of_loops
-from vllm_tasks.steps import step
+from vllm_tasks.placement import grace as patience
+from vllm_tasks.placement import payload as parcel
+from vllm_tasks.placement import runs, storage
+from vllm_tasks.placement.heartbeat import KIND, Lifeline, told_by
+from vllm_tasks.placement.part import Part
+from vllm_tasks.placement.runs import Runs, outside_of_loops
+from vllm_tasks.placement.target import MADE_FOR, Place, place_of
+from vllm_tasks.pools.step import step
 
 pytestmark = [
     *IN_PREFECT,

@@ -28,13 +28,13 @@ from pydantic import ValidationError
 from tests.scripted_server import Reply, ScriptedServer, answer_to
 from vllm_tasks import InvalidCall, VllmAPI
 from vllm_tasks.artifacts import asset_key, cell, slug, words
-from vllm_tasks.engines.urls import split_urls
-from vllm_tasks.outputs import Decoder
+from vllm_tasks.calls.answers import Decoder
+from vllm_tasks.calls.prompts import Prompter, Template
+from vllm_tasks.engines.http.urls import split_urls
 from vllm_tasks.places import has_password, without_secrets
 from vllm_tasks.printable import printable
-from vllm_tasks.prompts import Prompter, Template
 from vllm_tasks.rows import Choice, Completion, RowError
-from vllm_tasks.tables import predict_in_db
+from vllm_tasks.tables.job import predict_in_db
 
 LONG = "FUZZ_EXAMPLES" in os.environ
 HOW = {

@@ -22,25 +22,26 @@ from prefect.exceptions import PrefectException
 from prefect.settings import get_current_settings
 
 from tests.conftest import IN_PREFECT
-from vllm_tasks import EngineFailed, InvalidCall, VllmModel, loop
-from vllm_tasks.engines import gpus, process
-from vllm_tasks.engines import slots as slots_module
-from vllm_tasks.engines.gpus import Claim, Devices, free_devices, visible_devices
-from vllm_tasks.engines.slots import HeldHere, Slots
+from vllm_tasks import EngineFailed, InvalidCall, VllmModel
+from vllm_tasks.engines import loop
+from vllm_tasks.engines.local import gpus, process
+from vllm_tasks.engines.local import slots as slots_module
+from vllm_tasks.engines.local.gpus import Claim, Devices, free_devices, visible_devices
+from vllm_tasks.engines.local.slots import HeldHere, Slots
 
 pytestmark = IN_PREFECT
 
 HOLD = """
 import asyncio, sys, time
 from pathlib import Path
-from vllm_tasks.engines.gpus import free_devices
+from vllm_tasks.engines.local.gpus import free_devices
 print(",".join(asyncio.run(free_devices(int(sys.argv[1]), Path(sys.argv[2]))).names), flush=True)
 time.sleep(600)
 """
 SLOT_AND_EXIT = """
 import os
 from vllm_tasks import loop
-from vllm_tasks.engines.slots import Slots
+from vllm_tasks.engines.local.slots import Slots
 import atexit
 slots = Slots(os.environ["LIMIT"], 1)
 atexit.register(lambda: loop.run(slots.release()))  # as engines do, when no thread may be started any more
@@ -227,7 +228,7 @@ def test_a_second_engine_waits_for_the_first(
     async def run() -> None:
         await first.take()
         assert taken(limit) == 2
-        monkeypatch.setattr("vllm_tasks.engines.slots._held", {})  # as if `second` were elsewhere
+        monkeypatch.setattr("vllm_tasks.engines.local.slots._held", {})  # as if `second` were elsewhere
         waiting = asyncio.create_task(second.take())
         await asyncio.wait({waiting}, timeout=1)
         assert not waiting.done()
@@ -247,7 +248,7 @@ def test_one_that_closes_while_it_waits_takes_nothing(limit: str, monkeypatch: p
 
     async def run() -> None:
         await first.take()
-        monkeypatch.setattr("vllm_tasks.engines.slots._held", {})
+        monkeypatch.setattr("vllm_tasks.engines.local.slots._held", {})
         waiting = asyncio.create_task(second.take())
         await asyncio.sleep(0.5)
         waiting.cancel()
@@ -277,7 +278,7 @@ def test_waiting_in_vain_is_refused(limit: str) -> None:
 
 def test_a_lost_lease_is_taken_anew(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a server was restarted, for instance; the engine goes on meanwhile."""
-    monkeypatch.setattr("vllm_tasks.engines.slots.RENEW_EVERY", 0.1)
+    monkeypatch.setattr("vllm_tasks.engines.local.slots.RENEW_EVERY", 0.1)
     slots = Slots(limit, 1)
 
     async def lose() -> None:
@@ -299,7 +300,7 @@ def test_a_lease_that_a_busy_server_does_not_renew_is_kept(
     limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has not ended: who let go of it would hold its slots and wait for others beside them."""
-    monkeypatch.setattr("vllm_tasks.engines.slots.RENEW_EVERY", 0.1)
+    monkeypatch.setattr("vllm_tasks.engines.local.slots.RENEW_EVERY", 0.1)
     renew, renewed = PrefectClient.renew_concurrency_lease, asyncio.Event()
     refused = httpx.Response(500, request=httpx.Request("POST", "http://prefect"))
     refusals = [httpx.HTTPStatusError("busy", request=refused.request, response=refused), PrefectException()]

@@ -27,8 +27,8 @@ import s3fs
 from deltalake import DeltaTable, write_deltalake
 from deltalake.table import TableOptimizer
 
-from vllm_tasks.datalayer import delta_writer
-from vllm_tasks.datalayer.lake import Lake
+from vllm_tasks.datalayer.lake import delta_writer
+from vllm_tasks.datalayer.lake.lake import Lake
 from vllm_tasks.datalayer.selection import OutputColumn, OutputTable, Selection, SourceRow
 from vllm_tasks.datalayer.values import Nanoseconds
 from vllm_tasks.errors import InvalidCall, TablesUnavailable

@@ -27,17 +27,8 @@ from tests.eventually import eventually
 from tests.places import Place
 from tests.poison import ROWS, check_poisoned
 from tests.tiny_model import make_adapter
-from vllm_tasks import (
-    Completion,
-    EngineFailed,
-    InvalidCall,
-    RowError,
-    RowErrors,
-    VllmModel,
-    loop,
-    predict_batches,
-    sharing,
-)
+from vllm_tasks import Completion, EngineFailed, InvalidCall, RowError, RowErrors, VllmModel, predict_batches
+from vllm_tasks.engines import loop, sharing
 
 pytestmark = pytest.mark.engine
 

@@ -30,8 +30,8 @@ from vllm_tasks import (
     VllmAPI,
     VllmModel,
 )
-from vllm_tasks.engines.ray import RayConfig
-from vllm_tasks.engines.urls import split_urls
+from vllm_tasks.engines.http.urls import split_urls
+from vllm_tasks.engines.ray.engine import RayConfig
 from vllm_tasks.settings import site_settings
 
 Maker = Callable[..., VllmAPI | VllmModel]
@@ -113,10 +113,10 @@ def test_every_field_has_a_description(make: Any) -> None:
         ({"output_schema": "os.environ"}, ["'os.environ' is outside"]),
         ({"output_schema": "vllm_tasks.absent.Y"}, ["No module named 'vllm_tasks.absent'"]),
         (
-            {"output_schema": "vllm_tasks.prompts.joined"},
-            ["'vllm_tasks.prompts.joined'", "no pydantic model"],
+            {"output_schema": "vllm_tasks.calls.prompts.joined"},
+            ["'vllm_tasks.calls.prompts.joined'", "no pydantic model"],
         ),
-        ({"output_schema": "vllm_tasks.prompts.Template"}, ["no pydantic model"]),
+        ({"output_schema": "vllm_tasks.calls.prompts.Template"}, ["no pydantic model"]),
         (
             {"output_schema": {"type": "str"}, "datatype": "int"},
             ["datatype='int' and output_schema", "one of"],
@@ -449,7 +449,7 @@ def test_a_dotted_path_becomes_its_callable(make: Maker, module: str) -> None:
         ("{module}.own.__class__", "leads into 'builtins', which is outside"),
         ("{module}.own.__globals__.get", "leads into 'None', which is outside"),
         ("{module}.own.__builtins__.get", "leads into 'None', which is outside"),
-        ("vllm_tasks.callables.pkgutil.resolve_name", "leads into 'pkgutil', which is outside"),
+        ("vllm_tasks.calls.callables.pkgutil.resolve_name", "leads into 'pkgutil', which is outside"),
     ],
 )
 def test_paths_out_of_the_allowed_modules_are_refused(module: str, path: str, said: str) -> None:
@@ -504,7 +504,7 @@ def test_the_setting_names_the_allowed_modules(monkeypatch: pytest.MonkeyPatch) 
     assert "is outside" in refusal(VllmAPI, prompt_func=f"{__name__}.shout")
     monkeypatch.setenv("VLLM_TASKS_CALLABLE_PREFIXES", dumps([__name__.partition(".")[0]]))
     assert VllmAPI(identifier="m", prompt_func=f"{__name__}.shout").prompt_func is shout
-    assert "is outside" in refusal(VllmAPI, prompt_func="vllm_tasks.prompts.joined")
+    assert "is outside" in refusal(VllmAPI, prompt_func="vllm_tasks.calls.prompts.joined")
 
 
 def test_callables_are_dumped_as_their_paths() -> None:
@@ -762,7 +762,7 @@ def test_cut_answers_are_told_unless_the_caller_set_the_length(
     server: EchoServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An answer cut at a default length is a surprise worth a warning, at a chosen one it is not."""
-    with api(server) as model, caplog.at_level(logging.WARNING, "vllm_tasks.models"):
+    with api(server) as model, caplog.at_level(logging.WARNING, "vllm_tasks.models.api"):
         model.predict_batches(["long"], max_tokens=4)
         model.predict_batches(["short"])
         assert caplog.messages == []

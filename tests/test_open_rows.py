@@ -9,9 +9,11 @@ import pytest
 
 from tests.places import Place
 from tests.scripted_server import ScriptedServer
-from vllm_tasks import VllmAPI, open_rows, pace
-from vllm_tasks.open_rows import Open, bytes_of_answer, bytes_of_request
+from vllm_tasks import VllmAPI
 from vllm_tasks.rows import Choice, Completion, Request, RowError
+from vllm_tasks.tables import commit_policy as pace
+from vllm_tasks.tables import open_rows
+from vllm_tasks.tables.open_rows import Open, bytes_of_answer, bytes_of_request
 
 
 def test_sizes_are_those_of_the_texts() -> None:
@@ -48,7 +50,7 @@ def test_wide_rows_are_read_ahead_by_their_bytes(
     """With room for five of them, no more are under way, however many the engine would take; all are done."""
     monkeypatch.setattr(open_rows, "HELD", 500_000)
     monkeypatch.setattr(pace, "WIDEST", 200_000)
-    monkeypatch.setattr("vllm_tasks.stream.SLICE", 50_000)
+    monkeypatch.setattr("vllm_tasks.tables.run.SLICE", 50_000)
     held: list[int] = []
     read = Open.read
 

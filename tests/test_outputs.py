@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, RootModel, field_validator
 
 from tests.scripted_server import Asked, Reply, ScriptedServer
 from vllm_tasks import Choice, Completion, DataType, InvalidCall, RowError, RowErrors, VllmAPI, VllmModel
-from vllm_tasks.outputs import Decoder
+from vllm_tasks.calls.answers import Decoder
 
 INT_AND_TEXT = {
     "type": "object",

@@ -17,7 +17,7 @@ from tests.test_server import KEY, VllmServer
 from tests.tiny_model import make_adapter
 from vllm_tasks import Choice, Completion, RowError, TokenLogprob, VllmAPI, VllmModel
 from vllm_tasks.rows import Result
-from vllm_tasks.serving import command_line
+from vllm_tasks.serving.api import command_line
 
 pytestmark = pytest.mark.engine
 

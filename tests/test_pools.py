@@ -17,10 +17,10 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tests.conftest import IN_PREFECT
 from vllm_tasks import InvalidCall, ServerUnavailable
-from vllm_tasks.hints import HINTS
+from vllm_tasks.models.hints import HINTS
+from vllm_tasks.models.resources import HONOURED, Resources, check_declared
 from vllm_tasks.pools import POOL_TYPES, Pool, PoolType, make, template
 from vllm_tasks.pools.__main__ import main
-from vllm_tasks.resources import HONOURED, Resources, check_declared
 
 pytestmark = IN_PREFECT
 
@@ -103,7 +103,7 @@ def test_what_belongs_to_a_pool(name: str, client: SyncPrefectClient) -> None:
         "VLLM_TASKS_GPU_SLOTS" not in pool["base_job_template"]["variables"]["properties"]["env"]["default"]
     )
     assert (limit["name"], limit["limit"], limit["active"]) == (f"vllm-gpus:{name}-gpu", 4, True)
-    assert (step["entrypoint"], step["work_pool_name"]) == ("vllm_tasks.steps.step", f"{name}-gpu")
+    assert (step["entrypoint"], step["work_pool_name"]) == ("vllm_tasks.pools.step.step", f"{name}-gpu")
     assert step["tags"] == ["vllm-tasks"]
     trigger = automation["trigger"]
     assert (trigger["after"], trigger["expect"]) == ({"prefect.flow-run.heartbeat"}, {"prefect.flow-run.*"})

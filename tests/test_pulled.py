@@ -10,8 +10,8 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 
 from vllm_tasks import Datalayer, InvalidCall
-from vllm_tasks.routing.place import MADE_FOR
-from vllm_tasks.routing.pulled import check_stays
+from vllm_tasks.placement.pulled import check_stays
+from vllm_tasks.placement.target import MADE_FOR
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 

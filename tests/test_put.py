@@ -24,13 +24,16 @@ import sqlalchemy as sa
 from deltalake import DeltaTable
 
 from tests.places import Place
-from vllm_tasks.datalayer import Datalayer, delta_writer
-from vllm_tasks.datalayer.lake import Lake
+from vllm_tasks.datalayer import Datalayer
+from vllm_tasks.datalayer.lake import delta_writer
+from vllm_tasks.datalayer.lake.lake import Lake
 from vllm_tasks.datalayer.selection import OWN_COLUMNS, OutputColumn, OutputTable, Selection, Tables
 from vllm_tasks.errors import InvalidCall
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload([__name__, "vllm_tasks.datalayer.lake", "vllm_tasks.datalayer.database"])
+PROCESSES.set_forkserver_preload(
+    [__name__, "vllm_tasks.datalayer.lake.lake", "vllm_tasks.datalayer.database.database"]
+)
 SCHEMA = pa.schema(
     {
         "run": pa.string(),

@@ -22,13 +22,15 @@ from tests.conftest import IN_PREFECT, TINY_ARGS
 from tests.eventually import eventually
 from tests.places import Place
 from tests.scripted_server import ScriptedServer, answer_to
-from vllm_tasks import EngineFailed, InvalidCall, ServerUnavailable, VllmAPI, VllmModel, loop, predict_batches
-from vllm_tasks.batching import answer
-from vllm_tasks.call import identity_of
-from vllm_tasks.engines import actor, process
-from vllm_tasks.engines.local import LocalConfig, LocalEngine
-from vllm_tasks.engines.ray import RayHost
-from vllm_tasks.engines.replicas import REMEMBERED, Replica, Replicas, beginnings_of
+from vllm_tasks import EngineFailed, InvalidCall, ServerUnavailable, VllmAPI, VllmModel, predict_batches
+from vllm_tasks.calls.call import identity_of
+from vllm_tasks.engines import loop
+from vllm_tasks.engines.batching import answer
+from vllm_tasks.engines.local import process
+from vllm_tasks.engines.local.engine import LocalConfig, LocalEngine
+from vllm_tasks.engines.ray import actor
+from vllm_tasks.engines.ray.engine import RayHost
+from vllm_tasks.engines.ray.replicas import REMEMBERED, Replica, Replicas, beginnings_of
 from vllm_tasks.rows import Completion, Request
 
 SCRIPTED_HOST = Path(__file__).with_name("scripted_host.py")
@@ -210,7 +212,7 @@ def test_several_gpus_come_in_one_placement_group(make: Make) -> None:
 
 def test_place_that_is_not_there_is_waited_for_and_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster may grow or become free; in the end the error says what was asked of it."""
-    monkeypatch.setattr("vllm_tasks.engines.ray.SAY_EVERY", 0.5)
+    monkeypatch.setattr("vllm_tasks.engines.ray.engine.SAY_EVERY", 0.5)
     monkeypatch.setenv("VLLM_TASKS_ENGINE_START_TIMEOUT", "1")
     with pytest.raises(EngineFailed, match=r"'GPU': 8.*ask for less") as caught:
         make(ray_config={"num_gpus": 8}).predict("a")
@@ -261,7 +263,7 @@ def test_ray_that_was_there_is_used_and_left_as_it_was(
 ) -> None:
     """What others have joined in this process stays joined; when they leave, rows in flight fail, and the
     next call starts anew."""
-    monkeypatch.setattr("vllm_tasks.engines.ray.LOOK_EVERY", 0.2)
+    monkeypatch.setattr("vllm_tasks.engines.ray.engine.LOOK_EVERY", 0.2)
     ray().init(address=cluster, log_to_driver=False, logging_level="ERROR")
     model = make(pause=1)
     assert model.predict("a") == "a"

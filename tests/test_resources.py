@@ -16,9 +16,9 @@ from pydantic import ValidationError
 
 from tests.conftest import IN_PREFECT
 from vllm_tasks import InvalidCall, VllmAPI, VllmModel
-from vllm_tasks.hints import HINTS
+from vllm_tasks.models.hints import HINTS
+from vllm_tasks.models.resources import HONOURED, ROUTES, Resources, check_declared
 from vllm_tasks.pools import Pool, template
-from vllm_tasks.resources import HONOURED, ROUTES, Resources, check_declared
 
 pytestmark = IN_PREFECT  # the workers' configurations ask a server for blocks in them
 

@@ -45,8 +45,8 @@ from vllm_tasks import (
     predict_in_db,
     validate,
 )
-from vllm_tasks.routing import parcel
-from vllm_tasks.routing.part import LAST_WORDS, Part, Stage
+from vllm_tasks.placement import payload as parcel
+from vllm_tasks.placement.part import LAST_WORDS, Part, Stage
 
 pytestmark = IN_PREFECT
 ROWS = 300

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from vllm_tasks.errors import InvalidCall
-from vllm_tasks.sampling import (
+from vllm_tasks.calls.sampling import (
     GONE,
     LOCAL_EXTRAS,
     OWNED,
@@ -18,7 +17,8 @@ from vllm_tasks.sampling import (
     check_prompts,
     known_names,
 )
-from vllm_tasks.sampling_table import CHAT_REQUEST, COMPLETION_REQUEST, SAMPLING_PARAMS
+from vllm_tasks.calls.sampling_table import CHAT_REQUEST, COMPLETION_REQUEST, SAMPLING_PARAMS
+from vllm_tasks.errors import InvalidCall
 
 TARGETS: tuple[Target, ...] = ("local", "legacy", "completions", "chat", "openai")
 

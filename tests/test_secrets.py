@@ -50,10 +50,11 @@ from vllm_tasks import (
     predict_in_db,
     validate,
 )
-from vllm_tasks.engines import process
-from vllm_tasks.routing import parcel, storage
-from vllm_tasks.sampling import known_names
-from vllm_tasks.tables import datalayer_of
+from vllm_tasks.calls.sampling import known_names
+from vllm_tasks.engines.local import process
+from vllm_tasks.placement import payload as parcel
+from vllm_tasks.placement import storage
+from vllm_tasks.tables.job import datalayer_of
 
 pytestmark = [
     *IN_PREFECT,

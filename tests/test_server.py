@@ -22,7 +22,7 @@ from tests.conftest import TINY_ARGS
 from tests.poison import ROWS, check_poisoned
 from vllm_tasks import Completion, InvalidCall, RowError, RowErrors, VllmAPI, VllmModel
 from vllm_tasks.engines import session
-from vllm_tasks.serving import command_line
+from vllm_tasks.serving.api import command_line
 
 pytestmark = pytest.mark.engine
 

@@ -25,10 +25,11 @@ from prefect import flow
 
 from tests.conftest import IN_PREFECT, TINY_ARGS
 from tests.eventually import eventually
-from vllm_tasks import EngineFailed, InvalidCall, VllmModel, loop, predict_batches, serve
-from vllm_tasks.engines import shared_server
-from vllm_tasks.engines.gpus import free_devices
-from vllm_tasks.serving import command_line, server_arguments
+from vllm_tasks import EngineFailed, InvalidCall, VllmModel, predict_batches, serve
+from vllm_tasks.engines import loop
+from vllm_tasks.engines.local.gpus import free_devices
+from vllm_tasks.serving import shared_server
+from vllm_tasks.serving.api import command_line, server_arguments
 from vllm_tasks.tasks import save_metric_values
 
 STAND_IN = Path(__file__).with_name("scripted_vllm.py")
@@ -304,7 +305,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 from vllm_tasks import VllmModel, serve
 from vllm_tasks.engines import shared_server
-from vllm_tasks.engines.gpus import free_devices
+from vllm_tasks.engines.local.gpus import free_devices
 
 shared_server.SERVER = Path(sys.argv[1])
 model = VllmModel(identifier="race", model_name="m", vllm_kwargs={"record": sys.argv[2]})
@@ -354,7 +355,7 @@ import json, sys
 from pathlib import Path
 from vllm_tasks import VllmModel, serve
 from vllm_tasks.engines import shared_server
-from vllm_tasks.engines.gpus import free_devices
+from vllm_tasks.engines.local.gpus import free_devices
 
 shared_server.SERVER = Path(sys.argv[1])
 with serve(VllmModel(**json.loads(sys.argv[2]))) as served:

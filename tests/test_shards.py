@@ -10,8 +10,8 @@ import pytest
 from tests.places import Place
 from tests.scripted_server import ScriptedServer, answer_to
 from vllm_tasks import GateFailed, InvalidCall, Report, TooManyFailed, VllmAPI
-from vllm_tasks.report import ErrorKind, FailedRow, Progress
-from vllm_tasks.routing import parcel
+from vllm_tasks.placement import payload as parcel
+from vllm_tasks.tables.report import ErrorKind, FailedRow, Progress
 from vllm_tasks.validation.report import ValidationReport
 
 

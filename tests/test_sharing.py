@@ -17,8 +17,9 @@ import pytest
 
 from tests.eventually import eventually
 from tests.places import Place
-from vllm_tasks import EngineFailed, InvalidCall, RowError, VllmModel, loop, sharing
-from vllm_tasks.engines import gpus, process
+from vllm_tasks import EngineFailed, InvalidCall, RowError, VllmModel
+from vllm_tasks.engines import loop, sharing
+from vllm_tasks.engines.local import gpus, process
 
 Make = Any
 

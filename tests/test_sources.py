@@ -14,7 +14,7 @@ from tests.places import Place
 from tests.postgres import Postgres
 from tests.scripted_server import ScriptedServer
 from vllm_tasks import Datalayer, InvalidCall, Report, VllmAPI
-from vllm_tasks.source_id import source_id
+from vllm_tasks.datalayer.source_id import source_id
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from tests.databases import OUT, Place, selection
 from tests.test_sql_source import maria, run  # noqa: F401 - a fixture
 from vllm_tasks.datalayer.elsewhere import Elsewhere
-from vllm_tasks.datalayer.lake import Lake
+from vllm_tasks.datalayer.lake.lake import Lake
 from vllm_tasks.datalayer.selection import OWN_COLUMNS, OutputColumn, OutputTable, SourceRow
 from vllm_tasks.datalayer.sources import Unreadable
 from vllm_tasks.datalayer.sources.sql import SqlSource

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from tests import mariadb
 from tests.databases import Place
-from vllm_tasks.datalayer.database import Database
+from vllm_tasks.datalayer.database.database import Database
 from vllm_tasks.datalayer.sources import Unreadable
 from vllm_tasks.datalayer.sources.sql import SqlSource
 from vllm_tasks.errors import InvalidCall

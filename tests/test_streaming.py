@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.scripted_server import Asked, Reply, ScriptedServer, answer_to
 from vllm_tasks import Choice, InvalidCall, RowError, TokenLogprob, VllmAPI
-from vllm_tasks.engines.streaming import Pieces
+from vllm_tasks.engines.http.streaming import Pieces
 
 DONE = "[DONE]"
 USAGE = {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 5}}

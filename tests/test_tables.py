@@ -26,10 +26,10 @@ from vllm_tasks import (
     TooManyFailed,
     VllmAPI,
 )
-from vllm_tasks.call import records
-from vllm_tasks.fingerprint import input_hash
-from vllm_tasks.pace import Pace
-from vllm_tasks.tables import Log
+from vllm_tasks.calls.call import records
+from vllm_tasks.canonical import input_hash
+from vllm_tasks.tables.commit_policy import Pace
+from vllm_tasks.tables.job import Log
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from tests.scripted_server import Asked, ScriptedServer, answer_to, refused
 from tests.scripts import running_script
 from vllm_tasks import InvalidCall, Report, TooManyFailed, VllmAPI, predict_in_db
 from vllm_tasks.artifacts import asset_key, markdown_of, slug
-from vllm_tasks.report import ErrorKind, Progress
+from vllm_tasks.tables.report import ErrorKind, Progress
 
 pytestmark = IN_PREFECT
 

@@ -28,11 +28,11 @@ from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.metrics.measure import Answer
 from vllm_tasks.validation import Dataset, Metric, Validation, history
 from vllm_tasks.validation.comparison import compare
-from vllm_tasks.validation.frozen import Columns, freeze, kept
 from vllm_tasks.validation.gate import verdict
 from vllm_tasks.validation.report import DatasetReport, ValidationReport, Value
 from vllm_tasks.validation.run import validate
 from vllm_tasks.validation.scores import compared, score
+from vllm_tasks.validation.snapshot import Columns, freeze, kept
 from vllm_tasks.validation.statistics import Paired
 
 # ---------------------------------------------------------------------- a model whose answers a test decides

@@ -29,10 +29,10 @@ from tests.test_validation import (
     values,
 )
 from vllm_tasks import InvalidCall, TooManyFailed, VllmAPI
-from vllm_tasks.datalayer.lake import Lake
+from vllm_tasks.datalayer.lake.lake import Lake
 from vllm_tasks.validation import Dataset, Metric
+from vllm_tasks.validation.pages import markdown_of
 from vllm_tasks.validation.run import validate
-from vllm_tasks.validation.shown import markdown_of
 
 __all__ = ["here", "make", "pupil"]  # fixtures
 

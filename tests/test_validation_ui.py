@@ -13,8 +13,8 @@ from tests.browser import SCREENSHOTS, Theme, chromium, colours, executable, ope
 from tests.scripted_server import Asked, Reply, Script, ScriptedServer, usual
 from vllm_tasks import Dataset, Metric, Validation, VllmAPI
 from vllm_tasks.validation.comparison import compare
+from vllm_tasks.validation.pages import markdown_of, markdown_of_comparison
 from vllm_tasks.validation.run import validate
-from vllm_tasks.validation.shown import markdown_of, markdown_of_comparison
 
 pytestmark = pytest.mark.skipif(executable() is None, reason="needs a browser: apt-get install chromium")
 

@@ -36,8 +36,8 @@ from vllm_tasks import InvalidCall
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.datalayer.values import Nanoseconds, Number
 from vllm_tasks.validation import Dataset, Metric, Validation
-from vllm_tasks.validation.frozen import Columns, freeze, kept
 from vllm_tasks.validation.run import validate
+from vllm_tasks.validation.snapshot import Columns, freeze, kept
 
 __all__ = ["here", "make"]  # fixtures
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_tasks.engines import wire
-from vllm_tasks.engines.local import result_of
+from vllm_tasks.engines.local.engine import result_of
 from vllm_tasks.rows import Choice, Completion, Request, RowError, TokenLogprob
 
 LOGPROB_TOP = {" a": -0.5, "b": -1.5}

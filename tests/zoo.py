@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, Field, field_validator
 
-from vllm_tasks.functions import made_of
+from vllm_tasks.calls.functions import made_of
 
 Prompt = Callable[[str], str]
 KINDS: dict[str, Callable[..., Prompt]] = {}

@@ -3,8 +3,9 @@
 The names below are the public interface. Importing them loads neither vLLM nor torch nor Ray.
 """
 
+from vllm_tasks.calls.answers import Artifact
+from vllm_tasks.calls.datatypes import DataType
 from vllm_tasks.datalayer import Datalayer
-from vllm_tasks.datatypes import DataType
 from vllm_tasks.errors import (
     EngineFailed,
     GateFailed,
@@ -15,13 +16,12 @@ from vllm_tasks.errors import (
     TooManyFailed,
     VllmTasksError,
 )
-from vllm_tasks.models import VllmAPI, VllmModel
-from vllm_tasks.outputs import Artifact
-from vllm_tasks.previews import Preview, PreviewRow
-from vllm_tasks.report import ErrorKind, FailedRow, Report
+from vllm_tasks.models.api import VllmAPI, VllmModel
 from vllm_tasks.rows import Choice, Completion, RowError, TokenLogprob
-from vllm_tasks.serving import serve
+from vllm_tasks.serving.api import serve
 from vllm_tasks.settings import Settings
+from vllm_tasks.tables.previews import Preview, PreviewRow
+from vllm_tasks.tables.report import ErrorKind, FailedRow, Report
 from vllm_tasks.tasks import compare, completions, predict, predict_batches, predict_in_db, preview, validate
 from vllm_tasks.validation import Dataset, Metric, Validation
 from vllm_tasks.validation.report import Comparison, DatasetReport, ValidationReport

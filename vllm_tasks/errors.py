@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from vllm_tasks.printable import printable
 
 if TYPE_CHECKING:
-    from vllm_tasks.report import Report
     from vllm_tasks.rows import RowError
+    from vllm_tasks.tables.report import Report
     from vllm_tasks.validation.report import ValidationReport
 
 SHOWN = 5

@@ -21,10 +21,11 @@ from prefect.futures import PrefectFuture
 from prefect.tasks import MaterializingTask
 from prefect.transactions import CommitMode, transaction
 
-from vllm_tasks import tables
+from vllm_tasks._prefect.mapping import ModelTask, RowsTask
+from vllm_tasks._prefect.row_retries import over_attempts
 from vllm_tasks.artifacts import ProgressArtifact, asset_key, show_preview, show_report
-from vllm_tasks.attempts import over_attempts
-from vllm_tasks.call import Columns, OnError, Output
+from vllm_tasks.calls.call import Columns, OnError, Output
+from vllm_tasks.calls.prompts import Context
 from vllm_tasks.datalayer import Datalayer, outputs_name
 from vllm_tasks.datalayer.opening import Store
 from vllm_tasks.errors import (
@@ -36,16 +37,15 @@ from vllm_tasks.errors import (
     TooManyFailed,
     VllmTasksError,
 )
-from vllm_tasks.mapping import ModelTask, RowsTask
-from vllm_tasks.models import VllmAPI, VllmModel
-from vllm_tasks.previews import Preview
-from vllm_tasks.prompts import Context
-from vllm_tasks.report import Progress, Report
-from vllm_tasks.routing import check_shards, over_table, place_of, routed, validated
-from vllm_tasks.routing.lifeline import Lifeline
-from vllm_tasks.routing.pulled import check_stays
+from vllm_tasks.models.api import VllmAPI, VllmModel
+from vllm_tasks.placement import check_shards, over_table, place_of, routed, validated
+from vllm_tasks.placement.heartbeat import Lifeline
+from vllm_tasks.placement.pulled import check_stays
 from vllm_tasks.rows import Completion, RowError
-from vllm_tasks.stream import RETRY_DELAYS
+from vllm_tasks.tables import job as tables
+from vllm_tasks.tables.previews import Preview
+from vllm_tasks.tables.report import Progress, Report
+from vllm_tasks.tables.run import RETRY_DELAYS
 from vllm_tasks.validation import Validation
 from vllm_tasks.validation.report import Comparison, ValidationReport
 
@@ -103,7 +103,7 @@ def _predict_in_db(
     same_source: bool = False,
     **sampling: Any,
 ) -> Report:
-    """Rows of a table in, one committed output or error per row out; see `vllm_tasks.tables.predict_in_db`.
+    """Rows of a table in, one committed output or error per row out; see `vllm_tasks.tables.job.predict_in_db`.
 
     In a flow, each commit is a task run, progress and report are artifacts, and the outputs an asset. Where
     the model's hints or the settings name a work pool, a flow run there does it; with `shards=n`, n flow runs
@@ -161,7 +161,7 @@ def _preview(
     context: Context = None,
     **sampling: Any,
 ) -> Preview:
-    """The first `n` rows of a table with their prompts and answers; see `vllm_tasks.previews.preview`.
+    """The first `n` rows of a table with their prompts and answers; see `vllm_tasks.tables.previews.preview`.
 
     They become a table artifact and nothing is committed. Where the model is asked on a work pool, as by
     `predict`, the rows are read and the answers decoded here all the same.
@@ -189,7 +189,7 @@ def _validate(
     from. Raises `GateFailed` after all that when the model is below its limits. With `datasets` no event is
     sent: some of the data sets say nothing of all.
     """
-    from vllm_tasks.validation.shown import show
+    from vllm_tasks.validation.pages import show
 
     run = FlowRunContext.get()
     place = place_of(model)
@@ -232,7 +232,7 @@ def _compare(
 ) -> Comparison:
     """Compare what `validate` found of models, and show it; see `vllm_tasks.validation.comparison`."""
     from vllm_tasks.validation.comparison import compare
-    from vllm_tasks.validation.shown import show_comparison
+    from vllm_tasks.validation.pages import show_comparison
 
     comparison = compare(models, validation, reports, db=db, context=context)
     show_comparison(comparison)

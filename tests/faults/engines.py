@@ -28,7 +28,7 @@ from tests.faults.kills import LATEST
 from tests.faults.ledger import UNDISTURBED, Figures, Ledger
 from tests.scripted_server import Asked, Deed, ScriptedServer, refused
 from tests.tiny_model import make_tiny_model
-from vllm_tasks.engines.in_flight import DEATHS_OF_A_ROW
+from vllm_tasks.engines.local.in_flight import DEATHS_OF_A_ROW
 
 IN_ITS_PIPE = 8
 """Rows that a scripted host has been handed and has not told of yet: its window, in whole chunks."""

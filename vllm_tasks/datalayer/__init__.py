@@ -24,8 +24,8 @@ from vllm_tasks.places import check_place, without_secrets
 if TYPE_CHECKING:
     import pyarrow
 
-    from vllm_tasks.datalayer.database import Database
-    from vllm_tasks.datalayer.lake import Lake
+    from vllm_tasks.datalayer.database.database import Database
+    from vllm_tasks.datalayer.lake.lake import Lake
     from vllm_tasks.datalayer.sources import Source
 
 LOGO = "https://avatars.githubusercontent.com/u/136984999?s=200"
@@ -190,7 +190,7 @@ class Datalayer(Block):
         url = self._url
         if is_lake(url):
             check_place("the lake", url)
-            from vllm_tasks.datalayer.lake import Lake
+            from vllm_tasks.datalayer.lake.lake import Lake
 
             return Lake(url, self.read)
         if url.startswith(DUCKDB):
@@ -198,7 +198,7 @@ class Datalayer(Block):
                 f"{url!r:.200} keeps no outputs: read from it with source=..., and let db=... be a lake, an "
                 "SQLite file or PostgreSQL"
             )
-        from vllm_tasks.datalayer.database import Database
+        from vllm_tasks.datalayer.database.database import Database
 
         return Database(url)
 

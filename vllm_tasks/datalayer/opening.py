@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from vllm_tasks.arguments import check_folder, table_or_statement
+from vllm_tasks.calls.arguments import check_folder, table_or_statement
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.selection import Tables
+from vllm_tasks.datalayer.source_id import is_statement, place
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.source_id import is_statement, place
 
 Store = Datalayer | str | os.PathLike[str]
 """A `Datalayer`, its URL or path, or, of a source, the name of a saved one."""
@@ -41,7 +41,7 @@ def open_tables(home: Datalayer, select: Any, source: Datalayer | None = None) -
 
 def name_of(select: str) -> str:
     """A table's name or path as it is, a statement by a short hash."""
-    from vllm_tasks.fingerprint import fingerprint
+    from vllm_tasks.canonical import fingerprint
 
     return f"query-{fingerprint({'select': select})[:8]}" if is_statement(select) else select
 
@@ -69,7 +69,7 @@ def saved(name: str) -> Datalayer:
     """The saved `Datalayer` of this name; raises `InvalidCall`."""
     import httpx
 
-    from vllm_tasks.datalayer.delta import plain
+    from vllm_tasks.datalayer.lake.delta import plain
 
     try:
         found = Datalayer.load(name)

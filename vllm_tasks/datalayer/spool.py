@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from vllm_tasks.datalayer.backends import Backend
+from vllm_tasks.datalayer.database.backends import Backend
 from vllm_tasks.datalayer.pages import Pages
 from vllm_tasks.datalayer.sources import Values
 

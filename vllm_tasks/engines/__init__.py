@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from vllm_tasks.engines.window import Window
 from vllm_tasks.rows import Request, Result
-from vllm_tasks.window import Window
 
 Done = Callable[[int, Result], None]
 """Called with the position of a request in its chunk and what became of it."""
 
 
 class Engine(Protocol):
-    """Answers chunks of rows. All methods run on the engine loop (`vllm_tasks.loop`)."""
+    """Answers chunks of rows. All methods run on the engine loop (`vllm_tasks.engines.loop`)."""
 
     window: Window
     """Bounds the rows in flight over all calls that share this engine; set once it has started."""

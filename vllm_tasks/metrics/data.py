@@ -5,7 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Any
 
-from vllm_tasks.datatypes import Undecodable, read_json
+from vllm_tasks.calls.datatypes import Undecodable, read_json
 
 
 class JsonText(str):

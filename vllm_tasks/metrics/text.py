@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection
 from decimal import Decimal
 from typing import Any, Literal, get_args
 
+from vllm_tasks.calls.plain_text import plain_text
 from vllm_tasks.errors import InvalidCall, near
-from vllm_tasks.plain_text import plain_text
 
 Step = Literal["lower", "punctuation", "articles", "whitespace", "strip", "squad"]
 

@@ -28,10 +28,10 @@ from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 from prefect.types.entrypoint import EntrypointType
 
-from vllm_tasks import steps
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.models import VllmAPI, VllmModel
+from vllm_tasks.models.api import VllmAPI, VllmModel
+from vllm_tasks.pools import step as steps
 
 PoolType = Literal["process", "docker", "kubernetes"]
 POOL_TYPES: tuple[PoolType, ...] = get_args(PoolType)

@@ -8,7 +8,7 @@ from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 import httpx
 from prefect.settings import PREFECT_API_URL
 
-from vllm_tasks.engines.gpus import visible_devices
+from vllm_tasks.engines.local.gpus import visible_devices
 from vllm_tasks.errors import InvalidCall, ServerUnavailable, VllmTasksError
 from vllm_tasks.pools import POOL_TYPES, Pool, make
 

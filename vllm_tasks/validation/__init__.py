@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from vllm_tasks.callables import DottedCallable
+from vllm_tasks.calls.callables import DottedCallable
 from vllm_tasks.datalayer import check_name
 from vllm_tasks.errors import InvalidCall, near
 from vllm_tasks.metrics import BUILT_IN, BuiltinMetric, built_in

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vllm_tasks.calls.prompts import Context
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.measure import Answer
-from vllm_tasks.prompts import Context
-from vllm_tasks.tables import datalayer_of
+from vllm_tasks.tables.job import datalayer_of
 from vllm_tasks.validation import Validation, check_comparable
-from vllm_tasks.validation.asking import Validated, packed
-from vllm_tasks.validation.frozen import kept
+from vllm_tasks.validation.predictions import Validated, packed
 from vllm_tasks.validation.report import Comparison, DatasetReport, Standing, ValidationReport
 from vllm_tasks.validation.run import columns_of, sources_of
 from vllm_tasks.validation.scores import compared
+from vllm_tasks.validation.snapshot import kept
 
 
 def compare(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from vllm_tasks.plain_text import NoText, plain_text
+from vllm_tasks.calls.plain_text import NoText, plain_text
 
 
 class NotComparable(ValueError):

@@ -11,11 +11,11 @@ from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.measure import Answer
 from vllm_tasks.validation import Metric, Validation, history
-from vllm_tasks.validation.asking import Source
-from vllm_tasks.validation.frozen import Frozen
 from vllm_tasks.validation.gate import verdict
+from vllm_tasks.validation.predictions import Source
 from vllm_tasks.validation.report import ChangedRow, DatasetReport, Record, WorstRow
 from vllm_tasks.validation.scores import Scored, compared, row_scores, score
+from vllm_tasks.validation.snapshot import Frozen
 from vllm_tasks.validation.statistics import Paired
 
 logger = logging.getLogger(__name__)

@@ -15,18 +15,18 @@ from typing import Any
 
 import pyarrow as pa
 
-from vllm_tasks import exact_json
-from vllm_tasks.call import TableCall
+from vllm_tasks.calls.call import TableCall
+from vllm_tasks.calls.plain_text import NoText, plain_text
+from vllm_tasks.canonical import canonical, fingerprint
+from vllm_tasks.datalayer import exact_json
 from vllm_tasks.datalayer.selection import OutputColumn, Tables
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.fingerprint import canonical, fingerprint
 from vllm_tasks.metrics.measure import Answer, Likelihood
-from vllm_tasks.plain_text import NoText, plain_text
 from vllm_tasks.rows import Completion, Request, RowError
 from vllm_tasks.validation import Metric
-from vllm_tasks.validation.asking import Incomplete, Round, Row, Source, predict_id_of, read
 from vllm_tasks.validation.expected import expected
-from vllm_tasks.validation.frozen import Case, Frozen, has_rows
+from vllm_tasks.validation.predictions import Incomplete, Round, Row, Source, predict_id_of, read
+from vllm_tasks.validation.snapshot import Case, Frozen, has_rows
 
 KEY = "row", "part"
 PROMPT_ALONE = -1

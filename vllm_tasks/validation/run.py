@@ -10,24 +10,24 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from vllm_tasks import sharing
-from vllm_tasks.call import TableCall, records
+from vllm_tasks.calls.call import TableCall, records
+from vllm_tasks.calls.prompts import Context
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.selection import Tables
-from vllm_tasks.engines.http import HttpConfig
+from vllm_tasks.engines import sharing
+from vllm_tasks.engines.http.engine import HttpConfig
 from vllm_tasks.errors import InvalidCall, near
 from vllm_tasks.metrics.measure import Answer
-from vllm_tasks.prompts import Context
-from vllm_tasks.stream import Display
-from vllm_tasks.tables import Log, check_max_failed, datalayer_of
+from vllm_tasks.tables.job import Log, check_max_failed, datalayer_of
+from vllm_tasks.tables.run import Display
 from vllm_tasks.validation import Dataset, Metric, Validation, history
-from vllm_tasks.validation.asking import Own, Round, Source, Validated, packed, predict_id_of
-from vllm_tasks.validation.frozen import Columns, Frozen, freeze
+from vllm_tasks.validation.judge_scores import Verdicts
 from vllm_tasks.validation.judging import Judging
 from vllm_tasks.validation.likelihoods import Likelihoods
+from vllm_tasks.validation.predictions import Own, Round, Source, Validated, packed, predict_id_of
 from vllm_tasks.validation.report import DatasetReport, Record, ValidationReport
 from vllm_tasks.validation.scores import check
-from vllm_tasks.validation.verdicts import Verdicts
+from vllm_tasks.validation.snapshot import Columns, Frozen, freeze
 
 logger = logging.getLogger(__name__)
 

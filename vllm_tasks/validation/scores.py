@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from vllm_tasks.call import RowDecoder
+from vllm_tasks.calls.call import RowDecoder
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.measure import Answer, Confusion, Likelihood, Measure, Sums
 from vllm_tasks.validation import OWN_OPTIONS, Metric
-from vllm_tasks.validation.frozen import Frozen
 from vllm_tasks.validation.report import OnError, Value
+from vllm_tasks.validation.snapshot import Frozen
 from vllm_tasks.validation.statistics import (
     Array,
     Interval,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pyarrow as pa
 
-from vllm_tasks.datalayer.delta import storage_errors
+from vllm_tasks.datalayer.lake.delta import storage_errors
 from vllm_tasks.datalayer.sources import PART_BYTES, Part, Unreadable, Values
 from vllm_tasks.datalayer.sources.keys import cast_keys, fitting, key_type, known
 from vllm_tasks.datalayer.values import python

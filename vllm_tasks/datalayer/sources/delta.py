@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from deltalake import DeltaTable, QueryBuilder
 
-from vllm_tasks.datalayer.delta import filterable, quoted, refuse_outside
-from vllm_tasks.datalayer.delta_shape import (
+from vllm_tasks.datalayer.lake.delta import filterable, quoted, refuse_outside
+from vllm_tasks.datalayer.lake.delta_shape import (
     PLAIN_FEATURES,
     arrow_schema,
     beyond_plain,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import duckdb
 
-from vllm_tasks.datalayer.delta import quoted
+from vllm_tasks.datalayer.lake.delta import quoted
 from vllm_tasks.datalayer.sources.statement import SQL, Statement, parse
 from vllm_tasks.datalayer.workspace import Workspace
 from vllm_tasks.errors import SHOWN, InvalidCall, TablesUnavailable, near

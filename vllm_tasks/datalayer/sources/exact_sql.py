@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from vllm_tasks.datalayer.delta import quoted
+from vllm_tasks.datalayer.lake.delta import quoted
 from vllm_tasks.datalayer.sources.pieces import Pieces
 from vllm_tasks.datalayer.workspace import literal
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from vllm_tasks.datalayer.delta import plain
+from vllm_tasks.datalayer.lake.delta import plain
 from vllm_tasks.datalayer.sources.arrow_file import ArrowFile, Mapped
 from vllm_tasks.datalayer.sources.layout import familiar
 from vllm_tasks.datalayer.sources.pandas_frame import in_arrow

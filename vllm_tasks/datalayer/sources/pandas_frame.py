@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from vllm_tasks.datalayer.delta import plain
+from vllm_tasks.datalayer.lake.delta import plain
 
 REFUSED = (pa.ArrowException, TypeError, ValueError, OverflowError)
 """What pyarrow raises for values that it does not know."""

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from vllm_tasks.datalayer.delta import plain
+from vllm_tasks.datalayer.lake.delta import plain
 from vllm_tasks.datalayer.sources import PART_BYTES, PART_ROWS, Part, Unreadable, Values
 from vllm_tasks.datalayer.sources.arrow import tell
 from vllm_tasks.datalayer.sources.keys import cast_keys, fitting, key_type, known

@@ -9,7 +9,7 @@ from typing import Any
 
 import duckdb
 
-from vllm_tasks.datalayer.delta import open_table, quoted, storage_errors
+from vllm_tasks.datalayer.lake.delta import open_table, quoted, storage_errors
 from vllm_tasks.datalayer.sources import Source
 from vllm_tasks.datalayer.sources.arrow_file import ArrowFile
 from vllm_tasks.datalayer.sources.arrow_stream import ColumnStream

@@ -11,10 +11,10 @@ import pyarrow as pa
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from vllm_tasks.datalayer.backends import Backend
-from vllm_tasks.datalayer.declared import declared, typed
-from vllm_tasks.datalayer.dialects import backend
-from vllm_tasks.datalayer.relation import Relation
+from vllm_tasks.datalayer.database.backends import Backend
+from vllm_tasks.datalayer.database.declared import declared, typed
+from vllm_tasks.datalayer.database.dialects import backend
+from vllm_tasks.datalayer.database.relation import Relation
 from vllm_tasks.datalayer.sources import Part, Unreadable, Values
 from vllm_tasks.datalayer.sources.arrow import tell
 from vllm_tasks.datalayer.sources.keys import known

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import sqlalchemy as sa
 
-from vllm_tasks.datalayer.backends import Backend
-from vllm_tasks.datalayer.relation import Relation
+from vllm_tasks.datalayer.database.backends import Backend
+from vllm_tasks.datalayer.database.relation import Relation
 
 Place = Sequence[Any]
 """A `Backend.bound`: values of the columns of the order in one row."""

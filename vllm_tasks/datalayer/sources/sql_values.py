@@ -10,7 +10,7 @@ import pyarrow as pa
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from vllm_tasks.datalayer.declared import typed
+from vllm_tasks.datalayer.database.declared import typed
 from vllm_tasks.datalayer.sources import Values
 from vllm_tasks.datalayer.sources.keys import listed
 from vllm_tasks.datalayer.sources.sql_keys import PAGE, KeyPart, Mark

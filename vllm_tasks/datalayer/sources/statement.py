@@ -12,7 +12,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from vllm_tasks.datalayer.delta import quoted
+from vllm_tasks.datalayer.lake.delta import quoted
 from vllm_tasks.datalayer.sources import Part, Unreadable
 from vllm_tasks.datalayer.sources.arrow import KEYS_AT_ONCE, ROWS_AT_ONCE, gathered, part_of
 from vllm_tasks.datalayer.sources.keys import fitting, key_type

@@ -1,0 +1,54 @@
+"""What SQLite's values are by the types that their columns were declared with."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from vllm_tasks.datalayer.database.backends import TableName
+from vllm_tasks.datalayer.values import from_json
+
+
+def _no_number(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _json(text: str) -> Any:
+    if "NaN" in text or "Infinity" in text:  # Python's own, which no other JSON has
+        json.loads(text, parse_constant=_no_number)
+    return from_json(text)
+
+
+READ: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("DATETIME", "TIMESTAMP"), dt.datetime.fromisoformat),
+    "DATE": dt.date.fromisoformat,
+    **dict.fromkeys(("JSON", "JSONB"), _json),
+}
+"""What SQLite's text is, by the type that the column was declared with."""
+
+
+def declared(connection: Connection, table: TableName | None, names: Sequence[str]) -> list[str]:
+    """The types that columns of a table or view were declared with, without lengths; of others none."""
+    if table is None or connection.dialect.name != "sqlite":
+        return [""] * len(names)
+    query = sa.text("SELECT name, type FROM pragma_table_xinfo(:name, :schema)")
+    found = connection.execute(query, {"name": table.name, "schema": table.schema or "main"}).all()
+    kinds = {column: kind.partition("(")[0].strip().upper() for column, kind in found}
+    return [kinds.get(name, "") for name in names]
+
+
+def typed(value: Any, kind: str) -> Any:
+    """A value as its column's declared type has it; any other one may stand there, and stays."""
+    if kind in ("BOOLEAN", "BOOL") and value in (0, 1):
+        return bool(value)
+    if kind in READ and isinstance(value, str):
+        try:
+            return READ[kind](value)
+        except (ValueError, RecursionError):
+            return value
+    return value

@@ -1,0 +1,165 @@
+"""The outputs table of a database: made once with the source's own key types, written in transactions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from hashlib import sha256
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
+
+from vllm_tasks.datalayer.database.backends import Backend, Shape, TableName
+from vllm_tasks.datalayer.database.keyed_table import (
+    KINDS,
+    KeyedTable,
+    refuse_differences,
+    refuse_long_names,
+    shape_of,
+)
+from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, Key, OutputTable, Row
+from vllm_tasks.datalayer.storable import last_outputs
+from vllm_tasks.errors import InvalidCall
+
+logger = logging.getLogger(__name__)
+
+WAY_OUT = "give another predict_id, or drop that table if its answers are not needed"
+"""For outputs that are there with other columns."""
+
+
+def made(place: TableName, table: OutputTable, key: Sequence[str], key_kinds: Sequence[Any]) -> sa.Table:
+    """The table as SQLAlchemy makes it."""
+    columns = [sa.Column(name, kind, nullable=False) for name, kind in zip(key, key_kinds, strict=True)]
+    columns += [sa.Column(column.name, KINDS[column.kind]) for column in table.columns]
+    if table.flatten:
+        columns.append(sa.Column(POSITION, KINDS["int"]))
+    columns += [sa.Column(name, KINDS[kind]) for name, kind in OWN_COLUMNS.items()]
+    result = sa.Table(place.name, sa.MetaData(), *columns, schema=place.schema)
+    if table.flatten:
+        # An empty list is one row without a position. At 0 any two outcomes of a key meet.
+        position = sa.func.coalesce(result.c[POSITION], sa.literal_column("0"))
+        name = "_key_" + sha256(place.name.encode()).hexdigest()[:16]
+        sa.Index(name, *(result.c[k] for k in key), position, unique=True)
+    else:
+        result.append_constraint(sa.PrimaryKeyConstraint(*key))
+    return result
+
+
+def refuse_shape(
+    backend: Backend, place: TableName, shape: Shape, key: Sequence[str], key_kinds: Sequence[Any]
+) -> None:
+    """Raise `InvalidCall` where outputs that are there have another key, whatever else they have."""
+    expected = shape_of(made(place, OutputTable(place.name, ()), key, key_kinds), backend.engine.dialect)
+    known = {name: column for name, column in shape.items() if name in expected}
+    narrow = _narrow(backend, known, expected, key)
+    refuse_differences(backend, place.whole, {**known, **narrow}, expected, WAY_OUT)
+
+
+def _narrow(backend: Backend, there: Shape, expected: Shape, key: Sequence[str]) -> Shape:
+    """The key's columns, as expected, that hold less than the source's, which somebody has widened."""
+    return {
+        name: expected[name]
+        for name in key
+        if name in there
+        and not backend.holds(there[name].kind, expected[name].kind)
+        and backend.holds(expected[name].kind, there[name].kind)
+    }
+
+
+class DatabaseWriter:
+    """`Writer` of one outputs table.
+
+    Of a key that is in one commit twice, as its row came up twice when the source changed under the run,
+    the later outcome is kept, whole.
+    """
+
+    def __init__(
+        self, backend: Backend, table: OutputTable, key: Sequence[str], key_kinds: Sequence[Any]
+    ) -> None:
+        self._backend = backend
+        self._key = tuple(key)
+        with backend.reading() as connection:
+            self._place = backend.located(connection, table.name)
+        self._refuse_names(table)
+        self._table = made(self._place, table, key, key_kinds)
+        self._create()
+        json = {column.name for column in table.columns if column.kind == "json"}
+        self._keyed = KeyedTable(backend, self._table, key, json, in_place=self._may_update(table))
+
+    def commit(self, rows: Sequence[Row], redo: Collection[Key]) -> None:
+        for row in rows:
+            if problem := self.unstorable(row):
+                raise ValueError(f"the key {self._keyed.key_of(row)!r:.200}: {problem}")
+        try:
+            self._keyed.replace(last_outputs(rows, self._key), redo)
+        except InvalidCall as e:
+            if self._shape():
+                raise
+            raise InvalidCall(
+                f"the outputs {self._place.whole!r} were dropped or renamed under the run ({e}); give them "
+                "their name again, or run it again to make them anew"
+            ) from e
+
+    def unstorable(self, row: Row) -> str | None:
+        """See `Writer.unstorable`; `commit` raises ValueError for such a row, before anything is sent."""
+        return self._keyed.unstorable(row)
+
+    def close(self) -> None:
+        pass
+
+    def _refuse_names(self, table: OutputTable) -> None:
+        if table.partition_by or table.compression:
+            raise InvalidCall("partition_by and compression are of a lake; a database takes neither")
+        columns = [column.name for column in table.columns]
+        names = [*self._key, *columns, POSITION, *OWN_COLUMNS]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InvalidCall(
+                f"the outputs would have more than one column {twice[0]!r} (of the key "
+                f"{', '.join(self._key)}, the output's columns and our own); rename it in a SELECT or in "
+                "the output_schema"
+            )
+        refuse_long_names((self._place.name, *columns), self._backend.engine.dialect)
+
+    def _create(self) -> None:
+        if not self._shape():
+            try:
+                with self._backend.engine.begin() as connection:
+                    self._table.create(connection, checkfirst=False)
+            except DBAPIError as e:
+                if not self._shape():  # no rival made it
+                    raise self._backend.translated(e) from e
+        expected = shape_of(self._table, self._backend.engine.dialect)
+        there = self._shape()
+        if narrow := _narrow(self._backend, there, expected, self._key):
+            self._widen(narrow)
+            there = self._shape()
+        refuse_differences(self._backend, self._place.whole, there, expected, WAY_OUT)
+
+    def _widen(self, columns: Shape) -> None:
+        """The source's key was widened, so the outputs' is: else a key would come that it cannot hold."""
+        quote = self._backend.engine.dialect.identifier_preparer
+        specs = {name: self._table.c[name].type.compile(quote.dialect) for name in columns}
+        types = ", ".join(f"ALTER COLUMN {quote.quote_identifier(n)} TYPE {specs[n]}" for n in specs)
+        statement = f"ALTER TABLE {quote.format_table(self._table)} {types}"
+        logger.info("the key of the source was widened: %s", statement)
+        try:
+            with self._backend.writing(self._place.name) as connection:
+                connection.exec_driver_sql(statement)
+        except DBAPIError as e:
+            error = self._backend.translated(e)
+            if isinstance(error, InvalidCall):
+                raise InvalidCall(f"{error}; the outputs' owner must run: {statement}") from e
+            raise error from e
+
+    def _may_update(self, table: OutputTable) -> bool:
+        """Whether a row may be replaced in its place, so that what others keep in it stays."""
+        if table.flatten:
+            return False
+        with self._backend.reading() as connection:
+            indexes = self._backend.unique(connection, self._place)
+            return {*self._key} in map(set, indexes) and self._backend.may_update(connection, self._place)
+
+    def _shape(self) -> Shape:
+        with self._backend.reading() as connection:
+            return self._backend.shape(connection, self._place)

@@ -1,0 +1,273 @@
+"""Commits to a Delta table: exactly one row, or one set of positions, per key, whatever rivals do."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Collection, Sequence
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from deltalake import DeltaTable, WriterProperties, write_deltalake
+from deltalake.exceptions import CommitFailedError
+
+from vllm_tasks.datalayer.lake.delta import (
+    ONCE,
+    arrow_column,
+    dataset,
+    open_table,
+    plain,
+    problem_of,
+    quoted,
+    storage_errors,
+)
+from vllm_tasks.datalayer.lake.delta_shape import added_columns, arrow_schema, refuse_unwritable, with_added
+from vllm_tasks.datalayer.selection import POSITION, Key, Row
+from vllm_tasks.datalayer.storable import last_outputs
+from vllm_tasks.errors import TablesUnavailable
+from vllm_tasks.places import without_secrets
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 100
+FILE_BYTES = 4 << 20
+"""What compaction and merges aim at. A redone row costs a new copy of the file that it is in, and the old
+copy stays for the readers of the past: large files would make redoing dear, in time and in disk."""
+SMALL_FILES = 50
+COMPACT_EVERY = 200
+"""Own commits."""
+TAKEN = "_vllm_tasks_taken"
+"""Hashes of the keys that the outputs hold beyond those that the caller knows of: of 10 M keys 80 MB, which
+DuckDB spills, and 30 ms a commit, where the keys themselves take 400 ms and 400 MB when they are text. A
+hash that two keys share costs a merge, and nothing else."""
+
+
+class DeltaWriter:
+    """Commits to the Delta table at `url`, starting from the version loaded now."""
+
+    def __init__(
+        self,
+        url: str,
+        schema: pa.Schema,
+        key: Sequence[str],
+        properties: WriterProperties,
+        delta: DeltaTable,
+        cursor: duckdb.DuckDBPyConnection,
+        *,
+        told: bool = True,
+    ) -> None:
+        """`told`: the caller's `redo` names whatever keys of a commit that version holds."""
+        self._url = url
+        self._shown = without_secrets(url)
+        self._schema = schema
+        self._key = pa.schema([schema.field(name) for name in key])
+        self._properties = properties
+        self._delta: DeltaTable | None = delta
+        partitions = delta.metadata().partition_columns
+        self._problems = [(f.name, problem_of(f, f.name in partitions)) for f in schema]
+        self._known = set(delta.file_uris()) if told else set()
+        """Files whose keys the caller's `redo` accounts for, or `TAKEN`."""
+        self._cursor = cursor
+        with storage_errors("cannot keep the keys of the outputs"):
+            cursor.execute(f"CREATE TEMP TABLE {TAKEN} (hash UBIGINT)")
+        self._mine: pa.Table | None = None
+        """The keys of the last commit, written or not: they are in `TAKEN` from the next one on."""
+        self._commits = 0
+
+    def commit(self, rows: Sequence[Row], redo: Collection[Key]) -> None:
+        """See `Writer.commit`; of two outputs of one key in `rows`, the later one is written."""
+        self.replace(self._table(last_outputs(rows, self._key.names)), self._keys(redo))
+
+    def replace(self, new: pa.Table, old: pa.Table) -> None:
+        """Commit the rows `new`, in the table's own columns; what it holds under the keys `old` goes."""
+        if not (new.num_rows or old.num_rows):
+            return
+        if self._mine is not None:
+            with storage_errors(f"cannot keep the keys of {self._shown}"):
+                self._remember(self._mine)
+        # Before anything is written: whatever ends this call, a repetition of it replaces.
+        self._mine = new.select(self._key.names)
+        for attempt in range(ATTEMPTS):
+            try:
+                with storage_errors(f"cannot write {self._shown}"):
+                    delta = self._latest()
+                    base = delta.version()
+                    self._write(delta, new, self._distinct(old, self._taken(new)))
+                    self._know(delta, base)
+                break
+            except CommitFailedError as e:
+                # A rival has this version: take in what it wrote, and try for the next one.
+                self._delta = None
+                lost = e
+                time.sleep(random.uniform(0, min(1.0, 0.02 * 1.5**attempt)))
+            except BaseException:
+                self._delta = None
+                raise
+        else:
+            raise TablesUnavailable(
+                f"cannot write {self._shown}: rivals were faster {ATTEMPTS} times: {lost}"
+            ) from lost
+        self._commits += 1
+        if self._commits % COMPACT_EVERY == 0:
+            self._compact()
+
+    def unstorable(self, row: Row) -> str | None:
+        """See `Writer.unstorable`."""
+        for name, problem_of_value in self._problems:
+            if problem := problem_of_value(row[name]):
+                return f"column {name!r}: {problem}"
+        for name in self._key.names:
+            if row[name] is None:
+                return f"column {name!r}: NULL is no key"
+        return None
+
+    def close(self) -> None:
+        """See `Writer.close`."""
+        if self._commits and self._compact():
+            self._clean()
+        self._commits = 0
+        self._cursor.close()
+
+    def _table(self, rows: Sequence[Row]) -> pa.Table:
+        columns = [
+            arrow_column(f.name, f.type, [row[f.name] for row in rows], bool((f.metadata or {}).get(b"json")))
+            for f in self._schema
+        ]
+        return pa.table(columns, schema=self._schema)
+
+    def _keys(self, keys: Collection[Key]) -> pa.Table:
+        listed = list(keys)
+        columns = [arrow_column(f.name, f.type, [k[i] for k in listed]) for i, f in enumerate(self._key)]
+        return pa.table(columns, schema=self._key)
+
+    def _distinct(self, *tables: pa.Table) -> pa.Table:
+        return pa.concat_tables(tables).group_by(self._key.names).aggregate([]).select(self._key.names)
+
+    def _latest(self) -> DeltaTable:
+        """The latest version; the keys that rivals wrote since the last one are in `TAKEN` then."""
+        if self._delta is None:
+            self._delta = open_table(self._url)
+        else:
+            self._delta.update_incremental()
+        files = set(self._delta.file_uris())
+        if files - self._known:
+            # A compaction's or merge's files hold keys known before, too: those cost a look, and no more.
+            self._remember(_only(self._delta, files - self._known))
+            self._known = files
+        return self._delta
+
+    def _know(self, delta: DeltaTable, base: int) -> None:
+        """After a commit of ours: its files hold known keys, if it alone is what came after `base`.
+
+        Otherwise rivals' files came with it, and the next `_latest` looks at the keys of them all.
+        """
+        if delta.version() == base + 1:
+            self._known = set(delta.file_uris())
+
+    def _remember(self, rows: pa.Table | ds.Dataset) -> None:
+        """Count the keys of `rows` as taken: rivals may write more than there is memory, DuckDB spills."""
+        self._cursor.register("_vllm_tasks_added", rows)
+        query = f"SELECT {self._hash} FROM _vllm_tasks_added AS n"  # noqa: S608 - the names are quoted
+        self._cursor.execute(f"INSERT INTO {TAKEN} {query}")
+        self._cursor.unregister("_vllm_tasks_added")
+
+    def _taken(self, new: pa.Table) -> pa.Table:
+        """The keys of `new` that rivals wrote, or this writer before; rarely another one, by its hash."""
+        keys = new.select(self._key.names)
+        self._cursor.register("_vllm_tasks_new", keys)
+        query = f"FROM _vllm_tasks_new AS n SEMI JOIN {TAKEN} AS t ON {self._hash} = t.hash"
+        taken = self._cursor.sql(query).to_arrow_table().cast(self._key)
+        self._cursor.unregister("_vllm_tasks_new")
+        return taken
+
+    @property
+    def _hash(self) -> str:
+        return f"hash({', '.join(f'n.{quoted(name)}' for name in self._key.names)})"
+
+    def _write(self, delta: DeltaTable, new: pa.Table, old: pa.Table) -> None:
+        if not old.num_rows:
+            write_deltalake(
+                delta, with_added(new, delta), mode="append",
+                writer_properties=self._properties, commit_properties=ONCE,
+            )  # fmt: skip
+            return
+        # A property may have been set since the run began; delta-rs would take its own refusal for a rival's.
+        refuse_unwritable(delta, "give another predict_id")
+        new = with_added(new, delta).select(self._schema.names)
+        # A user's values in added columns stay with their rows, where one row there is one row here.
+        keeps = POSITION not in self._schema.names and bool(added_columns(arrow_schema(delta).names))
+        if keeps:
+            old = old.join(new.select(self._key.names), self._key.names, join_type="left anti")
+        on = " AND ".join(f"s.{quoted(n)} = t.{quoted(n)}" for n in self._key.names)
+        merge = delta.merge(
+            pa.concat_tables([_marked(self._gone(old), False), _marked(new, True)]),
+            # One row to delete by for each key that goes, and the new ones: unless they keep something, they
+            # match nothing, and are inserted.
+            on if keeps else f"s._new = false AND {on}",
+            source_alias="s", target_alias="t",
+            streamed_exec=False,  # streamed, it would not skip files by the keys' bounds
+            writer_properties=self._properties, commit_properties=ONCE,
+        )  # fmt: skip
+        ours = {quoted(n): f"s.{quoted(n)}" for n in self._schema.names}
+        if keeps:
+            merge = merge.when_matched_update(ours, predicate="s._new = true")
+        merge.when_matched_delete(predicate="s._new = false").when_not_matched_insert(
+            ours, predicate="s._new = true"
+        ).execute()
+
+    def _gone(self, old: pa.Table) -> pa.Table:
+        """A row of the table for each of the keys `old`, with nothing in it beside the key."""
+        columns = [
+            old[f.name] if f.name in old.column_names else pa.nulls(old.num_rows, f.type)
+            for f in self._schema
+        ]
+        return pa.table(columns, schema=self._schema)
+
+    def _compact(self) -> bool:
+        """Make few files of many small ones; whether that was done. A failure harms nobody."""
+        try:
+            delta = self._latest()
+            sizes = pa.table(delta.get_add_actions(flatten=True))["size_bytes"]
+            if pc.sum(pc.less(sizes, FILE_BYTES // 2)).as_py() < SMALL_FILES:
+                return False
+            base = delta.version()
+            # After rivals' appends, too, whatever ONCE says: delta-rs tries again by itself.
+            done = delta.optimize.compact(
+                target_size=FILE_BYTES,
+                max_concurrent_tasks=1,  # each holds files in memory
+                writer_properties=self._properties,
+                commit_properties=ONCE,
+            )
+            if done["numFilesAdded"]:
+                self._know(delta, base)
+        except CommitFailedError:
+            self._delta = None  # a rival was faster: the next time will do, or the rival's own compaction
+            return False
+        except Exception as e:  # noqa: BLE001 - whatever it is, the rows are written
+            self._delta = None
+            logger.warning("the small files of %s were not made into large ones: %s", self._shown, plain(e))
+            return False
+        return True
+
+    def _clean(self) -> None:
+        try:
+            # With Delta's retention, 7 days: nobody who reads now loses a file.
+            self._latest().vacuum(dry_run=False, full=True)
+        except Exception as e:  # noqa: BLE001 - whatever it is, the rows are written
+            self._delta = None
+            logger.warning("old files of %s were not removed: %s", self._shown, plain(e))
+
+
+def _only(delta: DeltaTable, files: set[str]) -> ds.Dataset:
+    """The rows of these files of the table."""
+    whole = dataset(delta)
+    names = {uri.rsplit("/", 1)[-1] for uri in files}  # each has a UUID
+    fragments = [f for f in whole.get_fragments() if f.path.rsplit("/", 1)[-1] in names]
+    return ds.FileSystemDataset(fragments, whole.schema, whole.format, whole.filesystem)
+
+
+def _marked(table: pa.Table, new: bool) -> pa.Table:
+    return table.append_column("_new", pa.array([new] * table.num_rows, pa.bool_()))

@@ -1,0 +1,355 @@
+"""One queue for the rows of an engine: a row gets the first server that has a place, and waits for one
+when none is there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from vllm_tasks.engines.http.capacity import Room
+from vllm_tasks.engines.http.control import Control, Served
+from vllm_tasks.engines.http.failures import Full, Unreachable
+from vllm_tasks.errors import InvalidCall, ServerUnavailable, VllmTasksError
+from vllm_tasks.rows import Request
+
+logger = logging.getLogger(__name__)
+
+LEAST_SEARCH = 1.0
+"""Seconds that servers have to answer a search, however short the patience is."""
+LEFT_ALONE = 1.0
+"""Seconds that a server which refused a connection gets no rows while others are there."""
+PROBE_EVERY = 1.0
+"""Seconds between two health checks of a server that is in doubt."""
+
+
+@dataclass(eq=False)
+class Server:
+    """One server: its base URL and what this process knows of it now."""
+
+    url: str
+    room: Room
+    model: str | None
+    """To be named in requests; None: it has to be asked."""
+    is_asked: bool
+    """Whether it need not be asked what it serves, or has been since it was away."""
+    owes: Request | None = None
+    """One that it had answered and failed when it was asked again: it must be answered before any other."""
+    avoid_until: float = 0.0
+    well_until: float = 0.0
+    proven: float = 0.0
+    """When a request was sent that had been answered before, and was again."""
+    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    checking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it may get rows, as far as we know."""
+        return self.avoid_until <= time.monotonic()
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether it need not be asked anything before a row."""
+        return self.is_asked and self.owes is None
+
+    @property
+    def has_place(self) -> bool:
+        """Whether a row may go there now; while one finds out whether it is to be trusted, no others."""
+        may_ask = self.is_trusted or not self.asking.locked()
+        return self.is_there and may_ask and self.room.has_place()
+
+
+class Servers:
+    """The servers of one engine, each with room for `most` rows.
+
+    `model` is the name to use for all; None: each server is asked for its own. `prove` asks a server again
+    for what was answered before.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        model: str | None,
+        control: Control,
+        patience: float,
+        most: int,
+        prove: Callable[[Server, Request], Awaitable[None]],
+    ) -> None:
+        self._is_sure = model == "" or (model is not None and len(urls) == 1)
+        self.all = [Server(url, Room(most), model, self._is_sure) for url in urls]
+        self.model = model
+        self.control = control
+        self.patience = patience
+        self.has_chat_template: bool | None = None  # of the model that all serve; None: not asked yet
+        self.places = most * len(urls)
+        self.answers = 0
+        self._prove = prove
+        self._served: Served | None = None  # what all serve, from the first that told it
+        self._are_compared = len(urls) == 1
+        self._heard = 0.0
+        self._full_since: float | None = None
+        self._ailment = ""  # what was heard last of a server that is not there
+        self._waiting: deque[asyncio.Future[Server]] = deque()
+        self._keeper: asyncio.Task[None] | None = None
+        self.news = asyncio.Event()
+        """Set whenever a place is given back, or a server lost or trusted again."""
+
+    @property
+    def at_work(self) -> int:
+        """How many rows have a place."""
+        return sum(server.room.open for server in self.all)
+
+    # ------------------------------------------------------------------ places
+
+    async def place(self) -> Server:
+        """A place at a server, first come, first served; `leave` gives it back.
+
+        Raises `ServerUnavailable` when no server is there for the patience.
+        """
+        if not self._waiting and (server := self._free()) is not None:
+            server.room.open += 1
+            return server
+        turn: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        if self._keeper is None or self._keeper.done():
+            self._keeper = asyncio.create_task(self._keep())
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled() and not turn.exception():  # it came at the same time
+                self.leave(turn.result())
+            if all(other.done() for other in self._waiting):  # cancelled calls leave no search behind
+                self._keeper.cancel()
+            raise
+
+    def leave(self, server: Server) -> None:
+        """Give a place back."""
+        server.room.open -= 1
+        self._serve()
+        self.news.set()
+
+    def _serve(self) -> None:
+        """Give the places that there are to the rows that wait."""
+        while self._waiting:
+            if self._waiting[0].done():  # its row was cancelled
+                self._waiting.popleft()
+            elif (server := self._free()) is not None:
+                server.room.open += 1
+                self._waiting.popleft().set_result(server)
+            else:
+                return
+
+    def _free(self) -> Server | None:
+        """Of the servers with a place that with the fewest rows of ours."""
+        free = [server for server in self.all if server.has_place]
+        return min(free, key=lambda server: server.room.open, default=None)
+
+    async def _keep(self) -> None:
+        """As long as rows wait: serve them when a server may take more, or look for one."""
+        while self._waiting:
+            try:
+                await self._change()
+            except VllmTasksError as error:
+                for turn in self._waiting:
+                    if not turn.done():
+                        turn.set_exception(error)
+                self._waiting.clear()
+            self._serve()
+
+    async def _change(self) -> None:
+        """Wait until a place is given back, a server may take more, or one is found."""
+        if not any(server.is_there for server in self.all):
+            await self._find_any()
+            return
+        now = time.monotonic()
+        dues = [due - now for s in self.all for due in (s.avoid_until, s.room.grows_at) if due > now]
+        self.news.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(dues, default=None)):
+                await self.news.wait()
+
+    # ------------------------------------------------------------------ servers that are away
+
+    def lose(self, server: Server, why: str) -> None:
+        """Leave a server alone for a while; it may come back with another model."""
+        if server.is_there:  # else others have lost it already
+            server.avoid_until = time.monotonic() + LEFT_ALONE
+            server.is_asked = self._is_sure
+            self._ailment = why
+            self.news.set()
+
+    async def _find_any(self) -> None:
+        """Return when some server is able to answer."""
+        started = time.monotonic()
+        urls = ", ".join(s.url for s in self.all)
+        logger.warning("no server answers at %s; waiting up to %g s", urls, self.patience)
+        watches = [asyncio.create_task(self._watch(server)) for server in self.all]
+        try:
+            seconds = max(self.patience, LEAST_SEARCH)
+            found, _ = await asyncio.wait(watches, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for watch in watches:
+                watch.cancel()
+        if not found:
+            raise self.unavailable(self._ailment)
+        for watch in found:
+            watch.result()
+        logger.info("a server answers after %.1f s", time.monotonic() - started)
+
+    async def _watch(self, server: Server) -> None:
+        """Return when the server is able to answer; one without /health is when it answers."""
+        while True:
+            try:
+                await self.control.check_health(server.url)
+                async with server.asking:
+                    await self._trust(server)
+            except (Unreachable, Full) as error:
+                self._ailment = str(error)
+                await asyncio.sleep(PROBE_EVERY)
+            else:
+                server.avoid_until = 0.0
+                return
+
+    def unavailable(self, last: str) -> ServerUnavailable:
+        """What ends a call after the patience; `last` is what was heard last."""
+        urls = ", ".join(s.url for s in self.all)
+        return ServerUnavailable(
+            f"no server answered at {urls} for {self.patience:g} s (last: {last}); start it, "
+            "correct api_url, or wait longer with VLLM_TASKS_PATIENCE (seconds)"
+        )
+
+    def answer(self, server: Server, sent: float) -> None:
+        """A server has dealt with a row that was sent at `sent`, and so has room again."""
+        self.answers += 1
+        self._heard = time.monotonic()
+        self._full_since = None
+        server.room.answer(sent)
+
+    def is_patience_over(self) -> bool:
+        """Whether for the patience no row has been answered or worked on, but all were refused for load."""
+        now = time.monotonic()
+        if self._full_since is None or self.at_work:
+            self._full_since = now
+        return now - self._full_since > self.patience
+
+    def is_silent_since(self, began: float) -> bool:
+        """Whether no row has been answered for the patience, nor since `began`."""
+        return time.monotonic() - max(self._heard, began) > self.patience
+
+    # ------------------------------------------------------------------ servers in doubt
+
+    async def check(self, server: Server) -> None:
+        """Raise `Unreachable` when a server that a gateway gives no answer from is not healthy.
+
+        One health check a second at most, however many rows ask.
+        """
+        async with server.checking:
+            _stays(server)
+            if server.well_until <= time.monotonic():
+                await self.control.check_health(server.url)
+                server.well_until = time.monotonic() + PROBE_EVERY
+
+    async def prove(self, server: Server, answered: Request) -> None:
+        """Return where the server answers again what was answered before: failures are the rows' own.
+
+        Raises `Unreachable`, `Full` or `InvalidCall` where it does not. One proof serves all rows that failed
+        before it was sent.
+        """
+        failed = time.monotonic()
+        async with server.asking:
+            _stays(server)
+            if server.proven <= failed:
+                sent = time.monotonic()
+                try:
+                    await self._prove(server, answered)
+                except Unreachable:
+                    server.owes = answered
+                    raise
+                server.proven = sent
+
+    async def trust(self, server: Server) -> None:
+        """Before a row is sent: see that the server serves what the others do, and fails not everything.
+
+        Raises `InvalidCall` when it refuses to tell its model, or serves several or another one;
+        `Unreachable` when it cannot tell now, or fails again.
+        """
+        if not server.is_trusted:
+            async with server.asking:
+                _stays(server)
+                await self._trust(server)
+            self.news.set()
+
+    async def _trust(self, server: Server) -> None:
+        if not server.is_asked:
+            if (served := await self.control.served(server.url, self.model)) is not None:
+                self._agree(served)
+                server.model = self.model or served.model
+            server.is_asked = True
+        if server.owes is not None:
+            await self._prove(server, server.owes)
+            server.owes = None
+
+    # ------------------------------------------------------------------ what is served
+
+    async def compare(self) -> None:
+        """Before the first row: raise `InvalidCall` where those that are there serve different models."""
+        if not self._are_compared:
+            await asyncio.gather(*(self._compare(server) for server in self.all if server.is_there))
+            self._are_compared = True
+
+    async def _compare(self, server: Server) -> None:
+        try:
+            await self.trust(server)
+        except Unreachable as error:
+            self.lose(server, str(error))
+
+    def _agree(self, served: Served) -> None:
+        """Raise `InvalidCall` unless all that were asked serve the same; of a model that is named, its name
+        counts, else its root too."""
+        first = self._served = self._served or served
+        roots = {first.root, served.root} - {None} if self.model is None else ()
+        if served.model == first.model and len(roots) <= 1:
+            return
+        self.forget_model()
+        order = [server.url for server in self.all]
+        one, other = sorted((first, served), key=lambda each: order.index(each.url))
+        now = " now" if one.url == other.url else ""
+        raise InvalidCall(
+            f"{one.url} serves {one}, and {other.url} {other}{now}: all rows of a call are answered by one "
+            "model; correct api_url, or pass model='...' with a name that every server has"
+        )
+
+    def forget_model(self) -> None:
+        """Ask anew what is served: a server does not know the model that was told, or tells another one."""
+        self._served = self.has_chat_template = None
+        self._are_compared = len(self.all) == 1
+        for server in self.all:
+            server.model, server.is_asked = self.model, self._is_sure
+
+    async def facts(self) -> dict[str, str]:
+        """What a server tells: `model` as it is to be asked for; `root` (the model's own name or folder)
+        and `version` (vLLM's) where it tells them."""
+        while True:
+            await self.compare()
+            server = next((server for server in self.all if server.is_there), None)
+            if server is None:
+                self.leave(server := await self.place())
+            try:
+                await self.trust(server)
+            except Unreachable as error:
+                self.lose(server, str(error))
+                continue
+            assert server.model is not None
+            told = await self.control.facts(server.url, server.model)
+            if told or server.is_there:  # else rows have found out meanwhile that it is away
+                return {"model": server.model, **told}
+
+
+def _stays(server: Server) -> None:
+    """Raise `Unreachable` where the row before us at a lock has found out that it is away."""
+    if not server.is_there:
+        raise Unreachable(f"{server.url} does not answer")

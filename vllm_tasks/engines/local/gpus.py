@@ -1,0 +1,192 @@
+"""What an engine of this machine holds while it lives: slots of a limit, and devices that no other has.
+
+A device is held by a lock on a file, which the engine's own process inherits: the kernel gives it back
+when the last process of the engine is gone, however it went.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_tasks.engines.local.slots import HeldHere, Slots
+from vllm_tasks.errors import EngineFailed, InvalidCall
+from vllm_tasks.settings import site_settings
+
+logger = logging.getLogger(__name__)
+
+FOLDER = Path("/tmp/vllm_tasks-gpus")  # noqa: S108 - whatever TMPDIR says: one folder for all on the machine
+DRIVER = Path("/proc/driver/nvidia/gpus")
+TRY_EVERY = 1.0
+SAY_EVERY = 60.0
+
+_held: set[int] = set()
+"""Descriptors of the locks that this process holds."""
+
+
+@dataclass(frozen=True)
+class Devices:
+    """GPUs that are held, as `CUDA_VISIBLE_DEVICES` names them, and the descriptors of their locks."""
+
+    names: tuple[str, ...] = ()
+    locks: tuple[int, ...] = ()
+
+    @property
+    def env(self) -> Mapping[str, str]:
+        """What the engine's process must see of the machine."""
+        return {"CUDA_VISIBLE_DEVICES": ",".join(self.names)} if self.names else {}
+
+    def release(self) -> None:
+        """Let go of them; the engine's own processes, if any is left, still hold them."""
+        for lock in self.locks:
+            _held.discard(lock)
+            os.close(lock)
+
+
+class Claim:
+    """What one engine takes before it starts and gives back when it has ended."""
+
+    def __init__(self, gpus: int) -> None:
+        self.gpus = gpus
+        self.devices = Devices()
+        self._slots: Slots | None = None
+
+    async def take(self) -> None:
+        """Wait until the slots and the devices that the settings ask for are free, and hold them.
+
+        Raises `InvalidCall` where that cannot come true, `EngineFailed` where Prefect cannot be asked.
+        """
+        settings = site_settings()
+        if not self.gpus:
+            return
+        if settings.gpu_slots:
+            slots = Slots(settings.gpu_slots, self.gpus)
+            await slots.take()
+            self._slots = slots
+        if settings.gpus:
+            try:
+                self.devices = await free_devices(max(settings.gpus, self.gpus))
+            except BaseException:
+                await self.release()
+                raise
+
+    async def release(self) -> None:
+        """Give back what is held."""
+        devices, self.devices = self.devices, Devices()
+        devices.release()
+        if self._slots:
+            slots, self._slots = self._slots, None
+            await slots.release()
+
+
+def visible_devices() -> list[str]:
+    """The GPUs that a process started here may use, by the names that `CUDA_VISIBLE_DEVICES` takes."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        names = [name.strip() for name in visible.split(",")]
+        return [] if names == ["-1"] else [name for name in names if name]
+    if DRIVER.is_dir():
+        return [str(index) for index in range(len(list(DRIVER.iterdir())))]
+    with suppress(OSError, subprocess.SubprocessError):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True)
+        return [str(index) for index in range(listed.stdout.count("GPU "))]
+    return []
+
+
+async def free_devices(count: int, folder: Path = FOLDER) -> Devices:
+    """Hold `count` of the visible GPUs, none of which another engine of the machine holds; waits for them.
+
+    Raises `InvalidCall` where the machine has too few, or this process itself holds what is missing.
+    """
+    visible = visible_devices()
+    _check_enough(visible, count)
+    tries = 0
+    while (devices := _take_free(visible, count, folder)) is None:
+        if tries * TRY_EVERY % SAY_EVERY == 0:
+            logger.info("waiting for %d free GPUs of %s on this machine", count, ",".join(visible))
+        tries += 1
+        await asyncio.sleep(TRY_EVERY)
+        _check_enough(visible, count)  # another engine of this process may have taken some meanwhile
+    return devices
+
+
+def _check_enough(visible: Sequence[str], count: int) -> None:
+    needs = f"the engine needs {count} GPUs (VLLM_TASKS_GPUS), and this process sees {len(visible)}"
+    if count > len(visible):
+        raise InvalidCall(
+            f"{needs}; use another machine, or for an engine on CPUs give the model num_gpus=0 in "
+            "compute_kwargs"
+        )
+    if count > len(visible) - len(_held):
+        raise HeldHere(
+            f"{needs}, of which engines of this same process hold {len(_held)}: close one first "
+            "(use `with model:`)"
+        )
+
+
+def _take_free(visible: Sequence[str], count: int, folder: Path) -> Devices | None:
+    """Hold the first `count` that are free, or none at all, so that no two wait for each other."""
+    taken: dict[str, int] = {}
+    try:
+        for name in visible:
+            if len(taken) < count and (lock := _lock(name, folder)) is not None:
+                taken[name] = lock
+    except OSError as error:
+        for lock in taken.values():
+            os.close(lock)
+        raise EngineFailed(f"no GPU can be held in {folder}: {error}", temporary=True) from error
+    devices = Devices(tuple(taken), tuple(taken.values()))
+    _held.update(devices.locks)
+    if len(taken) == count:
+        return devices
+    devices.release()
+    return None
+
+
+def _lock(name: str, folder: Path) -> int | None:
+    """The descriptor of the lock of a device, None where another holds it."""
+    lock = _open(folder / name.replace("/", "_"), folder)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def _open(path: Path, folder: Path) -> int:
+    """Open the file of a device, which any user of the machine may have made.
+
+    Linux refuses O_CREAT on another user's file in such a folder, hence two steps.
+    """
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o777)
+    # Also where it is there: Docker makes it for a mount, closed to others; another user has opened his own.
+    with suppress(PermissionError):
+        folder.chmod(0o1777)
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(path, flags)
+    except FileNotFoundError:
+        with suppress(FileExistsError):
+            made = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
+            os.fchmod(made, 0o644)  # whatever the umask is
+            return made
+        return os.open(path, flags)
+
+
+def _leave_to_parent() -> None:
+    """A forked child of ours must not keep a device from others when we are gone."""
+    for lock in _held:
+        os.close(lock)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)

@@ -1,0 +1,242 @@
+"""The child process that holds an engine: its start, its frames, its log and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+from vllm_tasks.engines import session
+from vllm_tasks.engines.local.gpus import Devices
+from vllm_tasks.engines.session import Frame
+from vllm_tasks.errors import EngineFailed
+
+logger = logging.getLogger(__name__)
+vllm_logger = logging.getLogger("vllm_tasks.vllm")
+
+ANY_DEVICES = Devices()
+HOST = Path(__file__).with_name("host.py")
+SAY_EVERY = 10.0
+"""Seconds between two lines of start-up progress."""
+CLOSE_GRACE = 15.0
+"""Seconds for an orderly end of the engine; then it is killed."""
+LOG_GRACE = 2.0
+"""Seconds to read the rest of the log of a process that has ended."""
+LOG_LINES = 400
+"""Lines of the engine's log kept to explain a failure."""
+LONGEST_LINE = 2**20
+"""Bytes: a longer line of the log is dropped."""
+REASON = re.compile(r"\b((?:[\w.]+\.)?\w*(?:Error|Exception|OutOfMemory\w*): .+)")
+"""A line that ends a traceback: an exception and its words."""
+DIED = re.compile(r"(Worker proc \S+) died unexpectedly \(exit code: -(\d+)\)")
+"""A line that tells of a signal to a process of vLLM's."""
+WRAPPERS = (
+    "Engine core initialization failed",
+    "WorkerProc initialization failed",
+    "EngineCore encountered an issue",
+)
+"""vLLM's errors that only point at another one in the log."""
+FIRST, NEWEST = 0, -1
+"""Errors in a log: the first explains a start, since the others follow from it, the newest a death."""
+MORE = " (the logger vllm_tasks.vllm has all of them at level DEBUG)"
+
+
+class HostProcess:
+    """A running host (see `vllm_tasks.engines.local.host`) and our end of its socket."""
+
+    def __init__(
+        self,
+        model: str,
+        process: subprocess.Popen[bytes],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        sockets: str,
+    ) -> None:
+        self.model = model
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+        self._sockets = sockets
+        self._log: deque[str] = deque(maxlen=LOG_LINES)
+        self._log_reader = asyncio.create_task(self._read_log())
+        self._code: int | None = None  # that it ended with by itself
+
+    @classmethod
+    async def launch(
+        cls,
+        arguments: Frame,
+        timeout: float,  # noqa: ASYNC109
+        devices: Devices = ANY_DEVICES,
+    ) -> tuple[HostProcess, Frame]:
+        """A host whose engine is ready, and what it tells of itself.
+
+        `timeout` is in seconds; the engine sees only `devices`, and holds them too.
+        Raises `EngineFailed` with vLLM's own reason; nothing is left behind then.
+        """
+        started = time.monotonic()
+        host = await cls._spawn(str(arguments["model"]), devices)
+        logger.info("starting vLLM for %r (pid %d)", host.model, host._process.pid)
+        try:
+            host.write(arguments)
+            facts = await host._ready(started, timeout)
+        except BaseException:
+            await host.end(grace=0)
+            raise
+        host._log.clear()  # what is in it from now on explains a death, not a start
+        logger.info(
+            "vLLM %s is ready for %r after %.1f s: max_num_seqs=%d, max_model_len=%d",
+            facts["vllm"],
+            host.model,
+            time.monotonic() - started,
+            facts["max_num_seqs"],
+            facts["max_model_len"],
+        )
+        return host, facts
+
+    @classmethod
+    async def _spawn(cls, model: str, devices: Devices) -> HostProcess:
+        ours, theirs = socket.socketpair()
+        sockets = ""
+        with theirs:
+            streams = await asyncio.open_connection(sock=ours)  # from here on nothing can be interrupted
+            try:
+                sockets = session.new_sockets()
+                process = subprocess.Popen(  # noqa: ASYNC220 - takes milliseconds, and must end with us
+                    # -P: the folder of host.py must not be searched for modules (it holds an `http.py`).
+                    [sys.executable, "-P", str(HOST), str(theirs.fileno()), str(os.getpid())],
+                    pass_fds=[theirs.fileno(), *devices.locks],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env={**os.environ, "PYTHONUNBUFFERED": "1", session.SOCKETS: sockets, **devices.env},
+                )
+            except OSError as error:  # no memory, or too many processes or open files
+                streams[1].close()
+                session.remove_sockets(sockets)
+                raise EngineFailed(f"no process for vLLM could be made: {error}", temporary=True) from error
+        return cls(model, process, *streams, sockets)
+
+    async def _ready(self, started: float, timeout: float) -> Frame:  # noqa: ASYNC109
+        """The facts of the engine when it is ready; says every few seconds how far the start-up is."""
+        first = asyncio.create_task(self.read())
+        while not first.done():
+            await asyncio.wait({first}, timeout=SAY_EVERY)
+            waited = time.monotonic() - started
+            if not first.done() and waited > timeout:
+                first.cancel()
+                raise EngineFailed(
+                    f"vLLM did not start {self.model!r} within {timeout:g} s "
+                    f"(VLLM_TASKS_ENGINE_START_TIMEOUT); its last words: {self._last_words()}"
+                )
+            if not first.done():
+                logger.info("still starting after %.0f s: %s", waited, self._last_words())
+        frame = first.result()
+        if "ready" in frame:
+            facts: Frame = frame["ready"]
+            return facts
+        await self.end()
+        why = self._explained(str(frame.get("failed", "")), FIRST)
+        raise EngineFailed(f"vLLM could not start {self.model!r}: {why}")
+
+    async def read(self) -> Frame:
+        """The next frame; an empty one when the host is gone."""
+        try:
+            return await session.read_frame(self._reader)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return {}
+
+    def write(self, frame: Frame) -> None:
+        """Send a frame; one to a host that is gone is dropped."""
+        if not self._writer.is_closing():
+            self._writer.write(session.packed(frame))
+
+    def why(self, reason: str) -> str:
+        """Why it ended: vLLM's own reason, or the signal or error in the log that this only points at."""
+        return self._explained(reason, NEWEST)
+
+    def _explained(self, reason: str, which: int) -> str:
+        if reason and not any(wrapper in reason for wrapper in WRAPPERS):
+            return reason
+        return explain(list(self._log), reason, self._code, which)
+
+    async def end(self, grace: float = CLOSE_GRACE) -> None:
+        """End it in order, after `grace` seconds by force; at once by force when cancelled.
+
+        Polls, because a thread to wait in is no longer to be had while the interpreter exits.
+        """
+        self._writer.close()  # which the host takes for its order to end
+        deadline = time.monotonic() + grace
+        try:
+            while self._process.poll() is None and time.monotonic() < deadline:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        finally:  # without a pause, in which it could be interrupted again
+            self._code = self._process.poll()
+            self._process.kill()
+            session.kill(self._process.pid)
+            self._process.wait()
+            session.remove_sockets(self._sockets)
+        await asyncio.wait({self._log_reader}, timeout=LOG_GRACE)
+        self._log_reader.cancel()  # where a process that was spared still holds the log
+        await asyncio.wait({self._log_reader})
+
+    async def _read_log(self) -> None:
+        """Keep the end of what vLLM prints, and pass it on at level DEBUG."""
+        reader = asyncio.StreamReader(limit=LONGEST_LINE)
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), self._process.stdout
+        )
+        try:
+            while True:
+                try:
+                    raw = await reader.readline()
+                except ValueError:  # too long: dropped, but read, since vLLM would wait on a full pipe
+                    continue
+                if not raw:
+                    return
+                line = raw.decode(errors="replace").rstrip()
+                self._log.append(line)
+                vllm_logger.debug("%s", line)
+        finally:
+            transport.close()
+
+    def _last_words(self) -> str:
+        return last_words(list(self._log))
+
+
+def explain(log: list[str], reason: str, code: int | None, which: int = FIRST, more: str = MORE) -> str:
+    """The signal that ended it, an error of a traceback in the log, or its last words and the exit code.
+
+    `which` of the errors, `FIRST` or `NEWEST`; `more` says where all of the log is.
+    """
+    start = next((i for i, line in enumerate(log) if "Traceback (most recent call last)" in line), len(log))
+    found = [_words_at(log, i) for i in range(start, len(log)) if REASON.search(log[i])]
+    causes = [words for words in found if not any(wrapper in words for wrapper in WRAPPERS)]
+    words = f"; its last words: {last_words(log)}{more}"
+    if code is not None and code < 0:
+        return f"its process was ended by {session.signal_words(-code)}{words}"
+    if died := [match for line in log if (match := DIED.search(line))]:
+        return f"{died[which][1]} was ended by {session.signal_words(int(died[which][2]))}"
+    if causes:
+        return causes[which]
+    return f"{reason or 'its process ended'}, exit code {code}{words}"
+
+
+def _words_at(log: list[str], i: int) -> str:
+    """The exception that line `i` names; pydantic's has its words on the next line."""
+    found = REASON.search(log[i])
+    assert found is not None
+    if "validation error" in found[1] and i + 1 < len(log):
+        return f"{found[1]}: {log[i + 1].partition(' [type=')[0].strip()}"
+    return found[1]
+
+
+def last_words(log: list[str]) -> str:
+    return next((line for line in reversed(log) if line.strip()), "(nothing printed)")

@@ -1,0 +1,528 @@
+"""What both models are: what to ask and how, checked when made, and the ways to ask it.
+
+A model is data, and a lease of engines, whose state is in `vllm_tasks.engines.sharing`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+from uuid import uuid4
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, InitErrorDetails
+
+from vllm_tasks.calls.answers import Artifact, Decoder, check_one_type
+from vllm_tasks.calls.arguments import check_spelling
+from vllm_tasks.calls.call import Call, Columns, OnError, Output
+from vllm_tasks.calls.callables import DottedCallable, check_importable
+from vllm_tasks.calls.chat import of_call
+from vllm_tasks.calls.datatypes import DataType
+from vllm_tasks.calls.functions import made_of
+from vllm_tasks.calls.prompts import (
+    Context,
+    Prompter,
+    Signature,
+    Template,
+    keywords_of,
+    load_artifact,
+    named_parameters,
+)
+from vllm_tasks.calls.sampling import Target, check_names, known_names
+from vllm_tasks.calls.schemas import schema_type
+from vllm_tasks.datalayer import Datalayer, check_name, not_shown, own_fields, validated
+from vllm_tasks.datalayer.lake.partitions import named, refuse_inexact
+from vllm_tasks.engines import loop, sharing
+from vllm_tasks.engines.stopping import raise_if_stopped
+from vllm_tasks.errors import InvalidCall
+from vllm_tasks.models.forms import arranged
+from vllm_tasks.models.hints import checked
+from vllm_tasks.models.resources import Resources
+from vllm_tasks.rows import BuiltinType, Completion, RowError
+from vllm_tasks.settings import site_settings
+from vllm_tasks.validation import Validation
+
+if TYPE_CHECKING:
+    from vllm_tasks.tables.previews import Preview
+    from vllm_tasks.tables.report import Report
+    from vllm_tasks.validation.report import ValidationReport
+
+logger = logging.getLogger(__name__)
+
+WRITE_OPTIONS = {"table", "partition_by", "compression", "on_length"}
+
+FORBID = ConfigDict(extra="forbid")
+"""For the classes themselves: Block, which they derive from last, would allow unknown fields."""
+
+ASKED = {"structured_outputs", "response_format"}
+"""Sampling parameters that say what an answer looks like."""
+
+ASKED_FIRST = (
+    *("prompt", "signature", "chat", "system", "predict_kwargs"),
+    *("db", "datatype", "output_schema", "flatten"),
+)
+WRITTEN = ("metric_values", "uuid")
+"""Fields at the head of a form, and those at its end, which nobody fills in."""
+
+HIDDEN = {"api_key", "api_url", "compute_kwargs", "db", "ray_config", "uri", "validation", "vllm_kwargs"}
+"""Fields whose values may hold a key or a password; errors do not show them, but what is wrong."""
+
+
+class Predictor(BaseModel):
+    """The fields and methods that both models share."""
+
+    _elsewhere: ClassVar[str] = ""
+    """Where a field may belong that is not one of this class."""
+    _reached_by: ClassVar[tuple[str, ...]] = ()
+    """How this model is reached: what a form asks after the identifier."""
+    _lease: sharing.Lease = PrivateAttr(default_factory=sharing.Lease)
+
+    identifier: str = Field(
+        min_length=1,
+        title="Identifier",
+        description="Your name for the model: its outputs are in `_outputs__<identifier>`; '/' becomes '-'.",
+    )
+    uuid: str = Field(
+        default_factory=lambda: str(uuid4()),
+        title="UUID",
+        description="Identity of this instance; made when empty.",
+    )
+    db: Datalayer | None = Field(
+        default=None,
+        title="Datalayer",
+        description="Where rows are read and outputs written, unless the call names another.",
+    )
+    artifacts: dict[str, Artifact] = Field(
+        default={},
+        title="Artifacts",
+        description="Files for templates, `{artifacts.name}`, and prompt functions (artifacts=...), such as "
+        '{"rules": {"uri": "s3://bucket/rules.txt"}}.',
+    )
+    signature: Signature = Field(
+        default="singleton",
+        title="Signature",
+        description="What a record is to the prompt: one value `{input}` (singleton), a tuple `{0}` (*args), "
+        "a dict `{name}` (**kwargs), or both.",
+    )
+    datatype: DataType | BuiltinType | None = Field(
+        default=None,
+        title="Data type",
+        description="Type of an answer: str (the default), int, float, bool, json, bytes, or one's own.",
+    )
+    output_schema: dict[str, Any] | str | None = Field(
+        default=None,
+        title="Output schema",
+        description='Columns, such as {"name": "str", "age": "int"}, a JSON Schema, or the dotted path of a '
+        "pydantic model: asked of vLLM and checked.",
+    )
+    flatten: bool = Field(
+        default=False, title="Flatten", description="In tables, an answer that is a list becomes rows."
+    )
+    model_update_kwargs: dict[str, Any] = Field(
+        default={},
+        title="Options of the outputs",
+        description="`model_update_kwargs`: table, partition_by, compression, on_length (keep, error).",
+    )
+    predict_kwargs: dict[str, Any] = Field(
+        default={},
+        title="Sampling parameters",
+        description='`predict_kwargs` by vLLM\'s names, such as {"max_tokens": 60}; those of a call win.',
+    )
+    compute_kwargs: dict[str, Any] = Field(
+        default={},
+        repr=False,  # values of `env` may be secrets
+        title="Resources",
+        description="`compute_kwargs`: hints such as num_gpus, memory, image, env or work_pool.",
+    )
+    validation: Validation | None = Field(
+        default=None,
+        title="Validation",
+        description="Data sets, metrics and limits of validate, unless the call gives its own.",
+    )
+    metric_values: dict[str, dict[str, float]] = Field(
+        default={},
+        title="Metric values",
+        description="By data set and metric, what the last validation found; written by it.",
+    )
+    prompt: str = Field(
+        default="{input}",
+        title="Prompt",
+        description="Template with plain keys: `{input}`, `{0}`, `{name}`, `{context}`, `{artifacts.name}`.",
+    )
+    prompt_func: DottedCallable | None = Field(
+        default=None,
+        title="Prompt function",
+        description="Dotted path of f(x, ...) -> text or chat messages, in place of the prompt.",
+    )
+    max_batch_size: int | None = Field(
+        default=4,
+        ge=1,
+        title="Rows in a chunk",
+        description="`max_batch_size`: rows handed to the engine at once. It has no visible effect over "
+        "HTTP, where max_in_flight bounds the requests at once. Empty: all.",
+    )
+    chat: bool | None = Field(
+        default=None,
+        title="Chat",
+        description="Texts are sent as a user's message (true) or as plain text (false). Empty: as a message "
+        "where the model has a chat template.",
+    )
+    system: str | None = Field(
+        default=None,
+        title="System message",
+        description="Put before chat messages, which have none of their own.",
+    )
+    messages_as_json: bool = Field(
+        default=False,
+        title="Messages as JSON",
+        description="A record is chat messages as JSON text, as a CSV has them.",
+    )
+
+    # ------------------------------------------------------------------ checks
+
+    def __init__(self, **fields: Any) -> None:
+        site_settings()  # raises `InvalidCall` here; in a check it would be the error of a field
+        super().__init__(**fields)
+
+    @field_validator("db", mode="before")
+    @classmethod
+    def _datalayer_of_url(cls, value: Any) -> Any:
+        if isinstance(value, str | os.PathLike):
+            return Datalayer(url=SecretStr(os.fspath(value)))
+        if not (value is None or isinstance(value, Datalayer | Mapping)):
+            raise ValueError(f"db is a {type(value).__name__}; give a Datalayer, or its URL as a text")
+        return value
+
+    @field_validator("identifier")
+    @classmethod
+    def _without_slash(cls, value: str) -> str:
+        return value.replace("/", "-")
+
+    @field_validator("max_batch_size", mode="before")
+    @classmethod
+    def _some_rows(cls, value: Any) -> Any:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(
+                f"max_batch_size={value} is not at least 1; None hands all rows of a call over at once"
+            )
+        return value
+
+    @field_validator("output_schema")
+    @classmethod
+    def _known_schema(cls, value: dict[str, Any] | str | None) -> dict[str, Any] | str | None:
+        if value is not None:
+            schema_type(value, flatten=False)
+        return value
+
+    @field_validator("model_update_kwargs")
+    @classmethod
+    def _known_write_options(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if unknown := sorted(value.keys() - WRITE_OPTIONS):
+            raise ValueError(f"unknown model_update_kwargs {unknown}; known are {sorted(WRITE_OPTIONS)}")
+        if "table" in value:
+            check_name("table", value["table"])
+        if value.get("on_length", "keep") not in ("keep", "error"):
+            raise ValueError(f"on_length={value['on_length']!r} is neither 'keep' nor 'error'")
+        if "partition_by" in value:
+            named(value["partition_by"])
+        return value
+
+    @field_validator("compute_kwargs")
+    @classmethod
+    def _known_hints(cls, value: dict[str, Any]) -> dict[str, Any]:
+        checked(value)
+        return value
+
+    @field_validator("prompt")
+    @classmethod
+    def _fillable(cls, value: str, info: ValidationInfo) -> str:
+        fields = Template.parse(value).fields
+        artifacts = info.data.get("artifacts", {})
+        if absent := {f for f in fields if "." in f} - {f"artifacts.{a}" for a in artifacts}:
+            raise ValueError(f"the prompt uses {sorted(absent)}, but artifacts has {sorted(artifacts)}")
+        named = {f for f in fields if "." not in f} - {"context", "input"}
+        if info.data.get("signature") == "singleton" and named:
+            raise ValueError(
+                f"the prompt uses {sorted(named)}, but with signature='singleton' a record is one value, "
+                "{input}; use signature='**kwargs' for dicts or '*args' for tuples"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _carries_the_record(self) -> Self:
+        """A prompt that uses nothing of a row would be answered alike for all."""
+        fields = Template.parse(self.prompt).of_record
+        if self.prompt_func is None and not fields - {"context"}:
+            field = {"singleton": "{input}", "*args": "{0}"}.get(self.signature, "{name of a field}")
+            braces = ", and {{ }} are literal braces" if "{{" in self.prompt else ""
+            raise ValueError(
+                f"the prompt {self.prompt!r:.100} uses no field of the record, so all rows would get one "
+                f"answer: write {field} where the record goes{braces}"
+            )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, data: Any) -> Any:
+        data = own_fields(data)
+        for name in data.keys() - cls.model_fields.keys() if isinstance(data, Mapping) else ():
+            if name in known_names("openai") | known_names("local"):
+                raise ValueError(f"{name!r} is a sampling parameter: put it into predict_kwargs")
+            if near := difflib.get_close_matches(name, cls.model_fields, n=1):
+                raise ValueError(f"{cls.__name__} has no field {name!r}; did you mean {near[0]!r}?")
+            raise ValueError(f"{cls.__name__} has no field {name!r}{cls._elsewhere}")
+        return data
+
+    @model_validator(mode="after")
+    def _known_sampling(self) -> Self:
+        check_names(self.predict_kwargs, self.sampling_target())
+        check_one_type(self.datatype, self.output_schema)
+        return self
+
+    @model_validator(mode="after")
+    def _exact_partitions(self) -> Self:
+        if partition_by := named(self.model_update_kwargs.get("partition_by", ())):
+            try:
+                columns = self._decoder({}).columns
+            except InvalidCall:
+                # A call may still say what an answer is (`n`); what is wrong with it is told there.
+                columns = ()
+            refuse_inexact(partition_by, columns)
+        return self
+
+    @model_validator(mode="after")
+    def _hints_that_fit(self) -> Self:
+        self.resources()
+        return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _without_secrets(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Errors show the value of their field, but never the whole input: a key may be in it."""
+        return validated(data, handler, _shown)
+
+    @classmethod
+    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The block's schema, from which the UI makes its form."""
+        first = ("identifier", *cls._reached_by, *ASKED_FIRST)
+        return arranged(super().model_json_schema(*args, **kwargs), first, WRITTEN)
+
+    def _to_block_document(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_portable()  # all of Block's ways to save pass here
+        return super()._to_block_document(*args, **kwargs)  # type: ignore[misc]  # Block's, by the subclasses
+
+    def _check_portable(self) -> None:
+        """Raise `InvalidCall` for what could not be loaded again in another process."""
+        for function in self._callables():
+            check_importable(function)
+        for metric in self.validation.metrics if self.validation else ():
+            if metric.unsaved:
+                raise InvalidCall(
+                    f"the metric {metric.identifier!r} is judged by a model that is not saved: save it, and "
+                    "give options={'model': 'vllm-api/NAME'}"
+                )
+
+    def _callables(self) -> list[Callable[..., Any]]:
+        found = [self.prompt_func]
+        if isinstance(self.datatype, DataType):
+            found += [self.datatype.encoder, self.datatype.decoder]
+        if self.validation is not None:
+            found += [m.object for m in self.validation.metrics if not isinstance(m.object, str)]
+        return [function for function in found if function is not None]
+
+    def identity(self) -> str:
+        """A hash of what the model is: equal for models that are made alike, in every process.
+
+        The `uuid`, what validations found, and what files hold are not in it. Raises `InvalidCall` for a
+        function of which it cannot be told what it does.
+        """
+        fields = self.model_dump(exclude={"uuid", "metric_values"})
+        made = [made_of(function, "the function") for function in self._callables()]
+        told = json.dumps([type(self).__name__, fields, made], default=_revealed, sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()
+
+    # ------------------------------------------------------------------ predicting
+
+    def predict(self, x: Any, context: Context = None, **sampling: Any) -> Output:
+        """The answer to one record: a text, or the value that `datatype` or `output_schema` make of it.
+
+        With `n > 1` it is a list of those. An `output_schema` gives plain JSON data, a dict for a pydantic
+        model too. Raises `RowErrors` when the row fails, `InvalidCall`, `ServerUnavailable` or `EngineFailed`
+        when the call does.
+        """
+        if self.prompt_func is None and self.signature == "singleton":
+            _refuse_many(x)
+        return self.prepare(self.predict, context, sampling).predict(x)
+
+    def predict_batches(
+        self, xs: Sequence[Any], context: Context = None, *, on_error: OnError = "raise", **sampling: Any
+    ) -> list[Output | RowError]:
+        """N records in, N answers out, in input order, each as of `predict`.
+
+        All rows are tried. If some fail, `RowErrors` is raised at the end with all results in it;
+        with `on_error="return"` each failed row is a `RowError` in its place instead.
+        `context` fills `{context}` of every prompt, `sampling` wins over `predict_kwargs`.
+        """
+        return self.prepare(self.predict_batches, context, sampling).predict_batches(xs, on_error)
+
+    def completions(
+        self, xs: Sequence[Any], context: Context = None, *, on_error: OnError = "raise", **sampling: Any
+    ) -> list[Completion | RowError]:
+        """As `predict_batches`, with full results: texts, token ids, logprobs, finish reasons, usage."""
+        return self.prepare(self.completions, context, sampling).completions(xs, on_error)
+
+    def prepare(
+        self, call: Callable[..., Any], context: Context = None, sampling: Mapping[str, Any] | None = None
+    ) -> Call:
+        """A call of the function `call`, worked out; raises `InvalidCall` for whatever is wrong with it."""
+        target = self.sampling_target()
+        keywords = keywords_of(self.prompt_func, self.signature, sampling or {}, known_names(target))
+        given = {name: value for name, value in (sampling or {}).items() if name not in keywords}
+        check_spelling(given, call, target, more=named_parameters(self.prompt_func))
+        decoder = self._decoder(given)
+        asked = self._sampling(given, decoder)
+        check_names(asked, target)
+        return Call(
+            identifier=self.identifier,
+            uuid=self.uuid,
+            engine=self.engine_config(),
+            max_batch_size=self.max_batch_size,
+            target=target,
+            decoder=decoder,
+            sampling=asked,
+            prompter=self._prompter(context, keywords, of_call(self.chat, target, asked)),
+        )
+
+    def _decoder(self, given: Mapping[str, Any]) -> Decoder:
+        many = {**self.predict_kwargs, **given}.get("n") not in (None, 1)
+        on_length = self.model_update_kwargs.get("on_length", "keep")
+        return Decoder.of(self.datatype, self.output_schema, self.flatten, many, on_length)
+
+    def _sampling(self, given: Mapping[str, Any], decoder: Decoder) -> dict[str, Any]:
+        """The sampling parameters of a call; with a schema to ask for, unless the caller asks for his own."""
+        sampling = {**self.predict_kwargs, **given}
+        asked = None if ASKED & sampling.keys() else decoder.schema
+        # Servers with the legacy format hand the parameters on as they are, and vLLM takes no dict there.
+        if asked is None or self.sampling_target() == "legacy":
+            return sampling
+        return {**sampling, "structured_outputs": {"json": asked}}
+
+    def _prompter(self, context: Context, keywords: Mapping[str, Any], chat: bool | None) -> Prompter:
+        return Prompter(
+            prompt=self.prompt,
+            prompt_func=self.prompt_func,
+            signature=self.signature,
+            chat=chat,
+            system=self.system,
+            artifacts={name: load_artifact(a.uri, a.datatype) for name, a in self.artifacts.items()},
+            context=context,
+            messages_as_json=self.messages_as_json,
+            keywords=keywords,
+        )
+
+    def predict_in_db(self, X: Columns, select: str | os.PathLike[str], **options: Any) -> Report:  # noqa: N803
+        """Ask for the rows of a table and commit one output or one error for each.
+
+        All options and errors are those of `vllm_tasks.tables.job.predict_in_db`, which this calls; in a flow,
+        the task `vllm_tasks.predict_in_db` does the same and shows it in the Prefect UI.
+        """
+        from vllm_tasks.tables.job import predict_in_db
+
+        return predict_in_db(self, X, select, **options)
+
+    def preview(
+        self,
+        X: Columns,  # noqa: N803
+        select: str | os.PathLike[str],
+        n: int = 5,
+        **options: Any,
+    ) -> Preview:
+        """Ask for the first `n` rows of a table, to look at prompts and answers; nothing is committed.
+
+        All options and errors are those of `vllm_tasks.tables.previews.preview`.
+        """
+        from vllm_tasks.tables.previews import preview
+
+        return preview(self, X, select, n, **options)
+
+    def validate(  # type: ignore[override]  # of pydantic's, which has been deprecated since its version 2
+        self, validation: Validation | None = None, **options: Any
+    ) -> ValidationReport:
+        """Predict on data sets with known answers, score, and record what was found.
+
+        All options and errors are those of `vllm_tasks.validation.run.validate`, which this calls; in a flow,
+        the task `vllm_tasks.validate` does the same, shows it in the Prefect UI and fails below the limits.
+        """
+        from vllm_tasks.validation.run import validate
+
+        return validate(self, validation, **options)
+
+    # ------------------------------------------------------------------ the engine
+
+    def init(self) -> Self:
+        """Start the engine now and keep it until `close()`."""
+        loop.run(self._lease.hold(self.engine_config(), again=False), raise_if_stopped)
+        return self
+
+    def close(self) -> None:
+        """Let the engine go; it ends when no other model of this process holds it."""
+        loop.run(self._lease.let_go(self.engine_config()))
+
+    def __enter__(self) -> Self:
+        loop.run(self._lease.hold(self.engine_config(), again=True), raise_if_stopped)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        loop.run(self._lease.leave())
+
+    def __copy__(self) -> Self:
+        copied = super().__copy__()
+        copied._lease = sharing.Lease()
+        return copied
+
+    def engine_config(self) -> sharing.Config:
+        """Which engine answers, and how it is reached; raises `InvalidCall` where that is not said."""
+        raise NotImplementedError
+
+    def resources(self) -> Resources:
+        """What an engine of this model needs; raises `InvalidCall` where its hints contradict it."""
+        raise NotImplementedError
+
+    def sampling_target(self) -> Target:
+        raise NotImplementedError
+
+
+def _revealed(value: Any) -> Any:
+    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+
+
+def _refuse_many(x: Any) -> None:
+    """Raise `InvalidCall` for a list of texts, which would be asked as one prompt."""
+    if isinstance(x, list | tuple) and x and all(isinstance(each, str) for each in x):
+        raise InvalidCall(
+            f"predict takes one record, and this is a {type(x).__name__} of {len(x)} texts: "
+            "predict_batches answers each; for one prompt of all, join them into a text"
+        )
+
+
+def _shown(error: ErrorDetails) -> InitErrorDetails:
+    hidden = not_shown(error)
+    unplaced = not error["loc"] or error["type"] in ("missing", "extra_forbidden")
+    if unplaced or HIDDEN & set(error["loc"]):
+        return hidden
+    return {**hidden, "input": error["input"]}

@@ -1,0 +1,111 @@
+"""Where a step runs: here, or as a flow run on the work pool that the model's hints or the settings name."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import WorkPool
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.context import FlowRunContext
+from prefect.exceptions import ObjectNotFound
+
+from vllm_tasks.errors import InvalidCall, near
+from vllm_tasks.models.api import VllmAPI, VllmModel
+from vllm_tasks.models.resources import check_declared
+from vllm_tasks.placement.grace import patiently
+from vllm_tasks.settings import site_settings
+
+STEP = "vllm-step"
+"""The flow that is deployed on each pool (see `vllm_tasks.pools.step`); the deployment has the pool's name."""
+
+MADE_FOR = "PREFECT__FLOW_RUN_ID"
+"""Prefect's name of the variable by which a worker tells a process for which flow run it is."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A deployment of the thin flow, and what its flow runs need."""
+
+    deployment: UUID
+    name: str
+    pool: str
+    queue: str | None
+    job_variables: dict[str, Any]
+
+
+def place_of(model: VllmAPI | VllmModel) -> Place | None:
+    """Where a step with `model` goes, None for here; also where this flow run is on that pool already.
+
+    Raises `InvalidCall` for a pool or deployment that is not there, and for hints that the pool would drop.
+    """
+    resources = model.resources()
+    pool = resources.work_pool or (site_settings().gpu_work_pool if isinstance(model, VllmModel) else "")
+    name = resources.deployment or (pool and f"{STEP}/{pool}")
+    if not name and resources.work_queue:
+        raise InvalidCall(
+            f"compute_kwargs has work_queue={resources.work_queue!r} and no work pool of which it is: give "
+            "work_pool, too"
+        )
+    if not name or pool in (own := _own_pools()):
+        return None
+    deployment, work_pool = patiently(lambda: _found(name, pool))
+    if work_pool.name in own:
+        return None
+    variables = resources.job_variables(work_pool.type)
+    check_declared(work_pool, variables)
+    return Place(deployment.id, name, work_pool.name, resources.work_queue, variables)
+
+
+def _own_pools() -> set[str | None]:
+    """The pool of the flow run that this is called in, and of the one for which a worker made this process.
+
+    They differ in a subflow, which has no pool of its own.
+    """
+    context = FlowRunContext.get()
+    called_in = context.flow_run.work_pool_name if context and context.flow_run else None
+    made_for = os.environ.get(MADE_FOR)
+    return {called_in, patiently(lambda: _pool_of(made_for)) if made_for else None}
+
+
+@cache
+def _pool_of(flow_run: str) -> str | None:
+    with get_client(sync_client=True) as client:
+        try:
+            return client.read_flow_run(UUID(flow_run)).work_pool_name
+        except ObjectNotFound:  # of another Prefect server
+            return None
+
+
+def _found(name: str, pool: str) -> tuple[DeploymentResponse, WorkPool]:
+    with get_client(sync_client=True) as client:
+        try:
+            deployment = client.read_deployment_by_name(name)
+        except ObjectNotFound as error:
+            raise InvalidCall(
+                f"there is no deployment {name!r} on this Prefect server to run the step"
+                f"{_way_out(client, pool)}"
+            ) from error
+        if not deployment.work_pool_name:
+            raise InvalidCall(
+                f"the deployment {name!r} has no work pool (it is served): deploy {STEP} to a work pool"
+            )
+        if pool and deployment.work_pool_name != pool:
+            raise InvalidCall(
+                f"the deployment {name!r} is on the pool {deployment.work_pool_name!r}, not on {pool!r} as "
+                "the hint work_pool says; leave one of them out"
+            )
+        return deployment, client.read_work_pool(deployment.work_pool_name)
+
+
+def _way_out(client: SyncPrefectClient, pool: str) -> str:
+    if not pool:
+        return ": deploy it, or name a work_pool"
+    there = [work_pool.name for work_pool in client.read_work_pools()]
+    if pool in there:
+        return f", only the work pool {pool!r}: make pools ARGS='--gpu-pool {pool}' adds it"
+    return f", nor the work pool{near(pool, there)}: make pools ARGS='--gpu-pool {pool}' makes both"

@@ -1,0 +1,65 @@
+"""How many rows may fail before a run stops."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from vllm_tasks.printable import printable
+from vllm_tasks.tables.report import Tally
+
+FEW = 500
+"""A fraction of failed rows is taken of at least so many."""
+CHANCE = 3.0
+"""Standard deviations by which failures may exceed their fraction before the end: less is chance."""
+REASON_SHOWN = 300
+"""Characters of a row's error in the verdict."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many rows may fail: a fraction of those finished, a number, or None for any number.
+
+    Nothing is judged by who finishes first. While a run is under way, a fraction is taken of all rows that
+    were read, those without an outcome counted as good; a run is hopeless when the rows that were sent first
+    have all failed alike. Neither can be brought about by failures that merely come sooner than answers.
+    """
+
+    max_failed: float | int | None
+
+    def exceeded(self, tally: Tally, *, at_end: bool) -> str | None:
+        """Why the run must stop or has failed, or None.
+
+        Lines that could not be read count as failed rows; toward a fraction at the end only, when it is
+        known of how many rows they are.
+        """
+        limit = self.max_failed
+        if limit is None or (isinstance(limit, float) and limit >= 1.0):
+            return None
+        if tally.hopeless:
+            (kind,) = tally.kinds
+            why = printable(tally.worst[0].reason[:REASON_SHOWN])
+            return f"the first {tally.done:,} rows all failed alike ({kind}: {why})"
+        if isinstance(limit, int):
+            over = tally.failed + tally.unreadable > limit
+        elif at_end:
+            rows = max(tally.rows or 0, tally.done)
+            lines = tally.unreadable and tally.failed + tally.unreadable > limit * (rows + tally.unreadable)
+            over = tally.failed > limit * tally.done or bool(lines)
+        else:
+            base = max(tally.read, FEW)
+            over = tally.failed > limit * base + CHANCE * math.sqrt(base * limit * (1 - limit))
+        return self._verdict(tally) if over else None
+
+    def _verdict(self, tally: Tally) -> str:
+        told = f"{tally.failed:,} of {tally.done:,} rows failed"
+        if tally.unreadable:
+            told += f" and {tally.unreadable:,} lines could not be read"
+        told += f", more than max_failed={self.max_failed!r} allows"
+        if tally.failed:
+            most = tally.errors()[0]
+            example = next(row.reason for row in tally.worst if row.kind == most.kind)
+            told += f"; {most.rows:,} of them {most.kind}, as {printable(example[:REASON_SHOWN])}"
+        if tally.unreadable_lines:
+            told += f"; {printable(tally.unreadable_lines[0][:REASON_SHOWN])}"
+        return told

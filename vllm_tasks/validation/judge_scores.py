@@ -1,0 +1,136 @@
+"""A judge's verdicts on a model's answers: another model, a rubric, a structured answer.
+
+A judge can be talked over by the text that it judges, and has tastes of its own: check it against people's
+verdicts before its figures decide anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import pyarrow as pa
+from prefect.blocks.core import Block
+
+from vllm_tasks.calls.call import Model, TableCall
+from vllm_tasks.datalayer import exact_json
+from vllm_tasks.datalayer.selection import Tables
+from vllm_tasks.errors import InvalidCall
+from vllm_tasks.metrics.judge import check_scale, judge_messages, verdict_schema
+from vllm_tasks.metrics.measure import Answer
+from vllm_tasks.validation import Metric
+from vllm_tasks.validation.predictions import Incomplete, Own, Round, Row, Source, predict_id_of, read
+from vllm_tasks.validation.snapshot import Frozen
+
+SCALE = 1, 5
+
+
+@runtime_checkable
+class Judge(Model, Protocol):
+    """A model that can be changed into one that judges."""
+
+    @property
+    def predict_kwargs(self) -> dict[str, Any]: ...
+    def model_copy(self, *, update: Mapping[str, Any]) -> Judge: ...
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """For each answer of a model a judge's verdict. A row that failed is not judged, and stays failed."""
+
+    judged: Own
+    over: TableCall
+    """How the judge is asked."""
+    predict_id: str
+
+    @classmethod
+    def of(cls, judged: Own, metric: Metric, dataset: str) -> Verdicts:
+        """Raises `InvalidCall` for a metric without a rubric or a model that judges."""
+        over = _asking(metric)
+        model = judged.over.call.identifier
+        # Verdicts by another rubric, scale or judge are not compared with these.
+        asked = f"{metric.identifier}-{over.fingerprint[:8]}"
+        return cls(judged, over, predict_id_of(model, dataset, over.decoder, asked))
+
+    def needed(self) -> list[Source]:
+        return [self.judged, self]
+
+    def check(self, frozen: Frozen) -> None:
+        """What is judged is not known yet."""
+
+    def ask(self, round_: Round, frozen: Frozen) -> int:
+        answers = self.judged.answers(round_.home, round_.run, frozen)
+        pairs = [(c, a) for c, a in zip(frozen.cases, answers, strict=True) if a.prediction is not None]
+        if not pairs:
+            return 0
+        table = f"_judged__{self.predict_id}"
+        questions = [
+            exact_json.dumps([case.inputs, answer.prediction, answer.target]) for case, answer in pairs
+        ]
+        rows = {
+            "run": [round_.run] * len(pairs),
+            "row": [case.row for case, _ in pairs],
+            "question": questions,
+        }
+        round_.home.put(table, pa.table(rows), ["run", "row"])
+        return round_.ask(self.over, self.predict_id, table, of_run=True)
+
+    def answers(self, home: Tables, run: str, frozen: Frozen) -> list[Answer]:
+        rows = {row["row"]: row for row in read(home, run, self.predict_id, self.over.decoder)}
+        return [_judged(answer, rows) for answer in self.judged.answers(home, run, frozen)]
+
+
+def _judged(answer: Answer, verdicts: Mapping[int, Row]) -> Answer:
+    if answer.prediction is None:
+        return answer
+    if (row := verdicts.get(answer.row)) is None:
+        raise Incomplete(f"there is no verdict on row {answer.row}")
+    failed = row["_error"] is not None
+    return replace(answer, prediction=None if failed else row["value"], error=row["_error"], unjudged=failed)
+
+
+def _asking(metric: Metric) -> TableCall:
+    judge = judge_of(metric)
+    rubric, scale = metric.options.get("rubric"), check_scale(metric.options.get("scale", SCALE))
+    if not isinstance(rubric, str) or not rubric.strip():
+        raise InvalidCall(
+            f"{metric.identifier!r} needs a rubric: options={{'rubric': 'what is a good answer?'}}"
+        )
+    asking = judge.model_copy(
+        update={
+            "signature": "singleton",
+            "chat": True,  # it gets messages alone
+            "prompt_func": partial(_messages, rubric=rubric, scale=scale),
+            "output_schema": verdict_schema(scale),
+            "datatype": None,
+            "flatten": False,
+            "model_update_kwargs": {},
+            "predict_kwargs": {"temperature": 0, "max_tokens": 512, **judge.predict_kwargs},
+        }
+    )
+    return asking.prepare(judge_of).over("question")
+
+
+def _messages(question: str, *, rubric: str, scale: tuple[int, int]) -> list[dict[str, str]]:
+    inputs, prediction, target = exact_json.loads(question)
+    asked = inputs[0] if len(inputs) == 1 else inputs
+    return judge_messages(asked, prediction, target, rubric, scale)
+
+
+def judge_of(metric: Metric) -> Judge:
+    """The model that judges: one given in Python, or a saved block by `type/name`."""
+    model = metric.options.get("model")
+    if isinstance(model, str) and model.startswith(("vllm-api/", "vllm-model/")):
+        try:
+            model = Block.load(model)
+        except ValueError as error:
+            raise InvalidCall(f"{metric.identifier!r}: there is no saved block {model!r}: {error}") from error
+    if not isinstance(model, Judge):
+        given = repr(model)[:100] if isinstance(model, str | None) else f"a {type(model).__name__}"
+        raise InvalidCall(
+            f"{metric.identifier!r} needs a model that judges, "
+            f"options={{'model': 'vllm-api/NAME of a saved block'}}, got {given}"
+        )
+    return model

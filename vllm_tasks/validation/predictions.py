@@ -1,0 +1,239 @@
+"""Predictions of one validation run over one data set: asked and committed by run and row, and read again.
+
+All runs of a model on a data set share one outputs table, `_outputs__<model>-on-<dataset>`, with the key
+(`run`, `row`): an interrupted run goes on where it stopped, and any figure can be traced to its rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from vllm_tasks.calls.call import Call, Columns, Model, RowDecoder, TableCall
+from vllm_tasks.canonical import fingerprint
+from vllm_tasks.datalayer import exact_json, outputs_name
+from vllm_tasks.datalayer.lake.delta import quoted
+from vllm_tasks.datalayer.selection import POSITION, OutputTable, Selection, Tables
+from vllm_tasks.datalayer.workspace import literal
+from vllm_tasks.errors import InvalidCall, TooManyFailed
+from vllm_tasks.metrics.data import JsonText
+from vllm_tasks.metrics.measure import Answer
+from vllm_tasks.tables.budget import Budget
+from vllm_tasks.tables.job import commit_answers, pace_of
+from vllm_tasks.tables.report import Report, Tally
+from vllm_tasks.tables.run import Display, Job
+from vllm_tasks.validation import Validation
+from vllm_tasks.validation.snapshot import Case, Frozen
+
+Row = dict[str, Any]
+PLAIN = [("output", "str")]
+"""The columns of what most models say."""
+LONGEST_ID = 53
+"""Bytes of a predict_id: with `_outputs__` before it that is all that PostgreSQL takes as a name."""
+KEPT = "_error", "_finish_reason", "_prompt_tokens", "_completion_tokens", "_seconds"
+
+
+def packed(call: Call, X: Columns) -> TableCall:  # noqa: N803
+    """`call` over inputs that are kept as JSON in one column."""
+    over = call.over(X)
+    return replace(
+        over, columns=("input",), requests=lambda rows: over.requests([exact_json.loads(r[0]) for r in rows])
+    )
+
+
+def predict_id_of(model: str, dataset: str, decoder: RowDecoder, asked: str | None = None) -> str:
+    """Names the outputs of a model on a data set. Answers of another shape have a table of their own.
+
+    What is too long for the name of a table is cut, and told apart by its hash.
+    """
+    name = f"{model}-on-{dataset}" if asked is None else f"{model}-on-{dataset}-{asked}"
+    shape = [(column.name, column.kind) for column in decoder.columns]
+    if shape != PLAIN or decoder.flatten:
+        name += f"-{fingerprint({'columns': shape, 'flatten': decoder.flatten})[:8]}"
+    if len(name.encode()) <= LONGEST_ID:
+        return name
+    end = f"-{fingerprint({'name': name})[:8]}"
+    return name.encode()[: LONGEST_ID - len(end)].decode(errors="ignore") + end
+
+
+@dataclass(frozen=True)
+class Round:
+    """One run of a validation over one data set."""
+
+    home: Tables
+    run: str
+    may_fail: int | None
+    """Rows of the data set, None for any number. No share: a run that is gone on with asks only the rest."""
+    rows: int
+    """That the data set has."""
+    retry_failed: bool
+    display: Callable[[str], Display]
+
+    def ask(
+        self,
+        over: TableCall,
+        predict_id: str,
+        table: str,
+        key: Sequence[str] = ("row",),
+        *,
+        parts: int = 1,
+        of_run: bool = False,
+    ) -> int:
+        """Ask for the rows of `table` that have no answer in this run yet; raises as `predict_in_db`.
+
+        Returns how many were asked. `parts`: so many rows of the table, at most, are one of the data set;
+        `of_run`: the table has rows of many runs.
+        """
+        budget = Budget(None if self.may_fail is None else self.may_fail * parts)
+        columns = ", ".join(map(quoted, dict.fromkeys((*key, *over.columns))))
+        run = f'CAST({literal(self.run)} AS VARCHAR(100)) AS "run"'
+        where = f' WHERE "run" = {literal(self.run)}' if of_run else ""
+        selection = Selection(
+            select=f"SELECT {run}, {columns} FROM {quoted(table)}{where}",  # noqa: S608 - quoted
+            key=("run", *key),
+            columns=over.columns,
+            outputs=outputs_name(predict_id),
+            fingerprint=over.fingerprint,
+        )
+        asked = 0
+        if self.retry_failed and self.home.has(selection.outputs):
+            asked += self._commit(over, predict_id, replace(selection, refresh="failed"), budget).asked
+        return asked + self._commit(over, predict_id, selection, budget).asked
+
+    def _commit(self, over: TableCall, predict_id: str, selection: Selection, budget: Budget) -> Report:
+        output = OutputTable(selection.outputs, over.decoder.columns, over.decoder.flatten)
+        job = Job.of(over, self.home, selection, pace_of(None), budget, None)
+        try:
+            return commit_answers(predict_id, job, output, self.display(predict_id), Tally())
+        except TooManyFailed as error:
+            allowed = f"of {self.rows} rows {self.may_fail} may fail; a larger max_failed allows more"
+            raise TooManyFailed(f"{error} ({allowed})", error.report) from error
+
+
+class Validated(Model, Protocol):
+    """What a validation knows of the model that is validated."""
+
+    @property
+    def uuid(self) -> str: ...
+    @property
+    def validation(self) -> Validation | None: ...
+    @property
+    def metric_values(self) -> dict[str, dict[str, float]]: ...
+
+
+class Source(Protocol):
+    """Where a metric's answers come from: the model itself, its likelihoods, or a judge."""
+
+    @property
+    def over(self) -> TableCall:
+        """How it is asked."""
+
+    @property
+    def predict_id(self) -> str:
+        """Names the outputs."""
+
+    def needed(self) -> list[Source]:
+        """What is asked, in this order: what it is of, and itself."""
+
+    def check(self, frozen: Frozen) -> None:
+        """Refuse what could not be asked (`InvalidCall`), before anything is."""
+
+    def ask(self, round_: Round, frozen: Frozen) -> int:
+        """Ask what this run has not asked yet; returns for how many rows."""
+
+    def answers(self, home: Tables, run: str, frozen: Frozen) -> list[Answer]:
+        """What `run` came to, one answer for each row in order; raises `Incomplete`."""
+
+
+class Incomplete(InvalidCall):
+    """A run has no answer for some rows: it is of other tables, or they were deleted."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """What the model itself says."""
+
+    over: TableCall
+    predict_id: str
+
+    def needed(self) -> list[Source]:
+        return [self]
+
+    def check(self, frozen: Frozen) -> None:
+        """Each row is checked when it is asked."""
+
+    def ask(self, round_: Round, frozen: Frozen) -> int:
+        return round_.ask(self.over, self.predict_id, frozen.table)
+
+    def answers(self, home: Tables, run: str, frozen: Frozen) -> list[Answer]:
+        rows = {row["row"]: row for row in read(home, run, self.predict_id, self.over.decoder)}
+        if missing := [case.row for case in frozen.cases if case.row not in rows]:
+            raise Incomplete(f"{run} has no answer for {len(missing)} rows, for example {missing[0]}")
+        return [_answer(rows[case.row], case) for case in frozen.cases]
+
+
+def _answer(row: Row, case: Case) -> Answer:
+    return Answer(
+        row=case.row,
+        target=case.target,
+        prediction=None if row["_error"] is not None else _said(row["value"]),
+        error=row["_error"],
+        truncated=row["_finish_reason"] == "length",
+        prompt_tokens=row["_prompt_tokens"],
+        completion_tokens=row["_completion_tokens"],
+        seconds=row["_seconds"],
+    )
+
+
+def _said(value: Any) -> Any:
+    """JSON's null as a text: None is for failed rows."""
+    return "null" if value is None else value
+
+
+def read(
+    home: Tables, run: str, predict_id: str, decoder: RowDecoder, key: Sequence[str] = ("row",)
+) -> Iterator[Row]:
+    """The outputs of `run`: its key, `value` as plain data, and the columns `KEPT`, in the order of the key.
+
+    A value is what the model said: a text, data, a dict where there are several columns, a list of `flatten`.
+    """
+    if not home.has(outputs_name(predict_id)):
+        return
+    names = [*key, *KEPT, *((POSITION,) if decoder.flatten else ())]
+    kinds = {column.name: column.kind for column in decoder.columns}
+    casts = [
+        f"CAST({quoted(name)} AS VARCHAR) AS {quoted(name)}" if kind == "json" else quoted(name)
+        for name, kind in kinds.items()
+    ]
+    columns = ", ".join([*map(quoted, names), *casts])
+    table = quoted(outputs_name(predict_id))
+    select = f'SELECT {columns} FROM {table} WHERE "run" = {literal(run)}'  # noqa: S608 - quoted
+    rows = [dict(row) for batch in home.read(select) for row in batch]
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in key), []).append(row)
+    for _, items in sorted(found.items()):
+        values = [_value(item, kinds) for item in sorted(items, key=lambda item: item.get(POSITION) or 0)]
+        if decoder.flatten:
+            value: Any = [] if items[0][POSITION] is None else values
+        else:
+            (value,) = values
+        yield {name: items[0][name] for name in (*key, *KEPT)} | {"value": value}
+
+
+def _value(row: Row, kinds: Mapping[str, str]) -> Any:
+    values = {name: _python(row[name], kind) for name, kind in kinds.items()}
+    return values["output"] if values.keys() == {"output"} else values
+
+
+def _python(value: Any, kind: str) -> Any:
+    if value is None:
+        return None
+    if kind == "json":
+        data = json.loads(value)
+        return JsonText(data) if isinstance(data, str) else data
+    if kind == "bytes":  # metrics and judges compare texts, and an answer's bytes are its UTF-8
+        return bytes(value).decode(errors="backslashreplace")
+    return bool(value) if kind == "bool" else value  # SQLite has 0 and 1
