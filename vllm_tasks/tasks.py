@@ -103,7 +103,7 @@ def _predict_in_db(
     same_source: bool = False,
     **sampling: Any,
 ) -> Report:
-    """Rows of a table in, one committed output or error per row out; see `vllm_tasks.tables.job.predict_in_db`.
+    """Rows of a table in, one committed output or error per row out; see `tables.job.predict_in_db`.
 
     In a flow, each commit is a task run, progress and report are artifacts, and the outputs an asset. Where
     the model's hints or the settings name a work pool, a flow run there does it; with `shards=n`, n flow runs

@@ -21,7 +21,7 @@ from vllm_tasks.placement.grace import patiently
 from vllm_tasks.settings import site_settings
 
 STEP = "vllm-step"
-"""The flow that is deployed on each pool (see `vllm_tasks.pools.step`); the deployment has the pool's name."""
+"""The flow that is deployed on each pool (`vllm_tasks.pools.step`); the deployment has the pool's name."""
 
 MADE_FOR = "PREFECT__FLOW_RUN_ID"
 """Prefect's name of the variable by which a worker tells a process for which flow run it is."""

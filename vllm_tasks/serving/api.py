@@ -1,6 +1,6 @@
 """`serve(model)`: vLLM's OpenAI server for a model, one for all on this machine that want the same.
 
-Who wants a server *joins* it: under a lock, the first one starts a keeper (see `vllm_tasks.serving.supervisor`),
+Who wants a server *joins* it: under a lock, the first one starts a keeper (see `serving.supervisor`),
 which starts the server. Users hold a shared lock as long as they use it. The kernel gives it back however
 a user ends, and the keeper ends with the last one.
 """

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm_tasks.engines import session
 else:  # which would import the package
-    session = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("session.py"))))
+    session = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "engines/session.py")))
 
 if __name__ == "__main__":
     session.permit_amx()

@@ -1,7 +1,7 @@
 """One user's part in a server that all of this machine share: how it is joined, awaited and left.
 
 A folder per configuration holds what users and the keeper know of each other (see
-`vllm_tasks.serving.supervisor`), and `start.lock`, which is held while somebody joins or leaves: so nobody can
+`serving.supervisor`), and `start.lock`, which is held while somebody joins or leaves: so nobody can
 join a server that the last one is just leaving.
 """
 
@@ -29,7 +29,7 @@ from vllm_tasks.settings import site_settings
 
 logger = logging.getLogger(__name__)
 
-KEEPER = Path(__file__).with_name("keeper.py")
+KEEPER = Path(__file__).with_name("supervisor.py")
 SERVER = Path(__file__).with_name("server.py")
 LOOK_EVERY = 0.1
 """Seconds between two looks at a server that starts."""

@@ -1,4 +1,4 @@
-"""The process that keeps one vLLM server for as long as somebody uses it, started by `vllm_tasks.serving.api`.
+"""The process that keeps one vLLM server for as long as somebody uses it, started by `serving.api`.
 
 Run by its path, with the standard library alone (see `vllm_tasks.engines.session`): the server's folder is
 its argument, its order comes as JSON on standard input, and what it prints is the server's log. It leaves
@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm_tasks.engines import session
 else:  # which would import the package
-    session = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("session.py"))))
+    session = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "engines/session.py")))
 
 logger = logging.getLogger("keeper")
 
@@ -113,7 +113,7 @@ class Keeper:
 
     def launch(self) -> subprocess.Popen[bytes]:
         self.sockets = session.new_sockets()
-        # -P: the folder of server.py must not be searched for modules (it holds an `http.py`).
+        # -P: the folder of server.py must not be searched for modules (it has names of others).
         server = subprocess.Popen(
             [sys.executable, "-P", self.order["server"], str(os.getpid())],
             stdin=subprocess.PIPE,

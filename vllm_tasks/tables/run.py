@@ -78,7 +78,7 @@ class Job:
     budget: Budget
     limit: int | None
     source: str | None
-    """What the rows are of; see `vllm_tasks.datalayer.source_id`. None where outputs are not told apart by it."""
+    """What the rows are of; see `datalayer.source_id`. None where outputs are not told apart by it."""
     same_source: bool
     """Whether outputs of another source go on."""
     started: datetime

@@ -48,7 +48,7 @@ class LocalConfig:
 
 
 class Host(Protocol):
-    """A process that holds an engine, and our way to it (see `vllm_tasks.engines.local.host` for the frames)."""
+    """A process that holds an engine, and our way to it (`host` says what frames they are)."""
 
     model: str
 

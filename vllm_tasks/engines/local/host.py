@@ -58,7 +58,7 @@ https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html"""
 if TYPE_CHECKING:
     from vllm_tasks.engines import session
 else:  # which would import the package
-    session = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("session.py"))))
+    session = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "session.py")))
 
 
 def die_with_parent() -> None:

@@ -109,7 +109,7 @@ class HostProcess:
             try:
                 sockets = session.new_sockets()
                 process = subprocess.Popen(  # noqa: ASYNC220 - takes milliseconds, and must end with us
-                    # -P: the folder of host.py must not be searched for modules (it holds an `http.py`).
+                    # -P: the folder of host.py must not be searched for modules (it has names of others).
                     [sys.executable, "-P", str(HOST), str(theirs.fileno()), str(os.getpid())],
                     pass_fds=[theirs.fileno(), *devices.locks],
                     stdin=subprocess.DEVNULL,

@@ -104,7 +104,7 @@ class RayEngine:
 
 
 class RayHost:
-    """A `Host` (see `vllm_tasks.engines.local.engine`) in an actor. Frames travel many at a time, both ways."""
+    """A `Host` (of `engines.local.engine`) in an actor. Frames travel many at a time, both ways."""
 
     def __init__(self, model: str, options: Mapping[str, Any]) -> None:
         self.model = model
