@@ -762,7 +762,7 @@ def test_cut_answers_are_told_unless_the_caller_set_the_length(
     server: EchoServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An answer cut at a default length is a surprise worth a warning, at a chosen one it is not."""
-    with api(server) as model, caplog.at_level(logging.WARNING, "vllm_tasks.models.api"):
+    with api(server) as model, caplog.at_level(logging.WARNING, "vllm_tasks.models"):
         model.predict_batches(["long"], max_tokens=4)
         model.predict_batches(["short"])
         assert caplog.messages == []

@@ -16,7 +16,7 @@ from vllm_tasks.errors import (
     TooManyFailed,
     VllmTasksError,
 )
-from vllm_tasks.models.api import VllmAPI, VllmModel
+from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.rows import Choice, Completion, RowError, TokenLogprob
 from vllm_tasks.serving.api import serve
 from vllm_tasks.settings import Settings

@@ -37,7 +37,7 @@ from vllm_tasks.errors import (
     TooManyFailed,
     VllmTasksError,
 )
-from vllm_tasks.models.api import VllmAPI, VllmModel
+from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.placement import check_shards, over_table, place_of, routed, validated
 from vllm_tasks.placement.heartbeat import Lifeline
 from vllm_tasks.placement.pulled import check_stays

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from vllm_tasks.calls.arguments import check_folder, table_or_statement
 from vllm_tasks.datalayer import Datalayer
+from vllm_tasks.datalayer.arguments import check_folder, table_or_statement
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.datalayer.source_id import is_statement, place
 from vllm_tasks.errors import InvalidCall

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 from vllm_tasks import errors
 from vllm_tasks.datalayer import Datalayer, is_lake
 from vllm_tasks.errors import EngineFailed, InvalidCall, VllmTasksError
-from vllm_tasks.models.api import VllmAPI, VllmModel
+from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.rows import Completion, Result, RowError
 from vllm_tasks.tables.report import Report
 from vllm_tasks.validation import Validation

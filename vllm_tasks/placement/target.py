@@ -15,7 +15,7 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 
 from vllm_tasks.errors import InvalidCall, near
-from vllm_tasks.models.api import VllmAPI, VllmModel
+from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.models.resources import check_declared
 from vllm_tasks.placement.grace import patiently
 from vllm_tasks.settings import site_settings

@@ -30,7 +30,7 @@ from prefect.types.entrypoint import EntrypointType
 
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.models.api import VllmAPI, VllmModel
+from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.pools import step as steps
 
 PoolType = Literal["process", "docker", "kubernetes"]

@@ -16,7 +16,7 @@ from vllm_tasks.calls.chat import of_call, of_model
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.engines import loop, sharing
 from vllm_tasks.errors import VllmTasksError
-from vllm_tasks.models.api import VllmAPI, VllmModel
+from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.placement import payload as parcel
 from vllm_tasks.placement import storage
 from vllm_tasks.placement.heartbeat import Lifeline

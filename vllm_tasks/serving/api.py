@@ -24,7 +24,7 @@ from vllm_tasks.calls.sampling import check_names
 from vllm_tasks.calls.weights import engine_identity
 from vllm_tasks.engines.local.engine import tell_trust
 from vllm_tasks.errors import EngineFailed, InvalidCall, ServerUnavailable
-from vllm_tasks.models.api import VllmAPI, VllmModel
+from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.models.predictor import Predictor
 from vllm_tasks.serving.shared_server import SharedServer
 

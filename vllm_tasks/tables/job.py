@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from pydantic import SecretStr
 
-from vllm_tasks.calls.arguments import check_folder
 from vllm_tasks.calls.call import Columns, Model, named_columns
 from vllm_tasks.calls.prompts import Context
 from vllm_tasks.datalayer import Datalayer, outputs_name
+from vllm_tasks.datalayer.arguments import check_folder
 from vllm_tasks.datalayer.opening import Store, name_of, open_tables, source_of
 from vllm_tasks.datalayer.selection import Key, OutputTable, Refresh, Selection
 from vllm_tasks.datalayer.source_id import source_id
