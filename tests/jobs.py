@@ -108,7 +108,7 @@ def main() -> None:
     import sqlalchemy.dialects.postgresql  # noqa: F401
 
     from vllm_tasks import VllmAPI, VllmModel
-    from vllm_tasks.tables.job import predict_in_db
+    from vllm_tasks.tables import predict_in_db
     from vllm_tasks.validation.run import validate
 
     works = {

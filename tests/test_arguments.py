@@ -17,7 +17,7 @@ from vllm_tasks import InvalidCall, VllmAPI
 from vllm_tasks._prefect.mapping import ModelTask
 from vllm_tasks.calls.arguments import check_spelling
 from vllm_tasks.placement import parameters
-from vllm_tasks.tables.job import predict_in_db
+from vllm_tasks.tables import predict_in_db
 
 
 @pytest.fixture

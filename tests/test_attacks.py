@@ -34,9 +34,9 @@ from vllm_tasks.engines.ray.engine import RayConfig
 from vllm_tasks.printable import printable
 from vllm_tasks.rows import RowError
 from vllm_tasks.serving.api import command_line
-from vllm_tasks.tables.job import predict_in_db
+from vllm_tasks.tables import predict_in_db
+from vllm_tasks.tables.keys import key_range
 from vllm_tasks.tables.report import ErrorKind
-from vllm_tasks.tables.run import key_range
 
 PACKAGE = Path(__file__).parents[1] / "vllm_tasks"
 

@@ -21,7 +21,7 @@ from tests.jobs import Jobs
 from tests.places import Place
 from tests.scripted_server import Asked, ScriptedServer, answer_to
 from vllm_tasks import InvalidCall, TablesUnavailable, VllmAPI
-from vllm_tasks.tables.run import ASKED_TOGETHER
+from vllm_tasks.tables.source_rows import ASKED_TOGETHER
 
 ROWS = 1500
 KILLS = 20
@@ -199,8 +199,8 @@ def test_a_full_disk_fails_the_run_and_loses_nothing(
     kind: str, server: ScriptedServer, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A commit without room fails; what was committed stays, and with room again the rest follows."""
-    monkeypatch.setattr("vllm_tasks.tables.run.RETRY_DELAYS", (0,))
-    monkeypatch.setattr("vllm_tasks.tables.job.RETRY_DELAYS", (0,))
+    monkeypatch.setattr("vllm_tasks.tables.source_rows.RETRY_DELAYS", (0,))
+    monkeypatch.setattr("vllm_tasks.tables.predict.RETRY_DELAYS", (0,))
     place = Place(str(small_disk / "lake") if kind == "lake" else f"sqlite:///{small_disk}/tables.db")
     place.fill_texts(*(f"t{i}" for i in range(ROWS)))
     model = VllmAPI(**model_of(server, place))

@@ -34,7 +34,7 @@ from vllm_tasks.engines.http.urls import split_urls
 from vllm_tasks.places import has_password, without_secrets
 from vllm_tasks.printable import printable
 from vllm_tasks.rows import Choice, Completion, RowError
-from vllm_tasks.tables.job import predict_in_db
+from vllm_tasks.tables import predict_in_db
 
 LONG = "FUZZ_EXAMPLES" in os.environ
 HOW = {

@@ -50,7 +50,7 @@ def test_wide_rows_are_read_ahead_by_their_bytes(
     """With room for five of them, no more are under way, however many the engine would take; all are done."""
     monkeypatch.setattr(open_rows, "HELD", 500_000)
     monkeypatch.setattr(pace, "WIDEST", 200_000)
-    monkeypatch.setattr("vllm_tasks.tables.run.SLICE", 50_000)
+    monkeypatch.setattr("vllm_tasks.tables.source_rows.SLICE", 50_000)
     held: list[int] = []
     read = Open.read
 

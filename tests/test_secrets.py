@@ -54,7 +54,7 @@ from vllm_tasks.calls.sampling import known_names
 from vllm_tasks.engines.local import process
 from vllm_tasks.placement import payload as parcel
 from vllm_tasks.placement import storage
-from vllm_tasks.tables.job import datalayer_of
+from vllm_tasks.tables.arguments import datalayer_of
 
 pytestmark = [
     *IN_PREFECT,

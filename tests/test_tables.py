@@ -28,8 +28,8 @@ from vllm_tasks import (
 )
 from vllm_tasks.calls.call import records
 from vllm_tasks.canonical import input_hash
+from vllm_tasks.tables import Log
 from vllm_tasks.tables.commit_policy import Pace
-from vllm_tasks.tables.job import Log
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ from prefect.exceptions import PrefectException
 
 from vllm_tasks.datalayer import ODD
 from vllm_tasks.printable import printable
+from vllm_tasks.tables.keys import shown_key
 from vllm_tasks.tables.previews import Preview, as_cells
 from vllm_tasks.tables.report import Progress, Report
-from vllm_tasks.tables.run import shown_key
 
 logger = logging.getLogger(__name__)
 

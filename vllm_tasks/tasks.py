@@ -21,6 +21,7 @@ from prefect.futures import PrefectFuture
 from prefect.tasks import MaterializingTask
 from prefect.transactions import CommitMode, transaction
 
+from vllm_tasks import tables
 from vllm_tasks._prefect.mapping import ModelTask, RowsTask
 from vllm_tasks._prefect.row_retries import over_attempts
 from vllm_tasks.artifacts import ProgressArtifact, asset_key, show_preview, show_report
@@ -42,10 +43,10 @@ from vllm_tasks.placement import check_shards, over_table, place_of, routed, val
 from vllm_tasks.placement.heartbeat import Lifeline
 from vllm_tasks.placement.pulled import check_stays
 from vllm_tasks.rows import Completion, RowError
-from vllm_tasks.tables import job as tables
+from vllm_tasks.tables.arguments import datalayer_of
+from vllm_tasks.tables.job import RETRY_DELAYS
 from vllm_tasks.tables.previews import Preview
 from vllm_tasks.tables.report import Progress, Report
-from vllm_tasks.tables.run import RETRY_DELAYS
 from vllm_tasks.validation import Validation
 from vllm_tasks.validation.report import Comparison, ValidationReport
 
@@ -103,7 +104,7 @@ def _predict_in_db(
     same_source: bool = False,
     **sampling: Any,
 ) -> Report:
-    """Rows of a table in, one committed output or error per row out; see `tables.job.predict_in_db`.
+    """Rows of a table in, one committed output or error per row out; see `tables.predict`.
 
     In a flow, each commit is a task run, progress and report are artifacts, and the outputs an asset. Where
     the model's hints or the settings name a work pool, a flow run there does it; with `shards=n`, n flow runs
@@ -113,7 +114,7 @@ def _predict_in_db(
         outputs_name(predict_id)
     place = place_of(model)
     check_shards(shards, place, limit, shard)
-    check_stays(tables.datalayer_of(db, model))
+    check_stays(datalayer_of(db, model))
     work = tables.predict_in_db if place is None else partial(over_table, place, shards)
     try:
         report: Report = work(
@@ -193,7 +194,7 @@ def _validate(
 
     run = FlowRunContext.get()
     place = place_of(model)
-    check_stays(tables.datalayer_of(db, model))
+    check_stays(datalayer_of(db, model))
     work = found if place is None else partial(validated, place)
     report = work(
         model,

@@ -438,10 +438,10 @@ class Predictor(BaseModel):
     def predict_in_db(self, X: Columns, select: str | os.PathLike[str], **options: Any) -> Report:  # noqa: N803
         """Ask for the rows of a table and commit one output or one error for each.
 
-        All options and errors are those of `vllm_tasks.tables.job.predict_in_db`, which this calls; in a
+        All options and errors are those of `vllm_tasks.tables.predict.predict_in_db`, which this calls; in a
         flow, the task `vllm_tasks.predict_in_db` does the same and shows it in the Prefect UI.
         """
-        from vllm_tasks.tables.job import predict_in_db
+        from vllm_tasks.tables.predict import predict_in_db
 
         return predict_in_db(self, X, select, **options)
 

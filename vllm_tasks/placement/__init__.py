@@ -29,10 +29,11 @@ from vllm_tasks.placement.payload import Model, Parameters
 from vllm_tasks.placement.runs import Runs
 from vllm_tasks.placement.target import Place, place_of
 from vllm_tasks.rows import Request, Result, RowError
+from vllm_tasks.tables.arguments import datalayer_of
 from vllm_tasks.tables.budget import Budget
-from vllm_tasks.tables.job import datalayer_of, predict_in_db
+from vllm_tasks.tables.job import Display
+from vllm_tasks.tables.predict import predict_in_db
 from vllm_tasks.tables.report import Progress, Report, Tally
-from vllm_tasks.tables.run import Display
 from vllm_tasks.validation import Validation
 from vllm_tasks.validation.report import ValidationReport
 

@@ -19,8 +19,8 @@ from vllm_tasks.datalayer.selection import Selection, SourceRow, Tables
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.printable import printable
 from vllm_tasks.rows import Completion, Message, Request, Result, RowError
-from vllm_tasks.tables.job import datalayer_of
-from vllm_tasks.tables.run import shown_key
+from vllm_tasks.tables.arguments import datalayer_of
+from vllm_tasks.tables.keys import shown_key
 
 MOST = 1000
 """Rows of a preview: more are a run, which commits them."""

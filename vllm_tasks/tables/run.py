@@ -12,127 +12,33 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
-from vllm_tasks.calls.call import TableCall
-from vllm_tasks.canonical import input_hash
-from vllm_tasks.datalayer.selection import POSITION, Key, Row, Selection, SourceRow, Tables, Writer
+from vllm_tasks.datalayer.selection import SourceRow, Writer
 from vllm_tasks.engines import sharing
 from vllm_tasks.engines.batching import sending_order
 from vllm_tasks.engines.loop import Tasks
 from vllm_tasks.engines.stopping import raise_if_stopped
-from vllm_tasks.errors import InvalidCall, TablesUnavailable, VllmTasksError
-from vllm_tasks.printable import printable
-from vllm_tasks.rows import Completion, Request, Result, RowError
-from vllm_tasks.tables.budget import Budget
-from vllm_tasks.tables.commit_policy import Pace
-from vllm_tasks.tables.earlier import holds_others
-from vllm_tasks.tables.open_rows import Open, bytes_of_answer, bytes_of_request
-from vllm_tasks.tables.report import Progress, Tally
+from vllm_tasks.errors import InvalidCall, VllmTasksError
+from vllm_tasks.rows import Request, Result, RowError
+from vllm_tasks.tables.job import Display, Job
+from vllm_tasks.tables.keys import key_range, shown_key
+from vllm_tasks.tables.open_rows import Open, bytes_of_answer
+from vllm_tasks.tables.output_rows import Finished, OutputRows
+from vllm_tasks.tables.report import Tally
+from vllm_tasks.tables.source_rows import Prompted, SourceRows
 
 logger = logging.getLogger(__name__)
 
-ASKED_TOGETHER = 512
-"""Rows that are folded and put in order together."""
-RETRY_DELAYS = 1, 5, 15, 30
-"""Seconds before each new attempt to reach lost tables."""
 HASTE = 2.0
 """Seconds that a stopping run waits for its requests to end, and again for its reader: of 10 s, within which
 what is finished must be committed."""
-KEY_SHOWN = 100
-"""Characters of a key in names and logs."""
-MADE_TOGETHER = 64
-"""Rows whose prompts are made at once, and are in memory beyond what `open_rows.HELD` counts."""
-SLICE = 2**20
-"""Bytes of prompts that are handed over together: with many more, one slow row would keep those of all the
-others in memory. `ASKED_TOGETHER` rows of usual width are less."""
-ERROR_KEPT = 4000
-"""Characters of a row's error in its output."""
-
-
-class Display(Protocol):
-    """Where a run is shown, and who repeats its commits."""
-
-    def commit(self, name: str, work: Callable[[], None]) -> None:
-        """Do `work`, again after a `TablesUnavailable` as `RETRY_DELAYS` say."""
-
-    def progress(self, progress: Progress, *, last: bool = False) -> None:
-        """Called often; shows it when the last time is a while ago, and the `last` one in any case."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a run needs, checked."""
-
-    over: TableCall
-    tables: Tables
-    selection: Selection
-    stamp: Row
-    """Columns that are the same in all output rows."""
-    pace: Pace
-    budget: Budget
-    limit: int | None
-    source: str | None
-    """What the rows are of; see `datalayer.source_id`. None where outputs are not told apart by it."""
-    same_source: bool
-    """Whether outputs of another source go on."""
-    started: datetime
-    _began: float = field(default_factory=time.monotonic)
-
-    @property
-    def now(self) -> datetime:
-        """The time by the clock as it was at the start: when that is set back under the run, rows committed
-        since must not seem older than the run."""
-        return self.started + timedelta(seconds=time.monotonic() - self._began)
-
-    @classmethod
-    def of(
-        cls,
-        over: TableCall,
-        tables: Tables,
-        selection: Selection,
-        pace: Pace,
-        budget: Budget,
-        limit: int | None,
-        source: str | None = None,
-        *,
-        same_source: bool = False,
-    ) -> Job:
-        """A job that starts now."""
-        stamp = {
-            "_model": over.model_name,
-            "_uuid": over.call.uuid,
-            "_fingerprint": over.fingerprint,
-            "_source": source,
-        }
-        return cls(
-            over, tables, selection, stamp, pace, budget, limit, source, same_source, datetime.now(UTC)
-        )
-
-
-Hashed = tuple[SourceRow, str]
-"""A row with the hash of its input."""
-Prompted = tuple[SourceRow, str, Request | RowError]
-"""A row, without its values, with the hash of its input and what it is asked."""
-
-
 Arrived = tuple[SourceRow, str, Result, int]
 """A row with the hash of its input, its answer and how large that is."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A row of the source with the rows that its answer became."""
-
-    row: SourceRow
-    outputs: list[Row]
-    size: int
-    """Bytes of the answer."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +59,8 @@ class Run:
         self.to_ask: int | None = None
         self.begun = threading.Event()
         self._open = Open()
+        self._source = SourceRows(job, self._open, tally)
+        self._outputs = OutputRows(job, writer, tally)
         self._queue: queue.SimpleQueue[Arrived | Failed | None] = queue.SimpleQueue()
         self._asks = Tasks()
         self._all_read = False
@@ -183,96 +91,14 @@ class Run:
 
     def _read(self) -> None:
         try:
-            for rows in self._wanted_rows():
-                for group in self._slices(rows):
-                    self._hand_over(*group)
-                    if self._open.stopped:
-                        break
+            for rows, size in self._source.slices():
+                self._hand_over(rows, size)
                 if self._open.stopped:
                     break
         except BaseException as error:  # noqa: BLE001 - handed to the thread that runs the job
             self._queue.put(Failed(error))
         self._queue.put(None)
         self.begun.set()
-
-    def _wanted_rows(self) -> Iterator[list[Hashed]]:
-        """Rows to ask, each with the hash of its input; stops at the limit."""
-        left = self.job.limit
-        for selected in self._selected_rows():
-            with self.tally.phase("read"):
-                rows = [(row, input_hash(row.values)) for row in selected]
-            if self.job.selection.refresh == "changed":
-                rows = [(row, digest) for row, digest in rows if row.input_hash != digest]
-            if left is not None:
-                rows = rows[:left]
-                left -= len(rows)
-                self._refuse_trial(row for row, _ in rows)
-            if rows:
-                yield rows
-            if left == 0:
-                return
-
-    def _selected_rows(self) -> Iterator[list[SourceRow]]:
-        """The source's rows; opened again where it left off when its connection is lost."""
-        selection, size = self.job.selection, max(ASKED_TOGETHER, self.job.over.call.max_batch_size or 0)
-        handled: set[Key] = set()
-        failures = 0
-        while True:
-            try:
-                for rows in self.job.tables.rows(selection, size):
-                    failures = 0
-                    self._count_unreadable()  # before the rows: with a `limit`, nobody may ask for more
-                    yield [row for row in rows if row.key not in handled]
-                self._count_unreadable()
-                return
-            except TablesUnavailable as error:
-                if failures == len(RETRY_DELAYS):
-                    raise
-                logger.warning("the source was lost, reading on in %d s: %s", RETRY_DELAYS[failures], error)
-                self._open.wait(RETRY_DELAYS[failures])
-                failures += 1
-            # In this order: a row that is committed in between is in one of the two.
-            handled = self._open.snapshot()
-            selection = replace(selection, since=self.job.started)
-
-    def _count_unreadable(self) -> None:
-        found = self.job.tables.unreadable()
-        self.tally.unreadable, self.tally.unreadable_lines = found.count, list(found.examples)
-
-    def _refuse_trial(self, rows: Iterable[SourceRow]) -> None:
-        """A `limit` tries a few rows: it must not replace good outputs of another fingerprint by the way."""
-        job = self.job
-        if job.selection.refresh not in ("missing", "changed"):
-            return
-        if any(row.replaces_earlier for row in rows) and holds_others(job.tables, job.selection):
-            raise InvalidCall(
-                f"limit={job.limit} would replace outputs of another prompt, sampling or model in "
-                f"{job.selection.outputs!r}: to try a few rows, preview(...) commits nothing and predict_id="
-                "'...' keeps outputs of their own; without limit, all rows are processed again"
-            )
-
-    def _slices(self, rows: Sequence[Hashed]) -> Iterator[tuple[list[Prompted], int]]:
-        """The rows with their prompts, in parts that have about `SLICE` bytes at most, with those bytes."""
-        part: list[Prompted] = []
-        held = 0
-        for start in range(0, len(rows), MADE_TOGETHER):
-            some = rows[start : start + MADE_TOGETHER]
-            with self.tally.phase("read"):
-                requests = self._requests([row for row, _ in some])
-            for (row, digest), request in zip(some, requests, strict=True):
-                # Its values are in the prompt; kept until the commit, they would be in memory twice.
-                part.append((without_values(row), digest, request))
-                held += bytes_of_request(request)
-                if held >= SLICE:
-                    yield part, held
-                    part, held = [], 0
-        if part:
-            yield part, held
-
-    def _requests(self, rows: Sequence[SourceRow]) -> list[Request | RowError]:
-        """What the rows are asked; a row that could not be read is its error."""
-        made = iter(self.job.over.requests([row.values for row in rows if row.error is None]))
-        return [next(made) if row.error is None else RowError("read", row.error) for row in rows]
 
     def _hand_over(self, rows: Sequence[Prompted], size: int) -> None:
         asked = [(row, digest, request) for row, digest, request in rows if isinstance(request, Request)]
@@ -354,31 +180,9 @@ class Run:
             if not self._group:
                 self._group_since = time.monotonic()
                 self._first_answer = self._first_answer or self._group_since
-            self._group.append(self._finished(*item))
+            self._group.append(self._outputs.of(*item))
             self._group_size += self._group[-1].size
             self.tally.last_answer = time.monotonic()
-
-    def _finished(self, row: SourceRow, digest: str, answer: Result, size: int) -> Finished:
-        """Decode an answer; what cannot be decoded or stored becomes an error of its row."""
-        outcome = answer if isinstance(answer, RowError) else self.job.over.decoder.rows(answer)
-        outputs = list(self._output_rows(row, digest, answer, outcome))
-        for output in outputs:
-            if problem := self.writer.unstorable(output):
-                outcome = RowError("output", problem)
-                outputs = list(self._output_rows(row, digest, answer, outcome))
-                self._check_key(row.key, outputs[0])
-                break
-        self.tally.count(row.key, answer, outcome if isinstance(outcome, RowError) else answer)
-        self.tally.replaced += row.replaces_earlier
-        return Finished(row, outputs, size)
-
-    def _check_key(self, key: Key, error: Row) -> None:
-        """Where not even an error can be written, it is the key that the table cannot hold."""
-        if problem := self.writer.unstorable(error):
-            raise InvalidCall(
-                f"the row with the key {shown_key(key)!r:.200} can have no output: {problem}; leave it out "
-                "by a SELECT ... WHERE, or give another primary_id"
-            )
 
     def _commit_group(self, commit: Callable[[str, Callable[[], None]], None]) -> None:
         group, size = self._group, self._group_size
@@ -396,35 +200,6 @@ class Run:
 
         with self.tally.phase("commit"):
             commit(key_range(keys), work)
-
-    def _output_rows(
-        self, source: SourceRow, digest: str, answer: Result, outcome: list[tuple[Any, ...]] | RowError
-    ) -> Iterator[Row]:
-        """The output rows of one source row: one, or with `flatten` one for each item."""
-        job = self.job
-        row = {
-            **dict(zip(job.selection.key, source.key, strict=True)),
-            **{column.name: None for column in job.over.decoder.columns},
-            **({POSITION: None} if job.over.decoder.flatten else {}),
-            "_error": None,
-            **_of_answer(answer),
-            **job.stamp,
-            "_input_hash": digest,
-            "_created_at": job.now,
-        }
-        if isinstance(answer, Completion) and answer.model:
-            row["_model"] = answer.model
-        if isinstance(outcome, RowError):
-            yield {**row, "_error": _storable(f"{outcome.kind}: {outcome.message}")}
-            return
-        names = [column.name for column in job.over.decoder.columns]
-        if not job.over.decoder.flatten:
-            yield {**row, **dict(zip(names, outcome[0], strict=True))}
-            return
-        for position, values in enumerate(outcome):
-            yield {**row, **dict(zip(names, values, strict=True)), POSITION: position}
-        if not outcome:
-            yield row
 
     # ------------------------------------------------------------------ the end
 
@@ -458,49 +233,3 @@ class Run:
             next_time,
         )
         return lost
-
-
-def without_values(row: SourceRow) -> SourceRow:
-    """The row without its values."""
-    return SourceRow(row.key, (), row.redo, row.input_hash, row.error)
-
-
-def _of_answer(answer: Result) -> dict[str, Any]:
-    if isinstance(answer, RowError):
-        return dict.fromkeys(("_finish_reason", "_prompt_tokens", "_completion_tokens", "_seconds"))
-    reasons = [choice.finish_reason for choice in answer.choices]
-    return {
-        "_finish_reason": "length" if "length" in reasons else reasons[0],
-        "_prompt_tokens": answer.prompt_tokens,
-        "_completion_tokens": answer.completion_tokens,
-        "_seconds": answer.seconds,
-    }
-
-
-def _storable(words: str) -> str:
-    """Words that any table can hold: without the character 0 and halves of characters, at no great length."""
-    if len(words) > ERROR_KEPT:
-        words = f"{words[:ERROR_KEPT]}... ({len(words):,} characters)"
-    return words.replace("\0", "\\0").encode(errors="backslashreplace").decode()
-
-
-def key_range(keys: Sequence[Key]) -> str:
-    """`first..last` of the keys in a group, for people."""
-    try:
-        first, last = min(keys), max(keys)
-    except (TypeError, ArithmeticError):  # of several types, as SQLite allows, or not a number
-        first, last = min(keys, key=repr), max(keys, key=repr)
-    if first == last:
-        return shown_key(first)
-    # What they have in common, such as the run of a validation, tells nothing.
-    ends = [
-        tuple(a for a, b in zip(key, other, strict=True) if a != b)
-        for key, other in ((first, last), (last, first))
-    ]
-    return "..".join(map(shown_key, ends))
-
-
-def shown_key(key: Key) -> str:
-    """A key for people: the bare value of a single column, as a log may show it and not at any length."""
-    text = str(key[0]) if len(key) == 1 else f"({', '.join(map(str, key))})"
-    return printable(text if len(text) <= KEY_SHOWN else f"{text[:KEY_SHOWN]}…")

@@ -9,7 +9,7 @@ from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.measure import Answer
-from vllm_tasks.tables.job import datalayer_of
+from vllm_tasks.tables.arguments import datalayer_of
 from vllm_tasks.validation import Validation, check_comparable
 from vllm_tasks.validation.predictions import Validated, packed
 from vllm_tasks.validation.report import Comparison, DatasetReport, Standing, ValidationReport

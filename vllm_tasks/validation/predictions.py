@@ -20,10 +20,11 @@ from vllm_tasks.datalayer.workspace import literal
 from vllm_tasks.errors import InvalidCall, TooManyFailed
 from vllm_tasks.metrics.data import JsonText
 from vllm_tasks.metrics.measure import Answer
+from vllm_tasks.tables.arguments import pace_of
 from vllm_tasks.tables.budget import Budget
-from vllm_tasks.tables.job import commit_answers, pace_of
+from vllm_tasks.tables.job import Display, Job
+from vllm_tasks.tables.predict import commit_answers
 from vllm_tasks.tables.report import Report, Tally
-from vllm_tasks.tables.run import Display, Job
 from vllm_tasks.validation import Validation
 from vllm_tasks.validation.snapshot import Case, Frozen
 

@@ -18,8 +18,9 @@ from vllm_tasks.engines import sharing
 from vllm_tasks.engines.http.engine import HttpConfig
 from vllm_tasks.errors import InvalidCall, near
 from vllm_tasks.metrics.measure import Answer
-from vllm_tasks.tables.job import Log, check_max_failed, datalayer_of
-from vllm_tasks.tables.run import Display
+from vllm_tasks.tables.arguments import check_max_failed, datalayer_of
+from vllm_tasks.tables.job import Display
+from vllm_tasks.tables.predict import Log
 from vllm_tasks.validation import Dataset, Metric, Validation, history
 from vllm_tasks.validation.judge_scores import Verdicts
 from vllm_tasks.validation.judging import Judging

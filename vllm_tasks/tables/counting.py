@@ -1,0 +1,60 @@
+"""How many rows a run has to process, and what its server says of itself: found out while it runs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from vllm_tasks.engines import loop, sharing
+from vllm_tasks.engines.http.engine import HttpConfig
+from vllm_tasks.errors import VllmTasksError
+from vllm_tasks.tables.job import Job
+from vllm_tasks.tables.run import Run
+
+logger = logging.getLogger(__name__)
+
+
+class Counted:
+    """The size of the job and what its server says of itself, found out beside the run."""
+
+    def __init__(self, job: Job, run: Run) -> None:
+        self.rows: int | None = None
+        self.up_to_date: int | None = None
+        self.served_by: dict[str, str] = {}
+        self._job, self._run = job, run
+        self._thread = threading.Thread(target=self._count, name="vllm-tasks-count", daemon=True)
+        self._thread.start()
+
+    def _count(self) -> None:
+        self._run.begun.wait()  # the first request comes first
+        job, run = self._job, self._run
+        try:
+            if run.tally.first_sent is not None:
+                self.served_by = _served_by(job.over.call.engine)
+            rows, selected = job.tables.count(job.selection)
+        except VllmTasksError as error:  # what matters of it, the run meets itself
+            logger.warning("the rows to ask could not be counted: %s", error)
+            return
+        self.rows = rows
+        if job.selection.refresh != "changed":  # what has changed is known when it is read
+            # What was committed before the count is among the rows that it did not select.
+            to_ask = min(selected + run.tally.done, rows)
+            run.to_ask = to_ask if job.limit is None else min(to_ask, job.limit)
+
+    def compare(self, job: Job, asked: int, *, complete: bool) -> None:
+        """Tell what was up to date, where that is the rest."""
+        if self.rows is not None and complete and job.limit is None and job.selection.refresh != "failed":
+            self.up_to_date = self.rows - asked
+        ids = job.selection.ids
+        if self.rows is not None and ids is not None and self.rows < len(set(ids)):
+            logger.warning("%d of %d ids are not in the source", len(set(ids)) - self.rows, len(set(ids)))
+
+    def wait(self, seconds: float) -> None:
+        self._thread.join(seconds)
+
+
+def _served_by(config: sharing.Config) -> dict[str, str]:
+    """What the server says of itself, where there is one."""
+    if not isinstance(config, HttpConfig) or config.protocol == "legacy":
+        return {}
+    return loop.run(sharing.facts(config))

@@ -1,0 +1,104 @@
+"""What a row's answer becomes in the outputs table: values, or the row's error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_tasks.datalayer.selection import POSITION, Key, Row, SourceRow, Writer
+from vllm_tasks.errors import InvalidCall
+from vllm_tasks.rows import Completion, Result, RowError
+from vllm_tasks.tables.job import Job
+from vllm_tasks.tables.keys import shown_key
+from vllm_tasks.tables.report import Tally
+
+ERROR_KEPT = 4000
+"""Characters of a row's error in its output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A row of the source with the rows that its answer became."""
+
+    row: SourceRow
+    outputs: list[Row]
+    size: int
+    """Bytes of the answer."""
+
+
+class OutputRows:
+    """Makes the output rows of answers, and counts what became of each row."""
+
+    def __init__(self, job: Job, writer: Writer, tally: Tally) -> None:
+        self._job, self._writer, self._tally = job, writer, tally
+
+    def of(self, row: SourceRow, digest: str, answer: Result, size: int) -> Finished:
+        """Decode an answer; what cannot be decoded or stored becomes an error of its row."""
+        outcome = answer if isinstance(answer, RowError) else self._job.over.decoder.rows(answer)
+        outputs = list(self._rows(row, digest, answer, outcome))
+        for output in outputs:
+            if problem := self._writer.unstorable(output):
+                outcome = RowError("output", problem)
+                outputs = list(self._rows(row, digest, answer, outcome))
+                self._check_key(row.key, outputs[0])
+                break
+        self._tally.count(row.key, answer, outcome if isinstance(outcome, RowError) else answer)
+        self._tally.replaced += row.replaces_earlier
+        return Finished(row, outputs, size)
+
+    def _check_key(self, key: Key, error: Row) -> None:
+        """Where not even an error can be written, it is the key that the table cannot hold."""
+        if problem := self._writer.unstorable(error):
+            raise InvalidCall(
+                f"the row with the key {shown_key(key)!r:.200} can have no output: {problem}; leave it out "
+                "by a SELECT ... WHERE, or give another primary_id"
+            )
+
+    def _rows(
+        self, source: SourceRow, digest: str, answer: Result, outcome: list[tuple[Any, ...]] | RowError
+    ) -> Iterator[Row]:
+        """The output rows of one source row: one, or with `flatten` one for each item."""
+        job = self._job
+        row = {
+            **dict(zip(job.selection.key, source.key, strict=True)),
+            **{column.name: None for column in job.over.decoder.columns},
+            **({POSITION: None} if job.over.decoder.flatten else {}),
+            "_error": None,
+            **_of_answer(answer),
+            **job.stamp,
+            "_input_hash": digest,
+            "_created_at": job.now,
+        }
+        if isinstance(answer, Completion) and answer.model:
+            row["_model"] = answer.model
+        if isinstance(outcome, RowError):
+            yield {**row, "_error": _storable(f"{outcome.kind}: {outcome.message}")}
+            return
+        names = [column.name for column in job.over.decoder.columns]
+        if not job.over.decoder.flatten:
+            yield {**row, **dict(zip(names, outcome[0], strict=True))}
+            return
+        for position, values in enumerate(outcome):
+            yield {**row, **dict(zip(names, values, strict=True)), POSITION: position}
+        if not outcome:
+            yield row
+
+
+def _of_answer(answer: Result) -> dict[str, Any]:
+    if isinstance(answer, RowError):
+        return dict.fromkeys(("_finish_reason", "_prompt_tokens", "_completion_tokens", "_seconds"))
+    reasons = [choice.finish_reason for choice in answer.choices]
+    return {
+        "_finish_reason": "length" if "length" in reasons else reasons[0],
+        "_prompt_tokens": answer.prompt_tokens,
+        "_completion_tokens": answer.completion_tokens,
+        "_seconds": answer.seconds,
+    }
+
+
+def _storable(words: str) -> str:
+    """Words that any table can hold: without the character 0 and halves of characters, at no great length."""
+    if len(words) > ERROR_KEPT:
+        words = f"{words[:ERROR_KEPT]}... ({len(words):,} characters)"
+    return words.replace("\0", "\\0").encode(errors="backslashreplace").decode()

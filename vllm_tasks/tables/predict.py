@@ -1,0 +1,257 @@
+"""`predict_in_db`: rows of a table in, one committed output or error per row out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from vllm_tasks.calls.call import Columns, Model, named_columns
+from vllm_tasks.calls.prompts import Context
+from vllm_tasks.datalayer import Datalayer, outputs_name
+from vllm_tasks.datalayer.opening import Store, name_of, open_tables, source_of
+from vllm_tasks.datalayer.selection import OutputTable, Selection
+from vllm_tasks.datalayer.source_id import source_id
+from vllm_tasks.errors import InvalidCall, TablesUnavailable, TooManyFailed
+from vllm_tasks.tables.arguments import (
+    at_least_one,
+    check_max_failed,
+    columns_of,
+    datalayer_of,
+    keys_of,
+    pace_of,
+    refresh_of,
+    shard_of,
+)
+from vllm_tasks.tables.budget import Budget
+from vllm_tasks.tables.counting import Counted
+from vllm_tasks.tables.earlier import refuse_other_source
+from vllm_tasks.tables.job import RETRY_DELAYS, Display, Job
+from vllm_tasks.tables.report import Progress, Report, Tally
+from vllm_tasks.tables.run import HASTE, Run
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_EVERY = 30.0
+"""Seconds between two lines of progress in the log."""
+COUNT_PATIENCE = 5.0
+"""Seconds that a finished run waits for the count of its source."""
+
+
+def predict_in_db(
+    model: Model,
+    X: Columns,  # noqa: N803 - the name in the contract, as in scikit-learn
+    select: Any,
+    *,
+    predict_id: str | None = None,
+    primary_id: str | Sequence[str] = "id",
+    db: Datalayer | str | None = None,
+    source: Store | None = None,
+    ids: Sequence[Any] | None = None,
+    max_chunk_size: int | None = None,
+    overwrite: bool = False,
+    refresh: Literal["missing", "changed"] = "missing",
+    retry_failed: bool = False,
+    max_failed: float | int | None = 0.05,
+    limit: int | None = None,
+    context: Context = None,
+    shard: tuple[int, int] | None = None,
+    same_source: bool = False,
+    display: Display | None = None,
+    **sampling: Any,
+) -> Report:
+    """Ask `model` for the rows of a table and commit one output or one error for each.
+
+    A row is done when it is committed, and only rows that are not done are asked: after any crash the
+    same call goes on where it stopped. Rows are found anew at each call by a join of the source with
+    the outputs on key and fingerprint; a change of anything that decides an answer (model, prompt,
+    sampling, schema, ...) asks all rows again.
+
+    X: the column that is the record; a list of columns for signature `*args` or `**kwargs`; or a
+        mapping of columns to arguments, by name or by position.
+    select: a table, in a lake also a path or a glob in it, or one SELECT statement; or a table in memory, of
+        pandas, polars, pyarrow or whatever else has `__arrow_c_stream__`, with `refresh="changed"`.
+    predict_id: names the outputs, `_outputs__<predict_id>`; the model's identifier when None.
+    primary_id: column or columns that identify a row: never NULL, each value once.
+    db: where the outputs are, and the rows unless `source` says: a `Datalayer` or its URL; the model's own
+        when None.
+    source: where the rows are read, when elsewhere: a `Datalayer`, its URL or path, or the name of a saved
+        one. Also what keeps no outputs: MariaDB, `duckdb:///x.duckdb`, any SQLAlchemy dialect that streams.
+    ids: only rows with these keys (tuples when the key has several columns).
+    max_chunk_size: rows of a commit group; None: VLLM_TASKS_COMMIT_ROWS and more, when rows are fast.
+    overwrite: ask all rows, done or not.
+    refresh: `missing` asks rows without an output or error; `changed` also those whose input is
+        another one than when they were answered.
+    retry_failed: ask the rows that have an error, and no others.
+    max_failed: how many rows may fail, a share (float) or a count (int); None: any number. A run with more
+        stops, commits what is finished and raises `TooManyFailed`; at once when the first 50 all fail alike.
+        Judged by the rows that were read or sent first, not by those that finish first: failures that come
+        sooner than answers count for no more than they are.
+    limit: ask so many rows at most. Refused where it would replace outputs of another prompt, sampling or
+        model: `preview` tries rows and commits nothing.
+    context: fills `{context}` of every prompt.
+    shard: (i, n), only the i-th, from 0, of n parts of the rows, told by a hash of their keys: n such calls,
+        on as many machines, are the whole table. The task's `shards=n` makes them.
+    same_source: go on with outputs of another source, whose rows are the same ones: the table was renamed, or
+        the SELECT was edited. Without it another source than the outputs are of is refused.
+    display: where the run is shown; None: in the log.
+
+    Raises `InvalidCall` before any work for what could not succeed, `TooManyFailed`, and what keeps a
+    run from going on: `ServerUnavailable`, `EngineFailed`, `TablesUnavailable`. In each case, and on
+    Ctrl-C or SIGTERM, what was finished is committed.
+    """
+    if "shards" in sampling:
+        raise InvalidCall("shards is of the task vllm_tasks.predict_in_db; here shard=(i, n) asks a part")
+    call = model.prepare(predict_in_db, context, sampling)
+    key = named_columns("primary_id", primary_id)
+    predict_id = model.identifier if predict_id is None else predict_id
+    options = model.model_update_kwargs
+    tally = Tally()
+    datalayer, read_from = datalayer_of(db, model), source_of(source)
+    pace = pace_of(max_chunk_size)
+    at_least_one("limit", limit)
+    budget = Budget(check_max_failed(max_failed))
+    # Checked before `over`, which may wait for a server.
+    refreshed, part = refresh_of(refresh, overwrite, retry_failed), shard_of(shard)
+    keys = None if ids is None else keys_of(ids, key)
+    tables, named = open_tables(datalayer, select, read_from)
+    if refreshed == "missing" and not isinstance(select, str | os.PathLike):
+        refreshed = "changed"  # a table in memory has no name by which another one could be told from it
+    try:
+        over = call.over(X)
+        selection = Selection(
+            select=named,
+            key=key,
+            columns=over.columns,
+            outputs=options.get("table") or outputs_name(predict_id),
+            fingerprint=over.fingerprint,
+            refresh=refreshed,
+            ids=keys,
+            shard=part,
+        )
+        output = OutputTable(
+            name=selection.outputs,
+            columns=over.decoder.columns,
+            flatten=over.decoder.flatten,
+            partition_by=columns_of(options.get("partition_by", ())),
+            compression=options.get("compression"),
+        )
+        place = None if read_from is None else read_from.url.get_secret_value().strip()
+        from_where = source_id(named, datalayer.url.get_secret_value().strip(), place)
+        job = Job.of(over, tables, selection, pace, budget, limit, from_where, same_source=same_source)
+        return commit_answers(predict_id, job, output, display or Log(), tally)
+    finally:
+        tables.close()
+
+
+def commit_answers(predict_id: str, job: Job, output: OutputTable, display: Display, tally: Tally) -> Report:
+    """Ask for the rows that `job` selects and commit what comes; as of `predict_in_db`."""
+    with tally.phase("check"):
+        job.tables.check(job.selection)
+        if job.source is not None and not job.same_source:
+            refuse_other_source(job.tables, job.selection.outputs, job.source)
+    verdict, counted = _run(job, output, display, tally)
+    report = _report(predict_id, job, tally, counted)
+    job.over.call.tell_cut(tally.cut, tally.succeeded)
+    if tally.replaced:
+        logger.warning(
+            "%s: %d outputs of an earlier prompt, sampling or model were replaced", predict_id, tally.replaced
+        )
+    if verdict:
+        raise TooManyFailed(
+            f"{verdict}; what was finished is committed. Look at `_error` in {report.outputs}, correct the "
+            "cause, and ask the failed rows again with retry_failed=True",
+            report,
+        )
+    return report
+
+
+def _run(job: Job, output: OutputTable, display: Display, tally: Tally) -> tuple[str | None, Counted]:
+    writer = job.tables.writer(job.selection, output)
+    run = Run(job, writer, display, tally)
+    counted = Counted(job, run)
+    try:
+        with _sigterm_raises():
+            verdict = run.run()
+            writer.close()
+    except BaseException:
+        counted.wait(HASTE)
+        raise
+    counted.wait(COUNT_PATIENCE)
+    counted.compare(job, tally.done, complete=not verdict)
+    if not verdict:
+        display.progress(tally.progress(run.to_ask), last=True)
+        tally.rows = counted.rows
+        verdict = job.budget.exceeded(tally, at_end=True)
+    return verdict, counted
+
+
+def _report(predict_id: str, job: Job, tally: Tally, counted: Counted) -> Report:
+    return Report(
+        model=job.over.call.identifier,
+        predict_id=predict_id,
+        source=job.tables.read_from(name_of(job.selection.select)),
+        outputs=job.tables.where(job.selection.outputs),
+        fingerprint=job.selection.fingerprint,
+        rows=counted.rows,
+        up_to_date=counted.up_to_date,
+        asked=tally.done,
+        succeeded=tally.succeeded,
+        failed=tally.failed,
+        cut=tally.cut,
+        prompt_tokens=tally.prompt_tokens,
+        completion_tokens=tally.completion_tokens,
+        commits=tally.commits,
+        seconds=tally.timings(),
+        errors=tally.errors(),
+        worst=tuple(tally.worst),
+        served_by=counted.served_by,
+        replaced=tally.replaced,
+        unreadable=tally.unreadable,
+        unreadable_lines=tuple(tally.unreadable_lines),
+        chat=job.over.call.prompter.chat,
+    )
+
+
+class Log:
+    """A `Display` for a run without Prefect: a line now and then, and commits repeated here."""
+
+    def __init__(self) -> None:
+        self._shown = time.monotonic()
+
+    def commit(self, name: str, work: Callable[[], None]) -> None:
+        for delay in RETRY_DELAYS:
+            try:
+                return work()
+            except TablesUnavailable as error:
+                logger.warning("commit of %s failed, again in %d s: %s", name, delay, error)
+                time.sleep(delay)
+        return work()
+
+    def progress(self, progress: Progress, *, last: bool = False) -> None:
+        if last or time.monotonic() - self._shown >= PROGRESS_EVERY:
+            self._shown = time.monotonic()
+            logger.info("%s", progress)
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM ends the run as Ctrl-C does, where nobody else (as Prefect does) has taken care of it."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
