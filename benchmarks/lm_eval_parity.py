@@ -27,7 +27,8 @@ from benchmarks.children import Child
 from benchmarks.harness import Harness, Marked, Outcome
 from benchmarks.options import Options
 from benchmarks.workload import questions
-from vllm_tasks import Datalayer, Dataset, Metric, Validation, ValidationReport, VllmAPI, validate
+from vllm_tasks import Datalayer, Dataset, Metric, Validation, VllmAPI, validate
+from vllm_tasks.results import ValidationReport
 
 DATASET, OURS, THEIRS = "gsm8k", "numeric_match", "flexible-extract"
 """`OURS` also names the filter of the task that takes from an answer what our metric takes, and `THEIRS` is

@@ -11,7 +11,8 @@ from typing import Any
 
 from benchmarks.options import Options
 from benchmarks.workload import Row, by_length
-from vllm_tasks import Completion, VllmAPI, VllmModel
+from vllm_tasks import VllmAPI, VllmModel
+from vllm_tasks.results import Completion
 
 GREEDY = {"temperature": 0, "ignore_eos": True, "max_tokens": 16}
 """Sampling of every side; each call gives its own `max_tokens`."""

@@ -27,8 +27,9 @@ from benchmarks.children import Child
 from benchmarks.options import Options
 from benchmarks.p7 import write_rows
 from benchmarks.pairs import summarize
-from vllm_tasks import Report, VllmAPI, predict_in_db
+from vllm_tasks import VllmAPI, predict_in_db
 from vllm_tasks.pools import Pool, make
+from vllm_tasks.results import Report
 
 ROWS = 4000
 DELAY = 0.25

@@ -23,7 +23,8 @@ from benchmarks.children import Child
 from benchmarks.options import Options
 from benchmarks.pairs import interleave, line
 from benchmarks.workload import Row, questions
-from vllm_tasks import Report, predict_in_db
+from vllm_tasks import predict_in_db
+from vllm_tasks.results import Report
 
 OURS, BARE = "predict_in_db", "LLM.generate"
 ROWS = 2000

@@ -21,10 +21,10 @@ from benchmarks.children import Child
 from benchmarks.options import Options
 from benchmarks.p7 import model_of, write_rows
 from benchmarks.pairs import summarize
-from vllm_tasks import Report
+from vllm_tasks._prefect.commits import InPrefect
+from vllm_tasks.results import Report
 from vllm_tasks.tables import predict_in_db
 from vllm_tasks.tables.report import Progress
-from vllm_tasks.tasks import InPrefect
 
 ROWS = 50_000
 

@@ -27,17 +27,8 @@ from prefect import flow
 from pydantic import SecretStr
 
 from flows.smollm2 import model_folder, number_type
-from vllm_tasks import (
-    Datalayer,
-    Dataset,
-    DatasetReport,
-    Metric,
-    Report,
-    Validation,
-    VllmModel,
-    predict_in_db,
-    validate,
-)
+from vllm_tasks import Datalayer, Dataset, Metric, Validation, VllmModel, predict_in_db, validate
+from vllm_tasks.results import DatasetReport, Report
 
 QUESTIONS = Path(__file__).parent / "data" / "questions.jsonl"
 LAKE = Path("out") / "lake"

@@ -22,7 +22,7 @@ from deltalake import write_deltalake
 
 from tests.places import Place
 from tests.scripted_server import Reply, ScriptedServer, answer_to, usual
-from vllm_tasks import Datalayer, InvalidCall, Report, RowErrors, VllmAPI, VllmModel, serve
+from vllm_tasks import Datalayer, InvalidCall, VllmAPI, VllmModel, serve
 from vllm_tasks.artifacts import cell, code, markdown_of, markdown_table, words
 from vllm_tasks.calls.answers import Artifact
 from vllm_tasks.datalayer import outputs_name
@@ -31,7 +31,9 @@ from vllm_tasks.engines.http.urls import split_urls
 from vllm_tasks.engines.local import process
 from vllm_tasks.engines.local.engine import LocalEngine
 from vllm_tasks.engines.ray.engine import RayConfig
+from vllm_tasks.errors import RowErrors
 from vllm_tasks.printable import printable
+from vllm_tasks.results import Report
 from vllm_tasks.rows import RowError
 from vllm_tasks.serving.api import command_line
 from vllm_tasks.tables import predict_in_db

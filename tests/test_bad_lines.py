@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.scripted_server import ScriptedServer
-from vllm_tasks import InvalidCall, TooManyFailed, VllmAPI
+from vllm_tasks import InvalidCall, VllmAPI
+from vllm_tasks.errors import TooManyFailed
 from vllm_tasks.validation import Dataset, Metric, Validation
 from vllm_tasks.validation.run import validate
 

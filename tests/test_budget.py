@@ -9,7 +9,8 @@ import pytest
 
 from tests.places import Place
 from tests.scripted_server import Asked, Reply, ScriptedServer, refused
-from vllm_tasks import TooManyFailed, VllmAPI
+from vllm_tasks import VllmAPI
+from vllm_tasks.errors import TooManyFailed
 from vllm_tasks.rows import Choice, Completion, Result, RowError
 from vllm_tasks.tables.budget import Budget
 from vllm_tasks.tables.report import Tally

@@ -20,7 +20,8 @@ import pytest
 from tests.jobs import Jobs
 from tests.places import Place
 from tests.scripted_server import Asked, ScriptedServer, answer_to
-from vllm_tasks import InvalidCall, TablesUnavailable, VllmAPI
+from vllm_tasks import InvalidCall, VllmAPI
+from vllm_tasks.errors import TablesUnavailable
 from vllm_tasks.tables.source_rows import ASKED_TOGETHER
 
 ROWS = 1500

@@ -22,12 +22,13 @@ from prefect.exceptions import PrefectException
 from prefect.settings import get_current_settings
 
 from tests.conftest import IN_PREFECT
-from vllm_tasks import EngineFailed, InvalidCall, VllmModel
+from vllm_tasks import InvalidCall, VllmModel
 from vllm_tasks.engines import loop
 from vllm_tasks.engines.local import gpus, process
 from vllm_tasks.engines.local import slots as slots_module
 from vllm_tasks.engines.local.gpus import Claim, Devices, free_devices, visible_devices
 from vllm_tasks.engines.local.slots import HeldHere, Slots
+from vllm_tasks.errors import EngineFailed
 
 pytestmark = IN_PREFECT
 

@@ -25,13 +25,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.scripted_server import MODEL, Asked, Deed, Raw, Reply, ScriptedServer, answer_to, hang, refused
-from vllm_tasks import Completion, InvalidCall, RowError, RowErrors, ServerUnavailable, VllmAPI
+from vllm_tasks import InvalidCall, RowError, VllmAPI
 from vllm_tasks.engines import loop as engine_loop
 from vllm_tasks.engines import sharing
 from vllm_tasks.engines.http import attempts as tries
 from vllm_tasks.engines.http import capacity as room
 from vllm_tasks.engines.http import control, servers
 from vllm_tasks.engines.http import engine as http
+from vllm_tasks.errors import RowErrors, ServerUnavailable
+from vllm_tasks.results import Completion
 
 KEY = "sk-secret-0123456789"
 Make = Callable[..., VllmAPI]

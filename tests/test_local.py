@@ -27,8 +27,10 @@ from tests.eventually import eventually
 from tests.places import Place
 from tests.poison import ROWS, check_poisoned
 from tests.tiny_model import make_adapter
-from vllm_tasks import Completion, EngineFailed, InvalidCall, RowError, RowErrors, VllmModel, predict_batches
+from vllm_tasks import InvalidCall, RowError, VllmModel, predict_batches
 from vllm_tasks.engines import loop, sharing
+from vllm_tasks.errors import EngineFailed, RowErrors
+from vllm_tasks.results import Completion
 
 pytestmark = pytest.mark.engine
 

@@ -17,22 +17,12 @@ import pytest
 from pydantic import ValidationError
 
 from tests.scripted_server import NO_TEMPLATE
-from vllm_tasks import (
-    Artifact,
-    Completion,
-    Dataset,
-    InvalidCall,
-    Metric,
-    RowError,
-    RowErrors,
-    Settings,
-    Validation,
-    VllmAPI,
-    VllmModel,
-)
+from vllm_tasks import Artifact, Dataset, InvalidCall, Metric, RowError, Validation, VllmAPI, VllmModel
 from vllm_tasks.engines.http.urls import split_urls
 from vllm_tasks.engines.ray.engine import RayConfig
-from vllm_tasks.settings import site_settings
+from vllm_tasks.errors import RowErrors
+from vllm_tasks.results import Completion
+from vllm_tasks.settings import Settings, site_settings
 
 Maker = Callable[..., VllmAPI | VllmModel]
 BOTH = pytest.mark.parametrize("make", [VllmAPI, VllmModel])

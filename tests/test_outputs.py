@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field, RootModel, field_validator
 
 from tests.scripted_server import Asked, Reply, ScriptedServer
-from vllm_tasks import Choice, Completion, DataType, InvalidCall, RowError, RowErrors, VllmAPI, VllmModel
+from vllm_tasks import DataType, InvalidCall, RowError, VllmAPI, VllmModel
 from vllm_tasks.calls.answers import Decoder
+from vllm_tasks.errors import RowErrors
+from vllm_tasks.results import Choice, Completion
 
 INT_AND_TEXT = {
     "type": "object",

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from tests.scripted_server import Asked, Deed, ScriptedServer, answer_to, refused
-from vllm_tasks import RowError, ServerUnavailable, VllmAPI
+from vllm_tasks import RowError, VllmAPI
 from vllm_tasks.engines import loop
 from vllm_tasks.engines.http import attempts as tries
 from vllm_tasks.engines.http import capacity as room
 from vllm_tasks.engines.http import servers
 from vllm_tasks.engines.http.engine import HttpEngine
+from vllm_tasks.errors import ServerUnavailable
 
 SLOTS, WINDOW = 8, 64
 XS = [str(i) for i in range(300)]

@@ -6,39 +6,21 @@ import subprocess
 import sys
 
 import vllm_tasks
+from vllm_tasks import errors
 
 PUBLIC = [
     "Artifact",
-    "Choice",
-    "Comparison",
-    "Completion",
     "DataType",
     "Datalayer",
     "Dataset",
-    "DatasetReport",
-    "EngineFailed",
-    "ErrorKind",
-    "FailedRow",
     "GateFailed",
     "InvalidCall",
     "Metric",
-    "Preview",
-    "PreviewRow",
-    "Report",
     "RowError",
-    "RowErrors",
-    "ServerUnavailable",
-    "Settings",
-    "TablesUnavailable",
-    "TokenLogprob",
-    "TooManyFailed",
     "Validation",
-    "ValidationReport",
     "VllmAPI",
     "VllmModel",
-    "VllmTasksError",
     "compare",
-    "completions",
     "predict",
     "predict_batches",
     "predict_in_db",
@@ -71,11 +53,11 @@ def test_importing_loads_nothing_heavy() -> None:
 def test_errors_are_caught_by_what_the_caller_does_next() -> None:
     """One root, four kinds, each also the standard kind that fits."""
     kinds = {
-        vllm_tasks.InvalidCall: ValueError,
-        vllm_tasks.ServerUnavailable: ConnectionError,
-        vllm_tasks.EngineFailed: RuntimeError,
-        vllm_tasks.RowErrors: Exception,
+        errors.InvalidCall: ValueError,
+        errors.ServerUnavailable: ConnectionError,
+        errors.EngineFailed: RuntimeError,
+        errors.RowErrors: Exception,
     }
     for kind, standard in kinds.items():
-        assert issubclass(kind, vllm_tasks.VllmTasksError)
+        assert issubclass(kind, errors.VllmTasksError)
         assert issubclass(kind, standard)

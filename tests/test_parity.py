@@ -15,7 +15,8 @@ import pytest
 from tests.conftest import TINY_ARGS
 from tests.test_server import KEY, VllmServer
 from tests.tiny_model import make_adapter
-from vllm_tasks import Choice, Completion, RowError, TokenLogprob, VllmAPI, VllmModel
+from vllm_tasks import RowError, VllmAPI, VllmModel
+from vllm_tasks.results import Choice, Completion, TokenLogprob
 from vllm_tasks.rows import Result
 from vllm_tasks.serving.api import command_line
 

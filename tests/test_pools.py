@@ -16,7 +16,8 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tests.conftest import IN_PREFECT
-from vllm_tasks import InvalidCall, ServerUnavailable
+from vllm_tasks import InvalidCall
+from vllm_tasks.errors import ServerUnavailable
 from vllm_tasks.models.hints import HINTS
 from vllm_tasks.models.resources import HONOURED, Resources, check_declared
 from vllm_tasks.pools import POOL_TYPES, Pool, PoolType, make, template

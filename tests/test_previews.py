@@ -13,7 +13,8 @@ from prefect.client.schemas.filters import ArtifactFilter
 from tests.places import Place
 from tests.scripted_server import ScriptedServer, answer_to, refused
 from tests.test_tables import says
-from vllm_tasks import InvalidCall, Preview, VllmAPI, preview
+from vllm_tasks import InvalidCall, VllmAPI, preview
+from vllm_tasks.results import Preview
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from tests.conftest import IN_PREFECT, TINY_ARGS
 from tests.eventually import eventually
 from tests.places import Place
 from tests.scripted_server import ScriptedServer, answer_to
-from vllm_tasks import EngineFailed, InvalidCall, ServerUnavailable, VllmAPI, VllmModel, predict_batches
+from vllm_tasks import InvalidCall, VllmAPI, VllmModel, predict_batches
 from vllm_tasks.calls.call import identity_of
 from vllm_tasks.engines import loop
 from vllm_tasks.engines.batching import answer
@@ -31,6 +31,7 @@ from vllm_tasks.engines.local.engine import LocalConfig, LocalEngine
 from vllm_tasks.engines.ray import actor
 from vllm_tasks.engines.ray.engine import RayHost
 from vllm_tasks.engines.ray.replicas import REMEMBERED, Replica, Replicas, beginnings_of
+from vllm_tasks.errors import EngineFailed, ServerUnavailable
 from vllm_tasks.rows import Completion, Request
 
 SCRIPTED_HOST = Path(__file__).with_name("scripted_host.py")

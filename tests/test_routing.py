@@ -25,28 +25,24 @@ from tests.scripted_server import Asked, Deed, Reply, ScriptedServer, answer_to,
 from tests.scripts import running_script
 from tests.site import spoken_to
 from vllm_tasks import (
-    Completion,
     Datalayer,
     Dataset,
-    EngineFailed,
     GateFailed,
     InvalidCall,
     Metric,
-    Report,
     RowError,
-    ServerUnavailable,
-    TooManyFailed,
     Validation,
-    ValidationReport,
     VllmAPI,
     VllmModel,
-    completions,
     predict_batches,
     predict_in_db,
     validate,
 )
+from vllm_tasks.errors import EngineFailed, ServerUnavailable, TooManyFailed
 from vllm_tasks.placement import payload as parcel
 from vllm_tasks.placement.part import LAST_WORDS, Part, Stage
+from vllm_tasks.results import Completion, Report, ValidationReport
+from vllm_tasks.tasks import completions
 
 pytestmark = IN_PREFECT
 ROWS = 300

@@ -45,13 +45,13 @@ from vllm_tasks import (
     Validation,
     VllmAPI,
     VllmModel,
-    VllmTasksError,
     predict_batches,
     predict_in_db,
     validate,
 )
 from vllm_tasks.calls.sampling import known_names
 from vllm_tasks.engines.local import process
+from vllm_tasks.errors import VllmTasksError
 from vllm_tasks.placement import payload as parcel
 from vllm_tasks.placement import storage
 from vllm_tasks.tables.arguments import datalayer_of

@@ -20,8 +20,10 @@ import requests
 
 from tests.conftest import TINY_ARGS
 from tests.poison import ROWS, check_poisoned
-from vllm_tasks import Completion, InvalidCall, RowError, RowErrors, VllmAPI, VllmModel
+from vllm_tasks import InvalidCall, RowError, VllmAPI, VllmModel
 from vllm_tasks.engines import session
+from vllm_tasks.errors import RowErrors
+from vllm_tasks.results import Completion
 from vllm_tasks.serving.api import command_line
 
 pytestmark = pytest.mark.engine

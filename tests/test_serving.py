@@ -25,9 +25,10 @@ from prefect import flow
 
 from tests.conftest import IN_PREFECT, TINY_ARGS
 from tests.eventually import eventually
-from vllm_tasks import EngineFailed, InvalidCall, VllmModel, predict_batches, serve
+from vllm_tasks import InvalidCall, VllmModel, predict_batches, serve
 from vllm_tasks.engines import loop
 from vllm_tasks.engines.local.gpus import free_devices
+from vllm_tasks.errors import EngineFailed
 from vllm_tasks.serving import shared_server
 from vllm_tasks.serving.api import command_line, server_arguments
 from vllm_tasks.tasks import save_metric_values

@@ -9,8 +9,10 @@ import pytest
 
 from tests.places import Place
 from tests.scripted_server import ScriptedServer, answer_to
-from vllm_tasks import GateFailed, InvalidCall, Report, TooManyFailed, VllmAPI
+from vllm_tasks import GateFailed, InvalidCall, VllmAPI
+from vllm_tasks.errors import TooManyFailed
 from vllm_tasks.placement import payload as parcel
+from vllm_tasks.results import Report
 from vllm_tasks.tables.report import ErrorKind, FailedRow, Progress
 from vllm_tasks.validation.report import ValidationReport
 

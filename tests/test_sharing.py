@@ -17,9 +17,10 @@ import pytest
 
 from tests.eventually import eventually
 from tests.places import Place
-from vllm_tasks import EngineFailed, InvalidCall, RowError, VllmModel
+from vllm_tasks import InvalidCall, RowError, VllmModel
 from vllm_tasks.engines import loop, sharing
 from vllm_tasks.engines.local import gpus, process
+from vllm_tasks.errors import EngineFailed
 
 Make = Any
 

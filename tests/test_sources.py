@@ -13,8 +13,9 @@ import sqlalchemy as sa
 from tests.places import Place
 from tests.postgres import Postgres
 from tests.scripted_server import ScriptedServer
-from vllm_tasks import Datalayer, InvalidCall, Report, VllmAPI
+from vllm_tasks import Datalayer, InvalidCall, VllmAPI
 from vllm_tasks.datalayer.source_id import source_id
+from vllm_tasks.results import Report
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.scripted_server import Asked, Reply, ScriptedServer, answer_to
-from vllm_tasks import Choice, InvalidCall, RowError, TokenLogprob, VllmAPI
+from vllm_tasks import InvalidCall, RowError, VllmAPI
 from vllm_tasks.engines.http.streaming import Pieces
+from vllm_tasks.results import Choice, TokenLogprob
 
 DONE = "[DONE]"
 USAGE = {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 5}}

@@ -18,16 +18,11 @@ from pydantic import ValidationError
 
 from tests.places import Place
 from tests.scripted_server import Asked, Reply, ScriptedServer, answer_to, refused, usual
-from vllm_tasks import (
-    DataType,
-    InvalidCall,
-    Report,
-    ServerUnavailable,
-    TooManyFailed,
-    VllmAPI,
-)
+from vllm_tasks import DataType, InvalidCall, VllmAPI
 from vllm_tasks.calls.call import records
 from vllm_tasks.canonical import input_hash
+from vllm_tasks.errors import ServerUnavailable, TooManyFailed
+from vllm_tasks.results import Report
 from vllm_tasks.tables import Log
 from vllm_tasks.tables.commit_policy import Pace
 

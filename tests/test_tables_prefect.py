@@ -24,13 +24,15 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
 
-from flows.batch_predict import batch_predict
 from tests.conftest import IN_PREFECT
 from tests.places import Place
 from tests.scripted_server import Asked, ScriptedServer, answer_to, refused
 from tests.scripts import running_script
-from vllm_tasks import InvalidCall, Report, TooManyFailed, VllmAPI, predict_in_db
+from vllm_tasks import InvalidCall, VllmAPI, predict_in_db
 from vllm_tasks.artifacts import asset_key, markdown_of, slug
+from vllm_tasks.errors import TooManyFailed
+from vllm_tasks.flows.batch_predict import batch_predict
+from vllm_tasks.results import Report
 from vllm_tasks.tables.report import ErrorKind, Progress
 
 pytestmark = IN_PREFECT
@@ -213,7 +215,7 @@ def test_a_flow_that_is_told_to_end_commits_what_is_finished(
 
 
 def test_the_deployable_flow_does_the_job(model: VllmAPI, lake: Place) -> None:
-    """`flows.batch_predict` takes the same arguments, and its run is named by model and source."""
+    """`vllm_tasks.flows.batch_predict` takes the same arguments, and its run is named by model and source."""
     report = batch_predict(model, "text", "rows", predict_id="deployed", sampling={"temperature": 0})
     assert report.succeeded == 100
     with pytest.raises(InvalidCall, match="temperature"):
@@ -225,7 +227,7 @@ def test_the_deployable_flow_runs_when_served(lake: Place, server: ScriptedServe
     url = PREFECT_API_URL.value()
     assert url
     serving = subprocess.Popen(
-        [sys.executable, "-m", "flows.batch_predict", "--name", "tested"],
+        [sys.executable, "-m", "vllm_tasks.flows.batch_predict", "--name", "tested"],
         env={**os.environ, "PREFECT_API_URL": url},
         start_new_session=True,
     )

@@ -22,18 +22,10 @@ from prefect.utilities.annotations import quote
 from tests.conftest import IN_PREFECT
 from tests.scripted_server import Asked, ScriptedServer, answer_to, refused
 from tests.scripts import running_script
-from vllm_tasks import (
-    Completion,
-    EngineFailed,
-    InvalidCall,
-    RowErrors,
-    ServerUnavailable,
-    VllmAPI,
-    completions,
-    predict,
-    predict_batches,
-)
-from vllm_tasks.tasks import RowsTask, is_temporary
+from vllm_tasks import InvalidCall, VllmAPI, predict, predict_batches
+from vllm_tasks.errors import EngineFailed, RowErrors, ServerUnavailable
+from vllm_tasks.results import Completion
+from vllm_tasks.tasks import RowsTask, completions, is_temporary
 
 pytestmark = IN_PREFECT
 TASKS = pytest.mark.parametrize("the_task", [predict, predict_batches, completions])
@@ -152,7 +144,8 @@ def test_rows_end_with_the_timeout_of_their_task(server: ScriptedServer, the_tas
 JOB = """
 import sys
 from prefect import flow, task
-from vllm_tasks import VllmAPI, completions, predict_batches
+from vllm_tasks import VllmAPI, predict_batches
+from vllm_tasks.tasks import completions
 
 model = VllmAPI(identifier="m", api_url=sys.argv[1], max_in_flight=8, model="x")
 

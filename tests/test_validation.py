@@ -23,8 +23,9 @@ from scipy.stats import binomtest
 from tests.jobs import Jobs
 from tests.places import Place
 from tests.scripted_server import MODEL, Asked, Reply, ScriptedServer, refused
-from vllm_tasks import InvalidCall, TooManyFailed, VllmAPI, VllmModel
+from vllm_tasks import InvalidCall, VllmAPI, VllmModel
 from vllm_tasks.datalayer.selection import Tables
+from vllm_tasks.errors import TooManyFailed
 from vllm_tasks.metrics.measure import Answer
 from vllm_tasks.validation import Dataset, Metric, Validation, history
 from vllm_tasks.validation.comparison import compare

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import TINY_ARGS
-from vllm_tasks import Completion, VllmModel
+from vllm_tasks import VllmModel
+from vllm_tasks.results import Completion
 from vllm_tasks.rows import Message
 from vllm_tasks.validation import Dataset, Metric, Validation
 from vllm_tasks.validation.report import DatasetReport

@@ -28,24 +28,23 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
 
-from flows.compare_models import compare_models
-from flows.validate_model import validate_model
 from tests.conftest import IN_PREFECT
 from tests.scripted_server import Asked, Reply, Script, ScriptedServer, refused, usual
 from tests.scripts import running_script
 from vllm_tasks import (
-    Comparison,
     Datalayer,
     Dataset,
     GateFailed,
     InvalidCall,
     Metric,
     Validation,
-    ValidationReport,
     VllmAPI,
     VllmModel,
     validate,
 )
+from vllm_tasks.flows.compare_models import compare_models
+from vllm_tasks.flows.validate_model import validate_model
+from vllm_tasks.results import Comparison, ValidationReport
 
 pytestmark = IN_PREFECT
 SVG = re.compile(r"!\[[^\]]*\]\(data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)\)")
@@ -493,7 +492,7 @@ def test_the_flow_validates_a_saved_model_when_served(
     url = PREFECT_API_URL.value()
     assert url
     serving = subprocess.Popen(
-        [sys.executable, "-m", "flows.validate_model", "--name", "tested"],
+        [sys.executable, "-m", "vllm_tasks.flows.validate_model", "--name", "tested"],
         env={**os.environ, "PREFECT_API_URL": url},
         start_new_session=True,
     )

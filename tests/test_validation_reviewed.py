@@ -28,8 +28,9 @@ from tests.test_validation import (
     validation,
     values,
 )
-from vllm_tasks import InvalidCall, TooManyFailed, VllmAPI
+from vllm_tasks import InvalidCall, VllmAPI
 from vllm_tasks.datalayer.lake.lake import Lake
+from vllm_tasks.errors import TooManyFailed
 from vllm_tasks.validation import Dataset, Metric
 from vllm_tasks.validation.pages import markdown_of
 from vllm_tasks.validation.run import validate

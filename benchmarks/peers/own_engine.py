@@ -17,7 +17,8 @@ from benchmarks.ours import GREEDY, check_lengths, seconds_of
 from benchmarks.peers.plan import TOKENS
 from benchmarks.peers.side import Outcome, answer_all, dead
 from benchmarks.workload import Row, output_tokens
-from vllm_tasks import RowErrors, VllmAPI, VllmModel
+from vllm_tasks import VllmAPI, VllmModel
+from vllm_tasks.errors import RowErrors
 
 BATCHES, TABLE = "ours: predict_batches", "ours: predict_in_db"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copyreg
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
 from prefect import Task, unmapped
 from prefect.client.schemas.objects import State
@@ -76,20 +76,22 @@ class ModelTask(Task[P, R]):
         return changed
 
 
-class RowsTask(ModelTask[..., Any]):
+class RowsTask(ModelTask[P, R]):
     """A task `f(model, rows, ...)` that hands rows on unseen.
 
     Prefect walks the arguments in search of futures, 5 microseconds a row (a measured second for 200,000).
     `.map` goes over the rows, and over the models where they are a list.
     """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = on_rows(unseen, args, kwargs)
-        return super().__call__(*args, **kwargs)
+    if not TYPE_CHECKING:  # a checker sees Prefect's own, which have the arguments of `f`
 
-    def submit(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = on_rows(unseen, args, kwargs)
-        return super().submit(*args, **kwargs)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            args, kwargs = on_rows(unseen, args, kwargs)
+            return super().__call__(*args, **kwargs)
+
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
+            args, kwargs = on_rows(unseen, args, kwargs)
+            return super().submit(*args, **kwargs)
 
     def _each(self, name: str, value: Any) -> Any:
         return each_unseen(value) if name in ROWS else super()._each(name, value)

@@ -60,6 +60,7 @@ def predict_in_db(
     max_failed: float | int | None = 0.05,
     limit: int | None = None,
     context: Context = None,
+    shards: int = 1,
     shard: tuple[int, int] | None = None,
     same_source: bool = False,
     display: Display | None = None,
@@ -95,6 +96,8 @@ def predict_in_db(
     limit: ask so many rows at most. Refused where it would replace outputs of another prompt, sampling or
         model: `preview` tries rows and commits nothing.
     context: fills `{context}` of every prompt.
+    shards: flow runs on the model's work pool that the rows are spread over, each with an engine of its own;
+        the task `vllm_tasks.predict_in_db` makes them, and this function refuses more than one.
     shard: (i, n), only the i-th, from 0, of n parts of the rows, told by a hash of their keys: n such calls,
         on as many machines, are the whole table. The task's `shards=n` makes them.
     same_source: go on with outputs of another source, whose rows are the same ones: the table was renamed, or
@@ -105,7 +108,7 @@ def predict_in_db(
     run from going on: `ServerUnavailable`, `EngineFailed`, `TablesUnavailable`. In each case, and on
     Ctrl-C or SIGTERM, what was finished is committed.
     """
-    if "shards" in sampling:
+    if shards != 1:
         raise InvalidCall("shards is of the task vllm_tasks.predict_in_db; here shard=(i, n) asks a part")
     call = model.prepare(predict_in_db, context, sampling)
     key = named_columns("primary_id", primary_id)

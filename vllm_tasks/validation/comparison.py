@@ -11,11 +11,12 @@ from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.measure import Answer
 from vllm_tasks.tables.arguments import datalayer_of
 from vllm_tasks.validation import Validation, check_comparable
-from vllm_tasks.validation.predictions import Validated, packed
+from vllm_tasks.validation.predictions import packed
 from vllm_tasks.validation.report import Comparison, DatasetReport, Standing, ValidationReport
-from vllm_tasks.validation.run import columns_of, sources_of
 from vllm_tasks.validation.scores import compared
+from vllm_tasks.validation.scoring_run import columns_of, sources_of
 from vllm_tasks.validation.snapshot import kept
+from vllm_tasks.validation.validated import Validated
 
 
 def compare(

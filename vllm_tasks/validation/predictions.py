@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from vllm_tasks.calls.call import Call, Columns, Model, RowDecoder, TableCall
+from vllm_tasks.calls.call import Call, Columns, RowDecoder, TableCall
 from vllm_tasks.canonical import fingerprint
 from vllm_tasks.datalayer import exact_json, outputs_name
 from vllm_tasks.datalayer.lake.delta import quoted
@@ -25,7 +25,6 @@ from vllm_tasks.tables.budget import Budget
 from vllm_tasks.tables.job import Display, Job
 from vllm_tasks.tables.predict import commit_answers
 from vllm_tasks.tables.report import Report, Tally
-from vllm_tasks.validation import Validation
 from vllm_tasks.validation.snapshot import Case, Frozen
 
 Row = dict[str, Any]
@@ -111,17 +110,6 @@ class Round:
         except TooManyFailed as error:
             allowed = f"of {self.rows} rows {self.may_fail} may fail; a larger max_failed allows more"
             raise TooManyFailed(f"{error} ({allowed})", error.report) from error
-
-
-class Validated(Model, Protocol):
-    """What a validation knows of the model that is validated."""
-
-    @property
-    def uuid(self) -> str: ...
-    @property
-    def validation(self) -> Validation | None: ...
-    @property
-    def metric_values(self) -> dict[str, dict[str, float]]: ...
 
 
 class Source(Protocol):

@@ -1,7 +1,7 @@
 """A deployable flow: several models on the same data sets, side by side.
 
 prefect block register -m vllm_tasks      # once per Prefect server
-python -m flows.compare_models            # serve it; then run it from the UI
+python -m vllm_tasks.flows.compare_models            # serve it; then run it from the UI
 """
 
 # Without `from __future__ import annotations`: the process of a served run cannot resolve texts for types.
@@ -9,15 +9,8 @@ import argparse
 
 from prefect import flow
 
-from vllm_tasks import (
-    Comparison,
-    Datalayer,
-    Validation,
-    VllmAPI,
-    VllmModel,
-    compare,
-    validate,
-)
+from vllm_tasks import Datalayer, Validation, VllmAPI, VllmModel, compare, validate
+from vllm_tasks.results import Comparison
 from vllm_tasks.tasks import report_of
 from vllm_tasks.validation import check_comparable
 

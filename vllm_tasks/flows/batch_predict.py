@@ -1,7 +1,7 @@
 """A deployable flow: ask a model for the rows of a table, every night if you like.
 
 prefect block register -m vllm_tasks                  # once per Prefect server
-python -m flows.batch_predict --cron "0 2 * * *"      # serve it; then run it from the UI
+python -m vllm_tasks.flows.batch_predict --cron "0 2 * * *"      # serve it; then run it from the UI
 """
 
 # Without `from __future__ import annotations`: the process of a served run cannot resolve texts for types.
@@ -12,7 +12,8 @@ from prefect import flow
 from prefect.runtime import flow_run
 from pydantic import Field
 
-from vllm_tasks import Datalayer, Report, VllmAPI, VllmModel, predict_in_db
+from vllm_tasks import Datalayer, VllmAPI, VllmModel, predict_in_db
+from vllm_tasks.results import Report
 
 Rows = Annotated[int, Field(ge=1)]
 

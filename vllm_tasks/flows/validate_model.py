@@ -1,7 +1,7 @@
 """A deployable flow: score a model on data sets with known answers, every night, and fail when it got worse.
 
 prefect block register -m vllm_tasks                   # once per Prefect server
-python -m flows.validate_model --cron "0 4 * * *"      # serve it; then run it from the UI
+python -m vllm_tasks.flows.validate_model --cron "0 4 * * *"      # serve it; then run it from the UI
 """
 
 # Without `from __future__ import annotations`: the process of a served run cannot resolve texts for types.
@@ -10,17 +10,9 @@ import argparse
 from prefect import flow
 from prefect.runtime import flow_run
 
-from vllm_tasks import (
-    Datalayer,
-    InvalidCall,
-    Validation,
-    ValidationReport,
-    VllmAPI,
-    VllmModel,
-    validate,
-)
-from vllm_tasks.placement import place_of
-from vllm_tasks.tasks import emit_verdict, passed, report_of
+from vllm_tasks import Datalayer, Validation, VllmAPI, VllmModel
+from vllm_tasks.results import ValidationReport
+from vllm_tasks.tasks import validate_at_once
 
 
 def run_name() -> str:
@@ -51,40 +43,15 @@ def validate_model(
         max_failed: How many rows may fail, a share (0.05) or a count (20); None: any number.
         context: Fills `{context}` of every prompt.
     """
-    chosen = validation or model.validation
-    if chosen is None:
-        raise InvalidCall(f"{model.identifier!r} has no validation: give one, or save one with the model")
-    if place_of(model) is not None:  # there, one flow run with one engine asks all data sets
-        return validate(
-            model,
-            chosen,
-            db=db,
-            reuse=reuse,
-            retry_failed=retry_failed,
-            max_failed=max_failed,
-            context=context,
-        )
-    # All data sets at once, on one engine.
-    runs = [
-        validate.submit(
-            model,
-            chosen,
-            db=db,
-            datasets=[dataset.identifier],
-            reuse=reuse,
-            retry_failed=retry_failed,
-            max_failed=max_failed,
-            context=context,
-        )
-        for dataset in chosen.datasets
-    ]
-    for run in runs:  # all are recorded before one of them fails the flow
-        run.wait()
-    reports = [report_of(run) for run in runs]
-    found = tuple(dataset for report in reports for dataset in report.datasets)
-    report = ValidationReport(model.identifier, reports[0].fingerprint, found)
-    emit_verdict(model, report)  # of all data sets together: no automation starts on a part
-    return passed(report)
+    return validate_at_once(
+        model,
+        validation,
+        db=db,
+        reuse=reuse,
+        retry_failed=retry_failed,
+        max_failed=max_failed,
+        context=context,
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,62 @@
+"""How Prefect runs the tasks: their names, caching and retries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+
+from vllm_tasks.errors import EngineFailed, RowErrors, ServerUnavailable, TablesUnavailable, VllmTasksError
+
+
+def run_name(parameters: dict[str, Any]) -> str:
+    """Model and number of rows, as the UI shows them; Prefect has resolved the futures by now."""
+    xs = parameters.get("xs")
+    rows = f" - {len(xs)} rows" if isinstance(xs, Sequence) else ""
+    return f"{parameters['model'].identifier}{rows}"
+
+
+def table_run_name(parameters: dict[str, Any]) -> str:
+    """Model and source, as the UI shows them."""
+    return f"{parameters['model'].identifier} - {str(parameters['select'])[:80]}"
+
+
+def validation_run_name(parameters: dict[str, Any]) -> str:
+    """Model and data sets, as the UI shows them."""
+    model, validation, names = (parameters[name] for name in ("model", "validation", "datasets"))
+    validation = validation or model.validation
+    if names is None and validation is not None:
+        names = [dataset.identifier for dataset in validation.datasets]
+    return f"{model.identifier} - {', '.join(names or ())[:80]}"
+
+
+def is_temporary(task: Any, _run: TaskRun, state: State[Any]) -> bool:
+    """Whether the same call may succeed later.
+
+    Failed rows count only where a user has set the task's `retries`: their engine has retried them already.
+    """
+    error = state.result(raise_on_failure=False)
+    if isinstance(error, RowErrors):
+        return getattr(task, "retries_rows", False)
+    if not isinstance(error, VllmTasksError) or not error.repeatable:
+        return False
+    return isinstance(error, ServerUnavailable | TablesUnavailable) or (
+        isinstance(error, EngineFailed) and error.temporary
+    )
+
+
+def is_lost(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
+    """Whether tables were lost, which may come back."""
+    return isinstance(state.result(raise_on_failure=False), TablesUnavailable)
+
+
+POLICY: dict[str, Any] = {
+    "task_run_name": run_name,
+    "cache_policy": NO_CACHE,  # a cache key would hash every row
+    "retries": 2,
+    "retry_delay_seconds": [10, 60],
+    "retry_jitter_factor": 0.5,
+    "retry_condition_fn": is_temporary,
+}

@@ -1,0 +1,20 @@
+"""What calls return: the types of results, for annotations and `isinstance`."""
+
+from vllm_tasks.rows import Choice, Completion, RowError, TokenLogprob
+from vllm_tasks.tables import ErrorKind, FailedRow, Preview, PreviewRow, Report
+from vllm_tasks.validation.report import Comparison, DatasetReport, ValidationReport
+
+__all__ = [
+    "Choice",
+    "Comparison",
+    "Completion",
+    "DatasetReport",
+    "ErrorKind",
+    "FailedRow",
+    "Preview",
+    "PreviewRow",
+    "Report",
+    "RowError",
+    "TokenLogprob",
+    "ValidationReport",
+]

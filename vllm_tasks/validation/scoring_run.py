@@ -1,0 +1,254 @@
+"""One run of a validation: predicted, scored, compared with the run before, recorded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from vllm_tasks.calls.call import Call, TableCall, records
+from vllm_tasks.datalayer import Datalayer
+from vllm_tasks.datalayer.selection import Tables
+from vllm_tasks.engines import sharing
+from vllm_tasks.engines.http.engine import HttpConfig
+from vllm_tasks.errors import InvalidCall, near
+from vllm_tasks.metrics.measure import Answer
+from vllm_tasks.tables.arguments import check_max_failed, datalayer_of
+from vllm_tasks.tables.job import Display
+from vllm_tasks.tables.predict import Log
+from vllm_tasks.validation import Dataset, Metric, Validation, history
+from vllm_tasks.validation.judge_scores import Verdicts
+from vllm_tasks.validation.judging import Judging
+from vllm_tasks.validation.likelihoods import Likelihoods
+from vllm_tasks.validation.predictions import Own, Round, Source, packed, predict_id_of
+from vllm_tasks.validation.report import DatasetReport, Record, ValidationReport
+from vllm_tasks.validation.scores import check
+from vllm_tasks.validation.snapshot import Columns, Frozen, freeze
+from vllm_tasks.validation.validated import Validated
+
+logger = logging.getLogger(__name__)
+
+COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
+"""A revision that names one state of a model for ever; a branch does not."""
+
+
+def scored(
+    model: Validated,
+    validation: Validation,
+    call: Call,
+    db: Datalayer | str | None,
+    datasets: Sequence[str] | None,
+    reuse: bool,
+    retry_failed: bool,
+    max_failed: float | int | None,
+    flow_run: str | None,
+    display: Callable[[str], Display] | None,
+) -> ValidationReport:
+    """See `vllm_tasks.validation.run.validate`."""
+    chosen = _chosen(validation, datasets)
+    check_max_failed(max_failed)
+    if reuse:
+        _refuse_unknown_weights(call.engine)
+    home = datalayer_of(db, model).tables()
+    try:
+        over = packed(call, validation.key[0])
+        run = _Run(model, validation, over, home, reuse, retry_failed, max_failed, flow_run, display or _log)
+        rows = [freeze(dataset, columns_of(validation, model), home) for dataset in chosen]
+        for frozen in rows:
+            for source in distinct_of(sources_of(over, validation.metrics, frozen.dataset).values()):
+                source.check(frozen)
+            for metric in validation.metrics:
+                check(metric, frozen, over.decoder)
+        # All are asked before any is recorded: what is gone on with is the whole call.
+        found = run.recorded([run.found(frozen) for frozen in rows])
+    finally:
+        home.close()
+    for one in found:
+        model.metric_values[one.dataset] = {value.metric: value.value for value in one.values}
+    return ValidationReport(model.identifier, over.fingerprint, found)
+
+
+def _log(_predict_id: str) -> Display:
+    return Log()
+
+
+def _chosen(validation: Validation, names: Sequence[str] | None) -> list[Dataset]:
+    by_name = {dataset.identifier: dataset for dataset in validation.datasets}
+    if names is not None and not names:
+        raise InvalidCall("datasets=[] names none; leave it out for all of them")
+    for name in names or ():
+        if name not in by_name:
+            raise InvalidCall(
+                f"the validation has no dataset {name!r}{near(name, by_name)}; it has {list(by_name)}"
+            )
+    return [by_name[name] for name in dict.fromkeys(names)] if names is not None else validation.datasets
+
+
+def _refuse_unknown_weights(config: sharing.Config) -> None:
+    if isinstance(config, HttpConfig):
+        raise InvalidCall(
+            "reuse=True: what weights a server has is not known, so old answers may be another model's; "
+            "validate without reuse"
+        )
+    arguments = json.loads(config.engine_args)
+    is_pinned = COMMIT_HASH.fullmatch(str(arguments.get("revision") or ""))
+    if not is_pinned and not Path(arguments["model"]).is_dir():
+        raise InvalidCall(
+            f"reuse=True: the weights of {arguments['model']!r} may change under this name; give a local "
+            "folder, or vllm_kwargs={'revision': <commit hash of 40 digits>}"
+        )
+
+
+def columns_of(validation: Validation, model: Validated) -> Columns:
+    """What of a data set is asked, expected, and chosen from."""
+    X, target = validation.key  # noqa: N806 - the name in predict_in_db
+    inputs, _ = records(X, model.signature)
+    choosing = [m for m in validation.metrics if m.built_in == "multiple_choice"]
+    named = {m.options.get("choices") for m in choosing}
+    if len(named) > 1 or None in named:
+        raise InvalidCall(
+            "multiple_choice needs the column of its choices, one for all: options={'choices': 'column'}"
+        )
+    return Columns(inputs, target, next(iter(named), None))
+
+
+def sources_of(over: TableCall, metrics: Sequence[Metric], dataset: str) -> dict[str, Source]:
+    """By metric, each after what it depends on."""
+    own = Own(over, predict_id_of(over.call.identifier, dataset, over.decoder))
+    sources: dict[str, Source] = {}
+    for metric in sorted(metrics, key=lambda m: m.measure().asks != "answer"):
+        asks = metric.measure().asks
+        if asks == "likelihood":
+            sources[metric.identifier] = Likelihoods.of(over, metric, dataset)
+        elif asks == "verdict":
+            sources[metric.identifier] = Verdicts.of(own, metric, dataset)
+        else:
+            sources[metric.identifier] = own
+    return sources
+
+
+def distinct_of(sources: Iterable[Source]) -> list[Source]:
+    """What is asked, each once, after what it depends on."""
+    return list({s.predict_id: s for source in sources for s in source.needed()}.values())
+
+
+@dataclass(frozen=True)
+class Found:
+    """One data set, before it is recorded."""
+
+    report: DatasetReport
+    records: list[Record]
+    scores: dict[str, dict[int, float | None]]
+    """By metric and row; None for a row that does not count."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of a validation."""
+
+    model: Validated
+    validation: Validation
+    over: TableCall
+    home: Tables
+    reuse: bool
+    retry_failed: bool
+    max_failed: float | int | None
+    flow_run: str | None
+    display: Callable[[str], Display]
+
+    def found(self, frozen: Frozen) -> Found:
+        """One data set: ask, score, compare."""
+        sources = sources_of(self.over, self.validation.metrics, frozen.dataset)
+        distinct = distinct_of(sources.values())
+        answered = self._answered(frozen, distinct[0])
+        may_fail = self._may_fail(len(frozen.cases))
+        round_ = Round(self.home, answered, may_fail, len(frozen.cases), self.retry_failed, self.display)
+        asked = sum(source.ask(round_, frozen) for source in distinct)
+        answers = {s.predict_id: s.answers(self.home, answered, frozen) for s in distinct}
+        for each in answers.values():
+            self._refuse_many_failed(frozen, each, may_fail)
+        past = history.records_of(self.home, self.model.identifier, frozen.dataset)
+        scored_before = any(record.answers == answered for record in past)
+        run = history.new_run(frozen.hash) if scored_before else answered
+        report, scores = Judging(self.validation, self.home, frozen, sources).judged(run, answers, past)
+        report = replace(report, asked=asked)
+        return Found(report, self._records(frozen, sources, report, answered), scores)
+
+    def recorded(self, found: Sequence[Found]) -> tuple[DatasetReport, ...]:
+        """All that was found is in the history after this, or nothing."""
+        history.record(
+            self.home,
+            [record for one in found for record in one.records],
+            {(one.report.run, metric): scores for one in found for metric, scores in one.scores.items()},
+        )
+        return tuple(replace(one.report, history=(*one.report.history, *one.records)) for one in found)
+
+    # ------------------------------------------------------------------ asking
+
+    def _answered(self, frozen: Frozen, first: Source) -> str:
+        """A run to go on with or, for `reuse`, to score again; else a new one. What is asked first decides:
+        later sources depend on it, or are asked anew where they are others."""
+        asked = self.home, first.predict_id, frozen.hash, first.over.fingerprint
+        if self.reuse and (runs := history.runs_answered(*asked)):
+            return max(runs, key=history.began)
+        if run := history.interrupted(*asked, self.model.identifier, frozen.dataset):
+            logger.info("%s on %s: going on with the run %s", self.model.identifier, frozen.dataset, run)
+            return run
+        return history.new_run(frozen.hash)
+
+    def _may_fail(self, rows: int) -> int | None:
+        """How many of so many rows; None for any number."""
+        allowed = self.max_failed
+        if allowed is None or (isinstance(allowed, float) and allowed >= 1.0):
+            return None
+        return int(allowed * rows) if isinstance(allowed, float) else allowed
+
+    def _refuse_many_failed(self, frozen: Frozen, answers: Sequence[Answer], may_fail: int | None) -> None:
+        """A run that was interrupted and gone on with may have more failed rows than its last part."""
+        failed = [answer for answer in answers if answer.prediction is None]
+        if failed and may_fail is not None and len(failed) > may_fail:
+            raise InvalidCall(
+                f"{len(failed)} of {len(answers)} rows of {frozen.dataset!r} failed, more than "
+                f"max_failed={self.max_failed!r} allows, for example: {failed[0].error}; correct the cause "
+                "and validate again with retry_failed=True, or allow more"
+            )
+
+    # ------------------------------------------------------------------ recording
+
+    def _records(
+        self, frozen: Frozen, sources: Mapping[str, Source], report: DatasetReport, answered: str
+    ) -> list[Record]:
+        at = datetime.now(UTC)
+        passed = not report.reasons
+        return [
+            Record(
+                run=report.run,
+                answers=answered,
+                metric=value.metric,
+                model=self.model.identifier,
+                dataset=frozen.dataset,
+                dataset_hash=frozen.hash,
+                dataset_table=frozen.table,
+                outputs=sources[value.metric].predict_id,
+                fingerprint=sources[value.metric].over.fingerprint,
+                value=value.value,
+                low=value.low,
+                high=value.high,
+                n=value.n,
+                failed=value.failed,
+                truncated=value.truncated,
+                on_error=value.on_error,
+                higher_is_better=value.higher_is_better,
+                passed=passed,
+                reason=verdict.reason,
+                compared_with=verdict.compared_with,
+                uuid=self.model.uuid,
+                flow_run=self.flow_run,
+                created_at=at,
+            )
+            for value, verdict in zip(report.values, report.verdicts, strict=True)
+        ]
