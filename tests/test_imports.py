@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -27,6 +29,13 @@ def imported(path: Path) -> Iterator[str]:
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
                 yield from (name for name in (inner if inner in FILES else node.module,) if name in FILES)
+
+
+def test_a_room_imports_only_rooms_on_the_floors_below_it() -> None:
+    """The floors are listed in pyproject.toml; flows for deployments import public names only."""
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
+    linted = subprocess.run(command, capture_output=True, text=True, cwd=ROOT.parent)
+    assert linted.returncode == 0, linted.stdout
 
 
 def test_no_import_leads_back() -> None:

@@ -1,0 +1,1 @@
+"""What Prefect needs behind the tasks: names, retries, mapping, commits, events."""

@@ -1,0 +1,1 @@
+"""Databases: SQLAlchemy URLs, whose outputs are tables with a primary key."""

@@ -1,0 +1,1 @@
+"""Lakes: folders and fsspec URLs, whose outputs are Delta tables."""

@@ -1,0 +1,1 @@
+"""Rows over HTTP, to vLLM servers that somebody runs."""

@@ -1,0 +1,1 @@
+"""A vLLM engine in a process of its own, started and watched by this one."""

@@ -1,0 +1,1 @@
+"""vLLM engines in actors on a Ray cluster."""
