@@ -10,7 +10,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 INSTALL := pip install --quiet --compile-bytecode
 ARGS ?=
 
-.PHONY: demo pools test test-newest check bench peers faults setup setup-newest constraints clean
+.PHONY: demo pools test test-newest test-python check bench peers faults setup setup-newest constraints clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.ready
@@ -35,6 +35,14 @@ VALIDATION := values_go_into_the_saved_block_and_nothing_else_changes a_model_th
 test-newest: .venv-newest/.ready
 	.venv-newest/bin/python -m pytest $(AT_ONCE) -m "not engine" $(WITH_PREFECT:%=tests/test_%.py) \
 		$(VALIDATION:%=tests/test_validation_prefect.py::test_%) $(ARGS)
+
+# The base package under another Python, without vLLM: `make test-python PYTHON=3.13` where that one is installed.
+test-python:
+	@if python$(PYTHON) --version; then \
+		python$(PYTHON) -m venv .venv-$(PYTHON) && .venv-$(PYTHON)/bin/python -m pip install --quiet uv && \
+		.venv-$(PYTHON)/bin/uv $(INSTALL) --python .venv-$(PYTHON) -c constraints/newest.txt -e '.[dev]' && \
+		.venv-$(PYTHON)/bin/python -m pytest $(AT_ONCE) -m "not engine" $(ARGS); \
+	else echo "skipped: there is no python$(PYTHON) on this machine"; fi
 
 check: .venv/.ready
 	$(BIN)/ruff format --check .

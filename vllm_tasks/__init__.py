@@ -5,6 +5,8 @@ The names below are what most flows need. Exceptions are in `vllm_tasks.errors`,
 loads neither vLLM nor torch nor Ray.
 """
 
+from importlib.metadata import version as _version
+
 from vllm_tasks.calls.answers import Artifact
 from vllm_tasks.calls.datatypes import DataType
 from vllm_tasks.datalayer import Datalayer
@@ -14,6 +16,8 @@ from vllm_tasks.rows import RowError
 from vllm_tasks.serving import serve
 from vllm_tasks.tasks import compare, predict, predict_batches, predict_in_db, preview, validate
 from vllm_tasks.validation import Dataset, Metric, Validation
+
+__version__ = _version("vllm-tasks")
 
 __all__ = [
     "Artifact",
