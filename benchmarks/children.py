@@ -22,7 +22,7 @@ from vllm_tasks.engines import session
 P = ParamSpec("P")
 GRACE = 30.0
 """Seconds for a child to end in order; then its session is killed."""
-HASTE = 2.0
+SHUTDOWN_TIMEOUT = 2.0
 """The same after an interrupt or an error, when it may be in the middle of a run."""
 LOG_TAIL = 4000
 """Bytes of a child's log that an error shows."""
@@ -52,14 +52,14 @@ class Child:
         try:
             self.ready = self.receive()
         except BaseException:
-            self.close(HASTE)
+            self.close(SHUTDOWN_TIMEOUT)
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(GRACE if error is None else HASTE)
+        self.close(GRACE if error is None else SHUTDOWN_TIMEOUT)
 
     def ask(self, message: object) -> Any:
         """Send a message and wait for its answer; raises `ChildFailed` with the end of the child's log."""

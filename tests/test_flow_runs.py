@@ -23,13 +23,11 @@ from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH, tempor
 from tests.conftest import IN_PREFECT
 from tests.pool_workers import pool
 from vllm_tasks import Artifact, Datalayer, InvalidCall, VllmAPI, VllmModel
-from vllm_tasks.placement import grace as patience
-from vllm_tasks.placement import payload as parcel
-from vllm_tasks.placement import runs, storage
-from vllm_tasks.placement.heartbeat import KIND, Lifeline, told_by
+from vllm_tasks.placement import grace, payload, runs, storage
+from vllm_tasks.placement.heartbeat import KIND, Heartbeat, told_by
 from vllm_tasks.placement.part import Part
 from vllm_tasks.placement.runs import Runs, outside_of_loops
-from vllm_tasks.placement.target import MADE_FOR, Place, place_of
+from vllm_tasks.placement.target import MADE_FOR, Target, target_of
 from vllm_tasks.pools.step import step
 
 pytestmark = [
@@ -45,9 +43,9 @@ LONGER = 2.5
 
 
 @pytest.fixture(scope="module")
-def place(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def target(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     with pool(POOL, tmp_path_factory.mktemp("nobody") / "log"):
-        found = place_of(there(POOL))
+        found = target_of(there(POOL))
         assert found is not None
         yield found
 
@@ -111,38 +109,40 @@ def pass_on(one: socket.socket, other: socket.socket) -> None:
 # ---------------------------------------------------------------------- Prefect's server
 
 
-def test_more_runs_are_seen_than_prefect_tells_of_at_once(client: SyncPrefectClient, place: Place) -> None:
+def test_more_runs_are_seen_than_prefect_tells_of_at_once(client: SyncPrefectClient, target: Target) -> None:
     """Prefect gives 200 objects a request, and refuses to be asked for more."""
     parts = [Part(f"part {i}", {}, run=uuid4()) for i in range(210)]
     last = parts[-1]
     last.run = client.create_flow_run(step, parameters={"call": "{}"}).id
     client.create_artifact(ArtifactCreate(type=KIND, data={"outcome": "told"}, flow_run_id=last.run))
-    Runs(place, parts, repeatable=False, shown=lambda _: None)._look()
+    Runs(target, parts, repeatable=False, shown=lambda _: None)._look()
     assert last.outcome == "told"
     assert {str(part.state and part.state.message) for part in parts[:-1]} == {"It was deleted."}
 
 
-def test_a_server_that_is_away_is_waited_for(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_away_is_waited_for(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run is made and tells its outcome, though at first nobody answers for Prefect, or it is too busy."""
-    monkeypatch.setattr(patience, "TRY_EVERY", 0.1)
+    monkeypatch.setattr(grace, "TRY_EVERY", 0.1)
     answers = [httpx.Response(code, request=httpx.Request("GET", "http://prefect")) for code in (500, 200)]
-    patience.patiently(lambda: answers.pop(0).raise_for_status())
+    grace.within_grace_period(lambda: answers.pop(0).raise_for_status())
     with pytest.raises(httpx.HTTPStatusError):
-        patience.patiently(lambda: httpx.Response(404, request=httpx.Request("GET", "/")).raise_for_status())
+        grace.within_grace_period(
+            lambda: httpx.Response(404, request=httpx.Request("GET", "/")).raise_for_status()
+        )
     part = Part("waited for", {"call": "{}"})
-    looking = Runs(place, [part], repeatable=True, shown=lambda _: None)
+    looking = Runs(target, [part], repeatable=True, shown=lambda _: None)
     with Absent() as server:
         server.comes(LONGER)
         looking._start(part)
     assert part.run is not None
-    with Lifeline(part.run, 3600) as lifeline, Absent() as server:
+    with Heartbeat(part.run, 3600) as heartbeat, Absent() as server:
         server.comes(LONGER)
-        lifeline.settle("done")
+        heartbeat.settle("done")
     looking._look()
     assert part.outcome == "done"
 
 
-def test_a_run_that_was_asked_for_twice_is_one(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_asked_for_twice_is_one(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer that a run is made may be lost, and Prefect's client asks again."""
     made: list[UUID] = []
     ask = runs.run_deployment
@@ -153,11 +153,11 @@ def test_a_run_that_was_asked_for_twice_is_one(place: Place, monkeypatch: pytest
 
     monkeypatch.setattr(runs, "run_deployment", twice)
     part = Part("twice", {"call": "{}"})
-    Runs(place, [part], repeatable=True, shown=lambda _: None)._start(part)
+    Runs(target, [part], repeatable=True, shown=lambda _: None)._start(part)
     assert made == [part.run] * 2
 
 
-def test_a_lifeline_that_was_made_twice_is_one(client: SyncPrefectClient, place: Place) -> None:
+def test_a_heartbeat_that_was_made_twice_is_one(client: SyncPrefectClient, target: Target) -> None:
     """The one that beats tells, whichever Prefect lists first."""
     run = client.create_flow_run(step, parameters={"call": "{}"}).id
     for beat in (*[0] * 4, 7, *[0] * 4):
@@ -194,32 +194,32 @@ def test_an_interrupt_waits_for_the_run_that_is_being_made() -> None:
 
 
 def test_a_subflow_is_where_its_flow_is(
-    client: SyncPrefectClient, place: Place, monkeypatch: pytest.MonkeyPatch
+    client: SyncPrefectClient, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has no pool of its own, but runs in the process that a worker of the pool has made."""
     model = there(POOL)
 
     @flow
-    def sub() -> Place | None:
-        return place_of(model)
+    def sub() -> Target | None:
+        return target_of(model)
 
     @flow
-    def main() -> Place | None:
+    def main() -> Target | None:
         return sub()
 
-    assert main() == place
-    deployed = client.create_flow_run_from_deployment(place.deployment, parameters={"call": "{}"})
+    assert main() == target
+    deployed = client.create_flow_run_from_deployment(target.deployment, parameters={"call": "{}"})
     monkeypatch.setenv(MADE_FOR, str(deployed.id))
     assert main() is None
     monkeypatch.setenv(MADE_FOR, str(uuid4()))  # a run of another server
-    assert main() == place
+    assert main() == target
 
 
-@pytest.mark.usefixtures("place")
+@pytest.mark.usefixtures("target")
 def test_a_place_that_is_not_there_is_told_with_the_nearest() -> None:
     """A misspelt pool, and a deployment that can be none."""
     with pytest.raises(InvalidCall, match=f"nor the work pool; did you mean '{POOL}'"):
-        place_of(there(POOL[:-1]))
+        target_of(there(POOL[:-1]))
     with pytest.raises(ValueError, match="deployment='x', which is no 'FLOW/DEPLOYMENT'"):
         VllmAPI(identifier="m", compute_kwargs={"deployment": "x"})
 
@@ -257,10 +257,10 @@ def test_a_saved_folder_that_a_worker_would_not_find_is_refused(url: str, prefec
     Datalayer(url=url).save(name)  # type: ignore[arg-type]
     try:
         with pytest.raises(InvalidCall, match=r"save it with the full path, such as '/.*data"):
-            parcel.db_parameter(Datalayer.load(name))
+            payload.db_parameter(Datalayer.load(name))
     finally:
         Datalayer.delete(name)
-    sent = parcel.db_parameter(url)
+    sent = payload.db_parameter(url)
     assert sent is not None
     assert Path.cwd().joinpath("data").as_posix() in sent["url"]
 
@@ -280,5 +280,5 @@ def test_a_saved_folder_that_a_worker_would_not_find_is_refused(url: str, prefec
 def test_values_that_may_be_secrets_do_not_travel(model: VllmAPI | VllmModel) -> None:
     """The environment of Ray's actors, and addresses with a key: they would stand in readable parameters."""
     with pytest.raises(InvalidCall, match="would be readable") as caught:
-        parcel.model_parameter(model)
+        payload.model_parameter(model)
     assert "hidden" not in str(caught.value)

@@ -11,8 +11,7 @@ from tests.places import Place
 from tests.scripted_server import ScriptedServer
 from vllm_tasks import VllmAPI
 from vllm_tasks.rows import Choice, Completion, Request, RowError
-from vllm_tasks.tables import commit_policy as pace
-from vllm_tasks.tables import open_rows
+from vllm_tasks.tables import commit_policy, open_rows
 from vllm_tasks.tables.open_rows import Open, bytes_of_answer, bytes_of_request
 
 
@@ -49,7 +48,7 @@ def test_wide_rows_are_read_ahead_by_their_bytes(
 ) -> None:
     """With room for five of them, no more are under way, however many the engine would take; all are done."""
     monkeypatch.setattr(open_rows, "HELD", 500_000)
-    monkeypatch.setattr(pace, "WIDEST", 200_000)
+    monkeypatch.setattr(commit_policy, "WIDEST", 200_000)
     monkeypatch.setattr("vllm_tasks.tables.source_rows.SLICE", 50_000)
     held: list[int] = []
     read = Open.read

@@ -39,7 +39,7 @@ from vllm_tasks import (
     validate,
 )
 from vllm_tasks.errors import EngineFailed, ServerUnavailable, TooManyFailed
-from vllm_tasks.placement import payload as parcel
+from vllm_tasks.placement import payload
 from vllm_tasks.placement.part import LAST_WORDS, Part, Stage
 from vllm_tasks.results import Completion, Report, ValidationReport
 from vllm_tasks.tasks import completions
@@ -221,7 +221,7 @@ def test_errors_of_rows_have_the_places_of_the_call(model: VllmAPI, server: Scri
 
 def test_a_part_is_done_when_it_has_told_its_outcome() -> None:
     """Also when its run dies, or is never heard of again, between that and its end."""
-    report, error = parcel.outcome_of("place"), parcel.outcome_of_error(EngineFailed("no"))
+    report, error = payload.outcome_of("place"), payload.outcome_of_error(EngineFailed("no"))
     crashed = Part("a", {})
     crashed.see(Crashed(), {"outcome": report})
     assert crashed.stage is Stage.DONE

@@ -52,8 +52,7 @@ from vllm_tasks import (
 from vllm_tasks.calls.sampling import known_names
 from vllm_tasks.engines.local import process
 from vllm_tasks.errors import VllmTasksError
-from vllm_tasks.placement import payload as parcel
-from vllm_tasks.placement import storage
+from vllm_tasks.placement import payload, storage
 from vllm_tasks.tables.arguments import datalayer_of
 
 pytestmark = [
@@ -239,7 +238,7 @@ def lake_files(folder: Path) -> list[Path]:
 def test_what_travels_to_another_flow_run_has_no_secret(left: Path) -> None:
     """A key or a password is refused, unless it is in a saved block, which travels as a reference."""
     model = VllmAPI(identifier="m", api_key=KEY, api_url="http://x")
-    for give in (lambda: parcel.model_parameter(model), lambda: parcel.db_parameter(url_of(1))):
+    for give in (lambda: payload.model_parameter(model), lambda: payload.db_parameter(url_of(1))):
         words = tell(give)
         assert "readable in the parameters" in words
         assert not found_in(words)

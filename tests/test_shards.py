@@ -7,24 +7,24 @@ from typing import Any
 
 import pytest
 
-from tests.places import Place
+from tests.places import Target
 from tests.scripted_server import ScriptedServer, answer_to
 from vllm_tasks import GateFailed, InvalidCall, VllmAPI
 from vllm_tasks.errors import TooManyFailed
-from vllm_tasks.placement import payload as parcel
+from vllm_tasks.placement import payload
 from vllm_tasks.results import Report
 from vllm_tasks.tables.report import ErrorKind, FailedRow, Progress
 from vllm_tasks.validation.report import ValidationReport
 
 
 @pytest.fixture
-def model(server: ScriptedServer, place: Place) -> VllmAPI:
+def model(server: ScriptedServer, place: Target) -> VllmAPI:
     return VllmAPI(identifier="m", api_url=server.url, db=place.db, model="x")
 
 
 @pytest.mark.parametrize("key", ["id", ["text", "id"]])
 def test_shards_are_disjoint_and_together_the_table(
-    model: VllmAPI, place: Place, server: ScriptedServer, key: str | list[str]
+    model: VllmAPI, place: Target, server: ScriptedServer, key: str | list[str]
 ) -> None:
     """Each row is in one of three shards, of about the same size, also with a key of several columns."""
     texts = [f"t{i}" for i in range(300)]
@@ -38,7 +38,7 @@ def test_shards_are_disjoint_and_together_the_table(
     assert model.predict_in_db("text", "rows", primary_id=key).asked == 0
 
 
-def test_a_shard_goes_with_ids(model: VllmAPI, place: Place) -> None:
+def test_a_shard_goes_with_ids(model: VllmAPI, place: Target) -> None:
     """Only the rows that are in both."""
     place.fill_texts(*"abcdefgh")
     asked = [model.predict_in_db("text", "rows", ids=[1, 2, 5], shard=(i, 2)).asked for i in range(2)]
@@ -90,16 +90,16 @@ def test_progress_of_parts_is_one_progress() -> None:
 def test_outcomes_travel_as_text() -> None:
     """Reports and errors come back as what they were; one that was tried there is not tried again here."""
     report = report_of()
-    assert parcel.value_of(parcel.outcome_of(report)) == report
+    assert payload.value_of(payload.outcome_of(report)) == report
     said = report_of(worst=(FailedRow((1,), "output", "no number: what the model said"),))
-    assert "what the model said" not in parcel.outcome_of(said)
+    assert "what the model said" not in payload.outcome_of(said)
     with pytest.raises(TooManyFailed, match="too many") as caught:
-        parcel.value_of(parcel.outcome_of_error(TooManyFailed("too many", report)))
+        payload.value_of(payload.outcome_of_error(TooManyFailed("too many", report)))
     assert caught.value.report == report
     assert not caught.value.repeatable
     judged = ValidationReport("m", "f", ())
     with pytest.raises(GateFailed) as failed:
-        parcel.value_of(parcel.outcome_of_error(GateFailed("worse", judged)))
+        payload.value_of(payload.outcome_of_error(GateFailed("worse", judged)))
     assert failed.value.report == judged
     assert dataclasses.is_dataclass(failed.value.report)
 
@@ -116,7 +116,7 @@ def test_outcomes_travel_as_text() -> None:
 def test_urls_with_secrets_do_not_travel(url: str) -> None:
     """Not even in the words of the refusal."""
     with pytest.raises(InvalidCall) as caught:
-        parcel.db_parameter(url)
+        payload.db_parameter(url)
     assert "secret" not in str(caught.value)
     assert "token" not in str(caught.value)
 
@@ -124,7 +124,7 @@ def test_urls_with_secrets_do_not_travel(url: str) -> None:
 def test_local_places_travel_as_absolute_paths(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker runs in another folder."""
     monkeypatch.chdir(tmp_path)
-    assert parcel.db_parameter("data") == {"url": f"{tmp_path}/data"}
-    assert parcel.db_parameter("sqlite:///file.db") == {"url": f"sqlite:///{tmp_path}/file.db"}
-    assert parcel.db_parameter("s3://bucket/x") == {"url": "s3://bucket/x"}
-    assert parcel.db_parameter("postgresql://me@db/crm") == {"url": "postgresql://me@db/crm"}
+    assert payload.db_parameter("data") == {"url": f"{tmp_path}/data"}
+    assert payload.db_parameter("sqlite:///file.db") == {"url": f"sqlite:///{tmp_path}/file.db"}
+    assert payload.db_parameter("s3://bucket/x") == {"url": "s3://bucket/x"}
+    assert payload.db_parameter("postgresql://me@db/crm") == {"url": "postgresql://me@db/crm"}

@@ -24,7 +24,7 @@ from vllm_tasks.canonical import input_hash
 from vllm_tasks.errors import ServerUnavailable, TooManyFailed
 from vllm_tasks.results import Report
 from vllm_tasks.tables import Log
-from vllm_tasks.tables.commit_policy import Pace
+from vllm_tasks.tables.commit_policy import CommitPolicy
 
 
 @pytest.fixture
@@ -388,10 +388,10 @@ def test_a_long_row_holds_up_no_commit(
 
 def test_the_first_groups_are_small() -> None:
     """In a young run no row waits longer for its commit than 2 s or a tenth of the time so far."""
-    pace = Pace.of(None, commit_rows=512, commit_seconds=30.0)
+    commit_policy = CommitPolicy.of(None, commit_rows=512, commit_seconds=30.0)
 
     def closes(age: float, elapsed: float, *, redo: bool = False) -> bool:
-        return pace.is_due(10, age, age, elapsed, redo=redo)
+        return commit_policy.is_due(10, age, age, elapsed, redo=redo)
 
     assert [closes(2, 5), closes(6, 60), closes(30, 10_000)] == [True] * 3
     assert [closes(1.9, 5), closes(5.9, 60), closes(29.9, 10_000)] == [False] * 3

@@ -33,7 +33,7 @@ from vllm_tasks.validation.gate import verdict
 from vllm_tasks.validation.report import DatasetReport, ValidationReport, Value
 from vllm_tasks.validation.run import validate
 from vllm_tasks.validation.scores import compared, score
-from vllm_tasks.validation.snapshot import Columns, freeze, kept
+from vllm_tasks.validation.snapshot import Columns, kept, take_snapshot
 from vllm_tasks.validation.statistics import Paired
 
 # ---------------------------------------------------------------------- a model whose answers a test decides
@@ -237,30 +237,30 @@ def sample(**fields: Any) -> Dataset:
 
 def test_a_sample_is_the_same_on_every_machine(home: Tables) -> None:
     """Rows are drawn by seed and contents: from any kind of table, in any order, on any machine."""
-    drawn = freeze(sample(), COLUMNS, home)
+    drawn = take_snapshot(sample(), COLUMNS, home)
     assert drawn.hash.startswith("4f90f579d8dd")
     assert len(drawn.cases) == 20
     rows = [{"n": i, "q": text, "a": text} for i, text in enumerate(TEXTS)]
     random.shuffle(rows)
-    assert freeze(sample(select=None, raw_data=rows), COLUMNS, home).hash == drawn.hash
-    assert freeze(sample(select=f"{SOURCE} ORDER BY text DESC"), COLUMNS, home).cases == drawn.cases
-    other = freeze(sample(random_seed=8), COLUMNS, home)
+    assert take_snapshot(sample(select=None, raw_data=rows), COLUMNS, home).hash == drawn.hash
+    assert take_snapshot(sample(select=f"{SOURCE} ORDER BY text DESC"), COLUMNS, home).cases == drawn.cases
+    other = take_snapshot(sample(random_seed=8), COLUMNS, home)
     assert {c.target for c in other.cases} != {c.target for c in drawn.cases}
-    whole = freeze(sample(sample_size=None), COLUMNS, home)
+    whole = take_snapshot(sample(sample_size=None), COLUMNS, home)
     assert Counter(case.target for case in whole.cases) == Counter(TEXTS)
 
 
 def test_pinned_rows_stay(place: Place, home: Tables) -> None:
     """With `pin` the rows of the first use are those of all later ones; another sample is another pin."""
-    pinned = freeze(sample(pin=True), COLUMNS, home)
-    free = freeze(sample(), COLUMNS, home)
+    pinned = take_snapshot(sample(pin=True), COLUMNS, home)
+    free = take_snapshot(sample(), COLUMNS, home)
     assert free.hash == pinned.hash
     place.fill_texts("all", "is", "new")
     home.close()
     home = place.db.tables()
-    assert freeze(sample(pin=True), COLUMNS, home) == pinned
-    assert freeze(sample(sample_size=3), COLUMNS, home).hash != pinned.hash
-    assert [c.target for c in freeze(sample(pin=True, sample_size=3), COLUMNS, home).cases] != []
+    assert take_snapshot(sample(pin=True), COLUMNS, home) == pinned
+    assert take_snapshot(sample(sample_size=3), COLUMNS, home).hash != pinned.hash
+    assert [c.target for c in take_snapshot(sample(pin=True, sample_size=3), COLUMNS, home).cases] != []
     assert kept("d", free.table, COLUMNS, home) == free, "rows that were asked stay, pinned or not"
     home.close()
 
@@ -288,11 +288,11 @@ def test_a_set_that_cannot_be_validated_with_says_why(
 ) -> None:
     """A missing column, an empty set, too few rows and answers that are NULL are clear errors."""
     with pytest.raises(InvalidCall, match=words):
-        freeze(sample(**dataset), COLUMNS, home)
+        take_snapshot(sample(**dataset), COLUMNS, home)
 
 
 def test_any_text_and_data_survive_being_kept(home: Tables) -> None:
-    """Frozen rows hold every character, nested data and rows that are there several times."""
+    """Snapshot rows hold every character, nested data and rows that are there several times."""
     odd = [
         "\0",
         "\ud800",
@@ -302,9 +302,9 @@ def test_any_text_and_data_survive_being_kept(home: Tables) -> None:
         "",
     ]
     rows = [{"n": {"nested": [1, 2.5, None, True]}, "q": text, "a": [text, {"k": text}]} for text in odd * 2]
-    frozen = freeze(sample(select=None, raw_data=rows, sample_size=None), COLUMNS, home)
-    assert sorted(case.inputs[1] for case in frozen.cases) == sorted(odd * 2)
-    assert kept("d", frozen.table, COLUMNS, home) == frozen
+    snapshot = take_snapshot(sample(select=None, raw_data=rows, sample_size=None), COLUMNS, home)
+    assert sorted(case.inputs[1] for case in snapshot.cases) == sorted(odd * 2)
+    assert kept("d", snapshot.table, COLUMNS, home) == snapshot
 
 
 # ---------------------------------------------------------------------- a run
@@ -475,7 +475,7 @@ def test_a_run_that_was_half_recorded_is_recorded_once(make: Make, place: Place,
 
 
 def only_frozen(place: Place) -> str:
-    """The name of the frozen table of the one run that there is."""
+    """The name of the snapshot table of the one run that there is."""
     (run,) = {row["run"] for row in place.db.outputs("m-on-exam").to_pylist()}
     return f"_dataset__exam__{run.split('-')[0]}"
 
@@ -1161,6 +1161,6 @@ def committed(place: Place) -> set[str]:
     if not outputs:
         return set()
     assert len({row["row"] for row in outputs}) == len(outputs)
-    frozen = f"_dataset__exam__{outputs[0]['run'].split('-')[0]}"
-    questions = {row["row"]: json.loads(row["input"])[0] for row in table(place, frozen)}
+    snapshot = f"_dataset__exam__{outputs[0]['run'].split('-')[0]}"
+    questions = {row["row"]: json.loads(row["input"])[0] for row in table(place, snapshot)}
     return {questions[row["row"]] for row in outputs}

@@ -37,7 +37,7 @@ from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.datalayer.values import Nanoseconds, Number
 from vllm_tasks.validation import Dataset, Metric, Validation
 from vllm_tasks.validation.run import validate
-from vllm_tasks.validation.snapshot import Columns, freeze, kept
+from vllm_tasks.validation.snapshot import Columns, kept, take_snapshot
 
 __all__ = ["here", "make"]  # fixtures
 
@@ -87,13 +87,13 @@ TYPED: dict[str, tuple[Any, Any]] = {
 def test_values_keep_their_types_and_targets_are_what_a_model_can_say(home: Tables, kind: str) -> None:
     """A function of prompts gets what the source gave; a metric gets numbers as numbers, the rest as text."""
     value, target = TYPED[kind]
-    frozen = freeze(whole({"n": 0, "q": value, "a": value}), COLUMNS, home)
-    (case,) = frozen.cases
+    snapshot = take_snapshot(whole({"n": 0, "q": value, "a": value}), COLUMNS, home)
+    (case,) = snapshot.cases
     given = list(value) if isinstance(value, tuple) else value
     assert shown(case.inputs[1]) == shown(given)
     assert (type(case.target), case.target) == (type(target), target)
-    again = kept("d", frozen.table, COLUMNS, home)
-    assert again == frozen
+    again = kept("d", snapshot.table, COLUMNS, home)
+    assert again == snapshot
     assert shown(again.cases[0].inputs[1]) == shown(given)
 
 
@@ -102,7 +102,7 @@ def test_values_that_no_source_gives_are_refused(home: Tables, value: Any) -> No
     """What could not be kept as it is is refused with its row, and not asked as something else."""
     rows = {"n": 1, "q": "x", "a": "y"}, {"n": 2, "q": value, "a": "y"}
     with pytest.raises(InvalidCall, match=r"row 1 of dataset 'd'.* is a "):
-        freeze(whole(*rows), COLUMNS, home)
+        take_snapshot(whole(*rows), COLUMNS, home)
 
 
 NO_TARGETS = (
@@ -121,9 +121,9 @@ def test_a_target_that_no_answer_can_equal_is_refused(home: Tables, value: Any) 
     """Its row is named by its input. As an input the same value is asked, as by `predict_in_db`."""
     rows = {"n": 1, "q": "x", "a": "y"}, {"n": 2, "q": "this one", "a": value}
     with pytest.raises(InvalidCall, match=r"'a' of .*this one.* has .*leave such rows out"):
-        freeze(whole(*rows), COLUMNS, home)
-    frozen = freeze(whole({"n": 1, "q": value, "a": "y"}), COLUMNS, home)
-    assert repr(frozen.cases[0].inputs) == repr([1, value])
+        take_snapshot(whole(*rows), COLUMNS, home)
+    snapshot = take_snapshot(whole({"n": 1, "q": value, "a": "y"}), COLUMNS, home)
+    assert repr(snapshot.cases[0].inputs) == repr([1, value])
 
 
 # ---------------------------------------------------------------------- asked
@@ -247,9 +247,9 @@ def test_the_same_texts_make_the_same_sample_in_every_store(tmp_path: Path) -> N
     for kind in "parquet", "jsonl", "sqlite", "csv":
         tables = stored(tmp_path / kind, kind).db.tables()
         dataset = sample(select="t", sample_size=5)
-        found[kind] = freeze(dataset, Columns(("q",), "a"), tables)
+        found[kind] = take_snapshot(dataset, Columns(("q",), "a"), tables)
         tables.close()
-    assert len({frozen.hash for frozen in found.values()}) == 1, {k: f.cases for k, f in found.items()}
+    assert len({snapshot.hash for snapshot in found.values()}) == 1, {k: f.cases for k, f in found.items()}
 
 
 # ---------------------------------------------------------------------- scored

@@ -29,7 +29,7 @@ from vllm_tasks.datalayer import Datalayer, outputs_name
 from vllm_tasks.datalayer.opening import Store
 from vllm_tasks.errors import GateFailed, InvalidCall, TooManyFailed, VllmTasksError
 from vllm_tasks.models import VllmAPI, VllmModel
-from vllm_tasks.placement import check_shards, over_table, place_of, routed, validated
+from vllm_tasks.placement import check_shards, over_table, routed, target_of, validated
 from vllm_tasks.placement.pulled import check_stays
 from vllm_tasks.rows import Completion, RowError
 from vllm_tasks.tables.arguments import datalayer_of
@@ -88,12 +88,12 @@ def _predict_in_db(
     """
     if predict_id is not None:
         outputs_name(predict_id)
-    place = place_of(model)
-    check_shards(shards, place, limit, shard)
+    target = target_of(model)
+    check_shards(shards, target, limit, shard)
     check_stays(datalayer_of(db, model))
     options |= {"predict_id": predict_id, "db": db, "limit": limit, "shard": shard}
     display = display or InPrefect(model.identifier, predict_id or model.identifier)
-    work = tables.predict_in_db if place is None else partial(over_table, place, shards)
+    work = tables.predict_in_db if target is None else partial(over_table, target, shards)
     try:
         report: Report = work(model, X, select, display=display, **options)
     except TooManyFailed as error:
@@ -150,9 +150,9 @@ def _validate(
 
     run = FlowRunContext.get()
     flow_run = str(run.flow_run.id) if run and run.flow_run else None
-    place = place_of(model)
+    target = target_of(model)
     check_stays(datalayer_of(db, model))
-    work = found if place is None else partial(validated, place)
+    work = found if target is None else partial(validated, target)
     report = work(model, validation, **{**options, "db": db, "datasets": datasets, "flow_run": flow_run})
     show(report)
     save_metric_values(model, report)
@@ -231,7 +231,7 @@ def validate_at_once(model: Model, validation: Validation | None = None, **optio
     chosen = validation or model.validation
     if chosen is None:
         raise InvalidCall(f"{model.identifier!r} has no validation: give one, or save one with the model")
-    if place_of(model) is not None:
+    if target_of(model) is not None:
         report: ValidationReport = validate(model, chosen, **options)
         return report
     names = [dataset.identifier for dataset in chosen.datasets]

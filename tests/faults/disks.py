@@ -17,7 +17,7 @@ from tests.scripted_server import ScriptedServer
 
 LEFT = 16_384
 """Bytes that a full disk has left: something is begun, and cannot be ended."""
-AWAY = 2.5
+GRACE_PERIOD = 2.5
 """Seconds without room, of the 51 that commits are tried again for."""
 
 
@@ -62,7 +62,7 @@ def fault(
         job = run.start(ground.jobs)
         moment = somewhere(chance, run, 300)
         begin(folder)
-        time.sleep(AWAY)
+        time.sleep(GRACE_PERIOD)
         end(folder)
         run.go_on(ground.jobs, job, moment)
         run.undisturbed(ground.jobs)

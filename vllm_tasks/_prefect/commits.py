@@ -13,7 +13,7 @@ from prefect.transactions import CommitMode, transaction
 
 from vllm_tasks._prefect.policy import is_lost
 from vllm_tasks.artifacts import ProgressArtifact, asset_key, show_report
-from vllm_tasks.placement.heartbeat import Lifeline
+from vllm_tasks.placement.heartbeat import Heartbeat
 from vllm_tasks.tables import Log, Report
 from vllm_tasks.tables.job import RETRY_DELAYS
 from vllm_tasks.tables.report import Progress
@@ -32,7 +32,7 @@ class InPrefect:
         self._model = model
         self._flow = FlowRunContext.get()
         self._progress = ProgressArtifact(predict_id)
-        self._lifeline = Lifeline.current()
+        self._heartbeat = Heartbeat.current()
         self._log = Log()
 
     def commit(self, name: str, work: Callable[[], None]) -> None:
@@ -46,10 +46,10 @@ class InPrefect:
             held.clear()  # Prefect keeps the arguments of a task run, which would keep all rows in memory
 
     def progress(self, progress: Progress, *, last: bool = False) -> None:
-        if self._lifeline is None:
+        if self._heartbeat is None:
             self._progress.show(progress, last=last)
         else:
-            self._lifeline.progress(progress)  # it is shown where the step was called
+            self._heartbeat.progress(progress)  # it is shown where the step was called
         self._log.progress(progress, last=last)
 
 
@@ -68,7 +68,7 @@ def publish(report: Report) -> None:
 
     Not in a flow run that works for a step elsewhere: it is shown there.
     """
-    if Lifeline.current() is not None:
+    if Heartbeat.current() is not None:
         return
     if FlowRunContext.get() is None:
         show_report(report)

@@ -22,12 +22,11 @@ from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.arguments import table_or_statement
 from vllm_tasks.datalayer.opening import Store, source_of
 from vllm_tasks.errors import InvalidCall, TooManyFailed, VllmTasksError
-from vllm_tasks.placement import payload as parcel
-from vllm_tasks.placement import storage
+from vllm_tasks.placement import payload, storage
 from vllm_tasks.placement.part import Part
 from vllm_tasks.placement.payload import Model, Parameters
 from vllm_tasks.placement.runs import Runs
-from vllm_tasks.placement.target import Place, place_of
+from vllm_tasks.placement.target import Target, target_of
 from vllm_tasks.rows import Request, Result, RowError
 from vllm_tasks.tables.arguments import datalayer_of
 from vllm_tasks.tables.budget import Budget
@@ -47,12 +46,12 @@ MOST_SHARDS = 1000
 
 def routed(model: Model, call: Call) -> Call:
     """`call` of `model`, answered on its work pool where it has one."""
-    if (place := place_of(model)) is None:
+    if (target := target_of(model)) is None:
         return call
-    return replace(call, answerer=lambda requests: _answered(place, model, requests))
+    return replace(call, answerer=lambda requests: _answered(target, model, requests))
 
 
-def _answered(place: Place, model: Model, requests: Sequence[Request | RowError]) -> list[Result]:
+def _answered(target: Target, model: Model, requests: Sequence[Request | RowError]) -> list[Result]:
     asked = [request for request in requests if isinstance(request, Request)]
     if not asked:
         return [request for request in requests if isinstance(request, RowError)]
@@ -62,12 +61,12 @@ def _answered(place: Place, model: Model, requests: Sequence[Request | RowError]
     try:
         call = {"work": "rows", "rows": rows}
         part = Part(f"{model.identifier} - {len(asked):,} rows", parameters(call, model, None))
-        (outcome,) = Runs(place, [part], repeatable=True).outcomes()
+        (outcome,) = Runs(target, [part], repeatable=True).outcomes()
     finally:
         storage.discard(rows)
-    results = _results(parcel.answered_in(outcome), requests)
+    results = _results(payload.answered_in(outcome), requests)
     try:
-        parcel.value_of(outcome)
+        payload.value_of(outcome)
     except VllmTasksError as error:
         error.results = results
         raise
@@ -78,7 +77,7 @@ def _results(answered: str | None, requests: Sequence[Request | RowError]) -> li
     """What was `answered`, among the rows that became no request."""
     if answered is None:
         return None
-    answers = iter(parcel.results_of(storage.stored(answered)))
+    answers = iter(payload.results_of(storage.stored(answered)))
     storage.discard(answered)
     found = [request if isinstance(request, RowError) else next(answers) for request in requests]
     # There a row has its place among those that travelled.
@@ -86,7 +85,7 @@ def _results(answered: str | None, requests: Sequence[Request | RowError]) -> li
 
 
 def over_table(
-    place: Place,
+    target: Target,
     shards: int,
     model: Model,
     X: Columns,  # noqa: N803 - the name in predict_in_db
@@ -97,7 +96,7 @@ def over_table(
     display: Display,
     **options: Any,
 ) -> Report:
-    """`predict_in_db` on `place`, in `shards` flow runs at once; their report is one. Raises as it does."""
+    """`predict_in_db` on `target`, in `shards` flow runs at once; their report is one. Raises as it does."""
     began = time.monotonic()
     _check_options(model, options)
     select = table_or_statement(select)
@@ -114,7 +113,7 @@ def over_table(
         for i, call in enumerate(calls)
     ]
     repeatable = not options.get("overwrite") and options.get("limit") is None
-    outcomes = Runs(place, parts, repeatable=repeatable, shown=display.progress).outcomes()
+    outcomes = Runs(target, parts, repeatable=repeatable, shown=display.progress).outcomes()
     report = _together(outcomes, options.get("max_failed"), began)
     done = Progress(
         report.asked, report.succeeded, report.failed, report.completion_tokens, report.seconds["total"]
@@ -130,19 +129,19 @@ def _check_options(model: Model, options: Parameters) -> None:
 
 
 def validated(
-    place: Place,
+    target: Target,
     model: Model,
     validation: Validation | None,
     *,
     db: Datalayer | str | None,
     **options: Any,
 ) -> ValidationReport:
-    """`validate` on `place`. Raises as it does, `GateFailed` not."""
-    told = parcel.validation_parameter(validation or model.validation)
+    """`validate` on `target`. Raises as it does, `GateFailed` not."""
+    told = payload.validation_parameter(validation or model.validation)
     call = {"work": "validation", "validation": told, "options": options}
     part = Part(f"validate {model.identifier}", parameters(call, model, datalayer_of(db, model)))
-    (outcome,) = Runs(place, [part], repeatable=True).outcomes()
-    report: ValidationReport = parcel.value_of(outcome)
+    (outcome,) = Runs(target, [part], repeatable=True).outcomes()
+    report: ValidationReport = payload.value_of(outcome)
     model.metric_values.update(report.metric_values)
     return report
 
@@ -153,9 +152,9 @@ def parameters(
     """Of the thin flow. All but references is one text: Prefect takes a JSON Schema's `$ref` for a block."""
     references: Parameters = {}
     for name, told in (
-        ("model", parcel.model_parameter(model)),
-        ("db", parcel.db_parameter(db)),
-        ("source", parcel.db_parameter(source)),
+        ("model", payload.model_parameter(model)),
+        ("db", payload.db_parameter(db)),
+        ("source", payload.db_parameter(source)),
     ):
         if told is not None and "$ref" in told:
             references[name] = told
@@ -184,13 +183,15 @@ def _check_size(text: str, call: Parameters) -> None:
     )
 
 
-def check_shards(shards: int, place: Place | None, limit: int | None, shard: tuple[int, int] | None) -> None:
+def check_shards(
+    shards: int, target: Target | None, limit: int | None, shard: tuple[int, int] | None
+) -> None:
     """Raises `InvalidCall` for no number of shards, no pool for them, and what is of a whole run."""
     if type(shards) is not int or not 1 <= shards <= MOST_SHARDS:
         raise InvalidCall(f"shards={shards!r} must be a whole number from 1 to {MOST_SHARDS}")
     if shards == 1:
         return
-    if place is None:
+    if target is None:
         raise InvalidCall(
             f"shards={shards} are flow runs on a work pool, and the model names none: compute_kwargs="
             "{'work_pool': NAME}, or VLLM_TASKS_GPU_WORK_POOL for local models; a flow run that is on that "
@@ -205,7 +206,7 @@ def _together(outcomes: Sequence[str], max_failed: float | int | None, began: fl
     reports, failure = [], None
     for outcome in filter(None, outcomes):
         try:
-            reports.append(parcel.value_of(outcome))
+            reports.append(payload.value_of(outcome))
         except TooManyFailed as error:
             reports.append(error.report)
             failure = failure or error
@@ -217,4 +218,4 @@ def _together(outcomes: Sequence[str], max_failed: float | int | None, began: fl
     return report
 
 
-__all__ = ["check_shards", "over_table", "place_of", "routed", "validated"]
+__all__ = ["check_shards", "over_table", "routed", "target_of", "validated"]

@@ -13,17 +13,17 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-AWAY = 300.0
+GRACE_PERIOD = 300.0
 """Seconds that Prefect's server may be away when a flow run is to be made, or tells what became of it."""
 TRY_EVERY = 2.0
 
 
-def patiently(work: Callable[[], T]) -> T:
+def within_grace_period(work: Callable[[], T]) -> T:
     """`work()`, again while nobody answers for Prefect; its client itself waits for a server that it has met.
 
     `work` may have been done when its answer is lost: doing it again must do no harm.
     """
-    until = time.monotonic() + AWAY
+    until = time.monotonic() + GRACE_PERIOD
     while True:
         try:
             return work()

@@ -1,4 +1,4 @@
-"""The working side: signs of life of a flow run that works for a step elsewhere, and what became of it.
+"""The working side: the heartbeat of a flow run that works for a step elsewhere, and what became of it.
 
 Both are in one artifact of the flow run, without a key, so that nothing but Prefect's server has to be seen
 by both sides. The clock of a sign is the side that waits: it looks whether the count has moved.
@@ -19,7 +19,7 @@ from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter
 from prefect.exceptions import PrefectException
 
-from vllm_tasks.placement.grace import patiently
+from vllm_tasks.placement.grace import within_grace_period
 from vllm_tasks.tables.report import Progress
 
 logger = logging.getLogger(__name__)
@@ -27,23 +27,23 @@ logger = logging.getLogger(__name__)
 KIND = "vllm-tasks-step"
 """The artifact's type."""
 
-_current: ContextVar[Lifeline | None] = ContextVar("lifeline", default=None)
+_current: ContextVar[Heartbeat | None] = ContextVar("heartbeat", default=None)
 
 
-class Lifeline:
+class Heartbeat:
     """Of the flow run `run`: a beat every `every` seconds, then its outcome."""
 
     def __init__(self, run: UUID, every: float) -> None:
         self._run = run
         self._every = every
         self._ended = threading.Event()
-        self._beats = threading.Thread(target=self._beat, name="vllm-tasks-lifeline", daemon=True)
+        self._beats = threading.Thread(target=self._beat, name="vllm-tasks-heartbeat", daemon=True)
         self._progress: Progress | None = None
         self._artifact: UUID | None = None
-        self._before: Token[Lifeline | None] | None = None
+        self._before: Token[Heartbeat | None] | None = None
 
     @classmethod
-    def current(cls) -> Lifeline | None:
+    def current(cls) -> Heartbeat | None:
         """That of the flow run that this is called in, if it works for a step elsewhere."""
         return _current.get()
 
@@ -54,10 +54,10 @@ class Lifeline:
     def settle(self, outcome: str) -> None:
         """Tell what became of the step; raises where Prefect's server stays away."""
         self._stop()
-        patiently(lambda: self._tell({"outcome": outcome}))
+        within_grace_period(lambda: self._tell({"outcome": outcome}))
 
     def __enter__(self) -> Self:
-        self._artifact = patiently(self._create)
+        self._artifact = within_grace_period(self._create)
         self._beats.start()
         self._before = _current.set(self)
         return self
@@ -90,7 +90,7 @@ class Lifeline:
             try:
                 self._tell({"beat": beat, "progress": told})
             except (httpx.HTTPError, PrefectException) as error:
-                logger.warning("no sign of life could be given: %s", error)
+                logger.warning("no heartbeat could be sent: %s", error)
 
     def _tell(self, data: dict[str, Any]) -> None:
         assert self._artifact is not None
@@ -99,7 +99,7 @@ class Lifeline:
 
 
 def told_by(client: SyncPrefectClient, runs: Sequence[UUID]) -> dict[UUID, dict[str, Any]]:
-    """What the lifelines of these flow runs tell."""
+    """What the heartbeats of these flow runs tell."""
     wanted = ArtifactFilter.model_validate({"flow_run_id": {"any_": runs}, "type": {"any_": [KIND]}})
     told: dict[UUID, dict[str, Any]] = {}
     for artifact in client.read_artifacts(artifact_filter=wanted):

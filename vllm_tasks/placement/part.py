@@ -10,7 +10,7 @@ from uuid import UUID
 
 from prefect.client.schemas.objects import State, StateType
 
-from vllm_tasks.placement import payload as parcel
+from vllm_tasks.placement import payload
 from vllm_tasks.tables.report import Progress
 
 LAST_WORDS = 30.0
@@ -66,7 +66,7 @@ class Part:
     """Its run was cancelled by us, because another part has failed."""
 
     def see(self, state: State[Any] | None, told: dict[str, Any]) -> None:
-        """How its run is now, and what its lifeline tells."""
+        """How its run is now, and what its heartbeat tells."""
         self.state = state
         self.outcome = told.get("outcome")
         if told.get("progress"):
@@ -82,7 +82,7 @@ class Part:
             return BY_STATE[self.state.type]
         if not self.state.is_final() and self.silent <= LAST_WORDS:
             return Stage.TOLD
-        return Stage.FAILED if parcel.has_failed(self.outcome) else Stage.DONE
+        return Stage.FAILED if payload.has_failed(self.outcome) else Stage.DONE
 
     @property
     def ended(self) -> bool:

@@ -11,7 +11,7 @@ from prefect.exceptions import ObjectNotFound
 
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.placement.grace import patiently
+from vllm_tasks.placement.grace import within_grace_period
 from vllm_tasks.placement.payload import path_of
 from vllm_tasks.placement.target import MADE_FOR
 
@@ -27,7 +27,7 @@ def check_stays(db: Datalayer) -> None:
     _, path = path_of(db.url.get_secret_value().strip())
     if not path or os.path.isabs(path):
         return
-    pulled = patiently(_pulled)
+    pulled = within_grace_period(_pulled)
     if pulled is not None:
         raise InvalidCall(
             f"db={path!r:.200} is in the code that this deployment pulls ({pulled}), which is deleted with "

@@ -27,10 +27,10 @@ from prefect.states import Cancelling, Crashed
 
 from vllm_tasks.engines.stopping import raise_if_stopped
 from vllm_tasks.errors import EngineFailed
-from vllm_tasks.placement.grace import patiently
+from vllm_tasks.placement.grace import within_grace_period
 from vllm_tasks.placement.heartbeat import told_by
 from vllm_tasks.placement.part import LOST, Part, Stage
-from vllm_tasks.placement.target import Place
+from vllm_tasks.placement.target import Target
 from vllm_tasks.settings import site_settings
 from vllm_tasks.tables.report import Progress
 
@@ -61,7 +61,7 @@ CANCELLED_WITHIN = 30.0
 class Runs:
     """The flow runs of one step on one pool."""
 
-    place: Place
+    target: Target
     parts: Sequence[Part]
     repeatable: bool
     """Whether a part whose run died may be done again."""
@@ -71,7 +71,7 @@ class Runs:
     """Whether the last look saw anything."""
 
     def outcomes(self) -> list[str]:
-        """What became of each part, in order; see `parcel.value_of`.
+        """What became of each part, in order; see `payload.value_of`.
 
         When one fails, the others are cancelled, commit what is finished, and may have no outcome (""). When
         this is interrupted, all are cancelled. Raises `EngineFailed` for a part that never came to an end.
@@ -95,14 +95,14 @@ class Runs:
     # ------------------------------------------------------------------ start and end
 
     def _start(self, part: Part) -> None:
-        parameters = {**part.parameters, "beat_every": self._silence / BEATS}
+        parameters = {**part.parameters, "heartbeat_interval": self._silence / BEATS}
         make = partial(
             run_deployment,
-            name=self.place.deployment,
+            name=self.target.deployment,
             parameters=parameters,
-            job_variables=self.place.job_variables,
+            job_variables=self.target.job_variables,
             flow_run_name=part.name,
-            work_queue_name=self.place.queue,
+            work_queue_name=self.target.queue,
             idempotency_key=str(uuid4()),  # asked twice, Prefect makes one run
             timeout=0,
         )
@@ -112,8 +112,8 @@ class Runs:
             assert isinstance(run, FlowRun)
             part.run, part.state, part.sign, part.since = run.id, run.state, None, time.monotonic()
 
-        patiently(partial(outside_of_loops, start))
-        logger.info("%s: flow run %s on the work pool %r", part.name, part.run, self.place.pool)
+        within_grace_period(partial(outside_of_loops, start))
+        logger.info("%s: flow run %s on the work pool %r", part.name, part.run, self.target.pool)
 
     def _end_others(self) -> None:
         for part in self.parts:
@@ -188,7 +188,7 @@ class Runs:
             part.told_late = True
             logger.warning(
                 "%s waits for a worker since %.0f s: prefect worker start --pool %r",
-                part.name, part.silent, self.place.pool,
+                part.name, part.silent, self.target.pool,
             )  # fmt: skip
 
     def _progress(self) -> Progress:

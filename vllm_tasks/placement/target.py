@@ -17,7 +17,7 @@ from prefect.exceptions import ObjectNotFound
 from vllm_tasks.errors import InvalidCall, near
 from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.models.resources import check_declared
-from vllm_tasks.placement.grace import patiently
+from vllm_tasks.placement.grace import within_grace_period
 from vllm_tasks.settings import site_settings
 
 STEP = "vllm-step"
@@ -28,7 +28,7 @@ MADE_FOR = "PREFECT__FLOW_RUN_ID"
 
 
 @dataclass(frozen=True)
-class Place:
+class Target:
     """A deployment of the thin flow, and what its flow runs need."""
 
     deployment: UUID
@@ -38,7 +38,7 @@ class Place:
     job_variables: dict[str, Any]
 
 
-def place_of(model: VllmAPI | VllmModel) -> Place | None:
+def target_of(model: VllmAPI | VllmModel) -> Target | None:
     """Where a step with `model` goes, None for here; also where this flow run is on that pool already.
 
     Raises `InvalidCall` for a pool or deployment that is not there, and for hints that the pool would drop.
@@ -53,12 +53,12 @@ def place_of(model: VllmAPI | VllmModel) -> Place | None:
         )
     if not name or pool in (own := _own_pools()):
         return None
-    deployment, work_pool = patiently(lambda: _found(name, pool))
+    deployment, work_pool = within_grace_period(lambda: _found(name, pool))
     if work_pool.name in own:
         return None
     variables = resources.job_variables(work_pool.type)
     check_declared(work_pool, variables)
-    return Place(deployment.id, name, work_pool.name, resources.work_queue, variables)
+    return Target(deployment.id, name, work_pool.name, resources.work_queue, variables)
 
 
 def _own_pools() -> set[str | None]:
@@ -69,7 +69,7 @@ def _own_pools() -> set[str | None]:
     context = FlowRunContext.get()
     called_in = context.flow_run.work_pool_name if context and context.flow_run else None
     made_for = os.environ.get(MADE_FOR)
-    return {called_in, patiently(lambda: _pool_of(made_for)) if made_for else None}
+    return {called_in, within_grace_period(lambda: _pool_of(made_for)) if made_for else None}
 
 
 @cache

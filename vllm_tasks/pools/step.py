@@ -17,9 +17,8 @@ from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.engines import loop, sharing
 from vllm_tasks.errors import VllmTasksError
 from vllm_tasks.models import VllmAPI, VllmModel
-from vllm_tasks.placement import payload as parcel
-from vllm_tasks.placement import storage
-from vllm_tasks.placement.heartbeat import Lifeline
+from vllm_tasks.placement import payload, storage
+from vllm_tasks.placement.heartbeat import Heartbeat
 from vllm_tasks.placement.target import STEP
 
 MODELS = {"VllmAPI": VllmAPI, "VllmModel": VllmModel}
@@ -31,7 +30,7 @@ def step(
     model: VllmAPI | VllmModel | None = None,
     db: Datalayer | None = None,
     source: Datalayer | None = None,
-    beat_every: float = 15.0,
+    heartbeat_interval: float = 15.0,
 ) -> None:
     """Do a part of a step that was called in another flow run.
 
@@ -40,29 +39,29 @@ def step(
         model: A saved block; empty: in the call.
         db: A saved block; empty: in the call, if it needs one.
         source: Likewise, where rows are read elsewhere than in `db`.
-        beat_every: Seconds between two signs of life.
+        heartbeat_interval: Seconds between two heartbeats.
     """
     told = json.loads(call)
     context = FlowRunContext.get()
     assert context is not None
     assert context.flow_run is not None
-    with Lifeline(context.flow_run.id, beat_every) as lifeline:
+    with Heartbeat(context.flow_run.id, heartbeat_interval) as heartbeat:
         try:
             model = model or MODELS[told["kind"]](**told["model"])
             db = db or (Datalayer(**told["db"]) if told.get("db") else None)
             source = source or (Datalayer(**told["source"]) if told.get("source") else None)
             if source is not None:
                 told["options"]["source"] = source
-            outcome = parcel.outcome_of(WORKS[told["work"]](told, model, db))
+            outcome = payload.outcome_of(WORKS[told["work"]](told, model, db))
         except VllmTasksError as error:
-            lifeline.settle(parcel.outcome_of_error(error, _answered(error, told["work"])))
+            heartbeat.settle(payload.outcome_of_error(error, _answered(error, told["work"])))
             raise
-        lifeline.settle(outcome)
+        heartbeat.settle(outcome)
 
 
 def _answered(error: VllmTasksError, work: str) -> str | None:
     """The place of the answers before `error`; those of a table are committed."""
-    return storage.store(parcel.results_as_data(error.results)) if work == "rows" and error.results else None
+    return storage.store(payload.results_as_data(error.results)) if work == "rows" and error.results else None
 
 
 def rows(told: dict[str, Any], model: VllmAPI | VllmModel, _: Datalayer | None) -> str:
@@ -75,7 +74,7 @@ def rows(told: dict[str, Any], model: VllmAPI | VllmModel, _: Datalayer | None) 
         chat = of_model(config)
     requests = requests_of(prompts, chat, model.system, sampling, target)
     results = loop.run(sharing.answer(config, requests, model.max_batch_size))
-    return storage.store(parcel.results_as_data(results))
+    return storage.store(payload.results_as_data(results))
 
 
 def table(told: dict[str, Any], model: VllmAPI | VllmModel, db: Datalayer | None) -> Any:

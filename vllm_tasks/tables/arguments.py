@@ -14,7 +14,7 @@ from vllm_tasks.datalayer.arguments import check_folder
 from vllm_tasks.datalayer.selection import Key, Refresh
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.settings import site_settings
-from vllm_tasks.tables.commit_policy import Pace
+from vllm_tasks.tables.commit_policy import CommitPolicy
 
 
 def datalayer_of(db: Datalayer | str | None, model: Model) -> Datalayer:
@@ -39,11 +39,11 @@ def columns_of(columns: str | Sequence[str]) -> tuple[str, ...]:
     return (columns,) if isinstance(columns, str) else tuple(columns)
 
 
-def pace_of(max_chunk_size: int | None) -> Pace:
+def commit_policy_of(max_chunk_size: int | None) -> CommitPolicy:
     """When commit groups close: as the caller says, else as the site does."""
     settings = site_settings()
     rows = at_least_one("max_chunk_size", max_chunk_size)
-    return Pace.of(rows, settings.commit_rows, settings.commit_seconds)
+    return CommitPolicy.of(rows, settings.commit_rows, settings.commit_seconds)
 
 
 def at_least_one(name: str, value: int | None) -> int | None:

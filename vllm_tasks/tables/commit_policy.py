@@ -17,7 +17,7 @@ WIDEST = 32 * 2**20
 
 
 @dataclass(frozen=True)
-class Pace:
+class CommitPolicy:
     """When a commit group closes: at `rows` finished rows or `seconds` after its first; early ones sooner."""
 
     rows: int
@@ -26,7 +26,7 @@ class Pace:
     apart: float
 
     @classmethod
-    def of(cls, max_chunk_size: int | None, commit_rows: int, commit_seconds: float) -> Pace:
+    def of(cls, max_chunk_size: int | None, commit_rows: int, commit_seconds: float) -> CommitPolicy:
         """A size that the caller gives is kept; else groups are larger where rows are fast."""
         if max_chunk_size is not None:
             return cls(max_chunk_size, commit_seconds, max_chunk_size, 0.0)

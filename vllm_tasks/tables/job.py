@@ -11,7 +11,7 @@ from typing import Protocol
 from vllm_tasks.calls.call import TableCall
 from vllm_tasks.datalayer.selection import Row, Selection, Tables
 from vllm_tasks.tables.budget import Budget
-from vllm_tasks.tables.commit_policy import Pace
+from vllm_tasks.tables.commit_policy import CommitPolicy
 from vllm_tasks.tables.report import Progress
 
 RETRY_DELAYS = 1, 5, 15, 30
@@ -37,7 +37,7 @@ class Job:
     selection: Selection
     stamp: Row
     """Columns that are the same in all output rows."""
-    pace: Pace
+    commit_policy: CommitPolicy
     budget: Budget
     limit: int | None
     source: str | None
@@ -59,7 +59,7 @@ class Job:
         over: TableCall,
         tables: Tables,
         selection: Selection,
-        pace: Pace,
+        commit_policy: CommitPolicy,
         budget: Budget,
         limit: int | None,
         source: str | None = None,
@@ -74,5 +74,14 @@ class Job:
             "_source": source,
         }
         return cls(
-            over, tables, selection, stamp, pace, budget, limit, source, same_source, datetime.now(UTC)
+            over,
+            tables,
+            selection,
+            stamp,
+            commit_policy,
+            budget,
+            limit,
+            source,
+            same_source,
+            datetime.now(UTC),
         )

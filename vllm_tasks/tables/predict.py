@@ -22,9 +22,9 @@ from vllm_tasks.tables.arguments import (
     at_least_one,
     check_max_failed,
     columns_of,
+    commit_policy_of,
     datalayer_of,
     keys_of,
-    pace_of,
     refresh_of,
     shard_of,
 )
@@ -33,7 +33,7 @@ from vllm_tasks.tables.counting import Counted
 from vllm_tasks.tables.earlier import refuse_other_source
 from vllm_tasks.tables.job import RETRY_DELAYS, Display, Job
 from vllm_tasks.tables.report import Progress, Report, Tally
-from vllm_tasks.tables.run import HASTE, Run
+from vllm_tasks.tables.run import SHUTDOWN_TIMEOUT, Run
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def predict_in_db(
     options = model.model_update_kwargs
     tally = Tally()
     datalayer, read_from = datalayer_of(db, model), source_of(source)
-    pace = pace_of(max_chunk_size)
+    commit_policy = commit_policy_of(max_chunk_size)
     at_least_one("limit", limit)
     budget = Budget(check_max_failed(max_failed))
     # Checked before `over`, which may wait for a server.
@@ -145,8 +145,8 @@ def predict_in_db(
             compression=options.get("compression"),
         )
         place = None if read_from is None else read_from.url.get_secret_value().strip()
-        from_where = source_id(named, datalayer.url.get_secret_value().strip(), place)
-        job = Job.of(over, tables, selection, pace, budget, limit, from_where, same_source=same_source)
+        what = source_id(named, datalayer.url.get_secret_value().strip(), place)
+        job = Job.of(over, tables, selection, commit_policy, budget, limit, what, same_source=same_source)
         return commit_answers(predict_id, job, output, display or Log(), tally)
     finally:
         tables.close()
@@ -183,7 +183,7 @@ def _run(job: Job, output: OutputTable, display: Display, tally: Tally) -> tuple
             verdict = run.run()
             writer.close()
     except BaseException:
-        counted.wait(HASTE)
+        counted.wait(SHUTDOWN_TIMEOUT)
         raise
     counted.wait(COUNT_PATIENCE)
     counted.compare(job, tally.done, complete=not verdict)

@@ -34,7 +34,7 @@ from vllm_tasks.tables.source_rows import Prompted, SourceRows
 
 logger = logging.getLogger(__name__)
 
-HASTE = 2.0
+SHUTDOWN_TIMEOUT = 2.0
 """Seconds that a stopping run waits for its requests to end, and again for its reader: of 10 s, within which
 what is finished must be committed."""
 Arrived = tuple[SourceRow, str, Result, int]
@@ -103,7 +103,7 @@ class Run:
     def _hand_over(self, rows: Sequence[Prompted], size: int) -> None:
         asked = [(row, digest, request) for row, digest, request in rows if isinstance(request, Request)]
         room = self._asks.start(lambda: sharing.room(self.job.over.call.engine)).result() if asked else 0
-        uncommitted = room + 2 * self.job.pace.most + len(rows)
+        uncommitted = room + 2 * self.job.commit_policy.most + len(rows)
         if not self._open.wait_for_room(room + len(rows), uncommitted, size):
             return
         keys = [row.key for row, _, _ in rows]
@@ -156,17 +156,17 @@ class Run:
         return None
 
     def _is_due(self) -> bool:
-        if self.job.pace.is_full(len(self._group), self._group_size):
+        if self.job.commit_policy.is_full(len(self._group), self._group_size):
             return True
         redo, now = self._group[0].row.redo, time.monotonic()
         ages = now - self._group_since, now - self._last_commit, now - self._first_answer
-        return self.job.pace.is_due(len(self._group), *ages, redo=redo)
+        return self.job.commit_policy.is_due(len(self._group), *ages, redo=redo)
 
     def _news(self) -> Iterator[Arrived | Failed | None]:
         """What has arrived, waiting for it a moment; not more than a full group takes."""
         try:
             yield self._queue.get(timeout=0.2)
-            while not self.job.pace.is_full(len(self._group), self._group_size):
+            while not self.job.commit_policy.is_full(len(self._group), self._group_size):
                 yield self._queue.get_nowait()
         except queue.Empty:
             return
@@ -206,8 +206,8 @@ class Run:
     def _end(self, reader: threading.Thread) -> None:
         """Read and ask no more."""
         self._open.stop()
-        self._asks.end(HASTE)
-        reader.join(HASTE)
+        self._asks.end(SHUTDOWN_TIMEOUT)
+        reader.join(SHUTDOWN_TIMEOUT)
 
     def _save(self) -> VllmTasksError | None:
         """Commit what is finished, once and at once; returns why it could not."""

@@ -58,7 +58,7 @@ class Dataset(BaseModel):
     """Rows with known answers: a `select` on a datalayer, or `raw_data`.
 
     `sample_size` rows are drawn by `random_seed` and the rows' contents, so that they are the same on every
-    machine and from every kind of table. With `pin` the rows are frozen at first use, for all later runs.
+    machine and from every kind of table. With `pin` the rows are snapshot at first use, for all later runs.
     """
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)  # rows, or a URL, may be in it

@@ -61,7 +61,7 @@ def _standings(
     if len({one.dataset_hash for one in found}) > 1:
         raise InvalidCall(
             f"the models were not validated on the same rows of {dataset!r}: its source has changed "
-            "meanwhile; pin=True freezes them"
+            "meanwhile; pin=True takes a snapshot of them"
         )
     answers = [
         _answers(model, validation, one, home, context) for model, one in zip(models, found, strict=True)
@@ -93,8 +93,8 @@ def _of(report: ValidationReport, validation: Validation, dataset: str) -> Datas
 def _answers(
     model: Validated, validation: Validation, found: DatasetReport, home: Tables, context: Context
 ) -> dict[str, list[Answer]]:
-    frozen = kept(found.dataset, found.dataset_table, columns_of(validation, model), home)
+    snapshot = kept(found.dataset, found.dataset_table, columns_of(validation, model), home)
     sources = sources_of(
         packed(model.prepare(compare, context), validation.key[0]), validation.metrics, found.dataset
     )
-    return {metric: source.answers(home, found.answers, frozen) for metric, source in sources.items()}
+    return {metric: source.answers(home, found.answers, snapshot) for metric, source in sources.items()}

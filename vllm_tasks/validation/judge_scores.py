@@ -22,7 +22,7 @@ from vllm_tasks.metrics.judge import check_scale, judge_messages, verdict_schema
 from vllm_tasks.metrics.measure import Answer
 from vllm_tasks.validation import Metric
 from vllm_tasks.validation.predictions import Incomplete, Own, Round, Row, Source, predict_id_of, read
-from vllm_tasks.validation.snapshot import Frozen
+from vllm_tasks.validation.snapshot import Snapshot
 
 SCALE = 1, 5
 
@@ -37,7 +37,7 @@ class Judge(Model, Protocol):
 
 
 @dataclass(frozen=True)
-class Verdicts:
+class JudgeScores:
     """For each answer of a model a judge's verdict. A row that failed is not judged, and stays failed."""
 
     judged: Own
@@ -46,23 +46,23 @@ class Verdicts:
     predict_id: str
 
     @classmethod
-    def of(cls, judged: Own, metric: Metric, dataset: str) -> Verdicts:
+    def of(cls, judged: Own, metric: Metric, dataset: str) -> JudgeScores:
         """Raises `InvalidCall` for a metric without a rubric or a model that judges."""
         over = _asking(metric)
         model = judged.over.call.identifier
-        # Verdicts by another rubric, scale or judge are not compared with these.
+        # JudgeScores by another rubric, scale or judge are not compared with these.
         asked = f"{metric.identifier}-{over.fingerprint[:8]}"
         return cls(judged, over, predict_id_of(model, dataset, over.decoder, asked))
 
     def needed(self) -> list[Source]:
         return [self.judged, self]
 
-    def check(self, frozen: Frozen) -> None:
+    def check(self, snapshot: Snapshot) -> None:
         """What is judged is not known yet."""
 
-    def ask(self, round_: Round, frozen: Frozen) -> int:
-        answers = self.judged.answers(round_.home, round_.run, frozen)
-        pairs = [(c, a) for c, a in zip(frozen.cases, answers, strict=True) if a.prediction is not None]
+    def ask(self, round_: Round, snapshot: Snapshot) -> int:
+        answers = self.judged.answers(round_.home, round_.run, snapshot)
+        pairs = [(c, a) for c, a in zip(snapshot.cases, answers, strict=True) if a.prediction is not None]
         if not pairs:
             return 0
         table = f"_judged__{self.predict_id}"
@@ -77,9 +77,9 @@ class Verdicts:
         round_.home.put(table, pa.table(rows), ["run", "row"])
         return round_.ask(self.over, self.predict_id, table, of_run=True)
 
-    def answers(self, home: Tables, run: str, frozen: Frozen) -> list[Answer]:
+    def answers(self, home: Tables, run: str, snapshot: Snapshot) -> list[Answer]:
         rows = {row["row"]: row for row in read(home, run, self.predict_id, self.over.decoder)}
-        return [_judged(answer, rows) for answer in self.judged.answers(home, run, frozen)]
+        return [_judged(answer, rows) for answer in self.judged.answers(home, run, snapshot)]
 
 
 def _judged(answer: Answer, verdicts: Mapping[int, Row]) -> Answer:

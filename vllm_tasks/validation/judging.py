@@ -15,7 +15,7 @@ from vllm_tasks.validation.gate import verdict
 from vllm_tasks.validation.predictions import Source
 from vllm_tasks.validation.report import ChangedRow, DatasetReport, Record, WorstRow
 from vllm_tasks.validation.scores import Scored, compared, row_scores, score
-from vllm_tasks.validation.snapshot import Frozen
+from vllm_tasks.validation.snapshot import Snapshot
 from vllm_tasks.validation.statistics import Paired
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class Judging:
 
     validation: Validation
     home: Tables
-    frozen: Frozen
+    snapshot: Snapshot
     sources: Mapping[str, Source]
 
     def judged(
@@ -45,11 +45,11 @@ class Judging:
             now = answers[source.predict_id]
             scored = score(metric, now, on_error)
             values.append(scored.value)
-            scores[name] = {case.row: scored.scores.get(case.row) for case in self.frozen.cases}
+            scores[name] = {case.row: scored.scores.get(case.row) for case in self.snapshot.cases}
             if scored.table is not None:
                 tables[name] = scored.table
             worst += self._worst(metric, scored, now)
-            before = history.last_passed(past, self.frozen.hash, source.predict_id, name)
+            before = history.last_passed(past, self.snapshot.hash, source.predict_id, name)
             paired = None
             if before is not None and metric.measure().kind != "set":
                 place = source.predict_id, before.answers
@@ -58,14 +58,14 @@ class Judging:
                 paired, rows = self._compared(metric, scored, earlier[place], now)
                 changed += rows
             against = before.run if before is not None and paired is not None else None
-            verdicts.append(verdict(self.validation, self.frozen.dataset, scored.value, paired, against))
+            verdicts.append(verdict(self.validation, self.snapshot.dataset, scored.value, paired, against))
         own = answers[next(iter(answers))]
         report = DatasetReport(
-            dataset=self.frozen.dataset,
-            dataset_hash=self.frozen.hash,
-            dataset_table=self.frozen.table,
+            dataset=self.snapshot.dataset,
+            dataset_hash=self.snapshot.hash,
+            dataset_table=self.snapshot.table,
             run=run,
-            rows=len(self.frozen.cases),
+            rows=len(self.snapshot.cases),
             failed=sum(answer.prediction is None for answer in own),
             truncated=sum(answer.truncated for answer in own),
             outputs=self.home.where(outputs_name(next(iter(answers)))),
@@ -81,7 +81,7 @@ class Judging:
 
     def _earlier(self, source: Source, record: Record) -> list[Answer] | None:
         try:
-            return source.answers(self.home, record.answers, self.frozen)
+            return source.answers(self.home, record.answers, self.snapshot)
         except InvalidCall as error:
             logger.warning("the run %s cannot be compared with: %s", record.run, error)
             return None
@@ -112,8 +112,8 @@ class Judging:
                 row=row,
                 metric=metric.identifier,
                 score=now.scores[row],
-                inputs=self.frozen.cases[row].inputs,
-                target=self.frozen.cases[row].target,
+                inputs=self.snapshot.cases[row].inputs,
+                target=self.snapshot.cases[row].target,
                 said=said[row],
             )
             for row in wrong[: self.validation.rows_shown]
@@ -139,8 +139,8 @@ class Judging:
                 before=then[row],
                 after=now.scores[row],
                 is_win=gains[row] > 0,
-                inputs=self.frozen.cases[row].inputs,
-                target=self.frozen.cases[row].target,
+                inputs=self.snapshot.cases[row].inputs,
+                target=self.snapshot.cases[row].target,
                 said_before=_said(before[row]),
                 said_after=_said(after[row]),
             )

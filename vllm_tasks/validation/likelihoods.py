@@ -26,7 +26,7 @@ from vllm_tasks.rows import Completion, Request, RowError
 from vllm_tasks.validation import Metric
 from vllm_tasks.validation.expected import expected
 from vllm_tasks.validation.predictions import Incomplete, Round, Row, Source, predict_id_of, read
-from vllm_tasks.validation.snapshot import Case, Frozen, has_rows
+from vllm_tasks.validation.snapshot import Case, Snapshot, has_rows
 
 KEY = "row", "part"
 PROMPT_ALONE = -1
@@ -80,21 +80,21 @@ class Likelihoods:
     def needed(self) -> list[Source]:
         return [self]
 
-    def check(self, frozen: Frozen) -> None:
-        _texts(frozen.cases, self.metric)
+    def check(self, snapshot: Snapshot) -> None:
+        _texts(snapshot.cases, self.metric)
 
-    def ask(self, round_: Round, frozen: Frozen) -> int:
-        texts, _ = _texts(frozen.cases, self.metric)
+    def ask(self, round_: Round, snapshot: Snapshot) -> int:
+        texts, _ = _texts(snapshot.cases, self.metric)
         parts = 1 + max(map(len, texts))
-        return round_.ask(self.over, self.predict_id, _kept(round_.home, frozen, texts), KEY, parts=parts)
+        return round_.ask(self.over, self.predict_id, _kept(round_.home, snapshot, texts), KEY, parts=parts)
 
-    def answers(self, home: Tables, run: str, frozen: Frozen) -> list[Answer]:
-        texts, targets = _texts(frozen.cases, self.metric)
+    def answers(self, home: Tables, run: str, snapshot: Snapshot) -> list[Answer]:
+        texts, targets = _texts(snapshot.cases, self.metric)
         rows = read(home, run, self.predict_id, self.over.decoder, KEY)
         found = {(row["row"], row["part"]): row for row in rows}
         return [
             _answer(case, own, target, found, len(_delimiter(self.metric)))
-            for case, own, target in zip(frozen.cases, texts, targets, strict=True)
+            for case, own, target in zip(snapshot.cases, texts, targets, strict=True)
         ]
 
 
@@ -148,15 +148,15 @@ def _index(case: Case, choices: list[Any], metric: Metric) -> int:
     )
 
 
-def _kept(home: Tables, frozen: Frozen, texts: list[list[str]]) -> str:
+def _kept(home: Tables, snapshot: Snapshot, texts: list[list[str]]) -> str:
     """The table of prompts and texts, one row each, made unless it is there."""
     rows = [
         (case.row, part, exact_json.dumps([case.inputs, text]))
-        for case, own in zip(frozen.cases, texts, strict=True)
+        for case, own in zip(snapshot.cases, texts, strict=True)
         for part, text in enumerate([None, *own], PROMPT_ALONE)
     ]
     digest = hashlib.sha256(canonical(rows).encode()).hexdigest()
-    name = f"_texts__{frozen.dataset}__{digest[:12]}"
+    name = f"_texts__{snapshot.dataset}__{digest[:12]}"
     if not has_rows(home, name):
         numbers, parts, inputs = map(list, zip(*rows, strict=True))
         home.put(name, pa.table({"row": numbers, "part": parts, "input": inputs}), KEY)

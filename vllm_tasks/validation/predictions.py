@@ -20,12 +20,12 @@ from vllm_tasks.datalayer.workspace import literal
 from vllm_tasks.errors import InvalidCall, TooManyFailed
 from vllm_tasks.metrics.data import JsonText
 from vllm_tasks.metrics.measure import Answer
-from vllm_tasks.tables.arguments import pace_of
+from vllm_tasks.tables.arguments import commit_policy_of
 from vllm_tasks.tables.budget import Budget
 from vllm_tasks.tables.job import Display, Job
 from vllm_tasks.tables.predict import commit_answers
 from vllm_tasks.tables.report import Report, Tally
-from vllm_tasks.validation.snapshot import Case, Frozen
+from vllm_tasks.validation.snapshot import Case, Snapshot
 
 Row = dict[str, Any]
 PLAIN = [("output", "str")]
@@ -104,7 +104,7 @@ class Round:
 
     def _commit(self, over: TableCall, predict_id: str, selection: Selection, budget: Budget) -> Report:
         output = OutputTable(selection.outputs, over.decoder.columns, over.decoder.flatten)
-        job = Job.of(over, self.home, selection, pace_of(None), budget, None)
+        job = Job.of(over, self.home, selection, commit_policy_of(None), budget, None)
         try:
             return commit_answers(predict_id, job, output, self.display(predict_id), Tally())
         except TooManyFailed as error:
@@ -126,13 +126,13 @@ class Source(Protocol):
     def needed(self) -> list[Source]:
         """What is asked, in this order: what it is of, and itself."""
 
-    def check(self, frozen: Frozen) -> None:
+    def check(self, snapshot: Snapshot) -> None:
         """Refuse what could not be asked (`InvalidCall`), before anything is."""
 
-    def ask(self, round_: Round, frozen: Frozen) -> int:
+    def ask(self, round_: Round, snapshot: Snapshot) -> int:
         """Ask what this run has not asked yet; returns for how many rows."""
 
-    def answers(self, home: Tables, run: str, frozen: Frozen) -> list[Answer]:
+    def answers(self, home: Tables, run: str, snapshot: Snapshot) -> list[Answer]:
         """What `run` came to, one answer for each row in order; raises `Incomplete`."""
 
 
@@ -150,17 +150,17 @@ class Own:
     def needed(self) -> list[Source]:
         return [self]
 
-    def check(self, frozen: Frozen) -> None:
+    def check(self, snapshot: Snapshot) -> None:
         """Each row is checked when it is asked."""
 
-    def ask(self, round_: Round, frozen: Frozen) -> int:
-        return round_.ask(self.over, self.predict_id, frozen.table)
+    def ask(self, round_: Round, snapshot: Snapshot) -> int:
+        return round_.ask(self.over, self.predict_id, snapshot.table)
 
-    def answers(self, home: Tables, run: str, frozen: Frozen) -> list[Answer]:
+    def answers(self, home: Tables, run: str, snapshot: Snapshot) -> list[Answer]:
         rows = {row["row"]: row for row in read(home, run, self.predict_id, self.over.decoder)}
-        if missing := [case.row for case in frozen.cases if case.row not in rows]:
+        if missing := [case.row for case in snapshot.cases if case.row not in rows]:
             raise Incomplete(f"{run} has no answer for {len(missing)} rows, for example {missing[0]}")
-        return [_answer(rows[case.row], case) for case in frozen.cases]
+        return [_answer(rows[case.row], case) for case in snapshot.cases]
 
 
 def _answer(row: Row, case: Case) -> Answer:

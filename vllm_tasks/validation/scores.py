@@ -15,7 +15,7 @@ from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.measure import Answer, Confusion, Likelihood, Measure, Sums
 from vllm_tasks.validation import OWN_OPTIONS, Metric
 from vllm_tasks.validation.report import OnError, Value
-from vllm_tasks.validation.snapshot import Frozen
+from vllm_tasks.validation.snapshot import Snapshot
 from vllm_tasks.validation.statistics import (
     Array,
     Interval,
@@ -78,8 +78,8 @@ def score(metric: Metric, answers: Sequence[Answer], on_error: OnError) -> Score
     )
 
 
-def check(metric: Metric, frozen: Frozen, decoder: RowDecoder) -> None:
-    """Refuse options, and targets of `frozen`, that no answer could be scored with (`InvalidCall`).
+def check(metric: Metric, snapshot: Snapshot, decoder: RowDecoder) -> None:
+    """Refuse options, and targets of `snapshot`, that no answer could be scored with (`InvalidCall`).
 
     Built-in metrics score an empty answer, of the kind that `decoder` makes, to each row for that, so that it
     costs no GPU to find out.
@@ -87,7 +87,7 @@ def check(metric: Metric, frozen: Frozen, decoder: RowDecoder) -> None:
     measure = metric.measure()
     if metric.built_in is None or measure.asks == "verdict":
         return
-    targets: list[Any] = [case.target for case in frozen.cases]
+    targets: list[Any] = [case.target for case in snapshot.cases]
     kinds = {column.name: column.kind for column in decoder.columns}
     empty: Any = EMPTY.get(kinds["output"], "") if kinds.keys() == {"output"} else {}
     if measure.asks == "likelihood":  # its texts are checked where they are made

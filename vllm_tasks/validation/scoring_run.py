@@ -21,13 +21,13 @@ from vllm_tasks.tables.arguments import check_max_failed, datalayer_of
 from vllm_tasks.tables.job import Display
 from vllm_tasks.tables.predict import Log
 from vllm_tasks.validation import Dataset, Metric, Validation, history
-from vllm_tasks.validation.judge_scores import Verdicts
+from vllm_tasks.validation.judge_scores import JudgeScores
 from vllm_tasks.validation.judging import Judging
 from vllm_tasks.validation.likelihoods import Likelihoods
 from vllm_tasks.validation.predictions import Own, Round, Source, packed, predict_id_of
 from vllm_tasks.validation.report import DatasetReport, Record, ValidationReport
 from vllm_tasks.validation.scores import check
-from vllm_tasks.validation.snapshot import Columns, Frozen, freeze
+from vllm_tasks.validation.snapshot import Columns, Snapshot, take_snapshot
 from vllm_tasks.validation.validated import Validated
 
 logger = logging.getLogger(__name__)
@@ -57,14 +57,14 @@ def scored(
     try:
         over = packed(call, validation.key[0])
         run = _Run(model, validation, over, home, reuse, retry_failed, max_failed, flow_run, display or _log)
-        rows = [freeze(dataset, columns_of(validation, model), home) for dataset in chosen]
-        for frozen in rows:
-            for source in distinct_of(sources_of(over, validation.metrics, frozen.dataset).values()):
-                source.check(frozen)
+        rows = [take_snapshot(dataset, columns_of(validation, model), home) for dataset in chosen]
+        for snapshot in rows:
+            for source in distinct_of(sources_of(over, validation.metrics, snapshot.dataset).values()):
+                source.check(snapshot)
             for metric in validation.metrics:
-                check(metric, frozen, over.decoder)
+                check(metric, snapshot, over.decoder)
         # All are asked before any is recorded: what is gone on with is the whole call.
-        found = run.recorded([run.found(frozen) for frozen in rows])
+        found = run.recorded([run.found(snapshot) for snapshot in rows])
     finally:
         home.close()
     for one in found:
@@ -125,7 +125,7 @@ def sources_of(over: TableCall, metrics: Sequence[Metric], dataset: str) -> dict
         if asks == "likelihood":
             sources[metric.identifier] = Likelihoods.of(over, metric, dataset)
         elif asks == "verdict":
-            sources[metric.identifier] = Verdicts.of(own, metric, dataset)
+            sources[metric.identifier] = JudgeScores.of(own, metric, dataset)
         else:
             sources[metric.identifier] = own
     return sources
@@ -160,23 +160,23 @@ class _Run:
     flow_run: str | None
     display: Callable[[str], Display]
 
-    def found(self, frozen: Frozen) -> Found:
+    def found(self, snapshot: Snapshot) -> Found:
         """One data set: ask, score, compare."""
-        sources = sources_of(self.over, self.validation.metrics, frozen.dataset)
+        sources = sources_of(self.over, self.validation.metrics, snapshot.dataset)
         distinct = distinct_of(sources.values())
-        answered = self._answered(frozen, distinct[0])
-        may_fail = self._may_fail(len(frozen.cases))
-        round_ = Round(self.home, answered, may_fail, len(frozen.cases), self.retry_failed, self.display)
-        asked = sum(source.ask(round_, frozen) for source in distinct)
-        answers = {s.predict_id: s.answers(self.home, answered, frozen) for s in distinct}
+        answered = self._answered(snapshot, distinct[0])
+        may_fail = self._may_fail(len(snapshot.cases))
+        round_ = Round(self.home, answered, may_fail, len(snapshot.cases), self.retry_failed, self.display)
+        asked = sum(source.ask(round_, snapshot) for source in distinct)
+        answers = {s.predict_id: s.answers(self.home, answered, snapshot) for s in distinct}
         for each in answers.values():
-            self._refuse_many_failed(frozen, each, may_fail)
-        past = history.records_of(self.home, self.model.identifier, frozen.dataset)
+            self._refuse_many_failed(snapshot, each, may_fail)
+        past = history.records_of(self.home, self.model.identifier, snapshot.dataset)
         scored_before = any(record.answers == answered for record in past)
-        run = history.new_run(frozen.hash) if scored_before else answered
-        report, scores = Judging(self.validation, self.home, frozen, sources).judged(run, answers, past)
+        run = history.new_run(snapshot.hash) if scored_before else answered
+        report, scores = Judging(self.validation, self.home, snapshot, sources).judged(run, answers, past)
         report = replace(report, asked=asked)
-        return Found(report, self._records(frozen, sources, report, answered), scores)
+        return Found(report, self._records(snapshot, sources, report, answered), scores)
 
     def recorded(self, found: Sequence[Found]) -> tuple[DatasetReport, ...]:
         """All that was found is in the history after this, or nothing."""
@@ -189,16 +189,16 @@ class _Run:
 
     # ------------------------------------------------------------------ asking
 
-    def _answered(self, frozen: Frozen, first: Source) -> str:
+    def _answered(self, snapshot: Snapshot, first: Source) -> str:
         """A run to go on with or, for `reuse`, to score again; else a new one. What is asked first decides:
         later sources depend on it, or are asked anew where they are others."""
-        asked = self.home, first.predict_id, frozen.hash, first.over.fingerprint
+        asked = self.home, first.predict_id, snapshot.hash, first.over.fingerprint
         if self.reuse and (runs := history.runs_answered(*asked)):
             return max(runs, key=history.began)
-        if run := history.interrupted(*asked, self.model.identifier, frozen.dataset):
-            logger.info("%s on %s: going on with the run %s", self.model.identifier, frozen.dataset, run)
+        if run := history.interrupted(*asked, self.model.identifier, snapshot.dataset):
+            logger.info("%s on %s: going on with the run %s", self.model.identifier, snapshot.dataset, run)
             return run
-        return history.new_run(frozen.hash)
+        return history.new_run(snapshot.hash)
 
     def _may_fail(self, rows: int) -> int | None:
         """How many of so many rows; None for any number."""
@@ -207,12 +207,14 @@ class _Run:
             return None
         return int(allowed * rows) if isinstance(allowed, float) else allowed
 
-    def _refuse_many_failed(self, frozen: Frozen, answers: Sequence[Answer], may_fail: int | None) -> None:
+    def _refuse_many_failed(
+        self, snapshot: Snapshot, answers: Sequence[Answer], may_fail: int | None
+    ) -> None:
         """A run that was interrupted and gone on with may have more failed rows than its last part."""
         failed = [answer for answer in answers if answer.prediction is None]
         if failed and may_fail is not None and len(failed) > may_fail:
             raise InvalidCall(
-                f"{len(failed)} of {len(answers)} rows of {frozen.dataset!r} failed, more than "
+                f"{len(failed)} of {len(answers)} rows of {snapshot.dataset!r} failed, more than "
                 f"max_failed={self.max_failed!r} allows, for example: {failed[0].error}; correct the cause "
                 "and validate again with retry_failed=True, or allow more"
             )
@@ -220,7 +222,7 @@ class _Run:
     # ------------------------------------------------------------------ recording
 
     def _records(
-        self, frozen: Frozen, sources: Mapping[str, Source], report: DatasetReport, answered: str
+        self, snapshot: Snapshot, sources: Mapping[str, Source], report: DatasetReport, answered: str
     ) -> list[Record]:
         at = datetime.now(UTC)
         passed = not report.reasons
@@ -230,9 +232,9 @@ class _Run:
                 answers=answered,
                 metric=value.metric,
                 model=self.model.identifier,
-                dataset=frozen.dataset,
-                dataset_hash=frozen.hash,
-                dataset_table=frozen.table,
+                dataset=snapshot.dataset,
+                dataset_hash=snapshot.hash,
+                dataset_table=snapshot.table,
                 outputs=sources[value.metric].predict_id,
                 fingerprint=sources[value.metric].over.fingerprint,
                 value=value.value,

@@ -1,7 +1,7 @@
 """The rows of a data set as a validation asks them: drawn, put in order, hashed and kept beside the outputs.
 
 Which rows a sample has, and their order, follows from their contents and the seed alone: the same on every
-machine and from every kind of table. The frozen table, `_dataset__<identifier>__<hash>`, has the columns
+machine and from every kind of table. The snapshot table, `_dataset__<identifier>__<hash>`, has the columns
 `row` (from 0), `input` (the values of X's columns), `target` and, for a metric, `choices`, as `exact_json`
 writes them: a prompt is made of the values that the source gave, as in `predict_in_db`.
 """
@@ -42,7 +42,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Frozen:
+class Snapshot:
     """A data set's rows, as they are asked and scored."""
 
     dataset: str
@@ -66,13 +66,13 @@ class Columns:
         return list(dict.fromkeys((*self.inputs, self.target, *extra)))
 
 
-def kept(dataset: str, table: str, columns: Columns, home: Tables) -> Frozen:
+def kept(dataset: str, table: str, columns: Columns, home: Tables) -> Snapshot:
     """The rows that a validation froze as `table`."""
     cases = _kept(home, table, columns)
-    return Frozen(dataset, table, _hash(cases), cases)
+    return Snapshot(dataset, table, _hash(cases), cases)
 
 
-def freeze(dataset: Dataset, columns: Columns, home: Tables) -> Frozen:
+def take_snapshot(dataset: Dataset, columns: Columns, home: Tables) -> Snapshot:
     """The rows of `dataset`, kept in `home`.
 
     Raises `InvalidCall` for a column that is not there, a set without rows, answers that are NULL, fewer rows
@@ -88,7 +88,7 @@ def freeze(dataset: Dataset, columns: Columns, home: Tables) -> Frozen:
         home.put(table, _as_table(cases), ["row"])
     if pinned is not None:
         return kept(dataset.identifier, table, columns, home)  # a rival may have been first
-    return Frozen(dataset.identifier, table, digest, cases)
+    return Snapshot(dataset.identifier, table, digest, cases)
 
 
 def has_rows(home: Tables, table: str) -> bool:
