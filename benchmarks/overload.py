@@ -62,7 +62,7 @@ QUICK, SLOW = Limits(32, 0.25), Limits(16, 1.0)
 OUT = replace(QUICK, outage=10.0, outage_after=500)
 ROOMY = Limits(64, 0.25, beyond=0)
 DEAF = replace(ROOMY, deaf=0.8, outage=1.5, outage_status=429, outage_after=500)
-GRACE_PERIOD = replace(ROOMY, outage=1.0, outage_after=500, outage_status=0)
+AWAY = replace(ROOMY, outage=1.0, outage_after=500, outage_status=0)
 CASES = (
     Case("429", QUICK),
     Case("503", replace(QUICK, beyond=503)),
@@ -81,7 +81,7 @@ CASES = (
     Case("takes all; a row never ends", replace(ROOMY, hangs=300), window=64, timeout=3.0, rows=3000),
     Case("deaf for 0.8 s, then 429 for 1.5 s", DEAF, window=64, timeout=1.0, rows=3000),
     Case("429, one of two servers", Limits(2, 1.0), window=64, rows=2000, beside=(ROOMY,)),
-    Case("three of four away for 1 s", ROOMY, window=64, rows=8000, beside=(GRACE_PERIOD,) * 3),
+    Case("three of four away for 1 s", ROOMY, window=64, rows=8000, beside=(AWAY,) * 3),
 )
 HOW = f"""\
 One client process (`VllmAPI`, defaults but for the window) and one server process, which answers 32 requests
