@@ -75,7 +75,7 @@ class Tries:
             self.answers_before = self.servers.answers
         self.refusals += 1
         turns = (self.servers.answers - self.answers_before) / self.servers.places
-        impatient = self.servers.is_patience_over()
+        impatient = self.servers.is_patience_over(self.began)
         if self.refusals > self.retries and (turns >= TURNS or (turns and impatient)):
             return RowError(full.kind, f"{full.message} (after {self.refusals} attempts)", retryable=True)
         if impatient and full.kind == "connection":  # it is our own files that there are too few of
