@@ -704,6 +704,19 @@ def test_servers_that_are_down_are_left_alone(
         assert (server.posts, third.posts) == ([], [])
 
 
+def test_rows_that_take_longer_than_the_patience_are_no_silence(
+    server: ScriptedServer, other: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one server works, rows that find the other one away wait, however often they do."""
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.2")
+    monkeypatch.setattr(servers, "LEFT_ALONE", 0.05)
+    other.script = lambda _: asyncio.sleep(1)
+    server.stop()
+    xs = [str(i) for i in range(6)]
+    model = api([server.url, other.url], max_in_flight=2, retries=0)
+    assert model.predict_batches(xs) == [answer_to(x) for x in xs]
+
+
 def test_a_server_that_was_down_gets_rows_again(
     server: ScriptedServer, other: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

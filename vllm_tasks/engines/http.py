@@ -153,6 +153,8 @@ class HttpEngine:
                 outcome = await self._outcome(server, request, tries)
             except Unreachable as error:
                 self._servers.lose(server, str(error))
+                if self._names.are_carried:
+                    self._servers.hear()
                 outcome = tries.lose(str(error))
             except Full as full:
                 tries.leave()  # before it is asked whether others are at work

@@ -97,11 +97,6 @@ class Servers:
         self.news = asyncio.Event()
         """Set whenever a place is given back, or a server lost or trusted again."""
 
-    @property
-    def at_work(self) -> int:
-        """How many rows have a place."""
-        return sum(server.room.open for server in self.all)
-
     # ------------------------------------------------------------------ places
 
     async def place(self) -> Server:
@@ -131,7 +126,7 @@ class Servers:
 
     async def _change(self) -> None:
         """Wait until a place is given back, a server may take more, or one is found."""
-        if not any(server.is_there for server in self.all):
+        if not self.is_any_there:
             await self._find_any()
             return
         now = time.monotonic()
@@ -195,20 +190,29 @@ class Servers:
     def answer(self, server: Server, sent: float) -> None:
         """A server has dealt with a row that was sent at `sent`, and so has room again."""
         self.answers += 1
-        self._heard = time.monotonic()
+        self.hear()
         self._full_since = None
         server.room.answer(sent)
+
+    def hear(self) -> None:
+        """A server has answered a row, or works on one."""
+        self._heard = time.monotonic()
+
+    @property
+    def is_any_there(self) -> bool:
+        """Whether rows may go anywhere, as far as we know."""
+        return any(server.is_there for server in self.all)
 
     def is_patience_over(self, began: float) -> bool:
         """Whether for the patience, and since `began`, no row has been answered or worked on, but all were
         refused for load."""
         now = time.monotonic()
-        if self._full_since is None or self.at_work:
+        if self._full_since is None or any(server.room.open for server in self.all):
             self._full_since = now
         return now - max(self._full_since, began) > self.patience
 
     def is_silent_since(self, began: float) -> bool:
-        """Whether no row has been answered for the patience, nor since `began`."""
+        """Whether no row has been answered or worked on for the patience, nor since `began`."""
         return time.monotonic() - max(self._heard, began) > self.patience
 
     # ------------------------------------------------------------------ servers in doubt
@@ -331,7 +335,8 @@ class Servers:
             if server is None:
                 self.leave(server := await self.place())
             if await self._is_known(server):
-                model = str(server.model)
+                model = server.model
+                assert model is not None
                 told = await self.control.facts(server.url, model)
                 if told or server.is_there:  # else rows have found out meanwhile that it is away
                     return {"model": model, **told}

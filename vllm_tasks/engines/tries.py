@@ -62,7 +62,7 @@ class Tries:
         in_vain = self.lost - len(self.servers.all)
         if in_vain > self.retries and self.servers.is_silent_since(self.began):
             raise self.servers.unavailable(why)
-        return backoff(in_vain) if in_vain > 0 else 0.0
+        return backoff(in_vain) if in_vain > 0 and not self.servers.is_any_there else 0.0
 
     def refuse(self, full: Full) -> float | RowError:
         """The server is full, which is not the row's failure, whatever the `retries`: it waits for a place.
