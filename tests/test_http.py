@@ -1299,6 +1299,29 @@ def test_a_slow_health_check_holds_up_its_row_only(
     assert max(b - a for a, b in itertools.pairwise(sent)) < 0.7
 
 
+def test_a_health_check_that_hangs_ends_no_call_whose_rows_are_answered(
+    server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that is answered meanwhile lets the next one try, whatever becomes of the search."""
+    monkeypatch.setattr(control, "CONTROL_TIMEOUT", 0.3)
+    monkeypatch.setattr(servers, "LEFT_ALONE", 0.1)
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "1")
+    failed = set()
+
+    async def script(asked: Asked) -> Deed:
+        if asked.body is None:
+            return await hang(asked)
+        if asked.prompt == "0" and asked.prompt not in failed:
+            failed.add(asked.prompt)
+            return refused(502, "bad gateway")
+        await asyncio.sleep(0.8)
+        return None
+
+    server.script = script
+    xs = [str(i) for i in range(12)]
+    assert api(max_in_flight=4).predict_batches(xs) == [answer_to(x) for x in xs]
+
+
 def test_a_gateway_without_a_server_ends_the_call_after_the_patience(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,7 +151,8 @@ class Servers:
         started = time.monotonic()
         urls = ", ".join(s.url for s in self.all)
         logger.warning("no server answers at %s; waiting up to %g s", urls, self.patience)
-        watches = [asyncio.create_task(self._watch(server)) for server in self.all]
+        looks = [*(self._watch(server) for server in self.all), self._comes_free()]
+        watches = [asyncio.create_task(look) for look in looks]
         try:
             seconds = max(self.patience, LEAST_SEARCH)
             found, _ = await asyncio.wait(watches, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -178,6 +179,12 @@ class Servers:
             else:
                 server.avoid_until = 0.0
                 return
+
+    async def _comes_free(self) -> None:
+        """Return when a row leaves a server that may be tried again, whatever it says of its health."""
+        while self._free() is None:
+            self.news.clear()
+            await self.news.wait()
 
     def unavailable(self, last: str) -> ServerUnavailable:
         """What ends a call after the patience; `last` is what was heard last."""
