@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from vllm_tasks.engines.http import attempts as tries
 from vllm_tasks.engines.http import capacity as room
 from vllm_tasks.engines.http import control, servers
 from vllm_tasks.engines.http import engine as http
+from vllm_tasks.engines.http.servers import Servers
+from vllm_tasks.engines.http.urls import split_urls
 from vllm_tasks.errors import RowErrors, ServerUnavailable
 from vllm_tasks.results import Completion
 
@@ -96,7 +98,48 @@ def only_error(model: VllmAPI, x: Any = "x", **sampling: Any) -> RowError:
     return error
 
 
+def on_servers(model: VllmAPI, work: Callable[[Servers], Awaitable[object]]) -> None:
+    """Do `work` with the servers of an engine of its own; it may not take long."""
+
+    async def do() -> None:
+        engine = http.HttpEngine(model.engine_config())
+        await engine.start()
+        try:
+            await asyncio.wait_for(work(engine._servers), 10)
+        finally:
+            await engine.close()
+
+    engine_loop.run(do())
+
+
+async def lose_all(servers: Servers) -> None:
+    """As if a row had found each of them away."""
+    for server in servers.all:
+        servers.lose(server, "away")
+
+
 # ---------------------------------------------------------------------- protocols
+
+
+@pytest.mark.parametrize(
+    ("url", "base", "protocol"),
+    [
+        ("http://generate", "http://generate", "openai"),
+        ("http://v1/", "http://v1", "openai"),
+        ("http://v1/v1/completions", "http://v1", "completions"),
+        ("http://generate/api/generate", "http://generate/api", "legacy"),
+    ],
+)
+def test_a_host_with_the_name_of_a_path_is_a_host(url: str, base: str, protocol: str) -> None:
+    """What a URL says of the protocol stands in its path alone."""
+    assert split_urls(url) == ((base,), protocol)
+
+
+@pytest.mark.parametrize("host", ["my..host", "a" * 64 + ".com"])
+def test_a_host_that_cannot_be_looked_up_is_the_calls_fault(host: str) -> None:
+    """Such a name is no server that may come back."""
+    with pytest.raises(InvalidCall, match=f"{host}.*label empty or too long"):
+        split_urls(f"http://{host}:8000")
 
 
 def test_legacy_posts_prompt_and_sampling_and_cuts_the_prompt_off(server: ScriptedServer) -> None:
@@ -408,6 +451,19 @@ def test_a_server_that_echoes_the_key_does_not_get_it_into_errors(
     assert KEY not in seen
 
 
+@pytest.mark.parametrize("status", [200, 401, 500])
+@pytest.mark.parametrize("key", ["sk-base64/of/it", 'sk-"quoted"', KEY + "0123456789" * 8])
+def test_a_key_is_hidden_in_every_form_that_json_has_for_it(
+    server: ScriptedServer, api: Make, key: str, status: int
+) -> None:
+    """Neither escaped, nor cut in the middle because it is long, does it get into an error."""
+    said = json.dumps({"error": {"message": f"bad key {key}"}, "key": key}).replace("/", r"\/")
+    server.script = lambda asked: Reply(said.encode(), status) if asked.body else None
+    with pytest.raises((InvalidCall, RowErrors)) as raised:
+        api(api_key=key).predict("x")
+    assert key[:12] not in str(raised.value)
+
+
 @pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY}\r\nX: y", f" {KEY}", f"{KEY}é", f"{KEY}\0"])
 def test_a_key_that_no_header_can_carry_is_refused_before_it_is_sent(
     server: ScriptedServer, api: Make, key: str
@@ -614,6 +670,20 @@ def test_a_server_that_comes_back_with_another_model_ends_the_call(
     assert model.predict("x") == answer_to("x")
 
 
+def test_rows_that_get_no_connection_in_their_time_are_not_late(server: ScriptedServer, api: Make) -> None:
+    """A machine that swallows all packets is a lost server, however short the `timeout`: others take over."""
+    with socket.socket() as hole, socket.socket() as a, socket.socket() as b:
+        hole.bind(("127.0.0.1", 0))
+        hole.listen(0)
+        for filler in (a, b):  # from then on no connection is accepted, nor refused
+            filler.setblocking(False)
+            filler.connect_ex(hole.getsockname())
+        server.script = lambda _: asyncio.sleep(0.05)
+        xs = [str(i) for i in range(60)]
+        model = api([f"http://127.0.0.1:{hole.getsockname()[1]}", server.url], timeout=1, max_in_flight=4)
+        assert model.predict_batches(xs) == [answer_to(x) for x in xs]
+
+
 @pytest.mark.parametrize(("retries", "name"), [(0, "m"), (1, "m"), (0, None)])
 def test_servers_that_are_down_are_left_alone(
     server: ScriptedServer,
@@ -638,6 +708,19 @@ def test_servers_that_are_down_are_left_alone(
         third.start()
         assert model.predict_batches(xs) == [answer_to(x) for x in xs]
         assert (server.posts, third.posts) == ([], [])
+
+
+def test_rows_that_take_longer_than_the_patience_are_no_silence(
+    server: ScriptedServer, other: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one server works, rows that find the other one away wait, however often they do."""
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.2")
+    monkeypatch.setattr(servers, "LEFT_ALONE", 0.05)
+    other.script = lambda _: asyncio.sleep(1)
+    server.stop()
+    xs = [str(i) for i in range(6)]
+    model = api([server.url, other.url], max_in_flight=2, retries=0)
+    assert model.predict_batches(xs) == [answer_to(x) for x in xs]
 
 
 def test_a_server_that_was_down_gets_rows_again(
@@ -832,6 +915,25 @@ def test_a_key_that_is_revoked_under_way_ends_the_call(
     assert len(server.posts) < 70
 
 
+def test_a_denied_row_waits_for_none_of_another_path(server: ScriptedServer, api: Make) -> None:
+    """What a chat that takes long answers tells nothing of a path that the server does not have."""
+
+    async def script(asked: Asked) -> Deed:
+        if asked.path == "/v1/completions":
+            return refused(404, "no such path")
+        await asyncio.sleep(3)
+        return None
+
+    server.script = script
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(api(server.url, chat=True).predict, "x")
+        server.wait_until(lambda: server.open)
+        with pytest.raises(InvalidCall, match="no such path"):
+            api(server.url, chat=False).predict("x")
+        assert not call.done()
+        assert call.result() == answer_to("x")
+
+
 def test_sampling_that_is_no_json_is_the_calls_fault(server: ScriptedServer, api: Make) -> None:
     """A sampling value that cannot be sent raises InvalidCall before anything is."""
     with pytest.raises(InvalidCall, match="set is not JSON serializable"):
@@ -989,7 +1091,7 @@ def test_an_unhealthy_server_is_not_a_server(
 ) -> None:
     """Once a server failed, a health check that says 503 keeps the wait going, whatever else answers."""
     monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.3")
-    failures = [Raw(reset=True)]
+    failures = [Raw(reset=True)] * 2  # a control call is sent once more by itself
 
     def script(asked: Asked) -> Deed:
         if asked.path == "/health":
@@ -1089,6 +1191,69 @@ def test_rows_that_always_fail_are_told_from_an_outage_at_the_end_too(
     assert [a.prompt for a in server.posts if a.prompt.startswith("z")].count("z3") == 2
 
 
+def test_a_server_that_refuses_now_what_it_had_answered_is_there(
+    server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that comes back with a shorter context is not away because the row that proves it is too long."""
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.5")
+    model = api(max_in_flight=1, retries=0)
+    model.predict("x")
+    server.script = lambda asked: refused(500, "away") if asked.body else None
+    with pytest.raises(ServerUnavailable):
+        model.predict("y")
+    server.script = by_prompt(x=refused(400, "maximum model length"))
+    assert model.predict("y") == answer_to("y")
+
+
+def test_what_a_server_serves_is_told_without_a_proof(
+    server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has failed rows, and is full now, still says what it serves; rows wait for their place."""
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.5")
+    monkeypatch.setattr(servers, "LEFT_ALONE", 0.3)
+    model = api(model=None)
+    model.predict("x")
+    server.script = lambda asked: refused(500, "away") if asked.body else None
+    with pytest.raises(ServerUnavailable):
+        model.predict_batches(["x", "y"])
+    time.sleep(0.4)  # then no search looks whether it is well
+    server.script = once(*[refused(429, "full")] * 3)
+    assert engine_loop.run(sharing.facts(model.engine_config()))["model"] == MODEL
+    assert model.predict("y") == answer_to("y")
+
+
+def test_servers_that_hang_do_not_hold_up_the_search(
+    server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All are asked for their health at once: the one that is well is found, however many are not."""
+    monkeypatch.setattr(control, "CONTROL_TIMEOUT", 1.0)
+    monkeypatch.setattr(servers, "LEFT_ALONE", 60.0)
+
+    async def script(asked: Asked) -> Deed:
+        return Reply() if asked.path.startswith("/well") else await hang(asked)
+
+    server.script = script
+    model = api([*(f"{server.url}/{i}" for i in range(40)), f"{server.url}/well"])
+
+    async def find(servers: Servers) -> None:
+        await lose_all(servers)
+        assert (await servers.place()).url == f"{server.url}/well"
+
+    on_servers(model, find)
+
+
+def test_a_health_check_that_leads_nowhere_is_no_failure(server: ScriptedServer, api: Make) -> None:
+    """A redirect to what is no URL answers, like any other, and whoever waits for the server goes on."""
+    elsewhere = Reply(status=302, headers={"Location": "http://[bad"})
+    server.script = lambda asked: elsewhere if asked.path == "/health" else None
+
+    async def find(servers: Servers) -> None:
+        await lose_all(servers)
+        await servers.place()
+
+    on_servers(api(), find)
+
+
 # ---------------------------------------------------------------------- behind a gateway
 
 
@@ -1138,6 +1303,29 @@ def test_a_slow_health_check_holds_up_its_row_only(
     assert api(model=model, max_in_flight=8).predict_batches(xs) == [answer_to(x) for x in xs]
     sent = [asked.at for asked in server.posts[:390]]
     assert max(b - a for a, b in itertools.pairwise(sent)) < 0.7
+
+
+def test_a_health_check_that_hangs_ends_no_call_whose_rows_are_answered(
+    server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that is answered meanwhile lets the next one try, whatever becomes of the search."""
+    monkeypatch.setattr(control, "CONTROL_TIMEOUT", 0.3)
+    monkeypatch.setattr(servers, "LEFT_ALONE", 0.1)
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "1")
+    failed = set()
+
+    async def script(asked: Asked) -> Deed:
+        if asked.body is None:
+            return await hang(asked)
+        if asked.prompt == "0" and asked.prompt not in failed:
+            failed.add(asked.prompt)
+            return refused(502, "bad gateway")
+        await asyncio.sleep(0.8)
+        return None
+
+    server.script = script
+    xs = [str(i) for i in range(12)]
+    assert api(max_in_flight=4).predict_batches(xs) == [answer_to(x) for x in xs]
 
 
 def test_a_gateway_without_a_server_ends_the_call_after_the_patience(
@@ -1230,6 +1418,45 @@ def test_a_call_interrupted_while_it_looks_for_a_server_stops_looking(
     seen = health_checks()
     time.sleep(0.5)
     assert health_checks() == seen
+
+
+@pytest.mark.parametrize("seconds", [0, 0.3])
+def test_a_row_after_one_that_was_cancelled_in_the_queue_has_its_turn(
+    server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """Whether it comes in the moment of the cancellation, or when nobody looks for the server any more."""
+    monkeypatch.setattr(servers, "LEFT_ALONE", 0.1)
+
+    async def cancel(servers: Servers) -> None:
+        await lose_all(servers)
+        waiting = asyncio.create_task(servers.place())
+        await asyncio.sleep(0.3)
+        waiting.cancel()
+        await asyncio.sleep(seconds)
+        server.start()
+        await servers.place()
+
+    server.stop()
+    on_servers(api(), cancel)
+
+
+def test_a_row_does_not_wait_for_a_question_that_was_cancelled(server: ScriptedServer, api: Make) -> None:
+    """Where somebody else stops asking what the server serves, the row that waits for that asks."""
+
+    async def script(asked: Asked) -> Deed:
+        return await hang(asked) if asked.path == "/v1/models" else None
+
+    server.script = script
+
+    async def cancel(servers: Servers) -> None:
+        asks = asyncio.create_task(servers.facts())
+        await asyncio.sleep(0.3)
+        row = asyncio.create_task(servers.place())
+        await asyncio.sleep(0.1)
+        asks.cancel()
+        await row
+
+    on_servers(api(model=None), cancel)
 
 
 def test_an_interrupted_process_ends_and_cancels_its_requests(server: ScriptedServer) -> None:

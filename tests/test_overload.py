@@ -308,3 +308,20 @@ def test_a_server_that_refuses_all_is_unavailable(
     assert results is not None
     assert None in results
     assert not any(isinstance(result, RowError) for result in results)
+
+
+def test_each_call_has_its_patience(
+    server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call after one that was refused until its end does not end at its first refusal."""
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.5")
+    server.script = slots = Slots(refused(429, "out of quota"), out=True)
+    with pytest.raises(ServerUnavailable):
+        api(server.url).predict("0")
+    time.sleep(0.6)
+    with ThreadPoolExecutor(1) as threads:
+        seen = len(slots.refused)
+        call = threads.submit(api(server.url).predict, "0")
+        server.wait_until(lambda: len(slots.refused) > seen)
+        slots.out = False
+        assert call.result(timeout=60) == ANSWERS[0]

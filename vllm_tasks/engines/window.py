@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 
 
 class Window:
@@ -17,27 +16,19 @@ class Window:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.in_flight = 0
-        self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
+        self._turn = asyncio.Lock()  # a queue: of the chunks that wait, the first one has it
+        self._has_room = asyncio.Event()
 
     async def enter(self, rows: int) -> None:
         """Wait for room, then take it for `rows` rows."""
-        if self.in_flight < self.limit and not self._waiting:
+        async with self._turn:
+            while self.in_flight >= self.limit:
+                self._has_room.clear()
+                await self._has_room.wait()
             self.in_flight += rows
-            return
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting.append((turn, rows))
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # our turn came while we were cancelled
-                self.leave(rows)
-            raise
 
     def leave(self, rows: int = 1) -> None:
         """Give the room of `rows` finished rows back."""
         self.in_flight -= rows
-        while self._waiting and self.in_flight < self.limit:
-            turn, waiting_rows = self._waiting.popleft()
-            if not turn.done():
-                self.in_flight += waiting_rows
-                turn.set_result(None)
+        if self.in_flight < self.limit:
+            self._has_room.set()

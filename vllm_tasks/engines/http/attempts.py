@@ -62,7 +62,7 @@ class Tries:
         in_vain = self.lost - len(self.servers.all)
         if in_vain > self.retries and self.servers.is_silent_since(self.began):
             raise self.servers.unavailable(why)
-        return backoff(in_vain) if in_vain > 0 else 0.0
+        return backoff(in_vain) if in_vain > 0 and not self.servers.is_any_there else 0.0
 
     def refuse(self, full: Full) -> float | RowError:
         """The server is full, which is not the row's failure, whatever the `retries`: it waits for a place.
@@ -75,7 +75,7 @@ class Tries:
             self.answers_before = self.servers.answers
         self.refusals += 1
         turns = (self.servers.answers - self.answers_before) / self.servers.places
-        impatient = self.servers.is_patience_over()
+        impatient = self.servers.is_patience_over(self.began)
         if self.refusals > self.retries and (turns >= TURNS or (turns and impatient)):
             return RowError(full.kind, f"{full.message} (after {self.refusals} attempts)", retryable=True)
         if impatient and full.kind == "connection":  # it is our own files that there are too few of

@@ -40,6 +40,11 @@ class Names:
         finally:
             self._carriers.pop(name, None)
 
+    @property
+    def are_carried(self) -> bool:
+        """Whether any request has a connection."""
+        return bool(self._carriers)
+
     def carry(self, name: str, protocol: ResponseHandler) -> None:
         self._carriers[name] = protocol
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+import os
 import re
 import ssl
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import requests
-from requests.adapters import HTTPAdapter
+import aiohttp
 
 from vllm_tasks.engines.http.failures import Unreachable
 from vllm_tasks.errors import InvalidCall
@@ -48,12 +47,15 @@ class Key:
         return {"Authorization": f"Bearer {self.secret}"}
 
     def hidden_in(self, words: Words) -> Words:
-        """What a server said, without the key, should it have echoed it."""
+        """What a server said, without the key, should it have echoed it, as it is or as JSON has it."""
         if not self.secret:
             return words
         if isinstance(words, bytes):
-            return words.replace(self.secret.encode(), b"***")
-        return words.replace(self.secret, "***")
+            return self.hidden_in(words.decode("latin1")).encode("latin1")
+        in_json = json.dumps(self.secret)[1:-1]
+        for form in (self.secret, in_json, in_json.replace("/", r"\/")):
+            words = words.replace(form, "***")
+        return words
 
 
 @dataclass(frozen=True)
@@ -68,20 +70,6 @@ class Served:
 
     def __str__(self) -> str:
         return shown(self.names) + (f" ({self.root!r:.200})" if self.root else "")
-
-
-class TrustedBy(HTTPAdapter):
-    """Has `requests` trust the certificates that a context trusts, and no others of its own."""
-
-    def __init__(self, context: ssl.SSLContext) -> None:
-        self.context = context
-        super().__init__()
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs, ssl_context=self.context)
-
-    def cert_verify(self, *_: Any) -> None:
-        """Add no authorities to the context, which verifies by itself."""
 
 
 class Control:
@@ -153,33 +141,32 @@ class Control:
         return told if isinstance(told, dict) else {}
 
     async def _ask(self, url: str, body: Any = None) -> tuple[int, bytes]:
-        """Status and body of a control call, with a body a POST."""
-        try:
-            return await asyncio.wait_for(asyncio.to_thread(self._call, url, body), CONTROL_TIMEOUT)
-        except TimeoutError as error:
-            raise Unreachable(f"no answer from {url} within {CONTROL_TIMEOUT:g} s") from error
-        except requests.exceptions.SSLError as error:
-            if _is_cut(error):
-                raise Unreachable(self.key.hidden_in(str(error))) from error
-            raise untrusted(url, error) from error
-        except requests.RequestException as error:
-            raise Unreachable(self.key.hidden_in(str(error))) from error
+        """Status and body of a control call, with a body a POST, on a connection of its own.
 
-    def _call(self, url: str, body: Any) -> tuple[int, bytes]:
-        with requests.Session() as session:
-            session.trust_env = False  # as for the rows: a .netrc would replace the key, a proxy see it
-            session.mount("https://", TrustedBy(self.tls))
-            # Redirects are not followed: the key must not travel to another host.
-            with session.request(
-                "GET" if body is None else "POST", url, json=body, headers=self.key.headers(),
-                timeout=CONTROL_TIMEOUT, allow_redirects=False, stream=True,
-            ) as response:  # fmt: skip
+        Redirects are not followed: the key must not travel to another host.
+        """
+        connector = aiohttp.TCPConnector(ssl=self.tls)
+        timeout = aiohttp.ClientTimeout(total=CONTROL_TIMEOUT)
+        try:
+            async with (
+                aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
+                session.request(
+                    "GET" if body is None else "POST", url, json=body, headers=self.key.headers(),
+                    allow_redirects=False,
+                ) as response,
+            ):  # fmt: skip
                 content = bytearray()
-                for part in response.iter_content(CONTROL_BYTES):  # a part may be one small HTTP chunk
+                async for part in response.content.iter_any():
                     content += part
                     if len(content) >= CONTROL_BYTES:
                         break
-                return response.status_code, bytes(content)
+                return response.status, bytes(content)
+        except TimeoutError as error:
+            raise Unreachable(f"no answer from {url} within {CONTROL_TIMEOUT:g} s") from error
+        except aiohttp.ClientSSLError as error:
+            raise untrusted(url, error) from error
+        except aiohttp.ClientError as error:
+            raise Unreachable(f"no answer from {url}: {self.key.hidden_in(_why(error))}") from error
 
 
 def json_in(content: bytes) -> Any:
@@ -216,8 +203,8 @@ def untrusted(url: str, error: Exception) -> InvalidCall:
     )
 
 
-def _is_cut(error: BaseException | None) -> bool:
-    """Whether the far side only went away, as a server does that restarts."""
-    while error is not None and not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
-        error = error.__context__
-    return error is not None
+def _why(error: aiohttp.ClientError) -> str:
+    """The system's words where it has some ("Connection refused"), which aiohttp leaves out."""
+    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)
+    return f"{type(error).__name__}: {error}"

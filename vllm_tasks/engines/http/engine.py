@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -82,14 +83,16 @@ class HttpEngine:
         model = "" if config.protocol == "legacy" else config.model  # legacy names none
         self._servers = Servers(config.urls, model, self._control, config.patience, most, self._ask_again)
         self._answered: dict[str, Request] = {}  # by path, the last one
-        self._denied = 0
+        self._at_work: Counter[str] = Counter()  # by path, the rows that have a place
+        self._denied: Counter[str] = Counter()
         self._trying = asyncio.Lock()
         self._session: aiohttp.ClientSession | None = None
 
     async def start(self) -> None:
+        connect = min(CONNECT_TIMEOUT, self.config.timeout / 2)  # else it would be the row that is late
         self._session = aiohttp.ClientSession(
             connector=Connector(self._names, limit=0, keepalive_timeout=KEEPALIVE, ssl=self._control.tls),
-            timeout=aiohttp.ClientTimeout(total=self.config.timeout, sock_connect=CONNECT_TIMEOUT),
+            timeout=aiohttp.ClientTimeout(total=self.config.timeout, sock_connect=connect),
             headers={**self._key.headers(), "Content-Type": "application/json"},
             cookie_jar=aiohttp.DummyCookieJar(),
         )
@@ -114,7 +117,7 @@ class HttpEngine:
         """What the first server says that can be reached; None: it does not tell, or none can be."""
         for server in self._servers.all:
             with suppress(Unreachable):
-                await self._servers.trust(server)
+                await self._servers.know(server)
                 assert server.model is not None
                 return await self._control.has_chat_template(server.url, server.model)
         return None
@@ -152,6 +155,8 @@ class HttpEngine:
                 outcome = await self._outcome(server, request, tries)
             except Unreachable as error:
                 self._servers.lose(server, str(error))
+                if self._names.are_carried:
+                    self._servers.hear()
                 outcome = tries.lose(str(error))
             except Full as full:
                 tries.leave()  # before it is asked whether others are at work
@@ -167,26 +172,29 @@ class HttpEngine:
 
         Raises `Unreachable` and `Full` for what is the server's, `InvalidCall` for what is the call's.
         """
+        path = wire.path_of(self.config.protocol, request)
+        self._at_work[path] += 1
         try:
             await self._servers.trust(server)
             return await self._attempt(server, request)
         except Full:
             raise
         except Denied as denied:
-            await self._blame(server, request, denied)
+            await self._blame(server, path, denied)
             return tries.fail(denied)
         except Attempt as failed:
             outcome = tries.fail(failed)
             if isinstance(outcome, RowError) and failed.may_be_anybodys:
-                await self._blame(server, request, failed)
+                await self._blame(server, path, failed)
             return outcome
+        finally:
+            self._at_work[path] -= 1
 
-    async def _blame(self, server: Server, request: Request, failed: Attempt) -> None:
+    async def _blame(self, server: Server, path: str, failed: Attempt) -> None:
         """Return where the failure is the row's own: others are answered by this server meanwhile.
 
         The row keeps its place until that is known, so that not all rows are sent to find out.
         """
-        path = wire.path_of(self.config.protocol, request)
         if isinstance(failed, Denied) and not await self._others_are_answered(path):
             self._servers.forget_model()
             raise failed.of_the_call()
@@ -196,15 +204,15 @@ class HttpEngine:
             await self._servers.check(server)
 
     async def _others_are_answered(self, path: str) -> bool:
-        """Whether any row of this path is; False when all that are at work are denied."""
-        self._denied += 1
+        """Whether any row of this path is; False when all of it that are at work are denied."""
+        self._denied[path] += 1
         try:
-            while path not in self._answered and self._denied < self._servers.at_work:
+            while path not in self._answered and self._denied[path] < self._at_work[path]:
                 self._servers.news.clear()
                 await self._servers.news.wait()
             return path in self._answered
         finally:
-            self._denied -= 1
+            self._denied[path] -= 1
 
     async def _ask_again(self, server: Server, answered: Request) -> None:
         """Ask the server for what was answered before; raises as `_outcome`."""
@@ -216,7 +224,8 @@ class HttpEngine:
             self._servers.forget_model()
             raise denied.of_the_call() from denied
         except Attempt as failed:
-            raise Unreachable(failed.message) from failed
+            if not failed.is_verdict:
+                raise Unreachable(failed.message) from failed
 
     async def _attempt(self, server: Server, request: Request) -> Completion:
         """One request; raises `Unreachable`, `Attempt`, or `InvalidCall`."""
@@ -264,9 +273,10 @@ class HttpEngine:
                 raise Attempt("connection", f"{server.url} answered another request", retryable=True)
             completion = wire.parse(path, request, answer)
         except (ValueError, RecursionError) as error:
-            begin = self._key.hidden_in(content)[:100]
-            why = self._key.hidden_in(f"{error}")
-            raise Attempt("response", f"{why}; the answer from {server.url} began with {begin!r}") from error
+            shown = self._key.hidden_in(content)
+            why = error if shown == content else "it repeats api_key"  # the error may show a part of it
+            said = f"{why}; the answer from {server.url} began with {shown[:100]!r}"
+            raise Attempt("response", said) from error
         if reason := given_up(completion):
             raise Attempt("server", f"{server.url} gave the row up before its end ({reason})", retryable=True)
         if any(choice.finish_reason == WITHHELD for choice in completion.choices):

@@ -37,6 +37,11 @@ class Attempt(Exception):
         """Whether all rows would fail so while something is away: the row alone does not tell."""
         return self.retryable and self.kind != "timeout"
 
+    @property
+    def is_verdict(self) -> bool:
+        """Whether the server has judged the row, which one that is away cannot."""
+        return self.kind in ("too_long", "refused")
+
 
 class Full(Attempt):
     """The server has more to do than it takes (429, 503), or this process more files open than it may.

@@ -6,15 +6,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from vllm_tasks.engines.http.capacity import Room
 from vllm_tasks.engines.http.control import Control, Served
 from vllm_tasks.engines.http.failures import Full, Unreachable
-from vllm_tasks.errors import InvalidCall, ServerUnavailable, VllmTasksError
+from vllm_tasks.errors import InvalidCall, ServerUnavailable
 from vllm_tasks.rows import Request
 
 logger = logging.getLogger(__name__)
@@ -93,76 +92,41 @@ class Servers:
         self._heard = 0.0
         self._full_since: float | None = None
         self._ailment = ""  # what was heard last of a server that is not there
-        self._waiting: deque[asyncio.Future[Server]] = deque()
-        self._keeper: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()  # a queue: of the rows that wait, the first one has it
+        self._given_up = 0.0  # when a search ended without a server
         self.news = asyncio.Event()
         """Set whenever a place is given back, or a server lost or trusted again."""
-
-    @property
-    def at_work(self) -> int:
-        """How many rows have a place."""
-        return sum(server.room.open for server in self.all)
 
     # ------------------------------------------------------------------ places
 
     async def place(self) -> Server:
         """A place at a server, first come, first served; `leave` gives it back.
 
-        Raises `ServerUnavailable` when no server is there for the patience.
+        The first row that waits looks for a server when none is there, for the patience. Raises
+        `ServerUnavailable` when it finds none, to it and to all that were waiting behind it.
         """
-        if not self._waiting and (server := self._free()) is not None:
+        came = time.monotonic()
+        async with self._turn:
+            if came < self._given_up:
+                raise self.unavailable(self._ailment)
+            while (server := self._free()) is None:
+                await self._change()
             server.room.open += 1
             return server
-        turn: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        if self._keeper is None or self._keeper.done():
-            self._keeper = asyncio.create_task(self._keep())
-        try:
-            return await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled() and not turn.exception():  # it came at the same time
-                self.leave(turn.result())
-            if all(other.done() for other in self._waiting):  # cancelled calls leave no search behind
-                self._keeper.cancel()
-            raise
 
     def leave(self, server: Server) -> None:
         """Give a place back."""
         server.room.open -= 1
-        self._serve()
         self.news.set()
-
-    def _serve(self) -> None:
-        """Give the places that there are to the rows that wait."""
-        while self._waiting:
-            if self._waiting[0].done():  # its row was cancelled
-                self._waiting.popleft()
-            elif (server := self._free()) is not None:
-                server.room.open += 1
-                self._waiting.popleft().set_result(server)
-            else:
-                return
 
     def _free(self) -> Server | None:
         """Of the servers with a place that with the fewest rows of ours."""
         free = [server for server in self.all if server.has_place]
         return min(free, key=lambda server: server.room.open, default=None)
 
-    async def _keep(self) -> None:
-        """As long as rows wait: serve them when a server may take more, or look for one."""
-        while self._waiting:
-            try:
-                await self._change()
-            except VllmTasksError as error:
-                for turn in self._waiting:
-                    if not turn.done():
-                        turn.set_exception(error)
-                self._waiting.clear()
-            self._serve()
-
     async def _change(self) -> None:
         """Wait until a place is given back, a server may take more, or one is found."""
-        if not any(server.is_there for server in self.all):
+        if not self.is_any_there:
             await self._find_any()
             return
         now = time.monotonic()
@@ -187,7 +151,8 @@ class Servers:
         started = time.monotonic()
         urls = ", ".join(s.url for s in self.all)
         logger.warning("no server answers at %s; waiting up to %g s", urls, self.patience)
-        watches = [asyncio.create_task(self._watch(server)) for server in self.all]
+        looks = [*(self._watch(server) for server in self.all), self._comes_free()]
+        watches = [asyncio.create_task(look) for look in looks]
         try:
             seconds = max(self.patience, LEAST_SEARCH)
             found, _ = await asyncio.wait(watches, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -195,6 +160,7 @@ class Servers:
             for watch in watches:
                 watch.cancel()
         if not found:
+            self._given_up = time.monotonic()
             raise self.unavailable(self._ailment)
         for watch in found:
             watch.result()
@@ -214,6 +180,12 @@ class Servers:
                 server.avoid_until = 0.0
                 return
 
+    async def _comes_free(self) -> None:
+        """Return when a row leaves a server that may be tried again, whatever it says of its health."""
+        while self._free() is None:
+            self.news.clear()
+            await self.news.wait()
+
     def unavailable(self, last: str) -> ServerUnavailable:
         """What ends a call after the patience; `last` is what was heard last."""
         urls = ", ".join(s.url for s in self.all)
@@ -225,19 +197,29 @@ class Servers:
     def answer(self, server: Server, sent: float) -> None:
         """A server has dealt with a row that was sent at `sent`, and so has room again."""
         self.answers += 1
-        self._heard = time.monotonic()
+        self.hear()
         self._full_since = None
         server.room.answer(sent)
 
-    def is_patience_over(self) -> bool:
-        """Whether for the patience no row has been answered or worked on, but all were refused for load."""
+    def hear(self) -> None:
+        """A server has answered a row, or works on one."""
+        self._heard = time.monotonic()
+
+    @property
+    def is_any_there(self) -> bool:
+        """Whether rows may go anywhere, as far as we know."""
+        return any(server.is_there for server in self.all)
+
+    def is_patience_over(self, began: float) -> bool:
+        """Whether for the patience, and since `began`, no row has been answered or worked on, but all were
+        refused for load."""
         now = time.monotonic()
-        if self._full_since is None or self.at_work:
+        if self._full_since is None or any(server.room.open for server in self.all):
             self._full_since = now
-        return now - self._full_since > self.patience
+        return now - max(self._full_since, began) > self.patience
 
     def is_silent_since(self, began: float) -> bool:
-        """Whether no row has been answered for the patience, nor since `began`."""
+        """Whether no row has been answered or worked on for the patience, nor since `began`."""
         return time.monotonic() - max(self._heard, began) > self.patience
 
     # ------------------------------------------------------------------ servers in doubt
@@ -260,8 +242,7 @@ class Servers:
         before it was sent.
         """
         failed = time.monotonic()
-        async with server.asking:
-            _stays(server)
+        async with self._alone(server):
             if server.proven <= failed:
                 sent = time.monotonic()
                 try:
@@ -274,38 +255,60 @@ class Servers:
     async def trust(self, server: Server) -> None:
         """Before a row is sent: see that the server serves what the others do, and fails not everything.
 
-        Raises `InvalidCall` when it refuses to tell its model, or serves several or another one;
-        `Unreachable` when it cannot tell now, or fails again.
+        Raises as `know` and `prove`.
         """
         if not server.is_trusted:
-            async with server.asking:
-                _stays(server)
+            async with self._alone(server):
                 await self._trust(server)
-            self.news.set()
 
     async def _trust(self, server: Server) -> None:
-        if not server.is_asked:
-            if (served := await self.control.served(server.url, self.model)) is not None:
-                self._agree(served)
-                server.model = self.model or served.model
-            server.is_asked = True
+        await self._know(server)
         if server.owes is not None:
             await self._prove(server, server.owes)
             server.owes = None
+
+    @asynccontextmanager
+    async def _alone(self, server: Server) -> AsyncIterator[None]:
+        """Put the server to the test as the only one; raises `Unreachable` where others have lost it."""
+        try:
+            async with server.asking:
+                _stays(server)
+                yield
+        finally:
+            self.news.set()
 
     # ------------------------------------------------------------------ what is served
 
     async def compare(self) -> None:
         """Before the first row: raise `InvalidCall` where those that are there serve different models."""
         if not self._are_compared:
-            await asyncio.gather(*(self._compare(server) for server in self.all if server.is_there))
+            await asyncio.gather(*(self._is_known(server) for server in self.all if server.is_there))
             self._are_compared = True
 
-    async def _compare(self, server: Server) -> None:
+    async def know(self, server: Server) -> None:
+        """Ask what the server serves, unless that is known.
+
+        Raises `InvalidCall` when it refuses to tell its model, or serves several or another one than others;
+        `Unreachable` when it cannot tell now.
+        """
+        if not server.is_asked:
+            async with self._alone(server):
+                await self._know(server)
+
+    async def _know(self, server: Server) -> None:
+        if not server.is_asked:
+            if (served := await self.control.served(server.url, self.model)) is not None:
+                self._agree(served)
+                server.model = self.model or served.model
+            server.is_asked = True
+
+    async def _is_known(self, server: Server) -> bool:
+        """Whether it is known what the server serves; one that cannot tell now is lost."""
         try:
-            await self.trust(server)
+            await self.know(server)
         except Unreachable as error:
             self.lose(server, str(error))
+        return server.is_asked
 
     def _agree(self, served: Served) -> None:
         """Raise `InvalidCall` unless all that were asked serve the same; of a model that is named, its name
@@ -338,15 +341,12 @@ class Servers:
             server = next((server for server in self.all if server.is_there), None)
             if server is None:
                 self.leave(server := await self.place())
-            try:
-                await self.trust(server)
-            except Unreachable as error:
-                self.lose(server, str(error))
-                continue
-            assert server.model is not None
-            told = await self.control.facts(server.url, server.model)
-            if told or server.is_there:  # else rows have found out meanwhile that it is away
-                return {"model": server.model, **told}
+            if await self._is_known(server):
+                model = server.model
+                assert model is not None
+                told = await self.control.facts(server.url, model)
+                if told or server.is_there:  # else rows have found out meanwhile that it is away
+                    return {"model": model, **told}
 
 
 def _stays(server: Server) -> None:

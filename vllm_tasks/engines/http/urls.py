@@ -34,6 +34,7 @@ def _split_url(url: str) -> tuple[str, wire.Protocol]:
         )
     try:
         parts = urlsplit(url)
+        (parts.hostname or "").encode("idna")  # as its look-up will have it
         complete = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError as error:
         raise InvalidCall(
@@ -43,9 +44,9 @@ def _split_url(url: str) -> tuple[str, wire.Protocol]:
         raise InvalidCall(f"api_url {_shown(url)!r} needs a scheme and a host, as in http://127.0.0.1:8000")
     if parts.query or parts.fragment:
         raise InvalidCall(f"api_url {_shown(url)!r} has a query or a fragment, which no request would carry")
-    base = f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
-    path = next((known for known in wire.PATHS if known and base.endswith(known)), "")
-    return base.removesuffix(path), wire.PATHS[path]
+    path = parts.path.rstrip("/")
+    known = next(known for known in wire.PATHS if path.endswith(known))
+    return f"{parts.scheme}://{parts.netloc}{path.removesuffix(known)}", wire.PATHS[known]
 
 
 def _shown(url: str) -> str:
