@@ -18,7 +18,7 @@ import pytest
 from tests.eventually import eventually
 from tests.places import Place
 from vllm_tasks import EngineFailed, InvalidCall, RowError, VllmModel, loop, sharing
-from vllm_tasks.engines import gpus, process
+from vllm_tasks.engines import gpus, host, process, session
 
 Make = Any
 
@@ -288,6 +288,20 @@ def test_wrong_call_is_refused_alone(make: Make, log: Path) -> None:
     assert starts(log) == 1
 
 
+def test_what_is_no_json_fails_its_own_call(make: Make, log: Path) -> None:
+    """Also while the engine starts again, when the rows of all calls travel together."""
+    model = make(start=0.5)
+    model.init()
+    dying, of_dying = in_thread(lambda: model.predict_batches(["a", "die"], temperature=1))
+    assert eventually(lambda: starts(log) == 2)
+    with pytest.raises(InvalidCall, match=r"no JSON value: .*set"):
+        model.predict_batches(["b"], stop={"x"})
+    assert model.predict("c") == "c"
+    dying.join()
+    assert of_dying == [["a", "die"]]
+    assert starts(log) == 2
+
+
 def test_engine_that_hangs_is_started_again(
     make: Make, log: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -378,6 +392,21 @@ def test_garbage_collection_is_as_before_after_calls(make: Make) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # from Python 3.12
+def test_close_needs_no_longer_where_a_forked_child_lives(make: Make) -> None:
+    """The child has a copy of what the engine's process is spoken to by, whose end is its order to go."""
+    model = make().init()
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    begin = time.monotonic()
+    model.close()
+    assert time.monotonic() - begin < 10
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # from Python 3.12
 def test_fork_does_not_cut_the_parent_off(make: Make, log: Path) -> None:
     """After a fork whose child collects its garbage, the parent's engine still answers."""
     model = make()
@@ -391,3 +420,19 @@ def test_fork_does_not_cut_the_parent_off(make: Make, log: Path) -> None:
     thread.join(timeout=30)
     assert outcome == ["after"]
     assert starts(log) == 1
+
+
+def test_adapter_that_is_written_to_while_it_is_copied_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its copy might have some files of before and others of after, for as long as the engine lives."""
+    monkeypatch.setenv(session.SOCKETS, str(tmp_path))
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for name in (host.ADAPTER_CONFIG, host.ADAPTER_WEIGHTS[0]):
+        (folder / name).write_text("{}")
+    found = host.stamps(str(folder))
+    assert (host.copied(folder, 1, str(folder), found) / host.ADAPTER_CONFIG).read_text() == "{}"
+    (folder / host.ADAPTER_CONFIG).write_text("{...}")
+    with pytest.raises(host.Unusable, match="written to while it was copied"):
+        host.copied(folder, 2, str(folder), found)

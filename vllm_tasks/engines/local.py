@@ -8,11 +8,11 @@ import json
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from vllm_tasks.engines import Done, wire
 from vllm_tasks.engines.failures import kind_of_refusal
@@ -123,12 +123,12 @@ class LocalEngine:
             raise
         self.window.limit = math.ceil(WINDOW_FACTOR * facts["max_num_seqs"] * facts["ranks"])
         self._has_chat_template = facts["chat_template"]
-        self._become_ready(host)
         self._life = asyncio.create_task(self._live_and_release(host))
 
     async def generate(self, requests: Sequence[Request], done: Done) -> None:
         if self.has_failed:
             raise self._error
+        check_is_json(requests[0].sampling)
         mine, finished = self._rows.add(requests, done)
         try:
             self._send()
@@ -179,14 +179,15 @@ class LocalEngine:
             except EngineFailed as error:
                 self._fail(error)
                 return
-            self._become_ready(host)
-            self._send()
 
     async def _until_death(self, host: Host) -> str:
-        """Take answers until the engine is gone or hangs, and end what is left of it; returns why."""
+        """Give it rows until the engine is gone or hangs, and end what is left of it; returns why."""
+        self._host = host
+        self._become(State.READY)
         answers = asyncio.create_task(self._take_answers(host))
         hangs = False
         try:
+            self._send()
             while not answers.done() and not hangs:
                 await asyncio.wait({answers}, timeout=self.config.timeout / LOOKS)
                 hangs = not answers.done() and self._hangs()
@@ -231,10 +232,6 @@ class LocalEngine:
         self._error = error
         self._rows.fail(error)
 
-    def _become_ready(self, host: Host) -> None:
-        self._become(State.READY)
-        self._host = host
-
     def _become(self, state: State) -> None:
         assert state in MOVES[self._state], f"{self._state.name} -> {state.name}"
         self._state = state
@@ -255,6 +252,14 @@ def check_is_there(folder: Path) -> None:
     """Raise `EngineFailed` for a path without a model: vLLM would say so after half a minute of imports."""
     if folder.is_absolute() and not folder.exists():
         raise EngineFailed(f"there is no model at {folder}: pass the folder of one, or its name")
+
+
+def check_is_json(sampling: Mapping[str, Any]) -> None:
+    """Raise `InvalidCall` for what cannot be sent, before it travels with rows of other calls."""
+    try:
+        json.dumps(sampling)
+    except (TypeError, ValueError) as error:
+        raise InvalidCall(f"a sampling parameter is no JSON value: {error}") from error
 
 
 def tell_trust(model: str) -> None:

@@ -172,7 +172,8 @@ class HostProcess:
 
         Polls, because a thread to wait in is no longer to be had while the interpreter exits.
         """
-        self._writer.close()  # which the host takes for its order to end
+        self._writer.write_eof()  # the host's order to end, also where a forked child holds a copy of our end
+        self._writer.close()
         deadline = time.monotonic() + grace
         try:
             while self._process.poll() is None and time.monotonic() < deadline:  # noqa: ASYNC110
