@@ -82,14 +82,14 @@ def wait_for_start(log: Path) -> None:
         time.sleep(0.01)
 
 
-def interrupt(work: Callable[[], Any], log: Path, line: str = "start") -> None:
-    """Ctrl-C while `work` is at work, when the engine's process has noted `line`."""
+def interrupt(work: Callable[[], Any], log: Path, line: str = "start", times: int = 1) -> None:
+    """Ctrl-C while `work` is at work, when the engine's process has noted `line` so many times."""
     main = threading.main_thread().ident
     assert main is not None
 
     def then() -> None:
         wait_for_start(log)
-        assert eventually(lambda: line in log.read_text().splitlines())
+        assert eventually(lambda: log.read_text().splitlines().count(line) == times)
         signal.pthread_kill(main, signal.SIGINT)
 
     thread = threading.Thread(target=then)
@@ -273,6 +273,22 @@ def test_call_whose_rows_all_kill_costs_no_other_call_a_row(make: Make) -> None:
         model.predict_batches(["die always"] * 40, temperature=1)
     other.join()
     assert outcome == [rows]
+
+
+def test_row_is_not_blamed_for_one_that_was_cancelled_before_it(make: Make, log: Path) -> None:
+    """A suspect whose call is interrupted may still kill the engine, when the next one is there alone."""
+    model = make(pause=1)
+    model.init()
+
+    def innocent() -> Any:
+        assert eventually(lambda: "die always" in asked(log))
+        return model.predict_batches(["b"], on_error="return", temperature=1)
+
+    thread, outcome = in_thread(innocent)
+    interrupt(lambda: model.predict("die always"), log, "die always", times=3)
+    thread.join()
+    assert outcome == [["b"]]
+    assert starts(log) == 4
 
 
 def test_wrong_call_is_refused_alone(make: Make, log: Path) -> None:
