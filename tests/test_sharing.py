@@ -171,6 +171,16 @@ def test_close_ends_a_start_that_was_interrupted(make: Make, log: Path) -> None:
     assert not hosts()
 
 
+def test_start_takes_no_longer_than_it_may(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However seldom it is said how far it is; nothing of it is left."""
+    monkeypatch.setenv("VLLM_TASKS_ENGINE_START_TIMEOUT", "1")
+    begin = time.monotonic()
+    with pytest.raises(EngineFailed, match=r"within 1 s \(VLLM_TASKS_ENGINE_START_TIMEOUT\)"):
+        make(start=60).predict("a")
+    assert time.monotonic() - begin < 5
+    assert not hosts()
+
+
 def test_failure_of_an_interrupted_start_is_nobodys(make: Make, log: Path) -> None:
     """A start that fails after its caller has left is forgotten; the next call tries anew."""
     model = make(start=0.5, refuse="no room")

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
 from vllm_tasks.engines import session
 from vllm_tasks.engines.gpus import Devices
@@ -20,6 +22,8 @@ from vllm_tasks.errors import EngineFailed
 
 logger = logging.getLogger(__name__)
 vllm_logger = logging.getLogger("vllm_tasks.vllm")
+
+T = TypeVar("T")
 
 ANY_DEVICES = Devices()
 HOST = Path(__file__).with_name("host.py")
@@ -85,7 +89,7 @@ class HostProcess:
         logger.info("starting vLLM for %r (pid %d)", host.model, host._process.pid)
         try:
             host.write(arguments)
-            facts = await host._ready(started, timeout)
+            facts = await host._ready(timeout)
         except BaseException:
             await host.end(grace=0)
             raise
@@ -124,21 +128,19 @@ class HostProcess:
                 raise EngineFailed(f"no process for vLLM could be made: {error}", temporary=True) from error
         return cls(model, process, *streams, sockets)
 
-    async def _ready(self, started: float, timeout: float) -> Frame:  # noqa: ASYNC109
+    async def _ready(self, timeout: float) -> Frame:  # noqa: ASYNC109
         """The facts of the engine when it is ready; says every few seconds how far the start-up is."""
-        first = asyncio.create_task(self.read())
-        while not first.done():
-            await asyncio.wait({first}, timeout=SAY_EVERY)
-            waited = time.monotonic() - started
-            if not first.done() and waited > timeout:
-                first.cancel()
-                raise EngineFailed(
-                    f"vLLM did not start {self.model!r} within {timeout:g} s "
-                    f"(VLLM_TASKS_ENGINE_START_TIMEOUT); its last words: {self._last_words()}"
-                )
-            if not first.done():
-                logger.info("still starting after %.0f s: %s", waited, self._last_words())
-        frame = first.result()
+
+        def say(waited: float) -> None:
+            logger.info("still starting after %.0f s: %s", waited, self._last_words())
+
+        try:
+            frame = await within(timeout, self.read(), say)
+        except TimeoutError:
+            raise EngineFailed(
+                f"vLLM did not start {self.model!r} within {timeout:g} s "
+                f"(VLLM_TASKS_ENGINE_START_TIMEOUT); its last words: {self._last_words()}"
+            ) from None
         if "ready" in frame:
             facts: Frame = frame["ready"]
             return facts
@@ -210,6 +212,19 @@ class HostProcess:
 
     def _last_words(self) -> str:
         return last_words(list(self._log))
+
+
+async def within(seconds: float, awaited: Awaitable[T], say: Callable[[float], None]) -> T:
+    """What comes within `seconds`, else `TimeoutError`; every few of them `say` hears how many have gone."""
+    coming, started = asyncio.ensure_future(awaited), time.monotonic()
+    try:
+        while (waited := time.monotonic() - started) < seconds:
+            if (await asyncio.wait({coming}, timeout=min(SAY_EVERY, seconds - waited)))[0]:
+                return coming.result()
+            say(time.monotonic() - started)
+        raise TimeoutError
+    finally:
+        coming.cancel()
 
 
 def explain(log: list[str], reason: str, code: int | None, which: int = FIRST, more: str = MORE) -> str:
