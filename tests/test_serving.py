@@ -25,7 +25,7 @@ from prefect import flow
 
 from tests.conftest import IN_PREFECT, TINY_ARGS
 from tests.eventually import eventually
-from vllm_tasks import EngineFailed, InvalidCall, VllmModel, loop, predict_batches, serve
+from vllm_tasks import EngineFailed, InvalidCall, VllmAPI, VllmModel, loop, predict_batches, serve
 from vllm_tasks.engines import shared_server
 from vllm_tasks.engines.gpus import free_devices
 from vllm_tasks.serving import command_line, server_arguments
@@ -285,6 +285,28 @@ def test_a_killed_keeper_takes_the_server_along(
         assert eventually(lambda: not psutil.pid_exists(keeper))
         with serve(model) as again:  # while its server may still be ending
             assert again.predict("a") == "a"
+
+
+def test_a_log_that_is_removed_ends_no_server(
+    scripted: Callable[..., VllmModel], servers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be large. A server that dies then is started again, and why it ended is told."""
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "10")
+    model = scripted(lives="2").model_copy(update={"chat": False})
+
+    def ask_twice(served: VllmAPI) -> None:
+        (folder,) = servers.iterdir()
+        (folder / "log").unlink()
+        for row in ("a", "b"):
+            os.kill(told(servers)["pids"]["server"], signal.SIGKILL)
+            assert served.predict(row) == row
+
+    with (
+        pytest.raises(EngineFailed, match="could not be started again: ValueError: no more"),
+        serve(model) as served,
+    ):
+        ask_twice(served)
+    assert (servers.parents[1] / "record").read_text().count("\n") == 5
 
 
 def test_a_user_killed_during_the_start_leaves_nothing(

@@ -178,9 +178,12 @@ class SharedServer:
         )
 
     def _last_words(self) -> str:
-        with self._log.open("rb") as log:
-            log.seek(max(0, self._log.stat().st_size - LAST_BYTES))
-            return last_words(log.read().decode(errors="replace").splitlines())
+        try:
+            with self._log.open("rb") as log:
+                log.seek(max(0, self._log.stat().st_size - LAST_BYTES))
+                return last_words(log.read().decode(errors="replace").splitlines())
+        except FileNotFoundError:
+            return "(the log was removed)"
 
     @property
     def _log(self) -> Path:
