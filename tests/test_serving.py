@@ -25,6 +25,7 @@ from prefect import flow
 
 from tests.conftest import IN_PREFECT, TINY_ARGS
 from tests.eventually import eventually
+from tests.scripts import running_script
 from vllm_tasks import EngineFailed, InvalidCall, VllmAPI, VllmModel, loop, predict_batches, serve
 from vllm_tasks.engines import shared_server
 from vllm_tasks.engines.gpus import free_devices
@@ -319,6 +320,40 @@ def test_a_user_killed_during_the_start_leaves_nothing(
         keeper = told(servers)["pids"]["keeper"]
         user.kill()
         assert eventually(lambda: not any(map(is_alive, [keeper, *pids_of(record)])))
+
+
+JOB = """
+import sys
+from pathlib import Path
+from prefect import flow, task
+from vllm_tasks import VllmModel, serve
+from vllm_tasks.engines import shared_server
+
+shared_server.SERVER = Path(sys.argv[1])
+
+@task
+def step():
+    with serve(VllmModel(identifier="m", model_name="m", vllm_kwargs={"record": sys.argv[2], "wait": "120"})):
+        pass
+
+@flow
+def job():
+    step.submit().result()
+
+job()
+"""
+
+
+@IN_PREFECT[0]
+@pytest.mark.usefixtures("scripted")  # which looks at the record when all is over
+def test_a_task_that_waits_for_its_server_ends_with_its_flow(servers: Path, tmp_path: Path) -> None:
+    """SIGTERM, which is how Prefect cancels, is not waited out, however long the server takes to start."""
+    record = servers.parents[1] / "record"
+    with running_script(tmp_path, JOB, str(STAND_IN), str(record)) as job:
+        assert eventually(lambda: record.exists() and pids_of(record), 90)
+        job.send_signal(signal.SIGTERM)
+        job.wait(30)
+    assert eventually(lambda: not any(map(is_alive, pids_of(record))))
 
 
 RACE = """

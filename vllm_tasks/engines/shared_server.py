@@ -26,6 +26,7 @@ from vllm_tasks.engines.gpus import Devices, free_devices
 from vllm_tasks.engines.process import explain, last_words
 from vllm_tasks.errors import EngineFailed, InvalidCall
 from vllm_tasks.settings import site_settings
+from vllm_tasks.stopping import raise_if_stopped
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class SharedServer:
             if waited - said >= SAY_EVERY:
                 said = waited
                 logger.info("still starting after %.0f s: %s", waited, self._last_words())
+            raise_if_stopped()
             time.sleep(LOOK_EVERY)
 
     def gave_up(self) -> str:
