@@ -381,6 +381,13 @@ def test_init_after_a_failure_starts_anew(make: Make, log: Path) -> None:
     assert starts(log) == 1
 
 
+def test_engine_that_ran_before_may_run_again(make: Make) -> None:
+    """One that could not be started again is a temporary failure; one that never started is none."""
+    with pytest.raises(EngineFailed, match="no more lives") as caught:
+        make(lives=1).predict("die")
+    assert caught.value.temporary
+
+
 def test_engine_that_only_dies_fails_the_call(make: Make) -> None:
     """Engines that die one after the other without an answer end the call, as a temporary failure."""
     rows = ["die always"] * 40

@@ -177,7 +177,7 @@ class LocalEngine:
                     raise EngineFailed(words, temporary=True)
                 host, _ = await self._launch(self._arguments, self.config.start_timeout)
             except EngineFailed as error:
-                self._fail(error)
+                self._fail(EngineFailed(str(error), temporary=True))  # it ran before
                 return
 
     async def _until_death(self, host: Host) -> str:
