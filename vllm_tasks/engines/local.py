@@ -79,7 +79,7 @@ class State(Enum):
 
 MOVES = {
     State.STARTING: {State.READY, State.FAILED},
-    State.READY: {State.STARTING, State.FAILED},
+    State.READY: {State.STARTING},
     State.FAILED: set[State](),
 }
 """The states that may follow each."""
@@ -153,32 +153,32 @@ class LocalEngine:
         return await HostProcess.launch(arguments, timeout, self._claim.devices)
 
     async def _live_and_release(self, host: Host) -> None:
+        """All its lives; where there can be no more, every call that waits, and every later one, fails."""
         try:
             await self._live(host)
         except Exception as error:  # noqa: BLE001 - a full disk, no descriptor left: nobody must wait for ever
-            words = f"vLLM for {host.model!r} could not be started again: {type(error).__name__}: {error}"
-            failed = EngineFailed(words, temporary=True)
-            failed.__cause__ = error
-            self._fail(failed)
+            other = f"vLLM for {host.model!r} could not be started again: {type(error).__name__}: {error}"
+            words = str(error) if isinstance(error, EngineFailed) else other
+            self._error = EngineFailed(words, temporary=True)  # it ran before
+            self._error.__cause__ = error
+            self._become(State.FAILED)
+            self._rows.fail(self._error)
         finally:
             await self._claim.release()
 
     async def _live(self, host: Host) -> None:
-        """Take answers; when the engine is gone, start it again and hand over what is unfinished."""
+        """Take answers; when the engine is gone, start it again and hand over what is unfinished.
+
+        Raises `EngineFailed` when that cannot be.
+        """
         while True:
             why = await self._until_death(host)
             logger.warning("vLLM for %r died: %s", host.model, why)
             self._barren = 0 if self._rows.bury(why) else self._barren + 1
-            try:
-                if self._barren >= BARREN_LIVES:
-                    words = (
-                        f"vLLM for {host.model!r} died {self._barren} times without answering a row: {why}"
-                    )
-                    raise EngineFailed(words, temporary=True)
-                host, _ = await self._launch(self._arguments, self.config.start_timeout)
-            except EngineFailed as error:
-                self._fail(EngineFailed(str(error), temporary=True))  # it ran before
-                return
+            if self._barren >= BARREN_LIVES:
+                times = f"{self._barren} times without answering a row"
+                raise EngineFailed(f"vLLM for {host.model!r} died {times}: {why}")
+            host, _ = await self._launch(self._arguments, self.config.start_timeout)
 
     async def _until_death(self, host: Host) -> str:
         """Give it rows until the engine is gone or hangs, and end what is left of it; returns why."""
@@ -225,12 +225,6 @@ class LocalEngine:
         else:
             row.settle(result_of(frame, row.request))
         self._send()
-
-    def _fail(self, error: EngineFailed) -> None:
-        """Give up: every call that waits, and every later one, gets `error`."""
-        self._become(State.FAILED)
-        self._error = error
-        self._rows.fail(error)
 
     def _become(self, state: State) -> None:
         assert state in MOVES[self._state], f"{self._state.name} -> {state.name}"
