@@ -213,7 +213,6 @@ def test_several_gpus_come_in_one_placement_group(make: Make) -> None:
 
 def test_place_that_is_not_there_is_waited_for_and_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster may grow or become free; in the end the error says what was asked of it."""
-    monkeypatch.setattr("vllm_tasks.engines.ray.engine.SAY_EVERY", 0.5)
     monkeypatch.setenv("VLLM_TASKS_ENGINE_START_TIMEOUT", "1")
     with pytest.raises(EngineFailed, match=r"'GPU': 8.*ask for less") as caught:
         make(ray_config={"num_gpus": 8}).predict("a")

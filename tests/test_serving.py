@@ -25,7 +25,8 @@ from prefect import flow
 
 from tests.conftest import IN_PREFECT, TINY_ARGS
 from tests.eventually import eventually
-from vllm_tasks import InvalidCall, VllmModel, predict_batches, serve
+from tests.scripts import running_script
+from vllm_tasks import InvalidCall, VllmAPI, VllmModel, predict_batches, serve
 from vllm_tasks.engines import loop
 from vllm_tasks.engines.local.gpus import free_devices
 from vllm_tasks.errors import EngineFailed
@@ -289,6 +290,28 @@ def test_a_killed_keeper_takes_the_server_along(
             assert again.predict("a") == "a"
 
 
+def test_a_log_that_is_removed_ends_no_server(
+    scripted: Callable[..., VllmModel], servers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be large. A server that dies then is started again, and why it ended is told."""
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "10")
+    model = scripted(lives="2").model_copy(update={"chat": False})
+
+    def ask_twice(served: VllmAPI) -> None:
+        (folder,) = servers.iterdir()
+        (folder / "log").unlink()
+        for row in ("a", "b"):
+            os.kill(told(servers)["pids"]["server"], signal.SIGKILL)
+            assert served.predict(row) == row
+
+    with (
+        pytest.raises(EngineFailed, match="could not be started again: ValueError: no more"),
+        serve(model) as served,
+    ):
+        ask_twice(served)
+    assert (servers.parents[1] / "record").read_text().count("\n") == 5
+
+
 def test_a_user_killed_during_the_start_leaves_nothing(
     scripted: Callable[..., VllmModel], servers: Path
 ) -> None:
@@ -299,6 +322,40 @@ def test_a_user_killed_during_the_start_leaves_nothing(
         keeper = told(servers)["pids"]["keeper"]
         user.kill()
         assert eventually(lambda: not any(map(is_alive, [keeper, *pids_of(record)])))
+
+
+JOB = """
+import sys
+from pathlib import Path
+from prefect import flow, task
+from vllm_tasks import VllmModel, serve
+from vllm_tasks.engines import shared_server
+
+shared_server.SERVER = Path(sys.argv[1])
+
+@task
+def step():
+    with serve(VllmModel(identifier="m", model_name="m", vllm_kwargs={"record": sys.argv[2], "wait": "120"})):
+        pass
+
+@flow
+def job():
+    step.submit().result()
+
+job()
+"""
+
+
+@IN_PREFECT[0]
+@pytest.mark.usefixtures("scripted")  # which looks at the record when all is over
+def test_a_task_that_waits_for_its_server_ends_with_its_flow(servers: Path, tmp_path: Path) -> None:
+    """SIGTERM, which is how Prefect cancels, is not waited out, however long the server takes to start."""
+    record = servers.parents[1] / "record"
+    with running_script(tmp_path, JOB, str(STAND_IN), str(record)) as job:
+        assert eventually(lambda: record.exists() and pids_of(record), 90)
+        job.send_signal(signal.SIGTERM)
+        job.wait(30)
+    assert eventually(lambda: not any(map(is_alive, pids_of(record))))
 
 
 RACE = """

@@ -18,8 +18,8 @@ import pytest
 from tests.eventually import eventually
 from tests.places import Place
 from vllm_tasks import InvalidCall, RowError, VllmModel
-from vllm_tasks.engines import loop, sharing
-from vllm_tasks.engines.local import gpus, process
+from vllm_tasks.engines import loop, session, sharing
+from vllm_tasks.engines.local import gpus, host, process
 from vllm_tasks.errors import EngineFailed
 
 Make = Any
@@ -84,14 +84,14 @@ def wait_for_start(log: Path) -> None:
         time.sleep(0.01)
 
 
-def interrupt(work: Callable[[], Any], log: Path, line: str = "start") -> None:
-    """Ctrl-C while `work` is at work, when the engine's process has noted `line`."""
+def interrupt(work: Callable[[], Any], log: Path, line: str = "start", times: int = 1) -> None:
+    """Ctrl-C while `work` is at work, when the engine's process has noted `line` so many times."""
     main = threading.main_thread().ident
     assert main is not None
 
     def then() -> None:
         wait_for_start(log)
-        assert eventually(lambda: line in log.read_text().splitlines())
+        assert eventually(lambda: log.read_text().splitlines().count(line) == times)
         signal.pthread_kill(main, signal.SIGINT)
 
     thread = threading.Thread(target=then)
@@ -170,6 +170,16 @@ def test_close_ends_a_start_that_was_interrupted(make: Make, log: Path) -> None:
     interrupt(model.init, log)
     assert len(hosts()) == 1
     model.close()
+    assert not hosts()
+
+
+def test_start_takes_no_longer_than_it_may(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However seldom it is said how far it is; nothing of it is left."""
+    monkeypatch.setenv("VLLM_TASKS_ENGINE_START_TIMEOUT", "1")
+    begin = time.monotonic()
+    with pytest.raises(EngineFailed, match=r"within 1 s \(VLLM_TASKS_ENGINE_START_TIMEOUT\)"):
+        make(start=60).predict("a")
+    assert time.monotonic() - begin < 5
     assert not hosts()
 
 
@@ -277,6 +287,22 @@ def test_call_whose_rows_all_kill_costs_no_other_call_a_row(make: Make) -> None:
     assert outcome == [rows]
 
 
+def test_row_is_not_blamed_for_one_that_was_cancelled_before_it(make: Make, log: Path) -> None:
+    """A suspect whose call is interrupted may still kill the engine, when the next one is there alone."""
+    model = make(pause=1)
+    model.init()
+
+    def innocent() -> Any:
+        assert eventually(lambda: "die always" in asked(log))
+        return model.predict_batches(["b"], on_error="return", temperature=1)
+
+    thread, outcome = in_thread(innocent)
+    interrupt(lambda: model.predict("die always"), log, "die always", times=3)
+    thread.join()
+    assert outcome == [["b"]]
+    assert starts(log) == 4
+
+
 def test_wrong_call_is_refused_alone(make: Make, log: Path) -> None:
     """What an engine finds wrong with a call is that call's error, and the engine lives on for the others."""
     model = make(pause=0.02)
@@ -288,6 +314,20 @@ def test_wrong_call_is_refused_alone(make: Make, log: Path) -> None:
     other.join()
     assert outcome == [rows]
     assert starts(log) == 1
+
+
+def test_what_is_no_json_fails_its_own_call(make: Make, log: Path) -> None:
+    """Also while the engine starts again, when the rows of all calls travel together."""
+    model = make(start=0.5)
+    model.init()
+    dying, of_dying = in_thread(lambda: model.predict_batches(["a", "die"], temperature=1))
+    assert eventually(lambda: starts(log) == 2)
+    with pytest.raises(InvalidCall, match=r"no JSON value: .*set"):
+        model.predict_batches(["b"], stop={"x"})
+    assert model.predict("c") == "c"
+    dying.join()
+    assert of_dying == [["a", "die"]]
+    assert starts(log) == 2
 
 
 def test_engine_that_hangs_is_started_again(
@@ -343,6 +383,13 @@ def test_init_after_a_failure_starts_anew(make: Make, log: Path) -> None:
     assert starts(log) == 1
 
 
+def test_engine_that_ran_before_may_run_again(make: Make) -> None:
+    """One that could not be started again is a temporary failure; one that never started is none."""
+    with pytest.raises(EngineFailed, match="no more lives") as caught:
+        make(lives=1).predict("die")
+    assert caught.value.temporary
+
+
 def test_engine_that_only_dies_fails_the_call(make: Make) -> None:
     """Engines that die one after the other without an answer end the call, as a temporary failure."""
     rows = ["die always"] * 40
@@ -380,6 +427,21 @@ def test_garbage_collection_is_as_before_after_calls(make: Make) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # from Python 3.12
+def test_close_needs_no_longer_where_a_forked_child_lives(make: Make) -> None:
+    """The child has a copy of what the engine's process is spoken to by, whose end is its order to go."""
+    model = make().init()
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    begin = time.monotonic()
+    model.close()
+    assert time.monotonic() - begin < 10
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # from Python 3.12
 def test_fork_does_not_cut_the_parent_off(make: Make, log: Path) -> None:
     """After a fork whose child collects its garbage, the parent's engine still answers."""
     model = make()
@@ -393,3 +455,19 @@ def test_fork_does_not_cut_the_parent_off(make: Make, log: Path) -> None:
     thread.join(timeout=30)
     assert outcome == ["after"]
     assert starts(log) == 1
+
+
+def test_adapter_that_is_written_to_while_it_is_copied_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its copy might have some files of before and others of after, for as long as the engine lives."""
+    monkeypatch.setenv(session.SOCKETS, str(tmp_path))
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for name in (host.ADAPTER_CONFIG, host.ADAPTER_WEIGHTS[0]):
+        (folder / name).write_text("{}")
+    found = host.stamps(str(folder))
+    assert (host.copied(folder, 1, str(folder), found) / host.ADAPTER_CONFIG).read_text() == "{}"
+    (folder / host.ADAPTER_CONFIG).write_text("{...}")
+    with pytest.raises(host.Unusable, match="written to while it was copied"):
+        host.copied(folder, 2, str(folder), found)

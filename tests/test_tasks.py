@@ -6,7 +6,7 @@ import asyncio
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from prefect.utilities.annotations import quote
 from tests.conftest import IN_PREFECT
 from tests.scripted_server import Asked, ScriptedServer, answer_to, refused
 from tests.scripts import running_script
-from vllm_tasks import InvalidCall, VllmAPI, predict, predict_batches
+from vllm_tasks import InvalidCall, RowError, VllmAPI, predict, predict_batches
+from vllm_tasks._prefect.row_retries import over_attempts
 from vllm_tasks.errors import EngineFailed, RowErrors, ServerUnavailable
 from vllm_tasks.results import Completion
 from vllm_tasks.tasks import RowsTask, completions, is_temporary
@@ -535,6 +536,31 @@ def test_retries_that_a_user_sets_are_for_failed_rows_too(
         ask(1)
     assert [error.index for error in failed.value.errors] == [1]
     assert getattr(failed.value.results[3], "text", failed.value.results[3]) == answer_to("2")
+
+
+def test_an_attempt_that_finds_no_server_forgets_no_answer() -> None:
+    """The attempt after it asks for the rows that failed before, and for no others."""
+    asked: list[list[str]] = []
+
+    def ask(xs: Sequence[Any], _: Any) -> list[Any]:
+        asked.append(list(xs))
+        if len(asked) == 1:
+            error = RowError("refused", "no", index=1)
+            raise RowErrors([error], ["A", error])
+        if len(asked) == 2:
+            raise ServerUnavailable("away")
+        return [x.upper() for x in xs]
+
+    trying = RowsTask(
+        lambda xs: over_attempts(ask, xs, "raise"), name="trying", retry_condition_fn=is_temporary
+    )
+
+    @flow
+    def run() -> Any:
+        return trying.with_options(retries=2, retry_delay_seconds=0)(["a", "b"])
+
+    assert run() == ["A", "B"]
+    assert asked == [["a", "b"], ["b"], ["b"]]
 
 
 def test_an_equal_model_hits_the_cache_of_inputs(server: ScriptedServer, tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ from uuid import UUID
 from prefect.context import TaskRunContext
 
 from vllm_tasks.calls.call import OnError
-from vllm_tasks.errors import RowErrors
+from vllm_tasks.errors import EngineFailed, RowErrors, ServerUnavailable
 from vllm_tasks.rows import RowError
 
 _failed: dict[UUID, RowErrors] = {}
-"""By task run: how its last attempt ended, where another one follows."""
+"""By task run: the answers and errors of its rows so far, where another attempt follows."""
 
 
 def over_attempts(
@@ -24,11 +24,13 @@ def over_attempts(
     run = TaskRunContext.get()
     if run is None or not getattr(run.task, "retries_rows", False):
         return ask(xs, on_error)
+    earlier = _failed.pop(run.task_run.id, None)
     try:
-        return _without_answered(ask, xs, on_error, _failed.pop(run.task_run.id, None))
-    except RowErrors as error:
-        if run.task_run.run_count <= run.task.retries:
-            _failed[run.task_run.id] = error
+        return _without_answered(ask, xs, on_error, earlier)
+    except (RowErrors, EngineFailed, ServerUnavailable) as error:
+        kept = error if isinstance(error, RowErrors) else earlier
+        if kept and run.task_run.run_count <= run.task.retries:
+            _failed[run.task_run.id] = kept
         raise
 
 

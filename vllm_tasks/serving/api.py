@@ -57,11 +57,11 @@ def serve(model: VllmModel) -> Iterator[VllmAPI]:
     """
     _check(model)
     config = model.engine_config()
-    arguments = server_arguments(json.loads(config.engine_args))
+    engine_args = json.loads(config.engine_args)
+    arguments = server_arguments(engine_args)
     command = command_line(arguments)
     if arguments.get("trust_remote_code"):
         tell_trust(arguments["model"])
-    engine_args = json.loads(config.engine_args)
     behind = Behind(engine_identity(engine_args), of_files(engine_args))
     server = SharedServer(arguments["model"], command, config.start_timeout, model.resources().num_gpus)
     with server.used():

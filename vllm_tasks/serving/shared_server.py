@@ -24,6 +24,7 @@ from typing import Any
 from vllm_tasks.engines import loop
 from vllm_tasks.engines.local.gpus import Devices, free_devices
 from vllm_tasks.engines.local.process import explain, last_words
+from vllm_tasks.engines.stopping import raise_if_stopped
 from vllm_tasks.errors import EngineFailed, InvalidCall
 from vllm_tasks.settings import site_settings
 
@@ -82,6 +83,7 @@ class SharedServer:
             if waited - said >= SAY_EVERY:
                 said = waited
                 logger.info("still starting after %.0f s: %s", waited, self._last_words())
+            raise_if_stopped()
             time.sleep(LOOK_EVERY)
 
     def gave_up(self) -> str:
@@ -178,9 +180,12 @@ class SharedServer:
         )
 
     def _last_words(self) -> str:
-        with self._log.open("rb") as log:
-            log.seek(max(0, self._log.stat().st_size - LAST_BYTES))
-            return last_words(log.read().decode(errors="replace").splitlines())
+        try:
+            with self._log.open("rb") as log:
+                log.seek(max(0, self._log.stat().st_size - LAST_BYTES))
+                return last_words(log.read().decode(errors="replace").splitlines())
+        except FileNotFoundError:
+            return "(the log was removed)"
 
     @property
     def _log(self) -> Path:

@@ -64,7 +64,7 @@ class Keeper:
 
     def __init__(self, folder: Path, order: dict[str, Any]) -> None:
         self.folder = folder
-        self.log = folder / "log"
+        self.log = Path("/proc/self/fd/1")  # which may be removed from the folder
         self.order = order
         self.key = secrets.token_urlsafe(32)
         self.port_held = hold_port()
@@ -163,7 +163,7 @@ class Keeper:
 
     def bound_log(self) -> None:
         if self.log.stat().st_size > LOG_BYTES:
-            shutil.copyfile(self.log, self.log.with_suffix(".1"))
+            shutil.copyfile(self.log, self.folder / "log.1")
             os.truncate(self.log, 0)  # whoever writes appends
             self.log_begin = 0
 

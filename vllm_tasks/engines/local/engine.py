@@ -8,11 +8,11 @@ import json
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from vllm_tasks.engines import Done, wire
 from vllm_tasks.engines.http.failures import kind_of_refusal
@@ -79,7 +79,7 @@ class State(Enum):
 
 MOVES = {
     State.STARTING: {State.READY, State.FAILED},
-    State.READY: {State.STARTING, State.FAILED},
+    State.READY: {State.STARTING},
     State.FAILED: set[State](),
 }
 """The states that may follow each."""
@@ -123,12 +123,12 @@ class LocalEngine:
             raise
         self.window.limit = math.ceil(WINDOW_FACTOR * facts["max_num_seqs"] * facts["ranks"])
         self._has_chat_template = facts["chat_template"]
-        self._become_ready(host)
         self._life = asyncio.create_task(self._live_and_release(host))
 
     async def generate(self, requests: Sequence[Request], done: Done) -> None:
         if self.has_failed:
             raise self._error
+        check_is_json(requests[0].sampling)
         mine, finished = self._rows.add(requests, done)
         try:
             self._send()
@@ -153,40 +153,41 @@ class LocalEngine:
         return await HostProcess.launch(arguments, timeout, self._claim.devices)
 
     async def _live_and_release(self, host: Host) -> None:
+        """All its lives; where there can be no more, every call that waits, and every later one, fails."""
         try:
             await self._live(host)
         except Exception as error:  # noqa: BLE001 - a full disk, no descriptor left: nobody must wait for ever
-            words = f"vLLM for {host.model!r} could not be started again: {type(error).__name__}: {error}"
-            failed = EngineFailed(words, temporary=True)
-            failed.__cause__ = error
-            self._fail(failed)
+            other = f"vLLM for {host.model!r} could not be started again: {type(error).__name__}: {error}"
+            words = str(error) if isinstance(error, EngineFailed) else other
+            self._error = EngineFailed(words, temporary=True)  # it ran before
+            self._error.__cause__ = error
+            self._become(State.FAILED)
+            self._rows.fail(self._error)
         finally:
             await self._claim.release()
 
     async def _live(self, host: Host) -> None:
-        """Take answers; when the engine is gone, start it again and hand over what is unfinished."""
+        """Take answers; when the engine is gone, start it again and hand over what is unfinished.
+
+        Raises `EngineFailed` when that cannot be.
+        """
         while True:
             why = await self._until_death(host)
             logger.warning("vLLM for %r died: %s", host.model, why)
             self._barren = 0 if self._rows.bury(why) else self._barren + 1
-            try:
-                if self._barren >= BARREN_LIVES:
-                    words = (
-                        f"vLLM for {host.model!r} died {self._barren} times without answering a row: {why}"
-                    )
-                    raise EngineFailed(words, temporary=True)
-                host, _ = await self._launch(self._arguments, self.config.start_timeout)
-            except EngineFailed as error:
-                self._fail(error)
-                return
-            self._become_ready(host)
-            self._send()
+            if self._barren >= BARREN_LIVES:
+                times = f"{self._barren} times without answering a row"
+                raise EngineFailed(f"vLLM for {host.model!r} died {times}: {why}")
+            host, _ = await self._launch(self._arguments, self.config.start_timeout)
 
     async def _until_death(self, host: Host) -> str:
-        """Take answers until the engine is gone or hangs, and end what is left of it; returns why."""
+        """Give it rows until the engine is gone or hangs, and end what is left of it; returns why."""
+        self._host = host
+        self._become(State.READY)
         answers = asyncio.create_task(self._take_answers(host))
         hangs = False
         try:
+            self._send()
             while not answers.done() and not hangs:
                 await asyncio.wait({answers}, timeout=self.config.timeout / LOOKS)
                 hangs = not answers.done() and self._hangs()
@@ -225,16 +226,6 @@ class LocalEngine:
             row.settle(result_of(frame, row.request))
         self._send()
 
-    def _fail(self, error: EngineFailed) -> None:
-        """Give up: every call that waits, and every later one, gets `error`."""
-        self._become(State.FAILED)
-        self._error = error
-        self._rows.fail(error)
-
-    def _become_ready(self, host: Host) -> None:
-        self._become(State.READY)
-        self._host = host
-
     def _become(self, state: State) -> None:
         assert state in MOVES[self._state], f"{self._state.name} -> {state.name}"
         self._state = state
@@ -255,6 +246,14 @@ def check_is_there(folder: Path) -> None:
     """Raise `EngineFailed` for a path without a model: vLLM would say so after half a minute of imports."""
     if folder.is_absolute() and not folder.exists():
         raise EngineFailed(f"there is no model at {folder}: pass the folder of one, or its name")
+
+
+def check_is_json(sampling: Mapping[str, Any]) -> None:
+    """Raise `InvalidCall` for what cannot be sent, before it travels with rows of other calls."""
+    try:
+        json.dumps(sampling)
+    except (TypeError, ValueError) as error:
+        raise InvalidCall(f"a sampling parameter is no JSON value: {error}") from error
 
 
 def tell_trust(model: str) -> None:

@@ -269,25 +269,23 @@ class Adapters:
         if not isinstance(given, Mapping) or not {"lora_name", "lora_path"} <= given.keys():
             raise Unusable(f"lora_request={given!r:.200} must have lora_name and lora_path")
         wanted = {name: v for name, v in given.items() if name not in ("lora_int_id", "load_inplace")}
-        key = json.dumps([wanted, stamps(wanted["lora_path"])], sort_keys=True)
+        found = stamps(wanted["lora_path"])
+        key = json.dumps([wanted, found], sort_keys=True)
         if key not in self.loads:
-            self.loads[key] = asyncio.create_task(self.load(wanted, self.models.lora_id_counter.inc(1)))
-        try:
-            return await asyncio.shield(self.loads[key])
-        except Unusable:
-            self.loads.pop(key, None)  # its cause may be gone at the next call
-            raise
+            self.loads[key] = asyncio.create_task(self.load(key, wanted, found))
+        return await asyncio.shield(self.loads[key])
 
-    async def load(self, wanted: dict[str, Any], number: int) -> Any:
+    async def load(self, key: str, wanted: dict[str, Any], found: Stamps) -> Any:
         from vllm.lora.request import LoRARequest
         from vllm.lora.utils import get_adapter_absolute_path
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        number = self.models.lora_id_counter.inc(1)
         try:
             if self.engine.vllm_config.lora_config is None:
                 raise Unusable("the engine takes none without vllm_kwargs={'enable_lora': True}")
             folder = await asyncio.to_thread(get_adapter_absolute_path, wanted["lora_path"])
-            copy = await asyncio.to_thread(copied, Path(folder), number)
+            copy = await asyncio.to_thread(copied, Path(folder), number, wanted["lora_path"], found)
             own = {
                 "lora_name": f"{wanted['lora_name']}#{number}",
                 "lora_int_id": number,
@@ -299,20 +297,27 @@ class Adapters:
         except EngineDeadError:
             raise
         except Exception as error:
+            del self.loads[key]  # its cause may be gone at the next call
             words = str(error) if isinstance(error, Unusable) else reason_of(error)
             raise Unusable(f"the adapter {wanted['lora_name']!r} cannot be used: {words}") from error
         return request
 
 
-def stamps(folder: str) -> list[tuple[int, int, int]]:
+Stamps = list[tuple[int, int, int]]
+
+
+def stamps(folder: str) -> Stamps:
     """What tells the contents of an adapter's folder from those before; nothing where it is not here."""
     files = [Path(folder).expanduser() / name for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)]
     found = [file.stat() for file in files if file.is_file()]
     return [(status.st_size, status.st_mtime_ns, status.st_ctime_ns) for status in found]
 
 
-def copied(folder: Path, number: int) -> Path:
-    """A copy of the adapter in `folder` that goes with the engine."""
+def copied(folder: Path, number: int, given: str, found: Stamps) -> Path:
+    """A copy of the adapter in `folder`, `given` by the call, that goes with the engine.
+
+    Raises `Unusable` where its files are no more those that were `found`: some may be older than others.
+    """
     weights = [name for name in ADAPTER_WEIGHTS if (folder / name).is_file()]
     if not weights or not (folder / ADAPTER_CONFIG).is_file():
         what = "has no" if folder.is_dir() else "is no folder with"
@@ -321,6 +326,8 @@ def copied(folder: Path, number: int) -> Path:
     copy.mkdir()
     for name in (ADAPTER_CONFIG, *weights):
         shutil.copyfile(folder / name, copy / name)
+    if stamps(given) != found:
+        raise Unusable(f"{folder} was written to while it was copied; ask again when it is complete")
     return copy
 
 

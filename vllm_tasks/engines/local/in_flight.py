@@ -71,6 +71,8 @@ class Rows:
         self._ids = itertools.count()
         self._waiting: dict[int, OpenRow] = {}
         self.in_flight: dict[int, OpenRow] = {}
+        self._some_left = False
+        """Whether the engine may still be at work on rows that were dropped."""
         self._killers: list[Call] = []
         """The call of each row that has killed the engine, until a row of that call is answered."""
 
@@ -111,19 +113,23 @@ class Rows:
         """Forget rows that nobody waits for; returns those of them that are in flight."""
         for row_id in row_ids:
             self._waiting.pop(row_id, None)
-        return [row_id for row_id in row_ids if self.in_flight.pop(row_id, None) is not None]
+        left = [row_id for row_id in row_ids if self.in_flight.pop(row_id, None) is not None]
+        self._some_left = self._some_left or bool(left)
+        return left
 
     def bury(self, why: str) -> bool:
-        """Count a death of the engine against the rows that it had; whether it was the doing of one."""
+        """Count a death of the engine against the rows that it had; whether it may be the doing of one."""
         struck, self.in_flight = self.in_flight, {}
+        dropped, self._some_left = self._some_left, False
         for row in struck.values():
-            row.deaths += 1
+            # Beside one that was dropped, it was not alone.
+            row.deaths = min(row.deaths + 1, DEATHS_OF_A_ROW) if dropped else row.deaths + 1
         given_up = [row for row in struck.values() if row.deaths > DEATHS_OF_A_ROW]
         if not given_up:
             self._waiting = struck | self._waiting
         for row in given_up:  # one, that was alone
             self._give_up(row, why)
-        return bool(given_up)
+        return dropped or bool(given_up)
 
     def fail(self, error: EngineFailed, call: Call | None = None) -> None:
         """Fail the calls that wait, or one of them."""

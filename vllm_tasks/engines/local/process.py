@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from vllm_tasks.engines import session
 from vllm_tasks.engines.local.gpus import Devices
@@ -20,6 +22,8 @@ from vllm_tasks.errors import EngineFailed
 
 logger = logging.getLogger(__name__)
 vllm_logger = logging.getLogger("vllm_tasks.vllm")
+
+T = TypeVar("T")
 
 ANY_DEVICES = Devices()
 HOST = Path(__file__).with_name("host.py")
@@ -85,7 +89,7 @@ class HostProcess:
         logger.info("starting vLLM for %r (pid %d)", host.model, host._process.pid)
         try:
             host.write(arguments)
-            facts = await host._ready(started, timeout)
+            facts = await host._ready(timeout)
         except BaseException:
             await host.end(grace=0)
             raise
@@ -124,26 +128,24 @@ class HostProcess:
                 raise EngineFailed(f"no process for vLLM could be made: {error}", temporary=True) from error
         return cls(model, process, *streams, sockets)
 
-    async def _ready(self, started: float, timeout: float) -> Frame:  # noqa: ASYNC109
+    async def _ready(self, timeout: float) -> Frame:  # noqa: ASYNC109
         """The facts of the engine when it is ready; says every few seconds how far the start-up is."""
-        first = asyncio.create_task(self.read())
-        while not first.done():
-            await asyncio.wait({first}, timeout=SAY_EVERY)
-            waited = time.monotonic() - started
-            if not first.done() and waited > timeout:
-                first.cancel()
-                raise EngineFailed(
-                    f"vLLM did not start {self.model!r} within {timeout:g} s "
-                    f"(VLLM_TASKS_ENGINE_START_TIMEOUT); its last words: {self._last_words()}"
-                )
-            if not first.done():
-                logger.info("still starting after %.0f s: %s", waited, self._last_words())
-        frame = first.result()
+
+        def say(waited: float) -> None:
+            logger.info("still starting after %.0f s: %s", waited, last_words(self._log))
+
+        try:
+            frame = await within(timeout, self.read(), say)
+        except TimeoutError:
+            raise EngineFailed(
+                f"vLLM did not start {self.model!r} within {timeout:g} s "
+                f"(VLLM_TASKS_ENGINE_START_TIMEOUT); its last words: {last_words(self._log)}"
+            ) from None
         if "ready" in frame:
             facts: Frame = frame["ready"]
             return facts
         await self.end()
-        why = self._explained(str(frame.get("failed", "")), FIRST)
+        why = self.why(str(frame.get("failed", "")), FIRST)
         raise EngineFailed(f"vLLM could not start {self.model!r}: {why}")
 
     async def read(self) -> Frame:
@@ -158,21 +160,19 @@ class HostProcess:
         if not self._writer.is_closing():
             self._writer.write(session.packed(frame))
 
-    def why(self, reason: str) -> str:
+    def why(self, reason: str, which: int = NEWEST) -> str:
         """Why it ended: vLLM's own reason, or the signal or error in the log that this only points at."""
-        return self._explained(reason, NEWEST)
-
-    def _explained(self, reason: str, which: int) -> str:
         if reason and not any(wrapper in reason for wrapper in WRAPPERS):
             return reason
-        return explain(list(self._log), reason, self._code, which)
+        return explain(self._log, reason, self._code, which)
 
     async def end(self, grace: float = CLOSE_GRACE) -> None:
         """End it in order, after `grace` seconds by force; at once by force when cancelled.
 
         Polls, because a thread to wait in is no longer to be had while the interpreter exits.
         """
-        self._writer.close()  # which the host takes for its order to end
+        self._writer.write_eof()  # the host's order to end, also where a forked child holds a copy of our end
+        self._writer.close()
         deadline = time.monotonic() + grace
         try:
             while self._process.poll() is None and time.monotonic() < deadline:  # noqa: ASYNC110
@@ -207,11 +207,21 @@ class HostProcess:
         finally:
             transport.close()
 
-    def _last_words(self) -> str:
-        return last_words(list(self._log))
+
+async def within(seconds: float, awaited: Awaitable[T], say: Callable[[float], None]) -> T:
+    """What comes within `seconds`, else `TimeoutError`; every few of them `say` hears how many have gone."""
+    coming, started = asyncio.ensure_future(awaited), time.monotonic()
+    try:
+        while (waited := time.monotonic() - started) < seconds:
+            if (await asyncio.wait({coming}, timeout=min(SAY_EVERY, seconds - waited)))[0]:
+                return coming.result()
+            say(time.monotonic() - started)
+        raise TimeoutError
+    finally:
+        coming.cancel()
 
 
-def explain(log: list[str], reason: str, code: int | None, which: int = FIRST, more: str = MORE) -> str:
+def explain(log: Sequence[str], reason: str, code: int | None, which: int = FIRST, more: str = MORE) -> str:
     """The signal that ended it, an error of a traceback in the log, or its last words and the exit code.
 
     `which` of the errors, `FIRST` or `NEWEST`; `more` says where all of the log is.
@@ -229,7 +239,7 @@ def explain(log: list[str], reason: str, code: int | None, which: int = FIRST, m
     return f"{reason or 'its process ended'}, exit code {code}{words}"
 
 
-def _words_at(log: list[str], i: int) -> str:
+def _words_at(log: Sequence[str], i: int) -> str:
     """The exception that line `i` names; pydantic's has its words on the next line."""
     found = REASON.search(log[i])
     assert found is not None
@@ -238,5 +248,5 @@ def _words_at(log: list[str], i: int) -> str:
     return found[1]
 
 
-def last_words(log: list[str]) -> str:
+def last_words(log: Sequence[str]) -> str:
     return next((line for line in reversed(log) if line.strip()), "(nothing printed)")

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from vllm_tasks.engines import Done, loop
 from vllm_tasks.engines.local.engine import LocalConfig, LocalEngine
-from vllm_tasks.engines.local.process import CLOSE_GRACE, REASON, SAY_EVERY
+from vllm_tasks.engines.local.process import CLOSE_GRACE, REASON, within
 from vllm_tasks.engines.ray import actor, cluster
 from vllm_tasks.engines.ray.replicas import Replicas
 from vllm_tasks.engines.session import Frame
@@ -234,22 +234,19 @@ class RayHost:
         """What Ray gives, within `seconds`; says every few seconds what is waited for."""
         from ray.exceptions import RayError
 
-        coming, started = asyncio.ensure_future(awaited), time.monotonic()
+        def say(waited: float) -> None:
+            logger.info("%r has waited %.0f s for %s", self.model, waited, what)
+
         try:
-            while not (await asyncio.wait({coming}, timeout=SAY_EVERY))[0]:
-                waited = time.monotonic() - started
-                logger.info("%r has waited %.0f s for %s", self.model, waited, what)
-                if waited > seconds:
-                    raise EngineFailed(
-                        f"{self.model!r} waited {waited:.0f} s (VLLM_TASKS_ENGINE_START_TIMEOUT) for {what}; "
-                        "ask for less in ray_config, for fewer replicas, or wait until the cluster is free",
-                        temporary=True,
-                    )
-            return coming.result()
+            return await within(seconds, awaited, say)
+        except TimeoutError:
+            raise EngineFailed(
+                f"{self.model!r} waited {seconds:.0f} s (VLLM_TASKS_ENGINE_START_TIMEOUT) for {what}; "
+                "ask for less in ray_config, for fewer replicas, or wait until the cluster is free",
+                temporary=True,
+            ) from None
         except RayError as error:
             raise EngineFailed(f"Ray could not start {self.model!r}: {words_of(error)}") from error
-        finally:
-            coming.cancel()
 
 
 def words_of(error: Exception) -> str:

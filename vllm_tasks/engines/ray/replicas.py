@@ -51,7 +51,6 @@ class Replicas:
         self.window = Window(1)  # the sum of theirs, when they have told their size
         self._engines = list(engines)
         self._replicas: list[Replica] = []
-        self._failed: EngineFailed | None = None
 
     @property
     def has_failed(self) -> bool:
@@ -86,8 +85,6 @@ class Replicas:
 
     def _choose(self, request: Request) -> Replica:
         """The replica for a chunk that begins with `request`; a healthy one before one that starts again."""
-        if self._failed:
-            raise self._failed
         ready = [r for r in self._replicas if r.engine.is_ready] or self._replicas
         replica = least = min(ready, key=lambda r: r.open)
         beginnings = beginnings_of(request)
@@ -116,7 +113,8 @@ class Replicas:
         try:
             await replica.engine.generate([left[place] for place in places], settle)
         except EngineFailed as error:
-            if not replica.engine.has_failed:  # it is the call that has
+            # It is the call that has failed, or the last of all.
+            if not replica.engine.has_failed or self._replicas == [replica]:
                 raise
             self._leave_out(replica, error)
         finally:
@@ -126,9 +124,6 @@ class Replicas:
         if replica not in self._replicas:  # another chunk has seen it
             return
         self._replicas.remove(replica)
-        if not self._replicas:
-            self._failed = error
-            return
         self.window.limit -= replica.engine.window.limit
         logger.warning("a replica is left out, %d go on: %s", len(self._replicas), error)
 
