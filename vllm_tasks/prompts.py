@@ -160,7 +160,7 @@ class Prompter:
         Raises `InvalidCall` where it cannot be told what `prompt_func` is made of.
         """
         return {
-            "prompt": self.prompt,
+            "prompt": None if self.function else self.prompt,
             "prompt_func": made_of(self.function, "prompt_func"),
             "keywords": made_of(self.keywords, "the keywords of prompt_func"),
             "artifacts": self.artifacts,
@@ -174,7 +174,7 @@ class Prompter:
     def _named(self, artifacts: Mapping[str, Any]) -> dict[str, Any]:
         """What `prompt_func` gets by keyword, because it names it."""
         offered = {"context": self.context, "artifacts": artifacts}
-        names = named_parameters(self.function)
+        names = _beside_the_record(self.function, self.signature)
         return {**{name: value for name, value in offered.items() if name in names}, **self.keywords}
 
     def _filled(self, artifacts: Mapping[str, Any]) -> dict[str, str]:
@@ -209,6 +209,8 @@ class Prompter:
                 raise InvalidCall(f"prompt_func cannot be called with the columns of X: {why}")
             return
         given = {"input"} if self.signature == "singleton" else {*map(str, range(len(args))), *kwargs}
+        if twice := sorted(given & self.filled.keys()):
+            raise InvalidCall(f"{twice} would be given twice, by X and by the call")
         there = given | self.filled.keys()
         if absent := sorted(self.template.fields - there):
             fields = ", ".join(f"{{{field}}}" for field in absent[:SHOWN])
@@ -359,6 +361,15 @@ def named_parameters(function: Callable[..., Any] | None) -> set[str]:
     return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
+def _beside_the_record(function: Callable[..., Any] | None, signature: Signature) -> set[str]:
+    """What `function` can be given by keyword; the first of its parameters is the record, where that is one
+    value."""
+    names = named_parameters(function)
+    if function is not None and names and signature == "singleton":
+        names.discard(next(iter(inspect.signature(function).parameters)))
+    return names
+
+
 def keywords_of(
     function: Callable[..., Any] | None,
     signature: Signature,
@@ -370,10 +381,7 @@ def keywords_of(
 
     Raises `InvalidCall` for a name that is a sampling parameter (`known`), too.
     """
-    names = named_parameters(function) - {"artifacts"}
-    if signature == "singleton" and names:
-        assert function is not None, "it has parameters"
-        names -= {next(iter(inspect.signature(function).parameters))}
+    names = _beside_the_record(function, signature) - {"artifacts"}
     found = {name: value for name, value in given.items() if name in names}
     if both := sorted(found.keys() & set(known)):
         raise InvalidCall(
