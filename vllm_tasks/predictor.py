@@ -282,8 +282,8 @@ class Predictor(BaseModel):
         whole = self.prompt == "{input}" and self.prompt_func is None and self.signature == "singleton"
         if self.messages_as_json and not whole:
             raise ValueError(
-                "messages_as_json=True reads a record that is chat messages and nothing else: leave out prompt "
-                "and signature, or the option; a prompt_func can read them by json.loads"
+                "messages_as_json=True reads a record that is chat messages and nothing else: leave out "
+                "prompt and signature, or the option; a prompt_func can read them by json.loads"
             )
         return self
 
