@@ -194,6 +194,13 @@ def of_metadata(datum: Any, inner: Prompt) -> Prompt:
 
 
 @kind
+def of_a_docstring(datum: Any, inner: Prompt) -> Prompt:
+    made = types.new_class("Data", (), {}, lambda own: own.update(__doc__=f"{datum!r}"))
+    described = dataclasses.dataclass(made)
+    return lambda x: str(described.__doc__) + inner(x)
+
+
+@kind
 def annotated_class(datum: Any, inner: Prompt) -> Prompt:
     annotations = {"__annotations__": {"text": datum, "inner": inner}}
     return shown(types.new_class("Shape", (), {}, lambda own: own.update(annotations)))

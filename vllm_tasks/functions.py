@@ -179,29 +179,34 @@ class _Reader:
         known = self._installed(function, function.__qualname__) or _declared(function)
         if known:
             return known
-        held, names, annotations = dict[str, Any](), Names(), dict[str, Any]()
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            with suppress(ValueError):  # not bound yet
-                held[name] = cell.cell_contents
-        if not _is_installed(_module_of(function), self.package):
-            names, space = names_in(function.__code__), function.__globals__
-            named = {n for n in names.globals if n not in space} & BY_CODE
-            if hidden := named | (names.globals | names.attributes) & {"import_module"}:
-                self.refuse(f"calls {min(hidden)}, and what that reaches cannot be told")
-            held |= {f"global {n}": space[n] for n in names.globals - PLACES if n in space}
-            held |= {f"import {m.__name__}": m for m in self._imported(names, space.get("__package__"))}
-            with suppress(NameError):  # of a type that is there for type checkers alone
-                annotations = function.__annotations__
+        held, names = self._held(function)
         copied = getattr(vars(function).get("__wrapped__"), "__doc__", None)
         return {
             "function": function.__qualname__,
             "code": source_of(function) or self.bytecode(function.__code__),
             "doc": None if function.__doc__ == copied else function.__doc__,
             "defaults": self.read([function.__defaults__, function.__kwdefaults__], "its defaults"),
-            "annotations": self.read(annotations, "its annotations"),
             "attributes": {n: self.read(v, n) for n, v in sorted(vars(function).items())},
             "holds": self._named(held, names, {}),
         }
+
+    def _held(self, function: FunctionType) -> tuple[dict[str, Any], Names]:
+        """What a function closes over, and what it names if it is not installed; with these names."""
+        held = dict[str, Any]()
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            with suppress(ValueError):  # not bound yet
+                held[name] = cell.cell_contents
+        if _is_installed(_module_of(function), self.package):
+            return held, Names()
+        names, space = names_in(function.__code__), function.__globals__
+        built_in = {n for n in names.globals if n not in space}
+        if hidden := built_in & BY_CODE | (names.globals | names.attributes) & {"import_module"}:
+            self.refuse(f"calls {min(hidden)}, and what that reaches cannot be told")
+        with suppress(NameError):  # of a type that is there for type checkers alone
+            held["its annotations"] = function.__annotations__
+        held |= {f"global {n}": space[n] for n in names.globals - PLACES - built_in}
+        held |= {f"import {m.__name__}": m for m in self._imported(names, space.get("__package__"))}
+        return held, names
 
     def module(self, module: ModuleType, name: str, names: Names, seen: dict[int, int]) -> Any:
         """An installed one by its name, one of the user's by what `names` has of it; `name` is how code names
@@ -253,8 +258,8 @@ class _Reader:
             for n, v in sorted(vars(kind).items())
             if n not in DERIVED and (not n.startswith("__pydantic_") or n.endswith("_fields__"))
         }
-        if "__dataclass_fields__" in members:
-            members.pop("__doc__", None)  # in which may be an address
+        if "__dataclass_fields__" in members and str(kind.__doc__).startswith(f"{kind.__name__}("):
+            members.pop("__doc__", None)  # Python's own, in which may be an address
         return {
             "class": kind.__qualname__,
             "bases": [self.read(base, "its parent") for base in (*kind.__bases__, type(kind))],
@@ -321,8 +326,8 @@ def _own(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _module_of(value: Any) -> str:
     """The module that something was defined in, whatever wrappers say."""
-    if isinstance(value, functools.partial | MethodType):
-        return _module_of(value.func if isinstance(value, functools.partial) else value.__func__)
+    while isinstance(value, functools.partial | MethodType):
+        value = value.func if isinstance(value, functools.partial) else value.__func__
     if isinstance(value, FunctionType):
         return str(value.__globals__.get("__name__"))
     return str(getattr(value, "__module__", None) or type(value).__module__)
