@@ -13,8 +13,10 @@ import random
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Callable
 from datetime import date
+from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -131,7 +133,100 @@ def test_modules_of_the_user_count_by_what_is_used(tmp_path: Path, monkeypatch: 
     module.WORD = "c"  # type: ignore[attr-defined]
     assert of(within) != before
     held = [module]
-    assert "module 'package_of_a_test.words'" in refusal(lambda x: held[0].longer(x))
+    hidden = [
+        lambda x: held[0].longer(x),
+        lambda x: getattr(module, "WORD") + x.strip(),  # noqa: B009
+        lambda x: longest_of(module) + x.strip(),
+    ]
+    for function in hidden:
+        assert "module 'package_of_a_test.words'" in refusal(function)
+
+
+def longest_of(module: Any) -> str:
+    return max(vars(module).values(), key=lambda value: len(str(value)))
+
+
+def test_a_package_counts_where_a_module_of_it_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`import a.b` gives the name `a`."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "outer_of_a_test").mkdir()
+    (tmp_path / "outer_of_a_test" / "__init__.py").write_text("WORD = 'a'\n")
+    (tmp_path / "outer_of_a_test" / "inner.py").touch()
+    function = typed("def f(x):\n    import outer_of_a_test.inner\n    return outer_of_a_test.WORD + x")
+    before = of(function)
+    monkeypatch.setattr("outer_of_a_test.WORD", "b")
+    assert of(function) != before
+
+
+LAID_OUT = """
+import functools, logging
+from pathlib import Path
+
+TEXT = Path(__file__).parent / "text.txt"
+
+@functools.cache
+def f(x):
+    logging.getLogger(__name__).debug("%s", __file__)
+    return TEXT.read_text() + x + 'a' u"b"
+"""
+LAID_OUT_ANEW = """
+# A comment.
+import functools
+import logging
+from pathlib import Path
+
+TEXT = Path(__file__).parent / "text.txt"
+
+
+@functools.cache
+# Another.
+def f(x):
+    # One more.
+    logging.getLogger(__name__).debug("%s", __file__)
+
+    return (
+        TEXT.read_text() + x + "ab"
+    )
+"""
+
+
+def module_of(folder: Path, text: str, name: str) -> Any:
+    folder.mkdir(exist_ok=True)
+    (folder / "text.txt").write_text("text")
+    (folder / f"{name}.py").write_text(text)
+    loader = SourceFileLoader(name, str(folder / f"{name}.py"))
+    module = types.ModuleType(name)
+    module.__file__ = loader.path
+    loader.exec_module(module)
+    return module
+
+
+def test_neither_layout_nor_place_counts(tmp_path: Path) -> None:
+    """A formatter, a comment, another folder and another name of the module ask no row again."""
+    here = of(module_of(tmp_path / "here", LAID_OUT, "here").f)
+    there = module_of(tmp_path / "there", LAID_OUT_ANEW, "there")
+    assert of(there.f) == here
+    (tmp_path / "there" / "text.txt").write_text("other")
+    assert of(there.f) != here
+
+
+def test_the_spaces_of_a_text_count(tmp_path: Path) -> None:
+    """Within a source, those at the beginning of a line and those on an empty one belong to the text."""
+    made = 'def make():\n{0}def f(x):\n{0}    return """{1}\n{0}text""" + x\n{0}return f\n'
+    texts = [made.format(indent, end) for indent in ("  ", "    ") for end in ("", "\n  ", "\n   ")]
+    functions = [module_of(tmp_path, text, f"spaces{i}").make() for i, text in enumerate(texts)]
+    assert len({of(function) for function in functions}) == len({f("") for f in functions}) == 6
+
+
+def test_long_code_is_read(tmp_path: Path) -> None:
+    """With more names than one byte numbers, and a sum of many parts."""
+    lines = "\n".join(f"        x.a{i}" for i in range(300))
+    many = typed(f"def f(x):\n    if x == 'a':\n{lines}\n    from json import dumps\n    return dumps(x)")
+    assert of(many)
+    module = module_of(tmp_path, "def f(x):\n    return " + "x + " * 900 + "'a'\n", "long")
+    assert of(module.f)
 
 
 def test_a_file_counts_by_its_contents(tmp_path: Path) -> None:
@@ -141,6 +236,20 @@ def test_a_file_counts_by_its_contents(tmp_path: Path) -> None:
     before = of(lambda x: path.read_text() + x)
     path.write_text("b")
     assert of(lambda x: path.read_text() + x) != before
+
+
+class Disconnected:
+    @property
+    def version(self) -> str:
+        raise RuntimeError("no connection")
+
+    def __call__(self, x: str) -> str:
+        return x
+
+
+class Opaque:
+    def __getattribute__(self, name: str) -> Any:
+        raise KeyError(name)
 
 
 class Guarded:
@@ -175,6 +284,14 @@ def nested(depth: int) -> list[Any]:
         (typed("def f(x): return x if held else ''", held=nested(10_000)), "nested too deep"),
         (typed("def f(x): return environ[x]", environ=os.environ), "environ is a os._Environ"),
         (functools.lru_cache(typed("def f(x): return r.random()", r=random.Random(1))), "random.Random"),
+        (typed("import importlib\ndef f(x): return importlib.import_module(x).WORD"), "calls import_module"),
+        (typed("def f(x): return (home / 'a').read_text()", home=ROOT), "home is the folder"),
+        (
+            typed("def f(x):\n    import tests.raises_when_imported"),
+            "f cannot be told (RuntimeError: no key)",
+        ),
+        (typed("def f(x): return x if held else ''", held=Opaque()), "f cannot be told (KeyError"),
+        (Disconnected(), "cannot be told (RuntimeError: no connection)"),
     ],
 )
 def test_what_cannot_be_told_is_refused(function: Any, why: str) -> None:
@@ -386,6 +503,9 @@ def test_large_files_count_by_their_head_and_by_samples(tmp_path: Path, place: i
     assert engine_identity({"model": str(tmp_path)}) != before
 
 
+SERVER = "entrypoints/launchers/cli_args.py"
+
+
 def fields_of(tree: ast.Module, *classes: str) -> set[str]:
     found = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name in classes]
     return {ast.unparse(a.target) for c in found for a in c.body if isinstance(a, ast.AnnAssign)}
@@ -404,17 +524,11 @@ def test_arguments_that_do_not_count_are_vllms() -> None:
     (place,) = find_spec("vllm").submodule_search_locations or ()  # type: ignore[union-attr]
     trees = {
         name: ast.parse(Path(place, name).read_text())
-        for name in ("engine/arg_utils.py", "config/parallel.py", "config/cache.py")
+        for name in ("engine/arg_utils.py", SERVER, "config/parallel.py", "config/cache.py")
     }
     known = fields_of(trees["engine/arg_utils.py"], "EngineArgs", "AsyncEngineArgs")
-    others = {
-        "swap_space",
-        "disable_log_requests",
-        "max_log_len",
-        "disable_uvicorn_access_log",
-        "uvicorn_log_level",
-    }
-    assert IGNORED - known == others
+    of_server = fields_of(trees[SERVER], "BaseFrontendArgs", "FrontendArgs")
+    assert IGNORED - known - of_server == {"swap_space", "disable_log_requests"}, "of older versions"
     out = left_out(trees["config/parallel.py"], "ParallelConfig") | left_out(
         trees["config/cache.py"], "CacheConfig"
     )

@@ -599,3 +599,40 @@ def test_messages_may_be_json_as_in_a_csv() -> None:
     assert "is no JSON" in refusal(read("hi"))
     assert "no list of chat messages" in refusal(read('"hi"'))
     assert read.identity() != prompter(chat=True, system="be short").identity()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"prompt": "Sum up: {input}"}, {"prompt_func": str}, {"signature": "**kwargs", "prompt": "{text}"}],
+)
+def test_messages_that_no_row_can_be_are_refused(fields: dict[str, Any]) -> None:
+    """They would be sent as the text that they are in the CSV."""
+    with pytest.raises(ValueError, match="messages_as_json=True reads a record that is chat messages"):
+        VllmAPI(identifier="m", messages_as_json=True, **fields)
+
+
+def test_a_column_that_the_call_fills_is_refused() -> None:
+    """It would never be in a prompt."""
+    model = VllmAPI(
+        identifier="m",
+        model="m",
+        chat=True,
+        api_url="http://x",
+        prompt="{context} {text}",
+        signature="**kwargs",
+    )
+    with pytest.raises(InvalidCall, match=r"\['context'\] would be given twice, by X and by the call"):
+        model.prepare(model.predict_in_db, "c").over(["context", "text"])
+
+
+def test_the_first_parameter_is_the_record_whatever_its_name() -> None:
+    """Where a record is one value."""
+    for function in (lambda context: context, lambda artifacts: artifacts):
+        assert prompter(prompt_func=function)("a") == "a"
+    with pytest.raises(InvalidCall, match="nothing uses it"):
+        prompter(prompt_func=lambda context: context, context="c")
+
+
+def test_a_prompt_that_a_function_replaces_does_not_count() -> None:
+    """It decides nothing."""
+    assert prompter("a {input}", prompt_func=str).identity() == prompter(prompt_func=str).identity()

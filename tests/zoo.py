@@ -18,12 +18,13 @@ import sys
 import types
 from collections.abc import Callable
 from decimal import Decimal
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, Field, field_validator
 
 from vllm_tasks.calls.functions import made_of
 
+T = TypeVar("T")
 Prompt = Callable[[str], str]
 KINDS: dict[str, Callable[..., Prompt]] = {}
 log = logging.getLogger("zoo")
@@ -90,6 +91,22 @@ def cached(datum: Any, inner: Prompt) -> Prompt:
         return f"{datum!r}" + inner(x)
 
     return f
+
+
+@kind
+def around_a_version(datum: Any, inner: Prompt) -> Prompt:
+    @functools.wraps(versioned)
+    def f(x: str) -> str:
+        return f"{datum!r}" + inner(versioned(x))
+
+    return f
+
+
+def versioned(x: str) -> str:
+    return x
+
+
+versioned.version = "1"  # type: ignore[attr-defined]
 
 
 @kind
@@ -161,6 +178,44 @@ def of_a_dataclass(datum: Any, inner: Prompt) -> Prompt:
             return f"{self.datum!r}" + self.held(x)
 
     return Data()
+
+
+@kind
+def of_metadata(datum: Any, inner: Prompt) -> Prompt:
+    @dataclasses.dataclass
+    class Data:
+        text: str = dataclasses.field(metadata={"before": datum, "inner": inner})
+
+    def f(x: str) -> str:
+        (text,) = dataclasses.fields(Data)
+        return f"{text.metadata['before']!r}" + text.metadata["inner"](x)
+
+    return f
+
+
+@kind
+def of_a_docstring(datum: Any, inner: Prompt) -> Prompt:
+    made = types.new_class("Data", (), {}, lambda own: own.update(__doc__=f"{datum!r}"))
+    described = dataclasses.dataclass(made)
+    return lambda x: str(described.__doc__) + inner(x)
+
+
+@kind
+def annotated_class(datum: Any, inner: Prompt) -> Prompt:
+    annotations = {"__annotations__": {"text": datum, "inner": inner}}
+    return shown(types.new_class("Shape", (), {}, lambda own: own.update(annotations)))
+
+
+@kind
+def annotated_function(datum: Any, inner: Prompt) -> Prompt:
+    def tool() -> None: ...
+
+    tool.__annotations__ = {"text": datum, "inner": inner}
+    return shown(tool)
+
+
+def shown(annotated: Any) -> Prompt:
+    return lambda x: repr(annotated.__annotations__["text"]) + annotated.__annotations__["inner"](x)
 
 
 @kind
@@ -240,6 +295,25 @@ def global_module(datum: Any, inner: Prompt) -> Prompt:
     module = types.ModuleType("of_the_user")
     module.DATUM, module.inner, module.other = datum, inner, object()
     return typed("def f(x): return repr(m.DATUM) + m.inner(x)", m=module)
+
+
+@kind
+def lazy_module(datum: Any, inner: Prompt) -> Prompt:
+    module = types.ModuleType("of_the_user")
+    module.__getattr__ = lambda name: inner if name == "inner" else datum  # type: ignore[method-assign]
+    return typed("def f(x): return repr(m.LAZY) + m.inner(x)", m=module)
+
+
+@kind
+def generic(datum: Any, inner: Prompt) -> Prompt:
+    class Child(Named[Literal[repr(datum)]]):  # type: ignore[valid-type, misc]
+        held = staticmethod(inner)
+
+    return lambda x: str(get_args(Child.__orig_bases__[0])) + Child.held(x)  # type: ignore[attr-defined]
+
+
+class Named(Generic[T]):
+    text: T
 
 
 @kind

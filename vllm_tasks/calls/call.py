@@ -86,7 +86,8 @@ class Call:
         if self.prompter.chat is not None or self.answerer is not None:
             return self
         known = self.has_chat_template
-        return replace(self, prompter=self.prompter.asking(of_model(self.engine) if known is None else known))
+        chat = of_model(self.engine) if known is None else known
+        return replace(self, prompter=replace(self.prompter, chat=chat))
 
     def requests(self, records: Sequence[Any]) -> list[Request | RowError]:
         """For each record a request, or why there is none; raises `InvalidCall` for what all have wrong."""
@@ -154,7 +155,7 @@ class Call:
         call = self.resolved()
         name, engine = identity_of(self.engine)
         prompts = call.prompter.identity()
-        unused = iter([fingerprint(prompts)] if call.prompter.function else [])
+        unused = iter([fingerprint(prompts)] if call.prompter.prompt_func else [])
 
         def requests(rows: Sequence[Values]) -> list[Request | RowError]:
             made = call.requests([record(r) for r in rows])

@@ -1,10 +1,11 @@
 """What a function is made of: the same in every process, another for one that may answer otherwise.
 
-A function counts by its source, its defaults, what it closes over, its attributes (`__wrapped__` is one) and
-the globals that its code names. Functions, classes and modules of the user's among these count in the same
-way, objects by what they would be pickled by, a path with the contents of its file. What is installed counts
-by its name, unless it is of the function's own package. What none of this tells is refused; a declared
-`version` speaks for it.
+A function counts by its source, its defaults and annotations, what it closes over, its attributes
+(`__wrapped__` is one) and the globals that its code names. Functions, classes and modules of the user's among
+these count in the same way, objects by what they would be pickled by, the path of a file by its name and
+contents. What is installed counts by its name, unless it is of the function's own package. Where anything
+stands, and how it is laid out, does not count. What none of this tells is refused; a declared `version`
+speaks for it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from types import (
     ModuleType,
     WrapperDescriptorType,
 )
-from typing import Any, Never
+from typing import Any, ForwardRef, Never, NewType, ParamSpec, TypeVar, TypeVarTuple
 
 from vllm_tasks.calls.source_code import Names, names_in, source_of
 from vllm_tasks.calls.weights import hash_of_file
@@ -47,15 +48,18 @@ CHANGING = Iterator, io.IOBase, random.Random, type(os.environ)
 """What is another thing after each use, or in each process."""
 LOGS = logging.Logger, logging.LoggerAdapter, logging.Handler
 BY_CODE = {"eval", "exec", "globals", "__import__"}
-"""Built-in functions that reach what the code does not name."""
-DERIVED = {
-    *("__module__", "__dict__", "__weakref__", "__annotations__", "__orig_bases__", "__parameters__"),
-    *("__annotate_func__", "__annotations_cache__", "__firstlineno__", "__static_attributes__", "_abc_impl"),
-    *("__dataclass_fields__", "__dataclass_params__", "__signature__", "__slotnames__"),
+"""Built-in functions that reach what the code does not name, as `import_module` does."""
+PLACES = {"__name__", "__module__", "__package__", "__spec__", "__loader__", "__file__"}
+"""Where a function stands, which is elsewhere in a script and in a deployment."""
+DERIVED = PLACES | {
+    *("__dict__", "__weakref__", "__parameters__", "__annotate_func__", "__annotations_cache__"),
+    *("__firstlineno__", "__static_attributes__", "_abc_impl", "__dataclass_params__", "__signature__"),
+    "__slotnames__",
 }
 """Members of a class: where it stands, and what is made of its other members."""
 INSTALLED = {"site-packages", "dist-packages"}
 OF_C = MethodDescriptorType, WrapperDescriptorType, ClassMethodDescriptorType
+TYPE_VARIABLES = TypeVar, TypeVarTuple, ParamSpec, NewType
 MADE_IN_PYTHON = 1 << 9
 """The flag of types that were made at run time (Py_TPFLAGS_HEAPTYPE)."""
 WAY_OUT = (
@@ -72,32 +76,45 @@ def made_of(function: Any, role: str) -> Any:
     """
     if function is None:
         return None
-    if version := _declared(function):
-        return version
-    reader = _Reader(role, _path(function).partition(".")[0])
+    reader = _Reader(role)
     try:
-        parts = json.dumps(reader.read(function, _path(function)))
+        name = _path(function)
+        reader.package = name.partition(".")[0]
+        if version := _declared(function):
+            return version
+        parts = json.dumps(reader.read(function, name), ensure_ascii=False)
+    except InvalidCall:
+        raise
     except RecursionError:
-        raise InvalidCall(f"{role} {_path(function)} is nested too deep to be told: {WAY_OUT}") from None
-    return hashlib.sha256(parts.encode()).hexdigest()
+        raise InvalidCall(f"{role} is nested too deep to be told: {WAY_OUT}") from None
+    except Exception as error:  # noqa: BLE001 - whatever the classes and modules of the user raise
+        reader.refuse(f"cannot be told ({type(error).__name__}: {error!s:.100})")
+    return hashlib.sha256(parts.encode(errors="surrogatepass")).hexdigest()
 
 
 def _declared(function: Any) -> Any:
     version = getattr(function, "version", None)
-    return {"function": _path(function), "version": version} if isinstance(version, str | int) else None
+    if not isinstance(version, str | int):
+        return None
+    if version == getattr(getattr(function, "__wrapped__", None), "version", None):
+        return None  # `functools.wraps` has copied it
+    return {"function": _path(function), "version": version}
 
 
 class _Reader:
     """Reads one function, and all that it holds."""
 
-    def __init__(self, role: str, package: str) -> None:
-        self.role, self.package, self.left = role, package, MOST
+    def __init__(self, role: str) -> None:
+        self.role, self.left = role, MOST
+        self.package = ""
+        """That of the function, which counts by its contents wherever it is installed."""
         self.numbers: dict[int, tuple[int, Any]] = {}
         """Of what may hold itself: by its id, which it keeps as long as it is in here."""
         self.trail: list[str] = []
 
     def refuse(self, why: str) -> Never:
-        raise InvalidCall(f"{self.role} {' > '.join(f'{n:.50}' for n in self.trail)} {why}: {WAY_OUT}")
+        place = " > ".join(f"{n:.50}" for n in self.trail) or "given"
+        raise InvalidCall(f"{self.role} {place} {why}: {WAY_OUT}")
 
     def read(self, value: Any, name: str | None = None) -> Any:
         """Equal for equal values only; `name` leads to the value, in errors."""
@@ -106,7 +123,9 @@ class _Reader:
         self.left -= 1
         if self.left < 0:
             self.refuse(f"holds more than {MOST:,} values")
-        if isinstance(value, list | dict | set | bytearray) or hasattr(value, "__dict__"):
+        if type(value).__module__ == "typing":
+            pass  # such as `Optional[int]`, which is one object or several, as a cache of Python's has it
+        elif isinstance(value, list | dict | set | bytearray) or hasattr(value, "__dict__"):
             if id(value) in self.numbers:
                 return ["again", self.numbers[id(value)][0]]
             self.numbers[id(value)] = len(self.numbers), value
@@ -124,7 +143,7 @@ class _Reader:
         if isinstance(value, type):
             return self._installed(value, value.__qualname__) or self._class(value)
         if isinstance(value, ModuleType):
-            return self.module(value, Names(), {})
+            return self.module(value, "", Names(), {})
         return ["log"] if isinstance(value, LOGS) else self._object(value)
 
     def all(self, values: Iterable[Any]) -> list[Any]:
@@ -160,44 +179,55 @@ class _Reader:
         known = self._installed(function, function.__qualname__) or _declared(function)
         if known:
             return known
-        held, names = dict[str, Any](), Names()
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            with suppress(ValueError):  # not bound yet
-                held[name] = cell.cell_contents
-        if not _is_installed(_module_of(function), self.package):
-            names, space = names_in(function.__code__), function.__globals__
-            if hidden := sorted(n for n in names.globals & BY_CODE if n not in space):
-                self.refuse(f"calls {hidden[0]}, and what that reaches cannot be told")
-            held |= {f"global {n}": space[n] for n in names.globals if n in space}
-            held |= {f"import {m.__name__}": m for m in self._imported(names, space.get("__package__"))}
-        seen: dict[int, int] = {}
+        held, names = self._held(function)
+        copied = getattr(vars(function).get("__wrapped__"), "__doc__", None)
         return {
             "function": function.__qualname__,
             "code": source_of(function) or self.bytecode(function.__code__),
-            "doc": function.__doc__,
+            "doc": None if function.__doc__ == copied else function.__doc__,
             "defaults": self.read([function.__defaults__, function.__kwdefaults__], "its defaults"),
             "attributes": {n: self.read(v, n) for n, v in sorted(vars(function).items())},
-            "holds": {
-                n: self.module(v, names, seen) if isinstance(v, ModuleType) else self.read(v, n)
-                for n, v in sorted(held.items())
-            },
+            "holds": self._named(held, names, {}),
         }
 
-    def module(self, module: ModuleType, names: Names, seen: dict[int, int]) -> Any:
-        """An installed one by its name, one of the user's by what `names` has of it."""
+    def _held(self, function: FunctionType) -> tuple[dict[str, Any], Names]:
+        """What a function closes over, and what it names if it is not installed; with these names."""
+        held = dict[str, Any]()
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            with suppress(ValueError):  # not bound yet
+                held[name] = cell.cell_contents
+        if _is_installed(_module_of(function), self.package):
+            return held, Names()
+        names, space = names_in(function.__code__), function.__globals__
+        built_in = {n for n in names.globals if n not in space}
+        if hidden := built_in & BY_CODE | (names.globals | names.attributes) & {"import_module"}:
+            self.refuse(f"calls {min(hidden)}, and what that reaches cannot be told")
+        with suppress(NameError):  # of a type that is there for type checkers alone
+            held["its annotations"] = function.__annotations__
+        held |= {f"global {n}": space[n] for n in names.globals - PLACES - built_in}
+        held |= {f"import {m.__name__}": m for m in self._imported(names, space.get("__package__"))}
+        return held, names
+
+    def module(self, module: ModuleType, name: str, names: Names, seen: dict[int, int]) -> Any:
+        """An installed one by its name, one of the user's by what `names` has of it; `name` is how code names
+        the module itself."""
         if _is_installed(module.__name__, self.package):
             return ["installed module", module.__name__]
-        if not names.attributes:
+        if not names.attributes or name in names.whole:
             self.refuse(f"holds the module {module.__name__!r}, and what it uses of that cannot be told")
         if id(module) in seen:
             return ["again", seen[id(module)]]
         seen[id(module)] = len(seen)
-        used = {n: v for n, v in sorted(dict(vars(module)).items()) if n in names.attributes}
+        used = names.attributes | {"__getattr__"}
+        return self._named({n: v for n, v in list(vars(module).items()) if n in used}, names, seen)
+
+    def _named(self, held: Mapping[str, Any], names: Names, seen: dict[int, int]) -> dict[str, Any]:
+        """What code has under names of its own, with what it uses of modules."""
         return {
-            n: self.module(v, names, seen)
+            n: self.module(v, n.rpartition(" ")[2], names, seen)
             if isinstance(v, ModuleType)
-            else self.read(v, f"{module.__name__}.{n}")
-            for n, v in used.items()
+            else self.read(v, n)
+            for n, v in sorted(held.items())
         }
 
     def _imported(self, names: Names, package: str | None) -> Iterator[ModuleType]:
@@ -211,7 +241,8 @@ class _Reader:
                 for part in wanted:
                     if not hasattr(module, part):
                         importlib.import_module(f"{full}.{part}")
-                yield module
+                # `import a.b` gives a name to `a`.
+                yield module if wanted else sys.modules[full.partition(".")[0]]
 
     def bytecode(self, code: CodeType) -> list[Any]:
         """For code whose source is not there; another one in another version of Python."""
@@ -222,16 +253,17 @@ class _Reader:
     # ------------------------------------------------------------------ classes and objects
 
     def _class(self, kind: type) -> Any:
-        members = {n: v for n, v in sorted(vars(kind).items()) if n not in DERIVED}
         members = {
-            n: v for n, v in members.items() if not n.startswith("__pydantic_") or n.endswith("_fields__")
+            n: self.read(v, n)
+            for n, v in sorted(vars(kind).items())
+            if n not in DERIVED and (not n.startswith("__pydantic_") or n.endswith("_fields__"))
         }
-        if "__dataclass_fields__" in vars(kind):
-            members.pop("__doc__", None)  # in which may be an address
+        if "__dataclass_fields__" in members and str(kind.__doc__).startswith(f"{kind.__name__}("):
+            members.pop("__doc__", None)  # Python's own, in which may be an address
         return {
             "class": kind.__qualname__,
             "bases": [self.read(base, "its parent") for base in (*kind.__bases__, type(kind))],
-            "members": {n: self.read(v, n) for n, v in members.items()},
+            "members": members,
         }
 
     def _object(self, value: Any) -> Any:
@@ -244,7 +276,9 @@ class _Reader:
         ):
             self.refuse("is made in C")
         if isinstance(value, Path) and value.is_file():
-            return ["file", str(value), hash_of_file(value)]
+            return ["file", value.name, hash_of_file(value)]
+        if isinstance(value, Path) and value.is_dir():
+            self.refuse(f"is the folder {str(value)!r}, and which of its files are read cannot be told")
         try:
             reducer: Callable[[Any], Any] | None = copyreg.dispatch_table.get(kind)
             reduced = reducer(value) if reducer else value.__reduce_ex__(4)
@@ -255,14 +289,16 @@ class _Reader:
         made_by, arguments, state, items, pairs = [*reduced, None, None, None][:5]
         if isinstance(state, dict):
             members = {n: v for each in reversed(kind.__mro__) for n, v in vars(each).items()}
-            state = {n: v for n, v in state.items() if type(members.get(n)) is not functools.cached_property}
+            made = {n for n, v in members.items() if type(v) is functools.cached_property}
+            state = {n: v for n, v in _own(state).items() if n not in made}
         parts = [kind, made_by, arguments, state, list(items or ()), list(pairs or ())]
         return ["object", self.all(parts)]
 
 
 PARTS: dict[type, Callable[[_Reader, Any], Any]] = {
     int: lambda _, value: hex(value),
-    **dict.fromkeys((float, complex, bytes, type(...)), lambda _, value: repr(value)),
+    bytes: lambda _, value: hashlib.sha256(value).hexdigest(),
+    **dict.fromkeys((float, complex, type(...)), lambda _, value: repr(value)),
     **dict.fromkeys((tuple, list), _Reader.all),
     **dict.fromkeys((dict, MappingProxyType), _Reader.pairs),
     **dict.fromkeys((set, frozenset), _Reader.unordered),
@@ -275,15 +311,23 @@ PARTS: dict[type, Callable[[_Reader, Any], Any]] = {
     ],
     property: lambda reader, value: reader.all([value.fget, value.fset, value.fdel]),
     functools.cached_property: lambda reader, value: reader.read(value.func),
-    functools._lru_cache_wrapper: lambda reader, value: reader.read(vars(value)),
+    functools._lru_cache_wrapper: lambda reader, value: reader.read(_own(vars(value))),
+    **dict.fromkeys(TYPE_VARIABLES, lambda _, value: value.__name__),
+    ForwardRef: lambda _, value: value.__forward_arg__,
 }
 """What kinds of things are made of; another thing is what it would be pickled by."""
 
 
+def _own(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes but for those that `functools.wraps` copies from `__wrapped__`, such as the module."""
+    copied = functools.WRAPPER_ASSIGNMENTS if "__wrapped__" in attributes else ()
+    return {n: v for n, v in attributes.items() if n not in copied}
+
+
 def _module_of(value: Any) -> str:
     """The module that something was defined in, whatever wrappers say."""
-    if isinstance(value, functools.partial | MethodType):
-        return _module_of(value.func if isinstance(value, functools.partial) else value.__func__)
+    while isinstance(value, functools.partial | MethodType):
+        value = value.func if isinstance(value, functools.partial) else value.__func__
     if isinstance(value, FunctionType):
         return str(value.__globals__.get("__name__"))
     return str(getattr(value, "__module__", None) or type(value).__module__)

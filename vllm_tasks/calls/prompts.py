@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import json
 import string
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard
 
 import fsspec
@@ -45,12 +44,12 @@ class Template:
             pieces = list(string.Formatter().parse(text))
         except ValueError as error:
             raise ValueError(f"prompt {text!r}: {error}; write literal braces as {{{{ and }}}}") from error
-        for _, field, spec, conversion in pieces:
-            if field is None:
+        for _, name, spec, conversion in pieces:
+            if name is None:
                 continue
-            key = field.removeprefix(ARTIFACT)
-            if spec or conversion or not (key.isidentifier() or (field.isascii() and field.isdigit())):
-                shown = f"{field}{'!' + conversion if conversion else ''}{':' + spec if spec else ''}"
+            key = name.removeprefix(ARTIFACT)
+            if spec or conversion or not (key.isidentifier() or (name.isascii() and name.isdigit())):
+                shown = f"{name}{'!' + conversion if conversion else ''}{':' + spec if spec else ''}"
                 raise ValueError(
                     f"prompt field {{{shown}}} is not a plain key: allowed are a name, a number and "
                     "artifacts.<name>, without attributes, indexes, conversions or formats; "
@@ -110,6 +109,7 @@ def _is_tuple(x: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(x, Sequence) and not isinstance(x, str | bytes | bytearray | memoryview)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Prompter:
     """Makes the prompts of one call.
 
@@ -117,42 +117,60 @@ class Prompter:
     cannot be read.
     """
 
-    def __init__(
-        self,
-        *,
-        prompt: str,
-        prompt_func: Callable[..., Any] | None,
-        signature: Signature,
-        chat: bool | None,
-        system: str | None,
-        artifacts: Mapping[str, Any],
-        context: Context,
-        messages_as_json: bool = False,
-        keywords: Mapping[str, Any] | None = None,
-    ) -> None:
-        """`chat`: whether texts become chat messages; None: not known yet, and they stay texts.
-        `keywords`: those of the call that `prompt_func` names, see `keywords_of`."""
-        self.prompt = prompt
-        self.artifacts = artifacts
-        self.template = Template.parse(prompt)
-        self.plain = prompt == "{input}"
-        self.signature = signature
-        self.chat = chat
-        self.system = system
-        self.messages_as_json = messages_as_json
-        self.keywords = keywords or {}
-        self.function = prompt_func
-        self.context = joined(context)
-        self.longest = site_settings().max_prompt_bytes
-        self.named = self._named(artifacts)
-        self.filled = {} if prompt_func else self._filled(artifacts)
-        self._check_context()
+    prompt: str
+    prompt_func: Callable[..., Any] | None
+    signature: Signature
+    chat: bool | None
+    """Whether texts become chat messages; None: not known yet, and they stay texts."""
+    system: str | None
+    artifacts: Mapping[str, Any]
+    context: Context
+    messages_as_json: bool = False
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+    """Those of the call that `prompt_func` names, see `keywords_of`."""
+    longest: int = field(default_factory=lambda: site_settings().max_prompt_bytes)
+    """Bytes that a prompt may have."""
 
-    def asking(self, chat: bool) -> Prompter:
-        """This one where it is known whether texts become chat messages."""
-        known = copy.copy(self)
-        known.chat = chat
-        return known
+    def __post_init__(self) -> None:
+        in_template = self.prompt_func is None and "context" in self.template.fields
+        if self.joined_context is None and in_template:
+            raise InvalidCall(
+                "the prompt has {context}, but no context was given: pass context=..., "
+                "or rename the field where it stands for a column of the records"
+            )
+        if self.context is not None and not (in_template or "context" in self.named):
+            way_out = (
+                "put {context} into the prompt" if self.prompt_func is None else "name it in prompt_func"
+            )
+            raise InvalidCall(f"context was given, but nothing uses it: {way_out}")
+        try:
+            _ = self.filled
+        except BadRow as error:
+            raise InvalidCall(f"the prompt cannot be filled: {error}") from error
+
+    @functools.cached_property
+    def template(self) -> Template:
+        return Template.parse(self.prompt)
+
+    @functools.cached_property
+    def joined_context(self) -> str | None:
+        return joined(self.context)
+
+    @functools.cached_property
+    def named(self) -> dict[str, Any]:
+        """What `prompt_func` gets by keyword, because it names it."""
+        offered = {"context": self.joined_context, "artifacts": self.artifacts}
+        names = _beside_the_record(self.prompt_func, self.signature)
+        return {**{name: value for name, value in offered.items() if name in names}, **self.keywords}
+
+    @functools.cached_property
+    def filled(self) -> dict[str, str]:
+        """The fields of a template that are the same in all prompts."""
+        if self.prompt_func is not None:
+            return {}
+        values = {f"{ARTIFACT}{name}": value for name, value in self.artifacts.items()}
+        filled = {f: _text(f, values) for f in self.template.fields if f.startswith(ARTIFACT)}
+        return filled if self.joined_context is None else {**filled, "context": self.joined_context}
 
     def identity(self) -> dict[str, Any]:
         """What decides a prompt beside its record, for the fingerprint.
@@ -160,42 +178,16 @@ class Prompter:
         Raises `InvalidCall` where it cannot be told what `prompt_func` is made of.
         """
         return {
-            "prompt": self.prompt,
-            "prompt_func": made_of(self.function, "prompt_func"),
+            "prompt": None if self.prompt_func else self.prompt,
+            "prompt_func": made_of(self.prompt_func, "prompt_func"),
             "keywords": made_of(self.keywords, "the keywords of prompt_func"),
             "artifacts": self.artifacts,
             "signature": self.signature,
             "chat": self.chat,
             "system": self.system,
-            "context": self.context,
+            "context": self.joined_context,
             "messages_as_json": self.messages_as_json,
         }
-
-    def _named(self, artifacts: Mapping[str, Any]) -> dict[str, Any]:
-        """What `prompt_func` gets by keyword, because it names it."""
-        offered = {"context": self.context, "artifacts": artifacts}
-        names = named_parameters(self.function)
-        return {**{name: value for name, value in offered.items() if name in names}, **self.keywords}
-
-    def _filled(self, artifacts: Mapping[str, Any]) -> dict[str, str]:
-        """The fields that are the same in all prompts."""
-        values = {f"{ARTIFACT}{name}": value for name, value in artifacts.items()}
-        try:
-            filled = {f: _text(f, values) for f in self.template.fields if f.startswith(ARTIFACT)}
-        except BadRow as error:
-            raise InvalidCall(f"the prompt cannot be filled: {error}") from error
-        return filled if self.context is None else {**filled, "context": self.context}
-
-    def _check_context(self) -> None:
-        in_template = self.function is None and "context" in self.template.fields
-        if self.context is None and in_template:
-            raise InvalidCall(
-                "the prompt has {context}, but no context was given: pass context=..., "
-                "or rename the field where it stands for a column of the records"
-            )
-        if self.context is not None and not (in_template or "context" in self.named):
-            way_out = "put {context} into the prompt" if self.function is None else "name it in prompt_func"
-            raise InvalidCall(f"context was given, but nothing uses it: {way_out}")
 
     def check_fields(self, example: Any) -> None:
         """Raise `InvalidCall` when no record like `example` can be a prompt, or a prompt leaves a column out.
@@ -203,12 +195,16 @@ class Prompter:
         `example`: the record whose values are the names of their columns.
         """
         args, kwargs = call_arguments(self.signature, example)
-        if self.function is not None:
+        if self.prompt_func is not None:
             named = self._beside(kwargs)
-            if why := _refusal(self.function, args, {**kwargs, **named}, twice=named.keys() & kwargs.keys()):
+            if why := _refusal(
+                self.prompt_func, args, {**kwargs, **named}, twice=named.keys() & kwargs.keys()
+            ):
                 raise InvalidCall(f"prompt_func cannot be called with the columns of X: {why}")
             return
         given = {"input"} if self.signature == "singleton" else {*map(str, range(len(args))), *kwargs}
+        if twice := sorted(given & self.filled.keys()):
+            raise InvalidCall(f"{twice} would be given twice, by X and by the call")
         there = given | self.filled.keys()
         if absent := sorted(self.template.fields - there):
             fields = ", ".join(f"{{{field}}}" for field in absent[:SHOWN])
@@ -227,7 +223,7 @@ class Prompter:
     def __call__(self, x: Any) -> str | list[Message] | RowError:
         """The text or chat messages for one record, or why there are none."""
         try:
-            made = self._from_function(x) if self.function else self._from_template(x)
+            made = self._from_function(x) if self.prompt_func else self._from_template(x)
             prompt = self._in_chat(made)
             # What cannot travel fails here, and not in a chunk with other rows.
             self._check_size(prompt if isinstance(prompt, str) else _as_json(prompt))
@@ -247,10 +243,10 @@ class Prompter:
             )
 
     def _from_function(self, x: Any) -> Any:
-        assert self.function is not None
+        assert self.prompt_func is not None
         args, kwargs = call_arguments(self.signature, x)
         try:
-            return self.function(*args, **kwargs, **self._beside(kwargs))
+            return self.prompt_func(*args, **kwargs, **self._beside(kwargs))
         except Exception as error:  # the user's own function: whatever it raises is this row's error
             raise BadRow(f"prompt_func raised {type(error).__name__}: {error}") from error
 
@@ -266,7 +262,7 @@ class Prompter:
         }
 
     def _from_template(self, x: Any) -> Any:
-        if self.plain and self.signature == "singleton":
+        if self.prompt == "{input}" and self.signature == "singleton":
             x = self._read(x) if self.messages_as_json else x
             if is_messages(x):
                 return x
@@ -359,6 +355,15 @@ def named_parameters(function: Callable[..., Any] | None) -> set[str]:
     return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
+def _beside_the_record(function: Callable[..., Any] | None, signature: Signature) -> set[str]:
+    """What `function` can be given by keyword; the first of its parameters is the record, where that is one
+    value."""
+    names = named_parameters(function)
+    if function is not None and names and signature == "singleton":
+        names.discard(next(iter(inspect.signature(function).parameters)))
+    return names
+
+
 def keywords_of(
     function: Callable[..., Any] | None,
     signature: Signature,
@@ -370,10 +375,7 @@ def keywords_of(
 
     Raises `InvalidCall` for a name that is a sampling parameter (`known`), too.
     """
-    names = named_parameters(function) - {"artifacts"}
-    if signature == "singleton" and names:
-        assert function is not None, "it has parameters"
-        names -= {next(iter(inspect.signature(function).parameters))}
+    names = _beside_the_record(function, signature) - {"artifacts"}
     found = {name: value for name, value in given.items() if name in names}
     if both := sorted(found.keys() & set(known)):
         raise InvalidCall(

@@ -95,15 +95,11 @@ def check_prompts(prompts: Iterable[object], sampling: Mapping[str, Any], target
         raise InvalidCall(
             f"the path of api_url ({target}) takes texts, no chat messages; use the server's base URL"
         )
-    if target == "openai":
+    if target in ("openai", "local"):
+        # Of either kind; what a local engine takes beside them goes with both.
+        names = sorted(sampling.keys() & known_names("openai"))
         for kind in kinds:
-            check_names(sampling, "completions" if kind is str else "chat")
-    if target == "local":
-        text, chat = known_names("completions"), known_names("chat")
-        if str in kinds and (unused := sorted(sampling.keys() & (chat - text))):
-            raise InvalidCall(f"{unused} are for chat messages, and there are text prompts; set chat=True")
-        if list in kinds and (unused := sorted(sampling.keys() & (text - chat))):
-            raise InvalidCall(f"{unused} are for text prompts, and there are chat messages")
+            check_names(names, "completions" if kind is str else "chat")
 
 
 def of_one_kind(names: Iterable[str]) -> bool | None:

@@ -62,11 +62,14 @@ NOT_OF_AN_ANSWER = {
         kv_cache_metrics_sample kv_events_config custom_histogram_buckets cudagraph_metrics
         per_request_spec_decode_metrics enable_mfu_metrics enable_layerwise_nvtx_tracing
         enable_logging_iteration_details enable_mm_processor_stats jit_monitor_mode jit_monitor_verbose
-        fail_on_environ_validation disable_uvicorn_access_log uvicorn_log_level""",
+        fail_on_environ_validation disable_uvicorn_access_log uvicorn_log_level log_error_stack
+        enable_log_outputs enable_log_deltas enable_server_load_tracking enable_per_request_metrics
+        enable_prompt_tokens_details enable_force_include_usage enable_tokenizer_info_endpoint
+        sse_keep_alive_interval fingerprint_mode fingerprint_value""",
 }
-"""Engine arguments of vLLM, by what they change: how fast it answers and what it logs, but nothing of an
-answer that is not rounding. All others count. vLLM's own hash of its configuration is no such list: it is of
-the graph that is compiled, so that sizes of buffers are in it and tokenizers are not."""
+"""Arguments of vLLM's engine and server, by what they change: how fast it answers and what it logs, but
+nothing of an answer that is not rounding. All others count. vLLM's own hash of its configuration is no such
+list: it is of the graph that is compiled, so that sizes of buffers are in it and tokenizers are not."""
 IGNORED = {name for names in NOT_OF_AN_ANSWER.values() for name in names.split()}
 
 

@@ -276,6 +276,17 @@ class Predictor(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _reads_messages(self) -> Self:
+        """Elsewhere the messages would be sent as a text that is JSON."""
+        whole = self.prompt == "{input}" and self.prompt_func is None and self.signature == "singleton"
+        if self.messages_as_json and not whole:
+            raise ValueError(
+                "messages_as_json=True reads a record that is chat messages and nothing else: leave out "
+                "prompt and signature, or the option; a prompt_func can read them by json.loads"
+            )
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _known_fields(cls, data: Any) -> Any:

@@ -1,0 +1,3 @@
+"""A module whose import fails as that of one without its key does."""
+
+raise RuntimeError("no key")
