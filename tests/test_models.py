@@ -735,7 +735,7 @@ def test_chat_only_names_need_messages_locally() -> None:
     """The engine's chat arguments are refused for text prompts, before an engine starts."""
     fields = {"predict_kwargs": {"chat_template": "x"}, "chat": False}
     model = VllmModel(identifier="m", model_name="/absent", **fields)
-    with pytest.raises(InvalidCall, match="'chat_template' is for chat messages.*chat=True"):
+    with pytest.raises(InvalidCall, match=r"'chat_template' is for chat messages.*chat=True"):
         model.predict("x")
 
 
