@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import scripted
 from benchmarks.children import Child
@@ -74,7 +74,7 @@ def job(pipe: Connection, url: str, server: str, source: str | None = None) -> N
 
     model = model_of(server)
     idle = resident("VmRSS")
-    there = {} if source is None else {"source": source, "same_source": True}
+    there: dict[str, Any] = {} if source is None else {"source": source, "same_source": True}
     report = model.predict_in_db("text", "rows", db=url, limit=ASKED, **there)
     assert report.succeeded == ASKED, report
     pipe.send(Start(report.seconds["first_row"], idle, resident("VmHWM"), report.asked))

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 from uuid import uuid4
 
 from pydantic import (
@@ -27,9 +27,10 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, InitErrorDetails
 
+from vllm_tasks import tables
 from vllm_tasks.calls.answers import Artifact, Decoder, check_one_type
 from vllm_tasks.calls.arguments import check_spelling
-from vllm_tasks.calls.call import Call, Columns, OnError, Output
+from vllm_tasks.calls.call import Call, OnError, Output
 from vllm_tasks.calls.callables import DottedCallable, check_importable
 from vllm_tasks.calls.chat import of_call
 from vllm_tasks.calls.datatypes import DataType
@@ -55,12 +56,7 @@ from vllm_tasks.models.hints import checked
 from vllm_tasks.models.resources import Resources
 from vllm_tasks.rows import BuiltinType, Completion, RowError
 from vllm_tasks.settings import site_settings
-from vllm_tasks.validation import Validation
-
-if TYPE_CHECKING:
-    from vllm_tasks.tables.previews import Preview
-    from vllm_tasks.tables.report import Report
-    from vllm_tasks.validation.report import ValidationReport
+from vllm_tasks.validation import Validation, run
 
 logger = logging.getLogger(__name__)
 
@@ -446,42 +442,10 @@ class Predictor(BaseModel):
             keywords=keywords,
         )
 
-    def predict_in_db(self, X: Columns, select: str | os.PathLike[str], **options: Any) -> Report:  # noqa: N803
-        """Ask for the rows of a table and commit one output or one error for each.
-
-        All options and errors are those of `vllm_tasks.tables.predict.predict_in_db`, which this calls; in a
-        flow, the task `vllm_tasks.predict_in_db` does the same and shows it in the Prefect UI.
-        """
-        from vllm_tasks.tables.predict import predict_in_db
-
-        return predict_in_db(self, X, select, **options)
-
-    def preview(
-        self,
-        X: Columns,  # noqa: N803
-        select: str | os.PathLike[str],
-        n: int = 5,
-        **options: Any,
-    ) -> Preview:
-        """Ask for the first `n` rows of a table, to look at prompts and answers; nothing is committed.
-
-        All options and errors are those of `vllm_tasks.tables.previews.preview`.
-        """
-        from vllm_tasks.tables.previews import preview
-
-        return preview(self, X, select, n, **options)
-
-    def validate(  # type: ignore[override]  # of pydantic's, which has been deprecated since its version 2
-        self, validation: Validation | None = None, **options: Any
-    ) -> ValidationReport:
-        """Predict on data sets with known answers, score, and record what was found.
-
-        All options and errors are those of `vllm_tasks.validation.run.validate`, which this calls; in a flow,
-        the task `vllm_tasks.validate` does the same, shows it in the Prefect UI and fails below the limits.
-        """
-        from vllm_tasks.validation.run import validate
-
-        return validate(self, validation, **options)
+    # The same functions, with the model first: their arguments, errors and types are written down once.
+    predict_in_db = tables.predict_in_db
+    preview = tables.preview
+    validate = run.validate  # type: ignore[assignment]  # of pydantic's, deprecated since its version 2
 
     # ------------------------------------------------------------------ the engine
 
