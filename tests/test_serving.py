@@ -301,6 +301,7 @@ def test_a_log_that_is_removed_ends_no_server(
         (folder,) = servers.iterdir()
         (folder / "log").unlink()
         for row in ("a", "b"):
+            assert eventually(lambda: told(servers)["state"] == "ready")
             os.kill(told(servers)["pids"]["server"], signal.SIGKILL)
             assert served.predict(row) == row
 

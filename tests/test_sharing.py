@@ -369,6 +369,25 @@ def test_close_beside_an_engine_that_takes_long_to_end(make: Make, log: Path) ->
     assert time.monotonic() - begin < 10
 
 
+def test_host_that_is_gone_while_it_is_written_to_is_ended(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on the loop of Ray's actors, where its socket then is closed and takes no order any more."""
+    uvloop = pytest.importorskip("uvloop")
+    monkeypatch.setattr(process, "HOST", Path(__file__).with_name("scripted_host.py"))
+
+    async def life() -> str:
+        host, _ = await process.HostProcess.launch({"model": "m", "log": str(log)}, 30)
+        for prompt in ("die always", *("x" * 20_000 for _ in range(200))):
+            host.write({"chunk": [[0, prompt]], "sampling": {}})
+        assert await host.read() == {}
+        await host.end()
+        return host.why("")
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert "SIGKILL" in runner.run(life())
+
+
 def test_init_after_a_failure_starts_anew(make: Make, log: Path) -> None:
     """Also for who held the engine, and where no call has met the failure."""
     model = make(lives=1).init()

@@ -171,7 +171,8 @@ class HostProcess:
 
         Polls, because a thread to wait in is no longer to be had while the interpreter exits.
         """
-        self._writer.write_eof()  # the host's order to end, also where a forked child holds a copy of our end
+        if not self._writer.is_closing():  # else it is gone; uvloop, in Ray's actors, would raise
+            self._writer.write_eof()  # its order to end, also where a forked child holds a copy of our end
         self._writer.close()
         deadline = time.monotonic() + grace
         try:
