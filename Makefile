@@ -28,13 +28,14 @@ test: .venv/.ready .venv-newest/.ready
 
 # The base package beside a remote vLLM: no vLLM here, and the newest Prefect. Only what meets Prefect is
 # tested a second time; of validations what depends on Prefect's ways: blocks, events, transactions, forms.
-WITH_PREFECT := blocks flow_runs gpus models package pools resources tables_prefect tasks
+WITH_PREFECT := models/test_blocks placement/test_flow_runs engines/test_gpus models/test_models test_package \
+	pools/test_pools models/test_resources tables/test_tables_prefect test_tasks
 VALIDATION := values_go_into_the_saved_block_and_nothing_else_changes a_model_that_passes_is_told_to_automations \
 	a_model_that_fails_is_recorded_shown_and_told_before what_is_committed_is_not_called_rolled_back \
 	models_are_compared_row_by_row the_deployable_flows_have_good_forms
 test-newest: .venv-newest/.ready
-	.venv-newest/bin/python -m pytest $(AT_ONCE) -m "not engine" $(WITH_PREFECT:%=tests/test_%.py) \
-		$(VALIDATION:%=tests/test_validation_prefect.py::test_%) $(ARGS)
+	.venv-newest/bin/python -m pytest $(AT_ONCE) -m "not engine" $(WITH_PREFECT:%=tests/%.py) \
+		$(VALIDATION:%=tests/validation/test_validation_prefect.py::test_%) $(ARGS)
 
 # The base package under another Python, without vLLM: `make test-python PYTHON=3.13` where that one is installed.
 test-python:

@@ -77,7 +77,7 @@ SAMPLING = {"temperature": 0.0, "max_tokens": 64, "stop": STOP, "seed": 1234}
 def measure(options: Options) -> Iterator[str]:
     """One line for requests, two for marks of recorded answers, one for live ones."""
     from benchmarks.recording import Recording, canonical
-    from tests.scripted_server import ScriptedServer
+    from tests.servers.scripted_server import ScriptedServer
 
     rows = labelled(options.data, options.rows)
     arguments = options.engine_args()

@@ -43,7 +43,7 @@ class Start:
 
 def measure(options: Options) -> Iterator[str]:
     """One line for each kind of place."""
-    from tests.postgres import running
+    from tests.servers.postgres import running
 
     with ExitStack() as stack:
         server: str = stack.enter_context(Child(scripted.serve)).ready

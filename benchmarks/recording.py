@@ -7,7 +7,7 @@ from typing import Any
 
 import aiohttp
 
-from tests.scripted_server import Asked, Reply
+from tests.servers.scripted_server import Asked, Reply
 
 
 class Recording:

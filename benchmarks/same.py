@@ -29,8 +29,8 @@ OWN_TIME = {"_created_at", "_uuid"}
 def measure(options: Options) -> Iterator[str]:
     """One line for live answers, one for recorded ones, one for the rerun."""
     from tests.places import Place
-    from tests.postgres import running
-    from tests.scripted_server import Asked, Reply, ScriptedServer
+    from tests.servers.postgres import running
+    from tests.servers.scripted_server import Asked, Reply, ScriptedServer
 
     texts = questions(options.data, ROWS)
     with ExitStack() as stack:

@@ -29,9 +29,9 @@ from prefect.testing.utilities import prefect_test_harness
 
 from tests import places
 from tests import site as sites
-from tests.databases import database, pg  # noqa: F401 - fixtures
-from tests.postgres import Postgres, binaries, running
-from tests.scripted_server import ScriptedServer
+from tests.servers.databases import database, pg  # noqa: F401 - fixtures
+from tests.servers.postgres import Postgres, binaries, running
+from tests.servers.scripted_server import ScriptedServer
 from tests.tiny_model import make_tiny_model
 from vllm_tasks import VllmModel
 

@@ -93,7 +93,7 @@ def in_flow(model: Any, *args: Any, **call: Any) -> Any:
 
 def on_scripted_hosts(model: Any, *args: Any, **call: Any) -> Any:
     """In a flow, on Ray, with scripted hosts for engines."""
-    from tests.test_ray import ScriptedActor
+    from tests.engines.test_ray import ScriptedActor
     from vllm_tasks.engines.ray import actor
 
     actor.HostActor = ScriptedActor  # type: ignore[misc]

@@ -25,7 +25,7 @@ from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from tests.postgres import binaries, running
+from tests.servers.postgres import binaries, running
 
 PATIENCE = 60.0
 """Seconds that a server may take to start, a run to end, or the UI to show something."""

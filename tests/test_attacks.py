@@ -21,7 +21,7 @@ import pytest
 from deltalake import write_deltalake
 
 from tests.places import Place
-from tests.scripted_server import Reply, ScriptedServer, answer_to, usual
+from tests.servers.scripted_server import Reply, ScriptedServer, answer_to, usual
 from vllm_tasks import Datalayer, InvalidCall, VllmAPI, VllmModel, serve
 from vllm_tasks.artifacts import cell, code, markdown_of, markdown_table, words
 from vllm_tasks.calls.answers import Artifact
@@ -229,7 +229,7 @@ def test_trust_is_said_once_for_each_engine(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     """Whoever reads the log sees whose code may run, and nothing where it may not; a restart says no more."""
-    monkeypatch.setattr(process, "HOST", Path(__file__).with_name("scripted_host.py"))
+    monkeypatch.setattr(process, "HOST", Path(__file__).parent / "servers/scripted_host.py")
     caplog.set_level(logging.INFO)
     for trusted in (True, False):
         arguments = {"log": str(tmp_path / f"{trusted}.log")}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripted_server import ScriptedServer
+from tests.servers.scripted_server import ScriptedServer
 
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)

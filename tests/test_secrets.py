@@ -36,7 +36,7 @@ from pydantic import SecretStr, ValidationError
 
 from tests.conftest import IN_PREFECT
 from tests.places import Place
-from tests.scripted_server import Raw, Reply, ScriptedServer, refused
+from tests.servers.scripted_server import Raw, Reply, ScriptedServer, refused
 from vllm_tasks import (
     Artifact,
     Datalayer,
@@ -309,7 +309,7 @@ def test_no_child_process_has_the_key_of_a_model(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """An engine's process has neither a server's key nor a token in its command line or environment."""
-    monkeypatch.setattr(process, "HOST", Path(__file__).with_name("scripted_host.py"))
+    monkeypatch.setattr(process, "HOST", Path(__file__).parent / "servers/scripted_host.py")
     keyed = VllmAPI(identifier="k", api_url=server.url, model="m", api_key=KEY)
     arguments = {"log": str(tmp_path / "log"), "hf_token": KEY}
     with (

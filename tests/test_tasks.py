@@ -20,13 +20,15 @@ from prefect.states import Completed, exception_to_failed_state
 from prefect.utilities.annotations import quote
 
 from tests.conftest import IN_PREFECT
-from tests.scripted_server import Asked, ScriptedServer, answer_to, refused
 from tests.scripts import running_script
+from tests.servers.scripted_server import Asked, ScriptedServer, answer_to, refused
 from vllm_tasks import InvalidCall, RowError, VllmAPI, predict, predict_batches
+from vllm_tasks._prefect.mapping import RowsTask
+from vllm_tasks._prefect.policy import is_temporary
 from vllm_tasks._prefect.row_retries import over_attempts
 from vllm_tasks.errors import EngineFailed, RowErrors, ServerUnavailable
 from vllm_tasks.results import Completion
-from vllm_tasks.tasks import RowsTask, completions, is_temporary
+from vllm_tasks.tasks import completions
 
 pytestmark = IN_PREFECT
 TASKS = pytest.mark.parametrize("the_task", [predict, predict_batches, completions])

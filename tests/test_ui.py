@@ -9,8 +9,8 @@ from uuid import uuid4
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from tests.browser import SCREENSHOTS, chromium, executable, opened
-from tests.scripted_server import ScriptedServer, answer_to
+from tests.servers.browser import SCREENSHOTS, chromium, executable, opened
+from tests.servers.scripted_server import ScriptedServer, answer_to
 from tests.site import PATIENCE, Site
 from vllm_tasks import Datalayer
 

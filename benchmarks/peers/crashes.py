@@ -28,7 +28,7 @@ from benchmarks.peers.plan import CRASH_ROWS as ROWS
 from benchmarks.peers.side import Outcome, reason
 from benchmarks.peers.usage import tree
 from benchmarks.workload import Row
-from tests.scripted_server import MODEL, Asked, Reply, ScriptedServer, refused, usual
+from tests.servers.scripted_server import MODEL, Asked, Reply, ScriptedServer, refused, usual
 
 SECOND = 1.0
 PATIENCE = 120.0

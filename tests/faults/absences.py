@@ -8,8 +8,8 @@ from typing import Literal
 
 from tests.faults.ground import IN_FLIGHT, Ground
 from tests.faults.ledger import Figures
-from tests.pool_workers import pool
-from tests.scripted_server import Asked, Script, ScriptedServer
+from tests.servers.pool_workers import pool
+from tests.servers.scripted_server import Asked, Script, ScriptedServer
 
 How = Literal["killed", "frozen"]
 LONGER = 5.0

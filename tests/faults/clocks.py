@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.faults.ground import Ground
 from tests.faults.kills import slowly
 from tests.faults.ledger import Figures
-from tests.scripted_server import ScriptedServer
+from tests.servers.scripted_server import ScriptedServer
 
 HOUR = 3600
 SOURCE = Path(__file__).with_name("clock.c")

@@ -9,7 +9,7 @@ from tests.faults.ground import Ground
 from tests.faults.kills import slowly
 from tests.faults.ledger import Figures
 from tests.faults.proxy import Proxy
-from tests.scripted_server import ScriptedServer
+from tests.servers.scripted_server import ScriptedServer
 
 SHARE = 0.1
 """Of the answers that are treated."""

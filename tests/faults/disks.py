@@ -13,7 +13,7 @@ from tests.faults.ground import Ground
 from tests.faults.kills import slowly, somewhere
 from tests.faults.ledger import Figures
 from tests.places import Place
-from tests.scripted_server import ScriptedServer
+from tests.servers.scripted_server import ScriptedServer
 
 LEFT = 16_384
 """Bytes that a full disk has left: something is begun, and cannot be ended."""

@@ -26,7 +26,7 @@ from tests.conftest import TINY_ARGS
 from tests.faults.ground import GROUP, Ground, ScriptedRun
 from tests.faults.kills import LATEST
 from tests.faults.ledger import UNDISTURBED, Figures, Ledger
-from tests.scripted_server import Asked, Deed, ScriptedServer, refused
+from tests.servers.scripted_server import Asked, Deed, ScriptedServer, refused
 from tests.tiny_model import make_tiny_model
 from vllm_tasks.engines.local.in_flight import DEATHS_OF_A_ROW
 

@@ -19,8 +19,8 @@ from tests.faults.leftovers import nothing_left
 from tests.faults.prefect_server import PrefectServer
 from tests.jobs import Jobs
 from tests.places import Place
-from tests.postgres import Postgres, running
-from tests.scripted_server import MODEL, Script, ScriptedServer
+from tests.servers.postgres import Postgres, running
+from tests.servers.scripted_server import MODEL, Script, ScriptedServer
 
 GROUP = 20
 """Rows of a commit group."""

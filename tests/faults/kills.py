@@ -8,7 +8,7 @@ import time
 
 from tests.faults.ground import Ground, ScriptedRun
 from tests.faults.ledger import Figures
-from tests.scripted_server import Asked, Script, ScriptedServer
+from tests.servers.scripted_server import Asked, Script, ScriptedServer
 
 APART = 100
 """Requests between two kills in the mean; each may cost as many again, so there are twice as many rows."""

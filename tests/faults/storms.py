@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from tests.faults.ground import Ground
 from tests.faults.ledger import Figures, Ledger
-from tests.scripted_server import Asked, Deed, Reply, ScriptedServer, refused, usual
+from tests.servers.scripted_server import Asked, Deed, Reply, ScriptedServer, refused, usual
 
 HTML = Reply(b"<html><body>Sign in to the network</body></html>", 200, {"Content-Type": "text/html"})
 BEGINS = 60

@@ -13,7 +13,7 @@ from tests.faults.ground import Ground, made
 from tests.faults.ledger import Broken, Ledger
 from tests.faults.proxy import FAULTS
 from tests.places import Place
-from tests.postgres import binaries
+from tests.servers.postgres import binaries
 
 SEED = random.randrange(10**6)
 """Told when something breaks."""

@@ -1,0 +1,566 @@
+"""What is in a fingerprint: the same for the same work on any machine, another for other work."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import itertools
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+import threading
+import types
+from collections.abc import Callable
+from datetime import date
+from importlib.machinery import SourceFileLoader
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.calls.zoo import KINDS, build, told, typed
+from tests.servers.scripted_server import ScriptedServer
+from vllm_tasks import InvalidCall, VllmAPI, VllmModel
+from vllm_tasks.calls.answers import Decoder
+from vllm_tasks.calls.chat import of_files
+from vllm_tasks.calls.functions import made_of
+from vllm_tasks.calls.weights import IGNORED, engine_identity, sampling_identity
+from vllm_tasks.canonical import fingerprint, input_hash
+from vllm_tasks.serving.api import Behind, api_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def of(function: Any) -> Any:
+    return made_of(function, "prompt_func")
+
+
+def refusal(function: Any) -> str:
+    with pytest.raises(InvalidCall) as refused:
+        of(function)
+    return str(refused.value)
+
+
+# ---------------------------------------------------------------------- functions
+
+
+def a_datum(draw: random.Random, depth: int = 0) -> Any:
+    plain: list[Any] = [0, 1, 1.0, True, None, "", "1", "a", "b", b"a", -0.0, 2**70, "a'{b}"]
+    if depth == 2 or draw.random() < 0.6:
+        return draw.choice(plain)
+    items = [a_datum(draw, depth + 1) for _ in range(draw.randint(0, 2))]
+    return draw.choice([items, tuple(items), dict(zip(draw.sample(plain[3:8], 2), items, strict=False))])
+
+
+def a_recipe(draw: random.Random, depth: int = 0) -> list[Any]:
+    inner = None if depth == 3 or draw.random() < 0.4 else a_recipe(draw, depth + 1)
+    return [draw.choice([*KINDS]), a_datum(draw), inner]
+
+
+def zoo(seed: int, size: int) -> list[Any]:
+    draw = random.Random(seed)
+    return [
+        *([kind, datum, None] for kind in KINDS for datum in "ab"),
+        *(a_recipe(draw) for _ in range(size)),
+    ]
+
+
+def test_functions_that_answer_otherwise_never_share_a_fingerprint() -> None:
+    """Of functions of all kinds, within each other, two that say something else for a text count as two."""
+    recipes = zoo(seed=15, size=200)
+    said = zip(recipes, [build(recipe)("some text") for recipe in recipes], told(recipes), strict=True)
+    differ = 0
+    for (recipe, words, one), (other_recipe, other_words, other) in itertools.combinations(said, 2):
+        differ += words != other_words
+        assert words == other_words or one != other, (recipe, other_recipe)
+    assert differ > 15_000
+
+
+def test_a_function_has_one_fingerprint_in_all_processes() -> None:
+    """Neither addresses, nor the order of sets, nor what was called before is in it."""
+    recipes = zoo(seed=16, size=60)
+    here = [build(recipe) for recipe in recipes]
+    before = [of(function) for function in here]
+    assert before == told(recipes)
+    for function in here:
+        function("some text")
+    assert [of(function) for function in here] == before
+    command, given = [sys.executable, "-m", "tests.calls.zoo"], {**os.environ, "PYTHONHASHSEED": "1"}
+    run = subprocess.run(
+        command, input=repr(recipes), env=given, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert json.loads(run.stdout) == before
+
+
+def test_a_function_counts_as_it_was_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that was changed since tells nothing of the functions that are in use."""
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "prompts_of_a_test.py"
+    file.write_text("WORD = 'a'\ndef f(x):\n    return 'a' + WORD + x\n")
+    module = importlib.import_module(file.stem)
+    first, shown = module.f, of(module.f)
+    file.write_text("WORD = 'a'\n\ndef f(x):\n    return 'b' + WORD + x\n")
+    importlib.invalidate_caches()
+    assert of(first) not in (shown, of(importlib.reload(module).f))
+    changed = of(module.f)
+    file.write_text("WORD = 'a'\n# A comment.\n\n\ndef f(x):\n    return 'b' + WORD + x\n")
+    assert of(importlib.reload(module).f) == changed
+    module.WORD = "b"
+    assert of(module.f) != changed
+
+
+def test_modules_of_the_user_count_by_what_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a function imports them when it is called; installed ones count by their names."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "package_of_a_test").mkdir()
+    (tmp_path / "package_of_a_test" / "__init__.py").touch()
+    words = tmp_path / "package_of_a_test" / "words.py"
+    words.write_text("WORD = 'a'\nOTHER = object()\ndef longer(x): return x + WORD\n")
+    within = typed(
+        "def f(x):\n    import json\n    from package_of_a_test import words\n    return words.longer(x)"
+    )
+    before = of(within)
+    assert within("b") == "ba"
+    assert of(within) == before
+    module = importlib.import_module("package_of_a_test.words")
+    module.OTHER = object  # type: ignore[attr-defined]
+    assert of(within) == before
+    module.WORD = "c"  # type: ignore[attr-defined]
+    assert of(within) != before
+    held = [module]
+    hidden = [
+        lambda x: held[0].longer(x),
+        lambda x: getattr(module, "WORD") + x.strip(),  # noqa: B009
+        lambda x: longest_of(module) + x.strip(),
+    ]
+    for function in hidden:
+        assert "module 'package_of_a_test.words'" in refusal(function)
+
+
+def longest_of(module: Any) -> str:
+    return max(vars(module).values(), key=lambda value: len(str(value)))
+
+
+def test_a_package_counts_where_a_module_of_it_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`import a.b` gives the name `a`."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "outer_of_a_test").mkdir()
+    (tmp_path / "outer_of_a_test" / "__init__.py").write_text("WORD = 'a'\n")
+    (tmp_path / "outer_of_a_test" / "inner.py").touch()
+    function = typed("def f(x):\n    import outer_of_a_test.inner\n    return outer_of_a_test.WORD + x")
+    before = of(function)
+    monkeypatch.setattr("outer_of_a_test.WORD", "b")
+    assert of(function) != before
+
+
+LAID_OUT = """
+import functools, logging
+from pathlib import Path
+
+TEXT = Path(__file__).parent / "text.txt"
+
+@functools.cache
+def f(x):
+    logging.getLogger(__name__).debug("%s", __file__)
+    return TEXT.read_text() + x + 'a' u"b"
+"""
+LAID_OUT_ANEW = """
+# A comment.
+import functools
+import logging
+from pathlib import Path
+
+TEXT = Path(__file__).parent / "text.txt"
+
+
+@functools.cache
+# Another.
+def f(x):
+    # One more.
+    logging.getLogger(__name__).debug("%s", __file__)
+
+    return (
+        TEXT.read_text() + x + "ab"
+    )
+"""
+
+
+def module_of(folder: Path, text: str, name: str) -> Any:
+    folder.mkdir(exist_ok=True)
+    (folder / "text.txt").write_text("text")
+    (folder / f"{name}.py").write_text(text)
+    loader = SourceFileLoader(name, str(folder / f"{name}.py"))
+    module = types.ModuleType(name)
+    module.__file__ = loader.path
+    loader.exec_module(module)
+    return module
+
+
+def test_neither_layout_nor_place_counts(tmp_path: Path) -> None:
+    """A formatter, a comment, another folder and another name of the module ask no row again."""
+    here = of(module_of(tmp_path / "here", LAID_OUT, "here").f)
+    there = module_of(tmp_path / "there", LAID_OUT_ANEW, "there")
+    assert of(there.f) == here
+    (tmp_path / "there" / "text.txt").write_text("other")
+    assert of(there.f) != here
+
+
+def test_the_spaces_of_a_text_count(tmp_path: Path) -> None:
+    """Within a source, those at the beginning of a line and those on an empty one belong to the text."""
+    made = 'def make():\n{0}def f(x):\n{0}    return """{1}\n{0}text""" + x\n{0}return f\n'
+    texts = [made.format(indent, end) for indent in ("  ", "    ") for end in ("", "\n  ", "\n   ")]
+    functions = [module_of(tmp_path, text, f"spaces{i}").make() for i, text in enumerate(texts)]
+    assert len({of(function) for function in functions}) == len({f("") for f in functions}) == 6
+
+
+def test_long_code_is_read(tmp_path: Path) -> None:
+    """With more names than one byte numbers, and a sum of many parts."""
+    lines = "\n".join(f"        x.a{i}" for i in range(300))
+    many = typed(f"def f(x):\n    if x == 'a':\n{lines}\n    from json import dumps\n    return dumps(x)")
+    assert of(many)
+    module = module_of(tmp_path, "def f(x):\n    return " + "x + " * 900 + "'a'\n", "long")
+    assert of(module.f)
+
+
+def test_a_file_counts_by_its_contents(tmp_path: Path) -> None:
+    """A function that holds a path reads what is there."""
+    path = tmp_path / "prompt.txt"
+    path.write_text("a")
+    before = of(lambda x: path.read_text() + x)
+    path.write_text("b")
+    assert of(lambda x: path.read_text() + x) != before
+
+
+class Disconnected:
+    @property
+    def version(self) -> str:
+        raise RuntimeError("no connection")
+
+    def __call__(self, x: str) -> str:
+        return x
+
+
+class Opaque:
+    def __getattribute__(self, name: str) -> Any:
+        raise KeyError(name)
+
+
+class Guarded:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def make(self, x: str) -> str:
+        return x
+
+
+lines = iter(["a"])
+tangle: tuple[Any, ...] = ()
+for _ in range(60):
+    tangle = tangle, tangle
+
+
+def nested(depth: int) -> list[Any]:
+    made: list[Any] = []
+    for _ in range(depth):
+        made = [made]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (Guarded().make, "its object > lock is a _thread.lock"),
+        (functools.partial(Guarded.make, Guarded()), "lock is a _thread.lock"),
+        (lambda x: x + next(lines), "lines is a builtins.list_iterator, which changes as it is used"),
+        (typed("def f(x): return eval(x)"), "calls eval"),
+        (typed("def f(x): return x if held else ''", held=tangle), "holds more than"),
+        (typed("def f(x): return x if held else ''", held=nested(10_000)), "nested too deep"),
+        (typed("def f(x): return environ[x]", environ=os.environ), "environ is a os._Environ"),
+        (functools.lru_cache(typed("def f(x): return r.random()", r=random.Random(1))), "random.Random"),
+        (typed("import importlib\ndef f(x): return importlib.import_module(x).WORD"), "calls import_module"),
+        (typed("def f(x): return (home / 'a').read_text()", home=ROOT), "home is the folder"),
+        (
+            typed("def f(x):\n    import tests.calls.raises_when_imported"),
+            "f cannot be told (RuntimeError: no key)",
+        ),
+        (typed("def f(x): return x if held else ''", held=Opaque()), "f cannot be told (KeyError"),
+        (Disconnected(), "cannot be told (RuntimeError: no connection)"),
+    ],
+)
+def test_what_cannot_be_told_is_refused(function: Any, why: str) -> None:
+    """With where it is, and the way out."""
+    message = refusal(function)
+    assert why in message
+    assert message.startswith("prompt_func ")
+    assert "f.version = '1'" in message
+
+
+class Versioned(Guarded):
+    version = "1"
+
+    def __call__(self, x: str) -> str:
+        return x
+
+
+def test_a_declared_version_speaks_for_a_function() -> None:
+    """Of a function, of one that another calls, of a method, of an object's class, of a partial."""
+
+    def declared(version: str) -> Callable[[str], str]:
+        def f(x: str) -> str:
+            return x + next(lines)
+
+        f.version = version  # type: ignore[attr-defined]
+        return f
+
+    def calling(version: str) -> Callable[[str], str]:
+        inner = declared(version)
+        return lambda x: inner(x)
+
+    for make in declared, calling:
+        assert of(make("1")) == of(make("1")) != of(make("2"))
+    part = functools.partial(Guarded().make)
+    part.version = 1  # type: ignore[attr-defined]
+    assert of(Versioned()) != of(part)
+    assert of(Versioned()) == of(Versioned())
+
+
+def versioned(x: str) -> str:
+    return x + next(lines)
+
+
+versioned.version = "1"  # type: ignore[attr-defined]
+
+
+def test_a_version_is_loaded_with_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A saved block has the function's path, and the module that is there gives its version."""
+    monkeypatch.setenv("VLLM_TASKS_CALLABLE_PREFIXES", '["tests"]')
+    saved = VllmAPI(
+        identifier="m", api_url="http://127.0.0.1:1", model="m", chat=False, prompt_func=versioned
+    ).model_dump()
+    saved |= {"db": None, "api_key": None}
+    loaded = VllmAPI(**saved)
+    prints = [
+        model.prepare(model.predict_in_db).over("x").fingerprint for model in (loaded, VllmAPI(**saved))
+    ]
+    assert prints[0] == prints[1]
+    monkeypatch.setattr(versioned, "version", "2")
+    assert loaded.prepare(loaded.predict_in_db).over("x").fingerprint != prints[0]
+
+
+def test_what_is_there_under_its_name_is_known_by_it() -> None:
+    """Types, functions of C and functions of libraries."""
+    named = [str, bytes, str.upper, len, json.loads, json.dumps, functools.partial(str.replace)]
+    assert len({of(function) for function in named}) == len(named)
+
+
+def test_a_function_that_changes_what_it_holds_is_refused_before_a_row_is_asked(tmp_path: Path) -> None:
+    """Else the next call would ask all rows again; with a version it is none of our business."""
+    seen: list[str] = []
+
+    def f(x: str) -> str:
+        seen.append(x)
+        return x
+
+    (tmp_path / "t.csv").write_text("id,text\n1,a\n")
+    with ScriptedServer() as server:
+        model = VllmAPI(identifier="m", api_url=server.url, model="stub", prompt_func=f)
+        with pytest.raises(InvalidCall, match="changes what it holds"):
+            model.predict_in_db("text", "t", db=tmp_path)
+        assert not server.posts
+        f.version = "1"  # type: ignore[attr-defined]
+        assert model.predict_in_db("text", "t", db=tmp_path).succeeded == 1
+        assert model.predict_in_db("text", "t", db=tmp_path).up_to_date == 1
+
+
+def test_a_call_without_a_table_needs_no_fingerprint() -> None:
+    """Whatever the function is made of."""
+    log, lock = logging.getLogger("a"), threading.Lock()
+
+    def f(x: str) -> str:
+        with lock:
+            log.debug(x)
+            return x
+
+    with ScriptedServer() as server:
+        model = VllmAPI(identifier="m", api_url=server.url, model="stub", prompt_func=f)
+        assert len(model.predict_batches(["a", "b"])) == 2
+        with pytest.raises(InvalidCall, match="lock is a _thread"):
+            model.prepare(model.predict_in_db).over("text")
+
+
+# ---------------------------------------------------------------------- data
+
+
+def test_numbers_that_a_form_cannot_tell_apart_are_the_same() -> None:
+    """A browser makes 0 of 0.0; True is not 1."""
+    assert fingerprint({"temperature": 0.0}) == fingerprint({"temperature": 0})
+    assert fingerprint({"temperature": 0.5}) != fingerprint({"temperature": 0})
+    assert fingerprint({"x": True}) != fingerprint({"x": 1})
+
+
+def test_the_order_of_a_schema_counts_and_that_of_parameters_does_not() -> None:
+    """Properties are answered in their order; parameters have none."""
+
+    def schema(*names: str) -> str:
+        decoder = Decoder.of(None, dict.fromkeys(names, "str"), False, False)
+        return fingerprint({"outputs": decoder.identity()})
+
+    assert schema("a", "b") != schema("b", "a")
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"\x00\xff",
+        date(2026, 1, 2),
+        {date(2026, 1, 2): 1},
+        [None, {"a": (1, 2)}],
+        {1, 2},
+        float("nan"),
+        2**70,
+    ],
+)
+def test_any_value_of_a_table_can_be_hashed(value: Any) -> None:
+    """Values of all types have a hash, equal for equal ones and another than their text's."""
+    assert input_hash([value]) == input_hash([value])
+    assert input_hash([value]) != input_hash([str(value)])
+
+
+def test_deep_values_have_an_end() -> None:
+    """A value nested in itself is no endless loop."""
+    deep: list[Any] = []
+    deep.append(deep)
+    assert input_hash([deep])
+
+
+# ---------------------------------------------------------------------- models
+
+
+def test_a_local_model_counts_by_the_contents_of_its_files(tmp_path: Path) -> None:
+    """Neither where they are, nor when they were written, nor what only changes the speed."""
+
+    def folder(name: str, weights: bytes, template: str = "t") -> str:
+        (tmp_path / name / "templates").mkdir(parents=True)
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+        (tmp_path / name / "templates" / "tools.jinja").write_text(template)
+        (tmp_path / name / "README.md").write_text(name)
+        os.utime(tmp_path / name / "model.safetensors", (1, 1))
+        return str(tmp_path / name)
+
+    def identity(name: str, weights: bytes = b"a", template: str = "t", **more: Any) -> Any:
+        return engine_identity({"model": folder(name, weights, template), **more})
+
+    here = identity("here")
+    assert here == identity("there", tensor_parallel_size=2)
+    assert here != identity("weights", b"b")
+    assert here != identity("template", template="u")
+    assert here != identity("type", dtype="float32")
+    (tmp_path / "here" / "model.safetensors").write_bytes(b"b")
+    os.utime(tmp_path / "here" / "model.safetensors", (1, 1))
+    assert here != engine_identity({"model": str(tmp_path / "here")})
+
+
+def test_other_files_of_the_arguments_count_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GGUF file, a folder with a generation_config, a template, what is within a configuration."""
+    monkeypatch.chdir(tmp_path)
+    file, folder = tmp_path / "model.gguf", tmp_path / "settings"
+    folder.mkdir()
+    given = {
+        "model": "model.gguf",
+        "generation-config": "settings",
+        "chat_template": str(file),
+        "speculative_config": {"model": "./settings"},
+    }
+    for name, value in given.items():
+        file.write_text("a")
+        (folder / "generation_config.json").write_text("a")
+        before = engine_identity({name: value})
+        file.write_text("b")
+        (folder / "generation_config.json").write_text("b")
+        assert engine_identity({name: value}) != before
+    assert engine_identity({"quantization": "settings"}) == {"quantization": "settings"}
+    assert engine_identity({"chat_template": "/{{x}}" * 5_000})
+
+
+@pytest.mark.parametrize("place", [0, 2**19, 30 * 2**20, 60 * 2**20, 2**26])
+def test_large_files_count_by_their_head_and_by_samples(tmp_path: Path, place: int) -> None:
+    """Another tensor of a few hundred kB is seen wherever it is."""
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    os.truncate(file, 2**26 + 2**20)
+    before = engine_identity({"model": str(tmp_path)})
+    with file.open("r+b") as content:
+        content.seek(place)
+        content.write(b"b" * 2**19)
+    assert engine_identity({"model": str(tmp_path)}) != before
+
+
+SERVER = "entrypoints/launchers/cli_args.py"
+
+
+def fields_of(tree: ast.Module, *classes: str) -> set[str]:
+    found = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name in classes]
+    return {ast.unparse(a.target) for c in found for a in c.body if isinstance(a, ast.AnnAssign)}
+
+
+def left_out(tree: ast.Module, kind: str) -> set[str]:
+    """What `compute_hash` of a configuration of vLLM's leaves out."""
+    (found,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == kind]
+    sets = [n.value for n in ast.walk(found) if isinstance(n, ast.Assign) and "ignored" in ast.unparse(n)]
+    return set(ast.literal_eval(sets[0]))
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM's source")
+def test_arguments_that_do_not_count_are_vllms() -> None:
+    """Each is an engine argument; what vLLM's own hash leaves out of how it runs is among them."""
+    (place,) = find_spec("vllm").submodule_search_locations or ()  # type: ignore[union-attr]
+    trees = {
+        name: ast.parse(Path(place, name).read_text())
+        for name in ("engine/arg_utils.py", SERVER, "config/parallel.py", "config/cache.py")
+    }
+    known = fields_of(trees["engine/arg_utils.py"], "EngineArgs", "AsyncEngineArgs")
+    of_server = fields_of(trees[SERVER], "BaseFrontendArgs", "FrontendArgs")
+    assert IGNORED - known - of_server == {"swap_space", "disable_log_requests"}, "of older versions"
+    out = left_out(trees["config/parallel.py"], "ParallelConfig") | left_out(
+        trees["config/cache.py"], "CacheConfig"
+    )
+    code_of_ones_own = {"worker_cls", "worker_extension_cls"}
+    skips_work = {"kv_sharing_fast_prefill", "swa_bounded_replay", "enable_mamba_shared_prefix_checkpoint"}
+    launch = {"_api_process_count", "_api_process_rank"}
+    assert (out & known) - IGNORED == code_of_ones_own | skips_work | launch
+
+
+def test_a_token_for_downloads_does_not_count_and_an_adapter_counts_by_its_files(tmp_path: Path) -> None:
+    """Neither who loads the model nor where the adapter's folder is decides an answer."""
+    assert engine_identity({"model": "m", "hf_token": "a"}) == engine_identity({"model": "m"})
+    asked = []
+    for number, (folder, content) in enumerate((("here", "a"), ("there", "a"), ("again", "b"))):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "adapter.bin").write_text(content)
+        lora = {"lora_name": "l", "lora_int_id": number, "lora_path": str(tmp_path / folder)}
+        asked.append(sampling_identity({"temperature": 0, "lora_request": lora}))
+    assert asked[0] == asked[1] != asked[2]
+    assert sampling_identity({"temperature": 0}) == {"temperature": 0}
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages }}"])
+def test_a_served_model_is_the_model(tmp_path: Path, template: str | None) -> None:
+    """It answers alike, so that a table goes on with either; nothing is asked for it."""
+    (tmp_path / "weights.safetensors").write_bytes(b"a")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    model = VllmModel(identifier="m", model_name=str(tmp_path), vllm_kwargs={"max_model_len": 64})
+    arguments = json.loads(model.engine_config().engine_args)
+    behind = Behind(engine_identity(arguments), of_files(arguments))
+    served = api_of(model, behind, "name", "http://127.0.0.1:1", "key")
+    said = model.model_copy(update={"chat": template is not None})
+    over = [asked.prepare(asked.predict_in_db).over("text") for asked in (model, served, said)]
+    assert over[0].fingerprint == over[1].fingerprint == over[2].fingerprint

@@ -1,0 +1,771 @@
+"""The two models as data: fields, defaults, and one clear error for each thing that is wrong."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from json import dumps, loads
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tests.servers.scripted_server import NO_TEMPLATE
+from vllm_tasks import Artifact, Dataset, InvalidCall, Metric, RowError, Validation, VllmAPI, VllmModel
+from vllm_tasks.engines.http.urls import split_urls
+from vllm_tasks.engines.ray.engine import RayConfig
+from vllm_tasks.errors import RowErrors
+from vllm_tasks.results import Completion
+from vllm_tasks.settings import Settings, site_settings
+
+Maker = Callable[..., VllmAPI | VllmModel]
+BOTH = pytest.mark.parametrize("make", [VllmAPI, VllmModel])
+
+
+def refusal(make: Maker, **fields: Any) -> str:
+    with pytest.raises(ValidationError) as refused:
+        make(**{"identifier": "m", **fields})
+    assert refused.value.error_count() == 1 or "datatype" in fields
+    return str(refused.value)
+
+
+# ---------------------------------------------------------------------- fields
+
+
+@BOTH
+def test_an_identifier_is_all_a_model_needs(make: Maker) -> None:
+    """Every other field has the default of the design."""
+    model = make(identifier="m")
+    assert (model.signature, model.prompt, model.max_batch_size) == ("singleton", "{input}", 4)
+    assert (model.chat, model.system, model.prompt_func, model.db) == (None, None, None, None)
+    assert model.artifacts == model.predict_kwargs == model.metric_values == {}
+
+
+@BOTH
+def test_every_instance_has_a_uuid_of_its_own(make: Maker) -> None:
+    """Two models of one identifier are told apart, and a copy is the same model."""
+    one, other = make(identifier="m"), make(identifier="m")
+    assert one.uuid != other.uuid
+    assert one.model_copy().uuid == one.uuid
+
+
+@BOTH
+def test_a_slash_in_the_identifier_becomes_a_dash(make: Maker) -> None:
+    """Names of the Hugging Face kind can name a table and a block."""
+    assert make(identifier="org/model/v1").identifier == "org-model-v1"
+
+
+@BOTH
+def test_default_containers_are_not_shared(make: Maker) -> None:
+    """What one model's dicts are given, another one does not see."""
+    make(identifier="a").predict_kwargs["temperature"] = 1
+    assert make(identifier="b").predict_kwargs == {}
+
+
+@BOTH
+def test_every_field_has_a_description(make: Any) -> None:
+    """The form in the UI explains each field by a sentence."""
+    for name, field in make.model_fields.items():
+        assert (field.description or "").endswith("."), name
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"identifier": ""}, ["identifier", "at least 1 character", "input_value=''"]),
+        ({"max_batch_size": 0}, ["max_batch_size=0", "at least 1", "None"]),
+        ({"max_batch_size": -4}, ["max_batch_size=-4", "at least 1", "None"]),
+        ({"signature": "kwargs"}, ["'kwargs'", "'**kwargs'"]),
+        ({"datatype": "string"}, ["'string'", "'str'"]),
+        ({"predict_kwargs": {"temprature": 0}}, ["'temprature'", "did you mean 'temperature'"]),
+        ({"predict_kwargs": {"stream": True}}, ["'stream' cannot be set", "awaited whole"]),
+        ({"compute_kwargs": {"num_gpu": 1}}, ["'num_gpu'", "'num_gpus'"]),
+        ({"artifacts": {"a": {"uri": "x", "datatype": "yaml"}}}, ["'yaml'", "'json'"]),
+        ({"artifacts": {"a": {"uri": ""}}}, ["artifacts.a.uri", "at least 1"]),
+        ({"prompt": "{input.__class__}"}, ["{input.__class__}", "plain key", "prompt_func"]),
+        ({"prompt": "{"}, ["'{'", "{{ and }}"]),
+        ({"prompt": "{artifacts.rules}"}, ["['artifacts.rules']", "artifacts has []"]),
+        ({"prompt": "{question}"}, ["['question']", "signature='singleton'", "signature='**kwargs'"]),
+        ({"prompt": "{0}"}, ["['0']", "'*args' for tuples"]),
+        ({"promt": "x"}, ["no field 'promt'", "did you mean 'prompt'"]),
+        ({"temperature": 0}, ["'temperature' is a sampling parameter", "predict_kwargs"]),
+        ({"qqqq": 0}, ["no field 'qqqq'"]),
+        ({"output_schema": {"a": "integer"}}, ["{'a': 'integer'}", "str, int, float", "JSON Schema"]),
+        ({"output_schema": {"a": "int", "b": [1]}}, ["{'b': [1]}", "str, int, float", "JSON Schema"]),
+        ({"output_schema": {}}, ["JSON Schema"]),
+        ({"output_schema": "os.environ"}, ["'os.environ' is outside"]),
+        ({"output_schema": "vllm_tasks.absent.Y"}, ["No module named 'vllm_tasks.absent'"]),
+        (
+            {"output_schema": "vllm_tasks.calls.prompts.joined"},
+            ["'vllm_tasks.calls.prompts.joined'", "no pydantic model"],
+        ),
+        ({"output_schema": "vllm_tasks.calls.prompts.Template"}, ["no pydantic model"]),
+        (
+            {"output_schema": {"type": "str"}, "datatype": "int"},
+            ["datatype='int' and output_schema", "one of"],
+        ),
+        ({"output_schema": {"type": "integr"}}, ["no valid JSON Schema at $.type", "'integr'"]),
+        ({"output_schema": {"type": "string", "pattern": "("}}, ["no valid JSON Schema at $.pattern"]),
+        ({"output_schema": {"$ref": "#/$defs/A"}}, ["'#/$defs/A'", "not in it", "'#/$defs/NAME'"]),
+        ({"output_schema": {"$ref": "http://x/y"}}, ["'http://x/y'", "not in it"]),
+        ({"output_schema": {"const": {1}}}, ["plain data (JSON)"]),
+        ({"output_schema": {"_error": "str"}}, ["'_error'", "cannot be a column", "rename it"]),
+        ({"output_schema": {"a b": "str"}}, ["'a b'", "cannot be a column", "datatype='json'"]),
+        ({"output_schema": {"a" * 64: "str"}}, ["at most 63 bytes"]),
+        ({"output_schema": {"Ab": "str", "aB": "int"}}, ["'Ab' and 'aB'", "one column"]),
+        (
+            {"output_schema": {"type": "object", "properties": {"": {}}}},
+            ["''", "cannot be a column", "rename it"],
+        ),
+    ],
+)
+def test_each_wrong_field_has_one_clear_error(make: Maker, fields: dict[str, Any], said: list[str]) -> None:
+    """The error names the value, the limit and the way out."""
+    message = refusal(make, **fields)
+    assert not [words for words in said if words not in message], message
+
+
+def test_engine_arguments_given_as_fields_are_shown_their_place() -> None:
+    """vLLM's own arguments are forwarded in `vllm_kwargs`, which the error says."""
+    assert "vllm_kwargs" in refusal(VllmModel, gpu_memory_utilization=0.9)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"predict_kwargs": {"x": 1}}, {"identifier": None}, {"api_ulr": "x"}, {"timeout": -1}, {"prompt": "{"}],
+)
+def test_no_error_shows_the_key(fields: dict[str, Any]) -> None:
+    """Whatever is wrong with a model, its api_key is not in the error, nor in its repr."""
+    with pytest.raises(ValidationError) as refused:
+        VllmAPI(**{"identifier": "m", "api_key": "sk-secret", **fields})
+    assert "sk-secret" not in str(refused.value)
+    with pytest.raises(ValidationError) as missing:
+        VllmAPI(api_key="sk-secret")
+    assert "sk-secret" not in str(missing.value)
+    assert "identifier" in str(missing.value)
+    model = VllmAPI(identifier="m", api_key="sk-secret", api_url="http://x")
+    assert "sk-secret" not in repr(model) + str(model) + repr(model.engine_config()) + dumps(
+        model.model_dump(mode="json")
+    )
+
+
+def test_prompts_fit_their_signature_and_artifacts() -> None:
+    """Names need dicts, numbers need tuples, artifacts need to be there."""
+    VllmAPI(identifier="m", prompt="{question} {context}", signature="**kwargs")
+    VllmAPI(identifier="m", prompt="{0} {name}", signature="*args,**kwargs")
+    VllmAPI(identifier="m", prompt="{artifacts.a} {input}", artifacts={"a": Artifact(uri="x")})
+
+
+# ---------------------------------------------------------------------- VllmAPI
+
+
+@pytest.mark.parametrize(
+    ("url", "bases", "protocol"),
+    [
+        ("http://h:8000", ("http://h:8000",), "openai"),
+        ("http://h:8000/", ("http://h:8000",), "openai"),
+        ("https://h/v1", ("https://h",), "openai"),
+        ("http://h/v1/completions", ("http://h",), "completions"),
+        ("http://h/v1/chat/completions/", ("http://h",), "chat"),
+        ("http://h/generate", ("http://h",), "legacy"),
+        ("https://gateway/team/a/v1", ("https://gateway/team/a",), "openai"),
+        ("http://[::1]:8000", ("http://[::1]:8000",), "openai"),
+        ("http://a, http://b/,", ("http://a", "http://b"), "openai"),
+        (["http://a/generate", " http://b/generate "], ("http://a", "http://b"), "legacy"),
+        ("http://a,http://b/v1", ("http://a", "http://b"), "openai"),
+        ("", (), "openai"),
+    ],
+)
+def test_the_path_of_a_url_picks_the_protocol(url: Any, bases: tuple[str, ...], protocol: str) -> None:
+    """One server or several, by commas or as a list; what stands before the path belongs to the base."""
+    assert split_urls(url) == (bases, protocol)
+    assert VllmAPI(identifier="m", api_url=url).api_url == url
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("localhost:8000", "needs a scheme and a host"),
+        ("h", "needs a scheme and a host"),
+        ("ftp://h", "needs a scheme and a host"),
+        ("http://", "needs a scheme and a host"),
+        ("http://:8000", "needs a scheme and a host"),
+        ("http://h:port", "Port could not be cast"),
+        ("http://h:99999", "Port out of range"),
+        ("http://[::1", "Invalid IPv6"),
+        ("http://h/v1?key=1", "query"),
+        ("http://a/generate,http://b/v1", "mixes the protocols ['legacy', 'openai']"),
+        (["http://a", "http://b/v1/completions"], "mixes the protocols"),
+        (["http://a", "b:80"], "'b:80' needs a scheme"),
+    ],
+)
+def test_a_wrong_url_is_refused_and_shown(url: Any, said: str) -> None:
+    """The error shows the URL and what is wrong with it, when the model is made."""
+    message = refusal(VllmAPI, api_url=url)
+    assert said in message
+    assert "http://" in message
+
+
+@pytest.mark.parametrize("url", ["", ",", " , ", [], [""]])
+def test_a_call_without_a_server_says_where_to_name_one(url: Any) -> None:
+    """No URL in the model nor the settings is an error of the call."""
+    with pytest.raises(InvalidCall, match=r"api_url='http.*VLLM_TASKS_API_URL"):
+        VllmAPI(identifier="m", api_url=url).predict("x")
+
+
+def test_settings_stand_in_for_what_a_model_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment gives URL, key and limits; what the model says wins."""
+    monkeypatch.setenv("VLLM_TASKS_API_URL", "http://site/generate")
+    monkeypatch.setenv("VLLM_TASKS_API_KEY", "site-key")
+    monkeypatch.setenv("VLLM_TASKS_MAX_IN_FLIGHT", "7")
+    monkeypatch.setenv("VLLM_TASKS_TIMEOUT", "3")
+    site = VllmAPI(identifier="m", predict_kwargs={"best_of": 2}).engine_config()
+    assert (site.urls, site.protocol, site.api_key) == (("http://site",), "legacy", "site-key")
+    assert (site.max_in_flight, site.timeout) == (7, 3)
+    own = VllmAPI(
+        identifier="m", api_url="http://own", api_key="own", max_in_flight=9, timeout=4
+    ).engine_config()
+    assert (own.urls, own.protocol, own.api_key) == (("http://own",), "openai", "own")
+    assert (own.max_in_flight, own.timeout) == (9, 4)
+
+
+def test_the_site_decides_at_each_call_what_a_model_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that was made or saved before the environment changed follows it; its own values stay."""
+    model = VllmAPI(identifier="m", api_url="http://x")
+    own = VllmAPI(identifier="m", api_url="http://x", timeout=4, retries=0, max_in_flight=3)
+    assert model.model_dump(include={"timeout", "retries"}) == {"timeout": None, "retries": None}
+    assert (model.engine_config().timeout, model.engine_config().retries) == (600, 5)
+    for name, value in {"TIMEOUT": "7", "RETRIES": "9", "MAX_IN_FLIGHT": "2"}.items():
+        monkeypatch.setenv(f"VLLM_TASKS_{name}", value)
+    config = model.engine_config()
+    assert (config.timeout, config.retries, config.max_in_flight) == (7, 9, 2)
+    config = own.engine_config()
+    assert (config.timeout, config.retries, config.max_in_flight) == (4, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("timeout", 0), ("timeout", -1), ("retries", -1), ("max_in_flight", 0)]
+)
+def test_limits_of_http_are_positive(field: str, value: float) -> None:
+    """Zero seconds or rows make no sense and are refused with the limit."""
+    message = refusal(VllmAPI, **{field: value})
+    assert field in message
+    assert "greater than" in message
+
+
+# ---------------------------------------------------------------------- VllmModel
+
+
+def test_a_ray_address_sets_on_ray() -> None:
+    """Naming a cluster means to run on it."""
+    assert VllmModel(identifier="m", ray_address="auto").on_ray
+    assert not VllmModel(identifier="m").on_ray
+    assert VllmModel(identifier="m", on_ray=True).ray_address is None
+
+
+def test_vllm_kwargs_win_over_the_fields() -> None:
+    """The engine arguments are the fields, with `vllm_kwargs` on top; equal ones share an engine."""
+    model = VllmModel(
+        identifier="m", model_name="a", tensor_parallel_size=2, vllm_kwargs={"model": "b", "seed": 1}
+    )
+    config = model.engine_config()
+    assert loads(config.engine_args) == {
+        "model": "b",
+        "tensor_parallel_size": 2,
+        "trust_remote_code": True,
+        "seed": 1,
+    }
+    same = VllmModel(
+        identifier="n", model_name="b", tensor_parallel_size=2, vllm_kwargs={"seed": 1}, prompt="Q: {input}"
+    )
+    assert same.engine_config() == config
+
+
+def test_a_local_model_needs_a_model() -> None:
+    """Neither `model_name` nor `vllm_kwargs['model']`: the call says what to pass."""
+    with pytest.raises(InvalidCall, match="model_name"):
+        VllmModel(identifier="m").predict("x")
+
+
+def test_vllm_kwargs_must_be_plain_data() -> None:
+    """What JSON cannot hold is refused, because no block could."""
+    with pytest.raises(InvalidCall, match=r"vllm_kwargs must be plain data.*Decimal"):
+        VllmModel(identifier="m", model_name="x", vllm_kwargs={"a": Decimal(1)}).predict("x")
+
+
+@pytest.mark.parametrize("field", ["tensor_parallel_size", "replicas"])
+def test_counts_are_at_least_one(field: str) -> None:
+    """Nothing can be split over no GPU."""
+    assert "greater than or equal to 1" in refusal(VllmModel, **{field: 0})
+
+
+def test_replicas_are_for_ray() -> None:
+    """Several engines on one machine are not made in silence; the refusal names both ways out."""
+    with pytest.raises(InvalidCall, match=r"replicas=2 are for Ray: set on_ray=True.*shards=2"):
+        VllmModel(identifier="m", model_name="x", replicas=2).predict("x")
+
+
+def test_actors_get_what_the_hints_say_unless_ray_config_says_else() -> None:
+    """GPUs as the model is split, other hints by Ray's names, `ray_config` over both, environments merged."""
+    model = VllmModel(
+        identifier="m",
+        model_name="x",
+        on_ray=True,
+        replicas=3,
+        tensor_parallel_size=2,
+        vllm_kwargs={"pipeline_parallel_size": 2},
+        compute_kwargs={"num_cpus": 8, "accelerator_type": "A100", "env": {"A": "hint", "B": "hint"}},
+        ray_config={"num_cpus": 4, "runtime_env": {"env_vars": {"A": "own"}, "working_dir": "."}},
+    )
+    config = model.engine_config()
+    assert isinstance(config, RayConfig)
+    assert (config.replicas, config.address) == (3, None)
+    assert loads(config.options) == {
+        "num_gpus": 4,
+        "num_cpus": 4,
+        "accelerator_type": "A100",
+        "runtime_env": {"env_vars": {"A": "own", "B": "hint"}, "working_dir": "."},
+    }
+    for_one = VllmModel(identifier="m", model_name="x", ray_address="auto").engine_config()
+    assert isinstance(for_one, RayConfig)
+    assert loads(for_one.options) == {"num_gpus": 1}
+    assert "own" not in repr(config) + repr(model)
+
+
+def test_ray_config_must_be_plain_data() -> None:
+    """What a block could not hold is refused by the name of the field."""
+    with pytest.raises(InvalidCall, match=r"ray_config must be plain data.*Decimal"):
+        VllmModel(identifier="m", model_name="x", on_ray=True, ray_config={"a": Decimal(1)}).predict("x")
+
+
+# ---------------------------------------------------------------------- what later versions will use
+
+
+@BOTH
+def test_harmless_fields_of_later_versions_do_not_stand_in_the_way(make: Maker) -> None:
+    """`datatype='str'`, resource hints, write options and validation change no answer."""
+    model = make(
+        identifier="m",
+        datatype="str",
+        compute_kwargs={"num_gpus": 1, "memory": "32Gi", "work_pool": "vllm-gpu"},
+        model_update_kwargs={"table": "t"},
+        validation=Validation(
+            datasets=[Dataset(identifier="d", select="t")],
+            metrics=[Metric(identifier="exact_match")],
+            key=("q", "a"),
+        ),
+    )
+    with pytest.raises(InvalidCall, match=r"api_url|model_name"):  # and not: not built yet
+        model.predict("x")
+
+
+def test_a_dataset_has_one_source() -> None:
+    """Both `select` and `raw_data`, or neither, are refused by name."""
+    for fields in ({}, {"select": "t", "raw_data": []}):
+        with pytest.raises(ValidationError, match="'d' needs exactly one of select and raw_data"):
+            Dataset(identifier="d", **fields)
+
+
+# ---------------------------------------------------------------------- callables
+
+
+def shout(x: str) -> str:
+    return x.upper()
+
+
+class Shouter:
+    def __call__(self, x: str) -> str:
+        return x.upper()
+
+
+REEXPORTS = """
+import functools
+from os import popen, system
+import os
+from pathlib import Path
+
+def own(x):
+    return x
+
+class Own:
+    @staticmethod
+    def method(x):
+        return x
+
+part = functools.partial(system)
+word = "text"
+"""
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module under an allowed prefix that also holds things from elsewhere."""
+    made = ModuleType("flows.x_for_tests")
+    exec(REEXPORTS, made.__dict__)  # as a file of this name would be
+    monkeypatch.setitem(sys.modules, made.__name__, made)
+    import flows
+
+    monkeypatch.setattr(flows, "x_for_tests", made, raising=False)
+    return made.__name__
+
+
+@BOTH
+def test_a_dotted_path_becomes_its_callable(make: Maker, module: str) -> None:
+    """Functions and static methods of allowed modules are found by their path."""
+    found = make(identifier="m", prompt_func=f"{module}.own").prompt_func
+    assert found is sys.modules[module].own
+    method = make(identifier="m", prompt_func=f"{module}.Own.method").prompt_func
+    assert method is sys.modules[module].Own.method
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("os.system", "'os.system' is outside"),
+        ("builtins.eval", "'builtins.eval' is outside"),
+        ("flowsx.f", "'flowsx.f' is outside"),
+        ("{module}.system", "leads into 'posix', which is outside"),
+        ("{module}.os.system", "leads into 'posix', which is outside"),
+        ("{module}.popen", "leads into 'os', which is outside"),
+        ("{module}.Path", "leads into 'pathlib"),
+        ("{module}.part", "leads into 'functools', which is outside"),
+        ("{module}.own.__class__", "leads into 'builtins', which is outside"),
+        ("{module}.own.__globals__.get", "leads into 'None', which is outside"),
+        ("{module}.own.__builtins__.get", "leads into 'None', which is outside"),
+        ("vllm_tasks.calls.callables.pkgutil.resolve_name", "leads into 'pkgutil', which is outside"),
+    ],
+)
+def test_paths_out_of_the_allowed_modules_are_refused(module: str, path: str, said: str) -> None:
+    """Neither directly nor through a module that holds something from elsewhere."""
+    message = refusal(VllmAPI, prompt_func=path.format(module=module))
+    assert said in message
+    assert "VLLM_TASKS_CALLABLE_PREFIXES" in message
+    assert f"{Settings().callable_prefixes}" in message
+
+
+def test_saved_callables_come_from_the_flows_unless_a_site_says_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default no function of this package, nor of any other, can be named in a block."""
+    monkeypatch.delenv("VLLM_TASKS_CALLABLE_PREFIXES")
+    assert Settings().callable_prefixes == ["flows"]
+    assert "outside" in refusal(VllmAPI, prompt_func="vllm_tasks.engines.session.kill")
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("{module}.absent", "has no attribute 'absent'"),
+        ("{module}.word", "is not callable but a str"),
+        ("flows.absent.f", "No module named 'flows.absent'"),
+        ("flows", "is not callable but a module"),
+        ("flows.", "cannot import"),
+        ("flows..f", "cannot import"),
+        ("flows.a b", "cannot import"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_refused(module: str, path: str, said: str) -> None:
+    """The error shows the path and why nothing callable is found there."""
+    path = path.format(module=module)
+    message = refusal(VllmAPI, prompt_func=path)
+    assert said in message
+    assert repr(path) in message
+
+
+def test_a_module_that_cannot_be_imported_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a module itself lacks is in the error, not that its parent has no such attribute."""
+    package = tmp_path / "pkg_for_tests"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "needs.py").write_text("import not_installed_anywhere\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("VLLM_TASKS_CALLABLE_PREFIXES", '["pkg_for_tests"]')
+    assert "not_installed_anywhere" in refusal(VllmAPI, prompt_func="pkg_for_tests.needs.f")
+    sys.modules.pop("pkg_for_tests", None)
+
+
+def test_the_setting_names_the_allowed_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefix more lets its modules in; what is not listed any more stays out."""
+    assert "is outside" in refusal(VllmAPI, prompt_func=f"{__name__}.shout")
+    monkeypatch.setenv("VLLM_TASKS_CALLABLE_PREFIXES", dumps([__name__.partition(".")[0]]))
+    assert VllmAPI(identifier="m", prompt_func=f"{__name__}.shout").prompt_func is shout
+    assert "is outside" in refusal(VllmAPI, prompt_func="vllm_tasks.calls.prompts.joined")
+
+
+def test_callables_are_dumped_as_their_paths() -> None:
+    """Functions, lambdas and callable objects can all be shown; only saving asks whether they lead back."""
+    paths = [
+        VllmAPI(identifier="m", prompt_func=f).model_dump()["prompt_func"]
+        for f in (shout, Shouter(), lambda x: x)
+    ]
+    assert paths[0] == f"{__name__}.shout"
+    assert paths[1] == f"{__name__}.Shouter"
+    assert "<lambda>" in paths[2]
+
+
+# ---------------------------------------------------------------------- settings
+
+
+def test_every_setting_has_a_description_and_an_environment_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`VLLM_TASKS_<NAME>` sets each field of the settings, and counts at once."""
+    values = {str: "text", int: "1024", float: "2.5", bool: "false", list[str]: '["a"]'}
+    for name, field in Settings.model_fields.items():
+        assert (field.description or "").endswith((".", ").")), name
+        raw = values.get(field.annotation, "text")  # type: ignore[arg-type]
+        before = getattr(Settings(), name)
+        monkeypatch.setenv(f"VLLM_TASKS_{name.upper()}", raw)
+        assert getattr(Settings(), name) != before, name
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("TIMEOUT", "0", "greater than 0.*Seconds"),
+        ("TIMEOUT", "abc", "valid number.*Seconds"),
+        ("RETRIES", "1.5", "valid integer"),
+        ("CALLABLE_PREFIXES", "flows", r"Invalid JSON.*\(a JSON list\)"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: str
+) -> None:
+    """The next use names the variable, its value and what is expected, wherever it is noticed."""
+    model = VllmAPI(identifier="m", api_url="http://x")
+    monkeypatch.setenv(f"VLLM_TASKS_{name}", value)
+    for use in (site_settings, lambda: VllmAPI(identifier="m"), lambda: model.predict("x")):
+        with pytest.raises(InvalidCall, match=f"VLLM_TASKS_{name}='{value}'.*{expected}") as raised:
+            use()
+        assert not isinstance(raised.value, ValidationError)
+
+
+# ---------------------------------------------------------------------- calls, against a server
+
+
+class Echo(BaseHTTPRequestHandler):
+    """The far side: answers every protocol with the prompt, and `finish_reason` length for `long`."""
+
+    bodies: list[dict[str, Any]]
+
+    def do_GET(self) -> None:
+        self.reply({"data": [{"id": "served"}]})
+
+    def do_POST(self) -> None:
+        body = loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/tokenize":
+            self.reply({"error": {"message": NO_TEMPLATE}}, 400)
+            return
+        self.server.bodies.append({"path": self.path, **body})  # type: ignore[attr-defined]
+        n = body.get("n") or 1
+        if self.path == "/generate":
+            self.reply({"text": [body["prompt"] + f"!{i}" for i in range(n)]})
+        elif "messages" in body:
+            text = " | ".join(str(m["content"]) for m in body["messages"])
+            self.reply({"choices": [self.choice({"message": {"content": text}}, i, text) for i in range(n)]})
+        else:
+            text = body["prompt"]
+            self.reply({"choices": [self.choice({"text": text}, i, text) for i in range(n)]})
+
+    def choice(self, content: dict[str, Any], index: int, text: str) -> dict[str, Any]:
+        return {**content, "index": index, "finish_reason": "length" if "long" in text else "stop"}
+
+    def reply(self, answer: dict[str, Any], status: int = 200) -> None:
+        content = dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+class EchoServer(ThreadingHTTPServer):
+    daemon_threads = True
+    bodies: list[dict[str, Any]]
+
+
+@pytest.fixture
+def server() -> Iterator[EchoServer]:
+    with EchoServer(("127.0.0.1", 0), Echo) as server:
+        server.bodies = []
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def api(server: EchoServer, path: str = "", **fields: Any) -> VllmAPI:
+    return VllmAPI(identifier="m", api_url=f"http://127.0.0.1:{server.server_port}{path}", **fields)
+
+
+def test_sampling_of_the_call_wins_over_the_models(server: EchoServer) -> None:
+    """`predict_kwargs` are the defaults, each can be overridden by name."""
+    with api(server, predict_kwargs={"temperature": 0, "max_tokens": 5}) as model:
+        model.predict("x", temperature=0.5)
+    assert server.bodies == [
+        {"path": "/v1/completions", "model": "served", "prompt": "x", "temperature": 0.5, "max_tokens": 5}
+    ]
+
+
+def test_n_answers_are_a_list(server: EchoServer) -> None:
+    """`n > 1`, in the model or the call, gives lists of texts; `n=1` gives texts."""
+    with api(server, "/generate", predict_kwargs={"n": 2}) as model:
+        assert model.predict("x") == ["!0", "!1"]
+        assert model.predict_batches(["x", "y"], n=1) == ["!0", "!0"]
+        (completion,) = model.completions(["x"])
+        assert isinstance(completion, Completion)
+        assert [c.text for c in completion.choices] == ["!0", "!1"]
+
+
+def test_the_prompt_picks_the_protocol_on_a_base_url(server: EchoServer) -> None:
+    """Texts go to completions, messages to chat, both in one call."""
+    with api(server) as model:
+        rows = ["text", [{"role": "user", "content": "message"}]]
+        assert model.predict_batches(rows) == ["text", "message"]
+    assert sorted(b["path"] for b in server.bodies) == ["/v1/chat/completions", "/v1/completions"]
+
+
+def test_a_chat_url_means_chat(server: EchoServer) -> None:
+    """The path of the chat protocol makes messages of texts, `system` first."""
+    with api(server, "/v1/chat/completions", system="S", prompt="<{input}>") as model:
+        assert model.predict("x") == "S | <x>"
+
+
+def test_a_record_that_fails_is_an_error_among_answers(server: EchoServer) -> None:
+    """All rows are tried; the errors come at the end with every result, or as values."""
+    with api(server) as model:
+        with pytest.raises(RowErrors, match="2 of 4 rows failed: row 1: prompt: 'input' is None") as failed:
+            model.predict_batches(["a", None, "b", b"x"])
+        values = model.predict_batches(["a", None, "b"], on_error="return")
+        with pytest.raises(RowErrors):
+            model.predict(None)
+        with pytest.raises(RowErrors):
+            model.completions([None])
+    assert [e.index for e in failed.value.errors] == [1, 3]
+    assert failed.value.results[::2] == ["a", "b"]
+    assert values[::2] == ["a", "b"]
+    assert isinstance(values[1], RowError)
+    assert "a" not in repr(failed.value).removeprefix("RowErrors")
+
+
+def test_no_rows_give_no_answers(server: EchoServer) -> None:
+    """An empty list is answered by an empty list, without a request."""
+    with api(server) as model:
+        assert model.predict_batches([]) == []
+    assert server.bodies == []
+
+
+@pytest.mark.parametrize("rows", ["text", b"bytes", {"a": "row"}])
+def test_one_record_is_not_taken_for_many(server: EchoServer, rows: Any) -> None:
+    """A text is no list of letters, a dict no list of its keys."""
+    with pytest.raises(InvalidCall, match=r"list of records.*predict\(x\)"):
+        api(server).predict_batches(rows)
+
+
+def test_a_table_is_not_taken_for_the_list_of_its_columns(server: EchoServer) -> None:
+    """Iterating a table gives columns, so it is refused with the ways to its rows, which work."""
+    pa = pytest.importorskip("pyarrow")
+    table = pa.table({"a": ["x", "y"]})
+    with pytest.raises(InvalidCall, match=r"columns.*table\['column'\].*to_pylist\(\) of pyarrow"):
+        api(server).predict_batches(table)
+    with api(server, signature="**kwargs", prompt="{a}") as model:
+        assert model.predict_batches(table.to_pylist()) == ["x", "y"]
+    with api(server) as model:
+        assert model.predict_batches(table["a"]) == ["x", "y"]
+        assert model.predict_batches(pa.array(["x", "y"])) == ["x", "y"]
+
+
+class PandasSeries:
+    """What a column of pandas is to us: rows in order, without `to_pylist` or `columns`."""
+
+    def __init__(self, values: list[str]) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values)
+
+
+def test_a_column_of_pandas_is_a_list_of_records(server: EchoServer) -> None:
+    """Its rows are answered as they come."""
+    with api(server) as model:
+        assert model.predict_batches(PandasSeries(["x", "y"])) == ["x", "y"]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [set, frozenset])
+def test_a_set_has_no_order_to_answer_in(server: EchoServer, kind: Any) -> None:
+    """N answers in input order need an order."""
+    with pytest.raises(InvalidCall, match=f"{kind.__name__}, which has no order"):
+        api(server).predict_batches(kind(["x"]))
+
+
+def test_what_is_wrong_with_a_call_raises_before_anything_is_asked(server: EchoServer) -> None:
+    """Names, options and combinations are checked at the edge."""
+    model = api(server)
+    with pytest.raises(InvalidCall, match="did you mean 'temperature'"):
+        model.predict("x", temprature=0)
+    with pytest.raises(InvalidCall, match="on_error='ignore' is neither"):
+        model.predict_batches(["x"], on_error="ignore")  # type: ignore[arg-type]
+    with pytest.raises(InvalidCall, match="on_error"):
+        model.predict("x", on_error="return")
+    with pytest.raises(InvalidCall, match="set chat=True"):
+        api(server, system="S").predict("x")
+    with pytest.raises(InvalidCall, match=r"'top_logprobs' is for chat messages.*chat=True"):
+        api(server, chat=False).predict("x", top_logprobs=2)
+    with pytest.raises(InvalidCall, match="'suffix' is for text prompts"):
+        api(server, chat=True).predict("x", suffix="y")
+    with pytest.raises(InvalidCall, match="takes texts, no chat messages"):
+        api(server, "/generate").predict([{"role": "user", "content": "x"}])
+    with pytest.raises(InvalidCall, match="no context was given"):
+        api(server, prompt="{context}{input}").predict("x")
+    with pytest.raises(InvalidCall, match="'/absent/file' cannot be read"):
+        api(server, prompt="{artifacts.a}{input}", artifacts={"a": Artifact(uri="/absent/file")}).predict("x")
+    assert server.bodies == []
+
+
+def test_chat_only_names_need_messages_locally() -> None:
+    """The engine's chat arguments are refused for text prompts, before an engine starts."""
+    fields = {"predict_kwargs": {"chat_template": "x"}, "chat": False}
+    model = VllmModel(identifier="m", model_name="/absent", **fields)
+    with pytest.raises(InvalidCall, match=r"'chat_template' is for chat messages.*chat=True"):
+        model.predict("x")
+
+
+def test_artifacts_reach_the_template(server: EchoServer, tmp_path: Path) -> None:
+    """A file named in `artifacts` stands in each prompt."""
+    rules = tmp_path / "rules.txt"
+    rules.write_text("{input} be kind")
+    fields = {"prompt": "{artifacts.rules}: {input}", "artifacts": {"rules": {"uri": str(rules)}}}
+    with api(server, **fields) as model:
+        assert model.predict("x") == "{input} be kind: x"
+
+
+def test_cut_answers_are_told_unless_the_caller_set_the_length(
+    server: EchoServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An answer cut at a default length is a surprise worth a warning, at a chosen one it is not."""
+    with api(server) as model, caplog.at_level(logging.WARNING, "vllm_tasks.models"):
+        model.predict_batches(["long"], max_tokens=4)
+        model.predict_batches(["short"])
+        assert caplog.messages == []
+        model.predict_batches(["long", "short"])
+    assert "1 of 2 answers were cut" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["tool_parser_plugin", "reasoning-parser-plugin"])
+def test_a_site_that_trusts_no_code_refuses_plugins(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parser from a file is code, whoever trusts the model's own."""
+    monkeypatch.setenv("VLLM_TASKS_TRUST_REMOTE_CODE", "false")
+    model = VllmModel(
+        identifier="m", model_name="m", trust_remote_code=False, vllm_kwargs={name: "/tmp/evil.py"}
+    )
+    with pytest.raises(InvalidCall, match="a file of Python"):
+        model.engine_config()

@@ -1,0 +1,130 @@
+"""Parts of a table, told by a hash of the key; and what several flow runs did, told as of one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from tests.places import Place
+from tests.servers.scripted_server import ScriptedServer, answer_to
+from vllm_tasks import GateFailed, InvalidCall, VllmAPI
+from vllm_tasks.errors import TooManyFailed
+from vllm_tasks.placement import payload
+from vllm_tasks.results import Report
+from vllm_tasks.tables.report import ErrorKind, FailedRow, Progress
+from vllm_tasks.validation.report import ValidationReport
+
+
+@pytest.fixture
+def model(server: ScriptedServer, place: Place) -> VllmAPI:
+    return VllmAPI(identifier="m", api_url=server.url, db=place.db, model="x")
+
+
+@pytest.mark.parametrize("key", ["id", ["text", "id"]])
+def test_shards_are_disjoint_and_together_the_table(
+    model: VllmAPI, place: Place, server: ScriptedServer, key: str | list[str]
+) -> None:
+    """Each row is in one of three shards, of about the same size, also with a key of several columns."""
+    texts = [f"t{i}" for i in range(300)]
+    place.fill_texts(*texts)
+    reports = [model.predict_in_db("text", "rows", primary_id=key, shard=(i, 3)) for i in range(3)]
+    assert [r.asked for r in reports] == [r.rows for r in reports]
+    assert sum(r.asked for r in reports) == 300
+    assert min(r.asked for r in reports) > 50
+    assert place.answers() == {i: answer_to(text) for i, text in enumerate(texts)}
+    assert len(server.posts) == 300
+    assert model.predict_in_db("text", "rows", primary_id=key).asked == 0
+
+
+def test_a_shard_goes_with_ids(model: VllmAPI, place: Place) -> None:
+    """Only the rows that are in both."""
+    place.fill_texts(*"abcdefgh")
+    asked = [model.predict_in_db("text", "rows", ids=[1, 2, 5], shard=(i, 2)).asked for i in range(2)]
+    assert sum(asked) == 3
+    assert place.answers().keys() == {1, 2, 5}
+
+
+@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0,), "ab", 1, (0.0, 2), (True, 2)])
+def test_what_is_no_shard_is_refused(shard: Any, tmp_path: Any) -> None:
+    """A shard is (i, n) with 0 <= i < n."""
+    model = VllmAPI(identifier="m", api_url="http://127.0.0.1:1", model="x")
+    with pytest.raises(InvalidCall, match="must be"):
+        model.predict_in_db("text", "rows", db=str(tmp_path), shard=shard)
+
+
+def report_of(**fields: Any) -> Report:
+    told: dict[str, Any] = {
+        "model": "m", "predict_id": "p", "source": "s", "outputs": "o", "fingerprint": "f", "rows": 10,
+        "up_to_date": 4, "asked": 6, "succeeded": 5, "failed": 1, "cut": 2, "prompt_tokens": 30,
+        "completion_tokens": 40, "commits": 3, "seconds": {"total": 5.0, "commit": 1.0},
+        "errors": (ErrorKind("refused", 1, ((1,),)),), "worst": (FailedRow((1,), "refused", "no"),),
+    }  # fmt: skip
+    return Report(**{**told, **fields})
+
+
+def test_reports_of_shards_are_one_report() -> None:
+    """Counts are added up, kinds of errors too; seconds are those of the slowest; unknown stays unknown."""
+    other = report_of(
+        rows=None,
+        failed=2,
+        seconds={"total": 7.0, "read": 2.0},
+        errors=(ErrorKind("timeout", 2, ((2,), (3,))),),
+    )
+    report = Report.of_shards([report_of(), other], 9.0)
+    assert (report.rows, report.up_to_date, report.asked, report.failed) == (None, 8, 12, 3)
+    assert report.seconds == {"total": 9.0, "commit": 1.0, "read": 2.0}
+    assert [(e.kind, e.rows) for e in report.errors] == [("timeout", 2), ("refused", 1)]
+    assert len(report.worst) == 2
+
+
+def test_progress_of_parts_is_one_progress() -> None:
+    """What is to be asked is known when all parts have told it."""
+    parts = [Progress(10, 3, 1, 20, 2.0), Progress(5, 5, 0, 30, 1.0)]
+    assert Progress.of_parts(parts, complete=True) == Progress(15, 8, 1, 50, 2.0)
+    assert Progress.of_parts(parts, complete=False).to_ask is None
+    assert Progress.of_parts([], complete=False).done == 0
+
+
+def test_outcomes_travel_as_text() -> None:
+    """Reports and errors come back as what they were; one that was tried there is not tried again here."""
+    report = report_of()
+    assert payload.value_of(payload.outcome_of(report)) == report
+    said = report_of(worst=(FailedRow((1,), "output", "no number: what the model said"),))
+    assert "what the model said" not in payload.outcome_of(said)
+    with pytest.raises(TooManyFailed, match="too many") as caught:
+        payload.value_of(payload.outcome_of_error(TooManyFailed("too many", report)))
+    assert caught.value.report == report
+    assert not caught.value.repeatable
+    judged = ValidationReport("m", "f", ())
+    with pytest.raises(GateFailed) as failed:
+        payload.value_of(payload.outcome_of_error(GateFailed("worse", judged)))
+    assert failed.value.report == judged
+    assert dataclasses.is_dataclass(failed.value.report)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:secret@db/crm",
+        "postgresql://db/crm?password=secret",
+        "s3://key:secret@bucket/x",
+        "s3://token@bucket/x",
+    ],
+)
+def test_urls_with_secrets_do_not_travel(url: str) -> None:
+    """Not even in the words of the refusal."""
+    with pytest.raises(InvalidCall) as caught:
+        payload.db_parameter(url)
+    assert "secret" not in str(caught.value)
+    assert "token" not in str(caught.value)
+
+
+def test_local_places_travel_as_absolute_paths(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker runs in another folder."""
+    monkeypatch.chdir(tmp_path)
+    assert payload.db_parameter("data") == {"url": f"{tmp_path}/data"}
+    assert payload.db_parameter("sqlite:///file.db") == {"url": f"sqlite:///{tmp_path}/file.db"}
+    assert payload.db_parameter("s3://bucket/x") == {"url": "s3://bucket/x"}
+    assert payload.db_parameter("postgresql://me@db/crm") == {"url": "postgresql://me@db/crm"}

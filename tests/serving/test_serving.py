@@ -1,0 +1,556 @@
+"""`serve(model)`: one vLLM server for all users of a configuration, gone with the last of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self
+
+import psutil
+import pytest
+import requests
+from prefect import flow
+
+from tests.conftest import IN_PREFECT, TINY_ARGS
+from tests.eventually import eventually
+from tests.scripts import running_script
+from vllm_tasks import InvalidCall, VllmAPI, VllmModel, predict_batches, serve
+from vllm_tasks.engines import loop
+from vllm_tasks.engines.local.gpus import free_devices
+from vllm_tasks.errors import EngineFailed
+from vllm_tasks.serving import shared_server
+from vllm_tasks.serving.api import command_line, server_arguments
+from vllm_tasks.tasks import save_metric_values
+
+STAND_IN = Path(__file__).parents[1] / "servers/scripted_vllm.py"
+
+
+@pytest.fixture(autouse=True)
+def servers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of all servers of a test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "vllm_tasks" / "servers"
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., VllmModel]]:
+    """Makes models whose server is the stand-in; no two of its processes ever lived at once."""
+    monkeypatch.setattr(shared_server, "SERVER", STAND_IN)
+    record = tmp_path / "record"
+
+    def model(**kwargs: Any) -> VllmModel:
+        return VllmModel(identifier="scripted", model_name="m", vllm_kwargs={"record": str(record), **kwargs})
+
+    yield model
+    assert "TWO" not in record.read_text()
+    assert eventually(lambda: not any(map(is_alive, pids_of(record))))
+
+
+def pids_of(record: Path) -> list[int]:
+    return [int(pid) for pid in record.read_text().split()]
+
+
+def told(servers: Path) -> dict[str, Any]:
+    """What the only server tells its users."""
+    (folder,) = servers.iterdir()
+    found: dict[str, Any] = json.loads((folder / "server.json").read_text())
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+# ---------------------------------------------------------------------- the model's part
+
+
+def test_engine_arguments_become_a_command_line() -> None:
+    """Each kind of value has the form that vLLM's command line takes; what is not set is left to vLLM."""
+    arguments = {"a_b": True, "c": False, "d": {"e": 1}, "f": [1, "x"], "g": 0.5, "h": "a b", "i": None}
+    assert command_line(arguments) == [
+        *("--a-b", "--no-c", '--d={"e": 1}', "--f", "1", "x", "--g=0.5", "--h=a b"),
+    ]
+
+
+def test_a_server_has_the_name_and_the_files_of_its_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A relative folder is found from anywhere, and asked for by the name that the model gives it."""
+    (tmp_path / "my").mkdir()
+    monkeypatch.chdir(tmp_path)
+    found = server_arguments({"model": "my", "tokenizer": "org/other"})
+    assert (found["model"], found["tokenizer"]) == (str(tmp_path / "my"), "org/other")
+    assert found["served_model_name"] == "my"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"on_ray": True}, "on_ray"),
+        ({"replicas": 2}, "replicas"),
+        ({"vllm_kwargs": {"port": 8000}}, "'port'"),
+        ({"vllm_kwargs": {"api-ke": "secret"}}, "'api_key'"),
+        ({"predict_kwargs": {"lora_request": {}}}, "lora_request"),
+        ({"model_name": ""}, "model_name"),
+    ],
+)
+def test_what_a_server_cannot_do_is_refused(fields: dict[str, Any], said: str) -> None:
+    """Ray, options of the server that are ours, and parameters that do not fit are told before a start."""
+    model = VllmModel(**{"identifier": "a", "model_name": "m", **fields})
+    with pytest.raises(InvalidCall, match=said) as caught, serve(model):
+        pass
+    assert "secret" not in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_made_is_named(
+    scripted: Callable[..., VllmModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where the cache is no place to write to, the way out is told."""
+    (tmp_path / "record").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "record"))
+    with pytest.raises(InvalidCall, match="XDG_CACHE_HOME"), serve(scripted()):
+        pass
+
+
+def test_the_client_asks_as_the_model_does(scripted: Callable[..., VllmModel]) -> None:
+    """All that says how to ask is the model's; the resources stay with the server."""
+    model = scripted().model_copy(
+        update={"prompt": "[{input}]", "datatype": "json", "compute_kwargs": {"work_pool": "gpus"}}
+    )
+    with serve(model) as served:
+        assert served.predict("1") == [1]
+        assert (served.uuid, served.model, served.compute_kwargs) == (model.uuid, "m", {})
+        fingerprint = served.prepare(served.predict_in_db).over("x").fingerprint
+        assert served.api_key is not None
+        assert served.api_key.get_secret_value() not in repr(served)
+        served.metric_values["d"] = {"exact_match": 1.0}  # as a validation does
+    assert model.metric_values == {"d": {"exact_match": 1.0}}
+    other = model.model_copy(update={"vllm_kwargs": {**model.vllm_kwargs, "dtype": "half"}})
+    with serve(other) as served:
+        assert served.prepare(served.predict_in_db).over("x").fingerprint != fingerprint
+
+
+@IN_PREFECT[0]
+def test_values_of_a_validation_go_to_the_block_of_the_model(scripted: Callable[..., VllmModel]) -> None:
+    """The client that asks for it is no block of its own."""
+    scripted().save("served")
+    try:
+        with serve(VllmModel.load("served")) as served:
+            save_metric_values(served, SimpleNamespace(metric_values={"d": {"exact_match": 0.5}}))
+        assert VllmModel.load("served").metric_values == {"d": {"exact_match": 0.5}}
+    finally:
+        VllmModel.delete("served")
+
+
+# ---------------------------------------------------------------------- lives of a stand-in
+
+
+@IN_PREFECT[0]
+@IN_PREFECT[1]
+def test_all_steps_of_a_flow_share_a_server(scripted: Callable[..., VllmModel], servers: Path) -> None:
+    """Tasks of a flow and a running event loop get their answers from one server, which then is gone."""
+
+    @flow
+    def two_steps() -> list[Any]:
+        with serve(scripted()) as served:
+            return [predict_batches(served, ["a", "b"]), predict_batches(served, ["c"])]
+
+    async def in_a_loop() -> Any:
+        with serve(scripted()) as served, serve(scripted()) as again:
+            return served.predict("d"), again.predict("e")
+
+    assert two_steps() == [["a", "b"], ["c"]]
+    assert asyncio.run(in_a_loop()) == ("d", "e")
+    assert len(pids_of(servers.parents[1] / "record")) == 2
+
+
+def test_the_last_user_waits_until_the_server_is_gone(
+    scripted: Callable[..., VllmModel], servers: Path
+) -> None:
+    """What comes next finds the memory free; a process forked meanwhile is no user."""
+    with serve(scripted()):
+        pids, port = told(servers)["pids"], port_of(servers)
+        if not (forked := os.fork()):
+            time.sleep(60)
+            os._exit(0)
+    try:
+        assert not is_alive(pids["server"])
+        assert eventually(lambda: not is_alive(pids["keeper"]))
+        assert not answers(port)
+        with pytest.raises(FileNotFoundError):  # nor is the key left
+            told(servers)
+    finally:
+        os.kill(forked, signal.SIGKILL)
+        os.waitpid(forked, 0)
+
+
+def test_a_start_that_fails_says_why_and_may_be_repeated(
+    scripted: Callable[..., VllmModel], servers: Path
+) -> None:
+    """The server's own reason comes at its first failure, and another try is another start."""
+    for tries in (1, 2):
+        with (
+            pytest.raises(EngineFailed, match=r"ValueError: no such weights.*/log") as caught,
+            serve(scripted(refuse="no such weights")),
+        ):
+            pass
+        assert not caught.value.temporary
+        assert len(pids_of(servers.parents[1] / "record")) == tries
+    assert "key" not in told(servers)
+
+
+def test_a_server_holds_its_gpus_as_long_as_it_lives(
+    scripted: Callable[..., VllmModel], servers: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A device that no other engine has is what the server sees; it is free again when the server is gone."""
+    monkeypatch.setattr(shared_server, "free_devices", partial(free_devices, folder=tmp_path / "gpus"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setenv("VLLM_TASKS_GPUS", "1")
+    others = loop.run(free_devices(1, tmp_path / "gpus"))
+    try:
+        with serve(scripted()):
+            seen = psutil.Process(told(servers)["pids"]["server"]).environ()["CUDA_VISIBLE_DEVICES"]
+            assert (others.names, seen) == (("3",), "5")
+            with pytest.raises(TimeoutError):
+                loop.run(asyncio.wait_for(free_devices(1, tmp_path / "gpus"), 0.1))
+        again = loop.run(asyncio.wait_for(free_devices(1, tmp_path / "gpus"), 5))
+        assert again.names == ("5",)
+        again.release()
+    finally:
+        others.release()
+
+
+def test_a_keeper_that_cannot_be_started_holds_no_gpus(
+    scripted: Callable[..., VllmModel], servers: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The reason is told, and the next engine finds the devices free."""
+    monkeypatch.setattr(shared_server, "free_devices", partial(free_devices, folder=tmp_path / "gpus"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv("VLLM_TASKS_GPUS", "1")
+    with serve(scripted()):
+        pass
+    (folder,) = servers.iterdir()
+    (folder / "log.1").mkdir()
+    with pytest.raises(IsADirectoryError), serve(scripted()):
+        pass
+    loop.run(asyncio.wait_for(free_devices(1, tmp_path / "gpus"), 5)).release()
+
+
+def ask_without(killed: str, model: VllmModel, servers: Path) -> None:
+    """Serve and ask, after a process was killed for good."""
+    with serve(model) as served:
+        pids = told(servers)["pids"]
+        os.kill(pids[killed], signal.SIGKILL)
+        assert eventually(lambda: not any(map(is_alive, pids.values())))
+        served.predict_batches(["a"])
+
+
+def test_a_server_that_cannot_come_back_ends_the_call(
+    scripted: Callable[..., VllmModel], servers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After three starts in vain it is given up, which is told as a temporary failure of the engine."""
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "1")
+    with pytest.raises(EngineFailed, match="could not be started again: ValueError: no more") as caught:
+        ask_without("server", scripted(lives="1"), servers)
+    assert caught.value.temporary
+    assert caught.value.results == [None]
+    assert len(pids_of(servers.parents[1] / "record")) == 4
+
+
+def test_a_killed_keeper_takes_the_server_along(
+    scripted: Callable[..., VllmModel], servers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No server stays without its keeper; its users are told, and the next ones get a new server."""
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "1")
+    model = scripted()
+    with pytest.raises(EngineFailed, match="ended from outside") as caught:
+        ask_without("keeper", model, servers)
+    assert caught.value.temporary
+    with serve(model) as served:
+        assert served.predict("a") == "a"
+        keeper = told(servers)["pids"]["keeper"]
+        os.kill(keeper, signal.SIGKILL)
+        assert eventually(lambda: not psutil.pid_exists(keeper))
+        with serve(model) as again:  # while its server may still be ending
+            assert again.predict("a") == "a"
+
+
+def test_a_log_that_is_removed_ends_no_server(
+    scripted: Callable[..., VllmModel], servers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be large. A server that dies then is started again, and why it ended is told."""
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "10")
+    model = scripted(lives="2").model_copy(update={"chat": False})
+
+    def ask_twice(served: VllmAPI) -> None:
+        (folder,) = servers.iterdir()
+        (folder / "log").unlink()
+        for row in ("a", "b"):
+            assert eventually(lambda: told(servers)["state"] == "ready")
+            os.kill(told(servers)["pids"]["server"], signal.SIGKILL)
+            assert served.predict(row) == row
+
+    with (
+        pytest.raises(EngineFailed, match="could not be started again: ValueError: no more"),
+        serve(model) as served,
+    ):
+        ask_twice(served)
+    assert (servers.parents[1] / "record").read_text().count("\n") == 5
+
+
+def test_a_user_killed_during_the_start_leaves_nothing(
+    scripted: Callable[..., VllmModel], servers: Path
+) -> None:
+    """A server that is still starting ends when nobody waits for it any more."""
+    record = servers.parents[1] / "record"
+    with User(scripted(wait="120")) as user:
+        assert eventually(lambda: record.exists() and pids_of(record))
+        keeper = told(servers)["pids"]["keeper"]
+        user.kill()
+        assert eventually(lambda: not any(map(is_alive, [keeper, *pids_of(record)])))
+
+
+JOB = """
+import sys
+from pathlib import Path
+from prefect import flow, task
+from vllm_tasks import VllmModel, serve
+from vllm_tasks.engines import shared_server
+
+shared_server.SERVER = Path(sys.argv[1])
+
+@task
+def step():
+    with serve(VllmModel(identifier="m", model_name="m", vllm_kwargs={"record": sys.argv[2], "wait": "120"})):
+        pass
+
+@flow
+def job():
+    step.submit().result()
+
+job()
+"""
+
+
+@IN_PREFECT[0]
+@pytest.mark.usefixtures("scripted")  # which looks at the record when all is over
+def test_a_task_that_waits_for_its_server_ends_with_its_flow(servers: Path, tmp_path: Path) -> None:
+    """SIGTERM, which is how Prefect cancels, is not waited out, however long the server takes to start."""
+    record = servers.parents[1] / "record"
+    with running_script(tmp_path, JOB, str(STAND_IN), str(record)) as job:
+        assert eventually(lambda: record.exists() and pids_of(record), 90)
+        job.send_signal(signal.SIGTERM)
+        job.wait(30)
+    assert eventually(lambda: not any(map(is_alive, pids_of(record))))
+
+
+RACE = """
+import os, random, signal, sys, time
+from pathlib import Path
+from vllm_tasks import VllmModel, serve
+from vllm_tasks.engines import shared_server
+from vllm_tasks.engines.local.gpus import free_devices
+
+shared_server.SERVER = Path(sys.argv[1])
+model = VllmModel(identifier="race", model_name="m", vllm_kwargs={"record": sys.argv[2]})
+
+def use(user):
+    random.seed(user)
+    for _ in range(4):
+        with serve(model) as served:
+            assert served.predict("x") == "x"
+            time.sleep(random.random() / 2)
+            if random.random() < 0.1:
+                os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(random.random())
+
+users = []
+for user in range(6):
+    users.append(os.fork())
+    if not users[-1]:
+        code = 1
+        try:
+            use(user)
+            code = 0
+        finally:
+            os._exit(code)
+print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in users])
+"""
+
+
+@pytest.mark.usefixtures("scripted")  # which looks at the record when all is over
+def test_users_that_come_and_go_at_once_have_one_server(servers: Path) -> None:
+    """However users come, leave and are killed, each is served, by one server at a time."""
+    record = servers.parents[1] / "record"
+    done = subprocess.run(
+        [sys.executable, "-c", RACE, str(STAND_IN), str(record)],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    codes = json.loads(done.stdout)
+    assert set(codes) <= {0, -signal.SIGKILL}, done.stderr
+    assert eventually(lambda: not list(servers.glob("*/server.json")))
+
+
+# ---------------------------------------------------------------------- the life of a real server
+
+USER = """
+import json, sys
+from pathlib import Path
+from vllm_tasks import VllmModel, serve
+from vllm_tasks.engines import shared_server
+from vllm_tasks.engines.local.gpus import free_devices
+
+shared_server.SERVER = Path(sys.argv[1])
+with serve(VllmModel(**json.loads(sys.argv[2]))) as served:
+    print(json.dumps([served.api_url, served.api_key.get_secret_value()]), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(served.predict_batches(json.loads(line))), flush=True)
+"""
+
+
+class User:
+    """A plain script that serves a model and predicts what it is sent; killed after `LONGEST` seconds."""
+
+    LONGEST = 300.0
+
+    def __init__(self, model: VllmModel) -> None:
+        fields = model.model_dump(include={"identifier", "model_name", "vllm_kwargs", "predict_kwargs"})
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", USER, str(shared_server.SERVER), json.dumps(fields)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._timer = threading.Timer(self.LONGEST, self._process.kill)
+
+    def __enter__(self) -> Self:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        self._process.kill()
+        self._process.communicate()
+
+    def hear(self) -> Any:
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
+
+    def ask(self, rows: list[str]) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(rows) + "\n")
+        self._process.stdin.flush()
+        return self.hear()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def leave(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        assert self._process.wait() == 0
+        self._process.stdin = None  # for communicate()
+
+
+@pytest.fixture
+def tiny(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> VllmModel:
+    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "240")
+    sampling = {"temperature": 0, "max_tokens": 8}
+    return VllmModel(
+        identifier="tiny", model_name=str(tiny_model), vllm_kwargs=TINY_ARGS, predict_kwargs=sampling
+    )
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("all_processes_of_vllm")
+def test_the_life_of_a_server(tiny: VllmModel, servers: Path) -> None:
+    """Two processes share one server, which outlives the one and its own death, and goes with the other."""
+    rows = [f"row {i}" for i in range(20)]
+    with User(tiny) as first, User(tiny) as second:
+        url, key = first.hear()
+        assert second.hear() == [url, key]
+        assert len(first.ask(rows)) == len(second.ask(rows)) == 20
+        check_secret(servers, url, key)
+
+        first.kill()
+        assert len(second.ask(rows)) == 20
+
+        family = processes_of(servers)
+        os.kill(told(servers)["pids"]["server"], signal.SIGKILL)
+        assert len(second.ask(rows)) == 20
+        assert told(servers)["key"] == key
+        assert [p.pid for p in family if is_alive(p.pid)] == [told(servers)["pids"]["keeper"]]
+
+        family, shared = processes_of(servers), shared_memory_of(servers)
+        assert shared
+        port = port_of(servers)
+        second.leave()
+        assert eventually(lambda: not any(is_alive(p.pid) for p in family))
+        assert not answers(port)
+        assert not any(os.path.exists(file) for file in shared)
+        assert not list(servers.glob("*/server.json"))
+
+
+def check_secret(servers: Path, url: str, key: str) -> None:
+    """Nobody without the key is answered, and nobody else can read it."""
+    (folder,) = servers.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in folder.iterdir())
+    assert not any(key in word for p in processes_of(servers) for word in p.cmdline())
+    body = {"model": told(servers)["url"], "prompt": "a"}
+    assert requests.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 401
+
+
+def processes_of(servers: Path) -> list[psutil.Process]:
+    keeper = psutil.Process(told(servers)["pids"]["keeper"])
+    return [keeper, *keeper.children(recursive=True)]
+
+
+def shared_memory_of(servers: Path) -> set[str]:
+    maps = {m.path for p in processes_of(servers) for m in p.memory_maps()}
+    return {path for path in maps if path.startswith("/dev/shm/") and os.path.exists(path)}
+
+
+def port_of(servers: Path) -> int:
+    return int(told(servers)["url"].rpartition(":")[2])
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.engine
+def test_a_real_start_that_fails_gives_the_reason_of_vllm(tiny: VllmModel, servers: Path) -> None:
+    """What vLLM says about a wrong argument reaches the caller, and no process is left."""
+    wrong = tiny.model_copy(update={"vllm_kwargs": {**TINY_ARGS, "max_model_len": 4096}})
+    with pytest.raises(EngineFailed, match=r"max_model_len \(4096\)") as caught, serve(wrong):
+        pass
+    assert not caught.value.temporary
+    (folder,) = servers.iterdir()
+    assert "max_model_len" in (folder / "log").read_text()
+    assert eventually(lambda: not started_here())
+
+
+def started_here() -> list[psutil.Process]:
+    """All processes that this test started, by a variable of its own in their environment."""
+    cache = os.environ["XDG_CACHE_HOME"]
+    found = psutil.process_iter(["environ"])
+    return [p for p in found if (p.info["environ"] or {}).get("XDG_CACHE_HOME") == cache]

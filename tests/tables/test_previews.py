@@ -1,0 +1,93 @@
+"""`preview`: prompts, answers and values of some rows, and nothing committed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter
+
+from tests.places import Place
+from tests.servers.scripted_server import ScriptedServer, answer_to, refused
+from tests.tables.test_tables import says
+from vllm_tasks import InvalidCall, VllmAPI, preview
+from vllm_tasks.results import Preview
+
+
+@pytest.fixture
+def model(server: ScriptedServer, place: Place) -> Iterator[VllmAPI]:
+    with VllmAPI(identifier="m", api_url=server.url, db=place.db, prompt="Say {input}", retries=0) as model:
+        yield model
+
+
+def test_a_preview_shows_rows_and_commits_nothing(model: VllmAPI, place: Place) -> None:
+    """The prompt as sent, the answer, its value; done rows are shown like others, and no table is made."""
+    place.fill_texts("a", "b", "c")
+    shown = model.preview("text", "rows", n=2)
+    assert len(shown.rows) == 2
+    for row in shown.rows:
+        text = "abc"[row.key[0]]
+        assert (row.prompt, row.answer, row.error) == (f"Say {text}", answer_to(f"Say {text}"), None)
+        assert row.value == row.answer
+        assert f"prompt: Say {text}" in str(shown)
+    with pytest.raises(InvalidCall):
+        place.outputs()
+    model.predict_in_db("text", "rows")
+    before = place.outputs()
+    assert len(model.preview("text", "rows", n=5, temperature=0).rows) == 3
+    assert place.outputs() == before
+
+
+def test_errors_are_shown_in_their_rows(model: VllmAPI, place: Place, server: ScriptedServer) -> None:
+    """A row that becomes no prompt, is refused, or whose answer is of another type, beside a good one."""
+    place.fill_texts("1", None, "bad", "word")
+    says_it = says(lambda asked: asked.prompt.removeprefix("Say "))
+    server.script = lambda asked: (
+        refused(400, "no") if asked.body and "bad" in asked.prompt else says_it(asked)
+    )
+    typed = VllmAPI(**{**{n: getattr(model, n) for n in model.model_fields_set}, "datatype": "int"})
+    rows = {row.key[0]: row for row in typed.preview("text", "rows").rows}
+    assert (rows[0].value, rows[0].error) == (1, None)
+    assert [str(rows[i].error).partition(":")[0] for i in (1, 2, 3)] == ["prompt", "refused", "output"]
+    assert (rows[1].prompt, rows[2].prompt) == (None, "Say bad")
+    assert (rows[3].answer, rows[3].value) == ("word", None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [({"n": 0}, "n=0"), ({"n": True}, "n=True"), ({"X": "txt"}, "txt"), ({"primary_key": "x"}, "primary_id")],
+)
+def test_wrong_previews_are_refused(model: VllmAPI, place: Place, wrong: dict[str, Any], words: str) -> None:
+    place.fill_texts("a")
+    with pytest.raises(InvalidCall, match=words):
+        model.preview(**{"X": "text", "select": "rows", **wrong})
+
+
+def test_long_texts_are_cut_where_they_are_printed(model: VllmAPI, place: Place) -> None:
+    place.fill_texts("x" * 5000)
+    shown = model.preview("text", "rows")
+    assert len(str(shown.rows[0].prompt)) == 5004
+    assert len(str(shown)) < 2000
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_the_task_makes_a_table_artifact(server: ScriptedServer, tmp_path: Any) -> None:
+    """In a flow the rows are seen in Prefect's UI."""
+    place = Place(str(tmp_path / "lake"))
+    place.fill_texts("a", "b")
+    model = VllmAPI(identifier="looked-at", api_url=server.url, db=place.db)
+
+    @flow
+    def look() -> Preview:
+        found: Preview = preview(model, "text", "rows", 1)
+        return found
+
+    found = look()
+    with get_client(sync_client=True) as client:
+        (made,) = client.read_artifacts(
+            artifact_filter=ArtifactFilter.model_validate({"key": {"any_": ["looked-at-preview"]}})
+        )
+    assert found.rows[0].prompt in str(made.data)

@@ -1,0 +1,325 @@
+"""`predict_in_db` in Prefect: task runs, artifacts, assets, failure, cancelling, the deployable flow."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from prefect import flow, get_client
+from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
+from prefect.client.schemas.objects import Artifact, FlowRun, TaskRun
+from prefect.deployments import run_deployment
+from prefect.events.filters import EventFilter, EventNameFilter
+from prefect.exceptions import ObjectNotFound
+from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
+
+from tests.conftest import IN_PREFECT
+from tests.places import Place
+from tests.scripts import running_script
+from tests.servers.scripted_server import Asked, ScriptedServer, answer_to, refused
+from vllm_tasks import InvalidCall, VllmAPI, predict_in_db
+from vllm_tasks.artifacts import asset_key, markdown_of, slug
+from vllm_tasks.errors import TooManyFailed
+from vllm_tasks.flows.batch_predict import batch_predict
+from vllm_tasks.results import Report
+from vllm_tasks.tables.report import ErrorKind, Progress
+
+pytestmark = IN_PREFECT
+
+
+@pytest.fixture
+def lake(tmp_path: Path) -> Place:
+    place = Place(str(tmp_path / "lake"))
+    place.fill_texts(*(f"t{i}" for i in range(100)))
+    return place
+
+
+@pytest.fixture
+def model(server: ScriptedServer, lake: Place) -> Iterator[VllmAPI]:
+    with VllmAPI(identifier="org/Model", api_url=server.url, db=lake.db, retries=0) as model:
+        yield model
+
+
+@flow
+def over_a_table(model: VllmAPI, **options: Any) -> tuple[UUID, Report]:
+    report = predict_in_db(model, "text", "rows", **options)
+    return UUID(flow_run.id), report
+
+
+def task_runs(run: UUID) -> list[TaskRun]:
+    """The task runs of a flow run, once Prefect has written them down, which it does later."""
+    with get_client(sync_client=True) as client:
+        for _ in range(100):
+            found = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [run]}))
+            if found and all(t.state and t.state.is_final() for t in found):
+                return found
+            time.sleep(0.1)
+    raise AssertionError(f"the task runs did not end: {[(t.name, t.state) for t in found]}")
+
+
+def artifacts(key: str) -> list[Artifact]:
+    with get_client(sync_client=True) as client:
+        return client.read_artifacts(artifact_filter=ArtifactFilter(key={"any_": [key]}))
+
+
+def test_each_commit_is_a_task_run(model: VllmAPI, lake: Place) -> None:
+    """In a flow, each group is a task run named by model and keys, beside the task itself."""
+    run, report = over_a_table(model, max_chunk_size=40)
+    assert report.succeeded == 100
+    names = sorted(t.name for t in task_runs(run))
+    groups = [name for name in names if name.startswith("org-Model ") and ".." in name]
+    assert len(groups) == report.commits == 3
+    assert "org-Model - rows" in names
+    assert lake.answers("org-Model") == {i: answer_to(f"t{i}") for i in range(100)}
+
+
+def test_progress_and_report_are_artifacts(model: VllmAPI, server: ScriptedServer) -> None:
+    """The UI gets a progress artifact, a Markdown report with keys but no contents, a table of errors."""
+    server.script = lambda asked: refused(400, "no") if asked.prompt == "t7" else None
+    _, report = over_a_table(model, predict_id="Shown Here", max_failed=None)
+    (progress,) = artifacts("shown-here-progress")
+    assert progress.data == 100.0
+    assert "100 of 100 rows done, 1 failed" in (progress.description or "")
+    (shown,) = artifacts("shown-here-report")
+    assert isinstance(shown.data, str)
+    assert shown.data == markdown_of(report)
+    for words in ("| answered | 99 |", "| failed | 1 |", "| refused | 1 | `7` |", report.outputs):
+        assert words in shown.data
+    assert "t7" not in shown.data
+    (errors,) = artifacts("shown-here-errors")
+    assert '"key": "7"' in str(errors.data)
+
+
+def test_outputs_are_an_asset_of_their_source(model: VllmAPI) -> None:
+    """A materialization event names the outputs, and the source as what they come from."""
+    _, report = over_a_table(model, predict_id="lineage")
+    wanted = EventFilter(event=EventNameFilter(prefix=["prefect.asset.materialization.succeeded"]))
+    with get_client(sync_client=True) as client:
+        for _ in range(100):
+            page = client._client.post(
+                "/events/filter", json={"filter": wanted.model_dump(mode="json"), "limit": 50}
+            ).json()
+            found = [e for e in page["events"] if e["resource"]["prefect.resource.id"].endswith("__lineage")]
+            if found:
+                break
+            time.sleep(0.1)
+    (event,) = found
+    assert event["resource"]["prefect.resource.id"] == asset_key(report.outputs)
+    assert asset_key(report.source) in [r["prefect.resource.id"] for r in event["related"]]
+
+
+def test_too_many_failures_fail_the_flow_with_a_report(model: VllmAPI, server: ScriptedServer) -> None:
+    """The flow run ends as Failed, and its report is there."""
+    server.script = lambda asked: refused(400, "no") if asked.body else None
+    state = over_a_table(model, predict_id="hopeless", return_state=True)
+    assert state.is_failed()
+    with pytest.raises(TooManyFailed, match=r"rows failed|all failed alike"):
+        state.result()
+    (shown,) = artifacts("hopeless-report")
+    assert "| answered | 0 |" in str(shown.data)
+
+
+def test_a_commit_is_retried_by_prefect(
+    model: VllmAPI, lake: Place, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lake that cannot be written for a moment makes a task run retry; no row is asked again."""
+    over_a_table(model, predict_id="retried", limit=10)
+    log = Path(lake.url) / "_outputs__retried" / "_delta_log"
+    asked = len(server.posts)
+
+    async def block_until_asked(asked_now: Asked) -> None:
+        if asked_now.body and log.is_dir():
+            log.rename(log.with_name("away"))
+            log.write_text("in the way")
+
+    server.script = block_until_asked
+
+    def free() -> None:
+        server.wait_until(lambda: len(server.posts) == asked + 90)
+        time.sleep(0.5)
+        log.unlink()
+        log.with_name("away").rename(log)
+
+    freeing = threading.Thread(target=free)
+    freeing.start()
+    run, report = over_a_table(model, predict_id="retried")
+    freeing.join()
+    assert report.succeeded == 90
+    assert len(server.posts) == asked + 90
+    assert max(t.run_count for t in task_runs(run) if ".." in t.name) > 1
+
+
+def test_the_task_works_submitted_and_outside_of_flows(model: VllmAPI, lake: Place) -> None:
+    """Submitted it gives a future; outside of a flow it does its work all the same."""
+
+    @flow
+    def submitted() -> Report:
+        return predict_in_db.submit(model, "text", "rows", predict_id="s").result()
+
+    assert submitted().succeeded == 100
+    with temporary_settings({PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW: "ignore"}):
+        assert predict_in_db(model, "text", "rows", predict_id="o").succeeded == 100
+    assert lake.answers("s") == lake.answers("o")
+
+
+JOB = """
+import sys
+from prefect import flow
+from vllm_tasks import VllmAPI, predict_in_db
+
+@flow
+def job(submit: bool):
+    model = VllmAPI(identifier="m", api_url=sys.argv[1], db={"url": sys.argv[2]}, max_in_flight=8, model="x")
+    if submit:
+        predict_in_db.submit(model, "text", "rows").result()
+    else:
+        predict_in_db(model, "text", "rows")
+
+job(submit=sys.argv[3] == "submit")
+"""
+
+
+@pytest.mark.parametrize(
+    ("way", "how"), [(signal.SIGTERM, "call"), (signal.SIGTERM, "submit"), (signal.SIGINT, "call")]
+)
+def test_a_flow_that_is_told_to_end_commits_what_is_finished(
+    lake: Place, server: ScriptedServer, tmp_path: Path, way: signal.Signals, how: str
+) -> None:
+    """SIGTERM, which is how Prefect cancels, and Ctrl-C: finished rows are committed, all within 10 s."""
+    answered = 30
+
+    async def script(asked: Asked) -> None:
+        if asked.body and len(server.posts) > answered:
+            await asyncio.sleep(3600)
+
+    server.script = script
+    with running_script(tmp_path, JOB, server.url, lake.url, how) as job:
+        server.wait_until(lambda: len(server.posts) == answered + 8, seconds=60)
+        began = time.monotonic()
+        job.send_signal(way)
+        job.wait(timeout=15)
+        assert time.monotonic() - began < 10
+    assert job.returncode != 0
+    assert len(lake.answers()) == answered
+
+
+def test_the_deployable_flow_does_the_job(model: VllmAPI, lake: Place) -> None:
+    """`vllm_tasks.flows.batch_predict` takes the same arguments, and its run is named by model and source."""
+    report = batch_predict(model, "text", "rows", predict_id="deployed", sampling={"temperature": 0})
+    assert report.succeeded == 100
+    with pytest.raises(InvalidCall, match="temperature"):
+        batch_predict(model, "text", "rows", sampling={"temprature": 0})
+
+
+def test_the_deployable_flow_runs_when_served(lake: Place, server: ScriptedServer) -> None:
+    """Served as the README says, a run that is made from a form does the job in a process of its own."""
+    url = PREFECT_API_URL.value()
+    assert url
+    serving = subprocess.Popen(
+        [sys.executable, "-m", "vllm_tasks.flows.batch_predict", "--name", "tested"],
+        env={**os.environ, "PREFECT_API_URL": url},
+        start_new_session=True,
+    )
+    fields = {"identifier": "m", "api_url": server.url}
+    form = {"model": fields, "X": "text", "select": "rows", "db": {"url": lake.url}, "max_failed": 3}
+    try:
+        server.wait_until(lambda: is_deployed("batch-predict/tested"), seconds=60)
+        run = run_deployment("batch-predict/tested", parameters=form, timeout=90, poll_interval=0.5)
+    finally:
+        serving.send_signal(signal.SIGINT)
+        try:
+            serving.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(serving.pid, signal.SIGKILL)
+            serving.wait()
+    assert isinstance(run, FlowRun)
+    assert run.state is not None
+    assert run.state.is_completed(), run.state.message
+    assert lake.answers() == {i: answer_to(f"t{i}") for i in range(100)}
+
+
+def is_deployed(name: str) -> bool:
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_deployment_by_name(name)
+        except ObjectNotFound:
+            return False
+    return True
+
+
+def test_the_deployable_flow_has_a_good_form() -> None:
+    """Every parameter has words, models are picked as blocks, and only three must be given."""
+    schema = batch_predict.parameters
+    properties = schema.properties
+    assert schema.required == ["model", "X", "select"]
+    assert not [name for name, p in properties.items() if not p.get("description")]
+    slugs = {d.get("block_type_slug") for d in schema.definitions.values()}
+    assert {"vllm-api", "vllm-model", "vllm-datalayer"} <= slugs
+
+
+@pytest.mark.parametrize(
+    ("place", "key"),
+    [
+        ("/data/lake/_outputs__m", "file:///data/lake/_outputs__m"),
+        ("s3://bucket/a b/_outputs__m", "s3://bucket/a_b/_outputs__m"),
+        ("/x/#1?[y]", "file:///x/_1__y_"),
+    ],
+)
+def test_places_become_asset_keys(place: str, key: str) -> None:
+    """An asset key is a URI without the characters that Prefect refuses."""
+    assert asset_key(place) == key
+
+
+def test_a_report_cannot_break_its_markdown() -> None:
+    """Keys and names with bars, backticks and line ends stay in their cells."""
+    report = Report(
+        model="m|`", predict_id="p\n# x", source="s", outputs="/o", fingerprint="f" * 64, rows=None,
+        up_to_date=None, asked=1, succeeded=0, failed=1, cut=0, prompt_tokens=0, completion_tokens=0,
+        commits=1, seconds={"total": 1.0}, errors=(ErrorKind("prompt", 1, (("a|b\n`c",),)),),
+    )  # fmt: skip
+    lines = markdown_of(report).splitlines()
+    assert lines[0] == "# p # x"
+    assert "| prompt | 1 | `a b� c` |" in lines
+    assert slug("p\n# x") == "p-x"
+
+
+def test_progress_tells_rates_and_time_left() -> None:
+    """Rows a second, tokens a second and what is left at that rate."""
+    assert str(Progress(1000, 240, 10, 5000, 50.0)) == (
+        "250 of 1,000 rows done, 10 failed, 5.0 rows/s, 100 tokens/s, 2 min 30 s left"
+    )
+    assert str(Progress(None, 0, 0, 0, 1.0)) == "0 rows done, 0 failed, 0.0 rows/s, 0 tokens/s"
+    assert str(Progress(10**6, 1, 0, 0, 10.0)).endswith("2777 h 46 min left")
+
+
+def test_mapping_goes_over_models_and_over_tables(lake: Place, server: ScriptedServer) -> None:
+    """With `db` a Datalayer and `X` a list of columns, which go to each call as they are."""
+
+    def model(name: str) -> VllmAPI:
+        return VllmAPI(
+            identifier=name, api_url=server.url, signature="**kwargs", prompt=name + " {id} {text}"
+        )
+
+    @flow
+    def compared() -> list[int]:
+        models = [model("a"), model("b")]
+        by_model = predict_in_db.map(models, ["id", "text"], "rows", db=lake.db, limit=2)
+        named = ["p", "q"]
+        by_table = predict_in_db.map(
+            model("c"), ["id", "text"], ["rows", "rows.parquet"], db=lake.db, predict_id=named, limit=3
+        )
+        return [future.result().succeeded for future in (*by_model, *by_table)]
+
+    assert compared() == [2, 2, 3, 3]
+    assert sorted({asked.prompt.split()[0] for asked in server.posts}) == ["a", "b", "c"]

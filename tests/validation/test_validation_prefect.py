@@ -1,0 +1,653 @@
+"""`validate` and `compare` in Prefect: artifacts, the saved block, events, the gate, the deployable flows."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from prefect import flow, get_client
+from prefect.client.schemas.actions import BlockDocumentUpdate
+from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
+from prefect.client.schemas.objects import Artifact, FlowRun
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL
+
+from tests.conftest import IN_PREFECT
+from tests.scripts import running_script
+from tests.servers.scripted_server import Asked, Reply, Script, ScriptedServer, refused, usual
+from vllm_tasks import (
+    Datalayer,
+    Dataset,
+    GateFailed,
+    InvalidCall,
+    Metric,
+    Validation,
+    VllmAPI,
+    VllmModel,
+    validate,
+)
+from vllm_tasks.flows.compare_models import compare_models
+from vllm_tasks.flows.validate_model import validate_model
+from vllm_tasks.results import Comparison, ValidationReport
+
+pytestmark = IN_PREFECT
+SVG = re.compile(r"!\[[^\]]*\]\(data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)\)")
+
+
+def said(words: Callable[[str], str | None]) -> Script:
+    """A script that answers a prompt with `words(prompt)`; a prompt without words is refused."""
+
+    def script(asked: Asked) -> Reply | None:
+        if asked.body is None:
+            return None
+        if (text := words(asked.prompt)) is None:
+            return refused(400, "no")
+        reply = usual(asked)
+        reply.body["choices"][0]["text"] = text
+        return reply
+
+    return script
+
+
+def right_of(rows: int) -> Callable[[str], str]:
+    """Says of `q0`, `q1`, ... the right answer in so many cases."""
+    return lambda prompt: prompt.replace("q", "a") if int(prompt[1:]) < rows else "wrong"
+
+
+def questions(rows: int = 10) -> list[dict[str, Any]]:
+    return [{"question": f"q{i}", "answer": f"a{i}"} for i in range(rows)]
+
+
+def of(*datasets: str, **fields: Any) -> Validation:
+    """Ten questions as each of `datasets`; the metric is whether the answer is right."""
+    return Validation(
+        **{
+            "datasets": [Dataset(identifier=name, raw_data=questions()) for name in datasets or ("ten",)],
+            "metrics": [Metric(identifier="exact_match")],
+            "key": ("question", "answer"),
+            **fields,
+        }
+    )
+
+
+@pytest.fixture
+def name() -> str:
+    """A name that no other test of the session's server uses."""
+    return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def lake(tmp_path: Path) -> Datalayer:
+    return Datalayer(url=str(tmp_path / "lake"))
+
+
+@pytest.fixture
+def model(server: ScriptedServer, lake: Datalayer, name: str) -> Iterator[VllmAPI]:
+    """Eight of ten answers are right."""
+    server.script = said(right_of(8))
+    with VllmAPI(identifier=name, api_url=server.url, db=lake, model="x", retries=0) as model:
+        yield model
+
+
+@flow
+def validated(
+    model: VllmAPI | VllmModel, validation: Validation | None = None, **options: Any
+) -> tuple[UUID, ValidationReport]:
+    report = validate(model, validation, **options)
+    return UUID(flow_run.id), report
+
+
+def artifact(key: str) -> Artifact:
+    """The last one of this key."""
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=ArtifactFilter(key={"any_": [key]}))
+    return max(found, key=lambda one: one.created)
+
+
+def history(lake: Datalayer) -> list[dict[str, Any]]:
+    tables = lake.tables()
+    try:
+        rows = [dict(row) for batch in tables.read("_metric_values") for row in batch]
+    finally:
+        tables.close()
+    return sorted(rows, key=lambda row: row["created_at"])
+
+
+def events_of(model: str, count: int) -> list[dict[str, Any]]:
+    """The verdicts sent on a model, oldest first, once there are so many of them."""
+    wanted = {"resource": {"id": [f"vllm-tasks.model.{model}"]}, "order": "ASC"}
+    with get_client(sync_client=True) as client:
+        for _ in range(200):
+            page = client._client.post("/events/filter", json={"filter": wanted, "limit": 50}).json()
+            if len(page["events"]) >= count:
+                break
+            time.sleep(0.1)
+    found: list[dict[str, Any]] = page["events"]
+    assert len(found) == count
+    return found
+
+
+# ---------------------------------------------------------------------- what is shown
+
+
+def test_a_validation_is_shown_as_a_table_and_a_page(model: VllmAPI) -> None:
+    """The table has a row for each metric, the page the value, its interval and the history as a picture."""
+    validation = of(metrics=[Metric(identifier="exact_match"), Metric(identifier="output_tokens")])
+    _, report = validated(model, validation)
+    table = artifact(f"{model.identifier}-ten-metrics")
+    rows = {row["metric"]: row for row in json.loads(str(table.data))}
+    assert rows.keys() == {"exact_match", "output_tokens"}
+    (value, _) = report.datasets[0].values
+    assert rows["exact_match"] == {
+        "metric": "exact_match",
+        "value": 0.8,
+        "95 % from": round(value.low, 6),
+        "to": round(value.high, 6),
+        "rows": 10,
+        "failed": 0,
+        "truncated": 0,
+        "change": "",
+        "verdict": "passed",
+    }
+    page = str(artifact(f"{model.identifier}-ten-validation").data)
+    for words in ("**Passed.**", "**0.8**", "10 rows; no row failed", "none to compare with"):
+        assert words in page
+    (picture,) = SVG.findall(page)
+    root = ElementTree.fromstring(base64.b64decode(picture))
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "exact_match" in "".join(root.itertext())
+
+
+def test_the_page_shows_what_changed_most(model: VllmAPI, server: ScriptedServer) -> None:
+    """Wins and losses against the last run stand there with question, target and both answers."""
+    validated(model, of())
+    server.script = said(lambda prompt: "wrong" if prompt == "q0" else prompt.replace("q", "a"))
+    _, report = validated(model, of())
+    page = str(artifact(f"{model.identifier}-ten-validation").data)
+    losses, _, wins = page.partition("## Biggest wins in exact_match")
+    assert "| 1 → 0 | `q0` | `a0` | `a0` | `wrong` |" in losses
+    for row in ("`q8` | `a8` | `wrong` | `a8`", "`q9` | `a9` | `wrong` | `a9`"):
+        assert f"| 0 → 1 | {row} |" in wins
+    (verdict,) = report.datasets[0].verdicts
+    assert verdict.paired is not None
+    assert verdict.paired.difference == pytest.approx(0.1)
+    assert "+0.1" in losses
+
+
+HOSTILE = "a | b ` c \\\n\r\n# Head\u2028<script>alert(1)</script>\x00 ![x](http://evil) {{ y }}"
+
+
+def test_contents_cannot_break_the_page(model: VllmAPI, server: ScriptedServer) -> None:
+    """Bars, backticks, line ends, HTML and halves of characters in texts stay in the code of their cells."""
+    # Half a character is no prompt and no answer, but may be expected.
+    rows = [{"question": f"{i} {HOSTILE}", "answer": [HOSTILE, "\ud800"]} for i in range(3)]
+    validation = of(datasets=[Dataset(identifier="hostile", raw_data=rows)])
+
+    @flow  # without parameters: Prefect itself could not send these
+    def inside() -> ValidationReport:
+        return validate(model, validation)
+
+    server.script = said(lambda _: HOSTILE)
+    inside()
+    server.script = said(lambda prompt: "plain" if prompt[0] == "1" else HOSTILE)
+    inside()
+    page = str(artifact(f"{model.identifier}-hostile-validation").data)
+    lines = page.splitlines()
+    # Each line with the head of its table: that of the changed rows, or that of the worst ones.
+    heads = [line for line in lines if line.startswith("| row |")]
+    tables = [part.split("\n\n")[0].splitlines() for part in page.split("\n| row |")[1:]]
+    shown = [(head, line) for head, table in zip(heads, tables, strict=True) for line in table[2:]]
+    assert len(shown) == sum("script" in line for line in lines) >= len(heads) == 2
+    for head, line in shown:
+        assert line.count("|") == head.count("|"), line
+        assert line.count("`") % 2 == 0
+        outside = "".join(line.split("`")[::2])
+        assert "<" not in outside
+        assert "!" not in outside
+    assert "# Head" not in lines
+    assert "\x00" not in page
+
+
+def test_no_contents_are_shown_where_none_may_be(model: VllmAPI, server: ScriptedServer) -> None:
+    """With `rows_shown=0` neither questions nor answers are in the artifacts; figures and classes are."""
+    validation = of(metrics=[Metric(identifier="exact_match"), Metric(identifier="macro_f1")], rows_shown=0)
+    validated(model, validation)
+    server.script = said(lambda prompt: f"secret of {prompt}")
+    _, report = validated(model, validation)
+    page = str(artifact(f"{model.identifier}-ten-validation").data)
+    assert "-0.8" in page
+    assert "`a0`" in page
+    table = artifact(f"{model.identifier}-ten-metrics")
+    for shown in (
+        SVG.sub("", page),
+        *map(base64.b64decode, SVG.findall(page)),
+        table.data,
+        table.description,
+    ):
+        assert not re.search(r"secret|\bq\d\b", str(shown))
+    assert report.datasets[0].changed == ()
+
+
+# ---------------------------------------------------------------------- the saved block
+
+
+def saved(name: str, server: ScriptedServer, lake: Datalayer, **fields: Any) -> VllmAPI:
+    """A saved model whose tables are a saved Datalayer, as it was loaded."""
+    Datalayer(url=lake.url).save(f"{name}-lake")
+    db = Datalayer.load(f"{name}-lake")
+    made = VllmAPI(identifier=name, api_url=server.url, db=db, model="x", retries=0, **fields)
+    made.save(name)
+    return loaded(name)
+
+
+def loaded(name: str) -> VllmAPI:
+    found = VllmAPI.load(name)
+    assert isinstance(found, VllmAPI)
+    return found
+
+
+def test_values_go_into_the_saved_block_and_nothing_else_changes(
+    server: ScriptedServer, lake: Datalayer, name: str
+) -> None:
+    """The secret, the block it refers to, values of other data sets and what was edited meanwhile stay."""
+    server.script = said(right_of(8))
+    values = {"other": {"exact_match": 0.5}, "ten": {"old": 1.0}}
+    with saved(name, server, lake, api_key="sk-secret", metric_values=values, validation=of()) as model:
+        block = model._block_document_id
+        assert block is not None
+        before = loaded(name)
+        with get_client(sync_client=True) as client:
+            edited = {
+                "timeout": 77.0,
+                "db": {"$ref": {"block_document_id": str(model.db._block_document_id)}},
+            }  # type: ignore[union-attr]
+            client.update_block_document(block, BlockDocumentUpdate(data=edited))
+        validated(model)
+        assert model.metric_values["ten"] == {"exact_match": 0.8}
+    after = loaded(name)
+    assert after.metric_values == {"other": {"exact_match": 0.5}, "ten": {"exact_match": 0.8}}
+    assert after.timeout == 77.0
+    assert after.api_key is not None
+    assert after.api_key.get_secret_value() == "sk-secret"
+    assert after.db is not None
+    assert after.db._block_document_name == f"{name}-lake"
+    changed = {"metric_values", "timeout"}
+    assert after.model_dump(exclude=changed) == before.model_dump(exclude=changed)
+
+
+def test_data_sets_validated_at_once_do_not_lose_each_other(
+    server: ScriptedServer, lake: Datalayer, name: str
+) -> None:
+    """Submitted side by side, each data set's values get into the block and into the history."""
+    server.script = said(right_of(8))
+    names = [f"d{i}" for i in range(4)]
+
+    @flow
+    def at_once(model: VllmAPI) -> list[ValidationReport]:
+        runs = [validate.submit(model, of(*names), datasets=[name]) for name in names]
+        return [run.result() for run in runs]
+
+    with saved(name, server, lake) as model:
+        reports = at_once(model)
+        values = {name: {"exact_match": 0.8} for name in names}
+        assert model.metric_values == values
+    assert loaded(name).metric_values == values
+    assert [d.dataset for report in reports for d in report.datasets] == names
+    assert sorted(row["dataset"] for row in history(lake)) == names
+
+
+def test_a_block_that_was_deleted_meanwhile_is_no_failure(
+    server: ScriptedServer, lake: Datalayer, name: str
+) -> None:
+    """There is nowhere to put the values then; the validation is recorded all the same."""
+    with saved(name, server, lake) as model:
+        VllmAPI.delete(name)
+        _, report = validated(model, of())
+    assert [row["run"] for row in history(lake)] == [report.datasets[0].run]
+
+
+# ---------------------------------------------------------------------- gate and event
+
+
+def test_a_model_that_passes_is_told_to_automations(model: VllmAPI, lake: Datalayer) -> None:
+    """One event for all data sets, with their values, related to the flow; its run is in the history."""
+    run, report = validated(model, of("a", "b"))
+    (event,) = events_of(model.identifier, 1)
+    assert event["event"] == "vllm-tasks.validation.passed"
+    assert event["payload"] == {
+        "metric_values": {"a": {"exact_match": 0.8}, "b": {"exact_match": 0.8}},
+        "reasons": [],
+        "runs": {d.dataset: d.run for d in report.datasets},
+    }
+    related = {(r["prefect.resource.role"], r.get("prefect.resource.name")) for r in event["related"]}
+    assert ("flow", "validated") in related
+    assert {row["flow_run"] for row in history(lake)} == {str(run)}
+
+
+def test_a_model_that_fails_is_recorded_shown_and_told_before(
+    server: ScriptedServer, lake: Datalayer, name: str
+) -> None:
+    """GateFailed comes last: history, artifacts, block and event have it; the run's message says why."""
+    server.script = said(right_of(8))
+    with saved(name, server, lake) as model:
+        state = validated(model, of(thresholds={"exact_match": 0.9}), return_state=True)
+    assert state.is_failed()
+    reason = "ten: exact_match is 0.8 (0.4902 to 0.9433, n=10), below its threshold of 0.9"
+    assert reason in (state.message or "")
+    with pytest.raises(GateFailed, match="did not pass") as caught:
+        state.result()
+    assert caught.value.report.metric_values == {"ten": {"exact_match": 0.8}}
+    (row,) = history(lake)
+    assert (row["value"], row["passed"], row["reason"]) == (0.8, False, reason.removeprefix("ten: "))
+    assert "**Failed.** ten: exact_match is 0.8" in str(artifact(f"{name}-ten-validation").data)
+    assert "failed: ten: exact_match" in str(artifact(f"{name}-ten-metrics").description)
+    assert loaded(name).metric_values == {"ten": {"exact_match": 0.8}}
+    (event,) = events_of(name, 1)
+    assert event["event"] == "vllm-tasks.validation.failed"
+    assert event["payload"]["reasons"] == [reason]
+
+
+def test_some_of_the_data_sets_are_no_verdict_on_the_model(model: VllmAPI) -> None:
+    """With `datasets` nothing is sent, so that no automation starts on a part."""
+    validated(model, of("a", "b"), datasets=["a"])
+    validated(model, of("a", "b"))
+    (event,) = events_of(model.identifier, 1)
+    assert event["payload"]["metric_values"].keys() == {"a", "b"}
+
+
+def test_a_run_is_gone_on_with_when_the_server_was_lost(
+    model: VllmAPI, server: ScriptedServer, lake: Datalayer
+) -> None:
+    """A flow that failed under way leaves its answers; the next one asks the rest, and records one run."""
+    server.script = said(lambda prompt: None if prompt > "q4" else prompt.replace("q", "a"))
+    state = validated(model, of(), max_failed=0, return_state=True)
+    assert state.is_failed()
+    assert not (Path(lake.url.get_secret_value()) / "_metric_values").exists()
+    server.script = said(right_of(8))
+    _, report = validated(model, of(), retry_failed=True)
+    assert report.metric_values == {"ten": {"exact_match": 0.8}}
+    assert len(history(lake)) == 1
+
+
+def test_what_is_committed_is_not_called_rolled_back(model: VllmAPI) -> None:
+    """When the gate fails the task, its commits, which stay, are still shown as completed."""
+    state = validated(model, of(thresholds={"exact_match": 0.9}), return_state=True)
+    run = state.state_details.flow_run_id
+    with get_client(sync_client=True) as client:
+        for _ in range(100):
+            found = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [run]}))
+            states = {task.name.partition(" ")[2][:5]: task.state.name for task in found if task.state}
+            if states.get("- ten") == "Failed":
+                break
+            time.sleep(0.1)
+    assert sorted(states.values()) == ["Completed", "Failed"]
+
+
+@pytest.mark.engine
+def test_reuse_scores_the_answers_of_a_model_that_is_known(local_model: VllmModel, lake: Datalayer) -> None:
+    """Weights in a local folder are known: the second run asks nothing and finds the same."""
+    _, first = validated(local_model, of(), db=lake)
+    _, second = validated(local_model, of(), db=lake, reuse=True)
+    assert (first.datasets[0].asked, second.datasets[0].asked) == (10, 0)
+    assert second.datasets[0].values == first.datasets[0].values
+
+
+def test_reuse_is_refused_of_a_server(model: VllmAPI, server: ScriptedServer) -> None:
+    """What weights a server has is not known; the flow fails before anything is asked."""
+    state = validated(model, of(), reuse=True, return_state=True)
+    with pytest.raises(InvalidCall, match="what weights a server has is not known"):
+        state.result()
+    assert not server.posts
+
+
+# ---------------------------------------------------------------------- saved blocks by name
+
+
+def test_a_data_set_may_come_from_another_saved_datalayer(
+    model: VllmAPI, name: str, tmp_path: Path, lake: Datalayer
+) -> None:
+    """`db` names it; rows are read there, answers and history stay with the model. Also in a thread."""
+    (tmp_path / "elsewhere").mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in questions())
+    (tmp_path / "elsewhere" / "held_out.jsonl").write_text(lines)
+    Datalayer(url=str(tmp_path / "elsewhere")).save(name)
+    held_out = of(datasets=[Dataset(identifier="held", select="held_out", db=name)])
+    assert validated(model, held_out)[1].metric_values == {"held": {"exact_match": 0.8}}
+    assert validate_model(model, held_out).metric_values == {"held": {"exact_match": 0.8}}
+    assert len(history(lake)) == 2
+
+
+def test_a_datalayer_that_is_not_there_is_named(model: VllmAPI, server: ScriptedServer) -> None:
+    """A data set with the name of no saved Datalayer fails the call, before anything is asked."""
+    absent = of(datasets=[Dataset(identifier="held", select="held_out", db="no-such-lake")])
+    with pytest.raises(InvalidCall, match="'no-such-lake' is neither a folder here nor the name of a saved"):
+        validated(model, absent)
+    assert not server.posts
+
+
+def test_a_saved_model_may_judge(model: VllmAPI, server: ScriptedServer, name: str) -> None:
+    """`vllm-api/NAME` is asked for a verdict on each answer; the value is the mean of its scores."""
+
+    def words(prompt: str) -> str:
+        return right_of(8)(prompt) if prompt[0] == "q" else json.dumps({"reason": "so", "score": 4})
+
+    server.script = lambda asked: verdict(asked) if "messages" in (asked.body or {}) else said(words)(asked)
+
+    def verdict(asked: Asked) -> Reply:
+        reply = usual(asked)
+        reply.body["choices"][0]["message"]["content"] = words("?")
+        return reply
+
+    VllmAPI(identifier="judge", api_url=server.url, model="j", retries=0).save(name)
+    options = {"model": f"vllm-api/{name}", "rubric": "Is it right?", "scale": [1, 5]}
+    metrics = [Metric(identifier="exact_match"), Metric(identifier="good", object="judge", options=options)]
+    _, report = validated(model, of(metrics=metrics))
+    assert report.metric_values == {"ten": {"exact_match": 0.8, "good": 0.75}}
+    absent = Metric(identifier="good", object="judge", options={**options, "model": "vllm-api/no-such"})
+    with pytest.raises(InvalidCall, match="there is no saved block 'vllm-api/no-such'"):
+        validated(model, of(metrics=[absent]))
+
+
+# ---------------------------------------------------------------------- the deployable flows
+
+
+ACCEPTED = [{"question": f"q{i}", "answer": [f"a{i}"]} for i in range(10)]
+FORM: dict[str, Any] = {
+    "datasets": [
+        {"identifier": "first", "raw_data": ACCEPTED, "sample_size": 10},
+        {"identifier": "second", "raw_data": ACCEPTED[:5]},
+    ],
+    "metrics": [{"identifier": "exact_match"}, {"identifier": "right", "object": "flows.demo.is_right"}],
+    "key": ["question", "answer"],
+    "thresholds": {"first/exact_match": 0.75},
+}
+"""A validation as JSON, as a form or the API gives it."""
+
+
+def test_the_flow_validates_a_saved_model_when_served(
+    server: ScriptedServer, lake: Datalayer, name: str
+) -> None:
+    """A run made from a form, with a saved block and a validation in JSON: two data sets, one verdict."""
+    server.script = said(right_of(8))
+    saved(name, server, lake)
+    with get_client(sync_client=True) as client:
+        block = client.read_block_document_by_name(name, "vllm-api").id
+    form = {"model": {"$ref": {"block_document_id": str(block)}}, "validation": FORM}
+    url = PREFECT_API_URL.value()
+    assert url
+    serving = subprocess.Popen(
+        [sys.executable, "-m", "vllm_tasks.flows.validate_model", "--name", "tested"],
+        env={**os.environ, "PREFECT_API_URL": url},
+        start_new_session=True,
+    )
+    try:
+        server.wait_until(lambda: is_deployed("validate-model/tested"), seconds=60)
+        run = run_deployment("validate-model/tested", parameters=form, timeout=90, poll_interval=0.5)
+    finally:
+        serving.send_signal(signal.SIGINT)
+        try:
+            serving.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(serving.pid, signal.SIGKILL)
+            serving.wait()
+    assert isinstance(run, FlowRun)
+    assert run.state is not None
+    assert run.state.is_completed(), run.state.message
+    assert run.name == f"validate {name}"
+    assert loaded(name).metric_values == {
+        "first": {"exact_match": 0.8, "right": 0.8},
+        "second": {"exact_match": 1.0, "right": 1.0},
+    }
+    assert {row["flow_run"] for row in history(lake)} == {str(run.id)}
+    (event,) = events_of(name, 1)
+    assert event["event"] == "vllm-tasks.validation.passed"
+    assert event["payload"]["metric_values"].keys() == {"first", "second"}
+
+
+def is_deployed(name: str) -> bool:
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_deployment_by_name(name)
+        except ObjectNotFound:
+            return False
+    return True
+
+
+def test_the_flow_fails_with_the_reasons_of_all_data_sets(model: VllmAPI, lake: Datalayer) -> None:
+    """All are recorded; one event says failed, though one of the data sets passed."""
+    limits = {"a/exact_match": 0.9, "b/exact_match": 0.85, "c/exact_match": 0.5}
+    state = validate_model(model, of("a", "b", "c", thresholds=limits), return_state=True)
+    assert state.is_failed()
+    for words in ("a: exact_match is 0.8", "b: exact_match is 0.8"):
+        assert words in (state.message or "")
+    assert {row["dataset"]: row["passed"] for row in history(lake)} == {"a": False, "b": False, "c": True}
+    (event,) = events_of(model.identifier, 1)
+    assert event["event"] == "vllm-tasks.validation.failed"
+    assert len(event["payload"]["reasons"]) == 2
+
+
+def test_the_flow_needs_a_validation(model: VllmAPI) -> None:
+    """Given or saved with the model."""
+    with pytest.raises(InvalidCall, match="has no validation: give one"):
+        validate_model(model)
+
+
+def test_models_are_compared_row_by_row(server: ScriptedServer, lake: Datalayer, name: str) -> None:
+    """Each against the first, by parameters in JSON; a model below its limit is shown and fails nothing."""
+    server.script = lambda asked: said(right_of(9 if (asked.body or {}).get("model") == "big" else 5))(asked)
+    big, small = ({"identifier": f"{name}-{m}", "api_url": server.url, "model": m} for m in ("big", "small"))
+    comparison = compare_models([big, small], FORM, db={"url": lake.url.get_secret_value()})
+    assert isinstance(comparison, Comparison)
+    assert comparison.models == (f"{name}-big", f"{name}-small")
+    by = {(s.dataset, s.metric, s.model): s for s in comparison.standings}
+    assert len(by) == 8
+    assert by["first", "exact_match", f"{name}-big"].paired is None
+    second = by["first", "exact_match", f"{name}-small"]
+    assert second.value.value == 0.5
+    assert second.paired is not None
+    assert second.paired.difference == pytest.approx(-0.4)
+    page = str(artifact(f"comparison-{name}-big-{name}-small").data)
+    assert f"against {name}-big" in page
+    assert "-0.4 (" in page
+    pictures = SVG.findall(page)
+    assert len(pictures) == 4
+    for picture in pictures:
+        ElementTree.fromstring(base64.b64decode(picture))
+    (event,) = events_of(f"{name}-small", 1)
+    assert event["event"] == "vllm-tasks.validation.failed"
+
+
+def test_models_to_compare_are_told_apart_before_they_are_asked(
+    model: VllmAPI, server: ScriptedServer
+) -> None:
+    """Two models of one identifier would write over each other's answers."""
+    with pytest.raises(InvalidCall, match="need identifiers of their own"):
+        compare_models([model, model.model_copy()], of())
+    assert not server.posts
+
+
+@pytest.mark.parametrize(
+    ("deployed", "required"), [(validate_model, ["model"]), (compare_models, ["models", "validation"])]
+)
+def test_the_deployable_flows_have_good_forms(deployed: Any, required: list[str]) -> None:
+    """Every parameter and every field of a validation has words, and models are picked as blocks."""
+    schema = deployed.parameters
+    assert schema.required == required
+    assert not [name for name, p in schema.properties.items() if not p.get("description")]
+    slugs = {d.get("block_type_slug") for d in schema.definitions.values()}
+    assert {"vllm-api", "vllm-model", "vllm-datalayer"} <= slugs
+    for part in ("Validation", "Dataset", "Metric"):
+        fields = schema.definitions[part]["properties"]
+        assert not [name for name, p in fields.items() if not p.get("description")], part
+
+
+# ---------------------------------------------------------------------- cancelling
+
+
+JOB = """
+import sys
+from prefect import flow
+from vllm_tasks import Datalayer, Dataset, Metric, Validation, VllmAPI, validate
+
+@flow
+def job(submit: bool):
+    model = VllmAPI(identifier="m", api_url=sys.argv[1], db={"url": sys.argv[2]}, max_in_flight=8, model="x")
+    rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(100)]
+    validation = Validation(
+        datasets=[Dataset(identifier="many", raw_data=rows)],
+        metrics=[Metric(identifier="exact_match")],
+        key=("question", "answer"),
+    )
+    if submit:
+        validate.submit(model, validation).result()
+    else:
+        validate(model, validation)
+
+job(submit=sys.argv[3] == "submit")
+"""
+
+
+@pytest.mark.parametrize("how", ["call", "submit"])
+def test_a_flow_that_is_told_to_end_goes_on_the_next_time(
+    lake: Datalayer, server: ScriptedServer, tmp_path: Path, how: str
+) -> None:
+    """SIGTERM, which is how Prefect cancels: what is finished is committed, and asked no second time."""
+    answered = 30
+
+    async def script(asked: Asked) -> Reply | None:
+        if asked.body and len(server.posts) > answered:
+            await asyncio.sleep(3600)
+        return said(right_of(80))(asked)  # type: ignore[return-value]
+
+    server.script = script
+    with running_script(tmp_path, JOB, server.url, lake.url.get_secret_value(), how) as job:
+        server.wait_until(lambda: len(server.posts) == answered + 8, seconds=60)
+        job.terminate()
+        assert job.wait(timeout=15) != 0
+        assert not (Path(lake.url.get_secret_value()) / "_metric_values").exists()
+    finished = {asked.prompt for asked in server.posts[:answered]}
+    server.script = said(right_of(80))
+    server.requests.clear()
+    with running_script(tmp_path, JOB, server.url, lake.url.get_secret_value(), how) as job:
+        assert job.wait(timeout=60) == 0
+    asked = [asked.prompt for asked in server.posts]
+    assert len(asked) == len(set(asked)) == 100 - answered
+    assert not finished & set(asked)
+    (row,) = history(lake)
+    assert (row["value"], row["n"]) == (0.8, 100)
