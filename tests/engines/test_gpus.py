@@ -41,7 +41,7 @@ time.sleep(600)
 """
 SLOT_AND_EXIT = """
 import os
-from vllm_tasks import loop
+from vllm_tasks.engines import loop
 from vllm_tasks.engines.local.slots import Slots
 import atexit
 slots = Slots(os.environ["LIMIT"], 1)

@@ -330,7 +330,7 @@ import sys
 from pathlib import Path
 from prefect import flow, task
 from vllm_tasks import VllmModel, serve
-from vllm_tasks.engines import shared_server
+from vllm_tasks.serving import shared_server
 
 shared_server.SERVER = Path(sys.argv[1])
 
@@ -363,7 +363,7 @@ RACE = """
 import os, random, signal, sys, time
 from pathlib import Path
 from vllm_tasks import VllmModel, serve
-from vllm_tasks.engines import shared_server
+from vllm_tasks.serving import shared_server
 from vllm_tasks.engines.local.gpus import free_devices
 
 shared_server.SERVER = Path(sys.argv[1])
@@ -413,7 +413,7 @@ USER = """
 import json, sys
 from pathlib import Path
 from vllm_tasks import VllmModel, serve
-from vllm_tasks.engines import shared_server
+from vllm_tasks.serving import shared_server
 from vllm_tasks.engines.local.gpus import free_devices
 
 shared_server.SERVER = Path(sys.argv[1])

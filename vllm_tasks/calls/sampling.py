@@ -20,7 +20,7 @@ OWNED = {
     "model": "set the model's own field",
     "prompt": "the prompt is made from the rows",
     "messages": "the messages are made from the rows",
-    "stream": "answers are awaited whole; VllmAPI(stream=True) keeps connections alive meanwhile",
+    "stream": "answers are awaited whole; the field stream of VllmAPI keeps connections alive meanwhile",
     "stream_options": "answers are awaited whole",
     "output_kind": "answers are awaited whole",
     "request_id": "each row gets its own",
