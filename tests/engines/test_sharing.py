@@ -392,9 +392,8 @@ def test_init_after_a_failure_starts_anew(make: Make, log: Path) -> None:
     """Also for who held the engine, and where no call has met the failure."""
     model = make(lives=1).init()
     hosts()[0].kill()
-    assert eventually(
-        lambda: all(shared.engine.has_failed for shared in sharing._shared.values() if shared.engine)
-    )
+    shared = sharing._shared[model.engine_config()]
+    assert eventually(lambda: shared.engine is not None and shared.engine.has_failed, seconds=60)
     log.unlink()
     model.init()
     assert starts(log) == 1
