@@ -129,7 +129,7 @@ def left(tmp_path_factory: pytest.TempPathFactory, prefect_server: None) -> Path
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits long for what is not there."""
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.1")
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.1")
 
 
 @flow(persist_result=True, log_prints=True, flow_run_name="{name}")

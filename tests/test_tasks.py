@@ -400,7 +400,7 @@ def test_a_server_that_is_away_is_tried_again(
     model: VllmAPI, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The task run waits and asks again; when the server has come back, the call succeeds."""
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0")
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0")
     runs = Runs()
     model.prompt_func = runs
     server.stop()
@@ -421,7 +421,7 @@ def test_a_server_that_stays_away_fails_the_run_with_its_reason(
     model: VllmAPI, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After its retries the task raises `ServerUnavailable`, not a group of errors."""
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0")
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0")
     runs = Runs()
     model.prompt_func = runs
     server.stop()
@@ -430,7 +430,7 @@ def test_a_server_that_stays_away_fails_the_run_with_its_reason(
     def despair() -> Any:
         return at_once()(model, ["a", "b", "c"])
 
-    with pytest.raises(ServerUnavailable, match="VLLM_TASKS_PATIENCE"):
+    with pytest.raises(ServerUnavailable, match="VLLM_TASKS_GRACE_PERIOD"):
         despair()
     assert runs.attempts == 3
 

@@ -2,7 +2,7 @@
 
     VllmTasksError
     ├── InvalidCall        fix the call: a name, a value, a key, a model that is not there
-    ├── ServerUnavailable  wait: no server answered within the patience
+    ├── ServerUnavailable  wait: no server answered within the grace period
     ├── EngineFailed       look at the engine: it did not start, or died and did not come back
     ├── TablesUnavailable  wait: a lake or database could not be reached, or had no room
     ├── RowErrors          look at the rows: some failed, the others have their answers
@@ -52,7 +52,7 @@ class InvalidCall(VllmTasksError, ValueError):
 
 
 class ServerUnavailable(VllmTasksError, ConnectionError):
-    """No server could be reached within the patience; the same call may succeed later."""
+    """No server could be reached within the grace period; the same call may succeed later."""
 
 
 class EngineFailed(VllmTasksError, RuntimeError):

@@ -33,7 +33,7 @@ class Settings(BaseSettings):
         ge=0,
         description="HTTP attempts of one row after its first; refusals of a full server do not count.",
     )
-    patience: float = Field(
+    grace_period: float = Field(
         default=120.0,
         ge=0,
         description="Seconds to wait for a server that nobody reaches, or that refuses all rows as too many, "

@@ -954,7 +954,7 @@ def test_shards_of_keys_that_are_no_text(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_locked_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lock that outlasts the patience is `TablesUnavailable`, and the commit may be repeated."""
+    """A lock that outlasts the grace period is `TablesUnavailable`, and the commit may be repeated."""
     monkeypatch.setattr("vllm_tasks.datalayer.database.backends.WAIT", 0.1)
     place = sqlite(tmp_path)
     db = place.fill()
@@ -972,7 +972,7 @@ def test_a_locked_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_locked_postgres(pg: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rival's lock that outlasts the patience is `TablesUnavailable`, and the commit may be repeated."""
+    """A writer's lock that outlasts the wait is `TablesUnavailable`; the commit may be repeated."""
     monkeypatch.setattr("vllm_tasks.datalayer.database.backends.WAIT", 0.1)
     db = pg.fill()
     writer = db.writer(selection(), TABLE)

@@ -353,7 +353,7 @@ def test_the_window_serves_in_order_and_leaks_no_room(limit: int, steps: list[tu
 
 
 def test_a_turn_that_comes_with_a_cancellation_is_passed_on() -> None:
-    """Room given to a call at the moment it is cancelled goes to the next in line."""
+    """Capacity given to a call at the moment it is cancelled goes to the next in line."""
 
     async def play() -> int:
         window = Window(1)

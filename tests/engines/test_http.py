@@ -38,10 +38,8 @@ from tests.servers.scripted_server import (
 from vllm_tasks import InvalidCall, RowError, VllmAPI
 from vllm_tasks.engines import loop as engine_loop
 from vllm_tasks.engines import sharing
-from vllm_tasks.engines.http import attempts as tries
-from vllm_tasks.engines.http import capacity as room
-from vllm_tasks.engines.http import control, servers
-from vllm_tasks.engines.http import engine as http
+from vllm_tasks.engines.http import attempts, capacity, control, servers
+from vllm_tasks.engines.http.engine import HttpEngine, words_of
 from vllm_tasks.engines.http.servers import Servers
 from vllm_tasks.engines.http.urls import split_urls
 from vllm_tasks.errors import RowErrors, ServerUnavailable
@@ -54,10 +52,10 @@ Make = Callable[..., VllmAPI]
 @pytest.fixture(autouse=True)
 def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short waits; the order of events stays what it is."""
-    monkeypatch.setattr(tries, "BACKOFF_BASE", 0.02)
-    monkeypatch.setattr(room, "HOLD", 0.1)
+    monkeypatch.setattr(attempts, "BACKOFF_BASE", 0.02)
+    monkeypatch.setattr(capacity, "HOLD", 0.1)
     monkeypatch.setattr(servers, "PROBE_EVERY", 0.05)
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "20")
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "20")
 
 
 @pytest.fixture
@@ -112,7 +110,7 @@ def on_servers(model: VllmAPI, work: Callable[[Servers], Awaitable[object]]) -> 
     """Do `work` with the servers of an engine of its own; it may not take long."""
 
     async def do() -> None:
-        engine = http.HttpEngine(model.engine_config())
+        engine = HttpEngine(model.engine_config())
         await engine.start()
         try:
             await asyncio.wait_for(work(engine._servers), 10)
@@ -280,7 +278,7 @@ def test_a_list_of_models_that_never_comes_is_no_server(
 ) -> None:
     """A control call that hangs or drips is given up, and not once for each row."""
     monkeypatch.setattr(control, "CONTROL_TIMEOUT", 0.3)
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.2")
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.2")
 
     async def stuck(asked: Asked) -> Deed:
         return deed or await hang(asked) if asked.path == "/v1/models" else None
@@ -390,7 +388,7 @@ def test_a_server_that_goes_away_in_the_handshake_is_waited_for(
     api: Make, monkeypatch: pytest.MonkeyPatch, model: str | None
 ) -> None:
     """A connection that ends before it is encrypted tells nothing about trust."""
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.2")
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.2")
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def hang_up() -> None:
@@ -450,7 +448,7 @@ def test_a_server_that_echoes_the_key_does_not_get_it_into_errors(
 ) -> None:
     """No error and no log has the key, even when the server puts it into its answer."""
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.1")
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.1")
     server.script = lambda asked: deed if asked.path == path else None
     model = api(model=None if path == "/v1/models" else "m", api_key=KEY)
     with pytest.raises((InvalidCall, ServerUnavailable, RowErrors)) as raised:
@@ -724,7 +722,7 @@ def test_rows_that_take_longer_than_the_patience_are_no_silence(
     server: ScriptedServer, other: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While one server works, rows that find the other one away wait, however often they do."""
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.2")
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.2")
     monkeypatch.setattr(servers, "LEFT_ALONE", 0.05)
     other.script = lambda _: asyncio.sleep(1)
     server.stop()
@@ -774,7 +772,7 @@ def test_a_passing_failure_is_retried(server: ScriptedServer, api: Make, deed: D
 
 
 def test_seconds_are_those_of_the_attempt_that_succeeded(server: ScriptedServer, api: Make) -> None:
-    """Neither the attempts that failed, nor the time between two, nor that before there is room, count."""
+    """Neither the attempts that failed, nor the time between two, nor that before its turn, count."""
     refusals = [refused(429, "slow down", Retry_After="1")]
 
     async def script(asked: Asked) -> Deed:
@@ -823,14 +821,14 @@ def test_retry_after_is_obeyed(
 @example("nan")
 def test_any_retry_after_is_a_bounded_time_or_none(value: str) -> None:
     """Whatever the header says, the wait is between 0 and the limit, or our own backoff."""
-    seconds = tries.retry_after(value)
-    assert seconds is None or 0 <= seconds <= tries.RETRY_AFTER_LIMIT
+    seconds = attempts.retry_after(value)
+    assert seconds is None or 0 <= seconds <= attempts.RETRY_AFTER_LIMIT
 
 
 @given(st.integers(0, 10_000))
 def test_backoff_is_bounded(failures: int) -> None:
     """The wait grows with the failures up to the limit, however many they are."""
-    assert 0 <= tries.backoff(failures) <= tries.BACKOFF_LIMIT
+    assert 0 <= attempts.backoff(failures) <= attempts.BACKOFF_LIMIT
 
 
 def test_a_timed_out_attempt_is_repeated_once(server: ScriptedServer, api: Make) -> None:
@@ -962,7 +960,7 @@ def test_sampling_that_is_no_json_is_the_calls_fault(server: ScriptedServer, api
 @example(b"1" * 5000)
 def test_any_refusal_has_words(content: bytes) -> None:
     """Whatever a server says with an error status, some of it can be shown."""
-    words = http.words_of(content)
+    words = words_of(content)
     assert len(words) <= 500
     assert words or not content.strip()
 
@@ -1087,8 +1085,8 @@ def test_a_body_that_is_always_cut_is_an_error_of_kind_connection(server: Script
 def test_without_a_server_the_call_waits_for_the_patience_and_says_why(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch, model: str | None, retries: int
 ) -> None:
-    """A server that nobody reaches ends the call after the patience, with its URL and the last reason."""
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.3")
+    """A server that nobody reaches ends the call after the grace period, with its URL and the last reason."""
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.3")
     server.stop()
     began = time.monotonic()
     with pytest.raises(ServerUnavailable, match=rf"{server.url} for 0.3 s .*refused"):
@@ -1100,7 +1098,7 @@ def test_an_unhealthy_server_is_not_a_server(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once a server failed, a health check that says 503 keeps the wait going, whatever else answers."""
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.3")
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.3")
     failures = [Raw(reset=True)] * 2  # a control call is sent once more by itself
 
     def script(asked: Asked) -> Deed:
@@ -1180,7 +1178,7 @@ def test_500_for_ever_ends_the_call_after_the_patience(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is the server that is unavailable, with its words, and no row is called failed."""
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.3")
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.3")
     server.script = lambda asked: (
         refused(500, "upstream is away") if asked.body and len(server.posts) > 40 else None
     )
@@ -1205,7 +1203,7 @@ def test_a_server_that_refuses_now_what_it_had_answered_is_there(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that comes back with a shorter context is not away because the row that proves it is too long."""
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.5")
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.5")
     model = api(max_in_flight=1, retries=0)
     model.predict("x")
     server.script = lambda asked: refused(500, "away") if asked.body else None
@@ -1219,7 +1217,7 @@ def test_what_a_server_serves_is_told_without_a_proof(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that has failed rows, and is full now, still says what it serves; rows wait for their place."""
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.5")
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.5")
     monkeypatch.setattr(servers, "LEFT_ALONE", 0.3)
     model = api(model=None)
     model.predict("x")
@@ -1284,7 +1282,7 @@ def away_until(health_checks: int, status: int = 503) -> Callable[[Asked], Deed]
 def test_a_server_restarted_behind_a_gateway_answers_all(
     server: ScriptedServer, api: Make, status: int
 ) -> None:
-    """What a gateway says in the server's place costs no row an attempt, and begins the patience."""
+    """What a gateway says in the server's place costs no row an attempt, and begins the grace period."""
     server.script = away_until(6, status)
     xs = [str(i) for i in range(60)]
     assert api(max_in_flight=20, retries=0).predict_batches(xs) == [answer_to(x) for x in xs]
@@ -1321,7 +1319,7 @@ def test_a_health_check_that_hangs_ends_no_call_whose_rows_are_answered(
     """A row that is answered meanwhile lets the next one try, whatever becomes of the search."""
     monkeypatch.setattr(control, "CONTROL_TIMEOUT", 0.3)
     monkeypatch.setattr(servers, "LEFT_ALONE", 0.1)
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "1")
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "1")
     failed = set()
 
     async def script(asked: Asked) -> Deed:
@@ -1342,7 +1340,7 @@ def test_a_gateway_without_a_server_ends_the_call_after_the_patience(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that does not come back is unavailable, whoever says so for it."""
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.3")
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.3")
     server.script = away_until(9999)
     with pytest.raises(ServerUnavailable, match=rf"{server.url} for 0.3 s .*HTTP 503 from .*/health"):
         api().predict_batches([str(i) for i in range(20)])
@@ -1366,7 +1364,7 @@ def test_a_healthy_server_that_takes_no_row_ends_the_call_after_the_patience(
 ) -> None:
     """503 of a healthy server fails no row; one health check a while serves all rows."""
     monkeypatch.setattr(servers, "PROBE_EVERY", 60.0)
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.3")
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.3")
     server.script = lambda asked: None if asked.body is None else refused(503, "overloaded")
     with pytest.raises(ServerUnavailable, match=r"for 0.3 s .*HTTP 503 .*overloaded"):
         api().predict_batches([str(i) for i in range(40)])

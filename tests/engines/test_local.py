@@ -314,7 +314,7 @@ type(os.environ).__setitem__ = forked
     ("option", "forks", "room"), [("tensor_parallel_size", True, 9), ("data_parallel_size", False, 18)]
 )
 def test_two_ranks(
-    option: str, forks: bool, room: int, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    option: str, forks: bool, capacity: int, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However they are made, and however long the path of the temporary folder is, rows fill both of them.
 
@@ -339,7 +339,7 @@ def test_two_ranks(
         host = processes()[0]
         assert host.environ()["OMP_NUM_THREADS"] == "1"
         assert host.cpu_affinity() == psutil.Process().cpu_affinity()
-        assert loop.run(sharing.room(model.engine_config())) == room
+        assert loop.run(sharing.capacity(model.engine_config())) == capacity
         assert len(model.predict_batches([f"row {i}" for i in range(40)], max_tokens=4)) == 40
 
 

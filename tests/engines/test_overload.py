@@ -16,9 +16,7 @@ import pytest
 from tests.servers.scripted_server import Asked, Deed, ScriptedServer, answer_to, refused
 from vllm_tasks import RowError, VllmAPI
 from vllm_tasks.engines import loop
-from vllm_tasks.engines.http import attempts as tries
-from vllm_tasks.engines.http import capacity as room
-from vllm_tasks.engines.http import servers
+from vllm_tasks.engines.http import attempts, capacity, servers
 from vllm_tasks.engines.http.engine import HttpEngine
 from vllm_tasks.errors import ServerUnavailable
 
@@ -32,10 +30,10 @@ Make = Callable[..., VllmAPI]
 @pytest.fixture(autouse=True)
 def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short waits; the order of events stays what it is."""
-    monkeypatch.setattr(tries, "BACKOFF_BASE", 0.02)
-    monkeypatch.setattr(tries, "BACKOFF_LIMIT", 0.2)
-    monkeypatch.setattr(room, "HOLD", 0.2)
-    monkeypatch.setattr(room, "GROW_EVERY", 0.05)
+    monkeypatch.setattr(attempts, "BACKOFF_BASE", 0.02)
+    monkeypatch.setattr(attempts, "BACKOFF_LIMIT", 0.2)
+    monkeypatch.setattr(capacity, "HOLD", 0.2)
+    monkeypatch.setattr(capacity, "GROW_EVERY", 0.05)
 
 
 @pytest.fixture
@@ -122,8 +120,8 @@ def test_no_row_is_sent_before_the_time_that_the_server_has_said(server: Scripte
 def test_a_server_that_works_on_rows_is_not_given_up(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Answers that take longer than the patience are waited for, while all other rows are refused."""
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.2")
+    """Answers that take longer than the grace period are waited for, while all other rows are refused."""
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.2")
     server.script = Slots(refused(429, "slow down"), service=0.8)
     assert api(server.url).predict_batches(XS[:20]) == ANSWERS[:20]
 
@@ -150,7 +148,7 @@ def test_a_search_for_a_server_leaves_its_room_growing(server: ScriptedServer, a
         await engine.start()
         try:
             far = await engine._servers.place()
-            far.room.refuse(retry_after=0.5)
+            far.capacity.refuse(retry_after=0.5)
             engine._servers.lose(far, "away")
             engine._servers.leave(far)
             async with asyncio.timeout(10):
@@ -295,8 +293,8 @@ def test_rows_do_not_need_more_files_than_may_be_open(
 def test_a_server_that_refuses_all_is_unavailable(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the patience the call fails with what has been answered, and no row is called failed."""
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.5")
+    """After the grace period the call fails with what has been answered, and no row is called failed."""
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.5")
     server.script = slots = Slots(refused(429, "out of quota"))
     with ThreadPoolExecutor(1) as threads:
         call = threads.submit(api(server.url, retries=5).predict_batches, XS)
@@ -314,7 +312,7 @@ def test_each_call_has_its_patience(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A call after one that was refused until its end does not end at its first refusal."""
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.5")
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.5")
     server.script = slots = Slots(refused(429, "out of quota"), out=True)
     with pytest.raises(ServerUnavailable):
         api(server.url).predict("0")

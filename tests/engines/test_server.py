@@ -212,7 +212,7 @@ def test_server_killed_in_the_middle_loses_no_row(
     server: VllmServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After kill -9 of the server and its restart, the same call ends with every row answered."""
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", str(START_SECONDS))
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", str(START_SECONDS))
 
     def kill_and_restart() -> None:
         server.kill()

@@ -26,7 +26,7 @@ GROUP = 20
 """Rows of a commit group."""
 IN_FLIGHT = 16
 ATTEMPTS = 5
-OF_JOBS = {"VLLM_TASKS_PATIENCE": "600"}
+OF_JOBS = {"VLLM_TASKS_GRACE_PERIOD": "600"}
 """A real server takes its time to come back, where others are at work on the machine."""
 
 

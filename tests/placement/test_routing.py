@@ -203,7 +203,7 @@ def test_what_fails_there_fails_here_with_its_reason(
 def test_what_is_answered_before_a_failure_arrives_with_it(model: VllmAPI, server: ScriptedServer) -> None:
     """A server that goes away takes no answer with it: they are in the error, in the order of the rows."""
     server.script = lambda asked: refused(503, "away") if asked.prompt == "lost" else None
-    impatient = {**model.compute_kwargs, "env": {"VLLM_TASKS_PATIENCE": "1"}}
+    impatient = {**model.compute_kwargs, "env": {"VLLM_TASKS_GRACE_PERIOD": "1"}}
     hasty = model.model_copy(update={"compute_kwargs": impatient})
     with pytest.raises(ServerUnavailable) as caught:
         flow(lambda: completions(hasty, ["a", None, "lost"]))()

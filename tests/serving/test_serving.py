@@ -264,7 +264,7 @@ def test_a_server_that_cannot_come_back_ends_the_call(
     scripted: Callable[..., VllmModel], servers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After three starts in vain it is given up, which is told as a temporary failure of the engine."""
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "1")
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "1")
     with pytest.raises(EngineFailed, match="could not be started again: ValueError: no more") as caught:
         ask_without("server", scripted(lives="1"), servers)
     assert caught.value.temporary
@@ -276,7 +276,7 @@ def test_a_killed_keeper_takes_the_server_along(
     scripted: Callable[..., VllmModel], servers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No server stays without its keeper; its users are told, and the next ones get a new server."""
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "1")
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "1")
     model = scripted()
     with pytest.raises(EngineFailed, match="ended from outside") as caught:
         ask_without("keeper", model, servers)
@@ -294,7 +294,7 @@ def test_a_log_that_is_removed_ends_no_server(
     scripted: Callable[..., VllmModel], servers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may be large. A server that dies then is started again, and why it ended is told."""
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "10")
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "10")
     model = scripted(lives="2").model_copy(update={"chat": False})
 
     def ask_twice(served: VllmAPI) -> None:
@@ -471,7 +471,7 @@ class User:
 
 @pytest.fixture
 def tiny(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> VllmModel:
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "240")
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "240")
     sampling = {"temperature": 0, "max_tokens": 8}
     return VllmModel(
         identifier="tiny", model_name=str(tiny_model), vllm_kwargs=TINY_ARGS, predict_kwargs=sampling

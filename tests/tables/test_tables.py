@@ -512,8 +512,8 @@ def test_a_server_that_goes_away_is_waited_for(model: VllmAPI, place: Place, ser
 def test_a_server_that_stays_away_keeps_what_is_finished(
     place: Place, server: ScriptedServer, sent: Sent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run fails after the patience with its finished rows committed; the next one asks the others."""
-    monkeypatch.setenv("VLLM_TASKS_PATIENCE", "0.5")
+    """The run fails after the grace period with its finished rows committed; the next one asks the others."""
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.5")
     place.fill_texts(*(f"t{i}" for i in range(100)))
     allowed = 40
 

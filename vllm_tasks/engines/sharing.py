@@ -154,7 +154,7 @@ async def answer(
             return await batching.answer(engine, requests, max_batch_size, done)
 
 
-async def room(config: Config) -> int:
+async def capacity(config: Config) -> int:
     """How many rows the shared engine of `config` has in flight at most. Starts it if need be."""
     async with _of(config).used() as engine:
         return engine.window.limit

@@ -6,7 +6,7 @@ import asyncio
 
 
 class Window:
-    """Room for about `limit` rows, given to waiting chunks first come, first served.
+    """Capacity for about `limit` rows, given to waiting chunks first come, first served.
 
     A chunk enters when fewer than `limit` rows are in flight, so that the engine sees the limit
     rounded up to whole chunks. Rows leave one by one as they finish: a slow row holds its own
@@ -20,7 +20,7 @@ class Window:
         self._has_room = asyncio.Event()
 
     async def enter(self, rows: int) -> None:
-        """Wait for room, then take it for `rows` rows."""
+        """Wait for capacity, then take it for `rows` rows."""
         async with self._turn:
             while self.in_flight >= self.limit:
                 self._has_room.clear()

@@ -115,7 +115,7 @@ class VllmAPI(Predictor, Block):
             timeout=_either(self.timeout, settings.timeout),
             retries=_either(self.retries, settings.retries),
             max_in_flight=_either(self.max_in_flight, settings.max_in_flight),
-            patience=settings.patience,
+            grace_period=settings.grace_period,
             max_response_bytes=settings.max_response_bytes,
             stream=self.stream,
         )

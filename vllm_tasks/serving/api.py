@@ -49,7 +49,8 @@ def serve(model: VllmModel) -> Iterator[VllmAPI]:
     The server runs in processes of its own, on a free port of this machine's loopback, with a key made for
     it. Whoever serves the same engine arguments on this machine meanwhile, in whatever process, gets the same
     server; it ends with its last user. It is started again, at the same URL, when it dies: rows in flight
-    wait for it, for VLLM_TASKS_PATIENCE seconds. Its log stays in `vllm_tasks/servers/` of the user's cache.
+    wait for it, for VLLM_TASKS_GRACE_PERIOD seconds. Its log stays in `vllm_tasks/servers/` of the user's
+    cache.
 
     Raises `InvalidCall` for what a server cannot do for the model, `EngineFailed` with vLLM's reason when it
     does not start (VLLM_TASKS_ENGINE_START_TIMEOUT, seconds), and with `temporary` when it could not be

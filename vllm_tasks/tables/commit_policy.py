@@ -42,7 +42,7 @@ class CommitPolicy:
         In seconds: the `age` of its first row, the time since the last commit, and since the first answer of
         the run. Where rows are redone, groups are as large as can be: a lake copies each file that one is in.
         """
-        patience = self.seconds if redo else min(self.seconds, max(APART, AT_RISK * elapsed))
-        if finished >= self.most or age >= patience:
+        grace_period = self.seconds if redo else min(self.seconds, max(APART, AT_RISK * elapsed))
+        if finished >= self.most or age >= grace_period:
             return True
         return finished >= self.rows and since_commit >= self.apart and not (redo and self.apart)

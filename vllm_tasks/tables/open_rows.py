@@ -49,7 +49,7 @@ class Open:
     _wanted: tuple[int, int, int] | None = None
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def wait_for_room(self, unanswered: int, uncommitted: int, size: int) -> bool:
+    def wait_for_capacity(self, unanswered: int, uncommitted: int, size: int) -> bool:
         """Wait until fewer rows than these are open and `size` bytes have room; False when the run stops.
 
         What is larger than all the room there is goes alone.

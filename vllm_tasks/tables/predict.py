@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_EVERY = 30.0
 """Seconds between two lines of progress in the log."""
-COUNT_PATIENCE = 5.0
+COUNT_TIMEOUT = 5.0
 """Seconds that a finished run waits for the count of its source."""
 
 
@@ -185,7 +185,7 @@ def _run(job: Job, output: OutputTable, display: Display, tally: Tally) -> tuple
     except BaseException:
         counted.wait(SHUTDOWN_TIMEOUT)
         raise
-    counted.wait(COUNT_PATIENCE)
+    counted.wait(COUNT_TIMEOUT)
     counted.compare(job, tally.done, complete=not verdict)
     if not verdict:
         display.progress(tally.progress(run.to_ask), last=True)

@@ -102,9 +102,11 @@ class Run:
 
     def _hand_over(self, rows: Sequence[Prompted], size: int) -> None:
         asked = [(row, digest, request) for row, digest, request in rows if isinstance(request, Request)]
-        room = self._asks.start(lambda: sharing.room(self.job.over.call.engine)).result() if asked else 0
-        uncommitted = room + 2 * self.job.commit_policy.most + len(rows)
-        if not self._open.wait_for_room(room + len(rows), uncommitted, size):
+        capacity = (
+            self._asks.start(lambda: sharing.capacity(self.job.over.call.engine)).result() if asked else 0
+        )
+        uncommitted = capacity + 2 * self.job.commit_policy.most + len(rows)
+        if not self._open.wait_for_capacity(capacity + len(rows), uncommitted, size):
             return
         keys = [row.key for row, _, _ in rows]
         if (twice := self._open.read(keys, size)) is not None:

@@ -8,7 +8,7 @@ import random
 import time
 from dataclasses import dataclass, field
 
-from vllm_tasks.engines.http.failures import Attempt, Full
+from vllm_tasks.engines.http.failures import FailedAttempt, Full
 from vllm_tasks.engines.http.servers import Server, Servers
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import RowError
@@ -24,7 +24,7 @@ TURNS = 20
 
 
 @dataclass(eq=False)
-class Tries:
+class Attempts:
     """One row's attempts so far, and where it has a place now."""
 
     retries: int
@@ -43,20 +43,20 @@ class Tries:
             server, self.server = self.server, None
             self.servers.leave(server)
 
-    def fail(self, failed: Attempt) -> float | RowError:
+    def fail(self, failed: FailedAttempt) -> float | RowError:
         """The row's own failure: so many `retries`, but one after a timeout; the seconds until then."""
         self.failures += 1
         self.timeouts += failed.kind == "timeout"
         allowed = self.failures <= self.retries and self.timeouts <= 1
         if not (failed.retryable and allowed):
-            tries = f" (after {self.failures} attempts)" if self.failures > 1 else ""
-            return RowError(failed.kind, failed.message + tries, retryable=failed.retryable)
+            attempts = f" (after {self.failures} attempts)" if self.failures > 1 else ""
+            return RowError(failed.kind, failed.message + attempts, retryable=failed.retryable)
         return backoff(self.failures) if failed.delay is None else failed.delay
 
     def lose(self, why: str) -> float:
         """The server cannot be had: the row gets another one, or the first that is found.
 
-        When more are lost than there are, healthy ones refuse, which ends with the patience.
+        When more are lost than there are, healthy ones refuse, which ends with the grace period.
         """
         self.lost += 1
         in_vain = self.lost - len(self.servers.all)
@@ -68,14 +68,14 @@ class Tries:
         """The server is full, which is not the row's failure, whatever the `retries`: it waits for a place.
 
         Unless others have had their turn again and again meanwhile, or had it until this row was left alone
-        with a server that takes nothing for the patience. Of a server that takes no row at all for so long
-        `ServerUnavailable` is raised.
+        with a server that takes nothing for the grace period. Raises `ServerUnavailable` for
+        a server that takes no row at all for so long.
         """
         if not self.refusals:
             self.answers_before = self.servers.answers
         self.refusals += 1
         turns = (self.servers.answers - self.answers_before) / self.servers.places
-        impatient = self.servers.is_patience_over(self.began)
+        impatient = self.servers.is_grace_period_over(self.began)
         if self.refusals > self.retries and (turns >= TURNS or (turns and impatient)):
             return RowError(full.kind, f"{full.message} (after {self.refusals} attempts)", retryable=True)
         if impatient and full.kind == "connection":  # it is our own files that there are too few of

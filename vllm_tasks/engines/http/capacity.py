@@ -11,7 +11,7 @@ GROW_EVERY = 0.2
 """Seconds between two steps of growth: time enough for a refusal to arrive."""
 
 
-class Room:
+class Capacity:
     """Places at one server: `most`, or as many as it takes. Whoever takes one counts it in `open`.
 
     A refusal for load (429, 503) tells exactly how many rows the server takes: those that are there, but for

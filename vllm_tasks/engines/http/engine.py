@@ -16,10 +16,17 @@ from typing import Any
 import aiohttp
 
 from vllm_tasks.engines import Done, wire
-from vllm_tasks.engines.http.attempts import Tries, retry_after
+from vllm_tasks.engines.http.attempts import Attempts, retry_after
 from vllm_tasks.engines.http.connections import NAME, Connector, Names
 from vllm_tasks.engines.http.control import Control, Key, lacks_template, untrusted
-from vllm_tasks.engines.http.failures import MENDED_BY, Attempt, Denied, Full, Unreachable, kind_of_refusal
+from vllm_tasks.engines.http.failures import (
+    MENDED_BY,
+    Denied,
+    FailedAttempt,
+    Full,
+    Unreachable,
+    kind_of_refusal,
+)
 from vllm_tasks.engines.http.files import OUT_OF_FILES, TOO_MANY_FILES, most_connections
 from vllm_tasks.engines.http.servers import Server, Servers
 from vllm_tasks.engines.http.streaming import EVENTS, Ended, Pieces, streamed
@@ -56,7 +63,7 @@ class HttpConfig:
     timeout: float
     retries: int
     max_in_flight: int
-    patience: float
+    grace_period: float
     max_response_bytes: int
     stream: bool = False
 
@@ -81,7 +88,7 @@ class HttpEngine:
         self._names = Names()
         self._control = Control(self._key)
         model = "" if config.protocol == "legacy" else config.model  # legacy names none
-        self._servers = Servers(config.urls, model, self._control, config.patience, most, self._ask_again)
+        self._servers = Servers(config.urls, model, self._control, config.grace_period, most, self._ask_again)
         self._answered: dict[str, Request] = {}  # by path, the last one
         self._at_work: Counter[str] = Counter()  # by path, the rows that have a place
         self._denied: Counter[str] = Counter()
@@ -124,7 +131,7 @@ class HttpEngine:
 
     async def _takes_chat(self) -> bool:
         """Whether chat is not refused for want of a chat template, tried with one row of one token."""
-        answer = await self._answer(TRIAL, Tries(self.config.retries, self._servers))
+        answer = await self._answer(TRIAL, Attempts(self.config.retries, self._servers))
         if not isinstance(answer, RowError) or not lacks_template(answer.message):
             return True
         logger.warning(
@@ -138,36 +145,36 @@ class HttpEngine:
         await self._servers.compare()
         async with asyncio.TaskGroup() as group:
             for i, request in enumerate(requests):
-                tries = Tries(self.config.retries, self._servers)
-                tries.server = await self._servers.place()
-                task = group.create_task(self._row(i, request, tries, done))
+                attempts = Attempts(self.config.retries, self._servers)
+                attempts.server = await self._servers.place()
+                task = group.create_task(self._row(i, request, attempts, done))
                 # A callback too: a task cancelled before its first step gives nothing back.
-                task.add_done_callback(lambda _, tries=tries: tries.leave())  # type: ignore[misc]
+                task.add_done_callback(lambda _, attempts=attempts: attempts.leave())  # type: ignore[misc]
 
-    async def _row(self, i: int, request: Request, tries: Tries, done: Done) -> None:
-        done(i, await self._answer(request, tries))
+    async def _row(self, i: int, request: Request, attempts: Attempts, done: Done) -> None:
+        done(i, await self._answer(request, attempts))
 
-    async def _answer(self, request: Request, tries: Tries) -> Result:
+    async def _answer(self, request: Request, attempts: Attempts) -> Result:
         """Try until the row has its answer or its error; raises what is the call's fault."""
         while True:
-            server = tries.server = tries.server or await self._servers.place()
+            server = attempts.server = attempts.server or await self._servers.place()
             try:
-                outcome = await self._outcome(server, request, tries)
+                outcome = await self._outcome(server, request, attempts)
             except Unreachable as error:
                 self._servers.lose(server, str(error))
                 if self._names.are_carried:
                     self._servers.hear()
-                outcome = tries.lose(str(error))
+                outcome = attempts.lose(str(error))
             except Full as full:
-                tries.leave()  # before it is asked whether others are at work
-                outcome = tries.refuse(full)
+                attempts.leave()  # before it is asked whether others are at work
+                outcome = attempts.refuse(full)
             finally:
-                tries.leave()
+                attempts.leave()
             if not isinstance(outcome, float):
                 return outcome
             await asyncio.sleep(outcome)
 
-    async def _outcome(self, server: Server, request: Request, tries: Tries) -> Result | float:
+    async def _outcome(self, server: Server, request: Request, attempts: Attempts) -> Result | float:
         """The answer, the row's own error, or the seconds until it is tried again.
 
         Raises `Unreachable` and `Full` for what is the server's, `InvalidCall` for what is the call's.
@@ -181,16 +188,16 @@ class HttpEngine:
             raise
         except Denied as denied:
             await self._blame(server, path, denied)
-            return tries.fail(denied)
-        except Attempt as failed:
-            outcome = tries.fail(failed)
+            return attempts.fail(denied)
+        except FailedAttempt as failed:
+            outcome = attempts.fail(failed)
             if isinstance(outcome, RowError) and failed.may_be_anybodys:
                 await self._blame(server, path, failed)
             return outcome
         finally:
             self._at_work[path] -= 1
 
-    async def _blame(self, server: Server, path: str, failed: Attempt) -> None:
+    async def _blame(self, server: Server, path: str, failed: FailedAttempt) -> None:
         """Return where the failure is the row's own: others are answered by this server meanwhile.
 
         The row keeps its place until that is known, so that not all rows are sent to find out.
@@ -223,12 +230,12 @@ class HttpEngine:
         except Denied as denied:
             self._servers.forget_model()
             raise denied.of_the_call() from denied
-        except Attempt as failed:
+        except FailedAttempt as failed:
             if not failed.is_verdict:
                 raise Unreachable(failed.message) from failed
 
     async def _attempt(self, server: Server, request: Request) -> Completion:
-        """One request; raises `Unreachable`, `Attempt`, or `InvalidCall`."""
+        """One request; raises `Unreachable`, `FailedAttempt`, or `InvalidCall`."""
         with self._names.new() as name:
             return await self._ask(server, request, name)
 
@@ -243,11 +250,11 @@ class HttpEngine:
         sent = time.monotonic()
         try:
             response, content = await self._post(server.url + path, body, name)
-        except Attempt as failed:
+        except FailedAttempt as failed:
             if failed.kind == "timeout":
-                server.room.time_out(sent)
+                server.capacity.time_out(sent)
             if isinstance(failed, Full):
-                server.room.refuse(None)
+                server.capacity.refuse(None)
             raise
         seconds = time.monotonic() - sent
         if response.status not in FULL:
@@ -257,7 +264,7 @@ class HttpEngine:
             if response.status in GATEWAY and "Retry-After" not in response.headers:
                 await self._servers.check(server)  # else it is not the row's failure
             if isinstance(refused, Full):
-                server.room.refuse(refused.delay)
+                server.capacity.refuse(refused.delay)
             raise refused
         completion = self._completion(server, path, request, name, content)
         self._answered[path] = request
@@ -266,27 +273,29 @@ class HttpEngine:
     def _completion(
         self, server: Server, path: str, request: Request, name: str, content: bytes
     ) -> Completion:
-        """The answer in a response's body; raises `Attempt` for what is none to the request of this name."""
+        """The answer in a body; raises `FailedAttempt` for what is none to the request of this name."""
         try:
             answer = json.loads(content)
             if self._names.is_of_another(answer, name):
-                raise Attempt("connection", f"{server.url} answered another request", retryable=True)
+                raise FailedAttempt("connection", f"{server.url} answered another request", retryable=True)
             completion = wire.parse(path, request, answer)
         except (ValueError, RecursionError) as error:
             shown = self._key.hidden_in(content)
             why = error if shown == content else "it repeats api_key"  # the error may show a part of it
             said = f"{why}; the answer from {server.url} began with {shown[:100]!r}"
-            raise Attempt("response", said) from error
+            raise FailedAttempt("response", said) from error
         if reason := given_up(completion):
-            raise Attempt("server", f"{server.url} gave the row up before its end ({reason})", retryable=True)
+            raise FailedAttempt(
+                "server", f"{server.url} gave the row up before its end ({reason})", retryable=True
+            )
         if any(choice.finish_reason == WITHHELD for choice in completion.choices):
-            raise Attempt("refused", f"{server.url} withheld the answer (finish_reason {WITHHELD!r})")
+            raise FailedAttempt("refused", f"{server.url} withheld the answer (finish_reason {WITHHELD!r})")
         return completion
 
     async def _post(self, url: str, body: bytes, name: str) -> tuple[aiohttp.ClientResponse, bytes]:
         """The response and its body.
 
-        Raises `Unreachable` without a connection, `InvalidCall` without a trusted one, else `Attempt`.
+        Raises `Unreachable` without a connection, `InvalidCall` without a trusted one, else `FailedAttempt`.
         """
         assert self._session is not None, "start() comes first"
         data = io.BytesIO(body) if len(body) >= STREAMED else body
@@ -305,14 +314,16 @@ class HttpEngine:
             raise Unreachable(str(error)) from error
         except TimeoutError as error:
             waited = f"no answer from {url} within timeout={self.config.timeout:g} s"
-            raise Attempt("timeout", waited, retryable=True) from error
+            raise FailedAttempt("timeout", waited, retryable=True) from error
         except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError) as error:
             said = self._key.hidden_in(f"{error!r}")
-            raise Attempt("connection", f"the connection to {url} broke: {said}", retryable=True) from error
+            raise FailedAttempt(
+                "connection", f"the connection to {url} broke: {said}", retryable=True
+            ) from error
         except aiohttp.ClientError as error:
             # Its repr would show the headers that we sent, with the key.
             said = self._key.hidden_in(f"{type(error).__name__}: {error}")
-            raise Attempt("response", f"not an HTTP answer: {said}") from error
+            raise FailedAttempt("response", f"not an HTTP answer: {said}") from error
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         return b"".join([part async for part in self._parts(response)])
@@ -325,10 +336,10 @@ class HttpEngine:
                 pieces.take(part)
             content = json.dumps(pieces.whole()).encode()
         except Ended as error:
-            raise Attempt("connection", f"{response.url}: {error}", retryable=True) from error
+            raise FailedAttempt("connection", f"{response.url}: {error}", retryable=True) from error
         except (ValueError, RecursionError) as error:
             why = self._key.hidden_in(f"{error}")
-            raise Attempt("response", f"{why}; in the stream from {response.url}") from error
+            raise FailedAttempt("response", f"{why}; in the stream from {response.url}") from error
         if pieces.error_status:
             raise refusal(pieces.error_status, response, content, self._key)
         return content
@@ -339,7 +350,7 @@ class HttpEngine:
         async for part in response.content.iter_any():
             size += len(part)
             if size > limit:
-                raise Attempt(
+                raise FailedAttempt(
                     "response",
                     f"the response is larger than {limit} bytes (VLLM_TASKS_MAX_RESPONSE_BYTES)",
                 )
@@ -347,7 +358,7 @@ class HttpEngine:
 
 
 def refusal(status: int, response: aiohttp.ClientResponse, content: bytes, key: Key) -> Exception:
-    """What a status other than 200 means: `InvalidCall` for the call, `Attempt` for the row.
+    """What a status other than 200 means: `InvalidCall` for the call, `FailedAttempt` for the row.
 
     A stream may end with one, after the 200 of its response.
     """
@@ -359,11 +370,11 @@ def refusal(status: int, response: aiohttp.ClientResponse, content: bytes, key: 
         there = key.hidden_in(response.headers.get("Location", ""))
         return InvalidCall(f"{said}: redirects are not followed; set api_url to {there!r}")
     if status == 408 or status in FULL or status >= 500:
-        failed = Full if status in FULL else Attempt
+        failed = Full if status in FULL else FailedAttempt
         return failed("server", said, retryable=True, delay=retry_after(response.headers.get("Retry-After")))
     if status < 300:
-        return Attempt("response", f"{said}: an answer comes with HTTP 200")
-    return Attempt(kind_of_refusal(words), said)
+        return FailedAttempt("response", f"{said}: an answer comes with HTTP 200")
+    return FailedAttempt(kind_of_refusal(words), said)
 
 
 def words_of(content: bytes) -> str:

@@ -1,7 +1,7 @@
 """What may become of one attempt over HTTP, by whose failure it is.
 
 Unreachable        the server's: it cannot be had now
-Attempt            the row's, or everybody's
+FailedAttempt            the row's, or everybody's
 ├── Full           nobody's: there is more to do than is taken
 └── Denied         the row's, or the whole call's
 """
@@ -23,7 +23,7 @@ class Unreachable(Exception):
     """The server cannot be had now: that counts against the server, not against the row."""
 
 
-class Attempt(Exception):
+class FailedAttempt(Exception):
     """One failed attempt: what it would be as a row's error, and when to try again."""
 
     def __init__(
@@ -43,14 +43,14 @@ class Attempt(Exception):
         return self.kind in ("too_long", "refused")
 
 
-class Full(Attempt):
+class Full(FailedAttempt):
     """The server has more to do than it takes (429, 503), or this process more files open than it may.
 
     That is not the row's failure.
     """
 
 
-class Denied(Attempt):
+class Denied(FailedAttempt):
     """The server lets this request not pass (401, 403, 404): the row's failure, or that of the whole call."""
 
     def __init__(self, status: int, message: str) -> None:

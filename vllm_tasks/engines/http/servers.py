@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
-from vllm_tasks.engines.http.capacity import Room
+from vllm_tasks.engines.http.capacity import Capacity
 from vllm_tasks.engines.http.control import Control, Served
 from vllm_tasks.engines.http.failures import Full, Unreachable
 from vllm_tasks.errors import InvalidCall, ServerUnavailable
@@ -19,7 +19,7 @@ from vllm_tasks.rows import Request
 logger = logging.getLogger(__name__)
 
 LEAST_SEARCH = 1.0
-"""Seconds that servers have to answer a search, however short the patience is."""
+"""Seconds that servers have to answer a search, however short the grace period is."""
 LEFT_ALONE = 1.0
 """Seconds that a server which refused a connection gets no rows while others are there."""
 PROBE_EVERY = 1.0
@@ -31,7 +31,7 @@ class Server:
     """One server: its base URL and what this process knows of it now."""
 
     url: str
-    room: Room
+    capacity: Capacity
     model: str | None
     """To be named in requests; None: it has to be asked."""
     is_asked: bool
@@ -59,7 +59,7 @@ class Server:
     def has_place(self) -> bool:
         """Whether a row may go there now; while one finds out whether it is to be trusted, no others."""
         may_ask = self.is_trusted or not self.asking.locked()
-        return self.is_there and may_ask and self.room.has_place()
+        return self.is_there and may_ask and self.capacity.has_place()
 
 
 class Servers:
@@ -74,15 +74,15 @@ class Servers:
         urls: Sequence[str],
         model: str | None,
         control: Control,
-        patience: float,
+        grace_period: float,
         most: int,
         prove: Callable[[Server, Request], Awaitable[None]],
     ) -> None:
         self._is_sure = model == "" or (model is not None and len(urls) == 1)
-        self.all = [Server(url, Room(most), model, self._is_sure) for url in urls]
+        self.all = [Server(url, Capacity(most), model, self._is_sure) for url in urls]
         self.model = model
         self.control = control
-        self.patience = patience
+        self.grace_period = grace_period
         self.has_chat_template: bool | None = None  # of the model that all serve; None: not asked yet
         self.places = most * len(urls)
         self.answers = 0
@@ -102,7 +102,7 @@ class Servers:
     async def place(self) -> Server:
         """A place at a server, first come, first served; `leave` gives it back.
 
-        The first row that waits looks for a server when none is there, for the patience. Raises
+        The first row that waits looks for a server when none is there, for the grace period. Raises
         `ServerUnavailable` when it finds none, to it and to all that were waiting behind it.
         """
         came = time.monotonic()
@@ -111,18 +111,18 @@ class Servers:
                 raise self.unavailable(self._ailment)
             while (server := self._free()) is None:
                 await self._change()
-            server.room.open += 1
+            server.capacity.open += 1
             return server
 
     def leave(self, server: Server) -> None:
         """Give a place back."""
-        server.room.open -= 1
+        server.capacity.open -= 1
         self.news.set()
 
     def _free(self) -> Server | None:
         """Of the servers with a place that with the fewest rows of ours."""
         free = [server for server in self.all if server.has_place]
-        return min(free, key=lambda server: server.room.open, default=None)
+        return min(free, key=lambda server: server.capacity.open, default=None)
 
     async def _change(self) -> None:
         """Wait until a place is given back, a server may take more, or one is found."""
@@ -130,7 +130,7 @@ class Servers:
             await self._find_any()
             return
         now = time.monotonic()
-        dues = [due - now for s in self.all for due in (s.avoid_until, s.room.grows_at) if due > now]
+        dues = [due - now for s in self.all for due in (s.avoid_until, s.capacity.grows_at) if due > now]
         self.news.clear()
         with suppress(TimeoutError):
             async with asyncio.timeout(min(dues, default=None)):
@@ -150,11 +150,11 @@ class Servers:
         """Return when some server is able to answer."""
         started = time.monotonic()
         urls = ", ".join(s.url for s in self.all)
-        logger.warning("no server answers at %s; waiting up to %g s", urls, self.patience)
+        logger.warning("no server answers at %s; waiting up to %g s", urls, self.grace_period)
         looks = [*(self._watch(server) for server in self.all), self._comes_free()]
         watches = [asyncio.create_task(look) for look in looks]
         try:
-            seconds = max(self.patience, LEAST_SEARCH)
+            seconds = max(self.grace_period, LEAST_SEARCH)
             found, _ = await asyncio.wait(watches, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for watch in watches:
@@ -187,11 +187,11 @@ class Servers:
             await self.news.wait()
 
     def unavailable(self, last: str) -> ServerUnavailable:
-        """What ends a call after the patience; `last` is what was heard last."""
+        """What ends a call after the grace period; `last` is what was heard last."""
         urls = ", ".join(s.url for s in self.all)
         return ServerUnavailable(
-            f"no server answered at {urls} for {self.patience:g} s (last: {last}); start it, "
-            "correct api_url, or wait longer with VLLM_TASKS_PATIENCE (seconds)"
+            f"no server answered at {urls} for {self.grace_period:g} s (last: {last}); start it, "
+            "correct api_url, or wait longer with VLLM_TASKS_GRACE_PERIOD (seconds)"
         )
 
     def answer(self, server: Server, sent: float) -> None:
@@ -199,7 +199,7 @@ class Servers:
         self.answers += 1
         self.hear()
         self._full_since = None
-        server.room.answer(sent)
+        server.capacity.answer(sent)
 
     def hear(self) -> None:
         """A server has answered a row, or works on one."""
@@ -210,17 +210,17 @@ class Servers:
         """Whether rows may go anywhere, as far as we know."""
         return any(server.is_there for server in self.all)
 
-    def is_patience_over(self, began: float) -> bool:
-        """Whether for the patience, and since `began`, no row has been answered or worked on, but all were
-        refused for load."""
+    def is_grace_period_over(self, began: float) -> bool:
+        """Whether for the grace period, and since `began`, no row has been answered or worked on, but all
+        were refused for load."""
         now = time.monotonic()
-        if self._full_since is None or any(server.room.open for server in self.all):
+        if self._full_since is None or any(server.capacity.open for server in self.all):
             self._full_since = now
-        return now - max(self._full_since, began) > self.patience
+        return now - max(self._full_since, began) > self.grace_period
 
     def is_silent_since(self, began: float) -> bool:
-        """Whether no row has been answered or worked on for the patience, nor since `began`."""
-        return time.monotonic() - max(self._heard, began) > self.patience
+        """Whether no row has been answered or worked on for the grace period, nor since `began`."""
+        return time.monotonic() - max(self._heard, began) > self.grace_period
 
     # ------------------------------------------------------------------ servers in doubt
 

@@ -107,11 +107,11 @@ async def free_devices(count: int, folder: Path = FOLDER) -> Devices:
     """
     visible = visible_devices()
     _check_enough(visible, count)
-    tries = 0
+    attempts = 0
     while (devices := _take_free(visible, count, folder)) is None:
-        if tries * TRY_EVERY % SAY_EVERY == 0:
+        if attempts * TRY_EVERY % SAY_EVERY == 0:
             logger.info("waiting for %d free GPUs of %s on this machine", count, ",".join(visible))
-        tries += 1
+        attempts += 1
         await asyncio.sleep(TRY_EVERY)
         _check_enough(visible, count)  # another engine of this process may have taken some meanwhile
     return devices

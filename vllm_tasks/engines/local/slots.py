@@ -1,7 +1,7 @@
 """Slots of a global concurrency limit of Prefect, held for the life of an engine.
 
 Prefect's own `concurrency` keeps trying in another thread after it was cancelled, and waits up to 30 s
-between two tries; here an engine that closes while it waits has taken nothing.
+between two attempts; here an engine that closes while it waits has taken nothing.
 """
 
 from __future__ import annotations
@@ -114,11 +114,11 @@ class Slots:
             ) from error
 
     async def _wait(self) -> None:
-        tries = 0
+        attempts = 0
         while not await self._try():
-            if tries * TRY_EVERY % SAY_EVERY == 0:
+            if attempts * TRY_EVERY % SAY_EVERY == 0:
                 logger.info("waiting for %d free GPU slots of the limit %r", self.count, self.name)
-            tries += 1
+            attempts += 1
             await asyncio.sleep(TRY_EVERY)
 
     async def _try(self) -> bool:
