@@ -1,0 +1,41 @@
+"""The model that the examples call: any vLLM server with `--api-url`, else the small model of the demo."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+# Before Prefect is imported: its temporary server sends no usage data, and logs warnings only.
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+
+from vllm_tasks import VllmAPI, VllmModel
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """The command line that all examples share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--api-url",
+        default=os.environ.get("VLLM_TASKS_API_URL", ""),
+        help="a vLLM server, such as http://127.0.0.1:8000; empty: run SmolLM2-135M here, as `make demo` does",
+    )
+    return parser
+
+
+def make_model(api_url: str = "", **fields: Any) -> VllmAPI | VllmModel:
+    """A model with these fields, greedy unless they say otherwise; without a URL, an engine of this process."""
+    fields = {"identifier": "example", "predict_kwargs": {"temperature": 0, "max_tokens": 40}, **fields}
+    if api_url:
+        return VllmAPI(api_url=api_url, **fields)
+    from flows.smollm2 import model_folder, number_type
+
+    engine = {
+        "max_model_len": 1024,
+        "kv_cache_memory_bytes": 2**30,
+        "enforce_eager": True,
+        "dtype": number_type(),
+    }
+    return VllmModel(model_name=str(model_folder()), vllm_kwargs=engine, **fields)
