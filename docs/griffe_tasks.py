@@ -1,4 +1,4 @@
-"""For the reference: a task that is made by a call, `predict = RowsTask(_predict, ...)`, is shown as its function."""
+"""For the reference: a task made by a call, `predict = RowsTask(_predict, ...)`, is shown as its function."""
 
 from __future__ import annotations
 

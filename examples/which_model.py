@@ -20,13 +20,13 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--api-url",
         default=os.environ.get("VLLM_TASKS_API_URL", ""),
-        help="a vLLM server, such as http://127.0.0.1:8000; empty: run SmolLM2-135M here, as `make demo` does",
+        help="a vLLM server, such as http://127.0.0.1:8000; empty: run SmolLM2-135M here, like `make demo`",
     )
     return parser
 
 
 def make_model(api_url: str = "", **fields: Any) -> VllmAPI | VllmModel:
-    """A model with these fields, greedy unless they say otherwise; without a URL, an engine of this process."""
+    """A model with these fields, greedy by default; without a URL the engine runs in this process."""
     fields = {"identifier": "example", "predict_kwargs": {"temperature": 0, "max_tokens": 40}, **fields}
     if api_url:
         return VllmAPI(api_url=api_url, **fields)
