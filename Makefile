@@ -10,7 +10,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 INSTALL := pip install --quiet --compile-bytecode
 ARGS ?=
 
-.PHONY: demo pools test test-newest check bench peers faults docs docs-build docs-figures \
+.PHONY: demo pools test test-newest check bench peers faults docs docs-build docs-figures docs-screenshots \
 	setup setup-newest constraints clean
 .DEFAULT_GOAL := demo
 
@@ -61,6 +61,10 @@ docs: .venv-docs/.ready
 	.venv-docs/bin/mkdocs serve --dev-addr 127.0.0.1:8001
 docs-build: .venv-docs/.ready
 	.venv-docs/bin/mkdocs build --strict
+
+# A browser takes the pictures of Prefect's UI that the pages show.
+docs-screenshots: .venv/.ready
+	DOCS_SCREENSHOTS=1 $(BIN)/python -m pytest tests/test_screenshots.py
 
 # Copies figures from benchmarks/ into README.md and docs/performance.md, and writes docs/llms.txt.
 docs-figures: .venv/.ready

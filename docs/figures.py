@@ -1,7 +1,7 @@
 """Copies figures from `benchmarks/` into README.md and the site, and writes `docs/llms.txt`.
 
-`make docs-figures` runs it. A page has `<!-- figures: NAME -->`, what was copied, and `<!-- end -->`; no figure
-between them is written by hand. tests/test_docs.py fails if a page is not as this command writes it.
+`make docs-figures` runs it. A page has `<!-- figures: NAME -->`, what was copied, and `<!-- end -->`; no
+figure between them is written by hand. tests/test_docs.py fails if a page is not as this command writes it.
 """
 
 from __future__ import annotations

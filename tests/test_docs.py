@@ -53,10 +53,14 @@ BLOCK = re.compile(
 SERVER = "http://127.0.0.1:8000"
 """Where the pages have `vllm serve`."""
 PUBLIC = {
-    "vllm_tasks": ["VllmAPI", "VllmModel", "Datalayer", "Artifact", "Dataset", "Metric", "Validation", "RowError", "InvalidCall", "GateFailed", "predict", "predict_batches", "predict_in_db", "validate", "compare", "preview", "serve"],
-    "vllm_tasks.errors": ["VllmTasksError", "RowErrors", "TooManyFailed"],
-    "vllm_tasks.tasks": ["completions"],
-    "vllm_tasks.datatypes": ["DataType"],
+    "vllm_tasks": {
+        *("VllmAPI", "VllmModel", "Datalayer", "Artifact", "Dataset", "Metric", "Validation"),
+        *("predict", "predict_batches", "predict_in_db", "validate", "compare", "preview", "serve"),
+        *("RowError", "InvalidCall", "GateFailed"),
+    },
+    "vllm_tasks.errors": {"VllmTasksError", "RowErrors", "TooManyFailed", "ServerUnavailable"},
+    "vllm_tasks.tasks": {"completions"},
+    "vllm_tasks.datatypes": {"DataType"},
 }
 """The names that pages may import, by module."""
 ANSWERS = {
@@ -86,7 +90,7 @@ README_ANSWERS = {
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str, str]]:
-    """(line, text, what it prints) of each block in a language; a block of text is what the one before prints."""
+    """(line, text, what it prints) of each block in a language; a block of text is what one before prints."""
     text = page.read_text(encoding="utf-8")
     found: list[tuple[int, str, str, str]] = []
     for match in BLOCK.finditer(text):
@@ -224,17 +228,19 @@ def pip(words: list[str]) -> None:
 def python(words: list[str]) -> None:
     """`python -m module --option value`: the module is there and has the option."""
     assert words[0] == "-m"
-    module = importlib.util.find_spec(words[1]) or importlib.util.find_spec(moved(words[1]))
-    assert module is not None, words[1]
-    assert module.origin is not None
-    source = Path(module.origin).read_text()
+    source = file_of(words[1]).read_text()
     for option in (word for word in words[2:] if word.startswith("-")):
         assert f'"{option}"' in source, f"{words[1]} has no option {option}"
 
 
-def moved(module: str) -> str:
-    """Deployable flows stand at the top of the repository until they are in the package."""
-    return module.removeprefix("vllm_tasks.")
+def file_of(module: str) -> Path:
+    """The file of a module, or of the command of a package. Deployable flows stand at the top of the
+    repository until they are in the package."""
+    for path in (module.replace(".", "/"), module.replace(".", "/").removeprefix("vllm_tasks/")):
+        for file in (ROOT / f"{path}.py", ROOT / path / "__main__.py"):
+            if file.exists():
+                return file
+    raise AssertionError(f"there is no module {module}")
 
 
 def prefect(words: list[str]) -> None:
@@ -330,10 +336,7 @@ def test_yaml_is_what_prefect_reads(where: str, data: dict[str, Any]) -> None:
         known = set().union(*example["deployments"])
         assert deployment.keys() <= known, where
         module, _, name = deployment["entrypoint"].partition(":")
-        spec = importlib.util.find_spec(module) or importlib.util.find_spec(moved(module))
-        assert spec is not None
-        assert spec.origin is not None
-        flow = load_flow_from_entrypoint(f"{spec.origin}:{name}")
+        flow = load_flow_from_entrypoint(f"{file_of(module)}:{name}")
         for schedule in deployment.get("schedules", ()):
             assert schedule["parameters"].keys() <= flow.parameters.properties.keys(), where
     for trigger in data.get("triggers", ()):
