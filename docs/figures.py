@@ -6,6 +6,7 @@ figure between them is written by hand. tests/test_docs.py fails if a page is no
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 import yaml
 
 from benchmarks.results import read, table
+from vllm_tasks.metrics import BUILT_IN, built_in
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", DOCS / "performance.md")
+PAGES = (ROOT / "README.md", DOCS / "performance.md", DOCS / "reference" / "metrics.md")
 MARKED = re.compile(r"(<!-- figures: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 OURS = "`predict_in_db`"
 Rows = dict[str, dict[str, str]]
@@ -153,7 +155,21 @@ def question_of(page: Path) -> str:
     return lines[1] if len(lines) > 1 and lines[1].endswith("?") else ""
 
 
-TABLES: dict[str, Callable[[], str]] = {"beside": beside, "figures": figures}
+def metrics() -> str:
+    """What the file of each built-in metric says of it: formula, range, direction and source."""
+    found = {name: inspect.getmodule(built_in(name).score) for name in BUILT_IN}
+    texts = {name: inspect.getdoc(module) or "" for name, module in found.items()}
+    return "\n\n".join(f"**`{name}`**: {_paragraph(text)}" for name, text in texts.items())
+
+
+def _paragraph(docstring: str) -> str:
+    """A docstring as one paragraph; its own name of the metric is left out where it says no more."""
+    name, _, formula = docstring.partition(": ")
+    text = re.sub(r"\s+", " ", formula if len(name.split()) <= 2 else docstring)
+    return re.sub(r"https://\S+[\w/]", r"<\g<0>>", text)
+
+
+TABLES: dict[str, Callable[[], str]] = {"beside": beside, "figures": figures, "metrics": metrics}
 
 if __name__ == "__main__":
     main()

@@ -31,8 +31,7 @@ def main(api_url: str = "", folder: Path = Path("out/examples")) -> None:
     with table.open("a") as rows:
         rows.write('{"id": 2, "question": "What colour is a ruby?"}\n')
     print("second night:", nightly(api_url, str(folder)), "row processed")
-    deployment = nightly.to_deployment(name="nightly", cron=CRON)
-    print(f"with --serve it runs as {deployment.full_name} at {deployment.schedules[0].schedule.cron}")
+    print(f"with --serve it runs on the schedule {CRON}, as the deployment nightly-answers/nightly")
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def test_a_flow_with_a_schedule(url: str, tmp_path: Path) -> None:
         "first night: 1 row processed",
         "second night: 1 row processed",
     ]
-    assert said[-1] == "with --serve it runs as nightly-answers/nightly at 0 2 * * *"
+    assert said[-1].startswith("with --serve it runs on the schedule 0 2 * * *")
 
 
 def test_two_models_compared(url: str, tmp_path: Path) -> None:
