@@ -10,12 +10,12 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from benchmarks.results import read, table
-from vllm_tasks.metrics import BUILT_IN, built_in
+from vllm_tasks import Metric
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -155,9 +155,23 @@ def question_of(page: Path) -> str:
     return lines[1] if len(lines) > 1 and lines[1].endswith("?") else ""
 
 
+def built_in() -> tuple[str, ...]:
+    """The names of the built-in metrics."""
+    return get_args(get_args(Metric.model_fields["object"].annotation)[0])
+
+
+def score_of(name: str) -> Callable[..., Any]:
+    """What scores an answer by a built-in metric."""
+    needed = {
+        "multiple_choice": {"choices": "choices"},
+        "judge": {"model": "vllm-api/judge", "rubric": "Short."},
+    }
+    return Metric(identifier=name, options=needed.get(name, {})).measure().score
+
+
 def metrics() -> str:
     """What the file of each built-in metric says of it: formula, range, direction and source."""
-    found = {name: inspect.getmodule(built_in(name).score) for name in BUILT_IN}
+    found = {name: inspect.getmodule(score_of(name)) for name in built_in()}
     texts = {name: inspect.getdoc(module) or "" for name, module in found.items()}
     return "\n\n".join(f"**`{name}`**: {_paragraph(text)}" for name, text in texts.items())
 

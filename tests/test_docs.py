@@ -56,11 +56,10 @@ PUBLIC = {
     "vllm_tasks": {
         *("VllmAPI", "VllmModel", "Datalayer", "Artifact", "Dataset", "Metric", "Validation"),
         *("predict", "predict_batches", "predict_in_db", "validate", "compare", "preview", "serve"),
-        *("RowError", "InvalidCall", "GateFailed"),
+        *("DataType", "RowError", "InvalidCall", "GateFailed"),
     },
     "vllm_tasks.errors": {"VllmTasksError", "RowErrors", "TooManyFailed", "ServerUnavailable"},
     "vllm_tasks.tasks": {"completions"},
-    "vllm_tasks.datatypes": {"DataType"},
 }
 """The names that pages may import, by module."""
 ANSWERS = {

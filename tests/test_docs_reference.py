@@ -6,23 +6,21 @@ import inspect
 import json
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from docs import figures
 from tests.test_docs import settings
-from vllm_tasks import Datalayer, VllmAPI, VllmModel, predict_in_db, validate
+from vllm_tasks import Datalayer, RowError, VllmAPI, VllmModel, predict_in_db, validate
 from vllm_tasks.errors import VllmTasksError
-from vllm_tasks.hints import HINTS
-from vllm_tasks.metrics import BUILT_IN, built_in
-from vllm_tasks.predictor import WRITE_OPTIONS, Predictor
-from vllm_tasks.rows import RowErrorKind
 from vllm_tasks.settings import Settings
 
 DOCS = Path(__file__).parent.parent / "docs"
 CODE = re.compile(r"`([^`]+)`")
+SHARED = VllmAPI.model_fields.keys() & VllmModel.model_fields.keys()
 VARIABLE = re.compile(r"^\| `(VLLM_TASKS_\w+)` \|([^|]*)\|", re.MULTILINE)
 
 
@@ -55,9 +53,9 @@ def default_of(model: type[BaseModel], name: str) -> Any:
 @pytest.mark.parametrize(
     ("heading", "model", "names"),
     [
-        ("## Both models", VllmAPI, Predictor.model_fields.keys()),
-        ("## VllmAPI", VllmAPI, VllmAPI.model_fields.keys() - Predictor.model_fields.keys()),
-        ("## VllmModel", VllmModel, VllmModel.model_fields.keys() - Predictor.model_fields.keys()),
+        ("## Both models", VllmAPI, SHARED),
+        ("## VllmAPI", VllmAPI, VllmAPI.model_fields.keys() - SHARED),
+        ("## VllmModel", VllmModel, VllmModel.model_fields.keys() - SHARED),
     ],
     ids=["both", "VllmAPI", "VllmModel"],
 )
@@ -111,10 +109,10 @@ def test_metrics() -> None:
     found: dict[str, str] = {}
     for names, _, options in rows("reference/metrics.md", "# Metrics"):
         found.update(dict.fromkeys(CODE.findall(names), options))
-    assert found.keys() == set(BUILT_IN)
+    assert found.keys() == set(figures.built_in())
     others = {"choices", "delimiter", "model", "rubric"}  # of the requests, not of the score
     for name, options in found.items():
-        known = set(inspect.signature(built_in(name).score).parameters) | others
+        known = set(inspect.signature(figures.score_of(name)).parameters) | others
         named = re.findall(r"`(\w+)`(?=[ :,]|$)", re.sub(r"\(.*?\)|: a list of .*", "", options))
         assert set(named) <= known, name
 
@@ -122,7 +120,7 @@ def test_metrics() -> None:
 def test_errors() -> None:
     """All kinds of row errors, in the order of the code, and all exceptions."""
     kinds = [CODE.findall(kind)[0] for kind, _ in rows("reference/errors.md", "## Kinds of row errors")]
-    assert kinds == list(get_args(RowErrorKind))
+    assert kinds == list(get_args(get_type_hints(RowError)["kind"]))
     exceptions = {CODE.findall(name)[0] for name, _ in rows("concepts/errors.md", "# What an error is")}
     own = [e for e in descendants(VllmTasksError) if e.__module__ == VllmTasksError.__module__]
     public = {e.__name__ for e in own if not e.__name__.startswith("_")}
@@ -136,9 +134,16 @@ def descendants(kind: type) -> set[type]:
 def test_hints_and_write_options() -> None:
     """Every hint of `compute_kwargs`, and every option of `model_update_kwargs`."""
     table = {hint for names, *_ in rows("how-to/gpus.md", "## Hints") for hint in CODE.findall(names)}
-    assert table | {"work_pool", "work_queue", "deployment"} == HINTS.keys()
+    assert table | {"work_pool", "work_queue", "deployment"} == known("compute_kwargs")
     options = {CODE.findall(name)[0] for name, *_ in rows("how-to/outputs.md", "## Name the table")}
-    assert options == WRITE_OPTIONS
+    assert options == known("model_update_kwargs")
+
+
+def known(field: str) -> set[str]:
+    """What a model takes in a field, as it says itself when it is given something else."""
+    with pytest.raises(ValueError, match="known are") as error:
+        VllmAPI(identifier="m", **{field: {"nothing": 1}})
+    return set(re.findall(r"\w+", str(error.value).partition("known are")[2].partition("[type=")[0]))
 
 
 def test_read_options() -> None:
