@@ -84,6 +84,8 @@ ANSWERS = {
 """What the model of the pages answers; the longest text that occurs in a prompt decides."""
 README_ANSWERS = {
     "capital of France": "The capital of France is Paris.",
+    "colour is a ruby": "A ruby is a deep, fiery, and often fiery-red gemstone.",
+    "2 + 2": 'The answer is "2 + 2 = 4."',
 }
 """Of SmolLM2-135M-Instruct, as a real server gave them."""
 
@@ -227,6 +229,9 @@ def pip(words: list[str]) -> None:
 def python(words: list[str]) -> None:
     """`python -m module --option value`: the module is there and has the option."""
     assert words[0] == "-m"
+    if words[1] == "vllm.entrypoints.openai.api_server":
+        vllm(["serve", *words[2:]])
+        return
     source = file_of(words[1]).read_text()
     for option in (word for word in words[2:] if word.startswith("-")):
         assert f'"{option}"' in source, f"{words[1]} has no option {option}"
