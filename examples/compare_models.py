@@ -1,4 +1,4 @@
-"""Two models on the same rows, compared row by row. Here both are one model, with two prompts.
+"""Two models on the same rows, compared row by row. Here both are one model, greedy and sampled.
 
 python -m examples.compare_models
 """
@@ -11,6 +11,7 @@ from examples.validation import KNOWN
 from examples.which_model import make_model, options
 from vllm_tasks import Dataset, Metric, Validation, compare, validate
 
+PROMPT = "Answer in one short sentence. {input}"
 VALIDATION = Validation(
     datasets=[Dataset(identifier="capitals", raw_data=KNOWN)],
     metrics=[Metric(identifier="contains"), Metric(identifier="output_tokens")],
@@ -18,12 +19,17 @@ VALIDATION = Validation(
 )
 
 
-@flow(name="compare-prompts")
-def compare_prompts(api_url: str, folder: str) -> None:
+@flow(name="compare-sampling")
+def compare_sampling(api_url: str, folder: str) -> None:
     """Validate both, then compare the second with the first, row by row."""
     models = [
-        make_model(api_url, identifier="in-a-sentence", prompt="Answer in one short sentence. {input}"),
-        make_model(api_url, identifier="in-a-word", prompt="Answer with one word. {input}"),
+        make_model(api_url, identifier="greedy", prompt=PROMPT),
+        make_model(
+            api_url,
+            identifier="sampled",
+            prompt=PROMPT,
+            predict_kwargs={"temperature": 1.5, "seed": 1, "max_tokens": 40},
+        ),
     ]
     reports = [validate(model, VALIDATION, db=folder) for model in models]
     print(compare(models, VALIDATION, reports, db=folder))
@@ -31,7 +37,7 @@ def compare_prompts(api_url: str, folder: str) -> None:
 
 def main(api_url: str = "", folder: Path = Path("out/examples")) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    compare_prompts(api_url, str(folder))
+    compare_sampling(api_url, str(folder))
 
 
 if __name__ == "__main__":

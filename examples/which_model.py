@@ -6,11 +6,6 @@ import argparse
 import os
 from typing import Any
 
-# Before Prefect is imported: its temporary server sends no usage data, and logs warnings only.
-os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-
 from vllm_tasks import VllmAPI, VllmModel
 
 

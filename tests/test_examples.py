@@ -117,7 +117,7 @@ def test_a_flow_with_a_schedule(url: str, tmp_path: Path) -> None:
 def test_two_models_compared(url: str, tmp_path: Path) -> None:
     """A line for each metric and model, against the first one."""
     head, *lines = printed(lambda: compare_models.main(url, tmp_path)).splitlines()
-    assert head == "against in-a-sentence:"
+    assert head == "against greedy:"
     assert len(lines) == 4
     assert "p=" in lines[1]
 

@@ -10,6 +10,7 @@ import json
 import os
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -61,7 +62,7 @@ def clerk(right: float, seed: int) -> Script:
             return None
         await asyncio.sleep(chance.uniform(0.1, 0.4))
         text = asked.prompt.partition("\n")[2]
-        if "Parcel 77 " in text:
+        if "Parcel 76 " in text:
             return refused(400, "The prompt was refused by a filter.")
         topic = next(t for t in TOPICS if TEXTS[t].split("{")[0] in text)
         reply = usual(asked)
@@ -92,8 +93,8 @@ def nightly(url: str, lake: str) -> None:
     validate(model, VALIDATION, db=lake)
 
 
-@pytest.fixture
-def page(ui: str) -> Iterator[Page]:
+@contextmanager
+def browser(ui: str) -> Iterator[Page]:
     with chromium() as browser, opened(browser, ui, "light") as page:
         expect.set_options(timeout=PATIENCE * 1000)
         yield page
@@ -107,15 +108,20 @@ def shot(page: Page, name: str, height: int) -> None:
     page.screenshot(path=FOLDER / f"{name}.png")
 
 
-def test_a_run_and_its_validation_are_worth_a_look(ui: str, lake: str, page: Page) -> None:
+def test_a_run_and_its_validation_are_worth_a_look(ui: str, lake: str) -> None:
     """The run has its commits and its artifacts; the validation has its history and its figures."""
     with ScriptedServer(clerk(0.85, 9)) as server, spoken_to(ui):
         nightly(server.url, lake)
     (run,) = httpx.post(
         f"{ui}/api/flow_runs/filter", json={"flows": {"name": {"any_": ["nightly-tickets"]}}}
     ).json()
+    # The browser has an event loop of its own in this thread, in which a flow would not run.
+    with browser(ui) as page:
+        look_at(page, ui, run["id"])
 
-    page.goto(f"{ui}/runs/flow-run/{run['id']}")
+
+def look_at(page: Page, ui: str, run: str) -> None:
+    page.goto(f"{ui}/runs/flow-run/{run}")
     page.get_by_text("Artifacts", exact=True).last.click()
     for key in ("topics-progress", "topics-report", "topics-tickets-validation"):
         expect(page.get_by_text(key).first).to_be_visible()
