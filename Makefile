@@ -10,7 +10,8 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 INSTALL := pip install --quiet --compile-bytecode
 ARGS ?=
 
-.PHONY: demo pools test test-newest test-python check bench peers faults setup setup-newest constraints clean
+.PHONY: demo pools test test-newest test-python check bench peers faults docs docs-build docs-figures docs-screenshots \
+	setup setup-newest constraints clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.ready
@@ -64,6 +65,20 @@ peers: .venv/.ready
 faults: .venv/.ready
 	$(BIN)/python -m tests.faults $(ARGS)
 
+# The documentation: a server that follows changes on http://127.0.0.1:8001, and the strict build into out/site.
+docs: .venv-docs/.ready
+	.venv-docs/bin/mkdocs serve --dev-addr 127.0.0.1:8001
+docs-build: .venv-docs/.ready
+	.venv-docs/bin/mkdocs build --strict
+
+# A browser takes the pictures of Prefect's UI that the pages show.
+docs-screenshots: .venv/.ready
+	DOCS_SCREENSHOTS=1 $(BIN)/python -m pytest tests/test_screenshots.py
+
+# Copies figures from benchmarks/ into README.md and docs/performance.md, and writes docs/llms.txt.
+docs-figures: .venv/.ready
+	$(BIN)/python -m docs.figures
+
 setup: .venv/.ready
 setup-newest: .venv-newest/.ready
 
@@ -76,6 +91,13 @@ PANDAS := pandas==3.1.1
 	$(BIN)/uv $(INSTALL) --python .venv -c constraints/$(ENGINE).txt -e '.[$(ENGINE),demo,dev]' || \
 	$(BIN)/uv $(INSTALL) --python .venv -c constraints/$(ENGINE).txt -e '.[$(ENGINE),demo,dev]' --torch-backend=auto
 	$(BIN)/uv $(INSTALL) --python .venv --no-deps --target .venv/beside $(PANDAS)
+	touch $@
+
+# The site reads the package's source and does not import it, so its environment has the extra `docs` alone.
+DOCS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")
+.venv-docs/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	$(PYTHON) -c '$(DOCS)' | .venv-docs/bin/python -m pip install --quiet -r /dev/stdin
 	touch $@
 
 .venv-newest/.ready: pyproject.toml constraints/newest.txt
@@ -98,4 +120,4 @@ constraints:
 	$(COMPILE) - <<< 'lm_eval[api]' > constraints/lm_eval.txt
 
 clean:
-	rm -rf .venv .venv-newest .venv-lm-eval .venv-peers-* out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest .venv-docs .venv-lm-eval .venv-peers-* out .mypy_cache .pytest_cache .ruff_cache .hypothesis

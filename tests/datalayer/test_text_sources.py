@@ -796,7 +796,7 @@ def test_blocks_of_any_size_give_the_same_records(
 
 
 def test_lines_of_a_txt(tmp_path: Path) -> None:
-    """As docs/tables.md says: linked as a CSV, with a delimiter that no line has."""
+    """As docs/how-to/sources.md says: linked as a CSV, with a delimiter that no line has."""
     (tmp_path / "lines.txt").write_text('a, "b"\n c\n')
     (tmp_path / "lines.csv").symlink_to(tmp_path / "lines.txt")
     options = {"header": ["text"], "quote": "", "delimiter": "\x01"}

@@ -1,0 +1,189 @@
+"""Copies figures from `benchmarks/` into README.md and the site, and writes `docs/llms.txt`.
+
+`make docs-figures` runs it. A page has `<!-- figures: NAME -->`, what was copied, and `<!-- end -->`; no
+figure between them is written by hand. tests/test_docs.py fails if a page is not as this command writes it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from benchmarks.results import read, table
+from vllm_tasks import Metric
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", DOCS / "performance.md", DOCS / "reference" / "metrics.md")
+MARKED = re.compile(r"(<!-- figures: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+OURS = "`predict_in_db`"
+Rows = dict[str, dict[str, str]]
+
+
+def main() -> None:
+    for page, text in written().items():
+        page.write_text(text, encoding="utf-8")
+
+
+def written() -> dict[Path, str]:
+    """What each page should be."""
+    pages = {page: MARKED.sub(_copied, page.read_text(encoding="utf-8")) for page in PAGES}
+    return {**pages, DOCS / "llms.txt": contents()}
+
+
+def _copied(match: re.Match[str]) -> str:
+    name = match[2]
+    copied = TABLES[name]() if name in TABLES else part(*name.split(" / "))
+    return f"{match[1]}\n{copied.strip()}\n\n{match[3]}"
+
+
+def part(name: str, *headings: str) -> str:
+    """A part of RESULTS.md, or what stands below headings in it; headings in it go one level down."""
+    text = read()[name]
+    for level, heading in enumerate(headings, 3):
+        found = re.split(rf"^{'#' * level} {re.escape(heading)}.*$", text, maxsplit=1, flags=re.MULTILINE)
+        text = re.split(rf"^#{{3,{level}}} ", found[1], maxsplit=1, flags=re.MULTILINE)[0]
+    text = re.sub(r"^!\[.*\]\(.*\)$\n?", "", text, flags=re.MULTILINE)
+    return re.sub(r"^##(#+ )", r"#\1", text, flags=re.MULTILINE)
+
+
+def figures() -> str:
+    """The table of FIGURES.md with all before it, but its title."""
+    return (ROOT / "benchmarks" / "FIGURES.md").read_text(encoding="utf-8").partition("\n")[2]
+
+
+def rows_of(*headings: str) -> Rows:
+    """The first table below headings, by its first column; names without stars and `ours: `."""
+    lines = [line for line in part(*headings).splitlines() if line.startswith("|")]
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {cells[0].strip("*"): dict(zip(head, cells, strict=True)) for cells in rows}
+
+
+def beside() -> str:
+    """Six measures of the same work: ours, and what others need for it."""
+    engines = rows_of("Peers", "Engines of one's own", "Short answers")
+    repeated = rows_of("Peers", "Engines of one's own", "Half of the rows repeated")
+    clients = rows_of("Peers", "Clients of one server", "Short answers")
+    bad = rows_of("Peers when things go wrong", "A row that is refused")
+    crash = rows_of("Peers when things go wrong", "A crash at half")
+    rate, cpu, again = "tokens/s", "CPU, ms/row", "rows asked again"
+    ended = {
+        name: str(int(row["rows with an output"]) + int(row["rows with an error"]))
+        for name, row in bad.items()
+    }
+    bare, ray = "LLM.generate", "Ray Data LLM: engine"
+    curator, datatrove = "bespokelabs-curator", "datatrove: InferenceRunner"
+    harness, bench = "lm-evaluation-harness", "vllm bench serve"
+    run = "ours: predict_in_db"
+
+    def line(what: str, mine: str, others: dict[str, str]) -> list[str]:
+        return [what, f"**{mine}**", ", ".join(f"{_short(name)} {value}" for name, value in others.items())]
+
+    def tokens(found: Rows, *names: str) -> dict[str, str]:
+        return {name: found[name][rate] for name in names}
+
+    return table(
+        ("", OURS, "others"),
+        [
+            line("own engine, tokens/s", engines[run][rate], tokens(engines, bare, "AsyncLLM", ray)),
+            line(
+                "own engine, half of the rows repeated, tokens/s",
+                repeated[run][rate],
+                tokens(repeated, bare, ray),
+            ),
+            line(
+                "one server, tokens/s",
+                clients[run][rate],
+                tokens(clients, bench, curator, datatrove, harness),
+            ),
+            line(
+                "one server, CPU of the client, ms per row",
+                clients[run][cpu],
+                {name: clients[name][cpu] for name in (datatrove, curator, "Ray Data LLM: HTTP")},
+            ),
+            line(
+                "1 of 100 rows is refused: rows with an output or an error",
+                ended[run],
+                {name: ended[name] for name in (bare, ray, harness, datatrove, curator)},
+            ),
+            line(
+                "killed at half of 400 rows: rows sent again, by the same command",
+                crash[run][again],
+                {name: crash[name][again] for name in ("Ray Data LLM: HTTP", datatrove, curator)},
+            ),
+        ],
+    ).replace("--:", "---")  # fmt: skip
+
+
+def _short(name: str) -> str:
+    return f"`{name}`" if name in ("LLM.generate", "AsyncLLM", "vllm bench serve") else name.partition(":")[0]
+
+
+def contents() -> str:
+    """The pages of the site, each with its question, as https://llmstxt.org has it."""
+    site = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    lines = [f"# {site['site_name']}", "", f"> {site['site_description']}", ""]
+    for title, page in pages_of(site["nav"]):
+        if page is None:
+            lines += ["", f"## {title}", ""]
+            continue
+        address = site["site_url"] + page.removesuffix(".md") + ".html"
+        question = question_of(DOCS / page)
+        lines.append(f"- [{title}]({address})" + (f": {question}" if question else ""))
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
+
+
+def pages_of(nav: list[Any]) -> Iterator[tuple[str, str | None]]:
+    """(title, page) in the order of the site; a group's title comes first, without a page."""
+    for entry in nav:
+        ((title, inside),) = entry.items()
+        if isinstance(inside, str):
+            yield title, inside
+        else:
+            yield title, None
+            yield from pages_of(inside)
+
+
+def question_of(page: Path) -> str:
+    """The question that a page answers: the first line below its title, if it is one."""
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return lines[1] if len(lines) > 1 and lines[1].endswith("?") else ""
+
+
+def built_in() -> tuple[str, ...]:
+    """The names of the built-in metrics."""
+    return get_args(get_args(Metric.model_fields["object"].annotation)[0])
+
+
+def score_of(name: str) -> Callable[..., Any]:
+    """What scores an answer by a built-in metric."""
+    needed = {
+        "multiple_choice": {"choices": "choices"},
+        "judge": {"model": "vllm-api/judge", "rubric": "Short."},
+    }
+    return Metric(identifier=name, options=needed.get(name, {})).measure().score
+
+
+def metrics() -> str:
+    """What the file of each built-in metric says of it: formula, range, direction and source."""
+    found = {name: inspect.getmodule(score_of(name)) for name in built_in()}
+    texts = {name: inspect.getdoc(module) or "" for name, module in found.items()}
+    return "\n\n".join(f"**`{name}`**: {_paragraph(text)}" for name, text in texts.items())
+
+
+def _paragraph(docstring: str) -> str:
+    """A docstring as one paragraph; its own name of the metric is left out where it says no more."""
+    name, _, formula = docstring.partition(": ")
+    text = re.sub(r"\s+", " ", formula if len(name.split()) <= 2 else docstring)
+    return re.sub(r"https://\S+[\w/]", r"<\g<0>>", text)
+
+
+TABLES: dict[str, Callable[[], str]] = {"beside": beside, "figures": figures, "metrics": metrics}
+
+if __name__ == "__main__":
+    main()
