@@ -33,7 +33,6 @@ from vllm_tasks.placement import check_shards, over_table, routed, target_of, va
 from vllm_tasks.placement.pulled import check_stays
 from vllm_tasks.rows import Completion, RowError
 from vllm_tasks.tables.arguments import datalayer_of
-from vllm_tasks.tables.job import Display
 from vllm_tasks.tables.previews import Preview
 from vllm_tasks.tables.report import Report
 from vllm_tasks.validation import Validation
@@ -66,7 +65,7 @@ def _completions(
     return over_attempts(routed(model, call).completions, xs, on_error)
 
 
-@signed_as(tables.predict_in_db)
+@signed_as(tables.predict_in_db, "display")
 def _predict_in_db(
     model: Model,
     X: Columns,  # noqa: N803 - the name in the contract
@@ -77,7 +76,6 @@ def _predict_in_db(
     limit: int | None = None,
     shards: int = 1,
     shard: tuple[int, int] | None = None,
-    display: Display | None = None,
     **options: Any,
 ) -> Report:
     """Rows of a table in, one committed output or error per row out; see `vllm_tasks.tables.predict_in_db`.
@@ -92,7 +90,7 @@ def _predict_in_db(
     check_shards(shards, target, limit, shard)
     check_stays(datalayer_of(db, model))
     options |= {"predict_id": predict_id, "db": db, "limit": limit, "shard": shard}
-    display = display or InPrefect(model.identifier, predict_id or model.identifier)
+    display = InPrefect(model.identifier, predict_id or model.identifier)
     work = tables.predict_in_db if target is None else partial(over_table, target, shards)
     try:
         report: Report = work(model, X, select, display=display, **options)
@@ -131,7 +129,7 @@ def _preview(
     return found
 
 
-@signed_as(validation_run.validate)
+@signed_as(validation_run.validate, "display", "flow_run")
 def _validate(
     model: Model,
     validation: Validation | None = None,
@@ -163,7 +161,7 @@ def _validate(
 
 def found(model: Model, validation: Validation | None, **options: Any) -> ValidationReport:
     """What `vllm_tasks.validation.run.validate` finds; in a flow, each commit is a task run."""
-    display = options.pop("display", None) or partial(InPrefect, model.identifier)
+    display = partial(InPrefect, model.identifier)
     return validation_run.validate(model, validation, display=display, **options)
 
 

@@ -10,14 +10,17 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def signed_as(contract: Callable[P, R]) -> Callable[[Callable[..., R]], Callable[P, R]]:
+def signed_as(contract: Callable[P, R], *own: str) -> Callable[[Callable[..., R]], Callable[P, R]]:
     """Give a function that passes its arguments on to `contract` the signature of `contract`.
 
-    Type checkers, Prefect and `help()` then see the arguments by name, which are written down once.
+    Type checkers, Prefect and `help()` then see the arguments by name, which are written down once. Without
+    the arguments in `own`, which the function gives by itself.
     """
 
     def sign(function: Callable[..., Any]) -> Callable[P, R]:
-        function.__signature__ = inspect.signature(contract)  # type: ignore[attr-defined]
+        signature = inspect.signature(contract)
+        kept = [p for name, p in signature.parameters.items() if name not in own]
+        function.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
         return function
 
     return sign
