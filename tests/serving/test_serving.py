@@ -190,7 +190,7 @@ def test_the_last_user_waits_until_the_server_is_gone(
             os._exit(0)
     try:
         assert not is_alive(pids["server"])
-        assert eventually(lambda: not is_alive(pids["keeper"]))
+        assert eventually(lambda: not is_alive(pids["supervisor"]))
         assert not answers(port)
         with pytest.raises(FileNotFoundError):  # nor is the key left
             told(servers)
@@ -235,7 +235,7 @@ def test_a_server_holds_its_gpus_as_long_as_it_lives(
         others.release()
 
 
-def test_a_keeper_that_cannot_be_started_holds_no_gpus(
+def test_a_supervisor_that_cannot_be_started_holds_no_gpus(
     scripted: Callable[..., VllmModel], servers: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The reason is told, and the next engine finds the devices free."""
@@ -272,20 +272,20 @@ def test_a_server_that_cannot_come_back_ends_the_call(
     assert len(pids_of(servers.parents[1] / "record")) == 4
 
 
-def test_a_killed_keeper_takes_the_server_along(
+def test_a_killed_supervisor_takes_the_server_along(
     scripted: Callable[..., VllmModel], servers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No server stays without its keeper; its users are told, and the next ones get a new server."""
+    """No server stays without its supervisor; its users are told, and the next ones get a new server."""
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "1")
     model = scripted()
     with pytest.raises(EngineFailed, match="ended from outside") as caught:
-        ask_without("keeper", model, servers)
+        ask_without("supervisor", model, servers)
     assert caught.value.temporary
     with serve(model) as served:
         assert served.predict("a") == "a"
-        keeper = told(servers)["pids"]["keeper"]
-        os.kill(keeper, signal.SIGKILL)
-        assert eventually(lambda: not psutil.pid_exists(keeper))
+        supervisor = told(servers)["pids"]["supervisor"]
+        os.kill(supervisor, signal.SIGKILL)
+        assert eventually(lambda: not psutil.pid_exists(supervisor))
         with serve(model) as again:  # while its server may still be ending
             assert again.predict("a") == "a"
 
@@ -320,9 +320,9 @@ def test_a_user_killed_during_the_start_leaves_nothing(
     record = servers.parents[1] / "record"
     with User(scripted(wait="120")) as user:
         assert eventually(lambda: record.exists() and pids_of(record))
-        keeper = told(servers)["pids"]["keeper"]
+        supervisor = told(servers)["pids"]["supervisor"]
         user.kill()
-        assert eventually(lambda: not any(map(is_alive, [keeper, *pids_of(record)])))
+        assert eventually(lambda: not any(map(is_alive, [supervisor, *pids_of(record)])))
 
 
 JOB = """
@@ -496,7 +496,7 @@ def test_the_life_of_a_server(tiny: VllmModel, servers: Path) -> None:
         os.kill(told(servers)["pids"]["server"], signal.SIGKILL)
         assert len(second.ask(rows)) == 20
         assert told(servers)["key"] == key
-        assert [p.pid for p in family if is_alive(p.pid)] == [told(servers)["pids"]["keeper"]]
+        assert [p.pid for p in family if is_alive(p.pid)] == [told(servers)["pids"]["supervisor"]]
 
         family, shared = processes_of(servers), shared_memory_of(servers)
         assert shared
@@ -519,8 +519,8 @@ def check_secret(servers: Path, url: str, key: str) -> None:
 
 
 def processes_of(servers: Path) -> list[psutil.Process]:
-    keeper = psutil.Process(told(servers)["pids"]["keeper"])
-    return [keeper, *keeper.children(recursive=True)]
+    supervisor = psutil.Process(told(servers)["pids"]["supervisor"])
+    return [supervisor, *supervisor.children(recursive=True)]
 
 
 def shared_memory_of(servers: Path) -> set[str]:

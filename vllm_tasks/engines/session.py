@@ -1,7 +1,7 @@
 """The processes around one vLLM, which share a session: how they speak, where they meet, how they end.
 
-What our programs (`host`, `keeper`, `server`) and those who start them have in common. The programs are run
-by their paths and run this file by its own, so it needs nothing but the standard library.
+What our programs (`host`, `supervisor`, `server`) and those who start them have in common. The programs are
+run by their paths and run this file by its own, so it needs nothing but the standard library.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`serve(model)`: vLLM's OpenAI server for a model, one for all on this machine that want the same.
 
-Who wants a server *joins* it: under a lock, the first one starts a keeper (see `serving.supervisor`),
+Who wants a server *joins* it: under a lock, the first one starts a supervisor (see `serving.supervisor`),
 which starts the server. Users hold a shared lock as long as they use it. The kernel gives it back however
-a user ends, and the keeper ends with the last one.
+a user ends, and the supervisor ends with the last one.
 """
 
 from __future__ import annotations

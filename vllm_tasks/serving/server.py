@@ -1,6 +1,6 @@
-"""vLLM's OpenAI server as a process that a keeper starts, and that ends with it.
+"""vLLM's OpenAI server as a process that a supervisor starts, and that ends with it.
 
-Run by its path (see `vllm_tasks.engines.session`): the keeper's pid is its argument, the server's own
+Run by its path (see `vllm_tasks.engines.session`): the supervisor's pid is its argument, the server's own
 arguments come as a JSON list on standard input, since a command line can be read by every user of the
 machine. vLLM's processes import this file too, which gives them AMX and lets each end with its parent.
 """

@@ -1,6 +1,6 @@
 """One user's part in a server that all of this machine share: how it is joined, awaited and left.
 
-A folder per configuration holds what users and the keeper know of each other (see
+A folder per configuration holds what users and the supervisor know of each other (see
 `serving.supervisor`), and `start.lock`, which is held while somebody joins or leaves: so nobody can
 join a server that the last one is just leaving.
 """
@@ -30,7 +30,7 @@ from vllm_tasks.settings import site_settings
 
 logger = logging.getLogger(__name__)
 
-KEEPER = Path(__file__).with_name("supervisor.py")
+SUPERVISOR = Path(__file__).with_name("supervisor.py")
 SERVER = Path(__file__).with_name("server.py")
 LOOK_EVERY = 0.1
 """Seconds between two looks at a server that starts."""
@@ -104,31 +104,31 @@ class SharedServer:
             ) from error
 
     def _join(self, users: int) -> None:
-        with self._deciding(), self._open("keeper") as keeper:
-            fcntl.flock(users, fcntl.LOCK_SH)  # waits for a keeper that is ending
+        with self._deciding(), self._open("supervisor") as supervisor:
+            fcntl.flock(users, fcntl.LOCK_SH)  # waits for a supervisor that is ending
             if self._is_ending():
-                fcntl.flock(keeper, fcntl.LOCK_EX)
-            elif not _is_free(keeper):
+                fcntl.flock(supervisor, fcntl.LOCK_EX)
+            elif not _is_free(supervisor):
                 return
-            self._start_keeper(keeper)
+            self._start_supervisor(supervisor)
 
     def _leave(self, users: int) -> None:
         """Let go; the last one waits until the server is gone, whose memory the next step may need."""
-        with self._deciding(), self._open("keeper") as keeper:
+        with self._deciding(), self._open("supervisor") as supervisor:
             fcntl.flock(users, fcntl.LOCK_UN)
-            if _is_free(users) or not _is_free(users, fcntl.LOCK_SH):  # nobody, or the keeper, has it
+            if _is_free(users) or not _is_free(users, fcntl.LOCK_SH):  # nobody, or the supervisor, has it
                 fcntl.flock(users, fcntl.LOCK_UN)
-                fcntl.flock(keeper, fcntl.LOCK_EX)
+                fcntl.flock(supervisor, fcntl.LOCK_EX)
 
-    def _start_keeper(self, lock: int) -> None:
-        """Start a keeper that inherits `lock`, so that it is never free while the keeper lives."""
+    def _start_supervisor(self, lock: int) -> None:
+        """Start a supervisor that inherits `lock`, so that it is never free while the supervisor lives."""
         devices = self._devices()
         try:
-            self._run_keeper(devices, lock)
+            self._run_supervisor(devices, lock)
         finally:
-            devices.release()  # the keeper and its server hold them now, if they were started
+            devices.release()  # the supervisor and its server hold them now, if they were started
 
-    def _run_keeper(self, devices: Devices, lock: int) -> None:
+    def _run_supervisor(self, devices: Devices, lock: int) -> None:
         locks = [lock, *devices.locks]
         order = {**self._order, "env": dict(devices.env), "locks": locks}
         logger.info("starting a vLLM server for %r; its log: %s", self.model, self._log)
@@ -137,7 +137,7 @@ class SharedServer:
             self._log.replace(self._log.with_suffix(".1"))
         with open(os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w") as log:
             subprocess.run(  # it leaves a process that is not our child
-                [sys.executable, "-P", str(KEEPER), str(self.folder)],
+                [sys.executable, "-P", str(SUPERVISOR), str(self.folder)],
                 input=json.dumps(order).encode(),
                 stdout=log,
                 stderr=log,
@@ -152,15 +152,15 @@ class SharedServer:
         return loop.run(free_devices(max(wanted, self.gpus))) if wanted and self.gpus else Devices()
 
     def _is_ending(self) -> bool:
-        """Whether the last server that was told of is given up, or its keeper was killed."""
+        """Whether the last server that was told of is given up, or its supervisor was killed."""
         told = self._told()
         return told.get("state") == "failed" or bool(
-            told and not Path(f"/proc/{told['pids']['keeper']}").exists()
+            told and not Path(f"/proc/{told['pids']['supervisor']}").exists()
         )
 
     def _is_kept(self) -> bool:
-        with self._deciding(), self._open("keeper") as keeper:
-            return not _is_free(keeper)
+        with self._deciding(), self._open("supervisor") as supervisor:
+            return not _is_free(supervisor)
 
     def _told(self) -> dict[str, Any]:
         try:

@@ -4,10 +4,12 @@ Run by its path, with the standard library alone (see `vllm_tasks.engines.sessio
 its argument, its order comes as JSON on standard input, and what it prints is the server's log. It leaves
 its parent and its session, so that no user's end is its own. In the folder:
 
-    keeper.lock    held exclusively as long as this process or its server lives; inherited from the starter,
-                   and by the server, so that no second one starts beside that of a keeper that was killed
-    users.lock     shared by the users; who can have it exclusively knows that there is none
-    server.json    what users need to know: state (starting, ready, failed), url, key, pids; or why it failed
+    supervisor.lock   held exclusively as long as this process or its server lives; inherited from the
+                      starter, and by the server, so that no second one starts beside that of a
+                      supervisor that was killed
+    users.lock        shared by the users; who can have it exclusively knows that there is none
+    server.json       what users need to know: state (starting, ready, failed), url, key, pids; or why
+                      it failed
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 else:  # which would import the package
     session = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "engines/session.py")))
 
-logger = logging.getLogger("keeper")
+logger = logging.getLogger("supervisor")
 
 ADDRESS = "127.0.0.1"
 TICK = 0.5
@@ -59,7 +61,7 @@ class Unused(Exception):
     """Nobody uses the server any more."""
 
 
-class Keeper:
+class Supervisor:
     """One server on one port with one key, through all its lives."""
 
     def __init__(self, folder: Path, order: dict[str, Any]) -> None:
@@ -117,7 +119,7 @@ class Keeper:
         server = subprocess.Popen(
             [sys.executable, "-P", self.order["server"], str(os.getpid())],
             stdin=subprocess.PIPE,
-            pass_fds=self.order["locks"],  # the keeper's, and those of its GPUs
+            pass_fds=self.order["locks"],  # the supervisor's, and those of its GPUs
             start_new_session=True,
             env={
                 **os.environ,
@@ -190,7 +192,7 @@ class Keeper:
 
     def tell(self, state: str) -> None:
         url = f"http://{ADDRESS}:{self.port}"
-        pids = {"keeper": os.getpid(), "server": self.server and self.server.pid}
+        pids = {"supervisor": os.getpid(), "server": self.server and self.server.pid}
         self.write({"state": state, "url": url, "key": self.key, "pids": pids})
 
     def write(self, told: dict[str, Any]) -> None:
@@ -223,15 +225,15 @@ def main() -> None:
     folder, order = Path(sys.argv[1]), json.load(sys.stdin)
     if os.fork():
         os._exit(0)  # whoever started us waits for this, and has no child then
-    logging.basicConfig(format="%(asctime)s keeper: %(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(asctime)s supervisor: %(message)s", level=logging.INFO)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    keeper = Keeper(folder, order)
+    supervisor = Supervisor(folder, order)
     try:
-        keeper.keep()
+        supervisor.keep()
     except Unused:
         logger.info("nobody uses the server any more; ending it")
     finally:
-        keeper.close()
+        supervisor.close()
 
 
 if __name__ == "__main__":
