@@ -132,7 +132,7 @@ def contents() -> str:
         if page is None:
             lines += ["", f"## {title}", ""]
             continue
-        address = site["site_url"] + page.removesuffix(".md") + ".html"
+        address = page.removesuffix(".md") + ".html"
         question = question_of(DOCS / page)
         lines.append(f"- [{title}]({address})" + (f": {question}" if question else ""))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
