@@ -277,29 +277,34 @@ def test_the_engine_answers_as_vllms_server_does(server: VllmServer, folder: Pat
 
 
 def test_the_server_streams_what_it_answers_whole(server: VllmServer, folder: Path) -> None:
-    """Of all the requests that it streams each has the same answer, in one piece or in many."""
-    other, refused = [], 0
-    with ExitStack() as stack:
-        whole, streamed = (
-            stack.enter_context(
-                VllmAPI(
-                    identifier="a", api_url=server.url, api_key=KEY, model="tiny", retries=0, chat=False,
-                    stream=stream,
-                )
-            )
-            for stream in (False, True)
-        )  # fmt: skip
+    """A streamed answer is the same, but for what vLLM itself does otherwise in a stream.
+
+    There it parses reasoning and tool calls by other code, which shows where a model writes their tags at
+    random, and it gives no logprobs of a prompt that is echoed.
+    """
+    other, compared = [], 0
+    url: dict[str, Any] = {
+        "api_url": server.url,
+        "api_key": KEY,
+        "model": "tiny",
+        "retries": 0,
+        "chat": False,
+    }
+    with VllmAPI(identifier="a", **url) as whole, VllmAPI(identifier="a", **url, stream=True) as streamed:
         for prompt, body in REQUESTS:
+            if not isinstance(prompt, str) and {"allowed_token_ids", "tools", "logit_bias"} & body.keys():
+                continue
             asked, _ = sent(body, folder)
-            (one,), (many,) = (
-                model.completions([prompt], on_error="return", **asked) for model in (whole, streamed)
-            )
-            refused += isinstance(many, RowError) and isinstance(one, Completion)
+            (one,) = whole.completions([prompt], on_error="return", **asked)
+            (many,) = streamed.completions([prompt], on_error="return", **asked)
+            if body.get("echo") and isinstance(one, Completion):
+                one = replace(one, prompt_logprobs=None)
+            compared += isinstance(many, Completion)
             if isinstance(many, Completion) and not alike(one, many):
                 other.append(f"{prompt!r:.60} {body}\n  whole {one!r:.1500}\n  streamed {many!r:.1500}")
-    print(f"{len(REQUESTS) - len(other)} of {len(REQUESTS)} equal, {refused} only whole")
-    assert not other, f"{len(other)} of {len(REQUESTS)}:\n" + "\n".join(other)
-    assert refused < 20
+    print(f"{compared - len(other)} of {compared} streams equal")
+    assert not other, f"{len(other)} of {compared}:\n" + "\n".join(other)
+    assert compared > 80
 
 
 def sent(body: Body, folder: Path) -> tuple[Body, str | None]:

@@ -147,17 +147,25 @@ def test_poisoned_rows_fail_alone(server: VllmServer) -> None:
 def gateway(upstream: str, silence: float) -> Iterator[str]:
     """A gateway that closes connections on which nothing has moved for this many seconds."""
 
-    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(TimeoutError, ConnectionError):
-            while part := await asyncio.wait_for(reader.read(2**16), silence):
-                writer.write(part)
-        writer.close()
-
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there = urlsplit(upstream)
         back, forth = await asyncio.open_connection(there.hostname, there.port)
-        both = carry(back, writer), carry(reader, forth)
-        await asyncio.gather(*both)
+        moved = time.monotonic()
+
+        async def carry(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            nonlocal moved
+            with suppress(ConnectionError):
+                while part := await source.read(2**16):
+                    moved = time.monotonic()
+                    sink.write(part)
+
+        ways = [asyncio.create_task(way) for way in (carry(back, writer), carry(reader, forth))]
+        while not any(way.done() for way in ways) and time.monotonic() - moved < silence:
+            await asyncio.wait(ways, timeout=silence / 10, return_when=asyncio.FIRST_COMPLETED)
+        for way in ways:
+            way.cancel()
+        writer.close()
+        forth.close()
 
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="gateway")

@@ -183,6 +183,13 @@ def test_a_server_that_answers_whole_is_understood(server: ScriptedServer, model
     assert model.predict("x") == answer_to("x")
 
 
+def test_logprobs_of_the_prompt_come_whole(server: ScriptedServer, model: VllmAPI) -> None:
+    """vLLM leaves them out of a stream without a word, so such a request is not streamed."""
+    assert model.predict("x", prompt_logprobs=1, max_tokens=1) == answer_to("x")
+    (asked,) = server.posts
+    assert "stream" not in asked.body
+
+
 def test_a_stream_may_be_no_larger_than_any_answer(
     server: ScriptedServer, model: VllmAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -244,7 +244,9 @@ class HttpEngine:
         model = None if path == "/generate" else server.model
         try:
             fields = wire.body_of(request, model)
-            body = json.dumps(streamed(fields) if self.config.stream else fields).encode()
+            # vLLM leaves the prompt's logprobs out of a stream without a word.
+            streams = self.config.stream and fields.get("prompt_logprobs") is None
+            body = json.dumps(streamed(fields) if streams else fields).encode()
         except (TypeError, ValueError) as error:  # prompts have been checked before
             raise InvalidCall(f"a sampling parameter cannot be sent: {error}") from error
         sent = time.monotonic()
