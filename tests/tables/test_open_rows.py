@@ -28,10 +28,10 @@ def test_the_reader_waits_for_bytes_and_never_for_ever(monkeypatch: pytest.Monke
     """What has no room waits until enough is committed; what is larger than all the room goes alone."""
     monkeypatch.setattr(open_rows, "HELD", 100)
     rows = Open()
-    assert rows.wait_for_room(10, 10, 1000), "nothing else is open"
+    assert rows.wait_for_capacity(10, 10, 1000), "nothing else is open"
     rows.read([(1,)], 90)
     came = threading.Event()
-    reader = threading.Thread(target=lambda: (rows.wait_for_room(10, 10, 50), came.set()))
+    reader = threading.Thread(target=lambda: (rows.wait_for_capacity(10, 10, 50), came.set()))
     reader.start()
     rows.answered(60)  # the prompt is still held, and the answer beside it
     assert not came.wait(0.1)
