@@ -21,10 +21,10 @@ from vllm_tasks._prefect.mapping import ModelTask, RowsTask
 from vllm_tasks._prefect.policy import POLICY, table_run_name, validation_run_name
 from vllm_tasks._prefect.recording import emit_verdict, save_metric_values
 from vllm_tasks._prefect.row_retries import over_attempts
-from vllm_tasks._prefect.signature import signed_as
 from vllm_tasks.artifacts import show_preview
 from vllm_tasks.calls.call import Columns, OnError, Output
 from vllm_tasks.calls.prompts import Context
+from vllm_tasks.calls.signature import signed_as
 from vllm_tasks.datalayer import Datalayer, outputs_name
 from vllm_tasks.datalayer.opening import Store
 from vllm_tasks.errors import GateFailed, InvalidCall, TooManyFailed, VllmTasksError

@@ -46,6 +46,7 @@ from vllm_tasks.calls.prompts import (
 )
 from vllm_tasks.calls.sampling import Target, check_names, known_names
 from vllm_tasks.calls.schemas import schema_type
+from vllm_tasks.calls.signature import signed_as
 from vllm_tasks.datalayer import Datalayer, check_name, not_shown, own_fields, validated
 from vllm_tasks.datalayer.lake.partitions import named, refuse_inexact
 from vllm_tasks.engines import loop, sharing
@@ -57,6 +58,7 @@ from vllm_tasks.models.resources import Resources
 from vllm_tasks.rows import BuiltinType, Completion, RowError
 from vllm_tasks.settings import site_settings
 from vllm_tasks.validation import Validation, run
+from vllm_tasks.validation.report import ValidationReport
 
 logger = logging.getLogger(__name__)
 
@@ -445,7 +447,13 @@ class Predictor(BaseModel):
     # The same functions, with the model first: their arguments, errors and types are written down once.
     predict_in_db = tables.predict_in_db
     preview = tables.preview
-    validate = run.validate  # type: ignore[assignment]  # of pydantic's, deprecated since its version 2
+
+    @signed_as(run.validate)
+    def validate(  # type: ignore[override]  # of pydantic's, deprecated since its version 2
+        self, *args: Any, **options: Any
+    ) -> ValidationReport:
+        """See `vllm_tasks.validation.run.validate`."""
+        return run.validate(self, *args, **options)
 
     # ------------------------------------------------------------------ the engine
 
