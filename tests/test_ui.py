@@ -101,7 +101,7 @@ def test_blocks_are_made_by_their_forms(page: Page, site: Site, name: str) -> No
     page.wait_for_url("**/blocks/block/*")
     saved = site.get(f"/block_types/slug/vllm-api/block_documents/name/{name}")
     given = {"identifier": name, "api_url": "http://127.0.0.1:1", "predict_kwargs": {"max_tokens": 5}}
-    switches = {"flatten": False, "messages_as_json": False}  # which a form always sends
+    switches = {"flatten": False, "messages_as_json": False, "stream": False}  # which a form always sends
     assert {key: value for key, value in saved["data"].items() if key != "db"} == given | switches
     assert saved["block_document_references"]["db"]["block_document"]["name"] == name
 

@@ -311,7 +311,7 @@ type(os.environ).__setitem__ = forked
 
 @pytest.mark.usefixtures("all_processes_of_vllm")
 @pytest.mark.parametrize(
-    ("option", "forks", "room"), [("tensor_parallel_size", True, 9), ("data_parallel_size", False, 18)]
+    ("option", "forks", "capacity"), [("tensor_parallel_size", True, 9), ("data_parallel_size", False, 18)]
 )
 def test_two_ranks(
     option: str, forks: bool, capacity: int, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -67,10 +67,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
     lake = tmp_path_factory.mktemp("lake")
     for night, right in enumerate((0.8, 0.85, 0.8, 0.9, 0.82, 0.4)):
         with ScriptedServer(clerk(right, night)) as server:
-            model = VllmAPI(identifier="clerk", api_url=server.url)
+            model = VllmAPI(identifier="clerk", api_url=server.url, chat=False)
             found = validate(model, VALIDATION, db=str(lake))
     with ScriptedServer(clerk(0.7, 99)) as server:
-        other = VllmAPI(identifier="another-clerk", api_url=server.url, model="other")
+        other = VllmAPI(identifier="another-clerk", api_url=server.url, model="other", chat=False)
         others = validate(other, VALIDATION, db=str(lake))
     models = [model.model_copy(update={"model": "scripted-model"}), other]
     comparison = compare(models, VALIDATION, [found, others], db=str(lake))
