@@ -39,7 +39,7 @@ def processes(root: int | None = None) -> list[psutil.Process]:
     """The live processes of all engines started by `root` (this process if None)."""
     found = []
     for host in psutil.Process(root).children():
-        if any(part.endswith("engines/host.py") for part in host.cmdline()):
+        if any(part.endswith("engines/local/host.py") for part in host.cmdline()):
             found += [host, *host.children(recursive=True)]
     return found
 

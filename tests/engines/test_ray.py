@@ -116,7 +116,7 @@ def actors() -> list[psutil.Process]:
 
 
 def hosts() -> list[psutil.Process]:
-    return of_ray("_host.py") + of_ray("engines/host.py")
+    return of_ray("_host.py") + of_ray("engines/local/host.py")
 
 
 def assert_nothing_left() -> None:

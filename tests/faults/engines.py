@@ -101,7 +101,7 @@ def progressed(chance: random.Random, ledger: Ledger, most: int, job: int | None
 
 def engine_of(job: int) -> list[psutil.Process]:
     """The host and what vLLM has started from it."""
-    hosts = [p for p in psutil.Process(job).children() if "engines/host.py" in " ".join(p.cmdline())]
+    hosts = [p for p in psutil.Process(job).children() if "engines/local/host.py" in " ".join(p.cmdline())]
     found = [p for host in hosts for p in (host, *host.children(recursive=True))]
     return [p for p in found if "resource_tracker" not in " ".join(p.cmdline())]
 

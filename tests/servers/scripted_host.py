@@ -1,4 +1,4 @@
-"""Stands for `engines/host.py` where a real engine will not do on demand what a test needs.
+"""Stands for `engines/local/host.py` where a real engine will not do on demand what a test needs.
 
 Says it is ready after `start` seconds (an engine argument) and answers each row with its prompt, after
 `pause` seconds, but for

@@ -1,4 +1,4 @@
-"""Stands for `engines/server.py` where vLLM's server will not do on demand what a test needs.
+"""Stands for `serving/server.py` where vLLM's server will not do on demand what a test needs.
 
 Answers each prompt with itself, to who has the key. Its arguments, as a model's `vllm_kwargs`: `record` (a
 file that gets a line for each start, and one that says so if another server of the record still lives),
