@@ -1,4 +1,4 @@
-"""Stands for `engines/local/host.py` in P11: time on a GPU is time asleep, so that many engines fit on one machine.
+"""Stands for `host.py` in P11: time on a GPU is time asleep, so that many engines fit on one machine.
 
 Works on `seqs` rows at once, each of which takes `seconds` (both are engine arguments); the others wait.
 """
