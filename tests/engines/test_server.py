@@ -187,7 +187,7 @@ def gateway(upstream: str, silence: float) -> Iterator[str]:
 def test_a_long_answer_comes_through_a_gateway_that_closes_silent_connections(server: VllmServer) -> None:
     """Streamed, something moves all the time; whole, the connection is closed before the answer is there."""
     long = {"max_tokens": 900, "ignore_eos": True, "temperature": 0}
-    with client(server) as direct:
+    with client(server, chat=False) as direct:
         (expected,) = direct.completions(["The quick brown"], **long)
     assert isinstance(expected, Completion)
     assert expected.seconds is not None
