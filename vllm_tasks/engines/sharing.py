@@ -195,7 +195,10 @@ def _rare_collections() -> Iterator[None]:
 
 
 def _of(config: Config) -> Shared:
-    return _shared.setdefault(config, Shared(config))
+    shared = _shared.setdefault(config, Shared(config))
+    if shared.engine is None:
+        shared.config = config  # an equal one, whose time limits may be others
+    return shared
 
 
 def _new(config: Config) -> Engine:
