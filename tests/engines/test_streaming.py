@@ -205,3 +205,15 @@ def test_the_legacy_format_is_not_streamed() -> None:
     model = VllmAPI(identifier="a", api_url="http://127.0.0.1:9/generate", stream=True)
     with pytest.raises(InvalidCall, match="stream=True is for OpenAI's protocol"):
         model.predict("x")
+
+
+def test_no_part_of_a_key_that_a_stream_repeats_is_shown(server: ScriptedServer) -> None:
+    """Also where an error shows the beginning and the end of what came."""
+    key = "sk-" + "0123456789" * 15
+    server.script = streaming(events([f"you sent {key}"]))
+    fields: dict[str, Any] = {"model": "m", "retries": 0, "chat": False, "api_key": key}
+    with VllmAPI(identifier="a", api_url=server.url, **fields, stream=True) as model:
+        error = only(model)
+    assert isinstance(error, RowError)
+    assert "it repeats api_key" in error.message
+    assert "0123456789" not in error.message

@@ -65,7 +65,7 @@ class HttpConfig:
     max_in_flight: int
     grace_period: float
     max_response_bytes: int
-    stream: bool = False
+    stream: bool
 
     def __repr__(self) -> str:
         return f"HttpConfig({', '.join(self.urls)})"  # never the key
@@ -251,7 +251,7 @@ class HttpEngine:
             raise InvalidCall(f"a sampling parameter cannot be sent: {error}") from error
         sent = time.monotonic()
         try:
-            response, content = await self._post(server.url + path, body, name)
+            response, status, content = await self._post(server.url + path, body, name)
         except FailedAttempt as failed:
             if failed.kind == "timeout":
                 server.capacity.time_out(sent)
@@ -259,11 +259,11 @@ class HttpEngine:
                 server.capacity.refuse(None)
             raise
         seconds = time.monotonic() - sent
-        if response.status not in FULL:
+        if status not in FULL:
             self._servers.answer(server, sent)
-        if response.status != 200:
-            refused = refusal(response.status, response, content, self._key)
-            if response.status in GATEWAY and "Retry-After" not in response.headers:
+        if status != 200:
+            refused = refusal(status, response, content, self._key)
+            if status in GATEWAY and "Retry-After" not in response.headers:
                 await self._servers.check(server)  # else it is not the row's failure
             if isinstance(refused, Full):
                 server.capacity.refuse(refused.delay)
@@ -282,10 +282,7 @@ class HttpEngine:
                 raise FailedAttempt("connection", f"{server.url} answered another request", retryable=True)
             completion = wire.parse(path, request, answer)
         except (ValueError, RecursionError) as error:
-            shown = self._key.hidden_in(content)
-            why = error if shown == content else "it repeats api_key"  # the error may show a part of it
-            said = f"{why}; the answer from {server.url} began with {shown[:100]!r}"
-            raise FailedAttempt("response", said) from error
+            raise self._no_answer(error, f"the answer from {server.url}", content) from error
         if reason := given_up(completion):
             raise FailedAttempt(
                 "server", f"{server.url} gave the row up before its end ({reason})", retryable=True
@@ -294,8 +291,8 @@ class HttpEngine:
             raise FailedAttempt("refused", f"{server.url} withheld the answer (finish_reason {WITHHELD!r})")
         return completion
 
-    async def _post(self, url: str, body: bytes, name: str) -> tuple[aiohttp.ClientResponse, bytes]:
-        """The response and its body.
+    async def _post(self, url: str, body: bytes, name: str) -> tuple[aiohttp.ClientResponse, int, bytes]:
+        """The response, its status (of a stream, that of an error within it) and its body.
 
         Raises `Unreachable` without a connection, `InvalidCall` without a trusted one, else `FailedAttempt`.
         """
@@ -305,9 +302,7 @@ class HttpEngine:
             async with self._session.post(
                 url, data=data, headers={NAME: name}, allow_redirects=False
             ) as response:
-                if response.status == 200 and response.content_type == EVENTS:
-                    return response, await self._read_pieces(response)
-                return response, await self._read(response)
+                return response, *await self._read(response)
         except aiohttp.ClientSSLError as error:
             raise untrusted(url, error) from error
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
@@ -327,24 +322,25 @@ class HttpEngine:
             said = self._key.hidden_in(f"{type(error).__name__}: {error}")
             raise FailedAttempt("response", f"not an HTTP answer: {said}") from error
 
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
-        return b"".join([part async for part in self._parts(response)])
+    def _no_answer(self, error: Exception, what: str, content: bytes) -> FailedAttempt:
+        """`what`, which is `content`, is not as the protocol promises."""
+        shown = self._key.hidden_in(content)
+        why = error if shown == content else "it repeats api_key"  # the error may show a part of it
+        return FailedAttempt("response", f"{why}; {what} began with {shown[:100]!r}")
 
-    async def _read_pieces(self, response: aiohttp.ClientResponse) -> bytes:
-        """A streamed answer as if it had come whole; raises what an error within it means."""
+    async def _read(self, response: aiohttp.ClientResponse) -> tuple[int, bytes]:
+        if response.status != 200 or response.content_type != EVENTS:
+            return response.status, b"".join([part async for part in self._parts(response)])
         pieces = Pieces()
         try:
             async for part in self._parts(response):
                 pieces.take(part)
-            content = json.dumps(pieces.whole()).encode()
+            return pieces.status, json.dumps(pieces.whole()).encode()
         except Ended as error:
             raise FailedAttempt("connection", f"{response.url}: {error}", retryable=True) from error
         except (ValueError, RecursionError) as error:
-            why = self._key.hidden_in(f"{error}")
-            raise FailedAttempt("response", f"{why}; in the stream from {response.url}") from error
-        if pieces.error_status:
-            raise refusal(pieces.error_status, response, content, self._key)
-        return content
+            what = f"a piece in the stream from {response.url}"
+            raise self._no_answer(error, what, pieces.last) from error
 
     async def _parts(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         """The body as it comes, unless it is larger than the limit."""
@@ -360,10 +356,7 @@ class HttpEngine:
 
 
 def refusal(status: int, response: aiohttp.ClientResponse, content: bytes, key: Key) -> Exception:
-    """What a status other than 200 means: `InvalidCall` for the call, `FailedAttempt` for the row.
-
-    A stream may end with one, after the 200 of its response.
-    """
+    """What a status other than 200 means: `InvalidCall` for the call, `FailedAttempt` for the row."""
     words = words_of(key.hidden_in(content))
     said = f"HTTP {status} from {response.url}: {words!r}"
     if status in MENDED_BY:

@@ -37,10 +37,13 @@ class Pieces:
         self._answer: dict[str, Any] = {}
         self._unread = b""
         self._ended = False
+        self.last = b""
+        """What came in the newest event."""
 
     def take(self, content: bytes) -> None:
         """Add what came next; raises `WrongShape` for what is no piece of an answer."""
         for data in self._events(content):
+            self.last = data
             if data == LAST:
                 self._ended = True
                 continue
@@ -60,17 +63,17 @@ class Pieces:
                 yield line.removeprefix(b"data:").strip()
 
     @property
-    def error_status(self) -> int:
-        """The HTTP status of an error that came in place of the rest; 0: none came."""
+    def status(self) -> int:
+        """200, or the HTTP status of an error that came in place of the rest."""
         error = self._answer.get("error")
         code = error.get("code") if isinstance(error, dict) else None
         if isinstance(code, int) and 400 <= code < 600:
             return code
-        return 500 if error else 0
+        return 500 if error else 200
 
     def whole(self) -> dict[str, Any]:
         """The answer in the shape of one that was not streamed; raises `Ended` where its end is missing."""
-        if self.error_status:
+        if self.status != 200:
             return self._answer
         choices = self._answer.get("choices") or []
         if not self._ended or not all(choice.get("finish_reason") for choice in choices):
