@@ -14,18 +14,11 @@ from vllm_tasks.engines import wire
 from vllm_tasks.engines.http.engine import HttpConfig
 from vllm_tasks.engines.http.urls import origins, split_urls
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.models.predictor import FORBID, Predictor
+from vllm_tasks.models.predictor import FORBID, VLLM_DOCS, Predictor
 from vllm_tasks.models.resources import Resources
 from vllm_tasks.settings import Settings, site_settings
 
 T = TypeVar("T")
-FOREIGN_CODE = {
-    "trust_remote_code": "trust_rem",
-    "tool_parser_plugin": "tool_parser_p",
-    "reasoning_parser_plugin": "reasoning_parser_p",
-}
-"""Engine arguments that run code from elsewhere, and what each is cut to at least."""
-VLLM_DOCS = "https://docs.vllm.ai/en/latest"
 
 
 class VllmAPI(Predictor, Block):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 from prefect.blocks.core import Block
 from pydantic import Field, model_validator
@@ -15,18 +15,16 @@ from vllm_tasks.datalayer import LOGO
 from vllm_tasks.engines.local.engine import LocalConfig
 from vllm_tasks.engines.ray.engine import RayConfig
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.models.predictor import FORBID, Predictor
+from vllm_tasks.models.predictor import FORBID, VLLM_DOCS, Predictor
 from vllm_tasks.models.resources import PARALLEL, Resources
 from vllm_tasks.settings import site_settings
 
-T = TypeVar("T")
 FOREIGN_CODE = {
     "trust_remote_code": "trust_rem",
     "tool_parser_plugin": "tool_parser_p",
     "reasoning_parser_plugin": "reasoning_parser_p",
 }
 """Engine arguments that run code from elsewhere, and what each is cut to at least."""
-VLLM_DOCS = "https://docs.vllm.ai/en/latest"
 
 
 class VllmModel(Predictor, Block):

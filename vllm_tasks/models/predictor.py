@@ -62,6 +62,7 @@ from vllm_tasks.validation.report import ValidationReport
 
 logger = logging.getLogger(__name__)
 
+VLLM_DOCS = "https://docs.vllm.ai/en/latest"
 WRITE_OPTIONS = {"table", "partition_by", "compression", "on_length"}
 
 FORBID = ConfigDict(extra="forbid")
