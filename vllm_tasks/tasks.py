@@ -26,7 +26,6 @@ from vllm_tasks.calls.call import Columns, OnError, Output
 from vllm_tasks.calls.prompts import Context
 from vllm_tasks.calls.signature import signed_as
 from vllm_tasks.datalayer import Datalayer, outputs_name
-from vllm_tasks.datalayer.opening import Store
 from vllm_tasks.errors import GateFailed, InvalidCall, TooManyFailed, VllmTasksError
 from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.placement import check_shards, over_table, routed, target_of, validated
@@ -106,25 +105,14 @@ def _predict_in_db(
     return report
 
 
-def _preview(
-    model: Model,
-    X: Columns,  # noqa: N803 - the name in the contract
-    select: Any,
-    n: int = 5,
-    *,
-    primary_id: str | Sequence[str] = "id",
-    db: Datalayer | str | None = None,
-    source: Store | None = None,
-    context: Context = None,
-    **sampling: Any,
-) -> Preview:
+@signed_as(tables.preview, "routed")
+def _preview(model: Model, *args: Any, **options: Any) -> Preview:
     """The first `n` rows of a table with their prompts and answers; see `vllm_tasks.tables.previews.preview`.
 
     They become a table artifact and nothing is committed. Where the model is asked on a work pool, as by
     `predict`, the rows are read and the answers decoded here all the same.
     """
-    options = {"primary_id": primary_id, "db": db, "source": source, "context": context, **sampling}
-    found = model.preview(X, select, n, routed=partial(routed, model), **options)
+    found = model.preview(*args, routed=partial(routed, model), **options)
     show_preview(found)
     return found
 

@@ -145,8 +145,10 @@ def predict_in_db(
             compression=options.get("compression"),
         )
         place = None if read_from is None else read_from.url.get_secret_value().strip()
-        what = source_id(named, datalayer.url.get_secret_value().strip(), place)
-        job = Job.of(over, tables, selection, commit_policy, budget, limit, what, same_source=same_source)
+        of_source = source_id(named, datalayer.url.get_secret_value().strip(), place)
+        job = Job.of(
+            over, tables, selection, commit_policy, budget, limit, of_source, same_source=same_source
+        )
         return commit_answers(predict_id, job, output, display or Log(), tally)
     finally:
         tables.close()

@@ -21,6 +21,7 @@ from vllm_tasks.printable import printable
 from vllm_tasks.rows import Completion, Message, Request, Result, RowError
 from vllm_tasks.tables.arguments import datalayer_of
 from vllm_tasks.tables.keys import shown_key
+from vllm_tasks.tables.source_rows import requests_of
 
 MOST = 1000
 """Rows of a preview: more are a run, which commits them."""
@@ -89,8 +90,7 @@ def preview(
         rows = _first(tables, selection, n)
     finally:
         tables.close()
-    made = iter(over.requests([row.values for row in rows if row.error is None]))
-    requests = [next(made) if row.error is None else RowError("read", row.error) for row in rows]
+    requests = requests_of(over, rows)
     answers = call.answers(requests) if requests else []
     found = [_row(call.decoder, *each) for each in zip(rows, requests, answers, strict=True)]
     return Preview(model.identifier, named if len(named) <= SHOWN else f"{named[:SHOWN]}...", tuple(found))

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from vllm_tasks.calls.call import TableCall
 from vllm_tasks.canonical import input_hash
 from vllm_tasks.datalayer.selection import Key, SourceRow
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
@@ -105,7 +106,7 @@ class SourceRows:
         for start in range(0, len(rows), MADE_TOGETHER):
             some = rows[start : start + MADE_TOGETHER]
             with self.tally.phase("read"):
-                requests = self._requests([row for row, _ in some])
+                requests = requests_of(self.job.over, [row for row, _ in some])
             for (row, digest), request in zip(some, requests, strict=True):
                 # Its values are in the prompt; kept until the commit, they would be in memory twice.
                 part.append((without_values(row), digest, request))
@@ -116,10 +117,11 @@ class SourceRows:
         if part:
             yield part, held
 
-    def _requests(self, rows: Sequence[SourceRow]) -> list[Request | RowError]:
-        """What the rows are asked; a row that could not be read is its error."""
-        made = iter(self.job.over.requests([row.values for row in rows if row.error is None]))
-        return [next(made) if row.error is None else RowError("read", row.error) for row in rows]
+
+def requests_of(over: TableCall, rows: Sequence[SourceRow]) -> list[Request | RowError]:
+    """What the rows are asked; a row that could not be read is its error."""
+    made = iter(over.requests([row.values for row in rows if row.error is None]))
+    return [next(made) if row.error is None else RowError("read", row.error) for row in rows]
 
 
 def without_values(row: SourceRow) -> SourceRow:
