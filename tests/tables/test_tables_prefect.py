@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,16 +14,15 @@ from uuid import UUID
 import pytest
 from prefect import flow, get_client
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
-from prefect.client.schemas.objects import Artifact, FlowRun, TaskRun
-from prefect.deployments import run_deployment
+from prefect.client.schemas.objects import Artifact, TaskRun
 from prefect.events.filters import EventFilter, EventNameFilter
-from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
-from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
+from prefect.settings import PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
 
 from tests.conftest import IN_PREFECT
 from tests.places import Place
 from tests.scripts import running_script
+from tests.served import run_when_served
 from tests.servers.scripted_server import Asked, ScriptedServer, answer_to, refused
 from vllm_tasks import InvalidCall, VllmAPI, predict_in_db
 from vllm_tasks.artifacts import asset_key, markdown_of, slug
@@ -224,38 +220,10 @@ def test_the_deployable_flow_does_the_job(model: VllmAPI, lake: Place) -> None:
 
 def test_the_deployable_flow_runs_when_served(lake: Place, server: ScriptedServer) -> None:
     """Served as the README says, a run that is made from a form does the job in a process of its own."""
-    url = PREFECT_API_URL.value()
-    assert url
-    serving = subprocess.Popen(
-        [sys.executable, "-m", "vllm_tasks.flows.batch_predict", "--name", "tested"],
-        env={**os.environ, "PREFECT_API_URL": url},
-        start_new_session=True,
-    )
     fields = {"identifier": "m", "api_url": server.url}
     form = {"model": fields, "X": "text", "select": "rows", "db": {"url": lake.url}, "max_failed": 3}
-    try:
-        server.wait_until(lambda: is_deployed("batch-predict/tested"), seconds=60)
-        run = run_deployment("batch-predict/tested", parameters=form, timeout=90, poll_interval=0.5)
-    finally:
-        serving.send_signal(signal.SIGINT)
-        try:
-            serving.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(serving.pid, signal.SIGKILL)
-            serving.wait()
-    assert isinstance(run, FlowRun)
-    assert run.state is not None
-    assert run.state.is_completed(), run.state.message
+    run_when_served("batch_predict", form)
     assert lake.answers() == {i: answer_to(f"t{i}") for i in range(100)}
-
-
-def is_deployed(name: str) -> bool:
-    with get_client(sync_client=True) as client:
-        try:
-            client.read_deployment_by_name(name)
-        except ObjectNotFound:
-            return False
-    return True
 
 
 def test_the_deployable_flow_has_a_good_form() -> None:

@@ -5,11 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 import uuid
 import xml.etree.ElementTree as ElementTree
@@ -22,14 +18,12 @@ import pytest
 from prefect import flow, get_client
 from prefect.client.schemas.actions import BlockDocumentUpdate
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
-from prefect.client.schemas.objects import Artifact, FlowRun
-from prefect.deployments import run_deployment
-from prefect.exceptions import ObjectNotFound
+from prefect.client.schemas.objects import Artifact
 from prefect.runtime import flow_run
-from prefect.settings import PREFECT_API_URL
 
 from tests.conftest import IN_PREFECT
 from tests.scripts import running_script
+from tests.served import run_when_served
 from tests.servers.scripted_server import Asked, Reply, Script, ScriptedServer, refused, usual
 from vllm_tasks import (
     Datalayer,
@@ -489,26 +483,7 @@ def test_the_flow_validates_a_saved_model_when_served(
     with get_client(sync_client=True) as client:
         block = client.read_block_document_by_name(name, "vllm-api").id
     form = {"model": {"$ref": {"block_document_id": str(block)}}, "validation": FORM}
-    url = PREFECT_API_URL.value()
-    assert url
-    serving = subprocess.Popen(
-        [sys.executable, "-m", "vllm_tasks.flows.validate_model", "--name", "tested"],
-        env={**os.environ, "PREFECT_API_URL": url},
-        start_new_session=True,
-    )
-    try:
-        server.wait_until(lambda: is_deployed("validate-model/tested"), seconds=60)
-        run = run_deployment("validate-model/tested", parameters=form, timeout=90, poll_interval=0.5)
-    finally:
-        serving.send_signal(signal.SIGINT)
-        try:
-            serving.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(serving.pid, signal.SIGKILL)
-            serving.wait()
-    assert isinstance(run, FlowRun)
-    assert run.state is not None
-    assert run.state.is_completed(), run.state.message
+    run = run_when_served("validate_model", form)
     assert run.name == f"validate {name}"
     assert loaded(name).metric_values == {
         "first": {"exact_match": 0.8, "right": 0.8},
@@ -518,15 +493,6 @@ def test_the_flow_validates_a_saved_model_when_served(
     (event,) = events_of(name, 1)
     assert event["event"] == "vllm-tasks.validation.passed"
     assert event["payload"]["metric_values"].keys() == {"first", "second"}
-
-
-def is_deployed(name: str) -> bool:
-    with get_client(sync_client=True) as client:
-        try:
-            client.read_deployment_by_name(name)
-        except ObjectNotFound:
-            return False
-    return True
 
 
 def test_the_flow_fails_with_the_reasons_of_all_data_sets(model: VllmAPI, lake: Datalayer) -> None:

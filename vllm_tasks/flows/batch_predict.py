@@ -5,7 +5,6 @@ python -m vllm_tasks.flows.batch_predict --cron "0 2 * * *"      # serve it; the
 """
 
 # Without `from __future__ import annotations`: the process of a served run cannot resolve texts for types.
-import argparse
 from typing import Annotated, Any, Literal
 
 from prefect import flow
@@ -13,6 +12,7 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from vllm_tasks import Datalayer, VllmAPI, VllmModel, predict_in_db
+from vllm_tasks.flows._serve import serve
 from vllm_tasks.results import Report
 
 Rows = Annotated[int, Field(ge=1)]
@@ -90,8 +90,4 @@ def batch_predict(
 
 
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description="Serve batch_predict as a deployment.")
-    arguments.add_argument("--name", default="batch-predict", help="name of the deployment")
-    arguments.add_argument("--cron", help="schedule, such as '0 2 * * *'")
-    given = arguments.parse_args()
-    batch_predict.serve(name=given.name, cron=given.cron)
+    serve(batch_predict, cron="0 2 * * *")

@@ -5,11 +5,11 @@ python -m vllm_tasks.flows.compare_models            # serve it; then run it fro
 """
 
 # Without `from __future__ import annotations`: the process of a served run cannot resolve texts for types.
-import argparse
 
 from prefect import flow
 
 from vllm_tasks import Datalayer, Validation, VllmAPI, VllmModel, compare, validate
+from vllm_tasks.flows._serve import serve
 from vllm_tasks.results import Comparison
 from vllm_tasks.tasks import report_of
 from vllm_tasks.validation import check_comparable
@@ -50,8 +50,4 @@ def compare_models(
 
 
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description="Serve compare_models as a deployment.")
-    arguments.add_argument("--name", default="compare-models", help="name of the deployment")
-    arguments.add_argument("--cron", help="schedule, such as '0 5 * * 0'")
-    given = arguments.parse_args()
-    compare_models.serve(name=given.name, cron=given.cron)
+    serve(compare_models, cron="0 5 * * 0")

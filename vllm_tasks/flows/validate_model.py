@@ -5,12 +5,12 @@ python -m vllm_tasks.flows.validate_model --cron "0 4 * * *"      # serve it; th
 """
 
 # Without `from __future__ import annotations`: the process of a served run cannot resolve texts for types.
-import argparse
 
 from prefect import flow
 from prefect.runtime import flow_run
 
 from vllm_tasks import Datalayer, Validation, VllmAPI, VllmModel
+from vllm_tasks.flows._serve import serve
 from vllm_tasks.results import ValidationReport
 from vllm_tasks.tasks import validate_at_once
 
@@ -55,8 +55,4 @@ def validate_model(
 
 
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description="Serve validate_model as a deployment.")
-    arguments.add_argument("--name", default="validate-model", help="name of the deployment")
-    arguments.add_argument("--cron", help="schedule, such as '0 4 * * *'")
-    given = arguments.parse_args()
-    validate_model.serve(name=given.name, cron=given.cron)
+    serve(validate_model, cron="0 4 * * *")
