@@ -14,7 +14,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
-from tests.eventually import eventually
+from tests.eventually import LONG_ENOUGH, eventually
 
 
 def run_when_served(flow: str, form: dict[str, Any]) -> FlowRun:
@@ -28,8 +28,8 @@ def run_when_served(flow: str, form: dict[str, Any]) -> FlowRun:
     )
     deployment = f"{flow.replace('_', '-')}/tested"
     try:
-        assert eventually(lambda: is_deployed(deployment), 60)
-        run = run_deployment(deployment, parameters=form, timeout=90, poll_interval=0.5)
+        assert eventually(lambda: is_deployed(deployment))
+        run = run_deployment(deployment, parameters=form, timeout=LONG_ENOUGH, poll_interval=0.5)
     finally:
         serving.send_signal(signal.SIGINT)
         try:

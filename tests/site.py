@@ -25,10 +25,9 @@ from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from tests.eventually import LONG_ENOUGH
 from tests.servers.postgres import binaries, running
 
-PATIENCE = 60.0
-"""Seconds that a server may take to start, a run to end, or the UI to show something."""
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -99,7 +98,7 @@ def ended(command: list[str], env: dict[str, str], out: Any) -> Iterator[subproc
 
 
 def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + LONG_ENOUGH
     while process.poll() is None and time.monotonic() < until:
         try:
             if httpx.get(f"{url}/api/health").is_success:
@@ -125,7 +124,7 @@ class Site:
             cwd=REPOSITORY,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=LONG_ENOUGH,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -138,9 +137,9 @@ class Site:
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """What the server answers; one whose SQLite is locked is asked again."""
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + LONG_ENOUGH
         while True:
-            response = httpx.request(method, f"{self.url}/api{path}", json=body, timeout=PATIENCE)
+            response = httpx.request(method, f"{self.url}/api{path}", json=body, timeout=LONG_ENOUGH)
             if response.status_code != 503 or time.monotonic() > until:
                 assert response.is_success, response.text
                 return response.json() if response.content else None
@@ -179,7 +178,7 @@ class Site:
         found: dict[str, Any] = self.get(f"/flow_runs/{run}")
         return found
 
-    def wait_until(self, condition: Callable[[], object], seconds: float = PATIENCE) -> None:
+    def wait_until(self, condition: Callable[[], object], seconds: float = LONG_ENOUGH) -> None:
         """Fails the test when `condition` does not come true."""
         until = time.monotonic() + seconds
         while not condition():

@@ -32,6 +32,7 @@ from benchmarks import options as bench_options
 from benchmarks.peers import plan as peers
 from docs import figures
 from tests.conftest import IN_PREFECT
+from tests.eventually import LONG_ENOUGH
 from tests.servers.scripted_server import Asked, Reply, ScriptedServer, usual
 from vllm_tasks.pools import __main__ as pools
 from vllm_tasks.settings import Settings
@@ -233,6 +234,8 @@ def python(words: list[str]) -> None:
         vllm(["serve", *words[2:]])
         return
     source = file_of(words[1]).read_text()
+    if "import serve\n" in source:
+        source += file_of("vllm_tasks.flows._serve").read_text()
     for option in (word for word in words[2:] if word.startswith("-")):
         assert f'"{option}"' in source, f"{words[1]} has no option {option}"
 
@@ -263,7 +266,7 @@ def prefect(words: list[str]) -> None:
 def help_of(*subcommand: str) -> str:
     command = [sys.executable, "-m", "prefect", *subcommand, "--help"]
     wide = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=wide)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LONG_ENOUGH, env=wide)
     assert done.returncode == 0, f"prefect {' '.join(subcommand)}: {done.stdout}{done.stderr}"
     return done.stdout
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import vllm_tasks
+from tests.eventually import LONG_ENOUGH
 from vllm_tasks import errors
 
 PUBLIC = [
@@ -32,7 +33,7 @@ HEAVY = ("vllm", "ray", "torch", "transformers", "numpy", "pandas", "pyarrow", "
 
 
 def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LONG_ENOUGH)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -19,9 +19,10 @@ from playwright.sync_api import Page, expect
 from prefect import flow
 
 from tests.conftest import IN_PREFECT
+from tests.eventually import LONG_ENOUGH
 from tests.servers.browser import SCREENSHOTS, chromium, executable, opened
 from tests.servers.scripted_server import Asked, Reply, Script, ScriptedServer, refused, usual
-from tests.site import PATIENCE, REPOSITORY, spoken_to
+from tests.site import REPOSITORY, spoken_to
 from vllm_tasks import Dataset, Metric, Validation, VllmAPI, predict_in_db, validate
 from vllm_tasks.validation.run import validate as validate_before
 
@@ -96,7 +97,7 @@ def nightly(url: str, lake: str) -> None:
 @contextmanager
 def browser(ui: str) -> Iterator[Page]:
     with chromium() as browser, opened(browser, ui, "light") as page:
-        expect.set_options(timeout=PATIENCE * 1000)
+        expect.set_options(timeout=LONG_ENOUGH * 1000)
         yield page
         expect.set_options()
 

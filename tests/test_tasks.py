@@ -184,11 +184,11 @@ def test_rows_end_with_the_flow_that_waits_for_them(
     server.script = slowly
     with running_script(tmp_path, JOB, server.url) as job:
         ways = {"batches", "completions", "method", "nested"}
-        server.wait_until(lambda: {post.prompt.split()[0] for post in server.posts} == ways, seconds=60)
+        server.wait_until(lambda: {post.prompt.split()[0] for post in server.posts} == ways)
         job.send_signal(way)
         time.sleep(2)
         asked = len(server.posts)
-        job.wait(timeout=15)
+        job.wait()
     assert asked == len(server.posts)
 
 

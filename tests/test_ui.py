@@ -9,9 +9,10 @@ from uuid import uuid4
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
+from tests.eventually import LONG_ENOUGH
 from tests.servers.browser import SCREENSHOTS, chromium, executable, opened
 from tests.servers.scripted_server import ScriptedServer, answer_to
-from tests.site import PATIENCE, Site
+from tests.site import Site
 from vllm_tasks import Datalayer
 
 pytestmark = pytest.mark.skipif(executable() is None, reason="needs a browser: apt-get install chromium")
@@ -25,7 +26,7 @@ def page(site: Site) -> Iterator[Page]:
     """One window for the file."""
     site.put("questions", [{"nr": i, "text": f"t{i}"} for i in range(40)])
     with chromium() as browser, opened(browser, site.url, "light") as page:
-        expect.set_options(timeout=PATIENCE * 1000)
+        expect.set_options(timeout=LONG_ENOUGH * 1000)
         yield page
         expect.set_options()
 

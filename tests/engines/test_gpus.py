@@ -22,6 +22,7 @@ from prefect.exceptions import PrefectException
 from prefect.settings import get_current_settings
 
 from tests.conftest import IN_PREFECT
+from tests.eventually import LONG_ENOUGH
 from vllm_tasks import InvalidCall, VllmModel
 from vllm_tasks.engines import loop
 from vllm_tasks.engines.local import gpus, process
@@ -64,7 +65,7 @@ def holder(count: int, folder: Path) -> Iterator[tuple[subprocess.Popen[str], st
             process.kill()
 
 
-def in_time(done: Callable[[], bool], seconds: float = 30) -> None:
+def in_time(done: Callable[[], bool], seconds: float = LONG_ENOUGH) -> None:
     deadline = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < deadline

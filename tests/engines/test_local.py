@@ -263,7 +263,7 @@ def test_script_without_a_main_guard_leaves_nothing(tmp_path: Path, tiny_model: 
     assert seen
     assert script.returncode == 0
     assert out.count("made") == 1
-    assert eventually(lambda: not alive(list(found)), 30)
+    assert eventually(lambda: not alive(list(found)))
     assert eventually(lambda: not shared_memory & set(os.listdir("/dev/shm")), 10)
     assert not os.listdir(sockets)
 
@@ -283,7 +283,7 @@ def test_killed_process_leaves_no_engine(
         if moment == "ready":
             script.stdout.readline()
         else:
-            assert eventually(lambda: len(processes(script.pid)) > 2, 60)
+            assert eventually(lambda: len(processes(script.pid)) > 2)
         found = processes(script.pid)
         script.kill()
         if "host" in moment:
@@ -443,7 +443,7 @@ def test_failed_start_gives_the_reason_of_vllm(
     with pytest.raises(EngineFailed, match=reason) as caught:
         VllmModel(**fields).predict("x")
     assert "See root cause above" not in str(caught.value)
-    assert eventually(lambda: {p.pid for p in alive(processes())} <= before, 30)
+    assert eventually(lambda: {p.pid for p in alive(processes())} <= before)
 
 
 def test_model_without_a_name_is_refused_when_used() -> None:

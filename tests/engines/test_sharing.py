@@ -393,7 +393,7 @@ def test_init_after_a_failure_starts_anew(make: Make, log: Path) -> None:
     model = make(lives=1).init()
     hosts()[0].kill()
     shared = sharing._shared[model.engine_config()]
-    assert eventually(lambda: shared.engine is not None and shared.engine.has_failed, seconds=60)
+    assert eventually(lambda: shared.engine is not None and shared.engine.has_failed)
     log.unlink()
     model.init()
     assert starts(log) == 1
@@ -470,7 +470,7 @@ def test_fork_does_not_cut_the_parent_off(make: Make, log: Path) -> None:
         os._exit(0)
     os.waitpid(child, 0)
     thread, outcome = in_thread(lambda: model.predict("after"))
-    thread.join(timeout=30)
+    thread.join()
     assert outcome == ["after"]
     assert starts(log) == 1
 

@@ -14,8 +14,6 @@ from tests.servers.scripted_server import Asked, Script, ScriptedServer
 How = Literal["killed", "frozen"]
 LONGER = 5.0
 """Seconds that a run would take beyond the absence."""
-PATIENCE = 240.0
-"""Seconds for the first request of a step that travels to a work pool."""
 
 
 def lasting(seconds: float, rows: int) -> Script:
@@ -37,7 +35,7 @@ def away(ground: Ground, kind: str, how: How, seconds: float, rows: int = 600, o
         run.fields = {"compute_kwargs": {"work_pool": on}} if on else {}
         job = run.start(ground.jobs)
         enough = chance.randint(1, rows // 4)
-        server.wait_until(lambda: len(server.posts) >= enough, PATIENCE)
+        server.wait_until(lambda: len(server.posts) >= enough)
         ground.prefect.kill() if how == "killed" else ground.prefect.freeze()
         time.sleep(seconds)
         ground.prefect.start() if how == "killed" else ground.prefect.thaw()

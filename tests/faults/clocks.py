@@ -53,7 +53,7 @@ def jump(ground: Ground, kind: str) -> Figures:
         job = run.start(jobs, overwrite=True)
         for ahead in (HOUR, -HOUR):
             enough = len(server.posts) + chance.randint(50, 300)
-            server.wait_until(lambda: len(server.posts) >= enough, 60)  # noqa: B023
+            server.wait_until(lambda: len(server.posts) >= enough)  # noqa: B023
             clock.set(ahead)
             run.ledger.fault(f"{len(server.posts)} requests: {ahead:+d} s")
         if kind == "postgres":

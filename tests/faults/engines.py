@@ -23,6 +23,7 @@ import requests
 from benchmarks.recording import Recording
 from benchmarks.servers import flags
 from tests.conftest import TINY_ARGS
+from tests.eventually import LONG_ENOUGH
 from tests.faults.ground import GROUP, Ground, ScriptedRun
 from tests.faults.kills import LATEST
 from tests.faults.ledger import UNDISTURBED, Figures, Ledger
@@ -37,8 +38,6 @@ WINDOW = 40
 SAMPLING = {"temperature": 0, "max_tokens": 128, "ignore_eos": True}
 ROWS = 300
 """For each kill of a real engine, which answers so many in some seconds."""
-PATIENCE = 300.0
-"""Seconds for an engine to start and answer, where others are at work on the machine."""
 TO_STOP = 4
 """Kills that a call survives with two replicas but for one: each at work, and again as it starts anew."""
 CALL: dict[str, Any] = {"max_chunk_size": GROUP, "max_failed": None}
@@ -91,9 +90,9 @@ def progressed(chance: random.Random, ledger: Ledger, most: int, job: int | None
     """Wait for so many more commits, and a little longer, or the end of the job; returns the moment."""
     more, later = chance.randint(GROUP, most - 3 * GROUP), chance.uniform(0, 5 * LATEST)
     enough = min(len(ledger.committed()) + more, ledger.rows - 2 * GROUP)
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + LONG_ENOUGH
     while len(ledger.committed()) < enough and (job is None or lives(job)):
-        assert time.monotonic() < until, f"no {enough} rows within {PATIENCE} s: {ledger.moments}"
+        assert time.monotonic() < until, f"no {enough} rows within {LONG_ENOUGH} s: {ledger.moments}"
         time.sleep(0.1)
     time.sleep(later)
     return f"{more} rows committed and {later:.3f} s on"
@@ -246,7 +245,7 @@ def told_by(log: Path) -> Counter[int]:
 
 def actors_of(job: int) -> list[psutil.Process]:
     """The actors that hold engines or start them, once there are some."""
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + LONG_ENOUGH
     while not (found := list(actors(job))):
         assert time.monotonic() < until, "no actors"
         time.sleep(0.1)

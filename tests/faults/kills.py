@@ -11,7 +11,7 @@ from tests.faults.ledger import Figures
 from tests.servers.scripted_server import Asked, Script, ScriptedServer
 
 APART = 100
-"""Requests between two kills in the mean; each may cost as many again, so there are twice as many rows."""
+"""Requests between two kills in the mean; each may cost as many again, and the last must meet a run."""
 LATEST = 0.1
 """Seconds after a moment that the schedule waits at most: a commit takes less."""
 
@@ -31,7 +31,7 @@ def flows(ground: Ground, kind: str, kills: int) -> Figures:
     chance = ground.chance(f"flow {kind}")
     jobs = ground.jobs
     with ScriptedServer(slowly(chance)) as server:
-        run = ground.run_of("kill: flow", ground.place(kind), server, rows=2 * APART * kills)
+        run = ground.run_of("kill: flow", ground.place(kind), server, rows=2 * APART * (kills + 1))
         for _ in range(kills):
             job = run.start(jobs)
             moment = somewhere(chance, run, 2 * APART)
@@ -68,7 +68,7 @@ def databases(ground: Ground, kills: int) -> Figures:
         for _ in range(kills):
             more, away = chance.randint(0, 100), chance.uniform(0.1, 1.5)
             enough = len(server.posts) + more
-            server.wait_until(lambda: len(server.posts) >= min(enough, run.ledger.rows), 60)  # noqa: B023
+            server.wait_until(lambda: len(server.posts) >= min(enough, run.ledger.rows))  # noqa: B023
             if all_committed(run):
                 break
             ground.postgres.kill()

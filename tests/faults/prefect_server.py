@@ -13,8 +13,7 @@ from typing import Self
 
 import httpx
 
-PATIENCE = 120.0
-"""Seconds that it may take to start: others may be at work on the machine."""
+from tests.eventually import LONG_ENOUGH
 
 
 class PrefectServer:
@@ -36,7 +35,7 @@ class PrefectServer:
         env = {**os.environ, "PREFECT_HOME": str(self.home), "PREFECT_LOGGING_SERVER_LEVEL": "ERROR"}
         with (self.home / "log").open("a") as log:
             self._process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + LONG_ENOUGH
         while not self._is_healthy():
             assert self._process.poll() is None, (self.home / "log").read_text()[-2000:]
             assert time.monotonic() < until, "no Prefect server"

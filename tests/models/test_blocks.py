@@ -20,6 +20,7 @@ from prefect.testing.standard_test_suites import BlockStandardTestSuite
 from pydantic import SecretStr
 
 from tests.conftest import IN_PREFECT
+from tests.eventually import LONG_ENOUGH
 from vllm_tasks import (
     Artifact,
     Datalayer,
@@ -54,7 +55,7 @@ def python(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
         env={**os.environ, **server},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=LONG_ENOUGH,
     )
 
 

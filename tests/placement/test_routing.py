@@ -373,12 +373,12 @@ def test_cancelling_the_parent_cancels_the_child(
 
     server.script = script
     with running_script(tmp_path, PARENT, server.url, lake.url) as parent:
-        server.wait_until(lambda: len(server.posts) == 38, seconds=60)
+        server.wait_until(lambda: len(server.posts) == 38)
         time.sleep(1)  # the answers arrive
         parent.send_signal(signal.SIGTERM)
-        parent.wait(timeout=20)
+        parent.wait()
     (child,) = runs_of("cancelled - rows")
-    server.wait_until(lambda: state_of(child.id) == "Cancelled", seconds=40)
+    server.wait_until(lambda: state_of(child.id) == "Cancelled")
     assert not workers.runs()
     assert len(lake.answers("cancelled")) == 30
 

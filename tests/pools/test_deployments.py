@@ -186,7 +186,7 @@ def test_a_scheduled_run_answers_with_real_vllm(site: Site, lake: dict[str, Any]
 
     site.wait_until(runs)
     site.ask("DELETE", f"{path}/{schedule['id']}")
-    site.wait_until(lambda: runs()[0]["end_time"], seconds=180)
+    site.wait_until(lambda: runs()[0]["end_time"])
     (run,) = runs()
     assert (run["auto_scheduled"], run["state_name"]) == (True, "Completed")
     assert len(Datalayer(url=str(site.lake)).outputs("tiny")) == len(ROWS)

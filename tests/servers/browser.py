@@ -10,7 +10,8 @@ from typing import Literal
 
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
-from tests.site import PATIENCE, REPOSITORY
+from tests.eventually import LONG_ENOUGH
+from tests.site import REPOSITORY
 
 Theme = Literal["light", "dark"]
 SCREENSHOTS = REPOSITORY / "out" / "screenshots"
@@ -37,7 +38,7 @@ def chromium() -> Iterator[Browser]:
 def opened(browser: Browser, url: str, theme: Theme) -> Iterator[Page]:
     """A page of the UI in a theme: the UI takes it from its own setting, whatever the system prefers."""
     context = browser.new_context(viewport={"width": 1400, "height": 1000})
-    context.set_default_timeout(PATIENCE * 1000)
+    context.set_default_timeout(LONG_ENOUGH * 1000)
     context.add_init_script(f"localStorage.setItem('color-scheme', JSON.stringify('{theme}'))")
     try:
         page = context.new_page()

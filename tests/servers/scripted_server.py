@@ -22,6 +22,8 @@ from typing import Any, Self
 
 from aiohttp import web
 
+from tests.eventually import LONG_ENOUGH
+
 HUGE = 2**30
 NO_TEMPLATE = (
     "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat "
@@ -166,7 +168,7 @@ class ScriptedServer:
         self._thread.join()
         self._loop.close()
 
-    def wait_until(self, condition: Callable[[], object], seconds: float = 20) -> None:
+    def wait_until(self, condition: Callable[[], object], seconds: float = LONG_ENOUGH) -> None:
         """Fails the test when `condition` does not come true."""
         end = time.monotonic() + seconds
         while not condition():
@@ -174,7 +176,7 @@ class ScriptedServer:
             time.sleep(0.01)
 
     def _do(self, work: Any) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=20)
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=LONG_ENOUGH)
 
     async def _start(self) -> None:
         app = web.Application(client_max_size=HUGE)

@@ -353,7 +353,7 @@ def test_a_task_that_waits_for_its_server_ends_with_its_flow(servers: Path, tmp_
     """SIGTERM, which is how Prefect cancels, is not waited out, however long the server takes to start."""
     record = servers.parents[1] / "record"
     with running_script(tmp_path, JOB, str(STAND_IN), str(record)) as job:
-        assert eventually(lambda: record.exists() and pids_of(record), 90)
+        assert eventually(lambda: record.exists() and pids_of(record))
         job.send_signal(signal.SIGTERM)
         job.wait(30)
     assert eventually(lambda: not any(map(is_alive, pids_of(record))))
@@ -427,7 +427,7 @@ with serve(VllmModel(**json.loads(sys.argv[2]))) as served:
 class User:
     """A plain script that serves a model and predicts what it is sent; killed after `LONGEST` seconds."""
 
-    LONGEST = 300.0
+    LONGEST = 900.0
 
     def __init__(self, model: VllmModel) -> None:
         fields = model.model_dump(include={"identifier", "model_name", "vllm_kwargs", "predict_kwargs"})
