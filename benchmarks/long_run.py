@@ -127,7 +127,7 @@ def over_table(record: Record, work: Path) -> None:
 
         model, size = model_of(server), ROWS // CALLS
         for _ in range(CALLS):
-            record.call(lambda: predict_in_db(model, "text", "rows", db=str(work), limit=size).asked)
+            record.call(lambda: predict_in_db(model, "text", "rows", db=str(work), limit=size).processed)
             record.look()
         model.close()
 
@@ -199,7 +199,7 @@ def one_call(model: VllmModel, work: Path, life: int, number: int) -> int:
         report = predict_in_db(
             model, "text", "rows", db=str(work), predict_id=f"life_{life}", overwrite=True, max_failed=None
         )
-        return report.asked
+        return report.processed
     xs = [*questions(None, BATCH - 1, seed=number), None]
     call = predict_batches if number % 10 == 5 else type(model).predict_batches
     return len(call(model, xs, on_error="return"))

@@ -77,7 +77,7 @@ def job(pipe: Connection, url: str, server: str, source: str | None = None) -> N
     there: dict[str, Any] = {} if source is None else {"source": source, "same_source": True}
     report = model.predict_in_db("text", "rows", db=url, limit=ASKED, **there)
     assert report.succeeded == ASKED, report
-    pipe.send(Start(report.seconds["first_row"], idle, resident("VmHWM"), report.asked))
+    pipe.send(Start(report.seconds["first_row"], idle, resident("VmHWM"), report.processed))
 
 
 def model_of(server: str, max_in_flight: int | None = None) -> VllmAPI:

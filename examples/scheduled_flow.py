@@ -20,7 +20,7 @@ def nightly(api_url: str = "", folder: str = "out/examples") -> int:
     model = make_model(api_url, identifier="nightly", prompt="Answer in one short sentence. {input}")
     report = predict_in_db(model, "question", "nightly", db=folder)
     print(report)
-    return int(report.asked)
+    return int(report.processed)
 
 
 def main(api_url: str = "", folder: Path = Path("out/examples")) -> None:

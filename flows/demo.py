@@ -69,7 +69,7 @@ def demo(questions: Path = QUESTIONS, lake: Path = LAKE, overwrite: bool = False
     )
     print(report)
     show(answered(lake, model.identifier))
-    if not report.asked:
+    if not report.processed:
         print("All questions were answered before, so none was asked; --overwrite asks them again.")
     print(f"\nAll answers: {Path(report.outputs).resolve()} (a Delta table)")
     # The weights are in a folder, so they are known to be the same: answers of an earlier run count.
@@ -121,10 +121,10 @@ def show_score(report: DatasetReport) -> None:
     """Print what the validation found, and draw it."""
     from vllm_tasks.validation.pages import picture_of
 
-    print(f"\nValidated on a sample of {report.rows} questions, {report.asked} of them asked now:")
+    print(f"\nValidated on a sample of {report.rows} questions, {report.processed} of them asked now:")
     for value in report.values:
         print(f"  {value.metric} {value.value:.4g}, 95 % interval {value.low:.4g} to {value.high:.4g}")
-    print(f"  {report.failed} rows failed, {report.truncated} answers were cut at max_tokens")
+    print(f"  {report.failed} rows failed, {report.truncated} answers were truncated at max_tokens")
     PICTURE.parent.mkdir(exist_ok=True)
     PICTURE.write_text(picture_of(report))
     print(f"  picture: {PICTURE.resolve()}; history: {LAKE / '_metric_values'}")

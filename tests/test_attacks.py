@@ -387,7 +387,7 @@ def test_a_report_shows_what_a_server_says_as_text() -> None:
     markdown_it = pytest.importorskip("markdown_it")
     hostile = "".join(MARKUP).replace("\n", " ")
     counts = dict.fromkeys(
-        ("asked", "succeeded", "failed", "cut", "prompt_tokens", "completion_tokens", "commits"), 1
+        ("processed", "succeeded", "failed", "truncated", "prompt_tokens", "completion_tokens", "commits"), 1
     )
     report = Report(
         model=hostile,

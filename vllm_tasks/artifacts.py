@@ -84,7 +84,7 @@ class ProgressArtifact:
             self._sending.join(LAST_PATIENCE)
 
     def _send(self, progress: Progress, last: bool) -> None:
-        percent = min(100.0 * progress.done / progress.to_ask, 100.0) if progress.to_ask else 0.0
+        percent = min(100.0 * progress.done / progress.to_process, 100.0) if progress.to_process else 0.0
         percent = 100.0 if last else percent
         with only_shown("progress"):
             if self._artifact is None:
@@ -122,10 +122,10 @@ def markdown_of(report: Report) -> str:
     counts = {
         "rows in the source": _number(report.rows),
         "up to date before": _number(report.up_to_date),
-        "asked": _number(report.asked),
+        "processed": _number(report.processed),
         "answered": _number(report.succeeded),
         "failed": _number(report.failed),
-        "cut at max_tokens": _number(report.cut),
+        "truncated at max_tokens": _number(report.truncated),
         "prompt tokens": _number(report.prompt_tokens),
         "completion tokens": f"{report.completion_tokens:,} ({per_second:,.0f} a second)",
         "commits": _number(report.commits),

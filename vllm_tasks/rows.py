@@ -58,7 +58,7 @@ class TokenLogprob:
 class Choice:
     """One completion. What the protocol did not carry is None.
 
-    `finish_reason` is vLLM's: `stop`, `length` (cut at `max_tokens` or at the context), `abort`, ...
+    `finish_reason` is vLLM's: `stop`, `length` (truncated at `max_tokens` or at the context), `abort`, ...
     `token_ids` come from the local engine unless `echo` is set, over HTTP with `return_token_ids=True`.
     """
 

@@ -158,7 +158,7 @@ def test_a_table_says_how_its_texts_were_sent(server: ScriptedServer, api: Make,
     assert "chat template" in str(report)
     assert "texts sent as chat template" in markdown_of(report)
     again = api(chat=True).predict_in_db("text", "t", db=str(tmp_path))
-    assert (again.up_to_date, again.asked) == (2, 0)
+    assert (again.up_to_date, again.processed) == (2, 0)
     plain = api(chat=False).predict_in_db("text", "t", db=str(tmp_path))
     assert (plain.chat, plain.replaced) == (False, 2)
     assert "texts sent as plain text" in markdown_of(plain)

@@ -667,7 +667,7 @@ def test_cut_answers_are_kept_unless_told_otherwise() -> None:
     strict = decoder(on_length="error")
     error = strict.rows(cut)
     assert isinstance(error, RowError)
-    assert error.message == "the answer was cut at max_tokens and is refused so (on_length='error'): a"
+    assert error.message == "the answer was truncated at max_tokens and is refused so (on_length='error'): a"
     assert strict.values(cut) == "a"
     assert strict.rows(answer("a")) == [("a",)]
 
@@ -676,7 +676,7 @@ def test_a_cut_answer_that_does_not_parse_says_that_it_was_cut() -> None:
     """The way out, more tokens, is in the message."""
     error = decoder("json").rows(answer('{"a": ', finish_reason="length"))
     assert isinstance(error, RowError)
-    assert error.message.startswith("the answer was cut at max_tokens and is not JSON")
+    assert error.message.startswith("the answer was truncated at max_tokens and is not JSON")
 
 
 # ---------------------------------------------------------------------- identity
@@ -830,7 +830,7 @@ def test_the_engine_answers_in_columns_and_says_what_was_cut(local_model: VllmMo
     model = local_model.model_copy(update={"output_schema": {"good": "bool", "bad": "bool"}, "chat": False})
     value = model.predict("a", max_tokens=100)
     assert {type(v) for v in value.values()} == {bool}
-    with pytest.raises(RowErrors, match="was cut at max_tokens and is not JSON"):
+    with pytest.raises(RowErrors, match="was truncated at max_tokens and is not JSON"):
         model.predict("a", max_tokens=2)
     listed = model.model_copy(update={"flatten": True})
     values = listed.predict_batches(["a"], on_error="return", max_tokens=200)

@@ -171,7 +171,7 @@ def same_from(model: VllmAPI, asked: Callable[[], list[str]], home: Path, select
     outputs = Datalayer(url=str(home)).outputs("p").to_pylist()
     assert {row["id"]: row["output"] for row in outputs} == {r["id"]: f" {r['text']}!" for r in ROWS}
     again = model.predict_in_db("text", select, db=str(home), predict_id="p", **where)
-    assert (again.asked, again.up_to_date) == (0, len(ROWS))
+    assert (again.processed, again.up_to_date) == (0, len(ROWS))
 
 
 def scores_of(model: VllmAPI, home: Path, dataset: Dataset) -> tuple[str, float]:

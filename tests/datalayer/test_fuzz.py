@@ -373,7 +373,7 @@ def asked_and_kept(far_side: ScriptedServer, db: str, texts: list[str]) -> list[
             return None
         assert first.succeeded == len(texts)
         again = predict_in_db(model, "text", "rows", db=db)
-        assert again.asked == 0
+        assert again.processed == 0
     from vllm_tasks import Datalayer
 
     return Datalayer(url=db).outputs("m").to_pylist()

@@ -82,7 +82,7 @@ def test_outputs_behind_a_link(model: VllmAPI, lake: Path, monkeypatch: pytest.M
     """They are kept there, and found again; not outside of the places that the site allows."""
     (lake.parent / "kept").mkdir()
     (lake / "_outputs__m").symlink_to(lake.parent / "kept")
-    assert [model.predict_in_db("text", "years").asked for _ in range(2)] == [2, 0]
+    assert [model.predict_in_db("text", "years").processed for _ in range(2)] == [2, 0]
     assert Datalayer(url=str(lake)).outputs("m").num_rows == 2
     monkeypatch.setenv("VLLM_TASKS_PLACES", f'["{lake}"]')
     with pytest.raises(InvalidCall, match=r"outputs behind the link.*VLLM_TASKS_PLACES"):

@@ -99,7 +99,7 @@ def test_outputs_in_a_schema_know_their_source(server: ScriptedServer, postgres:
     options: Any = {"api_url": server.url, "db": place.db, "retries": 0}
     options["model_update_kwargs"] = {"table": "answers.m"}
     with VllmAPI(identifier="m", **options) as model:
-        assert [ask(model, "rows").asked for _ in range(2)] == [2, 0]
+        assert [ask(model, "rows").processed for _ in range(2)] == [2, 0]
         with pytest.raises(InvalidCall, match="are of 'rows'"):
             ask(model, "SELECT * FROM rows")
     with VllmAPI(identifier="m", prompt="Say {input}", **options) as model:
@@ -129,10 +129,10 @@ def test_the_same_rows_by_another_name_go_on(model: VllmAPI, place: Place) -> No
     ask(model, "rows")
     place.fill_texts("a", "b")
     edited = "SELECT * FROM rows WHERE id < 10"
-    assert ask(model, edited, same_source=True).asked == 1
-    assert ask(model, edited).asked == 0
-    assert ask(model, "rows").asked == 0
-    assert ask(model, "  SELECT *\nFROM rows where id < 10;").asked == 0
+    assert ask(model, edited, same_source=True).processed == 1
+    assert ask(model, edited).processed == 0
+    assert ask(model, "rows").processed == 0
+    assert ask(model, "  SELECT *\nFROM rows where id < 10;").processed == 0
 
 
 def test_a_lake_that_was_moved_goes_on(server: ScriptedServer, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_lake_that_was_moved_goes_on(server: ScriptedServer, tmp_path: Path) -
     model = VllmAPI(identifier="m", api_url=server.url)
     ask(model, "rows", db=place.url)
     shutil.move(place.url, tmp_path / "after")
-    assert ask(model, "rows.parquet", db=str(tmp_path / "after")).asked == 0
+    assert ask(model, "rows.parquet", db=str(tmp_path / "after")).processed == 0
 
 
 def test_a_limit_replaces_no_outputs_of_another_prompt(
@@ -155,7 +155,7 @@ def test_a_limit_replaces_no_outputs_of_another_prompt(
     with pytest.raises(InvalidCall, match=r"limit=1 would replace.*preview.*predict_id"):
         ask(model, "rows", limit=1, temperature=0.5)
     assert len(server.posts) == asked
-    assert ask(model, "rows", limit=1, temperature=0.5, predict_id="trial").asked == 1
+    assert ask(model, "rows", limit=1, temperature=0.5, predict_id="trial").processed == 1
     report = ask(model, "rows", temperature=0.5)
     assert report.replaced == 2
     assert "2 outputs of an earlier prompt" in str(report)

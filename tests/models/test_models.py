@@ -757,7 +757,7 @@ def test_cut_answers_are_told_unless_the_caller_set_the_length(
         model.predict_batches(["short"])
         assert caplog.messages == []
         model.predict_batches(["long", "short"])
-    assert "1 of 2 answers were cut" in caplog.text
+    assert "1 of 2 answers were truncated" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["tool_parser_plugin", "reasoning-parser-plugin"])

@@ -173,7 +173,7 @@ def test_shards_are_one_table_and_one_report(model: VllmAPI, lake: Place, server
     """Three flow runs answer each row once, and what they did is told as of one run."""
     server.script = lambda asked: refused(400, "no") if asked.prompt in ("t7", "t8") else None
     report = over_a_table(model, lake.url, shards=3, predict_id="three")
-    assert (report.rows, report.asked, report.succeeded, report.failed) == (ROWS, ROWS, ROWS - 2, 2)
+    assert (report.rows, report.processed, report.succeeded, report.failed) == (ROWS, ROWS, ROWS - 2, 2)
     assert report.up_to_date == 0
     (kind,) = report.errors
     assert (kind.kind, kind.rows, sorted(kind.keys)) == ("refused", 2, [(7,), (8,)])
@@ -181,7 +181,7 @@ def test_shards_are_one_table_and_one_report(model: VllmAPI, lake: Place, server
     assert len(lake.answers("three")) == ROWS
     assert all(runs_of(f"m - rows [{i}/3]") for i in (1, 2, 3))
     again = over_a_table(model, lake.url, predict_id="three")
-    assert (again.asked, again.up_to_date) == (0, ROWS)
+    assert (again.processed, again.up_to_date) == (0, ROWS)
     with get_client(sync_client=True) as client:
         reports = client.read_artifacts()
     assert [a.key for a in reports if a.key == "three-report"] == ["three-report"] * 2, "one for each call"
@@ -240,7 +240,7 @@ def test_a_budget_counts_all_shards(model: VllmAPI, lake: Place, server: Scripte
     server.script = lambda asked: refused(400, "no") if asked.prompt.endswith("5") else None
     with pytest.raises(TooManyFailed, match="30 of 300 rows failed") as caught:
         over_a_table(model, lake.url, shards=2, max_failed=25)
-    assert caught.value.report.asked == ROWS
+    assert caught.value.report.processed == ROWS
 
 
 def test_a_validation_runs_on_the_pool_and_is_judged_here(model: VllmAPI, tmp_path: Path) -> None:

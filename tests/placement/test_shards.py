@@ -30,18 +30,18 @@ def test_shards_are_disjoint_and_together_the_table(
     texts = [f"t{i}" for i in range(300)]
     place.fill_texts(*texts)
     reports = [model.predict_in_db("text", "rows", primary_id=key, shard=(i, 3)) for i in range(3)]
-    assert [r.asked for r in reports] == [r.rows for r in reports]
-    assert sum(r.asked for r in reports) == 300
-    assert min(r.asked for r in reports) > 50
+    assert [r.processed for r in reports] == [r.rows for r in reports]
+    assert sum(r.processed for r in reports) == 300
+    assert min(r.processed for r in reports) > 50
     assert place.answers() == {i: answer_to(text) for i, text in enumerate(texts)}
     assert len(server.posts) == 300
-    assert model.predict_in_db("text", "rows", primary_id=key).asked == 0
+    assert model.predict_in_db("text", "rows", primary_id=key).processed == 0
 
 
 def test_a_shard_goes_with_ids(model: VllmAPI, place: Place) -> None:
     """Only the rows that are in both."""
     place.fill_texts(*"abcdefgh")
-    asked = [model.predict_in_db("text", "rows", ids=[1, 2, 5], shard=(i, 2)).asked for i in range(2)]
+    asked = [model.predict_in_db("text", "rows", ids=[1, 2, 5], shard=(i, 2)).processed for i in range(2)]
     assert sum(asked) == 3
     assert place.answers().keys() == {1, 2, 5}
 
@@ -57,7 +57,7 @@ def test_what_is_no_shard_is_refused(shard: Any, tmp_path: Any) -> None:
 def report_of(**fields: Any) -> Report:
     told: dict[str, Any] = {
         "model": "m", "predict_id": "p", "source": "s", "outputs": "o", "fingerprint": "f", "rows": 10,
-        "up_to_date": 4, "asked": 6, "succeeded": 5, "failed": 1, "cut": 2, "prompt_tokens": 30,
+        "up_to_date": 4, "processed": 6, "succeeded": 5, "failed": 1, "truncated": 2, "prompt_tokens": 30,
         "completion_tokens": 40, "commits": 3, "seconds": {"total": 5.0, "commit": 1.0},
         "errors": (ErrorKind("refused", 1, ((1,),)),), "worst": (FailedRow((1,), "refused", "no"),),
     }  # fmt: skip
@@ -73,7 +73,7 @@ def test_reports_of_shards_are_one_report() -> None:
         errors=(ErrorKind("timeout", 2, ((2,), (3,))),),
     )
     report = Report.of_shards([report_of(), other], 9.0)
-    assert (report.rows, report.up_to_date, report.asked, report.failed) == (None, 8, 12, 3)
+    assert (report.rows, report.up_to_date, report.processed, report.failed) == (None, 8, 12, 3)
     assert report.seconds == {"total": 9.0, "commit": 1.0, "read": 2.0}
     assert [(e.kind, e.rows) for e in report.errors] == [("timeout", 2), ("refused", 1)]
     assert len(report.worst) == 2
@@ -83,7 +83,7 @@ def test_progress_of_parts_is_one_progress() -> None:
     """What is to be asked is known when all parts have told it."""
     parts = [Progress(10, 3, 1, 20, 2.0), Progress(5, 5, 0, 30, 1.0)]
     assert Progress.of_parts(parts, complete=True) == Progress(15, 8, 1, 50, 2.0)
-    assert Progress.of_parts(parts, complete=False).to_ask is None
+    assert Progress.of_parts(parts, complete=False).to_process is None
     assert Progress.of_parts([], complete=False).done == 0
 
 

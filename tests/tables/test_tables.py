@@ -68,11 +68,11 @@ def test_every_row_gets_its_output_once(model: VllmAPI, place: Place, sent: Sent
     place.fill_texts(*(f"t{i}" for i in range(1000)))
     report = ask(model)
     assert place.answers() == {i: answer_to(f"t{i}") for i in range(1000)}
-    assert (report.rows, report.asked, report.succeeded, report.failed) == (1000, 1000, 1000, 0)
+    assert (report.rows, report.processed, report.succeeded, report.failed) == (1000, 1000, 1000, 0)
     assert (report.prompt_tokens, report.completion_tokens) == (3000, 5000)
     assert len(sent()) == 1000
     again = ask(model)
-    assert (again.rows, again.up_to_date, again.asked) == (1000, 1000, 0)
+    assert (again.rows, again.up_to_date, again.processed) == (1000, 1000, 0)
     assert sent() == []
 
 
@@ -108,9 +108,9 @@ def test_rows_that_fail_are_errors_beside_the_others(
     assert errors[2].startswith("prompt: 'input' is None")
     assert place.answers() == {0: answer_to("good"), 1: None, 2: None}
     assert sent() == ["bad", "good"]
-    assert ask(model).asked == 0
+    assert ask(model).processed == 0
     server.script = lambda _: None
-    assert ask(model, retry_failed=True).asked == 2
+    assert ask(model, retry_failed=True).processed == 2
     assert sent() == ["bad"]  # the third one never becomes a prompt
     assert place.answers() == {0: answer_to("good"), 1: answer_to("bad"), 2: None}
     assert len(place.outputs()) == 3
@@ -145,7 +145,7 @@ def test_what_does_not_decide_an_answer_asks_nothing(
     with ScriptedServer() as elsewhere:
         moved = changed(model, api_url=elsewhere.url, max_batch_size=1, retries=3, timeout=5, max_in_flight=7)
         with moved:
-            assert ask(moved, max_chunk_size=1).asked == 0
+            assert ask(moved, max_chunk_size=1).processed == 0
         assert elsewhere.posts == []
     assert sent() == []
 
@@ -160,9 +160,9 @@ def test_new_rows_alone_are_asked(model: VllmAPI, place: Place, sent: Sent) -> N
     assert sent() == ["c"]
     report = ask(model, refresh="changed")
     assert sent() == ["B"]
-    assert report.asked == 1
+    assert report.processed == 1
     assert place.answers() == {0: answer_to("a"), 1: answer_to("B"), 2: answer_to("c")}
-    assert ask(model, refresh="changed").asked == 0
+    assert ask(model, refresh="changed").processed == 0
 
 
 def test_ids_limit_and_overwrite(model: VllmAPI, place: Place, sent: Sent) -> None:
@@ -170,7 +170,7 @@ def test_ids_limit_and_overwrite(model: VllmAPI, place: Place, sent: Sent) -> No
     place.fill_texts("a", "b", "c", "d")
     ask(model, ids=[1, 3])
     assert sent() == ["b", "d"]
-    assert ask(model, limit=1).asked == 1
+    assert ask(model, limit=1).processed == 1
     assert len(sent()) == 1
     ask(model)
     assert len(sent()) == 1
@@ -180,7 +180,7 @@ def test_ids_limit_and_overwrite(model: VllmAPI, place: Place, sent: Sent) -> No
     after = {row["id"]: row["_created_at"] for row in place.outputs()}
     assert after[0] > before[0]
     assert {k: v for k, v in after.items() if k} == {k: v for k, v in before.items() if k}
-    assert ask(model, overwrite=True).asked == 4
+    assert ask(model, overwrite=True).processed == 4
     assert len(place.outputs()) == 4
 
 
@@ -299,7 +299,7 @@ def test_flatten_makes_rows(model: VllmAPI, place: Place, server: ScriptedServer
     rows = [(r["id"], r["_position"], r["output"] and json.loads(r["output"])) for r in place.outputs()]
     assert rows == [(0, 0, "p"), (0, 1, "q"), (1, None, None), (2, None, None)]
     assert place.outputs()[3]["_error"].startswith("output: ")
-    assert ask(flat).asked == 0
+    assert ask(flat).processed == 0
     answers["two"] = '["r"]'
     ask(flat, overwrite=True)
     rows = [(r["id"], r["_position"]) for r in place.outputs()]
@@ -326,9 +326,9 @@ def test_cut_answers_can_be_errors(model: VllmAPI, place: Place, server: Scripte
     server.script = cut
     report = ask(model, max_tokens=5)
     assert place.outputs()[0]["_finish_reason"] == "length"
-    assert (report.cut, report.failed) == (1, 0)
+    assert (report.truncated, report.failed) == (1, 0)
     report = ask(changed(model, model_update_kwargs={"on_length": "error"}), max_tokens=5)
-    assert (report.cut, report.failed) == (1, 1)
+    assert (report.truncated, report.failed) == (1, 1)
     assert "max_tokens" in place.outputs()[0]["_error"]
 
 
@@ -537,7 +537,7 @@ def test_a_server_that_stays_away_keeps_what_is_finished(
         sent()
         server.script = lambda _: None
         server.start()
-        assert ask(model).asked == 100 - allowed
+        assert ask(model).processed == 100 - allowed
     assert len(sent()) == 100 - allowed
     assert len(place.answers()) == 100
 
@@ -611,7 +611,7 @@ def test_poison_at_every_stage_fails_its_rows_alone(place: Place, server: Script
         report = model.predict_in_db("text", "rows", retry_failed=True, max_failed=None)
     sent = {int(asked.prompt.split()[1]) for asked in server.posts[before:]}
     assert sent == {i for i, words in expected.items() if not words.startswith("prompt")}
-    assert report.asked == len(expected)
+    assert report.processed == len(expected)
     assert {i for i, output in place.answers().items() if output is None} == expected.keys() - sent
 
 

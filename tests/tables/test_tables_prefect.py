@@ -254,8 +254,9 @@ def test_a_report_cannot_break_its_markdown() -> None:
     """Keys and names with bars, backticks and line ends stay in their cells."""
     report = Report(
         model="m|`", predict_id="p\n# x", source="s", outputs="/o", fingerprint="f" * 64, rows=None,
-        up_to_date=None, asked=1, succeeded=0, failed=1, cut=0, prompt_tokens=0, completion_tokens=0,
-        commits=1, seconds={"total": 1.0}, errors=(ErrorKind("prompt", 1, (("a|b\n`c",),)),),
+        up_to_date=None, processed=1, succeeded=0, failed=1, truncated=0, prompt_tokens=0,
+        completion_tokens=0, commits=1, seconds={"total": 1.0},
+        errors=(ErrorKind("prompt", 1, (("a|b\n`c",),)),),
     )  # fmt: skip
     lines = markdown_of(report).splitlines()
     assert lines[0] == "# p # x"

@@ -399,7 +399,7 @@ def test_a_run_with_too_many_failed_rows_is_gone_on_with(
     before = len(server.posts)
     report = only(validate(model, validation(20), retry_failed=True))
     assert asked(server, before) == {"q1": 1, "q2": 1, "q3": 1}
-    assert (report.asked, report.failed, report.values[0].value) == (3, 0, 1.0)
+    assert (report.processed, report.failed, report.values[0].value) == (3, 0, 1.0)
     assert len(values(place)) == 1
 
 
@@ -453,7 +453,7 @@ def test_an_own_metric_that_fails_names_its_row_and_costs_no_answer(
     assert f"the metric 'mine' failed, on row {row}: " in str(raised.value)
     assert values(place) == []
     report = only(validate(model, validation(5, metrics=[OWN])))
-    assert (report.asked, report.values[0].value) == (0, 1.0)
+    assert (report.processed, report.values[0].value) == (0, 1.0)
     assert set(asked(server).values()) == {1}
     assert [record.run for record in report.history] == [report.run]
 
@@ -469,7 +469,7 @@ def test_a_run_that_was_half_recorded_is_recorded_once(make: Make, place: Place,
     tables.put("_metric_scores", pa.table(half), ["run", "metric", "row"])
     tables.close()
     report = only(validate(model, checked))
-    assert (report.run, report.asked) == (run, 0)
+    assert (report.run, report.processed) == (run, 0)
     assert [row["score"] for row in table(place, "_metric_scores")] == [1.0] * 5
     assert len(values(place)) == 1
 
@@ -498,7 +498,7 @@ def test_what_is_gone_on_with_is_the_whole_call(
     assert values(here) == []
     pupil.refuses = set()
     report = validate(model, two, retry_failed=True)
-    assert [found.asked for found in report.datasets] == [0, 10]
+    assert [found.processed for found in report.datasets] == [0, 10]
     assert all(asked(server)[f"q{i}"] == 1 for i in range(10))
     assert report.metric_values == {"one": {"exact_match": 1.0}, "two": {"exact_match": 1.0}}
     assert validate(model, two, datasets=["two", "two"]).metric_values == {"two": {"exact_match": 1.0}}
@@ -511,9 +511,9 @@ def test_another_prompt_is_another_run(make: Make, here: Place, pupil: Pupil) ->
         validate(make(here), checked)
     pupil.says = {f"Q: q{i}": f"a{i}" for i in range(5)}
     other = only(validate(make(here, prompt="Q: {input}"), checked))
-    assert (other.asked, other.values[0].value) == (5, 1.0)
+    assert (other.processed, other.values[0].value) == (5, 1.0)
     report = only(validate(make(here), checked))
-    assert (report.asked, report.values[0].value) == (0, 1.0)
+    assert (report.processed, report.values[0].value) == (0, 1.0)
     assert report.run != other.run
 
 
@@ -525,7 +525,7 @@ def test_a_run_of_long_ago_is_not_gone_on_with(
     with broken_on("a1"):
         validate(model, checked)
     monkeypatch.setattr(history, "RESUMED_WITHIN", timedelta(0))
-    assert only(validate(model, checked)).asked == 5
+    assert only(validate(model, checked)).processed == 5
 
 
 # ---------------------------------------------------------------------- what goes in and comes out
@@ -629,7 +629,7 @@ def test_names_may_be_long(make: Make, place: Place, server: ScriptedServer) -> 
     checked = choosing(["b", "d"], 0, delimiter="")
     name = "meta-llama-Llama-3.1-8B-Instruct-für-größere-Prüfungen"
     one, other = (only(validate(make(place, identifier=name + end), checked)) for end in "12")
-    assert (one.asked, other.asked) == (3, 3)
+    assert (one.processed, other.processed) == (3, 3)
     assert one.outputs != other.outputs
     assert [len(found.history) for found in (one, other)] == [1, 1]
     again = only(validate(make(place, identifier=name + "1"), checked))
@@ -685,7 +685,7 @@ def test_a_judge_gives_verdicts_on_answers(make: Make, place: Place, server: Scr
     exact, judge = report.values
     assert (exact.value, judge.value) == (4 / 6, 4 / 6)
     assert (judge.n, judge.failed) == (6, 1)
-    assert report.asked == 6 + 5
+    assert report.processed == 6 + 5
     kept_verdicts = place.db.outputs(next(r.outputs for r in report.history if r.metric == "judge"))
     assert sorted(kept_verdicts.column("score").to_pylist()) == [1, 5, 5, 5, 5]
 
@@ -703,7 +703,7 @@ def test_a_judge_that_fails_is_asked_again_and_the_model_is_not(
     assert values(here) == []
     pupil.refuses = set()
     report = only(validate(model, judged(judge), retry_failed=True))
-    assert report.asked == 6 - raised.value.report.succeeded
+    assert report.processed == 6 - raised.value.report.succeeded
     assert report.values[1].value == 5 / 6
     assert all(asked(server)[f"q{i}"] == 1 for i in range(6))
 

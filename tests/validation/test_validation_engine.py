@@ -76,7 +76,7 @@ def test_perplexity_is_of_the_tokens_of_the_target(model: VllmModel, tmp_path: P
     assert value.value == pytest.approx(expected, rel=1e-3)
     assert value.low <= value.value <= value.high
     assert (value.n, value.failed, value.higher_is_better) == (3, 0, False)
-    assert report.asked == 2 * 3, "each prompt alone and with its target"
+    assert report.processed == 2 * 3, "each prompt alone and with its target"
 
 
 @pytest.mark.parametrize("normalize", [None, "characters", "tokens"])
@@ -106,17 +106,17 @@ def test_old_answers_of_a_local_folder_are_scored_again(local_model: VllmModel, 
     names = "token_f1", "output_tokens", "perplexity"
     validation = checked([Metric(identifier=name) for name in names], q=QUESTIONS, a=CHOICES[:3])
     first = found(model, validation, tmp_path, reuse=True)
-    assert first.asked == 3 + 6
+    assert first.processed == 3 + 6
     assert first.truncated == 3
     again = found(model, validation, tmp_path, reuse=True)
-    assert (again.asked, again.values) == (0, first.values)
+    assert (again.processed, again.values) == (0, first.values)
     assert {(r.run, r.answers) for r in again.history} == {(first.run, first.run), (again.run, first.run)}
     likelihood = validation.model_copy(update={"metrics": validation.metrics[2:]})
-    assert found(model, likelihood, tmp_path, reuse=True).asked == 0
+    assert found(model, likelihood, tmp_path, reuse=True).processed == 0
     apart = Metric(identifier="perplexity", options={"delimiter": "\n"})
     other = found(model, validation.model_copy(update={"metrics": [apart]}), tmp_path, reuse=True)
-    assert (other.asked, other.run == first.run) == (6, False)
+    assert (other.processed, other.run == first.run) == (6, False)
     sampling = {"temperature": 0, "max_tokens": 2}
     longer = VllmModel(**{**FIELDS, "predict_kwargs": sampling}, model_name=local_model.model_name)
     assert found(longer, validation, tmp_path, reuse=True).values[1].value == 2.0
-    assert found(model, validation, tmp_path).asked == 3 + 6, "without reuse the model is asked anew"
+    assert found(model, validation, tmp_path).processed == 3 + 6, "without reuse the model is asked anew"

@@ -398,7 +398,7 @@ def test_reuse_scores_the_answers_of_a_model_that_is_known(local_model: VllmMode
     """Weights in a local folder are known: the second run asks nothing and finds the same."""
     _, first = validated(local_model, of(), db=lake)
     _, second = validated(local_model, of(), db=lake, reuse=True)
-    assert (first.datasets[0].asked, second.datasets[0].asked) == (10, 0)
+    assert (first.datasets[0].processed, second.datasets[0].processed) == (10, 0)
     assert second.datasets[0].values == first.datasets[0].values
 
 

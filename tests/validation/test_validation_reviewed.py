@@ -203,7 +203,7 @@ def test_scores_kept_by_row_are_those_of_the_value(
         with pytest.raises(KeyboardInterrupt):
             validate(make(here), validation(), max_failed=None)
     report = only(validate(make(here), validation(on_error="exclude"), max_failed=None))
-    assert report.asked == 0
+    assert report.processed == 0
     scores = {row["row"]: row["score"] for row in table(here, "_metric_scores") if row["run"] == report.run}
     counted = [score for score in scores.values() if score is not None]
     assert (len(scores), len(counted)) == (10, 9)

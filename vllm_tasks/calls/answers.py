@@ -17,7 +17,7 @@ from vllm_tasks.places import has_password, without_secrets
 from vllm_tasks.rows import BuiltinType, Choice, Completion, RowError
 
 OnLength = Literal["keep", "error"]
-"""What becomes of an answer that was cut at `max_tokens`."""
+"""What becomes of an answer that was truncated at `max_tokens`."""
 RAW_SHOWN = 2000
 """Characters of an answer in the error that it could not be decoded."""
 
@@ -64,7 +64,7 @@ class Decoder:
     flatten: bool
     many: bool
     on_length: OnLength
-    """Of rows; `values` keeps cut answers."""
+    """Of rows; `values` keeps truncated answers."""
     type: AnswerType
     """Of one choice."""
 
@@ -125,7 +125,7 @@ class Decoder:
 
         One row; with `flatten` one for each item of the list, or when `many` for each choice.
         """
-        if self.on_length == "error" and _is_cut(completion.choices):
+        if self.on_length == "error" and _is_truncated(completion.choices):
             return _row_error("is refused so (on_length='error')", completion.choices)
         values = self._read(completion)
         if isinstance(values, RowError):
@@ -166,13 +166,13 @@ def _name_of(datatype: DataType | BuiltinType | None) -> str:
     return datatype.identifier if isinstance(datatype, DataType) else datatype or "str"
 
 
-def _is_cut(choices: Sequence[Choice]) -> bool:
+def _is_truncated(choices: Sequence[Choice]) -> bool:
     return any(choice.finish_reason == "length" for choice in choices)
 
 
 def _row_error(why: object, choices: Sequence[Choice]) -> RowError:
     """Why, and the answer itself, which is kept nowhere else."""
-    cut = "was cut at max_tokens and " if _is_cut(choices) else ""
+    truncated = "was truncated at max_tokens and " if _is_truncated(choices) else ""
     text = " | ".join(c.text or c.reasoning or json.dumps(c.tool_calls or "") for c in choices)
     more = f"... ({len(text):,} characters)" if len(text) > RAW_SHOWN else ""
-    return RowError("output", f"the answer {cut}{why}: {text[:RAW_SHOWN]}{more}")
+    return RowError("output", f"the answer {truncated}{why}: {text[:RAW_SHOWN]}{more}")

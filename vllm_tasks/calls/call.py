@@ -131,16 +131,16 @@ class Call:
     def _results(self, records: Sequence[Any]) -> list[Result]:
         results = self.answers(self.requests(records))
         answers = [r for r in results if isinstance(r, Completion)]
-        cut = sum(any(c.finish_reason == "length" for c in r.choices) for r in answers)
-        self.tell_cut(cut, len(answers))
+        truncated = sum(any(c.finish_reason == "length" for c in r.choices) for r in answers)
+        self.warn_of_truncated(truncated, len(answers))
         return results
 
-    def tell_cut(self, cut: int, answers: int) -> None:
+    def warn_of_truncated(self, truncated: int, answers: int) -> None:
         """Warn of answers that ended at a limit that nobody set."""
-        if cut and not {"max_tokens", "max_completion_tokens"} & self.sampling.keys():
+        if truncated and not {"max_tokens", "max_completion_tokens"} & self.sampling.keys():
             logger.warning(
-                "%s: %d of %d answers were cut at max_tokens (vLLM's own default is 16 where neither the "
-                "model nor the chat protocol says more)", self.identifier, cut, answers,
+                "%s: %d of %d answers were truncated at max_tokens (vLLM's own default is 16 where neither "
+                "the model nor the chat protocol says more)", self.identifier, truncated, answers,
             )  # fmt: skip
 
     def over(self, X: Columns) -> TableCall:  # noqa: N803 - the name in predict_in_db

@@ -116,7 +116,7 @@ def over_table(
     outcomes = Runs(target, parts, repeatable=repeatable, shown=display.progress).outcomes()
     report = _together(outcomes, options.get("max_failed"), began)
     done = Progress(
-        report.asked, report.succeeded, report.failed, report.completion_tokens, report.seconds["total"]
+        report.processed, report.succeeded, report.failed, report.completion_tokens, report.seconds["total"]
     )
     display.progress(done, last=True)
     return report

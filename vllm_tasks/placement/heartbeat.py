@@ -85,7 +85,7 @@ class Heartbeat:
             told = (
                 None
                 if done is None
-                else [done.to_ask, done.succeeded, done.failed, done.tokens, done.seconds]
+                else [done.to_process, done.succeeded, done.failed, done.tokens, done.seconds]
             )
             try:
                 self._tell({"beat": beat, "progress": told})

@@ -38,8 +38,8 @@ class Counted:
         self.rows = rows
         if job.selection.refresh != "changed":  # what has changed is known when it is read
             # What was committed before the count is among the rows that it did not select.
-            to_ask = min(selected + run.tally.done, rows)
-            run.to_ask = to_ask if job.limit is None else min(to_ask, job.limit)
+            to_process = min(selected + run.tally.done, rows)
+            run.to_process = to_process if job.limit is None else min(to_process, job.limit)
 
     def compare(self, job: Job, asked: int, *, complete: bool) -> None:
         """Tell what was up to date, where that is the rest."""

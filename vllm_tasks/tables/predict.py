@@ -162,7 +162,7 @@ def commit_answers(predict_id: str, job: Job, output: OutputTable, display: Disp
             refuse_other_source(job.tables, job.selection.outputs, job.source)
     verdict, counted = _run(job, output, display, tally)
     report = _report(predict_id, job, tally, counted)
-    job.over.call.tell_cut(tally.cut, tally.succeeded)
+    job.over.call.warn_of_truncated(tally.truncated, tally.succeeded)
     if tally.replaced:
         logger.warning(
             "%s: %d outputs of an earlier prompt, sampling or model were replaced", predict_id, tally.replaced
@@ -190,7 +190,7 @@ def _run(job: Job, output: OutputTable, display: Display, tally: Tally) -> tuple
     counted.wait(COUNT_TIMEOUT)
     counted.compare(job, tally.done, complete=not verdict)
     if not verdict:
-        display.progress(tally.progress(run.to_ask), last=True)
+        display.progress(tally.progress(run.to_process), last=True)
         tally.rows = counted.rows
         verdict = job.budget.exceeded(tally, at_end=True)
     return verdict, counted
@@ -205,10 +205,10 @@ def _report(predict_id: str, job: Job, tally: Tally, counted: Counted) -> Report
         fingerprint=job.selection.fingerprint,
         rows=counted.rows,
         up_to_date=counted.up_to_date,
-        asked=tally.done,
+        processed=tally.done,
         succeeded=tally.succeeded,
         failed=tally.failed,
-        cut=tally.cut,
+        truncated=tally.truncated,
         prompt_tokens=tally.prompt_tokens,
         completion_tokens=tally.completion_tokens,
         commits=tally.commits,

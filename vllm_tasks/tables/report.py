@@ -53,7 +53,7 @@ class Report:
 
     `rows` of the source (with the `ids`), None when they were not counted in time; `up_to_date` of them
     needed no asking, None where that is not known: with `limit` or `retry_failed`, or when the run stopped
-    early. `asked` = `succeeded` + `failed`, all of them committed. `replaced` of them had an output of an
+    early. `processed` = `succeeded` + `failed`, all of them committed. `replaced` of them had an output of an
     earlier prompt, sampling or model, which is gone. `unreadable` lines of the source have no key, hence
     no output; `unreadable_lines` tells of some of them where they are, and why. `chat`: texts were sent
     through the model's chat template, or as plain text.
@@ -69,10 +69,10 @@ class Report:
     fingerprint: str
     rows: int | None
     up_to_date: int | None
-    asked: int
+    processed: int
     succeeded: int
     failed: int
-    cut: int
+    truncated: int
     prompt_tokens: int
     completion_tokens: int
     commits: int
@@ -98,8 +98,8 @@ class Report:
         seconds of the part that took longest.
         """
         counts = (
-            *("asked", "succeeded", "failed", "cut", "prompt_tokens", "completion_tokens", "commits"),
-            "replaced",
+            *("processed", "succeeded", "failed", "truncated", "replaced"),
+            *("prompt_tokens", "completion_tokens", "commits"),
         )
         most = max(reports, key=lambda r: r.unreadable)
         longest = {
@@ -123,7 +123,7 @@ class Report:
         done_before = "" if self.up_to_date is None else f", {self.up_to_date:,} were up to date"
         if self.unreadable:
             done_before += f", {self.unreadable:,} lines could not be read"
-        if not self.asked:
+        if not self.processed:
             return f"{self.predict_id}: nothing to ask{done_before}{self._lines}; outputs: {self.outputs}"
         if self.replaced:
             done_before += f", {self.replaced:,} outputs of an earlier prompt, sampling or model replaced"
@@ -141,9 +141,9 @@ class Report:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands. `to_ask` is None until the source has been counted."""
+    """Where a run stands. `to_process` is None until the source has been counted."""
 
-    to_ask: int | None
+    to_process: int | None
     succeeded: int
     failed: int
     tokens: int
@@ -153,7 +153,7 @@ class Progress:
     def of_parts(cls, parts: Sequence[Progress], *, complete: bool) -> Progress:
         """That of a run in parts, some of which have told; `complete` when all have."""
         return cls(
-            _sum([p.to_ask for p in parts]) if complete else None,
+            _sum([p.to_process for p in parts]) if complete else None,
             sum(p.succeeded for p in parts),
             sum(p.failed for p in parts),
             sum(p.tokens for p in parts),
@@ -166,12 +166,12 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        if self.to_ask is None or not self.done:
+        if self.to_process is None or not self.done:
             return None
-        return max(self.to_ask - self.done, 0) * self.seconds / self.done
+        return max(self.to_process - self.done, 0) * self.seconds / self.done
 
     def __str__(self) -> str:
-        of = "" if self.to_ask is None else f" of {self.to_ask:,}"
+        of = "" if self.to_process is None else f" of {self.to_process:,}"
         left = "" if self.seconds_left is None else f", {_duration(self.seconds_left)} left"
         return (
             f"{self.done:,}{of} rows done, {self.failed:,} failed, {self.done / self.seconds:,.1f} rows/s, "
@@ -211,7 +211,7 @@ class Tally:
     read: int = 0
     succeeded: int = 0
     failed: int = 0
-    cut: int = 0
+    truncated: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     commits: int = 0
@@ -233,7 +233,7 @@ class Tally:
     def of(cls, report: Report) -> Tally:
         """That of a run that has ended."""
         return cls(
-            read=report.asked,
+            read=report.processed,
             succeeded=report.succeeded,
             failed=report.failed,
             kinds={e.kind: e.rows for e in report.errors},
@@ -273,7 +273,7 @@ class Tally:
         if isinstance(answer, Completion):
             self.prompt_tokens += answer.prompt_tokens or 0
             self.completion_tokens += answer.completion_tokens or 0
-            self.cut += any(c.finish_reason == "length" for c in answer.choices)
+            self.truncated += any(c.finish_reason == "length" for c in answer.choices)
         if not isinstance(outcome, RowError):
             self.succeeded += 1
             return
@@ -289,10 +289,10 @@ class Tally:
     def done(self) -> int:
         return self.succeeded + self.failed
 
-    def progress(self, to_ask: int | None) -> Progress:
+    def progress(self, to_process: int | None) -> Progress:
         since = self.first_sent or self.started
         seconds = max(time.monotonic() - since, 1e-3)
-        return Progress(to_ask, self.succeeded, self.failed, self.completion_tokens, seconds)
+        return Progress(to_process, self.succeeded, self.failed, self.completion_tokens, seconds)
 
     def timings(self) -> dict[str, float]:
         """Seconds, with the phases that are known only at the end."""

@@ -56,7 +56,7 @@ class Run:
         self.writer = writer
         self.display = display
         self.tally = tally
-        self.to_ask: int | None = None
+        self.to_process: int | None = None
         self.begun = threading.Event()
         self._open = Open()
         self._source = SourceRows(job, self._open, tally)
@@ -154,7 +154,7 @@ class Run:
             idle = self._all_read and not self._open.unanswered and self._queue.empty()
             if self._group and (idle or self._is_due()):
                 self._commit_group(self.display.commit)
-            self.display.progress(self.tally.progress(self.to_ask))
+            self.display.progress(self.tally.progress(self.to_process))
         return None
 
     def _is_due(self) -> bool:

@@ -69,7 +69,7 @@ class Judging:
             failed=sum(answer.prediction is None for answer in own),
             truncated=sum(answer.truncated for answer in own),
             outputs=self.home.where(outputs_name(next(iter(answers)))),
-            asked=0,
+            processed=0,
             values=tuple(values),
             verdicts=tuple(verdicts),
             history=tuple(past),

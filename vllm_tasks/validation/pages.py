@@ -151,12 +151,12 @@ def _counts(report: DatasetReport) -> str:
         failed += " (misses, but to metrics that have no worst value)"
     elif report.failed:
         failed += " (left out)"
-    cut = (
-        f"**{report.truncated:,} answers were cut** at max_tokens"
+    truncated = (
+        f"**{report.truncated:,} answers were truncated** at max_tokens"
         if report.truncated
-        else "no answer was cut"
+        else "no answer was truncated"
     )
-    return f"{report.rows:,} rows; {failed}; {cut}."
+    return f"{report.rows:,} rows; {failed}; {truncated}."
 
 
 def _line(value: Value, verdict: Verdict) -> list[str]:

@@ -99,8 +99,8 @@ class Round:
         )
         asked = 0
         if self.retry_failed and self.home.has(selection.outputs):
-            asked += self._commit(over, predict_id, replace(selection, refresh="failed"), budget).asked
-        return asked + self._commit(over, predict_id, selection, budget).asked
+            asked += self._commit(over, predict_id, replace(selection, refresh="failed"), budget).processed
+        return asked + self._commit(over, predict_id, selection, budget).processed
 
     def _commit(self, over: TableCall, predict_id: str, selection: Selection, budget: Budget) -> Report:
         output = OutputTable(selection.outputs, over.decoder.columns, over.decoder.flatten)

@@ -122,7 +122,7 @@ class DatasetReport:
     truncated: int
     outputs: str
     """Where the answers are, with the key (`run`, `row`)."""
-    asked: int
+    processed: int
     """Requests of this call, also those for likelihoods and to judges; not what was answered before."""
     values: tuple[Value, ...]
     verdicts: tuple[Verdict, ...]

@@ -167,7 +167,7 @@ class _Run:
         answered = self._answered(snapshot, distinct[0])
         may_fail = self._may_fail(len(snapshot.cases))
         round_ = Round(self.home, answered, may_fail, len(snapshot.cases), self.retry_failed, self.display)
-        asked = sum(source.ask(round_, snapshot) for source in distinct)
+        processed = sum(source.ask(round_, snapshot) for source in distinct)
         answers = {s.predict_id: s.answers(self.home, answered, snapshot) for s in distinct}
         for each in answers.values():
             self._refuse_many_failed(snapshot, each, may_fail)
@@ -175,7 +175,7 @@ class _Run:
         scored_before = any(record.answers == answered for record in past)
         run = history.new_run(snapshot.hash) if scored_before else answered
         report, scores = Judging(self.validation, self.home, snapshot, sources).judged(run, answers, past)
-        report = replace(report, asked=asked)
+        report = replace(report, processed=processed)
         return Found(report, self._records(snapshot, sources, report, answered), scores)
 
     def recorded(self, found: Sequence[Found]) -> tuple[DatasetReport, ...]:
