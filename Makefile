@@ -10,7 +10,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 INSTALL := pip install --quiet --compile-bytecode
 ARGS ?=
 
-.PHONY: demo pools test test-newest test-python check bench peers faults docs docs-build docs-figures docs-screenshots \
+.PHONY: demo pools test test-long test-newest test-python check bench peers faults docs docs-build docs-figures docs-screenshots \
 	setup setup-newest constraints clean
 .DEFAULT_GOAL := demo
 
@@ -24,8 +24,12 @@ pools: .venv/.ready
 # Two processes, for most tests wait; a file's tests stay in one, as they share engines and servers.
 AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 test: .venv/.ready .venv-newest/.ready
-	$(BIN)/python -m pytest $(AT_ONCE) $(ARGS)
+	$(BIN)/python -m pytest $(AT_ONCE) -m "not long" $(ARGS)
 	$(MAKE) --no-print-directory test-newest
+
+# Tests that start a real vLLM again and again: several ranks, nodes, shards, deaths. One at a time.
+test-long: .venv/.ready
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 # The base package beside a remote vLLM: no vLLM here, and the newest Prefect. Only what meets Prefect is
 # tested a second time; of validations what depends on Prefect's ways: blocks, events, transactions, forms.

@@ -17,6 +17,7 @@ ASKED = ("LLM.generate", "ours: predict")
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_a_short_run_writes_its_part_of_the_page(tiny_model: Path, tmp_path: Path) -> None:
     """Each side has its line, made exactly the tokens that were asked for, and says what a bad row does."""
     page = tmp_path / "RESULTS.md"

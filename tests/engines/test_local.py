@@ -33,6 +33,8 @@ from vllm_tasks.errors import EngineFailed, RowErrors
 from vllm_tasks.results import Completion
 
 pytestmark = pytest.mark.engine
+LONG = pytest.mark.long
+STARTING = "starting", "starting, with its host"
 
 
 def processes(root: int | None = None) -> list[psutil.Process]:
@@ -269,7 +271,7 @@ def test_script_without_a_main_guard_leaves_nothing(tmp_path: Path, tiny_model: 
 
 
 @pytest.mark.usefixtures("all_processes_of_vllm")
-@pytest.mark.parametrize("moment", ["starting", "ready", "starting, with its host"])
+@pytest.mark.parametrize("moment", ["ready", *(pytest.param(m, marks=LONG) for m in STARTING)])
 def test_killed_process_leaves_no_engine(
     moment: str, tmp_path: Path, tiny_model: Path, sockets: Path
 ) -> None:
@@ -309,6 +311,7 @@ type(os.environ).__setitem__ = forked
 """Read by Python at each start: vLLM forks, as it does by default on GPUs, though on CPUs it would spawn."""
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("all_processes_of_vllm")
 @pytest.mark.parametrize(
     ("option", "forks", "capacity"), [("tensor_parallel_size", True, 9), ("data_parallel_size", False, 18)]
@@ -393,6 +396,7 @@ def test_adapter_without_an_engine_for_it_is_refused(local_model: VllmModel, tmp
         local_model.predict("a", lora_request=request)
 
 
+@pytest.mark.long
 def test_engine_core_that_stands_still_or_is_killed_is_named(
     own_model: VllmModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

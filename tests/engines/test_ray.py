@@ -129,6 +129,7 @@ def assert_nothing_left() -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_replicas_on_two_nodes_answer_a_table_though_one_is_killed(
     cluster: str, tiny_model: Path, tmp_path: Path
 ) -> None:

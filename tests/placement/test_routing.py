@@ -410,6 +410,7 @@ def test_wrong_places_are_refused_before_anything_runs(
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_two_shards_of_a_real_engine_one_killed(tiny_model: Path, workers: Workers, lake: Place) -> None:
     """Each flow run has a vLLM of its own; one is killed with it, and the table is complete."""
     model = VllmModel(

@@ -479,6 +479,7 @@ def tiny(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> VllmModel:
 
 
 @pytest.mark.engine
+@pytest.mark.long
 @pytest.mark.usefixtures("all_processes_of_vllm")
 def test_the_life_of_a_server(tiny: VllmModel, servers: Path) -> None:
     """Two processes share one server, which outlives the one and its own death, and goes with the other."""
