@@ -1,0 +1,167 @@
+"""`python -m vllm_tasks`: what its commands print, and how they exit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.servers.scripted_server import Asked, Reply, ScriptedServer, refused, usual
+from vllm_tasks._cli.app import main
+
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command in a folder with a table; returns its exit code and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [{"id": i, "text": f"t{i}", "label": "a" if i % 2 else "b"} for i in range(4)]
+    (data / "tickets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(*words: str) -> tuple[int, str]:
+        codes: list[int] = []
+        try:
+            main(list(words), codes.append)
+        except SystemExit as end:  # of the command line's own errors
+            codes.append(int(end.code or 0))
+        printed = capsys.readouterr()
+        return (codes or [0])[0], printed.out + printed.err
+
+    return run
+
+
+@pytest.fixture
+def job(server: ScriptedServer, tmp_path: Path) -> Path:
+    return write(tmp_path, server, "X: text\nselect: tickets\ndb: data/\n")
+
+
+def write(folder: Path, server: ScriptedServer, rest: str) -> Path:
+    model = f"model: {{identifier: tagger, api_url: '{server.url}', prompt: 'Tag: {{input}}'}}\n"
+    file = folder / "job.yaml"
+    file.write_text(model + rest)
+    return file
+
+
+def test_a_job_is_run_resumed_and_looked_at(command: Command, job: Path, server: ScriptedServer) -> None:
+    """The second run finds all rows done; the counts are those of the table."""
+    server.script = lambda request: refused(400, "no") if request.prompt == "Tag: t1" else None
+    job.write_text(job.read_text() + "max_failed: 1\n")
+    first = json.loads(command("run", str(job), "--json")[1])
+    assert (first["succeeded"], first["failed"]) == (3, 1)
+    assert command("run", str(job))[0] == 0
+    assert len(server.posts) == 4
+    found = json.loads(command("show", "tagger", "--db", "data/", "--json")[1])
+    assert (found["rows"], found["failed"], found["errors"]) == (4, 1, {"refused": 1})
+    assert "tagger: 3 outputs, 1 errors\n  refused: 1" in command("show", "tagger", "--db", "data/")[1]
+
+
+def test_a_preview_commits_nothing(command: Command, job: Path, tmp_path: Path) -> None:
+    """It prints prompts and answers of the first rows."""
+    code, printed = command("preview", str(job), "--rows", "2")
+    assert code == 0
+    assert "prompt: Tag: t1" in printed
+    assert "t2" not in printed
+    assert not list((tmp_path / "data").glob("_outputs__*"))
+
+
+def test_a_check_sends_no_row(command: Command, job: Path, server: ScriptedServer) -> None:
+    """It names the model, how texts are sent, and the versions."""
+    code, printed = command("check", str(job))
+    assert code == 0
+    assert "ok: scripted-model, served by model scripted-model" in printed
+    assert "texts are sent as plain text" in printed
+    assert "prefect 3." in printed
+    assert not server.posts
+
+
+def test_a_validation_below_its_limits_exits_with_its_own_code(
+    command: Command, server: ScriptedServer, tmp_path: Path
+) -> None:
+    """Scores are printed and recorded either way."""
+
+    def right(request: Asked) -> Reply | None:
+        if request.body is None or ("prompt" not in request.body and "messages" not in request.body):
+            return None
+        reply = usual(request)
+        reply.body["choices"][0]["text"] = "a"
+        return reply
+
+    server.script = right
+    job = write(
+        tmp_path,
+        server,
+        "db: data/\nvalidation:\n  datasets: [{identifier: known, select: tickets}]\n"
+        "  metrics: [{identifier: accuracy}]\n  key: [text, label]\n  thresholds: {accuracy: 0.4}\n",
+    )
+    code, printed = command("validate", str(job))
+    assert (code, "accuracy" in printed) == (0, True)
+    job.write_text(job.read_text().replace("0.4", "0.9"))
+    code, printed = command("validate", str(job))
+    assert code == 5
+    assert "accuracy" in printed
+    assert "error: tagger did not pass" in printed
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("X: text", "Y: text"), "has no parameter 'Y'"),
+        (("select: tickets\n", ""), "'select' is missing"),
+        (("X: text", "X: [text"), "is not YAML"),
+        (("X: text", "X: text\nlimit: 0"), "limit"),
+        (("X: text", "X: text\nlimt: 3"), "did you mean 'limit'"),
+        (("select: tickets", "select: tikcets"), "did you mean 'tickets'"),
+    ],
+)
+def test_what_is_wrong_in_a_job_is_named(
+    command: Command, job: Path, server: ScriptedServer, change: tuple[str, str], said: str
+) -> None:
+    """A wrong job exits with 2 and sends no row."""
+    job.write_text(job.read_text().replace(*change))
+    code, printed = command("run", str(job))
+    assert code == 2
+    assert said in printed
+    assert not server.posts
+
+
+def test_a_server_that_is_away_is_for_later(
+    command: Command, job: Path, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its exit code tells a scheduler to try again."""
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0")
+    server.stop()
+    assert command("run", str(job))[0] == 3
+    server.start()
+
+
+def test_more_failed_rows_than_allowed_have_a_code_of_their_own(
+    command: Command, job: Path, server: ScriptedServer
+) -> None:
+    """What was finished is committed all the same."""
+    server.script = lambda request: refused(400, "no") if request.prompt in ("Tag: t1", "Tag: t2") else None
+    code, printed = command("run", str(job))
+    assert code == 4
+    assert "error: 2 of" in printed
+    assert json.loads(command("show", "tagger", "--db", "data/", "--json")[1])["rows"] == 4
+
+
+def test_a_saved_block_that_is_not_there_is_named(command: Command, job: Path) -> None:
+    """A text for the model that is no block's name says what one looks like."""
+    job.write_text("model: tagger\nX: text\nselect: tickets\n")
+    code, printed = command("run", str(job))
+    assert code == 2
+    assert "write vllm-api or vllm-model, a slash and its name" in printed
+
+
+def test_it_is_there_as_a_module() -> None:
+    """`python -m vllm_tasks --help` lists the commands."""
+    done = subprocess.run([sys.executable, "-m", "vllm_tasks", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ("run", "preview", "validate", "show", "check", "pools"))

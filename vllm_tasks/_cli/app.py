@@ -1,0 +1,144 @@
+"""The commands: what they take, what they print, and how they exit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+from vllm_tasks._cli import job
+from vllm_tasks._cli.looks import checked, outputs_of
+from vllm_tasks.errors import (
+    EngineFailed,
+    GateFailed,
+    InvalidCall,
+    ServerUnavailable,
+    TablesUnavailable,
+    TooManyFailed,
+    VllmTasksError,
+)
+
+EXITS = {
+    InvalidCall: 2,
+    ServerUnavailable: 3,
+    EngineFailed: 3,
+    TablesUnavailable: 3,
+    TooManyFailed: 4,
+    GateFailed: 5,
+}
+"""Exit codes, besides 0 for success, 1 for any other error and 130 for Ctrl-C. 2: correct the call; 3: run it
+again later; 4: look at the failed rows; 5: the model is below its limits."""
+
+app = App(
+    "python -m vllm_tasks", help="vLLM over tables: run jobs, look at results.", version_flags=["--version"]
+)
+AsJson = Annotated[bool, Parameter("--json", negative=())]
+
+
+@app.command
+def run(file: Path, *, json: AsJson = False) -> None:
+    """Process the rows of a table and commit one output or one error for each. Run it again to resume.
+
+    Args:
+        file: The job: parameters of `batch_predict`, in YAML.
+        json: Print the report as JSON.
+    """
+    from vllm_tasks.flows.batch_predict import batch_predict
+
+    given = job.read(file, batch_predict)
+    model, sampling = given.pop("model"), given.pop("sampling", None) or {}
+    try:
+        _print(model.predict_in_db(**given, **sampling), json)
+    except TooManyFailed as error:
+        _print(error.report, json)
+        raise
+
+
+@app.command
+def preview(file: Path, *, rows: int = 3, json: AsJson = False) -> None:
+    """Prompt the model with the first rows of a job and print what comes; nothing is committed.
+
+    Args:
+        file: The job: parameters of `batch_predict`, in YAML.
+        rows: Number of rows.
+        json: Print the rows as JSON.
+    """
+    from vllm_tasks.flows.batch_predict import batch_predict
+
+    given = job.read(file, batch_predict)
+    sampling = given.get("sampling") or {}
+    taken = {name: given[name] for name in ("X", "select", "primary_id", "db", "context") if name in given}
+    _print(given["model"].preview(**taken, n=rows, **sampling), json)
+
+
+@app.command
+def validate(file: Path, *, json: AsJson = False) -> None:
+    """Score a model on data sets with known answers, and record the values.
+
+    Args:
+        file: The job: parameters of `validate_model`, in YAML.
+        json: Print the report as JSON.
+    """
+    from vllm_tasks.flows.validate_model import validate_model
+
+    given = job.read(file, validate_model)
+    report = given.pop("model").validate(given.pop("validation", None), **given)
+    _print(report, json)
+    if not report.passed:
+        raise GateFailed(f"{report.model} did not pass: {'; '.join(report.reasons)}", report)
+
+
+@app.command
+def show(predict_id: str, *, db: str, json: AsJson = False) -> None:
+    """Print how many outputs a job has, and how many errors of which kinds.
+
+    Args:
+        predict_id: The name of the outputs; a model's identifier, where the job gives no other.
+        db: Where the outputs are: a path or URL.
+        json: Print the counts as JSON.
+    """
+    _print(outputs_of(predict_id, db), json)
+
+
+@app.command
+def check(file: Path, *, json: AsJson = False) -> None:
+    """Check a job without any row: its parameters, its server or engine, its model and chat template.
+
+    Args:
+        file: The job: parameters of `batch_predict`, in YAML.
+        json: Print what was found as JSON.
+    """
+    from vllm_tasks.flows.batch_predict import batch_predict
+
+    _print(checked(job.read(file, batch_predict)), json)
+
+
+@app.command
+def pools(*words: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
+    """Make the work pools of the Prefect server, or bring them up to date; see `pools -- --help`."""
+    from vllm_tasks.pools.__main__ import main
+
+    main(list(words))
+
+
+def _print(found: Any, as_json: bool) -> None:
+    """Print a result for people, or for programs."""
+    if not as_json:
+        print(found)
+        return
+    plain = dataclasses.asdict(found)
+    print(json.dumps(plain, ensure_ascii=False, default=str))
+
+
+def main(arguments: list[str] | None = None, exits: Callable[[int], Any] = sys.exit) -> None:
+    """Run a command; an error of the package becomes one line and its exit code."""
+    try:
+        app(arguments)
+    except VllmTasksError as error:
+        print(f"error: {error}", file=sys.stderr)
+        exits(next((code for kind, code in EXITS.items() if isinstance(error, kind)), 1))

