@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, Json, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -86,6 +88,11 @@ class Settings(BaseSettings):
         ge=0,
         description="GPUs of the machine that a local engine takes for itself, at least as many as it is "
         "split over; 0: vLLM takes the first ones, whoever else uses them.",
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO",
+        description="Lines of the package that are logged, read when it is imported: INFO has progress and "
+        "what is waited for, WARNING only what a person should look at.",
     )
     trust_remote_code: bool = Field(
         default=True,

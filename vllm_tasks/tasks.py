@@ -21,6 +21,7 @@ from vllm_tasks._prefect.mapping import ModelTask, RowsTask
 from vllm_tasks._prefect.policy import POLICY, table_run_name, validation_run_name
 from vllm_tasks._prefect.recording import emit_verdict, save_metric_values
 from vllm_tasks._prefect.row_retries import over_attempts
+from vllm_tasks._prefect.run_logs import follow
 from vllm_tasks.artifacts import show_preview
 from vllm_tasks.calls.call import Columns, OnError, Output
 from vllm_tasks.calls.prompts import Context
@@ -39,6 +40,7 @@ from vllm_tasks.validation import run as validation_run
 from vllm_tasks.validation.report import Comparison, ValidationReport
 
 Model = VllmAPI | VllmModel
+follow()
 # Prefect hashes models for `cache_policy=INPUTS`, and would take their random uuid and their masked secrets.
 STABLE_TRANSFORMS.update({VllmAPI: VllmAPI.identity, VllmModel: VllmModel.identity})
 

@@ -20,6 +20,7 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
 
 from tests.conftest import IN_PREFECT
+from tests.eventually import eventually
 from tests.places import Place
 from tests.scripts import running_script
 from tests.served import run_when_served
@@ -209,6 +210,36 @@ def test_a_flow_that_is_told_to_end_commits_what_is_finished(
         assert time.monotonic() - began < 10
     assert job.returncode != 0
     assert len(lake.answers()) == answered
+
+
+LOGGED = """
+import sys
+from prefect import flow, get_run_logger
+from vllm_tasks import VllmAPI, predict_in_db
+
+@flow(name="logged")
+def job(url: str, tables: str) -> None:
+    predict_in_db(VllmAPI(identifier="m", api_url=url, db={"url": tables}), "text", "rows")
+
+job(*sys.argv[1:])
+"""
+
+
+def test_the_logs_of_a_run_have_the_lines_of_the_package(
+    lake: Place, server: ScriptedServer, tmp_path: Path
+) -> None:
+    """Without any setting: that a server is waited for, and the progress."""
+    server.stop()
+    with running_script(tmp_path, LOGGED, server.url, lake.url) as job:
+
+        def logged(words: str) -> bool:
+            with get_client(sync_client=True) as client:
+                return any(words in log.message for log in client.read_logs() if log.flow_run_id)
+
+        assert eventually(lambda: logged(f"no server answers at {server.url}; waiting up to"))
+        server.start()
+        assert job.wait() == 0
+        assert eventually(lambda: logged("100 of 100 rows done"))
 
 
 def test_the_deployable_flow_does_the_job(model: VllmAPI, lake: Place) -> None:

@@ -14,7 +14,7 @@ from prefect.transactions import CommitMode, transaction
 from vllm_tasks._prefect.policy import is_lost
 from vllm_tasks.artifacts import ProgressArtifact, asset_key, show_report
 from vllm_tasks.placement.heartbeat import Heartbeat
-from vllm_tasks.tables import Log, Report
+from vllm_tasks.tables import Log, Report, Terminal
 from vllm_tasks.tables.job import RETRY_DELAYS
 from vllm_tasks.tables.report import Progress
 
@@ -33,7 +33,7 @@ class InPrefect:
         self._flow = FlowRunContext.get()
         self._progress = ProgressArtifact(predict_id)
         self._heartbeat = Heartbeat.current()
-        self._log = Log()
+        self._log = Terminal() if self._flow is None else Log()
 
     def commit(self, name: str, work: Callable[[], None]) -> None:
         if self._flow is None:
@@ -51,6 +51,9 @@ class InPrefect:
         else:
             self._heartbeat.progress(progress)  # it is shown where the step was called
         self._log.progress(progress, last=last)
+
+    def close(self) -> None:
+        self._log.close()
 
 
 def _commit_group(name: str, work: Callable[[], None]) -> None:

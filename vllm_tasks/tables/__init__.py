@@ -1,7 +1,18 @@
 """Rows of a table in, one committed output or error per row out."""
 
-from vllm_tasks.tables.predict import Log, predict_in_db
+from vllm_tasks.tables.log import Log, Terminal
+from vllm_tasks.tables.predict import predict_in_db
 from vllm_tasks.tables.previews import Preview, PreviewRow, preview
 from vllm_tasks.tables.report import ErrorKind, FailedRow, Report
 
-__all__ = ["ErrorKind", "FailedRow", "Log", "Preview", "PreviewRow", "Report", "predict_in_db", "preview"]
+__all__ = [
+    "ErrorKind",
+    "FailedRow",
+    "Log",
+    "Preview",
+    "PreviewRow",
+    "Report",
+    "Terminal",
+    "predict_in_db",
+    "preview",
+]

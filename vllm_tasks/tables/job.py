@@ -27,6 +27,9 @@ class Display(Protocol):
     def progress(self, progress: Progress, *, last: bool = False) -> None:
         """Called often; shows it when the last time is a while ago, and the `last` one in any case."""
 
+    def close(self) -> None:
+        """Called once the run has ended, however it did."""
+
 
 @dataclass(frozen=True)
 class Job:

@@ -6,9 +6,8 @@ import logging
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any, Literal
 
 from vllm_tasks.calls.call import Columns, Model, named_columns
@@ -17,7 +16,7 @@ from vllm_tasks.datalayer import Datalayer, outputs_name
 from vllm_tasks.datalayer.opening import Store, name_of, open_tables, source_of
 from vllm_tasks.datalayer.selection import OutputTable, Selection
 from vllm_tasks.datalayer.source_id import source_id
-from vllm_tasks.errors import InvalidCall, TablesUnavailable, TooManyFailed
+from vllm_tasks.errors import InvalidCall, TooManyFailed
 from vllm_tasks.tables.arguments import (
     at_least_one,
     check_max_failed,
@@ -31,14 +30,13 @@ from vllm_tasks.tables.arguments import (
 from vllm_tasks.tables.budget import Budget
 from vllm_tasks.tables.counting import Counted
 from vllm_tasks.tables.earlier import refuse_other_source
-from vllm_tasks.tables.job import RETRY_DELAYS, Display, Job
-from vllm_tasks.tables.report import Progress, Report, Tally
+from vllm_tasks.tables.job import Display, Job
+from vllm_tasks.tables.log import Terminal
+from vllm_tasks.tables.report import Report, Tally
 from vllm_tasks.tables.run import SHUTDOWN_TIMEOUT, Run
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_EVERY = 30.0
-"""Seconds between two lines of progress in the log."""
 COUNT_TIMEOUT = 5.0
 """Seconds that a finished run waits for the count of its source."""
 
@@ -149,7 +147,7 @@ def predict_in_db(
         job = Job.of(
             over, tables, selection, commit_policy, budget, limit, of_source, same_source=same_source
         )
-        return commit_answers(predict_id, job, output, display or Log(), tally)
+        return commit_answers(predict_id, job, output, display or Terminal(), tally)
     finally:
         tables.close()
 
@@ -160,7 +158,8 @@ def commit_answers(predict_id: str, job: Job, output: OutputTable, display: Disp
         job.tables.check(job.selection)
         if job.source is not None and not job.same_source:
             refuse_other_source(job.tables, job.selection.outputs, job.source)
-    verdict, counted = _run(job, output, display, tally)
+    with closing(display):
+        verdict, counted = _run(job, output, display, tally)
     report = _report(predict_id, job, tally, counted)
     job.over.call.warn_of_truncated(tally.truncated, tally.succeeded)
     if tally.replaced:
@@ -221,27 +220,6 @@ def _report(predict_id: str, job: Job, tally: Tally, counted: Counted) -> Report
         unreadable_lines=tuple(tally.unreadable_lines),
         chat=job.over.call.prompter.chat,
     )
-
-
-class Log:
-    """A `Display` for a run without Prefect: a line now and then, and commits repeated here."""
-
-    def __init__(self) -> None:
-        self._shown = time.monotonic()
-
-    def commit(self, name: str, work: Callable[[], None]) -> None:
-        for delay in RETRY_DELAYS:
-            try:
-                return work()
-            except TablesUnavailable as error:
-                logger.warning("commit of %s failed, again in %d s: %s", name, delay, error)
-                time.sleep(delay)
-        return work()
-
-    def progress(self, progress: Progress, *, last: bool = False) -> None:
-        if last or time.monotonic() - self._shown >= PROGRESS_EVERY:
-            self._shown = time.monotonic()
-            logger.info("%s", progress)
 
 
 @contextmanager

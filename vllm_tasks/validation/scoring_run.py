@@ -19,7 +19,7 @@ from vllm_tasks.errors import InvalidCall, near
 from vllm_tasks.metrics.measure import Answer
 from vllm_tasks.tables.arguments import check_max_failed, datalayer_of
 from vllm_tasks.tables.job import Display
-from vllm_tasks.tables.predict import Log
+from vllm_tasks.tables.log import Terminal
 from vllm_tasks.validation import Dataset, Metric, Validation, history
 from vllm_tasks.validation.judge_scores import JudgeScores
 from vllm_tasks.validation.judging import Judging
@@ -73,7 +73,7 @@ def scored(
 
 
 def _log(_predict_id: str) -> Display:
-    return Log()
+    return Terminal()
 
 
 def _chosen(validation: Validation, names: Sequence[str] | None) -> list[Dataset]:

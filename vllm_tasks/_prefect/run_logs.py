@@ -1,0 +1,37 @@
+"""The package's log lines in the logs of the Prefect runs that they are about, without any setting."""
+
+from __future__ import annotations
+
+import logging
+
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.logging.handlers import APILogHandler
+
+from vllm_tasks.errors import InvalidCall
+from vllm_tasks.settings import site_settings
+
+package = logging.getLogger("vllm_tasks")
+
+
+class RunLogs(APILogHandler):
+    """Sends lines to Prefect's server where they are logged within a run.
+
+    Work on the package's event loop has the context of the call that began it. Where a site has put Prefect's
+    own handler onto these loggers (`PREFECT_LOGGING_EXTRA_LOGGERS`), that one sends them.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        in_run = FlowRunContext.get() or TaskRunContext.get()
+        if in_run and not any(type(other) is APILogHandler for other in package.handlers):
+            super().emit(record)
+
+
+def follow() -> None:
+    """Log from `VLLM_TASKS_LOG_LEVEL` on, unless a level is set already, and to the runs."""
+    if package.level == logging.NOTSET:
+        try:
+            package.setLevel(site_settings().log_level)
+        except InvalidCall:  # reported where settings are used
+            package.setLevel(logging.INFO)
+    if not any(isinstance(handler, RunLogs) for handler in package.handlers):
+        package.addHandler(RunLogs())
