@@ -25,7 +25,7 @@ from tests.servers.scripted_server import ScriptedServer, answer_to
 from vllm_tasks import InvalidCall, VllmAPI, VllmModel, predict_batches
 from vllm_tasks.calls.call import identity_of
 from vllm_tasks.engines import loop
-from vllm_tasks.engines.batching import answer
+from vllm_tasks.engines.batching import generate
 from vllm_tasks.engines.local import process
 from vllm_tasks.engines.local.engine import LocalConfig, LocalEngine
 from vllm_tasks.engines.ray import actor
@@ -340,7 +340,7 @@ def ask(replicas: Replicas, prompts: Sequence[str]) -> list[Any]:
     async def whole_life() -> list[Any]:
         await replicas.start()
         try:
-            return await answer(replicas, [Request(p, {}) for p in prompts], 1)
+            return await generate(replicas, [Request(p, {}) for p in prompts], 1)
         finally:
             await replicas.close()
 
