@@ -199,11 +199,11 @@ def _number(value: Any) -> float:
 def _text(value: Any, name: str) -> str:
     """A string that UTF-8 can encode. JSON can carry a lone surrogate, tables cannot."""
     if not isinstance(value, str):
-        wrong(f'"{name}", a text', value)
+        wrong(f'"{name}", a string', value)
     try:
         value.encode()
     except UnicodeEncodeError:
-        wrong(f'"{name}", a text of whole characters', value)
+        wrong(f'"{name}", a string without lone surrogates', value)
     return value
 
 
@@ -232,7 +232,7 @@ def _name(value: JSON, name: str) -> str | None:
     """A name, to be stored like a count: without the character 0, which PostgreSQL rejects."""
     found: str | None = _optional(value, name, str)
     if found is not None and "\0" in found:
-        wrong(f'"{name}", a text without the character 0', found)
+        wrong(f'"{name}", a string without the character 0', found)
     return found
 
 
