@@ -411,7 +411,7 @@ def test_an_engine_whose_process_cannot_be_made_again_ends_its_calls(
     """A full disk or a Python that is gone is no reason of vLLM's, and the rows must not wait for ever."""
     with scripted("one") as model:
         monkeypatch.setattr(sys, "executable", "/no/python")
-        with pytest.raises(EngineFailed, match=r"no process for vLLM could be made: .*/no/python") as caught:
+        with pytest.raises(EngineFailed, match=r"vLLM's process cannot start: .*/no/python") as caught:
             model.predict("die")
     assert caught.value.temporary
     assert taken(limit) == 0

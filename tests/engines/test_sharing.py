@@ -411,7 +411,7 @@ def test_engine_that_ran_before_may_run_again(make: Make) -> None:
 def test_engine_that_only_dies_fails_the_call(make: Make) -> None:
     """Engines that die one after the other without an answer end the call, as a temporary failure."""
     rows = ["die always"] * 40
-    with pytest.raises(EngineFailed, match="died 6 times without answering") as caught:
+    with pytest.raises(EngineFailed, match="died 6 times without completing") as caught:
         make().predict_batches(rows, on_error="return")
     assert caught.value.temporary
     assert caught.value.results is not None

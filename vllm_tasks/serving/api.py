@@ -22,7 +22,7 @@ from vllm_tasks.calls.call import Call
 from vllm_tasks.calls.chat import of_files
 from vllm_tasks.calls.sampling import check_names
 from vllm_tasks.calls.weights import engine_identity
-from vllm_tasks.engines.local.engine import tell_trust
+from vllm_tasks.engines.local.engine import log_trust
 from vllm_tasks.errors import EngineFailed, InvalidCall, ServerUnavailable
 from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.models.predictor import Predictor
@@ -62,7 +62,7 @@ def serve(model: VllmModel) -> Iterator[VllmAPI]:
     arguments = server_arguments(engine_args)
     command = command_line(arguments)
     if arguments.get("trust_remote_code"):
-        tell_trust(arguments["model"])
+        log_trust(arguments["model"])
     behind = Behind(engine_identity(engine_args), of_files(engine_args))
     server = SharedServer(arguments["model"], command, config.start_timeout, model.resources().num_gpus)
     with server.used():

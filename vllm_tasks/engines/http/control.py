@@ -106,7 +106,7 @@ class Control:
             raise Unreachable(said)
         if not names:
             raise InvalidCall(
-                f"the server does not report its model; check api_url and api_key or set model='...' ({said})"
+                f"{url} does not report its model; check api_url and api_key, or pass model='...' ({said})"
             )
         if len(names) > 1:
             raise InvalidCall(f"{url} serves {rendered(names)}: choose one, as in model={names[0]!r:.200}")

@@ -286,9 +286,7 @@ class HttpEngine:
         except (ValueError, RecursionError) as error:
             raise self._unreadable(error, f"the response from {server.url}", content) from error
         if reason := given_up(completion):
-            raise FailedAttempt(
-                "server", f"{server.url} ended the row before it was complete ({reason})", retryable=True
-            )
+            raise FailedAttempt("server", f"{server.url} ended the row early ({reason})", retryable=True)
         if any(choice.finish_reason == WITHHELD for choice in completion.choices):
             raise FailedAttempt("refused", f"{server.url} withheld the answer (finish_reason {WITHHELD!r})")
         return completion
