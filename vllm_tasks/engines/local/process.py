@@ -181,7 +181,7 @@ class HostProcess:
         finally:  # without an await, so that a second cancellation cannot leave processes behind
             self._code = self._process.poll()
             self._process.kill()
-            session.kill(self._process.pid)
+            session.kill(self._process.pid)  # its own session, so never this process's
             self._process.wait()
             session.remove_sockets(self._sockets)
         await asyncio.wait({self._log_reader}, timeout=LOG_GRACE)
