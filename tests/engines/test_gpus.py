@@ -392,7 +392,7 @@ def test_an_engine_holds_what_it_claims_until_it_is_closed(
 
 
 def test_an_engine_that_is_given_up_holds_nothing(scripted: Callable[..., VllmModel], limit: str) -> None:
-    """Whether it did not start or could not be started again."""
+    """Whether it did not start or could not be restarted."""
     with pytest.raises(EngineFailed, match="no CUDA"):
         scripted("refused", refuse="no CUDA").predict("a")
     assert taken(limit) == 0
