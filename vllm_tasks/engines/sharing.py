@@ -161,7 +161,7 @@ async def capacity(config: Config) -> int:
 
 
 async def facts(config: Config) -> dict[str, str]:
-    """What a server reports: its `model` name for requests, and `root` and `version` where known."""
+    """Facts that a server reports: its `model` name for requests, and `root` and `version` where known."""
     async with _of(config).used() as engine:
         assert isinstance(engine, HttpEngine), "only servers report facts"
         return await engine.facts()

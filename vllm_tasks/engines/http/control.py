@@ -101,12 +101,12 @@ class Control:
         names = tuple(roots)
         if model is not None:
             return Served(url, names, model if model in names else None) if names else None
-        said = f"HTTP {status} from {url}/v1/models: {self.key.hidden_in(content)[:300]!r}"
+        reply = f"HTTP {status} from {url}/v1/models: {self.key.hidden_in(content)[:300]!r}"
         if status >= 500 or status in (408, 429):
-            raise Unreachable(said)
+            raise Unreachable(reply)
         if not names:
             raise InvalidCall(
-                f"{url} does not report its model; check api_url and api_key, or pass model='...' ({said})"
+                f"{url} does not report its model; check api_url and api_key, or pass model='...' ({reply})"
             )
         if len(names) > 1:
             raise InvalidCall(f"{url} serves {rendered(names)}: choose one, as in model={names[0]!r:.200}")

@@ -109,7 +109,7 @@ class HttpEngine:
             await self._session.close()
 
     async def facts(self) -> dict[str, str]:
-        """What a server reports about itself; see `Servers.facts`."""
+        """Facts that a server reports about itself; see `Servers.facts`."""
         return await self._servers.facts()
 
     async def has_chat_template(self) -> bool:
@@ -168,7 +168,7 @@ class HttpEngine:
                     self._servers.heartbeat()
                 outcome = attempts.lose(str(error))
             except Full as full:
-                attempts.release()  # because `refuse` looks whether other rows have slots
+                attempts.release()  # because `refuse` checks whether other rows have slots
                 outcome = attempts.refuse(full)
             finally:
                 attempts.release()
@@ -313,14 +313,14 @@ class HttpEngine:
             waited = f"no response from {url} within timeout={self.config.timeout:g} s"
             raise FailedAttempt("timeout", waited, retryable=True) from error
         except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError) as error:
-            said = self._key.hidden_in(f"{error!r}")
+            reason = self._key.hidden_in(f"{error!r}")
             raise FailedAttempt(
-                "connection", f"the connection to {url} broke: {said}", retryable=True
+                "connection", f"the connection to {url} broke: {reason}", retryable=True
             ) from error
         except aiohttp.ClientError as error:
             # Its repr would show the headers of our request, with the key.
-            said = self._key.hidden_in(f"{type(error).__name__}: {error}")
-            raise FailedAttempt("response", f"not an HTTP response: {said}") from error
+            reason = self._key.hidden_in(f"{type(error).__name__}: {error}")
+            raise FailedAttempt("response", f"not an HTTP response: {reason}") from error
 
     def _unreadable(self, error: Exception, what: str, content: bytes) -> FailedAttempt:
         """The failure for `content`, described by `what`, that does not follow the protocol."""
@@ -358,18 +358,18 @@ class HttpEngine:
 def refusal(status: int, response: aiohttp.ClientResponse, content: bytes, key: Key) -> Exception:
     """The error for a status other than 200: `InvalidCall` for the call, `FailedAttempt` for the row."""
     words = words_of(key.hidden_in(content))
-    said = f"HTTP {status} from {response.url}: {words!r}"
+    error = f"HTTP {status} from {response.url}: {words!r}"
     if status in MENDED_BY:
-        return Denied(status, said)
+        return Denied(status, error)
     if 300 <= status < 400:
         target = key.hidden_in(response.headers.get("Location", ""))
-        return InvalidCall(f"{said}: redirects are not followed; set api_url to {target!r}")
+        return InvalidCall(f"{error}: redirects are not followed; set api_url to {target!r}")
     if status == 408 or status in FULL or status >= 500:
         failed = Full if status in FULL else FailedAttempt
-        return failed("server", said, retryable=True, delay=retry_after(response.headers.get("Retry-After")))
+        return failed("server", error, retryable=True, delay=retry_after(response.headers.get("Retry-After")))
     if status < 300:
-        return FailedAttempt("response", f"{said}: expected HTTP 200")
-    return FailedAttempt(kind_of_refusal(words), said)
+        return FailedAttempt("response", f"{error}: expected HTTP 200")
+    return FailedAttempt(kind_of_refusal(words), error)
 
 
 def words_of(content: bytes) -> str:

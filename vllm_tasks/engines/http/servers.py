@@ -235,7 +235,7 @@ class Servers:
                 await self.control.check_health(server.url)
                 server.well_until = time.monotonic() + PROBE_EVERY
 
-    async def prove(self, server: Server, answered: Request) -> None:
+    async def prove(self, server: Server, completed: Request) -> None:
         """Repeat a request that completed before. If it completes again, the failed rows are to blame.
 
         Raises `Unreachable`, `Full` or `InvalidCall` otherwise. One proof serves all rows that failed before
@@ -246,9 +246,9 @@ class Servers:
             if server.proven <= failed:
                 sent = time.monotonic()
                 try:
-                    await self._prove(server, answered)
+                    await self._prove(server, completed)
                 except Unreachable:
-                    server.owes = answered
+                    server.owes = completed
                     raise
                 server.proven = sent
 
@@ -334,8 +334,8 @@ class Servers:
             server.model, server.is_identified = self.model, self._is_sure
 
     async def facts(self) -> dict[str, str]:
-        """What a server reports: the `model` name for requests and, where known, its `root` (the model's own
-        name or folder) and vLLM's `version`."""
+        """Facts that a server reports: its `model` name for requests and, where known, `root` (the model's
+        own name or folder) and vLLM's `version`."""
         while True:
             await self.compare()
             server = next((server for server in self.all if server.is_there), None)
