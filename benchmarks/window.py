@@ -72,7 +72,7 @@ def through(engine: LocalEngine, factor: float) -> Work:
     def work(texts: list[str], tokens: int) -> None:
         engine.window.limit = math.ceil(factor * SEQS)
         sampling = {"temperature": 0, "ignore_eos": True, "max_tokens": tokens}
-        answers = loop.run(batching.answer(engine, [Request(text, sampling) for text in texts], CHUNK))
+        answers = loop.run(batching.generate(engine, [Request(text, sampling) for text in texts], CHUNK))
         assert len(answers) == len(texts)
 
     return work

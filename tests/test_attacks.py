@@ -300,7 +300,7 @@ def test_a_response_that_unpacks_to_more_than_allowed_is_not_unpacked(
     for model, path in (("m", "/v1/completions"), (None, "/v1/models")):
         server.script = lambda asked, path=path: packed if asked.path == path else None  # type: ignore[misc]
         tracemalloc.start()
-        with pytest.raises((RowErrors, InvalidCall), match=r"larger than 1048576|does not tell its model"):
+        with pytest.raises((RowErrors, InvalidCall), match=r"larger than 1048576|does not report its model"):
             VllmAPI(identifier="m", api_url=server.url, model=model, retries=0).predict("x")
         assert tracemalloc.get_traced_memory()[1] < 32 * 2**20
         tracemalloc.stop()

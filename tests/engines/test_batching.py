@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_tasks.engines import Done
-from vllm_tasks.engines.batching import answer, chunks, fold, is_deterministic, side_by_side
+from vllm_tasks.engines.batching import chunks, fold, generate, is_deterministic, side_by_side
 from vllm_tasks.engines.window import Window
 from vllm_tasks.errors import InvalidCall, ServerUnavailable
 from vllm_tasks.rows import Choice, Completion, Request, Result, RowError
@@ -94,7 +94,7 @@ def ask(engine: ScriptedEngine, prompts: Sequence[Any], size: int | None, **samp
         replace(p, index=i) if isinstance(p, RowError) else Request(p, sampling)
         for i, p in enumerate(prompts)
     ]
-    return asyncio.run(answer(engine, requests, size))
+    return asyncio.run(generate(engine, requests, size))
 
 
 def texts(results: Sequence[Result]) -> list[str | tuple[str, int]]:
@@ -194,7 +194,7 @@ def test_the_window_is_exceeded_by_no_more_than_a_chunk(
     requests = [Request(f"{'x' * (i % 5)}{i}", {}) for i in range(rows)]
 
     async def many() -> list[list[Result]]:
-        return await asyncio.gather(*(answer(engine, requests, size) for _ in range(calls)))
+        return await asyncio.gather(*(generate(engine, requests, size) for _ in range(calls)))
 
     assert [len(r) for r in asyncio.run(many())] == [rows] * calls
     assert engine.most <= limit - 1 + (size or rows or 1)
@@ -253,7 +253,9 @@ def test_one_failing_call_leaves_its_neighbours_alone() -> None:
     async def both() -> list[Any]:
         good = [Request(f"{i}", {}) for i in range(9)]
         return await asyncio.gather(
-            answer(engine, [Request("die", {}), *good], 1), answer(engine, good, 2), return_exceptions=True
+            generate(engine, [Request("die", {}), *good], 1),
+            generate(engine, good, 2),
+            return_exceptions=True,
         )
 
     failed, answered = asyncio.run(both())
@@ -275,13 +277,13 @@ def test_a_cancelled_call_gives_all_its_room_back(
     engine = ScriptedEngine(limit, lambda _: 3)
 
     async def cancel_and_go_on() -> list[Result]:
-        call = asyncio.create_task(answer(engine, [Request(f"{i}", {}) for i in range(rows)], size))
+        call = asyncio.create_task(generate(engine, [Request(f"{i}", {}) for i in range(rows)], size))
         for _ in range(after):
             await asyncio.sleep(0)
         call.cancel()
         await asyncio.wait([call])
         assert engine.window.in_flight == 0
-        return await answer(engine, [Request("next", {})], size)
+        return await generate(engine, [Request("next", {})], size)
 
     assert texts(asyncio.run(cancel_and_go_on())) == ["re next"]
     assert engine.window.in_flight == engine.in_flight == 0

@@ -392,7 +392,7 @@ def test_an_engine_holds_what_it_claims_until_it_is_closed(
 
 
 def test_an_engine_that_is_given_up_holds_nothing(scripted: Callable[..., VllmModel], limit: str) -> None:
-    """Whether it did not start or could not be started again."""
+    """Whether it did not start or could not be restarted."""
     with pytest.raises(EngineFailed, match="no CUDA"):
         scripted("refused", refuse="no CUDA").predict("a")
     assert taken(limit) == 0
@@ -411,7 +411,7 @@ def test_an_engine_whose_process_cannot_be_made_again_ends_its_calls(
     """A full disk or a Python that is gone is no reason of vLLM's, and the rows must not wait for ever."""
     with scripted("one") as model:
         monkeypatch.setattr(sys, "executable", "/no/python")
-        with pytest.raises(EngineFailed, match=r"no process for vLLM could be made: .*/no/python") as caught:
+        with pytest.raises(EngineFailed, match=r"vLLM's process cannot start: .*/no/python") as caught:
             model.predict("die")
     assert caught.value.temporary
     assert taken(limit) == 0

@@ -284,7 +284,7 @@ def test_a_list_of_models_that_never_comes_is_no_server(
         return deed or await hang(asked) if asked.path == "/v1/models" else None
 
     server.script = stuck
-    with pytest.raises(ServerUnavailable, match=r"(within 0\.3 s|timed out).*with model='\.\.\.'"):
+    with pytest.raises(ServerUnavailable, match=r"(within 0\.3 s|timed out).*pass model='\.\.\.'"):
         api(model=None).predict_batches([str(i) for i in range(100)])
     assert [a.path for a in server.requests].count("/v1/models") <= 4
 
@@ -1245,7 +1245,7 @@ def test_servers_that_hang_do_not_hold_up_the_search(
 
     async def find(servers: Servers) -> None:
         await lose_all(servers)
-        assert (await servers.place()).url == f"{server.url}/well"
+        assert (await servers.take_slot()).url == f"{server.url}/well"
 
     on_servers(model, find)
 
@@ -1257,7 +1257,7 @@ def test_a_health_check_that_leads_nowhere_is_no_failure(server: ScriptedServer,
 
     async def find(servers: Servers) -> None:
         await lose_all(servers)
-        await servers.place()
+        await servers.take_slot()
 
     on_servers(api(), find)
 
@@ -1437,12 +1437,12 @@ def test_a_row_after_one_that_was_cancelled_in_the_queue_has_its_turn(
 
     async def cancel(servers: Servers) -> None:
         await lose_all(servers)
-        waiting = asyncio.create_task(servers.place())
+        waiting = asyncio.create_task(servers.take_slot())
         await asyncio.sleep(0.3)
         waiting.cancel()
         await asyncio.sleep(seconds)
         server.start()
-        await servers.place()
+        await servers.take_slot()
 
     server.stop()
     on_servers(api(), cancel)
@@ -1459,7 +1459,7 @@ def test_a_row_does_not_wait_for_a_question_that_was_cancelled(server: ScriptedS
     async def cancel(servers: Servers) -> None:
         asks = asyncio.create_task(servers.facts())
         await asyncio.sleep(0.3)
-        row = asyncio.create_task(servers.place())
+        row = asyncio.create_task(servers.take_slot())
         await asyncio.sleep(0.1)
         asks.cancel()
         await row

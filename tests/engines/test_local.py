@@ -377,7 +377,7 @@ def test_adapters_go_by_their_contents_and_wrong_ones_are_refused(tiny_model: Pa
         empty, large = tmp_path / "empty", make_adapter(tmp_path / "large", 12, rank=16)
         empty.mkdir()
         for folder, reason in (
-            (trained, "is no folder"),
+            (trained, "is not a folder"),
             (empty, "has no adapter_config.json"),
             (large, "rank 16 is greater than max_lora_rank 8"),
         ):

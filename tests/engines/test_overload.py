@@ -147,12 +147,12 @@ def test_a_search_for_a_server_leaves_its_room_growing(server: ScriptedServer, a
         engine = HttpEngine(api(server.url).engine_config())
         await engine.start()
         try:
-            far = await engine._servers.place()
+            far = await engine._servers.take_slot()
             far.capacity.refuse(retry_after=0.5)
             engine._servers.lose(far, "away")
-            engine._servers.leave(far)
+            engine._servers.release(far)
             async with asyncio.timeout(10):
-                assert await engine._servers.place() is far
+                assert await engine._servers.take_slot() is far
         finally:
             await engine.close()
 
@@ -286,7 +286,7 @@ def test_rows_do_not_need_more_files_than_may_be_open(
     ran = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert ran.stdout == "True\n", ran.stderr
     assert told in ran.stderr
-    assert "no server answers" not in ran.stderr
+    assert "no server responds" not in ran.stderr
     assert peak / 2 < server.peak <= peak
 
 

@@ -25,12 +25,12 @@ from tests.servers.scripted_server import ScriptedServer, answer_to
 from vllm_tasks import InvalidCall, VllmAPI, VllmModel, predict_batches
 from vllm_tasks.calls.call import identity_of
 from vllm_tasks.engines import loop
-from vllm_tasks.engines.batching import answer
+from vllm_tasks.engines.batching import generate
 from vllm_tasks.engines.local import process
 from vllm_tasks.engines.local.engine import LocalConfig, LocalEngine
 from vllm_tasks.engines.ray import actor
 from vllm_tasks.engines.ray.engine import RayHost
-from vllm_tasks.engines.ray.replicas import REMEMBERED, Replica, Replicas, beginnings_of
+from vllm_tasks.engines.ray.replicas import REMEMBERED, Replica, Replicas, prefixes_of
 from vllm_tasks.errors import EngineFailed, ServerUnavailable
 from vllm_tasks.rows import Completion, Request
 
@@ -215,7 +215,7 @@ def test_several_gpus_come_in_one_placement_group(make: Make) -> None:
 def test_place_that_is_not_there_is_waited_for_and_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster may grow or become free; in the end the error says what was asked of it."""
     monkeypatch.setenv("VLLM_TASKS_ENGINE_START_TIMEOUT", "1")
-    with pytest.raises(EngineFailed, match=r"'GPU': 8.*ask for less") as caught:
+    with pytest.raises(EngineFailed, match=r"'GPU': 8.*request less") as caught:
         make(ray_config={"num_gpus": 8}).predict("a")
     assert caught.value.temporary
 
@@ -264,7 +264,7 @@ def test_ray_that_was_there_is_used_and_left_as_it_was(
 ) -> None:
     """What others have joined in this process stays joined; when they leave, rows in flight fail, and the
     next call starts anew."""
-    monkeypatch.setattr("vllm_tasks.engines.ray.engine.LOOK_EVERY", 0.2)
+    monkeypatch.setattr("vllm_tasks.engines.ray.engine.CHECK_EVERY", 0.2)
     ray().init(address=cluster, log_to_driver=False, logging_level="ERROR")
     model = make(pause=1)
     assert model.predict("a") == "a"
@@ -341,7 +341,7 @@ def ask(replicas: Replicas, prompts: Sequence[str]) -> list[Any]:
     async def whole_life() -> list[Any]:
         await replicas.start()
         try:
-            return await answer(replicas, [Request(p, {}) for p in prompts], 1)
+            return await generate(replicas, [Request(p, {}) for p in prompts], 1)
         finally:
             await replicas.close()
 
@@ -418,11 +418,11 @@ def test_longest_beginning_in_common_decides() -> None:
     replicas, (first, second) = dispatch(0, 0)
     head = "You are a helpful assistant. " * 5
     assert replicas._choose(Request(head + "A" * 1000, {})) is first
-    second.remember(beginnings_of(Request(head + "B" * 1000, {})))
+    second.remember(prefixes_of(Request(head + "B" * 1000, {})))
     first.open = second.open = 5
     assert replicas._choose(Request(head + "B" * 1000 + "?", {})) is second
     messages: list[Any] = [{"role": "user", "content": head + "A" * 1000}]
-    assert len(beginnings_of(Request(messages, {}))) == 3
+    assert len(prefixes_of(Request(messages, {}))) == 3
 
 
 def test_what_a_replica_remembers_is_bounded() -> None:
@@ -432,4 +432,4 @@ def test_what_a_replica_remembers_is_bounded() -> None:
         replicas._choose(Request(f"{i:064}", {}))
         replicas._choose(Request(f"short {i}", {}))
     replicas._choose(Request("x" * 64, {}))
-    assert len(only.beginnings) == REMEMBERED
+    assert len(only.prefixes) == REMEMBERED

@@ -281,7 +281,7 @@ def test_call_whose_rows_all_kill_costs_no_other_call_a_row(make: Make) -> None:
     model.init()
     rows = [f"row {i}" for i in range(60)]
     other, outcome = in_thread(lambda: model.predict_batches(rows, temperature=1))
-    with pytest.raises(EngineFailed, match="without answering a row of this call"):
+    with pytest.raises(EngineFailed, match="without completing a row of this call"):
         model.predict_batches(["die always"] * 40, temperature=1)
     other.join()
     assert outcome == [rows]
@@ -322,7 +322,7 @@ def test_what_is_no_json_fails_its_own_call(make: Make, log: Path) -> None:
     model.init()
     dying, of_dying = in_thread(lambda: model.predict_batches(["a", "die"], temperature=1))
     assert eventually(lambda: starts(log) == 2)
-    with pytest.raises(InvalidCall, match=r"no JSON value: .*set"):
+    with pytest.raises(InvalidCall, match=r"not a JSON value: .*set"):
         model.predict_batches(["b"], stop={"x"})
     assert model.predict("c") == "c"
     dying.join()
@@ -402,7 +402,7 @@ def test_init_after_a_failure_starts_anew(make: Make, log: Path) -> None:
 
 
 def test_engine_that_ran_before_may_run_again(make: Make) -> None:
-    """One that could not be started again is a temporary failure; one that never started is none."""
+    """One that could not be restarted is a temporary failure; one that never started is none."""
     with pytest.raises(EngineFailed, match="no more lives") as caught:
         make(lives=1).predict("die")
     assert caught.value.temporary
@@ -411,7 +411,7 @@ def test_engine_that_ran_before_may_run_again(make: Make) -> None:
 def test_engine_that_only_dies_fails_the_call(make: Make) -> None:
     """Engines that die one after the other without an answer end the call, as a temporary failure."""
     rows = ["die always"] * 40
-    with pytest.raises(EngineFailed, match="died 6 times without answering") as caught:
+    with pytest.raises(EngineFailed, match="died 6 times without completing") as caught:
         make().predict_batches(rows, on_error="return")
     assert caught.value.temporary
     assert caught.value.results is not None

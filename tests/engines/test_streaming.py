@@ -131,7 +131,7 @@ def test_it_does_not_matter_where_the_network_cuts_a_stream(cuts: list[int]) -> 
     pieces = Pieces()
     for begin, end in zip([0, *cuts], [*cuts, len(STREAM)], strict=True):
         pieces.take(STREAM[begin:end])
-    whole = pieces.whole()
+    whole = pieces.complete()
     assert whole["choices"][0]["message"] == {"role": "assistant", "content": "ü 🦊\n\n"}
     assert whole["usage"] == USAGE["usage"]
 
@@ -139,8 +139,8 @@ def test_it_does_not_matter_where_the_network_cuts_a_stream(cuts: list[int]) -> 
 @pytest.mark.parametrize(
     ("content", "kind", "words"),
     [
-        (events(text("Par"), done=False), "connection", "ended before the answer did"),
-        (events(text("Par")), "connection", "ended before the answer did"),
+        (events(text("Par"), done=False), "connection", "ended before the answer was complete"),
+        (events(text("Par")), "connection", "ended before the answer was complete"),
         (events(text("a"), {"error": {"message": "bad row", "code": 400}}), "refused", "HTTP 400 .*bad row"),
         (events(text("a"), {"error": {"message": "lost it", "code": 500}}), "server", "HTTP 500 .*lost it"),
         (events(text("a"), {"error": {"message": "lost it"}}), "server", "HTTP 500 .*lost it"),

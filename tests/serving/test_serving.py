@@ -265,7 +265,7 @@ def test_a_server_that_cannot_come_back_ends_the_call(
 ) -> None:
     """After three starts in vain it is given up, which is told as a temporary failure of the engine."""
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "1")
-    with pytest.raises(EngineFailed, match="could not be started again: ValueError: no more") as caught:
+    with pytest.raises(EngineFailed, match="could not be restarted: ValueError: no more") as caught:
         ask_without("server", scripted(lives="1"), servers)
     assert caught.value.temporary
     assert caught.value.results == [None]
@@ -306,7 +306,7 @@ def test_a_log_that_is_removed_ends_no_server(
             assert served.predict(row) == row
 
     with (
-        pytest.raises(EngineFailed, match="could not be started again: ValueError: no more"),
+        pytest.raises(EngineFailed, match="could not be restarted: ValueError: no more"),
         serve(model) as served,
     ):
         ask_twice(served)

@@ -106,7 +106,7 @@ class Call:
         """N results for N requests, in their order."""
         if self.answerer is not None:
             return self.answerer(requests)
-        return loop.run(sharing.answer(self.engine, requests, self.max_batch_size), raise_if_stopped)
+        return loop.run(sharing.generate(self.engine, requests, self.max_batch_size), raise_if_stopped)
 
     def predict(self, x: Any) -> Output:
         """The value of one record; raises as `predict_batches`."""

@@ -1,6 +1,6 @@
-"""The one seam to vLLM: an `Engine` answers rows, wherever it runs.
+"""The only interface to vLLM: an `Engine` processes rows, wherever it runs.
 
-Three transports: `http` (somebody's server), `local` (a process of ours), `ray` (such a process in actors).
+There are three: `http` (any server), `local` (a child process) and `ray` (such a process in an actor).
 """
 
 from __future__ import annotations
@@ -12,31 +12,49 @@ from vllm_tasks.engines.window import Window
 from vllm_tasks.rows import Request, Result
 
 Done = Callable[[int, Result], None]
-"""Called with the position of a request in its chunk and what became of it."""
+"""Called with the position of a request in its chunk, and its result."""
 
 
 class Engine(Protocol):
-    """Answers chunks of rows. All methods run on the engine loop (`vllm_tasks.engines.loop`)."""
+    """Processes chunks of rows. All methods run on the engine loop (`vllm_tasks.engines.loop`)."""
 
     window: Window
-    """Bounds the rows in flight over all calls that share this engine; set once it has started."""
+    """Limits the rows in flight over all calls that share this engine; valid once it has started."""
 
     @property
     def has_failed(self) -> bool:
-        """Whether no row will be taken any more, so that another engine has to be started."""
+        """Whether the engine accepts no more rows, so that another one must be started."""
 
     async def start(self) -> None:
-        """Make it ready to answer; raises `EngineFailed`, `ServerUnavailable` or `InvalidCall`."""
+        """Make the engine ready for rows.
+
+        Raises:
+            EngineFailed: vLLM does not start; the message has its reason.
+            ServerUnavailable: A server or a Ray cluster cannot be reached.
+            InvalidCall: The configuration cannot work.
+        """
 
     async def generate(self, requests: Sequence[Request], done: Done) -> None:
-        """Answer each request and call `done` exactly once for it, as rows finish, in any order.
+        """Process a chunk of requests and return when all of them are done.
 
-        Returns when all are done. What is wrong with one row is its `RowError`; what is wrong
-        with the call raises. Cancelling aborts the requests that are not done.
+        A failure of one row is its result, a `RowError`. Cancelling aborts the unfinished requests.
+
+        Args:
+            requests: The rows of the chunk.
+            done: Called exactly once for each request as it finishes, in any order.
+
+        Raises:
+            InvalidCall: The call itself is wrong.
+            EngineFailed: The engine died and cannot be restarted, or rows of this call keep killing it.
+            ServerUnavailable: No server responded for the grace period.
         """
 
     async def has_chat_template(self) -> bool:
-        """Whether it makes a prompt of chat messages: there is a chat template for its model."""
+        """Report whether the model has a chat template.
+
+        Returns:
+            True if the engine can turn chat messages into a prompt.
+        """
 
     async def close(self) -> None:
-        """Release everything; a later `start` begins anew."""
+        """Release all resources. `start` may be called again afterwards."""

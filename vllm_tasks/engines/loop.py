@@ -1,4 +1,4 @@
-"""One event loop in a thread of its own, on which all engines of this process live.
+"""The event loop, in a thread of its own, on which all engines of this process run.
 
 The public methods are synchronous and must work inside a running loop (a notebook, an async flow)
 and from many threads at once, so the asynchronous side cannot use the caller's loop.
@@ -20,7 +20,7 @@ _loop: asyncio.AbstractEventLoop | None = None
 
 
 def engine_loop() -> asyncio.AbstractEventLoop:
-    """The loop of this process, started at first use; a forked child gets one of its own."""
+    """The loop of this process, started on first use. A forked child gets a loop of its own."""
     global _loop
     with _lock:
         if _loop is None:
@@ -30,32 +30,32 @@ def engine_loop() -> asyncio.AbstractEventLoop:
 
 
 _of_the_parent: list[object] = []
-"""What a forked child has inherited and must never finalize: it shares the parent's epoll instance, and
-closing a transport here would make the parent deaf to its own."""
+"""Objects that a forked child inherited and must never finalize. The child shares the parent's epoll object;
+closing a transport in the child would unregister it there, and the parent would hear nothing from it."""
 
 
 def keep_from_parent(*inherited: object) -> None:
-    """Keep the parent's objects alive in a forked child, untouched."""
+    """Keep the parent's objects alive in a forked child, so that garbage collection never closes them."""
     _of_the_parent.extend(inherited)
 
 
-def _begin_anew() -> None:
-    global _lock, _loop
+def _reset_in_child() -> None:
+    global _lock, _loop  # another thread of the parent may have held the lock at the fork
     keep_from_parent(_loop)
     _lock, _loop = threading.Lock(), None
 
 
-os.register_at_fork(after_in_child=_begin_anew)
+os.register_at_fork(after_in_child=_reset_in_child)
 
 
 LOOKED_EVERY = 0.2
-"""Seconds between two turns of a waiting thread, in which it can be interrupted."""
+"""Seconds after which a waiting thread wakes up, so that it can be interrupted."""
 
 
 def run(coroutine: Coroutine[Any, Any, T], stop: Callable[[], None] = lambda: None) -> T:
-    """Run on the engine loop and wait; an interrupt of the waiting thread cancels the work.
+    """Run a coroutine on the engine loop and wait for it; interrupting the waiting thread cancels it.
 
-    `stop` is called a few times a second, and raises when the work is not wanted any more.
+    `stop` is called a few times a second and raises an exception if the work is to be cancelled.
     """
     finished = threading.Event()
 
@@ -71,22 +71,22 @@ def run(coroutine: Coroutine[Any, Any, T], stop: Callable[[], None] = lambda: No
             stop()
         return future.result()
     except BaseException:
-        # Ctrl-C, Prefect's TerminationSignal and a task's timeout arrive here, in the waiting thread. The
-        # cancelled work aborts its requests first, so that none outlives the call.
+        # Ctrl-C, Prefect's TerminationSignal and a task's timeout are raised here, in the waiting thread. The
+        # cancelled work aborts its requests, so wait for it: no request may outlive the call.
         future.cancel()
         finished.wait(timeout=5)
         raise
 
 
 class Tasks:
-    """Work on the engine loop that other threads start, wait for, and end together."""
+    """Work on the engine loop that other threads start, wait for, and cancel together."""
 
     def __init__(self) -> None:
         self._running: set[asyncio.Task[Any]] = set()
         self._ended = False
 
     def start(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
-        """Begin `work()`; cancelled at once when all has ended already."""
+        """Start `work()`. After `end` it is cancelled immediately."""
 
         async def run_it() -> T:
             if self._ended:
@@ -100,7 +100,7 @@ class Tasks:
         return asyncio.run_coroutine_threadsafe(run_it(), engine_loop())
 
     def end(self, timeout: float) -> None:
-        """Cancel what runs and wait for its end, `timeout` seconds at most."""
+        """Cancel all running work and wait up to `timeout` seconds for it."""
 
         async def cancel_all() -> None:
             self._ended = True

@@ -1,7 +1,7 @@
-"""The processes around one vLLM, which share a session: how they speak, where they meet, how they end.
+"""The processes around one vLLM, which share a session: their frames, their sockets and how they end.
 
-What our programs (`host`, `supervisor`, `server`) and those who start them have in common. The programs are
-run by their paths and run this file by its own, so it needs nothing but the standard library.
+This is the code that our programs (`host`, `supervisor`, `server`) share with the processes that start them.
+The programs are run by path and load this file by path, so it may import the standard library only.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from pathlib import Path
 from typing import Any, Never
 
 PARENT_CHECKED_EVERY = 0.5
-"""Seconds between two looks at whether the parent still lives."""
+"""Seconds between two checks that the parent still runs."""
 SOCKETS = "VLLM_RPC_BASE_PATH"
-"""vLLM's name of the folder where its processes meet. It leaves its sockets there, one or two a start."""
+"""vLLM's variable for the folder of its sockets. Each start leaves one or two of them there."""
 OWN = "vllm-"
-"""How a folder for the sockets of one engine begins."""
+"""Prefix of the name of a folder for the sockets of one engine."""
 SOCKET_OF_VLLM = "/vllm-12345678/01234567-89ab-cdef-0123-456789abcdef"
-"""What comes after the temporary folder in the path of a socket of vLLM's."""
+"""The rest of the path of a socket of vLLM, after the temporary folder."""
 LONGEST = 107
-"""Bytes that the path of a socket may have: https://man7.org/linux/man-pages/man7/unix.7.html"""
+"""Bytes allowed in the path of a socket: https://man7.org/linux/man-pages/man7/unix.7.html"""
 
 ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
-"""System call, request and feature by which a process on x86-64 asks Linux for AMX's registers:
+"""System call, request and feature with which a process on x86-64 requests the AMX registers from Linux:
 https://docs.kernel.org/arch/x86/xstate.html"""
 
 Frame = dict[str, Any]
 
 
 def permit_amx() -> None:
-    """Ask for AMX, which vLLM 0.32 uses for attention in bfloat16 without having asked.
+    """Request permission for AMX, which vLLM 0.32 uses for attention in bfloat16 without requesting it.
 
-    Its worker then dies of SIGILL, unless another library has asked in the same process before. Without
-    AMX, or on another machine, the system call fails and nothing else happens.
+    Without it vLLM's worker dies of SIGILL, unless another library has requested it in the same process. On
+    a machine without AMX the system call fails and has no effect.
     """
     if platform.system() == "Linux" and platform.machine() == "x86_64":
         ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA)
 
 
 def packed(frame: Frame | str) -> bytes:
-    """A frame as it goes over the socket; one that is JSON already as it is."""
+    """The bytes of a frame for the socket. A string is taken as JSON already."""
     data = (frame if isinstance(frame, str) else json.dumps(frame)).encode()
     return struct.pack("!I", len(data)) + data
 
@@ -66,10 +66,10 @@ def signal_words(number: int) -> str:
 
 
 def watch(parent: int, grace: float = 0.0) -> None:
-    """Begin to watch over the parent; `grace` seconds after it is gone, end the session by force.
+    """Watch the parent from a thread; kill the session `grace` seconds after the parent has ended.
 
-    vLLM's own processes outlive a killed parent. The thread also works while the engine is still loading,
-    when an event loop is blocked.
+    vLLM's own processes outlive a killed parent. A thread works even while the engine is still loading and
+    blocks the event loop. A recycled pid does no harm, because `getppid` changes when the parent ends.
     """
 
     def end_with_parent() -> None:
@@ -82,34 +82,34 @@ def watch(parent: int, grace: float = 0.0) -> None:
 
 
 def end(code: int) -> Never:
-    """Kill what is left of this process's session, remove its sockets, then exit."""
+    """Kill the rest of this process's session, remove its sockets and exit without Python's clean-up."""
     kill(os.getsid(0))
     remove_sockets(os.environ.get(SOCKETS, ""))
     os._exit(code)
 
 
 def new_sockets() -> str:
-    """A folder for the sockets of one engine: what goes as `SOCKETS` into its environment."""
+    """Make a folder for the sockets of one engine, to be passed to it in the variable `SOCKETS`."""
     return tempfile.mkdtemp(prefix=OWN, dir=short(os.environ.get(SOCKETS), SOCKET_OF_VLLM))
 
 
 def short(folder: str | None, rest: str) -> str:
-    """A `folder`, or the temporary one; /tmp where a socket at `rest` below it would have too long a path."""
+    """`folder` or the temporary one, or /tmp if the path of a socket at `rest` below it would be too long."""
     folder = folder or tempfile.gettempdir()
     return folder if len(os.fsencode(folder)) + len(rest) <= LONGEST else "/tmp"  # noqa: S108
 
 
 def remove_sockets(folder: str) -> None:
-    """Remove a folder of `new_sockets`: by who made it, and by the engine, whose parent may be killed."""
+    """Remove a folder of `new_sockets`. Its maker does so, and the engine too, as its maker may be killed."""
     if Path(folder).name.startswith(OWN):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def kill(session: int) -> None:
-    """Kill every process of a session but the caller.
+    """Send SIGKILL to every process of a session except the caller.
 
-    Spared is multiprocessing's resource tracker: it ends by itself when the others are gone,
-    after it has removed their shared memory.
+    multiprocessing's resource tracker is spared: it removes the shared memory of the others once they have
+    ended, then ends by itself. Killing it would leak that memory.
     """
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         try:
@@ -118,4 +118,4 @@ def kill(session: int) -> None:
             if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGKILL)
         except (ProcessLookupError, FileNotFoundError):
-            continue  # it ended meanwhile
+            continue  # the process has ended since the listing

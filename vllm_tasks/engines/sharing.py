@@ -1,9 +1,9 @@
 """One engine per distinct configuration and process, shared by all models, threads and tasks.
 
-A model *holds* its engine by a lease, from `init()` (or entering `with`) to `close()` (or leaving it); each
-call uses it meanwhile. An engine that was only used stays warm until the process ends; one that was held
-is closed when its last holder lets go and its last call has ended. All state lives on the engine
-loop, so nothing here needs a lock.
+A model *holds* its engine with a lease, from `init()` (or entering `with`) to `close()` (or leaving it). Each
+call uses the engine while it runs. An engine that was only used stays warm until the process ends. One that
+was held is closed when its last holder has released it and its last call has ended. All state is accessed
+on the engine loop only, so nothing here needs a lock.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from vllm_tasks.rows import Request, Result, RowError
 Config = HttpConfig | LocalConfig | RayConfig
 
 GC_THRESHOLD = 10_000
-_answering = 0
+_running_calls = 0
 _threshold = gc.get_threshold()
 
 _shared: dict[Config, Shared] = {}
 
 
 class Shared:
-    """The engine of one configuration, or its successor where it has failed."""
+    """The engine of one configuration, or its replacement if it has failed."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.users = 0
-        """Calls that are at work, and what models hold."""
+        """Number of running calls and of holds by models."""
         self.stays = True
-        """Whether the engine stays warm without users: until somebody lets go of it."""
+        """Whether the engine stays warm without users. False after the first release."""
         self.engine: Engine | None = None
         self.started: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
 
     @asynccontextmanager
     async def used(self) -> AsyncIterator[Engine]:
-        """The started engine; those who come while it starts wait for the same start."""
+        """Yield the started engine. Callers that arrive while it starts wait for the same start."""
         self.users += 1
         try:
             yield await self._ready()
@@ -59,7 +59,7 @@ class Shared:
         await self.close_if_unused()
 
     async def close_if_unused(self) -> None:
-        if not (self.users or self.stays) and _shared.get(self.config) is self:  # else it is of our parent
+        if not (self.users or self.stays) and _shared.get(self.config) is self:  # else a parent's
             await self.close()
 
     async def close(self) -> None:
@@ -70,10 +70,10 @@ class Shared:
             await asyncio.shield(self._closing)
 
     async def _end(self, engine: Engine, started: asyncio.Task[None]) -> None:
-        """Close the engine, also one that is still starting for a call that was interrupted."""
+        """Close the engine, even one that is still starting for an interrupted call."""
         try:
             if not started.done():
-                started.cancel()  # which ends what it has begun
+                started.cancel()  # which ends the processes that it has started
                 await asyncio.wait({started})
             await engine.close()
         finally:
@@ -83,7 +83,7 @@ class Shared:
 
     async def _ready(self) -> Engine:
         while self._closing is not None:
-            await asyncio.wait({self._closing})  # two engines of one kind would not fit on the device
+            await asyncio.wait({self._closing})  # two engines would not fit on the device
         if self.engine is not None and self.engine.has_failed:
             await self.close()
         if self.engine is None or self.started is None:
@@ -95,13 +95,13 @@ class Shared:
         return engine
 
     def _forget_if_failed(self, start: asyncio.Task[None]) -> None:
-        """At once, also when no call waits for the start any more."""
+        """Forget a failed start immediately, even if no call waits for it any more."""
         if (start.cancelled() or start.exception()) and start is self.started:
             self.engine = None
 
 
 class Lease:
-    """What one model holds, entry by entry, whatever becomes of the engines. No copy of the model has it."""
+    """The holds of one model, even if engines have failed since. Copies of the model do not share them."""
 
     def __init__(self) -> None:
         self._held: list[Shared] = []
@@ -113,10 +113,10 @@ class Lease:
         return Lease, ()
 
     async def hold(self, config: Config, *, again: bool) -> None:
-        """Start the engine if need be and keep it; with `again`, count every entry."""
+        """Start the engine if necessary and hold it. With `again`, a repeated hold counts once more."""
         held, shared = self._held, _of(config)
         async with shared.used():
-            if held is self._held and (again or shared not in held):  # else all was let go meanwhile
+            if held is self._held and (again or shared not in held):  # else all was released meanwhile
                 held.append(shared)
                 shared.users += 1
 
@@ -128,7 +128,7 @@ class Lease:
             await shared.let_go()
 
     async def let_go(self, config: Config) -> None:
-        """Undo all holds, and close the engine of `config` unless others need it."""
+        """Undo all holds and close the engine of `config`, unless others need it."""
         held, self._held = self._held, []
         for shared in held:
             shared.users -= 1
@@ -136,68 +136,68 @@ class Lease:
             await shared.let_go()
 
 
-async def answer(
+async def generate(
     config: Config,
     requests: Sequence[Request | RowError],
     max_batch_size: int | None,
     done: Done = lambda _i, _result: None,
 ) -> list[Result]:
-    """Answer requests through the shared engine of `config`, in input order; see `batching.answer`.
+    """Process requests with the shared engine of `config` and return their results in input order.
 
-    Starts it if need be, but not for a call in which no row has become a request.
+    Starts the engine if necessary, but not if every request is a `RowError`. See `batching.generate`.
     """
     failed: list[Result] = [request for request in requests if isinstance(request, RowError)]
     if len(failed) == len(requests):
         return failed
     async with _of(config).used() as engine:
         with _rare_collections():
-            return await batching.answer(engine, requests, max_batch_size, done)
+            return await batching.generate(engine, requests, max_batch_size, done)
 
 
 async def capacity(config: Config) -> int:
-    """How many rows the shared engine of `config` has in flight at most. Starts it if need be."""
+    """The most rows that the shared engine of `config` has in flight. Starts it if necessary."""
     async with _of(config).used() as engine:
         return engine.window.limit
 
 
 async def facts(config: Config) -> dict[str, str]:
-    """What a server tells of itself: `model` as it is asked for, `root` and `version` where known."""
+    """Facts that a server reports: its `model` name for requests, and `root` and `version` where known."""
     async with _of(config).used() as engine:
-        assert isinstance(engine, HttpEngine), "only a server is asked"
+        assert isinstance(engine, HttpEngine), "only servers report facts"
         return await engine.facts()
 
 
 async def has_chat_template(config: Config) -> bool:
-    """Whether the engine of `config` has a chat template for its model. Starts it if need be."""
+    """Whether the engine of `config` has a chat template for its model. Starts it if necessary."""
     async with _of(config).used() as engine:
         return await engine.has_chat_template()
 
 
 @contextmanager
 def _rare_collections() -> Iterator[None]:
-    """While calls run, garbage is collected every `GC_THRESHOLD` new objects instead of every 700.
+    """Collect garbage every `GC_THRESHOLD` new objects instead of every 700 while calls run.
 
-    The rows in flight live long enough to be promoted each time, so that the collector went through the
-    whole heap over and over: half of the CPU time of a row over HTTP (measured, benchmark P6).
+    Rows in flight live long enough to be promoted each time, so the collector scanned the complete
+    heap over and over. It took half of the CPU time of a row over HTTP (measured, benchmark P6).
     """
-    global _answering, _threshold
-    if not _answering:
+    global _running_calls, _threshold
+    if not _running_calls:
         _threshold = gc.get_threshold()
-        if 0 < _threshold[0] < GC_THRESHOLD:  # 0: collection is off, and stays off
+        if 0 < _threshold[0] < GC_THRESHOLD:  # 0: collection is off and stays off
             gc.set_threshold(GC_THRESHOLD, *_threshold[1:])
-    _answering += 1
+    _running_calls += 1
     try:
         yield
     finally:
-        _answering -= 1
-        if not _answering:
+        _running_calls -= 1
+        if not _running_calls:
             gc.set_threshold(*_threshold)
 
 
 def _of(config: Config) -> Shared:
     shared = _shared.setdefault(config, Shared(config))
     if shared.engine is None:
-        shared.config = config  # an equal one, whose time limits may be others
+        shared.config = config  # equal, but perhaps with other time limits
     return shared
 
 
@@ -208,7 +208,7 @@ def _new(config: Config) -> Engine:
 
 
 async def _start(engine: Engine) -> None:
-    """Start it; where it would wait for GPUs that warm engines of this process hold, those are closed."""
+    """Start the engine. If warm engines of this process hold the GPUs that it needs, close them first."""
     try:
         await engine.start()
     except HeldHere:
@@ -219,7 +219,7 @@ async def _start(engine: Engine) -> None:
 
 
 async def _close_all() -> None:
-    """Close every engine of this process, those that are still starting too."""
+    """Close every engine of this process, including those that are still starting."""
     await asyncio.gather(*(shared.close() for shared in _shared.values()))
 
 
@@ -228,12 +228,12 @@ def _close_at_exit() -> None:
         loop.run(_close_all())
 
 
-def _begin_anew() -> None:
-    global _answering
-    _answering = 0
+def _reset_in_child() -> None:
+    global _running_calls
+    _running_calls = 0
     loop.keep_from_parent(dict(_shared))
     _shared.clear()
 
 
 atexit.register(_close_at_exit)
-os.register_at_fork(after_in_child=_begin_anew)  # the engines and their loop stay with the parent
+os.register_at_fork(after_in_child=_reset_in_child)  # engines and their loop belong to the parent

@@ -1,7 +1,7 @@
-"""Whether what the calling thread does is still wanted: the one way in which work learns that it is not.
+"""Detects that the flow which waits for the calling thread has been stopped.
 
-Ctrl-C, SIGTERM and a task's `timeout_seconds` arrive as exceptions wherever a thread runs Python; a task that
-was submitted has to ask. So whoever waits long for something wakes up a few times a second, and asks.
+Ctrl-C, SIGTERM and a task's `timeout_seconds` are raised as exceptions wherever a thread runs Python. A
+submitted task gets no exception. So every long wait wakes up a few times a second and checks.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 
 def raise_if_stopped() -> None:
-    """Raise `TerminationSignal` in a submitted task when the flow that waits for it has been told to end.
+    """Raise `TerminationSignal` in a submitted task if the flow that waits for it is being stopped.
 
-    Prefect tells the thread of a task nothing but by events, one for each submitted task, without a public
-    name. It sets them all at once; a task that was called in a submitted one has none of its own.
+    Prefect signals the thread of a task only by an event for each submitted task, which has no public
+    name. It sets all of them at once. A task that was called in a submitted task has no event of its own.
     """
     run, flow = TaskRunContext.get(), FlowRunContext.get()
     if flow is None or run is None or not isinstance(flow.task_runner, ThreadPoolTaskRunner):

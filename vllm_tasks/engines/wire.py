@@ -1,7 +1,7 @@
-"""The three HTTP formats: a request becomes a JSON body, a JSON answer becomes a `Completion`.
+"""The three HTTP formats: turns a request into a JSON body and a JSON response into a `Completion`.
 
-Pure functions. Answers come from outside and are trusted in nothing: what is not as the protocol
-promises raises `WrongShape`.
+These are pure functions. Responses come from outside and are not trusted: whatever differs from the
+protocol raises `WrongShape`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal, Never
 from vllm_tasks.rows import Choice, Completion, Request, TokenLogprob
 
 Protocol = Literal["legacy", "completions", "chat", "openai"]
-"""`openai` means completions or chat, as each prompt demands."""
+"""`openai` means completions or chat, depending on each prompt."""
 PATHS: dict[str, Protocol] = {
     "/generate": "legacy",
     "/v1/completions": "completions",
@@ -22,27 +22,27 @@ PATHS: dict[str, Protocol] = {
     "/v1": "openai",
     "": "openai",
 }
-"""What the path of a server's URL says."""
+"""The protocol that the path of a server's URL selects."""
 JSON = Mapping[str, Any]
 
 
 class WrongShape(ValueError):
-    """The answer is not what the protocol promises."""
+    """The response does not have the shape that the protocol requires."""
 
 
-_glimpse = reprlib.Repr()  # of bounded size and depth, however large or deep the value is
+_glimpse = reprlib.Repr()  # bounded in size and depth, whatever the value
 _glimpse.maxstring = _glimpse.maxother = 100
 
 
 def path_of(protocol: Protocol, request: Request) -> str:
-    """The path under the server's base URL that answers `request`."""
+    """The path under the server's base URL to which `request` is sent."""
     if protocol == "legacy":
         return "/generate"
     return "/v1/completions" if isinstance(request.prompt, str) else "/v1/chat/completions"
 
 
 def body_of(request: Request, model: str | None) -> dict[str, Any]:
-    """The JSON body; `model` is None for the legacy format, which has no such field."""
+    """The JSON body. `model` is None for the legacy format, which has no such field."""
     named = {} if model is None else {"model": model}
     if isinstance(request.prompt, str):
         return {**named, "prompt": request.prompt, **request.sampling}
@@ -50,7 +50,7 @@ def body_of(request: Request, model: str | None) -> dict[str, Any]:
 
 
 def sampling_of(request: Request) -> Mapping[str, Any]:
-    """The parameters of `request` in the names of its protocol: chat has two for a number of `logprobs`."""
+    """The sampling parameters as the protocol names them: chat has two for a number of `logprobs`."""
     most = request.sampling.get("logprobs")
     if isinstance(request.prompt, str) or type(most) is not int:
         return request.sampling
@@ -58,7 +58,7 @@ def sampling_of(request: Request) -> Mapping[str, Any]:
 
 
 def parse(path: str, request: Request, answer: object) -> Completion:
-    """The completion in `answer`, a decoded JSON value."""
+    """Read the completion from `answer`, a decoded JSON value. Raises `WrongShape`."""
     if not isinstance(answer, Mapping):
         wrong("an object", answer)
     wanted = request.sampling.get("n") or 1
@@ -69,7 +69,7 @@ def parse(path: str, request: Request, answer: object) -> Completion:
 
 
 def wrong(expected: str, got: object) -> Never:
-    """Say what was expected and show the beginning of what came."""
+    """Raise `WrongShape` with what was expected and the beginning of what was received."""
     raise WrongShape(f"expected {expected}, the server sent {_glimpse.repr(got)[:300]}")
 
 
@@ -134,7 +134,7 @@ def _text_logprobs(value: Any) -> list[TokenLogprob] | None:
         return None
     try:
         tops = [(top or {}).items() for top in value.get("top_logprobs") or [None] * len(value["tokens"])]
-        if "content" in value:  # our host's: the same as a list, which tokens that read alike are all in
+        if "content" in value:  # from our host: a list, which keeps tokens of equal text apart
             tops = [_tops(token) for token in value["content"]]
         rows = zip(value["tokens"], value["token_logprobs"], tops, strict=True)
         return [_token(token, logprob, top) for token, logprob, top in rows]
@@ -158,7 +158,7 @@ def _tops(token: JSON) -> list[tuple[Any, Any]]:
 def _prompt_logprobs(value: Any) -> list[TokenLogprob | None] | None:
     """vLLM's `prompt_logprobs`: per prompt token `{token_id: {logprob, decoded_token, rank}}`.
 
-    The first entry of each is the prompt's own token; the first token of a prompt has None.
+    The first entry of each is the prompt's own token. The first token of a prompt has None.
     """
     if value is None:
         return None
@@ -176,9 +176,9 @@ def _prompt_token(entry: Mapping[str, Any] | None) -> TokenLogprob | None:
 
 
 COUNTS = range(2**63)
-"""Of tokens, in 64 bits."""
+"""Valid token counts: those that fit into 64 bits."""
 UNFIT = (AttributeError, LookupError, OverflowError, TypeError, ValueError)
-"""What reading a value of another shape raises."""
+"""Exceptions raised by reading a value of another shape."""
 
 
 def _token(token: Any, logprob: Any, top: Iterable[tuple[Any, Any]]) -> TokenLogprob:
@@ -188,7 +188,7 @@ def _token(token: Any, logprob: Any, top: Iterable[tuple[Any, Any]]) -> TokenLog
 
 
 def _number(value: Any) -> float:
-    """NaN for None: an echoed prompt's first token has no probability."""
+    """A float; NaN for None, because the first token of an echoed prompt has no probability."""
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -197,13 +197,13 @@ def _number(value: Any) -> float:
 
 
 def _text(value: Any, name: str) -> str:
-    """A string that can be written down: JSON can carry half a character, tables and UTF-8 cannot."""
+    """A string that UTF-8 can encode. JSON can carry a lone surrogate, tables cannot."""
     if not isinstance(value, str):
-        wrong(f'"{name}", a text', value)
+        wrong(f'"{name}", a string', value)
     try:
         value.encode()
     except UnicodeEncodeError:
-        wrong(f'"{name}", a text of whole characters', value)
+        wrong(f'"{name}", a string without lone surrogates', value)
     return value
 
 
@@ -213,7 +213,7 @@ def _count(choices: list[Any], wanted: int) -> None:
 
 
 def _in_order(choices: list[JSON]) -> list[JSON]:
-    """By their index; without one they are in order already."""
+    """The choices sorted by their index. Without an index they are in order already."""
     by_index = {_optional(c, "index", int, i): c for i, c in enumerate(choices)}
     if len(by_index) != len(choices) or None in by_index:
         wrong('choices with an "index" each', choices)
@@ -221,7 +221,7 @@ def _in_order(choices: list[JSON]) -> list[JSON]:
 
 
 def _count_of(usage: JSON, name: str) -> int | None:
-    """Every table keeps it beside the answer, so it must fit into all of them."""
+    """A token count. It is stored beside the answer, so it must fit into every kind of table."""
     found: int | None = _optional(usage, name, int)
     if found is not None and found not in COUNTS:
         wrong(f'"{name}" to be a count', found)
@@ -229,10 +229,10 @@ def _count_of(usage: JSON, name: str) -> int | None:
 
 
 def _name(value: JSON, name: str) -> str | None:
-    """As `_count_of`: without the character 0, which PostgreSQL does not keep."""
+    """A name, to be stored like a count: without the character 0, which PostgreSQL rejects."""
     found: str | None = _optional(value, name, str)
     if found is not None and "\0" in found:
-        wrong(f'"{name}", a text without the character 0', found)
+        wrong(f'"{name}", a string without the character 0', found)
     return found
 
 
@@ -251,4 +251,4 @@ def _optional(value: JSON, name: str, kind: type, default: Any = None) -> Any:
 
 
 def _is(kind: type, value: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)  # JSON's true is no number
+    return isinstance(value, kind) and not isinstance(value, bool)  # JSON's true is not a number

@@ -73,7 +73,7 @@ def rows(told: dict[str, Any], model: VllmAPI | VllmModel, _: Datalayer | None) 
     if chat is None and any(isinstance(prompt, str) for prompt in prompts):
         chat = of_model(config)
     requests = requests_of(prompts, chat, model.system, sampling, target)
-    results = loop.run(sharing.answer(config, requests, model.max_batch_size))
+    results = loop.run(sharing.generate(config, requests, model.max_batch_size))
     return storage.store(payload.results_as_data(results))
 
 

@@ -1,8 +1,8 @@
-"""`serve(model)`: vLLM's OpenAI server for a model, one for all on this machine that want the same.
+"""`serve(model)`: vLLM's OpenAI server for a model, shared by all users on this machine that need the same.
 
-Who wants a server *joins* it: under a lock, the first one starts a supervisor (see `serving.supervisor`),
-which starts the server. Users hold a shared lock as long as they use it. The kernel gives it back however
-a user ends, and the supervisor ends with the last one.
+A user *joins* a server. Under a lock, the first user starts a supervisor (see `serving.supervisor`), which
+starts the server. Each user holds a shared lock while using it. The kernel releases that lock however the
+user's process ends, and the supervisor ends after the last user.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vllm_tasks.calls.call import Call
 from vllm_tasks.calls.chat import of_files
 from vllm_tasks.calls.sampling import check_names
 from vllm_tasks.calls.weights import engine_identity
-from vllm_tasks.engines.local.engine import tell_trust
+from vllm_tasks.engines.local.engine import log_trust
 from vllm_tasks.errors import EngineFailed, InvalidCall, ServerUnavailable
 from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.models.predictor import Predictor
@@ -32,29 +32,37 @@ OWNED = (
     *("host", "port", "uds", "api_key", "root_path", "config", "headless", "api_server_count"),
     *("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"),
 )
-"""Options of vLLM's server that say how it is reached or run, which is our part."""
+"""Options of vLLM's server that decide how it is reached or run, which `serve` sets itself."""
 PATHS = ("model", "tokenizer", "hf_config_path", "chat_template", "download_dir")
-"""Arguments that may be paths, which must mean the same to a server that starts in another folder."""
+"""Arguments that may be paths. They are made absolute, because the server starts in another folder."""
 QUIET = {"disable_log_stats": True, "disable_uvicorn_access_log": True}
-"""No line in the log for each request; the model's `vllm_kwargs` win."""
+"""Defaults that keep the log free of a line for each request. The model's `vllm_kwargs` override them."""
 
 
 @contextmanager
 def serve(model: VllmModel) -> Iterator[VllmAPI]:
-    """Run vLLM's OpenAI server for `model`, and give a `VllmAPI` that asks it, for all steps in the block.
+    """Run vLLM's OpenAI server for `model`, and yield a `VllmAPI` for it to use in the `with` block.
 
         with serve(model) as served:
             predict_in_db(served, X="question", select="questions", db=db)
 
-    The server runs in processes of its own, on a free port of this machine's loopback, with a key made for
-    it. Whoever serves the same engine arguments on this machine meanwhile, in whatever process, gets the same
-    server; it ends with its last user. It is started again, at the same URL, when it dies: rows in flight
-    wait for it, for VLLM_TASKS_GRACE_PERIOD seconds. Its log stays in `vllm_tasks/servers/` of the user's
-    cache.
+    The server runs in processes of its own, on a free port of this machine's loopback address, with a newly
+    generated key. Any process of this user on this machine that serves the same engine arguments meanwhile
+    uses the same server, which ends with its last user. If it dies it is restarted at the same URL, and rows
+    in flight wait for it, for VLLM_TASKS_GRACE_PERIOD seconds. Its log is kept in `vllm_tasks/servers/` of
+    the user's cache folder.
 
-    Raises `InvalidCall` for what a server cannot do for the model, `EngineFailed` with vLLM's reason when it
-    does not start (VLLM_TASKS_ENGINE_START_TIMEOUT, seconds), and with `temporary` when it could not be
-    started again and a call in the block therefore ended in `ServerUnavailable`.
+    Args:
+        model: The model to serve. Its engine arguments become the server's.
+
+    Yields:
+        A `VllmAPI` with the fields of `model`, except `compute_kwargs`, and the URL and key of the server.
+
+    Raises:
+        InvalidCall: The model has a setting that a server cannot provide, such as `on_ray`.
+        EngineFailed: vLLM does not start (VLLM_TASKS_ENGINE_START_TIMEOUT, seconds); the message has its
+            reason. `temporary` is true if the server could not be restarted, and a call in the block
+            therefore ended in `ServerUnavailable`.
     """
     _check(model)
     config = model.engine_config()
@@ -62,16 +70,16 @@ def serve(model: VllmModel) -> Iterator[VllmAPI]:
     arguments = server_arguments(engine_args)
     command = command_line(arguments)
     if arguments.get("trust_remote_code"):
-        tell_trust(arguments["model"])
+        log_trust(arguments["model"])
     behind = Behind(engine_identity(engine_args), of_files(engine_args))
     server = SharedServer(arguments["model"], command, config.start_timeout, model.resources().num_gpus)
     with server.used():
-        told = server.facts()
-        with api_of(model, behind, _first(arguments["served_model_name"]), told["url"], told["key"]) as api:
+        facts = server.facts()
+        with api_of(model, behind, _first(arguments["served_model_name"]), facts["url"], facts["key"]) as api:
             try:
                 yield api
             except ServerUnavailable as error:
-                if why := server.gave_up():
+                if why := server.why_ended():
                     failed = EngineFailed(why, temporary=True)
                     failed.results, failed.repeatable = error.results, error.repeatable
                     raise failed from error
@@ -82,17 +90,17 @@ def serve(model: VllmModel) -> Iterator[VllmAPI]:
 
 @dataclass(frozen=True)
 class Behind:
-    """What is known of the model behind a server of ours, which does not tell it itself: what decides its
-    answers, and whether it has a chat template (None: to be asked)."""
+    """Facts about the model that the server itself does not report: what decides its answers, and whether it
+    has a chat template (None: the server is asked)."""
 
     identity: Mapping[str, Any]
     has_chat_template: bool | None
 
 
 class ServedAPI(VllmAPI):
-    """The client of a server of ours."""
+    """The client of a server that `serve` runs."""
 
-    _block_type_name: ClassVar[str] = "vLLM served"  # Prefect knows each class of blocks by a name of its own
+    _block_type_name: ClassVar[str] = "vLLM served"  # Prefect needs a name for each class of blocks
     _block_type_slug: ClassVar[str] = "vllm-served"
     _behind: Behind = PrivateAttr()
 
@@ -106,17 +114,17 @@ class ServedAPI(VllmAPI):
 
 
 def api_of(model: VllmModel, behind: Behind, name: str, url: str, key: str) -> VllmAPI:
-    """The client that asks as `model` does; its resources are those of the server, not of who asks it."""
+    """A client with the fields of `model`, except its resources, which only the server needs."""
     shared = {field: getattr(model, field) for field in Predictor.model_fields if field != "compute_kwargs"}
     api = ServedAPI(behind=behind, **shared, api_url=url, api_key=SecretStr(key), model=name)
-    api._block_document_id = model._block_document_id  # where the values of a validation go
+    api._block_document_id = model._block_document_id  # to which a validation saves its values
     return api
 
 
 def server_arguments(engine_args: Mapping[str, Any]) -> dict[str, Any]:
-    """Engine arguments as those of a server: without what is ours, under the model's own name."""
+    """The arguments of the server. Raises `InvalidCall` for engine arguments that `serve` sets itself."""
     for name in engine_args:
-        # vLLM takes abbreviations of its options, too.
+        # vLLM accepts abbreviations of its options too.
         if owned := [own for own in OWNED if own.startswith(name.replace("-", "_"))]:
             raise InvalidCall(
                 f"vllm_kwargs has {name!r}: serve(model) itself sets {owned[0]!r}; for a server of your own "
@@ -127,7 +135,7 @@ def server_arguments(engine_args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def command_line(arguments: Mapping[str, Any]) -> list[str]:
-    """Arguments as vLLM's command line has them, in the order of their names; None is left to vLLM.
+    """The arguments as options of vLLM's command line, sorted by name. An option that is None is left out.
 
     `{"a_b": True, "c": False, "d": {"e": 1}, "f": [1, 2], "g": 0.5}` ->
     `--a-b --no-c --d={"e": 1} --f 1 2 --g=0.5`
@@ -155,7 +163,7 @@ def _check(model: VllmModel) -> None:
     try:
         check_names(model.predict_kwargs, "chat" if model.chat else "openai")
     except InvalidCall as error:
-        raise InvalidCall(f"serve(model) asks over HTTP, where predict_kwargs do not fit: {error}") from error
+        raise InvalidCall(f"serve(model) uses HTTP, which predict_kwargs do not fit: {error}") from error
 
 
 def _word(value: Any) -> str:
@@ -163,7 +171,7 @@ def _word(value: Any) -> str:
 
 
 def _no_option(name: str, word: str) -> str:
-    """An item of a list; one that begins as an option would be one, whatever is forbidden here."""
+    """An item of a list. One that looks like an option is refused, since it could set a forbidden option."""
     if re.match("-[^0-9.]", word):
         raise InvalidCall(f"vllm_kwargs[{name!r}] has {word!r}, which vLLM's server would take for an option")
     return word
@@ -174,5 +182,5 @@ def _first(names: Any) -> str:
 
 
 def _absolute(value: Any) -> Any:
-    """The full path of what is there; anything else, such as a Hugging Face name, as it is."""
+    """The absolute path of an existing file; any other value, such as a Hugging Face name, unchanged."""
     return str(Path(value).absolute()) if isinstance(value, str) and os.path.lexists(value) else value

@@ -1,8 +1,8 @@
-"""vLLM's OpenAI server as a process that a supervisor starts, and that ends with it.
+"""vLLM's OpenAI server as a process that a supervisor starts, and that ends with the supervisor.
 
-Run by its path (see `vllm_tasks.engines.session`): the supervisor's pid is its argument, the server's own
-arguments come as a JSON list on standard input, since a command line can be read by every user of the
-machine. vLLM's processes import this file too, which gives them AMX and lets each end with its parent.
+It is run by path (see `vllm_tasks.engines.session`). Its argument is the supervisor's pid. The server's own
+arguments arrive as a JSON list on standard input, because every user of the machine can read a command line.
+vLLM's processes import this file too, so each of them requests AMX and ends with its parent.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""One user's part in a server that all of this machine share: how it is joined, awaited and left.
+"""A user's side of a server that is shared on this machine: joining it, waiting for it and leaving it.
 
-A folder per configuration holds what users and the supervisor know of each other (see
-`serving.supervisor`), and `start.lock`, which is held while somebody joins or leaves: so nobody can
-join a server that the last one is just leaving.
+A folder per configuration holds the files that users and the supervisor share (see `serving.supervisor`),
+and `start.lock`. That lock is held while a user joins or leaves, so that no user can join a server that the
+last user is leaving.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ logger = logging.getLogger(__name__)
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 SERVER = Path(__file__).with_name("server.py")
-LOOK_EVERY = 0.1
-"""Seconds between two looks at a server that starts."""
-SAY_EVERY = 10.0
-"""Seconds between two lines of start-up progress."""
+CHECK_EVERY = 0.1
+"""Seconds between two checks of a server that is starting."""
+LOG_EVERY = 10.0
+"""Seconds between two log messages about the progress of a start."""
 LAST_BYTES = 4096
-"""Of the log, as much as its last words may have."""
+"""Bytes at the end of the log in which its last line is looked for."""
 
 _held: set[int] = set()
 """Descriptors of the locks that this process holds."""
 
 
 class SharedServer:
-    """A server by its arguments. `model` is its name in messages, `start_timeout` is in seconds.
+    """A server, identified by its arguments. `model` names it in messages; `start_timeout` is in seconds.
 
-    `gpus` are what it needs: where the settings say so, it takes devices that no other engine has.
+    `gpus` is the number that it needs. If the settings require it, it takes devices that no other engine has.
     """
 
     def __init__(self, model: str, arguments: Sequence[str], start_timeout: float, gpus: int) -> None:
@@ -57,7 +57,7 @@ class SharedServer:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Use the server; it is started if it is not there, and ended by the last one to leave."""
+        """Use the server. It is started if it does not run, and ends when the last user leaves."""
         self._make_folder()
         with self._open("users") as users:
             try:
@@ -68,43 +68,43 @@ class SharedServer:
                     self._leave(users)
 
     def facts(self) -> dict[str, Any]:
-        """`url` and `key` of the server when it is ready; raises `EngineFailed` when it cannot be."""
-        started, said = time.monotonic(), 0.0
+        """Wait until the server is ready; returns its `url` and `key`. Raises `EngineFailed` if it fails."""
+        started, logged = time.monotonic(), 0.0
         while True:
-            kept = self._is_kept()  # asked first: what is told before the end is told
-            told = self._told()
-            if told.get("state") == "ready":
-                return told
-            if told.get("state") == "failed":
-                raise EngineFailed(f"vLLM could not start {self.model!r}: {self._why(told)}")
-            if not kept:
+            supervised = self._is_supervised()  # checked first, as it may write its last status and end
+            status = self._status()
+            if status.get("state") == "ready":
+                return status
+            if status.get("state") == "failed":
+                raise EngineFailed(f"vLLM could not start {self.model!r}: {self._why(status)}")
+            if not supervised:
                 raise EngineFailed(self._lost(), temporary=True)
             waited = time.monotonic() - started
-            if waited - said >= SAY_EVERY:
-                said = waited
+            if waited - logged >= LOG_EVERY:
+                logged = waited
                 logger.info("still starting after %.0f s: %s", waited, self._last_words())
             raise_if_stopped()
-            time.sleep(LOOK_EVERY)
+            time.sleep(CHECK_EVERY)
 
-    def gave_up(self) -> str:
-        """Why there is no server any more; empty while there is one, or one is being started."""
-        kept, told = self._is_kept(), self._told()
-        if told.get("state") == "failed":
-            return f"vLLM for {self.model!r} died and could not be started again: {self._why(told)}"
-        return "" if kept else self._lost()
+    def why_ended(self) -> str:
+        """Why the server has ended for good; empty while it runs or is being restarted."""
+        supervised, status = self._is_supervised(), self._status()
+        if status.get("state") == "failed":
+            return f"vLLM for {self.model!r} died and could not be restarted: {self._why(status)}"
+        return "" if supervised else self._lost()
 
     def _make_folder(self) -> None:
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.folder.chmod(0o700)  # refused where it is another user's
+            self.folder.chmod(0o700)  # raises if the folder belongs to another user
         except OSError as error:
             raise InvalidCall(
-                f"the folder {str(self.folder)!r} of a shared server cannot be made: {error}; name one of "
-                "this user's own in XDG_CACHE_HOME"
+                f"the folder {str(self.folder)!r} of a shared server cannot be created: {error}; set "
+                "XDG_CACHE_HOME to a folder of this user"
             ) from error
 
     def _join(self, users: int) -> None:
-        with self._deciding(), self._open("supervisor") as supervisor:
+        with self._joining_or_leaving(), self._open("supervisor") as supervisor:
             fcntl.flock(users, fcntl.LOCK_SH)  # waits for a supervisor that is ending
             if self._is_ending():
                 fcntl.flock(supervisor, fcntl.LOCK_EX)
@@ -113,38 +113,38 @@ class SharedServer:
             self._start_supervisor(supervisor)
 
     def _leave(self, users: int) -> None:
-        """Let go; the last one waits until the server is gone, whose memory the next step may need."""
-        with self._deciding(), self._open("supervisor") as supervisor:
+        """Leave. The last user waits until the server has ended, since the next step may need its memory."""
+        with self._joining_or_leaving(), self._open("supervisor") as supervisor:
             fcntl.flock(users, fcntl.LOCK_UN)
-            if _is_free(users) or not _is_free(users, fcntl.LOCK_SH):  # nobody, or the supervisor, has it
+            if _is_free(users) or not _is_free(users, fcntl.LOCK_SH):  # only the supervisor may have it
                 fcntl.flock(users, fcntl.LOCK_UN)
                 fcntl.flock(supervisor, fcntl.LOCK_EX)
 
     def _start_supervisor(self, lock: int) -> None:
-        """Start a supervisor that inherits `lock`, so that it is never free while the supervisor lives."""
+        """Start a supervisor that inherits `lock`. So the lock is never free while the supervisor runs."""
         devices = self._devices()
         try:
             self._run_supervisor(devices, lock)
         finally:
-            devices.release()  # the supervisor and its server hold them now, if they were started
+            devices.release()  # the supervisor, if it was started, and its server hold them now
 
     def _run_supervisor(self, devices: Devices, lock: int) -> None:
         locks = [lock, *devices.locks]
         order = {**self._order, "env": dict(devices.env), "locks": locks}
-        logger.info("starting a vLLM server for %r; its log: %s", self.model, self._log)
+        logger.info("starting a vLLM server for %r; its log is %s", self.model, self._log)
         (self.folder / "server.json").unlink(missing_ok=True)
         if self._log.exists():
             self._log.replace(self._log.with_suffix(".1"))
         with open(os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w") as log:
-            subprocess.run(  # it leaves a process that is not our child
+            subprocess.run(  # it forks a process that is not our child, and exits
                 [sys.executable, "-P", str(SUPERVISOR), str(self.folder)],
                 input=json.dumps(order).encode(),
                 stdout=log,
                 stderr=log,
-                pass_fds=locks,
-                cwd=self.folder,  # the flow's own may be gone before the server
+                pass_fds=locks,  # a lock is free only when all processes have closed it
+                cwd=self.folder,  # the flow's own folder may be removed before the server ends
                 start_new_session=True,
-                check=False,  # whether it lives is seen from the lock
+                check=False,  # the lock shows whether it runs
             )
 
     def _devices(self) -> Devices:
@@ -152,31 +152,31 @@ class SharedServer:
         return loop.run(free_devices(max(wanted, self.gpus))) if wanted and self.gpus else Devices()
 
     def _is_ending(self) -> bool:
-        """Whether the last server that was told of is given up, or its supervisor was killed."""
-        told = self._told()
-        return told.get("state") == "failed" or bool(
-            told and not Path(f"/proc/{told['pids']['supervisor']}").exists()
+        """Whether the last server has failed for good, or its supervisor was killed."""
+        status = self._status()
+        return status.get("state") == "failed" or bool(
+            status and not Path(f"/proc/{status['pids']['supervisor']}").exists()
         )
 
-    def _is_kept(self) -> bool:
-        with self._deciding(), self._open("supervisor") as supervisor:
+    def _is_supervised(self) -> bool:
+        with self._joining_or_leaving(), self._open("supervisor") as supervisor:
             return not _is_free(supervisor)
 
-    def _told(self) -> dict[str, Any]:
+    def _status(self) -> dict[str, Any]:
         try:
-            told: dict[str, Any] = json.loads((self.folder / "server.json").read_text())
+            status: dict[str, Any] = json.loads((self.folder / "server.json").read_text())
         except FileNotFoundError:
             return {}
-        return told
+        return status
 
-    def _why(self, told: dict[str, Any]) -> str:
-        words = told["reason"] or explain(told["log"], "", told["code"], more="")
-        return f"{words}; its log: {self._log}"
+    def _why(self, status: dict[str, Any]) -> str:
+        words = status["reason"] or explain(status["log"], "", status["code"], more="")
+        return f"{words}; its log is {self._log}"
 
     def _lost(self) -> str:
         return (
-            f"the process that kept the vLLM server for {self.model!r} was ended from outside; its last "
-            f"words: {self._last_words()}; its log: {self._log}"
+            f"the supervisor of the vLLM server for {self.model!r} was ended from outside; the last line of "
+            f"its log: {self._last_words()}; its log is {self._log}"
         )
 
     def _last_words(self) -> str:
@@ -192,29 +192,29 @@ class SharedServer:
         return self.folder / "log"
 
     @contextmanager
-    def _deciding(self) -> Iterator[None]:
-        """While nobody else joins, leaves or looks."""
+    def _joining_or_leaving(self) -> Iterator[None]:
+        """Hold `start.lock`, so that no other user joins, leaves or checks at the same time."""
         with self._open("start") as start:
             fcntl.flock(start, fcntl.LOCK_EX)
             yield
 
     @contextmanager
     def _open(self, name: str) -> Iterator[int]:
-        """The descriptor of a lock's file; what it holds is let go at the end."""
+        """Yield the descriptor of a lock file. Closing it at the end releases the lock."""
         lock = os.open(self.folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         _held.add(lock)
         try:
             yield lock
         finally:
-            if lock in _held:  # else this is a forked child, where it is closed
+            if lock in _held:  # else this is a forked child, which has closed it
                 _held.discard(lock)
                 os.close(lock)
 
 
 def folder_of(arguments: Sequence[str]) -> Path:
-    """The folder of a server: one for each machine, Python, and configuration of vLLM.
+    """The folder of a server: one for each machine, Python environment and configuration of vLLM.
 
-    A home may be shared by machines. vLLM's own environment variables configure it, too.
+    Machines may share a home folder. vLLM's own environment variables are part of its configuration.
     """
     environment = {
         name: value
@@ -227,7 +227,7 @@ def folder_of(arguments: Sequence[str]) -> Path:
 
 
 def _is_free(lock: int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Take a lock if nobody is in the way."""
+    """Take a lock if no other process holds it. Returns whether it was free."""
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -236,7 +236,7 @@ def _is_free(lock: int, kind: int = fcntl.LOCK_EX) -> bool:
 
 
 def _leave_to_parent() -> None:
-    """A forked child of ours is no user: it must not hold a server that we have left."""
+    """Close the inherited locks: a forked child is not a user and must not keep a server running."""
     for lock in _held:
         os.close(lock)
     _held.clear()

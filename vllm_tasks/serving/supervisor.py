@@ -1,14 +1,14 @@
-"""The process that keeps one vLLM server for as long as somebody uses it, started by `serving.api`.
+"""The process that keeps one vLLM server running while anybody uses it, started by `serving.api`.
 
-Run by its path, with the standard library alone (see `vllm_tasks.engines.session`): the server's folder is
-its argument, its order comes as JSON on standard input, and what it prints is the server's log. It leaves
-its parent and its session, so that no user's end is its own. In the folder:
+It is run by path and uses the standard library only (see `vllm_tasks.engines.session`). Its argument is the
+server's folder, its order arrives as JSON on standard input, and its output is the server's log. It leaves
+its parent and its session, so it does not end with any user. The folder contains:
 
-    supervisor.lock   held exclusively as long as this process or its server lives; inherited from the
-                      starter, and by the server, so that no second one starts beside that of a
-                      supervisor that was killed
-    users.lock        shared by the users; who can have it exclusively knows that there is none
-    server.json       what users need to know: state (starting, ready, failed), url, key, pids; or why
+    supervisor.lock   held exclusively while this process or its server runs. It is inherited from the
+                      starter, and by the server, so that no second server starts beside one whose
+                      supervisor was killed
+    users.lock        held shared by each user. Whoever can lock it exclusively knows that no user is left
+    server.json       the status for users: state (starting, ready, failed), url, key, pids; or why
                       it failed
 """
 
@@ -42,31 +42,31 @@ logger = logging.getLogger("supervisor")
 
 ADDRESS = "127.0.0.1"
 TICK = 0.5
-"""Seconds between two looks at the users and at the server's process."""
+"""Seconds between two checks of the users and of the server's process."""
 HEALTH_EVERY = 5.0
 HEALTH_TIMEOUT = 5.0
 MISSES = 12
-"""Health checks in a row without the answer that all is well, after which a server counts as dead."""
+"""Failed health checks in a row after which a server counts as dead."""
 STARTS = 3
-"""A server that was well once is given up after so many starts in a row that did not make it well."""
+"""Failed starts in a row after which a server that was healthy before is not restarted any more."""
 END_GRACE = 10.0
-"""Seconds for an orderly end of the server; then its session is killed."""
+"""Seconds for an orderly shutdown of the server, after which its session is killed."""
 LOG_BYTES = 32 * 2**20
-"""A log larger than this becomes `log.1`, in place of the one before."""
+"""Size in bytes above which the log is moved to `log.1`, which it replaces."""
 LOG_LINES = 400
-"""Lines of the log that explain a failure."""
+"""Lines of the log that are kept to explain a failure."""
 
 
 class Unused(Exception):
-    """Nobody uses the server any more."""
+    """No user of the server is left."""
 
 
 class Supervisor:
-    """One server on one port with one key, through all its lives."""
+    """Runs one server on one port with one key, and restarts it when it dies."""
 
     def __init__(self, folder: Path, order: dict[str, Any]) -> None:
         self.folder = folder
-        self.log = Path("/proc/self/fd/1")  # which may be removed from the folder
+        self.log = Path("/proc/self/fd/1")  # because the file may be removed from the folder
         self.order = order
         self.key = secrets.token_urlsafe(32)
         self.port_held = hold_port()
@@ -77,30 +77,30 @@ class Supervisor:
         self.log_begin = 0
         self.failed = False
 
-    def keep(self) -> None:
-        """Keep the server running until nobody uses it, or it can no longer be started.
+    def supervise(self) -> None:
+        """Keep the server running until no user is left, or it cannot be restarted.
 
-        A first start that fails is not repeated: it would fail again, and somebody waits for the reason.
+        A failed first start is not repeated: it would fail again, and a user is waiting for the reason.
         """
         starts_left = 1
         while starts_left:
-            self.tell("starting")
+            self.report("starting")
             failure = self.start()
             if failure is None:
                 starts_left = STARTS
-                self.tell("ready")
+                self.report("ready")
                 self.watch()
             else:
                 starts_left -= 1
-            if starts_left:  # else the log ends with the server's own words
+            if starts_left:  # else the log must end with the server's own output
                 code = self.server and self.server.poll()
-                logger.warning("the server is gone (exit code %s); starting it again", code)
+                logger.warning("the server has ended (exit code %s); restarting it", code)
             self.end(grace=0)
         assert failure is not None
         self.give_up(*failure)
 
     def start(self) -> tuple[int | None, str] | None:
-        """Start the server and wait until it is well; else its exit code, or another reason."""
+        """Start the server and wait until it is healthy. If it fails, returns its exit code or a reason."""
         self.log_begin = self.log.stat().st_size
         timeout = self.order["start_timeout"]
         deadline = time.monotonic() + timeout
@@ -109,17 +109,17 @@ class Supervisor:
             self.tick()
             if (code := self.server.poll()) is not None:
                 return code, ""
-            if self.is_well():
+            if self.is_healthy():
                 return None
         return None, f"it was not ready within {timeout:g} s (VLLM_TASKS_ENGINE_START_TIMEOUT)"
 
     def launch(self) -> subprocess.Popen[bytes]:
         self.sockets = session.new_sockets()
-        # -P: the folder of server.py must not be searched for modules (it has names of others).
+        # -P: Python must not import from the folder of server.py, whose names hide other modules.
         server = subprocess.Popen(
             [sys.executable, "-P", self.order["server"], str(os.getpid())],
             stdin=subprocess.PIPE,
-            pass_fds=self.order["locks"],  # the supervisor's, and those of its GPUs
+            pass_fds=self.order["locks"],  # that of the supervisor, and those of its GPUs
             start_new_session=True,
             env={
                 **os.environ,
@@ -136,16 +136,16 @@ class Supervisor:
         return server
 
     def watch(self) -> None:
-        """Return when the server is dead, or does not say any more that it is well."""
+        """Return when the server has ended, or has failed too many health checks."""
         assert self.server is not None
         misses, due = 0, time.monotonic() + HEALTH_EVERY
         while self.server.poll() is None and misses < MISSES:
             self.tick()
             if time.monotonic() >= due:
-                misses = 0 if self.is_well() else misses + 1
+                misses = 0 if self.is_healthy() else misses + 1
                 due = time.monotonic() + HEALTH_EVERY
 
-    def is_well(self) -> bool:
+    def is_healthy(self) -> bool:
         connection = http.client.HTTPConnection(ADDRESS, self.port, timeout=HEALTH_TIMEOUT)
         try:
             connection.request("GET", "/health")
@@ -156,7 +156,7 @@ class Supervisor:
             connection.close()
 
     def tick(self) -> None:
-        """Wait a little; raises `Unused` when no user is left. None can come then: the lock is kept."""
+        """Wait a little. Raises `Unused` if no user is left, and keeps the lock so that none can join."""
         time.sleep(TICK)
         self.bound_log()
         with suppress(BlockingIOError):
@@ -166,7 +166,7 @@ class Supervisor:
     def bound_log(self) -> None:
         if self.log.stat().st_size > LOG_BYTES:
             shutil.copyfile(self.log, self.folder / "log.1")
-            os.truncate(self.log, 0)  # whoever writes appends
+            os.truncate(self.log, 0)  # safe because every writer appends
             self.log_begin = 0
 
     def give_up(self, code: int | None, reason: str) -> None:
@@ -177,7 +177,7 @@ class Supervisor:
         self.write({"state": "failed", "code": code, "reason": reason, "log": words})
 
     def end(self, grace: float) -> None:
-        """End the server and all that it started: in order, after `grace` seconds by force."""
+        """End the server and all that it started: orderly, or by force after `grace` seconds."""
         if self.server is None:
             return
         if grace:
@@ -185,53 +185,53 @@ class Supervisor:
             with suppress(subprocess.TimeoutExpired):
                 self.server.wait(grace)
         self.server.kill()
-        session.kill(self.server.pid)
+        session.kill(self.server.pid)  # its own session, so never this process's
         self.server.wait()
         session.remove_sockets(self.sockets)
         self.server = None
 
-    def tell(self, state: str) -> None:
+    def report(self, state: str) -> None:
         url = f"http://{ADDRESS}:{self.port}"
         pids = {"supervisor": os.getpid(), "server": self.server and self.server.pid}
         self.write({"state": state, "url": url, "key": self.key, "pids": pids})
 
-    def write(self, told: dict[str, Any]) -> None:
-        """Replace server.json as a whole, readable by this user alone."""
+    def write(self, status: dict[str, Any]) -> None:
+        """Replace server.json atomically, readable by this user only because it holds the key."""
         new = self.folder / "server.json.new"
         with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(told, file)
+            json.dump(status, file)
         new.replace(self.folder / "server.json")
 
     def close(self) -> None:
-        """End the server and take its key away; the locks go with this process."""
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        """End the server and remove its key. The locks are released when this process ends."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt this
         self.end(END_GRACE)
         if not self.failed:
             (self.folder / "server.json").unlink(missing_ok=True)
 
 
 def hold_port() -> socket.socket:
-    """A free port that stays ours while no server listens on it.
+    """Bind a free port, which stays reserved while no server listens on it.
 
-    vLLM binds with SO_REUSEADDR, and Linux lets sockets that all have it share a port until one listens.
+    vLLM binds with SO_REUSEADDR. Linux lets sockets that all have this option share a port until one listens.
     """
     held = socket.socket()
     held.bind((ADDRESS, 0))
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # only now: this port was nobody's
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # only now: bind found an unshared port
     return held
 
 
 def main() -> None:
     folder, order = Path(sys.argv[1]), json.load(sys.stdin)
     if os.fork():
-        os._exit(0)  # whoever started us waits for this, and has no child then
+        os._exit(0)  # the starter waits for this exit only, and has no child afterwards
     logging.basicConfig(format="%(asctime)s supervisor: %(message)s", level=logging.INFO)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     supervisor = Supervisor(folder, order)
     try:
-        supervisor.keep()
+        supervisor.supervise()
     except Unused:
-        logger.info("nobody uses the server any more; ending it")
+        logger.info("no user of the server is left; ending it")
     finally:
         supervisor.close()
 

@@ -130,7 +130,7 @@ class Run:
             self._finish(row, digest, result)
 
         requests = [request for _, _, request in rows]
-        await sharing.answer(self.job.over.call.engine, requests, self.job.over.call.max_batch_size, done)
+        await sharing.generate(self.job.over.call.engine, requests, self.job.over.call.max_batch_size, done)
 
     def _finish(self, row: SourceRow, digest: str, result: Result) -> None:
         size = bytes_of_answer(result)

@@ -1,1 +1,1 @@
-"""Rows over HTTP, to vLLM servers that somebody runs."""
+"""Engines over HTTP, for vLLM servers that run already."""

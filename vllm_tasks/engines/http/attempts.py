@@ -1,4 +1,4 @@
-"""The attempts of one row that failed: whether there is another one, and when."""
+"""Decides after a failed attempt whether the row gets another one, and when."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import RowError
 
 BACKOFF_BASE, BACKOFF_LIMIT = 0.5, 30.0
-"""Seconds: an attempt waits a random time up to min(limit, base * 2**attempt), so-called full jitter."""
+"""Seconds: an attempt waits a random time up to min(limit, base * 2**attempt), called full jitter."""
 RETRY_AFTER_LIMIT = 300.0
-"""Seconds: a longer Retry-After is obeyed only so far."""
+"""The longest Retry-After that is obeyed, in seconds."""
 FEW = 3
-"""Refusals of one row that the server's being full explains; from then on it lets others pass, too."""
+"""Refusals of a row after which it waits before each further attempt and lets other rows pass."""
 TURNS = 20
-"""A row that is refused while the window was answered so many times over is refused for its own sake."""
+"""A row fails if it is still refused after this many windows of other rows have completed."""
 
 
 @dataclass(eq=False)
 class Attempts:
-    """One row's attempts so far, and where it has a place now."""
+    """The attempts of one row so far, and the server at which it has a slot now."""
 
     retries: int
     servers: Servers
@@ -35,16 +35,16 @@ class Attempts:
     timeouts: int = 0
     lost: int = 0
     refusals: int = 0
-    answers_before: int = 0
+    completed_before: int = 0
 
-    def leave(self) -> None:
-        """Give the place back, if it has one."""
+    def release(self) -> None:
+        """Release the row's slot, if it has one."""
         if self.server is not None:
             server, self.server = self.server, None
-            self.servers.leave(server)
+            self.servers.release(server)
 
     def fail(self, failed: FailedAttempt) -> float | RowError:
-        """The row's own failure: so many `retries`, but one after a timeout; the seconds until then."""
+        """Count a failure; returns the seconds until one of `retries` (one after a timeout), or the error."""
         self.failures += 1
         self.timeouts += failed.kind == "timeout"
         allowed = self.failures <= self.retries and self.timeouts <= 1
@@ -54,33 +54,33 @@ class Attempts:
         return backoff(self.failures) if failed.delay is None else failed.delay
 
     def lose(self, why: str) -> float:
-        """The server cannot be had: the row gets another one, or the first that is found.
+        """Count a lost server; returns the seconds until the row tries another one.
 
-        When more are lost than there are, healthy ones refuse, which ends with the grace period.
+        A row that has lost more servers than there are is refused by healthy ones: up to the grace period.
         """
         self.lost += 1
         in_vain = self.lost - len(self.servers.all)
-        if in_vain > self.retries and self.servers.is_silent_since(self.began):
+        if in_vain > self.retries and self.servers.is_heartbeat_overdue(self.began):
             raise self.servers.unavailable(why)
         return backoff(in_vain) if in_vain > 0 and not self.servers.is_any_there else 0.0
 
     def refuse(self, full: Full) -> float | RowError:
-        """The server is full, which is not the row's failure, whatever the `retries`: it waits for a place.
+        """Count a refusal by a full server; returns the seconds until the row waits for a slot again.
 
-        Unless others have had their turn again and again meanwhile, or had it until this row was left alone
-        with a server that takes nothing for the grace period. Raises `ServerUnavailable` for
-        a server that takes no row at all for so long.
+        A refusal is not the row's failure, whatever the `retries`. The row fails only if many other rows have
+        completed meanwhile, or if some have and the server then accepts nothing for the grace period. Raises
+        `ServerUnavailable` if the server accepts no row at all for the grace period.
         """
         if not self.refusals:
-            self.answers_before = self.servers.answers
+            self.completed_before = self.servers.completed
         self.refusals += 1
-        turns = (self.servers.answers - self.answers_before) / self.servers.places
-        impatient = self.servers.is_grace_period_over(self.began)
-        if self.refusals > self.retries and (turns >= TURNS or (turns and impatient)):
+        turns = (self.servers.completed - self.completed_before) / self.servers.slots
+        is_overdue = self.servers.is_grace_period_over(self.began)
+        if self.refusals > self.retries and (turns >= TURNS or (turns and is_overdue)):
             return RowError(full.kind, f"{full.message} (after {self.refusals} attempts)", retryable=True)
-        if impatient and full.kind == "connection":  # it is our own files that there are too few of
+        if is_overdue and full.kind == "connection":  # this process has too few files, not the server
             raise InvalidCall(full.message)
-        if impatient:
+        if is_overdue:
             raise self.servers.unavailable(full.message)
         return backoff(self.refusals - FEW) if self.refusals > FEW else 0.0
 
@@ -101,5 +101,5 @@ def retry_after(value: str | None) -> float | None:
 
 def backoff(failures: int) -> float:
     """Seconds before attempt `failures + 1`."""
-    doublings = min(failures, 16)  # far beyond the limit, and no number too large
+    doublings = min(failures, 16)  # far beyond the limit, without overflow
     return random.uniform(0, min(BACKOFF_LIMIT, BACKOFF_BASE * 2**doublings))

@@ -1,4 +1,4 @@
-"""How many rows one server gets at once: as many as it takes."""
+"""Limits the rows that one server gets at once to the number that it accepts."""
 
 from __future__ import annotations
 
@@ -6,36 +6,36 @@ import random
 import time
 
 HOLD = 0.5
-"""Seconds without more rows after a refusal: half to all of it."""
+"""Seconds after a refusal before the limit grows again: a random time from half of this to all of it."""
 GROW_EVERY = 0.2
-"""Seconds between two steps of growth: time enough for a refusal to arrive."""
+"""Seconds between two steps of growth, long enough for a refusal to arrive."""
 
 
 class Capacity:
-    """Places at one server: `most`, or as many as it takes. Whoever takes one counts it in `open`.
+    """The slots at one server: up to `most`, or fewer if it accepts fewer. `open` counts those in use.
 
-    A refusal for load (429, 503) tells exactly how many rows the server takes: those that are there, but for
-    the refused one. From then on a row goes out when another is answered, so that the server stays full and
-    is not stormed. After the server's Retry-After, or else a short while, one place is added, then two, four
-    and so on, until the next refusal: not before a row was answered that had been sent since the last one,
-    unless none is there. So an outage costs a few requests beyond those that it found under way.
+    A refusal for load (429, 503) shows exactly how many rows the server accepts: those that it has, without
+    the refused one. From then on a row is sent when another one completes, so the server stays full and is
+    not flooded. After the server's Retry-After, or a short while without one, the limit grows by one slot,
+    then by two, then four, until the next refusal. It grows only if a row that was sent after the last
+    refusal has completed, or if no row is there. So an outage costs few requests beyond those in flight.
 
-    Where rows wait at the server until our timeout, nothing is refused. When nothing that was sent since such
-    a row has been answered either, half of the places go, once for all rows that were on their way together;
-    one comes back whenever as many rows as there are places have been answered.
+    A server that queues rows until our timeout refuses none of them. If no row that was sent after a late
+    one has completed either, the slots are halved, once for all rows that were in flight together. One slot
+    is added back whenever as many rows have completed as there are slots.
     """
 
     def __init__(self, most: int) -> None:
         self.open = 0
         self.grows_at = 0.0
-        self._most = self._limit = most  # the limit is what the last refusal told
-        self._lasting = float(most)  # as many as do not time out
-        self._step = 1  # places that the last growth added; 0 while held back
-        self._changed = 0.0  # when it refused, or was cut
-        self._newest = 0.0  # when the last of the answered rows was sent
+        self._most = self._limit = most  # the limit follows from the last refusal
+        self._lasting = float(most)  # the number of rows that do not time out
+        self._step = 1  # slots that the last growth added; 0 after a refusal
+        self._changed = 0.0  # time of the last refusal or halving
+        self._newest = 0.0  # latest sending time of a completed row
 
-    def has_place(self) -> bool:
-        """Whether another row may go there now."""
+    def has_free_slot(self) -> bool:
+        """Whether another row may be sent now."""
         now = time.monotonic()
         may_grow = self._step or not self.open or self._newest > self._changed
         if self._limit < self._most and now >= self.grows_at and may_grow:
@@ -45,21 +45,21 @@ class Capacity:
         return self.open < min(self._limit, int(self._lasting))
 
     def refuse(self, retry_after: float | None) -> None:
-        """A row that is in here has been refused, perhaps with the seconds until the server wants another."""
+        """Record a refusal of a row counted in `open`; `retry_after` is in seconds, None if not given."""
         now = time.monotonic()
         self._limit = max(0, min(self._limit, self.open - 1))
-        if self._step:  # else this refusal is one of many at once
+        if self._step:  # else it is one of many refusals at once
             self._step, self._changed = 0, now
             self.grows_at = now + random.uniform(HOLD / 2, HOLD)
         self.grows_at = max(self.grows_at, now + (retry_after or 0.0))
 
-    def answer(self, sent: float) -> None:
-        """A row that was sent at `sent` (by `time.monotonic`) was answered, or refused for its own sake."""
+    def complete(self, sent: float) -> None:
+        """Record that a row sent at `sent` (by `time.monotonic`) has completed, or was refused for itself."""
         self._newest = max(self._newest, sent)
         self._lasting = min(self._most, self._lasting + 1 / self._lasting)
 
     def time_out(self, sent: float) -> None:
-        """A row that was sent at `sent` has got no answer in time."""
+        """Record that a row sent at `sent` has timed out."""
         if sent > max(self._newest, self._changed):
             self._changed = time.monotonic()
             self._lasting = max(1.0, self.open / 2)

@@ -1,7 +1,7 @@
-"""An answer is the answer to what was asked: kept connections and the names of requests.
+"""Matches responses to requests: kept connections and the names of requests.
 
-A gateway that sends an answer twice puts a kept connection out of step: aiohttp takes the second copy for the
-answer to the next request, and each row from then on would get the answer to another one.
+A gateway that sends a response twice puts a kept connection out of step. aiohttp takes the second copy as the
+response to the next request, and every later row would get the answer to another one.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from aiohttp.tracing import Trace
 
 NAME = "X-Request-Id"
-"""The header of a request's name, which vLLM repeats in the `id` of its answer."""
+"""The header with a request's name, which vLLM repeats in the `id` of its response."""
 
 
 class Names:
-    """The names of the requests under way, and what connection carries each."""
+    """The names of the requests in flight, and the connection of each."""
 
     def __init__(self) -> None:
         self._ours = f"vllm-tasks-{uuid.uuid4().hex}-"
@@ -33,7 +33,7 @@ class Names:
 
     @contextmanager
     def new(self) -> Iterator[str]:
-        """A name for one request."""
+        """Yield a unique name for one request."""
         name = f"{self._ours}{next(self._numbers)}"
         try:
             yield name
@@ -49,13 +49,13 @@ class Names:
         self._carriers[name] = protocol
 
     def is_of_another(self, answer: object, name: str) -> bool:
-        """Whether `answer` says that it is the answer to another request of ours than `name`.
+        """Whether `answer` names another request of ours than `name`; closes the connection if so.
 
-        Such a connection is closed. Catches a second copy that comes when the next request is on its way
-        already. Servers that repeat no names are trusted.
+        This catches a second copy that arrives when the next request has been sent already. Servers that
+        repeat no names are trusted.
         """
-        told: Any = answer.get("id") if isinstance(answer, Mapping) else None
-        if not isinstance(told, str) or self._ours not in told or told.endswith(name):
+        found: Any = answer.get("id") if isinstance(answer, Mapping) else None
+        if not isinstance(found, str) or self._ours not in found or found.endswith(name):
             return False
         if name in self._carriers:
             self._carriers[name].abort()
@@ -63,7 +63,7 @@ class Names:
 
 
 class Connector(aiohttp.TCPConnector):
-    """Hands out no kept connection on which something has come that nobody asked for."""
+    """Never reuses a connection on which data has arrived that no request was waiting for."""
 
     def __init__(self, names: Names, **options: Any) -> None:
         super().__init__(**options)

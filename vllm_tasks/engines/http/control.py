@@ -1,4 +1,4 @@
-"""What a server says of itself: its health, its models, its version. Control calls, off the rows' way."""
+"""Control calls: requests to a server for its health, models and version, apart from those for rows."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from vllm_tasks.errors import InvalidCall
 CONTROL_TIMEOUT = 10.0
 """Seconds for a control call (health, models)."""
 CONTROL_BYTES = 2**20
-"""Largest answer to a control call that is read."""
+"""Bytes of the response to a control call that are read."""
 
 NO_TEMPLATE = re.compile(
     r"must provide a chat template|chat_template is not set|(no|not have a|without a|missing) chat.template",
     re.I,
 )
-"""How servers say that a model has no chat template: vLLM (of transformers 4.44 and later), those before it,
-and what stands in front of them."""
+"""The words for a model without a chat template: those of vLLM (with transformers 4.44 and later), of earlier
+versions, and of gateways."""
 
 Words = TypeVar("Words", str, bytes)
 
 
 @dataclass(frozen=True)
 class Key:
-    """The bearer token, or none. It goes into the header and nowhere else."""
+    """The bearer token, or none. It is sent in the header and appears nowhere else."""
 
     secret: str | None = field(repr=False)
 
     def headers(self) -> dict[str, str]:
-        """Raises `InvalidCall` for a key that a header cannot carry, such as one with a line end."""
+        """The header for a request. Raises `InvalidCall` for a key that a header cannot carry."""
         if not self.secret:
             return {}
         if not re.fullmatch("[!-~]+", self.secret):
@@ -47,7 +47,7 @@ class Key:
         return {"Authorization": f"Bearer {self.secret}"}
 
     def hidden_in(self, words: Words) -> Words:
-        """What a server said, without the key, should it have echoed it, as it is or as JSON has it."""
+        """The words of a server without the key, which it may have echoed, verbatim or as JSON."""
         if not self.secret:
             return words
         if isinstance(words, bytes):
@@ -60,8 +60,8 @@ class Key:
 
 @dataclass(frozen=True)
 class Served:
-    """What a server says that it serves: all names, of which rows ask for `model` (None: not among them),
-    and that one's `root` (its folder, or its own name)."""
+    """The models that a server lists: all `names`, the `model` that rows use (None: it is not listed) and the
+    `root` of that model (its folder, or its own name)."""
 
     url: str
     names: tuple[str, ...]
@@ -69,79 +69,79 @@ class Served:
     root: str | None = None
 
     def __str__(self) -> str:
-        return shown(self.names) + (f" ({self.root!r:.200})" if self.root else "")
+        return rendered(self.names) + (f" ({self.root!r:.200})" if self.root else "")
 
 
 class Control:
-    """Control calls with this key."""
+    """Sends control calls with one key."""
 
     def __init__(self, key: Key) -> None:
         self.key = key
-        self.tls = ssl.create_default_context()  # for rows and control calls alike; obeys SSL_CERT_FILE
+        self.tls = ssl.create_default_context()  # for rows and control calls; obeys SSL_CERT_FILE
 
     async def check_health(self, url: str) -> None:
-        """Raise `Unreachable` unless the server says that it is well, or has no /health."""
-        status, _ = await self._ask(f"{url}/health")
+        """Raise `Unreachable` unless the server is healthy or has no /health."""
+        status, _ = await self._send(f"{url}/health")
         if status >= 500:
             raise Unreachable(f"HTTP {status} from {url}/health")
 
     async def served(self, url: str, model: str | None) -> Served | None:
-        """What the server lists; None where the model is named and it lists nothing.
+        """The models that the server lists; None if `model` is given and the server lists nothing.
 
-        Raises `InvalidCall` where none is named and the server lists none or several, `Unreachable` when it
-        cannot tell now.
+        Raises `InvalidCall` if `model` is None and the server lists none or several, `Unreachable` if it
+        cannot respond now.
         """
         try:
-            status, content = await self._ask(f"{url}/v1/models")
+            status, content = await self._send(f"{url}/v1/models")
         except Unreachable as error:
             if model is not None:
                 return None
-            raise Unreachable(f"{error}; with model='...' it need not be asked") from error
+            raise Unreachable(f"{error}; pass model='...' to skip this request") from error
         roots = models_in(json_in(self.key.hidden_in(content))) if status == 200 else {}
         names = tuple(roots)
         if model is not None:
             return Served(url, names, model if model in names else None) if names else None
-        said = f"HTTP {status} from {url}/v1/models: {self.key.hidden_in(content)[:300]!r}"
+        reply = f"HTTP {status} from {url}/v1/models: {self.key.hidden_in(content)[:300]!r}"
         if status >= 500 or status in (408, 429):
-            raise Unreachable(said)
+            raise Unreachable(reply)
         if not names:
             raise InvalidCall(
-                f"the server does not tell its model; check api_url and api_key, or pass model='...' ({said})"
+                f"{url} does not report its model; check api_url and api_key, or pass model='...' ({reply})"
             )
         if len(names) > 1:
-            raise InvalidCall(f"{url} serves {shown(names)}: say which is meant, model={names[0]!r:.200}")
+            raise InvalidCall(f"{url} serves {rendered(names)}: choose one, as in model={names[0]!r:.200}")
         return Served(url, names, names[0], roots[names[0]])
 
     async def has_chat_template(self, url: str, model: str) -> bool | None:
-        """Whether the server has a chat template for the model, None where it does not tell, as a gateway."""
+        """Whether the server has a chat template for the model; None if unknown, as behind a gateway."""
         message = {"role": "user", "content": "Hello"}
-        status, content = await self._ask(f"{url}/tokenize", {"model": model, "messages": [message]})
-        told = json_in(content)
-        if status == 200 and isinstance(told, dict) and told.get("count"):
+        status, content = await self._send(f"{url}/tokenize", {"model": model, "messages": [message]})
+        found = json_in(content)
+        if status == 200 and isinstance(found, dict) and found.get("count"):
             return True
         return False if status == 400 and lacks_template(content.decode(errors="replace")) else None
 
     async def facts(self, url: str, model: str) -> dict[str, str]:
-        """The `root` of the model and the server's `version`, where it tells them."""
-        root = models_in(await self._told(f"{url}/v1/models")).get(model)
-        version = (await self._told(f"{url}/version")).get("version")
+        """The `root` of the model and the server's `version`, as far as the server reports them."""
+        root = models_in(await self._get(f"{url}/v1/models")).get(model)
+        version = (await self._get(f"{url}/version")).get("version")
         known = {"root": root, "version": version}
         return {name: value for name, value in known.items() if isinstance(value, str) and value}
 
-    async def _told(self, url: str) -> dict[str, Any]:
-        """A JSON object, empty from a server that has none to give, or that cannot be reached for it.
+    async def _get(self, url: str) -> dict[str, Any]:
+        """The JSON object at `url`; an empty one if the server has none or cannot be reached.
 
-        That does not count against the server: a gateway may let through only what rows need.
+        A failure does not count against the server, because a gateway may pass on only the paths of rows.
         """
         try:
-            _, content = await self._ask(url)
+            _, content = await self._send(url)
         except Unreachable:
             return {}
-        told = json_in(content)
-        return told if isinstance(told, dict) else {}
+        found = json_in(content)
+        return found if isinstance(found, dict) else {}
 
-    async def _ask(self, url: str, body: Any = None) -> tuple[int, bytes]:
-        """Status and body of a control call, with a body a POST, on a connection of its own.
+    async def _send(self, url: str, body: Any = None) -> tuple[int, bytes]:
+        """Send a control call (a POST with `body`) on a connection of its own; returns status and body.
 
         Redirects are not followed: the key must not travel to another host.
         """
@@ -170,7 +170,7 @@ class Control:
 
 
 def json_in(content: bytes) -> Any:
-    """A JSON value, None for what is none."""
+    """The decoded JSON value, or None if `content` is not JSON."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
@@ -178,25 +178,25 @@ def json_in(content: bytes) -> Any:
 
 
 def lacks_template(words: str) -> bool:
-    """Whether a refusal is that the model has no chat template."""
+    """Whether a refusal says that the model has no chat template."""
     return NO_TEMPLATE.search(words) is not None
 
 
-def models_in(told: Any) -> dict[str, str | None]:
-    """The root, where told, of each model in an answer to /v1/models, by its name."""
-    listed = told.get("data") if isinstance(told, dict) else None
+def models_in(listing: Any) -> dict[str, str | None]:
+    """The root (None: not given) of each model in a response to /v1/models, by the model's name."""
+    listed = listing.get("data") if isinstance(listing, dict) else None
     entries = [e for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
     roots = {e["id"]: e.get("root") for e in entries if isinstance(e.get("id"), str)}
     return {name: root if isinstance(root, str) else None for name, root in roots.items()}
 
 
-def shown(names: tuple[str, ...]) -> str:
-    """Names of models in an error, however many and long they are."""
+def rendered(names: tuple[str, ...]) -> str:
+    """The names of models for an error message, bounded in number and length."""
     return ", ".join(f"{name!r:.200}" for name in names[:20]) + ", ..." * (len(names) > 20)
 
 
 def untrusted(url: str, error: Exception) -> InvalidCall:
-    """No encrypted connection comes about, and waiting would not help."""
+    """The error for a certificate that is not trusted, which waiting would not solve."""
     return InvalidCall(
         f"no encrypted connection to {url}: {error}; name the authority of its certificate in SSL_CERT_FILE, "
         "or correct api_url"
@@ -204,7 +204,7 @@ def untrusted(url: str, error: Exception) -> InvalidCall:
 
 
 def _why(error: aiohttp.ClientError) -> str:
-    """The system's words where it has some ("Connection refused"), which aiohttp leaves out."""
+    """The system's own message if it has one ("Connection refused"), which aiohttp leaves out."""
     if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
         return os.strerror(error.errno)
     return f"{type(error).__name__}: {error}"

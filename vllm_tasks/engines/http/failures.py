@@ -1,9 +1,9 @@
-"""What may become of one attempt over HTTP, by whose failure it is.
+"""The failures of one attempt over HTTP, by who is to blame.
 
-Unreachable        the server's: it cannot be had now
-FailedAttempt            the row's, or everybody's
-├── Full           nobody's: there is more to do than is taken
-└── Denied         the row's, or the whole call's
+Unreachable        the server: it cannot be reached now
+FailedAttempt      the row, or something that all rows need
+├── Full           nobody: the server has no free capacity
+└── Denied         the row, or the complete call
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import RowErrorKind
 
 MENDED_BY = {401: "check api_key", 403: "check api_key", 404: "check api_url and model"}
-"""Statuses of a call that cannot succeed as it is, and what to do then."""
+"""Statuses that show that a call cannot succeed, and what to do about each."""
 TOO_LONG = ("maximum context length", "maximum model length", "max_model_len")
-"""How vLLM's refusals of a prompt that is too long say so."""
+"""Parts of vLLM's error messages about a prompt that is too long."""
 
 
 class Unreachable(Exception):
-    """The server cannot be had now: that counts against the server, not against the row."""
+    """The server cannot be reached now. This counts against the server, not against the row."""
 
 
 class FailedAttempt(Exception):
-    """One failed attempt: what it would be as a row's error, and when to try again."""
+    """One failed attempt, with its kind and message as a row's error, and when to try again."""
 
     def __init__(
         self, kind: RowErrorKind, message: str, *, retryable: bool = False, delay: float | None = None
@@ -33,35 +33,35 @@ class FailedAttempt(Exception):
         self.kind, self.message, self.retryable, self.delay = kind, message, retryable, delay
 
     @property
-    def may_be_anybodys(self) -> bool:
-        """Whether all rows would fail so while something is away: the row alone does not tell."""
+    def may_be_the_servers(self) -> bool:
+        """Whether the cause may be the server, so that every row would fail like this one."""
         return self.retryable and self.kind != "timeout"
 
     @property
-    def is_verdict(self) -> bool:
-        """Whether the server has judged the row, which one that is away cannot."""
+    def is_refusal(self) -> bool:
+        """Whether the server has examined the row, so that it must be working."""
         return self.kind in ("too_long", "refused")
 
 
 class Full(FailedAttempt):
-    """The server has more to do than it takes (429, 503), or this process more files open than it may.
+    """The server is at its capacity (429, 503), or this process at its limit of open files.
 
-    That is not the row's failure.
+    The row is not to blame.
     """
 
 
 class Denied(FailedAttempt):
-    """The server lets this request not pass (401, 403, 404): the row's failure, or that of the whole call."""
+    """The server denies this request (401, 403, 404). The cause is the row or the complete call."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__("refused", message)
         self.status = status
 
     def of_the_call(self) -> InvalidCall:
-        """What to raise where no row would pass."""
+        """The error of the call, for the case that every row would be denied."""
         return InvalidCall(f"{self.message}; {MENDED_BY[self.status]}")
 
 
 def kind_of_refusal(words: str) -> Literal["too_long", "refused"]:
-    """What is wrong with a row that vLLM refuses in these words."""
+    """The kind of a row's error, by the words in which vLLM refuses the row."""
     return "too_long" if any(part in words for part in TOO_LONG) else "refused"

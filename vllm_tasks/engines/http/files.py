@@ -1,4 +1,4 @@
-"""How many connections this process may have open: each is a file to the system."""
+"""Limits the connections of this process, since each one is an open file to the system."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import resource
 logger = logging.getLogger(__name__)
 
 SPARE = 32
-"""Files that are left to all others in this process."""
+"""Open files that are left to the rest of this process."""
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 TOO_MANY_FILES = (
-    "too many open files: this process may open no more connections; raise its limit (ulimit -n), or lower "
+    "too many open files: this process cannot open more connections; raise its limit (ulimit -n) or lower "
     "max_in_flight"
 )
 
 
 def most_connections(wanted: int, servers: int) -> int:
-    """As many to each server as are `wanted`, or as may be open; the soft limit is raised as they need."""
+    """The connections per server: `wanted`, or as many as may be open. Raises the soft limit as needed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = len(os.listdir("/dev/fd")) + SPARE
     need = taken + wanted * servers
@@ -28,7 +28,7 @@ def most_connections(wanted: int, servers: int) -> int:
     limit = need if hard == resource.RLIM_INFINITY else min(need, hard)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    except (ValueError, OSError):  # a system has limits of its own
+    except (ValueError, OSError):  # the system has further limits
         limit = soft
     most = max(1, min(wanted, (limit - taken) // servers))
     if most < wanted:

@@ -1,5 +1,5 @@
-"""One queue for the rows of an engine: a row gets the first server that has a place, and waits for one
-when none is there."""
+"""The queue for all rows of an engine: a row gets the first server with a free slot, and waits while there
+is none."""
 
 from __future__ import annotations
 
@@ -19,54 +19,54 @@ from vllm_tasks.rows import Request
 logger = logging.getLogger(__name__)
 
 LEAST_SEARCH = 1.0
-"""Seconds that servers have to answer a search, however short the grace period is."""
+"""The shortest search for a server in seconds, however short the grace period is."""
 LEFT_ALONE = 1.0
-"""Seconds that a server which refused a connection gets no rows while others are there."""
+"""Seconds without rows for a server that refused a connection, while others are there."""
 PROBE_EVERY = 1.0
-"""Seconds between two health checks of a server that is in doubt."""
+"""Seconds between two health checks of a server that may be down."""
 
 
 @dataclass(eq=False)
 class Server:
-    """One server: its base URL and what this process knows of it now."""
+    """One server: its base URL and what is known about it now."""
 
     url: str
     capacity: Capacity
     model: str | None
-    """To be named in requests; None: it has to be asked."""
-    is_asked: bool
-    """Whether it need not be asked what it serves, or has been since it was away."""
+    """The name for requests; None: not known yet."""
+    is_identified: bool
+    """Whether the model is known, or was looked up since the server was last lost."""
     owes: Request | None = None
-    """One that it had answered and failed when it was asked again: it must be answered before any other."""
+    """A request that completed once and then failed when repeated: it must complete before any other."""
     avoid_until: float = 0.0
     well_until: float = 0.0
     proven: float = 0.0
-    """When a request was sent that had been answered before, and was again."""
-    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """When the last request was sent that completed again after an earlier completion."""
+    probing: asyncio.Lock = field(default_factory=asyncio.Lock)
     checking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def is_there(self) -> bool:
-        """Whether it may get rows, as far as we know."""
+        """Whether it may get rows, as far as is known."""
         return self.avoid_until <= time.monotonic()
 
     @property
     def is_trusted(self) -> bool:
-        """Whether it need not be asked anything before a row."""
-        return self.is_asked and self.owes is None
+        """Whether it may get rows without a check."""
+        return self.is_identified and self.owes is None
 
     @property
-    def has_place(self) -> bool:
-        """Whether a row may go there now; while one finds out whether it is to be trusted, no others."""
-        may_ask = self.is_trusted or not self.asking.locked()
-        return self.is_there and may_ask and self.capacity.has_place()
+    def has_free_slot(self) -> bool:
+        """Whether a row may be sent now. While one row checks the server, no others are."""
+        may_probe = self.is_trusted or not self.probing.locked()
+        return self.is_there and may_probe and self.capacity.has_free_slot()
 
 
 class Servers:
-    """The servers of one engine, each with room for `most` rows.
+    """The servers of one engine, each with up to `most` slots.
 
-    `model` is the name to use for all; None: each server is asked for its own. `prove` asks a server again
-    for what was answered before.
+    `model` is the name to use for all of them; None: each server is asked for its own. `prove` repeats a
+    request that has completed before.
     """
 
     def __init__(
@@ -83,49 +83,49 @@ class Servers:
         self.model = model
         self.control = control
         self.grace_period = grace_period
-        self.has_chat_template: bool | None = None  # of the model that all serve; None: not asked yet
-        self.places = most * len(urls)
-        self.answers = 0
+        self.has_chat_template: bool | None = None  # of the model that all serve; None: not known yet
+        self.slots = most * len(urls)
+        self.completed = 0
         self._prove = prove
-        self._served: Served | None = None  # what all serve, from the first that told it
+        self._served: Served | None = None  # what all serve, from the first that reported it
         self._are_compared = len(urls) == 1
-        self._heard = 0.0
+        self._last_heartbeat = 0.0
         self._full_since: float | None = None
-        self._ailment = ""  # what was heard last of a server that is not there
-        self._turn = asyncio.Lock()  # a queue: of the rows that wait, the first one has it
+        self._last_error = ""  # the last error of a server that is down
+        self._turn = asyncio.Lock()  # a queue: the first waiting row holds it
         self._given_up = 0.0  # when a search ended without a server
         self.news = asyncio.Event()
-        """Set whenever a place is given back, or a server lost or trusted again."""
+        """Set whenever a slot is released, or a server is lost or trusted again."""
 
-    # ------------------------------------------------------------------ places
+    # ------------------------------------------------------------------ slots
 
-    async def place(self) -> Server:
-        """A place at a server, first come, first served; `leave` gives it back.
+    async def take_slot(self) -> Server:
+        """Take a slot at a server, in order of arrival; `release` gives it back.
 
-        The first row that waits looks for a server when none is there, for the grace period. Raises
-        `ServerUnavailable` when it finds none, to it and to all that were waiting behind it.
+        If no server is there, the first waiting row searches for one for the grace period. If it finds none,
+        `ServerUnavailable` is raised for this row and all rows that were waiting behind it.
         """
         came = time.monotonic()
         async with self._turn:
             if came < self._given_up:
-                raise self.unavailable(self._ailment)
+                raise self.unavailable(self._last_error)
             while (server := self._free()) is None:
                 await self._change()
             server.capacity.open += 1
             return server
 
-    def leave(self, server: Server) -> None:
-        """Give a place back."""
+    def release(self, server: Server) -> None:
+        """Give a slot back."""
         server.capacity.open -= 1
         self.news.set()
 
     def _free(self) -> Server | None:
-        """Of the servers with a place that with the fewest rows of ours."""
-        free = [server for server in self.all if server.has_place]
+        """The server with the fewest of our rows among those with a free slot."""
+        free = [server for server in self.all if server.has_free_slot]
         return min(free, key=lambda server: server.capacity.open, default=None)
 
     async def _change(self) -> None:
-        """Wait until a place is given back, a server may take more, or one is found."""
+        """Wait until a slot is released, a server may take more rows, or a server is found."""
         if not self.is_any_there:
             await self._find_any()
             return
@@ -136,23 +136,23 @@ class Servers:
             async with asyncio.timeout(min(dues, default=None)):
                 await self.news.wait()
 
-    # ------------------------------------------------------------------ servers that are away
+    # ------------------------------------------------------------------ servers that are down
 
     def lose(self, server: Server, why: str) -> None:
-        """Leave a server alone for a while; it may come back with another model."""
-        if server.is_there:  # else others have lost it already
+        """Send a server no rows for a while. It may come back with another model."""
+        if server.is_there:  # else it is lost already
             server.avoid_until = time.monotonic() + LEFT_ALONE
-            server.is_asked = self._is_sure
-            self._ailment = why
+            server.is_identified = self._is_sure
+            self._last_error = why
             self.news.set()
 
     async def _find_any(self) -> None:
-        """Return when some server is able to answer."""
+        """Return when any server can take rows. Raises `ServerUnavailable` after the grace period."""
         started = time.monotonic()
         urls = ", ".join(s.url for s in self.all)
-        logger.warning("no server answers at %s; waiting up to %g s", urls, self.grace_period)
-        looks = [*(self._watch(server) for server in self.all), self._comes_free()]
-        watches = [asyncio.create_task(look) for look in looks]
+        logger.warning("no server responds at %s; waiting up to %g s", urls, self.grace_period)
+        searches = [*(self._watch(server) for server in self.all), self._slot_released()]
+        watches = [asyncio.create_task(search) for search in searches]
         try:
             seconds = max(self.grace_period, LEAST_SEARCH)
             found, _ = await asyncio.wait(watches, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -161,118 +161,118 @@ class Servers:
                 watch.cancel()
         if not found:
             self._given_up = time.monotonic()
-            raise self.unavailable(self._ailment)
+            raise self.unavailable(self._last_error)
         for watch in found:
             watch.result()
-        logger.info("a server answers after %.1f s", time.monotonic() - started)
+        logger.info("a server responds after %.1f s", time.monotonic() - started)
 
     async def _watch(self, server: Server) -> None:
-        """Return when the server is able to answer; one without /health is when it answers."""
+        """Return when the server can take rows. Without /health, any response shows that it can."""
         while True:
             try:
                 await self.control.check_health(server.url)
-                async with server.asking:
+                async with server.probing:
                     await self._trust(server)
             except (Unreachable, Full) as error:
-                self._ailment = str(error)
+                self._last_error = str(error)
                 await asyncio.sleep(PROBE_EVERY)
             else:
                 server.avoid_until = 0.0
                 return
 
-    async def _comes_free(self) -> None:
-        """Return when a row leaves a server that may be tried again, whatever it says of its health."""
+    async def _slot_released(self) -> None:
+        """Return when a slot is released at a server that may be tried again, healthy or not."""
         while self._free() is None:
             self.news.clear()
             await self.news.wait()
 
     def unavailable(self, last: str) -> ServerUnavailable:
-        """What ends a call after the grace period; `last` is what was heard last."""
+        """The error that ends a call after the grace period; `last` is the last error of a server."""
         urls = ", ".join(s.url for s in self.all)
         return ServerUnavailable(
-            f"no server answered at {urls} for {self.grace_period:g} s (last: {last}); start it, "
+            f"no server responded at {urls} for {self.grace_period:g} s (last: {last}); start it, "
             "correct api_url, or wait longer with VLLM_TASKS_GRACE_PERIOD (seconds)"
         )
 
-    def answer(self, server: Server, sent: float) -> None:
-        """A server has dealt with a row that was sent at `sent`, and so has room again."""
-        self.answers += 1
-        self.hear()
+    def complete(self, server: Server, sent: float) -> None:
+        """Record that a server has completed a row sent at `sent`, and so has capacity again."""
+        self.completed += 1
+        self.heartbeat()
         self._full_since = None
-        server.capacity.answer(sent)
+        server.capacity.complete(sent)
 
-    def hear(self) -> None:
-        """A server has answered a row, or works on one."""
-        self._heard = time.monotonic()
+    def heartbeat(self) -> None:
+        """Record that a server has completed a row or is working on one."""
+        self._last_heartbeat = time.monotonic()
 
     @property
     def is_any_there(self) -> bool:
-        """Whether rows may go anywhere, as far as we know."""
+        """Whether any server may get rows, as far as is known."""
         return any(server.is_there for server in self.all)
 
     def is_grace_period_over(self, began: float) -> bool:
-        """Whether for the grace period, and since `began`, no row has been answered or worked on, but all
-        were refused for load."""
+        """Whether all rows have been refused for load, and none completed or worked on, for the grace period
+        and since `began`."""
         now = time.monotonic()
         if self._full_since is None or any(server.capacity.open for server in self.all):
             self._full_since = now
         return now - max(self._full_since, began) > self.grace_period
 
-    def is_silent_since(self, began: float) -> bool:
-        """Whether no row has been answered or worked on for the grace period, nor since `began`."""
-        return time.monotonic() - max(self._heard, began) > self.grace_period
+    def is_heartbeat_overdue(self, began: float) -> bool:
+        """Whether no row has completed or been worked on for the grace period, nor since `began`."""
+        return time.monotonic() - max(self._last_heartbeat, began) > self.grace_period
 
-    # ------------------------------------------------------------------ servers in doubt
+    # ------------------------------------------------------------------ servers that may be down
 
     async def check(self, server: Server) -> None:
-        """Raise `Unreachable` when a server that a gateway gives no answer from is not healthy.
+        """Raise `Unreachable` if a server behind a gateway that reported an error is not healthy.
 
-        One health check a second at most, however many rows ask.
+        At most one health check a second is sent, however many rows call this.
         """
         async with server.checking:
-            _stays(server)
+            _check_is_there(server)
             if server.well_until <= time.monotonic():
                 await self.control.check_health(server.url)
                 server.well_until = time.monotonic() + PROBE_EVERY
 
-    async def prove(self, server: Server, answered: Request) -> None:
-        """Return where the server answers again what was answered before: failures are the rows' own.
+    async def prove(self, server: Server, completed: Request) -> None:
+        """Repeat a request that completed before. If it completes again, the failed rows are to blame.
 
-        Raises `Unreachable`, `Full` or `InvalidCall` where it does not. One proof serves all rows that failed
-        before it was sent.
+        Raises `Unreachable`, `Full` or `InvalidCall` otherwise. One proof serves all rows that failed before
+        it was sent.
         """
         failed = time.monotonic()
-        async with self._alone(server):
+        async with self._probing(server):
             if server.proven <= failed:
                 sent = time.monotonic()
                 try:
-                    await self._prove(server, answered)
+                    await self._prove(server, completed)
                 except Unreachable:
-                    server.owes = answered
+                    server.owes = completed
                     raise
                 server.proven = sent
 
     async def trust(self, server: Server) -> None:
-        """Before a row is sent: see that the server serves what the others do, and fails not everything.
+        """Check before a row is sent that the server has the same model as the others and completes rows.
 
-        Raises as `know` and `prove`.
+        Raises the errors of `identify` and `prove`.
         """
         if not server.is_trusted:
-            async with self._alone(server):
+            async with self._probing(server):
                 await self._trust(server)
 
     async def _trust(self, server: Server) -> None:
-        await self._know(server)
+        await self._identify(server)
         if server.owes is not None:
             await self._prove(server, server.owes)
             server.owes = None
 
     @asynccontextmanager
-    async def _alone(self, server: Server) -> AsyncIterator[None]:
-        """Put the server to the test as the only one; raises `Unreachable` where others have lost it."""
+    async def _probing(self, server: Server) -> AsyncIterator[None]:
+        """Hold the lock for checks of the server. Raises `Unreachable` if the last holder has lost it."""
         try:
-            async with server.asking:
-                _stays(server)
+            async with server.probing:
+                _check_is_there(server)
                 yield
         finally:
             self.news.set()
@@ -280,39 +280,39 @@ class Servers:
     # ------------------------------------------------------------------ what is served
 
     async def compare(self) -> None:
-        """Before the first row: raise `InvalidCall` where those that are there serve different models."""
+        """Raise `InvalidCall`, before the first row, if the servers that are up serve different models."""
         if not self._are_compared:
-            await asyncio.gather(*(self._is_known(server) for server in self.all if server.is_there))
+            await asyncio.gather(*(self._try_to_identify(server) for server in self.all if server.is_there))
             self._are_compared = True
 
-    async def know(self, server: Server) -> None:
-        """Ask what the server serves, unless that is known.
+    async def identify(self, server: Server) -> None:
+        """Look up which model the server serves, unless that is known.
 
-        Raises `InvalidCall` when it refuses to tell its model, or serves several or another one than others;
-        `Unreachable` when it cannot tell now.
+        Raises `InvalidCall` if it does not report its model, or serves several or another one than others;
+        `Unreachable` if it cannot respond now.
         """
-        if not server.is_asked:
-            async with self._alone(server):
-                await self._know(server)
+        if not server.is_identified:
+            async with self._probing(server):
+                await self._identify(server)
 
-    async def _know(self, server: Server) -> None:
-        if not server.is_asked:
+    async def _identify(self, server: Server) -> None:
+        if not server.is_identified:
             if (served := await self.control.served(server.url, self.model)) is not None:
                 self._agree(served)
                 server.model = self.model or served.model
-            server.is_asked = True
+            server.is_identified = True
 
-    async def _is_known(self, server: Server) -> bool:
-        """Whether it is known what the server serves; one that cannot tell now is lost."""
+    async def _try_to_identify(self, server: Server) -> bool:
+        """Whether it is known which model the server serves; one that cannot respond now is lost."""
         try:
-            await self.know(server)
+            await self.identify(server)
         except Unreachable as error:
             self.lose(server, str(error))
-        return server.is_asked
+        return server.is_identified
 
     def _agree(self, served: Served) -> None:
-        """Raise `InvalidCall` unless all that were asked serve the same; of a model that is named, its name
-        counts, else its root too."""
+        """Raise `InvalidCall` unless all servers report the same model. If the call names the model, only the
+        name is compared, otherwise also the root."""
         first = self._served = self._served or served
         roots = {first.root, served.root} - {None} if self.model is None else ()
         if served.model == first.model and len(roots) <= 1:
@@ -322,34 +322,34 @@ class Servers:
         one, other = sorted((first, served), key=lambda each: order.index(each.url))
         now = " now" if one.url == other.url else ""
         raise InvalidCall(
-            f"{one.url} serves {one}, and {other.url} {other}{now}: all rows of a call are answered by one "
+            f"{one.url} serves {one}, and {other.url} {other}{now}: all rows of a call must go to one "
             "model; correct api_url, or pass model='...' with a name that every server has"
         )
 
     def forget_model(self) -> None:
-        """Ask anew what is served: a server does not know the model that was told, or tells another one."""
+        """Have the models looked up again, because a server rejects or no longer reports the known one."""
         self._served = self.has_chat_template = None
         self._are_compared = len(self.all) == 1
         for server in self.all:
-            server.model, server.is_asked = self.model, self._is_sure
+            server.model, server.is_identified = self.model, self._is_sure
 
     async def facts(self) -> dict[str, str]:
-        """What a server tells: `model` as it is to be asked for; `root` (the model's own name or folder)
-        and `version` (vLLM's) where it tells them."""
+        """Facts that a server reports: its `model` name for requests and, where known, `root` (the model's
+        own name or folder) and vLLM's `version`."""
         while True:
             await self.compare()
             server = next((server for server in self.all if server.is_there), None)
             if server is None:
-                self.leave(server := await self.place())
-            if await self._is_known(server):
+                self.release(server := await self.take_slot())
+            if await self._try_to_identify(server):
                 model = server.model
                 assert model is not None
-                told = await self.control.facts(server.url, model)
-                if told or server.is_there:  # else rows have found out meanwhile that it is away
-                    return {"model": model, **told}
+                facts = await self.control.facts(server.url, model)
+                if facts or server.is_there:  # else rows have lost it meanwhile
+                    return {"model": model, **facts}
 
 
-def _stays(server: Server) -> None:
-    """Raise `Unreachable` where the row before us at a lock has found out that it is away."""
+def _check_is_there(server: Server) -> None:
+    """Raise `Unreachable` if the previous holder of the lock has lost the server."""
     if not server.is_there:
-        raise Unreachable(f"{server.url} does not answer")
+        raise Unreachable(f"{server.url} does not respond")

@@ -1,6 +1,6 @@
-"""Streamed answers, put together: what came in pieces becomes what would have come whole.
+"""Assembles streamed answers into the response that would have come without streaming.
 
-For gateways that close a connection on which nothing moves for a while. The pieces are server-sent events
+Streaming is for gateways that close a connection which is idle for a while. The pieces are server-sent events
 (https://html.spec.whatwg.org/multipage/server-sent-events.html) in OpenAI's format.
 """
 
@@ -13,35 +13,35 @@ from typing import Any
 from vllm_tasks.engines.wire import UNFIT, WrongShape, wrong
 
 EVENTS = "text/event-stream"
-"""Content type of an answer that comes in pieces."""
+"""Content type of a streamed answer."""
 LAST = b"[DONE]"
-"""The event after which nothing comes."""
+"""The data of the last event."""
 INDEXED = {"choices", "tool_calls"}
 GROWING = {"text", "content", "reasoning", "reasoning_content", "refusal", "arguments"}
-"""Texts of which each piece is the next part. Other texts and numbers are whole when they come."""
+"""Fields whose text arrives in parts. Other texts and numbers arrive complete."""
 
 
 class Ended(Exception):
-    """A stream ended before its answer did."""
+    """A stream ended before the answer was complete."""
 
 
 def streamed(body: dict[str, Any]) -> dict[str, Any]:
-    """The body of a request whose answer shall come in pieces, with the counts of tokens as the last one."""
+    """The body of a request for a streamed answer, with the token counts in the last piece."""
     return {**body, "stream": True, "stream_options": {"include_usage": True}}
 
 
 class Pieces:
-    """The answer of one stream, as far as it has come."""
+    """The answer of one stream, as far as it has arrived."""
 
     def __init__(self) -> None:
         self._answer: dict[str, Any] = {}
         self._unread = b""
         self._ended = False
         self.last = b""
-        """What came in the newest event."""
+        """The data of the newest event."""
 
     def take(self, content: bytes) -> None:
-        """Add what came next; raises `WrongShape` for what is no piece of an answer."""
+        """Add the next bytes of the stream. Raises `WrongShape` if they are not a piece of an answer."""
         for data in self._events(content):
             self.last = data
             if data == LAST:
@@ -53,10 +53,10 @@ class Pieces:
             try:
                 grow(self._answer, piece)
             except UNFIT as error:
-                raise WrongShape(f"a piece of the stream does not fit those before it: {error!r}") from error
+                raise WrongShape(f"a piece of the stream does not fit earlier pieces: {error!r}") from error
 
     def _events(self, content: bytes) -> Iterator[bytes]:
-        """The data of the complete events. Comments, by which gateways keep connections, have none."""
+        """The data of the complete events. Comments, which keep a connection open, have no data."""
         *lines, self._unread = (self._unread + content).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
@@ -64,20 +64,20 @@ class Pieces:
 
     @property
     def status(self) -> int:
-        """200, or the HTTP status of an error that came in place of the rest."""
+        """200, or the HTTP status of an error that arrived in the stream."""
         error = self._answer.get("error")
         code = error.get("code") if isinstance(error, dict) else None
         if isinstance(code, int) and 400 <= code < 600:
             return code
         return 500 if error else 200
 
-    def whole(self) -> dict[str, Any]:
-        """The answer in the shape of one that was not streamed; raises `Ended` where its end is missing."""
+    def complete(self) -> dict[str, Any]:
+        """The answer in the shape of one that was not streamed. Raises `Ended` if its end is missing."""
         if self.status != 200:
             return self._answer
         choices = self._answer.get("choices") or []
         if not self._ended or not all(choice.get("finish_reason") for choice in choices):
-            raise Ended("the stream ended before the answer did")
+            raise Ended("the stream ended before the answer was complete")
         for choice in choices:
             if "delta" in choice:
                 choice["message"] = message = choice.pop("delta")
@@ -87,7 +87,7 @@ class Pieces:
 
 
 def grow(answer: dict[str, Any], piece: dict[str, Any]) -> None:
-    """Add a piece: what has an index to what is there by that index, lists and growing texts at the end."""
+    """Merge a piece into the answer: items by their index, lists and partial texts by appending."""
     for name, value in piece.items():
         before = answer.get(name)
         if name in INDEXED and value:

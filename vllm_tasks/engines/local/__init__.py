@@ -1,1 +1,1 @@
-"""A vLLM engine in a process of its own, started and watched by this one."""
+"""A vLLM engine in a child process, which this process starts and watches."""

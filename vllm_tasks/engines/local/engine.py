@@ -1,4 +1,4 @@
-"""One engine in a process elsewhere: rows in and out, started again when it dies or hangs, ended with us."""
+"""An engine in another process: it gets rows, is restarted when it dies or hangs, and ends with this one."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from vllm_tasks.rows import Request, Result, RowError, given_up
 logger = logging.getLogger(__name__)
 
 WINDOW_FACTOR = 1.1
-"""Rows in flight per row that vLLM runs at once: the surplus waits in vLLM, so that no place is empty."""
+"""Rows in flight per row that vLLM runs at once. The surplus waits in vLLM, so that no slot is empty."""
 BARREN_LIVES = 3
-"""An engine that died so many times in a row, without an answer and by no row's doing, stays dead."""
-LOOKS = 10
-"""Looks at whether an engine gets on, within the time in which it has to."""
+"""Deaths in a row, with no completed row between and no row to blame, after which an engine stays dead."""
+CHECKS = 10
+"""Number of checks for progress within the time after which an engine counts as hung."""
 
 
 @dataclass(frozen=True)
 class LocalConfig:
-    """vLLM's engine arguments, as JSON, and how many GPUs they need; equal ones share an engine.
+    """vLLM's engine arguments, as JSON, and the GPUs that they need. Equal configurations share an engine.
 
-    `timeout`: seconds without progress after which an engine that has rows is taken for hung.
+    `timeout`: seconds without progress after which an engine that has rows counts as hung.
     """
 
     engine_args: str = field(repr=False)  # its hf_token is a secret
@@ -48,33 +48,33 @@ class LocalConfig:
 
 
 class Host(Protocol):
-    """A process that holds an engine, and our way to it (`host` says what frames they are)."""
+    """A process that holds an engine, and the channel to it. `host` documents the frames."""
 
     model: str
 
     async def read(self) -> Frame:
-        """The next frame; an empty one when the host is gone."""
+        """Wait for the next frame; it is empty if the host has ended."""
 
     def write(self, frame: Frame) -> None:
-        """Send a frame; one to a host that is gone is dropped."""
+        """Send a frame. It is dropped if the host has ended."""
 
     def why(self, reason: str) -> str:
-        """Why it ended, where its last frame said `reason` (or nothing)."""
+        """Why the host ended; `reason` is from its last frame, or empty."""
 
     async def end(self, grace: float = ...) -> None:
-        """End it and all that it started: in order, or by force after `grace` seconds and when cancelled."""
+        """End the host and its processes: orderly, or by force after `grace` seconds or when cancelled."""
 
 
 Launch = Callable[[Frame, float], Awaitable[tuple[Host, Frame]]]
-"""From engine arguments and the seconds that a start may take to a host that is ready, and its facts."""
+"""Starts a host from engine arguments and a timeout in seconds; returns it when ready, with its facts."""
 
 
 class State(Enum):
-    """Of an engine's host."""
+    """The states of an engine's host, each with its meaning."""
 
-    STARTING = "there is none yet, or none since the last one died: rows wait"
-    READY = "rows are handed over to it"
-    FAILED = "there will be none any more: every call gets the error"
+    STARTING = "no host runs, at first or since the last one died: rows wait"
+    READY = "the host gets rows"
+    FAILED = "no host will be started again: every call gets the error"
 
 
 MOVES = {
@@ -82,22 +82,22 @@ MOVES = {
     State.READY: {State.STARTING},
     State.FAILED: set[State](),
 }
-"""The states that may follow each."""
+"""The states that may follow each state."""
 
 
 class LocalEngine:
-    """An `Engine` over a host with a vLLM `AsyncLLM`: a child process, unless `launch` says otherwise."""
+    """An `Engine` over a host with a vLLM `AsyncLLM`: a child process, unless `launch` starts another one."""
 
     def __init__(self, config: LocalConfig, launch: Launch | None = None) -> None:
         self.config = config
         self._launch = launch or self._launch_here
-        self._claim = Claim(0 if launch else config.gpus)  # elsewhere, others account for the GPUs
-        self.window = Window(1)  # set when the engine has told its size
+        self._claim = Claim(0 if launch else config.gpus)  # Ray accounts for the GPUs of its hosts
+        self.window = Window(1)  # set when the engine has reported its size
         self._arguments: Frame = json.loads(config.engine_args)
         self._rows = Rows()
         self._state = State.STARTING
-        self._host: Host  # the last one
-        self._error: EngineFailed  # where it has failed
+        self._host: Host  # the newest one
+        self._error: EngineFailed  # only in the state FAILED
         self._has_chat_template = False
         self._barren = 0
         self._moved = 0.0
@@ -105,7 +105,7 @@ class LocalEngine:
 
     @property
     def is_ready(self) -> bool:
-        """Whether rows would be taken at once; not while it starts, or tries what may have killed it."""
+        """Whether new rows would be sent immediately: not while it starts or runs suspects."""
         return self._state is State.READY and not self._rows.some_wait
 
     @property
@@ -114,7 +114,7 @@ class LocalEngine:
 
     async def start(self) -> None:
         if self._arguments.get("trust_remote_code"):
-            tell_trust(self._arguments["model"])
+            log_trust(self._arguments["model"])
         await self._claim.take()
         try:
             host, facts = await self._launch(self._arguments, self.config.start_timeout)
@@ -144,22 +144,22 @@ class LocalEngine:
 
     async def close(self) -> None:
         if self._life is not None:
-            if not self.has_failed:  # else it is about to end, and gives its GPUs back
-                self._life.cancel()  # which ends the host that is there, or is being started
+            if not self.has_failed:  # else it is ending and releases its GPUs
+                self._life.cancel()  # which ends the host that runs or is being started
             await asyncio.wait({self._life})
 
     async def _launch_here(self, arguments: Frame, timeout: float) -> tuple[Host, Frame]:  # noqa: ASYNC109
-        check_is_there(Path(arguments["model"]))
+        check_exists(Path(arguments["model"]))
         return await HostProcess.launch(arguments, timeout, self._claim.devices)
 
     async def _live_and_release(self, host: Host) -> None:
-        """All its lives; where there can be no more, every call that waits, and every later one, fails."""
+        """Run until no host can be started any more. Then all waiting and all later calls fail."""
         try:
             await self._live(host)
-        except Exception as error:  # noqa: BLE001 - a full disk, no descriptor left: nobody must wait for ever
-            other = f"vLLM for {host.model!r} could not be started again: {type(error).__name__}: {error}"
+        except Exception as error:  # noqa: BLE001 - such as a full disk: no call may wait for ever
+            other = f"vLLM for {host.model!r} could not be restarted: {type(error).__name__}: {error}"
             words = str(error) if isinstance(error, EngineFailed) else other
-            self._error = EngineFailed(words, temporary=True)  # it ran before
+            self._error = EngineFailed(words, temporary=True)  # because it ran before
             self._error.__cause__ = error
             self._become(State.FAILED)
             self._rows.fail(self._error)
@@ -167,46 +167,46 @@ class LocalEngine:
             await self._claim.release()
 
     async def _live(self, host: Host) -> None:
-        """Take answers; when the engine is gone, start it again and hand over what is unfinished.
+        """Receive results. When the engine has ended, restart it and send the unfinished rows again.
 
-        Raises `EngineFailed` when that cannot be.
+        Raises `EngineFailed` if it cannot be restarted.
         """
         while True:
             why = await self._until_death(host)
             logger.warning("vLLM for %r died: %s", host.model, why)
-            self._barren = 0 if self._rows.bury(why) else self._barren + 1
+            self._barren = 0 if self._rows.count_death(why) else self._barren + 1
             if self._barren >= BARREN_LIVES:
-                times = f"{self._barren} times without answering a row"
+                times = f"{self._barren} times without completing a row"
                 raise EngineFailed(f"vLLM for {host.model!r} died {times}: {why}")
             host, _ = await self._launch(self._arguments, self.config.start_timeout)
 
     async def _until_death(self, host: Host) -> str:
-        """Give it rows until the engine is gone or hangs, and end what is left of it; returns why."""
+        """Send rows until the engine ends or hangs, then end the rest of it. Returns the reason."""
         self._host = host
         self._become(State.READY)
-        answers = asyncio.create_task(self._take_answers(host))
+        receiving = asyncio.create_task(self._receive(host))
         hangs = False
         try:
             self._send()
-            while not answers.done() and not hangs:
-                await asyncio.wait({answers}, timeout=self.config.timeout / LOOKS)
-                hangs = not answers.done() and self._hangs()
+            while not receiving.done() and not hangs:
+                await asyncio.wait({receiving}, timeout=self.config.timeout / CHECKS)
+                hangs = not receiving.done() and self._hangs()
         finally:
-            answers.cancel()
+            receiving.cancel()
             self._become(State.STARTING)
             await (host.end(grace=0) if hangs else host.end())
         if hangs:
             seconds = f"{self.config.timeout:g} s (VLLM_TASKS_ENGINE_TIMEOUT)"
             return f"it hung: no progress with any of {len(self._rows.in_flight)} rows for {seconds}"
-        return host.why(answers.result())
+        return host.why(receiving.result())
 
     def _hangs(self) -> bool:
         if not self._rows.in_flight:
             self._moved = time.monotonic()
         return time.monotonic() - self._moved > self.config.timeout
 
-    async def _take_answers(self, host: Host) -> str:
-        """Deliver results until the engine is gone; returns what it says of that."""
+    async def _receive(self, host: Host) -> str:
+        """Deliver results until the engine ends. Returns its own reason, which may be empty."""
         while True:
             self._moved = time.monotonic()
             frame = await host.read()
@@ -216,7 +216,7 @@ class LocalEngine:
                 return str(frame.get("dead", ""))
 
     def _take(self, frame: Frame) -> None:
-        row = self._rows.answered(frame["row"])
+        row = self._rows.complete(frame["row"])
         if row is None:
             return
         self._barren = 0
@@ -231,7 +231,7 @@ class LocalEngine:
         self._state = state
 
     def _send(self) -> None:
-        """Hand over what may go, one frame for all rows that share their sampling parameters."""
+        """Send the rows that may be sent, in one frame for all that share their sampling parameters."""
         if self._state is not State.READY or not self._rows.some_wait:
             return
         rows = self._rows.hand_over()
@@ -242,31 +242,31 @@ class LocalEngine:
             self._host.write({"chunk": chunk, "sampling": dict(sampling)})
 
 
-def check_is_there(folder: Path) -> None:
-    """Raise `EngineFailed` for a path without a model: vLLM would say so after half a minute of imports."""
+def check_exists(folder: Path) -> None:
+    """Raise `EngineFailed` for a missing path, which vLLM reports only after half a minute of imports."""
     if folder.is_absolute() and not folder.exists():
-        raise EngineFailed(f"there is no model at {folder}: pass the folder of one, or its name")
+        raise EngineFailed(f"there is no model at {folder}: pass the folder or the name of a model")
 
 
 def check_is_json(sampling: Mapping[str, Any]) -> None:
-    """Raise `InvalidCall` for what cannot be sent, before it travels with rows of other calls."""
+    """Raise `InvalidCall` for parameters that cannot be sent, before they mix with rows of other calls."""
     try:
         json.dumps(sampling)
     except (TypeError, ValueError) as error:
-        raise InvalidCall(f"a sampling parameter is no JSON value: {error}") from error
+        raise InvalidCall(f"a sampling parameter is not a JSON value: {error}") from error
 
 
-def tell_trust(model: str) -> None:
-    """Said once for each engine: whose code may run."""
+def log_trust(model: str) -> None:
+    """Log, once for each engine, that code of the model may run."""
     logger.info(
         "%r may run code that comes with it (trust_remote_code=True); VLLM_TASKS_TRUST_REMOTE_CODE=false "
-        "forbids that here",
+        "forbids this",
         model,
     )
 
 
 def result_of(frame: Frame, request: Request) -> Result:
-    """The row of a frame from the host: an answer as vLLM's server gives it, read as one over HTTP is."""
+    """The result in a frame from the host. Its answer is read like one of vLLM's server over HTTP."""
     if "error" in frame:
         error = RowError(**frame["error"])
         return replace(error, kind=kind_of_refusal(error.message)) if error.kind == "refused" else error
@@ -275,5 +275,5 @@ def result_of(frame: Frame, request: Request) -> Result:
     except wire.WrongShape as error:
         return RowError("response", str(error))
     if reason := given_up(answer):
-        return RowError("engine", f"vLLM gave the row up ({reason})", retryable=True)
+        return RowError("engine", f"vLLM ended the row early ({reason})", retryable=True)
     return replace(answer, seconds=frame["seconds"])

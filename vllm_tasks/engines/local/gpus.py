@@ -1,7 +1,7 @@
-"""What an engine of this machine holds while it lives: slots of a limit, and devices that no other has.
+"""The resources that an engine of this machine holds while it runs: slots of a limit and exclusive devices.
 
-A device is held by a lock on a file, which the engine's own process inherits: the kernel gives it back
-when the last process of the engine is gone, however it went.
+A device is held by a lock on a file, which the engine's own process inherits. The kernel releases the lock
+when the last process of the engine has ended, even by `kill -9`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from vllm_tasks.settings import site_settings
 
 logger = logging.getLogger(__name__)
 
-FOLDER = Path("/tmp/vllm_tasks-gpus")  # noqa: S108 - whatever TMPDIR says: one folder for all on the machine
+FOLDER = Path("/tmp/vllm_tasks-gpus")  # noqa: S108 - not TMPDIR: one folder for all users of the machine
 DRIVER = Path("/proc/driver/nvidia/gpus")
-TRY_EVERY = 1.0
-SAY_EVERY = 60.0
+ATTEMPT_EVERY = 1.0
+LOG_EVERY = 60.0
 
 _held: set[int] = set()
 """Descriptors of the locks that this process holds."""
@@ -33,25 +33,25 @@ _held: set[int] = set()
 
 @dataclass(frozen=True)
 class Devices:
-    """GPUs that are held, as `CUDA_VISIBLE_DEVICES` names them, and the descriptors of their locks."""
+    """GPUs that are held, named as in `CUDA_VISIBLE_DEVICES`, and the descriptors of their locks."""
 
     names: tuple[str, ...] = ()
     locks: tuple[int, ...] = ()
 
     @property
     def env(self) -> Mapping[str, str]:
-        """What the engine's process must see of the machine."""
+        """The environment that shows the engine's process these devices only."""
         return {"CUDA_VISIBLE_DEVICES": ",".join(self.names)} if self.names else {}
 
     def release(self) -> None:
-        """Let go of them; the engine's own processes, if any is left, still hold them."""
+        """Close this process's locks. Processes of the engine that still run keep holding the devices."""
         for lock in self.locks:
             _held.discard(lock)
             os.close(lock)
 
 
 class Claim:
-    """What one engine takes before it starts and gives back when it has ended."""
+    """The resources that one engine takes before it starts and releases when it has ended."""
 
     def __init__(self, gpus: int) -> None:
         self.gpus = gpus
@@ -59,9 +59,9 @@ class Claim:
         self._slots: Slots | None = None
 
     async def take(self) -> None:
-        """Wait until the slots and the devices that the settings ask for are free, and hold them.
+        """Wait until the slots and devices that the settings require are free, and hold them.
 
-        Raises `InvalidCall` where that cannot come true, `EngineFailed` where Prefect cannot be asked.
+        Raises `InvalidCall` if they can never be free, `EngineFailed` if Prefect cannot be reached.
         """
         settings = site_settings()
         if not self.gpus:
@@ -78,7 +78,7 @@ class Claim:
                 raise
 
     async def release(self) -> None:
-        """Give back what is held."""
+        """Release everything that is held."""
         devices, self.devices = self.devices, Devices()
         devices.release()
         if self._slots:
@@ -87,7 +87,7 @@ class Claim:
 
 
 def visible_devices() -> list[str]:
-    """The GPUs that a process started here may use, by the names that `CUDA_VISIBLE_DEVICES` takes."""
+    """The GPUs that a process started here may use, named as in `CUDA_VISIBLE_DEVICES`."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         names = [name.strip() for name in visible.split(",")]
@@ -101,18 +101,18 @@ def visible_devices() -> list[str]:
 
 
 async def free_devices(count: int, folder: Path = FOLDER) -> Devices:
-    """Hold `count` of the visible GPUs, none of which another engine of the machine holds; waits for them.
+    """Wait for `count` visible GPUs that no other engine of the machine holds, and hold them.
 
-    Raises `InvalidCall` where the machine has too few, or this process itself holds what is missing.
+    Raises `InvalidCall` if the machine has too few, or this process itself holds the missing ones.
     """
     visible = visible_devices()
     _check_enough(visible, count)
     attempts = 0
     while (devices := _take_free(visible, count, folder)) is None:
-        if attempts * TRY_EVERY % SAY_EVERY == 0:
+        if attempts * ATTEMPT_EVERY % LOG_EVERY == 0:
             logger.info("waiting for %d free GPUs of %s on this machine", count, ",".join(visible))
         attempts += 1
-        await asyncio.sleep(TRY_EVERY)
+        await asyncio.sleep(ATTEMPT_EVERY)
         _check_enough(visible, count)  # another engine of this process may have taken some meanwhile
     return devices
 
@@ -121,8 +121,8 @@ def _check_enough(visible: Sequence[str], count: int) -> None:
     needs = f"the engine needs {count} GPUs (VLLM_TASKS_GPUS), and this process sees {len(visible)}"
     if count > len(visible):
         raise InvalidCall(
-            f"{needs}; use another machine, or for an engine on CPUs give the model num_gpus=0 in "
-            "compute_kwargs"
+            f"{needs}; use another machine, or set num_gpus=0 in the model's compute_kwargs for an engine on "
+            "CPUs"
         )
     if count > len(visible) - len(_held):
         raise HeldHere(
@@ -132,7 +132,7 @@ def _check_enough(visible: Sequence[str], count: int) -> None:
 
 
 def _take_free(visible: Sequence[str], count: int, folder: Path) -> Devices | None:
-    """Hold the first `count` that are free, or none at all, so that no two wait for each other."""
+    """Hold the first `count` free devices or none, so that two engines never wait for each other."""
     taken: dict[str, int] = {}
     try:
         for name in visible:
@@ -151,7 +151,7 @@ def _take_free(visible: Sequence[str], count: int, folder: Path) -> Devices | No
 
 
 def _lock(name: str, folder: Path) -> int | None:
-    """The descriptor of the lock of a device, None where another holds it."""
+    """Lock a device. Returns the descriptor of the lock, or None if another process holds it."""
     lock = _open(folder / name.replace("/", "_"), folder)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -162,13 +162,13 @@ def _lock(name: str, folder: Path) -> int | None:
 
 
 def _open(path: Path, folder: Path) -> int:
-    """Open the file of a device, which any user of the machine may have made.
+    """Open the lock file of a device, which any user of the machine may have created.
 
-    Linux refuses O_CREAT on another user's file in such a folder, hence two steps.
+    In a folder with the sticky bit, Linux refuses O_CREAT on another user's file, hence two steps.
     """
     with suppress(FileExistsError):
         folder.mkdir(mode=0o777)
-    # Also where it is there: Docker makes it for a mount, closed to others; another user has opened his own.
+    # Also if it exists: Docker creates it for a mount, closed to others. Another owner has opened it already.
     with suppress(PermissionError):
         folder.chmod(0o1777)
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -177,13 +177,13 @@ def _open(path: Path, folder: Path) -> int:
     except FileNotFoundError:
         with suppress(FileExistsError):
             made = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
-            os.fchmod(made, 0o644)  # whatever the umask is
+            os.fchmod(made, 0o644)  # despite the umask
             return made
         return os.open(path, flags)
 
 
 def _leave_to_parent() -> None:
-    """A forked child of ours must not keep a device from others when we are gone."""
+    """Close the inherited locks: a forked child must not hold devices after this process has ended."""
     for lock in _held:
         os.close(lock)
     _held.clear()

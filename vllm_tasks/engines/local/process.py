@@ -1,4 +1,4 @@
-"""The child process that holds an engine: its start, its frames, its log and its end."""
+"""The child process that holds an engine: its start, frames, log and end."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ T = TypeVar("T")
 
 ANY_DEVICES = Devices()
 HOST = Path(__file__).with_name("host.py")
-SAY_EVERY = 10.0
-"""Seconds between two lines of start-up progress."""
+LOG_EVERY = 10.0
+"""Seconds between two log messages about the progress of a start."""
 CLOSE_GRACE = 15.0
-"""Seconds for an orderly end of the engine; then it is killed."""
+"""Seconds for an orderly shutdown of the engine, after which it is killed."""
 LOG_GRACE = 2.0
-"""Seconds to read the rest of the log of a process that has ended."""
+"""Seconds to read the rest of the log after the process has ended."""
 LOG_LINES = 400
-"""Lines of the engine's log kept to explain a failure."""
+"""Lines of the engine's log that are kept to explain a failure."""
 LONGEST_LINE = 2**20
-"""Bytes: a longer line of the log is dropped."""
+"""Bytes of the longest line of the log that is kept; longer ones are dropped."""
 REASON = re.compile(r"\b((?:[\w.]+\.)?\w*(?:Error|Exception|OutOfMemory\w*): .+)")
-"""A line that ends a traceback: an exception and its words."""
+"""The last line of a traceback: an exception and its message."""
 DIED = re.compile(r"(Worker proc \S+) died unexpectedly \(exit code: -(\d+)\)")
-"""A line that tells of a signal to a process of vLLM's."""
+"""A line that reports that a signal ended one of vLLM's processes."""
 WRAPPERS = (
     "Engine core initialization failed",
     "WorkerProc initialization failed",
     "EngineCore encountered an issue",
 )
-"""vLLM's errors that only point at another one in the log."""
+"""Errors of vLLM that only refer to another one in the log."""
 FIRST, NEWEST = 0, -1
-"""Errors in a log: the first explains a start, since the others follow from it, the newest a death."""
+"""The error that explains a failure: for a start the first, which causes the others, else the newest."""
 MORE = " (the logger vllm_tasks.vllm has all of them at level DEBUG)"
 
 
 class HostProcess:
-    """A running host (see `vllm_tasks.engines.local.host`) and our end of its socket."""
+    """A running host (see `vllm_tasks.engines.local.host`) and this process's end of its socket."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class HostProcess:
         self._sockets = sockets
         self._log: deque[str] = deque(maxlen=LOG_LINES)
         self._log_reader = asyncio.create_task(self._read_log())
-        self._code: int | None = None  # that it ended with by itself
+        self._code: int | None = None  # exit code, if it ended before it was killed
 
     @classmethod
     async def launch(
@@ -79,10 +79,10 @@ class HostProcess:
         timeout: float,  # noqa: ASYNC109
         devices: Devices = ANY_DEVICES,
     ) -> tuple[HostProcess, Frame]:
-        """A host whose engine is ready, and what it tells of itself.
+        """Start a host. Returns it when its engine is ready, with the facts that the engine reports.
 
-        `timeout` is in seconds; the engine sees only `devices`, and holds them too.
-        Raises `EngineFailed` with vLLM's own reason; nothing is left behind then.
+        `timeout` is in seconds. The engine sees only `devices`, and holds them too.
+        Raises `EngineFailed` with vLLM's own reason; no process remains then.
         """
         started = time.monotonic()
         host = await cls._spawn(str(arguments["model"]), devices)
@@ -93,7 +93,7 @@ class HostProcess:
         except BaseException:
             await host.end(grace=0)
             raise
-        host._log.clear()  # what is in it from now on explains a death, not a start
+        host._log.clear()  # later lines explain a death, not the start
         logger.info(
             "vLLM %s is ready for %r after %.1f s: max_num_seqs=%d, max_model_len=%d",
             facts["vllm"],
@@ -109,11 +109,11 @@ class HostProcess:
         ours, theirs = socket.socketpair()
         sockets = ""
         with theirs:
-            streams = await asyncio.open_connection(sock=ours)  # from here on nothing can be interrupted
+            streams = await asyncio.open_connection(sock=ours)  # no await from here on, so no cancellation
             try:
                 sockets = session.new_sockets()
-                process = subprocess.Popen(  # noqa: ASYNC220 - takes milliseconds, and must end with us
-                    # -P: the folder of host.py must not be searched for modules (it has names of others).
+                process = subprocess.Popen(  # noqa: ASYNC220 - takes milliseconds; must not be orphaned
+                    # -P: Python must not import from the folder of host.py, whose names hide other modules.
                     [sys.executable, "-P", str(HOST), str(theirs.fileno()), str(os.getpid())],
                     pass_fds=[theirs.fileno(), *devices.locks],
                     stdin=subprocess.DEVNULL,
@@ -125,17 +125,17 @@ class HostProcess:
             except OSError as error:  # no memory, or too many processes or open files
                 streams[1].close()
                 session.remove_sockets(sockets)
-                raise EngineFailed(f"no process for vLLM could be made: {error}", temporary=True) from error
+                raise EngineFailed(f"vLLM's process cannot start: {error}", temporary=True) from error
         return cls(model, process, *streams, sockets)
 
     async def _ready(self, timeout: float) -> Frame:  # noqa: ASYNC109
-        """The facts of the engine when it is ready; says every few seconds how far the start-up is."""
+        """Wait for the engine and return its facts. Logs the progress of the start every few seconds."""
 
-        def say(waited: float) -> None:
+        def report(waited: float) -> None:
             logger.info("still starting after %.0f s: %s", waited, last_words(self._log))
 
         try:
-            frame = await within(timeout, self.read(), say)
+            frame = await within(timeout, self.read(), report)
         except TimeoutError:
             raise EngineFailed(
                 f"vLLM did not start {self.model!r} within {timeout:g} s "
@@ -149,47 +149,47 @@ class HostProcess:
         raise EngineFailed(f"vLLM could not start {self.model!r}: {why}")
 
     async def read(self) -> Frame:
-        """The next frame; an empty one when the host is gone."""
+        """Wait for the next frame; it is empty if the host has ended."""
         try:
             return await session.read_frame(self._reader)
         except (asyncio.IncompleteReadError, ConnectionError):
             return {}
 
     def write(self, frame: Frame) -> None:
-        """Send a frame; one to a host that is gone is dropped."""
+        """Send a frame. It is dropped if the host has ended."""
         if not self._writer.is_closing():
             self._writer.write(session.packed(frame))
 
     def why(self, reason: str, which: int = NEWEST) -> str:
-        """Why it ended: vLLM's own reason, or the signal or error in the log that this only points at."""
+        """Why it ended: vLLM's own reason, or the signal or error in the log that the reason refers to."""
         if reason and not any(wrapper in reason for wrapper in WRAPPERS):
             return reason
         return explain(self._log, reason, self._code, which)
 
     async def end(self, grace: float = CLOSE_GRACE) -> None:
-        """End it in order, after `grace` seconds by force; at once by force when cancelled.
+        """End the host: orderly, by force after `grace` seconds, or by force immediately when cancelled.
 
-        Polls, because a thread to wait in is no longer to be had while the interpreter exits.
+        It polls, because a thread to wait in cannot be started while the interpreter exits.
         """
-        if not self._writer.is_closing():  # else it is gone; uvloop, in Ray's actors, would raise
-            self._writer.write_eof()  # its order to end, also where a forked child holds a copy of our end
+        if not self._writer.is_closing():  # else uvloop, in Ray's actors, would raise
+            self._writer.write_eof()  # the request to end; works even if a forked child has a copy
         self._writer.close()
         deadline = time.monotonic() + grace
         try:
             while self._process.poll() is None and time.monotonic() < deadline:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
-        finally:  # without a pause, in which it could be interrupted again
+        finally:  # without an await, so that a second cancellation cannot leave processes behind
             self._code = self._process.poll()
             self._process.kill()
-            session.kill(self._process.pid)
+            session.kill(self._process.pid)  # its own session, so never this process's
             self._process.wait()
             session.remove_sockets(self._sockets)
         await asyncio.wait({self._log_reader}, timeout=LOG_GRACE)
-        self._log_reader.cancel()  # where a process that was spared still holds the log
+        self._log_reader.cancel()  # if a spared process still holds the log open
         await asyncio.wait({self._log_reader})
 
     async def _read_log(self) -> None:
-        """Keep the end of what vLLM prints, and pass it on at level DEBUG."""
+        """Keep the last lines that vLLM prints, and log each one at level DEBUG."""
         reader = asyncio.StreamReader(limit=LONGEST_LINE)
         transport, _ = await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(reader), self._process.stdout
@@ -198,7 +198,7 @@ class HostProcess:
             while True:
                 try:
                     raw = await reader.readline()
-                except ValueError:  # too long: dropped, but read, since vLLM would wait on a full pipe
+                except ValueError:  # too long: dropped, but read, or vLLM would block on a full pipe
                     continue
                 if not raw:
                     return
@@ -209,23 +209,23 @@ class HostProcess:
             transport.close()
 
 
-async def within(seconds: float, awaited: Awaitable[T], say: Callable[[float], None]) -> T:
-    """What comes within `seconds`, else `TimeoutError`; every few of them `say` hears how many have gone."""
+async def within(seconds: float, awaited: Awaitable[T], report: Callable[[float], None]) -> T:
+    """Wait up to `seconds`, else raise `TimeoutError`. `report` is called regularly with the time waited."""
     coming, started = asyncio.ensure_future(awaited), time.monotonic()
     try:
         while (waited := time.monotonic() - started) < seconds:
-            if (await asyncio.wait({coming}, timeout=min(SAY_EVERY, seconds - waited)))[0]:
+            if (await asyncio.wait({coming}, timeout=min(LOG_EVERY, seconds - waited)))[0]:
                 return coming.result()
-            say(time.monotonic() - started)
+            report(time.monotonic() - started)
         raise TimeoutError
     finally:
         coming.cancel()
 
 
 def explain(log: Sequence[str], reason: str, code: int | None, which: int = FIRST, more: str = MORE) -> str:
-    """The signal that ended it, an error of a traceback in the log, or its last words and the exit code.
+    """Explain an end: by its signal, an error of a traceback in the log, or the last line and the exit code.
 
-    `which` of the errors, `FIRST` or `NEWEST`; `more` says where all of the log is.
+    `which` chooses among errors, `FIRST` or `NEWEST`. `more` is appended, to say where the complete log is.
     """
     start = next((i for i, line in enumerate(log) if "Traceback (most recent call last)" in line), len(log))
     found = [_words_at(log, i) for i in range(start, len(log)) if REASON.search(log[i])]
@@ -241,7 +241,7 @@ def explain(log: Sequence[str], reason: str, code: int | None, which: int = FIRS
 
 
 def _words_at(log: Sequence[str], i: int) -> str:
-    """The exception that line `i` names; pydantic's has its words on the next line."""
+    """The exception in line `i`. The message of a pydantic error is on the next line."""
     found = REASON.search(log[i])
     assert found is not None
     if "validation error" in found[1] and i + 1 < len(log):

@@ -1,7 +1,7 @@
 """Slots of a global concurrency limit of Prefect, held for the life of an engine.
 
 Prefect's own `concurrency` keeps trying in another thread after it was cancelled, and waits up to 30 s
-between two attempts; here an engine that closes while it waits has taken nothing.
+between two attempts. Here, an engine that is closed while it waits holds no slots.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LEASE = 60.0
-"""Seconds after which the slots of a holder that is gone come back; the least that Prefect takes."""
+"""Seconds until the slots of a holder that has died are free again; the least that Prefect accepts."""
 RENEW_EVERY = 20.0
-TRY_EVERY = 2.0
-SAY_EVERY = 60.0
+ATTEMPT_EVERY = 2.0
+LOG_EVERY = 60.0
 
 _held: dict[str, int] = {}
 """Slots that the engines of this process hold or wait for, by limit."""
 
 
 class HeldHere(InvalidCall):
-    """What an engine needs is held by engines of this same process, for which it would wait in vain."""
+    """Engines of this same process hold what an engine needs, so it would wait for ever."""
 
 
 class Slots:
@@ -49,10 +49,10 @@ class Slots:
         self._renewing: asyncio.Task[None] | None = None
 
     async def take(self) -> None:
-        """Wait for the slots.
+        """Wait for the slots and hold them.
 
-        Raises `InvalidCall` where there is no such limit, or waiting could not help; `EngineFailed` where
-        Prefect's server cannot be asked.
+        Raises `InvalidCall` if there is no such limit, or waiting cannot help; `EngineFailed` if Prefect's
+        server cannot be reached.
         """
         await self._check()
         _held[self.name] = _held.get(self.name, 0) + self.count
@@ -62,7 +62,7 @@ class Slots:
             _held[self.name] -= self.count
             if isinstance(error, httpx.HTTPError):
                 raise EngineFailed(
-                    f"Prefect could not be asked for slots of the limit {self.name!r} "
+                    f"Prefect could not be reached for slots of the limit {self.name!r} "
                     f"(VLLM_TASKS_GPU_SLOTS): {error}",
                     temporary=True,
                 ) from error
@@ -70,7 +70,7 @@ class Slots:
         self._renewing = asyncio.create_task(self._renew())
 
     async def release(self) -> None:
-        """Give the slots back; where Prefect cannot be told, they come back when the lease ends."""
+        """Release the slots. If Prefect cannot be reached, they are free again when the lease expires."""
         if self._renewing is None:
             return
         self._renewing.cancel()
@@ -94,7 +94,7 @@ class Slots:
                 f"{needs}, and engines of this same process hold {mine}: close one first (use `with model:`)"
             )
         raise InvalidCall(
-            f"{needs}; give the limit more with `make pools ARGS='--gpus N'`, or the model num_gpus=0 in "
+            f"{needs}; raise the limit with `make pools ARGS='--gpus N'`, or set num_gpus=0 in the model's "
             "compute_kwargs for an engine on CPUs"
         )
 
@@ -104,30 +104,30 @@ class Slots:
                 return await client.read_global_concurrency_limit_by_name(self.name)
         except ObjectNotFound as error:
             raise InvalidCall(
-                f"Prefect has no global concurrency limit {self.name!r} (VLLM_TASKS_GPU_SLOTS); make it with "
-                "`make pools` (python -m vllm_tasks.pools)"
+                f"Prefect has no global concurrency limit {self.name!r} (VLLM_TASKS_GPU_SLOTS); create it "
+                "with `make pools` (python -m vllm_tasks.pools)"
             ) from error
         except httpx.HTTPError as error:
             raise EngineFailed(
-                f"Prefect could not be asked for the limit {self.name!r} (VLLM_TASKS_GPU_SLOTS): {error}",
+                f"Prefect could not be reached for the limit {self.name!r} (VLLM_TASKS_GPU_SLOTS): {error}",
                 temporary=True,
             ) from error
 
     async def _wait(self) -> None:
         attempts = 0
-        while not await self._try():
-            if attempts * TRY_EVERY % SAY_EVERY == 0:
+        while not await self._attempt():
+            if attempts * ATTEMPT_EVERY % LOG_EVERY == 0:
                 logger.info("waiting for %d free GPU slots of the limit %r", self.count, self.name)
             attempts += 1
-            await asyncio.sleep(TRY_EVERY)
+            await asyncio.sleep(ATTEMPT_EVERY)
 
-    async def _try(self) -> bool:
-        """Take the slots if they are free."""
+    async def _attempt(self) -> bool:
+        """Take the slots if they are free. Returns whether they were."""
         taking = asyncio.create_task(self._increment())
         try:
             self._lease = await asyncio.shield(taking)
         except asyncio.CancelledError:
-            # The server may have granted them meanwhile.
+            # The server may have granted the slots already: unreleased, they would stay taken for the lease.
             with suppress(httpx.HTTPError):
                 if lease := await taking:
                     await _give_back(self.name, lease)
@@ -147,26 +147,26 @@ class Slots:
         return UUID(response.json()["lease_id"])
 
     async def _renew(self) -> None:
-        """Keep the lease; a running engine goes on without, if it cannot be kept."""
+        """Renew the lease. If it cannot be renewed, the engine keeps running without it."""
         while True:
             await asyncio.sleep(RENEW_EVERY)
             try:
                 if self._lease is None:
-                    await self._try()
+                    await self._attempt()
                     continue
                 async with get_client() as client:
                     await client.renew_concurrency_lease(self._lease, LEASE)
             except (httpx.HTTPError, PrefectException) as error:
-                if _is_gone(error):
-                    self._lease = None  # and is taken anew, when it is free
+                if _has_expired(error):
+                    self._lease = None  # and is taken again once slots are free
                 logger.warning(
-                    "the slots of the limit %r could not be kept, and another engine may take them: %s",
+                    "the slots of the limit %r could not be renewed, and another engine may take them: %s",
                     self.name, error,
                 )  # fmt: skip
 
 
-def _is_gone(error: Exception) -> bool:
-    """Whether Prefect says that there is no such lease; any other failure may pass before the lease ends."""
+def _has_expired(error: Exception) -> bool:
+    """Whether Prefect reports that the lease does not exist. Other failures may pass before it expires."""
     return isinstance(error, httpx.HTTPStatusError) and error.response.status_code == HTTPStatus.GONE
 
 
@@ -175,11 +175,11 @@ async def _give_back(name: str, lease: UUID) -> None:
         try:
             async with get_client() as client:
                 await client.release_concurrency_slots_with_lease(lease)
-        except RuntimeError:  # the interpreter exits, and has no thread left that looks up a host
+        except RuntimeError:  # at exit no thread can start to look up a host
             with get_client(sync_client=True) as blocking:
                 blocking.release_concurrency_slots_with_lease(lease)
     except httpx.HTTPError as error:
-        logger.warning("slots of the limit %r come back in %g s: %s", name, LEASE, error)
+        logger.warning("slots of the limit %r stay taken for %g s: %s", name, LEASE, error)
 
 
-os.register_at_fork(after_in_child=lambda: _held.clear())  # a forked child's engines are its own
+os.register_at_fork(after_in_child=lambda: _held.clear())  # a forked child has no engines yet

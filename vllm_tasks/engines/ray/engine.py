@@ -1,4 +1,4 @@
-"""Engines as actors on a Ray cluster, of this machine or elsewhere."""
+"""Engines in actors on a Ray cluster, local or elsewhere."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 END_GRACE = 5.0
-"""Seconds more than the host itself takes to end in order; then its actor is killed."""
-LOOK_EVERY = 5.0
-"""Seconds between two looks at whether this process is still in the cluster: leaving ends no wait."""
+"""Seconds beyond the host's own grace period, after which its actor is killed."""
+CHECK_EVERY = 5.0
+"""Seconds between two checks that this process is still in the cluster, since leaving it ends no wait."""
 LONGEST_REASON = 1000
-"""Characters of Ray's words that are passed on."""
+"""Characters of Ray's message that are kept."""
 
 
 @dataclass(frozen=True)
 class RayConfig:
-    """vLLM's engine arguments and the options of Ray's actors, as JSON; equal ones share their engines."""
+    """vLLM's engine arguments and the options of Ray's actors, as JSON. Equal ones share their engines."""
 
     engine_args: str = field(repr=False)  # its hf_token is a secret
     options: str = field(repr=False)  # its environment may hold secrets
@@ -47,7 +47,7 @@ class RayConfig:
 
 
 class RayEngine:
-    """An `Engine` of `replicas` actors; each is restarted when it dies, with its unfinished rows."""
+    """An `Engine` of `replicas` actors. Each is restarted with its unfinished rows when it dies."""
 
     def __init__(self, config: RayConfig) -> None:
         self.config = config
@@ -66,10 +66,10 @@ class RayEngine:
     async def start(self) -> None:
         await cluster.join(self.config.address)
         self._has_joined = True
-        # Ray leaves its cluster at exit, too; what is registered after Ray comes before it.
+        # Ray leaves its cluster at exit too. Handlers that are registered after Ray's run before it.
         atexit.register(self._close_at_exit)
         try:
-            cluster.check_room(actor.amounts_of(self._options), self.config.replicas)
+            cluster.check_capacity(actor.amounts_of(self._options), self.config.replicas)
             await self._replicas.start()
         except BaseException:
             await self.close()
@@ -79,7 +79,7 @@ class RayEngine:
         try:
             await self._replicas.generate(requests, done)
         except EngineFailed:
-            if self.has_failed:  # and will not be asked again
+            if self.has_failed:  # and will get no more rows
                 await self.close()
             raise
 
@@ -91,7 +91,7 @@ class RayEngine:
             self._has_joined = False
             atexit.unregister(self._close_at_exit)
             self._leaving = asyncio.create_task(self._leave())
-        if self._leaving is not None:  # several rows that fail close, and all but one of them are cancelled
+        if self._leaving is not None:  # several failing chunks close, and all but one are cancelled
             await asyncio.shield(self._leaving)
 
     async def _leave(self) -> None:
@@ -99,12 +99,12 @@ class RayEngine:
         await cluster.leave()
 
     def _close_at_exit(self) -> None:
-        self._has_joined = False  # Ray itself leaves its cluster now
+        self._has_joined = False  # because Ray itself leaves its cluster at exit
         loop.run(self._replicas.close())
 
 
 class RayHost:
-    """A `Host` (of `engines.local.engine`) in an actor. Frames travel many at a time, both ways."""
+    """A `Host` (of `engines.local.engine`) in an actor. Both ways, many frames travel at a time."""
 
     def __init__(self, model: str, options: Mapping[str, Any]) -> None:
         self.model = model
@@ -123,10 +123,10 @@ class RayHost:
         arguments: Frame,
         timeout: float,  # noqa: ASYNC109
     ) -> tuple[RayHost, Frame]:
-        """An actor with these options whose engine is ready, and the facts of the engine.
+        """Start an actor with these options. Returns it when its engine is ready, with the engine's facts.
 
-        It may wait `timeout` seconds for its place in the cluster, and as long again to start. Raises
-        `EngineFailed` or `InvalidCall` with Ray's or vLLM's reason; nothing is left behind then.
+        It may wait `timeout` seconds for resources of the cluster, and as long again to start. Raises
+        `EngineFailed` or `InvalidCall` with Ray's or vLLM's reason; no actor remains then.
         """
         if not cluster.membership():
             raise EngineFailed(
@@ -148,21 +148,21 @@ class RayHost:
         arguments: Frame,
         timeout: float,  # noqa: ASYNC109
     ) -> Frame:
-        asked = actor.amounts_of(options) or "nothing but a place"
-        place = await self._within(timeout, f"Ray, of which it asks {asked}", self._actor.place.remote())
+        needs = actor.amounts_of(options) or "no resources"
+        location = await self._within(timeout, f"Ray (it needs {needs})", self._actor.location.remote())
         self._is_placed = True
-        logger.info("starting vLLM for %r on Ray (%s)", self.model, place)
-        # The host keeps to the timeout itself, and says then what vLLM was doing.
-        told = await self._within(
-            timeout + CLOSE_GRACE, f"vLLM ({place})", self._actor.start.remote(arguments, timeout)
+        logger.info("starting vLLM for %r on Ray (%s)", self.model, location)
+        # The host applies the timeout itself, and then reports what vLLM was doing.
+        outcome = await self._within(
+            timeout + CLOSE_GRACE, f"vLLM ({location})", self._actor.start.remote(arguments, timeout)
         )
-        if "failed" in told:
-            raise EngineFailed(told["failed"])
-        facts: Frame = told["ready"]
+        if "failed" in outcome:
+            raise EngineFailed(outcome["failed"])
+        facts: Frame = outcome["ready"]
         return facts
 
     async def read(self) -> Frame:
-        """The next frame; an empty one when the actor is gone."""
+        """Wait for the next frame; it is empty if the actor has ended."""
         from ray.exceptions import RayError
 
         while not self._came:
@@ -177,7 +177,7 @@ class RayHost:
         return self._came.popleft()
 
     def write(self, frame: Frame) -> None:
-        """Send a frame, together with all that are written until those before have arrived."""
+        """Send a frame. Frames written while earlier ones travel are sent together."""
         self._going.append(frame)
         if self._sender is None or self._sender.done():
             self._sender = asyncio.create_task(self._send())
@@ -186,30 +186,30 @@ class RayHost:
         return reason or self._lost or "its actor was lost"
 
     async def end(self, grace: float = CLOSE_GRACE + END_GRACE) -> None:
-        """End the engine in order, after `grace` seconds by force; the actor gives its place back."""
+        """End the engine orderly, after `grace` seconds by force, and release the actor's resources."""
         import ray
 
         if self._sender is not None:
             self._sender.cancel()
-        if not self._is_member():  # Ray has ended the actor when this process left
+        if not self._is_member():  # Ray ended the actor when this process left
             return
         try:
             if self._is_placed:
                 await asyncio.wait_for(self._actor.end.remote(), grace)
         except (ray.exceptions.RayError, TimeoutError) as error:
-            logger.debug("the actor of %r did not end in order: %s", self.model, error)
-        finally:  # also when nobody has time to wait for its order
+            logger.debug("the actor of %r did not end orderly: %s", self.model, error)
+        finally:  # also when cancelled
             ray.kill(self._actor)
             if self._group is not None:
                 ray.util.remove_placement_group(self._group)
 
     async def _taken(self) -> list[Frame]:
-        """All that has come, at least one frame; none when this process has left the cluster."""
+        """Wait for frames and return all that have arrived; none if this process has left the cluster."""
         if not self._is_member():
             return []
         coming: asyncio.Future[list[Frame]] = asyncio.ensure_future(self._actor.take.remote())
         try:
-            while not (await asyncio.wait({coming}, timeout=LOOK_EVERY))[0]:
+            while not (await asyncio.wait({coming}, timeout=CHECK_EVERY))[0]:
                 if not self._is_member():
                     return []
             return coming.result()
@@ -224,25 +224,25 @@ class RayHost:
             try:
                 await self._actor.put.remote(frames)
             except RayError:
-                return  # `read` says that it is gone
+                return  # `read` reports that the actor has ended
 
     def _is_member(self) -> bool:
-        """Whether this process is still in the actor's cluster; a call from outside would start a new Ray."""
+        """Whether this process is still in the actor's cluster. A call from outside would start a new Ray."""
         return cluster.membership() == self._membership
 
     async def _within(self, seconds: float, what: str, awaited: Awaitable[T]) -> T:
-        """What Ray gives, within `seconds`; says every few seconds what is waited for."""
+        """Wait for a result of Ray up to `seconds`. Logs every few seconds `what` it waits for."""
         from ray.exceptions import RayError
 
-        def say(waited: float) -> None:
+        def report(waited: float) -> None:
             logger.info("%r has waited %.0f s for %s", self.model, waited, what)
 
         try:
-            return await within(seconds, awaited, say)
+            return await within(seconds, awaited, report)
         except TimeoutError:
             raise EngineFailed(
                 f"{self.model!r} waited {seconds:.0f} s (VLLM_TASKS_ENGINE_START_TIMEOUT) for {what}; "
-                "ask for less in ray_config, for fewer replicas, or wait until the cluster is free",
+                "request less in ray_config, use fewer replicas, or wait until the cluster is free",
                 temporary=True,
             ) from None
         except RayError as error:
@@ -250,9 +250,9 @@ class RayHost:
 
 
 def words_of(error: Exception) -> str:
-    """The part of Ray's words that tells why: the error of a traceback, or the end of the actor's process."""
+    """The reason in Ray's message: the error of a traceback, or how the actor's process ended."""
     text = str(error)
     if found := REASON.findall(text):
         return str(found[-1])[:LONGEST_REASON]
-    telling = [line for line in text.splitlines() if "dead because" in line or "exit detail" in line]
-    return " ".join(telling or text.splitlines())[:LONGEST_REASON]
+    reasons = [line for line in text.splitlines() if "dead because" in line or "exit detail" in line]
+    return " ".join(reasons or text.splitlines())[:LONGEST_REASON]

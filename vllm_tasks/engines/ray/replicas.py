@@ -1,4 +1,4 @@
-"""Several equal engines as one: each chunk to the least loaded, near what shares its beginning."""
+"""Several equal engines as one. A chunk goes to one that had its prefix, or else to the least loaded."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from vllm_tasks.rows import Request, Result
 
 logger = logging.getLogger(__name__)
 
-BEGINNINGS = (1024, 256, 64)
-"""Characters that prompts must share to be asked side by side; vLLM's cache keeps blocks of 16 tokens."""
+PREFIX_LENGTHS = (1024, 256, 64)
+"""Characters that prompts must share to go to one replica. vLLM's cache keeps blocks of 16 tokens."""
 REMEMBERED = 1024
-"""Beginnings of late that a replica is known for."""
+"""Number of recent prefixes that are remembered for each replica."""
 LEEWAY = 0.1
-"""Share of its window by which a replica may be fuller and still be chosen for the beginning of a prompt.
+"""Fraction of its window by which a replica may be fuller and still be chosen for the prefix of a prompt.
 
-A window is 1.1 times what vLLM runs at once, so no other replica goes hungry meanwhile.
+A window is 1.1 times the rows that vLLM runs at once, so the other replicas still have enough rows.
 """
 
 
 @dataclass(eq=False)
 class Replica:
-    """One engine: how many rows it has and has not answered, and the beginnings of what it had of late."""
+    """One engine, the number of its unfinished rows, and the prefixes of its recent chunks."""
 
     engine: LocalEngine
     open: int = 0
-    beginnings: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    prefixes: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
-    def remember(self, beginnings: Sequence[int]) -> None:
-        for beginning in beginnings:
-            self.beginnings[beginning] = None
-            self.beginnings.move_to_end(beginning)
-        while len(self.beginnings) > REMEMBERED:
-            self.beginnings.popitem(last=False)
+    def remember(self, prefixes: Sequence[int]) -> None:
+        for prefix in prefixes:
+            self.prefixes[prefix] = None
+            self.prefixes.move_to_end(prefix)
+        while len(self.prefixes) > REMEMBERED:
+            self.prefixes.popitem(last=False)
 
 
 class Replicas:
-    """An `Engine` of equal engines. One that failed for good is left out, and its rows go to the others."""
+    """An `Engine` of equal engines. One that has failed is removed, and the others get its rows."""
 
     def __init__(self, engines: Sequence[LocalEngine]) -> None:
-        self.window = Window(1)  # the sum of theirs, when they have told their size
+        self.window = Window(1)  # the sum of the engines' windows once they have started
         self._engines = list(engines)
         self._replicas: list[Replica] = []
 
@@ -57,7 +57,7 @@ class Replicas:
         return all(engine.has_failed for engine in self._engines)
 
     async def start(self) -> None:
-        """Start all at once; where one does not start, none is left."""
+        """Start all at the same time. If one does not start, close all of them."""
         try:
             async with asyncio.TaskGroup() as group:
                 for engine in self._engines:
@@ -75,7 +75,7 @@ class Replicas:
         left = dict(enumerate(requests))
         while left:
             replica = self._choose(next(iter(left.values())))
-            await self._ask(replica, left, done)
+            await self._send(replica, left, done)
 
     async def has_chat_template(self) -> bool:
         return await self._engines[0].has_chat_template()
@@ -84,58 +84,58 @@ class Replicas:
         await asyncio.gather(*(engine.close() for engine in self._engines))
 
     def _choose(self, request: Request) -> Replica:
-        """The replica for a chunk that begins with `request`; a healthy one before one that starts again."""
+        """The replica for a chunk that begins with `request`: one that is ready, if there is any."""
         ready = [r for r in self._replicas if r.engine.is_ready] or self._replicas
         replica = least = min(ready, key=lambda r: r.open)
-        beginnings = beginnings_of(request)
-        for beginning in beginnings:
+        prefixes = prefixes_of(request)
+        for prefix in prefixes:
             near = [
                 r
                 for r in ready
-                if beginning in r.beginnings and r.open <= least.open + LEEWAY * r.engine.window.limit
+                if prefix in r.prefixes and r.open <= least.open + LEEWAY * r.engine.window.limit
             ]
             if near:
                 replica = min(near, key=lambda r: r.open)
                 break
-        replica.remember(beginnings)
+        replica.remember(prefixes)
         return replica
 
-    async def _ask(self, replica: Replica, left: dict[int, Request], done: Done) -> None:
-        """Ask `replica` for the rows that are left; those that it answers no longer are, also if it fails."""
-        places = list(left)
+    async def _send(self, replica: Replica, left: dict[int, Request], done: Done) -> None:
+        """Send the rows that are `left`. Completed rows are removed from it, even if the replica fails."""
+        positions = list(left)
 
         def settle(i: int, result: Result) -> None:
-            del left[places[i]]
+            del left[positions[i]]
             replica.open -= 1
-            done(places[i], result)
+            done(positions[i], result)
 
-        replica.open += len(places)
+        replica.open += len(positions)
         try:
-            await replica.engine.generate([left[place] for place in places], settle)
+            await replica.engine.generate([left[position] for position in positions], settle)
         except EngineFailed as error:
-            # It is the call that has failed, or the last of all.
+            # Only the call has failed, or this was the last replica.
             if not replica.engine.has_failed or self._replicas == [replica]:
                 raise
-            self._leave_out(replica, error)
+            self._remove(replica, error)
         finally:
             replica.open -= len(left)
 
-    def _leave_out(self, replica: Replica, error: EngineFailed) -> None:
-        if replica not in self._replicas:  # another chunk has seen it
+    def _remove(self, replica: Replica, error: EngineFailed) -> None:
+        if replica not in self._replicas:  # another chunk has removed it
             return
         self._replicas.remove(replica)
         self.window.limit -= replica.engine.window.limit
-        logger.warning("a replica is left out, %d go on: %s", len(self._replicas), error)
+        logger.warning("a replica has failed, %d are left: %s", len(self._replicas), error)
 
 
-def beginnings_of(request: Request) -> list[int]:
-    """A number for each of the beginnings of the prompt, the longest first; a short prompt has fewer."""
+def prefixes_of(request: Request) -> list[int]:
+    """A hash of each prefix of the prompt, the longest first. A short prompt has fewer prefixes."""
     prompt = request.prompt
     text = prompt if isinstance(prompt, str) else json.dumps(prompt)
-    return [hash((length, text[:length])) for length in BEGINNINGS if len(text) >= length]
+    return [hash((length, text[:length])) for length in PREFIX_LENGTHS if len(text) >= length]
 
 
 def first_of(failures: ExceptionGroup[Exception]) -> Exception:
-    """The failure to tell of: equal engines fail to start for the same reason."""
+    """The failure to raise: equal engines fail to start for the same reason."""
     ours = [e for e in failures.exceptions if isinstance(e, VllmTasksError)]
     return (ours or failures.exceptions)[0]
