@@ -220,7 +220,7 @@ def test_a_place_that_is_not_there_is_told_with_the_nearest() -> None:
     """A misspelt pool, and a deployment that can be none."""
     with pytest.raises(InvalidCall, match=f"nor the work pool; did you mean '{POOL}'"):
         target_of(there(POOL[:-1]))
-    with pytest.raises(ValueError, match="deployment='x', which is no 'FLOW/DEPLOYMENT'"):
+    with pytest.raises(ValueError, match="deployment='x', which is not of the form 'FLOW/DEPLOYMENT'"):
         VllmAPI(identifier="m", compute_kwargs={"deployment": "x"})
 
 
