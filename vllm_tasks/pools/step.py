@@ -66,7 +66,7 @@ def _answered(error: VllmTasksError, work: str) -> str | None:
 
 def rows(told: dict[str, Any], model: VllmAPI | VllmModel, _: Datalayer | None) -> str:
     """Answer finished prompts; gives the place of the answers in the result storage."""
-    content = storage.stored(told["rows"])
+    content = storage.load(told["rows"])
     prompts, sampling = content["prompts"], content["sampling"]
     config, target = model.engine_config(), model.sampling_target()
     chat = of_call(model.chat, target, sampling)
