@@ -67,7 +67,7 @@ def demo(questions: Path = QUESTIONS, lake: Path = LAKE, overwrite: bool = False
         model, "question", "questions", db=str(lake), max_chunk_size=100, overwrite=overwrite
     )
     print(report)
-    show(answered(lake, model.identifier))
+    show(with_answers(lake, model.identifier))
     if not report.processed:
         print("All questions had answers, so none was processed; --overwrite processes them again.")
     print(f"\nAll answers: {Path(report.outputs).resolve()} (a Delta table)")
@@ -87,7 +87,7 @@ def demo_validation() -> Validation:
     )
 
 
-def answered(lake: Path, predict_id: str) -> list[Row]:
+def with_answers(lake: Path, predict_id: str) -> list[Row]:
     """Return the questions, each with its answer."""
     rows = pyarrow.json.read_json(lake / "questions.jsonl").to_pylist()
     outputs = {row["id"]: row for row in Datalayer(url=SecretStr(str(lake))).outputs(predict_id).to_pylist()}
@@ -107,12 +107,12 @@ def show(rows: Sequence[Row]) -> None:
     right = {row["id"]: is_right(row["output"] or "", row["accept"]) for row in rows}
     print("\nSome answers:")
     for row in rows[:: -(-len(rows) // EXAMPLES)]:
-        mark = "right" if right[row["id"]] else "wrong"
-        print(f"  [{mark}] {row['question']} -> {' '.join((row['output'] or row['_error'] or '').split())}")
+        label = "right" if right[row["id"]] else "wrong"
+        print(f"  [{label}] {row['question']} -> {' '.join((row['output'] or row['_error'] or '').split())}")
     print("\nRight answers by topic:")
     for topic in sorted({row["topic"] for row in rows}):
-        marks = [right[row["id"]] for row in rows if row["topic"] == topic]
-        print(f"  {topic:22s} {sum(marks):3d} of {len(marks)}")
+        scores = [right[row["id"]] for row in rows if row["topic"] == topic]
+        print(f"  {topic:22s} {sum(scores):3d} of {len(scores)}")
     print(f"  {'all':22s} {sum(right.values()):3d} of {len(rows)} = {sum(right.values()) / len(rows):.1%}")
 
 

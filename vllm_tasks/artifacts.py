@@ -49,11 +49,11 @@ PHASES = {
 
 
 @contextmanager
-def only_shown(what: str) -> Iterator[None]:
+def warn_if_not_displayed(what: str) -> Iterator[None]:
     """Log a warning if Prefect's server is down: a failed display must not fail the run.
 
     Args:
-        what: A name of what is displayed, for the warning.
+        what: The name of the artifact in the warning.
     """
     try:
         yield
@@ -98,7 +98,7 @@ class ProgressArtifact:
     def _send(self, progress: Progress, last: bool) -> None:
         percent = min(100.0 * progress.done / progress.to_process, 100.0) if progress.to_process else 0.0
         percent = 100.0 if last else percent
-        with only_shown("progress"):
+        with warn_if_not_displayed("progress"):
             if self._artifact is None:
                 created = create_progress_artifact(percent, self._key, str(progress))
                 assert isinstance(created, UUID), "called from synchronous code"
@@ -109,7 +109,7 @@ class ProgressArtifact:
 
 def show_report(report: Report) -> None:
     """Create a Markdown artifact of the report and, if rows failed, a table artifact of errors."""
-    with only_shown("the report"):
+    with warn_if_not_displayed("the report"):
         create_markdown_artifact(markdown_of(report), f"{slug(report.predict_id)}-report", str(report))
         if report.worst:
             table = [
@@ -122,7 +122,7 @@ def show_report(report: Report) -> None:
 
 def show_preview(preview: Preview) -> None:
     """Create a table artifact of a preview."""
-    with only_shown("the preview"):
+    with warn_if_not_displayed("the preview"):
         words = f"{len(preview.rows)} rows of {preview.source}; nothing is committed"
         table = [as_cells(row) for row in preview.rows]
         create_table_artifact(table, f"{slug(preview.model)}-preview", words)

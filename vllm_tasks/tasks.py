@@ -181,6 +181,9 @@ def _preview(model: Model, *args: Any, **options: Any) -> Preview:
 
     Args:
         model: The model.
+        X: Column with the input; a list of columns; or a mapping of columns to arguments.
+        select: A table, or one SELECT statement, or a table in memory.
+        n: Number of rows.
 
     Returns:
         The rows with their prompts and answers.
@@ -207,7 +210,12 @@ def _validate(
     Args:
         model: The model to validate.
         validation: Data sets, metrics and limits; the model's own when None.
+        db: Where predictions and history go; the model's own when None.
         datasets: Identifiers of some of the data sets; no event is sent, since it would be about all of them.
+        reuse: Score the answers of the last run again, if the model's weights are known to be the same.
+        retry_failed: Process the failed rows of an interrupted run again.
+        max_failed: Rows that may fail, as a fraction (0.05) or a number (20); None: any number.
+        context: Fills `{context}` in every prompt.
 
     Returns:
         The values by data set and metric, and how they compare with the limits.

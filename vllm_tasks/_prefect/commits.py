@@ -37,6 +37,7 @@ class InPrefect:
         self._log = Log()
 
     def commit(self, name: str, work: Callable[[], None]) -> None:
+        """Call `work`, which commits the group `name`; in a flow, within a task run."""
         if self._flow is None:
             return self._log.commit(name, work)
         held = [work]
@@ -47,6 +48,7 @@ class InPrefect:
             held.clear()  # Prefect keeps the arguments of a task run, and with them all rows in memory
 
     def progress(self, progress: Progress, *, last: bool = False) -> None:
+        """Display `progress`, or send it to the caller of the step by the heartbeat."""
         if self._heartbeat is None:
             self._progress.show(progress, last=last)
         else:

@@ -509,7 +509,13 @@ class Predictor(BaseModel):
     def validate(  # type: ignore[override]  # of pydantic's, deprecated since its version 2
         self, *args: Any, **options: Any
     ) -> ValidationReport:
-        """See `vllm_tasks.validation.run.validate`."""
+        """Predict on data sets with known answers, score the answers and record the values.
+
+        The arguments and errors are those of `vllm_tasks.validation.run.validate`.
+
+        Returns:
+            The values by data set and metric, and how they compare with the limits. A missed limit raises nothing.
+        """
         return run.validate(self, *args, **options)
 
     # ------------------------------------------------------------------ the engine

@@ -201,19 +201,19 @@ def outcome_of(value: Any) -> str:
     return json.dumps({type(value).__name__: dataclasses.asdict(value)}, default=str)
 
 
-def outcome_of_error(error: VllmTasksError, answered: str | None = None) -> str:
+def outcome_of_error(error: VllmTasksError, answers: str | None = None) -> str:
     """Return the error of a step as JSON, with its report if it has one.
 
     Args:
         error: The error.
-        answered: The path of the answers before the error in the result storage; None without any.
+        answers: The path of the answers before the error in the result storage; None without any.
 
     Returns:
         The outcome.
     """
     data: Parameters = {"error": type(error).__name__, "message": str(error), "repeatable": error.repeatable}
-    if answered is not None:
-        data["answered"] = answered
+    if answers is not None:
+        data["answered"] = answers
     if isinstance(error, EngineFailed):
         data["temporary"] = error.temporary
     if (report := getattr(error, "report", None)) is not None:
