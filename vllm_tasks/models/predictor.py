@@ -514,7 +514,7 @@ class Predictor(BaseModel):
         The arguments and errors are those of `vllm_tasks.validation.run.validate`.
 
         Returns:
-            The values by data set and metric, and how they compare with the limits. A missed limit raises nothing.
+            The values by data set and metric, compared with the limits. A missed limit raises no error.
         """
         return run.validate(self, *args, **options)
 
