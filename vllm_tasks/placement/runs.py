@@ -179,7 +179,10 @@ class Runs:
                 parts[run].update(state, heartbeats.get(run, {}))
 
     def _restart_dead(self, part: Part) -> None:
-        """Restart a part whose run is dead."""
+        """Restart a part whose run is dead.
+
+        A run that only looks dead and its successor process some rows twice; each key still has one output.
+        """
         # While a job is being created, perhaps from a large image, there is no heartbeat.
         limits = {
             Stage.WORKING: self._heartbeat_timeout,
