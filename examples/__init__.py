@@ -2,8 +2,8 @@
 
 import os
 
-# Before Prefect is imported: its temporary server sends no usage data, logs warnings only, and may take its
-# time to start on a busy machine.
+# Before Prefect is imported: its temporary server sends no usage data, logs only warnings, and has two
+# minutes to start on a busy machine.
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")

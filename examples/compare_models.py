@@ -1,4 +1,4 @@
-"""Two models on the same rows, compared row by row. Here both are one model, greedy and sampled.
+"""Two models on the same rows, compared row by row. Here both are the same model, greedy and sampled.
 
 python -m examples.compare_models
 """

@@ -16,7 +16,7 @@ CRON = "0 2 * * *"
 
 @flow(name="nightly-answers", log_prints=False)
 def nightly(api_url: str = "", folder: str = "out/examples") -> int:
-    """Answer the questions that have no answer yet; returns how many those were."""
+    """Answer the questions that have no answer yet, and return their number."""
     model = make_model(api_url, identifier="nightly", prompt="Answer in one short sentence. {input}")
     report = predict_in_db(model, "question", "nightly", db=folder)
     print(report)

@@ -1,4 +1,4 @@
-"""Answers as typed columns: vLLM is asked for the structure, and every answer is checked against it.
+"""Answers as typed columns: vLLM is given the structure, and every answer is checked against it.
 
 python -m examples.structured_output
 """

@@ -1,4 +1,4 @@
-"""A score with a 95 % interval, and a gate: a model that does not hold its limits fails the flow.
+"""A score with a 95 % interval, and a gate: a model that misses its limits fails the flow.
 
 python -m examples.validation
 """
@@ -28,12 +28,12 @@ EASY = Validation(
     key=("question", "answer"),
     thresholds={"contains": 0.1},
 )
-STRICT = EASY.model_copy(update={"thresholds": {"output_tokens": 1}})  # less is better: one token at most
+STRICT = EASY.model_copy(update={"thresholds": {"output_tokens": 1}})  # less is better: at most one token
 
 
 @flow(name="check-capitals")
 def check(api_url: str, folder: str) -> None:
-    """Score the model twice: by a limit that it holds, and by one that it does not."""
+    """Score the model twice: against a limit that it meets, and against one that it misses."""
     model = make_model(api_url, identifier="capitals", prompt="Answer in one short sentence. {input}")
     report = validate(model, EASY, db=folder)
     for value in report.datasets[0].values:

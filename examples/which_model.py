@@ -1,4 +1,4 @@
-"""The model that the examples call: any vLLM server with `--api-url`, else the small model of the demo."""
+"""The model that the examples call: one on any vLLM server with `--api-url`, else the demo's small model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm_tasks import VllmAPI, VllmModel
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
-    """The command line that all examples share."""
+    """Return a parser for the command line that all examples share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--api-url",
@@ -21,7 +21,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
 
 
 def make_model(api_url: str = "", **fields: Any) -> VllmAPI | VllmModel:
-    """A model with these fields, greedy by default; without a URL the engine runs in this process."""
+    """Return a model with these fields, greedy by default; without a URL, this process runs the engine."""
     fields = {"identifier": "example", "predict_kwargs": {"temperature": 0, "max_tokens": 40}, **fields}
     if api_url:
         return VllmAPI(api_url=api_url, **fields)

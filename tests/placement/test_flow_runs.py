@@ -24,7 +24,7 @@ from tests.conftest import IN_PREFECT
 from tests.servers.pool_workers import pool
 from vllm_tasks import Artifact, Datalayer, InvalidCall, VllmAPI, VllmModel
 from vllm_tasks.placement import grace, payload, runs, storage
-from vllm_tasks.placement.heartbeat import KIND, Heartbeat, told_by
+from vllm_tasks.placement.heartbeat import KIND, Heartbeat, read_heartbeats
 from vllm_tasks.placement.part import Part
 from vllm_tasks.placement.runs import Runs, outside_of_loops
 from vllm_tasks.placement.target import MADE_FOR, Target, target_of
@@ -115,7 +115,7 @@ def test_more_runs_are_seen_than_prefect_tells_of_at_once(client: SyncPrefectCli
     last = parts[-1]
     last.run = client.create_flow_run(step, parameters={"call": "{}"}).id
     client.create_artifact(ArtifactCreate(type=KIND, data={"outcome": "told"}, flow_run_id=last.run))
-    Runs(target, parts, repeatable=False, shown=lambda _: None)._look()
+    Runs(target, parts, repeatable=False, on_progress=lambda _: None)._poll()
     assert last.outcome == "told"
     assert {str(part.state and part.state.message) for part in parts[:-1]} == {"It was deleted."}
 
@@ -130,7 +130,7 @@ def test_a_server_that_is_away_is_waited_for(target: Target, monkeypatch: pytest
             lambda: httpx.Response(404, request=httpx.Request("GET", "/")).raise_for_status()
         )
     part = Part("waited for", {"call": "{}"})
-    looking = Runs(target, [part], repeatable=True, shown=lambda _: None)
+    looking = Runs(target, [part], repeatable=True, on_progress=lambda _: None)
     with Absent() as server:
         server.comes(LONGER)
         looking._start(part)
@@ -138,7 +138,7 @@ def test_a_server_that_is_away_is_waited_for(target: Target, monkeypatch: pytest
     with Heartbeat(part.run, 3600) as heartbeat, Absent() as server:
         server.comes(LONGER)
         heartbeat.settle("done")
-    looking._look()
+    looking._poll()
     assert part.outcome == "done"
 
 
@@ -153,7 +153,7 @@ def test_a_run_that_was_asked_for_twice_is_one(target: Target, monkeypatch: pyte
 
     monkeypatch.setattr(runs, "run_deployment", twice)
     part = Part("twice", {"call": "{}"})
-    Runs(target, [part], repeatable=True, shown=lambda _: None)._start(part)
+    Runs(target, [part], repeatable=True, on_progress=lambda _: None)._start(part)
     assert made == [part.run] * 2
 
 
@@ -162,7 +162,7 @@ def test_a_heartbeat_that_was_made_twice_is_one(client: SyncPrefectClient, targe
     run = client.create_flow_run(step, parameters={"call": "{}"}).id
     for beat in (*[0] * 4, 7, *[0] * 4):
         client.create_artifact(ArtifactCreate(type=KIND, data={"beat": beat}, flow_run_id=run))
-    assert told_by(client, [run]) == {run: {"beat": 7}}
+    assert read_heartbeats(client, [run]) == {run: {"beat": 7}}
 
 
 class Interrupted(BaseException):
@@ -220,7 +220,7 @@ def test_a_place_that_is_not_there_is_told_with_the_nearest() -> None:
     """A misspelt pool, and a deployment that can be none."""
     with pytest.raises(InvalidCall, match=f"nor the work pool; did you mean '{POOL}'"):
         target_of(there(POOL[:-1]))
-    with pytest.raises(ValueError, match="deployment='x', which is no 'FLOW/DEPLOYMENT'"):
+    with pytest.raises(ValueError, match="deployment='x', which is not of the form 'FLOW/DEPLOYMENT'"):
         VllmAPI(identifier="m", compute_kwargs={"deployment": "x"})
 
 
@@ -236,7 +236,7 @@ def test_rows_on_their_way_can_be_removed() -> None:
     assert not file.exists()
     storage.discard(path)
     with pytest.raises(InvalidCall, match="is not in the result storage"):
-        storage.stored(path)
+        storage.load(path)
 
 
 def test_only_files_of_rows_are_read_and_removed(tmp_path: Path) -> None:
@@ -245,8 +245,8 @@ def test_only_files_of_rows_are_read_and_removed(tmp_path: Path) -> None:
     other.write_text("{}")
     for path in str(other), f"vllm-tasks/../{other.name}", f"vllm-tasks/../../{uuid4()}.json":
         storage.discard(path)
-        with pytest.raises(InvalidCall, match="is no file of rows"):
-            storage.stored(path)
+        with pytest.raises(InvalidCall, match="is not a file of rows"):
+            storage.load(path)
     assert other.exists()
 
 

@@ -40,7 +40,7 @@ from vllm_tasks import (
 )
 from vllm_tasks.errors import EngineFailed, ServerUnavailable, TooManyFailed
 from vllm_tasks.placement import payload
-from vllm_tasks.placement.part import LAST_WORDS, Part, Stage
+from vllm_tasks.placement.part import END_TIMEOUT, Part, Stage
 from vllm_tasks.results import Completion, Report, ValidationReport
 from vllm_tasks.tasks import completions
 
@@ -223,15 +223,15 @@ def test_a_part_is_done_when_it_has_told_its_outcome() -> None:
     """Also when its run dies, or is never heard of again, between that and its end."""
     report, error = payload.outcome_of("place"), payload.outcome_of_error(EngineFailed("no"))
     crashed = Part("a", {})
-    crashed.see(Crashed(), {"outcome": report})
+    crashed.update(Crashed(), {"outcome": report})
     assert crashed.stage is Stage.DONE
-    crashed.see(Crashed(), {"outcome": error})
+    crashed.update(Crashed(), {"outcome": error})
     assert crashed.stage is Stage.FAILED
     lost = Part("b", {})
-    lost.see(Running(), {"outcome": report})
+    lost.update(Running(), {"outcome": report})
     assert not lost.ended, "its end may come yet"
-    lost.since -= LAST_WORDS
-    lost.see(Running(), {"outcome": report})
+    lost.since -= END_TIMEOUT
+    lost.update(Running(), {"outcome": report})
     assert lost.stage is Stage.DONE
 
 
@@ -335,7 +335,7 @@ def test_a_machine_that_goes_down_is_noticed(
     assert exact(lake)
     dead, alive = runs_of(name)[before:]
     assert (state_of(dead.id), state_of(alive.id)) == ("Crashed", "Completed")
-    assert "no sign of life" in str(dead.state and dead.state.message) or state_of(dead.id) == "Crashed"
+    assert "no heartbeat" in str(dead.state and dead.state.message) or state_of(dead.id) == "Crashed"
 
 
 def test_a_step_that_would_ask_again_is_not_made_again(
@@ -398,7 +398,7 @@ def test_wrong_places_are_refused_before_anything_runs(
 
     refused("no deployment 'vllm-step/nowhere'.*make pools", {"work_pool": "nowhere"})
     refused("memory, which a work pool of type 'process'", {"work_pool": "tested", "memory": "1Gi"})
-    refused("work_queue='gpu' and no work pool", {"work_queue": "gpu"})
+    refused("work_queue='gpu' without the work pool", {"work_queue": "gpu"})
     refused("shards=2 are flow runs on a work pool", {}, shards=2)
     refused("leave out limit", {"work_pool": "tested"}, shards=2, limit=5)
     refused("whole number from 1", {"work_pool": "tested"}, shards=0)

@@ -143,7 +143,7 @@ def test_a_pool_that_was_made_otherwise_is_brought_up_to_date(name: str, client:
 def test_a_pool_of_another_type_is_left_alone(name: str, client: SyncPrefectClient) -> None:
     """Prefect cannot change it, and the message says what to do."""
     client.create_work_pool(WorkPoolCreate(name=name, type="kubernetes", base_job_template={}))
-    with pytest.raises(InvalidCall, match=r"is there with type 'kubernetes', not 'process'.*another name"):
+    with pytest.raises(InvalidCall, match=r"exists with type 'kubernetes', not 'process'.*another name"):
         command(name)
 
 

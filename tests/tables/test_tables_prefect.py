@@ -91,7 +91,7 @@ def test_progress_and_report_are_artifacts(model: VllmAPI, server: ScriptedServe
     (shown,) = artifacts("shown-here-report")
     assert isinstance(shown.data, str)
     assert shown.data == markdown_of(report)
-    for words in ("| answered | 99 |", "| failed | 1 |", "| refused | 1 | `7` |", report.outputs):
+    for words in ("| completed | 99 |", "| failed | 1 |", "| refused | 1 | `7` |", report.outputs):
         assert words in shown.data
     assert "t7" not in shown.data
     (errors,) = artifacts("shown-here-errors")
@@ -124,7 +124,7 @@ def test_too_many_failures_fail_the_flow_with_a_report(model: VllmAPI, server: S
     with pytest.raises(TooManyFailed, match=r"rows failed|all failed alike"):
         state.result()
     (shown,) = artifacts("hopeless-report")
-    assert "| answered | 0 |" in str(shown.data)
+    assert "| completed | 0 |" in str(shown.data)
 
 
 def test_a_commit_is_retried_by_prefect(

@@ -1,1 +1,1 @@
-"""What Prefect needs behind the tasks: names, retries, mapping, commits, events."""
+"""The Prefect side of the tasks: names, retries, mapping, commits and events."""

@@ -19,13 +19,14 @@ from vllm_tasks.tables.job import RETRY_DELAYS
 from vllm_tasks.tables.report import Progress
 
 KEPT = CommitMode.EAGER
-"""Of a task run within a task: it is not called rolled back when that fails later, as its work stays."""
+"""The commit mode of a task run within a task. Its work stays, so Prefect must not mark it as rolled back
+if the outer task fails later."""
 
 
 class InPrefect:
     """A `Display` in the Prefect UI: a task run for each commit, and a progress artifact.
 
-    Outside of a flow a task run costs more than a commit (116 ms, measured), so it is none there.
+    Outside of a flow a commit is no task run, which would cost more than the commit (116 ms, measured).
     """
 
     def __init__(self, model: str, predict_id: str) -> None:
@@ -36,6 +37,7 @@ class InPrefect:
         self._log = Terminal() if self._flow is None else Log()
 
     def commit(self, name: str, work: Callable[[], None]) -> None:
+        """Call `work`, which commits the group `name`; in a flow, within a task run."""
         if self._flow is None:
             return self._log.commit(name, work)
         held = [work]
@@ -43,13 +45,14 @@ class InPrefect:
             with transaction(commit_mode=KEPT):
                 commit_group(f"{self._model} {name}", lambda: held[0]())
         finally:
-            held.clear()  # Prefect keeps the arguments of a task run, which would keep all rows in memory
+            held.clear()  # Prefect keeps the arguments of a task run, and with them all rows in memory
 
     def progress(self, progress: Progress, *, last: bool = False) -> None:
+        """Display `progress`, or send it to the caller of the step by the heartbeat."""
         if self._heartbeat is None:
             self._progress.show(progress, last=last)
         else:
-            self._heartbeat.progress(progress)  # it is shown where the step was called
+            self._heartbeat.progress(progress)  # the step's caller displays it
         self._log.progress(progress, last=last)
 
     def close(self) -> None:
@@ -57,19 +60,19 @@ class InPrefect:
 
 
 def _commit_group(name: str, work: Callable[[], None]) -> None:
-    """Commit one group of finished rows. A retry repeats the commit and asks nothing again."""
+    """Commit one group of finished rows. A retry repeats the commit and processes no row again."""
     work()
 
 
 def _publish(report: Report) -> None:
-    """Show the report; the outputs become an asset of the source."""
+    """Display the report; Prefect records the outputs as an asset that depends on the source."""
     show_report(report)
 
 
 def publish(report: Report) -> None:
-    """Show the report; in a flow as a task run that makes the outputs a Prefect asset of their source.
+    """Display the report; in a flow, a task run also makes the outputs a Prefect asset of their source.
 
-    Not in a flow run that works for a step elsewhere: it is shown there.
+    A flow run that works for a step elsewhere displays nothing: the step's caller does.
     """
     if Heartbeat.current() is not None:
         return

@@ -1,4 +1,4 @@
-"""Prefect's tasks over a model: what `.map` goes over, and rows that Prefect does not look into."""
+"""Prefect tasks whose first argument is a model: `.map` over the right arguments, and rows left untouched."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ OF_PREFECT = {"return_state", "wait_for", "deferred"}
 class ModelTask(Task[P, R]):
     """A task `f(model, ...)`, mapped over lists of models, tables, names and options.
 
-    Prefect maps over everything iterable, which a model is (over its fields), like a list of columns or of
-    stop words. Here `.map` goes over those of `MAPPED` that are lists or tuples, or futures of them; all
-    others go to each call as they are. `unmapped(...)` works as with Prefect.
+    Prefect maps over every iterable argument: also over a model's fields, a list of columns or of stop words.
+    Here `.map` goes over the arguments in `MAPPED` that are lists or tuples, or futures of them; each call
+    has all the others unchanged. `unmapped(...)` works as in Prefect.
     """
 
     MAPPED: ClassVar[frozenset[str]] = frozenset(
@@ -45,12 +45,13 @@ class ModelTask(Task[P, R]):
             *("limit", "max_chunk_size", "shards", "same_source", "n", "validation", "reuse"),
         }
     )
-    """Arguments whose values are never lists themselves."""
+    """Arguments of which a single value is never a list."""
 
     retries_rows = False
-    """Whether a run is retried for failed rows, too: where a user sets `retries`."""
+    """Whether a run is retried for failed rows, too: only if a user has set `retries`."""
 
     def map(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Task.map`, over the arguments in `MAPPED`."""
         names = [*inspect.signature(self.fn).parameters]
         args = tuple(self._each(name, value) for name, value in zip(names, args, strict=False))
         kwargs = {
@@ -59,7 +60,7 @@ class ModelTask(Task[P, R]):
         return super().map(*args, **kwargs)
 
     def _each(self, name: str, value: Any) -> Any:
-        """`value` as Prefect is given it: to go over, or whole."""
+        """`value` as Prefect gets it: a list to map over, or unmapped."""
         if isinstance(value, BaseAnnotation):
             return value
         if name in self.MAPPED and isinstance(value, PrefectFuture | State):
@@ -67,8 +68,9 @@ class ModelTask(Task[P, R]):
         return value if name in self.MAPPED and isinstance(value, list | tuple) else unmapped(value)
 
     def with_options(self, **options: Any) -> ModelTask[P, R]:
+        """As `Task.with_options`; returns a task of the same class."""
         changed = super().with_options(**options)
-        changed.__class__ = type(self)  # Prefect's own way gives a plain Task
+        changed.__class__ = type(self)  # Prefect's own method returns a plain Task
         assert isinstance(changed, ModelTask)
         changed.retries_rows = (
             bool(options["retries"]) if options.get("retries") is not None else self.retries_rows
@@ -77,13 +79,13 @@ class ModelTask(Task[P, R]):
 
 
 class RowsTask(ModelTask[P, R]):
-    """A task `f(model, rows, ...)` that hands rows on unseen.
+    """A task `f(model, rows, ...)` whose rows Prefect does not search for futures.
 
-    Prefect walks the arguments in search of futures, 5 microseconds a row (a measured second for 200,000).
-    `.map` goes over the rows, and over the models where they are a list.
+    The search would take 5 microseconds a row (a measured second for 200,000 rows). `.map` goes over the
+    rows, and over the models if they are a list.
     """
 
-    if not TYPE_CHECKING:  # a checker sees Prefect's own, which have the arguments of `f`
+    if not TYPE_CHECKING:  # a checker sees Prefect's own methods, which have the arguments of `f`
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             args, kwargs = on_rows(unseen, args, kwargs)
@@ -100,15 +102,15 @@ class RowsTask(ModelTask[P, R]):
 def on_rows(
     change: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of `f(model, rows, ...)` with the rows changed."""
+    """Return the arguments of `f(model, rows, ...)` with `change` applied to the rows."""
     args = tuple(change(value) if i == 1 else value for i, value in enumerate(args))
     return args, {name: change(value) if name in ROWS else value for name, value in kwargs.items()}
 
 
 def each_unseen(batches: Any) -> Any:
-    """Each of `batches` wrapped; what Prefect has to resolve or unwrap to them is left to it.
+    """Return `batches` with each batch wrapped; futures and annotations are left for Prefect to resolve.
 
-    One record, as `predict` takes it, is for each model.
+    A single record, as `predict` takes it, goes to each model.
     """
     if isinstance(batches, PrefectFuture | State | BaseAnnotation):
         return batches
@@ -116,16 +118,16 @@ def each_unseen(batches: Any) -> Any:
 
 
 def unseen(rows: Any) -> Any:
-    """`rows` wrapped so that Prefect resolves a future but looks no further.
+    """Return `rows` wrapped so that Prefect resolves a future but searches no further.
 
-    Rows that are futures themselves are the exception: those Prefect has to find, as well as
-    futures that are fields of a single record. It does not search any deeper.
+    Rows that contain futures are not wrapped, nor is a single record with futures as fields: Prefect has to
+    find these. Futures any deeper are not found.
     """
     within = rows.values() if isinstance(rows, dict) else rows if isinstance(rows, list | tuple) else ()
     holds_futures = any(isinstance(x, PrefectFuture | State) for x in within)
     return rows if holds_futures or isinstance(rows, BaseAnnotation) else opaque(rows)
 
 
-# A task runner on Ray sends its arguments as a pickle, out of which Prefect's own (3.7, 3.8) would come with
-# its value in a tuple.
+# A task runner on Ray pickles its arguments. Pickled by Prefect's own code (3.7, 3.8), an `opaque` would come
+# back with its value in a tuple.
 copyreg.pickle(opaque, lambda wrapped: (opaque, (wrapped[0],)))

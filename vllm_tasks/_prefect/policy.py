@@ -12,19 +12,19 @@ from vllm_tasks.errors import EngineFailed, RowErrors, ServerUnavailable, Tables
 
 
 def run_name(parameters: dict[str, Any]) -> str:
-    """Model and number of rows, as the UI shows them; Prefect has resolved the futures by now."""
+    """Return the model and the number of rows, as the UI displays them; futures are resolved by then."""
     xs = parameters.get("xs")
     rows = f" - {len(xs)} rows" if isinstance(xs, Sequence) else ""
     return f"{parameters['model'].identifier}{rows}"
 
 
 def table_run_name(parameters: dict[str, Any]) -> str:
-    """Model and source, as the UI shows them."""
+    """Return the model and the source, as the UI displays them."""
     return f"{parameters['model'].identifier} - {str(parameters['select'])[:80]}"
 
 
 def validation_run_name(parameters: dict[str, Any]) -> str:
-    """Model and data sets, as the UI shows them."""
+    """Return the model and the data sets, as the UI displays them."""
     model, validation, names = (parameters[name] for name in ("model", "validation", "datasets"))
     validation = validation or model.validation
     if names is None and validation is not None:
@@ -33,9 +33,9 @@ def validation_run_name(parameters: dict[str, Any]) -> str:
 
 
 def is_temporary(task: Any, _run: TaskRun, state: State[Any]) -> bool:
-    """Whether the same call may succeed later.
+    """Return whether the same call may succeed later.
 
-    Failed rows count only where a user has set the task's `retries`: their engine has retried them already.
+    Failed rows count only if a user has set the task's `retries`: the engine has retried them already.
     """
     error = state.result(raise_on_failure=False)
     if isinstance(error, RowErrors):
@@ -48,7 +48,7 @@ def is_temporary(task: Any, _run: TaskRun, state: State[Any]) -> bool:
 
 
 def is_lost(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
-    """Whether tables were lost, which may come back."""
+    """Return whether the connection to tables was lost, which may come back."""
     return isinstance(state.result(raise_on_failure=False), TablesUnavailable)
 
 

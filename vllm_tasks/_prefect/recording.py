@@ -1,4 +1,4 @@
-"""What a validation found, told to Prefect: values in the saved block, and an event."""
+"""The result of a validation in Prefect: values in the saved block, and an event."""
 
 from __future__ import annotations
 
@@ -17,20 +17,26 @@ from vllm_tasks.validation.report import ValidationReport
 logger = logging.getLogger(__name__)
 
 SAVING = threading.Lock()
-"""Values of several data sets may be found at once, and go into one block."""
+"""Data sets validated at once update the same block, each by a read and a write. Without the lock, one would
+overwrite the values of another."""
 
 
 def save_metric_values(model: VllmAPI | VllmModel, report: ValidationReport) -> None:
-    """Put the values into the saved block that `model` came from, beside those of other data sets."""
+    """Save the values in the block that `model` was loaded from, beside those of other data sets.
+
+    Args:
+        model: The model; if it is not from a saved block, nothing is done.
+        report: The report with the values.
+    """
     if (block := model._block_document_id) is None:
         return
     with SAVING, get_client(sync_client=True) as client:
         try:
             saved = client.read_block_document(block)
         except ObjectNotFound:
-            logger.warning("the block %s is gone: its metric_values are not updated", block)
+            logger.warning("the block %s was deleted: its metric_values are not updated", block)
             return
-        # An update has to name the blocks that this one refers to, or Prefect takes them out.
+        # An update has to name the blocks that this one refers to: Prefect removes the others.
         data: dict[str, Any] = {
             field: {"$ref": {"block_document_id": str(found["block_document"]["id"])}}
             for field, found in saved.block_document_references.items()
@@ -40,7 +46,7 @@ def save_metric_values(model: VllmAPI | VllmModel, report: ValidationReport) -> 
 
 
 def emit_verdict(model: VllmAPI | VllmModel, report: ValidationReport) -> None:
-    """Tell Prefect's automations: the event `vllm-tasks.validation.passed` or `.failed`, with the values."""
+    """Send the event `vllm-tasks.validation.passed` or `.failed`, with the values, for automations."""
     emit_event(
         event=f"vllm-tasks.validation.{'passed' if report.passed else 'failed'}",
         resource={

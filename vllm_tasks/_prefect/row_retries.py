@@ -1,4 +1,4 @@
-"""Rows over the attempts of one task run: a retry asks for those that failed before, and for no others."""
+"""Rows over the attempts of one task run: a retry processes only the rows that failed before."""
 
 from __future__ import annotations
 
@@ -14,19 +14,31 @@ from vllm_tasks.errors import EngineFailed, RowErrors, ServerUnavailable
 from vllm_tasks.rows import RowError
 
 _failed: dict[UUID, RowErrors] = {}
-"""By task run: the answers and errors of its rows so far, where another attempt follows."""
+"""The answers and errors so far, by the task run that another attempt follows."""
 
 
 def over_attempts(
-    ask: Callable[[Sequence[Any], OnError], list[Any]], xs: Sequence[Any], on_error: OnError
+    process: Callable[[Sequence[Any], OnError], list[Any]], xs: Sequence[Any], on_error: OnError
 ) -> list[Any]:
-    """`ask(xs, on_error)`; in a retry the rows that were answered before keep their answers."""
+    """Return `process(xs, on_error)`; in a retry, rows that were completed before keep their answers.
+
+    Args:
+        process: Processes records; it is called with the failed ones only in a retry.
+        xs: The records.
+        on_error: As for `predict_batches`.
+
+    Returns:
+        The results of all records, in input order.
+
+    Raises:
+        RowErrors: Rows failed in this attempt.
+    """
     run = TaskRunContext.get()
     if run is None or not getattr(run.task, "retries_rows", False):
-        return ask(xs, on_error)
+        return process(xs, on_error)
     earlier = _failed.pop(run.task_run.id, None)
     try:
-        return _without_answered(ask, xs, on_error, earlier)
+        return _only_failed(process, xs, on_error, earlier)
     except (RowErrors, EngineFailed, ServerUnavailable) as error:
         kept = error if isinstance(error, RowErrors) else earlier
         if kept and run.task_run.run_count <= run.task.retries:
@@ -34,18 +46,18 @@ def over_attempts(
         raise
 
 
-def _without_answered(
-    ask: Callable[[Sequence[Any], OnError], list[Any]],
+def _only_failed(
+    process: Callable[[Sequence[Any], OnError], list[Any]],
     xs: Sequence[Any],
     on_error: OnError,
     earlier: RowErrors | None,
 ) -> list[Any]:
     if earlier is None:
-        return ask(xs, on_error)
-    places = [error.index for error in earlier.errors]
+        return process(xs, on_error)
+    failed = [error.index for error in earlier.errors]
     results = list(earlier.results)
-    for place, result in zip(places, ask([xs[place] for place in places], "return"), strict=True):
-        results[place] = replace(result, index=place) if isinstance(result, RowError) else result
+    for index, result in zip(failed, process([xs[index] for index in failed], "return"), strict=True):
+        results[index] = replace(result, index=index) if isinstance(result, RowError) else result
     if errors := [result for result in results if isinstance(result, RowError)]:
         raise RowErrors(errors, results)
     return results

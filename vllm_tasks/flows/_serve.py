@@ -7,7 +7,12 @@ from prefect import Flow
 
 
 def serve(flow: Flow[..., Any], cron: str) -> None:
-    """Serve `flow` by the options of the command line; `cron` is a schedule as an example."""
+    """Serve `flow` with the options of the command line.
+
+    Args:
+        flow: The flow.
+        cron: A schedule, as an example in the help text.
+    """
     arguments = argparse.ArgumentParser(description=f"Serve {flow.name} as a deployment.")
     arguments.add_argument("--name", default=flow.name, help="name of the deployment")
     arguments.add_argument("--cron", help=f"schedule, such as '{cron}'")

@@ -1,10 +1,10 @@
-"""A deployable flow: ask a model for the rows of a table, every night if you like.
+"""A deployable flow: process the rows of a table with a model, every night if you like.
 
 prefect block register -m vllm_tasks                  # once per Prefect server
 python -m vllm_tasks.flows.batch_predict --cron "0 2 * * *"      # serve it; then run it from the UI
 """
 
-# Without `from __future__ import annotations`: the process of a served run cannot resolve texts for types.
+# Without `from __future__ import annotations`: the process of a served run cannot resolve type names.
 from typing import Annotated, Any, Literal
 
 from prefect import flow
@@ -19,7 +19,7 @@ Rows = Annotated[int, Field(ge=1)]
 
 
 def run_name() -> str:
-    """Model and source, as the UI shows them."""
+    """Return the model and the source, as the UI displays them."""
     parameters = flow_run.parameters
     return f"{parameters['model'].identifier} - {parameters['select'][:80]}"
 
@@ -44,9 +44,9 @@ def batch_predict(
     shards: Rows = 1,
     same_source: bool = False,
 ) -> Report:
-    """Ask a model for the rows of a table and commit one output or one error for each.
+    """Process the rows of a table with a model and commit one output or one error for each.
 
-    Only rows that have no output yet are asked, so the same run goes on after any crash.
+    Only rows that have no output yet are processed, so after a crash, run it again to resume.
 
     Args:
         model: A saved block: a vLLM API, or a vLLM Model.
@@ -54,18 +54,24 @@ def batch_predict(
         select: A table; in a lake also a path or a glob; or one SELECT statement.
         primary_id: Column or columns that identify a row.
         db: Where the table is and the outputs go; None: the model's own.
-        limit: Ask so many rows at most, to try a job; None: all.
+        limit: Process at most this number of rows, to try a job; None: all.
         predict_id: Names the outputs, `_outputs__<predict_id>`; None: the model's identifier.
-        sampling: Sampling parameters by vLLM's names, such as {"max_tokens": 60}; they win over the model's.
-        context: Fills `{context}` of every prompt.
-        refresh: missing asks rows without an output; changed also those whose input is another now.
-        overwrite: Ask all rows again.
-        retry_failed: Ask the rows that have an error, and no others.
-        ids: Only the rows with these keys.
-        max_failed: How many rows may fail, a share (0.05) or a count (20); None: any number.
+        sampling: Sampling parameters by vLLM's names, such as {"max_tokens": 60}; they override the model's.
+        context: Fills `{context}` in every prompt.
+        refresh: missing processes rows without an output; changed also rows whose input has changed since.
+        overwrite: Process all rows again.
+        retry_failed: Process only the rows that have an error.
+        ids: Process only the rows with these keys.
+        max_failed: Rows that may fail, as a fraction (0.05) or a number (20); None: any number.
         max_chunk_size: Rows of a commit; None: VLLM_TASKS_COMMIT_ROWS.
-        same_source: Go on with the outputs of a table that was renamed or a SELECT that was edited since.
-        shards: Flow runs on the model's work pool to spread the rows over, each with an engine of its own.
+        same_source: Continue the outputs of a table that was renamed, or of a SELECT that was edited, since.
+        shards: Number of flow runs on the model's work pool that share the rows, each with its own engine.
+
+    Returns:
+        Counts of rows, tokens and seconds, and where the outputs are.
+
+    Raises:
+        TooManyFailed: More rows failed than `max_failed` allows; everything finished is committed.
     """
     report: Report = predict_in_db(
         model,

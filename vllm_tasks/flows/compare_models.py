@@ -4,7 +4,7 @@ prefect block register -m vllm_tasks      # once per Prefect server
 python -m vllm_tasks.flows.compare_models            # serve it; then run it from the UI
 """
 
-# Without `from __future__ import annotations`: the process of a served run cannot resolve texts for types.
+# Without `from __future__ import annotations`: the process of a served run cannot resolve type names.
 
 from prefect import flow
 
@@ -25,17 +25,23 @@ def compare_models(
 ) -> Comparison:
     """Score several models on the same data sets and compare them row by row with the first.
 
-    Models on servers are asked at once; those that run here one after another, since their engines would
-    not fit together. A model below its limits is shown, and fails nothing here.
+    Models on servers run at once. Local models run one after another, since their engines would not fit
+    together. A model below its limits is reported, but does not fail the flow.
 
     Args:
-        models: Saved blocks; the first is what the others are compared with.
+        models: Saved blocks; the others are compared with the first.
         validation: Data sets, metrics and limits, the same for all.
         db: Where predictions and history go; None: the first model's own.
-        max_failed: How many rows may fail, a share (0.05) or a count (20); None: any number.
-        context: Fills `{context}` of every prompt.
+        max_failed: Rows that may fail, as a fraction (0.05) or a number (20); None: any number.
+        context: Fills `{context}` in every prompt.
+
+    Returns:
+        The comparison, row by row.
+
+    Raises:
+        InvalidCall: Two models have one identifier.
     """
-    check_comparable([model.identifier for model in models])  # before anything is asked
+    check_comparable([model.identifier for model in models])  # before any request is sent
     db = db or models[0].db
     runs = {}
     for model in sorted(models, key=lambda model: isinstance(model, VllmModel)):

@@ -1,4 +1,4 @@
-"""`VllmAPI`: the client of a vLLM server that somebody runs."""
+"""`VllmAPI`: the client of a running vLLM server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class VllmAPI(Predictor, Block):
-    """A vLLM server that somebody runs; this is its client."""
+    """The client of a running vLLM server."""
 
     _block_type_name: ClassVar[str] = "vLLM API"
     _block_type_slug: ClassVar[str] = "vllm-api"
@@ -43,15 +43,15 @@ class VllmAPI(Predictor, Block):
     api_url: str | list[str] = Field(
         default="",
         title="URL of the server",
-        description="Such as http://host:8000; or several, separated by commas. The path picks the protocol: "
-        "/generate, /v1/completions, /v1/chat/completions; none means OpenAI's, as the prompt demands. "
-        "Empty: VLLM_TASKS_API_URL.",
+        description="Such as http://host:8000; separate several by commas. The path selects the protocol: "
+        "/generate, /v1/completions or /v1/chat/completions; without a path, the prompt decides which of "
+        "OpenAI's two is used. Empty: VLLM_TASKS_API_URL.",
     )
     api_key: SecretStr | None = Field(
         default=None, title="Key", description="Bearer token. Empty: VLLM_TASKS_API_KEY."
     )
     model: str | None = Field(
-        default=None, title="Model", description="By the server's name for it. Empty: its only one."
+        default=None, title="Model", description="The server's name for the model. Empty: its only one."
     )
     timeout: float | None = Field(
         default=None,
@@ -63,20 +63,20 @@ class VllmAPI(Predictor, Block):
         default=None,
         ge=0,
         title="Retries",
-        description="Attempts of one row after its first. Empty: VLLM_TASKS_RETRIES (5).",
+        description="Attempts for one row after the first. Empty: VLLM_TASKS_RETRIES (5).",
     )
     max_in_flight: int | None = Field(
         default=None,
         ge=1,
         title="Rows in flight",
-        description="Per server, over all calls with the same settings. "
+        description="Per server, shared by all calls with the same settings. "
         "Empty: VLLM_TASKS_MAX_IN_FLIGHT (256).",
     )
     stream: bool = Field(
         default=False,
         title="Stream",
         description="Receive answers token by token and use them when they are complete: for gateways that "
-        "close silent connections.",
+        "close idle connections.",
     )
 
     @field_validator("api_url")
@@ -86,7 +86,7 @@ class VllmAPI(Predictor, Block):
         return value
 
     def _servers(self) -> tuple[tuple[str, ...], wire.Protocol]:
-        """Base URLs, and the protocol that their common path picks."""
+        """The base URLs, and the protocol that their common path selects."""
         urls, protocol = split_urls(self.api_url or site_settings().api_url)
         if not urls:
             raise InvalidCall(
@@ -98,7 +98,9 @@ class VllmAPI(Predictor, Block):
         settings = site_settings()
         urls, protocol = self._servers()
         if self.stream and protocol == "legacy":
-            raise InvalidCall("stream=True is for OpenAI's protocol; /generate answers whole: leave it out")
+            raise InvalidCall(
+                "stream=True needs OpenAI's protocol, and the URL's path is /generate: leave it out"
+            )
         key = self.api_key or (settings.api_key if _has_site_key(urls, settings) else None)
         return HttpConfig(
             urls=urls,
@@ -121,7 +123,7 @@ class VllmAPI(Predictor, Block):
 
 
 def _has_site_key(urls: Sequence[str], settings: Settings) -> bool:
-    """Whether the site's key may go there: the key of the site's servers goes to no other."""
+    """Whether the site's key may be sent to `urls`: it is sent only to the site's own servers."""
     of_site, _ = split_urls(settings.api_url)
     return not of_site or origins(urls) <= origins(of_site)
 

@@ -1,8 +1,8 @@
 """A block's JSON schema as the form in Prefect's UI needs it.
 
-Of a field's alternatives the form picks the first, whatever the default is, and insists on what that one
-requires: with a data type or a validation listed before null, no model without them could be made. (Seen with
-the UI of Prefect 3.7.7.)
+If a field has alternatives, the form selects the first one, whatever the default is, and insists on what it
+requires. If a data type or a validation were listed before null, the form could make no model without them.
+(Observed in the UI of Prefect 3.7.7.)
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ Schema = dict[str, Any]
 
 
 def arranged(schema: Schema, first: Sequence[str], last: Sequence[str]) -> Schema:
-    """The schema of a block with these fields first and last, in this order, and nothing asked twice."""
+    """Arrange a block's schema for the form.
+
+    Args:
+        schema: The schema; it is changed in place.
+        first: Names of the fields at the head of the form, in this order.
+        last: Names of the fields at its end, in this order.
+
+    Returns:
+        `schema`, in which null comes first among the alternatives of each field.
+    """
     fields = schema["properties"]
     between = [name for name in fields if name not in {*first, *last}]
     for position, name in enumerate([*first, *between, *last]):
@@ -26,7 +35,7 @@ def arranged(schema: Schema, first: Sequence[str], last: Sequence[str]) -> Schem
 
 
 def _simple(field: Schema, definitions: Schema) -> Schema:
-    """Null comes first among alternatives; beside a single plain one, or a block, it is an empty field."""
+    """`field` with null as its first alternative; null and one plain type or block become one empty field."""
     alternatives = field.get("anyOf", [])
     if NULL not in alternatives:
         return field

@@ -1,4 +1,4 @@
-"""The names and values that `compute_kwargs` may have, each with its check."""
+"""The hints that `compute_kwargs` may have, each with the check of its value."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOLERATION = ("key", "operator", "value", "effect", "tolerationSeconds")
 
 
 def checked(hints: Mapping[str, Any]) -> dict[str, Any]:
-    """`compute_kwargs` with sizes in bytes; raises `InvalidCall` for an unknown name or a wrong value."""
+    """Return the hints with sizes in bytes; raise `InvalidCall` for an unknown name or a wrong value."""
     for name in hints:
         if name not in HINTS:
             raise InvalidCall(
@@ -28,22 +28,23 @@ def checked(hints: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def quantity(size: int) -> str:
-    """Bytes as Kubernetes writes them: '32Gi', or plain bytes where no unit fits."""
+    """Return `size`, in bytes, as Kubernetes writes it: '32Gi', or plain bytes if no unit divides it."""
     unit = next((unit for unit, factor in BINARY.items() if size % factor == 0), None)
     return f"{size // BINARY[unit]}{unit}" if unit else str(size)
 
 
-def _whole(name: str, value: Any) -> int:
+def _gpu_count(name: str, value: Any) -> int:
     if type(value) is not int or value < 0:
         raise InvalidCall(
-            f"compute_kwargs has {name}={value!r}, no whole number of at least 0: GPUs of one engine"
+            f"compute_kwargs has {name}={value!r}, which is not a whole number of at least 0; give the GPUs "
+            "of one engine"
         )
     return value
 
 
 def _number(name: str, value: Any) -> float:
     if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise InvalidCall(f"compute_kwargs has {name}={value!r}, which is no number above 0")
+        raise InvalidCall(f"compute_kwargs has {name}={value!r}, which is not a number above 0")
     number: float = value
     return number
 
@@ -54,7 +55,7 @@ def _size(name: str, value: Any) -> int:
     size = value if type(value) is int else round(float(match[1]) * unit) if match and unit else 0
     if size < 1:
         raise InvalidCall(
-            f"compute_kwargs has {name}={value!r}, which is no size: give bytes, or a text such as '32Gi' "
+            f"compute_kwargs has {name}={value!r}, which is not a size: give bytes, or a text such as '32Gi' "
             f"(units {', '.join(UNITS)[2:]})"
         )
     return size
@@ -62,13 +63,13 @@ def _size(name: str, value: Any) -> int:
 
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise InvalidCall(f"compute_kwargs has {name}={value!r}, which is no text")
+        raise InvalidCall(f"compute_kwargs has {name}={value!r}, which is not a text, or is blank")
     return value
 
 
 def _deployment(name: str, value: Any) -> str:
     if not re.fullmatch("[^/]+/[^/]+", _text(name, value)):
-        raise InvalidCall(f"compute_kwargs has {name}={value!r}, which is no 'FLOW/DEPLOYMENT'")
+        raise InvalidCall(f"compute_kwargs has {name}={value!r}, which is not of the form 'FLOW/DEPLOYMENT'")
     return str(value)
 
 
@@ -78,18 +79,18 @@ def _amounts(name: str, value: Any) -> dict[str, float]:
 
 def _texts(name: str, value: Any) -> dict[str, str]:
     for key, text in _mapping(name, value).items():
-        if not isinstance(text, str):  # not shown: a value of `env` may be a secret
+        if not isinstance(text, str):  # the message omits the value: in `env` it may be a secret
             raise InvalidCall(f"compute_kwargs has a {type(text).__name__} as {name}[{key!r}]; give a text")
     return dict(value)
 
 
 def _env(name: str, value: Any) -> dict[str, str]:
-    """Variables for the job; what a site guards itself by is not a model's to set."""
+    """Environment variables of the job; a model must not set those by which a site protects itself."""
     for key in _mapping(name, value):
         if key.upper() in GUARDS:
             raise InvalidCall(
-                f"compute_kwargs has {key!r} in {name}, which is the site's to set: in the work pool's own "
-                "variables, or where the worker runs"
+                f"compute_kwargs has {key!r} in {name}, which only the site may set: in the variables of the "
+                "work pool, or where the worker runs"
             )
     return _texts(name, value)
 
@@ -104,7 +105,9 @@ def _mapping(name: str, value: Any) -> Mapping[str, Any]:
 
 def _tolerations(name: str, value: Any) -> tuple[dict[str, Any], ...]:
     if not isinstance(value, list | tuple):
-        raise InvalidCall(f"compute_kwargs has {name}={value!r}, which is no list of Kubernetes tolerations")
+        raise InvalidCall(
+            f"compute_kwargs has {name}={value!r}, which is not a list of Kubernetes tolerations"
+        )
     for toleration in value:
         for key in _mapping(f"one of {name}", toleration):
             if key not in TOLERATION:
@@ -119,10 +122,10 @@ GUARDS = {
     f"VLLM_TASKS_{name}"
     for name in ("API_KEY", "API_URL", "CALLABLE_PREFIXES", "PLACES", "TRUST_REMOTE_CODE")
 }
-"""Settings that say where the site's key goes, which code runs and which files are read."""
+"""Settings that decide where the site's key is sent, which code runs and which files are read."""
 
 HINTS: dict[str, Callable[[str, Any], Any]] = {
-    "num_gpus": _whole,
+    "num_gpus": _gpu_count,
     "num_cpus": _number,
     "memory": _size,
     "accelerator_type": _text,

@@ -24,11 +24,11 @@ FOREIGN_CODE = {
     "tool_parser_plugin": "tool_parser_p",
     "reasoning_parser_plugin": "reasoning_parser_p",
 }
-"""Engine arguments that run code from elsewhere, and what each is cut to at least."""
+"""Engine arguments that run foreign code, each with its shortest abbreviation that vLLM's server takes."""
 
 
 class VllmModel(Predictor, Block):
-    """A model that this process runs itself, in a vLLM engine of its own."""
+    """A model that this process runs in a vLLM engine of its own."""
 
     _block_type_name: ClassVar[str] = "vLLM Model"
     _block_type_slug: ClassVar[str] = "vllm-model"
@@ -50,39 +50,39 @@ class VllmModel(Predictor, Block):
     model_config = FORBID
 
     model_name: str = Field(
-        default="", title="Model", description="Its name on Hugging Face, or a folder where the flow runs."
+        default="", title="Model", description="A name on Hugging Face, or a folder where the flow runs."
     )
     tensor_parallel_size: int = Field(
         default=1,
         ge=1,
         title="Tensor parallel size",
-        description="GPUs that one copy of the model is split over.",
+        description="Number of GPUs that one copy of the model is split over.",
     )
     trust_remote_code: bool = Field(
         default=True,
         title="Trust remote code",
-        description="Run code that comes with the model, unless the site forbids it.",
+        description="Run code that the model brings along, unless the site forbids it.",
     )
     vllm_kwargs: dict[str, Any] = Field(
         default={},
         repr=False,  # its hf_token is a secret
         title="Engine arguments",
-        description='`vllm_kwargs` by vLLM\'s names, such as {"max_model_len": 4096}; they win over fields.',
+        description='`vllm_kwargs` by vLLM\'s names, such as {"max_model_len": 4096}; they override fields.',
     )
     on_ray: bool = Field(
-        default=False, title="On Ray", description="Engines are actors on a Ray cluster, or a Ray of our own."
+        default=False, title="On Ray", description="Run engines as actors on a Ray cluster, or a local Ray."
     )
     ray_address: str | None = Field(
-        default=None, title="Ray cluster", description="To join, such as host:6379. Empty: RAY_ADDRESS."
+        default=None, title="Ray cluster", description="Its address, such as host:6379. Empty: RAY_ADDRESS."
     )
     ray_config: dict[str, Any] = Field(
         default={},
         repr=False,  # its runtime_env may hold secrets
         title="Options of the actors",
-        description='By Ray\'s names, such as {"num_cpus": 4, "runtime_env": {}}; they win over the hints.',
+        description='By Ray\'s names, such as {"num_cpus": 4, "runtime_env": {}}; they override the hints.',
     )
     replicas: int = Field(
-        default=1, ge=1, title="Replicas", description="Engines on Ray that the rows are spread over."
+        default=1, ge=1, title="Replicas", description="Number of engines on Ray that share the rows."
     )
 
     @model_validator(mode="after")
@@ -117,19 +117,19 @@ class VllmModel(Predictor, Block):
         found = None if site_settings().trust_remote_code else _foreign_code(arguments)
         if found == "trust_remote_code":
             raise InvalidCall(
-                f"{self.identifier!r} has trust_remote_code=True, and this site runs no code that comes with "
-                "a model (VLLM_TASKS_TRUST_REMOTE_CODE=false): pass trust_remote_code=False, with a model "
-                "that vLLM knows by itself"
+                f"{self.identifier!r} has trust_remote_code=True, and this site runs no code that a model "
+                "brings along (VLLM_TASKS_TRUST_REMOTE_CODE=false): pass trust_remote_code=False, and use a "
+                "model that vLLM supports by itself"
             )
         if found:
             raise InvalidCall(
                 f"{self.identifier!r} has {found}, a file of Python, and this site runs no such code "
-                "(VLLM_TASKS_TRUST_REMOTE_CODE=false): leave it out, and name a parser that vLLM has itself"
+                "(VLLM_TASKS_TRUST_REMOTE_CODE=false): leave it out, and name a parser that is part of vLLM"
             )
         return _as_json("vllm_kwargs", arguments)
 
     def _actor_options(self) -> dict[str, Any]:
-        """Options of each engine's actor: the resource hints, and `ray_config` over them."""
+        """Options of each engine's actor: the resource hints, overridden by `ray_config`."""
         options = {**self.resources().ray_options(), **self.ray_config}
         if env := self.compute_kwargs.get("env"):
             own = self.ray_config.get("runtime_env", {})
@@ -158,7 +158,7 @@ def _as_json(field: str, value: Mapping[str, Any]) -> str:
 
 
 def _foreign_code(arguments: Mapping[str, Any]) -> str | None:
-    """Which of `FOREIGN_CODE` is among engine arguments, also as a server's option and cut short."""
+    """The first of `FOREIGN_CODE` that `arguments` has, also with dashes or abbreviated as for the server."""
     names = {name.replace("-", "_") for name, value in arguments.items() if value}
     for option, least in FOREIGN_CODE.items():
         if any(name.startswith(least) and option.startswith(name) for name in names):

@@ -1,6 +1,6 @@
-"""What both models are: what to ask and how, checked when made, and the ways to ask it.
+"""The fields and methods that both models share; the fields are checked when a model is made.
 
-A model is data, and a lease of engines, whose state is in `vllm_tasks.engines.sharing`.
+A model is data and a lease of engines. The state of a lease is in `vllm_tasks.engines.sharing`.
 """
 
 from __future__ import annotations
@@ -66,45 +66,45 @@ VLLM_DOCS = "https://docs.vllm.ai/en/latest"
 WRITE_OPTIONS = {"table", "partition_by", "compression", "on_length"}
 
 FORBID = ConfigDict(extra="forbid")
-"""For the classes themselves: Block, which they derive from last, would allow unknown fields."""
+"""Each model sets this itself, since its last base class, Block, would allow unknown fields."""
 
-ASKED = {"structured_outputs", "response_format"}
-"""Sampling parameters that say what an answer looks like."""
+OUTPUT_FORMATS = {"structured_outputs", "response_format"}
+"""Sampling parameters that determine the format of an answer."""
 
-ASKED_FIRST = (
+FORM_HEAD = (
     *("prompt", "signature", "chat", "system", "predict_kwargs"),
     *("db", "datatype", "output_schema", "flatten"),
 )
-WRITTEN = ("metric_values", "uuid")
+FORM_END = ("metric_values", "uuid")
 """Fields at the head of a form, and those at its end, which nobody fills in."""
 
 HIDDEN = {"api_key", "api_url", "compute_kwargs", "db", "ray_config", "uri", "validation", "vllm_kwargs"}
-"""Fields whose values may hold a key or a password; errors do not show them, but what is wrong."""
+"""Fields whose values may hold a key or a password: errors say what is wrong, but never show the value."""
 
 
 class Predictor(BaseModel):
     """The fields and methods that both models share."""
 
     _elsewhere: ClassVar[str] = ""
-    """Where a field may belong that is not one of this class."""
+    """A hint, for the error about an unknown field, where that field may belong."""
     _reached_by: ClassVar[tuple[str, ...]] = ()
-    """How this model is reached: what a form asks after the identifier."""
+    """Fields that say how to reach this model; the form has them after the identifier."""
     _lease: sharing.Lease = PrivateAttr(default_factory=sharing.Lease)
 
     identifier: str = Field(
         min_length=1,
         title="Identifier",
-        description="Your name for the model: its outputs are in `_outputs__<identifier>`; '/' becomes '-'.",
+        description="Your name for the model. Its outputs are in `_outputs__<identifier>`; '/' becomes '-'.",
     )
     uuid: str = Field(
         default_factory=lambda: str(uuid4()),
         title="UUID",
-        description="Identity of this instance; made when empty.",
+        description="Identity of this instance. Empty: a new one.",
     )
     db: Datalayer | None = Field(
         default=None,
         title="Datalayer",
-        description="Where rows are read and outputs written, unless the call names another.",
+        description="Rows are read from it and outputs written to it, unless the call names another.",
     )
     artifacts: dict[str, Artifact] = Field(
         default={},
@@ -115,19 +115,19 @@ class Predictor(BaseModel):
     signature: Signature = Field(
         default="singleton",
         title="Signature",
-        description="What a record is to the prompt: one value `{input}` (singleton), a tuple `{0}` (*args), "
-        "a dict `{name}` (**kwargs), or both.",
+        description="What the prompt takes a record for: one value `{input}` (singleton), a tuple `{0}` "
+        "(*args), a dict `{name}` (**kwargs), or both.",
     )
     datatype: DataType | BuiltinType | None = Field(
         default=None,
         title="Data type",
-        description="Type of an answer: str (the default), int, float, bool, json, bytes, or one's own.",
+        description="Type of an answer: str (the default), int, float, bool, json, bytes, or your own type.",
     )
     output_schema: dict[str, Any] | str | None = Field(
         default=None,
         title="Output schema",
         description='Columns, such as {"name": "str", "age": "int"}, a JSON Schema, or the dotted path of a '
-        "pydantic model: asked of vLLM and checked.",
+        "pydantic model. vLLM is given the schema, and every answer is checked against it.",
     )
     flatten: bool = Field(
         default=False, title="Flatten", description="In tables, an answer that is a list becomes rows."
@@ -140,7 +140,7 @@ class Predictor(BaseModel):
     predict_kwargs: dict[str, Any] = Field(
         default={},
         title="Sampling parameters",
-        description='`predict_kwargs` by vLLM\'s names, such as {"max_tokens": 60}; those of a call win.',
+        description="`predict_kwargs` by vLLM's names, such as {\"max_tokens\": 60}; a call's override them.",
     )
     compute_kwargs: dict[str, Any] = Field(
         default={},
@@ -151,12 +151,12 @@ class Predictor(BaseModel):
     validation: Validation | None = Field(
         default=None,
         title="Validation",
-        description="Data sets, metrics and limits of validate, unless the call gives its own.",
+        description="Data sets, metrics and limits of validate, unless the call has its own.",
     )
     metric_values: dict[str, dict[str, float]] = Field(
         default={},
         title="Metric values",
-        description="By data set and metric, what the last validation found; written by it.",
+        description="Values of the last validation, by data set and metric. The validation writes them.",
     )
     prompt: str = Field(
         default="{input}",
@@ -166,36 +166,36 @@ class Predictor(BaseModel):
     prompt_func: DottedCallable | None = Field(
         default=None,
         title="Prompt function",
-        description="Dotted path of f(x, ...) -> text or chat messages, in place of the prompt.",
+        description="Dotted path of f(x, ...) -> text or chat messages, used in place of the prompt.",
     )
     max_batch_size: int | None = Field(
         default=4,
         ge=1,
         title="Rows in a chunk",
         description="`max_batch_size`: rows handed to the engine at once. It has no visible effect over "
-        "HTTP, where max_in_flight bounds the requests at once. Empty: all.",
+        "HTTP, where max_in_flight limits the concurrent requests. Empty: all.",
     )
     chat: bool | None = Field(
         default=None,
         title="Chat",
-        description="Texts are sent as a user's message (true) or as plain text (false). Empty: as a message "
-        "where the model has a chat template.",
+        description="Send texts as a user's message (true) or as plain text (false). Empty: as a message if "
+        "the model has a chat template.",
     )
     system: str | None = Field(
         default=None,
         title="System message",
-        description="Put before chat messages, which have none of their own.",
+        description="Put before chat messages that have no system message of their own.",
     )
     messages_as_json: bool = Field(
         default=False,
         title="Messages as JSON",
-        description="A record is chat messages as JSON text, as a CSV has them.",
+        description="A record is a JSON text of chat messages, as in a CSV.",
     )
 
     # ------------------------------------------------------------------ checks
 
     def __init__(self, **fields: Any) -> None:
-        site_settings()  # raises `InvalidCall` here; in a check it would be the error of a field
+        site_settings()  # raises `InvalidCall` here; within a check it would become the error of a field
         super().__init__(**fields)
 
     @field_validator("db", mode="before")
@@ -217,7 +217,7 @@ class Predictor(BaseModel):
     def _some_rows(cls, value: Any) -> Any:
         if isinstance(value, int) and value < 1:
             raise ValueError(
-                f"max_batch_size={value} is not at least 1; None hands all rows of a call over at once"
+                f"max_batch_size={value} is not at least 1; None hands over all rows of a call at once"
             )
         return value
 
@@ -264,7 +264,7 @@ class Predictor(BaseModel):
 
     @model_validator(mode="after")
     def _carries_the_record(self) -> Self:
-        """A prompt that uses nothing of a row would be answered alike for all."""
+        """Refuse a prompt that uses no field of a row: every row would get the same answer."""
         fields = Template.parse(self.prompt).of_record
         if self.prompt_func is None and not fields - {"context"}:
             field = {"singleton": "{input}", "*args": "{0}"}.get(self.signature, "{name of a field}")
@@ -277,9 +277,9 @@ class Predictor(BaseModel):
 
     @model_validator(mode="after")
     def _reads_messages(self) -> Self:
-        """Elsewhere the messages would be sent as a text that is JSON."""
-        whole = self.prompt == "{input}" and self.prompt_func is None and self.signature == "singleton"
-        if self.messages_as_json and not whole:
+        """Refuse `messages_as_json` beside a prompt, which would embed the messages as JSON text."""
+        unchanged = self.prompt == "{input}" and self.prompt_func is None and self.signature == "singleton"
+        if self.messages_as_json and not unchanged:
             raise ValueError(
                 "messages_as_json=True reads a record that is chat messages and nothing else: leave out "
                 "prompt and signature, or the option; a prompt_func can read them by json.loads"
@@ -310,7 +310,7 @@ class Predictor(BaseModel):
             try:
                 columns = self._decoder({}).columns
             except InvalidCall:
-                # A call may still say what an answer is (`n`); what is wrong with it is told there.
+                # A call may still change the type of an answer (`n`); it reports what is wrong.
                 columns = ()
             refuse_inexact(partition_by, columns)
         return self
@@ -323,21 +323,21 @@ class Predictor(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _without_secrets(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Errors show the value of their field, but never the whole input: a key may be in it."""
-        return validated(data, handler, _shown)
+        """Errors show the value of their field, but never the complete input: it may hold a key."""
+        return validated(data, handler, _displayed)
 
     @classmethod
     def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The block's schema, from which the UI makes its form."""
-        first = ("identifier", *cls._reached_by, *ASKED_FIRST)
-        return arranged(super().model_json_schema(*args, **kwargs), first, WRITTEN)
+        """Return the block's schema, from which the UI makes its form."""
+        first = ("identifier", *cls._reached_by, *FORM_HEAD)
+        return arranged(super().model_json_schema(*args, **kwargs), first, FORM_END)
 
     def _to_block_document(self, *args: Any, **kwargs: Any) -> Any:
-        self._check_portable()  # all of Block's ways to save pass here
+        self._check_portable()  # all of Block's ways to save call this method
         return super()._to_block_document(*args, **kwargs)  # type: ignore[misc]  # Block's, by the subclasses
 
     def _check_portable(self) -> None:
-        """Raise `InvalidCall` for what could not be loaded again in another process."""
+        """Raise `InvalidCall` for a function or judge that another process could not load."""
         for function in self._callables():
             check_importable(function)
         for metric in self.validation.metrics if self.validation else ():
@@ -356,24 +356,40 @@ class Predictor(BaseModel):
         return [function for function in found if function is not None]
 
     def identity(self) -> str:
-        """A hash of what the model is: equal for models that are made alike, in every process.
+        """Return a hash that is equal, in every process, for models with equal fields and functions.
 
-        The `uuid`, what validations found, and what files hold are not in it. Raises `InvalidCall` for a
-        function of which it cannot be told what it does.
+        The `uuid`, the values of validations and the contents of files do not count.
+
+        Returns:
+            64 hexadecimal digits.
+
+        Raises:
+            InvalidCall: The behaviour of a function cannot be determined from its code.
         """
         fields = self.model_dump(exclude={"uuid", "metric_values"})
         made = [made_of(function, "the function") for function in self._callables()]
-        told = json.dumps([type(self).__name__, fields, made], default=_revealed, sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()
+        text = json.dumps([type(self).__name__, fields, made], default=_revealed, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     # ------------------------------------------------------------------ predicting
 
     def predict(self, x: Any, context: Context = None, **sampling: Any) -> Output:
-        """The answer to one record: a text, or the value that `datatype` or `output_schema` make of it.
+        """Predict the answer to one record.
 
-        With `n > 1` it is a list of those. An `output_schema` gives plain JSON data, a dict for a pydantic
-        model too. Raises `RowErrors` when the row fails, `InvalidCall`, `ServerUnavailable` or `EngineFailed`
-        when the call does.
+        Args:
+            x: The record, of the form that `signature` names.
+            context: Fills `{context}` in the prompt.
+            **sampling: Sampling parameters, which override `predict_kwargs`; arguments of the `prompt_func`.
+
+        Returns:
+            A text, or the value that `datatype` or `output_schema` make of it; with `n > 1` a list of these.
+            An `output_schema` gives plain JSON data, also if it is a pydantic model.
+
+        Raises:
+            RowErrors: The row failed.
+            InvalidCall: The call cannot succeed as it is.
+            ServerUnavailable: No server could be reached within the grace period.
+            EngineFailed: The engine did not start, or died and could not be restarted.
         """
         if self.prompt_func is None and self.signature == "singleton":
             _refuse_many(x)
@@ -382,31 +398,71 @@ class Predictor(BaseModel):
     def predict_batches(
         self, xs: Sequence[Any], context: Context = None, *, on_error: OnError = "raise", **sampling: Any
     ) -> list[Output | RowError]:
-        """N records in, N answers out, in input order, each as of `predict`.
+        """Predict the answers to N records. A row that fails does not stop the others.
 
-        All rows are tried. If some fail, `RowErrors` is raised at the end with all results in it;
-        with `on_error="return"` each failed row is a `RowError` in its place instead.
-        `context` fills `{context}` of every prompt, `sampling` wins over `predict_kwargs`.
+        Args:
+            xs: The records, each as `predict` takes it.
+            context: Fills `{context}` in every prompt.
+            on_error: "raise" raises `RowErrors` at the end if rows failed; "return" puts a `RowError` at the
+                position of each failed row.
+            **sampling: As for `predict`.
+
+        Returns:
+            N answers in input order, each as `predict` returns it.
+
+        Raises:
+            RowErrors: Rows failed; it has all results.
+            InvalidCall: The call cannot succeed as it is.
+            ServerUnavailable: No server could be reached within the grace period.
+            EngineFailed: The engine did not start, or died and could not be restarted.
         """
         return self.prepare(self.predict_batches, context, sampling).predict_batches(xs, on_error)
 
     def completions(
         self, xs: Sequence[Any], context: Context = None, *, on_error: OnError = "raise", **sampling: Any
     ) -> list[Completion | RowError]:
-        """As `predict_batches`, with full results: texts, token ids, logprobs, finish reasons, usage."""
+        """Predict N records and return full results: texts, token ids, logprobs, finish reasons, usage.
+
+        Args:
+            xs: The records, each as `predict` takes it.
+            context: Fills `{context}` in every prompt.
+            on_error: As for `predict_batches`.
+            **sampling: As for `predict`.
+
+        Returns:
+            N completions in input order, as vLLM gave them: neither decoded nor checked against a schema.
+
+        Raises:
+            RowErrors: Rows failed; it has all results.
+            InvalidCall: The call cannot succeed as it is.
+            ServerUnavailable: No server could be reached within the grace period.
+            EngineFailed: The engine did not start, or died and could not be restarted.
+        """
         return self.prepare(self.completions, context, sampling).completions(xs, on_error)
 
     def prepare(
         self, call: Callable[..., Any], context: Context = None, sampling: Mapping[str, Any] | None = None
     ) -> Call:
-        """A call of the function `call`, worked out; raises `InvalidCall` for whatever is wrong with it."""
+        """Combine the model's fields with the arguments of one call.
+
+        Args:
+            call: The function that is called; errors suggest its arguments for misspelt names.
+            context: Fills `{context}` in every prompt.
+            sampling: The call's further arguments: sampling parameters and arguments of the `prompt_func`.
+
+        Returns:
+            The call, ready to process records.
+
+        Raises:
+            InvalidCall: An argument or a field is wrong, or they do not fit together.
+        """
         target = self.sampling_target()
         keywords = keywords_of(self.prompt_func, self.signature, sampling or {}, known_names(target))
         given = {name: value for name, value in (sampling or {}).items() if name not in keywords}
         check_spelling(given, call, target, more=named_parameters(self.prompt_func))
         decoder = self._decoder(given)
-        asked = self._sampling(given, decoder)
-        check_names(asked, target)
+        parameters = self._sampling(given, decoder)
+        check_names(parameters, target)
         return Call(
             identifier=self.identifier,
             uuid=self.uuid,
@@ -414,8 +470,8 @@ class Predictor(BaseModel):
             max_batch_size=self.max_batch_size,
             target=target,
             decoder=decoder,
-            sampling=asked,
-            prompter=self._prompter(context, keywords, of_call(self.chat, target, asked)),
+            sampling=parameters,
+            prompter=self._prompter(context, keywords, of_call(self.chat, target, parameters)),
         )
 
     def _decoder(self, given: Mapping[str, Any]) -> Decoder:
@@ -424,13 +480,13 @@ class Predictor(BaseModel):
         return Decoder.of(self.datatype, self.output_schema, self.flatten, many, on_length)
 
     def _sampling(self, given: Mapping[str, Any], decoder: Decoder) -> dict[str, Any]:
-        """The sampling parameters of a call; with a schema to ask for, unless the caller asks for his own."""
+        """The sampling parameters of a call, with the answers' schema unless the caller sets a format."""
         sampling = {**self.predict_kwargs, **given}
-        asked = None if ASKED & sampling.keys() else decoder.schema
-        # Servers with the legacy format hand the parameters on as they are, and vLLM takes no dict there.
-        if asked is None or self.sampling_target() == "legacy":
+        schema = None if OUTPUT_FORMATS & sampling.keys() else decoder.schema
+        # Servers with the legacy format pass the parameters on unchanged, and vLLM takes no dict there.
+        if schema is None or self.sampling_target() == "legacy":
             return sampling
-        return {**sampling, "structured_outputs": {"json": asked}}
+        return {**sampling, "structured_outputs": {"json": schema}}
 
     def _prompter(self, context: Context, keywords: Mapping[str, Any], chat: bool | None) -> Prompter:
         return Prompter(
@@ -445,7 +501,7 @@ class Predictor(BaseModel):
             keywords=keywords,
         )
 
-    # The same functions, with the model first: their arguments, errors and types are written down once.
+    # The functions themselves, with the model as first argument, so that each signature is written only once.
     predict_in_db = tables.predict_in_db
     preview = tables.preview
 
@@ -453,18 +509,32 @@ class Predictor(BaseModel):
     def validate(  # type: ignore[override]  # of pydantic's, deprecated since its version 2
         self, *args: Any, **options: Any
     ) -> ValidationReport:
-        """See `vllm_tasks.validation.run.validate`."""
+        """Predict on data sets with known answers, score the answers and record the values.
+
+        The arguments and errors are those of `vllm_tasks.validation.run.validate`.
+
+        Returns:
+            The values by data set and metric, compared with the limits. A missed limit raises no error.
+        """
         return run.validate(self, *args, **options)
 
     # ------------------------------------------------------------------ the engine
 
     def init(self) -> Self:
-        """Start the engine now and keep it until `close()`."""
+        """Start the engine now and keep it until `close()`.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            InvalidCall: The model's fields do not name an engine, or contradict each other.
+            EngineFailed: The local engine did not start.
+        """
         loop.run(self._lease.hold(self.engine_config(), again=False), raise_if_stopped)
         return self
 
     def close(self) -> None:
-        """Let the engine go; it ends when no other model of this process holds it."""
+        """Release the engine; it ends when no other model of this process holds it."""
         loop.run(self._lease.let_go(self.engine_config()))
 
     def __enter__(self) -> Self:
@@ -480,14 +550,23 @@ class Predictor(BaseModel):
         return copied
 
     def engine_config(self) -> sharing.Config:
-        """Which engine answers, and how it is reached; raises `InvalidCall` where that is not said."""
+        """Return which engine the model uses and how to reach it.
+
+        Raises:
+            InvalidCall: The model's fields do not name an engine, or contradict each other.
+        """
         raise NotImplementedError
 
     def resources(self) -> Resources:
-        """What an engine of this model needs; raises `InvalidCall` where its hints contradict it."""
+        """Return what an engine of this model needs.
+
+        Raises:
+            InvalidCall: The hints of `compute_kwargs` contradict the engine arguments.
+        """
         raise NotImplementedError
 
     def sampling_target(self) -> Target:
+        """Return the interface whose sampling parameters a call may use."""
         raise NotImplementedError
 
 
@@ -496,7 +575,7 @@ def _revealed(value: Any) -> Any:
 
 
 def _refuse_many(x: Any) -> None:
-    """Raise `InvalidCall` for a list of texts, which would be asked as one prompt."""
+    """Raise `InvalidCall` for a list of texts, which would be sent as one prompt."""
     if isinstance(x, list | tuple) and x and all(isinstance(each, str) for each in x):
         raise InvalidCall(
             f"predict takes one record, and this is a {type(x).__name__} of {len(x)} texts: "
@@ -504,7 +583,8 @@ def _refuse_many(x: Any) -> None:
         )
 
 
-def _shown(error: ErrorDetails) -> InitErrorDetails:
+def _displayed(error: ErrorDetails) -> InitErrorDetails:
+    """`error` without its input, where that may hold a secret."""
     hidden = not_shown(error)
     unplaced = not error["loc"] or error["type"] in ("missing", "extra_forbidden")
     if unplaced or HIDDEN & set(error["loc"]):

@@ -1,7 +1,7 @@
-"""What a model needs to run, from its own words: GPUs, memory, an image, and the place for it.
+"""The resources that a model needs: GPUs, memory, an image, and the work pool that has them.
 
-`Resources.of(model)` reads `tensor_parallel_size`, `vllm_kwargs` and `compute_kwargs`, and renders them
-for the three kinds of work pools and for Ray. The hints themselves are checked when a model is made.
+`Resources.of` reads the hints of `compute_kwargs`, and the engine arguments that decide the number of GPUs.
+Methods render them for the three types of work pools and for Ray.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ PARALLEL = (
 """Engine arguments whose product is the number of GPUs of one engine."""
 
 ROUTES = {"work_pool", "work_queue", "deployment"}
-"""Hints that say where a job goes, not what it gets there."""
+"""Hints that say where a job runs, not what it gets there."""
 
 OF_RAY = {"num_cpus", "memory", "accelerator_type", "resources"}
-"""Hints that Ray honours itself, on whatever machine the job is."""
+"""Hints that Ray honours itself, whatever the type of the work pool."""
 
 HONOURED = {
     "process": {"num_gpus", "env"},
@@ -45,18 +45,18 @@ HONOURED = {
         "tolerations",
     },
 }
-"""By type of work pool, the hints that mean something there."""
+"""The hints that each type of work pool honours."""
 
 GPU_PRODUCT = "nvidia.com/gpu.product"
-"""The node label by which NVIDIA's GPU operator tells what kind of GPU a node has."""
+"""The node label in which NVIDIA's GPU operator writes the model of a node's GPUs."""
 
 
 @dataclass(frozen=True)
 class Resources:
     """What one engine of a model needs, and how many engines one job holds.
 
-    `memory` and `shm_size` are in bytes. `replicas` is 0 where a Ray cluster elsewhere has the engines,
-    so that the job itself needs none of it.
+    `memory` and `shm_size` are in bytes. `replicas` is 0 if the engines are on a remote Ray cluster: the job
+    itself then needs none of this.
     """
 
     num_gpus: int
@@ -77,9 +77,17 @@ class Resources:
 
     @classmethod
     def of(cls, hints: Mapping[str, Any], parallel: Mapping[str, Any]) -> Resources:
-        """By the hints of `compute_kwargs`, and the engine arguments of `PARALLEL` for an engine of our own.
+        """Make the resources of a model.
 
-        Raises `InvalidCall` where hints are wrong or contradict the arguments.
+        Args:
+            hints: The model's `compute_kwargs`.
+            parallel: The engine arguments of `PARALLEL` that are set; empty for a model on a server.
+
+        Returns:
+            The resources, with the number of GPUs that the arguments need unless the hints give one.
+
+        Raises:
+            InvalidCall: A hint is wrong, or contradicts the arguments.
         """
         hints = checked(hints)
         sizes = _parallel_sizes(parallel)
@@ -95,24 +103,31 @@ class Resources:
 
     @property
     def job_gpus(self) -> int:
-        """GPUs of the whole job."""
+        """The number of GPUs of the job, for all its engines."""
         return self.num_gpus * self.replicas
 
     def job_variables(self, pool_type: str) -> dict[str, Any]:
-        """Job variables for a work pool of this type, made by `make pools`; only what is set is in them.
+        """Render the resources as job variables of a work pool that `make pools` has made.
 
-        Raises `InvalidCall` for a hint that such a pool cannot honour.
+        Args:
+            pool_type: "process", "docker" or "kubernetes".
+
+        Returns:
+            The variables, by name; those that are not set are left out.
+
+        Raises:
+            InvalidCall: The type is unknown, or such a pool cannot honour one of the hints.
         """
         if pool_type not in HONOURED:
             raise InvalidCall(
-                f"work pools of type {pool_type!r} are not known here; known are {', '.join(HONOURED)}"
+                f"work pools of type {pool_type!r} are not supported; supported are {', '.join(HONOURED)}"
             )
         self._refuse_unhonoured(pool_type)
         rendered = {"process": self._process, "docker": self._docker, "kubernetes": self._kubernetes}
         return _set(rendered[pool_type]())
 
     def ray_options(self) -> dict[str, Any]:
-        """Options of the Ray actor of one engine; only what is set is in them, and always `num_gpus`."""
+        """Return the options of one engine's Ray actor: those that are set, and always `num_gpus`."""
         return {"num_gpus": self.num_gpus} | _set(
             {
                 "num_cpus": self.num_cpus,
@@ -138,9 +153,9 @@ class Resources:
         return {"env": self._env_with_gpus()}
 
     def _docker(self) -> dict[str, Any]:
-        """All GPUs of the machine are visible in the container, of which the engine takes free ones.
+        """Make all GPUs of the machine visible in the container; the engine then takes free ones.
 
-        Docker itself would give the first N to every container.
+        With a count, Docker would give the first N GPUs to every container.
         """
         gpus = [{"driver": "nvidia", "count": -1, "capabilities": [["gpu"]]}] if self.job_gpus else None
         nano = self._of_job(self.num_cpus)
@@ -172,7 +187,7 @@ class Resources:
         }
 
     def _env_with_gpus(self) -> dict[str, str]:
-        """Where no scheduler hands out devices, an engine takes as many free ones as this says."""
+        """The variables of `env`, and the number of free GPUs that the engine takes without a scheduler."""
         taken = {"VLLM_TASKS_GPUS": str(self.num_gpus)} if self.job_gpus and not self.on_ray else {}
         return {**taken, **self.env}
 
@@ -181,20 +196,20 @@ class Resources:
 
 
 def check_declared(pool: WorkPool, variables: Mapping[str, Any]) -> None:
-    """Refuse job variables that the pool's template does not declare: Prefect drops them in silence."""
+    """Raise `InvalidCall` for job variables that the pool does not declare: Prefect drops them silently."""
     declared = pool.base_job_template.get("variables", {}).get("properties", {})
     for name in sorted(variables.keys() - declared.keys()):
         raise InvalidCall(
             f"the work pool {pool.name!r} does not declare the job variable {name!r}, and Prefect would drop "
-            f"it in silence{near(name, declared)}; make the pool with `make pools` (python -m "
-            f"vllm_tasks.pools), or add it to the pool's base job template"
+            f"it silently{near(name, declared)}; make the pool with `make pools` (python -m "
+            f"vllm_tasks.pools), or add the variable to the pool's base job template"
         )
 
 
 def _parallel_sizes(sizes: Mapping[str, Any]) -> dict[str, int]:
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
-            raise InvalidCall(f"vllm_kwargs has {name}={size!r}, which is no whole number of at least 1")
+            raise InvalidCall(f"vllm_kwargs has {name}={size!r}, which is not a whole number of at least 1")
     return {name: size for name, size in sizes.items() if size > 1}
 
 

@@ -1,7 +1,7 @@
-"""Steps that run on a work pool: the model's engine is there, the outcome comes back here.
+"""Steps that run on a work pool, where the model's engine is; their outcome comes back to the caller.
 
-What needs GPUs is the engine, so rows travel as finished prompts and come back as answers: prompts are made
-and answers decoded where the step is called. A table's rows do not travel at all, but the call does.
+Only the engine needs GPUs. So prompts are made and answers decoded where the step is called: rows travel as
+finished prompts and come back as answers. For a table, the call travels and the rows do not.
 """
 
 from __future__ import annotations
@@ -38,33 +38,45 @@ from vllm_tasks.validation.report import ValidationReport
 
 logger = logging.getLogger(__name__)
 
-OF_A_PARAMETER = 1024
-"""Bytes of the parameters of a flow run beside its call: references, names, quotes."""
-MOST_SHARDS = 1000
+PARAMETER_OVERHEAD = 1024
+"""Bytes in the parameters of a flow run beside its call: references, names, quotes."""
+MAX_SHARDS = 1000
 """More flow runs at once than this are surely a mistake."""
 
 
 def routed(model: Model, call: Call) -> Call:
-    """`call` of `model`, answered on its work pool where it has one."""
+    """Return `call`, processed on the model's work pool if it has one.
+
+    Args:
+        model: The model; its hints or the settings name the pool.
+        call: A call of this model.
+
+    Returns:
+        `call` itself if the step runs here, else a copy that sends its requests to the pool.
+
+    Raises:
+        InvalidCall: The pool does not exist, or it would drop one of the hints.
+    """
     if (target := target_of(model)) is None:
         return call
-    return replace(call, answerer=lambda requests: _answered(target, model, requests))
+    return replace(call, answerer=lambda requests: _on_pool(target, model, requests))
 
 
-def _answered(target: Target, model: Model, requests: Sequence[Request | RowError]) -> list[Result]:
-    asked = [request for request in requests if isinstance(request, Request)]
-    if not asked:
+def _on_pool(target: Target, model: Model, requests: Sequence[Request | RowError]) -> list[Result]:
+    """The results of `requests`, processed by a flow run on `target`; errors among them stay as they are."""
+    sent = [request for request in requests if isinstance(request, Request)]
+    if not sent:
         return [request for request in requests if isinstance(request, RowError)]
     rows = storage.store(
-        {"prompts": [request.prompt for request in asked], "sampling": dict(asked[0].sampling)}
+        {"prompts": [request.prompt for request in sent], "sampling": dict(sent[0].sampling)}
     )
     try:
         call = {"work": "rows", "rows": rows}
-        part = Part(f"{model.identifier} - {len(asked):,} rows", parameters(call, model, None))
+        part = Part(f"{model.identifier} - {len(sent):,} rows", parameters(call, model, None))
         (outcome,) = Runs(target, [part], repeatable=True).outcomes()
     finally:
         storage.discard(rows)
-    results = _results(payload.answered_in(outcome), requests)
+    results = _results(payload.answers_path(outcome), requests)
     try:
         payload.value_of(outcome)
     except VllmTasksError as error:
@@ -73,14 +85,14 @@ def _answered(target: Target, model: Model, requests: Sequence[Request | RowErro
     return cast(list[Result], results)
 
 
-def _results(answered: str | None, requests: Sequence[Request | RowError]) -> list[Result | None] | None:
-    """What was `answered`, among the rows that became no request."""
-    if answered is None:
+def _results(path: str | None, requests: Sequence[Request | RowError]) -> list[Result | None] | None:
+    """The answers that the storage has at `path`, merged with the rows that have no prompt."""
+    if path is None:
         return None
-    answers = iter(payload.results_of(storage.stored(answered)))
-    storage.discard(answered)
+    answers = iter(payload.results_of(storage.load(path)))
+    storage.discard(path)
     found = [request if isinstance(request, RowError) else next(answers) for request in requests]
-    # There a row has its place among those that travelled.
+    # The flow run counted only the rows that were sent to it.
     return [replace(r, index=i) if isinstance(r, RowError) else r for i, r in enumerate(found)]
 
 
@@ -96,7 +108,25 @@ def over_table(
     display: Display,
     **options: Any,
 ) -> Report:
-    """`predict_in_db` on `target`, in `shards` flow runs at once; their report is one. Raises as it does."""
+    """Run `predict_in_db` on a work pool.
+
+    Args:
+        target: The deployment whose flow runs do the work.
+        shards: Number of flow runs at once, each for a part of the rows.
+        model: The model.
+        X: As for `predict_in_db`.
+        select: As for `predict_in_db`.
+        db: As for `predict_in_db`.
+        source: As for `predict_in_db`.
+        display: Where progress is displayed.
+        **options: The other arguments of `predict_in_db`.
+
+    Returns:
+        One report for all flow runs.
+
+    Raises:
+        VllmTasksError: As `predict_in_db` raises it.
+    """
     began = time.monotonic()
     _check_options(model, options)
     select = table_or_statement(select)
@@ -113,8 +143,8 @@ def over_table(
         for i, call in enumerate(calls)
     ]
     repeatable = not options.get("overwrite") and options.get("limit") is None
-    outcomes = Runs(target, parts, repeatable=repeatable, shown=display.progress).outcomes()
-    report = _together(outcomes, options.get("max_failed"), began)
+    outcomes = Runs(target, parts, repeatable=repeatable, on_progress=display.progress).outcomes()
+    report = _merged(outcomes, options.get("max_failed"), began)
     done = Progress(
         report.processed, report.succeeded, report.failed, report.completion_tokens, report.seconds["total"]
     )
@@ -123,7 +153,7 @@ def over_table(
 
 
 def _check_options(model: Model, options: Parameters) -> None:
-    """What is misspelt is told before a flow run is made for it."""
+    """Raise `InvalidCall` for a misspelt option before a flow run is created."""
     more = {"shards", *named_parameters(model.prompt_func)}
     check_spelling(options, predict_in_db, model.sampling_target(), more)
 
@@ -136,9 +166,23 @@ def validated(
     db: Datalayer | str | None,
     **options: Any,
 ) -> ValidationReport:
-    """`validate` on `target`. Raises as it does, `GateFailed` not."""
-    told = payload.validation_parameter(validation or model.validation)
-    call = {"work": "validation", "validation": told, "options": options}
+    """Run `vllm_tasks.validation.run.validate` on a work pool.
+
+    Args:
+        target: The deployment whose flow run does the work.
+        model: The model; its `metric_values` are updated.
+        validation: Data sets, metrics and limits; the model's own when None.
+        db: As for `validate`.
+        **options: The other arguments of `validate`.
+
+    Returns:
+        The report, whether the model is within its limits or not.
+
+    Raises:
+        VllmTasksError: As `validate` raises it.
+    """
+    parameter = payload.validation_parameter(validation or model.validation)
+    call = {"work": "validation", "validation": parameter, "options": options}
     part = Part(f"validate {model.identifier}", parameters(call, model, datalayer_of(db, model)))
     (outcome,) = Runs(target, [part], repeatable=True).outcomes()
     report: ValidationReport = payload.value_of(outcome)
@@ -149,60 +193,75 @@ def validated(
 def parameters(
     call: Parameters, model: Model, db: Datalayer | None, source: Datalayer | None = None
 ) -> Parameters:
-    """Of the thin flow. All but references is one text: Prefect takes a JSON Schema's `$ref` for a block."""
+    """The parameters of the thin flow: references to blocks, and all else as one JSON text.
+
+    It is a text because Prefect would take the `$ref` of a JSON Schema for a block.
+    """
     references: Parameters = {}
-    for name, told in (
+    for name, parameter in (
         ("model", payload.model_parameter(model)),
         ("db", payload.db_parameter(db)),
         ("source", payload.db_parameter(source)),
     ):
-        if told is not None and "$ref" in told:
-            references[name] = told
+        if parameter is not None and "$ref" in parameter:
+            references[name] = parameter
         else:
-            call = {**call, name: told}
+            call = {**call, name: parameter}
     call["kind"] = type(model).__name__
     try:
         text = json.dumps(call, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise InvalidCall(f"what travels to another flow run must be plain data (JSON): {error}") from error
+        raise InvalidCall(
+            f"the arguments of a step on a work pool must be plain data (JSON): {error}"
+        ) from error
     _check_size(text, call)
     return {"call": text, **references}
 
 
 def _check_size(text: str, call: Parameters) -> None:
     """Raise `InvalidCall` for parameters that Prefect's server would refuse."""
-    size, most = len(json.dumps(text)) + OF_A_PARAMETER, get_current_settings().server.api.max_parameter_size
-    if size <= most:
+    most = get_current_settings().server.api.max_parameter_size
+    if (size := len(json.dumps(text)) + PARAMETER_OVERHEAD) <= most:
         return
     parts = {**call.get("options", {}), **{n: v for n, v in call.items() if n != "options"}}
     largest = max(parts, key=lambda name: len(json.dumps(parts[name])))
     raise InvalidCall(
-        f"the call has {size:,} bytes, most of them {largest!r}, and the parameters of a flow run on a work "
-        f"pool may have {most:,} (PREFECT_SERVER_API_MAX_PARAMETER_SIZE): keep it where the step runs, such "
-        "as ids in a table that the SELECT joins, or a context in an artifact's file"
+        f"the call has {size:,} bytes, most of them in {largest!r}, and the parameters of a flow run on a "
+        f"work pool may have {most:,} (PREFECT_SERVER_API_MAX_PARAMETER_SIZE): keep that argument where the "
+        "step runs, such as ids in a table that the SELECT joins, or a context in an artifact's file"
     )
 
 
 def check_shards(
     shards: int, target: Target | None, limit: int | None, shard: tuple[int, int] | None
 ) -> None:
-    """Raises `InvalidCall` for no number of shards, no pool for them, and what is of a whole run."""
-    if type(shards) is not int or not 1 <= shards <= MOST_SHARDS:
-        raise InvalidCall(f"shards={shards!r} must be a whole number from 1 to {MOST_SHARDS}")
+    """Check the argument `shards` of `predict_in_db`.
+
+    Args:
+        shards: The number of flow runs.
+        target: Where the step runs; None for here.
+        limit: The argument `limit`, which shards exclude.
+        shard: The argument `shard`, which shards exclude.
+
+    Raises:
+        InvalidCall: `shards` is out of range, there is no work pool, or `limit` or `shard` is set.
+    """
+    if type(shards) is not int or not 1 <= shards <= MAX_SHARDS:
+        raise InvalidCall(f"shards={shards!r} must be a whole number from 1 to {MAX_SHARDS}")
     if shards == 1:
         return
     if target is None:
         raise InvalidCall(
-            f"shards={shards} are flow runs on a work pool, and the model names none: compute_kwargs="
+            f"shards={shards} are flow runs on a work pool, and the model names none: set compute_kwargs="
             "{'work_pool': NAME}, or VLLM_TASKS_GPU_WORK_POOL for local models; a flow run that is on that "
-            "pool already makes none"
+            "pool already starts no others"
         )
     if limit is not None or shard is not None:
-        raise InvalidCall("shards spread a whole table: leave out limit, which tries a few rows, and shard")
+        raise InvalidCall("shards cover a complete table: leave out limit, which tries a few rows, and shard")
 
 
-def _together(outcomes: Sequence[str], max_failed: float | int | None, began: float) -> Report:
-    """One report of all; the first failure among them is raised, `TooManyFailed` with all reports."""
+def _merged(outcomes: Sequence[str], max_failed: float | int | None, began: float) -> Report:
+    """One report of all. The first error among them is raised; a `TooManyFailed` has the merged report."""
     reports, failure = [], None
     for outcome in filter(None, outcomes):
         try:

@@ -1,4 +1,4 @@
-"""A Prefect server that is away for a while, as in an update, ends no step."""
+"""The grace period for a Prefect server that is down for a while, as in an update: no step fails for it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 GRACE_PERIOD = 300.0
-"""Seconds that Prefect's server may be away when a flow run is to be made, or tells what became of it."""
+"""Seconds that Prefect's server may be down when a flow run is to be created or to report its outcome."""
 TRY_EVERY = 2.0
+"""Seconds between two attempts."""
 
 
 def within_grace_period(work: Callable[[], T]) -> T:
-    """`work()`, again while nobody answers for Prefect; its client itself waits for a server that it has met.
+    """Return `work()`, repeated while Prefect's server cannot be reached.
 
-    `work` may have been done when its answer is lost: doing it again must do no harm.
+    `work` must be safe to repeat: its response may be lost after the server has done it. Prefect's own client
+    retries only once it has reached the server.
     """
     until = time.monotonic() + GRACE_PERIOD
     while True:
@@ -31,5 +33,5 @@ def within_grace_period(work: Callable[[], T]) -> T:
             refused = isinstance(error, httpx.HTTPStatusError) and not error.response.is_server_error
             if refused or time.monotonic() > until:
                 raise
-            logger.warning("Prefect's server does not answer, and is waited for: %s", error or repr(error))
+            logger.warning("Prefect's server does not respond; trying again: %s", error or repr(error))
             time.sleep(TRY_EVERY)

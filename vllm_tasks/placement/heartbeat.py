@@ -1,7 +1,7 @@
-"""The working side: the heartbeat of a flow run that works for a step elsewhere, and what became of it.
+"""The working side: the heartbeat and the outcome of a flow run that works for a step elsewhere.
 
-Both are in one artifact of the flow run, without a key, so that nothing but Prefect's server has to be seen
-by both sides. The clock of a sign is the side that waits: it looks whether the count has moved.
+Both are in one artifact of the flow run, without a key, so that the two sides need only Prefect's server in
+common. A heartbeat is a count: the waiting side checks by its own clock whether it has changed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _current: ContextVar[Heartbeat | None] = ContextVar("heartbeat", default=None)
 
 
 class Heartbeat:
-    """Of the flow run `run`: a beat every `every` seconds, then its outcome."""
+    """A thread that writes a heartbeat for the flow run `run` every `every` seconds, and then its outcome."""
 
     def __init__(self, run: UUID, every: float) -> None:
         self._run = run
@@ -44,17 +44,24 @@ class Heartbeat:
 
     @classmethod
     def current(cls) -> Heartbeat | None:
-        """That of the flow run that this is called in, if it works for a step elsewhere."""
+        """Return the heartbeat of the current flow run, or None if it does not work for a step elsewhere."""
         return _current.get()
 
     def progress(self, progress: Progress) -> None:
-        """What the next beat tells."""
+        """Set the progress that the next heartbeat reports."""
         self._progress = progress
 
     def settle(self, outcome: str) -> None:
-        """Tell what became of the step; raises where Prefect's server stays away."""
+        """Stop the heartbeat and write the outcome in its place.
+
+        Args:
+            outcome: The outcome of the step, as `payload.outcome_of` or `outcome_of_error` returns it.
+
+        Raises:
+            httpx.HTTPError: Prefect's server stays away for longer than the grace period, or refuses.
+        """
         self._stop()
-        within_grace_period(lambda: self._tell({"outcome": outcome}))
+        within_grace_period(lambda: self._write({"outcome": outcome}))
 
     def __enter__(self) -> Self:
         self._artifact = within_grace_period(self._create)
@@ -82,33 +89,41 @@ class Heartbeat:
         while not self._ended.wait(self._every):
             beat += 1
             done = self._progress
-            told = (
+            progress = (
                 None
                 if done is None
                 else [done.to_process, done.succeeded, done.failed, done.tokens, done.seconds]
             )
             try:
-                self._tell({"beat": beat, "progress": told})
+                self._write({"beat": beat, "progress": progress})
             except (httpx.HTTPError, PrefectException) as error:
-                logger.warning("no heartbeat could be sent: %s", error)
+                logger.warning("the heartbeat could not be sent: %s", error)
 
-    def _tell(self, data: dict[str, Any]) -> None:
+    def _write(self, data: dict[str, Any]) -> None:
         assert self._artifact is not None
         with get_client(sync_client=True) as client:
             client.update_artifact(self._artifact, ArtifactUpdate(data=data))
 
 
-def told_by(client: SyncPrefectClient, runs: Sequence[UUID]) -> dict[UUID, dict[str, Any]]:
-    """What the heartbeats of these flow runs tell."""
+def read_heartbeats(client: SyncPrefectClient, runs: Sequence[UUID]) -> dict[UUID, dict[str, Any]]:
+    """Read the heartbeats or outcomes of flow runs.
+
+    Args:
+        client: A client of Prefect's server.
+        runs: Ids of the flow runs.
+
+    Returns:
+        The artifacts' data by flow run; a run that has written nothing yet is left out.
+    """
     wanted = ArtifactFilter.model_validate({"flow_run_id": {"any_": runs}, "type": {"any_": [KIND]}})
-    told: dict[UUID, dict[str, Any]] = {}
+    found: dict[UUID, dict[str, Any]] = {}
     for artifact in client.read_artifacts(artifact_filter=wanted):
         assert artifact.flow_run_id is not None
         assert isinstance(artifact.data, dict)
-        # One that was made twice, because the first answer was lost, beats in one place only.
-        told[artifact.flow_run_id] = max(told.get(artifact.flow_run_id, {}), artifact.data, key=_latest)
-    return told
+        # Where the response to its creation was lost, a run has two artifacts, and updates only one of them.
+        found[artifact.flow_run_id] = max(found.get(artifact.flow_run_id, {}), artifact.data, key=_latest)
+    return found
 
 
-def _latest(told: dict[str, Any]) -> tuple[bool, int]:
-    return "outcome" in told, told.get("beat", 0)
+def _latest(data: dict[str, Any]) -> tuple[bool, int]:
+    return "outcome" in data, data.get("beat", 0)

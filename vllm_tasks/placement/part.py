@@ -13,22 +13,25 @@ from prefect.client.schemas.objects import State, StateType
 from vllm_tasks.placement import payload
 from vllm_tasks.tables.report import Progress
 
-LAST_WORDS = 30.0
-"""Seconds for a run to end that has told its outcome: its machine may have died with it."""
+END_TIMEOUT = 30.0
+"""Seconds for a run to end after it has reported its outcome: its machine may have died in between."""
 
 
 class Stage(Enum):
-    """How far a part is: by what its run has told, for it may die between that and its end; else by state."""
+    """How far a part is. An outcome that its run has reported counts before the run's state in Prefect.
+
+    A run may die after it has reported its outcome.
+    """
 
     NEW = "it has no run yet"
     QUEUED = "no worker has taken its run"
-    STARTING = "a worker makes the job of its run"
+    STARTING = "a worker creates the job of its run"
     WORKING = "its run works"
-    HELD = "its run is paused, or is to end early"
-    TOLD = "its run has told the outcome, and is about to end"
+    HELD = "its run is paused or being cancelled"
+    REPORTED = "its run has reported the outcome and is about to end"
     DONE = "its work is done"
-    FAILED = "its work has failed, or was cancelled"
-    DIED = "its run ended without a word"
+    FAILED = "its work has failed or was cancelled"
+    DIED = "its run ended without an outcome"
 
 
 BY_STATE = {
@@ -42,7 +45,7 @@ BY_STATE = {
     StateType.CANCELLED: Stage.FAILED,
     StateType.CRASHED: Stage.DIED,
 }
-"""The stage of a part that has told no outcome, by Prefect's state of its run."""
+"""The stage of a part whose run has reported no outcome, by the run's state in Prefect."""
 LOST = {Stage.FAILED, Stage.DIED}
 ENDED = {Stage.DONE, *LOST}
 
@@ -56,40 +59,47 @@ class Part:
     run: UUID | None = None
     deaths: int = 0
     state: State[Any] | None = None
-    sign: Any = None
+    heartbeat: Any = None
+    """The type of the state and the count of the heartbeat, when they were last read."""
     since: float = 0.0
-    """When `sign` was seen first."""
+    """When `heartbeat` changed last, by the monotonic clock."""
     progress: Progress | None = None
     outcome: str | None = None
-    told_late: bool = False
+    warned_late: bool = False
     dropped: bool = False
-    """Its run was cancelled by us, because another part has failed."""
+    """We have cancelled its run, because another part has failed."""
 
-    def see(self, state: State[Any] | None, told: dict[str, Any]) -> None:
-        """How its run is now, and what its heartbeat tells."""
+    def update(self, state: State[Any] | None, data: dict[str, Any]) -> None:
+        """Take over what was read of its run.
+
+        Args:
+            state: The run's state in Prefect.
+            data: The data of its heartbeat.
+        """
         self.state = state
-        self.outcome = told.get("outcome")
-        if told.get("progress"):
-            self.progress = Progress(*told["progress"])
-        if (sign := (state and state.type, told.get("beat"))) != self.sign:
-            self.sign, self.since = sign, time.monotonic()
+        self.outcome = data.get("outcome")
+        if data.get("progress"):
+            self.progress = Progress(*data["progress"])
+        if (heartbeat := (state and state.type, data.get("beat"))) != self.heartbeat:
+            self.heartbeat, self.since = heartbeat, time.monotonic()
 
     @property
     def stage(self) -> Stage:
+        """How far the part is now."""
         if self.state is None:
             return Stage.NEW
         if self.outcome is None:
             return BY_STATE[self.state.type]
-        if not self.state.is_final() and self.silent <= LAST_WORDS:
-            return Stage.TOLD
+        if not self.state.is_final() and self.unchanged_for <= END_TIMEOUT:
+            return Stage.REPORTED
         return Stage.FAILED if payload.has_failed(self.outcome) else Stage.DONE
 
     @property
     def ended(self) -> bool:
-        """Whether no more comes of it."""
+        """Whether its run, as far as we wait for it, has ended."""
         return self.stage in ENDED
 
     @property
-    def silent(self) -> float:
-        """Seconds since its run has changed in any way."""
+    def unchanged_for(self) -> float:
+        """Seconds since its state or heartbeat last changed."""
         return time.monotonic() - self.since

@@ -1,7 +1,7 @@
-"""How a step travels to another flow run and its outcome back: block references, or data without secrets.
+"""The payload of a step that runs in another flow run: block references, or data without secrets.
 
-An outcome is JSON text; nothing is pickled. Rows and their answers are too much for parameters and artifacts
-(see `vllm_tasks.placement.storage`).
+The outcome that comes back is JSON text; nothing is pickled. Rows and answers are too large for parameters
+and artifacts (see `vllm_tasks.placement.storage`).
 """
 
 from __future__ import annotations
@@ -31,17 +31,24 @@ Model = VllmAPI | VllmModel
 Parameters = dict[str, Any]
 
 SECRET_ARGUMENTS = ("hf_token",)
-"""Of vLLM's engine arguments."""
+"""The engine arguments of vLLM that are secrets."""
 
 
 # ---------------------------------------------------------------------- the call
 
 
 def model_parameter(model: Model) -> Parameters:
-    """`model` without its datalayer, which travels by itself.
+    """Return a model as parameters of a flow run, without its datalayer, which has a parameter of its own.
 
-    A saved block that is as it was saved travels as a reference. Raises `InvalidCall` for one that is not
-    and has a secret or a function that cannot be imported: parameters of flow runs are readable.
+    Args:
+        model: The model.
+
+    Returns:
+        A reference to its block if it is unchanged since it was saved, else its fields.
+
+    Raises:
+        InvalidCall: The fields hold a secret, since parameters of flow runs are readable by others, or a
+            function that cannot be imported.
     """
     if (reference := _reference(model)) is not None:
         return reference
@@ -49,7 +56,7 @@ def model_parameter(model: Model) -> Parameters:
     if secrets:
         raise InvalidCall(
             f"{model.identifier!r} has {', '.join(secrets)}, which would be readable in the parameters of "
-            "the flow run that it travels to: save the model as a block and load it, model.save(NAME)"
+            "the flow run on the work pool: save the model as a block, model.save(NAME), and load it"
         )
     model._check_portable()
     without = {"db", "metric_values", "block_type_slug"}
@@ -57,7 +64,7 @@ def model_parameter(model: Model) -> Parameters:
 
 
 def _secrets(model: Model) -> list[str]:
-    """The fields of `model` that hold a key or a password, or may."""
+    """The fields of `model` that hold, or may hold, a key or a password."""
     found = [
         f"artifacts[{name!r}]" for name, artifact in model.artifacts.items() if _has_secret(artifact.uri)
     ]
@@ -70,7 +77,17 @@ def _secrets(model: Model) -> list[str]:
 
 
 def db_parameter(db: Datalayer | str | None) -> Parameters | None:
-    """A datalayer as a reference, or as its URL where no secret is in it; local paths become absolute."""
+    """Return a datalayer as parameters of a flow run.
+
+    Args:
+        db: The datalayer or its URL; None for none.
+
+    Returns:
+        A reference to its block if it is unchanged since it was saved, else its URL, with a full path.
+
+    Raises:
+        InvalidCall: The URL holds a secret, or the saved block has a relative path.
+    """
     if db is None:
         return None
     url = os.fspath(db) if not isinstance(db, Datalayer) else db.url.get_secret_value().strip()
@@ -78,27 +95,37 @@ def db_parameter(db: Datalayer | str | None) -> Parameters | None:
         _, path = path_of(url)
         if path and not os.path.isabs(path):
             raise InvalidCall(
-                f"the saved datalayer is in {path!r}, which is another folder where a worker runs: save it "
+                f"the saved datalayer is in {path!r}, which is another folder for a worker: save it "
                 f"with the full path, such as {os.path.abspath(path)!r}"
             )
         return reference
     if _has_secret(url):
         raise InvalidCall(
             "the datalayer's url has a password or a query, which would be readable in the parameters of the "
-            "flow run that it travels to: save the Datalayer as a block and load it, db.save(NAME)"
+            "flow run on the work pool: save the Datalayer as a block, db.save(NAME), and load it"
         )
-    told: Parameters = {"url": _absolute(url)}
-    return {**told, "read": db.read} if isinstance(db, Datalayer) and db.read else told
+    fields: Parameters = {"url": _absolute(url)}
+    return {**fields, "read": db.read} if isinstance(db, Datalayer) and db.read else fields
 
 
 def validation_parameter(validation: Validation | None) -> Parameters | None:
-    """Raises `InvalidCall` for a judge that is not saved."""
+    """Return a validation as parameters of a flow run.
+
+    Args:
+        validation: The validation; None for none.
+
+    Returns:
+        Its fields.
+
+    Raises:
+        InvalidCall: It has a judge that is not saved.
+    """
     if validation is None:
         return None
     if unsaved := [metric.identifier for metric in validation.metrics if metric.unsaved]:
         raise InvalidCall(
-            f"the metric {unsaved[0]!r} is judged by a model that is not saved, and cannot travel: save "
-            "it, and give options={'model': 'vllm-api/NAME'}"
+            f"the metric {unsaved[0]!r} is judged by a model that is not saved, which cannot be sent to a "
+            "work pool: save it, and give options={'model': 'vllm-api/NAME'}"
         )
     return validation.model_dump(mode="json")
 
@@ -127,13 +154,20 @@ def _has_secret(url: str) -> bool:
 
 
 def _absolute(url: str) -> str:
-    """A worker runs in another folder."""
+    """`url` with a full path, since a worker runs in another folder."""
     before, path = path_of(url)
     return before + os.path.abspath(path) if path else url
 
 
 def path_of(url: str) -> tuple[str, str]:
-    """The path of a lake in a folder or of a SQLite file, and what is before it; "" elsewhere."""
+    """Split the URL of a datalayer before its local path.
+
+    Args:
+        url: The URL.
+
+    Returns:
+        The part before the path, and the path of a lake in a folder or of a SQLite file, else "".
+    """
     scheme, _, path = url.partition(":///")
     if scheme == "sqlite":
         return f"{scheme}:///", os.path.expanduser(path)
@@ -151,7 +185,14 @@ ERRORS = {
 
 
 def outcome_of(value: Any) -> str:
-    """What a step gave, a report or a text, as JSON."""
+    """Return the result of a step as JSON.
+
+    Args:
+        value: A report, or the path of answers in the result storage.
+
+    Returns:
+        The outcome; the reasons of failed rows in it hold no contents of rows.
+    """
     if isinstance(value, str):
         return json.dumps({"text": value})
     if isinstance(value, Report):  # artifacts are for more people than the tables
@@ -160,52 +201,70 @@ def outcome_of(value: Any) -> str:
     return json.dumps({type(value).__name__: dataclasses.asdict(value)}, default=str)
 
 
-def outcome_of_error(error: VllmTasksError, answered: str | None = None) -> str:
-    """Why a step failed, as JSON; with its report where it has one, or the place of what was `answered`."""
-    told: Parameters = {"error": type(error).__name__, "message": str(error), "repeatable": error.repeatable}
-    if answered is not None:
-        told["answered"] = answered
+def outcome_of_error(error: VllmTasksError, answers: str | None = None) -> str:
+    """Return the error of a step as JSON, with its report if it has one.
+
+    Args:
+        error: The error.
+        answers: The path of the answers before the error in the result storage; None without any.
+
+    Returns:
+        The outcome.
+    """
+    data: Parameters = {"error": type(error).__name__, "message": str(error), "repeatable": error.repeatable}
+    if answers is not None:
+        data["answered"] = answers
     if isinstance(error, EngineFailed):
-        told["temporary"] = error.temporary
+        data["temporary"] = error.temporary
     if (report := getattr(error, "report", None)) is not None:
-        told["report"] = outcome_of(report)
-    return json.dumps(told)
+        data["report"] = outcome_of(report)
+    return json.dumps(data)
 
 
 def value_of(outcome: str) -> Any:
-    """The report or text of an outcome; raises the error that it tells of."""
-    (name, told), *more = json.loads(outcome).items()
+    """Return the report or text of an outcome.
+
+    Args:
+        outcome: What `outcome_of` or `outcome_of_error` returned.
+
+    Returns:
+        The report or text.
+
+    Raises:
+        VllmTasksError: The outcome is an error.
+    """
+    (name, value), *more = json.loads(outcome).items()
     if name == "error":
-        raise _error_of(told, dict(more))
-    return told if name == "text" else _read(REPORTS[name], json.dumps(told))
+        raise _error_of(value, dict(more))
+    return value if name == "text" else _read(REPORTS[name], json.dumps(value))
 
 
 def has_failed(outcome: str) -> bool:
-    """Whether `value_of` raises."""
+    """Return whether the outcome is an error, which `value_of` raises."""
     return "error" in json.loads(outcome)
 
 
-def answered_in(outcome: str) -> str | None:
-    """The place of the answers to rows, of all of them or of those before an error; None without any."""
-    told = json.loads(outcome)
-    place: str | None = told.get("text") or told.get("answered")
-    return place
+def answers_path(outcome: str) -> str | None:
+    """Return the path of the answers in the result storage, also of those before an error; None if none."""
+    data = json.loads(outcome)
+    path: str | None = data.get("text") or data.get("answered")
+    return path
 
 
-def _error_of(name: str, told: Parameters) -> VllmTasksError:
-    kind = ERRORS.get(name, VllmTasksError)  # of another version, perhaps
-    if "report" in told:
-        error = kind(told["message"], value_of(told["report"]))
-    elif "temporary" in told:
-        error = EngineFailed(told["message"], told["temporary"])
+def _error_of(name: str, data: Parameters) -> VllmTasksError:
+    kind = ERRORS.get(name, VllmTasksError)  # the worker may have another version of this package
+    if "report" in data:
+        error = kind(data["message"], value_of(data["report"]))
+    elif "temporary" in data:
+        error = EngineFailed(data["message"], data["temporary"])
     else:
-        error = kind(told["message"])
-    error.repeatable = False  # the flow run that it comes from has tried again already
+        error = kind(data["message"])
+    error.repeatable = False  # the flow run that raised it has retried already
     return error
 
 
 def _read(kind: type[Any], text: str) -> Any:
-    # Named in annotations of the reports, which do not import them.
+    # The annotations of the reports name these types without importing them.
     from vllm_tasks.metrics.measure import Confusion  # noqa: F401
     from vllm_tasks.validation.statistics import Paired  # noqa: F401
 
@@ -216,11 +275,11 @@ def _read(kind: type[Any], text: str) -> Any:
 
 
 def results_of(content: Sequence[Any]) -> list[Result | None]:
-    """Answers and errors of rows as `results_as_data` gave them."""
+    """Return the answers and errors that `results_as_data` has made JSON data of."""
     answers = TypeAdapter(Completion), TypeAdapter(RowError)
     return [each and answers["kind" in each].validate_python(each) for each in content]
 
 
 def results_as_data(results: Sequence[Result | None]) -> list[Any]:
-    """Answers and errors of rows as JSON data; None for a row that has neither."""
+    """Return answers and errors of rows as JSON data, in the same order; None for a row that has neither."""
     return [result and dataclasses.asdict(result) for result in results]

@@ -1,7 +1,7 @@
-"""The waiting side: flow runs that work for one step, watched until all have ended.
+"""The waiting side: the flow runs that work for one step, watched until all have ended.
 
-One that dies is made again: a run that Prefect calls crashed, or that has given no sign of life for too long
-(its worker died with it, and nobody else will tell). A rerun over a table goes on where the dead one stopped.
+A run that dies is restarted: Prefect reports it as crashed, or it has sent no heartbeat for too long (if its
+worker died with it, nobody else reports the death). A restarted run over a table resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from prefect.states import Cancelling, Crashed
 from vllm_tasks.engines.stopping import raise_if_stopped
 from vllm_tasks.errors import EngineFailed
 from vllm_tasks.placement.grace import within_grace_period
-from vllm_tasks.placement.heartbeat import told_by
+from vllm_tasks.placement.heartbeat import read_heartbeats
 from vllm_tasks.placement.part import LOST, Part, Stage
 from vllm_tasks.placement.target import Target
 from vllm_tasks.settings import site_settings
@@ -38,23 +38,23 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Shown = Callable[[Progress], None]
-"""Called at each look at the flow runs with their progress, as far as they tell."""
+OnProgress = Callable[[Progress], None]
+"""Called at each poll of the flow runs, with the progress that they have reported."""
 
-LOOKED_EVERY = 1.0
-"""Seconds between two looks."""
-DEATHS = 3
-"""A part whose flow runs died so many times is not made again."""
+POLL_INTERVAL = 1.0
+"""Seconds between two polls."""
+MAX_DEATHS = 3
+"""A part whose flow runs have died this many times is not restarted."""
 LATE = 60.0
-"""Seconds after which it is said that no worker takes a run."""
-BEATS = 6
-"""Signs of life within the time of silence after which a run counts as dead."""
-SEEN_AT_ONCE = 100
-"""Runs that are asked for in one request; Prefect's server refuses to give more than 200."""
-STARTED_WITHIN = 10.0
-"""Seconds for a run that is just being made when the step is interrupted: it has to be cancelled, too."""
-CANCELLED_WITHIN = 30.0
-"""Seconds that runs get to commit what is finished, when another one has failed."""
+"""Seconds without a worker for a run after which a warning is logged."""
+HEARTBEATS = 6
+"""Heartbeats that a run sends within the timeout after which it counts as dead."""
+RUNS_PER_REQUEST = 100
+"""Runs that one request reads; Prefect's server returns at most 200."""
+START_TIMEOUT = 10.0
+"""Seconds for a run that is being created when the step is interrupted: it has to be cancelled, too."""
+CANCEL_TIMEOUT = 30.0
+"""Seconds in which runs commit what is finished, when another one has failed."""
 
 
 @dataclass(eq=False)
@@ -64,26 +64,32 @@ class Runs:
     target: Target
     parts: Sequence[Part]
     repeatable: bool
-    """Whether a part whose run died may be done again."""
-    shown: Shown = lambda _: None
-    _silence: float = field(default_factory=lambda: site_settings().silence)
-    _is_seen: bool = True
-    """Whether the last look saw anything."""
+    """Whether a part whose run died may be restarted."""
+    on_progress: OnProgress = lambda _: None
+    _heartbeat_timeout: float = field(default_factory=lambda: site_settings().silence)
+    _is_reachable: bool = True
+    """Whether Prefect's server responded to the last poll."""
 
     def outcomes(self) -> list[str]:
-        """What became of each part, in order; see `payload.value_of`.
+        """Run all parts at once and wait for them.
 
-        When one fails, the others are cancelled, commit what is finished, and may have no outcome (""). When
-        this is interrupted, all are cancelled. Raises `EngineFailed` for a part that never came to an end.
+        When a part fails, the others are cancelled; they commit what is finished. On an interrupt, all are
+        cancelled.
+
+        Returns:
+            The outcome of each part, in order, for `payload.value_of`; "" for a cancelled part without one.
+
+        Raises:
+            EngineFailed: The run of a part has failed without an outcome, or has died too often.
         """
         try:
             for part in self.parts:
                 self._start(part)
             while not all(part.ended for part in self.parts):
-                time.sleep(LOOKED_EVERY)
+                time.sleep(POLL_INTERVAL)
                 raise_if_stopped()
-                self._look()
-                self.shown(self._progress())
+                self._poll()
+                self.on_progress(self._progress())
                 if any(part.stage in LOST for part in self.parts):
                     self._end_others()
                     break
@@ -95,22 +101,22 @@ class Runs:
     # ------------------------------------------------------------------ start and end
 
     def _start(self, part: Part) -> None:
-        parameters = {**part.parameters, "heartbeat_interval": self._silence / BEATS}
-        make = partial(
+        parameters = {**part.parameters, "heartbeat_interval": self._heartbeat_timeout / HEARTBEATS}
+        create = partial(
             run_deployment,
             name=self.target.deployment,
             parameters=parameters,
             job_variables=self.target.job_variables,
             flow_run_name=part.name,
             work_queue_name=self.target.queue,
-            idempotency_key=str(uuid4()),  # asked twice, Prefect makes one run
+            idempotency_key=str(uuid4()),  # so that a repeated request creates no second run
             timeout=0,
         )
 
         def start() -> None:
-            run = make()
+            run = create()
             assert isinstance(run, FlowRun)
-            part.run, part.state, part.sign, part.since = run.id, run.state, None, time.monotonic()
+            part.run, part.state, part.heartbeat, part.since = run.id, run.state, None, time.monotonic()
 
         within_grace_period(partial(outside_of_loops, start))
         logger.info("%s: flow run %s on the work pool %r", part.name, part.run, self.target.pool)
@@ -119,10 +125,10 @@ class Runs:
         for part in self.parts:
             part.dropped = not part.ended
         self._cancel()
-        until = time.monotonic() + CANCELLED_WITHIN
+        until = time.monotonic() + CANCEL_TIMEOUT
         while not all(part.ended for part in self.parts) and time.monotonic() < until:
-            time.sleep(LOOKED_EVERY)
-            self._look(rerun=False)
+            time.sleep(POLL_INTERVAL)
+            self._poll(restart=False)
 
     def _cancel(self) -> None:
         with get_client(sync_client=True) as client:
@@ -135,69 +141,80 @@ class Runs:
             return part.outcome
         if part.dropped:
             return ""
-        raise EngineFailed(f"the flow run {part.name!r} ({part.run}) has failed: {_words(part.state)}")
+        raise EngineFailed(f"the flow run {part.name!r} ({part.run}) has failed: {_reason(part.state)}")
 
-    # ------------------------------------------------------------------ looks
+    # ------------------------------------------------------------------ polls
 
-    def _look(self, *, rerun: bool = True) -> None:
-        """See how all are; a Prefect server that is away for a while is waited for."""
+    def _poll(self, *, restart: bool = True) -> None:
+        """Update all parts that have not ended; while Prefect's server is down, none counts as dead."""
         open_parts = {part.run: part for part in self.parts if part.run is not None and not part.ended}
         try:
             with get_client(sync_client=True) as client:
-                self._see(client, open_parts)
+                self._update(client, open_parts)
         except (httpx.HTTPError, PrefectException) as error:
-            if self._is_seen:
-                logger.warning("the flow runs of this step cannot be seen, until Prefect answers: %s", error)
-            self._is_seen = False
+            if self._is_reachable:
+                logger.warning(
+                    "Prefect's server does not report the flow runs of this step; waiting: %s", error
+                )
+            self._is_reachable = False
             for part in open_parts.values():
                 part.since = time.monotonic()
             return
-        self._is_seen = True
+        self._is_reachable = True
         for part in open_parts.values():
-            if rerun:
-                self._bury(part)
-            self._tell_late(part)
+            if restart:
+                self._restart_dead(part)
+            self._warn_late(part)
 
-    def _see(self, client: SyncPrefectClient, parts: dict[UUID, Part]) -> None:
+    def _update(self, client: SyncPrefectClient, parts: dict[UUID, Part]) -> None:
         ids = list(parts)
-        for first in range(0, len(ids), SEEN_AT_ONCE):
-            some = ids[first : first + SEEN_AT_ONCE]
+        for first in range(0, len(ids), RUNS_PER_REQUEST):
+            some = ids[first : first + RUNS_PER_REQUEST]
+            # A run reports its outcome before it ends. If its state were read last, it could end in between
+            # and seem to have no outcome.
             states = _states(client, some)
-            told = told_by(client, some)  # later than the states: a run tells its outcome before it ends
+            heartbeats = read_heartbeats(client, some)
             for run in some:
-                parts[run].see(states.get(run, Crashed(message="It was deleted.")), told.get(run, {}))
+                state = states.get(run, Crashed(message="It was deleted."))
+                parts[run].update(state, heartbeats.get(run, {}))
 
-    def _bury(self, part: Part) -> None:
-        """Make a part again whose run is dead."""
-        limits = {Stage.WORKING: self._silence, Stage.STARTING: site_settings().engine_start_timeout}
-        # A job that is being made, of a large image perhaps, gives no sign.
-        if part.silent > limits.get(part.stage, math.inf):
+    def _restart_dead(self, part: Part) -> None:
+        """Restart a part whose run is dead.
+
+        A run that only looks dead and its successor process some rows twice; each key still has one output.
+        """
+        # While a job is being created, perhaps from a large image, there is no heartbeat.
+        limits = {
+            Stage.WORKING: self._heartbeat_timeout,
+            Stage.STARTING: site_settings().engine_start_timeout,
+        }
+        if part.unchanged_for > limits.get(part.stage, math.inf):
             assert part.run is not None
-            logger.warning("%s: no sign of life for %.0f s", part.name, part.silent)
-            part.state = Crashed(message=f"It gave no sign of life for {part.silent:.0f} s.")
+            logger.warning("%s: no heartbeat for %.0f s", part.name, part.unchanged_for)
+            part.state = Crashed(message=f"It sent no heartbeat for {part.unchanged_for:.0f} s.")
             with get_client(sync_client=True) as client:
                 _set_state(client, part.run, part.state)
         if part.stage is Stage.DIED:
             part.deaths += 1
-            if self.repeatable and part.deaths < DEATHS:
-                logger.warning("%s died (%s) and is run again", part.name, _words(part.state))
+            if self.repeatable and part.deaths < MAX_DEATHS:
+                logger.warning("%s died (%s) and is restarted", part.name, _reason(part.state))
                 self._start(part)
 
-    def _tell_late(self, part: Part) -> None:
-        if part.stage is Stage.QUEUED and part.silent > LATE and not part.told_late:
-            part.told_late = True
+    def _warn_late(self, part: Part) -> None:
+        if part.stage is Stage.QUEUED and part.unchanged_for > LATE and not part.warned_late:
+            part.warned_late = True
             logger.warning(
-                "%s waits for a worker since %.0f s: prefect worker start --pool %r",
-                part.name, part.silent, self.target.pool,
+                "%s has waited %.0f s for a worker; start one: prefect worker start --pool %r",
+                part.name, part.unchanged_for, self.target.pool,
             )  # fmt: skip
 
     def _progress(self) -> Progress:
-        """Of all parts together, as far as they tell."""
-        told = [part.progress for part in self.parts if part.progress]
-        return Progress.of_parts(told, complete=len(told) == len(self.parts))
+        """The progress of all parts together, as far as they have reported it."""
+        reported = [part.progress for part in self.parts if part.progress]
+        return Progress.of_parts(reported, complete=len(reported) == len(self.parts))
 
 
-def _words(state: State[Any] | None) -> str:
+def _reason(state: State[Any] | None) -> str:
     return (state and (state.message or state.name)) or "no reason was given"
 
 
@@ -205,9 +222,9 @@ def _set_state(client: SyncPrefectClient, run: UUID, state: State[Any]) -> None:
     try:
         client.set_flow_run_state(run, state, force=state.is_crashed())
     except ObjectNotFound:
-        logger.warning("the flow run %s is gone", run)
+        logger.warning("the flow run %s was deleted", run)
     except (httpx.HTTPError, PrefectException) as error:
-        logger.warning("the flow run %s could not be told: %s", run, error)
+        logger.warning("the state of the flow run %s could not be set to %s: %s", run, state.name, error)
 
 
 def _states(client: SyncPrefectClient, runs: Sequence[UUID]) -> dict[UUID, State[Any] | None]:
@@ -216,13 +233,14 @@ def _states(client: SyncPrefectClient, runs: Sequence[UUID]) -> dict[UUID, State
 
 
 def outside_of_loops(work: Callable[[], T]) -> T:
-    """`work()` in a thread with this context: what is called in a running loop becomes a coroutine there.
+    """Return `work()`, called in a thread with this context: in a running loop it would return a coroutine.
 
-    An interrupt of the waiting thread waits a little for what is being done.
+    On an interrupt, `work` has `START_TIMEOUT` seconds to finish: otherwise nobody would know of the flow run
+    that it creates, and cancel it.
     """
     found: list[T] = []
     failed: list[BaseException] = []
-    finished = threading.Event()  # an interrupted join would take the thread for ended
+    finished = threading.Event()  # not Thread.join: an interrupted join would take the thread for ended
 
     def do() -> None:
         try:
@@ -236,7 +254,7 @@ def outside_of_loops(work: Callable[[], T]) -> T:
     try:
         finished.wait()
     except BaseException:
-        finished.wait(STARTED_WITHIN)
+        finished.wait(START_TIMEOUT)
         raise
     if failed:
         raise failed[0]

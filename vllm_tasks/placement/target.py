@@ -1,4 +1,4 @@
-"""Where a step runs: here, or as a flow run on the work pool that the model's hints or the settings name."""
+"""The target of a step: none if it runs here, or a work pool that the model's hints or the settings name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEP = "vllm-step"
 """The flow that is deployed on each pool (`vllm_tasks.pools.step`); the deployment has the pool's name."""
 
 MADE_FOR = "PREFECT__FLOW_RUN_ID"
-"""Prefect's name of the variable by which a worker tells a process for which flow run it is."""
+"""Prefect's environment variable that names the flow run for which a worker has started this process."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,24 @@ class Target:
 
 
 def target_of(model: VllmAPI | VllmModel) -> Target | None:
-    """Where a step with `model` goes, None for here; also where this flow run is on that pool already.
+    """Find the work pool for the steps of a model.
 
-    Raises `InvalidCall` for a pool or deployment that is not there, and for hints that the pool would drop.
+    Args:
+        model: The model, with its hints.
+
+    Returns:
+        The deployment to run a step, or None to run it here: no pool is named, or this flow run is on it.
+
+    Raises:
+        InvalidCall: The pool or the deployment does not exist, or the pool would drop one of the hints.
     """
     resources = model.resources()
     pool = resources.work_pool or (site_settings().gpu_work_pool if isinstance(model, VllmModel) else "")
     name = resources.deployment or (pool and f"{STEP}/{pool}")
     if not name and resources.work_queue:
         raise InvalidCall(
-            f"compute_kwargs has work_queue={resources.work_queue!r} and no work pool of which it is: give "
-            "work_pool, too"
+            f"compute_kwargs has work_queue={resources.work_queue!r} without the work pool of that "
+            "queue: give work_pool, too"
         )
     if not name or pool in (own := _own_pools()):
         return None
@@ -62,7 +69,7 @@ def target_of(model: VllmAPI | VllmModel) -> Target | None:
 
 
 def _own_pools() -> set[str | None]:
-    """The pool of the flow run that this is called in, and of the one for which a worker made this process.
+    """The pools of the current flow run, and of the run for which a worker has started this process.
 
     They differ in a subflow, which has no pool of its own.
     """
@@ -77,7 +84,7 @@ def _pool_of(flow_run: str) -> str | None:
     with get_client(sync_client=True) as client:
         try:
             return client.read_flow_run(UUID(flow_run)).work_pool_name
-        except ObjectNotFound:  # of another Prefect server
+        except ObjectNotFound:  # the run is on another Prefect server
             return None
 
 

@@ -1,8 +1,8 @@
-"""Work pools for models, and what belongs to them; made or brought up to date by one call.
+"""Work pools for models, with their limits, deployments and automations; one call makes or updates them.
 
-`python -m vllm_tasks.pools` makes a pool for servers and CPUs, and one for GPUs. To each belong the
-deployment of the step that routed models run in, and an automation that ends runs whose process died;
-to that for GPUs a limit with one slot a GPU. All of it is found again by its name.
+`python -m vllm_tasks.pools` makes a pool for servers and CPUs, and one for GPUs. Each has the deployment of
+the step that routed models run in, and an automation that ends runs whose process died. The pool for GPUs
+also has a limit with one slot per GPU. A second call finds all of them by their names.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TAG = "vllm-tasks"
 
 @dataclass(frozen=True)
 class Pool:
-    """A pool to be made. `gpus`: slots of its limit; None: it has no limit."""
+    """A pool to be made. `gpus` is the number of slots of its limit; with None it has no limit."""
 
     name: str
     type: PoolType
@@ -57,45 +57,63 @@ class Pool:
         if self.image and self.type == "process":
             raise InvalidCall(
                 f"the pool {self.name!r} of type 'process' starts no images, and got {self.image!r}; choose "
-                "the type docker or kubernetes, or leave the image out"
+                "the type docker or kubernetes, or leave out the image"
             )
 
     @property
     def limit(self) -> str:
-        """Name of the global concurrency limit with one slot for each GPU of the pool."""
+        """The name of the global concurrency limit with one slot for each GPU of the pool."""
         return f"vllm-gpus:{self.name}"
 
 
 def make(*pools: Pool, change_slots: bool = False) -> list[str]:
-    """Make the pools or bring them up to date, and tell what is there; a second call changes nothing.
+    """Make the pools or bring them up to date. A second call changes nothing.
 
-    What was set as a default of a pool by others stays. The slots of a limit that is there change only with
-    `change_slots`. Raises `InvalidCall` for a pool that is there and has another type.
+    Defaults that others have set for a pool stay.
+
+    Args:
+        *pools: The pools.
+        change_slots: Also change the number of slots of a limit that exists.
+
+    Returns:
+        Lines of text that list what exists now.
+
+    Raises:
+        InvalidCall: A pool exists with another type.
     """
     for block in BLOCKS:
         block.register_type_and_schema()
-    told = [f"block types {', '.join(block.get_block_type_slug() for block in BLOCKS)}"]
+    lines = [f"block types {', '.join(block.get_block_type_slug() for block in BLOCKS)}"]
     with get_client(sync_client=True) as client:
         for pool in pools:
             _make_pool(client, pool)
-            told.append(f"work pool {pool.name!r}, type {pool.type}")
+            lines.append(f"work pool {pool.name!r}, type {pool.type}")
             if pool.gpus is not None:
                 slots = _make_limit(client, pool.limit, pool.gpus, change_slots)
-                told.append(f"  limit {pool.limit!r}, slots for GPUs: {slots}")
+                lines.append(f"  limit {pool.limit!r}, slots for GPUs: {slots}")
             _make_automation(client, _crash_the_dead(pool.name))
             _deploy_step(pool.name)
-            told.append(f"  deployment {steps.step.name}/{pool.name}, and an automation for runs that die")
-    return told
+            lines.append(f"  deployment {steps.step.name}/{pool.name}, and an automation for runs that die")
+    return lines
 
 
 def template(pool: Pool) -> dict[str, Any]:
-    """The base job template of a pool, which declares what `Resources.job_variables` may set."""
+    """Return the base job template of a pool.
+
+    Args:
+        pool: The pool.
+
+    Returns:
+        The template; it declares the variables that `Resources.job_variables` may set.
+    """
     text = files(__name__).joinpath(f"{pool.type}.json").read_text()
     made: dict[str, Any] = json.loads(text)
     declared = made["variables"]["properties"]
     if pool.gpus is not None:
         declared["env"]["default"]["VLLM_TASKS_GPU_SLOTS"] = pool.limit
-        if pool.type != "kubernetes":  # which hands out devices itself; also to flows that are deployed there
+        if (
+            pool.type != "kubernetes"
+        ):  # Kubernetes hands out devices itself, to other flows on the pool as well
             declared["env"]["default"]["VLLM_TASKS_GPUS"] = "1"
     if pool.image:
         declared["image"]["default"] = pool.image
@@ -112,7 +130,7 @@ def _make_pool(client: SyncPrefectClient, pool: Pool) -> None:
         return
     if there.type != pool.type:
         raise InvalidCall(
-            f"the work pool {pool.name!r} is there with type {there.type!r}, not {pool.type!r}, and a pool "
+            f"the work pool {pool.name!r} exists with type {there.type!r}, not {pool.type!r}, and a pool "
             "keeps its type: give another name, or delete it first (prefect work-pool delete)"
         )
     _keep_defaults(wanted, there.base_job_template, pool)
@@ -121,7 +139,7 @@ def _make_pool(client: SyncPrefectClient, pool: Pool) -> None:
 
 
 def _keep_defaults(wanted: dict[str, Any], there: dict[str, Any], pool: Pool) -> None:
-    """Put the defaults of the pool that is there into the template that is wanted."""
+    """Copy the defaults of the existing pool into the template that it is to have."""
     old = there.get("variables", {}).get("properties", {})
     for name, variable in wanted["variables"]["properties"].items():
         default = old.get(name, {}).get("default")
@@ -132,7 +150,7 @@ def _keep_defaults(wanted: dict[str, Any], there: dict[str, Any], pool: Pool) ->
 
 
 def _make_limit(client: SyncPrefectClient, name: str, slots: int, change: bool) -> int:
-    """The slots that the limit has now."""
+    """Make the limit or change it, and return the number of slots that it has now."""
     try:
         there = client.read_global_concurrency_limit_by_name(name)
     except ObjectNotFound:
@@ -145,9 +163,9 @@ def _make_limit(client: SyncPrefectClient, name: str, slots: int, change: bool) 
 
 
 def _crash_the_dead(pool: str) -> AutomationCore:
-    """What Prefect's documentation gives against zombie runs, for the runs of one pool.
+    """The automation against zombie runs from Prefect's documentation, for the runs of one pool.
 
-    Only for those, because others may send their heartbeats less often.
+    It covers no other runs, because these may send heartbeats less often.
     """
     return AutomationCore(
         name=f"{pool}: runs whose process died are Crashed",
@@ -168,7 +186,7 @@ def _crash_the_dead(pool: str) -> AutomationCore:
             ChangeFlowRunState(
                 name=None,
                 state=StateType.CRASHED,
-                message=f"no heartbeat for {DEAD_AFTER.seconds} s: its process is taken for dead",
+                message=f"no heartbeat for {DEAD_AFTER.seconds} s: its process counts as dead",
                 force=False,
             )
         ],
@@ -184,7 +202,7 @@ def _make_automation(client: SyncPrefectClient, wanted: AutomationCore) -> None:
 
 
 def _deploy_step(pool: str) -> None:
-    """The step is found in the installed package, so that workers need no files of it."""
+    """Deploy the step by its module in the installed package, so that workers need no files of it."""
     deployment = RunnerDeployment.from_flow(
         steps.step, pool, work_pool_name=pool, entrypoint_type=EntrypointType.MODULE_PATH, tags=[TAG]
     )

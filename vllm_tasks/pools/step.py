@@ -1,9 +1,9 @@
-"""The thin flow that is deployed on each work pool, and does there what a step elsewhere asks for.
+"""The thin flow that is deployed on each work pool and works there for a step elsewhere.
 
-`make pools` deploys it. It is made for `vllm_tasks.placement`, not for people: its one argument is JSON.
+`make pools` deploys it. `vllm_tasks.placement` runs it, not people: its main argument is JSON.
 """
 
-# Without `from __future__ import annotations`: the process of a deployed run cannot resolve texts for types.
+# Without `from __future__ import annotations`: the process of a deployed run cannot resolve type names.
 import json
 from typing import Any
 
@@ -35,38 +35,38 @@ def step(
     """Do a part of a step that was called in another flow run.
 
     Args:
-        call: What to do, as JSON.
-        model: A saved block; empty: in the call.
-        db: A saved block; empty: in the call, if it needs one.
-        source: Likewise, where rows are read elsewhere than in `db`.
+        call: The work, as JSON.
+        model: A saved block; empty: the call has the model's fields.
+        db: A saved block; empty: the call has the datalayer, if it needs one.
+        source: A saved block; empty: the call has the datalayer that rows are read from, if it is not `db`.
         heartbeat_interval: Seconds between two heartbeats.
     """
-    told = json.loads(call)
+    work = json.loads(call)
     context = FlowRunContext.get()
     assert context is not None
     assert context.flow_run is not None
     with Heartbeat(context.flow_run.id, heartbeat_interval) as heartbeat:
         try:
-            model = model or MODELS[told["kind"]](**told["model"])
-            db = db or (Datalayer(**told["db"]) if told.get("db") else None)
-            source = source or (Datalayer(**told["source"]) if told.get("source") else None)
+            model = model or MODELS[work["kind"]](**work["model"])
+            db = db or (Datalayer(**work["db"]) if work.get("db") else None)
+            source = source or (Datalayer(**work["source"]) if work.get("source") else None)
             if source is not None:
-                told["options"]["source"] = source
-            outcome = payload.outcome_of(WORKS[told["work"]](told, model, db))
+                work["options"]["source"] = source
+            outcome = payload.outcome_of(WORKS[work["work"]](work, model, db))
         except VllmTasksError as error:
-            heartbeat.settle(payload.outcome_of_error(error, _answered(error, told["work"])))
+            heartbeat.settle(payload.outcome_of_error(error, _answers_path(error, work["work"])))
             raise
         heartbeat.settle(outcome)
 
 
-def _answered(error: VllmTasksError, work: str) -> str | None:
-    """The place of the answers before `error`; those of a table are committed."""
+def _answers_path(error: VllmTasksError, work: str) -> str | None:
+    """The path of the answers before `error` in the result storage; a table's answers are committed."""
     return storage.store(payload.results_as_data(error.results)) if work == "rows" and error.results else None
 
 
-def rows(told: dict[str, Any], model: VllmAPI | VllmModel, _: Datalayer | None) -> str:
-    """Answer finished prompts; gives the place of the answers in the result storage."""
-    content = storage.stored(told["rows"])
+def rows(work: dict[str, Any], model: VllmAPI | VllmModel, _: Datalayer | None) -> str:
+    """Process finished prompts and return the path of the answers in the result storage."""
+    content = storage.load(work["rows"])
     prompts, sampling = content["prompts"], content["sampling"]
     config, target = model.engine_config(), model.sampling_target()
     chat = of_call(model.chat, target, sampling)
@@ -77,17 +77,17 @@ def rows(told: dict[str, Any], model: VllmAPI | VllmModel, _: Datalayer | None) 
     return storage.store(payload.results_as_data(results))
 
 
-def table(told: dict[str, Any], model: VllmAPI | VllmModel, db: Datalayer | None) -> Any:
-    """Rows of a table, or of one of its shards."""
-    return tasks.predict_in_db(model, told["X"], told["select"], db=db, **told["options"])
+def table(work: dict[str, Any], model: VllmAPI | VllmModel, db: Datalayer | None) -> Any:
+    """Process the rows of a table, or of one of its shards, and return the report."""
+    return tasks.predict_in_db(model, work["X"], work["select"], db=db, **work["options"])
 
 
-def validation(told: dict[str, Any], model: VllmAPI | VllmModel, db: Datalayer | None) -> Any:
-    """A validation. Its verdict is no failure of this run: it is told where the validation was called."""
+def validation(work: dict[str, Any], model: VllmAPI | VllmModel, db: Datalayer | None) -> Any:
+    """Validate and return the report. The gate fails the run that called the step, not this one."""
     from vllm_tasks.validation import Validation
 
-    chosen = told["validation"] and Validation(**told["validation"])
-    return tasks.found(model, chosen, db=db, **told["options"])
+    chosen = work["validation"] and Validation(**work["validation"])
+    return tasks.found(model, chosen, db=db, **work["options"])
 
 
 WORKS = {"rows": rows, "table": table, "validation": validation}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from vllm_tasks.artifacts import code, markdown_table, only_shown, slug, words
+from vllm_tasks.artifacts import code, markdown_table, slug, warn_if_not_displayed, words
 from vllm_tasks.calls.plain_text import plain_text
 from vllm_tasks.metrics.measure import Confusion
 from vllm_tasks.validation.picture import Panel, Point, Row, compare_svg, histories_svg, markdown_image
@@ -41,7 +41,7 @@ def show(report: ValidationReport) -> None:
     for dataset in report.datasets:
         name = slug(f"{report.model}-{dataset.dataset}")
         passed = "passed" if not dataset.reasons else "failed: " + "; ".join(dataset.reasons)
-        with only_shown("the validation"):
+        with warn_if_not_displayed("the validation"):
             create_table_artifact(table_of(dataset), f"{name}-metrics", f"{report.model} {passed}")
             create_markdown_artifact(markdown_of(report.model, dataset), f"{name}-validation", passed)
 
@@ -49,7 +49,7 @@ def show(report: ValidationReport) -> None:
 def show_comparison(comparison: Comparison) -> None:
     """An artifact, `comparison-<models>`, with a table and a picture for each data set and metric."""
     name = slug(f"comparison-{'-'.join(comparison.models)}")[:200].strip("-")
-    with only_shown("the comparison"):
+    with warn_if_not_displayed("the comparison"):
         create_markdown_artifact(markdown_of_comparison(comparison), name, str(comparison)[:500])
 
 
