@@ -48,7 +48,7 @@ def drawn(bar: Bar, y: float, scale: float) -> list[str]:
     name, startup, seconds = bar
     middle, end = LEFT + startup * scale, LEFT + (startup + seconds) * scale
     return [
-        svg.write(LEFT - 12, y + 4, svg.cut(name, 13, LEFT - 30), kind="n", anchor="end"),
+        svg.write(LEFT - 12, y + 4, svg.shortened(name, 13, LEFT - 30), kind="n", anchor="end"),
         f'<path stroke="#9aa0ae" style="stroke-linecap:butt" stroke-width="{THICK:g}" '
         f'd="M{svg.px(LEFT)} {svg.px(y)}H{svg.px(middle)}"/>',
         f'<path class="{"f" if name in OURS else "p"}" style="stroke-linecap:butt" '
