@@ -1,4 +1,4 @@
-"""One picture: the seconds that each side takes for the short answers, start-up and work apart."""
+"""A picture of the seconds that each side takes for the short answers, with start-up and work separate."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ LEFT, RIGHT = 300.0, 670.0
 TOP, STEP, THICK = 58.0, 26.0, 12.0
 
 Bar = tuple[str, float, float]
-"""A side, its seconds of start-up and of work."""
+"""A side's name, its seconds of start-up, and its seconds of work."""
 
 
 def draw(fields: Sequence[Field]) -> str | None:
-    """The picture as SVG; None where no short answers were measured."""
+    """The picture as SVG; None if no short answers were measured."""
     bars = [bar for field in fields for bar in bars_of(field)]
     if not bars:
         return None
     longest = max(startup + seconds for _, startup, seconds in bars)
     parts = [
         svg.write(20, 26, "Seconds for the short answers", kind="t"),
-        svg.write(20, 44, "grey: start-up (of a client without its server's), colour: work; ours in orange"),
+        svg.write(
+            20, 44, "grey: start-up (for a client, without the server's); colour: work; ours in orange"
+        ),
     ]
     for number, bar in enumerate(bars):
         parts += drawn(bar, TOP + STEP * number + STEP / 2, (RIGHT - LEFT) / longest)

@@ -160,7 +160,7 @@ def values(place: Place) -> list[dict[str, Any]]:
         ({"metrics": [{"identifier": "exact_match", "options": {"normalise": []}}]}, "did you mean 'normal"),
         ({"metrics": [{"identifier": "exact_match", "options": {"delimiter": ""}}]}, "no option 'delimiter'"),
         ({"thresholds": {"exact_mach": 1.0}}, "did you mean 'exact_match'"),
-        ({"thresholds": {"other/exact_match": 1.0}}, "no metric of this validation"),
+        ({"thresholds": {"other/exact_match": 1.0}}, "not a metric of this validation"),
         ({"thresholds": {"exact_match": math.nan}}, "finite number"),
         ({"max_regression": {"exact_match": -0.1}}, "a drop is 0 or more"),
         (
