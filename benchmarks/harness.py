@@ -103,7 +103,7 @@ class Harness:
                 start_new_session=True,  # Ctrl-C reaches only the benchmark
             )
         try:
-            self._line()  # it is ready
+            self._line()  # waits for `ready`
         except BaseException:
             self._process.kill()
             raise
@@ -114,7 +114,7 @@ class Harness:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._process.terminate()  # it may be in the middle of a run
+            self._process.terminate()  # SIGTERM, since it may be in the middle of a run
         self._process.communicate(timeout=GRACE)  # this closes its input, and the process ends
         self._scratch.cleanup()
 

@@ -95,9 +95,8 @@ class Limited:
 
     def done(self, connection: LimitedConnection) -> None:
         self.working -= 1
-        if (
-            connection in self.connections and not self.is_deaf
-        ):  # else its client has left, as after a timeout
+        # A client that has left, for example after a timeout, gets no response.
+        if connection in self.connections and not self.is_deaf:
             connection.transport.write(RESPONSE)
             self.seen.completed.append(time.monotonic())
         if self.limits.outage and not self.seen.back and len(self.seen.completed) >= self.limits.outage_after:

@@ -87,7 +87,7 @@ class Record:
 
 
 def measure(options: Options) -> Iterator[str]:
-    """Two lines; writes the part `Long run` of the results."""
+    """One line for each part of the run; writes the part `Long run` of the results."""
     file = options.samples or Path(tempfile.gettempdir()) / "vllm-tasks-long-run.jsonl"
     try:
         if options.minutes:
@@ -146,7 +146,7 @@ def over_engine(record: Record, work: Path, minutes: float) -> None:
     """Run one engine after the other until the time is over."""
     from vllm_tasks import VllmModel
 
-    with Child(tiny_model, work / "model") as making:  # torch stays out of this process
+    with Child(tiny_model, work / "model") as making:  # in a child, so that torch is not imported here
         name: str = making.ready
     model = VllmModel(identifier="tiny", model_name=name, vllm_kwargs=ENGINE, predict_kwargs=SAMPLING)
     write_rows(work, BATCH)

@@ -74,10 +74,10 @@ def measure_engines(field: Field, after_each: Callable[[], None]) -> list[Ending
 
 @contextmanager
 def clients_of_one_server(plan: Plan, arguments: dict[str, Any]) -> Iterator[Field]:
-    """Clients of a vLLM server, all with the same rows in flight, one client at a time.
+    """Clients of a vLLM server, all with the same number of rows in flight; one works at a time.
 
-    The server does not cache prefixes, for all clients send the same prompts, and it takes a chat message
-    as the prompt that it is, for some clients know only those.
+    The server does not cache prefixes, since all clients send the same prompts. Its chat template returns a
+    message unchanged, since some clients send only chat messages.
     """
     if not any(map(plan.has_side, ALL_CLIENTS)):
         yield Field(CLIENTS, plan, ExitStack())

@@ -83,7 +83,7 @@ def reference_of(sides: dict[str, list[Measured]], against: str = "") -> str:
     for name in (own_engine.BATCHES, clients.OURS):
         if name in sides:
             return name
-    return next(iter(sides))  # `--only` left ours out
+    return next(iter(sides))  # `--only` excludes our side
 
 
 def line(

@@ -51,10 +51,10 @@ def interrupted(
 ) -> str | None:
     """The latest run over these rows that has answers (under this fingerprint) but no record, and is recent
     enough to resume."""
-    answered = runs_with_answers(home, predict_id, dataset_hash, fingerprint)
+    found = runs_with_answers(home, predict_id, dataset_hash, fingerprint)
     recorded = {record.answers for record in records_of(home, model, dataset)}
     young = datetime.now(UTC) - RESUMED_WITHIN
-    return max((r for r in answered - recorded if began(r) > young), key=began, default=None)
+    return max((r for r in found - recorded if began(r) > young), key=began, default=None)
 
 
 def runs_with_answers(home: Tables, predict_id: str, dataset_hash: str, fingerprint: str) -> set[str]:

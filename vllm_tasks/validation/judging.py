@@ -106,7 +106,7 @@ class Judging:
         sign, best = (1, measure.range[1]) if measure.higher_is_better else (-1, measure.range[0])
         wrong = [row for row, score in now.scores.items() if score != best]
         wrong.sort(key=lambda row: (sign * now.scores[row], row))
-        said = {answer.row: _said(answer) for answer in answers}
+        texts = {answer.row: _answer_or_error(answer) for answer in answers}
         return [
             WorstRow(
                 row=row,
@@ -114,7 +114,7 @@ class Judging:
                 score=now.scores[row],
                 inputs=self.snapshot.cases[row].inputs,
                 target=self.snapshot.cases[row].target,
-                said=said[row],
+                said=texts[row],
             )
             for row in wrong[: self.validation.rows_shown]
         ]
@@ -141,12 +141,12 @@ class Judging:
                 is_win=gains[row] > 0,
                 inputs=self.snapshot.cases[row].inputs,
                 target=self.snapshot.cases[row].target,
-                said_before=_said(before[row]),
-                said_after=_said(after[row]),
+                said_before=_answer_or_error(before[row]),
+                said_after=_answer_or_error(after[row]),
             )
             for row in (*regressed, *improved)
         ]
 
 
-def _said(answer: Answer) -> object:
+def _answer_or_error(answer: Answer) -> object:
     return answer.prediction if answer.error is None else answer.error

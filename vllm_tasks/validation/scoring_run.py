@@ -83,7 +83,7 @@ def _chosen(validation: Validation, names: Sequence[str] | None) -> list[Dataset
     for name in names or ():
         if name not in by_name:
             raise InvalidCall(
-                f"the validation has no data set {name!r}{near(name, by_name)}; it has {list(by_name)}"
+                f"the validation has no dataset {name!r}{near(name, by_name)}; it has {list(by_name)}"
             )
     return [by_name[name] for name in dict.fromkeys(names)] if names is not None else validation.datasets
 
