@@ -29,7 +29,7 @@ from vllm_tasks.validation.statistics import Paired
 RUNS_SHOWN = 60
 """Runs in the picture. Under each date are the first digits of the rows' hash, which show if rows changed."""
 CLASSES_SHOWN = 20
-"""Classes in a confusion table, the largest first."""
+"""Classes in a confusion table: the largest ones, in the order of their labels."""
 WORST = "row", "score", "input", "expected", "answer"
 CHANGED = "row", "score", "input", "expected", "answer before", "answer now"
 TEXT_SHOWN = 200
