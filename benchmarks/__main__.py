@@ -1,4 +1,4 @@
-"""`python -m benchmarks [P1 ...]`: one line for each measure, `P<n> <value> <what>`."""
+"""`python -m benchmarks [P1 ...]`: prints one line for each figure, `P<n> <value> <what>`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from benchmarks import (
     p11,
     p11_shards,
     results,
-    rivals,
     same,
     window,
+    writers,
 )
 from benchmarks.options import parse
 
@@ -43,7 +43,7 @@ MEASURES = {
     "P10": p10.measure,
     "P11": p11.measure,
     "P11-SHARDS": p11_shards.measure,
-    "RIVALS": rivals.measure,
+    "WRITERS": writers.measure,
     "WINDOW": window.measure,
     "OVERLOAD": overload.measure,
     "LONG-RUN": long_run.measure,
@@ -51,8 +51,8 @@ MEASURES = {
 
 
 def main() -> None:
-    """Measure what was asked for; an interrupt or an order to end closes all children first."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
+    """Run the requested measures; SIGINT and SIGTERM close all child processes first."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options = parse(sys.argv[1:], tuple(MEASURES))
     results.commit()

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI server with the permission to use AMX in all its processes (see `permit_amx`).
+"""vLLM's OpenAI server, with AMX permitted in all its processes (see `permit_amx`).
 
 python -m benchmarks.api_server --model ...
 """
@@ -7,7 +7,7 @@ import runpy
 
 from vllm_tasks.engines.session import permit_amx
 
-permit_amx()  # in the processes that vLLM spawns, too: they import this main module
+permit_amx()  # also in the processes that vLLM spawns, because they import this main module
 
 if __name__ == "__main__":
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")

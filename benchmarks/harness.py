@@ -1,11 +1,11 @@
 """The reference of PARITY and P10: lm-evaluation-harness, in a process and an environment of its own.
 
-Its `local-completions` asks a server over HTTP and needs neither torch nor a tokenizer for answers that are
-texts; nothing comes from a hub. Per row it sends
+Its `local-completions` sends requests over HTTP and needs neither torch nor a tokenizer for answers that are
+texts; it downloads nothing. For each row it sends
 
     {"prompt", "model", "max_tokens", "temperature", "stop", "seed"}
 
-where `max_tokens` is the task's `max_gen_toks`, `stop` its `until`, and `seed` 1234 where none is given.
+where `max_tokens` is the task's `max_gen_toks`, `stop` its `until`, and `seed` 1234 by default.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ CHILD = Path(__file__).with_name("lm_eval_child.py")
 TASK = "gsm8k_rows"
 METRIC = "exact_match"
 GRACE = 10.0
-"""Seconds for it to end in order."""
+"""Seconds in which it may end by itself."""
 LOG_TAIL = 4000
 """Bytes of its log that an error shows."""
 
 
 @dataclass(frozen=True)
-class Marked:
-    """A row as it was answered and marked; `extracted` as the marker spells it, empty where it found none."""
+class ScoredRow:
+    """A row's answer and score; `extracted` is the number that the filter found, empty if there is none."""
 
     answer: str
     extracted: str
@@ -47,19 +47,19 @@ class Marked:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run: seconds from the order to the value, and by filter the value and the rows in their order."""
+    """A run: seconds until the value is known, and for each filter the value and the rows in order."""
 
     seconds: float
     values: dict[str, float]
-    rows: dict[str, list[Marked]]
+    rows: dict[str, list[ScoredRow]]
 
 
 class HarnessFailed(Exception):
-    """lm-evaluation-harness ended before it had a value."""
+    """lm-evaluation-harness ended before it returned a value."""
 
 
 def interpreter() -> Path:
-    """The Python that has lm-evaluation-harness; its environment is made at first use, in seconds."""
+    """The Python that has lm-evaluation-harness; the first call creates its environment, in seconds."""
     ready = ENVIRONMENT / ".ready"
     if not ready.exists() or ready.stat().st_mtime < CONSTRAINTS.stat().st_mtime:
         into = ("--python", str(ENVIRONMENT), "--constraints", str(CONSTRAINTS))
@@ -70,9 +70,10 @@ def interpreter() -> Path:
 
 
 class Harness:
-    """lm-evaluation-harness with one task over `rows`; `task` is what the task file adds to them.
+    """lm-evaluation-harness with one task over `rows`; `task` has the other fields of the task file.
 
-    It stays resident, for its imports may take longer than a run: `startup` says how many seconds they took.
+    The process stays resident, since its imports may take longer than a run; `startup` is their time in
+    seconds.
     """
 
     startup: float
@@ -84,7 +85,7 @@ class Harness:
         data.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
         source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}}
         file = {"task": TASK, **source, "test_split": "test", "num_fewshot": 0, **task}
-        # JSON is YAML, too.
+        # JSON is valid YAML.
         (self._folder / f"{TASK}.yaml").write_text(json.dumps(file), encoding="utf-8")
 
     def __enter__(self) -> Self:
@@ -99,10 +100,10 @@ class Harness:
                 stderr=log,
                 text=True,
                 env={**os.environ, **offline},
-                start_new_session=True,  # Ctrl-C reaches the benchmark only
+                start_new_session=True,  # Ctrl-C reaches only the benchmark
             )
         try:
-            self._line()  # it is ready
+            self._line()  # waits for `ready`
         except BaseException:
             self._process.kill()
             raise
@@ -113,12 +114,12 @@ class Harness:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._process.terminate()  # it may be in the middle of a run
-        self._process.communicate(timeout=GRACE)  # its input ends, and with it the process
+            self._process.terminate()  # SIGTERM, since it may be in the middle of a run
+        self._process.communicate(timeout=GRACE)  # this closes its input, and the process ends
         self._scratch.cleanup()
 
     def run(self, url: str, model: str, concurrency: int) -> Outcome:
-        """Ask the server at `url`, one prompt per request and `concurrency` requests in flight."""
+        """Evaluate with the server at `url`: one prompt per request, `concurrency` requests in flight."""
         assert self._process.stdin is not None
         model_args = {
             "model": model,
@@ -130,7 +131,7 @@ class Harness:
         order = {"task": TASK, "metric": METRIC, "model_args": model_args}
         print(json.dumps(order), file=self._process.stdin, flush=True)
         found = json.loads(self._line())
-        rows = {name: [Marked(*row) for row in marked] for name, marked in found["rows"].items()}
+        rows = {name: [ScoredRow(*row) for row in scored] for name, scored in found["rows"].items()}
         return Outcome(found["seconds"], found["values"], rows)
 
     def _line(self) -> str:
@@ -138,5 +139,5 @@ class Harness:
         line = self._process.stdout.readline()
         if not line:
             tail = (self._folder / "log").read_bytes()[-LOG_TAIL:].decode(errors="replace")
-            raise HarnessFailed(f"lm-evaluation-harness ended; its last words:\n{tail}")
+            raise HarnessFailed(f"lm-evaluation-harness ended; the end of its log:\n{tail}")
         return line

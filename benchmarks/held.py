@@ -1,4 +1,4 @@
-"""What this process holds of the machine, and whether it holds more and more of it."""
+"""The resources that this process holds, and whether they grow."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ from vllm_tasks.engines import loop
 
 MIB = 2**20
 UNFINISHED = ["SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING"]
-"""Prefect's types of states that a run is not to stay in."""
+"""Prefect's state types in which a run must not stay."""
 ENGINE = "engine, MiB"
-"""Resident in all processes of the engine, which begins anew with each start."""
+"""Resident memory of all processes of the engine; it starts from 0 with each engine."""
 DELTA = "threads of deltalake"
-"""Of its runtime, tokio: as many as files were open at once, at most; each ends after 10 idle seconds."""
+"""Threads of deltalake's runtime (tokio), at most one for each file open at once; each ends after 10 s
+idle."""
 IDLE = 12.0
-"""Seconds after which they are gone."""
+"""Seconds after which these threads have ended."""
 SLACK = {"process, MiB": 0.02, ENGINE: 0.02, "objects of Python": 0.01}
-"""By how much of it a resource may grow in the second half without being called a leak; all others by less
-than one."""
+"""The fraction by which a resource may grow in the second half without counting as a leak; the others may
+grow by less than one."""
 MOST_PAIRS = 20_000
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What is held after so many `calls` and `rows`, `life` being the number of engines started so far.
+    """The resources held after some `calls` and `rows`; `life` is the number of engines started so far.
 
-    `seconds` are of the wall since the beginning; `cpu` and `engine_cpu` CPU seconds of this process and of
-    the present engine; `failed` counts calls that raised.
+    `seconds` is the wall time since the beginning. `cpu` and `engine_cpu` are CPU seconds of this process and
+    of the current engine. `failed` counts the calls that raised.
     """
 
     part: str
@@ -55,20 +56,20 @@ class Sample:
 
 
 def engine_processes() -> list[psutil.Process]:
-    """The hosts of engines that this process has started, and what they have."""
+    """The hosts of engines that this process has started, and their descendants."""
     hosts = [child for child in psutil.Process().children() if "host.py" in " ".join(child.cmdline())]
     return hosts + [process for host in hosts for process in host.children(recursive=True)]
 
 
 def cpu_of(processes: Sequence[psutil.Process]) -> float:
-    """CPU seconds of processes so far."""
+    """The CPU seconds that processes have used so far."""
     return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
 
 def held(scratch: Path) -> dict[str, float]:
-    """By its name, how much there is of each resource; `scratch` is where temporary files go.
+    """The amount of each resource by name; `scratch` is the folder for temporary files.
 
-    Garbage is collected and glibc's free memory given back first, or both would look like growth.
+    Garbage is collected and glibc's free memory is returned first, since both would look like growth.
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -92,7 +93,7 @@ def held(scratch: Path) -> dict[str, float]:
 
 
 def descriptors_now() -> list[str]:
-    """The open file descriptors, without the one that the look itself needs."""
+    """The open file descriptors, without the one that listing them needs."""
     return [fd for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")]
 
 
@@ -101,7 +102,7 @@ async def tasks_on_loop() -> int:
 
 
 def unfinished_runs() -> int:
-    """Flow and task runs that Prefect's server does not know the end of."""
+    """The number of flow and task runs that are not finished on Prefect's server."""
     found = 0
     for kind in ("flow_runs", "task_runs"):
         wanted = {kind: {"state": {"type": {"any_": UNFINISHED}}}}
@@ -111,7 +112,7 @@ def unfinished_runs() -> int:
 
 
 def slope(points: Sequence[tuple[float, float, int]]) -> float:
-    """Of `(x, y, group)`: the median of dy/dx over pairs of one group (Theil 1950, Sen 1968)."""
+    """The median of dy/dx over pairs of points `(x, y, group)` of one group (Theil 1950, Sen 1968)."""
     pairs = [
         (b[1] - a[1]) / (b[0] - a[0])
         for a, b in itertools.combinations(points, 2)
@@ -123,9 +124,9 @@ def slope(points: Sequence[tuple[float, float, int]]) -> float:
 
 
 def growth(samples: Sequence[Sample], name: str, unit: str) -> float:
-    """How much a resource grows for each `unit` (calls or rows), in the second half.
+    """The growth of a resource for each `unit` (calls or rows), in the second half.
 
-    The engine's memory is compared within the second halves of its lives only.
+    The engine's memory is compared only within the second half of each engine's life.
     """
     if name != ENGINE:
         half = samples[len(samples) // 2 :]
@@ -138,7 +139,7 @@ def growth(samples: Sequence[Sample], name: str, unit: str) -> float:
 
 
 def verdict(samples: Sequence[Sample], name: str, unit: str) -> str:
-    """Whether the second half's growth, were it all of this slope, is more than its slack."""
+    """Whether the growth over the second half, at this slope, exceeds the slack."""
     if name == DELTA:
         return "ends when idle"
     half = samples[len(samples) // 2 :]
@@ -148,7 +149,7 @@ def verdict(samples: Sequence[Sample], name: str, unit: str) -> str:
 
 
 def resources_table(samples: Sequence[Sample], unit: str, per: int) -> str:
-    """A line for each resource: before, after a quarter, the half and all of the work, and closed."""
+    """A line for each resource: before, after a quarter, half and all of the work, and after closing."""
     first, *work, last = samples
     marks = [first, work[len(work) // 4], work[len(work) // 2], work[-1], last]
     lines = [

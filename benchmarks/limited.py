@@ -1,6 +1,6 @@
-"""A scripted server of a known capacity, and what it does with requests beyond it, in a child.
+"""A scripted server of known capacity in a child process, with a behaviour for requests beyond the capacity.
 
-`slots` requests are worked on at once, each for `service` seconds: it can answer `slots / service` a second.
+It works on `slots` requests at once, each for `service` seconds, so it completes `slots / service` a second.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ FINE = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server is able to do, and what it does with more.
+    """A server's capacity, and its behaviour beyond the capacity.
 
-    `beyond`: the status for requests beyond its slots, 0: they wait for one. `retry_after` comes with it:
-    seconds or, as `date`, the HTTP date of two seconds later. After `outage_after` answers it is out for
-    `outage` seconds: it says `outage_status` to all but health checks, 0: it breaks and refuses connections.
-    Before that, it is `deaf` to all requests for some seconds. To request number `hangs` it never answers.
+    `beyond` is the status for requests beyond its slots; with 0 they wait for a slot. `retry_after` is sent
+    with
+    it: seconds or, as `date`, the HTTP date of two seconds later. After `outage_after` completed requests it
+    is out for `outage` seconds: it returns `outage_status` to all but health checks; with 0 it breaks and
+    refuses connections. Before the outage it ignores all requests for `deaf` seconds. It never completes
+    request number `hangs`.
     """
 
     slots: int
@@ -41,25 +43,25 @@ class Limits:
 
     @property
     def capacity(self) -> float:
-        """Answers a second, at most."""
+        """Completed requests a second, at most."""
         return self.slots / self.service
 
 
 @dataclass
 class Seen:
-    """What a server saw: requests for answers, refusals, and when it answered (seconds, any origin).
+    """A server's counts of requests and refusals, and its times of completed requests (seconds, any origin).
 
-    `back` is when the outage ended.
+    `back` is the time at which the outage ended.
     """
 
     requests: int = 0
     refused: int = 0
-    answered: list[float] = field(default_factory=list)
+    completed: list[float] = field(default_factory=list)
     back: float = 0.0
 
 
 class Limited:
-    """The server behind all connections."""
+    """The server that all connections share."""
 
     def __init__(self, limits: Limits, seen: Seen) -> None:
         self.limits, self.seen = limits, seen
@@ -70,7 +72,7 @@ class Limited:
         self.go_out: Callable[[], None] = lambda: None
 
     def take(self, connection: LimitedConnection) -> None:
-        """Work on a request, or let it wait, or refuse it."""
+        """Work on a request, queue it, or refuse it."""
         self.seen.requests += 1
         if self.is_deaf or self.seen.requests == self.limits.hangs:
             return
@@ -93,24 +95,23 @@ class Limited:
 
     def done(self, connection: LimitedConnection) -> None:
         self.working -= 1
-        if (
-            connection in self.connections and not self.is_deaf
-        ):  # else its client has left, as after a timeout
+        # A client that has left, for example after a timeout, gets no response.
+        if connection in self.connections and not self.is_deaf:
             connection.transport.write(RESPONSE)
-            self.seen.answered.append(time.monotonic())
-        if self.limits.outage and not self.seen.back and len(self.seen.answered) >= self.limits.outage_after:
+            self.seen.completed.append(time.monotonic())
+        if self.limits.outage and not self.seen.back and len(self.seen.completed) >= self.limits.outage_after:
             self.seen.back = time.monotonic() + self.limits.deaf + self.limits.outage
             self.go_out()
         while self.queue:
             following = self.queue.popleft()
             if following in self.connections:
-                self.seen.requests -= 1  # it has been counted
+                self.seen.requests -= 1  # it was counted before
                 self.take(following)
                 return
 
 
 class LimitedConnection(Scripted):
-    """One connection: hands whole requests over, one at a time as clients send them."""
+    """One connection: passes complete requests on, one at a time as clients send them."""
 
     def __init__(self, server: Limited) -> None:
         super().__init__(0.0)
@@ -131,7 +132,7 @@ class LimitedConnection(Scripted):
 
 
 def serve(pipe: Connection, limits: Limits) -> None:
-    """Send the server's URL, then what it has `Seen` for every message, until the pipe ends."""
+    """Send the server's URL, then its `Seen` for every message, until the pipe ends."""
     asyncio.run(until_end(pipe, limits))
 
 
@@ -142,10 +143,10 @@ async def until_end(pipe: Connection, limits: Limits) -> None:
     server = Limited(limits, seen)
     kept: set[asyncio.Task[None]] = set()
 
-    def asked() -> None:
+    def report() -> None:
         try:
             pipe.recv()
-            pipe.send(replace(seen, answered=list(seen.answered)))
+            pipe.send(replace(seen, completed=list(seen.completed)))
         except EOFError:
             loop.remove_reader(pipe.fileno())
             ended.set_result(None)
@@ -168,6 +169,6 @@ async def until_end(pipe: Connection, limits: Limits) -> None:
         server.is_out = False
 
     server.go_out = lambda: kept.add(loop.create_task(be_out()))
-    loop.add_reader(pipe.fileno(), asked)
+    loop.add_reader(pipe.fileno(), report)
     pipe.send(f"http://127.0.0.1:{port}")
     await ended

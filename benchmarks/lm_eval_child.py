@@ -1,7 +1,7 @@
-"""lm-evaluation-harness in its own interpreter: one JSON line in for each run, one out for its outcome.
+"""lm-evaluation-harness in its own interpreter: it reads one JSON line for each run and writes one outcome.
 
-Started by `benchmarks.harness`, with a folder of task files, as `python -P lm_eval_child.py FOLDER`. Says
-when it is ready, which is after its imports, and ends with its input.
+`benchmarks.harness` starts it with a folder of task files, as `python -P lm_eval_child.py FOLDER`. It prints
+`ready` after its imports, and ends when its input ends.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
 
 def main(folder: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what it prints itself goes to the log
-    # Without the tasks that come with it, whose index would take it another 6 s.
+    os.dup2(2, 1)  # its own output goes to the log
+    # The index of the tasks that it is installed with would take another 6 s.
     tasks = TaskManager(include_path=folder, include_defaults=False)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
@@ -27,7 +27,7 @@ def main(folder: str) -> None:
 
 
 def run(tasks: Any, task: str, metric: str, model_args: dict[str, Any]) -> dict[str, Any]:
-    """How long it took, the value by filter, and by filter of each row: answer, extracted, score."""
+    """The seconds, the value of each filter, and the rows of each filter: answer, extracted number, score."""
     started = time.perf_counter()
     found = simple_evaluate("local-completions", model_args=model_args, tasks=[task], task_manager=tasks)
     seconds = time.perf_counter() - started

@@ -1,9 +1,9 @@
-"""PARITY: the same rows through lm-evaluation-harness and through `validate`, marked alike to the row.
+"""PARITY: lm-evaluation-harness and `validate` give each of the same rows the same score.
 
-Both ask the same vLLM server, GSM8K without examples, greedily, for 64 tokens. First through a proxy that
-keeps the answers: lm-evaluation-harness fills it, and `validate` gets from it what equal requests got. So it
-is seen that the requests are the same, and that equal answers are marked equally. Then `validate` asks the
-server itself: live answers need not be equal, for greedy decoding is not quite deterministic across batches.
+Both use the same vLLM server, with GSM8K, no examples, greedy decoding and 64 tokens. First they use a proxy
+that records answers: lm-evaluation-harness fills it, and `validate` gets the recorded answer to each equal
+request. This shows that the requests are the same, and that equal answers get equal scores. Then `validate`
+uses the server itself. Live answers may differ, as greedy decoding is not fully deterministic across batches.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from prefect.testing.utilities import prefect_test_harness
 
 from benchmarks import servers
 from benchmarks.children import Child
-from benchmarks.harness import Harness, Marked, Outcome
+from benchmarks.harness import Harness, Outcome, ScoredRow
 from benchmarks.options import Options
 from benchmarks.workload import questions
 from vllm_tasks import Datalayer, Dataset, Metric, Validation, VllmAPI, validate
 from vllm_tasks.results import ValidationReport
 
 DATASET, OURS, THEIRS = "gsm8k", "numeric_match", "flexible-extract"
-"""`OURS` also names the filter of the task that takes from an answer what our metric takes, and `THEIRS` is
+"""`OURS` also names the task's filter that extracts the same number from an answer as our metric; `THEIRS` is
 the filter of lm-evaluation-harness's own task `gsm8k`."""
 NUMBER = (
     r"(?:(?<![\w.,%)\]}])-)?\$?"
     r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][+-]?\d+)?"
 )
 FIRST_MARKED_OR_LAST = rf"####[ \t]*({NUMBER})(?s:.*)|({NUMBER})"
-"""The last match is a marked number, which swallows what comes after it, or the last number."""
+"""The last match is a number after `####`, since that match extends to the end, or else the last number."""
 STOP = ["Question:", "</s>", "<|im_end|>"]
-"""As lm-evaluation-harness's own task `gsm8k` has it."""
+"""The stop words of lm-evaluation-harness's own task `gsm8k`."""
 TASK: dict[str, Any] = {
     "output_type": "generate_until",
     "doc_to_text": "Question: {{question}}\nAnswer:",
@@ -64,18 +64,18 @@ TASK: dict[str, Any] = {
             "metric": "exact_match",
             "aggregation": "mean",
             "higher_is_better": True,
-            # As in its `gsm8k`, but for the zeros: it compares texts, and we compare numbers.
+            # As in its `gsm8k`, plus the zeros, because it compares texts and we compare numbers.
             "regexes_to_ignore": [",", r"\$", "(?s).*#### ", r"\.0*$"],
         }
     ],
 }
 PROMPT = "Question: {input}\nAnswer:"
 SAMPLING = {"temperature": 0.0, "max_tokens": 64, "stop": STOP, "seed": 1234}
-"""What lm-evaluation-harness sends for `TASK`."""
+"""The parameters that lm-evaluation-harness sends for `TASK`."""
 
 
 def measure(options: Options) -> Iterator[str]:
-    """One line for requests, two for marks of recorded answers, one for live ones."""
+    """One line for the requests, two for scores of recorded answers, one for live answers."""
     from benchmarks.recording import Recording, canonical
     from tests.servers.scripted_server import ScriptedServer
 
@@ -100,14 +100,14 @@ def measure(options: Options) -> Iterator[str]:
         f"{sent[1].total()}, {new} of ours were not recorded"
     )
     yield f"PARITY recorded answers: {agreement(theirs, ours, OURS)}"
-    yield f"PARITY ... marked by its own filter {THEIRS}: {agreement(theirs, ours, THEIRS)}"
+    yield f"PARITY ... scored with its own filter {THEIRS}: {agreement(theirs, ours, THEIRS)}"
     yield f"PARITY live answers: {agreement(theirs, live, OURS)}"
 
 
 def labelled(data: Path | None, count: int, seed: int = 0) -> list[dict[str, str]]:
-    """`count` rows at most, of distinct `question` and its `answer`, which ends in `#### <number>`.
+    """At most `count` rows with distinct `question`; each `answer` ends in `#### <number>`.
 
-    From a JSONL file in shuffled order, or made up.
+    They come from a JSONL file in shuffled order, or are made up.
     """
     if data is None:
         return [
@@ -131,7 +131,7 @@ def model_of(server: str, concurrency: int) -> VllmAPI:
 
 
 def validated(model: VllmAPI, rows: Sequence[dict[str, str]], lake: Path) -> Outcome:
-    """What `validate` makes of the rows in a flow, and how long it took there."""
+    """The outcome of `validate` over the rows, in a flow, with the seconds that it took there."""
     validation = Validation(
         datasets=[Dataset(identifier=DATASET, raw_data=list(rows))],
         metrics=[Metric(identifier=OURS)],
@@ -146,35 +146,37 @@ def validated(model: VllmAPI, rows: Sequence[dict[str, str]], lake: Path) -> Out
 
     report, seconds = nightly()
     (found,) = report.datasets
-    marked = marked_by_question(lake, found.dataset_table, model.identifier, found.run)
-    in_order = [marked[row["question"]] for row in rows]
+    scored = scored_by_question(lake, found.dataset_table, model.identifier, found.run)
+    in_order = [scored[row["question"]] for row in rows]
     return Outcome(seconds, report.metric_values[DATASET], {OURS: in_order})
 
 
-def marked_by_question(lake: Path, dataset: str, model: str, run: str) -> dict[str, Marked]:
-    """What is in the tables of the lake."""
+def scored_by_question(lake: Path, dataset: str, model: str, run: str) -> dict[str, ScoredRow]:
+    """The rows of a run, by question, from the tables of the lake."""
     from vllm_tasks.metrics.numeric_match import number_in
 
     select = f"""
-        SELECT asked.input, said.output, scores.score FROM "{dataset}" AS asked
-        JOIN "_outputs__{model}-on-{DATASET}" AS said ON said."row" = asked."row" AND said.run = '{run}'
-        JOIN _metric_scores AS scores ON scores."row" = asked."row" AND scores.run = '{run}'
+        SELECT inputs.input, answers.output, scores.score FROM "{dataset}" AS inputs
+        JOIN "_outputs__{model}-on-{DATASET}" AS answers
+            ON answers."row" = inputs."row" AND answers.run = '{run}'
+        JOIN _metric_scores AS scores ON scores."row" = inputs."row" AND scores.run = '{run}'
     """
-    tables = Datalayer(url=str(lake)).tables()  # type: ignore[arg-type]  # made a secret
+    tables = Datalayer(url=str(lake)).tables()  # type: ignore[arg-type]  # becomes a SecretStr
     try:
         found = [dict(row) for batch in tables.read(select) for row in batch]
     finally:
         tables.close()
-    marked = {}
+    scored = {}
     for row in found:
         (question,) = json.loads(row["input"])
         extracted = number_in(row["output"])
-        marked[question] = Marked(row["output"], "" if extracted is None else str(extracted), row["score"])
-    return marked
+        number = "" if extracted is None else str(extracted)
+        scored[question] = ScoredRow(row["output"], number, row["score"])
+    return scored
 
 
 def agreement(theirs: Outcome, ours: Outcome, name: str) -> str:
-    """Rows with equal answers, numbers and scores, of all that `name` took from theirs."""
+    """The numbers of rows with equal answers, numbers and scores, by their filter `name`."""
     pairs = list(zip(theirs.rows[name], ours.rows[OURS], strict=True))
     equal = [
         (a.answer == b.answer, value_of(a.extracted) == value_of(b.extracted), a.score == b.score)
@@ -188,7 +190,7 @@ def agreement(theirs: Outcome, ours: Outcome, name: str) -> str:
 
 
 def value_of(extracted: str) -> Decimal | None:
-    """The number that a marker took from an answer, however it spells it; None when it took none."""
+    """The extracted number in any spelling, as a Decimal; None if there is none."""
     try:
         return Decimal(extracted.replace(",", "").replace("$", "").rstrip("."))
     except InvalidOperation:

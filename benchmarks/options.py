@@ -1,4 +1,4 @@
-"""What a run of the benchmarks is asked for."""
+"""Options of a run of the benchmarks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 ENGINE = {
     "max_model_len": 1024,
     "kv_cache_memory_bytes": 2**30,
-    # Without these two, vLLM gives `LLM` twice what it gives a server or an AsyncLLM.
+    # Without these two, vLLM's defaults for `LLM` are twice those for a server or an AsyncLLM.
     "max_num_seqs": 128,
     "max_num_batched_tokens": 4096,
-    # Sampling is what the call says, on every side.
+    # Sampling depends only on the call, on every side.
     "generation_config": "vllm",
 }
 """Engine arguments of both sides; `--engine` adds to them."""
@@ -22,11 +22,11 @@ ENGINE = {
 
 @dataclass(frozen=True)
 class Options:
-    """One run.
+    """The options of one run.
 
-    `least` and `most` bound the pairs; `lengths` are the output tokens that rows are given in equal
-    shares; `concurrency` is the rows in flight of P2, P10 and PARITY; `sizes` are P6's numbers of rows;
-    `minutes` and `samples` are LONG-RUN's.
+    `least` and `most` limit the number of pairs. `lengths` are numbers of output tokens, each for an equal
+    number of rows. `concurrency` is the number of rows in flight of P2, P10 and PARITY, `sizes` the numbers
+    of rows of P6; `minutes` and `samples` belong to LONG-RUN.
     """
 
     measures: tuple[str, ...]
@@ -43,7 +43,7 @@ class Options:
     engine: dict[str, Any]
 
     def engine_args(self) -> dict[str, Any]:
-        """vLLM's engine arguments, the model among them."""
+        """vLLM's engine arguments, including the model."""
         return {"model": str(self._model_folder()), "trust_remote_code": True, **ENGINE, **self.engine}
 
     def _model_folder(self) -> Path:
@@ -59,20 +59,20 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 
 def parse(arguments: list[str], known: tuple[str, ...]) -> Options:
-    """Options from the command line; exits with a message for what it does not know."""
+    """Options from the command line; exits with a message for unknown ones."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     add = parser.add_argument
-    add("measures", nargs="*", metavar="MEASURE", help=f"of {' '.join(known)}; none: all")
-    add("--data", type=Path, help="JSONL with the prompts as `question` (and `answer`); else made up")
-    add("--model", type=Path, help="folder of the model; else the demo's SmolLM2")
+    add("measures", nargs="*", metavar="MEASURE", help=f"any of {' '.join(known)}; default: all")
+    add("--data", type=Path, help="JSONL with the prompts as `question` (and `answer`); default: made up")
+    add("--model", type=Path, help="folder of the model; default: the demo's SmolLM2")
     add("--rows", type=int, default=512, help="rows of P1, P2, P5, P10 and PARITY")
     add("--pairs", type=int, default=5, help="least number of pairs")
-    add("--most-pairs", type=int, default=15, help="pairs after which a wide interval stays wide")
+    add("--most-pairs", type=int, default=15, help="largest number of pairs, if intervals stay wide")
     add("--lengths", type=whole_numbers, default=(8, 16, 24, 32, 40, 48, 56, 64), help="output tokens")
     add("--concurrency", type=int, default=64, help="rows in flight of P2, P10 and PARITY")
     add("--sizes", type=whole_numbers, default=(10_000, 50_000, 200_000), help="rows of P6")
     add("--minutes", type=float, default=120.0, help="how long LONG-RUN uses the tiny engine")
-    add("--samples", type=Path, help="JSONL of LONG-RUN's samples; with --minutes 0 it is reported anew")
+    add("--samples", type=Path, help="JSONL of LONG-RUN's samples; --minutes 0 only reports it again")
     add("--engine", type=json.loads, default={}, help="further engine arguments of both sides, as JSON")
     given = parser.parse_args(arguments)
     if unknown := sorted({*given.measures} - {*known}):

@@ -15,11 +15,11 @@ from vllm_tasks import VllmAPI, VllmModel
 from vllm_tasks.results import Completion
 
 GREEDY = {"temperature": 0, "ignore_eos": True, "max_tokens": 16}
-"""Sampling of every side; each call gives its own `max_tokens`."""
+"""Sampling parameters of every side; each call sets its own `max_tokens`."""
 
 
 def local_model(options: Options, **fields: Any) -> VllmModel:
-    """A model whose engine has the arguments of the bare one."""
+    """A model whose engine has the same arguments as the reference."""
     arguments = options.engine_args()
     name = arguments.pop("model")
     return VllmModel(
@@ -38,7 +38,7 @@ def seconds_of(model: VllmAPI | VllmModel, rows: Sequence[Row]) -> float:
 
 
 def in_thread(work: Callable[[], object]) -> Future[object]:
-    """Run in a daemon thread: unlike an executor's, an interrupt of the benchmark does not wait for it."""
+    """Run in a daemon thread, so that an interrupt does not wait for it as for a thread of an executor."""
     future: Future[object] = Future()
 
     def run() -> None:
@@ -52,7 +52,7 @@ def in_thread(work: Callable[[], object]) -> Future[object]:
 
 
 def check_lengths(model: VllmAPI | VllmModel, rows: Sequence[Row]) -> None:
-    """Each answer has exactly the tokens that a rate is computed from, else the rate would be wrong."""
+    """Check that each answer has exactly the number of tokens that rates are computed from."""
     for tokens, prompts in by_length(rows).items():
         for answer in model.completions(prompts, max_tokens=tokens):
             assert isinstance(answer, Completion)

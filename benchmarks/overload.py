@@ -1,9 +1,9 @@
-"""OVERLOAD: our client and a server that can do less than it is asked for: goal >= 95 % of its capacity.
+"""OVERLOAD: our client sends more than a server can take; goal: it uses >= 95 % of the capacity.
 
-A scripted server of known capacity refuses what is beyond it, or lets it wait, or is out for ten seconds in
-the middle. What counts: requests for each row answered (1 is best), rows that end as errors (none, as the
-server goes on), the share of the capacity that is used, between the first and the last tenth of the answers,
-and the seconds from the end of an outage until 95 % of the capacity are reached, over one second.
+A scripted server of known capacity refuses further requests, or queues them, or is out for ten seconds in the
+middle. The measures are: requests for each completed row (1 is best), rows that end as errors (none, as the
+server recovers), the fraction of the capacity used between the first and the last tenth of the completions,
+and the seconds from the end of an outage until 95 % of the capacity are used, over one second.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from benchmarks.workload import questions
 
 GOAL = 0.95
 LATE = 2.0
-"""Seconds after the first client that the second one begins."""
+"""Seconds by which the second client begins after the first."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A server, and how it is asked: rows of each client, their window and timeout (s)."""
+    """A server and its clients: the rows of each client, their window, and their timeout in seconds."""
 
     name: str
     limits: Limits
@@ -36,7 +36,7 @@ class Case:
     timeout: float = 600.0
     clients: int = 1
     beside: tuple[Limits, ...] = ()
-    """Further servers."""
+    """Further servers of the same clients."""
 
     @property
     def servers(self) -> tuple[Limits, ...]:
@@ -44,15 +44,16 @@ class Case:
 
     @property
     def capacity(self) -> float:
-        """Answers a second of all servers, at most."""
+        """Completions a second of all servers, at most."""
         return sum(limits.capacity for limits in self.servers)
 
 
 @dataclass(frozen=True)
-class Asking:
-    """What a client has: rows answered and failed, and when it began and ended (seconds, any origin)."""
+class ClientRun:
+    """A client's counts of completed and failed rows, and its times of begin and end (seconds, any
+    origin)."""
 
-    answered: int
+    completed: int
     errors: int
     began: float
     ended: float
@@ -84,55 +85,56 @@ CASES = (
     Case("three of four away for 1 s", ROOMY, window=64, rows=8000, beside=(AWAY,) * 3),
 )
 HOW = f"""\
-One client process (`VllmAPI`, defaults but for the window) and one server process, which answers 32 requests
-at once in 0.25 s, or 16 in 1 s (16 rows/s), and has this for those beyond them; the last four have servers of
-64 in 0.25 s, the throttled one of 2 in 1 s. *Requests*: for each row
-answered. *Capacity*: the share that was used, without the first and the last tenth of the answers; where
-the server is out for {OUT.outage:g} s in the middle, once it has recovered. *Recovered*:
-seconds after the outage until {GOAL:.0%} of the capacity are reached, over one second. *Ended*: seconds that
-each of two clients with as many rows took, the second of which begins {LATE:g} s later. Goals: {GOAL:.0%} of
-the capacity, no error; what misses one is in **bold**."""
+One client process (`VllmAPI` with default settings except for the window) sends requests to one server
+process. The server completes 32 requests at once in 0.25 s, or 16 in 1 s (16 rows/s); the first column
+says what it does with requests beyond that. The last four cases have servers of 64 requests in 0.25 s, and
+the throttled one takes 2 in 1 s. *Requests*: requests for each completed row. *Capacity*: the fraction
+used, without the first and the last tenth of the completions; if the server is out for {OUT.outage:g} s in
+the middle, the fraction used after recovery. *Recovered*: seconds from the end of the outage until
+{GOAL:.0%} of the capacity are used, over one second. *Ended*: seconds that each of two clients with as
+many rows took; the second begins {LATE:g} s later. Goals: {GOAL:.0%} of the capacity, no error; a figure
+that misses its goal is in **bold**."""
 
 
 def measure(options: Options) -> Iterator[str]:
     """A line for each case; writes the part `Overload` of the results."""
     lines = []
     for case in CASES:
-        seen, askings = run(case)
-        cells = figures(case, seen, askings)
+        seen, runs = run(case)
+        cells = figures(case, seen, runs)
         lines.append([case.name, f"{case.window:,}", *cells])
         words = ("requests a row", "errors", "of capacity", "s to recover", "s of each")
-        told = [f"{cell} {word}" for cell, word in zip(cells, words, strict=True) if cell]
-        yield f"OVERLOAD {case.name}: {', '.join(told)}; goal >= {GOAL:.0%}, 0 errors"
+        found = [f"{cell} {word}" for cell, word in zip(cells, words, strict=True) if cell]
+        yield f"OVERLOAD {case.name}: {', '.join(found)}; goal >= {GOAL:.0%}, 0 errors"
     head = ["beyond its capacity", "window", "requests", "errors", "capacity", "recovered, s", "ended"]
     body = f"{HOW}\n\n{results.table(head, lines)}"
     results.record("Overload", "make bench-OVERLOAD", body, ("vllm_tasks", "aiohttp"))
 
 
-def run(case: Case) -> tuple[Seen, list[Asking]]:
-    """What server and clients saw."""
+def run(case: Case) -> tuple[Seen, list[ClientRun]]:
+    """The counts of the servers together, and the run of each client."""
     with ExitStack() as stack:
         servers = [stack.enter_context(Child(limited.serve, limits)) for limits in case.servers]
         urls = ",".join(f"{server.ready}/v1/completions" for server in servers)
         clients = [stack.enter_context(Child(client, urls, case, late)) for late in range(case.clients)]
         for child in clients:
             child.send("go")
-        askings = [child.receive() for child in clients]
-        return together([server.ask("seen") for server in servers]), askings
+        runs = [child.receive() for child in clients]
+        return together([server.request("seen") for server in servers]), runs
 
 
 def together(seen: list[Seen]) -> Seen:
-    """What all servers saw; the outage ends when the last one is back."""
+    """The sums over all servers; the outage ends when the last server is back."""
     return Seen(
         sum(each.requests for each in seen),
         sum(each.refused for each in seen),
-        sorted(at for each in seen for at in each.answered),
+        sorted(at for each in seen for at in each.completed),
         max(each.back for each in seen),
     )
 
 
 def client(pipe: Connection, urls: str, case: Case, late: int) -> None:
-    """Ask the rows of the case, `late * LATE` seconds after the word; send an `Asking`."""
+    """Process the rows of the case, `late * LATE` seconds after the message; send a `ClientRun`."""
     from vllm_tasks import RowError, VllmAPI
 
     model = VllmAPI(
@@ -150,13 +152,13 @@ def client(pipe: Connection, urls: str, case: Case, late: int) -> None:
     began = time.monotonic()
     answers = model.predict_batches(prompts, on_error="return")
     errors = sum(isinstance(answer, RowError) for answer in answers)
-    pipe.send(Asking(len(answers) - errors, errors, began, time.monotonic()))
+    pipe.send(ClientRun(len(answers) - errors, errors, began, time.monotonic()))
 
 
-def figures(case: Case, seen: Seen, askings: list[Asking]) -> list[str]:
-    """Requests a row, errors, share of the capacity, seconds to recover, seconds of two clients."""
-    times = seen.answered
-    answered = sum(asking.answered for asking in askings)
+def figures(case: Case, seen: Seen, runs: list[ClientRun]) -> list[str]:
+    """Requests a row, errors, fraction of the capacity, seconds to recover, seconds of two clients."""
+    times = seen.completed
+    completed = sum(run.completed for run in runs)
     first, last = times[len(times) // 10], times[len(times) * 9 // 10]
     recovered = ""
     if seen.back:
@@ -165,11 +167,11 @@ def figures(case: Case, seen: Seen, askings: list[Asking]) -> list[str]:
         first = times[-1] if back is None else back
     used = sum(first < at <= last for at in times) / (last - first) / case.capacity if last > first else 0
     ended = ""
-    if len(askings) > 1:
-        ended = ", ".join(f"{asking.ended - asking.began:.1f} s" for asking in askings)
-    errors = sum(asking.errors for asking in askings)
+    if len(runs) > 1:
+        ended = ", ".join(f"{run.ended - run.began:.1f} s" for run in runs)
+    errors = sum(run.errors for run in runs)
     return [
-        f"{seen.requests / max(answered, 1):.2f}",
+        f"{seen.requests / max(completed, 1):.2f}",
         f"**{errors:,}**" if errors else "0",
         f"{used:.1%}" if used >= GOAL else f"**{used:.1%}**",
         recovered,
@@ -178,7 +180,7 @@ def figures(case: Case, seen: Seen, askings: list[Asking]) -> list[str]:
 
 
 def back_at(times: list[float], back: float, capacity: float) -> float | None:
-    """When, after `back`, one second with `GOAL` of the capacity begins."""
+    """The time after `back` at which the first second with `GOAL` of the capacity begins."""
     for i, at in enumerate(times):
         if at >= back and sum(at <= other < at + 1 for other in times[i:]) >= GOAL * capacity:
             return at

@@ -1,10 +1,10 @@
 """P1: `VllmModel.predict_batches` against `vllm.LLM.generate`, in output tokens/s; goal >= 0.97.
 
-Same engine arguments, both engines resident, one at work at a time: an idle one uses no CPU (vLLM's
-worker stops spinning one second after its last work, and `pairs.SETTLE` is longer). Rows are asked
-for different numbers of tokens. `LLM.generate` takes a list of sampling parameters for that,
-`predict_batches` one per call: so there is one call for each number, at the same time, on one
-engine. Prefix caching is vLLM's default on both sides; every round has prompts of its own.
+Both engines have the same arguments and stay resident, and one works at a time; an idle engine uses no CPU
+(vLLM's worker stops spinning one second after its last work, and `pairs.SETTLE` is longer). Rows have
+different numbers of output tokens. `LLM.generate` takes a list of sampling parameters for that;
+`predict_batches` takes one per call, so there is one concurrent call for each number on one engine. Prefix
+caching is vLLM's default on both sides; every round has prompts of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BARE = "LLM.generate"
 
 
 def measure(options: Options) -> Iterator[str]:
-    """One line for the default `max_batch_size`, one for None."""
+    """One line for the default `max_batch_size`, and one for None."""
     texts = questions(options.data, options.rows)
 
     def through(model: VllmModel) -> Side:
@@ -32,19 +32,19 @@ def measure(options: Options) -> Iterator[str]:
 
         return rate
 
-    chunked, whole = ours.local_model(options), ours.local_model(options, max_batch_size=None)
+    chunked, unchunked = ours.local_model(options), ours.local_model(options, max_batch_size=None)
     with Child(bare.serve, options.engine_args()) as engine, chunked:
 
         def bare_rate(round_: int) -> float:
             batch = rows(texts, options.lengths, round_)
-            run: bare.Run = engine.ask(batch)
+            run: bare.Run = engine.request(batch)
             assert run.tokens == output_tokens(batch), "LLM.generate made another number of tokens"
             return run.tokens / run.seconds
 
         ours.check_lengths(chunked, rows(texts[:8], options.lengths, 0))
         default = f"predict_batches (max_batch_size={chunked.max_batch_size})"
         unlimited = "predict_batches (max_batch_size=None)"
-        sides = {default: through(chunked), BARE: bare_rate, unlimited: through(whole)}
+        sides = {default: through(chunked), BARE: bare_rate, unlimited: through(unchunked)}
         rates = interleave(sides, BARE, options.least, options.most)
     note = f"; {options.rows} rows, {options.lengths} output tokens; goal >= 0.97"
     for name in (default, unlimited):

@@ -1,10 +1,10 @@
-"""P10: `validate` against lm-evaluation-harness, in rows/s of the whole run; goal: at least as fast.
+"""P10: `validate` against lm-evaluation-harness, in rows/s of the complete run; goal: at least as fast.
 
-The same rows, requests and number of them in flight, against the same server, which does not cache prefixes,
-for both sides send it the same prompts. Both are resident: timed is lm-evaluation-harness's `simple_evaluate`
-(its data set is cached on disk by the second run), and our `validate` in a flow, which also writes answers,
-scores and history into a lake, compares with the run before and shows its report. What each takes to start,
-its imports, is shown apart; a Prefect server is there before.
+Both sides use the same rows, requests, number of requests in flight, and server. The server does not cache
+prefixes, since both sides send the same prompts. Both sides are resident. The time is that of
+lm-evaluation-harness's `simple_evaluate` (its data set is cached on disk from the second run on), and of our
+`validate` in a flow, which also writes answers, scores and history into a lake, compares with the run before
+and displays its report. The imports of each side are timed separately; a Prefect server runs before.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ IMPORTS = (
 
 
 def measure(options: Options) -> Iterator[str]:
-    """One line for the runs, one for the start."""
+    """One line for the runs, and one for the start."""
     rows = lm_eval_parity.labelled(options.data, options.rows)
     arguments = {**options.engine_args(), "enable_prefix_caching": False}
     with ExitStack() as stack:
@@ -57,7 +57,8 @@ def measure(options: Options) -> Iterator[str]:
 
 
 def import_seconds() -> float:
-    """Of a fresh interpreter with what `validate` imports, some of it at first use."""
+    """The seconds in which a fresh interpreter imports all that `validate` uses, also what it imports
+    late."""
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", f"import {IMPORTS}"], check=True)
     return time.perf_counter() - started

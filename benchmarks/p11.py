@@ -1,9 +1,10 @@
-"""P11 on Ray: n engines as actors against one, goal >= 0.9 of n times its rate; and rows/s of one driver.
+"""P11 on Ray: n engines as actors against one; goal: >= 0.9 of n times its rate. Also the rows/s of one
+driver.
 
-The engines are real actors with a host that sleeps instead of vLLM's (`slow_host`): on one machine, this
-measures what the way of the rows costs, not what GPUs cost each other. All are warm in one process, in
-which one Ray of its own runs; the rows grow with the engines. What a driver carries is measured with hosts
-that answer at once, the driver's own CPU beside it: the actors and hosts share the machine with it.
+The engines are real actors, but their host sleeps instead of running vLLM (`slow_host`). On one machine, this
+measures the cost of moving rows, not the contention of GPUs. All engines are warm in one process, which runs
+a Ray of its own; the number of rows grows with the engines. The limit of a driver is measured with hosts that
+respond at once, together with the driver's own CPU, since the actors and hosts share the machine with it.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ REPLICAS = (1, 2, 8)
 SLOW: dict[str, Any] = {"seqs": 32, "seconds": 0.5}
 """An engine of 64 rows/s."""
 ROUNDS = 30
-"""How many times an engine is filled in a run: the ends, at which it is not full, count little."""
+"""Times that a run fills each engine; with many, begin and end, when it is not full, count little."""
 AT_ONCE: dict[str, Any] = {"seqs": 128, "seconds": 0.0}
 CARRIED = 20_000
-"""Rows of a run of the driver."""
+"""Rows of a run that measures the driver."""
 CARRIERS = (1, 2)
-"""Engines that it has then."""
+"""Numbers of engines of such a run."""
 
 
 class SlowActor(actor.HostActor):
-    """The actor with a host that sleeps."""
+    """An actor whose host sleeps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +49,7 @@ class SlowActor(actor.HostActor):
 
 @dataclass(frozen=True)
 class Run:
-    """A run of `rows` rows: seconds, and CPU seconds of the driver."""
+    """A run of `rows` rows: its seconds, and the driver's CPU seconds."""
 
     rows: int
     seconds: float
@@ -56,11 +57,11 @@ class Run:
 
 
 def measure(options: Options) -> Iterator[str]:
-    """A line for each number of engines above one, and one for each number of engines of the driver."""
+    """One line for each number of engines above one, and one for each number of engines of the driver."""
     with Child(driver, SLOW, REPLICAS, options.data) as child:
 
         def rate(replicas: int) -> float:
-            run: Run = child.ask((replicas, replicas * ROUNDS * SLOW["seqs"]))
+            run: Run = child.request((replicas, replicas * ROUNDS * SLOW["seqs"]))
             return run.rows / run.seconds
 
         sides = {str(n): lambda _, n=n: rate(n) for n in REPLICAS}
@@ -69,12 +70,12 @@ def measure(options: Options) -> Iterator[str]:
         yield efficiency(n, rates)
     with Child(driver, AT_ONCE, CARRIERS, options.data) as child:
         for n in CARRIERS:
-            child.ask((n, CARRIED))  # warms up
-            yield carried(n, [child.ask((n, CARRIED)) for _ in range(options.least)])
+            child.request((n, CARRIED))  # warms up
+            yield carried(n, [child.request((n, CARRIED)) for _ in range(options.least)])
 
 
 def driver(pipe: Connection, arguments: dict[str, Any], replicas: tuple[int, ...], data: Path | None) -> None:
-    """Answer `(engines, rows)` with the `Run` of so many rows over so many engines."""
+    """For each message `(engines, rows)`, send the `Run` of so many rows over so many engines."""
     actor.HostActor = SlowActor  # type: ignore[misc]
     models = {n: model_of(arguments, n) for n in replicas}
     with ExitStack() as stack:
@@ -106,10 +107,10 @@ def model_of(arguments: dict[str, Any], replicas: int) -> VllmModel:
 
 
 def efficiency(n: int, rates: dict[str, list[float]]) -> str:
-    share = summarize([ratio / n for ratio in ratios(rates, "1")[str(n)]])
+    ratio = summarize([each / n for each in ratios(rates, "1")[str(n)]])
     own, one = summarize(rates[str(n)]).median, summarize(rates["1"]).median
     return (
-        f"P11 {share.median:.3f} efficiency of {n} replicas on Ray / 1; {share}, {share.count} rounds; "
+        f"P11 {ratio.median:.3f} efficiency of {n} replicas on Ray / 1; {ratio}, {ratio.count} rounds; "
         f"{own:.0f} and {one:.0f} rows/s, engines of {SLOW['seqs']} rows at once and {SLOW['seconds']} s "
         "each; goal >= 0.9"
     )
@@ -119,6 +120,6 @@ def carried(n: int, runs: list[Run]) -> str:
     rate = summarize([run.rows / run.seconds for run in runs])
     cpu = summarize([1000 * run.cpu / run.rows for run in runs])
     return (
-        f"P11 {rate.median:.0f} rows/s that one driver carries to {n} engine(s) on Ray that answer at once; "
+        f"P11 {rate.median:.0f} rows/s from one driver to {n} engine(s) on Ray that respond at once; "
         f"{rate}, {rate.count} runs of {CARRIED:,} rows; {cpu.median:.3f} ms of the driver's CPU a row; {cpu}"
     )

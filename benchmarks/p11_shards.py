@@ -1,9 +1,9 @@
-"""The shards' half of P11: two flow runs on a work pool against one, each with an engine; goal >= 0.9.
+"""P11 for shards: two flow runs on a work pool against one, each with an engine; goal: >= 0.9.
 
-A server that answers every row after `DELAY` seconds stands in for GPU time: a client with `IN_FLIGHT` rows
-in flight is an engine of that size, and two clients are two engines. A real Prefect server, two process
-workers, a lake. The efficiency is of the time from the first row sent to the last answer; the whole time,
-with two processes to start, is told beside it.
+A server that completes every row after `DELAY` seconds stands for GPU time: a client with `IN_FLIGHT` rows in
+flight is an engine of that size, and two clients are two engines. The Prefect server, two process workers and
+the lake are real. The efficiency is for the time from the first row sent to the last answer. The total time,
+with the start of two processes, is printed next to it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vllm_tasks.results import Report
 
 ROWS = 4000
 DELAY = 0.25
-"""Seconds."""
+"""Seconds that the server takes for a row."""
 IN_FLIGHT = 32
 POOL = "bench"
 
@@ -67,10 +67,10 @@ def measure(options: Options) -> Iterator[str]:
 
 def line(pairs: list[tuple[dict[str, float], dict[str, float]]]) -> str:
     answering = summarize([one["answer"] / two["answer"] / 2 for one, two in pairs])
-    whole = summarize([one["total"] / two["total"] / 2 for one, two in pairs])
+    total = summarize([one["total"] / two["total"] / 2 for one, two in pairs])
     return (
         f"P11 {answering.median:.3f} efficiency of 2 shards / 1, first row sent to last answer; {answering}, "
-        f"{answering.count} pairs; of the whole time, with the start of the flow runs, {whole.median:.3f}; "
+        f"{answering.count} pairs; for the total time, with the start of the flow runs, {total.median:.3f}; "
         f"{ROWS:,} rows, {IN_FLIGHT} in flight an engine, {DELAY} s each: "
         f"{summarize([one['total'] for one, _ in pairs]).median:.1f} s and "
         f"{summarize([two['total'] for _, two in pairs]).median:.1f} s; goal >= 0.9"
@@ -79,7 +79,7 @@ def line(pairs: list[tuple[dict[str, float], dict[str, float]]]) -> str:
 
 @contextmanager
 def workers(count: int) -> Iterator[None]:
-    """So many process workers of the pool, each a process with its flow runs below it."""
+    """Run `count` process workers of the pool; the flow runs are their child processes."""
     url = PREFECT_API_URL.value()
     assert url
     env: dict[str, Any] = {**os.environ, "PREFECT_API_URL": url, "PREFECT_WORKER_QUERY_SECONDS": "1"}

@@ -1,8 +1,8 @@
 """P2: `VllmAPI.predict_batches` against `vllm bench serve`, in output tokens/s; goal >= 0.97.
 
-The same server, the same prompts in the same number in flight, the same tokens out. The server does
-not cache prefixes, for both sides send it the same prompts. `vllm bench serve` streams its answers,
-which is its only way. Ours is timed from the call to its return, theirs as it reports itself.
+Both sides use the same server, prompts, number of requests in flight, and numbers of output tokens. The
+server does not cache prefixes, since both sides send the same prompts. `vllm bench serve` always streams. Our
+side is timed from the call to its return; `vllm bench serve` reports its own time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OURS = "VllmAPI.predict_batches"
 
 
 def measure(options: Options) -> Iterator[str]:
-    """One line."""
+    """One line: output tokens a second."""
     texts = questions(options.data, options.rows)
     arguments = {**options.engine_args(), "enable_prefix_caching": False}
     with (
@@ -41,7 +41,7 @@ def measure(options: Options) -> Iterator[str]:
 
         def bench_rate(round_: int) -> float:
             batch = rows(texts, options.lengths, round_)
-            run: bare.Run = bench.ask(batch)
+            run: bare.Run = bench.request(batch)
             assert run.tokens == output_tokens(batch), "vllm bench serve got another number of tokens"
             return run.tokens / run.seconds
 

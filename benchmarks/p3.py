@@ -1,9 +1,9 @@
 """P3: `predict_in_db` in a flow, with Prefect, reading and commits, against `LLM.generate`; goal >= 0.95.
 
-Rows are read from a Parquet file and outputs committed to a Delta table; `LLM.generate` gets the same
-prompts as a list and keeps its answers in memory. Keys are distinct, texts too, so nothing is folded.
-Both sides stop where the model does, at `--max-tokens` at the latest, and count the tokens that came.
-A Prefect server runs beside both; starting it is not measured, the flow run is.
+Rows are read from a Parquet file and outputs are committed to a Delta table; `LLM.generate` gets the same
+prompts as a list and keeps its answers in memory. Keys and texts are distinct, so no requests are folded. On
+both sides an answer ends where the model ends it, or at `MAX_TOKENS`, and the generated tokens are counted. A
+Prefect server runs during both; its start is not measured, but the flow run is.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def measure(options: Options) -> Iterator[str]:
             return report.completion_tokens / seconds
 
         def bare_rate(round_: int) -> float:
-            run: bare.Run = engine.ask(
+            run: bare.Run = engine.request(
                 [Row(prompt, MAX_TOKENS, ignore_eos=False) for prompt in prompts_of(texts, round_)]
             )
             return run.tokens / run.seconds
@@ -67,7 +67,7 @@ def measure(options: Options) -> Iterator[str]:
 
 
 def prompts_of(texts: list[str], round_: int) -> list[str]:
-    """Prompts that no prefix cache knows from an earlier round."""
+    """Prompts with the number of the round first, so that no prefix cache has them from an earlier one."""
     return [f"({round_:03d}) {text}" for text in texts]
 
 

@@ -1,7 +1,7 @@
-"""P5: rows of which half are repeats, in rows/s against `vllm.LLM.generate` of all; goal >= 1.8.
+"""P5: rows half of which are repeats, in rows/s, against `vllm.LLM.generate` with all rows; goal >= 1.8.
 
-Greedy, so that `predict_batches` asks equal prompts once. Everything is at its default but the
-engine arguments, which are those of P1.
+Decoding is greedy, so `predict_batches` sends equal prompts once. The engine arguments are those of P1, and
+everything else is at its default.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ OURS = "predict_batches"
 
 
 def measure(options: Options) -> Iterator[str]:
-    """One line. All answers have the same length, the mean of `--lengths`: one call has one."""
+    """One line. All answers have the same length, the mean of `--lengths`, since a call has one length."""
     texts = half_repeated(questions(options.data, options.rows // 2))
     tokens = round(sum(options.lengths) / len(options.lengths))
 
@@ -30,7 +30,7 @@ def measure(options: Options) -> Iterator[str]:
     with Child(bare.serve, options.engine_args()) as engine, model:
         sides = {
             OURS: lambda round_: len(texts) / ours.seconds_of(model, batch(round_)),
-            BARE: lambda round_: len(texts) / engine.ask(batch(round_)).seconds,
+            BARE: lambda round_: len(texts) / engine.request(batch(round_)).seconds,
         }
         rates = interleave(sides, BARE, options.least, options.most)
     note = f"; {len(texts)} rows, half of them repeats, {tokens} output tokens; goal >= 1.8"

@@ -1,7 +1,7 @@
-"""P6: what a row costs our HTTP client: goal <= 0.3 ms of CPU and >= 3,000 rows/s a core.
+"""P6: the cost of a row in our HTTP client; goal: <= 0.3 ms of CPU, and >= 3,000 rows/s a core.
 
-Against a server that answers at once, in a process of its own; the client is a fresh process for
-each run, so that its peak memory is that of its run.
+The server responds at once and is a process of its own. The client is a fresh process for each run, so that
+its peak memory is that of the run.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from benchmarks.pairs import summarize
 from benchmarks.workload import questions
 
 WARM_UP = 1000
-"""Rows before a run: connections, caches, code paths."""
+"""Rows before a run, which open connections and fill caches."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run of `rows` rows cost: seconds, CPU seconds, and bytes of memory.
+    """The cost of a run of `rows` rows: seconds, CPU seconds, and bytes of memory.
 
-    `before` is resident when the prompts exist, `peak` the most that was resident until the end.
+    `before` is the resident memory when the prompts exist, `peak` the largest until the end.
     """
 
     rows: int
@@ -42,7 +42,7 @@ class Cost:
 
 
 def client(pipe: Connection, url: str, data: Path | None, count: int) -> None:
-    """Send the `Cost` of `count` rows through `VllmAPI.predict_batches`."""
+    """Send the `Cost` of `count` rows with `VllmAPI.predict_batches`."""
     from vllm_tasks import VllmAPI
 
     sampling = {"temperature": 0, "max_tokens": 64}
@@ -60,7 +60,7 @@ def client(pipe: Connection, url: str, data: Path | None, count: int) -> None:
 
 
 def resident(name: str) -> int:
-    """Bytes of memory of this process: now (VmRSS) or at most (VmHWM); proc(5)."""
+    """Resident memory of this process in bytes: now (VmRSS) or at its peak (VmHWM); see proc(5)."""
     status = Path("/proc/self/status").read_text()
     (found,) = [entry for entry in status.splitlines() if entry.startswith(name)]
     return int(found.split()[1]) * 1024
@@ -75,11 +75,11 @@ def measure(options: Options) -> Iterator[str]:
 
 
 def run(server: Child, data: Path | None, size: int) -> tuple[Cost, float]:
-    """The cost of a run, and the share of a core that the server used meanwhile."""
+    """The cost of a run, and the fraction of a core that the server used meanwhile."""
     with Child(client, server.ready, data, size) as child:
-        used: float = server.ask("cpu")
-        cost: Cost = child.ask("go")
-        return cost, (server.ask("cpu") - used) / cost.seconds
+        used: float = server.request("cpu")
+        cost: Cost = child.request("go")
+        return cost, (server.request("cpu") - used) / cost.seconds
 
 
 def summary(costs: list[Cost], server_busy: float) -> str:

@@ -1,10 +1,10 @@
-"""P7: `predict_in_db` over 10 M rows of which 9 M are done; goal: the first row leaves within 10 s, <= 1 GB.
+"""P7: `predict_in_db` over 10 M rows of which 9 M are done; goal: the first row is sent within 10 s, <= 1 GB.
 
-In a lake (a Parquet source, outputs in a Delta table of 90 files), in PostgreSQL, and with the source in
-PostgreSQL and the outputs in the lake; each run in a fresh process against a server that answers at once.
-Seconds are from the call of `predict_in_db`, without the imports before it; memory is the most that was
-resident in the process, imports and all, until 20,000 rows were answered and committed. The outputs are
-what the job itself would have written.
+Three cases: a lake (a Parquet source, and outputs in a Delta table of 90 files), PostgreSQL, and a source in
+PostgreSQL with outputs in the lake. Each run is a fresh process; the server responds at once. Seconds are
+from the call of `predict_in_db`, without the imports before it. Memory is the peak resident memory of the
+process, including imports, until 20,000 rows were processed and committed. The 9 M outputs are as the job
+itself would have written them.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from benchmarks.pairs import summarize
 if TYPE_CHECKING:
     from vllm_tasks import VllmAPI
 
-ALL, DONE, FILES, ASKED = 10_000_000, 9_000_000, 90, 20_000
+ALL, DONE, FILES, PROCESSED = 10_000_000, 9_000_000, 90, 20_000
 TEXT = "'What is ' || i || ' times ' || i || '? Think step by step and give the number alone.'"
-"""Of 80 characters or so, in SQL."""
+"""A prompt of about 80 characters, in SQL."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """How a run began: seconds to the first row sent, bytes of memory then and at most, rows answered."""
+    """The start of a run: seconds to the first row sent, bytes of memory before and at the peak, and rows."""
 
     seconds: float
     idle: int
     peak: int
-    asked: int
+    processed: int
 
 
 def measure(options: Options) -> Iterator[str]:
-    """One line for each kind of place."""
+    """One line for each kind of datalayer."""
     from tests.servers.postgres import running
 
     with ExitStack() as stack:
@@ -64,9 +64,9 @@ def starts(url: str, server: str, runs: int, source: str | None = None) -> list[
 
 
 def job(pipe: Connection, url: str, server: str, source: str | None = None) -> None:
-    """Send the `Start` of a run that asks the first rows that are not done.
+    """Send the `Start` of a run that processes the first rows that are not done.
 
-    The rows of `source` are those that `url` has too.
+    `source` has the same rows as `url`.
     """
     import deltalake  # noqa: F401 - imports are not part of the call
     import duckdb  # noqa: F401
@@ -75,8 +75,8 @@ def job(pipe: Connection, url: str, server: str, source: str | None = None) -> N
     model = model_of(server)
     idle = resident("VmRSS")
     there: dict[str, Any] = {} if source is None else {"source": source, "same_source": True}
-    report = model.predict_in_db("text", "rows", db=url, limit=ASKED, **there)
-    assert report.succeeded == ASKED, report
+    report = model.predict_in_db("text", "rows", db=url, limit=PROCESSED, **there)
+    assert report.succeeded == PROCESSED, report
     pipe.send(Start(report.seconds["first_row"], idle, resident("VmHWM"), report.processed))
 
 
@@ -88,13 +88,13 @@ def model_of(server: str, max_in_flight: int | None = None) -> VllmAPI:
 
 
 def first_output(url: str, server: str) -> str:
-    """Ask one row, so that the outputs table is there; its fingerprint is that of all."""
+    """Process one row, which creates the outputs table; return its fingerprint, which all rows have."""
     report = model_of(server).predict_in_db("text", "rows", db=url, limit=1, ids=[DONE])
     return report.fingerprint
 
 
 def done_rows(start: int, end: int, fingerprint: str) -> str:
-    """SQL of output rows with the ids `start` to `end - 1`, as the job writes them."""
+    """SQL for output rows with the ids `start` to `end - 1`, as the job writes them."""
     return f"""
         SELECT i AS id, 'The answer is 42. ' || i AS output, CAST(NULL AS VARCHAR) AS _error,
             'stop' AS _finish_reason, CAST(60 AS BIGINT) AS _prompt_tokens,
@@ -146,13 +146,13 @@ def fill_postgres(url: str, server: str) -> str:
     return url
 
 
-def line(place: str, *runs: Start) -> str:
+def line(datalayer: str, *runs: Start) -> str:
     seconds = summarize([run.seconds for run in runs])
     peak = max(run.peak for run in runs)
     idle = max(run.idle for run in runs)
     return (
-        f"P7 {seconds.median:.2f} s to the first row, {place}, {ALL:,} rows of which {DONE:,} are done; "
+        f"P7 {seconds.median:.2f} s to the first row, {datalayer}, {ALL:,} rows of which {DONE:,} are done; "
         f"{seconds}, {seconds.count} runs; peak RSS {peak / 2**20:.0f} MiB "
-        f"({idle / 2**20:.0f} MiB before the call) until {ASKED:,} rows were committed; "
+        f"({idle / 2**20:.0f} MiB before the call) until {PROCESSED:,} rows were committed; "
         "goal <= 10 s and <= 1 GB"
     )

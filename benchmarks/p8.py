@@ -1,7 +1,7 @@
-"""P8: memory of `predict_in_db` over more and more rows; goal: 1 M take <= 150 MB more than 10 k.
+"""P8: memory of `predict_in_db` over more and more rows; goal: 1 M rows take <= 150 MB more than 10 k.
 
-From a Parquet file into a Delta table, against a server that answers at once, each run in a process of
-its own: the most that was resident in it, imports and all.
+Rows go from a Parquet file into a Delta table, and the server responds at once. Each run is a process of its
+own; its figure is the peak resident memory, including imports.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from benchmarks.p7 import model_of, write_rows
 
 SIZES = 10_000, 100_000, 1_000_000
 WIDE, WIDE_IN_ONE, GROUP = 20_000, 1_000, 16
-"""Rows of 1 MB in groups of `GROUP`, and rows that are one group, which its writer has to hold whole."""
+"""Rows of 1 MB in groups of `GROUP`, and rows in one group, which its writer must hold in memory."""
 MEGABYTE = 1_000_000
 
 
 def measure(options: Options) -> Iterator[str]:
-    """Two lines."""
+    """One line for the number of rows, and one for wide rows."""
     peaks, seconds = [], []
     with Child(scripted.serve) as server:
         for size in SIZES:
@@ -79,7 +79,7 @@ def wide_source(pipe: Connection, folder: str, size: int, group: int) -> None:
 
 
 def source(pipe: Connection, folder: str, size: int) -> None:
-    """Write the source, in a process of its own: DuckDB keeps memory."""
+    """Write the source in a process of its own, since DuckDB keeps memory."""
     write_rows(Path(folder), size)
     pipe.send("ready")
 

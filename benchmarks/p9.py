@@ -1,9 +1,9 @@
-"""P9: what Prefect costs `predict_in_db`, per commit group and of the wall time; goal <= 10 ms and <= 1 %.
+"""P9: Prefect's cost in `predict_in_db`, per commit group and of the wall time; goal: <= 10 ms and <= 1 %.
 
-In a flow against a Prefect server, rows from a Parquet file into a Delta table, answered by a scripted
-server at once. First with one row in flight, about as fast as a small model on a GPU; then with as many as
-can be, which takes all of two cores, so that Prefect's part is mostly waiting for its turn. The cost is the
-time in the committing thread that is Prefect's, task runs and progress, without the commits themselves.
+A flow with a Prefect server processes rows from a Parquet file into a Delta table; a scripted server responds
+at once. First one row is in flight, which is about as fast as a small model on a GPU. Then there is no limit,
+which uses both cores fully, so Prefect's time is mostly waiting for a core. The cost is Prefect's time in the
+committing thread, for task runs and progress, without the commits themselves.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ ROWS = 50_000
 
 
 class Timed(InPrefect):
-    """Adds up what is spent in Prefect, in seconds."""
+    """Adds up the seconds spent in Prefect."""
 
     def __init__(self, model: str, predict_id: str) -> None:
         super().__init__(model, predict_id)
         self.groups: list[float] = []
-        self.shown = 0.0
+        self.displaying = 0.0
 
     def commit(self, name: str, work: Callable[[], None]) -> None:
         inside = 0.0
@@ -53,11 +53,11 @@ class Timed(InPrefect):
     def progress(self, progress: Progress, *, last: bool = False) -> None:
         started = time.perf_counter()
         super().progress(progress, last=last)
-        self.shown += time.perf_counter() - started
+        self.displaying += time.perf_counter() - started
 
 
 def measure(options: Options) -> Iterator[str]:
-    """One line with one row in flight, one with many, one with many in small groups of 512 rows."""
+    """One line with one row in flight, one with many, and one with many in small groups of 512 rows."""
 
     @flow
     def nightly(
@@ -78,9 +78,9 @@ def measure(options: Options) -> Iterator[str]:
 
 def line(setting: str, report: Report, display: Timed) -> str:
     group = summarize([1000 * seconds for seconds in display.groups])
-    share = (sum(display.groups) + display.shown) / report.seconds["total"]
+    fraction = (sum(display.groups) + display.displaying) / report.seconds["total"]
     return (
-        f"P9 {group.median:.2f} ms of Prefect a group, {share:.2%} of the wall time, with "
+        f"P9 {group.median:.2f} ms of Prefect a group, {fraction:.2%} of the wall time, with "
         f"{setting}; {group}, {group.count} groups; {ROWS:,} rows in "
         f"{report.seconds['total']:.1f} s; goal <= 10 ms and <= 1 %"
     )

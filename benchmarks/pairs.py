@@ -1,4 +1,4 @@
-"""Interleaved runs and what may be said about their ratios."""
+"""Interleaved runs, and the statistics of their ratios."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 Side = Callable[[int], float]
-"""Does the work of a round, from 0, and returns its rate (per second)."""
+"""Does the work of a round (rounds count from 0) and returns its rate per second."""
 
 SETTLE = 2.0
-"""Seconds of rest before each run: an idle vLLM worker spins for one second after its last work."""
+"""Seconds of rest before each run, because a vLLM worker spins for one second after its last work."""
 NARROW = 0.02
-"""An interval that stays within this share of the median is narrow enough."""
+"""An interval is narrow enough if it is within this fraction of the median."""
 RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The middle of some values, their extremes, and the 95 % interval of the median."""
+    """The median of some values, their extremes, and the 95 % interval of the median."""
 
     median: float
     lowest: float
@@ -31,7 +31,7 @@ class Summary:
     count: int
 
     def is_narrow(self) -> bool:
-        """Whether the interval lies within +-2 % of the median."""
+        """Whether the interval is within +-2 % of the median."""
         return max(self.high - self.median, self.median - self.low) <= NARROW * self.median
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ class Summary:
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """Median, extremes and interval of one or more values."""
+    """The summary of one or more values."""
     low, high = median_interval(values)
     return Summary(statistics.median(values), min(values), max(values), low, high, len(values))
 
@@ -55,7 +55,7 @@ def median_interval(values: Sequence[float], seed: int = 0) -> tuple[float, floa
 
 
 def ratios(rates: Mapping[str, Sequence[float]], reference: str) -> dict[str, list[float]]:
-    """Of each other side, its rates by those of the reference in the same round."""
+    """The rates of each other side, divided by those of the reference in the same round."""
     return {
         name: [own / other for own, other in zip(values, rates[reference], strict=True)]
         for name, values in rates.items()
@@ -64,17 +64,17 @@ def ratios(rates: Mapping[str, Sequence[float]], reference: str) -> dict[str, li
 
 
 def in_turn(sides: Sequence[str], round_: int) -> list[str]:
-    """The order of a round: forwards, then backwards, so that each of two sides goes first in turn.
+    """The order of sides in a round. It alternates, so that each of two sides is first every other time.
 
-    Of three, the middle one stays next to both others: that is the place of the reference.
+    Of three sides, the middle one is always next to both others, so the reference should be in the middle.
     """
     return list(sides) if round_ % 2 else list(reversed(sides))
 
 
 def interleave(sides: Mapping[str, Side], reference: str, least: int, most: int) -> dict[str, list[float]]:
-    """Rates of each side, after a warm-up round that does not count.
+    """The rates of each side, after a warm-up round that does not count.
 
-    Stops after `least` rounds when every ratio's interval is narrow, at the latest after `most`.
+    It stops after `least` rounds if every ratio's interval is narrow, otherwise after at most `most`.
     """
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(most + 1):
@@ -93,7 +93,7 @@ def interleave(sides: Mapping[str, Side], reference: str, least: int, most: int)
 
 
 def line(measure: str, name: str, rates: Mapping[str, Sequence[float]], reference: str, unit: str) -> str:
-    """`P<n> <median ratio> <what>` of one side against the reference."""
+    """The line `P<n> <median ratio> <what>` of one side against the reference."""
     ratio = summarize(ratios(rates, reference)[name])
     own, other = statistics.median(rates[name]), statistics.median(rates[reference])
     return (

@@ -1,4 +1,4 @@
-"""A proxy that keeps what a server answers, and answers equal requests equally from then on."""
+"""A proxy that records a server's answers and repeats them for equal requests."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tests.servers.scripted_server import Asked, Reply
 
 
 class Recording:
-    """Answers of the server at `server`, by request; `reply` is a script of a `ScriptedServer`.
+    """Answers of the server at `server`, by request; `reply` is a script for a `ScriptedServer`.
 
-    Requests are equal when their bodies are equal as JSON, whatever the order of their fields: no field is
-    left out, and 0 is not 0.0. Of equal requests in flight all are forwarded, and have the answer that came
-    first. What is no success is not kept, and neither is what is not asked by POST.
+    Requests are equal if their bodies are equal as JSON, in any order of fields; all fields count, and 0
+    differs from 0.0. Equal requests in flight are all forwarded, and all get the first answer. Only
+    successful POST requests are recorded.
     """
 
     def __init__(self, server: str) -> None:
@@ -38,5 +38,5 @@ class Recording:
 
 
 def canonical(body: Any) -> str:
-    """The JSON value as a text that is the same for equal values."""
+    """The JSON value as text; equal values have equal texts."""
     return json.dumps(body, sort_keys=True)

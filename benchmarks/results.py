@@ -1,4 +1,4 @@
-"""`RESULTS.md`: figures as the commands wrote them, each in a part of its own."""
+"""`RESULTS.md`: the figures that commands write, each command to a part of its own."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from pathlib import Path
 
 FILE = Path(__file__).with_name("RESULTS.md")
 PARTS = ("Peers", "Peers when things go wrong", "Window", "Overload", "Faults", "Long run")
-"""In the order of the page."""
+"""The parts, in the order of the page."""
 HEAD = """\
 # Results
 
-Written by the commands that each part names, never by hand; a command writes its own part anew.
+Each part names the command that writes it. No figure is written by hand; a command replaces its own part.
 """
 GIB = 2**30
 PATH = re.compile(r"(?<![\w./])/\S*/(?=\S)")
-"""Where a file lies is nobody's business."""
+"""The folders of a path, which are left out: pages do not show where files are."""
 
 
 def record(part: str, command: str, body: str, packages: Sequence[str] = (), file: Path = FILE) -> None:
-    """Write the part of the page: what was measured where, then `body` (Markdown, headings from ###)."""
+    """Write a part of the page: the circumstances, then `body` (Markdown, headings from ###)."""
     parts = read(file)
     parts[part] = f"{circumstances(command, packages)}\n\n{body.strip()}"
     sections = [f"## {name}\n\n{parts[name]}\n" for name in PARTS if name in parts]
@@ -34,7 +34,7 @@ def record(part: str, command: str, body: str, packages: Sequence[str] = (), fil
 
 
 def read(file: Path = FILE) -> dict[str, str]:
-    """The parts of the page by their names; empty where there is no page."""
+    """The parts of the page by name; empty if there is no page."""
     if not file.exists():
         return {}
     _, *sections = re.split(r"^## ", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -42,7 +42,7 @@ def read(file: Path = FILE) -> dict[str, str]:
 
 
 def circumstances(command: str, packages: Sequence[str]) -> str:
-    """One sentence: the command, the day, the commit, the machine and the versions."""
+    """The command, the day, the commit, the machine and the versions, as one line."""
     command = PATH.sub("", command)
     versions = ", ".join(f"{name} {found}" for name in packages if (found := version_of(name)))
     return (
@@ -52,7 +52,7 @@ def circumstances(command: str, packages: Sequence[str]) -> str:
 
 
 def machine() -> str:
-    """Cores, processor, memory."""
+    """The machine's cores, processor and memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return f"{os.cpu_count()} cores of {model[1] if model else platform.machine()}, {memory:.0f} GiB"
@@ -60,9 +60,9 @@ def machine() -> str:
 
 @cache
 def commit() -> str:
-    """The commit as it is at the first call, with a word when the tree has changes beside the page.
+    """The commit at the first call, with a note if the tree has changes other than the page's.
 
-    Called before anything is measured: the tree may be at another one when the page is written.
+    Call it before measuring, since the tree may be at another commit when the page is written.
     """
     git = ["git", "-C", str(FILE.parent)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
@@ -73,7 +73,7 @@ def commit() -> str:
 
 
 def version_of(package: str) -> str | None:
-    """Its version here, None where it is not installed."""
+    """The installed version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -87,5 +87,5 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def one_line(words: str, most: int = 160) -> str:
-    """An error in a cell of a table, without paths of this machine."""
+    """An error as the text of a table cell, without paths of this machine."""
     return PATH.sub("", " ".join(words.split()))[:most].replace("|", "/")

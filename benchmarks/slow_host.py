@@ -1,6 +1,6 @@
-"""Stands for `host.py` in P11: time on a GPU is time asleep, so that many engines fit on one machine.
+"""A replacement of `host.py` for P11 that sleeps instead of using a GPU, so many engines fit on one machine.
 
-Works on `seqs` rows at once, each of which takes `seconds` (both are engine arguments); the others wait.
+It works on `seqs` rows at once, each for `seconds` (both are engine arguments); the other rows wait.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ async def serve(channel: socket.socket) -> None:
         return frame
 
     async def answer(row: int) -> None:
-        async with places:
+        async with slots:
             await asyncio.sleep(seconds)
         write({"row": row, "answer": ANSWER, "seconds": 1.0})
 
     arguments = await read()
-    places, seconds = asyncio.Semaphore(arguments["seqs"]), arguments["seconds"]
+    slots, seconds = asyncio.Semaphore(arguments["seqs"]), arguments["seconds"]
     write({"ready": {"vllm": "slow", "ranks": 1, "max_num_seqs": arguments["seqs"], "max_model_len": 1024}})
     running: set[asyncio.Task[None]] = set()
     while True:

@@ -1,9 +1,9 @@
-"""WINDOW: how many rows must wait in a fast engine so that no place is empty, and what its front end costs.
+"""WINDOW: how many rows must wait in a fast engine to keep all slots busy, and the cost of its front end.
 
-Rows with answers of one length end together, a whole batch in one step of the engine: labels, scores,
-short answers. What takes their places must wait in vLLM by then, because to fetch it takes the front end
-longer than a step takes. A tiny model stands for an engine that is fast for its front end, as a GPU is.
-The reference is `LLM.generate`, which has all rows at once.
+Rows with answers of one length (labels, scores, short answers) end together, a full batch in one step of the
+engine. The next rows must already wait in vLLM by then, because the front end takes longer to fetch them than
+a step takes. A tiny model stands for an engine that is fast compared with its front end, as on a GPU. The
+reference is `LLM.generate`, which has all rows from the start.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ CHUNK = VllmModel.model_fields["max_batch_size"].default
 
 Rates = dict[str, list[float]]
 Work = Callable[[list[str], int], object]
-"""Answers texts with so many tokens each."""
+"""Completes texts, each with so many tokens."""
 
 
 class Costs:
-    """CPU milliseconds a row of each side, without the processes of vLLM's engine."""
+    """CPU milliseconds a row for each side, without the processes of vLLM's engine."""
 
     def __init__(self) -> None:
         self.of: defaultdict[str, list[float]] = defaultdict(list)
 
     def side(self, name: str, texts: list[str], tokens: int, work: Work) -> Side:
-        """Rows a second of `work`, whose cost is kept; no prefix is known from an earlier run."""
+        """A side that records the cost of `work`; its prompts share no prefix with an earlier run."""
 
         def rate(round_: int) -> float:
             own = [f"{name} {tokens} ({round_:03d}) {text}" for text in texts]
@@ -67,7 +67,7 @@ class Costs:
 
 
 def through(engine: LocalEngine, factor: float) -> Work:
-    """Our engine with a window of `factor` times what vLLM runs at once."""
+    """Our engine, with a window of `factor` times the rows that vLLM runs at once."""
 
     def work(texts: list[str], tokens: int) -> None:
         engine.window.limit = math.ceil(factor * SEQS)
@@ -79,7 +79,7 @@ def through(engine: LocalEngine, factor: float) -> Work:
 
 
 def measure(options: Options) -> Iterator[str]:
-    """One line for each factor and length; tables in the part "Window" of the page."""
+    """One line for each factor and length; the tables are written to the part "Window" of the page."""
     costs, found = Costs(), dict[int, Rates]()
     texts = questions(options.data, ROWS)
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +90,7 @@ def measure(options: Options) -> Iterator[str]:
             with Child(bare.serve, arguments) as other:
                 for tokens in LENGTHS:
                     works = {name_of(factor): through(engine, factor) for factor in FACTORS}
-                    works[BARE] = lambda texts, tokens: other.ask([Row(text, tokens) for text in texts])
+                    works[BARE] = lambda texts, tokens: other.request([Row(text, tokens) for text in texts])
                     sides = {name: costs.side(name, texts, tokens, work) for name, work in works.items()}
                     found[tokens] = interleave(sides, BARE, options.least, options.most)
         finally:
@@ -106,7 +106,7 @@ def name_of(factor: float) -> str:
 
 
 def page(found: dict[int, Rates], costs: Costs) -> str:
-    """What was found, as Markdown."""
+    """The part of the page, as Markdown."""
     head = ["rows in the window / rows that vLLM runs at once", *(f"{n} output tokens" for n in found)]
     rows = [
         [
@@ -118,10 +118,11 @@ def page(found: dict[int, Rates], costs: Costs) -> str:
     ours = median(costs.of[name_of(WINDOW_FACTOR)])
     return (
         f"{ROWS} rows with answers of one length, a tiny model, `max_num_seqs={SEQS}`: "
-        f"rows/s of our engine by rows/s of `{BARE}` with all rows at once, medians of rounds in turn with "
-        f"the 95 % interval of the median.\n\n{results.table(head, rows)}\n\n"
-        f"CPU of the front end a row (tokenising, detokenising, our process and what is between; without "
-        f"vLLM's engine core and worker): ours **{ours:.2f} ms**, `{BARE}` {median(costs.of[BARE]):.2f} ms."
+        f"rows/s of our engine divided by rows/s of `{BARE}` with all rows at once. Figures are medians of "
+        f"interleaved rounds, with the 95 % interval of the median.\n\n{results.table(head, rows)}\n\n"
+        f"CPU of the front end for each row (tokenising, detokenising, our process and the transfer between "
+        f"them; without vLLM's engine core and worker): ours **{ours:.2f} ms**, `{BARE}` "
+        f"{median(costs.of[BARE]):.2f} ms."
     )
 
 

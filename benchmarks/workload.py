@@ -1,4 +1,4 @@
-"""The rows that both sides get: real questions from a file, or made-up ones of the same shape."""
+"""The rows that both sides get: questions from a file, or made-up ones of the same shape."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LOG_MEAN, LOG_SPREAD = 3.76, 0.37
-"""Mean and standard deviation of log(words) of the 1,319 questions of GSM8K's test set (46 words in
-the mean, measured); https://github.com/openai/grade-school-math."""
+"""Mean and standard deviation of log(words) over the 1,319 questions of GSM8K's test set (measured: a mean of
+46 words); https://github.com/openai/grade-school-math."""
 TEXT = (
     "Sam Maria Tom has gives buys sells each every day week hours minutes apples books boxes dollars "
     "twice half more less than left total how many much does if the a and then first second for of "
@@ -20,7 +20,7 @@ TEXT = (
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt and how many tokens its answer has; without `ignore_eos` that is a limit."""
+    """A prompt, and the number of tokens of its answer; without `ignore_eos` that is an upper limit."""
 
     prompt: str
     max_tokens: int
@@ -28,9 +28,9 @@ class Row:
 
 
 def questions(data: Path | None, count: int, seed: int = 0) -> list[str]:
-    """`count` distinct texts: the `question` fields of a JSONL file in shuffled order, or made up.
+    """`count` distinct texts: the `question` fields of a JSONL file in shuffled order, or made-up ones.
 
-    A file with fewer questions is used again, each time with another number before them.
+    A file with fewer questions is repeated, each time with another number before the questions.
     """
     rng = random.Random(seed)
     if data is None:
@@ -50,18 +50,18 @@ def made_up(rng: random.Random) -> str:
 
 
 def rows(texts: Sequence[str], lengths: Sequence[int], round_: int, seed: int = 0) -> list[Row]:
-    """The rows of a round: the lengths in equal shares, mixed.
+    """The rows of a round, shuffled, with an equal number of rows for each length.
 
-    Each prompt begins with the number of its round, so that no prefix cache knows it from an
-    earlier one, and all rounds are equally long.
+    Each prompt begins with the number of its round, so that no prefix cache has it from an earlier round. All
+    rounds have the same total length.
     """
-    shares = [lengths[i % len(lengths)] for i in range(len(texts))]
-    random.Random(seed).shuffle(shares)
-    return [Row(f"({round_:03d}) {text}", tokens) for text, tokens in zip(texts, shares, strict=True)]
+    tokens_of = [lengths[i % len(lengths)] for i in range(len(texts))]
+    random.Random(seed).shuffle(tokens_of)
+    return [Row(f"({round_:03d}) {text}", tokens) for text, tokens in zip(texts, tokens_of, strict=True)]
 
 
 def by_length(rows: Sequence[Row]) -> dict[int, list[str]]:
-    """Prompts by the length of their answers: one call of `predict_batches` has one `max_tokens`."""
+    """Prompts by the length of their answers, since a call of `predict_batches` has one `max_tokens`."""
     groups: dict[int, list[str]] = {}
     for row in rows:
         groups.setdefault(row.max_tokens, []).append(row.prompt)
@@ -73,7 +73,7 @@ def output_tokens(rows: Sequence[Row]) -> int:
 
 
 def half_repeated(texts: Sequence[str], seed: int = 0) -> list[str]:
-    """Every text twice, shuffled."""
+    """All texts twice, shuffled."""
     doubled = [*texts, *texts]
     random.Random(seed).shuffle(doubled)
     return doubled

@@ -71,7 +71,7 @@ def beside() -> str:
     clients = rows_of("Peers", "Clients of one server", "Short answers")
     bad = rows_of("Peers when things go wrong", "A row that is refused")
     crash = rows_of("Peers when things go wrong", "A crash at half")
-    rate, cpu, again = "tokens/s", "CPU, ms/row", "rows asked again"
+    rate, cpu, again = "tokens/s", "CPU, ms/row", "rows sent again"
     ended = {
         name: str(int(row["rows with an output"]) + int(row["rows with an error"]))
         for name, row in bad.items()

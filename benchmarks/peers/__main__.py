@@ -1,4 +1,5 @@
-"""`python -m benchmarks.peers`: measure, and write the parts "Peers" of RESULTS.md and their picture."""
+"""`python -m benchmarks.peers`: measures, and writes the two parts "Peers" of RESULTS.md and their
+picture."""
 
 from __future__ import annotations
 
@@ -11,96 +12,99 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.peers import bad_rows, chart, crashes, groups, page, plan
+from benchmarks.peers import bad_rows, chart, crashes, groups, page
 from benchmarks.peers.field import Field
+from benchmarks.peers.plan import WITH_ENGINES, Plan, parse
 from vllm_tasks.engines.session import permit_amx
 
-permit_amx()  # what vLLM spawns imports this, too
+permit_amx()  # the processes that vLLM spawns import this module, too
 
 METHOD = """\
 Each side is a process of its own with the same model, engine settings, rows and output lengths (greedy, \
-end-of-sequence ignored); one is at work at a time, in turn, {rounds} rounds. `start-up` is from the \
-start of its process until it took rows, once for a side that stays (Ray Data LLM and run-batch start \
-anew for each run: until the first row was sent; lm-evaluation-harness: its imports). Sides that stay, \
-but for the older ways, did 32 rows before, which are in no figure; the others begin cold. `work` is from \
-the order to the last answer in hand, or in the table or file; `total` is both, for one round. Figures \
-are medians; a ratio is the median of the rounds' ratios with the bootstrap's 95 % interval, which of \
-three rounds is the least and the greatest (and holds the true median three times in four). `ours ÷ it` \
-compares output tokens a second of work; above 1 we are faster, and a side that is ahead of us is in \
-**bold**. CPU is that of the side's process and all below it, read from /proc twice a second, in ms a \
-row: the client, + vLLM's own engine processes (with the start, where each run has one); a server's are \
-not in it. Ray Data LLM and `predict_in_db` go from a Parquet file to files or a table, run-batch from \
-file to file; datatrove and curator write files of their own and are, as Ray Data's client, compared with \
-`predict_in_db`; lm-evaluation-harness makes its data set and its scores; `vllm bench serve` streams; the \
-others go from list to list. The older ways got an eighth of the rows; run-batch, and Ray Data LLM beyond \
-`short`, did one round, for their starts take longest. The server of the clients caches no prefixes and \
-has at most {concurrency} rows of a client in flight."""
+end-of-sequence ignored). The sides work one at a time, in turn, for {rounds} rounds. `start-up` is the \
+time from the start of a side's process until it accepts rows, once for a resident side. For Ray Data LLM \
+and run-batch, which start an engine or a client for each run, it is the time until the first row is sent; \
+for lm-evaluation-harness it is the time of its imports. Resident sides, except the older ways, process 32 \
+rows first, which do not count; the others begin cold. `work` is the time from the order until the last \
+answer is received, or is in the table or file; `total` is the sum of both, for one round. Figures are \
+medians. A ratio is the median of the rounds' ratios, with the bootstrap's 95 % interval; with three \
+rounds, this interval is the least and the greatest ratio (and contains the true median three times in \
+four). `ours ÷ it` compares output tokens a second of work: above 1 we are faster, and a side that is \
+faster than ours, at work or in total, is in **bold**. CPU is that of the side's process and its \
+descendants, read from /proc twice a second, in ms a row: the client, + vLLM's own engine processes \
+(including the start, if each run has one). The CPU of a server is not included. Ray Data LLM and \
+`predict_in_db` go from a Parquet file to files or a table, and run-batch from file to file. datatrove and \
+curator write files of their own; they, and Ray Data's client, are compared with `predict_in_db`. \
+lm-evaluation-harness also builds its data set and its scores, `vllm bench serve` streams, and the others \
+go from list to list. The older ways got an eighth of the rows. run-batch, and Ray Data LLM on workloads \
+other than `short`, ran one round, since their starts take longest. The server of the clients does not \
+cache prefixes, and each client has at most {concurrency} rows in flight."""
 
 
 def main() -> None:
-    """Measure what was asked for; an interrupt or an order to end closes all children first."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
+    """Run the requested sides and workloads; SIGINT and SIGTERM close all child processes first."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     results.commit()
-    asked = plan.parse(sys.argv[1:])
+    plan = parse(sys.argv[1:])
     with ExitStack() as stack:
-        arguments = asked.options.engine_args() if not asked.short else tiny(asked, stack)
-        measure(asked, arguments)
+        arguments = plan.options.engine_args() if not plan.short else tiny(plan, stack)
+        measure(plan, arguments)
 
 
-def tiny(asked: plan.Plan, stack: ExitStack) -> dict[str, Any]:
-    """Engine arguments for the tests' model, in a folder that the stack removes."""
+def tiny(plan: Plan, stack: ExitStack) -> dict[str, Any]:
+    """Engine arguments for the model of the tests, in a folder that the stack removes."""
     from benchmarks.options import ENGINE
     from tests.tiny_model import make_tiny_model
 
-    # As in the tests: fewer processes start sooner.
+    # As in the tests, since fewer processes start sooner.
     os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"})
-    folder = asked.options.model
+    folder = plan.options.model
     if folder is None:
         folder = make_tiny_model(Path(stack.enter_context(tempfile.TemporaryDirectory())))
-    return {**ENGINE, "model": str(folder), **asked.options.engine}
+    return {**ENGINE, "model": str(folder), **plan.options.engine}
 
 
-def measure(asked: plan.Plan, arguments: dict[str, Any]) -> None:
-    """What was made to go wrong, then both groups. The page is written as they go: a run takes an hour."""
-    crashed = crashes.table(crashes.observe(asked))
-    write_troubles(asked, crashed)
-    if not any(map(asked.has_workload, plan.WITH_ENGINES)):
+def measure(plan: Plan, arguments: dict[str, Any]) -> None:
+    """Measure the crashes, then both groups. The page is written after each part: a run takes an hour."""
+    crashed = crashes.table(crashes.observe(plan))
+    write_troubles(plan, crashed)
+    if not any(map(plan.has_workload, WITH_ENGINES)):
         return
     fields: list[Field] = []
     endings = []
 
     def write() -> None:
-        write_fields(asked, fields)
+        write_fields(plan, fields)
 
-    with groups.clients_of_one_server(asked, arguments) as clients:
+    with groups.clients_of_one_server(plan, arguments) as clients:
         fields.append(clients)
         endings += groups.measure_clients(clients, write)
-    with groups.engines(asked, arguments) as engines:
+    with groups.engines(plan, arguments) as engines:
         fields.insert(0, engines)
         endings = groups.measure_engines(engines, write) + endings
-    write_troubles(asked, bad_rows.table(endings), crashed)
+    write_troubles(plan, bad_rows.table(endings), crashed)
 
 
-def write_fields(asked: plan.Plan, fields: list[Field]) -> None:
-    """The part of the page with what was measured so far, and the picture beside it."""
+def write_fields(plan: Plan, fields: list[Field]) -> None:
+    """Write the figures measured so far to the page, and the picture next to it."""
     if any(field.runs for field in fields):
-        method = METHOD.format(rounds=asked.rounds, concurrency=asked.options.concurrency)
+        method = METHOD.format(rounds=plan.rounds, concurrency=plan.options.concurrency)
         parts = [method, page.goals(fields), *map(page.tables, fields)]
         if picture := chart.draw(fields):
-            file = asked.output.with_suffix(".svg")
+            file = plan.output.with_suffix(".svg")
             file.write_text(picture, encoding="utf-8")
             parts.insert(2, f"![Seconds for the short answers, by side]({file.name})")
-        record(asked, "Peers", parts)
+        record(plan, "Peers", parts)
 
 
-def write_troubles(asked: plan.Plan, *tables: str) -> None:
+def write_troubles(plan: Plan, *tables: str) -> None:
     if any(tables):
-        record(asked, "Peers when things go wrong", list(tables))
+        record(plan, "Peers when things go wrong", list(tables))
 
 
-def record(asked: plan.Plan, part: str, texts: list[str]) -> None:
-    results.record(part, asked.command, "\n\n".join(filter(None, texts)), page.PACKAGES, asked.output)
+def record(plan: Plan, part: str, texts: list[str]) -> None:
+    results.record(part, plan.command, "\n\n".join(filter(None, texts)), page.PACKAGES, plan.output)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What each side makes of 100 rows one of which is longer than the model takes."""
+"""The result of each side for 100 rows, one of which is longer than the model's limit."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from benchmarks.peers.plan import BAD
 from benchmarks.peers.plan import BAD_ROWS as ROWS
 from benchmarks.peers.side import Outcome, reason
 
-PATIENCE = 240.0
-"""Seconds after which a side is said to be at it still."""
+TIME_LIMIT = 240.0
+"""Seconds after which a side is reported as not finished."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How the rows of a side ended, and what it said."""
+    """How the rows of a side ended, and its error if the run failed."""
 
     name: str
     outcome: Outcome
 
     def cells(self) -> tuple[str, ...]:
         found = self.outcome
-        without = ROWS - found.answered - found.errors
+        without = ROWS - found.completed - found.errors
         words = found.died or ("every row ends" if without == 0 else "")
-        return self.name, str(found.answered), str(found.errors), str(without), results.one_line(words)
+        return self.name, str(found.completed), str(found.errors), str(without), results.one_line(words)
 
 
 def observe(field: Field, names: Iterable[str]) -> list[Ending]:
-    """One run of each side that is here; one that does not survive it is absent from then on."""
+    """One run of each live side; a side that does not survive it is removed."""
     if not field.plan.has_workload(BAD):
         return []
     rows = field.plan.rows(BAD, 0)
@@ -39,9 +39,9 @@ def observe(field: Field, names: Iterable[str]) -> list[Ending]:
     for name in field.here(names):
         side = field.sides[name]
         try:
-            outcome = side.run(rows, PATIENCE).outcome
+            outcome = side.run(rows, TIME_LIMIT).outcome
         except TimeoutError:
-            outcome = Outcome(PATIENCE, 0, 0, died=f"at it still after {PATIENCE:g} s")
+            outcome = Outcome(TIME_LIMIT, 0, 0, died=f"not finished after {TIME_LIMIT:g} s")
             field.forget(side)
         except ChildFailed as error:
             outcome = Outcome(0.0, 0, 0, died=reason(error))
@@ -56,5 +56,5 @@ def table(endings: Iterable[Ending]) -> str:
     lines = [ending.cells() for ending in endings]
     if not lines:
         return ""
-    title = f"### A row that is refused (`bad`): 1 of {ROWS} is longer than the model takes"
+    title = f"### A row that is refused (`bad`): 1 of {ROWS} is longer than the model's limit"
     return f"{title}\n\n{results.table(head, lines)}"

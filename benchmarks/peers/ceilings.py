@@ -1,6 +1,6 @@
-"""The ceilings: bare `LLM.generate` and bare `AsyncLLM`, with all rows at once.
+"""The upper limits: `LLM.generate` and `AsyncLLM` directly, with all rows at once.
 
-On the engine of the first also the older system's way: chunks of 4, one after the other.
+The engine of the first also runs the older system's way: chunks of 4 rows, one after the other.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def through_llm(llm: Any, rows: Sequence[Row]) -> Outcome:
     started = time.perf_counter()
     try:
         run = bare.generate(llm, rows)
-    except Exception as error:  # noqa: BLE001 - what it does to a bad row is what is asked
+    except Exception as error:  # noqa: BLE001 - the result with a bad row is measured
         return dead(started, error)
     return Outcome(run.seconds, run.tokens, len(rows))
 
@@ -46,14 +46,14 @@ def in_chunks(llm: Any, rows: Sequence[Row]) -> Outcome:
 
 
 def serve_async(pipe: Connection, engine_args: dict[str, Any]) -> None:
-    """`AsyncLLM`, which wants a loop of its own that lives as long as the engine."""
+    """`AsyncLLM`, which needs an event loop that lives as long as the engine."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     with asyncio.Runner() as runner:
 
         async def start() -> Any:
-            # As `LLM` has it: no statistics at each step.
+            # As in `LLM`, without statistics at each step.
             args = AsyncEngineArgs(**{"disable_log_stats": True, **engine_args})
             return AsyncLLM.from_engine_args(args)
 
@@ -66,14 +66,14 @@ def serve_async(pipe: Connection, engine_args: dict[str, Any]) -> None:
 
 async def through_async(engine: Any, rows: Sequence[Row]) -> Outcome:
     started = time.perf_counter()
-    asked = [of_row(engine, str(i), row) for i, row in enumerate(rows)]
-    found = await asyncio.gather(*asked, return_exceptions=True)
+    requests = [of_row(engine, str(i), row) for i, row in enumerate(rows)]
+    found = await asyncio.gather(*requests, return_exceptions=True)
     tokens = [made for made in found if isinstance(made, int)]
     return Outcome(time.perf_counter() - started, sum(tokens), len(tokens), len(rows) - len(tokens))
 
 
 async def of_row(engine: Any, name: str, row: Row) -> int:
-    """The number of tokens of an answer, all of which come at once."""
+    """The number of tokens of an answer, which comes as one output."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 

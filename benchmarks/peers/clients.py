@@ -1,4 +1,4 @@
-"""Clients of a server, in our environment: ours, `vllm bench serve`, and the older system's ways."""
+"""Clients of a server in our environment: ours, `vllm bench serve`, and the older system's ways."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from vllm_tasks import VllmAPI
 
 OURS, BENCH = "ours: VllmAPI.predict_batches", "vllm bench serve"
 GROUP = 64
-"""Rows of a small commit group: as many as are in flight, unless `--concurrency` says otherwise."""
+"""Rows of a small commit group: as many as are in flight with the default `--concurrency`."""
 SMALL = f"{own_engine.TABLE}, max_chunk_size={GROUP}"
 THREADS, CHUNKS = "older: 4 threads, a request each", "older: requests of 4, one after another"
 
 
 def serve_ours(pipe: Connection, url: str, concurrency: int) -> None:
-    """Lists through `predict_batches`, and tables, each in a new lake, through `predict_in_db`."""
+    """Process lists with `predict_batches`, and tables with `predict_in_db`, each in a new lake."""
     model = model_of(url, concurrency)
     with tempfile.TemporaryDirectory() as folder:
 
         def through_table(rows: Sequence[Row]) -> Outcome:
             return own_engine.through_table(model, rows, Path(tempfile.mkdtemp(dir=folder)))
 
-        through_table([Row("first", 1)])  # its imports belong to the start-up
+        through_table([Row("first", 1)])  # so that its imports count as start-up
         answer_all(pipe, {OURS: partial(own_engine.through_batches, model), own_engine.TABLE: through_table})
 
 
@@ -48,19 +48,19 @@ def model_of(url: str, concurrency: int) -> VllmAPI:
 
 
 def serve_table(pipe: Connection, url: str, concurrency: int, folder: str) -> None:
-    """`predict_in_db` into a lake that is there after a crash, too."""
+    """Run `predict_in_db` into a lake that remains after a crash."""
     lake = Path(folder) / "lake"
 
     def through(rows: Sequence[Row], **options: int) -> Outcome:
         found = own_engine.through_table(model_of(url, concurrency), rows, lake, **options)
         keys = DeltaTable(lake / "_outputs__peer").to_pyarrow_table(columns=["id"])["id"].to_pylist()
-        return dataclasses.replace(found, answered=len({*keys}), stored=len(keys))
+        return dataclasses.replace(found, completed=len({*keys}), stored=len(keys))
 
     answer_all(pipe, {own_engine.TABLE: through, SMALL: partial(through, max_chunk_size=GROUP)})
 
 
 def serve_bench(pipe: Connection, url: str, model: str, concurrency: int) -> None:
-    """It streams its answers, which is its only way, and is timed as it reports itself."""
+    """Run `vllm bench serve`, which always streams, and take the time that it reports."""
     from vllm.benchmarks import serve as client
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -79,11 +79,11 @@ def serve_bench(pipe: Connection, url: str, model: str, concurrency: int) -> Non
 
 
 def serve_older(pipe: Connection, url: str, model: str) -> None:
-    """By `requests`, each with a connection of its own, as `requests.post` makes it."""
+    """Send requests with `requests.post`, which opens a connection for each."""
     import requests
 
     def post(prompt: str | list[str], row: Row) -> int:
-        """The number of tokens of the answers."""
+        """Send one request; returns the number of output tokens."""
         sampling = {**GREEDY, "max_tokens": row.max_tokens}
         body = {"model": model, "prompt": prompt, **sampling}
         answer = requests.post(f"{url}/v1/completions", json=body, timeout=600)
@@ -106,7 +106,7 @@ def timed(way: Callable[[Sequence[Row]], list[int]], rows: Sequence[Row]) -> Out
     started = time.perf_counter()
     try:
         tokens = way(rows)
-    except OSError as error:  # all errors of `requests`
+    except OSError as error:  # the base of all errors of `requests`
         words = f"{type(error).__name__}: {error}"
         return Outcome(time.perf_counter() - started, 0, 0, died=words)
     return Outcome(time.perf_counter() - started, sum(tokens), len(rows))

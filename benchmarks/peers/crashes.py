@@ -1,8 +1,8 @@
-"""A client that is killed when half of its rows are answered, and the same command again.
+"""Crash of a client: it is killed when half of its rows are completed, and the same command runs again.
 
-Each asks a scripted server, which takes a second for an answer and counts what it is asked. The client and
-all that it started get SIGKILL; then it is started again, with the same folder. What it has to resume by, it
-has been given.
+Each client uses a scripted server that takes a second for a request and counts the requests of each prompt.
+The client and all its descendants get SIGKILL, so nothing can clean up; then it starts again with the same
+folder. Each client is given the folders and options that it needs to resume.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from benchmarks.workload import Row
 from tests.servers.scripted_server import MODEL, Asked, Reply, ScriptedServer, refused, usual
 
 SECOND = 1.0
-PATIENCE = 120.0
+TIME_LIMIT = 120.0
 
 Arguments = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Crash:
-    """What came of it: requests of rows, `repeated` of them for a row asked before; seconds to the end."""
+    """The result of a crash: `repeated` requests were for a row sent before; `seconds` is until the end."""
 
     name: str
     in_flight: int
@@ -48,12 +48,12 @@ class Crash:
 
     def cells(self) -> tuple[str, ...]:
         found = self.outcome
-        twice = max(0, found.stored - found.answered)
+        twice = max(0, found.stored - found.completed)
         return (
             self.name,
             str(self.repeated),
             str(self.in_flight),
-            str(ROWS - found.answered),
+            str(ROWS - found.completed),
             str(twice),
             f"{self.seconds:.0f}",
             results.one_line(found.died),
@@ -61,26 +61,26 @@ class Crash:
 
 
 class SlowServer:
-    """A scripted server that answers after `SECOND`, and knows how often each prompt was asked."""
+    """A scripted server that completes requests after `SECOND` and counts the requests of each prompt."""
 
     def __init__(self) -> None:
         self.server = ScriptedServer(self.answer)
-        self.answered = 0
+        self.completed = 0
         self.prompts: Counter[str] = Counter()
 
     async def answer(self, asked: Asked) -> Reply:
         if asked.body is None:
             return as_json(usual(asked))
-        if asked.body.get("messages") == []:  # with which a client asks for rate limits
+        if asked.body.get("messages") == []:  # a client's request for rate limits
             return refused(400, "no messages")
         self.prompts[asked.prompt] += 1
         await asyncio.sleep(SECOND)
-        self.answered += 1
+        self.completed += 1
         return as_json(usual(asked))
 
 
 def as_json(reply: Reply) -> Reply:
-    """With what some clients want and the scripted server leaves out."""
+    """The reply with the fields that some clients need and the scripted server leaves out."""
     if "usage" in reply.body:
         usage = reply.body["usage"]
         usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
@@ -88,7 +88,8 @@ def as_json(reply: Reply) -> Reply:
 
 
 def jobs(flight: int) -> dict[str, Callable[[str, str], tuple[Any, Arguments]]]:
-    """What to start, given the server's URL and a folder that both processes have."""
+    """The work and arguments of each client, given the server's URL and a folder that both processes
+    share."""
 
     def of_foreign(name: str) -> Callable[[str, str], tuple[Any, Arguments]]:
         return lambda url, folder: (foreign.serve, (name, url, MODEL, flight, folder))
@@ -103,7 +104,7 @@ def jobs(flight: int) -> dict[str, Callable[[str, str], tuple[Any, Arguments]]]:
 
 
 def observe(plan: Plan) -> list[Crash]:
-    """One crash of each."""
+    """One crash of each client."""
     if not plan.has_workload(CRASH):
         return []
     rows = plan.rows(CRASH, 0)
@@ -126,24 +127,26 @@ def crashed(name: str, job: Callable[[str, str], tuple[Any, Arguments]], rows: S
             in_flight = killed_at_half(slow, name, Child(work, *arguments), rows)
             with Child(work, *arguments) as again:
                 again.send((name, list(rows)))
-                outcome: Outcome = again.receive(PATIENCE)
+                outcome: Outcome = again.receive(TIME_LIMIT)
                 seconds = time.perf_counter() - started
         except (ChildFailed, TimeoutError) as error:
             outcome, seconds = Outcome(0.0, 0, 0, died=reason(error)), time.perf_counter() - started
-    asked = {row.prompt: slow.prompts[row.prompt] for row in rows}
-    return Crash(name, in_flight, sum(asked.values()) - len(rows), outcome, seconds)
+    requests = {row.prompt: slow.prompts[row.prompt] for row in rows}
+    return Crash(name, in_flight, sum(requests.values()) - len(rows), outcome, seconds)
 
 
 def killed_at_half(slow: SlowServer, name: str, child: Child, rows: Sequence[Row]) -> int:
-    """Start it, kill it, and say how many requests were in flight then; raises TimeoutError before half."""
+    """Kill a client at half of its rows; returns the requests in flight then. Raises TimeoutError before
+    half."""
     with child:
         child.send((name, list(rows)))
-        deadline = time.monotonic() + PATIENCE
-        while slow.answered < len(rows) // 2:
+        deadline = time.monotonic() + TIME_LIMIT
+        while slow.completed < len(rows) // 2:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{slow.answered} of {len(rows)} rows after {PATIENCE:g} s")
+                raise TimeoutError(f"{slow.completed} of {len(rows)} rows after {TIME_LIMIT:g} s")
             time.sleep(0.02)
         in_flight = slow.server.open
+        # SIGKILL to every process of the tree: none can save anything, or go on sending requests.
         for pid in tree(child.pid):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -155,14 +158,12 @@ def table(crashes: Sequence[Crash]) -> str:
         return ""
     head = (
         "side",
-        "rows asked again",
+        "rows sent again",
         "of them in flight",
         "rows lost",
         "rows twice in the output",
         "seconds",
         "",
     )
-    title = (
-        f"### A crash at half (`crash`): SIGKILL after {ROWS // 2} of {ROWS} rows, and the same command again"
-    )
+    title = f"### A crash at half (`crash`): SIGKILL after {ROWS // 2} of {ROWS} rows, then the same command"
     return f"{title}\n\n{results.table(head, [crash.cells() for crash in crashes])}"

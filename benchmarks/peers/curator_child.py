@@ -11,14 +11,14 @@ from typing import Any
 
 import litellm.litellm_core_utils  # type: ignore[import-not-found]
 
-# Its tokenizer's file, which it would fetch, comes with a package that it uses.
+# It would download its tokenizer's file, but one of its packages contains the file.
 os.environ["TIKTOKEN_CACHE_DIR"] = f"{litellm.litellm_core_utils.__path__[0]}/tokenizers"
 
 from bespokelabs import curator  # type: ignore[import-not-found]
 
 
 class Plain(curator.LLM):  # type: ignore[misc]
-    """A prompt is a row's text, an answer its text."""
+    """Prompts are the rows' texts, and answers are stored as texts."""
 
     def prompt(self, row: dict[str, Any]) -> str:
         text: str = row["prompt"]
@@ -30,7 +30,7 @@ class Plain(curator.LLM):  # type: ignore[misc]
 
 def main(url: str, model: str, concurrency: str, folder: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what it prints itself goes to the log
+    os.dup2(2, 1)  # its own output goes to the log
     print("ready", file=answers, flush=True)
     for number, line in enumerate(sys.stdin):
         found = run(json.loads(line), url, model, int(concurrency), f"{folder}/{number}")
@@ -51,26 +51,26 @@ def run(order: dict[str, Any], url: str, model: str, concurrency: int, folder: s
             "max_tokens_per_minute": 10**12,
             "max_retries": 2,
             "require_all_responses": False,
-            "invalid_finish_reasons": ["content_filter"],  # by default also an answer that was cut
+            "invalid_finish_reasons": ["content_filter"],  # by default also a truncated answer
         },
     )
     rows = [{"id": i, "prompt": prompt} for i, prompt in enumerate(order["prompts"])]
     try:
         response = llm(rows, working_dir=folder)
-    except Exception as error:  # noqa: BLE001 - what it does to a bad row is what is asked
+    except Exception as error:  # noqa: BLE001 - the result with a bad row is measured
         return {"died": f"{type(error).__name__}: {error}"}
-    answered = len({row["id"] for row in response.dataset if row["output"] is not None})
+    completed = len({row["id"] for row in response.dataset if row["output"] is not None})
     return {
         "seconds": time.perf_counter() - started,
-        "answered": answered,
+        "completed": completed,
         "errors": failures(response.failed_requests_path),
-        "tokens": answered * order["max_tokens"],
+        "tokens": completed * order["max_tokens"],
         "stored": len(response.dataset),
     }
 
 
 def failures(file: Path | None) -> int:
-    """Rows of the file that it has beside its dataset."""
+    """The number of rows in the file of failed requests."""
     return len(file.read_text().splitlines()) if file is not None and file.exists() else 0
 
 

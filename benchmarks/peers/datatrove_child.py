@@ -1,4 +1,4 @@
-"""datatrove in its own interpreter (see `benchmarks.peers.foreign`): its `InferenceRunner` at an endpoint."""
+"""datatrove in its own interpreter (see `benchmarks.peers.foreign`): `InferenceRunner` with an endpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from datatrove.pipeline.writers import JsonlWriter  # type: ignore[import-not-fo
 
 def main(url: str, model: str, concurrency: str, folder: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what it prints itself goes to the log
+    os.dup2(2, 1)  # its own output goes to the log
     print("ready", file=answers, flush=True)
     for number, line in enumerate(sys.stdin):
         found = run(json.loads(line), url, model, int(concurrency), Path(folder) / str(number))
@@ -27,11 +27,11 @@ def main(url: str, model: str, concurrency: str, folder: str) -> None:
 
 
 OUTPUTS = "${rank}_${chunk_index}.jsonl"
-"""The files that its checkpoints need."""
+"""The pattern of file names that its checkpoints need."""
 
 
 async def rollout(document: Any, generate: Any) -> Any:
-    """One request for a document."""
+    """Send one request for a document."""
     return await generate({"prompt": document.text})
 
 
@@ -50,14 +50,14 @@ def run(order: dict[str, Any], url: str, model: str, concurrency: int, folder: P
         config=config,
         output_writer=JsonlWriter(str(folder / "out"), output_filename=OUTPUTS, compression=None),
         skip_bad_requests=True,
-        # Its copy of what is done, to resume by.
+        # Its record of completed rows, which it resumes from.
         checkpoints_local_dir=str(folder / "checkpoints") if order["resume"] else None,
         records_per_chunk=32,
     )
     documents = [Document(text=prompt, id=str(i)) for i, prompt in enumerate(order["prompts"])]
     try:
         runner.run(documents)
-    except Exception as error:  # noqa: BLE001 - what it does to a bad row is what is asked
+    except Exception as error:  # noqa: BLE001 - the result with a bad row is measured
         return {"died": f"{type(error).__name__}: {error}"}
     seconds = time.perf_counter() - started
     lines = [line for file in (folder / "out").iterdir() for line in file.read_text().splitlines()]
@@ -65,7 +65,7 @@ def run(order: dict[str, Any], url: str, model: str, concurrency: int, folder: P
     results = [row["metadata"]["rollout_results"] for row in found]
     return {
         "seconds": seconds,
-        "answered": len({row["id"] for row in found if row["metadata"]["rollout_results"]}),
+        "completed": len({row["id"] for row in found if row["metadata"]["rollout_results"]}),
         "errors": sum(not result for result in results),
         "tokens": sum(one["usage"]["completion_tokens"] for result in results for one in result),
         "stored": len(found),

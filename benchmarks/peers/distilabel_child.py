@@ -1,6 +1,6 @@
 """distilabel in its own interpreter (see `benchmarks.peers.foreign`): a step with its OpenAI client.
 
-The step `TextGeneration` as a pipeline runs it, batch by batch, without the pipeline's own processes.
+The step `TextGeneration` runs batch by batch, as in a pipeline, but without the pipeline's own processes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from distilabel.steps.tasks import TextGeneration  # type: ignore[import-not-fou
 
 
 def main(url: str, model: str, concurrency: str, folder: str) -> None:
-    del folder  # it keeps nothing
+    del folder  # distilabel writes no files here
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what it prints itself goes to the log
+    os.dup2(2, 1)  # its own output goes to the log
     llm = OpenAILLM(model=model, base_url=f"{url}/v1", api_key="none")
     step = TextGeneration(llm=llm, input_batch_size=int(concurrency))
     step.load()
@@ -40,14 +40,16 @@ def run(step: Any, order: dict[str, Any]) -> dict[str, Any]:
         found = [
             row for first in range(0, len(rows), size) for row in batch(step, rows[first : first + size])
         ]
-    except Exception as error:  # noqa: BLE001 - what it does to a bad row is what is asked
+    except Exception as error:  # noqa: BLE001 - the result with a bad row is measured
         return {"died": f"{type(error).__name__}: {error}"}
-    answered = [row for row in found if row["generation"] is not None]
-    counts = [row["distilabel_metadata"]["statistics_text_generation_0"]["output_tokens"] for row in answered]
+    completed = [row for row in found if row["generation"] is not None]
+    counts = [
+        row["distilabel_metadata"]["statistics_text_generation_0"]["output_tokens"] for row in completed
+    ]
     return {
         "seconds": time.perf_counter() - started,
-        "answered": len(answered),
-        "errors": len(rows) - len(answered),
+        "completed": len(completed),
+        "errors": len(rows) - len(completed),
         "tokens": sum(map(sum, counts)) if counts and isinstance(counts[0], list) else sum(counts),
     }
 

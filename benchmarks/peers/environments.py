@@ -1,7 +1,7 @@
-"""Where a peer has needs of its own: environments beside ours, made at first use from plain pins.
+"""Separate environments for peers with other requirements, created at first use from pinned versions.
 
-`constraints/peers-<name>.txt` has the pins; an environment is made anew when they are newer. Without
-network only the configured package registry is asked.
+`constraints/peers-<name>.txt` has the pins; an environment is created again if they are newer. Packages come
+from the configured package registry only.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ PACKAGES = {
     "distilabel": ("distilabel[openai]", "requests"),
     "ray": ("pandas",),
 }
-"""What each is made of; Ray Data needs pandas beside what we have, which an overlay adds."""
+"""The packages of each environment; Ray Data needs only pandas in addition to ours, which an overlay adds."""
 
 
 OVERLAY = "ray"
 
 
 def prepare(name: str) -> None:
-    """Make it unless it is there: before the start-up of a peer is timed."""
+    """Create an environment if it is missing; call this before the start-up of a peer is timed."""
     folder, install = folder_of(name), ("pip", "install", "--quiet", "--compile-bytecode")
     if not is_stale(name):
         return
@@ -44,7 +44,7 @@ def interpreter(name: str) -> Path:
 
 
 def overlay() -> None:
-    """Put what Ray Data needs before what is ours, in this process and in all that it starts."""
+    """Put the overlay for Ray Data before our packages, in this process and in those that it starts."""
     prepare(OVERLAY)
     folder = folder_of(OVERLAY)
     sys.path.insert(0, str(folder))
@@ -69,6 +69,6 @@ def is_stale(name: str) -> bool:
 
 
 def uv(*arguments: str) -> None:
-    # uv knows a folder of wheels by another name than pip.
+    # uv's variable for a folder of wheels has another name than pip's.
     links = {"UV_FIND_LINKS": os.environ["PIP_FIND_LINKS"]} if "PIP_FIND_LINKS" in os.environ else {}
     subprocess.run([sys.executable, "-m", "uv", *arguments], check=True, env={**links, **os.environ})

@@ -1,4 +1,4 @@
-"""A group of sides: started together, run in turn, each run checked to have made the same."""
+"""A group of sides: they start together and run in turn, and the output tokens of each run are checked."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from benchmarks.workload import Row, output_tokens
 LIMIT = 420.0
 """Seconds that one run may take."""
 WARM_UP = 32
-"""Rows before the first round, of the sides that stay resident."""
+"""Rows before the first round, for the resident sides."""
 
 CountTokens = Callable[[], int]
-"""Output tokens that the server has made so far."""
+"""Returns the number of output tokens that the server has generated so far."""
 
 
 @dataclass
 class Field:
-    """The sides of a group (`sides` are those alive), their runs by workload and side, and why one is absent.
+    """The sides of a group (`sides` are the live ones), their runs by workload and side, and reasons of
+    absence.
 
-    `count` asks a server for its tokens; without one each side's own number is taken.
+    `count` reads the server's number of tokens; without it, each side's own number counts.
     """
 
     title: str
@@ -41,7 +42,7 @@ class Field:
     absent: dict[str, str] = field(default_factory=dict)
 
     def start(self, names: Sequence[str], work: Any, *args: Any) -> None:
-        """Start a process that does rows in so many ways; where it cannot, say why."""
+        """Start a process that processes rows in one or more ways; if it fails, record the reason."""
         wanted = [name for name in names if self.plan.has_side(name)]
         if not wanted:
             return
@@ -54,13 +55,13 @@ class Field:
             self.absent |= dict.fromkeys(wanted, reason(error))
 
     def warm_up(self, names: Iterable[str]) -> None:
-        """A few rows that do not count."""
+        """Process a few rows that do not count."""
         rows = self.plan.rows(SHORT, 0)[:WARM_UP]
         for name in self.here(names):
             self.take(SHORT, name, rows)
 
     def measure(self, workload: str, names: Sequence[str], once: Sequence[str] = ()) -> None:
-        """All rounds of a workload, of which those that start an engine each time do one, if in `once`."""
+        """Run all rounds of a workload; the sides in `once`, which start an engine for each run, run one."""
         if not self.plan.has_workload(workload):
             return
         for round_ in range(1, self.plan.rounds + 1):
@@ -72,20 +73,20 @@ class Field:
         self.drop_incomplete(workload, once)
 
     def of(self, workload: str) -> dict[str, list[Measured]]:
-        """The runs of a workload by their sides."""
+        """The runs of a workload by side."""
         return {name: runs for (measured, name), runs in self.runs.items() if measured == workload}
 
     def here(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if name in self.sides]
 
     def take(self, workload: str, name: str, rows: Sequence[Row]) -> Measured | None:
-        """One run; a side that fails is absent from then on, and with it what shares its process."""
+        """One run. A side that fails is removed, together with the sides that share its process."""
         side = self.sides.get(name)
         if side is None:
             return None
         before = self.count() if self.count else 0
         try:
-            found = side.run(self.own(name, rows[: round(len(rows) * side.share)]), LIMIT)
+            found = side.run(self.own(name, rows[: round(len(rows) * side.fraction)]), LIMIT)
         except (ChildFailed, TimeoutError) as error:
             self.remove(side, reason(error))
             return None
@@ -97,7 +98,8 @@ class Field:
         return found
 
     def own(self, name: str, rows: Sequence[Row]) -> list[Row]:
-        """The rows with the number of the side before them: some sides share an engine and its cache."""
+        """The rows with the side's number before each prompt, since some sides share an engine and its
+        cache."""
         number = list(self.sides_ever).index(name)
         return [replace(row, prompt=f"{number:02d} {row.prompt}") for row in rows]
 
@@ -105,29 +107,29 @@ class Field:
         self.absent |= dict.fromkeys(self.forget(side), why)
 
     def forget(self, side: Side) -> list[str]:
-        """Ask neither it nor what shares its process any more; returns their names."""
-        gone = [name for name, other in self.sides.items() if other.child is side.child]
-        for name in gone:
+        """Remove a side and those that share its process; returns their names."""
+        removed = [name for name, other in self.sides.items() if other.child is side.child]
+        for name in removed:
             del self.sides[name]
-        return gone
+        return removed
 
     def drop_incomplete(self, workload: str, once: Sequence[str]) -> None:
-        """A side with fewer runs than rounds has no ratio of each round."""
+        """Drop the runs of a side with fewer runs than rounds: it has no ratio for each round."""
         for key in [key for key in self.runs if key[0] == workload]:
             if len(self.runs[key]) < (1 if key[1] in once else self.plan.rounds):
                 del self.runs[key]
 
 
 def difference(workload: str, found: Measured, made: int) -> str:
-    """How a run differs from what was asked; empty where it does not."""
+    """The difference between a run and its order; empty if there is none."""
     outcome, rows = found.outcome, found.rows
     if outcome.died:
         return outcome.died
-    if outcome.answered != len(rows):
-        return f"answered {outcome.answered} of {len(rows)} rows"
+    if outcome.completed != len(rows):
+        return f"completed {outcome.completed} of {len(rows)} rows"
     wanted = output_tokens(rows)
-    if made != wanted and workload != DUPLICATES:  # where equal rows may be asked once
-        return f"made {made} tokens, not {wanted}"
+    if made != wanted and workload != DUPLICATES:  # with duplicates, equal rows may be sent once
+        return f"generated {made} tokens, not {wanted}"
     return ""
 
 

@@ -1,7 +1,8 @@
-"""Clients in environments of their own: a script there, a JSON line in for each run and one out.
+"""Clients in environments of their own, run by a script that reads and writes one JSON line for each run.
 
-A script is given the server's URL, the model's name, the rows in flight and a folder of its own. It says
-`ready`; then of `{"prompts", "max_tokens", "resume"}` it makes `{"seconds", "answered", "errors", "tokens"}`.
+The arguments of a script are the server's URL, the model's name, the rows in flight, and a folder. It prints
+`ready`, and then for each `{"prompts", "max_tokens", "resume"}` one `{"seconds", "completed", "errors",
+"tokens"}`.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ QUIET = {
     "CURATOR_VIEWER": "0",
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
 }
-"""Nobody is told of a run, and nothing is fetched."""
+"""Disables telemetry and downloads."""
 
 
 def serve(
     pipe: Connection, name: str, url: str, model: str, concurrency: int, folder: str | None = None
 ) -> None:
-    """`folder` is one that was there before and will be there after a crash: then it resumes by it."""
+    """Process rows with the script of `name`; given a `folder`, which remains after a crash, it resumes."""
     with (
         tempfile.TemporaryDirectory() as scratch,
         started(name, url, model, concurrency, folder or scratch) as process,
     ):
         try:
-            line_of(process)  # it is ready
+            line_of(process)  # waits for `ready`
             answer_all(pipe, {NAMES[name]: lambda rows: through(process, rows, folder is not None)})
         finally:
             process.kill()
@@ -62,7 +63,7 @@ def started(name: str, url: str, model: str, concurrency: int, folder: str) -> s
 
 
 def through(process: subprocess.Popen[str], rows: Sequence[Row], resume: bool) -> Outcome:
-    """What it makes of rows with answers of one length; a run that ends as a whole is in its last words."""
+    """The outcome for rows with answers of one length; if the complete run failed, `died` has the error."""
     (tokens,) = {row.max_tokens for row in rows}
     assert process.stdin is not None
     begun = time.perf_counter()
@@ -71,7 +72,7 @@ def through(process: subprocess.Popen[str], rows: Sequence[Row], resume: bool) -
     found = json.loads(line_of(process))
     if "died" in found:
         return Outcome(time.perf_counter() - begun, 0, 0, died=found["died"])
-    counts = found["tokens"], found["answered"], found["errors"]
+    counts = found["tokens"], found["completed"], found["errors"]
     return Outcome(found["seconds"], *counts, stored=found.get("stored", 0))
 
 
@@ -79,5 +80,5 @@ def line_of(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise RuntimeError("it ended")
+        raise RuntimeError("the script ended")
     return line

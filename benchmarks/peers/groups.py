@@ -1,4 +1,4 @@
-"""The two groups: engines of one's own, and clients of one server."""
+"""The two groups of sides: engines of one's own, and clients of one server."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ ENGINES, CLIENTS = "Engines of one's own", "Clients of one server"
 RESIDENT = (ceilings.GENERATE, own_engine.BATCHES, ceilings.ASYNC, own_engine.TABLE)
 ALL_ENGINES = (*RESIDENT, ceilings.CHUNKS, rays.ENGINE, run_batch.NAME)
 ANY_LENGTH = (ceilings.GENERATE, own_engine.BATCHES, ceilings.ASYNC, rays.ENGINE)
-"""Engines that take a length for each row."""
+"""Engines that accept a different output length for each row."""
 FOREIGN = tuple(foreign.NAMES.values())
 OLDER = (clients.THREADS, clients.CHUNKS)
 QUICK = (clients.BENCH, clients.OURS)
 ALL_CLIENTS = (*QUICK, own_engine.TABLE, *FOREIGN, harnessed.NAME, rays.HTTP, *OLDER)
 SLOW = 0.125
-"""The older ways get this part of the rows; their rates are compared."""
+"""The fraction of the rows that the older ways get; their rates are compared."""
 TOKENS = re.compile(r"^vllm:generation_tokens_total\{.*\} (\S+)$", re.MULTILINE)
 
 
 @contextmanager
 def engines(plan: Plan, arguments: dict[str, Any]) -> Iterator[Field]:
-    """Sides with an engine each, all resident that can be; one at a time is at work."""
+    """Sides with an engine each, resident if possible; one works at a time."""
     with ExitStack() as stack:
         field = Field(ENGINES, plan, stack)
         field.start([ceilings.GENERATE, ceilings.CHUNKS], ceilings.serve_llm, arguments)
@@ -53,12 +53,12 @@ def engines(plan: Plan, arguments: dict[str, Any]) -> Iterator[Field]:
             field.start([rays.ENGINE, rays.TOLERANT], rays.serve_engine, arguments)
             field.start([run_batch.NAME], run_batch.serve, arguments)
         for name in field.here([ceilings.CHUNKS]):
-            field.sides[name].share = SLOW
+            field.sides[name].fraction = SLOW
         yield field
 
 
 def measure_engines(field: Field, after_each: Callable[[], None]) -> list[Ending]:
-    """All workloads, then the bad row, after which not every side is of use."""
+    """Measure all workloads, then the bad row, which some sides do not survive."""
     field.warm_up(RESIDENT)
     with_ray = (*RESIDENT, rays.ENGINE)
     for workload, names, once in (
@@ -74,10 +74,10 @@ def measure_engines(field: Field, after_each: Callable[[], None]) -> list[Ending
 
 @contextmanager
 def clients_of_one_server(plan: Plan, arguments: dict[str, Any]) -> Iterator[Field]:
-    """Clients of a vLLM server, all with the same rows in flight, one client at a time.
+    """Clients of a vLLM server, all with the same number of rows in flight; one works at a time.
 
-    The server does not cache prefixes, for all clients send the same prompts, and it takes a chat message
-    as the prompt that it is, for some clients know only those.
+    The server does not cache prefixes, since all clients send the same prompts. Its chat template returns a
+    message unchanged, since some clients send only chat messages.
     """
     if not any(map(plan.has_side, ALL_CLIENTS)):
         yield Field(CLIENTS, plan, ExitStack())
@@ -99,12 +99,12 @@ def clients_of_one_server(plan: Plan, arguments: dict[str, Any]) -> Iterator[Fie
             field.start([harnessed.NAME], harnessed.serve, url, model, flight)
             field.start([rays.HTTP], rays.serve_http, url, model, flight)
         for name in field.here(OLDER):
-            field.sides[name].share = SLOW
+            field.sides[name].fraction = SLOW
         yield field
 
 
 def measure_clients(field: Field, after_each: Callable[[], None]) -> list[Ending]:
-    """All workloads, then the bad row."""
+    """Measure the workloads of clients, then the bad row."""
     field.warm_up((*QUICK, *FOREIGN))
     field.measure(SHORT, ALL_CLIENTS)
     after_each()
@@ -114,7 +114,7 @@ def measure_clients(field: Field, after_each: Callable[[], None]) -> list[Ending
 
 
 def tokens_made(url: str) -> int:
-    """Output tokens that the server counts so far."""
+    """The number of output tokens that the server has counted so far."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as page:
         found = TOKENS.findall(page.read().decode())
     return round(sum(map(float, found)))

@@ -1,6 +1,6 @@
 """lm-evaluation-harness's client `local-completions`, in its own environment (see `benchmarks.harness`).
 
-Each run is an evaluation of its own, with the rows as the task; the start-up is its imports.
+Each run is a separate evaluation with the rows as its task; its imports count as start-up.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.workload import Row
 
 NAME = "lm-evaluation-harness"
 NEVER = "<|never|>"
-"""It sends stop words with each request; this one does not come."""
+"""The stop word that it sends with each request; it does not occur in answers."""
 
 
 def serve(pipe: Connection, url: str, model: str, concurrency: int) -> None:
@@ -25,7 +25,7 @@ def serve(pipe: Connection, url: str, model: str, concurrency: int) -> None:
 
 
 def through(url: str, model: str, concurrency: int, rows: Sequence[Row]) -> Outcome:
-    """What it makes of rows with answers of one length; the server knows the tokens."""
+    """The outcome for rows with answers of one length; the server counts the tokens."""
     (tokens,) = {row.max_tokens for row in rows}
     texts = [{"question": row.prompt, "answer": ""} for row in rows]
     started = time.perf_counter()
@@ -39,7 +39,7 @@ def through(url: str, model: str, concurrency: int, rows: Sequence[Row]) -> Outc
 
 
 def task(tokens: int) -> dict[str, Any]:
-    """A task file: greedy answers of one length, and a score that nobody looks at."""
+    """The task file: greedy answers of one length, with a score, which is not used."""
     sampling = {"until": [NEVER], "do_sample": False, "temperature": 0.0}
     return {
         "output_type": "generate_until",

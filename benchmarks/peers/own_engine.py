@@ -1,4 +1,4 @@
-"""Our sides with an engine of our own: lists through `predict_batches`, tables through `predict_in_db`."""
+"""Our sides with an engine of their own: lists with `predict_batches`, and tables with `predict_in_db`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ BATCHES, TABLE = "ours: predict_batches", "ours: predict_in_db"
 
 
 def serve(pipe: Connection, engine_args: dict[str, Any]) -> None:
-    """Both ways on one engine; the method `predict_in_db`, from a Parquet to a Delta table."""
+    """Process rows both ways on one engine; `predict_in_db` goes from a Parquet file to a Delta table."""
     with model_of(engine_args) as model, tempfile.TemporaryDirectory() as folder:
-        # What the first table costs (imports, for the most part) belongs to the start-up.
+        # The extra cost of the first table (mostly imports) counts as start-up.
         through_table(model, [Row("first", 1)], Path(tempfile.mkdtemp(dir=folder)))
-        check_lengths(model, [Row("first", TOKENS)])  # of `predict_batches` nobody counts the tokens
+        check_lengths(model, [Row("first", TOKENS)])  # since `predict_batches` does not return token counts
         answer_all(
             pipe,
             {
@@ -45,24 +45,24 @@ def model_of(engine_args: dict[str, Any]) -> VllmModel:
 
 
 def through_batches(model: VllmAPI | VllmModel, rows: Sequence[Row]) -> Outcome:
-    """One call for each length of answers, all at once."""
+    """One call for each length of answers, all calls concurrently."""
     started = time.perf_counter()
     try:
         seconds = seconds_of(model, rows)
-    except RowErrors as found:  # it has the answers of the other rows
+    except RowErrors as found:  # the error has the answers of the other rows
         failed = len(found.errors)
         return Outcome(time.perf_counter() - started, 0, len(rows) - failed, failed)
     return Outcome(seconds, output_tokens(rows), len(rows))
 
 
 def through_table(model: VllmAPI | VllmModel, rows: Sequence[Row], lake: Path, **options: Any) -> Outcome:
-    """One call; all rows have answers of one length, for a call has one `max_tokens`."""
+    """One call; all rows have answers of one length, since a call has one `max_tokens`."""
     write_source(lake, [row.prompt for row in rows])
     (tokens,) = {row.max_tokens for row in rows}
     started = time.perf_counter()
     try:
         report = model.predict_in_db("prompt", "rows", db=str(lake), max_tokens=tokens, **options)
-    except Exception as error:  # noqa: BLE001 - what it does to a bad row is what is asked
+    except Exception as error:  # noqa: BLE001 - the result with a bad row is measured
         return dead(started, error)
     seconds = time.perf_counter() - started
     return Outcome(seconds, report.completion_tokens, report.succeeded, report.failed)

@@ -32,20 +32,20 @@ WORDS = {
     DUPLICATES: "Half of the rows repeated",
 }
 TO_FILES = {rays.HTTP, foreign.NAMES["datatrove"], foreign.NAMES["curator"]}
-"""Clients that write their answers down."""
+"""Clients that write their answers to files."""
 OURS = {own_engine.BATCHES, own_engine.TABLE, clients.OURS}
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A ratio that is to reach `least`, and what it says."""
+    """A ratio that should reach `least`, and its description."""
 
     words: str
     ratio: Summary
     least: float
 
     def cells(self) -> tuple[str, ...]:
-        """As a row of a table; a figure that misses, or whose interval reaches below, is marked."""
+        """A row of the table; it says if the figure misses the goal or its interval reaches below it."""
         met = self.ratio.median >= self.least
         sure = "" if self.ratio.low >= self.least or not met else ", the interval reaches below"
         verdict = f"met{sure}" if met else "**not met**"
@@ -53,7 +53,7 @@ class Goal:
 
 
 def tables(field: Field) -> str:
-    """What was measured of a group."""
+    """The tables of a group, and the sides that did not run."""
     parts = [f"### {field.title}"]
     for workload in WORDS:
         if sides := field.of(workload):
@@ -68,7 +68,7 @@ def tables(field: Field) -> str:
 
 
 def table(field: Field, workload: str, sides: dict[str, list[Measured]]) -> str:
-    """One line a side, against ours with the same to do, whose own ratio is 1."""
+    """A table with one line for each side, against our side with the same work, whose own ratio is 1."""
     some = max((runs[0].rows for runs in sides.values()), key=len)
     tokens = sum(row.max_tokens for row in some)
     lines = [line(name, runs, field, sides) for name, runs in sides.items()]
@@ -77,13 +77,13 @@ def table(field: Field, workload: str, sides: dict[str, list[Measured]]) -> str:
 
 
 def reference_of(sides: dict[str, list[Measured]], against: str = "") -> str:
-    """Our side that has the same to do: what `against` writes to files, ours writes to a table."""
+    """Our side with the same work: `predict_in_db`, if the side `against` writes its answers to files."""
     if against in TO_FILES and own_engine.TABLE in sides:
         return own_engine.TABLE
     for name in (own_engine.BATCHES, clients.OURS):
         if name in sides:
             return name
-    return next(iter(sides))  # `--only` left ours out
+    return next(iter(sides))  # `--only` excludes our side
 
 
 def line(
@@ -91,42 +91,42 @@ def line(
 ) -> tuple[str, ...]:
     reference = reference_of(sides, name)
     side, us, ours = field.sides_ever[name], field.sides_ever[reference], sides[reference]
-    steady, whole = steadies(runs, ours), totals(side, runs, us, ours)
+    steady, both = steadies(runs, ours), totals(side, runs, us, ours)
     return (
-        marked(name, steady, whole, name in OURS),
+        emphasized(name, steady, both, name in OURS),
         f"{side.startup + statistics.median(run.outcome.startup for run in runs):.1f}",
         f"{statistics.median(work(side, run) for run in runs):.2f}",
         f"{statistics.median(map(rate, runs)):.0f}",
         ratio(steady),
         f"{statistics.median(total(side, run) for run in runs):.1f}",
-        ratio(whole),
+        ratio(both),
         cpu_words(runs),
     )
 
 
-def marked(name: str, steady: Summary, whole: Summary, is_ours: bool) -> str:
-    """A side that is ahead of us in steady state or as a whole is in bold."""
-    return name if is_ours or min(steady.median, whole.median) >= 1 else f"**{name}**"
+def emphasized(name: str, steady: Summary, both: Summary, is_ours: bool) -> str:
+    """The name of a side, in bold if it is faster than ours at work or in total."""
+    return name if is_ours or min(steady.median, both.median) >= 1 else f"**{name}**"
 
 
 def steadies(runs: Sequence[Measured], ours: Sequence[Measured]) -> Summary:
-    """Our tokens a second by its, round by round; a side may have done the first round only."""
+    """Our tokens a second divided by its own, for each round that it ran (perhaps only the first)."""
     return summarize([rate(us) / rate(it) for us, it in zip(ours, runs, strict=False)])
 
 
 def totals(side: Side, runs: Sequence[Measured], us: Side, ours: Sequence[Measured]) -> Summary:
-    """Its seconds with the start-up by ours, round by round."""
+    """Its seconds, with the start-up, divided by ours, for each round."""
     return summarize([total(side, it) / total(us, we) for it, we in zip(runs, ours, strict=False)])
 
 
 def rate(run: Measured) -> float:
-    """Output tokens a second of work, as asked for: of a row that is answered by another's answer, too."""
+    """Output tokens a second of work; a row that shares another row's answer counts as well."""
     return sum(row.max_tokens for row in run.rows) / run.outcome.work
 
 
 def work(side: Side, run: Measured) -> float:
-    """Seconds of work; of a side that got a part of the rows, what all would have taken."""
-    return run.outcome.work / side.share
+    """Seconds of work; for a side that got a part of the rows, scaled to all rows."""
+    return run.outcome.work / side.fraction
 
 
 def total(side: Side, run: Measured) -> float:
@@ -134,15 +134,15 @@ def total(side: Side, run: Measured) -> float:
 
 
 def cpu(runs: Sequence[Measured]) -> tuple[float, float]:
-    """Milliseconds a row, of the client and of vLLM's engine processes below it: of all rounds, as the clock
-    of /proc has ticks of 10 ms."""
+    """CPU milliseconds a row, of the client and of its vLLM engine processes. All rounds are added up, since
+    the clock of /proc has ticks of 10 ms."""
     rows = sum(len(run.rows) for run in runs)
     client = sum(run.usage.client for run in runs)
     return 1000 * client / rows, 1000 * sum(run.usage.engine for run in runs) / rows
 
 
 def cpu_words(runs: Sequence[Measured]) -> str:
-    """Client + engine; less than a tick a run is not known better."""
+    """Client + engine, as text; a figure below one tick a run is given as an upper limit."""
     client, engine = cpu(runs)
     least = 1000 * len(runs) / TICKS / sum(len(run.rows) for run in runs)
     words = f"{client:.2f}" if client >= least else f"< {least:.1f}"
@@ -156,7 +156,7 @@ def ratio(summary: Summary) -> str:
 
 
 def goals(fields: Sequence[Field]) -> str:
-    """Each goal with its figure."""
+    """The table of goals with their figures."""
     found = [goal for field in fields for goal in goals_of(field)]
     head = ("goal", "at least", "figure", "")
     return "### Goals\n\n" + results.table(head, [goal.cells() for goal in found]) if found else ""
@@ -184,7 +184,7 @@ def goals_of(field: Field) -> list[Goal]:
 def against_ray(
     field: Field, workload: str, runs: Sequence[Measured], sides: dict[str, list[Measured]]
 ) -> list[Goal]:
-    """From table to table where both can, else our lists against its tables."""
+    """Goals against Ray Data LLM, for our tables if they ran and otherwise for our lists."""
     name = own_engine.TABLE if own_engine.TABLE in sides else own_engine.BATCHES
     side, us = field.sides_ever[rays.ENGINE], field.sides_ever[name]
     return [
@@ -194,7 +194,7 @@ def against_ray(
 
 
 def cheapest(field: Field) -> Goal:
-    """CPU a row of the cheapest other client with as many rows in flight, by ours."""
+    """The goal for CPU a row: the cheapest other client with as many rows in flight, divided by ours."""
     older = (clients.THREADS, clients.CHUNKS)
     spent = {
         name: cpu(runs)[0]

@@ -1,4 +1,4 @@
-"""What a run of the peers is asked for, and its rows."""
+"""The options of a run of the peers, and its rows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import options as asked
-from benchmarks import results
+from benchmarks import options, results
 from benchmarks.options import Options
 from benchmarks.workload import Row, half_repeated, questions, rows
 
@@ -20,17 +19,17 @@ WORKLOADS = (SHORT, MIXED, PREFIXES, DUPLICATES, BAD, CRASH)
 WITH_ENGINES = tuple(set(WORKLOADS) - {CRASH})
 BAD_ROWS, CRASH_ROWS = 100, 400
 TOKENS = 24
-"""Output tokens of a short answer: one number, for some sides have one for all rows."""
+"""Output tokens of a short answer, equal for all rows, since some sides take one number for all."""
 LOG_MEAN, LOG_SPREAD, STEP, CAP = 3.2, 0.8, 8, 192
-"""Of `mixed`: log(tokens) is normal, 25 in the median and 34 in the mean, rounded up to steps and capped."""
+"""For `mixed`: log(tokens) is normal (median 25 tokens, mean 34), rounded up to steps and capped."""
 FAMILIES, PREFIX_WORDS, TINY_PREFIX = 16, 160, 40
-"""Of `prefixes`: so many beginnings, each with so many words (of the tiny model, which has a token for
-each letter or two)."""
+"""For `prefixes`: the number of beginnings, and the words of each; fewer for the tiny model, which has a
+token for every one or two letters."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One run: `only` names sides and workloads (parts of names do), none is all."""
+    """One run. `only` has names of workloads and parts of names of sides; empty means all."""
 
     options: Options
     rounds: int
@@ -44,15 +43,15 @@ class Plan:
         return self.options.rows
 
     def has_workload(self, name: str) -> bool:
-        asked = [part for part in self.only if part in WORKLOADS]
-        return not asked or name in asked
+        wanted = [part for part in self.only if part in WORKLOADS]
+        return not wanted or name in wanted
 
     def has_side(self, name: str) -> bool:
-        asked = [part for part in self.only if part not in WORKLOADS]
-        return not asked or any(part.lower() in name.lower() for part in asked)
+        wanted = [part for part in self.only if part not in WORKLOADS]
+        return not wanted or any(part.lower() in name.lower() for part in wanted)
 
     def rows(self, workload: str, round_: int) -> list[Row]:
-        """The rows of a round; no prefix cache knows them from an earlier one."""
+        """The rows of a round; no prefix cache has them from an earlier round."""
         if workload == MIXED:
             return mixed(questions(self.options.data, self.count), round_)
         if workload == PREFIXES:
@@ -76,7 +75,7 @@ def mixed(texts: Sequence[str], round_: int) -> list[Row]:
 
 
 def sharing(data: Path | None, count: int, length: int) -> list[str]:
-    """Texts with one of a few long beginnings, shuffled."""
+    """Texts that begin with one of a few long prefixes, shuffled."""
     rng = random.Random(1)
     words = " ".join(questions(data, 1000)).split()
     beginnings = [" ".join(rng.choices(words, k=length)) for _ in range(FAMILIES)]
@@ -86,7 +85,7 @@ def sharing(data: Path | None, count: int, length: int) -> list[str]:
 
 
 def spoilt(rows: Sequence[Row]) -> list[Row]:
-    """One row of a hundred, at least one, is longer than the model takes."""
+    """The rows, of which one in a hundred, at least one, is longer than the model's limit."""
     count = max(1, len(rows) // 100)
     bad = {round((i + 0.5) * len(rows) / count) for i in range(count)}
     return [
@@ -96,34 +95,34 @@ def spoilt(rows: Sequence[Row]) -> list[Row]:
 
 
 def parse(arguments: list[str]) -> Plan:
-    """A plan from the command line."""
+    """The plan from the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers")
     add = parser.add_argument
-    add("--short", action="store_true", help="a tiny model, few rows, one round, what needs no network")
-    add("--data", type=Path, help="JSONL with the prompts as `question`; else made up")
-    add("--model", type=Path, help="folder of the model; else the demo's SmolLM2")
+    add("--short", action="store_true", help="a tiny model, few rows, one round, only sides without network")
+    add("--data", type=Path, help="JSONL with the prompts as `question`; default: made up")
+    add("--model", type=Path, help="folder of the model; default: the demo's SmolLM2")
     add("--rows", type=int, default=None, help="rows of a round (192; 32 with --short)")
     add("--rounds", type=int, default=None, help="rounds that count (3; 1 with --short)")
     add("--concurrency", type=int, default=64, help="rows in flight of the clients of a server")
     add("--only", nargs="*", default=(), help=f"sides (parts of names) and workloads {WORKLOADS}")
     add("--engine", type=json.loads, default={}, help="further engine arguments of all sides, as JSON")
-    add("--output", type=Path, default=results.FILE, help="the page that gets the part Peers")
+    add("--output", type=Path, default=results.FILE, help="the page to write the parts Peers to")
     given = parser.parse_args(arguments)
     count = given.rows or (32 if given.short else 192)
     rounds = given.rounds or (1 if given.short else 3)
-    options = options_of(given, count, rounds)
     command = f"python -m benchmarks.peers {' '.join(arguments)}".strip()
-    return Plan(options, rounds, tuple(given.only), given.short, given.output, command)
+    own = options_of(given, count, rounds)
+    return Plan(own, rounds, tuple(given.only), given.short, given.output, command)
 
 
 def options_of(given: argparse.Namespace, count: int, rounds: int) -> Options:
-    """Those of the other benchmarks."""
+    """The options as those of the other benchmarks."""
     engine = json.dumps({**(TINY if given.short else {}), **given.engine})
     numbers = {"rows": count, "pairs": rounds, "concurrency": given.concurrency, "lengths": TOKENS}
     words = [f"--{name}={value}" for name, value in {**numbers, "engine": engine}.items()]
     words += [f"--{name}={value}" for name in ("data", "model") if (value := getattr(given, name))]
-    return asked.parse(words, ())
+    return options.parse(words, ())
 
 
 TINY: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 2**28, "max_num_seqs": 32}
-"""Engine arguments of the tiny model of `--short`."""
+"""Engine arguments for the tiny model of `--short`."""

@@ -1,8 +1,8 @@
 """Ray Data LLM: its engine processor and its HTTP processor, from a Parquet file to Parquet files.
 
-A run is one dataset. What it starts, an engine or a client, lives as long as the run, so each run has a
-start-up: until the first row is in the engine, as the processor says how long a row took, or until the
-first request is made.
+A run is one dataset. Its engine or client lives as long as the run, so each run has a start-up: until the
+first row is in the engine (computed from the row's time, which the processor reports), or until the first
+request is made.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ from benchmarks.workload import Row
 ENGINE, HTTP = "Ray Data LLM: engine", "Ray Data LLM: HTTP"
 TOLERANT = "Ray Data LLM: engine, continue on error"
 BATCH = 32
-"""Rows of a batch: Ray Data LLM's default for its engine. At most 8 are in the engine: 256 rows."""
+"""Rows of a batch, by Ray Data LLM's default for its engine. At most 8 batches (256 rows) are in the
+engine."""
 ALL = 2**20
-"""Rows of a block that all rows fit into."""
+"""Rows of a block that is large enough for all rows."""
 STORE = 256 * 2**20
-"""Bytes of Ray's object store: the rows of a run are a few hundred KiB."""
+"""Bytes of Ray's object store; the rows of a run are a few hundred KiB."""
 
 
 def serve_engine(pipe: Connection, engine_args: dict[str, Any]) -> None:
-    """Answer rows by `vLLMEngineProcessorConfig`, as it is by default and with `should_continue_on_error`."""
+    """Process rows with `vLLMEngineProcessorConfig`, with its defaults and with
+    `should_continue_on_error`."""
     ways = {ENGINE: False, TOLERANT: True}
     with_ray(
         pipe,
@@ -44,11 +46,11 @@ def serve_engine(pipe: Connection, engine_args: dict[str, Any]) -> None:
 
 
 def serve_http(pipe: Connection, url: str, model: str, concurrency: int, folder: str | None = None) -> None:
-    """Answer rows by `HttpRequestProcessorConfig`; in a `folder` of before it resumes by its checkpoints.
+    """Process rows with `HttpRequestProcessorConfig`; with a `folder` it resumes from its checkpoints there.
 
-    It sends the rows of a batch one after another, and 4 batches of a block at once. So that it has as
-    many rows in flight as the others, a batch is a row, that 4 is set higher, and all rows are one block;
-    to resume, whose unit is a block, a block is as many rows as are in flight.
+    By default it sends the rows of a batch one after another, and 4 batches of a block at once. To have as
+    many rows in flight as the others, a batch is one row, the 4 is replaced, and all rows are one block.
+    Since it resumes by blocks, with a `folder` a block has as many rows as are in flight.
     """
     os.environ["RAY_DATA_DEFAULT_ASYNC_BATCH_UDF_MAX_CONCURRENCY"] = str(concurrency)
     block = concurrency if folder else ALL
@@ -81,7 +83,7 @@ def engine_processor(engine_args: dict[str, Any], continue_on_error: bool = Fals
     arguments = {**engine_args}
     config = vLLMEngineProcessorConfig(
         model_source=arguments.pop("model"),
-        # As the other sides have it: no statistics at each step.
+        # As for the other sides, without statistics at each step.
         engine_kwargs={"disable_log_stats": True, **arguments},
         log_engine_metrics=False,
         batch_size=BATCH,
@@ -132,7 +134,7 @@ def from_http(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def resume_by(checkpoints: str) -> None:
-    """Ray Data's own: rows whose key is there are left out."""
+    """Enable Ray Data's own checkpoints: rows whose key is in them are left out."""
     from ray.data import DataContext
     from ray.data.checkpoint import CheckpointConfig
 
@@ -141,7 +143,7 @@ def resume_by(checkpoints: str) -> None:
 
 
 def through(processor: Any, block: int, folder: str | None, rows: Sequence[Row]) -> Outcome:
-    """A dataset from file to files, in a folder of its own if none is given."""
+    """Run one dataset from file to files, in `folder` or in a temporary one."""
     import ray
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -152,7 +154,7 @@ def through(processor: Any, block: int, folder: str | None, rows: Sequence[Row])
             blocks = -(-len(rows) // block)
             data = ray.data.read_parquet(str(source), override_num_blocks=blocks)
             processor(data).write_parquet(str(target))
-        except Exception as error:  # noqa: BLE001 - what it does to a bad row is what is asked
+        except Exception as error:  # noqa: BLE001 - the result with a bad row is measured
             return dead(started, error)
         finally:
             remove_groups()
@@ -161,7 +163,7 @@ def through(processor: Any, block: int, folder: str | None, rows: Sequence[Row])
 
 
 def write_source(source: Path, rows: Sequence[Row], block: int) -> None:
-    """Row groups of `block` rows: the blocks that Ray Data reads."""
+    """Write the rows in row groups of `block` rows, which Ray Data reads as blocks."""
     columns = {
         "id": range(len(rows)),
         "prompt": [row.prompt for row in rows],
@@ -171,18 +173,18 @@ def write_source(source: Path, rows: Sequence[Row], block: int) -> None:
 
 
 def outcome(found: pa.Table, ordered: float, seconds: float) -> Outcome:
-    """The start-up is until the first row was sent; a row is seen here not before that."""
+    """The outcome from the output rows; the start-up ends when the first row is sent."""
     startup = min(filter(None, found["began"].to_pylist())) - ordered
     errors = 0
     if "__inference_error__" in found.column_names:
         errors = sum(bool(words) for words in found["__inference_error__"].to_pylist())
     tokens = sum(count or 0 for count in found["tokens"].to_pylist())
-    answered = len({*found["id"].to_pylist()}) - errors
-    return Outcome(seconds - startup, tokens, answered, errors, startup, stored=len(found))
+    completed = len({*found["id"].to_pylist()}) - errors
+    return Outcome(seconds - startup, tokens, completed, errors, startup, stored=len(found))
 
 
 def remove_groups() -> None:
-    """A run leaves its placement group behind, with a CPU that the next one would wait for."""
+    """Remove the placement group that a run leaves behind: the next run would wait for its CPU for ever."""
     from ray.util import placement_group_table, remove_placement_group
     from ray.util.placement_group import PlacementGroup, PlacementGroupID
 

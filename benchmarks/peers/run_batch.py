@@ -1,8 +1,9 @@
-"""vLLM's `run-batch`, from one JSONL file to another; its module, as the `vllm` command does not start here.
+"""vLLM's `run-batch`, from one JSONL file to another. Its module is run, as the command `vllm` does not
+start.
 
-It starts an engine for each run: the start-up is the time until its log says that it reads the batch, the
-work the time from then until its file is written. It knows chat requests only: a
-template of the content alone makes them the prompts that the other sides send.
+It starts an engine for each run. The start-up is the time until its log reports that it reads the batch, and
+the work is the time from then until its file is written. It takes only chat requests, so a chat template with
+only the content turns them into the prompts of the other sides.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from benchmarks.servers import flags
 from benchmarks.workload import Row
 from vllm_tasks.engines.session import permit_amx
 
-permit_amx()  # in the processes that vLLM spawns, too: they import this main module
+permit_amx()  # also in the processes that vLLM spawns, because they import this main module
 
 NAME = "vLLM run-batch"
 PLAIN = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-"""A chat template that leaves a prompt as it is."""
+"""A chat template that returns the prompt unchanged."""
 READS = "Reading batch from"
-LAST_WORDS = 4000
-"""Bytes of its log that an error shows."""
+LOG_TAIL = 4000
+"""Characters of its log that an error shows."""
 
 
 def serve(pipe: Connection, engine_args: dict[str, Any]) -> None:
@@ -40,17 +41,17 @@ def serve(pipe: Connection, engine_args: dict[str, Any]) -> None:
 def run(engine_args: dict[str, Any], rows: Sequence[Row]) -> Outcome:
     arguments = flags({"disable_log_stats": True, **engine_args, "chat_template": PLAIN})
     with tempfile.TemporaryDirectory() as folder:
-        asked, said = Path(folder) / "rows.jsonl", Path(folder) / "answers.jsonl"
-        asked.write_text("".join(f"{request(engine_args['model'], i, row)}\n" for i, row in enumerate(rows)))
-        module = [sys.executable, "-m", "benchmarks.peers.run_batch", "-i", str(asked), "-o", str(said)]
+        source, target = Path(folder) / "rows.jsonl", Path(folder) / "answers.jsonl"
+        source.write_text("".join(f"{request(engine_args['model'], i, row)}\n" for i, row in enumerate(rows)))
+        module = [sys.executable, "-m", "benchmarks.peers.run_batch", "-i", str(source), "-o", str(target)]
         started = time.time()
         process = subprocess.Popen(
             [*module, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        began, last_words = follow(process)
-        if process.wait() != 0 or not said.exists():
-            return Outcome(time.time() - started, 0, 0, died=last_words)
-        return outcome(said, work=said.stat().st_mtime - began, startup=began - started)
+        began, log = follow(process)
+        if process.wait() != 0 or not target.exists():
+            return Outcome(time.time() - started, 0, 0, died=log)
+        return outcome(target, work=target.stat().st_mtime - began, startup=began - started)
 
 
 def request(model: str, number: int, row: Row) -> str:
@@ -61,18 +62,18 @@ def request(model: str, number: int, row: Row) -> str:
 
 
 def follow(process: subprocess.Popen[str]) -> tuple[float, str]:
-    """When it began to read the batch, and the end of its log."""
+    """The time at which it began to read the batch, and the end of its log."""
     assert process.stdout is not None
     began, log = time.time(), ""
     for line in process.stdout:
-        log = (log + line)[-LAST_WORDS:]
+        log = (log + line)[-LOG_TAIL:]
         if READS in line:
             began = time.time()
     return began, log
 
 
-def outcome(said: Path, work: float, startup: float) -> Outcome:
-    answers = [json.loads(line) for line in said.read_text().splitlines()]
+def outcome(target: Path, work: float, startup: float) -> Outcome:
+    answers = [json.loads(line) for line in target.read_text().splitlines()]
     good = [answer["response"]["body"] for answer in answers if not answer["error"]]
     tokens = sum(body["usage"]["completion_tokens"] for body in good)
     return Outcome(work, tokens, len(good), len(answers) - len(good), startup)

@@ -1,4 +1,4 @@
-"""What all sides have in common: a process that answers rows with an `Outcome`, measured from outside."""
+"""The common part of all sides: a process that returns an `Outcome` for rows and is measured from outside."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ Answer = Callable[[Sequence[Row]], "Outcome"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to, as the side saw it.
+    """The outcome of a run, as the side reports it.
 
-    `work` is seconds from the order (or from its first request, where each run starts an engine: then
-    `startup` is the seconds before) until all answers were where the side puts them. `tokens` came out;
-    `answered` rows have an output, `errors` an error of their own. `died` says why a run ended as a whole.
+    `work` is the seconds from the order until all answers are where the side puts them. If each run starts an
+    engine, `work` begins with the first request, and `startup` is the seconds before. `tokens` is the number
+    of output tokens; `completed` rows have an output, and `errors` rows an error of their own. `died` is the
+    error of a run that failed completely.
     """
 
     work: float
     tokens: int
-    answered: int
+    completed: int
     errors: int = 0
     startup: float = 0.0
     died: str = ""
     stored: int = 0
-    """Rows in the output of a run that was begun before: more than `answered` where some are there twice."""
+    """Rows in the output of a resumed run; more than `completed` if some are there twice."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """An outcome, and the CPU seconds that it cost."""
+    """An outcome, the CPU seconds that it took, and its rows."""
 
     outcome: Outcome
     usage: Usage
@@ -51,18 +52,18 @@ class Measured:
 
 @dataclass
 class Side:
-    """A way to do rows, and the process that does them; `startup` is seconds until that took rows.
+    """A way to process rows, and the process that does so; `startup` is the seconds until it accepted rows.
 
-    `share` is the part of the rows that it gets, where it is too slow for all.
+    `fraction` is below 1 for a side that is too slow for all rows.
     """
 
     name: str
     child: Child
     startup: float
-    share: float = 1.0
+    fraction: float = 1.0
 
     def run(self, rows: Sequence[Row], timeout: float | None = None) -> Measured:
-        """Do the rows, after a rest; raises TimeoutError, after which the side is of no use any more."""
+        """Process the rows after a rest. After a TimeoutError the side cannot be used any more."""
         time.sleep(SETTLE)
         with Meter(self.child.pid) as meter:
             self.child.send((self.name, list(rows)))
@@ -71,7 +72,7 @@ class Side:
 
 
 def start(stack: ExitStack, names: Sequence[str], work: Any, *args: Any) -> list[Side]:
-    """Start a process that does rows in so many ways; the stack ends it."""
+    """Start a process that processes rows in one or more ways; the stack ends it."""
     started = time.perf_counter()
     child = stack.enter_context(Child(work, *args))
     startup = time.perf_counter() - started
@@ -79,7 +80,7 @@ def start(stack: ExitStack, names: Sequence[str], work: Any, *args: Any) -> list
 
 
 def answer_all(pipe: Connection, ways: Mapping[str, Answer]) -> None:
-    """The process's side: say that it is ready, then do rows in the way asked for until the pipe ends."""
+    """The side's process: send `ready`, then process rows in the requested way until the pipe ends."""
     pipe.send("ready")
     while True:
         way, rows = pipe.recv()
@@ -87,12 +88,12 @@ def answer_all(pipe: Connection, ways: Mapping[str, Answer]) -> None:
 
 
 def dead(started: float, error: BaseException) -> Outcome:
-    """The outcome of a run that ended with an error as a whole."""
+    """The outcome of a run that failed completely."""
     return Outcome(time.perf_counter() - started, 0, 0, died=reason(error))
 
 
 def reason(error: BaseException) -> str:
-    """The kind of an error and the end of the last traceback in it, else its last line."""
+    """The type of an error, and the last line of the last traceback in its text, or else its last line."""
     lines = [line.strip() for line in COLOURS.sub("", str(error)).splitlines() if line.strip()]
     named = [line for line in lines if NAMED.match(line)]
     return f"{type(error).__name__}: {(named or lines or [''])[-1]}"

@@ -1,4 +1,4 @@
-"""CPU seconds of a process and all that it starts, told apart: vLLM's engine, and the rest."""
+"""CPU seconds of a process and its descendants, separately for vLLM's engine and the rest."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from types import TracebackType
 from typing import Self
 
 EVERY = 0.5
-"""Seconds between two looks: what a process uses after the last look before its end is not seen."""
+"""Seconds between two readings; what a process uses between its last reading and its end is not counted."""
 ENGINE = b"VLLM::"
-"""How vLLM names the processes of its engine (`VLLM::EngineCore`, `VLLM::Worker`)."""
+"""The beginning of the names of vLLM's engine processes (`VLLM::EngineCore`, `VLLM::Worker`)."""
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
 class Usage:
-    """CPU seconds, user and system, of the engine's processes and of all others."""
+    """CPU seconds (user and system) of the engine's processes and of all others."""
 
     engine: float
     client: float
 
 
 class Meter:
-    """Looks at the process `root` and its descendants in /proc, from entry to exit; proc(5)."""
+    """Reads the CPU times of the process `root` and its descendants in /proc, from entry to exit; proc(5)."""
 
     def __init__(self, root: int) -> None:
         self._root = root
@@ -49,7 +49,7 @@ class Meter:
         self._look()
 
     def usage(self) -> Usage:
-        """What was used between entry and exit."""
+        """The CPU seconds used between entry and exit."""
         spent = {pid: seconds - self._first.get(pid, 0.0) for pid, seconds in self._last.items()}
         engine = sum(seconds for pid, seconds in spent.items() if pid in self._engine)
         return Usage(engine, sum(spent.values()) - engine)
@@ -66,19 +66,19 @@ class Meter:
 
 
 def tree(root: int) -> dict[int, float]:
-    """CPU seconds of a process and of its descendants: user and system, of all threads, no children's."""
+    """CPU seconds by PID, for a process and its descendants: user and system, without those of children."""
     seconds: dict[int, float] = {}
     children: dict[int, list[int]] = {}
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         try:
             _, _, after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended meanwhile
+            continue  # the process ended meanwhile
         fields = after_name.split()
         children.setdefault(int(fields[1]), []).append(pid)
         seconds[pid] = (int(fields[11]) + int(fields[12])) / TICKS
     found = [root]
-    for pid in found:  # grows
+    for pid in found:  # the list grows while it is iterated
         found += children.get(pid, [])
     return {pid: seconds[pid] for pid in found if pid in seconds}
 

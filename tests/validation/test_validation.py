@@ -33,7 +33,7 @@ from vllm_tasks.validation.gate import verdict
 from vllm_tasks.validation.report import DatasetReport, ValidationReport, Value
 from vllm_tasks.validation.run import validate
 from vllm_tasks.validation.scores import compared, score
-from vllm_tasks.validation.snapshot import Columns, kept, take_snapshot
+from vllm_tasks.validation.snapshot import Columns, read_snapshot, take_snapshot
 from vllm_tasks.validation.statistics import Paired
 
 # ---------------------------------------------------------------------- a model whose answers a test decides
@@ -160,7 +160,7 @@ def values(place: Place) -> list[dict[str, Any]]:
         ({"metrics": [{"identifier": "exact_match", "options": {"normalise": []}}]}, "did you mean 'normal"),
         ({"metrics": [{"identifier": "exact_match", "options": {"delimiter": ""}}]}, "no option 'delimiter'"),
         ({"thresholds": {"exact_mach": 1.0}}, "did you mean 'exact_match'"),
-        ({"thresholds": {"other/exact_match": 1.0}}, "no metric of this validation"),
+        ({"thresholds": {"other/exact_match": 1.0}}, "not a metric of this validation"),
         ({"thresholds": {"exact_match": math.nan}}, "finite number"),
         ({"max_regression": {"exact_match": -0.1}}, "a drop is 0 or more"),
         (
@@ -193,7 +193,7 @@ def test_a_limit_of_a_dataset_wins() -> None:
         ({"validation": None}, "has no validation"),
         ({"datasets": ["exams"]}, "did you mean 'exam'"),
         ({"datasets": []}, "names none"),
-        ({"reuse": True}, "what weights a server has is not known"),
+        ({"reuse": True}, "the weights of a server are not known"),
         ({"db": 7}, "neither a Datalayer"),
     ],
 )
@@ -261,7 +261,7 @@ def test_pinned_rows_stay(place: Place, home: Tables) -> None:
     assert take_snapshot(sample(pin=True), COLUMNS, home) == pinned
     assert take_snapshot(sample(sample_size=3), COLUMNS, home).hash != pinned.hash
     assert [c.target for c in take_snapshot(sample(pin=True, sample_size=3), COLUMNS, home).cases] != []
-    assert kept("d", free.table, COLUMNS, home) == free, "rows that were asked stay, pinned or not"
+    assert read_snapshot("d", free.table, COLUMNS, home) == free, "rows that were asked stay, pinned or not"
     home.close()
 
 
@@ -304,7 +304,7 @@ def test_any_text_and_data_survive_being_kept(home: Tables) -> None:
     rows = [{"n": {"nested": [1, 2.5, None, True]}, "q": text, "a": [text, {"k": text}]} for text in odd * 2]
     snapshot = take_snapshot(sample(select=None, raw_data=rows, sample_size=None), COLUMNS, home)
     assert sorted(case.inputs[1] for case in snapshot.cases) == sorted(odd * 2)
-    assert kept("d", snapshot.table, COLUMNS, home) == snapshot
+    assert read_snapshot("d", snapshot.table, COLUMNS, home) == snapshot
 
 
 # ---------------------------------------------------------------------- a run
@@ -723,7 +723,7 @@ def test_verdicts_are_of_the_answers_that_are_scored(make: Make, here: Place, se
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"model": None}, "needs a model that judges"),
+        ({"model": None}, "needs a judge"),
         ({"rubric": " "}, "needs a rubric"),
         ({"scale": [1]}, "scale"),
         ({"scale": [5, 1]}, "scale"),
@@ -798,9 +798,9 @@ def test_likelihoods_are_of_what_the_model_is_asked(make: Make, here: Place, ser
 @pytest.mark.parametrize(
     ("choices", "target", "words"),
     [
-        ("abc", 0, "no list of choices"),
-        ([], 0, "no list of choices"),
-        (["a", None], 0, "is of texts"),
+        ("abc", 0, "needs a list of choices"),
+        ([], 0, "needs a list of choices"),
+        (["a", None], 0, "needs texts"),
         (["a", "b"], 2, "none of its 2 choices"),
         (["a", "b"], "c", "none of its 2 choices"),
         (["a", "b"], True, "none of its 2 choices"),
@@ -851,7 +851,7 @@ def test_a_server_without_logprobs_has_no_likelihoods(make: Make, here: Place, p
     """A server that leaves `prompt_logprobs` out fails the run, and is told why."""
     with pytest.raises(TooManyFailed, match="prompt_logprobs"):
         validate(make(here), validation(3, metrics=[Metric(identifier="perplexity")]))
-    with pytest.raises(InvalidCall, match="is of texts"):
+    with pytest.raises(InvalidCall, match="needs texts"):
         validate(make(here), validation([{"q": "x", "a": ["y"]}], metrics=[Metric(identifier="perplexity")]))
 
 
@@ -871,10 +871,10 @@ def mine(function: Callable[..., Any], **fields: Any) -> Metric:
 @pytest.mark.parametrize("found", [math.nan, math.inf, None, "much", [1.0]])
 def test_a_score_that_is_no_number_is_refused(found: Any) -> None:
     """A metric of one's own that gives no finite number is refused with its row, and not averaged."""
-    with pytest.raises(InvalidCall, match=r"'mine' gave .* for row 1, which is no"):
+    with pytest.raises(InvalidCall, match=r"'mine' returned .* for row 1, which is no"):
         score(mine(lambda p, t: found if p == "b" else 1.0), answers("a", "b"), "miss")
     if found is not None:
-        with pytest.raises(InvalidCall, match=r"'mine' gave .*, which is no"):
+        with pytest.raises(InvalidCall, match=r"'mine' returned .*, which is no"):
             score(mine(lambda ps, ts: found, over="set"), answers("a", "b"), "miss")
 
 

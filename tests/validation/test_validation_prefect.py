@@ -160,7 +160,7 @@ def test_a_validation_is_shown_as_a_table_and_a_page(model: VllmAPI) -> None:
         "verdict": "passed",
     }
     page = str(artifact(f"{model.identifier}-ten-validation").data)
-    for words in ("**Passed.**", "**0.8**", "10 rows; no row failed", "none to compare with"):
+    for words in ("**Passed.**", "**0.8**", "10 rows; no row failed", "no run to compare with"):
         assert words in page
     (picture,) = SVG.findall(page)
     root = ElementTree.fromstring(base64.b64decode(picture))
@@ -169,19 +169,19 @@ def test_a_validation_is_shown_as_a_table_and_a_page(model: VllmAPI) -> None:
 
 
 def test_the_page_shows_what_changed_most(model: VllmAPI, server: ScriptedServer) -> None:
-    """Wins and losses against the last run stand there with question, target and both answers."""
+    """Rows that improved or regressed since the last run are shown with question, target and both answers."""
     validated(model, of())
     server.script = said(lambda prompt: "wrong" if prompt == "q0" else prompt.replace("q", "a"))
     _, report = validated(model, of())
     page = str(artifact(f"{model.identifier}-ten-validation").data)
-    losses, _, wins = page.partition("## Biggest wins in exact_match")
-    assert "| 1 → 0 | `q0` | `a0` | `a0` | `wrong` |" in losses
+    regressed, _, improved = page.partition("## Most improved rows in exact_match")
+    assert "| 1 → 0 | `q0` | `a0` | `a0` | `wrong` |" in regressed
     for row in ("`q8` | `a8` | `wrong` | `a8`", "`q9` | `a9` | `wrong` | `a9`"):
-        assert f"| 0 → 1 | {row} |" in wins
+        assert f"| 0 → 1 | {row} |" in improved
     (verdict,) = report.datasets[0].verdicts
     assert verdict.paired is not None
     assert verdict.paired.difference == pytest.approx(0.1)
-    assert "+0.1" in losses
+    assert "+0.1" in regressed
 
 
 HOSTILE = "a | b ` c \\\n\r\n# Head\u2028<script>alert(1)</script>\x00 ![x](http://evil) {{ y }}"
@@ -405,7 +405,7 @@ def test_reuse_scores_the_answers_of_a_model_that_is_known(local_model: VllmMode
 def test_reuse_is_refused_of_a_server(model: VllmAPI, server: ScriptedServer) -> None:
     """What weights a server has is not known; the flow fails before anything is asked."""
     state = validated(model, of(), reuse=True, return_state=True)
-    with pytest.raises(InvalidCall, match="what weights a server has is not known"):
+    with pytest.raises(InvalidCall, match="the weights of a server are not known"):
         state.result()
     assert not server.posts
 

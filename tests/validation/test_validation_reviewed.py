@@ -156,7 +156,7 @@ def test_options_and_targets_are_refused_before_anything_is_asked(
     [
         ({"identifier": "multiple_choice"}, "needs options={'choices'"),
         ({"identifier": "judge", "options": {"rubric": "r"}}, "needs options={'model'"),
-        ({"identifier": "contains", "higher_is_better": False}, "knows its own"),
+        ({"identifier": "contains", "higher_is_better": False}, "only for your own function"),
         ({"identifier": "contains", "options": {"target": 3}}, "no option 'target'"),
         ({"identifier": "m", "object": pow, "options": {"mod": 3, "nod": 3}}, "no option 'nod'"),
         ({"identifier": "m", "object": lambda p, t, *, needed: 1.0}, "needed"),
@@ -254,7 +254,7 @@ def test_an_interval_that_is_not_known_loses_no_run(make: Make, here: Place, pup
 def test_too_many_failed_says_of_how_many(make: Make, here: Place, pupil: Pupil) -> None:
     """The limit is told as the rows that it comes to."""
     pupil.refuses = {"q3"}
-    with pytest.raises(TooManyFailed, match="of 10 rows 0 may fail; a larger max_failed"):
+    with pytest.raises(TooManyFailed, match="0 of 10 rows may fail; a larger max_failed"):
         validate(make(here), validation())
 
 

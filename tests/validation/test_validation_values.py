@@ -37,7 +37,7 @@ from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.datalayer.values import Nanoseconds, Number
 from vllm_tasks.validation import Dataset, Metric, Validation
 from vllm_tasks.validation.run import validate
-from vllm_tasks.validation.snapshot import Columns, kept, take_snapshot
+from vllm_tasks.validation.snapshot import Columns, read_snapshot, take_snapshot
 
 __all__ = ["here", "make"]  # fixtures
 
@@ -92,7 +92,7 @@ def test_values_keep_their_types_and_targets_are_what_a_model_can_say(home: Tabl
     given = list(value) if isinstance(value, tuple) else value
     assert shown(case.inputs[1]) == shown(given)
     assert (type(case.target), case.target) == (type(target), target)
-    again = kept("d", snapshot.table, COLUMNS, home)
+    again = read_snapshot("d", snapshot.table, COLUMNS, home)
     assert again == snapshot
     assert shown(again.cases[0].inputs[1]) == shown(given)
 

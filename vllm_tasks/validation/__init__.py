@@ -1,6 +1,6 @@
-"""What a model is validated with: data sets with known answers, metrics, and the limits that it must hold.
+"""The definition of a validation: data sets with known answers, metrics, and limits.
 
-Kept and saved with a model; `vllm_tasks.validate` does it.
+It is saved with a model, and `vllm_tasks.validate` runs it.
 """
 
 from __future__ import annotations
@@ -27,16 +27,23 @@ from vllm_tasks.metrics import BUILT_IN, BuiltinMetric, built_in
 from vllm_tasks.metrics.measure import Measure
 
 REQUIRED = {"multiple_choice": ("choices",), "judge": ("model", "rubric")}
-"""Options without which a built-in metric cannot be asked."""
+"""Options that a built-in metric cannot work without."""
 OWN_OPTIONS = {"choices", "delimiter"}
-"""Of metrics by likelihood: the column of the choices, and what stands between prompt and text."""
+"""Options of metrics by likelihood: the column of the choices, and the text between prompt and answer."""
 
 
 def check_comparable(identifiers: Sequence[str]) -> None:
-    """Raises `InvalidCall` unless there are two models or more, each with an identifier of its own."""
+    """Check that models can be compared.
+
+    Args:
+        identifiers: One identifier for each model.
+
+    Raises:
+        InvalidCall: There are fewer than two models, or two of them have the same identifier.
+    """
     if len(identifiers) < 2 or len(set(identifiers)) < len(identifiers):
         raise InvalidCall(
-            f"models to compare need identifiers of their own, two or more; got {list(identifiers)}"
+            f"two or more models are needed, and they need identifiers of their own; got {list(identifiers)}"
         )
 
 
@@ -46,7 +53,7 @@ def _block_of(judge: Block) -> str:
 
 
 def _named(what: str, identifier: str) -> str:
-    """An identifier that may be part of a table's name, and of `dataset/metric`."""
+    """Return the identifier if it can be part of a table name and of `dataset/metric`."""
     try:
         check_name(what, identifier)
     except InvalidCall as error:
@@ -57,8 +64,8 @@ def _named(what: str, identifier: str) -> str:
 class Dataset(BaseModel):
     """Rows with known answers: a `select` on a datalayer, or `raw_data`.
 
-    `sample_size` rows are drawn by `random_seed` and the rows' contents, so that they are the same on every
-    machine and from every kind of table. With `pin` the rows are snapshot at first use, for all later runs.
+    The sample of `sample_size` rows depends only on `random_seed` and the rows' contents: it is the same on
+    every machine and from every kind of table. With `pin`, later runs use the snapshot of the first run.
     """
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)  # rows, or a URL, may be in it
@@ -67,15 +74,15 @@ class Dataset(BaseModel):
     select: str | None = Field(
         default=None,
         title="Select",
-        description="A table; in a lake also a path or a glob; or one SELECT. Either this or raw data.",
+        description="A table, one SELECT, or in a lake a path or a glob. Give either this or raw data.",
     )
     raw_data: list[dict[str, Any]] | None = Field(
-        default=None, title="Raw data", description="The rows themselves. Either this or a select."
+        default=None, title="Raw data", description="The rows themselves. Give either this or a select."
     )
     db: str | None = Field(
         default=None,
         title="Datalayer",
-        description="Name of a saved Datalayer to select from; empty: where the predictions go.",
+        description="Name of a saved Datalayer to select from; empty: the one that the predictions go to.",
     )
     sample_size: int | None = Field(
         default=None, ge=1, title="Sample size", description="How many rows are drawn; empty: all."
@@ -84,7 +91,7 @@ class Dataset(BaseModel):
     pin: bool = Field(
         default=False,
         title="Pin",
-        description="Freeze the rows at first use: later changes of the table do not count.",
+        description="Use the snapshot of the first run, so that later changes of the table do not count.",
     )
 
     @field_validator("identifier")
@@ -97,7 +104,7 @@ class Dataset(BaseModel):
     def _no_url(cls, value: str | None) -> str | None:
         if value is not None and "://" in value:
             raise ValueError(
-                "db is the name of a saved Datalayer, not a URL, which would be stored readable: "
+                "db takes the name of a saved Datalayer; a URL would be stored in plain text. Save it first: "
                 "Datalayer(url=...).save(NAME)"
             )
         return value
@@ -107,17 +114,17 @@ class Dataset(BaseModel):
         if (self.select is None) == (self.raw_data is None):
             raise ValueError(f"dataset {self.identifier!r} needs exactly one of select and raw_data")
         if self.db is not None and self.select is None:
-            raise ValueError(f"dataset {self.identifier!r} has a db to select from, and no select")
+            raise ValueError(f"dataset {self.identifier!r} has a db to select from, but no select")
         return self
 
 
 class Metric(BaseModel):
-    """A named score: a built-in, or a function of one's own.
+    """A named score: a built-in metric, or your own function.
 
-    A function of one's own is `f(prediction, target) -> float` for a row, and the value their mean; with
-    `over="set"` it is `f(predictions, targets) -> float` for all rows, a failed row's prediction being None.
-    A failed row scores 0 with a function for rows, and is left out where less is better. For its interval, a
-    function of all rows is called on samples of them, and may give nan or raise ValueError for one.
+    Your own function is `f(prediction, target) -> float` for one row, and the value is the mean over rows; a
+    failed row scores 0, or is left out if less is better. With `over="set"` it is
+    `f(predictions, targets) -> float` for all rows, and a failed row's prediction is None. It is also called
+    on samples of the rows for its interval, and may return nan or raise ValueError for a sample.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -126,7 +133,7 @@ class Metric(BaseModel):
     object: BuiltinMetric | DottedCallable | None = Field(
         default=None,
         title="Metric or function",
-        description="A built-in or the dotted path of a function; empty: the built-in of this identifier.",
+        description="A built-in metric or a function's dotted path; empty: the built-in of this identifier.",
     )
     over: Literal["rows", "set"] = Field(
         default="rows",
@@ -136,7 +143,7 @@ class Metric(BaseModel):
     higher_is_better: bool = Field(
         default=True,
         title="Higher is better",
-        description="Only for your own function; each built-in knows it.",
+        description="Only for your own function; a built-in metric has a fixed direction.",
     )
     options: dict[str, Any] = Field(
         default={},
@@ -159,7 +166,8 @@ class Metric(BaseModel):
         measure = self.measure()
         if self.built_in is not None and (self.over != "rows" or not self.higher_is_better):
             raise ValueError(
-                f"over and higher_is_better are of functions; the built-in {self.built_in!r} knows its own"
+                "over and higher_is_better are only for your own function; leave them out for the built-in "
+                f"{self.built_in!r}"
             )
         for name in REQUIRED.get(self.built_in or "", ()):
             if name not in self.options:
@@ -167,7 +175,7 @@ class Metric(BaseModel):
         given = self.options.keys() - (OWN_OPTIONS if measure.asks == "likelihood" else set())
         try:
             signature = inspect.signature(measure.score)
-        except ValueError:  # a built-in function of Python's, which tells nothing
+        except ValueError:  # some of Python's built-in functions have no signature
             return self
         answer = (None,) if measure.kind == "answer" else (None, None)
         try:
@@ -181,24 +189,28 @@ class Metric(BaseModel):
 
     @field_serializer("options")
     def _without_secrets(self, options: dict[str, Any]) -> dict[str, Any]:
-        """A judge is written as the block that it is saved as: its key would be readable in here."""
+        """Write a judge as the name of its block, since its API key would be readable here."""
         judge = options.get("model")
         return {**options, "model": _block_of(judge)} if isinstance(judge, Block) else options
 
     @property
     def unsaved(self) -> bool:
-        """Whether it is judged by a model that could not be loaded again."""
+        """Whether the judge is an unsaved model, which cannot be loaded in another process."""
         judge = self.options.get("model")
         return isinstance(judge, Block) and judge._block_document_name is None
 
     @property
     def built_in(self) -> str | None:
-        """The name of the built-in metric that this is."""
+        """The name of the built-in metric, or None for your own function."""
         name = self.object or self.identifier
         return name if isinstance(name, str) else None
 
     def measure(self) -> Measure:
-        """How it is scored; the file of a built-in metric is imported now."""
+        """Describe how this metric is scored, and import the file of a built-in metric.
+
+        Returns:
+            The function, with its range, its direction, and its score for a failed row.
+        """
         if self.built_in is not None:
             return built_in(self.built_in)
         assert callable(self.object)
@@ -212,19 +224,20 @@ class Metric(BaseModel):
 
 
 class Validation(BaseModel):
-    """Data sets and metrics of a model, and the limits that it must hold.
+    """Data sets and metrics to validate a model with, and the limits that it must hold.
 
-    `thresholds` and `max_regression` are by metric, or by `dataset/metric`: the least value (the largest,
-    where less is better), and the largest drop against the last run that passed.
+    The keys of `thresholds` and `max_regression` are `metric` or `dataset/metric`. A threshold is the least
+    value that passes (the largest if less is better). `max_regression` is the largest allowed drop since the
+    last run that passed.
     """
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)  # rows, or a URL, may be in it
 
-    datasets: list[Dataset] = Field(min_length=1, description="Rows with known answers, one set or more.")
+    datasets: list[Dataset] = Field(min_length=1, description="One or more data sets with known answers.")
     metrics: list[Metric] = Field(min_length=1, description="How the answers are scored.")
     key: tuple[str | list[str] | dict[str, str | int], str] = Field(
         title="Key",
-        description="First item: the input column, or several. Second item: the column of the known answer.",
+        description="First item: one or more input columns. Second item: the column of the known answer.",
     )
     thresholds: dict[str, FiniteFloat] = Field(
         default={},
@@ -234,18 +247,18 @@ class Validation(BaseModel):
     max_regression: dict[str, FiniteFloat] = Field(
         default={},
         title="Largest regression",
-        description='How much worse than the last run that passed, such as {"exact_match": 0.02}.',
+        description='Largest drop since the last run that passed, such as {"exact_match": 0.02}.',
     )
     on_error: Literal["miss", "exclude"] = Field(
         default="miss",
         title="On error",
-        description="What a failed row is: a miss, or left out (and counted in the record).",
+        description="Whether a failed row is a miss or is left out (and counted in the record).",
     )
     rows_shown: int = Field(
         default=5,
         ge=0,
         title="Rows shown",
-        description="Worst rows, wins and losses whose contents are shown in the UI; 0 shows none.",
+        description="How many worst, improved and regressed rows the UI shows with their texts; 0: none.",
     )
 
     @model_validator(mode="after")
@@ -261,23 +274,23 @@ class Validation(BaseModel):
         for field, limits in ("thresholds", self.thresholds), ("max_regression", self.max_regression):
             for name in limits.keys() - set(known):
                 raise ValueError(
-                    f"{field} names {name!r}, which is no metric of this validation{near(name, known)}"
+                    f"{field} names {name!r}, which is not a metric of this validation{near(name, known)}"
                 )
         ranges = {metric.identifier: metric.measure().range for metric in self.metrics}
         for name, value in self.thresholds.items():
             low, high = ranges[name.rpartition("/")[2]]
             if not low <= value <= high:
                 raise ValueError(
-                    f"the threshold of {name!r} is {value:g}, and its values are {low:g} to {high:g}"
+                    f"the threshold of {name!r} is {value:g}, but its values are {low:g} to {high:g}"
                 )
         for name, most in self.max_regression.items():
             if most < 0:
-                raise ValueError(f"max_regression of {name!r} is {most}, and a drop is 0 or more")
+                raise ValueError(f"max_regression of {name!r} is {most}, but a drop is 0 or more")
         for metric in self.metrics:
             regressing = {metric.identifier, *(f"{d}/{metric.identifier}" for d in self._dataset_names)}
             if metric.measure().kind == "set" and regressing & self.max_regression.keys():
                 raise ValueError(
-                    f"max_regression compares two runs row by row, and {metric.identifier!r} scores whole "
+                    f"max_regression compares two runs row by row, but {metric.identifier!r} scores whole "
                     "sets: give it a threshold"
                 )
         return self
@@ -291,7 +304,15 @@ class Validation(BaseModel):
         return [metric.identifier for metric in self.metrics]
 
     def limits(self, dataset: str, metric: str) -> tuple[float | None, float | None]:
-        """(threshold, largest drop) of a metric on a dataset; what names the dataset wins."""
+        """Look up the limits of a metric on a data set; a limit for `dataset/metric` has priority.
+
+        Args:
+            dataset: Identifier of the data set.
+            metric: Identifier of the metric.
+
+        Returns:
+            The threshold and the largest allowed drop; None where there is no limit.
+        """
         names = f"{dataset}/{metric}", metric
         return _first(self.thresholds, names), _first(self.max_regression, names)
 

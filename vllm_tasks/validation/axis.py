@@ -1,4 +1,4 @@
-"""From values to pixels: an axis with a few round ticks, for any numbers."""
+"""An axis of a picture: maps any numbers to pixels, with a few round ticks."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from collections.abc import Iterable
 from typing import TypeGuard
 
 LARGEST = 1e150
-"""Where a number is cut, so that differences are finite."""
+"""Larger numbers are clamped to this, so that differences are finite."""
 
 
 class Axis:
-    """From values to pixels between `start` and `end`, with a few round ticks."""
+    """Maps values to pixels between `start` and `end`, with a few round ticks."""
 
     def __init__(
         self, values: Iterable[float], threshold: float | None, start: float, end: float, most: int
     ) -> None:
         self.start, self.end = start, end
-        finite = [_held(v) for v in (*values, threshold) if drawable(v)] or [0.0]
+        finite = [_clamped(v) for v in (*values, threshold) if drawable(v)] or [0.0]
         low, high = _widened(min(finite), max(finite))
         self._step = _round_step((high - low) / most)
         first, last = math.floor(low / self._step), math.ceil(high / self._step)
         self.ticks = [i * self._step for i in range(first, last + 1)]
 
     def __call__(self, value: float) -> float:
-        """Where a value is; what is beyond the axis is at its end."""
+        """The position of a value in pixels; a value beyond the axis is placed at its end."""
         low, high = self.ticks[0], self.ticks[-1]
-        share = (_held(value) - low) / (high - low)
-        return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
+        fraction = (_clamped(value) - low) / (high - low)
+        return self.start + min(max(fraction, 0.0), 1.0) * (self.end - self.start)
 
     def ends(self, value: float, low: float, high: float) -> tuple[float, float]:
-        """Where an interval begins and ends; without a bound it ends at the value."""
+        """The two ends of an interval in pixels; the value itself replaces a missing bound."""
         bounds = [value if math.isnan(bound) else bound for bound in (low, high)]
         return self(min(bounds)), self(max(bounds))
 
@@ -45,7 +45,7 @@ class Axis:
 
 
 def number(value: float) -> str:
-    """A value in few characters: 0.547, 23.4, 12,873, 1.3e+09."""
+    """A value as a short text: 0.547, 23.4, 12,873, 1.3e+09."""
     if not math.isfinite(value):
         return "no value"
     if 1000 <= abs(value) < 1e7:
@@ -57,13 +57,13 @@ def drawable(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
-def _held(value: float) -> float:
-    """A number whose differences and quotients are finite; NaN stays."""
+def _clamped(value: float) -> float:
+    """A number whose differences and quotients are finite; NaN stays NaN."""
     return min(max(value, -LARGEST), LARGEST)
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
-    """A range that has a width, on the side of 0 and of 1 where its values are."""
+    """A range wider than 0 that does not cross 0 or 1 if the values do not."""
     extent = max(abs(low), abs(high))
     if high - low > max(extent * 1e-9, 1 / LARGEST):
         return low, high

@@ -15,7 +15,7 @@ from vllm_tasks.validation.predictions import packed
 from vllm_tasks.validation.report import Comparison, DatasetReport, Standing, ValidationReport
 from vllm_tasks.validation.scores import compared
 from vllm_tasks.validation.scoring_run import columns_of, sources_of
-from vllm_tasks.validation.snapshot import kept
+from vllm_tasks.validation.snapshot import read_snapshot
 from vllm_tasks.validation.validated import Validated
 
 
@@ -27,16 +27,28 @@ def compare(
     db: Datalayer | str | None = None,
     context: Context = None,
 ) -> Comparison:
-    """Compare what `validate` found of `models`, with `validation`, `db` and `context` as there.
+    """Compare models by the runs in `reports`, each with the first model.
 
-    Nothing is asked: the answers of the runs in `reports` are read again and scored alike. The first model is
-    what the others are compared with. Raises `InvalidCall` when two models have one identifier, and when runs
-    are not over the same rows, or not of these models and data sets.
+    No request is sent: the answers of the runs are read again, and all are scored in the same way.
+
+    Args:
+        models: Two or more models with different identifiers; the others are compared with the first.
+        validation: The validation that the models were validated with.
+        reports: The report of each model, in the order of `models`.
+        db: The `Datalayer`, or its URL, that `validate` was given; None: the first model's own.
+        context: The context that `validate` was given.
+
+    Returns:
+        The value of each model for each data set and metric, and its difference from the first model.
+
+    Raises:
+        InvalidCall: Two models have the same identifier, or the runs are not over the same rows, or not of
+            these models, data sets and metrics.
     """
     names = [model.identifier for model in models]
     check_comparable(names)
-    if (told := [report.model for report in reports]) != names:
-        raise InvalidCall(f"reports are of {told}, and have to be of the models, in their order: {names}")
+    if (reported := [report.model for report in reports]) != names:
+        raise InvalidCall(f"reports are of {reported}; give those of the models, in their order: {names}")
     home = datalayer_of(db, models[0]).tables()
     try:
         standings = [
@@ -60,23 +72,22 @@ def _standings(
     found = [_of(report, validation, dataset) for report in reports]
     if len({one.dataset_hash for one in found}) > 1:
         raise InvalidCall(
-            f"the models were not validated on the same rows of {dataset!r}: its source has changed "
-            "meanwhile; pin=True takes a snapshot of them"
+            f"the models were not validated on the same rows of {dataset!r}: its source changed in "
+            "between; with pin=True all runs use one snapshot"
         )
     answers = [
         _answers(model, validation, one, home, context) for model, one in zip(models, found, strict=True)
     ]
     standings = []
-    for place, metric in enumerate(validation.metrics):
+    for position, metric in enumerate(validation.metrics):
         name = metric.identifier
         for i, model in enumerate(models):
             paired = None
             if i and metric.measure().kind != "set":
                 paired = compared(metric, answers[0][name], answers[i][name], validation.on_error)
-            passed = found[i].verdicts[place].reason is None
-            standings.append(
-                Standing(dataset, name, model.identifier, found[i].values[place], passed, paired)
-            )
+            passed = found[i].verdicts[position].reason is None
+            value = found[i].values[position]
+            standings.append(Standing(dataset, name, model.identifier, value, passed, paired))
     return standings
 
 
@@ -86,14 +97,16 @@ def _of(report: ValidationReport, validation: Validation, dataset: str) -> Datas
         if found.dataset == dataset:
             if [value.metric for value in found.values] == metrics:
                 return found
-            raise InvalidCall(f"{report.model!r} was validated by other metrics than {metrics}")
-    raise InvalidCall(f"{report.model!r} was not validated on {dataset!r}: do so first")
+            raise InvalidCall(
+                f"{report.model!r} was validated with other metrics than {metrics}: validate it again"
+            )
+    raise InvalidCall(f"{report.model!r} was not validated on {dataset!r}: validate it there first")
 
 
 def _answers(
     model: Validated, validation: Validation, found: DatasetReport, home: Tables, context: Context
 ) -> dict[str, list[Answer]]:
-    snapshot = kept(found.dataset, found.dataset_table, columns_of(validation, model), home)
+    snapshot = read_snapshot(found.dataset, found.dataset_table, columns_of(validation, model), home)
     sources = sources_of(
         packed(model.prepare(compare, context), validation.key[0]), validation.metrics, found.dataset
     )

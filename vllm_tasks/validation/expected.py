@@ -1,4 +1,4 @@
-"""What answers are compared with: the values of a target's column, as metrics get them."""
+"""Targets: the known answers of a data set, converted to the values that metrics compare."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from vllm_tasks.calls.plain_text import NoText, plain_text
 
 
 class NotComparable(ValueError):
-    """A value that no answer can be; the message goes on after its name."""
+    """A target that no answer can equal; the message continues a sentence that names the value."""
 
 
 def expected(value: Any) -> Any:
-    """A target as metrics get it: data that a model could have said, with numbers as numbers.
+    """Convert a target to data that a model could produce, with numbers as numbers.
 
-    Texts, booleans, whole numbers, floats and decimals are themselves (a number of JSON is a float, one of a
-    DECIMAL a `Decimal`); dates, times, durations and UUIDs are the text that a prompt has of them; lists and
-    dicts have such items. Raises `NotComparable` for NaN, infinity, bytes and other types.
+    Texts, booleans, whole numbers, floats and decimals stay as they are (a JSON number is a float, a value of
+    a DECIMAL column a `Decimal`). Dates, times, durations and UUIDs become the text that a prompt would have.
+    Items of lists and dicts are converted too. NaN, infinity, bytes and other types raise `NotComparable`.
     """
     if value is None or isinstance(value, str | bool | int):
         return value

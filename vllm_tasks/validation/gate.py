@@ -1,4 +1,4 @@
-"""Whether a model may pass: its values reach their thresholds, and none got worse than by chance."""
+"""The gate: a model passes if each value reaches its threshold and is not worse by more than chance."""
 
 from __future__ import annotations
 
@@ -14,13 +14,24 @@ logger = logging.getLogger(__name__)
 def verdict(
     validation: Validation, dataset: str, value: Value, paired: Paired | None, compared_with: str | None
 ) -> Verdict:
-    """What the limits say of one value; `paired` compares it with the run `compared_with`."""
+    """Check one value against its limits.
+
+    Args:
+        validation: The validation with the limits.
+        dataset: Identifier of the data set.
+        value: The value to check.
+        paired: The comparison with the run `compared_with`; None without such a run.
+        compared_with: Name of the run that the value is compared with.
+
+    Returns:
+        The verdict, with a reason if the value does not pass.
+    """
     threshold, allowed = validation.limits(dataset, value.metric)
     untested = allowed is not None and paired is None
     if untested:
         logger.warning(
-            "max_regression of %s was not tested: no earlier run over these rows of %s passed and can be "
-            "compared with; with pin=True the rows stay the same", value.metric, dataset,
+            "max_regression of %s was not tested: there is no earlier run over these rows of %s that passed "
+            "and can be compared; pin=True keeps the rows the same", value.metric, dataset,
         )  # fmt: skip
     reasons = []
     if threshold is not None and (

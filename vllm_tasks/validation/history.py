@@ -1,7 +1,7 @@
-"""What validations found, kept where the outputs are: `_metric_values`, and `_metric_scores` row by row.
+"""The history of validations, stored next to the outputs: `_metric_values`, and `_metric_scores` row by row.
 
-A run is recorded whole or not at all as far as a reader can tell: its values are written last. What is in the
-outputs and not in `_metric_values` is a run that was interrupted.
+The values of a run are written last, so a `kill -9` in between leaves a run that readers do not see: a run
+that has outputs but no row in `_metric_values` was interrupted, and may resume.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vllm_tasks.validation.report import Record
 
 VALUES, SCORES = "_metric_values", "_metric_scores"
 RESUMED_WITHIN = timedelta(hours=12)
-"""An interrupted run that began longer ago is not gone on with: the weights may be others by now."""
+"""An interrupted run that began earlier does not resume, since the weights may have changed."""
 STAMP = "%Y%m%dT%H%M%S%f"
 
 
@@ -37,27 +37,27 @@ TYPES = {
 
 
 def new_run(dataset_hash: str) -> str:
-    """A name for a run over rows of this hash: which rows, when it began, and 4 digits of chance."""
+    """A new name for a run over these rows: the start of their hash, the time, and 4 random digits."""
     return f"{dataset_hash[:12]}-{datetime.now(UTC).strftime(STAMP)}-{secrets.token_hex(2)}"
 
 
 def began(run: str) -> datetime:
-    """When `run` began, from its name."""
+    """The time at which `run` began, from its name."""
     return datetime.strptime(run.split("-")[1], STAMP).replace(tzinfo=UTC)
 
 
 def interrupted(
     home: Tables, predict_id: str, dataset_hash: str, fingerprint: str, model: str, dataset: str
 ) -> str | None:
-    """The last run over these rows that has answers (under this fingerprint) and no record, unless it is too
-    old to go on with."""
-    answered = runs_answered(home, predict_id, dataset_hash, fingerprint)
+    """The latest run over these rows that has answers (under this fingerprint) but no record, and is recent
+    enough to resume."""
+    found = runs_with_answers(home, predict_id, dataset_hash, fingerprint)
     recorded = {record.answers for record in records_of(home, model, dataset)}
     young = datetime.now(UTC) - RESUMED_WITHIN
-    return max((r for r in answered - recorded if began(r) > young), key=began, default=None)
+    return max((r for r in found - recorded if began(r) > young), key=began, default=None)
 
 
-def runs_answered(home: Tables, predict_id: str, dataset_hash: str, fingerprint: str) -> set[str]:
+def runs_with_answers(home: Tables, predict_id: str, dataset_hash: str, fingerprint: str) -> set[str]:
     """Runs over these rows that have answers under this fingerprint."""
     table = outputs_name(predict_id)
     if not home.has(table):
@@ -68,7 +68,7 @@ def runs_answered(home: Tables, predict_id: str, dataset_hash: str, fingerprint:
 
 
 def records_of(home: Tables, model: str, dataset: str) -> list[Record]:
-    """What was found of this model on this data set, oldest first."""
+    """The records of this model on this data set, oldest first."""
     if not home.has(VALUES):
         return []
     where = f'"model" = {literal(model)} AND "dataset" = {literal(dataset)}'
@@ -77,7 +77,7 @@ def records_of(home: Tables, model: str, dataset: str) -> list[Record]:
 
 
 def last_passed(history: Sequence[Record], dataset_hash: str, outputs: str, metric: str) -> Record | None:
-    """What a new run is compared with: the last one over the same rows that passed, with answers alike."""
+    """The run to compare a new run with: the last one that passed with the same rows and outputs table."""
     fit = [
         r
         for r in history
@@ -89,8 +89,8 @@ def last_passed(history: Sequence[Record], dataset_hash: str, outputs: str, metr
 def record(
     home: Tables, found: Sequence[Record], scores: Mapping[tuple[str, str], Mapping[int, float | None]]
 ) -> None:
-    """Append runs: `scores` by run and metric, and by row, then all values at once. Repeating it changes
-    nothing."""
+    """Append the scores, by run and metric and then by row, and after them all values in one commit. The
+    order protects against a kill in between; repeating the call changes nothing."""
     rows = [(run, metric, row, score) for (run, metric), of in scores.items() for row, score in of.items()]
     if rows:
         names = ("run", "metric", "row", "score")

@@ -1,7 +1,7 @@
-"""A judge's verdicts on a model's answers: another model, a rubric, a structured answer.
+"""Judge scores: another model scores each answer by a rubric, with structured output.
 
-A judge can be talked over by the text that it judges, and has tastes of its own: check it against people's
-verdicts before its figures decide anything.
+A judge can be manipulated by the text that it judges, and it has preferences of its own. Compare it with the
+scores of people before its figures decide anything.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SCALE = 1, 5
 
 @runtime_checkable
 class Judge(Model, Protocol):
-    """A model that can be changed into one that judges."""
+    """A model that can be copied and changed into a judge."""
 
     @property
     def predict_kwargs(self) -> dict[str, Any]: ...
@@ -38,29 +38,29 @@ class Judge(Model, Protocol):
 
 @dataclass(frozen=True)
 class JudgeScores:
-    """For each answer of a model a judge's verdict. A row that failed is not judged, and stays failed."""
+    """A judge's score for each answer of a model. A failed row is not judged and stays failed."""
 
     judged: Own
     over: TableCall
-    """How the judge is asked."""
+    """The call that makes the requests to the judge."""
     predict_id: str
 
     @classmethod
     def of(cls, judged: Own, metric: Metric, dataset: str) -> JudgeScores:
-        """Raises `InvalidCall` for a metric without a rubric or a model that judges."""
-        over = _asking(metric)
+        """Raises `InvalidCall` for a metric without a rubric or a judge."""
+        over = _judge_call(metric)
         model = judged.over.call.identifier
-        # JudgeScores by another rubric, scale or judge are not compared with these.
-        asked = f"{metric.identifier}-{over.fingerprint[:8]}"
-        return cls(judged, over, predict_id_of(model, dataset, over.decoder, asked))
+        # Scores by another rubric, scale or judge are not comparable, so they have a table of their own.
+        suffix = f"{metric.identifier}-{over.fingerprint[:8]}"
+        return cls(judged, over, predict_id_of(model, dataset, over.decoder, suffix))
 
     def needed(self) -> list[Source]:
         return [self.judged, self]
 
     def check(self, snapshot: Snapshot) -> None:
-        """What is judged is not known yet."""
+        """Nothing to do: the answers to judge do not exist yet."""
 
-    def ask(self, round_: Round, snapshot: Snapshot) -> int:
+    def process(self, round_: Round, snapshot: Snapshot) -> int:
         answers = self.judged.answers(round_.home, round_.run, snapshot)
         pairs = [(c, a) for c, a in zip(snapshot.cases, answers, strict=True) if a.prediction is not None]
         if not pairs:
@@ -75,33 +75,33 @@ class JudgeScores:
             "question": questions,
         }
         round_.home.put(table, pa.table(rows), ["run", "row"])
-        return round_.ask(self.over, self.predict_id, table, of_run=True)
+        return round_.process(self.over, self.predict_id, table, of_run=True)
 
     def answers(self, home: Tables, run: str, snapshot: Snapshot) -> list[Answer]:
         rows = {row["row"]: row for row in read(home, run, self.predict_id, self.over.decoder)}
         return [_judged(answer, rows) for answer in self.judged.answers(home, run, snapshot)]
 
 
-def _judged(answer: Answer, verdicts: Mapping[int, Row]) -> Answer:
+def _judged(answer: Answer, scores: Mapping[int, Row]) -> Answer:
     if answer.prediction is None:
         return answer
-    if (row := verdicts.get(answer.row)) is None:
-        raise Incomplete(f"there is no verdict on row {answer.row}")
+    if (row := scores.get(answer.row)) is None:
+        raise Incomplete(f"there is no judge score for row {answer.row}")
     failed = row["_error"] is not None
     return replace(answer, prediction=None if failed else row["value"], error=row["_error"], unjudged=failed)
 
 
-def _asking(metric: Metric) -> TableCall:
+def _judge_call(metric: Metric) -> TableCall:
     judge = judge_of(metric)
     rubric, scale = metric.options.get("rubric"), check_scale(metric.options.get("scale", SCALE))
     if not isinstance(rubric, str) or not rubric.strip():
         raise InvalidCall(
-            f"{metric.identifier!r} needs a rubric: options={{'rubric': 'what is a good answer?'}}"
+            f"{metric.identifier!r} needs a rubric: options={{'rubric': 'A good answer is ...'}}"
         )
-    asking = judge.model_copy(
+    scoring = judge.model_copy(
         update={
             "signature": "singleton",
-            "chat": True,  # it gets messages alone
+            "chat": True,  # a judge is sent chat messages only
             "prompt_func": partial(_messages, rubric=rubric, scale=scale),
             "output_schema": verdict_schema(scale),
             "datatype": None,
@@ -110,17 +110,17 @@ def _asking(metric: Metric) -> TableCall:
             "predict_kwargs": {"temperature": 0, "max_tokens": 512, **judge.predict_kwargs},
         }
     )
-    return asking.prepare(judge_of).over("question")
+    return scoring.prepare(judge_of).over("question")
 
 
 def _messages(question: str, *, rubric: str, scale: tuple[int, int]) -> list[dict[str, str]]:
     inputs, prediction, target = exact_json.loads(question)
-    asked = inputs[0] if len(inputs) == 1 else inputs
-    return judge_messages(asked, prediction, target, rubric, scale)
+    task = inputs[0] if len(inputs) == 1 else inputs
+    return judge_messages(task, prediction, target, rubric, scale)
 
 
 def judge_of(metric: Metric) -> Judge:
-    """The model that judges: one given in Python, or a saved block by `type/name`."""
+    """The judge of a metric: a model given in Python, or a saved block by `type/name`."""
     model = metric.options.get("model")
     if isinstance(model, str) and model.startswith(("vllm-api/", "vllm-model/")):
         try:
@@ -130,7 +130,7 @@ def judge_of(metric: Metric) -> Judge:
     if not isinstance(model, Judge):
         given = repr(model)[:100] if isinstance(model, str | None) else f"a {type(model).__name__}"
         raise InvalidCall(
-            f"{metric.identifier!r} needs a model that judges, "
-            f"options={{'model': 'vllm-api/NAME of a saved block'}}, got {given}"
+            f"{metric.identifier!r} needs a judge, a model or a saved block: "
+            f"options={{'model': 'vllm-api/NAME'}}; got {given}"
         )
     return model

@@ -1,4 +1,4 @@
-"""From the answers of a run to its values, their comparison with the last run that passed, and verdicts."""
+"""Values of a run from its answers, their comparison with the last passed run, and the gate's verdicts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Scores = dict[str, dict[int, float | None]]
 
 @dataclass(frozen=True)
 class Judging:
-    """One data set, and where the answers to it come from by metric."""
+    """One data set, and the source of answers for each metric."""
 
     validation: Validation
     home: Tables
@@ -35,7 +35,7 @@ class Judging:
     def judged(
         self, run: str, answers: Mapping[str, list[Answer]], past: Sequence[Record]
     ) -> tuple[DatasetReport, Scores]:
-        """The report of `run`, whose answers are given by predict_id, and all scores by metric and row."""
+        """The report of `run`, and all scores by metric and row; `answers` has the answers by predict_id."""
         on_error = self.validation.on_error
         earlier: dict[tuple[str, str], list[Answer] | None] = {}
         values, verdicts, changed, worst, tables = [], [], [], [], {}
@@ -52,10 +52,10 @@ class Judging:
             before = history.last_passed(past, self.snapshot.hash, source.predict_id, name)
             paired = None
             if before is not None and metric.measure().kind != "set":
-                place = source.predict_id, before.answers
-                if place not in earlier:
-                    earlier[place] = self._earlier(source, before)
-                paired, rows = self._compared(metric, scored, earlier[place], now)
+                key = source.predict_id, before.answers
+                if key not in earlier:
+                    earlier[key] = self._earlier(source, before)
+                paired, rows = self._compared(metric, scored, earlier[key], now)
                 changed += rows
             against = before.run if before is not None and paired is not None else None
             verdicts.append(verdict(self.validation, self.snapshot.dataset, scored.value, paired, against))
@@ -83,14 +83,14 @@ class Judging:
         try:
             return source.answers(self.home, record.answers, self.snapshot)
         except InvalidCall as error:
-            logger.warning("the run %s cannot be compared with: %s", record.run, error)
+            logger.warning("the run %s cannot be used for comparison: %s", record.run, error)
             return None
 
     def _compared(
         self, metric: Metric, now: Scored, before: Sequence[Answer] | None, after: Sequence[Answer]
     ) -> tuple[Paired | None, list[ChangedRow]]:
-        """Nothing where the run before cannot be scored, as when all its rows failed: that is no reason to
-        refuse this one."""
+        """The comparison with the run before. It is empty if that run cannot be scored, for example because
+        all its rows failed; this run is valid all the same."""
         if before is None:
             return None, []
         try:
@@ -101,12 +101,12 @@ class Judging:
             return None, []
 
     def _worst(self, metric: Metric, now: Scored, answers: Sequence[Answer]) -> list[WorstRow]:
-        """As many rows as are shown: also of a first run a person sees what went wrong."""
+        """The `rows_shown` worst rows. They need no other run, so the report of a first run has them too."""
         measure = metric.measure()
         sign, best = (1, measure.range[1]) if measure.higher_is_better else (-1, measure.range[0])
         wrong = [row for row, score in now.scores.items() if score != best]
         wrong.sort(key=lambda row: (sign * now.scores[row], row))
-        said = {answer.row: _said(answer) for answer in answers}
+        texts = {answer.row: _answer_or_error(answer) for answer in answers}
         return [
             WorstRow(
                 row=row,
@@ -114,7 +114,7 @@ class Judging:
                 score=now.scores[row],
                 inputs=self.snapshot.cases[row].inputs,
                 target=self.snapshot.cases[row].target,
-                said=said[row],
+                said=texts[row],
             )
             for row in wrong[: self.validation.rows_shown]
         ]
@@ -122,7 +122,7 @@ class Judging:
     def _changed(
         self, metric: Metric, now: Scored, before: Sequence[Answer], after: Sequence[Answer]
     ) -> list[ChangedRow]:
-        """The rows whose score changed most, as many losses and as many wins as are shown."""
+        """The rows whose score changed most: up to `rows_shown` regressed and as many improved ones."""
         shown = self.validation.rows_shown
         if not shown:
             return []
@@ -130,8 +130,8 @@ class Judging:
         sign = 1 if now.value.higher_is_better else -1
         gains = {row: sign * (now.scores[row] - then[row]) for row in now.scores.keys() & then.keys()}
         order = sorted((row for row in gains if gains[row]), key=lambda row: (gains[row], row))
-        losses = [row for row in order[:shown] if gains[row] < 0]
-        wins = [row for row in reversed(order[-shown:]) if gains[row] > 0]
+        regressed = [row for row in order[:shown] if gains[row] < 0]
+        improved = [row for row in reversed(order[-shown:]) if gains[row] > 0]
         return [
             ChangedRow(
                 row=row,
@@ -141,12 +141,12 @@ class Judging:
                 is_win=gains[row] > 0,
                 inputs=self.snapshot.cases[row].inputs,
                 target=self.snapshot.cases[row].target,
-                said_before=_said(before[row]),
-                said_after=_said(after[row]),
+                said_before=_answer_or_error(before[row]),
+                said_after=_answer_or_error(after[row]),
             )
-            for row in (*losses, *wins)
+            for row in (*regressed, *improved)
         ]
 
 
-def _said(answer: Answer) -> object:
+def _answer_or_error(answer: Answer) -> object:
     return answer.prediction if answer.error is None else answer.error

@@ -1,8 +1,8 @@
-"""How likely a model holds given texts to be, from vLLM's `prompt_logprobs`: nothing is generated but one
-token, which vLLM asks for.
+"""The likelihood of given texts under a model, from vLLM's `prompt_logprobs`. One token is generated, since
+vLLM requires one.
 
-The log probability of a text after a prompt is that of both together less that of the prompt alone, as in
-lm-evaluation-harness. For chat messages the text is the beginning of the assistant's message.
+The log probability of a text after a prompt is that of both together minus that of the prompt alone, as in
+lm-evaluation-harness. With chat messages the text is the beginning of the assistant's message.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from vllm_tasks.validation.snapshot import Case, Snapshot, has_rows
 
 KEY = "row", "part"
 PROMPT_ALONE = -1
-"""The part of a row that has no text."""
+"""Number of the part that is the prompt without a text."""
 SAMPLING = {"prompt_logprobs": 0, "max_tokens": 1, "temperature": 0}
 OF_THE_PROMPT = {
     *("add_generation_prompt", "add_special_tokens", "chat_template", "chat_template_kwargs"),
     *("continue_final_message", "documents", "lora_request", "media_io_kwargs", "mm_processor_kwargs"),
     *("reasoning_effort", "tool_choice", "tools", "truncate_prompt_tokens", "truncation_side"),
 }
-"""What travels with sampling parameters and decides what the model is asked, and which model that is."""
-GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
-"""For chat: the last message is not at its end."""
+"""Parameters that are sent with the sampling parameters and decide the prompt or the weights."""
+CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
+"""For chat: the last message is unfinished, so the template does not close it."""
 
 
 @dataclass(frozen=True)
@@ -50,32 +50,32 @@ class LogprobDecoder:
     flatten: bool = False
 
     def rows(self, completion: Completion) -> list[tuple[Any, ...]] | RowError:
-        """One row: the sum (natural log) and of how many tokens; the first token of all has none."""
+        """One row: the sum (natural log) and the number of its tokens; the very first token has no value."""
         if completion.prompt_logprobs is None:
-            return RowError("response", "the server sent no prompt_logprobs, which likelihoods are made of")
+            return RowError("response", "the server sent no prompt_logprobs, which likelihoods need")
         known = [token.logprob for token in completion.prompt_logprobs if token is not None]
         return [(sum(known), len(known))]
 
 
 @dataclass(frozen=True)
 class Likelihoods:
-    """For each row the likelihoods of its texts: of its choices (the target says which of them is right, from
-    0), or of the target."""
+    """The likelihoods of each row's texts: of its choices (the target is the index of the right one, from 0),
+    or of the target."""
 
     over: TableCall
-    """How likelihoods are asked."""
+    """The call that makes the requests."""
     metric: Metric
     predict_id: str
 
     @classmethod
     def of(cls, over: TableCall, metric: Metric, dataset: str) -> Likelihoods:
-        """By a model that answers as `over` says."""
+        """The likelihoods under the model of `over`, with its prompts."""
         delimiter = _delimiter(metric)
-        asking = _asking(over, delimiter)
-        # Metrics of the same texts are of the same likelihoods.
+        scoring = _scoring_call(over, delimiter)
+        # Metrics over the same texts share their likelihoods.
         texts = "choices" if metric.built_in == "multiple_choice" else "target"
         kind = f"{texts}-{fingerprint({'delimiter': delimiter})[:8]}"
-        return cls(asking, metric, predict_id_of(over.call.identifier, dataset, asking.decoder, kind))
+        return cls(scoring, metric, predict_id_of(over.call.identifier, dataset, scoring.decoder, kind))
 
     def needed(self) -> list[Source]:
         return [self]
@@ -83,10 +83,11 @@ class Likelihoods:
     def check(self, snapshot: Snapshot) -> None:
         _texts(snapshot.cases, self.metric)
 
-    def ask(self, round_: Round, snapshot: Snapshot) -> int:
+    def process(self, round_: Round, snapshot: Snapshot) -> int:
         texts, _ = _texts(snapshot.cases, self.metric)
         parts = 1 + max(map(len, texts))
-        return round_.ask(self.over, self.predict_id, _kept(round_.home, snapshot, texts), KEY, parts=parts)
+        table = _stored(round_.home, snapshot, texts)
+        return round_.process(self.over, self.predict_id, table, KEY, parts=parts)
 
     def answers(self, home: Tables, run: str, snapshot: Snapshot) -> list[Answer]:
         texts, targets = _texts(snapshot.cases, self.metric)
@@ -106,10 +107,9 @@ def _texts(cases: Sequence[Case], metric: Metric) -> tuple[list[list[str]], list
         own = case.choices if chooses else [case.target]
         if not isinstance(own, list) or not own:
             raise InvalidCall(
-                f"{metric.identifier!r}: row {case.row} has no list of choices but {own!r:.100}"
+                f"{metric.identifier!r}: row {case.row} needs a list of choices; got {own!r:.100}"
             )
-        said = [_text(text, case, metric) for text in own]
-        texts.append([f"{delimiter}{text}" for text in said])
+        texts.append([f"{delimiter}{_text(text, case, metric)}" for text in own])
         targets.append(_index(case, own, metric) if chooses else case.target)
     return texts, targets
 
@@ -119,37 +119,37 @@ def _text(value: Any, case: Case, metric: Metric) -> str:
         text = plain_text(value)
     except NoText as error:
         raise InvalidCall(
-            f"{metric.identifier!r} is of texts, and one of row {case.row} is {value!r:.100}, which {error}"
+            f"{metric.identifier!r} needs texts, but row {case.row} has {value!r:.100}, which {error}"
         ) from error
     if not text:
-        raise InvalidCall(f"{metric.identifier!r}: an empty text, as of row {case.row}, has no likelihood")
+        raise InvalidCall(f"{metric.identifier!r}: row {case.row} has an empty text, which has no likelihood")
     return text
 
 
 def _delimiter(metric: Metric) -> str:
     delimiter = metric.options.get("delimiter", " " if metric.built_in == "multiple_choice" else "")
     if not isinstance(delimiter, str):
-        raise InvalidCall(f"{metric.identifier!r}: delimiter={delimiter!r:.100} is no text")
+        raise InvalidCall(f"{metric.identifier!r}: delimiter={delimiter!r:.100} is not a text")
     return delimiter
 
 
 def _index(case: Case, choices: list[Any], metric: Metric) -> int:
-    """Which choice is right: the target is its index from 0, or the choice itself."""
+    """The index of the right choice; the target is that index, from 0, or the choice itself."""
     target, choices = case.target, expected(choices)
     if target in choices and not (isinstance(target, int) and all(isinstance(c, str) for c in choices)):
         return choices.index(target)
     if isinstance(target, Decimal) and target == target.to_integral_value():
-        target = int(target)  # a NUMERIC column of indexes
+        target = int(target)  # a NUMERIC column returns indexes as Decimal
     if isinstance(target, int) and not isinstance(target, bool) and 0 <= target < len(choices):
         return target
     raise InvalidCall(
         f"{metric.identifier!r}: the answer {target!r:.100} of row {case.row} is none of its {len(choices)} "
-        "choices, and no index of one from 0"
+        "choices, nor the index of one from 0"
     )
 
 
-def _kept(home: Tables, snapshot: Snapshot, texts: list[list[str]]) -> str:
-    """The table of prompts and texts, one row each, made unless it is there."""
+def _stored(home: Tables, snapshot: Snapshot, texts: list[list[str]]) -> str:
+    """Name of the table of prompts and texts, one row each; it is created if it is missing."""
     rows = [
         (case.row, part, exact_json.dumps([case.inputs, text]))
         for case, own in zip(snapshot.cases, texts, strict=True)
@@ -163,8 +163,8 @@ def _kept(home: Tables, snapshot: Snapshot, texts: list[list[str]]) -> str:
     return name
 
 
-def _asking(over: TableCall, delimiter: Any) -> TableCall:
-    """As `over` asks, but for the likelihood of a text after the prompt and the delimiter."""
+def _scoring_call(over: TableCall, delimiter: Any) -> TableCall:
+    """`over`, changed to return the likelihood of a text after the prompt and the delimiter."""
 
     def requests(rows: Sequence[Sequence[Any]]) -> list[Request | RowError]:
         pairs = [exact_json.loads(row[0]) for row in rows]
@@ -188,25 +188,25 @@ def _asking(over: TableCall, delimiter: Any) -> TableCall:
     )
 
 
-def _request(asked: Request, text: str | None, sampling: Mapping[str, Any]) -> Request | RowError:
-    if isinstance(asked.prompt, str):
-        prompt = asked.prompt + (text or "")
+def _request(request: Request, text: str | None, sampling: Mapping[str, Any]) -> Request | RowError:
+    if isinstance(request.prompt, str):
+        prompt = request.prompt + (text or "")
         return (
             Request(prompt, sampling) if prompt else RowError("prompt", "an empty prompt has no likelihood")
         )
     if text is None:
-        return Request(asked.prompt, sampling)
-    return Request([*asked.prompt, {"role": "assistant", "content": text}], {**sampling, **GO_ON})
+        return Request(request.prompt, sampling)
+    return Request([*request.prompt, {"role": "assistant", "content": text}], {**sampling, **CONTINUE})
 
 
 def _answer(
     case: Case, texts: list[str], target: Any, found: Mapping[tuple[int, int], Row], delimiter: int
 ) -> Answer:
     try:
-        alone, *whole = [found[case.row, part] for part in range(PROMPT_ALONE, len(texts))]
+        alone, *with_text = [found[case.row, part] for part in range(PROMPT_ALONE, len(texts))]
     except KeyError as error:
         raise Incomplete(f"there is no likelihood for row {case.row}") from error
-    if problem := next((part["_error"] for part in (alone, *whole) if part["_error"]), None):
+    if problem := next((part["_error"] for part in (alone, *with_text) if part["_error"]), None):
         return Answer(case.row, target, None, error=problem)
     likelihoods = [
         Likelihood(
@@ -214,6 +214,6 @@ def _answer(
             tokens=max(part["value"]["tokens"] - alone["value"]["tokens"], 1),
             characters=len(text) - delimiter,
         )
-        for part, text in zip(whole, texts, strict=True)
+        for part, text in zip(with_text, texts, strict=True)
     ]
     return Answer(case.row, target, likelihoods)

@@ -1,4 +1,4 @@
-"""What the Prefect UI shows of a validation: a table of values, and a page with the history as a picture."""
+"""Artifacts of a validation in Prefect's UI: a table of values, and a page with a picture of the history."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from vllm_tasks.validation.report import (
 from vllm_tasks.validation.statistics import Paired
 
 RUNS_SHOWN = 60
-"""In the picture; under each date stand the first digits of the rows' hash: others are other rows."""
+"""Runs in the picture. Under each date are the first digits of the rows' hash, which show if rows changed."""
 CLASSES_SHOWN = 20
-"""The largest ones."""
-WORST = "row", "score", "input", "expected", "said"
-CHANGED = "row", "score", "input", "expected", "said before", "says now"
+"""Classes in a confusion table: the largest ones, in the order of their labels."""
+WORST = "row", "score", "input", "expected", "answer"
+CHANGED = "row", "score", "input", "expected", "answer before", "answer now"
 TEXT_SHOWN = 200
-"""Characters of an input, an answer or a target."""
+"""Characters of an input, an answer or a target in a table."""
 
 
 def show(report: ValidationReport) -> None:
-    """Two artifacts for each data set: `<model>-<dataset>-metrics`, `<model>-<dataset>-validation`."""
+    """Create `<model>-<dataset>-metrics` and `<model>-<dataset>-validation`, artifacts of each data set."""
     for dataset in report.datasets:
         name = slug(f"{report.model}-{dataset.dataset}")
         passed = "passed" if not dataset.reasons else "failed: " + "; ".join(dataset.reasons)
@@ -47,14 +47,14 @@ def show(report: ValidationReport) -> None:
 
 
 def show_comparison(comparison: Comparison) -> None:
-    """An artifact, `comparison-<models>`, with a table and a picture for each data set and metric."""
+    """Create the artifact `comparison-<models>`, with a table and a picture for each data set and metric."""
     name = slug(f"comparison-{'-'.join(comparison.models)}")[:200].strip("-")
     with warn_if_not_displayed("the comparison"):
         create_markdown_artifact(markdown_of_comparison(comparison), name, str(comparison)[:500])
 
 
 def markdown_of_comparison(comparison: Comparison) -> str:
-    """The page: for each data set and metric the models side by side, and how they differ from the first."""
+    """The page of a comparison: the models for each data set and metric, with differences from the first."""
     parts = [f"# {', '.join(map(words, comparison.models))}"]
     for dataset, metric in dict.fromkeys((s.dataset, s.metric) for s in comparison.standings):
         found = [s for s in comparison.standings if (s.dataset, s.metric) == (dataset, metric)]
@@ -96,7 +96,7 @@ def _difference(paired: Paired) -> str:
 
 
 def table_of(report: DatasetReport) -> list[dict[str, Any]]:
-    """One row for each metric."""
+    """The table of values, one row for each metric."""
     return [
         {
             "metric": value.metric,
@@ -114,7 +114,7 @@ def table_of(report: DatasetReport) -> list[dict[str, Any]]:
 
 
 def markdown_of(model: str, report: DatasetReport) -> str:
-    """The page: verdict, values, history, what changed most, confusion tables, where all of it is."""
+    """The page of a data set: verdict, values, history, rows that changed, worst rows, confusion, tables."""
     return "\n\n".join(_parts(model, report)) + "\n"
 
 
@@ -129,11 +129,11 @@ def _parts(model: str, report: DatasetReport) -> Iterator[str]:
     for value in report.values:
         changed = [row for row in report.changed if row.metric == value.metric]
         for what, rows in (
-            ("losses", [row for row in changed if not row.is_win]),
-            ("wins", [row for row in changed if row.is_win]),
+            ("regressed", [row for row in changed if not row.is_win]),
+            ("improved", [row for row in changed if row.is_win]),
         ):
             if rows:
-                yield f"## Biggest {what} in {words(value.metric)}"
+                yield f"## Most {what} rows in {words(value.metric)}"
                 yield markdown_table(CHANGED, map(_changed, rows))
         if worst := [row for row in report.worst if row.metric == value.metric]:
             yield f"## Worst rows in {words(value.metric)}"
@@ -142,13 +142,13 @@ def _parts(model: str, report: DatasetReport) -> Iterator[str]:
         yield f"## Confusion in {words(metric)}"
         yield _confusion(table)
     answers = f"{code(report.outputs)}, where `run` is {code(report.answers)}"
-    yield f"Run {code(report.run)}; its answers: {answers}; its scores by row: `_metric_scores`."
+    yield f"Run {code(report.run)}. Its answers are in {answers}; its scores by row are in `_metric_scores`."
 
 
 def _counts(report: DatasetReport) -> str:
     failed = f"**{report.failed:,} failed**" if report.failed else "no row failed"
     if report.failed and {value.on_error for value in report.values} == {"miss"}:
-        failed += " (misses, but to metrics that have no worst value)"
+        failed += " (counted as misses; left out of metrics that have no worst value)"
     elif report.failed:
         failed += " (left out)"
     truncated = (
@@ -160,7 +160,7 @@ def _counts(report: DatasetReport) -> str:
 
 
 def _line(value: Value, verdict: Verdict) -> list[str]:
-    change = "none to compare with" if verdict.paired is None else _difference(verdict.paired)
+    change = "no run to compare with" if verdict.paired is None else _difference(verdict.paired)
     limits = []
     if verdict.threshold is not None:
         limits.append(f"{'at least' if value.higher_is_better else 'at most'} {verdict.threshold:g}")
@@ -179,7 +179,7 @@ def _line(value: Value, verdict: Verdict) -> list[str]:
 
 
 def picture_of(report: DatasetReport) -> str:
-    """SVG of the last runs over a data set of this name, each metric on an axis of its own."""
+    """An SVG of the last runs over a data set of this name; each metric has its own axis."""
     panels = []
     for value, verdict in zip(report.values, report.verdicts, strict=True):
         runs = [record for record in report.history if record.metric == value.metric][-RUNS_SHOWN:]
@@ -210,7 +210,7 @@ def _text(value: Any) -> str:
 
 
 def _readable(value: Any) -> str:
-    """A scalar as a prompt has it, data as JSON; whatever is neither as Python shows it."""
+    """A scalar as in a prompt, data as JSON, and anything else as its `repr`."""
     try:
         if value is None or isinstance(value, bool | list | dict):
             return json.dumps(value, ensure_ascii=False, default=_readable)
@@ -229,4 +229,4 @@ def _confusion(table: Confusion) -> str:
         for i, label in zip(kept, shown, strict=True)
     ]
     more = f"\n\n({len(table.labels) - len(shown)} more classes)" if len(table.labels) > len(shown) else ""
-    return markdown_table(("expected \\ said", *(code(_text(label)) for label in shown)), rows) + more
+    return markdown_table(("expected \\ predicted", *(code(_text(label)) for label in shown)), rows) + more

@@ -1,6 +1,6 @@
-"""The values of metrics as pictures: SVG text that is small, needs nothing, and reads in light and in dark.
+"""Pictures of metric values: small SVG text without dependencies, readable in light and in dark mode.
 
-What passed and what did not differ in colour and in shape.
+Runs that passed and runs that failed differ in colour and in shape.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Protocol
 
 from vllm_tasks.validation.axis import Axis, drawable, number
-from vllm_tasks.validation.svg import CHARACTER, WIDTH, card, cut, length, marks, path, px, write
+from vllm_tasks.validation.svg import CHARACTER, WIDTH, card, length, marks, path, px, shortened, write
 
 PADDING = 18
 GAP = 32
@@ -27,7 +27,7 @@ MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", 
 
 @dataclass(frozen=True)
 class Point:
-    """A metric's value in one run, with its 95 % interval; `label` stands under the date."""
+    """A metric's value in one run, with its 95 % interval; `label` is written under the date."""
 
     at: datetime
     value: float
@@ -39,7 +39,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Panel:
-    """One metric over the runs, oldest first."""
+    """One metric over the runs, oldest run first."""
 
     title: str
     points: Sequence[Point]
@@ -59,8 +59,8 @@ class Row:
 
 
 def histories_svg(panels: Sequence[Panel]) -> str:
-    """Metrics over the runs in one picture: one metric in full width, more of them in two columns, each with
-    an axis of its own."""
+    """Metrics over the runs in one picture, each with its own axis: one metric in full width, several in two
+    columns."""
     columns = 1 if len(panels) == 1 else 2
     width = (WIDTH - 2 * PADDING - (columns - 1) * GAP) / columns
     height = 232 if columns == 1 else 186
@@ -68,13 +68,13 @@ def histories_svg(panels: Sequence[Panel]) -> str:
         _history(
             panel,
             _Box(
-                PADDING + (place % columns) * (width + GAP),
-                PADDING + (place // columns) * (height + PADDING),
+                PADDING + (i % columns) * (width + GAP),
+                PADDING + (i // columns) * (height + PADDING),
                 width,
                 height,
             ),
         )
-        for place, panel in enumerate(panels)
+        for i, panel in enumerate(panels)
     ]
     bottom = PADDING + math.ceil(len(panels) / columns) * (height + PADDING)
     legend = _legend(
@@ -86,9 +86,9 @@ def histories_svg(panels: Sequence[Panel]) -> str:
 
 
 def compare_svg(rows: Sequence[Row], *, title: str, higher_is_better: bool = True) -> str:
-    """Models side by side for one metric: a dot with its interval and its value, in the order given."""
+    """One metric of several models, in the order given: each has a line with mark, interval and value."""
     line = 28
-    names = [cut(row.name, 13, 280) for row in rows]
+    names = [shortened(row.name, 13, 280) for row in rows]
     values = [number(row.value) for row in rows]
     left = PADDING + max(map(length, names), default=0) * 13 * CHARACTER + 16
     right = WIDTH - PADDING - max(map(len, values), default=0) * 13 * CHARACTER - 16
@@ -108,7 +108,7 @@ def compare_svg(rows: Sequence[Row], *, title: str, higher_is_better: bool = Tru
 
 
 def markdown_image(svg: str, alt: str) -> str:
-    """The picture inside Markdown, without a file: `![alt](data:...)`."""
+    """The picture embedded in Markdown, without a file: `![alt](data:...)`."""
     data = base64.b64encode(svg.encode()).decode()
     words = re.sub(r"[\[\]\\`<>|\s]+", " ", alt).strip()
     return f"![{words}](data:image/svg+xml;base64,{data})"
@@ -144,8 +144,8 @@ def _history(panel: Panel, box: _Box) -> str:
     left = box.x + max(len(axis.written(tick)) for tick in axis.ticks) * 12 * CHARACTER + 8
     right = box.x + box.width - len(last) * 13 * CHARACTER - 12
     step = (right - left - 2 * MARGIN) / max(len(points) - 1, 1)
-    places = [left + MARGIN + step * i for i in range(len(points))]
-    places = [(left + right) / 2] if len(points) == 1 else places
+    positions = [left + MARGIN + step * i for i in range(len(points))]
+    positions = [(left + right) / 2] if len(points) == 1 else positions
     size = min(max(step * 0.35, 2.0), 4.5)
 
     parts = [_head(box, panel.title, panel.threshold, panel.higher_is_better)]
@@ -153,63 +153,63 @@ def _history(panel: Panel, box: _Box) -> str:
     parts += [write(left - 8, axis(tick) + 4, axis.written(tick), anchor="end") for tick in axis.ticks]
     if drawable(panel.threshold):
         parts.append(path("h", [f"M{px(left)} {px(axis(panel.threshold))}H{px(right)}"]))
-    known = [(x, axis(p.value)) for x, p in zip(places, points, strict=True) if drawable(p.value)]
+    known = [(x, axis(p.value)) for x, p in zip(positions, points, strict=True) if drawable(p.value)]
     if known:
         parts.append(path("l", ["M" + "L".join(f"{px(x)} {px(y)}" for x, y in known)]))
-    parts.append(_values(points, places, axis, size, upright=True))
-    unknown = [x for x, p in zip(places, points, strict=True) if not drawable(p.value)]
+    parts.append(_values(points, positions, axis, size, upright=True))
+    unknown = [x for x, p in zip(positions, points, strict=True) if not drawable(p.value)]
     parts += [write(x, bottom - 4, "?", anchor="middle") for x in unknown]
     if points:
         y = axis(points[-1].value) + 4.5 if drawable(points[-1].value) else bottom - 4
-        parts.append(write(places[-1] + size + 6, y, last, kind="v"))
-        parts.append(_dates(points, places, bottom + 17, right - left))
+        parts.append(write(positions[-1] + size + 6, y, last, kind="v"))
+        parts.append(_dates(points, positions, bottom + 17, right - left))
     return "".join(parts)
 
 
 def _values(
     measured: Sequence[_Measured],
-    places: Sequence[float],
+    positions: Sequence[float],
     axis: Axis,
     size: float,
     *,
     upright: bool,
 ) -> str:
-    """A mark with its interval for each finite value, at its place across the axis."""
+    """A mark and its interval for each finite value, at its position across the axis."""
     parts = []
     for passed in True, False:
         bars, centres = [], []
-        for one, place in zip(measured, places, strict=True):
+        for one, position in zip(measured, positions, strict=True):
             if one.passed is passed and drawable(one.value):
                 start, end = axis.ends(one.value, one.low, one.high)
                 centre = axis(one.value)
-                centres.append((place, centre) if upright else (centre, place))
+                centres.append((position, centre) if upright else (centre, position))
                 bars.append(
-                    f"M{px(place)} {px(start)}V{px(end)}"
+                    f"M{px(position)} {px(start)}V{px(end)}"
                     if upright
-                    else f"M{px(start)} {px(place)}H{px(end)}"
+                    else f"M{px(start)} {px(position)}H{px(end)}"
                 )
         parts += [path("p b" if passed else "f b", bars), marks(centres, passed, size)]
     return "".join(parts)
 
 
-def _dates(points: Sequence[Point], places: Sequence[float], y: float, room: float) -> str:
-    """Dates under as many runs as there is room for, the last one first, and their labels."""
+def _dates(points: Sequence[Point], positions: Sequence[float], y: float, width: float) -> str:
+    """Dates and labels under as many runs as fit into the width, with priority for the last run."""
     with_year = len({point.at.year for point in points}) > 1
     for with_time in False, True:
         dates = [_date(point.at, with_year, with_time) for point in points]
         slot = max(map(len, dates)) * 12 * CHARACTER + 14
         slot = max(slot, 96) if any(point.label for point in points) else slot
-        shown = range(len(points) - 1, -1, -math.ceil(len(points) * slot / room))
+        shown = range(len(points) - 1, -1, -math.ceil(len(points) * slot / width))
         if len({dates[i] for i in shown}) == len(shown):
             break
-    parts = [write(places[i], y, dates[i], anchor="middle") for i in shown]
-    labels = [(places[i], cut(points[i].label, 12, slot - 8)) for i in shown]
+    parts = [write(positions[i], y, dates[i], anchor="middle") for i in shown]
+    labels = [(positions[i], shortened(points[i].label, 12, slot - 8)) for i in shown]
     parts += [write(x, y + 15, label, anchor="middle") for x, label in labels if label]
     return "".join(parts)
 
 
 def _date(at: datetime, with_year: bool, with_time: bool) -> str:
-    """The same in every locale, and not to be mistaken for another order of day and month."""
+    """A date that is the same in every locale, with the month as a word, so that it is not ambiguous."""
     return f"{at.day} {MONTHS[at.month - 1]}" + with_year * f" {at.year}" + with_time * f" {at:%H:%M}"
 
 
@@ -217,11 +217,12 @@ def _head(box: _Box, title: str, threshold: float | None, higher_is_better: bool
     words = f"{'higher' if higher_is_better else 'lower'} is better"
     if drawable(threshold):
         words += f", threshold {number(threshold)}"
-    return write(box.x, box.y + 12, cut(title, 15, box.width), kind="t") + write(box.x, box.y + 29, words)
+    text = shortened(title, 15, box.width)
+    return write(box.x, box.y + 12, text, kind="t") + write(box.x, box.y + 29, words)
 
 
 def _legend(y: float, passed: Sequence[bool], threshold: bool) -> str:
-    """What the marks mean that are in the picture."""
+    """The meaning of the marks that are in the picture."""
     parts: list[str] = []
     x = float(PADDING)
     entries = [("p", "passed")] * (True in passed) + [("f", "failed the gate")] * (False in passed)

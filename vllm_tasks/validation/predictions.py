@@ -1,7 +1,7 @@
-"""Predictions of one validation run over one data set: asked and committed by run and row, and read again.
+"""Predictions of one validation run over one data set: processed, committed by run and row, and read again.
 
 All runs of a model on a data set share one outputs table, `_outputs__<model>-on-<dataset>`, with the key
-(`run`, `row`): an interrupted run goes on where it stopped, and any figure can be traced to its rows.
+(`run`, `row`). So an interrupted run resumes where it stopped, and each figure can be traced to its rows.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from vllm_tasks.validation.snapshot import Case, Snapshot
 
 Row = dict[str, Any]
 PLAIN = [("output", "str")]
-"""The columns of what most models say."""
+"""The columns of an outputs table whose answers are plain texts."""
 LONGEST_ID = 53
-"""Bytes of a predict_id: with `_outputs__` before it that is all that PostgreSQL takes as a name."""
+"""Bytes of a predict_id: `_outputs__` and a longer one would exceed PostgreSQL's limit for a name."""
 KEPT = "_error", "_finish_reason", "_prompt_tokens", "_completion_tokens", "_seconds"
 
 
 def packed(call: Call, X: Columns) -> TableCall:  # noqa: N803
-    """`call` over inputs that are kept as JSON in one column."""
+    """`call` over inputs that are stored as JSON in one column."""
     over = call.over(X)
     return replace(
         over, columns=("input",), requests=lambda rows: over.requests([exact_json.loads(r[0]) for r in rows])
     )
 
 
-def predict_id_of(model: str, dataset: str, decoder: RowDecoder, asked: str | None = None) -> str:
-    """Names the outputs of a model on a data set. Answers of another shape have a table of their own.
+def predict_id_of(model: str, dataset: str, decoder: RowDecoder, suffix: str | None = None) -> str:
+    """The predict_id of a model's outputs on a data set; answers of another shape get another table.
 
-    What is too long for the name of a table is cut, and told apart by its hash.
+    A name that is too long for a table is shortened and ends with its hash, which keeps it distinct.
     """
-    name = f"{model}-on-{dataset}" if asked is None else f"{model}-on-{dataset}-{asked}"
+    name = f"{model}-on-{dataset}" if suffix is None else f"{model}-on-{dataset}-{suffix}"
     shape = [(column.name, column.kind) for column in decoder.columns]
     if shape != PLAIN or decoder.flatten:
         name += f"-{fingerprint({'columns': shape, 'flatten': decoder.flatten})[:8]}"
@@ -65,13 +65,13 @@ class Round:
     home: Tables
     run: str
     may_fail: int | None
-    """Rows of the data set, None for any number. No share: a run that is gone on with asks only the rest."""
+    """Number of rows, None for any number. A fraction would be wrong for the rest that a resumed run has."""
     rows: int
-    """That the data set has."""
+    """All rows of the data set."""
     retry_failed: bool
     display: Callable[[str], Display]
 
-    def ask(
+    def process(
         self,
         over: TableCall,
         predict_id: str,
@@ -81,10 +81,10 @@ class Round:
         parts: int = 1,
         of_run: bool = False,
     ) -> int:
-        """Ask for the rows of `table` that have no answer in this run yet; raises as `predict_in_db`.
+        """Process the rows of `table` that have no answer in this run yet; raises as `predict_in_db`.
 
-        Returns how many were asked. `parts`: so many rows of the table, at most, are one of the data set;
-        `of_run`: the table has rows of many runs.
+        Returns the number of rows processed. `parts` is the largest number of rows in the table for one row
+        of the data set. `of_run` means that the table holds rows of many runs.
         """
         budget = Budget(None if self.may_fail is None else self.may_fail * parts)
         columns = ", ".join(map(quoted, dict.fromkeys((*key, *over.columns))))
@@ -97,10 +97,10 @@ class Round:
             outputs=outputs_name(predict_id),
             fingerprint=over.fingerprint,
         )
-        asked = 0
+        retried = 0
         if self.retry_failed and self.home.has(selection.outputs):
-            asked += self._commit(over, predict_id, replace(selection, refresh="failed"), budget).processed
-        return asked + self._commit(over, predict_id, selection, budget).processed
+            retried = self._commit(over, predict_id, replace(selection, refresh="failed"), budget).processed
+        return retried + self._commit(over, predict_id, selection, budget).processed
 
     def _commit(self, over: TableCall, predict_id: str, selection: Selection, budget: Budget) -> Report:
         output = OutputTable(selection.outputs, over.decoder.columns, over.decoder.flatten)
@@ -108,41 +108,41 @@ class Round:
         try:
             return commit_answers(predict_id, job, output, self.display(predict_id), Tally())
         except TooManyFailed as error:
-            allowed = f"of {self.rows} rows {self.may_fail} may fail; a larger max_failed allows more"
+            allowed = f"{self.may_fail} of {self.rows} rows may fail; a larger max_failed allows more"
             raise TooManyFailed(f"{error} ({allowed})", error.report) from error
 
 
 class Source(Protocol):
-    """Where a metric's answers come from: the model itself, its likelihoods, or a judge."""
+    """The origin of a metric's answers: the model itself, its likelihoods, or a judge."""
 
     @property
     def over(self) -> TableCall:
-        """How it is asked."""
+        """The call that makes the requests."""
 
     @property
     def predict_id(self) -> str:
-        """Names the outputs."""
+        """Names the outputs table."""
 
     def needed(self) -> list[Source]:
-        """What is asked, in this order: what it is of, and itself."""
+        """The sources to process, in this order: the ones that this source depends on, and itself."""
 
     def check(self, snapshot: Snapshot) -> None:
-        """Refuse what could not be asked (`InvalidCall`), before anything is."""
+        """Raise `InvalidCall` for rows that cannot become requests, before any request is sent."""
 
-    def ask(self, round_: Round, snapshot: Snapshot) -> int:
-        """Ask what this run has not asked yet; returns for how many rows."""
+    def process(self, round_: Round, snapshot: Snapshot) -> int:
+        """Process the rows that this run has no answer for yet; returns the number of rows processed."""
 
     def answers(self, home: Tables, run: str, snapshot: Snapshot) -> list[Answer]:
-        """What `run` came to, one answer for each row in order; raises `Incomplete`."""
+        """The answers of `run`, one for each row, in row order; raises `Incomplete`."""
 
 
 class Incomplete(InvalidCall):
-    """A run has no answer for some rows: it is of other tables, or they were deleted."""
+    """A run has no answer for some rows: it belongs to other tables, or its rows were deleted."""
 
 
 @dataclass(frozen=True)
 class Own:
-    """What the model itself says."""
+    """The model's own answers."""
 
     over: TableCall
     predict_id: str
@@ -151,10 +151,10 @@ class Own:
         return [self]
 
     def check(self, snapshot: Snapshot) -> None:
-        """Each row is checked when it is asked."""
+        """Nothing to do: each row is checked when it is processed."""
 
-    def ask(self, round_: Round, snapshot: Snapshot) -> int:
-        return round_.ask(self.over, self.predict_id, snapshot.table)
+    def process(self, round_: Round, snapshot: Snapshot) -> int:
+        return round_.process(self.over, self.predict_id, snapshot.table)
 
     def answers(self, home: Tables, run: str, snapshot: Snapshot) -> list[Answer]:
         rows = {row["row"]: row for row in read(home, run, self.predict_id, self.over.decoder)}
@@ -167,7 +167,7 @@ def _answer(row: Row, case: Case) -> Answer:
     return Answer(
         row=case.row,
         target=case.target,
-        prediction=None if row["_error"] is not None else _said(row["value"]),
+        prediction=None if row["_error"] is not None else _prediction(row["value"]),
         error=row["_error"],
         truncated=row["_finish_reason"] == "length",
         prompt_tokens=row["_prompt_tokens"],
@@ -176,17 +176,17 @@ def _answer(row: Row, case: Case) -> Answer:
     )
 
 
-def _said(value: Any) -> Any:
-    """JSON's null as a text: None is for failed rows."""
+def _prediction(value: Any) -> Any:
+    """JSON's null becomes a text, since None means that the row failed."""
     return "null" if value is None else value
 
 
 def read(
     home: Tables, run: str, predict_id: str, decoder: RowDecoder, key: Sequence[str] = ("row",)
 ) -> Iterator[Row]:
-    """The outputs of `run`: its key, `value` as plain data, and the columns `KEPT`, in the order of the key.
+    """The outputs of `run`, in key order: the key, `value` as plain data, and the columns `KEPT`.
 
-    A value is what the model said: a text, data, a dict where there are several columns, a list of `flatten`.
+    A value is the decoded answer: a text, data, a dict if there are several columns, a list with `flatten`.
     """
     if not home.has(outputs_name(predict_id)):
         return
@@ -223,6 +223,6 @@ def _python(value: Any, kind: str) -> Any:
     if kind == "json":
         data = json.loads(value)
         return JsonText(data) if isinstance(data, str) else data
-    if kind == "bytes":  # metrics and judges compare texts, and an answer's bytes are its UTF-8
+    if kind == "bytes":  # metrics and judges compare texts; the bytes of an answer are its text in UTF-8
         return bytes(value).decode(errors="backslashreplace")
-    return bool(value) if kind == "bool" else value  # SQLite has 0 and 1
+    return bool(value) if kind == "bool" else value  # SQLite stores booleans as 0 and 1

@@ -1,4 +1,4 @@
-"""What a validation found."""
+"""The results of a validation."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ OnError = Literal["miss", "exclude"]
 
 @dataclass(frozen=True)
 class Value:
-    """One metric on one data set: its value with a 95 % interval, and what it is of.
+    """One metric on one data set: its value with a 95 % interval, and the rows that it comes from.
 
-    `n` rows count; `failed` and `truncated` of the data set's rows are counted whether or not they do.
+    `n` is the number of rows in the value. `failed` and `truncated` count rows of the whole data set.
     """
 
     metric: str
@@ -41,7 +41,7 @@ class Record:
     run: str
     metric: str
     answers: str
-    """The run whose answers were scored: itself or, with `reuse`, an earlier one."""
+    """The run whose answers were scored: this run or, with `reuse`, an earlier one."""
     model: str
     dataset: str
     dataset_hash: str
@@ -57,7 +57,7 @@ class Record:
     on_error: str
     higher_is_better: bool
     passed: bool
-    """Of the whole run, all metrics together."""
+    """Whether the whole run passed, all metrics together."""
     reason: str | None
     """Why this metric did not pass."""
     compared_with: str | None
@@ -69,7 +69,8 @@ class Record:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate says of one metric. `paired` against the last run that passed, None without one."""
+    """The gate's decision on one metric. `paired` compares with the last run that passed; None without
+    one."""
 
     metric: str
     threshold: float | None
@@ -77,14 +78,14 @@ class Verdict:
     paired: Paired | None
     compared_with: str | None
     untested: bool
-    """There is a `max_regression`, and no run to compare with."""
+    """There is a `max_regression`, but no run to compare with."""
     reason: str | None
-    """Why it did not pass; None when it did."""
+    """Why the metric did not pass; None if it passed."""
 
 
 @dataclass(frozen=True)
 class ChangedRow:
-    """A row whose score is another than in the run before, with what was said then and now."""
+    """A row whose score differs from the run compared with, and both answers."""
 
     row: int
     metric: str
@@ -99,7 +100,7 @@ class ChangedRow:
 
 @dataclass(frozen=True)
 class WorstRow:
-    """A row with one of the worst scores of this run, and what was said, or why it failed."""
+    """A row with one of the worst scores of this run, and its answer or error."""
 
     row: int
     metric: str
@@ -111,7 +112,7 @@ class WorstRow:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """One model on one data set: values, the gate's verdicts, and where every row can be found."""
+    """One model on one data set: values, the gate's verdicts, and the tables that hold every row."""
 
     dataset: str
     dataset_hash: str
@@ -121,16 +122,16 @@ class DatasetReport:
     failed: int
     truncated: int
     outputs: str
-    """Where the answers are, with the key (`run`, `row`)."""
+    """The table of the answers, with the key (`run`, `row`)."""
     processed: int
-    """Requests of this call, also those for likelihoods and to judges; not what was answered before."""
+    """Requests sent by this call, also for likelihoods and to judges; not those sent before a run resumed."""
     values: tuple[Value, ...]
     verdicts: tuple[Verdict, ...]
     history: tuple[Record, ...] = field(default=(), repr=False)
-    """Of earlier runs and of this one, oldest first."""
+    """Records of earlier runs and of this one, oldest first."""
     changed: tuple[ChangedRow, ...] = field(default=(), repr=False)
     worst: tuple[WorstRow, ...] = field(default=(), repr=False)
-    """By metric, the worst row first; none with the best score that there can be."""
+    """The worst rows of each metric, worst first, without rows that have the best possible score."""
     tables: dict[str, Confusion] = field(default_factory=dict, repr=False)
     """Confusion tables by metric."""
 
@@ -141,12 +142,13 @@ class DatasetReport:
 
     @property
     def reasons(self) -> list[str]:
+        """Why this data set did not pass, one reason for each metric; empty if it passed."""
         return [f"{self.dataset}: {verdict.reason}" for verdict in self.verdicts if verdict.reason]
 
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """What `validate` found of one model."""
+    """The result of `validate`: one model on its data sets."""
 
     model: str
     fingerprint: str
@@ -154,16 +156,17 @@ class ValidationReport:
 
     @property
     def metric_values(self) -> dict[str, dict[str, float]]:
-        """Values by data set and metric, as on the model."""
+        """Values by data set and metric, as in `metric_values` of the model."""
         return {d.dataset: {v.metric: v.value for v in d.values} for d in self.datasets}
 
     @property
     def reasons(self) -> list[str]:
-        """Why the gate is shut; empty when all passed."""
+        """Why the model did not pass; empty if it passed."""
         return [reason for dataset in self.datasets for reason in dataset.reasons]
 
     @property
     def passed(self) -> bool:
+        """Whether every metric on every data set is within its limits."""
         return not self.reasons
 
     def __str__(self) -> str:
@@ -173,24 +176,24 @@ class ValidationReport:
 
 @dataclass(frozen=True)
 class Standing:
-    """One model by one metric on one data set; `paired` against the first model, None for itself."""
+    """One model by one metric on one data set. `paired` compares with the first model; None for the first."""
 
     dataset: str
     metric: str
     model: str
     value: Value
     passed: bool
-    """Its own gate."""
+    """Whether the model passed its own gate."""
     paired: Paired | None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models, the first of which the others are compared with, row by row."""
+    """Several models on the same rows; the others are compared with the first, row by row."""
 
     models: tuple[str, ...]
     standings: tuple[Standing, ...]
-    """By data set, metric and model, in the order of the validation and the models."""
+    """One for each data set, metric and model, in the order of the validation and of the models."""
 
     def __str__(self) -> str:
         lines = [f"against {self.models[0]}:"]

@@ -1,4 +1,4 @@
-"""`validate`: predict on the data sets, score, compare with the run before, record."""
+"""`validate`: predict on the data sets, score, compare with the last run that passed, and record."""
 
 from __future__ import annotations
 
@@ -26,34 +26,41 @@ def validate(
     flow_run: str | None = None,
     display: Callable[[str], Display] | None = None,
 ) -> ValidationReport:
-    """Predict on the data sets of `validation`, score, and record what was found.
+    """Predict on the data sets of `validation`, score the answers, and record the values.
 
-    The model is asked anew each time, because the weights behind a name may have changed; a run that was
-    interrupted within the last 12 hours is gone on with, and no row of it is asked twice. All data sets of a
-    call are recorded together, when the last one is done. Values come onto
-    `model.metric_values[dataset][metric]` and into the tables `_metric_values` and `_metric_scores` of the
-    datalayer. Whether they pass the limits is in the report: nothing is raised for it here.
+    Each call processes all rows again, because the weights behind a name may have changed. A run that was
+    interrupted within the last 12 hours resumes, and no row of it is sent twice. All data sets of a call are
+    recorded together, after the last one. The values are written to `model.metric_values[dataset][metric]`
+    and to the tables `_metric_values` and `_metric_scores` of the datalayer. A model that misses its limits
+    raises no exception here: see `passed` and `reasons` of the report. Other failures raise the exceptions of
+    `predict_in_db`.
 
-    validation: data sets, metrics and limits; the model's own when None.
-    db: where predictions and history go: a `Datalayer` or its URL; the model's own when None.
-    datasets: only these, by identifier.
-    reuse: score the answers of the last run by the same model, prompt and sampling, where there are some.
-        Only for a model whose weights are known: a local folder, or a revision that is a commit hash.
-    retry_failed: ask the failed rows of an interrupted run again.
-    max_failed: how many rows may fail, a share or a count, None for any number. Past it nothing is recorded
-        and `TooManyFailed` is raised, or `InvalidCall` where they failed in an earlier part of the run.
-    context: fills `{context}` of every prompt.
-    flow_run: kept in the history.
-    display: makes the display of a run from its predict_id; None: in the log.
+    Args:
+        model: The model to validate.
+        validation: Data sets, metrics and limits; None: the model's own.
+        db: A `Datalayer` or its URL, for predictions and history; None: the model's own.
+        datasets: Identifiers of the data sets to use; None: all of them.
+        reuse: Score the answers of the last run with the same model, prompt and sampling, if there is one.
+            This needs known weights: a local folder, or a revision that is a commit hash.
+        retry_failed: Process the failed rows of an interrupted run again.
+        max_failed: The rows that may fail, as a fraction or a number of rows; None: any number.
+        context: The text for `{context}` in every prompt.
+        flow_run: ID of the flow run, kept in the history.
+        display: Makes the progress display of a table from its predict_id; None: progress is logged.
 
-    Raises `InvalidCall` for what could not succeed, and as `predict_in_db`.
+    Returns:
+        The values with their intervals, the verdicts, and the rows that changed, for each data set.
+
+    Raises:
+        InvalidCall: The call cannot succeed, or too many rows failed in an earlier part of the run.
+        TooManyFailed: More than `max_failed` rows failed; nothing is recorded.
     """
     from vllm_tasks.validation.scoring_run import scored  # numpy, pyarrow and DuckDB take 0.7 s to import
 
     validation = validation or model.validation
     if validation is None:
         raise InvalidCall(
-            f"{model.identifier!r} has no validation: pass validation=Validation(...), or give the model one"
+            f"{model.identifier!r} has no validation: pass validation=Validation(...), or set it on the model"
         )
     call = model.prepare(validate, context)
     return scored(model, validation, call, db, datasets, reuse, retry_failed, max_failed, flow_run, display)

@@ -1,4 +1,4 @@
-"""From answers to the value of a metric, with its interval, and to the comparison of two runs."""
+"""Values of metrics, computed from answers, with their intervals; and the comparison of two runs."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ from vllm_tasks.validation.statistics import (
 )
 
 EMPTY = {"int": 0, "float": 0.0, "bool": False}
-"""Answers that say nothing, where they are no texts."""
+"""Empty answers of other kinds than text."""
 SEED = 0
-"""Of all resampling: equal answers give equal intervals."""
+"""The seed of all resampling, so that equal answers give equal intervals."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A value with the rows that it comes from."""
+    """A value, and the scores of its rows."""
 
     value: Value
     scores: dict[int, float]
-    """By row; of a metric by sums what it would be of that row alone; of one of the whole set none."""
+    """By row. A metric by sums gives its value over that row alone; a metric of the whole set gives none."""
     table: Confusion | None = None
 
 
 def score(metric: Metric, answers: Sequence[Answer], on_error: OnError) -> Scored:
-    """The metric on these answers, in the order of their rows.
+    """The value of the metric over these answers, which are in row order.
 
-    Raises `InvalidCall` when no row is left to score and for a score that is no finite number.
+    Raises `InvalidCall` if no row is left to score, and for a score that is not a finite number.
     """
     measure = metric.measure()
     counted = _counted(metric, measure, answers, on_error)
@@ -79,10 +79,10 @@ def score(metric: Metric, answers: Sequence[Answer], on_error: OnError) -> Score
 
 
 def check(metric: Metric, snapshot: Snapshot, decoder: RowDecoder) -> None:
-    """Refuse options, and targets of `snapshot`, that no answer could be scored with (`InvalidCall`).
+    """Raise `InvalidCall` for options, and targets of `snapshot`, that no answer could be scored with.
 
-    Built-in metrics score an empty answer, of the kind that `decoder` makes, to each row for that, so that it
-    costs no GPU to find out.
+    A built-in metric scores an empty answer, of the kind that `decoder` produces, against each target. Errors
+    are thus found before a GPU is used.
     """
     measure = metric.measure()
     if metric.built_in is None or measure.asks == "verdict":
@@ -90,19 +90,19 @@ def check(metric: Metric, snapshot: Snapshot, decoder: RowDecoder) -> None:
     targets: list[Any] = [case.target for case in snapshot.cases]
     kinds = {column.name: column.kind for column in decoder.columns}
     empty: Any = EMPTY.get(kinds["output"], "") if kinds.keys() == {"output"} else {}
-    if measure.asks == "likelihood":  # its texts are checked where they are made
+    if measure.asks == "likelihood":  # `Likelihoods.check` checks its texts
         targets, empty = [0], [Likelihood(logprob=0.0, tokens=1, characters=1)]
     if measure.kind == "sums":
-        with _told(metric):
+        with _naming(metric):
             measure.score([None for _ in targets], targets, **_options(metric))
     elif measure.kind == "row":
         for row, target in enumerate(targets):
-            with _told(metric, f", on row {row}"):
+            with _naming(metric, f", on row {row}"):
                 measure.score(empty, target, **_options(metric))
 
 
 def row_scores(metric: Metric, answers: Sequence[Answer], on_error: OnError) -> dict[int, float]:
-    """The scores of `score` by row, and nothing else of it."""
+    """The scores by row that `score` computes, without the value and its interval."""
     measure = metric.measure()
     counted = _counted(metric, measure, answers, on_error)
     if measure.kind == "set":
@@ -113,12 +113,12 @@ def row_scores(metric: Metric, answers: Sequence[Answer], on_error: OnError) -> 
 
 
 def compared(metric: Metric, before: Sequence[Answer], after: Sequence[Answer], on_error: OnError) -> Paired:
-    """How two runs over the same rows differ, `after` minus `before`; both are scored here, alike."""
+    """The difference of two runs over the same rows, `after` minus `before`; both are scored here, alike."""
     measure = metric.measure()
     if measure.kind == "set":
         raise InvalidCall(f"{metric.identifier!r} scores whole sets: two runs cannot be compared row by row")
     if measure.kind == "sums":
-        # Together, so that both are sums of the same things, such as the cells of one confusion table.
+        # One call for both runs gives their sums the same columns, such as the cells of a confusion table.
         sums = _sums(metric, measure, [*before, *after])
         both = np.asarray(sums.rows, dtype=np.float64)
         for i, answer in enumerate([*before, *after]):
@@ -156,7 +156,7 @@ def _options(metric: Metric) -> dict[str, Any]:
 
 
 def _row_scores(metric: Metric, measure: Measure, counted: Sequence[Answer]) -> dict[int, float]:
-    """By row; without those of which what is measured is not known."""
+    """Scores by row, without the rows for which the metric has no value."""
     options = _options(metric)
     scores = {}
     for answer in counted:
@@ -166,18 +166,18 @@ def _row_scores(metric: Metric, measure: Measure, counted: Sequence[Answer]) -> 
         elif measure.kind == "answer":
             found = measure.score(answer, **options)
         else:
-            with _told(metric, f", on row {answer.row}"):
+            with _naming(metric, f", on row {answer.row}"):
                 found = measure.score(answer.prediction, answer.target, **options)
         if found is not None or measure.kind != "answer":
             scores[answer.row] = _finite(metric, found, f" for row {answer.row}")
     if not scores:
-        raise InvalidCall(f"{metric.identifier!r} is not known of any of {len(counted)} rows")
+        raise InvalidCall(f"{metric.identifier!r} has no value for any of {len(counted)} rows")
     return scores
 
 
 @contextmanager
-def _told(metric: Metric, where: str = "") -> Iterator[None]:
-    """What goes wrong in a metric names it: the note of an exception would not be seen in Prefect's UI."""
+def _naming(metric: Metric, where: str = "") -> Iterator[None]:
+    """Put the metric's name into an error's message, since Prefect's UI does not show exception notes."""
     try:
         yield
     except InvalidCall as error:
@@ -191,22 +191,24 @@ def _finite(metric: Metric, found: Any, where: str) -> float:
     try:
         value = float(found)
     except (TypeError, ValueError) as error:
-        raise InvalidCall(f"{metric.identifier!r} gave {found!r:.100}{where}, which is no number") from error
+        raise InvalidCall(
+            f"{metric.identifier!r} returned {found!r:.100}{where}, which is not a number"
+        ) from error
     if not math.isfinite(value):
-        raise InvalidCall(f"{metric.identifier!r} gave {value!r}{where}, which is no finite number")
+        raise InvalidCall(f"{metric.identifier!r} returned {value!r}{where}, which is not a finite number")
     return value
 
 
 def _of_rows(metric: Metric, measure: Measure, scores: Sequence[float]) -> tuple[float, Interval]:
     value = _finite(metric, math.fsum(scores) / len(scores), "")
-    # A mean of zeros and ones is a share, but not of counts that happen to be one.
+    # A mean of zeros and ones is a proportion, but not where the scores are counts that are all 0 or 1.
     if set(scores) <= {0.0, 1.0} and (metric.built_in is None or measure.range == (0.0, 1.0)):
         return value, wilson(round(math.fsum(scores)), len(scores))
     return value, mean_interval(scores, SEED)
 
 
 def _sums(metric: Metric, measure: Measure, answers: Sequence[Answer]) -> Sums:
-    with _told(metric):
+    with _naming(metric):
         found = measure.score(
             [a.prediction for a in answers], [a.target for a in answers], **_options(metric)
         )
@@ -234,13 +236,13 @@ def _of_set(
     options = _options(metric)
 
     def found(rows: Sequence[int]) -> Any:
-        with _told(metric):
+        with _naming(metric):
             return measure.score([predictions[i] for i in rows], [targets[i] for i in rows], **options)
 
     def resampled(rows: Sequence[int]) -> float:
         try:
             return float(found(rows))
-        except ValueError:  # of a sample, such as one with a single class
+        except ValueError:  # some samples have no value, such as one with a single class
             return math.nan
 
     value = _finite(metric, found(range(len(counted))), "")

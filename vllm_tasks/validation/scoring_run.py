@@ -1,4 +1,4 @@
-"""One run of a validation: predicted, scored, compared with the run before, recorded."""
+"""One run of a validation: predict, score, compare with the last run that passed, and record."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from vllm_tasks.validation.validated import Validated
 logger = logging.getLogger(__name__)
 
 COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
-"""A revision that names one state of a model for ever; a branch does not."""
+"""A revision that always names the same weights, unlike a branch."""
 
 
 def scored(
@@ -63,7 +63,7 @@ def scored(
                 source.check(snapshot)
             for metric in validation.metrics:
                 check(metric, snapshot, over.decoder)
-        # All are asked before any is recorded: what is gone on with is the whole call.
+        # All data sets are processed before any is recorded, so that an interrupted call resumes as a unit.
         found = run.recorded([run.found(snapshot) for snapshot in rows])
     finally:
         home.close()
@@ -91,7 +91,7 @@ def _chosen(validation: Validation, names: Sequence[str] | None) -> list[Dataset
 def _refuse_unknown_weights(config: sharing.Config) -> None:
     if isinstance(config, HttpConfig):
         raise InvalidCall(
-            "reuse=True: what weights a server has is not known, so old answers may be another model's; "
+            "reuse=True: the weights of a server are not known, so earlier answers may be another model's; "
             "validate without reuse"
         )
     arguments = json.loads(config.engine_args)
@@ -104,20 +104,20 @@ def _refuse_unknown_weights(config: sharing.Config) -> None:
 
 
 def columns_of(validation: Validation, model: Validated) -> Columns:
-    """What of a data set is asked, expected, and chosen from."""
+    """The columns of inputs, of the target, and of the choices."""
     X, target = validation.key  # noqa: N806 - the name in predict_in_db
     inputs, _ = records(X, model.signature)
     choosing = [m for m in validation.metrics if m.built_in == "multiple_choice"]
     named = {m.options.get("choices") for m in choosing}
     if len(named) > 1 or None in named:
         raise InvalidCall(
-            "multiple_choice needs the column of its choices, one for all: options={'choices': 'column'}"
+            "multiple_choice needs options={'choices': 'column'}, the same column for all such metrics"
         )
     return Columns(inputs, target, next(iter(named), None))
 
 
 def sources_of(over: TableCall, metrics: Sequence[Metric], dataset: str) -> dict[str, Source]:
-    """By metric, each after what it depends on."""
+    """The source of each metric, in the order of `metrics` with those of the model's own answers first."""
     own = Own(over, predict_id_of(over.call.identifier, dataset, over.decoder))
     sources: dict[str, Source] = {}
     for metric in sorted(metrics, key=lambda m: m.measure().asks != "answer"):
@@ -132,18 +132,18 @@ def sources_of(over: TableCall, metrics: Sequence[Metric], dataset: str) -> dict
 
 
 def distinct_of(sources: Iterable[Source]) -> list[Source]:
-    """What is asked, each once, after what it depends on."""
+    """The sources to process, each once, after those that it depends on."""
     return list({s.predict_id: s for source in sources for s in source.needed()}.values())
 
 
 @dataclass(frozen=True)
 class Found:
-    """One data set, before it is recorded."""
+    """The results of one data set, before they are recorded."""
 
     report: DatasetReport
     records: list[Record]
     scores: dict[str, dict[int, float | None]]
-    """By metric and row; None for a row that does not count."""
+    """Scores by metric and row; None for a row that is left out."""
 
 
 @dataclass(frozen=True)
@@ -161,25 +161,25 @@ class _Run:
     display: Callable[[str], Display]
 
     def found(self, snapshot: Snapshot) -> Found:
-        """One data set: ask, score, compare."""
+        """Process one data set: predict, score, compare."""
         sources = sources_of(self.over, self.validation.metrics, snapshot.dataset)
         distinct = distinct_of(sources.values())
-        answered = self._answered(snapshot, distinct[0])
+        answers_run = self._answers_run(snapshot, distinct[0])
         may_fail = self._may_fail(len(snapshot.cases))
-        round_ = Round(self.home, answered, may_fail, len(snapshot.cases), self.retry_failed, self.display)
-        processed = sum(source.ask(round_, snapshot) for source in distinct)
-        answers = {s.predict_id: s.answers(self.home, answered, snapshot) for s in distinct}
+        round_ = Round(self.home, answers_run, may_fail, len(snapshot.cases), self.retry_failed, self.display)
+        processed = sum(source.process(round_, snapshot) for source in distinct)
+        answers = {s.predict_id: s.answers(self.home, answers_run, snapshot) for s in distinct}
         for each in answers.values():
             self._refuse_many_failed(snapshot, each, may_fail)
         past = history.records_of(self.home, self.model.identifier, snapshot.dataset)
-        scored_before = any(record.answers == answered for record in past)
-        run = history.new_run(snapshot.hash) if scored_before else answered
+        scored_before = any(record.answers == answers_run for record in past)
+        run = history.new_run(snapshot.hash) if scored_before else answers_run
         report, scores = Judging(self.validation, self.home, snapshot, sources).judged(run, answers, past)
         report = replace(report, processed=processed)
-        return Found(report, self._records(snapshot, sources, report, answered), scores)
+        return Found(report, self._records(snapshot, sources, report, answers_run), scores)
 
     def recorded(self, found: Sequence[Found]) -> tuple[DatasetReport, ...]:
-        """All that was found is in the history after this, or nothing."""
+        """Write all results to the history, as a unit for its readers."""
         history.record(
             self.home,
             [record for one in found for record in one.records],
@@ -187,21 +187,21 @@ class _Run:
         )
         return tuple(replace(one.report, history=(*one.report.history, *one.records)) for one in found)
 
-    # ------------------------------------------------------------------ asking
+    # ------------------------------------------------------------------ predicting
 
-    def _answered(self, snapshot: Snapshot, first: Source) -> str:
-        """A run to go on with or, for `reuse`, to score again; else a new one. What is asked first decides:
-        later sources depend on it, or are asked anew where they are others."""
-        asked = self.home, first.predict_id, snapshot.hash, first.over.fingerprint
-        if self.reuse and (runs := history.runs_answered(*asked)):
+    def _answers_run(self, snapshot: Snapshot, first: Source) -> str:
+        """The run to resume or, with `reuse`, to score again; otherwise a new one. The first source decides:
+        later sources depend on it, and rows that they have no answer for are processed."""
+        of_first = self.home, first.predict_id, snapshot.hash, first.over.fingerprint
+        if self.reuse and (runs := history.runs_with_answers(*of_first)):
             return max(runs, key=history.began)
-        if run := history.interrupted(*asked, self.model.identifier, snapshot.dataset):
-            logger.info("%s on %s: going on with the run %s", self.model.identifier, snapshot.dataset, run)
+        if run := history.interrupted(*of_first, self.model.identifier, snapshot.dataset):
+            logger.info("%s on %s: resuming the run %s", self.model.identifier, snapshot.dataset, run)
             return run
         return history.new_run(snapshot.hash)
 
     def _may_fail(self, rows: int) -> int | None:
-        """How many of so many rows; None for any number."""
+        """The number of these rows that may fail; None for any number."""
         allowed = self.max_failed
         if allowed is None or (isinstance(allowed, float) and allowed >= 1.0):
             return None
@@ -210,26 +210,26 @@ class _Run:
     def _refuse_many_failed(
         self, snapshot: Snapshot, answers: Sequence[Answer], may_fail: int | None
     ) -> None:
-        """A run that was interrupted and gone on with may have more failed rows than its last part."""
+        """Check the failed rows of all parts of the run; `Round` counts only those of the last part."""
         failed = [answer for answer in answers if answer.prediction is None]
         if failed and may_fail is not None and len(failed) > may_fail:
             raise InvalidCall(
                 f"{len(failed)} of {len(answers)} rows of {snapshot.dataset!r} failed, more than "
                 f"max_failed={self.max_failed!r} allows, for example: {failed[0].error}; correct the cause "
-                "and validate again with retry_failed=True, or allow more"
+                "and validate again with retry_failed=True, or raise max_failed"
             )
 
     # ------------------------------------------------------------------ recording
 
     def _records(
-        self, snapshot: Snapshot, sources: Mapping[str, Source], report: DatasetReport, answered: str
+        self, snapshot: Snapshot, sources: Mapping[str, Source], report: DatasetReport, answers_run: str
     ) -> list[Record]:
         at = datetime.now(UTC)
         passed = not report.reasons
         return [
             Record(
                 run=report.run,
-                answers=answered,
+                answers=answers_run,
                 metric=value.metric,
                 model=self.model.identifier,
                 dataset=snapshot.dataset,

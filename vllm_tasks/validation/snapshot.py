@@ -1,9 +1,9 @@
-"""The rows of a data set as a validation asks them: drawn, put in order, hashed and kept beside the outputs.
+"""The snapshot of a data set: its rows are drawn, put in order, hashed, and stored next to the outputs.
 
-Which rows a sample has, and their order, follows from their contents and the seed alone: the same on every
-machine and from every kind of table. The snapshot table, `_dataset__<identifier>__<hash>`, has the columns
-`row` (from 0), `input` (the values of X's columns), `target` and, for a metric, `choices`, as `exact_json`
-writes them: a prompt is made of the values that the source gave, as in `predict_in_db`.
+The rows of a sample, and their order, depend on their contents and the seed only, so they are the same on
+every machine and from every kind of table. The snapshot table, `_dataset__<identifier>__<hash>`, has the
+columns `row` (from 0), `input` (the values of X's columns), `target` and, for multiple_choice, `choices`.
+`exact_json` writes them, so that prompts are made from the values of the source, as in `predict_in_db`.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ SHOWN_TEXT = 100
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One row. `inputs` are the values of X's columns; `choices` those of a multiple choice."""
+    """One row. `inputs` holds the values of X's columns; `choices` is only for multiple_choice."""
 
     row: int
     inputs: list[Any]
     target: Any
-    """As metrics compare it: see `expected`."""
+    """The known answer as metrics compare it: see `expected`."""
     choices: list[Any] | None = None
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A data set's rows, as they are asked and scored."""
+    """The rows of a data set that are processed and scored."""
 
     dataset: str
     table: str
     hash: str
-    """Of all rows: 64 hexadecimal digits."""
+    """The hash of all rows: 64 hexadecimal digits."""
     cases: list[Case]
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns of a data set that a validation needs."""
+    """The columns of a data set that a validation needs."""
 
     inputs: tuple[str, ...]
     target: str
@@ -66,40 +66,41 @@ class Columns:
         return list(dict.fromkeys((*self.inputs, self.target, *extra)))
 
 
-def kept(dataset: str, table: str, columns: Columns, home: Tables) -> Snapshot:
-    """The rows that a validation froze as `table`."""
-    cases = _kept(home, table, columns)
+def read_snapshot(dataset: str, table: str, columns: Columns, home: Tables) -> Snapshot:
+    """Read the snapshot that an earlier validation stored as `table`."""
+    cases = _stored(home, table, columns)
     return Snapshot(dataset, table, _hash(cases), cases)
 
 
 def take_snapshot(dataset: Dataset, columns: Columns, home: Tables) -> Snapshot:
-    """The rows of `dataset`, kept in `home`.
+    """Draw the rows of `dataset` and store them in `home`.
 
-    Raises `InvalidCall` for a column that is not there, a set without rows, answers that are NULL, fewer rows
-    than `sample_size`, values of types that no source has, and targets that no answer could be compared with.
+    Raises `InvalidCall` for a missing column, a data set without rows, targets that are NULL, fewer rows than
+    `sample_size`, values of types that no source has, and targets that no answer could be compared with.
     """
     pinned = f"_dataset__{dataset.identifier}__pinned-{_spec(dataset, columns)[:12]}" if dataset.pin else None
     if pinned is not None and has_rows(home, pinned):
-        return kept(dataset.identifier, pinned, columns, home)
+        return read_snapshot(dataset.identifier, pinned, columns, home)
     cases = _drawn(dataset, columns, home)
     digest = _hash(cases)
     table = pinned or f"_dataset__{dataset.identifier}__{digest[:12]}"
     if not has_rows(home, table):
         home.put(table, _as_table(cases), ["row"])
     if pinned is not None:
-        return kept(dataset.identifier, table, columns, home)  # a rival may have been first
+        # Read again: a concurrent writer may have stored other rows first, and those are the snapshot.
+        return read_snapshot(dataset.identifier, table, columns, home)
     return Snapshot(dataset.identifier, table, digest, cases)
 
 
 def has_rows(home: Tables, table: str) -> bool:
-    """A kill while it was made may have left a table without rows."""
+    """Whether the table has rows; `kill -9` while it was written may have left it without any."""
     if not home.has(table):
         return False
     return any(batch for batch in home.read(f"SELECT 1 AS one FROM {quoted(table)} LIMIT 1"))  # noqa: S608
 
 
 def _spec(dataset: Dataset, columns: Columns) -> str:
-    """What the rows of a pinned set were drawn by: another sample is another pin."""
+    """A hash of all that decides the rows of a pinned set, so that another sample gets another snapshot."""
     drawn_by = dataset.model_dump(include={"select", "raw_data", "db", "sample_size", "random_seed"})
     text = canonical([drawn_by, columns.inputs, columns.target, columns.choices])
     return hashlib.sha256(text.encode()).hexdigest()
@@ -117,7 +118,7 @@ def _drawn(dataset: Dataset, columns: Columns, home: Tables) -> list[Case]:
     if dataset.sample_size is not None and len(drawn) < dataset.sample_size:
         raise InvalidCall(
             f"dataset {dataset.identifier!r} has {len(drawn)} rows, fewer than sample_size="
-            f"{dataset.sample_size}; ask for fewer, or leave sample_size out for all"
+            f"{dataset.sample_size}; lower it, or leave it out for all rows"
         )
     cases = [_case(dataset, i, values, columns) for i, (_, values) in enumerate(drawn)]
     _refuse_nulls(dataset, columns, cases)
@@ -146,7 +147,7 @@ def _rows(dataset: Dataset, columns: Columns, home: Tables) -> Iterator[Mapping[
 
 
 def _ranked(dataset: Dataset, values: dict[str, Any], i: int) -> tuple[bytes, dict[str, Any]]:
-    """A row with its place in the order of all rows."""
+    """A row with its sort key."""
     try:
         text = exact_json.identity([dataset.random_seed, values])
     except (TypeError, RecursionError) as error:
@@ -164,10 +165,10 @@ def _case(dataset: Dataset, i: int, values: Mapping[str, Any], columns: Columns)
     except NotComparable as error:
         raise InvalidCall(
             f"dataset {dataset.identifier!r}: {columns.target!r} of {inputs!r:.{SHOWN_TEXT}} {error}; leave "
-            "such rows out, or CAST it in the SELECT"
+            "such rows out, or CAST the column in the SELECT"
         ) from error
     choices = None if columns.choices is None else values[columns.choices]
-    # As it will be read again, so that a run is the same when it is gone on with.
+    # Through JSON and back, so that a resumed run, which reads the snapshot, has the same values.
     return Case(i, *exact_json.loads(exact_json.dumps([inputs, target, choices])))
 
 
@@ -199,7 +200,7 @@ def _as_table(cases: Sequence[Case]) -> pa.Table:
     return pa.table(columns)
 
 
-def _kept(home: Tables, table: str, columns: Columns) -> list[Case]:
+def _stored(home: Tables, table: str, columns: Columns) -> list[Case]:
     names = ["row", "input", "target", *(["choices"] if columns.choices is not None else [])]
     rows = sorted(
         (row for batch in home.read(table, names) for row in batch), key=lambda row: int(row["row"])

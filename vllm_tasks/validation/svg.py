@@ -1,7 +1,7 @@
-"""The few shapes that pictures are made of, as SVG text.
+"""The shapes of the pictures, as SVG text.
 
-A picture has a card of its own, so that it is readable on any page; where the browser tells an image the
-page's colour scheme (Chromium and Firefox do, and Prefect's UI sets it), the card follows it.
+A picture is drawn on a card, so that it is readable on any page. The card follows the page's colour scheme if
+the browser passes it to images (Chromium and Firefox do, and Prefect's UI sets it).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from xml.sax.saxutils import escape
 
 WIDTH = 720
-"""Pixels: the column of an artifact in Prefect's UI is about that wide."""
+"""Pixels, about the width of an artifact's column in Prefect's UI."""
 CHARACTER = 0.6
-"""Width of a character over its font size, on average and for any usual font."""
+"""Average width of a character, relative to its font size, for any usual font."""
 STYLE = """\
 text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;fill:#5b6070}
 .t{font-size:15px;font-weight:600;fill:#1c1e26}
@@ -41,7 +41,7 @@ text{fill:#a9aebd}
 
 
 def card(height: float, title: str, parts: Sequence[str]) -> str:
-    """The picture: a card with these parts on it, and a title for who cannot see it."""
+    """The picture: a card with these parts, and a title for screen readers."""
     back = f'<rect class="c" x=".5" y=".5" width="{WIDTH - 1}" height="{px(height - 1)}" rx="8"/>'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{px(height)}" '
@@ -51,15 +51,15 @@ def card(height: float, title: str, parts: Sequence[str]) -> str:
 
 
 def path(kind: str, pieces: Iterable[str], stroke: float | None = None) -> str:
-    """All lines of a kind as one element."""
+    """All lines of one style as one element."""
     drawn = "".join(pieces)
     width = f' stroke-width="{px(stroke)}"' if stroke is not None else ""
     return f'<path class="{kind}"{width} d="{drawn}"/>' if drawn else ""
 
 
 def marks(centres: Iterable[tuple[float, float]], passed: bool, size: float) -> str:
-    """Dots for what passed, crosses for what did not."""
-    if passed:  # a line of no length with round ends
+    """Dots for runs that passed, crosses for runs that did not."""
+    if passed:  # a line of length 0 with round ends is a dot
         return path("p", (f"M{px(x)} {px(y)}h0" for x, y in centres), 2 * size)
     crosses = (
         f"M{px(x - size)} {px(y - size)}L{px(x + size)} {px(y + size)}"
@@ -70,25 +70,25 @@ def marks(centres: Iterable[tuple[float, float]], passed: bool, size: float) -> 
 
 
 def write(x: float, y: float, words: str, *, kind: str = "", anchor: str = "") -> str:
-    """A line of text, from its `anchor` ("", "middle" or "end")."""
+    """A line of text; (x, y) is the point that `anchor` names: "" (the start), "middle" or "end"."""
     style = f' class="{kind}"' if kind else ""
     style += f' text-anchor="{anchor}"' if anchor else ""
     return f'<text x="{px(x)}" y="{px(y)}"{style}>{_text(words)}</text>'
 
 
 def _text(words: str) -> str:
-    """Text as XML can carry it."""
+    """Text escaped for XML; characters that XML does not allow are replaced."""
     return escape(re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", words))
 
 
 def length(words: str) -> int:
-    """Characters, where a wide one counts twice."""
+    """The number of characters; a wide one counts twice."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in words)
 
 
-def cut(words: str, size: float, room: float) -> str:
-    """Text that fits into so many pixels, with its middle left out: names differ at both ends."""
-    most = max(int(room / (size * CHARACTER)), 3)
+def shortened(words: str, size: float, width: float) -> str:
+    """Text that fits into `width` pixels. The middle is left out, because names differ at both ends."""
+    most = max(int(width / (size * CHARACTER)), 3)
     if length(words) <= most:
         return words
     kept = (most - 1) // (1 if words.isascii() else 2)
@@ -96,5 +96,5 @@ def cut(words: str, size: float, room: float) -> str:
 
 
 def px(pixels: float) -> str:
-    """A coordinate to a tenth of a pixel."""
+    """A coordinate, rounded to a tenth of a pixel."""
     return f"{pixels:.1f}".removesuffix(".0")

@@ -1,4 +1,4 @@
-"""What a validation knows of the model that it validates."""
+"""The part of a model that a validation uses."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""RIVALS: commits a second that several writers make into one outputs table of a lake, as shards do.
+"""WRITERS: commits a second of several concurrent writers to one outputs table of a lake, as shards make
+them.
 
-Each writer is a process that commits groups of 512 rows of its own, one after another. Delta takes one
-commit at a time, so the sum is what bounds the number of shards.
+Each writer is a process that commits groups of 512 rows of its own, one after another. Delta's log takes one
+commit at a time, so the total rate limits the number of shards.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def measure(options: Options) -> Iterator[str]:
                     child.close(5.0)
         slowest = summarize([worst for _, worst in done])
         yield (
-            f"RIVALS {sum(n for n, _ in done) / SECONDS:.1f} commits a second of {GROUP} rows by {count} "
+            f"WRITERS {sum(n for n, _ in done) / SECONDS:.1f} commits a second of {GROUP} rows by {count} "
             f"writers into one lake; slowest commit {slowest.median:.2f} s (median of writers)"
         )
 
@@ -50,7 +51,7 @@ def at_once(running: list[Child]) -> list[tuple[int, float]]:
 
 
 def writer(pipe: Connection, folder: str, number: int) -> None:
-    """Send how many groups were committed within `SECONDS`, and the seconds of the slowest."""
+    """Send the number of groups committed within `SECONDS`, and the seconds of the slowest commit."""
     from vllm_tasks.datalayer.lake.lake import Lake
     from vllm_tasks.datalayer.selection import OWN_COLUMNS, OutputColumn, OutputTable, Selection
 
