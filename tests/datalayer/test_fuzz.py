@@ -364,7 +364,7 @@ typed_keys = st.sampled_from(sorted(KEYS)).flatmap(
 
 
 def asked_and_kept(far_side: ScriptedServer, db: str, texts: list[str]) -> list[dict[str, Any]] | None:
-    """Run over the table `rows` twice: the outputs, or None for a refused call; a second run sends nothing."""
+    """Run over the table `rows` twice: the outputs, or None for a refused call. The rerun sends nothing."""
     far_side.script = lambda _: None
     with VllmAPI(identifier="m", api_url=far_side.url, model="m") as model:
         try:
