@@ -1,4 +1,4 @@
-"""What was asked and committed at each fault, and the check at the end of every run.
+"""The requests and commits before each fault, and the check at the end of every run.
 
 A row is told by its prompt: the row with the key 7 is asked as `t7`.
 """
@@ -25,12 +25,12 @@ Asked = Callable[[], Counter[int]]
 
 
 class Broken(AssertionError):
-    """A run did not keep the promise."""
+    """A run that did not keep the promise."""
 
 
 @dataclass
 class Figures:
-    """What one run came to."""
+    """The figures of one run."""
 
     kind: str
     outputs: str
@@ -46,7 +46,7 @@ class Figures:
 
 @dataclass
 class Ledger:
-    """Of one run over the rows 0 to `rows - 1` of `place`."""
+    """The ledger of one run over the rows 0 to `rows - 1` of `place`."""
 
     kind: str
     place: Place
@@ -72,11 +72,11 @@ class Ledger:
             return []
 
     def fault(self, moment: str) -> None:
-        """Something was cut or refused, but who asks lives: what it has, it may not ask again."""
+        """Some response was broken or refused, but the client lives: it may not repeat completed rows."""
         self.moments.append(moment)
 
     def death(self, moment: str, before: Collection[int] | None = None) -> None:
-        """Who asked is dead: what it had asked and not committed may be asked once more, all else may not.
+        """The client is dead: rows that it had sent and not committed may be sent once more, and no others.
 
         What is committed now must stay as it is to the end. `before`: the keys that were committed before
         the death, where others live on, who ask and commit until we look.
@@ -89,7 +89,7 @@ class Ledger:
         self.due.update(open_)
 
     def check(self, failed: Collection[int] = ()) -> Figures:
-        """Every row exactly once, as undisturbed; nothing asked oftener than the faults account for.
+        """Every row is there once and as undisturbed, with no more requests than the faults permit.
 
         `failed`: rows that end as errors. Raises `Broken` with all that is needed to see it again.
         """

@@ -1,4 +1,4 @@
-"""Stands for `engines/local/host.py` where a real engine will not do on demand what a test needs.
+"""Replaces `engines/local/host.py` for behaviour that a real engine does not show on demand.
 
 Says it is ready after `start` seconds (an engine argument) and answers each row with its prompt, after
 `pause` seconds, but for
