@@ -1,4 +1,4 @@
-"""What type checkers see of the public tasks and methods, as a user runs them."""
+"""The view of type checkers on the public tasks and methods, as a user runs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m vllm_tasks.pools` against a real server: what it creates, and that a second call changes nothing."""
+"""`python -m vllm_tasks.pools` against a real server: what it creates; a second call changes nothing."""
 
 from __future__ import annotations
 
