@@ -1,4 +1,4 @@
-"""What a person sees of a validation in Prefect's UI, in a real browser."""
+"""The view of a validation in Prefect's UI, in a real browser."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ VALIDATION = Validation(
 
 
 def clerk(right: float, seed: int) -> Script:
-    """A model that names the topic of a ticket, so often right."""
+    """A model that names the topic of a ticket, rightly at a given rate."""
     chance = random.Random(seed)
 
     def answer(asked: Asked) -> Reply | None:
