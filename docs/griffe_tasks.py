@@ -1,4 +1,4 @@
-"""Shows a task that is made by a call, `predict = RowsTask(_predict, ...)`, as its function in the reference."""
+"""Shows a task that is made by a call, `predict = RowsTask(_predict, ...)`, as its function."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A Prefect site as in the README: server with UI, work pools, deployments, a worker.
 
-Spoken to by HTTP and from processes of its own: the threads of Prefect's client in this one would go on
-talking to a server that is gone.
+Tests call it by HTTP and from other processes: the threads of Prefect's client in this process would keep
+calling a server that has ended.
 """
 
 from __future__ import annotations

@@ -271,8 +271,8 @@ EVALUATORS = {"eval", "exec", "FunctionType", "__import__", "os.system", "os.pop
 def test_nothing_is_evaluated_or_unpickled() -> None:
     """No module imports a pickler or YAML, evaluates text or calls a shell.
 
-    Two pickles there are, of code and arguments, by Ray and Prefect themselves, between processes of one run:
-    the actor's class, and what `copyreg.pickle` in `tasks` tells of a task's argument.
+    There are two pickles, made by Ray and Prefect themselves between processes of one run: the class of the
+    actor, and the argument of a task, for which `copyreg.pickle` is registered.
     """
     found = []
     for file in sorted(PACKAGE.rglob("*.py")):

@@ -1,7 +1,7 @@
 """Any input from outside becomes a value, a row's error or a refused call.
 
 Few examples, always the same, are run here; `FUZZ_EXAMPLES=5000 pytest tests/datalayer/test_fuzz.py` runs
-that many new ones of each. What once broke something stays as an `@example`.
+that many new ones of each. Inputs that once broke something stay as an `@example`.
 """
 
 from __future__ import annotations

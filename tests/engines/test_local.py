@@ -275,7 +275,7 @@ def test_killed_process_leaves_no_engine(
 ) -> None:
     """After `kill -9`, no process of its engine and no socket survives 30 s.
 
-    Where the host is killed with it, as Ray kills the children of its actors, nobody removes the sockets.
+    If the host is killed with it, as Ray kills the children of its actors, nobody removes the sockets.
     """
     with start_script(tmp_path, tiny_model, "wait") as script:
         assert script.stdout is not None
@@ -318,7 +318,7 @@ def test_two_ranks(
 ) -> None:
     """Rows fill both ranks of any kind, with any length of the temporary folder's path.
 
-    Threads and cores are as the user has set them.
+    Threads and cores are those that the user has set.
     """
     deep = tmp_path / ("deep" * 25)
     deep.mkdir()

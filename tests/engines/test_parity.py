@@ -279,8 +279,8 @@ def test_the_engine_answers_as_vllms_server_does(server: VllmServer, folder: Pat
 def test_the_server_streams_what_it_answers_whole(server: VllmServer, folder: Path) -> None:
     """A streamed answer is the same, except for vLLM's own differences in a stream.
 
-    There it parses reasoning and tool calls by other code, which shows where a model writes their tags at
-    random, and it gives no logprobs of a prompt that is echoed.
+    There vLLM parses reasoning and tool calls by other code, which differs if a model writes their tags at
+    random, and returns no logprobs of an echoed prompt.
     """
     other, compared = [], 0
     url: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """Engines on Ray: real actors on a real cluster of two nodes on this machine, joined by its address.
 
-Where deaths and places are the point, the actors hold the scripted host instead of vLLM's.
+Tests of deaths and placement use actors with the scripted host instead of vLLM's.
 """
 
 from __future__ import annotations

@@ -447,7 +447,7 @@ def test_garbage_collection_is_as_before_after_calls(make: Make) -> None:
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # from Python 3.12
 def test_close_needs_no_longer_where_a_forked_child_lives(make: Make) -> None:
-    """The child has a copy of the socket whose end tells the engine's process to exit."""
+    """The child has a copy of the socket whose end stops the engine's process."""
     model = make().init()
     child = os.fork()
     if child == 0:

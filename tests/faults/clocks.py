@@ -38,7 +38,7 @@ class WallClock:
 def jump(ground: Ground, kind: str) -> Figures:
     """The clock goes an hour forwards, then two back, in a run that processes all rows again: none twice.
 
-    Where PostgreSQL holds the tables it is lost after that, and the reader has to find what is left to ask.
+    If PostgreSQL holds the tables it is lost after that, and the reader has to find the remaining rows.
     """
     chance = ground.chance(f"clock {kind}")
     folder = ground.folder / f"clock-{kind}"

@@ -21,7 +21,7 @@ IMPATIENT = {"timeout": 1.0, "retries": 5}
 def cut(ground: Ground, kind: str, *faults: str, rows: int = 400) -> Figures:
     """Some responses meet one of `faults`; rows that end as errors are processed again at the end.
 
-    Each such answer may cost one request more, and a row that has failed another one.
+    Each such response may cost one request more, and a failed row another one.
     """
     name = f"network: {', '.join(faults)}"
     chance = ground.chance(f"{name} {kind}")

@@ -1,6 +1,6 @@
 """The requests and commits before each fault, and the check at the end of every run.
 
-A row is told by its prompt: the row with the key 7 is asked as `t7`.
+A prompt identifies its row: the row with the key 7 is sent as `t7`.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Ledger:
     def death(self, moment: str, before: Collection[int] | None = None) -> None:
         """The client is dead: rows that it had sent and not committed may be sent once more, and no others.
 
-        What is committed now must stay as it is to the end. `before`: the keys that were committed before
-        the death, where others live on, who ask and commit until we look.
+        Rows that are committed now must stay unchanged to the end. `before`: the keys that were committed
+        before the death, if other clients live on, which send and commit rows until we look.
         """
         self.fault(moment)
         now = {row["id"]: row for row in self.committed()}
@@ -91,7 +91,7 @@ class Ledger:
     def check(self, failed: Collection[int] = ()) -> Figures:
         """Every row is there once and as undisturbed, with no more requests than the faults permit.
 
-        `failed`: rows that end as errors. Raises `Broken` with all that is needed to see it again.
+        `failed`: rows that end as errors. Raises `Broken` with everything that reproduces the failure.
         """
         found, plain = self.committed(), self.committed(UNDISTURBED)
         times = Counter(row["id"] for row in found)

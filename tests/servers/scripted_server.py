@@ -1,8 +1,8 @@
 """A real HTTP server on loopback that follows a test's script.
 
 It speaks vLLM's protocols and answers every prompt with `answer_to(prompt)`. A test's *script*
-is asked first, for every request; what it returns instead of None is done. Whether its model has a chat
-template is not the script's matter, but the attribute `tokenizes`'.
+is called first, for every request, and a result other than None is the response. The attribute `tokenizes`,
+not the script, decides whether the model has a chat template.
 """
 
 from __future__ import annotations
