@@ -1,6 +1,6 @@
 """A key and a password are searched for wherever this package, or Prefect for it, stores text.
 
-Flows are run, and most of them fail. Then everything that they have left is searched as bytes: the database of
+Flows are run, and most of them fail. Then everything that they left is searched as bytes: the database of
 Prefect (logs, artifacts, parameters, names, events, block documents), its results, the lake, the terminal.
 """
 

@@ -32,7 +32,7 @@ from tests.tiny_model import make_tiny_model
 from vllm_tasks.engines.local.in_flight import DEATHS_OF_A_ROW
 
 IN_ITS_PIPE = 8
-"""Rows that a scripted host has been handed and has not told of yet: its window, in whole chunks."""
+"""Rows that a scripted host has and has not reported yet: its window, in full chunks."""
 WINDOW = 40
 """Rows that an engine with `TINY_ARGS` has at most: ceil(1.1 * 32), and the rest of a chunk of 4."""
 SAMPLING = {"temperature": 0, "max_tokens": 128, "ignore_eos": True}

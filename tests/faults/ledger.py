@@ -21,7 +21,7 @@ SHOWN = 5
 UNDISTURBED = "undisturbed"
 
 Asked = Callable[[], Counter[int]]
-"""How often each row has been asked so far."""
+"""The number of requests for each row so far."""
 
 
 class Broken(AssertionError):
@@ -57,7 +57,7 @@ class Ledger:
     """Whether answers follow from prompts alone; else their texts are not compared."""
     moments: list[str] = field(default_factory=list)
     due: Counter[int] = field(default_factory=Counter)
-    """How often a row may have been asked beyond once."""
+    """The number of requests that a row may have had beyond its first."""
     spare: int = 0
     """Requests beyond those that are nobody's in particular: each cut connection may cost one."""
     _seen: dict[int, dict[str, Any]] = field(default_factory=dict)

@@ -15,7 +15,7 @@ import pytest
 MARK = "VLLM_TASKS_FAULTS"
 """In the environment of all that is started meanwhile, however far it goes from its parents."""
 ENDING = 30.0
-"""Seconds for what was told to end."""
+"""Seconds that a process has to end after its signal."""
 
 
 @contextmanager

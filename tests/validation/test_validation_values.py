@@ -126,7 +126,7 @@ def test_a_target_that_no_answer_can_equal_is_refused(home: Tables, value: Any) 
     assert repr(snapshot.cases[0].inputs) == repr([1, value])
 
 
-# ---------------------------------------------------------------------- asked
+# ---------------------------------------------------------------------- prompts
 
 ARROW: dict[str, pa.Array] = {
     "decimal": pa.array([Decimal("12.50")]),
