@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Before Prefect is imported: a home of the tests' own, and a server that sends no telemetry, and
-# of events at once. An actor of Ray's that imports this has its tests' home: killed, it would leave one.
+# Before Prefect is imported: a home of the tests' own, a server that sends no telemetry, and events without
+# delay. An actor of Ray's that imports this has its tests' home: killed, it would leave one.
 HOME = None if "RAY_RAYLET_PID" in os.environ else tempfile.TemporaryDirectory(prefix="vllm-tasks-prefect-")
 if HOME:
     os.environ["PREFECT_HOME"] = HOME.name
