@@ -1,1 +1,1 @@
-"""The documentation site; `python -m docs.figures` writes what is copied into it."""
+"""The documentation site; `python -m docs.figures` writes its generated parts."""

@@ -1,7 +1,7 @@
 """Copies figures from `benchmarks/` into README.md and the site, and writes `docs/llms.txt`.
 
-`make docs-figures` runs it. A page has `<!-- figures: NAME -->`, what was copied, and `<!-- end -->`; no
-figure between them is written by hand. tests/test_docs.py fails if a page is not as this command writes it.
+`make docs-figures` runs it. It writes everything between `<!-- figures: NAME -->` and `<!-- end -->` in a
+page; no figure there is written by hand. tests/test_docs.py fails if a page differs from its output.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def written() -> dict[Path, str]:
-    """What each page should be."""
+    """The text that each page should have."""
     pages = {page: MARKED.sub(_copied, page.read_text(encoding="utf-8")) for page in PAGES}
     return {**pages, DOCS / "llms.txt": contents()}
 
@@ -43,7 +43,7 @@ def _copied(match: re.Match[str]) -> str:
 
 
 def part(name: str, *headings: str) -> str:
-    """A part of RESULTS.md, or what stands below headings in it; headings in it go one level down."""
+    """A part of RESULTS.md, or the text below `headings` in it; its own headings go one level down."""
     text = read()[name]
     for level, heading in enumerate(headings, 3):
         found = re.split(rf"^{'#' * level} {re.escape(heading)}.*$", text, maxsplit=1, flags=re.MULTILINE)
@@ -53,19 +53,19 @@ def part(name: str, *headings: str) -> str:
 
 
 def figures() -> str:
-    """The table of FIGURES.md with all before it, but its title."""
+    """FIGURES.md without its title."""
     return (ROOT / "benchmarks" / "FIGURES.md").read_text(encoding="utf-8").partition("\n")[2]
 
 
 def rows_of(*headings: str) -> Rows:
-    """The first table below headings, by its first column; names without stars and `ours: `."""
+    """The first table below `headings`, by its first column; names lose their stars."""
     lines = [line for line in part(*headings).splitlines() if line.startswith("|")]
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {cells[0].strip("*"): dict(zip(head, cells, strict=True)) for cells in rows}
 
 
 def beside() -> str:
-    """Six measures of the same work: ours, and what others need for it."""
+    """Six measures of the same work: ours, and those of other tools."""
     engines = rows_of("Peers", "Engines of one's own", "Short answers")
     repeated = rows_of("Peers", "Engines of one's own", "Half of the rows repeated")
     clients = rows_of("Peers", "Clients of one server", "Short answers")
@@ -107,12 +107,12 @@ def beside() -> str:
                 {name: clients[name][cpu] for name in (datatrove, curator, "Ray Data LLM: HTTP")},
             ),
             line(
-                "1 of 100 rows is refused: rows with an output or an error",
+                "1 row of 100 is refused: rows with an output or an error",
                 ended[run],
                 {name: ended[name] for name in (bare, ray, harness, datatrove, curator)},
             ),
             line(
-                "killed at half of 400 rows: rows sent again, by the same command",
+                "killed at half of 400 rows and restarted: rows sent again",
                 crash[run][again],
                 {name: crash[name][again] for name in ("Ray Data LLM: HTTP", datatrove, curator)},
             ),
@@ -125,7 +125,7 @@ def _short(name: str) -> str:
 
 
 def contents() -> str:
-    """The pages of the site, each with its question, as https://llmstxt.org has it."""
+    """The pages of the site, each with its question, in the format of https://llmstxt.org."""
     site = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     lines = [f"# {site['site_name']}", "", f"> {site['site_description']}", ""]
     for title, page in pages_of(site["nav"]):
@@ -150,7 +150,7 @@ def pages_of(nav: list[Any]) -> Iterator[tuple[str, str | None]]:
 
 
 def question_of(page: Path) -> str:
-    """The question that a page answers: the first line below its title, if it is one."""
+    """The first line below a page's title, if it is a question; else an empty text."""
     lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.strip()]
     return lines[1] if len(lines) > 1 and lines[1].endswith("?") else ""
 
@@ -161,7 +161,7 @@ def built_in() -> tuple[str, ...]:
 
 
 def score_of(name: str) -> Callable[..., Any]:
-    """What scores an answer by a built-in metric."""
+    """The function that scores an answer by a built-in metric."""
     needed = {
         "multiple_choice": {"choices": "choices"},
         "judge": {"model": "vllm-api/judge", "rubric": "Short."},
@@ -170,14 +170,14 @@ def score_of(name: str) -> Callable[..., Any]:
 
 
 def metrics() -> str:
-    """What the file of each built-in metric says of it: formula, range, direction and source."""
+    """The docstring of each built-in metric: formula, range, direction and source."""
     found = {name: inspect.getmodule(score_of(name)) for name in built_in()}
     texts = {name: inspect.getdoc(module) or "" for name, module in found.items()}
     return "\n\n".join(f"**`{name}`**: {_paragraph(text)}" for name, text in texts.items())
 
 
 def _paragraph(docstring: str) -> str:
-    """A docstring as one paragraph; its own name of the metric is left out where it says no more."""
+    """A docstring as one paragraph, without the metric's name if it adds nothing."""
     name, _, formula = docstring.partition(": ")
     text = re.sub(r"\s+", " ", formula if len(name.split()) <= 2 else docstring)
     return re.sub(r"https://\S+[\w/]", r"<\g<0>>", text)

@@ -1,4 +1,4 @@
-"""For the reference: a task made by a call, `predict = RowsTask(_predict, ...)`, is shown as its function."""
+"""Shows a task that is made by a call, `predict = RowsTask(_predict, ...)`, as its function."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import griffe
 
 
 class Tasks(griffe.Extension):
-    """Puts the function in the place of the attribute, under the public name.
+    """Replaces the attribute by the function, under the public name.
 
-    A function that is `signed_as` another one has the arguments of that one.
+    A function that is `signed_as` another one is shown with the arguments of that one.
     """
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
@@ -34,7 +34,7 @@ def modules(package: griffe.Module) -> Iterator[griffe.Module]:
 
 
 def signature_of(function: griffe.Function) -> griffe.Function:
-    """The function whose arguments a function has: its own, or those of its contract."""
+    """The function whose arguments are shown: this one, or the one that it is `signed_as`."""
     for decorator in function.decorators:
         call = decorator.value
         if isinstance(call, griffe.ExprCall) and call.function.canonical_name == "signed_as":

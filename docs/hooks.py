@@ -1,4 +1,4 @@
-"""What mkdocs does besides: the picture of `benchmarks/RESULTS.md` is part of the site."""
+"""Adds the picture of `benchmarks/RESULTS.md` to the site."""
 
 from __future__ import annotations
 

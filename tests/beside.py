@@ -1,4 +1,4 @@
-"""pandas for the tests that need it: see the Makefile for why it is not in the environment itself."""
+"""pandas for the tests that need it; the Makefile says why it is not in the environment itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests share: one real engine, one Prefect server, a clean environment."""
+"""Shared fixtures: one real engine, one Prefect server, a clean environment."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Before Prefect is imported: a home of the tests' own, and a server that tells nobody of itself, and
-# of events at once. An actor of Ray's that imports this has its tests' home: killed, it would leave one.
+# Before Prefect is imported: a home of the tests' own, a server that sends no telemetry, and events without
+# delay. An actor of Ray's that imports this has its tests' home: killed, it would leave one.
 HOME = None if "RAY_RAYLET_PID" in os.environ else tempfile.TemporaryDirectory(prefix="vllm-tasks-prefect-")
 if HOME:
     os.environ["PREFECT_HOME"] = HOME.name
@@ -99,14 +99,14 @@ def prefect_server() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ui() -> Iterator[str]:
-    """The URL of another real server, which has a UI and starts what is scheduled and triggered."""
+    """The URL of another real server, with a UI, which starts scheduled and triggered runs."""
     with sites.prefect_with_ui() as url:
         yield url
 
 
 @pytest.fixture(scope="session")
 def site(ui: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[sites.Site]:
-    """That server with the work pools and deployments of this repository, and a worker."""
+    """The same server with the work pools and deployments of this repository, and a worker."""
     with sites.made(ui, tmp_path_factory.mktemp("site")) as site:
         yield site
 
@@ -133,7 +133,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def local_model(tiny_model: Path) -> Iterator[VllmModel]:
-    """A model whose real engine runs for the whole session."""
+    """A model with a real engine that runs for the complete session."""
     model = VllmModel(
         identifier="tiny",
         model_name=str(tiny_model),
@@ -156,7 +156,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> places.Place:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    """A real PostgreSQL server for the whole session."""
+    """A real PostgreSQL server for the complete session."""
     if binaries() is None:
         pytest.skip("needs PostgreSQL: apt-get install postgresql")
     with running() as server:

@@ -1,4 +1,4 @@
-"""Waiting for what other processes and threads do."""
+"""Waits for other processes and threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LONG_ENOUGH = 240.0
 
 
 def eventually(condition: Callable[[], Any], seconds: float = LONG_ENOUGH) -> bool:
-    """Whether `condition` comes true within so many seconds."""
+    """Whether `condition` becomes true within so many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 
 class Jobs:
-    """Jobs as forks of one process, which has `env` beside ours; what they log goes to `log`."""
+    """Jobs as forks of one process, which has `env` in addition; their logs go to `log`."""
 
     def __init__(self, log: Path, env: Mapping[str, str] = MappingProxyType({})) -> None:
         self.log = log
@@ -92,7 +92,7 @@ def in_flow(model: Any, *args: Any, **call: Any) -> Any:
 
 
 def on_scripted_hosts(model: Any, *args: Any, **call: Any) -> Any:
-    """In a flow, on Ray, with scripted hosts for engines."""
+    """In a flow, on Ray, with scripted hosts as engines."""
     from tests.engines.test_ray import ScriptedActor
     from vllm_tasks.engines.ray import actor
 

@@ -1,4 +1,4 @@
-"""Where tests keep tables: a lake, SQLite or PostgreSQL, each real."""
+"""Stores for tests: a lake, SQLite or PostgreSQL, each real."""
 
 from __future__ import annotations
 

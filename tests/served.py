@@ -1,4 +1,4 @@
-"""A flow of the package, served as the documentation says, and a run of it made as from its form."""
+"""A flow of the package, served as documented, and a run of it created as from its form."""
 
 from __future__ import annotations
 

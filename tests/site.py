@@ -1,7 +1,7 @@
-"""A Prefect site as the README makes it: server with UI, work pools, deployments, a worker.
+"""A Prefect site as in the README: server with UI, work pools, deployments, a worker.
 
-Spoken to by HTTP and from processes of its own: the threads of Prefect's client in this one would go on
-talking to a server that is gone.
+Tests call it by HTTP and from other processes: the threads of Prefect's client in this process would keep
+calling a server that has ended.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def database() -> Iterator[dict[str, str]]:
 
 @contextmanager
 def prefect_with_ui() -> Iterator[str]:
-    """The URL of a Prefect server: the one of `prefect_test_harness` has no UI and starts nothing."""
+    """The URL of a Prefect server; that of `prefect_test_harness` has no UI and starts nothing."""
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -82,7 +82,7 @@ def _say_the_rest() -> None:
 
 @contextmanager
 def ended(command: list[str], env: dict[str, str], out: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is told to end after the block."""
+    """A process that is terminated after the block."""
     process = subprocess.Popen(
         command, env=env, stdout=out, stderr=subprocess.STDOUT, cwd=REPOSITORY, start_new_session=True
     )
@@ -110,14 +110,14 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -
 
 @dataclass(frozen=True)
 class Site:
-    """A server, its folder for tables (a lake), and what a worker needs to know."""
+    """A server, its folder for tables (a lake), and the environment of a worker."""
 
     url: str
     lake: Path
     env: dict[str, str]
 
     def command(self, *words: str) -> str:
-        """What a command of Python's says, such as `-m prefect deploy --all`."""
+        """The output of a Python command, such as `-m prefect deploy --all`."""
         done = subprocess.run(
             [sys.executable, *words],
             env=self.env,
@@ -136,7 +136,7 @@ class Site:
         return self.ask("POST", path, body)
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
-        """What the server answers; one whose SQLite is locked is asked again."""
+        """The server's response; a request that meets a locked SQLite is repeated."""
         until = time.monotonic() + LONG_ENOUGH
         while True:
             response = httpx.request(method, f"{self.url}/api{path}", json=body, timeout=LONG_ENOUGH)

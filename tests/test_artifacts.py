@@ -1,4 +1,4 @@
-"""Keys of artifacts, by which Prefect tells what is a version of what."""
+"""Keys of artifacts, by which Prefect groups versions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_plain_names_are_their_own_keys(name: str) -> None:
 
 
 def test_names_that_lose_characters_keep_apart() -> None:
-    """Each has a hash of the whole name, and is a key of Prefect's."""
+    """Each name has a hash of its complete text, and is a valid key of Prefect's."""
     names = [
         "m-a-b",
         "m-a_b",

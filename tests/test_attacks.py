@@ -1,4 +1,4 @@
-"""What an attacker may try that other files do not: places, whose code runs, sizes, markup, names.
+"""Attacks that other files do not test: places, remote code, sizes, markup, names.
 
 Templates are attacked in test_prompts, SELECTs and paths in test_lake and test_database, dotted paths in
 test_models, keys, certificates and redirects in test_http.
@@ -59,7 +59,7 @@ def allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fill_in(uri: str, server: ScriptedServer) -> str:
-    """What is asked with an artifact in the prompt."""
+    """The prompt that is sent with an artifact in it."""
     with VllmAPI(
         identifier="m",
         api_url=server.url,
@@ -110,7 +110,7 @@ OUTSIDE = [
 def test_an_artifact_outside_is_refused_before_it_is_opened(
     allowed: Path, server: ScriptedServer, uri: str
 ) -> None:
-    """By whatever name, link, chain of filesystems or look-alike; the setting is named, nothing is asked."""
+    """Any name, link, chain of filesystems or look-alike is refused with the setting; nothing is sent."""
     with pytest.raises(InvalidCall, match="VLLM_TASKS_PLACES"):
         fill_in(uri.format(allowed.parent), server)
     assert server.requests == []
@@ -118,7 +118,7 @@ def test_an_artifact_outside_is_refused_before_it_is_opened(
 
 @pytest.mark.parametrize("url", ["{}", "file://{}", "{}/allowed-not", "sqlite:///{}/x.db", "memory://lake"])
 def test_tables_outside_are_refused(allowed: Path, url: str) -> None:
-    """Else a lake or an SQLite file would read what an artifact may not."""
+    """Otherwise a lake or an SQLite file could read files that are forbidden to an artifact."""
     with pytest.raises(InvalidCall, match="VLLM_TASKS_PLACES"):
         Datalayer(url=url.format(allowed.parent)).tables()
     Datalayer(url=str(allowed)).tables().close()
@@ -128,7 +128,7 @@ def test_tables_outside_are_refused(allowed: Path, url: str) -> None:
 def test_an_artifact_that_was_read_before_is_refused_too(
     allowed: Path, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a process remembers of a file does not outlive the permission."""
+    """A cached file is refused, too, when the permission ends."""
     fill_in(f"{allowed}/rules.txt", server)
     monkeypatch.setenv("VLLM_TASKS_PLACES", '["/nowhere"]')
     with pytest.raises(InvalidCall, match="VLLM_TASKS_PLACES"):
@@ -162,7 +162,7 @@ def read(lake: Path, select: str) -> list[Any]:
 def test_links_and_functions_lead_out_of_no_place(
     tmp_path: Path, select: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a link (followed within VLLM_TASKS_PLACES), a glob or a function leads to outside is not read."""
+    """A link (followed within VLLM_TASKS_PLACES), a glob or a function cannot read a file outside."""
     lake = tmp_path / "lake"
     lake.mkdir()
     monkeypatch.setenv("VLLM_TASKS_PLACES", json.dumps([str(lake)]))
@@ -175,7 +175,7 @@ def test_links_and_functions_lead_out_of_no_place(
 
 @pytest.mark.parametrize("way", ["../../secret.parquet", "..%2F..%2Fsecret.parquet"])
 def test_the_log_of_a_delta_table_leads_out_of_no_lake(tmp_path: Path, way: str) -> None:
-    """A table that somebody brought may name any file in its log."""
+    """A table of unknown origin may name any file in its log."""
     lake = tmp_path / "lake"
     pq.write_table(pa.table({"id": [1], "text": ["SECRET"]}), tmp_path / "secret.parquet")
     write_deltalake(str(lake / "t"), pa.table({"id": [2], "text": ["own"]}))
@@ -205,7 +205,7 @@ def local(**fields: Any) -> VllmModel:
     ],
 )
 def test_a_site_can_forbid_the_code_of_models(monkeypatch: pytest.MonkeyPatch, fields: Any) -> None:
-    """Here, on Ray and on a server of its own; the error says how the model may run."""
+    """It is forbidden here, on Ray and on a server of its own; the error says how the model may run."""
     monkeypatch.setenv("VLLM_TASKS_TRUST_REMOTE_CODE", "false")
     model = local(**fields)
     uses: list[Callable[[], Any]] = [lambda: model.predict("x"), model.init]
@@ -218,7 +218,7 @@ def test_a_site_can_forbid_the_code_of_models(monkeypatch: pytest.MonkeyPatch, f
 
 
 def test_an_item_of_a_list_is_no_option_of_a_server() -> None:
-    """Else a list among the engine arguments could say what is forbidden, or is ours to say."""
+    """Otherwise a list among the engine arguments could set a forbidden or reserved option."""
     for word in ("--trust-remote-code", "--host=0.0.0.0", "-tp"):
         with pytest.raises(InvalidCall, match=f"{word}.*option"):
             command_line({"served_model_name": ["m", word]})
@@ -228,7 +228,7 @@ def test_an_item_of_a_list_is_no_option_of_a_server() -> None:
 def test_trust_is_said_once_for_each_engine(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """Whoever reads the log sees whose code may run, and nothing where it may not; a restart says no more."""
+    """The log names the model whose code may run, and nothing where it may not; a restart logs no more."""
     monkeypatch.setattr(process, "HOST", Path(__file__).parent / "servers/scripted_host.py")
     caplog.set_level(logging.INFO)
     for trusted in (True, False):
@@ -271,8 +271,8 @@ EVALUATORS = {"eval", "exec", "FunctionType", "__import__", "os.system", "os.pop
 def test_nothing_is_evaluated_or_unpickled() -> None:
     """No module imports a pickler or YAML, evaluates text or calls a shell.
 
-    Two pickles there are, of code and arguments, by Ray and Prefect themselves, between processes of one run:
-    the actor's class, and what `copyreg.pickle` in `tasks` tells of a task's argument.
+    There are two pickles, made by Ray and Prefect themselves between processes of one run: the class of the
+    actor, and the argument of a task, for which `copyreg.pickle` is registered.
     """
     found = []
     for file in sorted(PACKAGE.rglob("*.py")):
@@ -292,7 +292,7 @@ def test_nothing_is_evaluated_or_unpickled() -> None:
 def test_a_response_that_unpacks_to_more_than_allowed_is_not_unpacked(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """200 MiB in 200 KB: rows and control calls stop at their limits, and never hold it whole."""
+    """200 MiB in 200 KB: rows and control calls stop at their limits, and never hold it completely."""
     monkeypatch.setenv("VLLM_TASKS_MAX_RESPONSE_BYTES", "1048576")
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)
     bomb = b"".join(packer.compress(b" " * 2**20) for _ in range(200)) + packer.flush()
@@ -309,7 +309,7 @@ def test_a_response_that_unpacks_to_more_than_allowed_is_not_unpacked(
 def test_a_prompt_larger_than_allowed_fails_its_row(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is not sent; the limit counts bytes, of a text as of chat messages."""
+    """It is not sent; the limit counts bytes, of texts and chat messages alike."""
     monkeypatch.setenv("VLLM_TASKS_MAX_PROMPT_BYTES", "1024")
     for chat in (False, True):
         with VllmAPI(identifier="m", api_url=server.url, model="m", chat=chat) as model:
@@ -369,7 +369,7 @@ MARKUP = [
 
 @pytest.mark.parametrize("text", MARKUP)
 def test_texts_of_others_are_no_markup(text: str) -> None:
-    """What a row, a model or a server says is shown as it is, in and outside of code spans."""
+    """Texts of rows, models and servers are rendered as they are, inside and outside of code spans."""
     markdown_it = pytest.importorskip("markdown_it")
     render = markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table").render
     for page in (
@@ -383,7 +383,7 @@ def test_texts_of_others_are_no_markup(text: str) -> None:
 
 
 def test_a_report_shows_what_a_server_says_as_text() -> None:
-    """The facts of a server, a kind's keys, a place: none of it is markup on the page."""
+    """Facts of a server, keys of an error kind and a location are no markup on the page."""
     markdown_it = pytest.importorskip("markdown_it")
     hostile = "".join(MARKUP).replace("\n", " ")
     counts = dict.fromkeys(
@@ -410,7 +410,7 @@ ESCAPES = "a\x1b[31m\x1b]0;title\x07\nFAKE LOG LINE\r\x9b2J\u202egnp.exe\ud800"
 
 
 def test_nothing_in_a_name_or_an_error_moves_a_terminal() -> None:
-    """Keys of a table and words of servers reach logs and task runs' names without control characters."""
+    """Keys of a table and messages of servers reach logs and task run names without control characters."""
     (shown,) = (key_range([(ESCAPES,), (ESCAPES,)]),)
     told = str(RowErrors([RowError("server", ESCAPES, index=0)], [None]))
     assert shown.startswith("a\ufffd[31m")
@@ -420,7 +420,7 @@ def test_nothing_in_a_name_or_an_error_moves_a_terminal() -> None:
 
 
 def test_what_a_model_said_is_in_no_error(server: ScriptedServer) -> None:
-    """An answer that does not fit stands in `errors` for the caller, and not in words for a log."""
+    """A bad answer is in `errors` for the caller, but not in the text for a log."""
     model = VllmAPI(identifier="m", api_url=server.url, model="m", datatype="int")
     with pytest.raises(RowErrors) as raised:
         model.predict("private words")
@@ -456,7 +456,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_that_leads_elsewhere_names_no_table(name: str) -> None:
-    """Paths, control and invisible characters, what Windows or a URL would read otherwise."""
+    """Paths, control and invisible characters, and names with a meaning for Windows or a URL are refused."""
     with pytest.raises(InvalidCall, match="predict_id"):
         outputs_name(name)
 
@@ -476,7 +476,7 @@ def test_a_name_that_leads_elsewhere_names_no_table(name: str) -> None:
     ],
 )
 def test_other_names_are_just_names(place: Place, server: ScriptedServer, name: str) -> None:
-    """Quotes, SQL, look-alikes, words of shells: the outputs are under that name and nothing else is new."""
+    """Quotes, SQL, look-alikes and shell commands name the outputs, and nothing else is created."""
     place.fill_texts("a")
     with VllmAPI(identifier="m", api_url=server.url, model="m") as model:
         predict_in_db(model, "text", "rows", db=place.db, predict_id=name)
@@ -487,7 +487,7 @@ def test_other_names_are_just_names(place: Place, server: ScriptedServer, name: 
 
 
 def test_a_name_too_long_is_refused() -> None:
-    """No file system has longer ones, and some databases cut them."""
+    """No file system has longer names, and some databases truncate them."""
     assert outputs_name("é" * 100)
     with pytest.raises(InvalidCall, match="at most 200 bytes"):
         outputs_name("é" * 100 + "x")

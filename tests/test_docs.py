@@ -1,4 +1,4 @@
-"""The code blocks of README and documentation run as they are printed, and print what the page says.
+"""The code blocks of README and documentation run as they are printed, and print the output on the page.
 
 Python runs, from the first block of a page to the last. Commands of a shell are parsed: each program, its
 subcommand and its options exist. YAML is read as deployments or triggers of Prefect.
@@ -42,7 +42,7 @@ pytestmark = IN_PREFECT
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 COPIED = ("project/changelog.md", "project/results.md", "project/security.md", "design.md")
-"""Pages that are other files, and the page for developers."""
+"""Pages that include other files, and the page for developers."""
 PAGES = [
     ROOT / "README.md",
     *sorted(p for p in DOCS.rglob("*.md") if str(p.relative_to(DOCS)) not in COPIED),
@@ -52,7 +52,7 @@ BLOCK = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^ *```$", re.MULTILINE | re.DOTALL
 )
 SERVER = "http://127.0.0.1:8000"
-"""Where the pages have `vllm serve`."""
+"""The address of `vllm serve` on the pages."""
 PUBLIC = {
     "vllm_tasks": {
         *("VllmAPI", "VllmModel", "Datalayer", "Artifact", "Dataset", "Metric", "Validation"),
@@ -82,17 +82,17 @@ ANSWERS = {
     "capital of Spain": "Madrid.",
     "capital of Japan": "Kyoto.",
 }
-"""What the model of the pages answers; the longest text that occurs in a prompt decides."""
+"""The answers of the model on the pages; the longest text that occurs in a prompt decides."""
 README_ANSWERS = {
     "capital of France": "The capital of France is Paris.",
     "colour is a ruby": "A ruby is a deep, fiery, and often fiery-red gemstone.",
     "2 + 2": 'The answer is "2 + 2 = 4."',
 }
-"""Of SmolLM2-135M-Instruct, as a real server gave them."""
+"""Answers of SmolLM2-135M-Instruct from a real server."""
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str, str]]:
-    """(line, text, what it prints) of each block in a language; a block of text is what one before prints."""
+    """(line, text, output) of each block in a language; a text block is the output of the block before it."""
     text = page.read_text(encoding="utf-8")
     found: list[tuple[int, str, str, str]] = []
     for match in BLOCK.finditer(text):
@@ -108,7 +108,7 @@ def blocks(page: Path, language: str) -> list[tuple[int, str, str]]:
 
 
 def model_of(answers: dict[str, str]) -> Callable[[Asked], Reply | None]:
-    """A server's script: the model that the pages were written with."""
+    """A server's script: the answers of the model that the pages were written with."""
 
     def answer(asked: Asked) -> Reply | None:
         if asked.path not in ("/v1/completions", "/v1/chat/completions"):
@@ -129,11 +129,11 @@ def model_of(answers: dict[str, str]) -> Callable[[Asked], Reply | None]:
 def test_python_prints_what_the_page_says(
     page: Path, tmp_path: Path, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one folder, from the first to the last, as a reader would."""
+    """All blocks of a page run in one folder, from the first to the last, as a reader would run them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VLLM_TASKS_API_URL", server.url)
     server.script = model_of(ANSWERS | (README_ANSWERS if page.name == "README.md" else {}))
-    # As a script is: what its functions are made of is read from a file.
+    # A file, as for a script: the source of its functions is read from it.
     script = tmp_path / f"{page.stem.replace('-', '_')}_page.py"
     names: dict[str, Any] = {"__name__": script.stem, "__file__": str(script)}
     monkeypatch.setitem(sys.modules, script.stem, type(sys)(script.stem))
@@ -154,7 +154,7 @@ def test_python_prints_what_the_page_says(
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_pages_import_public_names(page: Path) -> None:
-    """Nothing that may move: a few names at the top, and few modules."""
+    """Pages import a few names from the package and a few modules, and nothing that may move."""
     for line, code, _ in blocks(page, "python"):
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm_tasks"):
@@ -164,7 +164,7 @@ def test_pages_import_public_names(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_every_block_is_checked(page: Path) -> None:
-    """There is no other kind of block, and none without a language."""
+    """Every block has a language, and there are no other languages."""
     languages = {match["language"] for match in BLOCK.finditer(page.read_text(encoding="utf-8"))}
     assert languages <= {"python", "sh", "yaml", "text"}
 
@@ -174,7 +174,7 @@ def test_every_block_is_checked(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_commands_exist(page: Path) -> None:
-    """Each line is a command that could be typed: program, subcommand and options are there."""
+    """Each line is a valid command: its program, subcommand and options exist."""
     for line, text, prints in blocks(page, "sh"):
         if prints:
             of_demo(prints)
@@ -187,7 +187,7 @@ def test_commands_exist(page: Path) -> None:
 
 
 def of_demo(prints: str) -> None:
-    """A command's output on a page is that of the demo: its headings, and a count that adds up."""
+    """The quoted output of the demo has its headings, and a count that adds up."""
     source = (ROOT / "flows" / "demo.py").read_text()
     for heading in re.findall(r"^\S.*:$", prints, re.MULTILINE):
         assert heading in source
@@ -241,12 +241,11 @@ def python(words: list[str]) -> None:
 
 
 def file_of(module: str) -> Path:
-    """The file of a module, or of the command of a package. Deployable flows stand at the top of the
-    repository until they are in the package."""
-    for path in (module.replace(".", "/"), module.replace(".", "/").removeprefix("vllm_tasks/")):
-        for file in (ROOT / f"{path}.py", ROOT / path / "__main__.py"):
-            if file.exists():
-                return file
+    """The file of a module, or of the command of a package."""
+    path = module.replace(".", "/")
+    for file in (ROOT / f"{path}.py", ROOT / path / "__main__.py"):
+        if file.exists():
+            return file
     raise AssertionError(f"there is no module {module}")
 
 
@@ -313,14 +312,12 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
 
 def settings() -> set[str]:
     """The variables that the code reads."""
-    # Until its field is renamed, the grace period is `patience` in the code.
-    named = {"patience": "grace_period"}
-    return {f"VLLM_TASKS_{named.get(name, name).upper()}" for name in Settings.model_fields}
+    return {f"VLLM_TASKS_{name.upper()}" for name in Settings.model_fields}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_settings_that_pages_name_exist(page: Path) -> None:
-    """A variable that nothing reads would be set in vain."""
+    """A variable that nothing reads would have no effect."""
     named = set(re.findall(r"VLLM_TASKS_[A-Z_]*[A-Z]", page.read_text(encoding="utf-8")))
     assert named <= settings()
 
@@ -336,7 +333,7 @@ def yaml_blocks() -> Iterator[tuple[str, dict[str, Any]]]:
 
 @pytest.mark.parametrize(("where", "data"), list(yaml_blocks()), ids=[where for where, _ in yaml_blocks()])
 def test_yaml_is_what_prefect_reads(where: str, data: dict[str, Any]) -> None:
-    """Deployments name flows and parameters that there are; triggers are Prefect's."""
+    """Deployments name existing flows and parameters; triggers are valid for Prefect."""
     example = yaml.safe_load((ROOT / "prefect.yaml").read_text())
     assert data.keys() <= example.keys() | {"triggers"}, where
     for deployment in data.get("deployments", ()):
@@ -354,24 +351,24 @@ def test_yaml_is_what_prefect_reads(where: str, data: dict[str, Any]) -> None:
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:
-    """To whole addresses, or to files of the repository."""
+    """Each link is a complete address, or a file of the repository."""
     for link in re.findall(r"\]\((\S+?)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
         assert link.startswith("https://") or (ROOT / link.partition("#")[0]).is_file(), link
 
 
 def test_the_readme_is_short() -> None:
-    """A first page, not a manual."""
+    """The README is a first page, not a manual."""
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 250
 
 
 def test_figures_are_copied() -> None:
-    """`make docs-figures` has nothing to write: no figure was written by hand, and llms.txt has all pages."""
+    """`make docs-figures` changes nothing: no figure was written by hand, and llms.txt lists all pages."""
     for page, text in figures.written().items():
         assert page.read_text(encoding="utf-8") == text, f"{page.name}: run `make docs-figures`"
 
 
 def test_every_page_is_in_the_site_and_answers_one_question() -> None:
-    """The question is its first line."""
+    """The question is the first line of the page."""
     site = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader=yaml.SafeLoader)
     listed = {page for _, page in figures.pages_of(site["nav"]) if page is not None}
     assert listed == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
@@ -379,7 +376,7 @@ def test_every_page_is_in_the_site_and_answers_one_question() -> None:
 
 
 def test_examples_are_named_as_they_are() -> None:
-    """What a page says of examples/ is there."""
+    """Every file of examples/ that a page names exists."""
     for page in PAGES:
         for name in re.findall(r"examples/(\w+\.\w+)", page.read_text(encoding="utf-8")):
             assert (ROOT / "examples" / name).exists(), f"{page.name}: {name}"

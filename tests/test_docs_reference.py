@@ -1,4 +1,4 @@
-"""The tables of the reference have what the code has: names, order and defaults."""
+"""The tables of the reference agree with the code: names, order and defaults."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def rows(page: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line] for line in lines[2:]]
 
 
-def told(cell: str) -> Any:
-    """A default as a page has it."""
+def parsed(cell: str) -> Any:
+    """A default as the page writes it."""
     found = CODE.fullmatch(cell)
     return {"required": ..., "made": "made"}.get(cell, cell if found is None else found[1])
 
@@ -60,20 +60,20 @@ def default_of(model: type[BaseModel], name: str) -> Any:
     ids=["both", "VllmAPI", "VllmModel"],
 )
 def test_parameters(heading: str, model: type[BaseModel], names: set[str]) -> None:
-    """Every parameter is there once, with its default."""
+    """Every parameter is listed once, with its default."""
     found = {
-        CODE.findall(name)[0]: told(default) for name, default, _ in rows("reference/parameters.md", heading)
+        CODE.findall(name)[0]: parsed(default)
+        for name, default, _ in rows("reference/parameters.md", heading)
     }
     assert found == {name: default_of(model, name) for name in names}
 
 
 def test_settings() -> None:
-    """Every variable is there once, with its default."""
+    """Every variable is listed once, with its default."""
     page = (DOCS / "reference" / "settings.md").read_text(encoding="utf-8")
-    found = {name: told(default.strip()) for name, default in VARIABLE.findall(page)}
+    found = {name: parsed(default.strip()) for name, default in VARIABLE.findall(page)}
     assert found.keys() == settings()
     code = {f"VLLM_TASKS_{name.upper()}": field.default for name, field in Settings.model_fields.items()}
-    code["VLLM_TASKS_GRACE_PERIOD"] = code.pop("VLLM_TASKS_GRACE_PERIOD", 120.0)
     for name, default in found.items():
         value = code[name]
         said = "" if value in ("", None) else value if isinstance(value, str) else json.dumps(value)
@@ -84,10 +84,10 @@ def test_settings() -> None:
     ("heading", "task"), [("## predict_in_db", predict_in_db), ("## validate", validate)]
 )
 def test_arguments(heading: str, task: Any) -> None:
-    """Every argument of the task is there in its order, with its default."""
+    """Every argument of the task is listed in order, with its default."""
     parameters = list(inspect.signature(task.fn).parameters.values())[1:]
     said = {
-        CODE.findall(name)[0]: told(default)
+        CODE.findall(name)[0]: parsed(default)
         for name, default, _ in rows("reference/arguments.md", heading)
         if name != "any other"
     }
@@ -105,7 +105,7 @@ def test_arguments(heading: str, task: Any) -> None:
 
 
 def test_metrics() -> None:
-    """Every built-in metric is there, and the options that a page names are options."""
+    """Every built-in metric is listed, and the options on the page exist."""
     found: dict[str, str] = {}
     for names, _, options in rows("reference/metrics.md", "# Metrics"):
         found.update(dict.fromkeys(CODE.findall(names), options))
@@ -118,7 +118,7 @@ def test_metrics() -> None:
 
 
 def test_errors() -> None:
-    """All kinds of row errors, in the order of the code, and all exceptions."""
+    """All kinds of row errors are listed in the order of the code, and all exceptions."""
     kinds = [CODE.findall(kind)[0] for kind, _ in rows("reference/errors.md", "## Kinds of row errors")]
     assert kinds == list(get_args(get_type_hints(RowError)["kind"]))
     exceptions = {CODE.findall(name)[0] for name, _ in rows("concepts/errors.md", "# What an error is")}
@@ -132,7 +132,7 @@ def descendants(kind: type) -> set[type]:
 
 
 def test_hints_and_write_options() -> None:
-    """Every hint of `compute_kwargs`, and every option of `model_update_kwargs`."""
+    """Every hint of `compute_kwargs` and every option of `model_update_kwargs` is listed."""
     table = {hint for names, *_ in rows("how-to/gpus.md", "## Hints") for hint in CODE.findall(names)}
     assert table | {"work_pool", "work_queue", "deployment"} == known("compute_kwargs")
     options = {CODE.findall(name)[0] for name, *_ in rows("how-to/outputs.md", "## Name the table")}
@@ -140,7 +140,7 @@ def test_hints_and_write_options() -> None:
 
 
 def known(field: str) -> set[str]:
-    """What a model takes in a field, as it says itself when it is given something else."""
+    """The names that a model accepts in a field, from its own refusal of another name."""
     with pytest.raises(ValueError, match="known are") as error:
         VllmAPI(identifier="m", **{field: {"nothing": 1}})
     return set(re.findall(r"\w+", str(error.value).partition("known are")[2].partition("[type=")[0]))

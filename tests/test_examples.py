@@ -1,4 +1,4 @@
-"""Each example runs as it stands and prints something worth seeing."""
+"""Each example runs unchanged and prints its results."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ STRUCTURED = {"product": "chair", "mood": "good", "stars": 5}
 
 
 def knows(asked: Asked) -> Reply | None:
-    """A small model, which holds the structure that it is asked for."""
+    """A small model that keeps to the requested structure."""
     if asked.path not in ("/v1/completions", "/v1/chat/completions"):
         return None
     structure = asked.body.get("structured_outputs") or {}
@@ -137,7 +137,7 @@ def cells() -> str:
 
 
 def test_the_notebook(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its cells run from the first to the last."""
+    """The notebook's cells run from the first to the last."""
     monkeypatch.setenv("VLLM_TASKS_API_URL", url)
     names: dict[str, Any] = {"__name__": "__main__"}
     said = printed(lambda: exec(cells(), names))
@@ -149,7 +149,7 @@ def test_the_notebook(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.engine
 def test_an_example_runs_the_engine_itself(local_model: VllmModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a URL an engine of one's own answers; here the tests' tiny one in place of the demo's model."""
+    """Without a URL an example runs its own engine; here with the tests' tiny model."""
 
     def tiny(_: str, **fields: Any) -> VllmModel:
         return local_model.model_copy(update={"prompt": fields["prompt"]})
@@ -159,7 +159,7 @@ def test_an_example_runs_the_engine_itself(local_model: VllmModel, monkeypatch: 
 
 
 def test_every_example_is_tested() -> None:
-    """A file that is added here needs its test."""
+    """A new example needs a test here."""
     tested = Path(__file__).read_text()
     names = {path.stem for path in EXAMPLES.glob("*.py")} - {"__init__", "which_model"}
     assert not [name for name in names if f"{name}.main(" not in tested]

@@ -1,4 +1,4 @@
-"""No file of the package imports itself by way of others, not even within a function or for types alone."""
+"""No file of the package imports itself indirectly, not even in a function or for types alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILES = {
 
 
 def imported(path: Path) -> Iterator[str]:
-    """The files of the package that one imports, wherever in it."""
+    """The files of the package that a file imports, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in FILES)

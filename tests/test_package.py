@@ -1,4 +1,4 @@
-"""The package from outside: what it loads, how long that takes, and its public names."""
+"""The package from outside: its imports, their time, and its public names."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def python(code: str) -> str:
 
 
 def test_the_public_names_are_these() -> None:
-    """A name added or lost is a decision, made here."""
+    """Adding or removing a public name is a decision that is made here."""
     assert sorted(vllm_tasks.__all__) == sorted(PUBLIC)
     assert not [name for name in PUBLIC if not hasattr(vllm_tasks, name)]
 
 
 def test_importing_loads_nothing_heavy() -> None:
-    """Neither vLLM nor what it stands on is loaded beyond what Prefect itself loads."""
+    """vLLM and its dependencies are not loaded, except those that Prefect itself loads."""
     code = "import sys, prefect, prefect.main; before = set(sys.modules); import vllm_tasks; "
     code += f"print([m for m in {HEAVY} if m in sys.modules and m not in before])"
     assert python(code).strip() == "[]"
 
 
 def test_errors_are_caught_by_what_the_caller_does_next() -> None:
-    """One root, four kinds, each also the standard kind that fits."""
+    """There is one root with four kinds, each also a fitting standard exception."""
     kinds = {
         errors.InvalidCall: ValueError,
         errors.ServerUnavailable: ConnectionError,

@@ -1,4 +1,4 @@
-"""The comparison with what people use instead, in its short form: the tiny model, few rows, one round."""
+"""The comparison with other tools, in its short form: the tiny model, few rows, one round."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ ASKED = ("LLM.generate", "ours: predict")
 @pytest.mark.engine
 @pytest.mark.long
 def test_a_short_run_writes_its_part_of_the_page(tiny_model: Path, tmp_path: Path) -> None:
-    """Each side has its line, made exactly the tokens that were asked for, and says what a bad row does."""
+    """Each side has its line, made exactly the requested tokens, and shows its handling of a bad row."""
     page = tmp_path / "RESULTS.md"
     command = [sys.executable, "-m", "benchmarks.peers", "--short", "--output", str(page)]
     subprocess.run(
@@ -41,7 +41,7 @@ def test_a_short_run_writes_its_part_of_the_page(tiny_model: Path, tmp_path: Pat
 
 
 def test_every_round_has_other_prompts_and_the_same_lengths() -> None:
-    """So no prefix cache knows a row from an earlier round, and rounds can be compared."""
+    """No prefix cache has a row of an earlier round, so rounds can be compared."""
     asked = plan.parse(["--rows", "64"])
     for workload in plan.WORKLOADS:
         first, second = asked.rows(workload, 1), asked.rows(workload, 2)

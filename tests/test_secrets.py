@@ -1,6 +1,6 @@
-"""A key and a password are looked for wherever this package, or Prefect for it, leaves words behind.
+"""A key and a password are searched for wherever this package, or Prefect for it, stores text.
 
-Flows are run, most of which fail in some way. Then what they have left is searched as bytes: the database of
+Flows are run, and most of them fail. Then everything that they left is searched as bytes: the database of
 Prefect (logs, artifacts, parameters, names, events, block documents), its results, the lake, the terminal.
 """
 
@@ -71,7 +71,7 @@ LOGGED = f"logged-{uuid4()}"
 
 
 def forms(secret: str) -> set[bytes]:
-    """As it may be written: raw, in JSON, in a URL, in base64 (as a header has it), its plain parts."""
+    """The forms of a secret: raw, in JSON, in a URL, in base64 (as in a header), and its plain parts."""
     parts = [
         part
         for part in secret.replace("/", "@").replace("#", "@").replace("'", "@").split("@")
@@ -95,7 +95,7 @@ def url_of(port: int, password: str = PASSWORD) -> str:
 
 @contextmanager
 def refusing_postgres() -> Iterator[int]:
-    """The port of a server that asks for a password, reads it and refuses it, as PostgreSQL does."""
+    """The port of a server that requests a password, reads it and refuses it, as PostgreSQL does."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -120,7 +120,7 @@ def refusing_postgres() -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory: pytest.TempPathFactory, prefect_server: None) -> Path:
-    """A folder for what the flows leave behind."""
+    """A folder for the files that the flows leave behind."""
     # From vLLM's source, now: CPython 3.11 parses nothing while it reports the garbage of Prefect.
     known_names("local")
     return tmp_path_factory.mktemp("left")
@@ -128,13 +128,13 @@ def left(tmp_path_factory: pytest.TempPathFactory, prefect_server: None) -> Path
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits long for what is not there."""
+    """Short timeouts, so that nobody waits long for a missing server."""
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.1")
 
 
 @flow(persist_result=True, log_prints=True, flow_run_name="{name}")
 def job(name: str, model: VllmAPI, db: Datalayer | None = None, select: str = "rows") -> Any:
-    """What a user's flow may do with a model that has a key, and a datalayer that has a password."""
+    """Possible steps of a user's flow with a model that has a key and a datalayer that has a password."""
     get_run_logger().warning("%s %s %r %r", LOGGED, name, model, db)
     print(model, db)
     create_markdown_artifact(f"{MARK} {model} {db}", key="shown")
@@ -147,7 +147,7 @@ def job(name: str, model: VllmAPI, db: Datalayer | None = None, select: str = "r
 
 @flow(flow_run_name="{name}")
 def validated(name: str, model: VllmAPI, db: Datalayer) -> str:
-    """Data sets are frozen beside the outputs."""
+    """The snapshot of a data set is next to the outputs."""
     of = Validation(
         datasets=[Dataset(identifier="d", raw_data=[{"q": "a", "a": "b"}])],
         metrics=[Metric(identifier="exact_match")],
@@ -165,7 +165,7 @@ TROUBLE: dict[str, Any] = {
 
 
 def tell(work: Callable[[], Any]) -> str:
-    """All words of what `work` raises, causes included, or of what it gives."""
+    """All text of the exception that `work` raises, causes included, or of its result."""
     try:
         given = work()
     except (VllmTasksError, ValidationError) as error:
@@ -178,7 +178,7 @@ def tell(work: Callable[[], Any]) -> str:
 def test_no_run_leaves_a_secret_behind(
     left: Path, server: ScriptedServer, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Of runs that succeed and that fail, in all that they leave: there is no key and no password."""
+    """Runs that succeed and runs that fail leave no key and no password in any file."""
     caplog.set_level(logging.DEBUG)
     lake = Place(str(left / "lake"))
     lake.fill_texts("a", "b")
@@ -212,7 +212,7 @@ def test_no_run_leaves_a_secret_behind(
 
 
 def left_in_prefect() -> dict[str, list[bytes]]:
-    """Files of Prefect's database and storage in which a secret is; the marks are seen in them first."""
+    """Files of Prefect that contain a secret; a known marker must be found in them first."""
     APILogWorker.drain_all()
     database = Path(str(PREFECT_API_DATABASE_CONNECTION_URL.value()).partition(":///")[2])
     deadline = time.monotonic() + 20
@@ -299,7 +299,7 @@ WRONG: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("what", WRONG)
 def test_no_error_of_a_call_shows_a_secret(what: str) -> None:
-    """However a secret gets into the wrong place, the error, its causes and the repr do without it."""
+    """For any misplaced secret, the error, its causes and the repr do not contain it."""
     words = tell(WRONG[what])
     assert not found_in(words), words
     assert "m" in words
@@ -327,7 +327,7 @@ def test_no_child_process_has_the_key_of_a_model(
 
 
 def test_a_saved_key_is_read_by_nobody_without_asking_for_it(left: Path) -> None:
-    """What the UI and the API give of a block, its fields' schema and its references."""
+    """The UI and the API do not return it with a block, its fields' schema or its references."""
     VllmAPI(identifier="m", api_key=KEY, db={"url": URL}).save("shown-model", overwrite=True)
     with get_client(sync_client=True) as client:
         shown = client.read_block_document_by_name("shown-model", "vllm-api", include_secrets=False)

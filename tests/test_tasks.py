@@ -41,7 +41,7 @@ def model(server: ScriptedServer) -> Iterator[VllmAPI]:
 
 
 class Runs:
-    """A `prompt_func` that notes the name and the attempt of the task run it is called in."""
+    """A `prompt_func` that records the name and the attempt of its task run."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, int]] = []
@@ -85,7 +85,7 @@ def test_tasks_are_called_submitted_and_mapped_in_a_flow(model: VllmAPI) -> None
 
 
 def test_tasks_work_in_an_asynchronous_flow(model: VllmAPI) -> None:
-    """A running event loop does not stand in the way."""
+    """A running event loop is no obstacle."""
 
     @flow
     async def ways() -> list[Any]:
@@ -119,7 +119,7 @@ def test_many_at_once_share_one_engine(model: VllmAPI, server: ScriptedServer) -
 
 @pytest.mark.parametrize("the_task", [predict_batches, completions])
 def test_rows_end_with_the_timeout_of_their_task(server: ScriptedServer, the_task: RowsTask) -> None:
-    """A submitted task that has timed out asks no more rows, though its thread cannot be interrupted."""
+    """A submitted task that has timed out sends no more rows, though its thread cannot be interrupted."""
 
     async def slowly(_: Asked) -> None:
         await asyncio.sleep(0.2)
@@ -176,7 +176,7 @@ job()
 def test_rows_end_with_the_flow_that_waits_for_them(
     server: ScriptedServer, tmp_path: Path, way: signal.Signals
 ) -> None:
-    """Ctrl-C and SIGTERM, which is how Prefect cancels, end what was submitted, also in one's own tasks."""
+    """Ctrl-C and SIGTERM, Prefect's way to cancel, end submitted calls, even in the user's own tasks."""
 
     async def slowly(_: Asked) -> None:
         await asyncio.sleep(0.2)
@@ -193,7 +193,7 @@ def test_rows_end_with_the_flow_that_waits_for_them(
 
 
 def test_mapping_goes_over_the_rows_alone(model: VllmAPI, server: ScriptedServer) -> None:
-    """Neither the model's fields nor a list of stop words nor a context is mapped over."""
+    """Neither the model's fields, nor a list of stop words, nor a context is mapped over."""
 
     @flow
     def mapped() -> Any:
@@ -210,7 +210,7 @@ def test_mapping_goes_over_the_rows_alone(model: VllmAPI, server: ScriptedServer
 
 
 def test_run_names_say_model_and_number_of_rows(model: VllmAPI) -> None:
-    """What the UI lists can be told apart, also where the rows come from a future."""
+    """Runs have distinct names in the UI, even if the rows come from a future."""
     runs = Runs()
     model.prompt_func = runs
 
@@ -238,7 +238,7 @@ def test_run_names_say_model_and_number_of_rows(model: VllmAPI) -> None:
 
 @TASKS
 def test_nothing_is_cached_and_options_keep_the_kind(the_task: RowsTask) -> None:
-    """No key is made of rows, and a task with other options handles rows as before."""
+    """No cache key is made of rows, and a task with other options handles rows as before."""
     changed = the_task.with_options(name="other", retries=7, retry_delay_seconds=0)
     assert the_task.cache_policy == changed.cache_policy == NO_CACHE
     assert isinstance(changed, RowsTask)
@@ -249,7 +249,7 @@ def test_nothing_is_cached_and_options_keep_the_kind(the_task: RowsTask) -> None
 
 
 def test_the_same_call_asks_again(model: VllmAPI, server: ScriptedServer) -> None:
-    """A second run of the same rows is a second question, whatever the rows are."""
+    """A second run sends the same rows again, whatever they are."""
     model.prompt_func = Runs()
 
     @flow
@@ -299,7 +299,7 @@ def test_rows_that_are_futures_are_resolved(model: VllmAPI) -> None:
 
 @pytest.mark.parametrize("way", ["future", "by name", "state", "quote", "futures"])
 def test_mapping_goes_over_what_a_future_holds(model: VllmAPI, way: str) -> None:
-    """What an upstream task gives is resolved as a whole and then mapped over, as Prefect does it."""
+    """The result of an upstream task is resolved and then mapped over, as Prefect does it."""
 
     @task
     def batches() -> list[list[str]]:
@@ -340,7 +340,7 @@ def test_a_model_may_come_from_a_future(model: VllmAPI) -> None:
 
 @dataclass
 class Row:
-    """A record that counts how often it is looked into. Prefect would walk its fields."""
+    """A record that counts how often it is read; Prefect would walk its fields."""
 
     text: str
     reads = 0
@@ -399,7 +399,7 @@ def at_once(**options: Any) -> RowsTask:
 def test_a_server_that_is_away_is_tried_again(
     model: VllmAPI, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The task run waits and asks again; when the server has come back, the call succeeds."""
+    """The task run waits and tries again; when the server has come back, the call succeeds."""
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0")
     runs = Runs()
     model.prompt_func = runs
@@ -453,7 +453,7 @@ def test_rows_that_fail_are_not_tried_again_by_the_task(model: VllmAPI, server: 
 
 
 def test_a_wrong_call_is_not_tried_again(model: VllmAPI, server: ScriptedServer) -> None:
-    """What no retry could mend fails at once, from our own checks as from the server."""
+    """A failure that no retry can mend is raised at once, from our own checks and from the server."""
     server.script = lambda asked: refused(404, "no such model") if asked.body else None
     runs = Runs()
     model.prompt_func = runs
@@ -483,13 +483,13 @@ def test_a_wrong_call_is_not_tried_again(model: VllmAPI, server: ScriptedServer)
     ],
 )
 def test_only_what_may_pass_is_temporary(error: Exception, expected: bool) -> None:
-    """A server that is away and an engine that died may be back later; nothing else is retried."""
+    """Only a server that is away and an engine that died count as temporary."""
     state = asyncio.run(exception_to_failed_state(error))
     assert is_temporary(None, None, state) is expected  # type: ignore[arg-type]
 
 
 def test_a_success_is_not_temporary() -> None:
-    """A state without an error asks for no retry."""
+    """A state without an error is not retried."""
     assert is_temporary(None, None, Completed(data=1)) is False  # type: ignore[arg-type]
 
 
@@ -512,7 +512,7 @@ def test_failed_rows_as_values_complete_the_run(model: VllmAPI) -> None:
 def test_retries_that_a_user_sets_are_for_failed_rows_too(
     model: VllmAPI, server: ScriptedServer, the_task: RowsTask
 ) -> None:
-    """Another attempt asks for the rows that failed, and for no other; answers stay in their order."""
+    """Another attempt sends only the rows that failed; answers stay in their order."""
     times: Counter[str] = Counter()
 
     def script(asked: Asked) -> Any:
@@ -541,7 +541,7 @@ def test_retries_that_a_user_sets_are_for_failed_rows_too(
 
 
 def test_an_attempt_that_finds_no_server_forgets_no_answer() -> None:
-    """The attempt after it asks for the rows that failed before, and for no others."""
+    """The attempt after it sends only the rows that failed before."""
     asked: list[list[str]] = []
 
     def ask(xs: Sequence[Any], _: Any) -> list[Any]:
@@ -566,7 +566,7 @@ def test_an_attempt_that_finds_no_server_forgets_no_answer() -> None:
 
 
 def test_an_equal_model_hits_the_cache_of_inputs(server: ScriptedServer, tmp_path: Path) -> None:
-    """What a model is decides, and not its `uuid`; a function that answers otherwise, or a database, does."""
+    """The cache depends on the model's fields, not its `uuid`; another function or database misses it."""
 
     def made(**fields: Any) -> VllmAPI:
         return VllmAPI(identifier="m", api_url=server.url, **fields)
@@ -591,7 +591,7 @@ def test_an_equal_model_hits_the_cache_of_inputs(server: ScriptedServer, tmp_pat
 
 
 def test_a_thread_keeps_the_loop_of_an_asynchronous_flow_free(model: VllmAPI, server: ScriptedServer) -> None:
-    """The documented way: `asyncio.to_thread`, in which the task is a task run of the flow as ever."""
+    """In the documented way, `asyncio.to_thread`, the task is a task run of the flow as usual."""
     runs = Runs()
     model.prompt_func = runs
 

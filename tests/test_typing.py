@@ -1,4 +1,4 @@
-"""What a type checker sees of the public tasks and methods,: here pyright, in `make check` mypy."""
+"""The view of a type checker on the public tasks and methods: here pyright, in `make check` mypy."""
 
 from __future__ import annotations
 

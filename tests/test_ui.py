@@ -1,4 +1,4 @@
-"""What a person does in Prefect's UI, in a real browser: make blocks, start a run by its form, look at it."""
+"""A person's actions in Prefect's UI, in a real browser: create blocks, start a run, look at it."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def shot(page: Page, name: str) -> None:
 
 
 def test_blocks_are_made_by_their_forms(page: Page, site: Site, name: str) -> None:
-    """A field that is missing is told; what is left alone is not sent, and need not be unset."""
+    """A missing field is reported; an untouched one is not sent, and need not be unset."""
     page.goto(f"{site.url}/blocks/catalog/vllm-datalayer/create")
     fill(of_block(page, "Block Name"), name)
     fill(of_block(page, "URL"), str(site.lake))
@@ -108,7 +108,7 @@ def test_blocks_are_made_by_their_forms(page: Page, site: Site, name: str) -> No
 
 
 def test_the_form_of_a_local_model_begins_with_what_is_needed(page: Page, site: Site, name: str) -> None:
-    """Identifier and model first; the values that nobody fills in last."""
+    """Identifier and model come first, and values that nobody fills in come last."""
     page.goto(f"{site.url}/blocks/catalog/vllm-model/create")
     fill(of_block(page, "Block Name"), name)
     titles = [title.removesuffix(" (Optional)") for title in page.locator("label").all_inner_texts()]
@@ -121,7 +121,7 @@ def test_the_form_of_a_local_model_begins_with_what_is_needed(page: Page, site: 
 
 
 def submitted(page: Page) -> str:
-    """The run that the form makes. Prefect's SQLite is locked at times: then the form is submitted again."""
+    """The run that the form creates; if Prefect's SQLite is locked, the form is submitted again."""
     while True:
         with page.expect_response("**/create_flow_run") as answer:
             press(page, "Submit")
@@ -131,7 +131,7 @@ def submitted(page: Page) -> str:
 
 
 def test_a_run_is_started_by_its_form(page: Page, site: Site, clerk: str) -> None:
-    """Wrong values are refused in their place; progress, report and outputs of the run are there."""
+    """Wrong values are refused in their fields; the run has its progress, report and outputs."""
     page.goto(f"{site.url}/deployments/deployment/{site.deployment(DEPLOYMENT)['id']}")
     press(page, "Run")
     page.get_by_text("Custom run").click()
@@ -170,7 +170,7 @@ def press_in(field: Locator, button: str) -> None:
 
 
 def test_a_misspelt_parameter_is_named(page: Page, site: Site, clerk: str) -> None:
-    """What only vLLM's names can tell fails the run before anything is asked, and its page says why."""
+    """A name that only vLLM knows to be wrong fails the run before any row, and its page has the reason."""
     wrong = {"sampling": {"max_token": 5}, "primary_id": "nr"}
     block = {"$ref": {"block_document_slug": f"vllm-api/{clerk}"}}
     run = site.start(DEPLOYMENT, model=block, X="text", select="questions", **wrong)

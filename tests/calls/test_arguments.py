@@ -1,4 +1,4 @@
-"""What was meant otherwise: misspelt arguments, things of another kind, fields that X does not give."""
+"""Arguments with another meaning: misspelt names, objects of another kind, fields that X does not give."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def model(server: ScriptedServer, place: Place) -> VllmAPI:
     ],
 )
 def test_a_misspelt_argument_is_recognised(model: VllmAPI, wrong: str, right: str) -> None:
-    """In a sentence, with what was meant."""
+    """The error is one sentence, with the name that was probably meant."""
     with pytest.raises(InvalidCall, match=f"did you mean '{right}'") as refused:
         model.predict_in_db("text", "rows", **{wrong: 1})
     assert len(str(refused.value)) < 200
@@ -55,14 +55,14 @@ def test_so_is_one_of_a_call_over_rows(model: VllmAPI, method: str) -> None:
 
 @pytest.mark.parametrize("select", [None, 7, ["rows"], [{"id": 1}], b"rows"], ids=lambda s: type(s).__name__)
 def test_what_names_no_table_is_refused(model: VllmAPI, select: Any) -> None:
-    """In words that say what to give; its contents are not repeated."""
+    """The error says what to give, and does not repeat the value's contents."""
     with pytest.raises(InvalidCall, match=r"select=.*name of a table") as refused:
         model.predict_in_db("text", select)
     assert len(str(refused.value)) < 400
 
 
 def test_a_path_is_its_text(model: VllmAPI, place: Place) -> None:
-    """As the table, as `db`, and as the field of a model."""
+    """A path works as the table, as `db`, and as the field of a model."""
     assert model.predict_in_db("text", Path("rows"), db=Path(place.url)).succeeded == 2  # type: ignore[arg-type]
     for db in (place.url, Path(place.url)):
         own = VllmAPI(identifier="own", api_url=model.api_url, db=db)  # type: ignore[arg-type]
@@ -71,7 +71,7 @@ def test_a_path_is_its_text(model: VllmAPI, place: Place) -> None:
 
 
 def test_a_file_is_no_lake(model: VllmAPI, place: Place, tmp_path: Path) -> None:
-    """Where a folder is meant, the error says how the file is reached."""
+    """If a folder is expected, the error says how to reach the file."""
     file = f"{place.url}/rows.parquet"
     with pytest.raises(InvalidCall, match=r"select='rows\.parquet'"):
         model.predict_in_db("text", "rows", db=file)
@@ -106,7 +106,7 @@ def test_what_is_no_datalayer_is_refused(model: VllmAPI, place: Place) -> None:
 def test_fields_that_x_does_not_give_are_refused_before_any_row(
     model: VllmAPI, place: Place, server: ScriptedServer, fields: Any, columns: Any, words: str
 ) -> None:
-    """No row could be a prompt: that is said once, and nothing is asked or committed."""
+    """A field that no row can fill is reported once, before any row is sent or committed."""
     wrong = VllmAPI(identifier="m", api_url=server.url, db=place.db, **fields)
     with pytest.raises(InvalidCall, match=words):
         wrong.predict_in_db(columns, "rows", max_failed=None)
@@ -116,7 +116,7 @@ def test_fields_that_x_does_not_give_are_refused_before_any_row(
 
 
 def test_fields_of_x_context_and_artifacts_are_there(server: ScriptedServer, place: Place) -> None:
-    """What the call gives beside X counts, and so do a function's defaults and `**kwargs`."""
+    """Fields may come from other arguments of the call, from a function's defaults, and from `**kwargs`."""
     template = {"signature": "**kwargs", "prompt": "{context} {id}: {text}"}
     function = {"signature": "**kwargs", "prompt_func": lambda text, more="", *, context, **_: text + context}
     for number, fields in enumerate((template, function)):
@@ -133,7 +133,7 @@ def test_what_is_too_large_for_a_flow_run_is_refused(model: VllmAPI) -> None:
 
 
 def test_mapping_goes_over_models_and_tables_alone(model: VllmAPI, place: Place) -> None:
-    """Not over a model's fields, a datalayer's, or a list of columns, keys or contexts."""
+    """A task is not mapped over a model's fields, a datalayer's, or a list of columns, keys or contexts."""
     from prefect import unmapped
 
     task = ModelTask(lambda model, X, select, **more: None, name="x")  # noqa: N803
@@ -145,7 +145,7 @@ def test_mapping_goes_over_models_and_tables_alone(model: VllmAPI, place: Place)
 
 
 def test_a_routed_call_knows_its_own_arguments(model: VllmAPI) -> None:
-    """All options of the call travel together: none of them is a misspelt one."""
+    """A routed call takes all its options together: none of them is reported as misspelt."""
     options = {"predict_id": "p", "limit": 1, "same_source": False, "shards": 1, "temperature": 0}
     check_spelling(options, predict_in_db, "openai", more=("shards",))
     with pytest.raises(InvalidCall, match="'shards'"):

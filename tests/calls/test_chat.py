@@ -1,4 +1,4 @@
-"""`chat=None`: texts are sent as the model is, told by its files, its server or its engine."""
+"""`chat=None`: the model's files, its server or its engine decide how texts are sent."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def paths(server: ScriptedServer) -> list[str]:
 
 
 def no_chat(asked: Asked) -> Deed:
-    """A gateway before a model without a chat template."""
+    """A gateway in front of a model without a chat template."""
     return refused(400, f"upstream said: {NO_TEMPLATE}") if asked.path == CHAT else None
 
 
@@ -57,7 +57,7 @@ def no_chat(asked: Asked) -> Deed:
 
 @pytest.mark.parametrize(("told", "path"), [(TOLD, CHAT), (refused(400, NO_TEMPLATE), TEXT)])
 def test_a_server_is_asked_once(server: ScriptedServer, api: Make, told: Reply, path: str) -> None:
-    """vLLM's own says whether it has a chat template; that is no row, and asked for all calls at once."""
+    """vLLM's own server reports whether it has a chat template, once for all calls and without a row."""
     server.tokenizes = told
     model = api()
     assert model.predict_batches(["a", "b"]) == [answer_to("a"), answer_to("b")]
@@ -82,7 +82,7 @@ def test_a_server_is_asked_once(server: ScriptedServer, api: Make, told: Reply, 
 def test_nothing_is_asked_where_the_call_says_it(
     server: ScriptedServer, api: Make, fields: dict[str, Any], suffix: str, sampling: Any, path: str
 ) -> None:
-    """`chat`, a path, a parameter that only one of both takes, or messages: the model does not matter."""
+    """`chat`, a path, a parameter that only one kind takes, or messages decide, whatever the model is."""
     server.tokenizes = TOLD if path != CHAT else refused(400, NO_TEMPLATE)
     assert api(server.url + suffix, **fields).predict("x", **sampling) == answer_to("x")
     assert [r.path for r in server.requests] == [path]
@@ -93,7 +93,7 @@ def test_nothing_is_asked_where_the_call_says_it(
     [Reply(status=404), Reply(status=405), Reply({"tokens": []}), Reply(b"<html>"), refused(401, "no")],
 )
 def test_where_nothing_tells_it_is_chat(server: ScriptedServer, api: Make, told: Reply) -> None:
-    """A gateway, and a server that means something else by /tokenize: one row of one token is tried."""
+    """A gateway without /tokenize, or with another one, gets one trial row of one token."""
     server.tokenizes = told
     model = api()
     assert model.predict_batches(["a", "b"]) == [answer_to("a"), answer_to("b")]
@@ -105,7 +105,7 @@ def test_where_nothing_tells_it_is_chat(server: ScriptedServer, api: Make, told:
 def test_a_refusal_for_want_of_a_template_turns_to_text(
     server: ScriptedServer, api: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """All rows are answered, the fingerprint is that of text, and one warning says how to save the trial."""
+    """All rows complete, the fingerprint is that of text, and one warning says how to avoid the trial."""
     server.tokenizes, server.script = Reply(status=404), no_chat
     model = api()
     with caplog.at_level(logging.WARNING):
@@ -120,7 +120,7 @@ def test_a_refusal_for_want_of_a_template_turns_to_text(
 
 @pytest.mark.parametrize("words", ["the chat template of the request is not trusted", "no such temperature"])
 def test_another_refusal_does_not(server: ScriptedServer, api: Make, words: str) -> None:
-    """It is the row's error, and the next row is sent as chat."""
+    """Another refusal is an error of its row, and the next row is sent as chat."""
     server.tokenizes = Reply(status=404)
     server.script = lambda asked: refused(400, words) if len(server.posts) < 3 else None
     results = api().predict_batches(["a", "b"], on_error="return")
@@ -129,7 +129,7 @@ def test_another_refusal_does_not(server: ScriptedServer, api: Make, words: str)
 
 
 def test_a_trial_that_is_denied_ends_the_call(server: ScriptedServer, api: Make) -> None:
-    """As the rows would: with the server's words and the way out."""
+    """A trial that is denied fails the call as a row would: with the server's words and the way out."""
     server.tokenizes = Reply(status=404)
     server.script = lambda _: refused(401, "who are you")
     with pytest.raises(InvalidCall, match=r"who are you.*check api_key"):
@@ -137,7 +137,7 @@ def test_a_trial_that_is_denied_ends_the_call(server: ScriptedServer, api: Make)
 
 
 def test_of_many_servers_the_first_that_is_there_is_asked(server: ScriptedServer, api: Make) -> None:
-    """One tells it for all."""
+    """The reply of one server counts for all."""
     with ScriptedServer() as other, ScriptedServer() as third:
         server.stop()
         other.tokenizes = TOLD
@@ -150,7 +150,7 @@ def test_of_many_servers_the_first_that_is_there_is_asked(server: ScriptedServer
 
 
 def test_a_table_says_how_its_texts_were_sent(server: ScriptedServer, api: Make, tmp_path: Path) -> None:
-    """And goes on with `chat` given as what was found out."""
+    """A table resumes with the explicit `chat` that was found."""
     (tmp_path / "t.csv").write_text("id,text\n1,a\n2,b\n")
     server.tokenizes = TOLD
     report = api().predict_in_db("text", "t", db=str(tmp_path))
@@ -165,7 +165,7 @@ def test_a_table_says_how_its_texts_were_sent(server: ScriptedServer, api: Make,
 
 
 def test_a_system_message_needs_a_template(server: ScriptedServer, api: Make) -> None:
-    """It goes with chat, and is refused with the way out where texts are plain."""
+    """A system message is sent as chat, and is refused with the way out if texts are sent as plain text."""
     with pytest.raises(InvalidCall, match=r"no chat template.*set chat=True"):
         api(system="S").predict("x")
     server.tokenizes = TOLD
@@ -212,7 +212,7 @@ def bare(folder: Path, tiny_model: Path, files: dict[str, Any]) -> Path:
 @pytest.mark.filterwarnings("ignore")  # torch's, of what vLLM imports
 @pytest.mark.parametrize("name", FILES)
 def test_files_tell_what_vllm_would_find(name: str, tiny_model: Path, tmp_path: Path) -> None:
-    """Without importing it; where they are not sure, the engine is asked."""
+    """The files are read without vLLM; if they are not conclusive, the engine is asked."""
     from transformers import AutoTokenizer
     from vllm.renderers.hf import resolve_chat_template
 
@@ -250,14 +250,14 @@ def test_the_exceptions_are_those_of_vllm() -> None:
 
 
 def test_a_template_given_to_the_engine_counts() -> None:
-    """Also by the name of the server's option."""
+    """A template for the engine counts, also under the name of the server's option."""
     assert of_files({"model": "/absent", "chat-template": TEMPLATE})
     assert of_files({"model": "/absent", "tokenizer_mode": "mistral"}) is None
 
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Path:
-    """The hub's cache, with two revisions of one model."""
+    """The cache of the Hugging Face hub, with two revisions of one model."""
     repository = tmp_path / "models--org--tiny"
     for revision, commit, template in (("main", "a" * 40, TEMPLATE), ("base", "b" * 40, None)):
         (repository / "refs").mkdir(parents=True, exist_ok=True)
@@ -271,7 +271,7 @@ def hub(tmp_path: Path) -> Path:
 
 @pytest.mark.skipif(find_spec("huggingface_hub") is None, reason="comes with vLLM")
 def test_the_cache_of_hugging_face_tells_too(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By name and revision, that of the tokenizer first, with no network at all."""
+    """The cache is read by name and revision, the tokenizer's first, without any network."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -288,7 +288,7 @@ def test_the_cache_of_hugging_face_tells_too(hub: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.engine
 def test_a_local_model_is_asked_as_it_is(local_model: VllmModel) -> None:
-    """Its template is found without its engine, which says the same."""
+    """The template is found without the engine, and the engine confirms it."""
     forced, plain = (local_model.model_copy(update={"chat": chat}) for chat in (True, False))
     assert local_model.completions(["hello"])[0] == forced.completions(["hello"])[0]
     assert local_model.completions(["hello"])[0].prompt_tokens > plain.completions(["hello"])[0].prompt_tokens
@@ -298,7 +298,7 @@ def test_a_local_model_is_asked_as_it_is(local_model: VllmModel) -> None:
 
 @pytest.mark.engine
 def test_an_engine_is_asked_where_files_do_not_tell(tiny_model: Path, tmp_path: Path) -> None:
-    """It knows what vLLM found: no template, so that texts are plain."""
+    """The engine reports that vLLM found no template, so texts are sent as plain text."""
     folder = bare(tmp_path / "m", tiny_model, {"tokenizer_config.json": {"auto_map": {}}})
     fields = {"identifier": "bare", "model_name": str(folder), "vllm_kwargs": TINY_ARGS}
     with VllmModel(**fields, predict_kwargs={"temperature": 0, "max_tokens": 4}) as model:
@@ -312,7 +312,7 @@ def test_an_engine_is_asked_where_files_do_not_tell(tiny_model: Path, tmp_path: 
 def test_vllms_own_server_tells_that_it_has_no_template(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Before a row, by /tokenize; and its refusal of chat is known as one, where that is out of reach."""
+    """/tokenize shows it before the first row; without /tokenize its refusal of chat is recognised."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = bare(tmp_path / "m", tiny_model, {})
     fields = {"identifier": "bare", "model_name": str(folder), "vllm_kwargs": TINY_ARGS}

@@ -1,4 +1,4 @@
-"""What is in a fingerprint: the same for the same work on any machine, another for other work."""
+"""Fingerprints are equal for the same work on any machine, and different for different work."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def zoo(seed: int, size: int) -> list[Any]:
 
 
 def test_functions_that_answer_otherwise_never_share_a_fingerprint() -> None:
-    """Of functions of all kinds, within each other, two that say something else for a text count as two."""
+    """Two functions of any kind, also nested, that return different texts have different fingerprints."""
     recipes = zoo(seed=15, size=200)
     said = zip(recipes, [build(recipe)("some text") for recipe in recipes], told(recipes), strict=True)
     differ = 0
@@ -82,7 +82,7 @@ def test_functions_that_answer_otherwise_never_share_a_fingerprint() -> None:
 
 
 def test_a_function_has_one_fingerprint_in_all_processes() -> None:
-    """Neither addresses, nor the order of sets, nor what was called before is in it."""
+    """Addresses, the order of sets and earlier calls are not part of it."""
     recipes = zoo(seed=16, size=60)
     here = [build(recipe) for recipe in recipes]
     before = [of(function) for function in here]
@@ -98,7 +98,7 @@ def test_a_function_has_one_fingerprint_in_all_processes() -> None:
 
 
 def test_a_function_counts_as_it_was_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that was changed since tells nothing of the functions that are in use."""
+    """A file that was changed after the import does not change the fingerprint of the running function."""
     monkeypatch.syspath_prepend(tmp_path)
     file = tmp_path / "prompts_of_a_test.py"
     file.write_text("WORD = 'a'\ndef f(x):\n    return 'a' + WORD + x\n")
@@ -115,7 +115,7 @@ def test_a_function_counts_as_it_was_imported(tmp_path: Path, monkeypatch: pytes
 
 
 def test_modules_of_the_user_count_by_what_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a function imports them when it is called; installed ones count by their names."""
+    """An import inside a function counts, too; installed modules count by their names."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "package_of_a_test").mkdir()
     (tmp_path / "package_of_a_test" / "__init__.py").touch()
@@ -204,7 +204,7 @@ def module_of(folder: Path, text: str, name: str) -> Any:
 
 
 def test_neither_layout_nor_place_counts(tmp_path: Path) -> None:
-    """A formatter, a comment, another folder and another name of the module ask no row again."""
+    """A formatter, a comment, another folder or another module name does not rerun any row."""
     here = of(module_of(tmp_path / "here", LAID_OUT, "here").f)
     there = module_of(tmp_path / "there", LAID_OUT_ANEW, "there")
     assert of(there.f) == here
@@ -213,7 +213,7 @@ def test_neither_layout_nor_place_counts(tmp_path: Path) -> None:
 
 
 def test_the_spaces_of_a_text_count(tmp_path: Path) -> None:
-    """Within a source, those at the beginning of a line and those on an empty one belong to the text."""
+    """Spaces at the beginning of a line and on an empty line count as part of a text in the source."""
     made = 'def make():\n{0}def f(x):\n{0}    return """{1}\n{0}text""" + x\n{0}return f\n'
     texts = [made.format(indent, end) for indent in ("  ", "    ") for end in ("", "\n  ", "\n   ")]
     functions = [module_of(tmp_path, text, f"spaces{i}").make() for i, text in enumerate(texts)]
@@ -221,7 +221,7 @@ def test_the_spaces_of_a_text_count(tmp_path: Path) -> None:
 
 
 def test_long_code_is_read(tmp_path: Path) -> None:
-    """With more names than one byte numbers, and a sum of many parts."""
+    """A function may have more names than one byte can number, and a sum with many parts."""
     lines = "\n".join(f"        x.a{i}" for i in range(300))
     many = typed(f"def f(x):\n    if x == 'a':\n{lines}\n    from json import dumps\n    return dumps(x)")
     assert of(many)
@@ -230,7 +230,7 @@ def test_long_code_is_read(tmp_path: Path) -> None:
 
 
 def test_a_file_counts_by_its_contents(tmp_path: Path) -> None:
-    """A function that holds a path reads what is there."""
+    """A function that holds a path counts by the contents of the file."""
     path = tmp_path / "prompt.txt"
     path.write_text("a")
     before = of(lambda x: path.read_text() + x)
@@ -295,7 +295,7 @@ def nested(depth: int) -> list[Any]:
     ],
 )
 def test_what_cannot_be_told_is_refused(function: Any, why: str) -> None:
-    """With where it is, and the way out."""
+    """The error says where the object is, and the way out."""
     message = refusal(function)
     assert why in message
     assert message.startswith("prompt_func ")
@@ -310,7 +310,7 @@ class Versioned(Guarded):
 
 
 def test_a_declared_version_speaks_for_a_function() -> None:
-    """Of a function, of one that another calls, of a method, of an object's class, of a partial."""
+    """A version works on a function, a function that it calls, a method, an object's class and a partial."""
 
     def declared(version: str) -> Callable[[str], str]:
         def f(x: str) -> str:
@@ -361,7 +361,7 @@ def test_what_is_there_under_its_name_is_known_by_it() -> None:
 
 
 def test_a_function_that_changes_what_it_holds_is_refused_before_a_row_is_asked(tmp_path: Path) -> None:
-    """Else the next call would ask all rows again; with a version it is none of our business."""
+    """Otherwise the next call would rerun all rows; a function with a version is not checked."""
     seen: list[str] = []
 
     def f(x: str) -> str:
@@ -380,7 +380,7 @@ def test_a_function_that_changes_what_it_holds_is_refused_before_a_row_is_asked(
 
 
 def test_a_call_without_a_table_needs_no_fingerprint() -> None:
-    """Whatever the function is made of."""
+    """`predict` accepts any function."""
     log, lock = logging.getLogger("a"), threading.Lock()
 
     def f(x: str) -> str:
@@ -406,7 +406,7 @@ def test_numbers_that_a_form_cannot_tell_apart_are_the_same() -> None:
 
 
 def test_the_order_of_a_schema_counts_and_that_of_parameters_does_not() -> None:
-    """Properties are answered in their order; parameters have none."""
+    """Properties count in their order, in which they are answered; the order of parameters does not count."""
 
     def schema(*names: str) -> str:
         decoder = Decoder.of(None, dict.fromkeys(names, "str"), False, False)
@@ -445,7 +445,7 @@ def test_deep_values_have_an_end() -> None:
 
 
 def test_a_local_model_counts_by_the_contents_of_its_files(tmp_path: Path) -> None:
-    """Neither where they are, nor when they were written, nor what only changes the speed."""
+    """The location and the times of files and arguments that change only the speed do not count."""
 
     def folder(name: str, weights: bytes, template: str = "t") -> str:
         (tmp_path / name / "templates").mkdir(parents=True)
@@ -469,7 +469,7 @@ def test_a_local_model_counts_by_the_contents_of_its_files(tmp_path: Path) -> No
 
 
 def test_other_files_of_the_arguments_count_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GGUF file, a folder with a generation_config, a template, what is within a configuration."""
+    """A GGUF file, a folder with a generation_config, a template and nested configurations count."""
     monkeypatch.chdir(tmp_path)
     file, folder = tmp_path / "model.gguf", tmp_path / "settings"
     folder.mkdir()
@@ -512,7 +512,7 @@ def fields_of(tree: ast.Module, *classes: str) -> set[str]:
 
 
 def left_out(tree: ast.Module, kind: str) -> set[str]:
-    """What `compute_hash` of a configuration of vLLM's leaves out."""
+    """The fields that `compute_hash` of a vLLM configuration leaves out."""
     (found,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == kind]
     sets = [n.value for n in ast.walk(found) if isinstance(n, ast.Assign) and "ignored" in ast.unparse(n)]
     return set(ast.literal_eval(sets[0]))
@@ -520,7 +520,7 @@ def left_out(tree: ast.Module, kind: str) -> set[str]:
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM's source")
 def test_arguments_that_do_not_count_are_vllms() -> None:
-    """Each is an engine argument; what vLLM's own hash leaves out of how it runs is among them."""
+    """Each entry is an engine argument, and everything that vLLM's own hash leaves out is among them."""
     (place,) = find_spec("vllm").submodule_search_locations or ()  # type: ignore[union-attr]
     trees = {
         name: ast.parse(Path(place, name).read_text())
@@ -539,7 +539,7 @@ def test_arguments_that_do_not_count_are_vllms() -> None:
 
 
 def test_a_token_for_downloads_does_not_count_and_an_adapter_counts_by_its_files(tmp_path: Path) -> None:
-    """Neither who loads the model nor where the adapter's folder is decides an answer."""
+    """A token and the location of an adapter's folder do not decide an answer."""
     assert engine_identity({"model": "m", "hf_token": "a"}) == engine_identity({"model": "m"})
     asked = []
     for number, (folder, content) in enumerate((("here", "a"), ("there", "a"), ("again", "b"))):
@@ -553,7 +553,7 @@ def test_a_token_for_downloads_does_not_count_and_an_adapter_counts_by_its_files
 
 @pytest.mark.parametrize("template", [None, "{{ messages }}"])
 def test_a_served_model_is_the_model(tmp_path: Path, template: str | None) -> None:
-    """It answers alike, so that a table goes on with either; nothing is asked for it."""
+    """A served model has the fingerprint of its model, so a table resumes with either and sends nothing."""
     (tmp_path / "weights.safetensors").write_bytes(b"a")
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))

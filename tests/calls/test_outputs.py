@@ -1,4 +1,4 @@
-"""What answers become: values for `predict`, rows for tables, errors for what is not of its type."""
+"""Answers become values for `predict`, rows for tables, and errors if they are not of the requested type."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def refused_row(made: Decoder, *texts: str) -> str:
     ],
 )
 def test_an_answer_of_its_type_is_a_value_and_a_row(datatype: Any, text: str, value: Any) -> None:
-    """What predict gives is what the one column `output` keeps, in the type asked for."""
+    """The value of `predict` and the column `output` agree, in the requested type."""
     made = decoder(datatype)
     assert made.values(answer(text)) == value
     assert type(made.values(answer(text))) is type(value)
@@ -133,7 +133,7 @@ def test_an_answer_of_its_type_is_a_value_and_a_row(datatype: Any, text: str, va
 def test_an_answer_of_another_type_is_an_error_with_the_answer_in_it(
     datatype: Any, text: str, said: str
 ) -> None:
-    """The error says why, and ends with the raw text."""
+    """The error gives the reason, and ends with the raw text."""
     message = refused(decoder(datatype), text)
     assert message.startswith("the answer ")
     assert said in message[:100]
@@ -141,13 +141,13 @@ def test_an_answer_of_another_type_is_an_error_with_the_answer_in_it(
 
 
 def test_wide_json_is_not_deep_json() -> None:
-    """Only lists within lists count, not lists side by side."""
+    """Only nested lists count as depth, not lists side by side."""
     wide = [[i] for i in range(1000)]
     assert decoder("json").values(answer(json.dumps(wide))) == wide
 
 
 def test_the_raw_text_in_an_error_is_bounded() -> None:
-    """Of a long answer the first 2,000 characters are shown, and its length."""
+    """The error shows the first 2,000 characters of a long answer, and its length."""
     message = refused(decoder("int"), "x" * 10_000)
     assert message.endswith("x... (10,000 characters)")
     assert message.count("x") == 2000
@@ -173,7 +173,7 @@ def words(text: str) -> list[str]:
 
 
 def test_own_coders_by_callable_and_by_path() -> None:
-    """predict gives what the decoder makes of the text, the table gets what the encoder makes of that."""
+    """`predict` returns the decoder's value, and the table keeps the encoder's value."""
     by_callable = DataType(identifier="date", decoder=as_date, encoder=iso)
     by_path = DataType.model_validate(
         {
@@ -224,7 +224,7 @@ def test_an_encoder_gives_what_a_column_can_keep(encoder: Any) -> None:
 
 
 def test_lists_of_own_types_become_rows() -> None:
-    """With flatten each item of the decoder's list is encoded by itself."""
+    """With flatten the encoder is applied to each item of the decoder's list."""
     own = DataType(identifier="words", decoder=words, encoder=str.upper)
     assert decoder(own, flatten=True).rows(answer("a b")) == [("A",), ("B",)]
     assert decoder(own, flatten=True).values(answer("a b")) == ["a", "b"]
@@ -276,7 +276,7 @@ def test_named_columns_are_asked_as_an_object_and_kept_typed() -> None:
     ],
 )
 def test_an_answer_that_does_not_fit_the_columns_is_an_error(text: str, said: str) -> None:
-    """Whatever vLLM was asked for, the answer is checked, and the error says where it is wrong."""
+    """Each answer is checked even if vLLM was given the schema, and the error shows the position."""
     message = refused(decoder(schema={"a": "int", "b": "str"}), text)
     assert said in message
     assert message.endswith(text)
@@ -320,7 +320,7 @@ def test_numbers_fit_their_columns() -> None:
     ],
 )
 def test_each_property_is_a_column_of_its_type(schema: Any, kind: str) -> None:
-    """Scalars have their own type, with or without null; all else is JSON."""
+    """Scalars have their own type, with or without null; all other values are JSON."""
     defs = {"Word": {"enum": ["a", "b"], "type": "string"}, "Circle": {"$ref": "#/$defs/Circle"}}
     whole = {"type": "object", "properties": {"x": schema, "y": {"type": "string"}}, "$defs": defs}
     made = decoder(schema=whole)
@@ -329,7 +329,7 @@ def test_each_property_is_a_column_of_its_type(schema: Any, kind: str) -> None:
 
 
 def test_optional_properties_may_be_absent_or_null() -> None:
-    """Both are NULL in the table; predict gives what the model said."""
+    """Both are NULL in the table; predict returns the model's own value."""
     schema = {**INT_AND_TEXT, "properties": {"a": {"type": "integer"}, "b": {"type": ["string", "null"]}}}
     made = decoder(schema=schema)
     assert made.rows(answer('{"a": 1}')) == [(1, None)]
@@ -356,7 +356,7 @@ def test_what_is_no_fixed_set_of_properties_is_one_json_column(schema: Any) -> N
 
 
 def test_a_scalar_schema_is_one_typed_column() -> None:
-    """As with a datatype, but asked of vLLM too."""
+    """A scalar schema works like a datatype, and is sent to vLLM, too."""
     made = decoder("json", {"enum": ["good", "bad"]})
     assert columns(made) == {"output": "str"}
     assert made.rows(answer('"good"')) == [("good",)]
@@ -364,14 +364,14 @@ def test_a_scalar_schema_is_one_typed_column() -> None:
 
 
 def test_a_property_without_a_column_is_an_error_and_no_loss() -> None:
-    """A schema that is silent on further properties lets them pass; a table says that it cannot keep them."""
+    """predict keeps a property that the schema does not name; a table has no column and refuses it."""
     made = decoder(schema=INT_AND_TEXT)
     assert made.values(answer('{"a": 1, "z": 2}')) == {"a": 1, "z": 2}
     assert "['z'], which no column can keep" in refused_row(made, '{"a": 1, "z": 2}')
 
 
 def test_nested_schemas_references_patterns_and_formats_are_checked() -> None:
-    """All words of JSON Schema count, at any depth, in recursion too."""
+    """All keywords of JSON Schema are checked, at any depth and in recursion, too."""
     tree = {
         "$ref": "#/$defs/Tree",
         "$defs": {
@@ -421,7 +421,7 @@ EVERY_KIND = {
     escaped=st.booleans(),
 )
 def test_any_value_of_a_schema_survives(rows: list[dict[str, Any]], escaped: bool) -> None:
-    """Text to rows and values: what the model said in JSON comes out, unchanged, one row an item."""
+    """The model's JSON comes out of values and rows unchanged, one row per item."""
     made = decoder(schema={name: kind for name, (kind, _) in EVERY_KIND.items()}, flatten=True)
     said = answer(json.dumps(rows, ensure_ascii=escaped))
     assert made.values(said) == rows
@@ -431,7 +431,7 @@ def test_any_value_of_a_schema_survives(rows: list[dict[str, Any]], escaped: boo
 @given(text=st.text() | st.from_regex(r'[\[\]{}":,0-9eE\\u.trufalsn-]{0,40}', fullmatch=True))
 @pytest.mark.parametrize("datatype", ["int", "float", "bool", "json", "bytes", "str"])
 def test_no_answer_breaks_a_decoder(datatype: Any, text: str) -> None:
-    """Whatever a model says is a value of the type or an error of the row, and never an exception."""
+    """Any text of a model is a value of the type or an error of its row, never an exception."""
     made = decoder(datatype)
     value, rows = made.values(answer(text)), made.rows(answer(text))
     if isinstance(value, RowError):
@@ -499,7 +499,7 @@ PERSON_COLUMNS = {
 
 
 def test_a_pydantic_model_is_asked_checked_and_filled_in() -> None:
-    """Its own validators count, its defaults are filled in, and what comes out is plain data."""
+    """The model's own validators run, its defaults are filled in, and the result is plain data."""
     made = decoder(schema=PERSON)
     assert columns(made) == PERSON_COLUMNS
     assert made.schema == Person.model_json_schema()
@@ -529,7 +529,7 @@ def test_a_pydantic_model_is_asked_checked_and_filled_in() -> None:
     ],
 )
 def test_an_answer_that_pydantic_refuses_is_an_error(text: str, said: str) -> None:
-    """The error has pydantic's words and place, and the raw text."""
+    """The error has pydantic's message and position, and the raw text."""
     message = refused(decoder(schema=PERSON), text)
     assert said in message
     assert message.endswith(text)
@@ -560,7 +560,7 @@ def test_lists_become_rows() -> None:
 
 @pytest.mark.parametrize("text", ['{"a": 1}', "1", "null", '"[]"'])
 def test_what_is_no_list_cannot_be_flattened(text: str) -> None:
-    """It is an error of the row with the raw text, though a value to predict."""
+    """predict returns it as a value; in a table it is an error of the row with the raw text."""
     message = refused_row(decoder("json", flatten=True), text)
     assert "is no list" in message
     assert message.endswith(text)
@@ -652,7 +652,7 @@ def test_several_choices_flattened_are_a_row_each() -> None:
     ],
 )
 def test_what_makes_no_sense_is_refused_with_a_way_out(arguments: dict[str, Any], said: str) -> None:
-    """Before anything is asked."""
+    """The error comes before any row is sent."""
     with pytest.raises(InvalidCall, match=re.escape(said)):
         decoder(**arguments)
 
@@ -661,7 +661,7 @@ def test_what_makes_no_sense_is_refused_with_a_way_out(arguments: dict[str, Any]
 
 
 def test_cut_answers_are_kept_unless_told_otherwise() -> None:
-    """With on_length='error' a row of a cut answer is an error with the text; a value stays a value."""
+    """With on_length='error' a truncated answer is an error with its text; predict still returns it."""
     cut = answer("a", finish_reason="length")
     assert decoder().rows(cut) == [("a",)]
     strict = decoder(on_length="error")
@@ -683,7 +683,7 @@ def test_a_cut_answer_that_does_not_parse_says_that_it_was_cut() -> None:
 
 
 def test_identity_is_json_and_differs_where_answers_may() -> None:
-    """It is the part of the fingerprint for types: equal for equal fields, another for another type."""
+    """The identity is the types' part of the fingerprint: equal for equal fields, different for others."""
     options: list[dict[str, Any]] = [
         {},
         {"datatype": "json"},
@@ -733,7 +733,7 @@ def api(server: ScriptedServer, path: str = "", **fields: Any) -> VllmAPI:
     ("path", "chat"), [("", False), ("", True), ("/v1/completions", False), ("/v1/chat/completions", True)]
 )
 def test_a_schema_is_asked_of_vllm_and_checked(server: ScriptedServer, path: str, chat: bool) -> None:
-    """It travels as `structured_outputs`; a bad answer is the row's error, with its index and raw text."""
+    """The schema is sent as `structured_outputs`; a bad answer is an error of its row with the raw text."""
     with api(server, path, chat=chat, output_schema={"a": "int"}) as model:
         good, bad = model.predict_batches(['{"a": 1}', '{"a": 1.5}'], on_error="return")
         with pytest.raises(RowErrors, match=r"row 0: output: .* does not fit the schema at \$\.a"):
@@ -764,7 +764,7 @@ def test_the_legacy_server_is_not_asked_for_a_schema_but_checked(server: Scripte
     ],
 )
 def test_what_the_caller_asks_of_vllm_himself_is_kept(server: ScriptedServer, own: dict[str, Any]) -> None:
-    """His structured_outputs or response_format travel as they are; the answer is still checked."""
+    """The user's structured_outputs or response_format are sent unchanged; the answer is still checked."""
     with api(server, output_schema={"a": "int"}, predict_kwargs=own) as model:
         assert model.predict('{"a": 1}') == {"a": 1}
         with pytest.raises(RowErrors):
@@ -785,7 +785,7 @@ def test_predict_gives_typed_values_and_completions_raw_ones(server: ScriptedSer
 
 
 def test_what_makes_no_sense_is_refused_before_anything_is_asked(server: ScriptedServer) -> None:
-    """Also where only the call's `n` decides it."""
+    """An `n` that only the call gives is checked, too."""
     with api(server, datatype="bytes") as model:
         with pytest.raises(InvalidCall, match="use flatten=True"):
             model.predict("x", n=2)
@@ -826,7 +826,7 @@ class Verdict(BaseModel):
 
 @pytest.mark.engine
 def test_the_engine_answers_in_columns_and_says_what_was_cut(local_model: VllmModel) -> None:
-    """Columns are an object, or with flatten a list of them; what max_tokens cuts is the row's error."""
+    """A schema gives columns, or a list with flatten; an answer truncated at max_tokens is an error."""
     model = local_model.model_copy(update={"output_schema": {"good": "bool", "bad": "bool"}, "chat": False})
     value = model.predict("a", max_tokens=100)
     assert {type(v) for v in value.values()} == {bool}

@@ -60,7 +60,7 @@ def refusal(made: object) -> str:
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_data_never_acts_as_a_template(attack: str) -> None:
-    """What stands in a record, the context or an artifact comes out as it went in."""
+    """Texts in a record, the context or an artifact come out unchanged."""
     make = prompter(
         "{input}|{context}|{artifacts.secret}", context=attack, artifacts={"secret": attack, "other": "S"}
     )
@@ -69,7 +69,7 @@ def test_data_never_acts_as_a_template(attack: str) -> None:
 
 @given(st.text(st.characters(exclude_categories=("Cs",))), st.text(st.characters(exclude_categories=("Cs",))))
 def test_any_text_passes_unchanged(value: str, context: str) -> None:
-    """A prompt is its literal parts and its values, joined, whatever the values are."""
+    """A prompt is its literal parts and its values, joined, for any values."""
     if value.lower() in ("nan", "nat"):
         value += "."
     assert prompter("a {input} b {context}", context=context)(value) == f"a {value} b {context}"
@@ -108,7 +108,7 @@ def test_a_field_that_is_more_than_a_key_is_refused(prompt: str) -> None:
 
 @pytest.mark.parametrize("prompt", ["{", "}", "{input", "a } b", "{input!}", "{a!rb}"])
 def test_an_unbalanced_template_is_refused(prompt: str) -> None:
-    """A template that cannot be parsed is shown, with how to write a literal brace."""
+    """The error shows a template that cannot be parsed, and how to write a literal brace."""
     with pytest.raises(ValueError, match="literal braces") as refused:
         Template.parse(prompt)
     assert repr(prompt) in str(refused.value)
@@ -230,7 +230,7 @@ def test_a_signature_says_how_a_record_becomes_a_call(
     ],
 )
 def test_a_record_of_another_shape_fails_its_row(signature: Any, record: Any, said: str) -> None:
-    """The error names the signature, the shape it takes, and what came."""
+    """The error names the signature, the shape that it takes, and the shape that it got."""
     message = refusal(prompter("x", signature=signature)(record))
     assert repr(signature) in message
     assert said in message
@@ -288,14 +288,14 @@ def test_the_calls_context_wins_over_a_column() -> None:
 
 
 def test_artifacts_fill_their_fields_and_data_cannot_replace_them() -> None:
-    """`{artifacts.name}` is the artifact's text, whatever keys a record has."""
+    """`{artifacts.name}` is the artifact's text, even if a record has such a key."""
     make = prompter("{artifacts.rules} {q}", signature="**kwargs", artifacts={"rules": "R", "spare": b"x"})
     assert make({"q": "x", "artifacts.rules": "forged"}) == "R x"
 
 
 @pytest.mark.parametrize("value", [b"bytes", {"a": 1}, None])
 def test_an_artifact_that_is_no_text_is_refused_in_a_template(value: object) -> None:
-    """What would fail every row alike fails the call, with the artifact's name."""
+    """An error that every row would have fails the call, with the artifact's name."""
     with pytest.raises(InvalidCall, match=r"'artifacts\.a'"):
         prompter("{artifacts.a} {input}", artifacts={"a": value})
 
@@ -371,7 +371,7 @@ def test_prompt_func_with_var_keywords_gets_what_it_names_only() -> None:
 
 
 def test_a_record_may_have_a_field_called_context() -> None:
-    """Where the call gives no context, a function's `context` is the record's own field."""
+    """If the call gives no context, a function's `context` is the record's own field."""
 
     def ask(question: str, context: str) -> str:
         return f"{context}: {question}"
@@ -409,7 +409,7 @@ def test_what_prompt_func_may_not_return_fails_the_row(returned: object, said: s
 
 
 def test_prompt_func_that_raises_fails_its_row_only() -> None:
-    """Whatever it raises is that row's error, with type and words; the next row goes on."""
+    """Any exception is an error of its row, with type and message, and the next row is processed."""
 
     def ask(x: int) -> str:
         return f"{1 / x}"
@@ -420,13 +420,13 @@ def test_prompt_func_that_raises_fails_its_row_only() -> None:
 
 
 def test_prompt_func_called_wrongly_fails_the_row() -> None:
-    """Arguments that do not fit the function are that row's error and say which."""
+    """Arguments that do not fit the function are an error of the row that names them."""
     make = prompter(prompt_func=lambda question: question, signature="**kwargs")
     assert "unexpected keyword argument 'query'" in refusal(make({"query": "x"}))
 
 
 def test_built_ins_and_unhashable_callables_serve_as_prompt_func() -> None:
-    """A function that tells no signature, or cannot be hashed, is called all the same."""
+    """A function without a readable signature, or without a hash, can still be called."""
 
     class Ask:
         __hash__ = None  # type: ignore[assignment]
@@ -483,7 +483,7 @@ def test_messages_do_not_fit_into_a_template() -> None:
     ],
 )
 def test_a_prompt_without_its_record_is_refused(fields: dict[str, Any]) -> None:
-    """All rows would get one answer; the error says how a field is written."""
+    """All rows would get one answer; the error shows how to write a field."""
     with pytest.raises(ValueError, match="uses no field of the record"):
         VllmAPI(identifier="m", api_url="http://x", **fields)
     VllmAPI(identifier="m", api_url="http://x", **{**fields, "prompt_func": str})
@@ -501,14 +501,14 @@ def test_a_prompt_without_its_record_is_refused(fields: dict[str, Any]) -> None:
 def test_a_column_that_the_prompt_leaves_out_is_refused(
     fields: dict[str, Any], columns: Any, named: str
 ) -> None:
-    """Over a table; a record of `predict` may have more fields than the prompt."""
+    """A table run refuses the column; a record of `predict` may have more fields than the prompt."""
     model = VllmAPI(identifier="m", api_url="http://x", model="x", chat=False, **fields)
     with pytest.raises(InvalidCall, match=f"never uses the columns {named} of X"):
         model.prepare(model.predict_in_db).over(columns)
 
 
 def test_a_function_gets_the_keywords_that_it_names() -> None:
-    """They are in the fingerprint and no sampling parameters; what it does not name is one as before."""
+    """Such keywords count in the fingerprint; other keywords are sampling parameters."""
 
     def styled(x: str, style: str = "plain", *, context: str | None = None) -> str:
         return f"{style}: {x}"
@@ -528,7 +528,7 @@ def test_a_function_gets_the_keywords_that_it_names() -> None:
 
 
 def test_a_keyword_may_be_whatever_a_function_may_hold() -> None:
-    """Two functions as keywords are told apart, and what cannot be told is refused, as in a closure."""
+    """Functions as keywords have different fingerprints, and an uncertain one is refused as in a closure."""
     model = VllmAPI(
         identifier="m", api_url="http://x", model="x", chat=False, prompt_func=lambda x, style: style(x)
     )
@@ -544,7 +544,7 @@ def test_a_keyword_may_be_whatever_a_function_may_hold() -> None:
 
 @pytest.mark.parametrize("style", ["", 0, False])
 def test_a_keyword_that_is_falsy_is_given(style: Any) -> None:
-    """It is not lost to a field of the record, which may have its name only where the call gives nothing."""
+    """A falsy keyword wins over a field of the record with the same name."""
     fields = {"signature": "**kwargs", "prompt_func": lambda text, style="plain": f"{style}: {text}"}
     model = VllmAPI(identifier="m", api_url="http://x", model="x", chat=False, **fields)  # type: ignore[arg-type]
     call = model.prepare(model.predict, None, {"style": style})
@@ -554,14 +554,14 @@ def test_a_keyword_that_is_falsy_is_given(style: Any) -> None:
 
 
 def test_the_artifacts_are_the_models() -> None:
-    """A keyword of that name does not take their place."""
+    """A keyword of that name does not replace the artifacts."""
     model = VllmAPI(identifier="m", api_url="http://x", chat=False, prompt_func=lambda x, artifacts: x)
     with pytest.raises(InvalidCall, match="artifacts"):
         model.prepare(model.predict, None, {"artifacts": {"rules": "none"}})
 
 
 def test_a_keyword_is_not_both_for_the_function_and_for_vllm() -> None:
-    """What of the two is meant is not guessed; as long as the call does not give it, nothing is in doubt."""
+    """An ambiguous keyword is refused, but only if the call gives it."""
     model = VllmAPI(
         identifier="m", api_url="http://x", model="x", chat=False, prompt_func=lambda x, n=3: x * n
     )
@@ -571,7 +571,7 @@ def test_a_keyword_is_not_both_for_the_function_and_for_vllm() -> None:
 
 
 def test_messages_go_out_as_they_are_given() -> None:
-    """No field is added, none is changed."""
+    """No field of a message is added or changed."""
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a":  1.50}'}}
     messages = [
         {"role": "user", "content": "hi"},
@@ -590,7 +590,7 @@ def test_two_system_messages_are_the_rows_error() -> None:
 
 
 def test_messages_may_be_json_as_in_a_csv() -> None:
-    """By an option: a text that looks like JSON is a text."""
+    """Messages are parsed from JSON only with the option; otherwise such a text is a text."""
     rows = [{"role": "user", "content": "hi"}]
     text = json.dumps(rows)
     assert prompter(chat=True)(text) == [{"role": "user", "content": text}]
@@ -606,13 +606,13 @@ def test_messages_may_be_json_as_in_a_csv() -> None:
     [{"prompt": "Sum up: {input}"}, {"prompt_func": str}, {"signature": "**kwargs", "prompt": "{text}"}],
 )
 def test_messages_that_no_row_can_be_are_refused(fields: dict[str, Any]) -> None:
-    """They would be sent as the text that they are in the CSV."""
+    """Otherwise the JSON text of the CSV would be sent as a text."""
     with pytest.raises(ValueError, match="messages_as_json=True reads a record that is chat messages"):
         VllmAPI(identifier="m", messages_as_json=True, **fields)
 
 
 def test_a_column_that_the_call_fills_is_refused() -> None:
-    """It would never be in a prompt."""
+    """The column could never be in a prompt."""
     model = VllmAPI(
         identifier="m",
         model="m",
@@ -626,7 +626,7 @@ def test_a_column_that_the_call_fills_is_refused() -> None:
 
 
 def test_the_first_parameter_is_the_record_whatever_its_name() -> None:
-    """Where a record is one value."""
+    """The record is the first parameter if a record is one value."""
     for function in (lambda context: context, lambda artifacts: artifacts):
         assert prompter(prompt_func=function)("a") == "a"
     with pytest.raises(InvalidCall, match="nothing uses it"):
@@ -634,5 +634,5 @@ def test_the_first_parameter_is_the_record_whatever_its_name() -> None:
 
 
 def test_a_prompt_that_a_function_replaces_does_not_count() -> None:
-    """It decides nothing."""
+    """Such a prompt decides nothing, so it is not in the fingerprint."""
     assert prompter("a {input}", prompt_func=str).identity() == prompter(prompt_func=str).identity()

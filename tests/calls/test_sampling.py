@@ -1,4 +1,4 @@
-"""Names of sampling parameters: known, misspelt, ours, gone, of another protocol."""
+"""Names of sampling parameters: known, misspelt, reserved, removed, or of another protocol."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TARGETS: tuple[Target, ...] = ("local", "legacy", "completions", "chat", "openai
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_common_names_are_known_everywhere(target: Target) -> None:
-    """What every version of vLLM takes passes for every way to reach it."""
+    """Names that every version of vLLM takes pass for every way to reach it."""
     check_names(["temperature", "top_p", "top_k", "max_tokens", "n", "seed", "stop", "logprobs"], target)
 
 
@@ -42,7 +42,7 @@ def test_a_misspelt_name_gets_the_nearest_match(target: Target, wrong: str, righ
 
 
 def test_a_name_like_no_other_gets_the_whole_list() -> None:
-    """Where nothing is near, the error lists what there is."""
+    """Without a similar name, the error lists all names."""
     with pytest.raises(InvalidCall, match=r"known are .*temperature"):
         check_names(["qqqqqq"], "local")
 
@@ -50,7 +50,7 @@ def test_a_name_like_no_other_gets_the_whole_list() -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ["model", "prompt", "messages", "stream", "request_id", "output_kind"])
 def test_our_own_names_are_refused_with_the_reason(target: Target, name: str) -> None:
-    """What the rows and the model decide cannot be set as sampling."""
+    """Parameters that the rows or the model decide cannot be set as sampling."""
     with pytest.raises(InvalidCall, match=f"'{name}' cannot be set: {OWNED[name]}"):
         check_names([name], target)
 
@@ -88,7 +88,7 @@ def test_the_local_engine_takes_what_vllms_server_takes(name: str) -> None:
     [("text", "tools", "chat messages"), ([{"role": "user", "content": "x"}], "suffix", "text prompts")],
 )
 def test_the_local_engine_refuses_names_of_other_prompts(prompt: Any, name: str, others: str) -> None:
-    """What acts on chat messages or texts alone is refused beside the others, not ignored."""
+    """A parameter for chat messages alone, or for texts alone, is refused for the other kind, not ignored."""
     with pytest.raises(InvalidCall, match=f"{name}.* for {others}"):
         check_prompts([prompt], {name: "x"}, "local")
 
@@ -101,7 +101,7 @@ def test_old_names_pass_to_servers_of_the_old_format() -> None:
 
 
 def test_names_of_the_other_protocol_say_so() -> None:
-    """A chat-only name for text prompts, and the reverse, are refused by what they are for."""
+    """The error for a chat-only name with text prompts, and the reverse, names the kind that it needs."""
     check_names(["top_logprobs", "suffix"], "openai")
     with pytest.raises(InvalidCall, match=r"'top_logprobs' is for chat messages.*chat=True"):
         check_names(["top_logprobs"], "completions")
@@ -111,13 +111,13 @@ def test_names_of_the_other_protocol_say_so() -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_hints_lead_to_names_that_are_known(target: Target) -> None:
-    """No name is both known and refused as ours."""
+    """No name is both known and reserved."""
     assert not known_names(target) & OWNED.keys()
     assert {"n", "structured_outputs", "max_tokens"} <= known_names(target)
 
 
 def test_the_engine_takes_no_gone_name() -> None:
-    """A name listed as gone is not among the engine's."""
+    """No name that is listed as removed is among the engine's."""
     assert not GONE.keys() & known_names("local")
     assert known_names("local") >= LOCAL_EXTRAS
 
@@ -148,6 +148,6 @@ def test_the_table_is_that_of_the_installed_vllm(file: str, name: str, table: fr
 
 
 def test_a_vllm_that_has_moved_its_classes_gives_no_names() -> None:
-    """Where file or class is not found, there are no names, and the table serves."""
+    """If the file or the class is not found, the dated table is used."""
     assert _fields("no/such/file.py", "SamplingParams") is None
     assert _fields("sampling_params.py", "NoSuchClass") is None

@@ -1,4 +1,4 @@
-"""Functions of many kinds, made by recipes: whatever a recipe says, the function answers otherwise for it.
+"""Functions of many kinds, made from recipes; functions of different recipes return different texts.
 
 A recipe is plain data, a kind and its arguments, so that another process can make the same function.
 """
@@ -36,13 +36,13 @@ def kind(make: Callable[..., Prompt]) -> Callable[..., Prompt]:
 
 
 def build(recipe: Any) -> Prompt:
-    """The function of a recipe `[kind, datum, recipe of what it stands on or None]`."""
+    """The function of a recipe `[kind, datum, recipe that it builds on or None]`."""
     name, datum, inner = recipe
     return KINDS[name](datum, (lambda x: x) if inner is None else build(inner))
 
 
 def typed(text: str, name: str = "f", **names: Any) -> Any:
-    """What is typed in, without a source file."""
+    """A function that was typed in, without a source file."""
     exec(text, names)
     return names[name]
 

@@ -131,7 +131,7 @@ def test_a_late_number_changes_no_text_before(model: VllmAPI, tmp_path: Path) ->
 
 
 def test_numbers_of_several_kinds_are_compared_as_numbers(tmp_path: Path, model: VllmAPI) -> None:
-    """In a SELECT over JSON lines: 9.25 is more than 9, whatever whole numbers stand beside it."""
+    """In a SELECT over JSON lines 9.25 is more than 9, even next to whole numbers."""
     (tmp_path / "t.jsonl").write_text('{"id": 1, "n": 10}\n{"id": 2, "n": 9.25}\n{"id": 3, "n": 8.50}\n')
     report = model.predict_in_db("id", "SELECT id, n FROM t WHERE n > 9", db=str(tmp_path))
     assert report.succeeded == 2

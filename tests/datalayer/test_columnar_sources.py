@@ -47,12 +47,12 @@ def schema(source: Source, key: Sequence[str]) -> pa.Schema:
 def parts(
     source: Source, columns: Sequence[str], *key: str, unreadable: Unreadable | None = None
 ) -> list[Part]:
-    """Those whose values nobody asks for."""
+    """Parts whose values are never read."""
     return list(source.parts(schema(source, key or ("id",)), columns, unreadable or Unreadable()))
 
 
 def rows(source: Source, *columns: str, key: Sequence[str] = ("id",)) -> list[tuple[Any, ...]]:
-    """All rows, as a run reads them."""
+    """All rows, in the way a run reads them."""
     found = []
     for part in source.parts(schema(source, key), columns, Unreadable()):
         for some in part.values(range(part.keys.num_rows)):

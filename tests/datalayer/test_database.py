@@ -1,4 +1,4 @@
-"""A database: what a select reads, which rows are selected, and outputs that hold each key exactly once."""
+"""A database: values of a select, selected rows, and outputs that hold each key exactly once."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 
 @pytest.mark.parametrize("select", ["t", "SELECT * FROM t"])
 def test_what_is_selected(place: Place, select: str) -> None:
-    """`missing`, `changed`, `failed` and `all` select by what the outputs hold under which fingerprint."""
+    """`missing`, `changed`, `failed` and `all` select by the outputs and their fingerprint."""
     db = place.fill(5)
     chosen = selection(select)
     db.check(chosen)
@@ -132,7 +132,7 @@ TYPED = [
 
 @pytest.mark.parametrize(("kind", "values", "small", "large"), TYPED, ids=[t[0] for t in TYPED])
 def test_keys_keep_their_type(place: Place, kind: str, values: list[str], small: Any, large: Any) -> None:
-    """Whatever its type, a key that is read, committed and read again is the same."""
+    """A key of any type is the same after it was read, committed and read again."""
     place.sql(f"CREATE TABLE t (id {kind} NOT NULL UNIQUE, text TEXT)")
     place.sql("INSERT INTO t VALUES " + ", ".join(f"({value}, 'x')" for value in values))
     for select in ("t", "SELECT id, text FROM t"):
@@ -209,7 +209,7 @@ def test_times_that_python_has_not(pg: Place) -> None:
 
 @pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/New_York"])
 def test_times_are_the_same_in_every_zone(pg: Place, zone: str) -> None:
-    """What is read does not depend on the zone of the session, as its hash is kept."""
+    """Values do not depend on the time zone of the session, because their hash is kept."""
     pg.sql(
         "CREATE TABLE t (id INTEGER PRIMARY KEY, at TIMESTAMPTZ, took INTERVAL)",
         "INSERT INTO t VALUES (1, '2026-11-22 12:00Z', '1 day')",
@@ -244,7 +244,7 @@ def test_bad_keys_are_refused_with_count_and_example(place: Place) -> None:
 
 @pytest.mark.parametrize("kind", ["f", "g", "j", "a", "r", "h", "hs", "xs"])
 def test_postgres_types_that_are_no_keys(pg: Place, kind: str) -> None:
-    """A domain is what is beneath it; what is not hashable or has no equality is refused."""
+    """A domain counts as its base type; a type without a hash or an equality is refused."""
     pg.sql(
         "CREATE SCHEMA x",
         "CREATE EXTENSION IF NOT EXISTS hstore",
@@ -307,7 +307,7 @@ def test_half_a_character(place: Place) -> None:
 
 
 def test_a_statement_is_told_from_a_name_at_once(tmp_path: Path) -> None:
-    """However many comments it begins with."""
+    """A statement is recognised after any number of comments."""
     place = sqlite(tmp_path)
     db = place.fill(1)
     began = time.monotonic()
@@ -444,7 +444,7 @@ WRITES = [
 
 @pytest.mark.parametrize("select", WRITES)
 def test_a_select_that_writes_is_refused(place: Place, select: str) -> None:
-    """Whatever a `select` tries, at each step nothing is written."""
+    """Nothing is written by any `select`, at any stage."""
     db = place.fill(3)
     if not place.sqlite:
         place.sql(
@@ -487,14 +487,14 @@ def test_urls_that_cannot_be_meant(url: str, told: str) -> None:
 
 
 def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without psycopg, what to install is said."""
+    """The error says what to install for psycopg."""
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(InvalidCall, match=r"pip install 'vllm-tasks\[postgres\]'"):
         Database("postgresql://u@h/d")
 
 
 def test_the_password_is_never_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither `where` nor an error shows it; a server that is not there may come back."""
+    """Neither `where` nor an error shows the password; a server that is away counts as temporary."""
     db = Database("postgresql://u:s3cret@127.0.0.1:9/d?password=s3cret")
     assert db.where("x") == "table x in postgresql://u@127.0.0.1:9/d"
     with pytest.raises(TablesUnavailable) as lost:
@@ -607,14 +607,14 @@ def test_a_table_of_another_shape_is_refused(place: Place) -> None:
     ],
 )
 def test_columns_that_collide(place: Place, table: OutputTable, key: str, told: str) -> None:
-    """Names that mean two columns, and what only a lake can do, are refused."""
+    """Names that stand for two columns, and options for lakes only, are refused."""
     place.sql(f"CREATE TABLE t ({key} INTEGER PRIMARY KEY, text TEXT)")
     with pytest.raises(InvalidCall, match=told):
         place.open().writer(selection(key=(key,)), table)
 
 
 def test_a_key_too_long_for_an_index(place: Place) -> None:
-    """A key that PostgreSQL's index cannot hold is told; a long one that can be compressed is kept."""
+    """A key that PostgreSQL's index cannot hold is reported; a long one that can be compressed is kept."""
     long = random.Random(0).randbytes(3000).hex()
     place.sql("CREATE TABLE t (id TEXT, text TEXT)", f"INSERT INTO t VALUES ('{'a' * 6000}', 'x')")
     db = place.open()
@@ -644,7 +644,7 @@ def test_names_that_sqlite_does_not_tell_apart(tmp_path: Path) -> None:
 
 
 def test_a_name_too_long_for_postgres(pg: Place) -> None:
-    """PostgreSQL would cut it off in silence, and two predict_ids would share a table."""
+    """PostgreSQL would silently truncate it, and two predict_ids would share a table."""
     db = pg.fill()
     with pytest.raises(InvalidCall, match="63 bytes"):
         db.writer(selection(), replace(TABLE, name="_outputs__" + "é" * 30))
@@ -693,7 +693,7 @@ def test_flattened_outputs(place: Place) -> None:
 
 
 def commit_groups(url: str, name: str, groups: int, begun: Any = None) -> None:
-    """In a process of its own: commit groups of the same keys as all others."""
+    """Commits groups of the same keys as the other processes do."""
     db = Database(url)
     writer = db.writer(selection(), FLAT)
     for n in range(groups):
@@ -730,7 +730,7 @@ def test_four_writers_of_the_same_keys(place: Place) -> None:
 
 
 def test_a_writer_killed_at_any_moment(place: Place) -> None:
-    """What was committed is there whole, what was not is not, and the next writer goes on."""
+    """Committed groups are complete, others leave nothing, and the next writer resumes."""
     place.fill(60)
     begun = PROCESSES.Event()
     for _ in range(3):
@@ -748,7 +748,7 @@ def test_a_writer_killed_at_any_moment(place: Place) -> None:
 
 
 def test_a_commit_whose_acknowledgement_was_lost(place: Place) -> None:
-    """Repeating a commit, or the commit of a rival, replaces it."""
+    """A repeated commit replaces itself, or the commit of a concurrent writer."""
     db = place.fill()
     for table in (TABLE, replace(FLAT, name="_outputs__flat")):
         extra = {"_position": 0} if table.flatten else {}
@@ -763,7 +763,7 @@ def test_a_commit_whose_acknowledgement_was_lost(place: Place) -> None:
 
 
 def test_a_key_that_comes_twice_in_a_commit(place: Place) -> None:
-    """Of a key whose row came up twice, the later outcome is kept, with its positions and no others."""
+    """If a key comes up twice, the later outcome is kept, with its positions and no others."""
     db = place.fill()
     db.writer(selection(), TABLE).commit([row(1, output="first"), row(2), row(1, output="later")], [])
     assert place.outputs() == [(1, "later"), (2, "o")]
@@ -808,7 +808,7 @@ def test_postgres_restarted(pg: Place, postgres: Postgres, monkeypatch: pytest.M
 
 
 def test_postgres_killed_during_commits(pg: Place, postgres: Postgres) -> None:
-    """Whatever moment it is, a commit is there whole or not at all, and repeating it ends well."""
+    """A commit is complete or absent at any moment, and repeating it succeeds."""
     db = pg.fill(2000)
     writer = db.writer(selection(), TABLE)
     for round_ in range(2):
@@ -826,7 +826,7 @@ def test_postgres_killed_during_commits(pg: Place, postgres: Postgres) -> None:
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    """SQLite without room is `TablesUnavailable`; nothing of the commit is there, and with room it works."""
+    """A full disk is `TablesUnavailable`, nothing of the commit is kept, and with space again it succeeds."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -887,7 +887,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("kind", SOURCES)
 def test_sqlite_counts_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Whatever the source and however far apart its rows, the parts add up."""
+    """The parts add up for any source, however far apart its rows are."""
     monkeypatch.setattr("vllm_tasks.datalayer.database.sqlite.COUNTED", 7)
     place = sqlite(tmp_path)
     db = place.fill(50)
@@ -911,7 +911,7 @@ def test_sqlite_counts_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 def test_a_count_holds_up_no_commit_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, journal: str
 ) -> None:
-    """Without a write-ahead log, a count in one read that takes too long gives up."""
+    """Without a write-ahead log, a count that takes too long in one read gives up."""
     monkeypatch.setattr("vllm_tasks.datalayer.database.sqlite.PATIENCE", 0.2)
     place = sqlite(tmp_path)
     place.sql(f"PRAGMA journal_mode = {journal}")
@@ -1000,7 +1000,7 @@ def test_a_postgres_transaction_timeout_may_pass(pg: Place) -> None:
 
 
 def test_no_transaction_is_open_between_two_pages(pg: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever alters or drops the source does not wait for the reader of its rows."""
+    """Altering or dropping the source does not wait for the reader of its rows."""
     for bytes_of_one in ("SOON", "MOST"):
         monkeypatch.setattr(f"vllm_tasks.datalayer.spool.{bytes_of_one}", 1)
     db = pg.fill(10_000)

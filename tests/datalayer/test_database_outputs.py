@@ -1,4 +1,4 @@
-"""Outputs that others work with: their columns, indexes, grants and wider types stay, and runs go on."""
+"""Outputs that other people use: their columns, indexes, grants and wider types stay, and runs resume."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 
 
 def test_what_others_added_stays(place: Place) -> None:
-    """Columns, defaults, indexes and triggers; what a redone row has in such a column stays too."""
+    """Columns, defaults, indexes and triggers stay, and so does a replaced row's value in such a column."""
     db = place.fill(4)
     db.writer(selection(), TABLE).commit([row(0), row(1)], [])
     place.sql(
@@ -73,7 +73,7 @@ def test_a_column_that_no_row_of_ours_fills_is_refused(place: Place) -> None:
     ],
 )
 def test_a_widened_key(pg: Place, narrow: str, wide: str, new: str) -> None:
-    """The source's key was widened: what is done stays done, and keys that need the room have it."""
+    """After the source's key was widened, done rows stay done and wide keys fit into the outputs."""
     pg.sql(
         f"CREATE TABLE t (id {narrow} PRIMARY KEY, text TEXT)", "INSERT INTO t VALUES ('1', 'a'), ('2', 'b')"
     )
@@ -116,7 +116,7 @@ def test_only_the_needed_grants(pg: Place) -> None:
 
 
 def test_outputs_in_a_schema(pg: Place) -> None:
-    """`schema.name` is a table of that schema; one of that whole name goes first; no schema is refused."""
+    """`schema.name` is a table of that schema, or a table of that full name; the schema must exist."""
     pg.sql("CREATE SCHEMA crm")
     db = pg.fill(3)
     for table in (replace(TABLE, name="crm.answers"), replace(FLAT, name="crm.flat")):
@@ -142,7 +142,7 @@ def test_outputs_in_a_schema(pg: Place) -> None:
 
 
 def test_outputs_altered_or_dropped_under_a_run(place: Place) -> None:
-    """A column that is added does no harm; a table that is gone is an error that names it."""
+    """An added column is harmless; a missing table is an error that names it."""
     db = place.fill(6)
     writer = db.writer(selection(), TABLE)
     for key in range(3):

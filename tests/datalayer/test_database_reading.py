@@ -1,4 +1,4 @@
-"""A database is read in short transactions, in the order of its keys, whatever these are."""
+"""A database is read in short transactions, in the order of its keys of any type."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_rows_are_read_once_while_they_are_committed(
     monkeypatch: pytest.MonkeyPatch,
     refresh: Any,
 ) -> None:
-    """Reading begins anew after each page, between commits of its rows: none is missed or comes twice."""
+    """Each page starts a new read, between commits of its rows: no row is missed or read twice."""
     monkeypatch.setattr("vllm_tasks.datalayer.spool.MOST", 1)
     db = pg.fill(500)
     chosen = selection(refresh=refresh)
@@ -147,7 +147,7 @@ def test_a_slow_select_is_not_sorted_anew_for_each_few_rows(
     pg: Place,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What takes long before its first row is read as long again in the same transaction."""
+    """A query that is slow to its first row is read for as long again in the same transaction."""
     monkeypatch.setattr("vllm_tasks.datalayer.spool.LEAST", 1)
     pg.sql(
         "CREATE TABLE t (id int, text text)",
@@ -166,7 +166,7 @@ NAMES += ["twice", "after", "last", "b0", "_rows", "_key0", "_after0", "excluded
 @pytest.mark.parametrize("unique", ["", "UNIQUE"])
 @pytest.mark.parametrize("name", NAMES)
 def test_names_that_happen_to_be_taken(place: Place, name: str, unique: str) -> None:
-    """Columns of the key and of the record may have any name that is used in a statement of ours."""
+    """Columns may have any name, even one that our own statements use."""
     if not place.sqlite and name in ("oid", "rowid"):
         name += "s"
     place.sql(
@@ -193,7 +193,7 @@ def test_names_that_happen_to_be_taken(place: Place, name: str, unique: str) -> 
 @pytest.mark.parametrize("collation", ["NOCASE", "RTRIM", "BINARY"])
 @pytest.mark.parametrize("unique", ["", "UNIQUE"])
 def test_sqlite_keys_of_other_collations(tmp_path: Path, collation: str, unique: str) -> None:
-    """What the source tells apart is told apart in the outputs, and each key is done once."""
+    """Keys that differ in the source differ in the outputs, and each key is done once."""
     place = sqlite(tmp_path)
     place.sql(
         f"CREATE TABLE t (id TEXT COLLATE {collation} NOT NULL {unique}, text TEXT)",
@@ -212,7 +212,7 @@ def test_sqlite_keys_of_other_collations(tmp_path: Path, collation: str, unique:
 
 
 def test_sqlite_keys_that_only_their_index_tells_apart(tmp_path: Path) -> None:
-    """A unique index of another collation than the column's says nothing of what the column calls equal."""
+    """A unique index with another collation than the column's does not make the column's keys unique."""
     place = sqlite(tmp_path)
     place.sql(
         "CREATE TABLE t (id TEXT COLLATE NOCASE NOT NULL, text TEXT)",

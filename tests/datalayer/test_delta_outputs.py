@@ -60,7 +60,7 @@ ADDED: dict[str, tuple[Any, str | None, Any]] = {
 
 @pytest.mark.parametrize("kind", ADDED)
 def test_a_column_that_a_user_added_is_kept(lake: Lake, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs go on: new rows have NULL there, and redone rows keep what the user wrote, also when compacted."""
+    """Runs resume: new rows have NULL there, replaced rows keep the value, also after compaction."""
     type_, sql, wanted = ADDED[kind]
     name = 'my "c": ~'
     writer = lake.writer(selection(), TABLE)
@@ -84,7 +84,7 @@ def test_a_column_that_a_user_added_is_kept(lake: Lake, kind: str, monkeypatch: 
 
 
 def test_an_added_column_beside_several_positions(lake: Lake) -> None:
-    """With `flatten` a redone row is another number of rows: all of them begin anew."""
+    """With `flatten` a replaced row has a new number of rows, which all start with NULL."""
     lake.writer(selection(), FLAT).commit([row(1, f"a{p}", _position=p) for p in range(3)], [])
     table(lake).alter.add_columns(Field("seen", PrimitiveType("string")))
     table(lake).update({"seen": "'yes'"})
@@ -124,7 +124,7 @@ def test_an_added_column_that_may_not_be_null(lake: Lake) -> None:
     ],
 )
 def test_changed_properties_do_no_harm(tmp_path: Path, properties: dict[str, str]) -> None:
-    """Decimal keys, whose bounds delta-rs writes wrongly when it is told to, are replaced all the same."""
+    """Decimal keys, whose bounds delta-rs can write wrongly, are replaced correctly."""
     pa.parquet.write_table(
         pa.table(
             {"id": pa.array([Decimal("0.10"), Decimal("-7.25")], pa.decimal128(30, 2)), "text": ["a", "b"]}
@@ -155,7 +155,7 @@ def test_changed_properties_do_no_harm(tmp_path: Path, properties: dict[str, str
 def test_properties_that_forbid_replacing_are_refused_by_name(
     lake: Lake, properties: dict[str, str], words: str
 ) -> None:
-    """At once for a further run, and by a run that is under way when it replaces; nothing is doubled."""
+    """A new run is refused at once, a running one when it replaces rows; nothing is doubled."""
     writer = lake.writer(selection(), TABLE)
     writer.commit([row(1)], [])
     table(lake).alter.set_table_properties(properties)
@@ -223,7 +223,7 @@ def everywhere(lake: Lake, column: str) -> list[dict[int, Any]]:
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_partitions_hold_values_exactly(lake: Lake, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After appends, redoing, compaction, and opened again, with every reader."""
+    """Every reader finds them after appends, replacements, compaction and reopening."""
     values = [*EXACT[kind], None]
     wanted = {i: to_json(v) if kind == "json" and v is not None else v for i, v in enumerate(values)}
     writer = lake.writer(selection(), parted("output", output=kind))
@@ -265,7 +265,7 @@ KEYS: dict[str, tuple[pa.DataType, list[Any]]] = {
 
 @pytest.mark.parametrize("kind", KEYS)
 def test_keys_as_partitions(tmp_path: Path, kind: str) -> None:
-    """Keys that partitions hold are found, replaced and told from missing ones."""
+    """Keys in partitions are found, replaced and distinguished from missing ones."""
     type_, values = KEYS[kind]
     source = pa.table({"id": pa.array(values, type_), "text": ["x"] * len(values)})
     pa.parquet.write_table(source, tmp_path / "t.parquet")
@@ -284,7 +284,7 @@ def test_keys_as_partitions(tmp_path: Path, kind: str) -> None:
     [([Decimal("-0.05")], pa.decimal128(10, 2)), (["a"], pa.string()), ([b"a"], pa.binary())],
 )
 def test_keys_that_partitions_do_not_hold_are_refused(tmp_path: Path, values: list[Any], kind: Any) -> None:
-    """By name, before anything is written."""
+    """The error names the key before anything is written."""
     pa.parquet.write_table(pa.table({"id": pa.array(values, kind), "text": ["x"]}), tmp_path / "t.parquet")
     lake = Lake(str(tmp_path))
     with pytest.raises(InvalidCall, match=r"partition_by names 'id', a column of the key, .*another column"):
@@ -310,7 +310,7 @@ def test_keys_that_partitions_do_not_hold_are_refused(tmp_path: Path, values: li
 def test_partitions_that_cannot_be_exact_are_refused_when_the_model_is_made(
     fields: dict[str, Any], words: str
 ) -> None:
-    """Whatever says the type; what a partition holds is allowed."""
+    """The type may come from any option; types that a partition can hold are allowed."""
     by = fields.pop("by", ["output"])
     with pytest.raises((InvalidCall, ValidationError), match=words):
         VllmAPI(identifier="m", api_url="http://x", model_update_kwargs={"partition_by": by}, **fields)

@@ -1,4 +1,4 @@
-"""Delta tables that others wrote, as sources: the rows that a table says, or a refusal that says why not."""
+"""Delta tables from other writers, as sources: the table's rows, or a refusal with its reason."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write(
     partitions: Sequence[str] = (),
     **parquet: Any,
 ) -> DeltaTable:
-    """A table as another writer would leave it: its log by hand, `files` with what their `add` has beside."""
+    """Write a table as another writer would leave it: its log by hand, `files` with fields of their `add`."""
     (folder / "_delta_log").mkdir(parents=True)
     schema = json.dumps({"type": "struct", "fields": fields})
     metadata = {
@@ -74,7 +74,7 @@ def write(
 
 
 def both(table: DeltaTable) -> list[dict[str, Any]]:
-    """Its rows, the same by the reader and by what DuckDB is given."""
+    """Its rows, after a check that our reader and DuckDB agree."""
     rows = delta_reader(table).read_all()
     given: Any = queryable(table)
     other = pa.table(given) if hasattr(given, "__arrow_c_stream__") else given.to_table()
@@ -130,7 +130,7 @@ def bitmap(rows: list[int]) -> bytes:
 
 @pytest.mark.parametrize("where", ["inline", "beside"])
 def test_deleted_rows_are_not_read(tmp_path: Path, where: str) -> None:
-    """Deletion vectors are heeded, in the log and in files of their own."""
+    """Deletion vectors are applied, in the log and in files of their own."""
     raw = bitmap([1, 3])
     vector: dict[str, Any] = {"storageType": "i", "pathOrInlineDv": z85(raw)}
     if where == "beside":
@@ -206,7 +206,7 @@ def test_times_numbers_and_files_that_have_evolved(tmp_path: Path) -> None:
     ],
 )
 def test_what_nobody_here_reads_is_refused_by_name(tmp_path: Path, feature: str | None, words: str) -> None:
-    """As what stays wrong, not as what may pass; by the lake too."""
+    """It is refused as a permanent error, also by the lake."""
     by_id = {} if feature else {"delta.columnMapping.mode": "id", "delta.columnMapping.maxColumnId": "1"}
     protocol = with_features(feature) if feature else MAPPED
     rows = pa.table({"id": [1], "text": ["a"]})

@@ -55,7 +55,7 @@ def test_rows_without_a_key_are_told(url: str) -> None:
 
 
 def test_one_name_in_two_schemas(url: str) -> None:
-    """Neither is taken for the other: the schema says which."""
+    """A name in two schemas is refused without the schema."""
     with duckdb.connect(url.removeprefix("duckdb:///")) as db:
         db.execute("CREATE TABLE s.t AS SELECT 7 AS id, 1.5 AS price")
     with pytest.raises(InvalidCall, match=r"'t' may be any of main\.t, s\.t .*with its schema"):
@@ -77,7 +77,7 @@ def test_one_name_in_two_schemas(url: str) -> None:
     ],
 )
 def test_what_a_select_may_not_do(url: str, select: str) -> None:
-    """No writing, no other file, one statement."""
+    """A SELECT may not write, open another file or hold two statements."""
     with pytest.raises(InvalidCall):
         DuckDBSource(url, select).columns()
     with closing(DuckDBSource(url, "t")) as source:
@@ -85,7 +85,7 @@ def test_what_a_select_may_not_do(url: str, select: str) -> None:
 
 
 def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is made, nor left behind; what is no file of DuckDB's is said to be none."""
+    """Nothing is created, and a file of another format is reported as such."""
     (tmp_path / "spill").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spill"))
     (tmp_path / "text.duckdb").write_text("no database at all, but some text" * 100)

@@ -68,7 +68,7 @@ MESSAGES = [[{"role": "system", "content": "Be brief."}, {"role": "user", "conte
 
 
 def delimited(delimiter: str) -> bytes:
-    """As Python's own writer has it, with every text in quotes: an empty one is not NULL then."""
+    """Written as by Python's own writer, with every text in quotes, so that an empty one is not NULL."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, delimiter=delimiter, quoting=csv.QUOTE_ALL)
     writer.writerow(ROWS[0])
@@ -186,7 +186,7 @@ def scores_of(model: VllmAPI, home: Path, dataset: Dataset) -> tuple[str, float]
 
 @pytest.mark.parametrize("kind", FILES)
 def test_files(kind: str, tmp_path: Path, model: VllmAPI, asked: Callable[[], list[str]]) -> None:
-    """In a lake, by name and in a SELECT."""
+    """Files in a lake are read by name and in a SELECT."""
     FILES[kind](tmp_path)
     same_from(model, asked, tmp_path, "rows")
     statement = model.predict_in_db("text", "SELECT * FROM rows", db=str(tmp_path), predict_id="s")
@@ -196,7 +196,7 @@ def test_files(kind: str, tmp_path: Path, model: VllmAPI, asked: Callable[[], li
 
 @pytest.mark.parametrize("kind", ["pyarrow", "stream", "pandas", "polars", "duckdb"])
 def test_frames(kind: str, tmp_path: Path, model: VllmAPI, asked: Callable[[], list[str]]) -> None:
-    """In memory, whatever speaks Arrow's stream protocol."""
+    """Any object that supports Arrow's stream protocol is read in memory."""
     frame: Any = TABLE
     if kind == "stream":
         report = model.predict_in_db("text", TABLE.to_reader(7), db=str(tmp_path), predict_id="p")
@@ -291,7 +291,7 @@ def test_chat_messages(kind: str, tmp_path: Path, server: ScriptedServer, model:
 
 @pytest.mark.parametrize("select", ["rows", "rows.xlsx", "SELECT * FROM rows"])
 def test_excel_is_refused_by_name(select: str, tmp_path: Path, model: VllmAPI) -> None:
-    """With the way out, however the file is named."""
+    """The error names the way out, in whatever form the file is named."""
     (tmp_path / "rows.xlsx").write_bytes(b"PK")
     with pytest.raises(InvalidCall, match=r"rows\.xlsx.*pandas\.read_excel"):
         model.predict_in_db("text", select, db=str(tmp_path))
@@ -314,7 +314,7 @@ def test_outputs_beside_their_rows(tmp_path: Path, server: ScriptedServer, model
 def test_another_table_in_memory_is_told_by_its_rows(
     tmp_path: Path, model: VllmAPI, asked: Callable[[], list[str]]
 ) -> None:
-    """It has no name: rows of a known key whose content is another one are processed, the others are not."""
+    """A row whose key is known and whose content changed is processed again, the others are not."""
     one = pa.table({"id": [1, 2], "text": ["a", "b"]})
     other = pa.table({"id": [1, 2], "text": ["a", "other"]})
     for frame, wanted in ((one, ["a", "b"]), (one, []), (other, ["other"])):
@@ -324,7 +324,7 @@ def test_another_table_in_memory_is_told_by_its_rows(
 
 @pytest.mark.parametrize("select", ["t", "SELECT * FROM t WHERE id IS NOT NULL"])
 def test_lines_that_cannot_be_read_are_reported(select: str, tmp_path: Path, model: VllmAPI) -> None:
-    """By name as in a SELECT: they are counted with their place, and the other rows are processed."""
+    """By name and in a SELECT, they are counted with file and line, and the other rows are processed."""
     good = lines([{"id": i, "text": f"t{i}"} for i in range(100)])
     (tmp_path / "t.jsonl").write_bytes(good + b'{"id": 100, "te\n' + b'{"text": "no key"}\n')
     report = model.predict_in_db("text", select, db=str(tmp_path), predict_id="p", max_failed=None)
@@ -348,7 +348,7 @@ UNREAD = {
 
 @pytest.mark.parametrize("name", UNREAD)
 def test_files_that_are_not_read_are_refused_by_name(name: str, tmp_path: Path, model: VllmAPI) -> None:
-    """With what is read, and the way out, however the file is named."""
+    """The error lists the formats that are read and the way out, in whatever form the file is named."""
     (tmp_path / name).write_bytes(b"PK")
     for select in ("rows", name, "SELECT * FROM rows", f"SELECT * FROM '{name}'"):
         with pytest.raises(InvalidCall, match=rf"{name}.*parquet, jsonl.*{UNREAD[name]}"):

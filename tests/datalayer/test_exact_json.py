@@ -50,7 +50,7 @@ VALUES = st.recursive(
 
 
 def shape(value: Any) -> Any:
-    """All that a function may see of a value, its type included."""
+    """Everything that a function can see of a value, its type included."""
     if isinstance(value, Mapping):
         return [(shape(key), shape(item)) for key, item in value.items()]
     if isinstance(value, list):
@@ -62,7 +62,7 @@ def shape(value: Any) -> Any:
 @settings(deadline=None, max_examples=300)
 @given(value=VALUES)
 def test_any_value_comes_back(value: Any) -> None:
-    """Whatever a source can give, at any depth."""
+    """Values that a source can return survive at any depth."""
     text = dumps(value)
     assert text.isascii()
     assert shape(loads(text)) == shape(value)
@@ -117,7 +117,7 @@ def test_what_others_lose_comes_back(value: Any) -> None:
 
 
 def test_what_json_has_types_for_stays_plain() -> None:
-    """A person who looks into the table reads what is there."""
+    """A person who looks into the table can read the value."""
     data = {"a": [1, 2.5, True, None, "é"], "b": {"$x": 1, "y": {}}}
     assert dumps(data) == json.dumps(data)
     assert (
@@ -129,13 +129,13 @@ def test_what_json_has_types_for_stays_plain() -> None:
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, [{"x": len}], 1j, {"x": {frozenset()}}])
 def test_what_no_source_gives_is_refused(value: Any) -> None:
-    """It is named, and not kept as something else."""
+    """The error names the value, which is not converted."""
     with pytest.raises(TypeError, match=" is a "):
         dumps(value)
 
 
 def test_missing_dates_of_pandas_are_refused() -> None:
-    """Its NaT passes for a datetime, and its nanoseconds would be lost in a timedelta."""
+    """NaT would pass for a datetime, and a timedelta would lose pandas' nanoseconds."""
     for value in pandas().NaT, pandas().Timedelta(1, "ns"):
         with pytest.raises(TypeError, match=r"NaT|Timedelta"):
             dumps([value])

@@ -1,7 +1,7 @@
-"""Anything in the place of what others send or write becomes a value, a row's error or a refused call.
+"""Any input from outside becomes a value, a row's error or a refused call.
 
 Few examples, always the same, are run here; `FUZZ_EXAMPLES=5000 pytest tests/datalayer/test_fuzz.py` runs
-that many new ones of each. What once broke something stays as an `@example`.
+that many new ones of each. Inputs that once broke something stay as an `@example`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ HOW = {
 
 
 def fuzz(few: int) -> Callable[..., Any]:
-    """`few` examples that are always the same, or as many new ones as the environment says."""
+    """`few` examples that are always the same, or the number of new ones that the environment gives."""
     return settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", few)), **HOW)
 
 
@@ -113,7 +113,7 @@ bodies = st.one_of(
 @fuzz(25)
 @given(path=st.sampled_from(["/generate", "/v1/completions", "/v1/chat/completions"]), body=bodies)
 def test_any_body_is_an_answer_or_a_row_error(far_side: ScriptedServer, path: str, body: bytes) -> None:
-    """Over a real connection, with status 200, whatever the bytes are."""
+    """Any bytes may arrive over a real connection with status 200."""
     far_side.script = lambda asked: Reply(body) if asked.path == path else None
     model = VllmAPI(identifier="m", api_url=far_side.url + path, model="m", retries=0)
     (result,) = model.completions(["P"], on_error="return")
@@ -127,7 +127,7 @@ def test_any_body_is_an_answer_or_a_row_error(far_side: ScriptedServer, path: st
 def test_any_answer_to_a_control_call_is_a_name_or_a_refused_call(
     far_side: ScriptedServer, body: bytes, status: int
 ) -> None:
-    """A server that is asked for its model tells one, or the call says that it does not."""
+    """A server either reports its model, or the call reports that it does not."""
     assume(status < 500)
     far_side.script = lambda asked: Reply(body, status) if asked.path == "/v1/models" else None
     model = VllmAPI(identifier="m", api_url=far_side.url, retries=0, max_in_flight=1 + len(body) % 7)
@@ -143,7 +143,7 @@ def test_any_answer_to_a_control_call_is_a_name_or_a_refused_call(
 @fuzz(15)
 @given(body=bodies, status=st.sampled_from([201, 204, 206, 400, 413, 422]))
 def test_any_refusal_is_a_row_error(far_side: ScriptedServer, body: bytes, status: int) -> None:
-    """Whatever the words of it are."""
+    """The error may have any text."""
     far_side.script = lambda asked: Reply(body, status) if asked.path == "/v1/completions" else None
     model = VllmAPI(identifier="m", api_url=far_side.url, model="m", retries=0)
     (result,) = model.completions(["P"], on_error="return")
@@ -208,7 +208,7 @@ templates = any_text | st.lists(
 def test_any_template_and_record_are_a_prompt_or_an_error(
     template: str, record: Any, chat: bool, signature: Any
 ) -> None:
-    """A template is refused or filled; what is made of a record can be sent."""
+    """A template is refused or filled, and its result can be sent."""
     try:
         Template.parse(template)
         make = Prompter(
@@ -232,7 +232,7 @@ def test_any_template_and_record_are_a_prompt_or_an_error(
 @fuzz(30)
 @given(fields=st.dictionaries(st.sampled_from(sorted(VllmAPI.model_fields)), json_values, max_size=3))
 def test_any_fields_are_a_model_or_a_validation_error(fields: dict[str, Any]) -> None:
-    """As a form in the UI or a saved block may give them; the error can be written down."""
+    """Fields come as a form in the UI or a saved block may give them; the error can be written down."""
     try:
         VllmAPI(**{"identifier": "m", **fields})
     except ValidationError as error:
@@ -364,7 +364,7 @@ typed_keys = st.sampled_from(sorted(KEYS)).flatmap(
 
 
 def asked_and_kept(far_side: ScriptedServer, db: str, texts: list[str]) -> list[dict[str, Any]] | None:
-    """Run over the table `rows` twice: the outputs, or None for a refused call. A second run asks nothing."""
+    """Run over the table `rows` twice: the outputs, or None for a refused call. The rerun sends nothing."""
     far_side.script = lambda _: None
     with VllmAPI(identifier="m", api_url=far_side.url, model="m") as model:
         try:
@@ -386,7 +386,7 @@ def asked_and_kept(far_side: ScriptedServer, db: str, texts: list[str]) -> list[
 @example(case=("date", [dt.date.min, dt.date.max]))
 @example(case=("unsigned", [0, 2**64 - 1]))
 def test_keys_of_a_lake_stay_what_they_are(far_side: ScriptedServer, case: tuple[str, list[Any]]) -> None:
-    """Two keys never become one, one never two, whatever their type; each has the answer of its own row."""
+    """Two keys never become one, nor one two, in any type; each has the answer of its own row."""
     kind, keys = case
     texts = [f"t{i}" for i in range(len(keys))]
     with tempfile.TemporaryDirectory() as folder:
@@ -420,7 +420,7 @@ mixed_keys = st.lists(
 @given(keys=mixed_keys, declared=st.sampled_from(["", "TEXT", "INTEGER", "BLOB", "NUMERIC"]))
 @example(keys=[1, "1", b"1", "é", "é", "", b"", "a\0", "a"], declared="")
 def test_keys_of_sqlite_stay_what_they_are(far_side: ScriptedServer, keys: list[Any], declared: str) -> None:
-    """Where any value may stand in any column: what SQLite tells apart stays apart."""
+    """Any value may stand in any column, and keys that SQLite distinguishes stay distinct."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "x.db"
         connection = sqlite3.connect(file)
@@ -463,7 +463,7 @@ def test_no_part_of_a_password_is_shown(user: str, password: str, rest: str) -> 
 @fuzz(100)
 @given(text=any_text)
 def test_any_name_is_shown_and_is_a_key(text: str) -> None:
-    """Of artifacts and assets, in cells and logs."""
+    """Names of artifacts and assets can be rendered in cells and logs."""
     assert re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", slug(text))
     assert re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s'\"#?%<>\[\]{}|^`\\]*", asset_key(text))
     for shown in (cell(text), words(text), printable(text)):
@@ -477,7 +477,7 @@ def test_any_name_is_shown_and_is_a_key(text: str) -> None:
 @example(url="http://[")
 @example(url="http://h:99999999999")
 def test_any_url_is_servers_or_a_refused_call(url: Any) -> None:
-    """In one text, with commas, or in a list."""
+    """URLs come in one text, with commas, or in a list."""
     try:
         bases, protocol = split_urls(url)
     except InvalidCall:

@@ -1,4 +1,4 @@
-"""A lake: what a select reads, which rows are selected, and outputs that hold each key exactly once."""
+"""A lake: values of a select, selected rows, and outputs that hold each key exactly once."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_delta_tables_and_outputs_are_sources(lake: Lake, folder: Path) -> None:
 
 
 def test_names_that_are_not_there_or_not_clear(lake: Lake, folder: Path) -> None:
-    """What is unknown, ambiguous or outside is refused, with what there is."""
+    """Unknown, ambiguous and outside names are refused, with a list of the existing ones."""
     jsonl(folder / "twice.jsonl", ROWS)
     write_source(folder / "twice.csv", ROWS)
     write_source(folder / "mixed/a.csv", ROWS)
@@ -219,7 +219,7 @@ def test_names_that_are_not_there_or_not_clear(lake: Lake, folder: Path) -> None
     ],
 )
 def test_a_select_reads_the_lake_and_does_nothing_else(tmp_path: Path, select: str) -> None:
-    """All but one SELECT over the lake is refused, and leaves nothing behind."""
+    """Everything except one SELECT over the lake is refused, and leaves nothing behind."""
     jsonl(tmp_path / "lake/t.jsonl", ROWS)
     write_source(tmp_path / "other/secret.csv", [{"id": 1, "text": "secret"}])
     before = sorted(tmp_path.rglob("*"))
@@ -263,7 +263,7 @@ def test_files_that_cannot_be_read(folder: Path) -> None:
 
 
 def test_values_are_plain_python_values(lake: Lake) -> None:
-    """Each of DuckDB's types comes as Python says it; what is a date by its looks in JSON stays text."""
+    """Each of DuckDB's types becomes its Python type; a text in JSON that looks like a date stays text."""
     select = """SELECT 1 AS id, 1.5 AS dec, 1e300 AS f, NULL AS n, true AS b, 'é' AS s, '\\xFF'::BLOB AS bl,
         DATE '2024-02-29' AS d, TIMESTAMP '2024-02-29 12:00:00.000001' AS ts,
         TIMESTAMPTZ '2024-02-29 12:00+01' AS tz,
@@ -296,7 +296,7 @@ def test_values_are_plain_python_values(lake: Lake) -> None:
 
 @pytest.mark.parametrize("kind", ["DATE", "TIMESTAMP", "TIMESTAMPTZ"])
 def test_a_date_that_python_has_not(lake: Lake, kind: str) -> None:
-    """It comes as text, those beside it as dates; as a key it is refused, by name, before any row is read."""
+    """It is a text, next to real dates; as a key it is refused by name before any row is read."""
     select = (
         f"SELECT id, if(id = 3, '19999-01-01', '2024-02-0' || (id + 1))::{kind} AS text FROM t WHERE id < 9"
     )
@@ -311,7 +311,7 @@ def test_a_date_that_python_has_not(lake: Lake, kind: str) -> None:
 
 
 def test_what_looks_like_a_date_in_json_stays_text(folder: Path) -> None:
-    """JSON has no dates: "2024-01-01" comes as it is; mixed columns come as what each line says."""
+    """JSON has no dates: "2024-01-01" stays a text, and a mixed column keeps the value of each line."""
     rows = [
         {"id": "2024-01-01", "text": "2024-01-01T00:00:00Z", "mixed": 1},
         {"id": "007", "text": "12:00:00", "mixed": "one"},
@@ -380,7 +380,7 @@ def test_a_night_without_rows(folder: Path, name: str, content: str) -> None:
 
 
 def test_a_source_with_an_unknown_feature_or_lost_files(lake: Lake, folder: Path) -> None:
-    """A Delta table of a feature that nobody reads is refused; a file that is not there now may come back."""
+    """An unknown Delta feature is refused; a missing file counts as temporary."""
     write_deltalake(folder / "d", pa.Table.from_pylist(ROWS))
     lake.check(selection("d"))
     for file in (folder / "d").glob("*.parquet"):
@@ -399,7 +399,7 @@ def test_a_source_with_an_unknown_feature_or_lost_files(lake: Lake, folder: Path
 
 
 def test_rivals_files_that_are_lost(lake: Lake) -> None:
-    """What a rival wrote and is not there to be read is waited for, and nothing is written meanwhile."""
+    """A concurrent writer's file that cannot be read is waited for, and nothing is written meanwhile."""
     writer, rival = lake.writer(selection(), TABLE), lake.writer(selection(), TABLE)
     rival.commit([row(1, "rival")], [])
     (file,) = Path(lake.where(OUT)).glob("*.parquet")
@@ -414,7 +414,7 @@ def test_rivals_files_that_are_lost(lake: Lake) -> None:
 
 
 def test_closing_while_a_thread_still_counts(folder: Path) -> None:
-    """Closing ends what other threads ask; they are told so, also those that come late."""
+    """Closing ends the queries of other threads with an error, also those that come later."""
     lake = Lake(str(folder))
     slow = selection("SELECT a.range AS id, 'x' AS text FROM range(3000000) a, range(300000) b")
     said: list[BaseException] = []
@@ -520,7 +520,7 @@ def test_ids_of_another_type_are_refused(lake: Lake) -> None:
 
 
 def test_refresh(lake: Lake) -> None:
-    """`missing`, `changed`, `failed` and `all` select as they say, `since` leaves out what was just done."""
+    """`missing`, `changed`, `failed` and `all` select their rows, and `since` leaves out rows just done."""
     start = dt.datetime.now(dt.UTC)
     writer = lake.writer(selection(), TABLE)
     old = {"_fingerprint": "old", "_input_hash": "old hash"}
@@ -547,7 +547,7 @@ def test_refresh(lake: Lake) -> None:
 
 
 def test_rows_stream_and_can_be_left(lake: Lake) -> None:
-    """Lists have at most `size` rows, and a stream that is closed half way lets the lake go on."""
+    """Lists have at most `size` rows, and the lake stays usable if a stream is closed half-way."""
     big = selection("SELECT id, 'text' AS text FROM range(300000) r(id)")
     stream = lake.rows(big, 100)
     assert len(next(stream)) == 100
@@ -630,7 +630,7 @@ def test_folders_of_any_name(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("sign", ["#", "?", "%41", "\n"])
 def test_names_that_a_url_does_not_hold(bucket: str, sign: str) -> None:
-    """On an object store, a name that delta-rs would shorten, and two tables become one, is refused."""
+    """A name that delta-rs would shorten on an object store, so that two tables become one, is refused."""
     lake = Lake(bucket)
     with pytest.raises(InvalidCall, match=r"no Delta table can be in .* give another predict_id"):
         lake.outputs(f"a{sign}1")
@@ -661,7 +661,7 @@ def test_a_folder_with_files_is_not_taken_for_outputs(lake: Lake, folder: Path, 
 
 
 def test_a_path_that_looks_like_a_url_and_a_url_with_a_password(tmp_path: Path) -> None:
-    """A path without a scheme is taken as it is; the password in a URL is shown to nobody."""
+    """A path without a scheme is used as it is; a password in a URL is never rendered."""
     jsonl(tmp_path / "a::b@c/t.jsonl", ROWS)
     lake = Lake(str(tmp_path / "a::b@c"))
     assert keys(lake, selection()) == list(range(10))
@@ -679,7 +679,7 @@ def test_a_path_that_looks_like_a_url_and_a_url_with_a_password(tmp_path: Path) 
 
 
 def test_many_comments_before_no_statement(lake: Lake) -> None:
-    """What is a statement is found in linear time."""
+    """A statement is recognised in linear time."""
     start = time.monotonic()
     assert "must be one SELECT" in refusal(lake, selection("/**/" * 20_000 + "drop table t"))
     assert keys(lake, selection("/* a * b */ -- c\n/**/(SELECT * FROM t)")) == list(range(10))
@@ -766,7 +766,7 @@ def test_partitions(lake: Lake, partition: str) -> None:
 def test_a_rival_beside_a_compaction(
     lake: Lake, monkeypatch: pytest.MonkeyPatch, moment: str, ids: tuple[int, int]
 ) -> None:
-    """What a rival commits right before or after a compaction, of one file or of two, is replaced."""
+    """A concurrent commit right before or after a compaction, of one file or of two, is replaced."""
     writer, rival = lake.writer(selection(), TABLE), lake.writer(selection(), TABLE)
     compact = TableOptimizer.compact
 
@@ -792,7 +792,7 @@ def test_a_rival_beside_a_compaction(
 
 
 def test_keys_that_a_rival_wrote_are_replaced_however_long_ago(lake: Lake) -> None:
-    """The last commit wins, whole, also when this writer has committed other keys since the rival's."""
+    """The last commit wins completely, also if this writer has committed other keys since the other one's."""
     writer, rival = lake.writer(selection(), TABLE), lake.writer(selection(), TABLE)
     rival.commit([row(1, "rival"), row(2, "rival")], [])
     writer.commit([row(5, "mine")], [])
@@ -819,7 +819,7 @@ def test_a_commit_repeated_after_a_lost_acknowledgement(lake: Lake) -> None:
 
 @pytest.mark.parametrize("table", [TABLE, FLAT])
 def test_one_writer_that_commits_a_key_again(lake: Lake, table: OutputTable) -> None:
-    """Repeated on the same writer, now or much later, a commit replaces itself, whatever `redo` says."""
+    """A commit repeated on the same writer, now or much later, replaces itself for any `redo`."""
     writer = lake.writer(selection(), table)
     positions = (0, 1) if table.flatten else (None,)
 
@@ -837,7 +837,7 @@ def test_one_writer_that_commits_a_key_again(lake: Lake, table: OutputTable) -> 
 
 
 def test_a_key_twice_in_one_commit(lake: Lake) -> None:
-    """A source that gave a key twice has its later output, whole."""
+    """If a source gives a key twice, its later output is kept completely."""
     writer = lake.writer(selection(), TABLE)
     writer.commit([row(1, "a"), row(2, "b"), row(1, "c")], [])
     writer.commit([row(2, "d"), row(2, "e"), row(3, "f")], [(2,)])
@@ -967,7 +967,7 @@ def test_four_processes_that_write_the_same_keys(lake: Lake, folder: Path) -> No
 
 
 def test_a_killed_writer_loses_nothing_committed(lake: Lake, folder: Path) -> None:
-    """SIGKILL at any moment leaves whole commits; the next writers go on and end with each key once."""
+    """SIGKILL at any moment leaves complete commits; the next writers resume, and each key is there once."""
     jsonl(folder / "t.jsonl", [{"id": i, "text": ""} for i in range(120)])
     acknowledged: set[int] = set()
     *killed, last = [start_rival(str(folder), "f") for _ in range(4)]
@@ -988,7 +988,7 @@ def test_a_killed_writer_loses_nothing_committed(lake: Lake, folder: Path) -> No
 def test_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No room is `TablesUnavailable`, nothing half written shows, and later the same call works."""
+    """A full disk is `TablesUnavailable`, nothing partial is visible, and later the same call succeeds."""
     if (
         os.geteuid() != 0
         or subprocess.run(
@@ -1028,7 +1028,7 @@ def test_a_full_disk(
 
 
 def test_compaction_keeps_contents_and_rivals_go_on(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many small files become few, under a rival's and a reader's feet, and nothing is lost or doubled."""
+    """Many small files become few next to a concurrent writer and a reader; nothing is lost or doubled."""
     monkeypatch.setattr(delta_writer, "COMPACT_EVERY", 30)
     monkeypatch.setattr(delta_writer, "SMALL_FILES", 20)
     writer, rival = lake.writer(selection(), TABLE), lake.writer(selection(), TABLE)
@@ -1094,7 +1094,7 @@ def bucket() -> Iterator[str]:
 
 
 def test_an_object_store(bucket: str, tmp_path: Path) -> None:
-    """Over S3: every format is read, outputs are written, redone, found again and settled with rivals."""
+    """Over S3 every format is read, and outputs are written, found, replaced and reconciled."""
     fs = s3fs.S3FileSystem(skip_instance_cache=True)
     for ending in ("parquet", "jsonl.gz", "csv"):
         write_source(tmp_path / f"x.{ending}", ROWS)
@@ -1120,7 +1120,7 @@ def test_an_object_store(bucket: str, tmp_path: Path) -> None:
 
 
 def test_tables_that_are_put_on_an_object_store(bucket: str) -> None:
-    """Over S3 they are made, replaced by key, and read by name in a SELECT that filters by text."""
+    """Tables are created, replaced by key, and read by name in a SELECT that filters by text."""
     lake = Lake(f"{bucket}-new")
     assert not lake.has("scores")
     for score in (0.5, 1.5):
@@ -1133,7 +1133,7 @@ def test_tables_that_are_put_on_an_object_store(bucket: str) -> None:
 
 
 def test_rival_processes_on_an_object_store(bucket: str) -> None:
-    """Two processes that write the same keys over S3 are settled there too."""
+    """Two processes that write the same keys over S3 are reconciled, too."""
     s3fs.S3FileSystem(skip_instance_cache=True).pipe(
         f"{bucket}2/t.jsonl", "".join(f'{{"id": {i}, "text": "x"}}\n' for i in range(12)).encode()
     )
@@ -1144,7 +1144,7 @@ def test_rival_processes_on_an_object_store(bucket: str) -> None:
 
 
 def test_an_object_store_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store that does not answer may come back; a bucket that is not there will not."""
+    """An object store that does not respond counts as temporary; a missing bucket does not."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")

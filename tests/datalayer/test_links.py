@@ -1,4 +1,4 @@
-"""Links in a lake: followed wherever a table is named, each file once, and not out of the site's places."""
+"""Links in a lake are followed wherever a table is named, each file once, and only to allowed places."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TABLES = [
 
 @pytest.mark.parametrize(("table", "ids"), TABLES)
 def test_links_are_followed(model: VllmAPI, table: str, ids: set[int]) -> None:
-    """By name, by a glob and in a SELECT; a file that several paths lead to is read once."""
+    """Links work by name, by a glob and in a SELECT; a file with several paths is read once."""
     for number, select in enumerate((table, f'SELECT id, text FROM "{table}"')):
         shown = model.preview("text", select, n=10)
         assert sorted(row.key[0] for row in shown.rows) == sorted(ids)
@@ -68,7 +68,7 @@ def test_links_that_lead_nowhere_are_named(model: VllmAPI, lake: Path) -> None:
 
 
 def test_a_select_opens_no_other_file(model: VllmAPI, lake: Path) -> None:
-    """A link opens the file that it leads to, in a SELECT that names it, and nothing else."""
+    """In a SELECT a link opens the file that it leads to, and nothing else."""
     other = lake.parent / "outside/2024/b.parquet"
     for select in (
         f"SELECT id, text FROM single UNION ALL SELECT id, text FROM read_parquet('{other}')",
@@ -79,7 +79,7 @@ def test_a_select_opens_no_other_file(model: VllmAPI, lake: Path) -> None:
 
 
 def test_outputs_behind_a_link(model: VllmAPI, lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are kept there, and found again; not outside of the places that the site allows."""
+    """Outputs are kept and found there, but not outside of the places that the site allows."""
     (lake.parent / "kept").mkdir()
     (lake / "_outputs__m").symlink_to(lake.parent / "kept")
     assert [model.predict_in_db("text", "years").processed for _ in range(2)] == [2, 0]

@@ -1,4 +1,4 @@
-"""Tables that are read whole and written by key: `Tables.read`, `has`, `put` in lakes and databases."""
+"""Complete tables that are written by key: `Tables.read`, `has`, `put` in lakes and databases."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def stored(tables: Tables, name: str = "scores") -> list[dict[str, Any]]:
 
 
 def test_read_gives_rows_of_tables_and_selects(tables: Tables) -> None:
-    """All columns or those named, of a table or a SELECT."""
+    """`read` returns all columns or those named, of a table or a SELECT."""
     assert sorted(everything(tables, "rows"), key=lambda r: r["id"]) == [
         {"id": 0, "text": "a"},
         {"id": 1, "text": "b"},
@@ -90,7 +90,7 @@ def test_read_gives_rows_of_tables_and_selects(tables: Tables) -> None:
 
 
 def test_read_streams_in_pages(place: Place) -> None:
-    """No list is longer than 1,000 rows, and none is lost between two."""
+    """No list is longer than 1,000 rows, and none is lost between two lists."""
     place.fill_texts(*map(str, range(2500)))
     with closing(place.db.tables()) as tables:
         pages = list(tables.read("rows", ["id"]))
@@ -116,7 +116,7 @@ def test_what_cannot_be_read_is_refused(
 
 
 def test_a_name_that_two_columns_have_harms_nobody_who_wants_another(tables: Tables) -> None:
-    """Only a column that is wanted must have a name of its own."""
+    """Only the columns that are read need unique names."""
     select = "SELECT a.id, b.id, a.text FROM rows a JOIN rows b ON a.id = b.id WHERE a.id = 0"
     assert everything(tables, select, "text") == [{"text": "a"}]
 
@@ -145,7 +145,7 @@ def sql(value: Any) -> str:
 
 
 def test_a_table_has_the_same_values_wherever_it_is(place: Place) -> None:
-    """SQLite has numbers for booleans, and text for times and JSON: a table says what they are."""
+    """SQLite has numbers for booleans, and text for times and JSON; the table declares the types."""
     if "://" in place.url:
         columns = ", ".join(f'"{name}" {kind}' for name, kind in TYPES.items())
         rows = ", ".join(f"({row['id']}, {', '.join(sql(row[name]) for name in TYPES)})" for row in TYPED)
@@ -211,7 +211,7 @@ def test_a_table_is_there_or_not(tables: Tables) -> None:
 
 
 def test_a_lake_that_is_not_there_has_no_table_and_is_made(tmp_path: Path) -> None:
-    """Asking makes nothing; a folder without data files is no table, but may become one."""
+    """A query creates nothing; a folder without data files is no table, but may become one."""
     with closing(Lake(str(tmp_path / "new" / "lake"))) as lake:
         assert not lake.has("scores")
         assert not (tmp_path / "new").exists()
@@ -262,7 +262,7 @@ def test_types_and_floats_come_back_as_they_went(tables: Tables) -> None:
 
 @pytest.mark.parametrize("kind", ["int64", "bool", "string", "timestamp"])
 def test_any_type_but_float_is_a_key(tables: Tables, kind: str) -> None:
-    """Keys of each type are told apart and found again."""
+    """Keys of each type stay distinct and are found again."""
     values = {"int64": [-(2**63), 0, 2**63 - 1], "bool": [False, True], "string": ["", "a", "A", "a "]}
     times = [AT, AT + dt.timedelta(microseconds=1), AT + dt.timedelta(milliseconds=1)]
     kinds = {"timestamp": pa.timestamp("us", "UTC"), "bool": pa.bool_(), "int64": pa.int64()}
@@ -297,7 +297,7 @@ def test_columns_in_another_order_are_the_same_table(tables: Tables) -> None:
 
 
 def test_another_shape_is_refused(tables: Tables) -> None:
-    """The difference and the way out are named, and what is there stays."""
+    """The error names the difference and the way out, and the existing table stays."""
     tables.put("scores", table(score("a", 1)), KEY)
     one = table(score("a", 2))
     for other, words in (
@@ -327,14 +327,14 @@ def test_another_shape_is_refused(tables: Tables) -> None:
 def test_rows_that_cannot_be_put_are_refused(
     tables: Tables, rows: dict[str, Any], key: list[str], words: str
 ) -> None:
-    """Before anything is made, with words that say why."""
+    """The error gives the reason before anything is created."""
     with pytest.raises(InvalidCall, match=words):
         tables.put("t", pa.table(rows), key)
     assert not tables.has("t")
 
 
 def test_what_postgresql_cannot_hold_is_refused(postgres: Any) -> None:
-    """Text with the character 0, and a name that it would cut."""
+    """Text with the character 0, and a name that it would truncate, are refused."""
     with closing(Datalayer(url=postgres.new_database()).tables()) as tables:
         with pytest.raises(InvalidCall, match="column 'said': the character 0"):
             tables.put("scores", table(score("a", 1), score("a", 2, said="\0")), KEY)
@@ -347,8 +347,9 @@ def test_what_postgresql_cannot_hold_is_refused(postgres: Any) -> None:
 
 
 def test_rivals_lose_nothing(place: Place, tables: Tables) -> None:
-    """Two at once, on one object or on two, with keys of their own and one set of keys that both write:
-    all are there once, and those of both are wholly of one put."""
+    """Two concurrent puts, on one object or two, with own and common keys, lose nothing: all keys are
+    there once, and each common key is completely from one put.
+    """
     errors: list[BaseException] = []
 
     def rival(mine: Tables, run: str) -> None:
@@ -376,7 +377,7 @@ def test_rivals_lose_nothing(place: Place, tables: Tables) -> None:
 
 
 def put_for_ever(url: str, first: int, started: Any) -> None:
-    """All rows of `run`, with another number each time."""
+    """Put all rows of `run` for ever, with another number each time."""
     tables = Datalayer(url=url).tables()
     started.set()
     for n in itertools.count(first):

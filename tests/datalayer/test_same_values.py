@@ -54,7 +54,7 @@ def rows(url: Any, select: str, columns: Sequence[str] = ("id", "x")) -> list[tu
     ],
 )
 def test_what_sql_would_change_is_refused(tmp_path: Path, kind: str, values: Any, type_: pa.DataType) -> None:
-    """By name, and only where the column is used."""
+    """The refusal names the column, and comes only if the column is used."""
     written(tmp_path / "t", {"id": [1], "x": pa.array(values, type_), "y": ["a"]}, kind)
     assert len(rows(tmp_path, "t")) == 1
     for select in ("SELECT * FROM t", "SELECT id, CAST(x AS VARCHAR) AS x FROM t"):
@@ -85,7 +85,7 @@ def test_all_other_types_are_the_same(tmp_path: Path, kind: str) -> None:
 
 
 def test_times_that_are_marked_as_utc(tmp_path: Path) -> None:
-    """As older versions of pyarrow marked all times; DuckDB would add a zone to them."""
+    """Older versions of pyarrow marked all times as UTC; DuckDB would add a zone to them."""
     times = pa.array([dt.time(1, 2, 3)])
     columns = {"id": [1], "x": times, "y": pa.array([[dt.time(1)]]), "z": times.cast(pa.time64("ns"))}
     written(tmp_path / "t", columns, write_time_adjusted_to_utc=True)
@@ -110,7 +110,7 @@ def test_spans_of_parquet_are_texts_of_a_select(tmp_path: Path) -> None:
 @pytest.mark.parametrize("root", ["lake", "of=us/lake"])
 @pytest.mark.parametrize("select", ["sales", "sales/*/*.parquet", "SELECT * FROM sales"])
 def test_folders_of_partitions_are_columns(tmp_path: Path, root: str, select: str) -> None:
-    """As text, of what follows the lake's own folder; it counts where the files have the column too."""
+    """Partitions below the lake's own folder are text columns, and win over a column in the files."""
     lake = tmp_path / root
     written(lake / "sales/year=2024/a", {"id": [1], "year": [1999]})
     written(lake / "sales/year=%C3%A9 1/a", {"id": [2]})
@@ -123,7 +123,7 @@ def test_folders_of_partitions_are_columns(tmp_path: Path, root: str, select: st
 
 @pytest.mark.parametrize("select", ["sales", "SELECT * FROM sales"])
 def test_a_partition_is_a_key_and_a_prompt(tmp_path: Path, server: ScriptedServer, select: str) -> None:
-    """As a cell of a CSV is: two rows of one id are two keys, and SQL casts."""
+    """A partition is text like a cell of a CSV: two rows of one id have two keys, and SQL can cast."""
     written(tmp_path / "sales/year=2024/a", {"id": [1]})
     written(tmp_path / "sales/year=2025/a", {"id": [1]})
     model = VllmAPI(identifier="m", api_url=server.url, db={"url": str(tmp_path)})
@@ -177,7 +177,7 @@ def cases(kind: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "jsonl", "csv"])
 def test_names_that_differ_in_case(tmp_path: Path, server: ScriptedServer, kind: str) -> None:
-    """They are two columns by name; SQL would take one for the other, and says so."""
+    """By name they are two columns; SQL would confuse them, so a SELECT is refused."""
     cases(kind, tmp_path)
     model = VllmAPI(identifier="m", api_url=server.url, db={"url": str(tmp_path)})
     assert model.predict_in_db("text", "t").succeeded == 1
@@ -192,7 +192,7 @@ def test_names_that_differ_in_case(tmp_path: Path, server: ScriptedServer, kind:
 
 
 def test_a_select_that_makes_such_names(tmp_path: Path) -> None:
-    """In a lake, where it harms nobody who wants another column; SQLite would give the first for each."""
+    """A lake refuses it only if such a column is used; SQLite would return the first one for both."""
     written(tmp_path / "t", {"id": [1], "x": ["a"]})
     select = "SELECT id, x AS Text, 'b' AS text FROM t"
     for name in ("Text", "text"):

@@ -1,4 +1,4 @@
-"""Outputs know what they are of: another source is refused, the same one by another name is not."""
+"""Outputs know their source: another source is refused, the same one under another name is accepted."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_other_tables_and_statements_are_other_sources(one: str, other: str) -> 
 
 
 def test_a_source_is_not_its_host() -> None:
-    """The place counts only where rows are read elsewhere than outputs are kept, and never its host."""
+    """The location counts only if rows are read from another place than `db`, and never its host."""
     assert source_id("t", "postgresql://a/x") == source_id("public.t", "postgresql+psycopg://u:p@b/x")
     assert source_id("t", "/one") == source_id("t", "s3://bucket/two") == "t"
     assert source_id("t", "/one", "/one") == "t"
@@ -124,7 +124,7 @@ def test_another_source_is_refused_before_any_row(
 
 
 def test_the_same_rows_by_another_name_go_on(model: VllmAPI, place: Place) -> None:
-    """`same_source` says so once: outputs of both names then go on with either."""
+    """`same_source` is needed once; then outputs of both names resume with either name."""
     place.fill_texts("a")
     ask(model, "rows")
     place.fill_texts("a", "b")
@@ -136,7 +136,7 @@ def test_the_same_rows_by_another_name_go_on(model: VllmAPI, place: Place) -> No
 
 
 def test_a_lake_that_was_moved_goes_on(server: ScriptedServer, tmp_path: Path) -> None:
-    """With its outputs, under another name and by a file's name."""
+    """It resumes with its outputs, under another name and by a file's name."""
     place = Place(str(tmp_path / "before"))
     place.fill_texts("a")
     model = VllmAPI(identifier="m", api_url=server.url)
@@ -148,7 +148,7 @@ def test_a_lake_that_was_moved_goes_on(server: ScriptedServer, tmp_path: Path) -
 def test_a_limit_replaces_no_outputs_of_another_prompt(
     model: VllmAPI, place: Place, server: ScriptedServer
 ) -> None:
-    """A trial with another prompt is refused with the ways out; new rows may be tried."""
+    """A trial with another prompt is refused with the ways out; a trial of new rows is allowed."""
     place.fill_texts("a", "b")
     ask(model, "rows")
     asked = len(server.posts)
@@ -170,7 +170,7 @@ def test_a_limit_may_replace_errors(model: VllmAPI, place: Place) -> None:
 
 
 def test_a_saved_name_without_a_server(model: VllmAPI) -> None:
-    """Whether it is one cannot be asked: refused with the reason, and what else may be given."""
+    """Without a server a name cannot be looked up: it is refused with the reason and the alternatives."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     words = r"'warehouse' is no folder here.*PREFECT_API_URL.*a URL, or a path"

@@ -40,7 +40,7 @@ TEXTS = [*NASTY, *(f"k{i}" for i in range(ROWS - len(NASTY)))]
 
 
 def quoted(text: str, url: str) -> str:
-    """As an SQL literal that passes the driver."""
+    """The value as an SQL literal that passes the driver."""
     if url.startswith("mysql"):
         text = text.replace("\\", "\\\\")
     found = "'" + text.replace("'", "''") + "'"
@@ -104,7 +104,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So few rows are many pages, parts and lists."""
+    """Small limits, so that few rows make many pages, parts and lists."""
     for name, value in {"PAGE": 7, "FIRST": 16, "TEXTS": 32, "PART_ROWS": 100}.items():
         monkeypatch.setattr(f"vllm_tasks.datalayer.sources.sql_keys.{name}", value)
     monkeypatch.setattr("vllm_tasks.datalayer.sources.sql_values.LISTED", 11)
@@ -138,8 +138,9 @@ def found(here: Elsewhere, key: tuple[str, ...]) -> list[SourceRow]:
 @pytest.mark.parametrize("done", [range(250), range(0, ROWS, 2)], ids=str)
 @pytest.mark.parametrize("indexed", [True, False], ids=["index", "none"])
 def test_each_row_is_found_once(place: str, kind: str, done: range, indexed: bool, tmp_path: Path) -> None:
-    """Rows that are not done, each once with its own values, whatever the type of the key and however many
-    lie between them."""
+    """Rows that are not done are read once with their own values, for any type of key and any distance
+    between them.
+    """
     name = "postgres" if place.startswith("postgres") else place.partition(":")[0].partition("+")[0]
     spec, value = KINDS[name][kind]
     primary = " NOT NULL PRIMARY KEY" if indexed else ""
@@ -157,7 +158,7 @@ def test_each_row_is_found_once(place: str, kind: str, done: range, indexed: boo
 @pytest.mark.parametrize("done", [range(0, ROWS, 7), range(290)], ids=str)
 @pytest.mark.parametrize("index", ["PRIMARY KEY (b, a)", "UNIQUE (n)", ""])
 def test_keys_of_several_columns(place: str, done: range, index: str, tmp_path: Path) -> None:
-    """By an index of all of them, of some, in another order, or without any."""
+    """Keys are read by an index of all their columns, of some, in another order, or without an index."""
     run(
         place,
         "CREATE TABLE t (a VARCHAR(20) NOT NULL, b INTEGER NOT NULL, n INTEGER NOT NULL, text VARCHAR(20)"
@@ -202,7 +203,7 @@ def test_rows_that_change_while_they_are_read(place: str, key: tuple[str, ...]) 
 
 @pytest.mark.parametrize("place", list(KINDS), indirect=True)
 def test_values_of_done_rows_stay_where_they_are(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 300 rows with 3 wanted ones, values of a page for each are read at most, and no others."""
+    """If 3 of 300 rows are wanted, at most one page of values is read for each."""
     run(
         place,
         "CREATE TABLE t (id INTEGER PRIMARY KEY, text TEXT)",

@@ -54,7 +54,7 @@ def run(url: str, *statements: str) -> None:
 
 
 def rows(source: SqlSource, key: tuple[str, ...], columns: tuple[str, ...]) -> list[tuple[Any, ...]]:
-    """Key and values of all rows, every second one asked for by its number and both halves joined."""
+    """Key and values of all rows; every second row is requested by its number, and both halves are joined."""
     schema = pa.schema(list(zip(key, source.key_types(key), strict=True)))
     unreadable, found = Unreadable(), []
     for part in source.parts(schema, columns, unreadable):
@@ -157,7 +157,7 @@ def test_types_of_mariadb(maria: str) -> None:
 
 
 def test_mariadb_keeps_no_outputs(maria: str, pg: Place) -> None:
-    """It is refused at once, with the reason and the way out."""
+    """The call is refused at once, with the reason and the way out."""
     for url in (maria, "mssql+pyodbc://u@h/d", "oracle://u@h/d"):
         with pytest.raises(InvalidCall, match=r"MariaDB.*source=|driver"):
             Database(url)
@@ -166,7 +166,7 @@ def test_mariadb_keeps_no_outputs(maria: str, pg: Place) -> None:
 @pytest.mark.parametrize("kind", ["", "BLOB"])
 @pytest.mark.parametrize("select", ["t", "SELECT id, x FROM t"])
 def test_keys_that_are_one_as_text(tmp_path: Path, kind: str, select: str) -> None:
-    """SQLite tells 1 from '1'; a key of texts does not, so neither stands for the other."""
+    """SQLite distinguishes 1 and '1', keys of text do not, so such keys are refused."""
     (tmp_path / "f.db").touch()
     url = f"sqlite:///{tmp_path}/f.db"
     run(url, f"CREATE TABLE t (id {kind}, x TEXT)", "INSERT INTO t VALUES (1, 'a'), ('1', 'b'), ('2', 'c')")

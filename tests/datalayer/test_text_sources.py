@@ -1,4 +1,4 @@
-"""Text files as sources: every cell and every JSON value is what the file has; a bad line costs itself."""
+"""Text files as sources: cells and JSON values come as in the file; a bad line affects only itself."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def write(tmp_path: Path) -> Write:
 def read(
     source: Csv | JsonLines, columns: Sequence[str] = ("text",), key: pa.Schema | str = "id"
 ) -> tuple[dict[Any, Any], dict[Any, str], Unreadable]:
-    """(values by key, errors by key, what was unreadable); a single column's or key's value stands alone."""
+    """Values by key, errors by key, and unreadable lines; a single column or key is not a tuple."""
     if isinstance(key, str):
         key = pa.schema([(key, source.key_types([key])[0])])
     found, errors, unreadable = {}, {}, Unreadable()
@@ -134,7 +134,7 @@ def test_what_comes_late_changes_nothing(write: Write, late: str) -> None:
 
 
 def test_a_cell_of_100_mb_among_bad_records(write: Write) -> None:
-    """A pass with larger blocks tells nothing twice."""
+    """A pass with larger blocks reports nothing twice."""
     rows = "".join(f"{i},t{i}\n" + f"x{i},a,b\n" * (i % 40_000 == 7) for i in range(100_000))
     found, errors, unreadable = read(
         Csv(
@@ -169,7 +169,7 @@ def test_records_with_too_many_or_few_cells_are_errors_of_their_rows(write: Writ
 
 
 def test_lines_of_a_text_without_quotes_take_no_other_record_along(write: Write) -> None:
-    """`Regards` stands where a key would, twice; and what looks like the key 2 is one already."""
+    """`Regards` stands twice in the place of a key, and a line looks like a second row with the key 2."""
     content = "id,text\n1,hello\nRegards\n2\n2,x\nRegards\nBye\n3,a,b\n3,y\n"
     source = Csv([write("t.csv", content)])
     found, errors, unreadable = read(source)
@@ -796,7 +796,7 @@ def test_blocks_of_any_size_give_the_same_records(
 
 
 def test_lines_of_a_txt(tmp_path: Path) -> None:
-    """As docs/how-to/sources.md says: linked as a CSV, with a delimiter that no line has."""
+    """The way in docs/how-to/sources.md: linked as a CSV, with a delimiter that no line contains."""
     (tmp_path / "lines.txt").write_text('a, "b"\n c\n')
     (tmp_path / "lines.csv").symlink_to(tmp_path / "lines.txt")
     options = {"header": ["text"], "quote": "", "delimiter": "\x01"}

@@ -1,4 +1,4 @@
-"""1,000 rows of which 10 are poisoned, and what must become of them, whichever the model."""
+"""1,000 rows with 10 poisoned ones, and the expected result for any model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROWS = [PLACES.get(i, f"row {i}") for i in range(1000)]
 
 
 def check_poisoned(results: list[Any]) -> None:
-    """990 answers in order, and 10 errors that say which and why."""
+    """Check 990 answers in order, and 10 errors that name their row and reason."""
     errors = [r for r in results if isinstance(r, RowError)]
     assert [e.index for e in errors] == sorted(PLACES)
     assert [e.kind for e in errors] == ["too_long", "prompt", "prompt", "prompt", "too_long"] * 2

@@ -34,7 +34,7 @@ def words_of(prompt: object) -> str:
 
 
 class ScriptedEngine:
-    """The far side: answers after as many turns of the loop as a row's script says.
+    """An engine that completes a row after as many turns of the loop as its script says.
 
     It records chunks, and how many rows were in flight at most.
     """
@@ -81,7 +81,7 @@ class ScriptedEngine:
 
 
 class FailingEngine(ScriptedEngine):
-    """Raises for rows that say so, after their turns."""
+    """Raises for rows whose script says so, after their turns."""
 
     def result(self, request: Request) -> Result:
         if request.prompt == "die":
@@ -138,12 +138,12 @@ def test_folding_loses_no_row_and_asks_equal_ones_once(prompts: list[Any], sampl
     ],
 )
 def test_only_greedy_single_answers_must_be_equal(sampling: dict[str, Any], expected: bool) -> None:
-    """The temperature must be given as 0: what a server's default is, is not known."""
+    """The temperature must be given as 0, because the server's default is unknown."""
     assert is_deterministic(sampling) is expected
 
 
 def test_a_text_and_messages_of_the_same_letters_are_not_folded() -> None:
-    """What looks alike as JSON is still asked apart."""
+    """Prompts that look alike as JSON are still sent separately."""
     messages = [{"role": "user", "content": "x"}]
     requests = [Request('[{"role": "user", "content": "x"}]', GREEDY), Request(messages, GREEDY)]
     assert len(fold(requests)) == 2
@@ -168,7 +168,7 @@ def test_common_prefixes_go_out_side_by_side() -> None:
 def test_answers_come_back_in_input_order(
     prompts: list[Any], size: int | None, limit: int, greedy: bool, turns: list[int]
 ) -> None:
-    """Whatever finishes first, each row gets its own answer or error, with its own index."""
+    """Each row gets its own answer or error, with its own index, in any order of completion."""
     delays = iter(range(10**9))
     engine = ScriptedEngine(limit, lambda _: turns[next(delays) % len(turns)])
     results = ask(engine, prompts, size, **(GREEDY if greedy else {}))
@@ -189,7 +189,7 @@ def test_answers_come_back_in_input_order(
 def test_the_window_is_exceeded_by_no_more_than_a_chunk(
     rows: int, size: int | None, limit: int, calls: int
 ) -> None:
-    """Rows in flight stay under the limit rounded up to whole chunks, over all calls together."""
+    """Rows in flight stay under the limit rounded up to full chunks, over all calls together."""
     engine = ScriptedEngine(limit, lambda request: len(str(request.prompt)) % 4)
     requests = [Request(f"{'x' * (i % 5)}{i}", {}) for i in range(rows)]
 
@@ -202,7 +202,7 @@ def test_the_window_is_exceeded_by_no_more_than_a_chunk(
 
 
 def test_equal_greedy_rows_are_asked_once() -> None:
-    """Every place of a folded row gets the answer; sampled rows are all asked."""
+    """All copies of a folded row get the answer; sampled rows are sent one by one."""
     engine = ScriptedEngine(8)
     assert texts(ask(engine, ["a", "b", "a", "a"], 4, **GREEDY)) == ["re a", "re b", "re a", "re a"]
     assert sorted(engine.seen) == ["a", "b"]
@@ -218,7 +218,7 @@ def test_a_folded_error_has_each_places_own_index() -> None:
 
 
 def test_no_rows_and_rows_without_prompt_need_no_engine() -> None:
-    """Nothing is asked where there is nothing to ask."""
+    """Without rows nothing is sent."""
     engine = ScriptedEngine(1)
     assert ask(engine, [], 4) == []
     assert texts(ask(engine, [RowError("prompt", "a"), RowError("prompt", "b")], None)) == [
@@ -229,7 +229,7 @@ def test_no_rows_and_rows_without_prompt_need_no_engine() -> None:
 
 
 def test_a_slow_row_holds_its_own_place_only() -> None:
-    """The window refills row by row: chunks go on while one row of the first is still running."""
+    """The window refills row by row: chunks enter while one row of the first is still running."""
     engine = ScriptedEngine(4, lambda request: 200 if request.prompt == "a slow" else 1)
     prompts = ["a slow", *(f"b{i:02}" for i in range(31))]
     assert len(ask(engine, prompts, 4)) == 32
@@ -237,7 +237,7 @@ def test_a_slow_row_holds_its_own_place_only() -> None:
 
 
 def test_a_failed_call_raises_its_reason_bare_and_gives_its_room_back() -> None:
-    """What an engine raises arrives as it is, not in groups, and the window is empty again."""
+    """The engine's exception arrives unchanged, not in a group, and the window is empty again."""
     engine = FailingEngine(3, lambda request: 2 if request.prompt == "die" else 50)
     with pytest.raises(ServerUnavailable, match="gone"):
         ask(engine, ["a", "b", "die", "x", "y", "z", "zz"], 2)
@@ -247,7 +247,7 @@ def test_a_failed_call_raises_its_reason_bare_and_gives_its_room_back() -> None:
 
 
 def test_one_failing_call_leaves_its_neighbours_alone() -> None:
-    """Two calls share an engine: the one that fails does not take the other's rows along."""
+    """Two calls share an engine: the failure of one does not affect the other's rows."""
     engine = FailingEngine(2, lambda request: 1 if request.prompt == "die" else 5)
 
     async def both() -> list[Any]:
@@ -273,7 +273,7 @@ def test_one_failing_call_leaves_its_neighbours_alone() -> None:
 def test_a_cancelled_call_gives_all_its_room_back(
     after: int, size: int | None, limit: int, rows: int
 ) -> None:
-    """Cancelled at any moment, a call leaves an empty window, and the next call is answered."""
+    """A call that is cancelled at any moment leaves an empty window, and the next call completes."""
     engine = ScriptedEngine(limit, lambda _: 3)
 
     async def cancel_and_go_on() -> list[Result]:
@@ -290,7 +290,7 @@ def test_a_cancelled_call_gives_all_its_room_back(
 
 
 def test_an_invalid_call_found_by_the_engine_stays_one() -> None:
-    """An error of several chunks at once is raised once, as what it is."""
+    """One error of several chunks is raised once, with its own type."""
 
     class Refusing(ScriptedEngine):
         def result(self, request: Request) -> Result:
@@ -316,7 +316,7 @@ STEPS = st.lists(
 
 @given(limit=st.integers(1, 6), steps=STEPS)
 def test_the_window_serves_in_order_and_leaks_no_room(limit: int, steps: list[tuple[str, int]]) -> None:
-    """Under any mix of entering, leaving and cancelling: first come first served, and all room returns."""
+    """In any mix of entering, leaving and cancelling, the first comes first and all capacity returns."""
 
     async def play() -> None:
         window = Window(limit)
@@ -373,7 +373,7 @@ def test_a_turn_that_comes_with_a_cancellation_is_passed_on() -> None:
 
 
 def test_a_late_comer_does_not_overtake() -> None:
-    """While somebody waits, new rows wait behind, also where they would fit."""
+    """While somebody waits, new rows queue behind, even if they would fit."""
 
     async def play() -> list[str]:
         window, order = Window(2), list[str]()

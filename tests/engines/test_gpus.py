@@ -1,4 +1,4 @@
-"""What engines of one machine hold: devices, none twice, and slots; given back however they end."""
+"""Engines of one machine: no device is used twice, and devices and slots are released however they end."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def four(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_visible_devices_are_those_of_the_environment(
     visible: str, seen: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As CUDA reads it; an empty one hides all."""
+    """The variable is read as CUDA reads it; an empty one hides all devices."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert visible_devices() == seen
 
@@ -123,7 +123,7 @@ def test_no_two_processes_hold_the_same_device(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("four")
 def test_devices_stay_held_while_the_engines_process_lives(tmp_path: Path) -> None:
-    """Whoever took them may be gone: the lock is that of the process that inherited it."""
+    """The lock belongs to the process that inherited it, even if its creator has ended."""
     devices = asyncio.run(free_devices(4, tmp_path))
     engine = subprocess.Popen(
         [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=devices.locks
@@ -139,7 +139,7 @@ def test_devices_stay_held_while_the_engines_process_lives(tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("four")
 def test_a_machine_with_too_few_is_refused_at_once(tmp_path: Path) -> None:
-    """Also where this process itself holds them, and would wait for itself."""
+    """This also holds if this process itself has the devices and would wait for itself."""
     with pytest.raises(InvalidCall, match=r"needs 5 GPUs .* sees 4; .*num_gpus=0"):
         asyncio.run(free_devices(5, tmp_path))
     held = asyncio.run(free_devices(3, tmp_path))
@@ -150,7 +150,7 @@ def test_a_machine_with_too_few_is_refused_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("four")
 def test_who_waits_for_its_own_process_is_refused(tmp_path: Path) -> None:
-    """Of two engines that wait for another one's devices, one gets them, and the other is refused."""
+    """If two engines wait for each other's devices, one gets them and the other is refused."""
 
     async def both() -> list[Any]:
         waiting = [asyncio.create_task(free_devices(count, tmp_path)) for count in (2, 4)]
@@ -167,7 +167,7 @@ def test_who_waits_for_its_own_process_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("four")
 def test_a_folder_that_cannot_be_used_holds_nothing(tmp_path: Path) -> None:
-    """One that Docker made for a mount is opened to all; where a file cannot be opened, no lock is left."""
+    """A file that Docker made for a mount is opened to all; if it cannot be opened, no lock is left."""
     tmp_path.chmod(0o755)
     asyncio.run(free_devices(1, tmp_path)).release()
     assert tmp_path.stat().st_mode & 0o7777 == 0o1777
@@ -181,7 +181,7 @@ def test_a_folder_that_cannot_be_used_holds_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("four")
 def test_the_folder_is_common_to_all_users(tmp_path: Path) -> None:
-    """Anybody may add the file of a device, and nobody remove another's; whatever the umask is."""
+    """Everybody may add the file of a device, nobody may remove another's, under any umask."""
     before = os.umask(0o077)
     try:
         asyncio.run(free_devices(1, tmp_path / "locks")).release()
@@ -193,7 +193,7 @@ def test_the_folder_is_common_to_all_users(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("four")
 def test_a_forked_child_holds_nothing(tmp_path: Path) -> None:
-    """It would keep the devices when its parent is gone."""
+    """Otherwise the child would keep the devices after its parent's end."""
     devices = asyncio.run(free_devices(4, tmp_path))
     child = os.fork()
     if child == 0:  # pragma: no cover
@@ -223,7 +223,7 @@ def taken(limit: str) -> int:
 def test_a_second_engine_waits_for_the_first(
     limit: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As many slots as GPUs; the next in another process gets them when the first is closed."""
+    """There are as many slots as GPUs; another process gets them when the first engine is closed."""
     caplog.set_level("INFO")
     first, second = Slots(limit, 2), Slots(limit, 1)
 
@@ -262,13 +262,13 @@ def test_one_that_closes_while_it_waits_takes_nothing(limit: str, monkeypatch: p
 
 
 def test_a_missing_limit_is_refused() -> None:
-    """With the way to make it; Prefect itself would let everybody through."""
+    """The error says how to create the limit; Prefect itself would let every engine start."""
     with pytest.raises(InvalidCall, match=r"no global concurrency limit 'absent' .*make pools"):
         loop.run(Slots("absent", 1).take())
 
 
 def test_waiting_in_vain_is_refused(limit: str) -> None:
-    """For more than there is, or for what this process itself holds."""
+    """An engine is refused if it needs more slots than exist, or slots that this process itself holds."""
     with pytest.raises(InvalidCall, match=r"needs 3 slots .* which has 2; .*--gpus"):
         loop.run(Slots(limit, 3).take())
     mine = Slots(limit, 2)
@@ -279,7 +279,7 @@ def test_waiting_in_vain_is_refused(limit: str) -> None:
 
 
 def test_a_lost_lease_is_taken_anew(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a server was restarted, for instance; the engine goes on meanwhile."""
+    """A lease is renewed after a restart of the server, for instance, while the engine keeps running."""
     monkeypatch.setattr("vllm_tasks.engines.local.slots.RENEW_EVERY", 0.1)
     slots = Slots(limit, 1)
 
@@ -301,7 +301,7 @@ def test_a_lost_lease_is_taken_anew(limit: str, monkeypatch: pytest.MonkeyPatch)
 def test_a_lease_that_a_busy_server_does_not_renew_is_kept(
     limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has not ended: who let go of it would hold its slots and wait for others beside them."""
+    """The lease has not ended; releasing it would mean waiting for slots beside its own."""
     monkeypatch.setattr("vllm_tasks.engines.local.slots.RENEW_EVERY", 0.1)
     renew, renewed = PrefectClient.renew_concurrency_lease, asyncio.Event()
     refused = httpx.Response(500, request=httpx.Request("POST", "http://prefect"))
@@ -328,7 +328,7 @@ def test_a_lease_that_a_busy_server_does_not_renew_is_kept(
 
 
 def test_a_forked_child_counts_none_of_its_parents_slots(limit: str) -> None:
-    """It would be told to close engines that it does not have."""
+    """Otherwise the child would be asked to close engines that it does not have."""
     slots = Slots(limit, 1)
     loop.run(slots.take())
     child = os.fork()
@@ -339,7 +339,7 @@ def test_a_forked_child_counts_none_of_its_parents_slots(limit: str) -> None:
 
 
 def test_a_process_that_exits_gives_its_slot_back(limit: str, tmp_path: Path) -> None:
-    """By a server's name too, which is looked up when the interpreter has no more threads for it."""
+    """This works with a server's name, too, which is resolved when no more threads can start."""
     url = str(get_current_settings().api.url).replace("127.0.0.1", "localhost")
     env = {**os.environ, "LIMIT": limit, "PREFECT_API_URL": url, "PREFECT_HOME": str(tmp_path)}
     done = subprocess.run(
@@ -350,7 +350,7 @@ def test_a_process_that_exits_gives_its_slot_back(limit: str, tmp_path: Path) ->
 
 
 def test_a_claim_is_all_or_nothing(limit: str, four: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a device, the slot is given back; an engine on CPUs claims neither."""
+    """Without a device the slot is released; an engine on CPUs claims neither."""
     monkeypatch.setenv("VLLM_TASKS_GPU_SLOTS", limit)
     monkeypatch.setenv("VLLM_TASKS_GPUS", "5")
     with pytest.raises(InvalidCall, match="needs 5 GPUs"):
@@ -361,7 +361,7 @@ def test_a_claim_is_all_or_nothing(limit: str, four: None, monkeypatch: pytest.M
 
 @pytest.fixture
 def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str) -> Callable[..., VllmModel]:
-    """Models on two GPUs of this machine, whose engines do what the prompt says."""
+    """Models on two GPUs of this machine, with engines that follow orders in the prompt."""
     monkeypatch.setattr(process, "HOST", Path(__file__).parents[1] / "servers/scripted_host.py")
     monkeypatch.setattr(gpus.free_devices, "__defaults__", (tmp_path,))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
@@ -392,7 +392,7 @@ def test_an_engine_holds_what_it_claims_until_it_is_closed(
 
 
 def test_an_engine_that_is_given_up_holds_nothing(scripted: Callable[..., VllmModel], limit: str) -> None:
-    """Whether it did not start or could not be restarted."""
+    """This holds for a failed start and for a failed restart."""
     with pytest.raises(EngineFailed, match="no CUDA"):
         scripted("refused", refuse="no CUDA").predict("a")
     assert taken(limit) == 0
@@ -408,7 +408,7 @@ def test_an_engine_that_is_given_up_holds_nothing(scripted: Callable[..., VllmMo
 def test_an_engine_whose_process_cannot_be_made_again_ends_its_calls(
     scripted: Callable[..., VllmModel], limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk or a Python that is gone is no reason of vLLM's, and the rows must not wait for ever."""
+    """A full disk or a missing Python is not vLLM's failure, and the rows must not wait forever."""
     with scripted("one") as model:
         monkeypatch.setattr(sys, "executable", "/no/python")
         with pytest.raises(EngineFailed, match=r"vLLM's process cannot start: .*/no/python") as caught:
@@ -418,7 +418,7 @@ def test_an_engine_whose_process_cannot_be_made_again_ends_its_calls(
 
 
 def test_warm_engines_make_room(scripted: Callable[..., VllmModel], limit: str) -> None:
-    """One that nobody holds is closed when another of this process needs its GPU; a held one is not."""
+    """An unused engine is closed when another one of this process needs its GPU; one in use is not."""
     warm, next_one = scripted("warm", tensor_parallel_size=2), scripted("next", tensor_parallel_size=2)
     warm.predict("a")
     assert taken(limit) == 2

@@ -51,7 +51,7 @@ Make = Callable[..., VllmAPI]
 
 @pytest.fixture(autouse=True)
 def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short waits; the order of events stays what it is."""
+    """Short waits; the order of events stays the same."""
     monkeypatch.setattr(attempts, "BACKOFF_BASE", 0.02)
     monkeypatch.setattr(capacity, "HOLD", 0.1)
     monkeypatch.setattr(servers, "PROBE_EVERY", 0.05)
@@ -121,7 +121,7 @@ def on_servers(model: VllmAPI, work: Callable[[Servers], Awaitable[object]]) -> 
 
 
 async def lose_all(servers: Servers) -> None:
-    """As if a row had found each of them away."""
+    """Mark all servers as lost, as if a row had found each of them away."""
     for server in servers.all:
         servers.lose(server, "away")
 
@@ -139,7 +139,7 @@ async def lose_all(servers: Servers) -> None:
     ],
 )
 def test_a_host_with_the_name_of_a_path_is_a_host(url: str, base: str, protocol: str) -> None:
-    """What a URL says of the protocol stands in its path alone."""
+    """Only the path of a URL selects the protocol."""
     assert split_urls(url) == ((base,), protocol)
 
 
@@ -184,7 +184,7 @@ def test_the_url_and_the_prompt_pick_the_path(
 
 
 def test_completions_carry_usage_finish_reason_and_model(api: Make) -> None:
-    """`completions` gives what the protocol tells beside the text."""
+    """`completions` returns everything that the protocol reports beside the text."""
     (completion,) = api().completions(["x"], n=2)
     assert not isinstance(completion, RowError)
     assert [c.text for c in completion.choices] == [answer_to("x")] * 2
@@ -193,7 +193,7 @@ def test_completions_carry_usage_finish_reason_and_model(api: Make) -> None:
 
 
 def test_the_model_is_asked_of_the_server_once(server: ScriptedServer, api: Make) -> None:
-    """Without a model name the first that the server lists is used, and it is asked once for all rows."""
+    """Without a model name the first one that the server lists is used, requested once for all rows."""
     model = api(model=None)
     model.predict_batches([str(i) for i in range(20)])
     model.predict("x")
@@ -202,7 +202,7 @@ def test_the_model_is_asked_of_the_server_once(server: ScriptedServer, api: Make
 
 
 def test_a_server_with_another_model_than_before_is_asked_anew(server: ScriptedServer, api: Make) -> None:
-    """A name that was asked of the server is forgotten when the server does not know it any more."""
+    """A model name from the server is forgotten when the server does not know it any more."""
     names = ["old"]
 
     def script(asked: Asked) -> Deed:
@@ -232,7 +232,7 @@ def serves(*names: str, root: str | None = None, then: Callable[[Asked], Deed] |
 
 
 def test_of_several_models_one_must_be_named(server: ScriptedServer, api: Make) -> None:
-    """A server that lists a model and its adapter is asked for neither unless `model` says which."""
+    """A server that lists a model and its adapter is refused unless `model` names one."""
     server.script = serves("base", "adapter")
     with pytest.raises(InvalidCall, match=r"'base', 'adapter'.*model="):
         api(model=None).predict("x")
@@ -245,7 +245,7 @@ def test_of_several_models_one_must_be_named(server: ScriptedServer, api: Make) 
 def test_a_server_that_does_not_tell_its_model_is_the_calls_fault(
     server: ScriptedServer, api: Make, deed: Deed
 ) -> None:
-    """An unusable list of models raises InvalidCall that says to pass `model`."""
+    """An unusable list of models raises InvalidCall, which says to pass `model`."""
     server.script = lambda asked: deed if asked.path == "/v1/models" else None
     with pytest.raises(InvalidCall, match="pass model="):
         api(model=None).predict("x")
@@ -299,7 +299,7 @@ def test_a_list_of_models_that_never_comes_is_no_server(
 def test_a_gateway_that_cuts_control_calls_is_still_a_server(
     server: ScriptedServer, api: Make, model: str | None, cut: set[str], told: dict[str, str]
 ) -> None:
-    """What a server tells of itself ends where its paths are cut, and puts the server in no doubt."""
+    """A truncated control path ends the check, and the server does not count as lost."""
     server.script = lambda asked: Raw(reset=True) if asked.path in cut else None
     facts = sharing.facts(api(model=model).engine_config())
     assert engine_loop.run(asyncio.wait_for(facts, 20)) == told
@@ -366,7 +366,7 @@ def test_rows_and_control_calls_trust_the_authorities_of_ssl_cert_file(
 def test_a_certificate_that_is_not_trusted_is_the_calls_fault(
     encrypted: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch, model: str | None
 ) -> None:
-    """It raises at once, with the URL, the reason and the way out, and nothing is asked."""
+    """It raises at once, with the URL, the reason and the way out, and no row is sent."""
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     with pytest.raises(InvalidCall, match=rf"{encrypted.url}.*self.signed.*SSL_CERT_FILE"):
         api(encrypted.url, model=model).predict("x")
@@ -387,7 +387,7 @@ def test_a_server_that_speaks_no_tls_is_the_calls_fault(
 def test_a_server_that_goes_away_in_the_handshake_is_waited_for(
     api: Make, monkeypatch: pytest.MonkeyPatch, model: str | None
 ) -> None:
-    """A connection that ends before it is encrypted tells nothing about trust."""
+    """A connection that ends before it is encrypted does not count as a distrusted certificate."""
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.2")
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -414,7 +414,7 @@ def test_a_server_that_goes_away_in_the_handshake_is_waited_for(
 def test_the_key_is_sent_as_a_bearer_token_and_shown_nowhere(
     server: ScriptedServer, api: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every request carries the key; what is shown of the model and its engine does not."""
+    """Every request carries the key; no display of the model or its engine does."""
     caplog.set_level(logging.DEBUG)
     model = api(model=None, api_key=KEY)
     model.predict("x")
@@ -446,7 +446,7 @@ def test_a_server_that_echoes_the_key_does_not_get_it_into_errors(
     path: str,
     deed: Deed,
 ) -> None:
-    """No error and no log has the key, even when the server puts it into its answer."""
+    """No error and no log has the key, even if the server puts it into its response."""
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.1")
     server.script = lambda asked: deed if asked.path == path else None
@@ -464,7 +464,7 @@ def test_a_server_that_echoes_the_key_does_not_get_it_into_errors(
 def test_a_key_is_hidden_in_every_form_that_json_has_for_it(
     server: ScriptedServer, api: Make, key: str, status: int
 ) -> None:
-    """Neither escaped, nor cut in the middle because it is long, does it get into an error."""
+    """The key is hidden when it is escaped, and when it is truncated in the middle because it is long."""
     said = json.dumps({"error": {"message": f"bad key {key}"}, "key": key}).replace("/", r"\/")
     server.script = lambda asked: Reply(said.encode(), status) if asked.body else None
     with pytest.raises((InvalidCall, RowErrors)) as raised:
@@ -528,7 +528,7 @@ def test_answers_keep_the_order_of_the_rows(server: ScriptedServer, api: Make) -
 def test_never_more_in_flight_than_the_limit_and_the_limit_is_used(
     server: ScriptedServer, api: Make, max_batch_size: int | None
 ) -> None:
-    """The server sees exactly `max_in_flight` rows at once when there are enough, whatever the chunks."""
+    """The server sees exactly `max_in_flight` rows at once if there are enough, for any chunk size."""
     server.script = lambda asked: asyncio.sleep(0.02)
     xs = [str(i) for i in range(60)]
     api(max_in_flight=6, max_batch_size=max_batch_size).predict_batches(xs)
@@ -536,7 +536,7 @@ def test_never_more_in_flight_than_the_limit_and_the_limit_is_used(
 
 
 def test_the_limit_holds_over_all_calls_of_the_process(server: ScriptedServer, api: Make) -> None:
-    """Two calls at once from two threads, of two models of the same server, share one window."""
+    """Two concurrent calls from two threads, of two models of the same server, share one window."""
     server.script = lambda asked: asyncio.sleep(0.02)
     with ThreadPoolExecutor(2) as threads:
         calls = [
@@ -548,7 +548,7 @@ def test_the_limit_holds_over_all_calls_of_the_process(server: ScriptedServer, a
 
 
 def test_a_large_chunk_does_not_become_as_many_tasks(server: ScriptedServer, api: Make) -> None:
-    """With max_batch_size=None, of 2,000 rows no more than a window's worth are tasks at once."""
+    """With max_batch_size=None, only a window's worth of 2,000 rows are tasks at once."""
     tasks: list[int] = []
 
     def script(asked: Asked) -> Deed:
@@ -561,7 +561,7 @@ def test_a_large_chunk_does_not_become_as_many_tasks(server: ScriptedServer, api
 
 
 def test_a_slow_row_holds_up_no_other(server: ScriptedServer, api: Make) -> None:
-    """The window never drains: a row that waits for all others to be asked does not wait for ever."""
+    """The window never drains: a row that waits for all others to be sent does not wait forever."""
 
     async def first_answers_last(asked: Asked) -> None:
         if asked.prompt == "0":
@@ -573,7 +573,7 @@ def test_a_slow_row_holds_up_no_other(server: ScriptedServer, api: Make) -> None
 
 
 def test_a_call_of_one_chunk_does_not_hold_up_another_call(server: ScriptedServer, api: Make) -> None:
-    """With max_batch_size=None, 300 rows of a window of 4 leave room for a row of another thread."""
+    """With max_batch_size=None, 300 rows of a window of 4 leave slots for a row of another thread."""
     server.script = lambda asked: asyncio.sleep(0.005)
     model = api(max_in_flight=4, max_batch_size=None)
     with ThreadPoolExecutor(1) as threads:
@@ -586,7 +586,7 @@ def test_a_call_of_one_chunk_does_not_hold_up_another_call(server: ScriptedServe
 def test_identical_rows_are_asked_once_where_their_answers_must_be_equal(
     server: ScriptedServer, api: Make
 ) -> None:
-    """At temperature 0 equal rows cost one request; otherwise each is a sample of its own."""
+    """At temperature 0 equal rows cost one request; otherwise each row is a sample of its own."""
     model = api()
     assert model.predict_batches(["x", "y", "x"], temperature=0) == [answer_to(t) for t in "xyx"]
     assert sorted(a.prompt for a in server.posts) == ["x", "y"]
@@ -625,7 +625,7 @@ def test_the_least_loaded_server_gets_the_next_row(
 def test_servers_of_different_models_are_refused_before_the_first_row(
     server: ScriptedServer, other: ScriptedServer, api: Make, ours: Any, theirs: Any, model: Any, told: str
 ) -> None:
-    """Rows of one call are never answered by two models; the error names both and their URLs."""
+    """Two models never process rows of one call; the error names both and their URLs."""
     server.script, other.script = ours, theirs
     with pytest.raises(InvalidCall, match=told) as raised:
         api([server.url, other.url], model=model).predict_batches([str(i) for i in range(8)])
@@ -638,7 +638,7 @@ def test_servers_of_different_models_are_refused_before_the_first_row(
 def test_servers_of_the_same_model_share_the_rows(
     server: ScriptedServer, other: ScriptedServer, api: Make, model: Any
 ) -> None:
-    """Those that list the same are one, whether or not they list the name that is asked for."""
+    """Servers that list the same model count as one, whether or not they list the requested name."""
     server.script = serves("llm", root="/a", then=lambda _: None)
     other.script = serves("llm")
     xs = [str(i) for i in range(20)]
@@ -650,7 +650,7 @@ def test_servers_of_the_same_model_share_the_rows(
 def test_the_order_of_urls_is_not_in_the_fingerprint(
     server: ScriptedServer, other: ScriptedServer, api: Make
 ) -> None:
-    """A table is up to date whichever server is named first."""
+    """A table is up to date in any order of its servers."""
     orders = [server.url, other.url], [other.url, server.url]
     calls = [(made := api(urls, model=None)).prepare(made.predict_in_db).over("text") for urls in orders]
     assert calls[0].fingerprint == calls[1].fingerprint
@@ -661,7 +661,7 @@ def test_the_order_of_urls_is_not_in_the_fingerprint(
 def test_a_server_that_comes_back_with_another_model_ends_the_call(
     server: ScriptedServer, other: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch, urls: int
 ) -> None:
-    """After an outage it is asked again what it serves; the next call may take it as it is now."""
+    """After an outage the server must list the same model again; the next call may accept another one."""
     monkeypatch.setattr(servers, "LEFT_ALONE", 0.05)
     server.script = other.script = serves("old", then=lambda _: asyncio.sleep(0.02))  # type: ignore[arg-type, return-value]
     model = api([server.url, other.url][:urls], model=None, max_in_flight=2)
@@ -679,7 +679,7 @@ def test_a_server_that_comes_back_with_another_model_ends_the_call(
 
 
 def test_rows_that_get_no_connection_in_their_time_are_not_late(server: ScriptedServer, api: Make) -> None:
-    """A machine that swallows all packets is a lost server, however short the `timeout`: others take over."""
+    """A machine that swallows all packets is a lost server for any `timeout`, and others take over."""
     with socket.socket() as hole, socket.socket() as a, socket.socket() as b:
         hole.bind(("127.0.0.1", 0))
         hole.listen(0)
@@ -721,7 +721,7 @@ def test_servers_that_are_down_are_left_alone(
 def test_rows_that_take_longer_than_the_patience_are_no_silence(
     server: ScriptedServer, other: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While one server works, rows that find the other one away wait, however often they do."""
+    """While one server works, rows that find the other one away wait, any number of times."""
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.2")
     monkeypatch.setattr(servers, "LEFT_ALONE", 0.05)
     other.script = lambda _: asyncio.sleep(1)
@@ -734,7 +734,7 @@ def test_rows_that_take_longer_than_the_patience_are_no_silence(
 def test_a_server_that_was_down_gets_rows_again(
     server: ScriptedServer, other: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After its while alone a server that is back takes its part."""
+    """After its pause a server that is back gets its share of the rows."""
     monkeypatch.setattr(servers, "LEFT_ALONE", 0.05)
     server.stop()
     model = api([server.url, other.url])
@@ -765,14 +765,14 @@ def test_a_server_that_was_down_gets_rows_again(
     ],
 )
 def test_a_passing_failure_is_retried(server: ScriptedServer, api: Make, deed: Deed) -> None:
-    """5xx, 408, 429, a broken connection and an answer that vLLM gave up are tried again, unseen."""
+    """5xx, 408, 429, a broken connection and an answer that vLLM gave up are retried silently."""
     server.script = once(deed)
     assert api().predict("x") == answer_to("x")
     assert len(server.posts) == 2
 
 
 def test_seconds_are_those_of_the_attempt_that_succeeded(server: ScriptedServer, api: Make) -> None:
-    """Neither the attempts that failed, nor the time between two, nor that before its turn, count."""
+    """Failed attempts, the time between attempts, and the time in the queue do not count."""
     refusals = [refused(429, "slow down", Retry_After="1")]
 
     async def script(asked: Asked) -> Deed:
@@ -789,7 +789,7 @@ def test_seconds_are_those_of_the_attempt_that_succeeded(server: ScriptedServer,
 
 
 def test_retries_end_in_an_error_of_the_row(server: ScriptedServer, api: Make) -> None:
-    """A server that keeps failing is asked 1 + retries times, and its words are in the error."""
+    """A server that keeps failing gets 1 + retries requests, and its message is in the error."""
     server.script = lambda _: refused(500, "CUDA error: device-side assert")
     error = only_error(api(retries=2))
     assert (error.kind, error.retryable, error.index) == ("server", True, 0)
@@ -808,7 +808,7 @@ def test_retries_end_in_an_error_of_the_row(server: ScriptedServer, api: Make) -
 def test_retry_after_is_obeyed(
     server: ScriptedServer, api: Make, header: Callable[[], str], at_least: float
 ) -> None:
-    """A server that says when to come back is not asked before, by seconds or by a date."""
+    """A server that gives a time, in seconds or as a date, gets no request before it."""
     server.script = once(refused(429, "slow down", Retry_After=header()))
     assert api().predict("x") == answer_to("x")
     first, second = server.posts
@@ -820,19 +820,19 @@ def test_retry_after_is_obeyed(
 @example("Mon, 01 Jan 2024 00:00:00 +99999999999999")
 @example("nan")
 def test_any_retry_after_is_a_bounded_time_or_none(value: str) -> None:
-    """Whatever the header says, the wait is between 0 and the limit, or our own backoff."""
+    """For any header, the wait is between 0 and the limit, or our own backoff."""
     seconds = attempts.retry_after(value)
     assert seconds is None or 0 <= seconds <= attempts.RETRY_AFTER_LIMIT
 
 
 @given(st.integers(0, 10_000))
 def test_backoff_is_bounded(failures: int) -> None:
-    """The wait grows with the failures up to the limit, however many they are."""
+    """The wait grows with the failures up to the limit, for any number of them."""
     assert 0 <= attempts.backoff(failures) <= attempts.BACKOFF_LIMIT
 
 
 def test_a_timed_out_attempt_is_repeated_once(server: ScriptedServer, api: Make) -> None:
-    """A row that takes longer than `timeout` twice is an error of kind timeout, whatever the retries."""
+    """A row that takes longer than `timeout` twice is an error of kind timeout, for any `retries`."""
     server.script = hang
     error = only_error(api(timeout=0.3, retries=5))
     assert (error.kind, error.retryable) == ("timeout", True)
@@ -842,7 +842,7 @@ def test_a_timed_out_attempt_is_repeated_once(server: ScriptedServer, api: Make)
 
 
 def test_a_dripping_answer_times_out(server: ScriptedServer, api: Make) -> None:
-    """The timeout is for the whole attempt: a byte now and then does not prolong it."""
+    """The timeout is for the complete attempt: a byte now and then does not prolong it."""
     server.script = lambda _: Raw(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n" + b"x" * 500, pause=0.05)
     assert only_error(api(timeout=0.5)).kind == "timeout"
 
@@ -861,7 +861,7 @@ def test_a_dripping_answer_times_out(server: ScriptedServer, api: Make) -> None:
 def test_a_refused_row_is_its_own_error_and_never_retried(
     server: ScriptedServer, api: Make, words: str, kind: str
 ) -> None:
-    """A 400 fails its row with the server's words; the others have their answers."""
+    """A 400 fails its row with the server's message; the other rows have their answers."""
     server.script = by_prompt(b=refused(400, words))
     with pytest.raises(RowErrors) as raised:
         api().predict_batches(["a", "b", "c"])
@@ -876,7 +876,7 @@ def test_a_refused_row_is_its_own_error_and_never_retried(
 def test_what_is_wrong_with_the_call_raises_at_once(
     server: ScriptedServer, api: Make, status: int, hint: str
 ) -> None:
-    """401, 403 and 404 end the call with the server's words, and the rows left are not asked."""
+    """401, 403 and 404 end the call with the server's message, and the remaining rows are not sent."""
     server.script = lambda _: refused(status, "you shall not pass")
     with pytest.raises(InvalidCall, match=f"you shall not pass.*{hint}"):
         api(max_in_flight=4).predict_batches([str(i) for i in range(200)])
@@ -888,7 +888,7 @@ def test_what_is_wrong_with_the_call_raises_at_once(
 def test_a_row_that_alone_is_denied_is_its_own_error(
     server: ScriptedServer, api: Make, status: int, bad: str, in_flight: int
 ) -> None:
-    """401, 403 and 404 for one row, be it the first that is answered, leave the others their answers."""
+    """401, 403 or 404 for one row, even the first to return, leaves the others their answers."""
 
     async def script(asked: Asked) -> Deed:
         if asked.body and asked.prompt == bad:
@@ -909,7 +909,7 @@ def test_a_row_that_alone_is_denied_is_its_own_error(
 def test_a_key_that_is_revoked_under_way_ends_the_call(
     server: ScriptedServer, api: Make, status: int
 ) -> None:
-    """From then on nothing passes, not even what was answered before: that is no error of many rows."""
+    """From then on every request is denied, even a repeated one: the call fails once, not row by row."""
 
     async def script(asked: Asked) -> Deed:
         await asyncio.sleep(0.005)
@@ -924,7 +924,7 @@ def test_a_key_that_is_revoked_under_way_ends_the_call(
 
 
 def test_a_denied_row_waits_for_none_of_another_path(server: ScriptedServer, api: Make) -> None:
-    """What a chat that takes long answers tells nothing of a path that the server does not have."""
+    """A denied row does not wait for a slow chat on another path of the server."""
 
     async def script(asked: Asked) -> Deed:
         if asked.path == "/v1/completions":
@@ -959,7 +959,7 @@ def test_sampling_that_is_no_json_is_the_calls_fault(server: ScriptedServer, api
 @example(b"[" * 100_000)
 @example(b"1" * 5000)
 def test_any_refusal_has_words(content: bytes) -> None:
-    """Whatever a server says with an error status, some of it can be shown."""
+    """Some text of any error response can be rendered."""
     words = words_of(content)
     assert len(words) <= 500
     assert words or not content.strip()
@@ -1001,7 +1001,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
 def test_a_wrong_answer_is_an_error_of_its_row(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch, deed: Deed
 ) -> None:
-    """What the protocol does not promise is never an answer, and the other rows have theirs."""
+    """A response that breaks the protocol is never an answer, and the other rows have theirs."""
     server.script = by_prompt(b=deed)
     monkeypatch.setenv("VLLM_TASKS_MAX_RESPONSE_BYTES", "2048")
     a, b, c = api().predict_batches(["a", "b", "c"], on_error="return")
@@ -1012,7 +1012,7 @@ def test_a_wrong_answer_is_an_error_of_its_row(
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_too_few_or_too_many_choices_are_no_answer(server: ScriptedServer, api: Make, n: int) -> None:
-    """A request for two gets two or is an error."""
+    """A request for two choices gets two, or an error."""
     server.script = lambda _: Reply({"choices": [{"index": i, "text": "x"} for i in range(n)]})
     error = only_error(api(), n=2)
     assert error.kind == "response"
@@ -1034,7 +1034,7 @@ CALLS = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": 
 def test_an_answer_that_is_no_text_is_never_an_empty_text(
     server: ScriptedServer, api: Make, said: dict[str, Any]
 ) -> None:
-    """All tokens went into reasoning or calls of tools: an error that shows them; `completions` has them."""
+    """If all tokens are reasoning or tool calls, the error shows them; `completions` returns them."""
     message = {"role": "assistant", "content": None, **said}
     server.script = lambda _: Reply({"choices": [{"message": message, "finish_reason": "stop"}]})
     model = api(server.url, chat=True)
@@ -1047,7 +1047,7 @@ def test_an_answer_that_is_no_text_is_never_an_empty_text(
 
 
 def test_an_answer_that_a_filter_withholds_is_an_error(server: ScriptedServer, api: Make) -> None:
-    """What a gateway has cut is no answer, and is not asked for again."""
+    """An answer that a gateway has truncated is an error, and is not sent again."""
     server.script = lambda _: Reply({"choices": [{"text": "so", "finish_reason": "content_filter"}]})
     error = only_error(api())
     assert (error.kind, error.retryable) == ("refused", False)
@@ -1072,7 +1072,7 @@ def test_a_row_that_always_breaks_its_connection_is_its_own_error(server: Script
 
 
 def test_a_body_that_is_always_cut_is_an_error_of_kind_connection(server: ScriptedServer, api: Make) -> None:
-    """Half of an answer is no answer."""
+    """An incomplete answer is no answer."""
     server.script = lambda _: Raw(OK + b'Content-Length: 99\r\n\r\n{"choices": [{"text": "x"}]}')
     assert only_error(api()).kind == "connection"
 
@@ -1085,7 +1085,7 @@ def test_a_body_that_is_always_cut_is_an_error_of_kind_connection(server: Script
 def test_without_a_server_the_call_waits_for_the_patience_and_says_why(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch, model: str | None, retries: int
 ) -> None:
-    """A server that nobody reaches ends the call after the grace period, with its URL and the last reason."""
+    """A server that cannot be reached ends the call after the grace period, with its URL and last reason."""
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.3")
     server.stop()
     began = time.monotonic()
@@ -1097,7 +1097,7 @@ def test_without_a_server_the_call_waits_for_the_patience_and_says_why(
 def test_an_unhealthy_server_is_not_a_server(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once a server failed, a health check that says 503 keeps the wait going, whatever else answers."""
+    """After a failure of the server, a health check with 503 prolongs the wait, whatever else succeeds."""
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.3")
     failures = [Raw(reset=True)] * 2  # a control call is sent once more by itself
 
@@ -1112,7 +1112,7 @@ def test_an_unhealthy_server_is_not_a_server(
 
 
 def test_a_server_that_comes_back_within_the_patience_answers_all(server: ScriptedServer, api: Make) -> None:
-    """Rows wait for a server that is not there yet, without failing and without storming it."""
+    """Rows wait for a server that is not there yet, and neither fail nor flood it."""
     server.stop()
     comes = threading.Timer(0.5, server.start)
     comes.start()
@@ -1123,7 +1123,7 @@ def test_a_server_that_comes_back_within_the_patience_answers_all(server: Script
 
 
 def test_a_server_restarted_in_the_middle_of_a_call_answers_all(server: ScriptedServer, api: Make) -> None:
-    """Rows whose connection broke are asked again, and rows not yet asked wait."""
+    """Rows whose connection broke are sent again, and rows not yet sent wait."""
     server.script = lambda _: asyncio.sleep(0.02)
     xs = [str(i) for i in range(80)]
     with ThreadPoolExecutor(1) as threads:
@@ -1139,7 +1139,7 @@ def test_a_server_restarted_in_the_middle_of_a_call_answers_all(server: Scripted
 def test_rows_under_way_when_a_server_dies_wait_for_it(
     server: ScriptedServer, api: Make, retries: int
 ) -> None:
-    """A connection that breaks with its server costs no row its attempts, however few it has."""
+    """A connection that breaks with its server costs no row an attempt, even the last one."""
     server.script = lambda _: asyncio.sleep(0.05)
     xs = [str(i) for i in range(60)]
     with ThreadPoolExecutor(1) as threads:
@@ -1157,7 +1157,7 @@ def test_rows_under_way_when_a_server_dies_wait_for_it(
 def test_500_of_a_gateway_whose_server_is_away_is_waited_out(
     server: ScriptedServer, api: Make, health: int, retries: int
 ) -> None:
-    """While nothing succeeds no row is blamed, whatever the gateway says of its own health; few are asked."""
+    """While nothing succeeds no row is blamed, whatever the gateway reports, and few requests are sent."""
     begins, lasts = 40, 0.6
 
     async def script(asked: Asked) -> Deed:
@@ -1177,7 +1177,7 @@ def test_500_of_a_gateway_whose_server_is_away_is_waited_out(
 def test_500_for_ever_ends_the_call_after_the_patience(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is the server that is unavailable, with its words, and no row is called failed."""
+    """The server counts as unavailable, with its message, and no row is called failed."""
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.3")
     server.script = lambda asked: (
         refused(500, "upstream is away") if asked.body and len(server.posts) > 40 else None
@@ -1190,7 +1190,7 @@ def test_500_for_ever_ends_the_call_after_the_patience(
 def test_rows_that_always_fail_are_told_from_an_outage_at_the_end_too(
     server: ScriptedServer, api: Make
 ) -> None:
-    """Where only such rows are left, one that was answered before is asked again, and tells."""
+    """If only such rows are left, a request that succeeded before is sent again as a proof."""
     server.script = lambda asked: refused(500, "no") if asked.prompt.startswith("z") else None
     xs = [*"abc", *(f"z{i}" for i in range(12))]
     results = api(max_in_flight=4).predict_batches(xs, on_error="return")
@@ -1202,7 +1202,7 @@ def test_rows_that_always_fail_are_told_from_an_outage_at_the_end_too(
 def test_a_server_that_refuses_now_what_it_had_answered_is_there(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that comes back with a shorter context is not away because the row that proves it is too long."""
+    """A server with a shorter context after its return is not away only because the proof is too long."""
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.5")
     model = api(max_in_flight=1, retries=0)
     model.predict("x")
@@ -1216,7 +1216,7 @@ def test_a_server_that_refuses_now_what_it_had_answered_is_there(
 def test_what_a_server_serves_is_told_without_a_proof(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that has failed rows, and is full now, still says what it serves; rows wait for their place."""
+    """A full server with failed rows still reports its model, and rows wait for their slots."""
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.5")
     monkeypatch.setattr(servers, "LEFT_ALONE", 0.3)
     model = api(model=None)
@@ -1233,7 +1233,7 @@ def test_what_a_server_serves_is_told_without_a_proof(
 def test_servers_that_hang_do_not_hold_up_the_search(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All are asked for their health at once: the one that is well is found, however many are not."""
+    """The health of all is checked at once, so the healthy one is found among any number that hang."""
     monkeypatch.setattr(control, "CONTROL_TIMEOUT", 1.0)
     monkeypatch.setattr(servers, "LEFT_ALONE", 60.0)
 
@@ -1251,7 +1251,7 @@ def test_servers_that_hang_do_not_hold_up_the_search(
 
 
 def test_a_health_check_that_leads_nowhere_is_no_failure(server: ScriptedServer, api: Make) -> None:
-    """A redirect to what is no URL answers, like any other, and whoever waits for the server goes on."""
+    """A redirect to an invalid URL counts as a response, and rows that wait for the server resume."""
     elsewhere = Reply(status=302, headers={"Location": "http://[bad"})
     server.script = lambda asked: elsewhere if asked.path == "/health" else None
 
@@ -1266,7 +1266,7 @@ def test_a_health_check_that_leads_nowhere_is_no_failure(server: ScriptedServer,
 
 
 def away_until(health_checks: int, status: int = 503) -> Callable[[Asked], Deed]:
-    """A gateway whose server is away until its health has been asked for so many times."""
+    """A gateway whose server is away until its health was checked so many times."""
     left = [health_checks]
 
     def script(asked: Asked) -> Deed:
@@ -1282,7 +1282,7 @@ def away_until(health_checks: int, status: int = 503) -> Callable[[Asked], Deed]
 def test_a_server_restarted_behind_a_gateway_answers_all(
     server: ScriptedServer, api: Make, status: int
 ) -> None:
-    """What a gateway says in the server's place costs no row an attempt, and begins the grace period."""
+    """A gateway's error in the server's place costs no row an attempt, and begins the grace period."""
     server.script = away_until(6, status)
     xs = [str(i) for i in range(60)]
     assert api(max_in_flight=20, retries=0).predict_batches(xs) == [answer_to(x) for x in xs]
@@ -1294,7 +1294,7 @@ def test_a_server_restarted_behind_a_gateway_answers_all(
 def test_a_slow_health_check_holds_up_its_row_only(
     server: ScriptedServer, api: Make, model: str | None
 ) -> None:
-    """A gateway that fails a row now and then, and takes long to say how it is, answers the others."""
+    """A gateway with occasional failures and slow health checks completes the other rows."""
     failed = set()
 
     async def script(asked: Asked) -> Deed:
@@ -1316,7 +1316,7 @@ def test_a_slow_health_check_holds_up_its_row_only(
 def test_a_health_check_that_hangs_ends_no_call_whose_rows_are_answered(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row that is answered meanwhile lets the next one try, whatever becomes of the search."""
+    """A row that completes meanwhile lets the next one start, whatever becomes of the search."""
     monkeypatch.setattr(control, "CONTROL_TIMEOUT", 0.3)
     monkeypatch.setattr(servers, "LEFT_ALONE", 0.1)
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "1")
@@ -1339,7 +1339,7 @@ def test_a_health_check_that_hangs_ends_no_call_whose_rows_are_answered(
 def test_a_gateway_without_a_server_ends_the_call_after_the_patience(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that does not come back is unavailable, whoever says so for it."""
+    """A server that does not come back is unavailable, whatever answers in its place."""
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.3")
     server.script = away_until(9999)
     with pytest.raises(ServerUnavailable, match=rf"{server.url} for 0.3 s .*HTTP 503 from .*/health"):
@@ -1362,7 +1362,7 @@ def test_a_gateway_without_a_server_is_left_alone(
 def test_a_healthy_server_that_takes_no_row_ends_the_call_after_the_patience(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """503 of a healthy server fails no row; one health check a while serves all rows."""
+    """A 503 of a healthy server fails no row, and one health check at a time serves all rows."""
     monkeypatch.setattr(servers, "PROBE_EVERY", 60.0)
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.3")
     server.script = lambda asked: None if asked.body is None else refused(503, "overloaded")
@@ -1373,7 +1373,7 @@ def test_a_healthy_server_that_takes_no_row_ends_the_call_after_the_patience(
 
 
 def test_a_server_that_says_when_to_come_back_is_not_in_doubt(server: ScriptedServer, api: Make) -> None:
-    """503 with Retry-After is a server that is there."""
+    """A server that sends 503 with Retry-After is not away."""
     server.script = once(refused(503, "busy", Retry_After="0"))
     assert api().predict("x") == answer_to("x")
     assert len(server.requests) == 2
@@ -1407,7 +1407,7 @@ def test_an_interrupted_call_cancels_its_requests_and_leaves_the_model_usable(
 def test_a_call_interrupted_while_it_looks_for_a_server_stops_looking(
     server: ScriptedServer, api: Make
 ) -> None:
-    """No search for a server goes on when nobody waits for it."""
+    """The search for a server stops when nobody waits for it."""
     server.script = lambda _: refused(503, "dead")
     main = threading.main_thread().ident
     assert main is not None
@@ -1432,7 +1432,7 @@ def test_a_call_interrupted_while_it_looks_for_a_server_stops_looking(
 def test_a_row_after_one_that_was_cancelled_in_the_queue_has_its_turn(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    """Whether it comes in the moment of the cancellation, or when nobody looks for the server any more."""
+    """This holds for a cancellation at the same moment, and when nobody searches for the server any more."""
     monkeypatch.setattr(servers, "LEFT_ALONE", 0.1)
 
     async def cancel(servers: Servers) -> None:
@@ -1449,7 +1449,7 @@ def test_a_row_after_one_that_was_cancelled_in_the_queue_has_its_turn(
 
 
 def test_a_row_does_not_wait_for_a_question_that_was_cancelled(server: ScriptedServer, api: Make) -> None:
-    """Where somebody else stops asking what the server serves, the row that waits for that asks."""
+    """If another row's check of the model is cancelled, the waiting row does the check itself."""
 
     async def script(asked: Asked) -> Deed:
         return await hang(asked) if asked.path == "/v1/models" else None
@@ -1499,7 +1499,7 @@ def test_a_closed_model_leaves_no_connection(server: ScriptedServer, api: Make) 
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_poisoned_rows_fail_alone(server: ScriptedServer, api: Make, temperature: int) -> None:
-    """Of 1,000 rows with 10 poisoned ones 990 are answered in order, and 10 errors say which and why."""
+    """Of 1,000 rows with 10 poisoned ones, 990 complete in order and 10 errors name their row and reason."""
     long = "x" * 10_000_000
     poison = [
         (None, "prompt", "None"),

@@ -1,4 +1,4 @@
-"""The local engine: real vLLM in a process of ours."""
+"""The local engine: real vLLM in a process of its own."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def engine_core(found: list[psutil.Process]) -> psutil.Process:
 
 
 def test_answers_keep_the_order_of_the_rows(local_model: VllmModel) -> None:
-    """Each row gets its own answer, whatever chunks the rows travel in."""
+    """Each row gets its own answer, whatever chunks it travels in."""
     rows = [f"row {i} {'word ' * (i % 7)}" for i in range(200)]
     alone = {row: local_model.predict(row) for row in rows[:5]}
     answers = local_model.predict_batches(rows, seed=1)
@@ -94,7 +94,7 @@ def test_completions_tell_all_that_vllm_tells(local_model: VllmModel) -> None:
 
 
 def test_sampling_parameters_reach_vllm(local_model: VllmModel) -> None:
-    """stop, logit_bias, structured_outputs and seed do what vLLM says they do."""
+    """stop, logit_bias, structured_outputs and seed have vLLM's effects."""
     assert local_model.predict("x", structured_outputs={"choice": ["yes", "no"]}) in ("yes", "no")
     assert local_model.predict("x", logit_bias={"40": 100}, max_tokens=3) == "FFF"
     assert local_model.predict("x", logit_bias={"40": 100}, stop=["F"]) == ""
@@ -111,7 +111,7 @@ def test_chat_uses_the_template_of_the_model(local_model: VllmModel) -> None:
 
 
 def test_poisoned_rows_fail_alone(local_model: VllmModel) -> None:
-    """Of 1,000 rows with 10 poisoned ones, 990 are answered in order and 10 say which and why."""
+    """Of 1,000 rows with 10 poisoned ones, 990 complete in order and 10 errors name their row and reason."""
     results = local_model.predict_batches(ROWS, on_error="return", max_tokens=2)
     check_poisoned(results)
     with pytest.raises(RowErrors, match="10 of 1000 rows failed") as caught:
@@ -239,7 +239,7 @@ def start_script(folder: Path, tiny_model: Path, then: str) -> subprocess.Popen[
 
 @pytest.fixture
 def sockets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where engines make their folders for vLLM's sockets; its path is short, as that of a socket must be."""
+    """The folder of vLLM's sockets, with a path that is short enough for a socket."""
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.setenv("VLLM_RPC_BASE_PATH", folder)
         yield Path(folder)
@@ -275,9 +275,9 @@ def test_script_without_a_main_guard_leaves_nothing(tmp_path: Path, tiny_model: 
 def test_killed_process_leaves_no_engine(
     moment: str, tmp_path: Path, tiny_model: Path, sockets: Path
 ) -> None:
-    """After `kill -9`, no process of its engine lives on for longer than 30 s, nor does a socket.
+    """After `kill -9`, no process of its engine and no socket survives 30 s.
 
-    Where the host is killed with it, as Ray kills the children of its actors, nobody removes the sockets.
+    If the host is killed with it, as Ray kills the children of its actors, nobody removes the sockets.
     """
     with start_script(tmp_path, tiny_model, "wait") as script:
         assert script.stdout is not None
@@ -319,9 +319,9 @@ type(os.environ).__setitem__ = forked
 def test_two_ranks(
     option: str, forks: bool, capacity: int, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However they are made, and however long the path of the temporary folder is, rows fill both of them.
+    """Rows fill both ranks of any kind, with any length of the temporary folder's path.
 
-    Threads and cores are as the user has set them.
+    Threads and cores are those that the user has set.
     """
     deep = tmp_path / ("deep" * 25)
     deep.mkdir()
@@ -350,8 +350,9 @@ def test_two_ranks(
 
 
 def test_adapters_go_by_their_contents_and_wrong_ones_are_refused(tiny_model: Path, tmp_path: Path) -> None:
-    """Whatever number a call gives: answers are of the files that its folder has at the call. What is no
-    adapter is an error of the call, and the engine lives on, though it holds one adapter at a time."""
+    """For any number in the call, answers come from the files in the adapter's folder. A wrong adapter is
+    an error of the call, and the engine, which holds one adapter at a time, survives.
+    """
     lora = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1}
     arguments = {**TINY_ARGS, "max_num_seqs": 16, **lora}
     model = VllmModel(identifier="lora", model_name=str(tiny_model), vllm_kwargs=arguments)
@@ -390,7 +391,7 @@ def test_adapters_go_by_their_contents_and_wrong_ones_are_refused(tiny_model: Pa
 
 
 def test_adapter_without_an_engine_for_it_is_refused(local_model: VllmModel, tmp_path: Path) -> None:
-    """The refusal says what the engine needs."""
+    """The refusal names the missing engine argument."""
     request = {"lora_name": "a", "lora_path": str(make_adapter(tmp_path / "a", 1))}
     with pytest.raises(InvalidCall, match="enable_lora"):
         local_model.predict("a", lora_request=request)
@@ -400,8 +401,9 @@ def test_adapter_without_an_engine_for_it_is_refused(local_model: VllmModel, tmp
 def test_engine_core_that_stands_still_or_is_killed_is_named(
     own_model: VllmModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A stopped core is ended after the site's time, and its rows are asked again; of one that was killed the
-    signal is told."""
+    """A stopped core is ended after the site's timeout and its rows are sent again; for a killed core the
+    signal is reported.
+    """
     before = {p.pid for p in processes()}
 
     def core() -> psutil.Process:
@@ -441,7 +443,7 @@ def test_engine_core_that_stands_still_or_is_killed_is_named(
 def test_failed_start_gives_the_reason_of_vllm(
     tiny_model: Path, changes: dict[str, Any], reason: str
 ) -> None:
-    """What vLLM says about a failed start is in the error, and no process stays behind."""
+    """vLLM's reason for a failed start is in the error, and no process stays behind."""
     before = {p.pid for p in processes()}
     fields = {"identifier": "bad", "model_name": str(tiny_model), "vllm_kwargs": TINY_ARGS, **changes}
     with pytest.raises(EngineFailed, match=reason) as caught:

@@ -1,4 +1,4 @@
-"""Rows over HTTP to a server that is asked for more than it takes, with a known number of slots."""
+"""Rows over HTTP to an overloaded server with a known number of slots."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Make = Callable[..., VllmAPI]
 
 @pytest.fixture(autouse=True)
 def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short waits; the order of events stays what it is."""
+    """Short waits; the order of events stays the same."""
     monkeypatch.setattr(attempts, "BACKOFF_BASE", 0.02)
     monkeypatch.setattr(attempts, "BACKOFF_LIMIT", 0.2)
     monkeypatch.setattr(capacity, "HOLD", 0.2)
@@ -53,7 +53,7 @@ def api() -> Iterator[Make]:
 
 @dataclass
 class Slots:
-    """A script that works on `slots` requests at once, and refuses more; all of them while it is `out`."""
+    """A script that works on `slots` requests at once and refuses more, or all of them while it is `out`."""
 
     refusal: Deed
     service: float = 0.02
@@ -83,14 +83,14 @@ class Slots:
 def test_a_server_that_refuses_some_rows_answers_all_and_is_not_stormed(
     server: ScriptedServer, api: Make, refusal: Deed
 ) -> None:
-    """What is beyond its slots is refused at first, and hardly a row from then on; none is an error."""
+    """Rows beyond its slots are refused at first, and hardly any from then on; none is an error."""
     server.script = slots = Slots(refusal)
     assert api(server.url).predict_batches(XS) == ANSWERS
     assert WINDOW - SLOTS <= len(slots.refused) < WINDOW + len(XS) // 3
 
 
 def test_an_outage_costs_what_was_under_way_and_a_few_requests(server: ScriptedServer, api: Make) -> None:
-    """While a server refuses everything, one row at a time asks whether it is back; then all are answered."""
+    """While a server refuses everything, one row at a time probes it; then all rows complete."""
     server.script = slots = Slots(refused(503, "overloaded"), service=0.05)
     with ThreadPoolExecutor(1) as threads:
         call = threads.submit(api(server.url).predict_batches, XS)
@@ -105,7 +105,7 @@ def test_an_outage_costs_what_was_under_way_and_a_few_requests(server: ScriptedS
 
 
 def test_no_row_is_sent_before_the_time_that_the_server_has_said(server: ScriptedServer, api: Make) -> None:
-    """After 429 with Retry-After no other row follows, as long as none is answered."""
+    """After 429 with Retry-After no other row is sent until one completes."""
     server.script = slots = Slots(refused(429, "come back", Retry_After="1"), out=True)
     with ThreadPoolExecutor(1) as threads:
         call = threads.submit(api(server.url, max_in_flight=4).predict_batches, XS[:20])
@@ -120,14 +120,14 @@ def test_no_row_is_sent_before_the_time_that_the_server_has_said(server: Scripte
 def test_a_server_that_works_on_rows_is_not_given_up(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Answers that take longer than the grace period are waited for, while all other rows are refused."""
+    """Rows that take longer than the grace period are waited for, while all other rows are refused."""
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.2")
     server.script = Slots(refused(429, "slow down"), service=0.8)
     assert api(server.url).predict_batches(XS[:20]) == ANSWERS[:20]
 
 
 def test_a_row_that_is_always_refused_ends_as_an_error(server: ScriptedServer, api: Make) -> None:
-    """A row that is refused while others are answered over and over is refused for its own sake."""
+    """A row that is refused again and again while others complete is an error of its own."""
 
     async def script(asked: Asked) -> Deed:
         await asyncio.sleep(0.02)
@@ -141,7 +141,7 @@ def test_a_row_that_is_always_refused_ends_as_an_error(server: ScriptedServer, a
 
 
 def test_a_search_for_a_server_leaves_its_room_growing(server: ScriptedServer, api: Make) -> None:
-    """One that refused, was lost and is found again lets rows in when its while is over."""
+    """A server that refused, was lost and was found again gets rows after its pause."""
 
     async def found_again() -> None:
         engine = HttpEngine(api(server.url).engine_config())
@@ -160,7 +160,7 @@ def test_a_search_for_a_server_leaves_its_room_growing(server: ScriptedServer, a
 
 
 def test_a_server_with_room_takes_what_another_one_refuses(server: ScriptedServer, api: Make) -> None:
-    """Of two servers the one that is full keeps its slots busy, and the other one has all the other rows."""
+    """Of two servers the full one keeps its slots busy, and the other one gets all other rows."""
     with ScriptedServer(lambda _: asyncio.sleep(0.02)) as other:
         server.script = slots = Slots(refused(429, "slow down"), service=0.2)
         assert api(server.url, other.url).predict_batches(XS) == ANSWERS
@@ -169,7 +169,7 @@ def test_a_server_with_room_takes_what_another_one_refuses(server: ScriptedServe
 
 
 def test_a_queue_that_is_longer_than_the_timeout_is_cut(server: ScriptedServer, api: Make) -> None:
-    """Where rows wait at the server until they time out, fewer are sent, and most are answered."""
+    """If rows wait at the server until they time out, fewer are sent, and most complete."""
     slots = asyncio.Semaphore(SLOTS)
 
     async def script(asked: Asked) -> Deed:
@@ -186,7 +186,7 @@ def test_a_queue_that_is_longer_than_the_timeout_is_cut(server: ScriptedServer, 
 
 
 def test_rows_that_never_end_do_not_cut_the_places_of_others(server: ScriptedServer, api: Make) -> None:
-    """A row that times out while rows sent after it are answered is slow by itself: no places go."""
+    """A row that times out while later rows complete is slow by itself: no slots are removed."""
     busy: list[int] = []
 
     async def script(asked: Asked) -> None:
@@ -201,7 +201,7 @@ def test_rows_that_never_end_do_not_cut_the_places_of_others(server: ScriptedSer
 
 
 def test_refusals_after_timeouts_are_over_when_they_are_over(server: ScriptedServer, api: Make) -> None:
-    """A server that hung, and then refused all for a while, soon has as many rows as it takes again."""
+    """A server that hung, and then refused all rows for a while, soon has all its slots in use again."""
     began = time.monotonic()
 
     async def script(_: Asked) -> Deed:
@@ -222,7 +222,7 @@ def test_refusals_after_timeouts_are_over_when_they_are_over(server: ScriptedSer
 def test_rows_do_not_wait_at_a_throttled_server_while_another_idles(
     server: ScriptedServer, api: Make
 ) -> None:
-    """One that takes two rows at a time holds two, and the other has the rest at once."""
+    """A server with two slots gets two rows, and the other one gets the rest at once."""
     with ScriptedServer(lambda _: asyncio.sleep(0.02)) as quick:
         server.script = slots = Slots(refused(429, "too many"), service=0.5, slots=2)
         model = api(server.url, quick.url)
@@ -235,7 +235,7 @@ def test_rows_do_not_wait_at_a_throttled_server_while_another_idles(
 def test_servers_that_were_away_have_their_share_again(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of four servers three are away for a moment: no row fails, and all four work at the end."""
+    """If three of four servers are away for a moment, no row fails, and all four work at the end."""
     monkeypatch.setattr(servers, "LEFT_ALONE", 0.1)
 
     async def script(_: Asked) -> None:
@@ -293,7 +293,7 @@ def test_rows_do_not_need_more_files_than_may_be_open(
 def test_a_server_that_refuses_all_is_unavailable(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the grace period the call fails with what has been answered, and no row is called failed."""
+    """After the grace period the call fails with the completed rows, and no row is called failed."""
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.5")
     server.script = slots = Slots(refused(429, "out of quota"))
     with ThreadPoolExecutor(1) as threads:
@@ -311,7 +311,7 @@ def test_a_server_that_refuses_all_is_unavailable(
 def test_each_call_has_its_patience(
     server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A call after one that was refused until its end does not end at its first refusal."""
+    """A call after one that was refused until its end does not fail at its first refusal."""
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.5")
     server.script = slots = Slots(refused(429, "out of quota"), out=True)
     with pytest.raises(ServerUnavailable):

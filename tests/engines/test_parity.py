@@ -1,4 +1,4 @@
-"""`VllmModel` against vLLM's own server: for the same request the same answer, field by field."""
+"""`VllmModel` and vLLM's own server give the same answer to the same request, field by field."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ IGNORED = {"id"}
 
 @pytest.fixture(scope="module")
 def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with tags of reasoning and of tools in the places of four rare tokens, and adapters."""
+    """The tiny model with tags for reasoning and tools in place of four rare tokens, and adapters."""
     folder = tmp_path_factory.mktemp("parity")
     shutil.copytree(tiny_model, folder / "model")
     path = folder / "model" / "tokenizer.json"
@@ -247,7 +247,7 @@ def server(folder: Path) -> Iterator[VllmServer]:
 
 
 def test_the_engine_answers_as_vllms_server_does(server: VllmServer, folder: Path) -> None:
-    """Of all the requests each has the same answer, or is refused in the same words."""
+    """Every request has the same answer both ways, or the same refusal."""
     engine = {**ENGINE, "chat_template": str(folder / "template.jinja")}
     local = VllmModel(identifier="local", model_name=str(folder / "model"), vllm_kwargs=engine, chat=False)
     other, kinds = [], dict.fromkeys(("reasoning", "tool_calls", "logprobs", "error"), 0)
@@ -277,10 +277,10 @@ def test_the_engine_answers_as_vllms_server_does(server: VllmServer, folder: Pat
 
 
 def test_the_server_streams_what_it_answers_whole(server: VllmServer, folder: Path) -> None:
-    """A streamed answer is the same, but for what vLLM itself does otherwise in a stream.
+    """A streamed answer is the same, except for vLLM's own differences in a stream.
 
-    There it parses reasoning and tool calls by other code, which shows where a model writes their tags at
-    random, and it gives no logprobs of a prompt that is echoed.
+    There vLLM parses reasoning and tool calls by other code, which differs if a model writes their tags at
+    random, and returns no logprobs of an echoed prompt.
     """
     other, compared = [], 0
     url: dict[str, Any] = {
@@ -308,7 +308,7 @@ def test_the_server_streams_what_it_answers_whole(server: VllmServer, folder: Pa
 
 
 def sent(body: Body, folder: Path) -> tuple[Body, str | None]:
-    """What is asked for, with tokens by their numbers, and of which adapter."""
+    """The request, with its tokens as numbers, and its adapter."""
     added = json.loads((folder / "model" / "tokenizer.json").read_text())["added_tokens"]
     tags = {token["content"]: token["id"] for token in added}
     asked = {**body, "return_token_ids": not body.get("echo")}
@@ -318,7 +318,7 @@ def sent(body: Body, folder: Path) -> tuple[Body, str | None]:
 
 
 def alike(here: Result, there: Result) -> bool:
-    """Whether two answers are equal but for what vLLM draws, or two errors have the same words."""
+    """Whether two answers are equal except for random numbers, or two errors have the same message."""
     if isinstance(here, Completion) and isinstance(there, Completion):
         return plain(here) == plain(there)
     if isinstance(here, RowError) and isinstance(there, RowError):

@@ -1,6 +1,6 @@
 """Engines on Ray: real actors on a real cluster of two nodes on this machine, joined by its address.
 
-Where deaths and places are the point, the actors hold the scripted host instead of vLLM's.
+Tests of deaths and placement use actors with the scripted host instead of vLLM's.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def hosts() -> list[psutil.Process]:
 
 
 def assert_nothing_left() -> None:
-    """No actor, no host, and this process in no cluster."""
+    """Assert that no actor and no host is left, and that this process is in no cluster."""
     assert not ray().is_initialized()
     assert eventually(lambda: not actors() and {host.pid for host in hosts()} <= OTHERS)
 
@@ -133,7 +133,7 @@ def assert_nothing_left() -> None:
 def test_replicas_on_two_nodes_answer_a_table_though_one_is_killed(
     cluster: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Two engines share a table; one is killed meanwhile, and every row is there once and whole."""
+    """Two engines share a table; one is killed meanwhile, and every row is there once and complete."""
     model = VllmModel(
         identifier="m",
         model_name=str(tiny_model),
@@ -164,7 +164,7 @@ def test_replicas_on_two_nodes_answer_a_table_though_one_is_killed(
 
 
 def test_rows_of_a_host_that_died_in_its_actor_are_asked_once_more(make: Make, tmp_path: Path) -> None:
-    """A death of the engine's process is as one here: its open rows are handed over to the next."""
+    """The death of an engine's process is handled as on this machine: its open rows are sent again."""
     rows = ["a", "die", *(f"row {i}" for i in range(200))]
     assert make().predict_batches(rows, temperature=0) == rows
     asked = (tmp_path / "log").read_text().splitlines()
@@ -190,7 +190,7 @@ def test_an_end_that_is_cut_short_gives_the_place_back_too(make: Make, tmp_path:
 
 
 def test_failed_start_tells_the_reason_of_the_engine(make: Make) -> None:
-    """What vLLM says in an actor far away is what the caller reads."""
+    """The error has vLLM's reason from the actor."""
     with pytest.raises(EngineFailed, match="ValueError: no room"):
         make(refuse="no room").predict("a")
 
@@ -213,7 +213,7 @@ def test_several_gpus_come_in_one_placement_group(make: Make) -> None:
 
 
 def test_place_that_is_not_there_is_waited_for_and_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cluster may grow or become free; in the end the error says what was asked of it."""
+    """A cluster may grow or become free, so the call waits; in the end the error names the resources."""
     monkeypatch.setenv("VLLM_TASKS_ENGINE_START_TIMEOUT", "1")
     with pytest.raises(EngineFailed, match=r"'GPU': 8.*request less") as caught:
         make(ray_config={"num_gpus": 8}).predict("a")
@@ -243,7 +243,7 @@ def test_options_that_ray_does_not_know_or_that_are_ours_are_refused(
 def test_without_an_address_ray_is_our_own_and_ends_with_the_last_engine(
     make: Make, cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A Ray of this process alone; what this machine will never have is refused at once."""
+    """A Ray of this process alone is used; resources that this machine lacks are refused at once."""
     of_the_cluster = len(of_ray("raylet/raylet"))
     model = make().model_copy(update={"ray_address": None})
     with model:
@@ -262,8 +262,9 @@ def test_without_an_address_ray_is_our_own_and_ends_with_the_last_engine(
 def test_ray_that_was_there_is_used_and_left_as_it_was(
     make: Make, cluster: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What others have joined in this process stays joined; when they leave, rows in flight fail, and the
-    next call starts anew."""
+    """A Ray that others have joined in this process stays joined. When they leave, rows in flight fail,
+    and the next call starts another engine.
+    """
     monkeypatch.setattr("vllm_tasks.engines.ray.engine.CHECK_EVERY", 0.2)
     ray().init(address=cluster, log_to_driver=False, logging_level="ERROR")
     model = make(pause=1)
@@ -284,7 +285,7 @@ def test_ray_that_was_there_is_used_and_left_as_it_was(
 
 
 def test_cluster_that_is_not_there_is_named() -> None:
-    """The refusal says where was looked."""
+    """The refusal names the address that was tried."""
     model = VllmModel(identifier="m", model_name="m", ray_address="127.0.0.1:1", ray_config=ON_CPU)
     with pytest.raises(ServerUnavailable, match=r"127\.0\.0\.1:1"):
         model.predict("a")
@@ -301,7 +302,7 @@ def test_without_ray_the_way_to_get_it_is_told(monkeypatch: pytest.MonkeyPatch) 
 
 
 class TestRayTaskRunner:
-    """Prefect's tasks of ours in Ray's workers."""
+    """The tasks of this package in Ray's workers."""
 
     pytestmark = IN_PREFECT
 
@@ -354,7 +355,7 @@ def asked_of(log: Path) -> list[str]:
 
 
 def test_rows_are_shared_out(scripted: Callable[..., Replicas], tmp_path: Path) -> None:
-    """Both replicas get rows, each row is asked once, and the window is the sum of theirs."""
+    """Both replicas get rows, each row is sent once, and the window is the sum of theirs."""
     replicas = scripted({}, {})
     prompts = [f"row {i}" for i in range(100)]
     assert ask(replicas, prompts) == prompts
@@ -365,7 +366,7 @@ def test_rows_are_shared_out(scripted: Callable[..., Replicas], tmp_path: Path) 
 
 
 def test_replica_that_fails_for_good_is_left_out(scripted: Callable[..., Replicas], tmp_path: Path) -> None:
-    """What it has not answered goes to the others; only when all have failed the call does."""
+    """Its unfinished rows go to the others; the call fails only when all replicas have failed."""
     replicas = scripted({"lives": 1}, {})
     prompts = ["die", *(f"row {i}" for i in range(30))]
     assert ask(replicas, prompts) == prompts
@@ -377,14 +378,14 @@ def test_replica_that_fails_for_good_is_left_out(scripted: Callable[..., Replica
 
 
 def test_start_of_replicas_is_all_or_nothing(scripted: Callable[..., Replicas]) -> None:
-    """When one does not start, none is left, and its reason is told."""
+    """If one replica does not start, none is left, and its reason is reported."""
     with pytest.raises(EngineFailed, match="no room"):
         ask(scripted({}, {"refuse": "no room"}), ["a"])
     assert not of_ray("scripted_host.py")
 
 
 class Idle(LocalEngine):
-    """An engine of a size that is ready, and is not asked."""
+    """An engine of a given size that is ready and gets no rows."""
 
     is_ready = True
 
@@ -400,7 +401,7 @@ def dispatch(*open_rows: int) -> tuple[Replicas, list[Replica]]:
 
 
 def test_prompts_with_one_beginning_go_to_one_replica_unless_it_is_clearly_fuller() -> None:
-    """The cache of a replica is used again, but no other goes hungry for it."""
+    """The cache of a replica is used again, but no other replica is left without rows."""
     replicas, (first, second) = dispatch(0, 0)
     long = "Classify this text. " * 20
     assert replicas._choose(Request(long + "1", {})) is first
@@ -414,7 +415,7 @@ def test_prompts_with_one_beginning_go_to_one_replica_unless_it_is_clearly_fulle
 
 
 def test_longest_beginning_in_common_decides() -> None:
-    """Of two replicas with a common head, the one that had more of the prompt is chosen."""
+    """Of two replicas with a common prefix, the one that had more of the prompt is chosen."""
     replicas, (first, second) = dispatch(0, 0)
     head = "You are a helpful assistant. " * 5
     assert replicas._choose(Request(head + "A" * 1000, {})) is first

@@ -1,4 +1,4 @@
-"""`VllmAPI` against real servers: vLLM's own, and the legacy format answered by a real engine."""
+"""`VllmAPI` against real servers: vLLM's own, and the legacy format served by a real engine."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_full_results_over_http(server: VllmServer) -> None:
 
 
 def test_sampling_parameters_pass_through(server: VllmServer) -> None:
-    """Structured outputs, n, logit_bias and beam search do over HTTP what vLLM says they do."""
+    """Structured outputs, n, logit_bias and beam search have vLLM's effects over HTTP."""
     with client(server) as model:
         assert model.predict("x", structured_outputs={"choice": ["yes", "no"]}) in ("yes", "no")
         assert len(set(model.predict("x", n=3, temperature=1))) == 3
@@ -137,7 +137,7 @@ def test_sampling_parameters_pass_through(server: VllmServer) -> None:
 
 
 def test_poisoned_rows_fail_alone(server: VllmServer) -> None:
-    """Of 1,000 rows with 10 poisoned ones, 990 are answered in order and 10 say which and why."""
+    """Of 1,000 rows with 10 poisoned ones, 990 complete in order and 10 errors name their row and reason."""
     with client(server) as model:
         results = model.predict_batches(ROWS, on_error="return", max_tokens=2)
     check_poisoned(results)
@@ -145,7 +145,7 @@ def test_poisoned_rows_fail_alone(server: VllmServer) -> None:
 
 @contextmanager
 def gateway(upstream: str, silence: float) -> Iterator[str]:
-    """A gateway that closes connections on which nothing has moved for this many seconds."""
+    """A gateway that closes connections that are idle for this many seconds."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there = urlsplit(upstream)
@@ -185,7 +185,7 @@ def gateway(upstream: str, silence: float) -> Iterator[str]:
 
 
 def test_a_long_answer_comes_through_a_gateway_that_closes_silent_connections(server: VllmServer) -> None:
-    """Streamed, something moves all the time; whole, the connection is closed before the answer is there."""
+    """A stream is never idle; without one, the connection is closed before the answer is there."""
     long = {"max_tokens": 900, "ignore_eos": True, "temperature": 0}
     with client(server, chat=False) as direct:
         (expected,) = direct.completions(["The quick brown"], **long)
@@ -204,7 +204,7 @@ def test_a_long_answer_comes_through_a_gateway_that_closes_silent_connections(se
 
 
 def test_wrong_key_and_wrong_model_fail_the_call(server: VllmServer) -> None:
-    """401 and 404 end the call at once, with the server's words and the way out."""
+    """401 and 404 end the call at once, with the server's message and the way out."""
     for wrong, said in (({"api_key": "wrong"}, ["401", "api_key"]), ({"model": "other"}, ["404", "other"])):
         with client(server, **wrong) as model, pytest.raises(InvalidCall) as caught:
             model.predict_batches(["a", "b"])
@@ -223,7 +223,7 @@ def test_greedy_with_several_choices_is_refused_by_the_row(server: VllmServer) -
 def test_server_killed_in_the_middle_loses_no_row(
     server: VllmServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After kill -9 of the server and its restart, the same call ends with every row answered."""
+    """After kill -9 of the server and its restart, the same call ends with every row complete."""
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", str(START_SECONDS))
 
     def kill_and_restart() -> None:
@@ -265,7 +265,7 @@ def legacy(local_model: VllmModel) -> Iterator[tuple[str, list[dict[str, object]
             self.wfile.write(answer)
 
         def log_message(self, *_: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         thread = threading.Thread(target=http.serve_forever)
@@ -276,7 +276,7 @@ def legacy(local_model: VllmModel) -> Iterator[tuple[str, list[dict[str, object]
 
 
 def test_legacy_format(legacy: tuple[str, list[dict[str, object]]], local_model: VllmModel) -> None:
-    """`/generate` takes the prompt beside the sampling parameters, and the prompt is cut off the answer."""
+    """`/generate` gets the prompt beside the sampling parameters, and the answer loses the prompt."""
     url, bodies = legacy
     with VllmAPI(identifier="a", api_url=url) as model:
         assert model.predict("1+1=", temperature=0, max_tokens=8) == local_model.predict("1+1=")

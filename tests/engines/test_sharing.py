@@ -1,4 +1,4 @@
-"""Who holds an engine, and what its deaths cost: against a scripted host, in milliseconds a life."""
+"""Users and deaths of an engine, against a scripted host that starts in milliseconds."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def asked(log: Path) -> list[str]:
 
 
 def in_thread(work: Any) -> tuple[threading.Thread, list[Any]]:
-    """The thread and, when it has ended, what `work` returned or raised."""
+    """The thread, and later the result or exception of `work`."""
     outcome: list[Any] = []
 
     def run() -> None:
@@ -85,7 +85,7 @@ def wait_for_start(log: Path) -> None:
 
 
 def interrupt(work: Callable[[], Any], log: Path, line: str = "start", times: int = 1) -> None:
-    """Ctrl-C while `work` is at work, when the engine's process has noted `line` so many times."""
+    """Ctrl-C during `work`, when the engine's process has logged `line` so many times."""
     main = threading.main_thread().ident
     assert main is not None
 
@@ -102,7 +102,7 @@ def interrupt(work: Callable[[], Any], log: Path, line: str = "start", times: in
 
 
 def test_equal_models_share_one_engine_and_the_last_to_leave_ends_it(make: Make, log: Path) -> None:
-    """Two models of one configuration start one engine; it lives until both have let it go."""
+    """Two models of one configuration start one engine; it lives until both have released it."""
     first, second = make(), make()
     with first, second, second:
         assert first.predict("a") == second.predict("a") == "a"
@@ -113,7 +113,7 @@ def test_equal_models_share_one_engine_and_the_last_to_leave_ends_it(make: Make,
 
 
 def test_copies_of_one_saved_model_hold_apart(make: Make, log: Path) -> None:
-    """Two loads of one block, with one uuid, do not let go of each other's hold."""
+    """Two loads of one block, with one uuid, do not release each other's engine."""
     first = make()
     second = first.model_copy()
     with second:
@@ -155,7 +155,7 @@ def test_closing_engine_is_gone_before_its_successor_starts(make: Make, log: Pat
 
 
 def test_failed_start_gives_the_cause_in_the_log(make: Make, log: Path) -> None:
-    """An error that only points at the log is replaced by the one in the log; the next call tries anew."""
+    """An error that only points to the log is replaced by the logged one; the next call starts again."""
     model = make(refuse="no room")
     for _ in range(2):
         with pytest.raises(EngineFailed, match="ValueError: no room") as caught:
@@ -174,7 +174,7 @@ def test_close_ends_a_start_that_was_interrupted(make: Make, log: Path) -> None:
 
 
 def test_start_takes_no_longer_than_it_may(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However seldom it is said how far it is; nothing of it is left."""
+    """A start is ended after its timeout, however rarely it reports progress; nothing of it is left."""
     monkeypatch.setenv("VLLM_TASKS_ENGINE_START_TIMEOUT", "1")
     begin = time.monotonic()
     with pytest.raises(EngineFailed, match=r"within 1 s \(VLLM_TASKS_ENGINE_START_TIMEOUT\)"):
@@ -184,7 +184,7 @@ def test_start_takes_no_longer_than_it_may(make: Make, monkeypatch: pytest.Monke
 
 
 def test_failure_of_an_interrupted_start_is_nobodys(make: Make, log: Path) -> None:
-    """A start that fails after its caller has left is forgotten; the next call tries anew."""
+    """A start that fails after its caller has left is forgotten; the next call starts again."""
     model = make(start=0.5, refuse="no room")
     interrupt(model.init, log)
 
@@ -201,7 +201,7 @@ def test_failure_of_an_interrupted_start_is_nobodys(make: Make, log: Path) -> No
 def test_engine_for_which_others_made_room_stays_warm(
     make: Make, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the engines whose GPU it needs are closed, not the one that starts: two calls are one start."""
+    """Only the engines whose GPU it needs are closed, not the one that starts, even with two calls."""
     monkeypatch.setattr(gpus.free_devices, "__defaults__", (tmp_path / "gpus",))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setenv("VLLM_TASKS_GPUS", "1")
@@ -213,7 +213,7 @@ def test_engine_for_which_others_made_room_stays_warm(
 
 
 def test_rows_of_a_dead_engine_are_asked_once_more(make: Make, log: Path) -> None:
-    """After a death the open rows, and those that came meanwhile, are handed over once each."""
+    """After a death the open rows, and those that came meanwhile, are sent once each."""
     model = make(start=0.5)
     model.init()
     thread, outcome = in_thread(lambda: model.predict_batches(["a", "die", "z"], max_tokens=1))
@@ -231,7 +231,7 @@ def test_rows_of_a_dead_engine_are_asked_once_more(make: Make, log: Path) -> Non
 
 
 def test_row_that_kills_the_engine_is_given_up_when_it_was_alone(make: Make, log: Path) -> None:
-    """A row at whose sight every engine dies becomes an error; the others are answered."""
+    """A row that kills every engine becomes an error, and the others complete."""
     results = make().predict_batches(["a", "die always", "z"], on_error="return", temperature=0)
     assert results[0] == "a"
     assert isinstance(results[1], RowError)
@@ -242,7 +242,7 @@ def test_row_that_kills_the_engine_is_given_up_when_it_was_alone(make: Make, log
 
 
 def test_only_rows_that_kill_are_lost(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of rows in flight together, those that kill or hang the engine are found one by one; each time anew."""
+    """Of rows in flight together, those that kill or hang the engine are found one by one, each time."""
     monkeypatch.setenv("VLLM_TASKS_ENGINE_TIMEOUT", "1")
     model = make()
     rows = ["die always"] * 3 + ["hang always"] + [f"row {i}" for i in range(60)]
@@ -258,8 +258,9 @@ def test_only_rows_that_kill_are_lost(make: Make, monkeypatch: pytest.MonkeyPatc
 def test_table_has_an_error_for_each_bad_row_and_no_other(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 1,000 rows with 3 that kill, 2 that hang and 5 that are refused, 990 are answered; the bad ones
-    are asked again by `retry_failed`, and no good one is lost then."""
+    """Of 1,000 rows with 3 that kill, 2 that hang and 5 that are refused, 990 complete; `retry_failed`
+    sends the bad ones again, and no good row is lost then.
+    """
     monkeypatch.setenv("VLLM_TASKS_ENGINE_TIMEOUT", "1")
     bad = ["die always"] * 3 + ["hang always"] * 2 + ["refuse"] * 5
     rows = [bad[i // 100] if i % 100 == 50 else f"row {i}" for i in range(1000)]
@@ -276,7 +277,7 @@ def test_table_has_an_error_for_each_bad_row_and_no_other(
 
 
 def test_call_whose_rows_all_kill_costs_no_other_call_a_row(make: Make) -> None:
-    """It fails, and the rows of another call on the same engine are answered."""
+    """The call fails, and the rows of another call on the same engine complete."""
     model = make(pause=0.02)
     model.init()
     rows = [f"row {i}" for i in range(60)]
@@ -304,7 +305,7 @@ def test_row_is_not_blamed_for_one_that_was_cancelled_before_it(make: Make, log:
 
 
 def test_wrong_call_is_refused_alone(make: Make, log: Path) -> None:
-    """What an engine finds wrong with a call is that call's error, and the engine lives on for the others."""
+    """An error that the engine finds in a call fails that call alone, and the engine survives."""
     model = make(pause=0.02)
     model.init()
     rows = [f"row {i}" for i in range(40)]
@@ -317,7 +318,7 @@ def test_wrong_call_is_refused_alone(make: Make, log: Path) -> None:
 
 
 def test_what_is_no_json_fails_its_own_call(make: Make, log: Path) -> None:
-    """Also while the engine starts again, when the rows of all calls travel together."""
+    """This also holds while the engine restarts, when the rows of all calls travel together."""
     model = make(start=0.5)
     model.init()
     dying, of_dying = in_thread(lambda: model.predict_batches(["a", "die"], temperature=1))
@@ -333,7 +334,7 @@ def test_what_is_no_json_fails_its_own_call(make: Make, log: Path) -> None:
 def test_engine_that_hangs_is_started_again(
     make: Make, log: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A process that stands still is ended after the site's time, which is said; one that idles is not."""
+    """An engine without progress is ended after the site's timeout, with a log line; an idle one is not."""
     monkeypatch.setenv("VLLM_TASKS_ENGINE_TIMEOUT", "1")
     with make() as model:
         time.sleep(1.5)
@@ -349,7 +350,7 @@ def test_engine_that_hangs_is_started_again(
 def test_cause_of_a_death_is_the_newest(
     make: Make, last: str, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A signal, or what was printed last: not a trouble that was overcome before."""
+    """The cause is a signal or the last printed error, not an earlier one that was overcome."""
     make().predict_batches(["trouble"])
     make().predict_batches([last], on_error="return")
     deaths = [r.getMessage() for r in caplog.records if "died" in r.getMessage()]
@@ -359,7 +360,7 @@ def test_cause_of_a_death_is_the_newest(
 
 
 def test_close_beside_an_engine_that_takes_long_to_end(make: Make, log: Path) -> None:
-    """Its process is gone when `close()` has returned, though it was given time to end in order."""
+    """Its process has ended when `close()` returns, although it had time to end in order."""
     model = make().init()
     interrupt(lambda: model.predict("linger"), log, "linger")
     time.sleep(0.5)
@@ -372,7 +373,7 @@ def test_close_beside_an_engine_that_takes_long_to_end(make: Make, log: Path) ->
 def test_host_that_is_gone_while_it_is_written_to_is_ended(
     log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also on the loop of Ray's actors, where its socket then is closed and takes no order any more."""
+    """This also holds on the loop of Ray's actors, where its closed socket takes no more orders."""
     uvloop = pytest.importorskip("uvloop")
     monkeypatch.setattr(process, "HOST", Path(__file__).parents[1] / "servers/scripted_host.py")
 
@@ -389,7 +390,7 @@ def test_host_that_is_gone_while_it_is_written_to_is_ended(
 
 
 def test_init_after_a_failure_starts_anew(make: Make, log: Path) -> None:
-    """Also for who held the engine, and where no call has met the failure."""
+    """This also holds for a model that held the engine, and if no call has met the failure."""
     model = make(lives=1).init()
     hosts()[0].kill()
     shared = sharing._shared[model.engine_config()]
@@ -402,14 +403,14 @@ def test_init_after_a_failure_starts_anew(make: Make, log: Path) -> None:
 
 
 def test_engine_that_ran_before_may_run_again(make: Make) -> None:
-    """One that could not be restarted is a temporary failure; one that never started is none."""
+    """A failed restart is a temporary failure; a failed first start is not."""
     with pytest.raises(EngineFailed, match="no more lives") as caught:
         make(lives=1).predict("die")
     assert caught.value.temporary
 
 
 def test_engine_that_only_dies_fails_the_call(make: Make) -> None:
-    """Engines that die one after the other without an answer end the call, as a temporary failure."""
+    """Engines that die in a row without a completion end the call, as a temporary failure."""
     rows = ["die always"] * 40
     with pytest.raises(EngineFailed, match="died 6 times without completing") as caught:
         make().predict_batches(rows, on_error="return")
@@ -421,12 +422,12 @@ def test_engine_that_only_dies_fails_the_call(make: Make) -> None:
 
 
 def test_long_line_of_the_log_stops_nothing(make: Make) -> None:
-    """A line of megabytes is read and dropped, and the engine does not wait on a full pipe."""
+    """A line of megabytes is read and dropped, and the engine does not block on a full pipe."""
     assert make().predict_batches(["shout", "shout", "a"], max_tokens=1) == ["shout", "shout", "a"]
 
 
 def test_rows_without_a_prompt_start_no_engine(make: Make, log: Path) -> None:
-    """Where there is nothing to ask, no engine is started."""
+    """Without rows to process, no engine is started."""
     assert make().predict_batches([]) == []
     (error,) = make().predict_batches([None], on_error="return")
     assert isinstance(error, RowError)
@@ -446,7 +447,7 @@ def test_garbage_collection_is_as_before_after_calls(make: Make) -> None:
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # from Python 3.12
 def test_close_needs_no_longer_where_a_forked_child_lives(make: Make) -> None:
-    """The child has a copy of what the engine's process is spoken to by, whose end is its order to go."""
+    """The child has a copy of the socket whose end stops the engine's process."""
     model = make().init()
     child = os.fork()
     if child == 0:
@@ -461,7 +462,7 @@ def test_close_needs_no_longer_where_a_forked_child_lives(make: Make) -> None:
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # from Python 3.12
 def test_fork_does_not_cut_the_parent_off(make: Make, log: Path) -> None:
-    """After a fork whose child collects its garbage, the parent's engine still answers."""
+    """After a fork whose child collects its garbage, the parent's engine still works."""
     model = make()
     model.predict("before")
     child = os.fork()
@@ -478,7 +479,7 @@ def test_fork_does_not_cut_the_parent_off(make: Make, log: Path) -> None:
 def test_adapter_that_is_written_to_while_it_is_copied_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its copy might have some files of before and others of after, for as long as the engine lives."""
+    """Otherwise the copy might mix files of both versions for the engine's life."""
     monkeypatch.setenv(session.SOCKETS, str(tmp_path))
     folder = tmp_path / "adapter"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Answers that come in pieces: what they amount to, and what becomes of those that break off."""
+"""Streamed answers: how pieces are put together, and what happens when a stream breaks off."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def chat(delta: dict[str, Any], end: str | None = None, **more: Any) -> dict[str
 
 
 def streaming(content: bytes) -> Callable[[Asked], Reply | None]:
-    """A script that answers so what is to be streamed."""
+    """A script that sends this stream to each streamed request."""
     reply = Reply(content, headers={"Content-Type": "text/event-stream; charset=utf-8"})
     return lambda asked: reply if asked.body and asked.body.get("stream") else None
 
@@ -56,7 +56,7 @@ def only(model: VllmAPI, prompt: Any = "x", **sampling: Any) -> Any:
 
 
 def test_pieces_are_put_together(server: ScriptedServer, model: VllmAPI) -> None:
-    """The text, why it ended and the counts of tokens, among comments that only keep the connection."""
+    """Text, finish reason and token counts are read, among comments that only keep the connection alive."""
     kept = b": ping\r\n\r\n"
     server.script = streaming(
         events(text("Par"), done=False, line="\r\n") + kept + events(text("is"), text("", "stop"), USAGE)
@@ -69,7 +69,7 @@ def test_pieces_are_put_together(server: ScriptedServer, model: VllmAPI) -> None
 
 
 def test_several_choices_come_mixed(server: ScriptedServer, model: VllmAPI) -> None:
-    """Each piece goes to the choice that its index says, whichever comes first."""
+    """Each piece goes to the choice of its index, in any order."""
     mixed = [text("b", index=1), text("a", index=0), text("B", "stop", 1), text("A", "length", 0)]
     server.script = streaming(events(*mixed))
     ended = [(choice.text, choice.finish_reason) for choice in only(model, n=2).choices]
@@ -94,7 +94,7 @@ def test_logprobs_and_token_ids_grow_with_the_text(server: ScriptedServer, model
 
 
 def test_reasoning_and_tool_calls_come_in_pieces_too(server: ScriptedServer, model: VllmAPI) -> None:
-    """Arguments of a call are one text in the end, and calls are told apart by their index."""
+    """The pieces of a call's arguments become one text, and the index distinguishes calls."""
 
     def call(index: int, arguments: str, **begun: Any) -> dict[str, Any]:
         return {"tool_calls": [{"index": index, **begun, "function": {"arguments": arguments}}]}
@@ -127,7 +127,7 @@ STREAM = events(
 
 @given(cuts=st.lists(st.integers(0, len(STREAM)), max_size=8).map(sorted))
 def test_it_does_not_matter_where_the_network_cuts_a_stream(cuts: list[int]) -> None:
-    """In the middle of a line or of a character too."""
+    """The network may split a stream in the middle of a line or a character."""
     pieces = Pieces()
     for begin, end in zip([0, *cuts], [*cuts, len(STREAM)], strict=True):
         pieces.take(STREAM[begin:end])
@@ -157,7 +157,7 @@ def test_it_does_not_matter_where_the_network_cuts_a_stream(cuts: list[int]) -> 
 def test_what_is_no_whole_answer_is_an_error(
     server: ScriptedServer, model: VllmAPI, content: bytes, kind: str, words: str
 ) -> None:
-    """A stream that breaks off, that ends in an error, or that is none: never half an answer."""
+    """A stream that breaks off, ends in an error or is no stream is never a partial answer."""
     server.script = streaming(content)
     error = only(model)
     assert isinstance(error, RowError)
@@ -166,7 +166,7 @@ def test_what_is_no_whole_answer_is_an_error(
 
 
 def test_a_stream_that_breaks_off_is_tried_again(server: ScriptedServer) -> None:
-    """As any connection that breaks."""
+    """It is retried like any other broken connection."""
     broken = [events(text("Par"), done=False)]
     whole = events(text("Paris", "stop"), USAGE)
 
@@ -179,12 +179,12 @@ def test_a_stream_that_breaks_off_is_tried_again(server: ScriptedServer) -> None
 
 
 def test_a_server_that_answers_whole_is_understood(server: ScriptedServer, model: VllmAPI) -> None:
-    """Some take `stream` for a wish."""
+    """Some servers ignore `stream` and send the complete answer."""
     assert model.predict("x") == answer_to("x")
 
 
 def test_logprobs_of_the_prompt_come_whole(server: ScriptedServer, model: VllmAPI) -> None:
-    """vLLM leaves them out of a stream without a word, so such a request is not streamed."""
+    """vLLM silently leaves prompt logprobs out of a stream, so such a request is not streamed."""
     assert model.predict("x", prompt_logprobs=1, max_tokens=1) == answer_to("x")
     (asked,) = server.posts
     assert "stream" not in asked.body
@@ -201,14 +201,14 @@ def test_a_stream_may_be_no_larger_than_any_answer(
 
 
 def test_the_legacy_format_is_not_streamed() -> None:
-    """Its pieces are another format, which no server of today has."""
+    """Its pieces have another format, which no current server uses."""
     model = VllmAPI(identifier="a", api_url="http://127.0.0.1:9/generate", stream=True)
     with pytest.raises(InvalidCall, match="stream=True is for OpenAI's protocol"):
         model.predict("x")
 
 
 def test_no_part_of_a_key_that_a_stream_repeats_is_shown(server: ScriptedServer) -> None:
-    """Also where an error shows the beginning and the end of what came."""
+    """This also holds where an error shows the beginning and the end of a response."""
     key = "sk-" + "0123456789" * 15
     server.script = streaming(events([f"you sent {key}"]))
     fields: dict[str, Any] = {"model": "m", "retries": 0, "chat": False, "api_key": key}

@@ -73,7 +73,7 @@ def places(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def changed(value: Any, way: tuple[Any, ...], new: Any) -> Any:
-    """A copy with another value at one place."""
+    """A copy with another value at one position."""
     if not way:
         return new
     value = copy.copy(value)
@@ -123,13 +123,13 @@ def assert_sound_token(token: TokenLogprob) -> None:
 
 @given(paths, anything)
 def test_any_json_value_is_a_completion_or_of_wrong_shape(path: str, answer: Any) -> None:
-    """Whatever JSON comes, parsing gives a sound Completion or raises WrongShape."""
+    """Any JSON parses to a sound Completion or raises WrongShape."""
     assert_sound_or_wrong(path, answer)
 
 
 @given(nearly_right())
 def test_a_right_answer_with_one_value_changed_is_sound_or_of_wrong_shape(case: tuple[str, Any]) -> None:
-    """A valid answer with any value at any one place still gives a sound Completion or WrongShape."""
+    """A valid answer with any value at any one position still gives a sound Completion or WrongShape."""
     path, answer = case
     assert_sound_or_wrong(path, answer)
 
@@ -146,7 +146,7 @@ def test_deep_nesting_is_of_wrong_shape(path: str) -> None:
 
 @given(st.text(), st.lists(st.text(), min_size=1, max_size=4))
 def test_legacy_cuts_exactly_the_prompt_off(prompt: str, completions: list[str]) -> None:
-    """The former api_server's texts begin with the prompt; what is left is the completion."""
+    """The texts of the former api_server begin with the prompt; the rest is the completion."""
     answer = {"text": [prompt + c for c in completions]}
     parsed = wire.parse("/generate", Request(prompt, {"n": len(completions)}), answer)
     assert [c.text for c in parsed.choices] == completions
@@ -154,7 +154,7 @@ def test_legacy_cuts_exactly_the_prompt_off(prompt: str, completions: list[str])
 
 @given(st.permutations(range(4)))
 def test_choices_come_in_the_order_of_their_index(order: list[int]) -> None:
-    """Choices are sorted by their index, in whatever order the server lists them."""
+    """Choices are sorted by their index, whatever the server's order."""
     answer = {"choices": [{"index": i, "text": str(i)} for i in order]}
     parsed = wire.parse("/v1/completions", Request("P", {"n": 4}), answer)
     assert [c.text for c in parsed.choices] == ["0", "1", "2", "3"]
@@ -162,7 +162,7 @@ def test_choices_come_in_the_order_of_their_index(order: list[int]) -> None:
 
 @pytest.mark.parametrize("indexes", [[0, 0], [0, None], [0, True], [0, 1, 2], [0]])
 def test_choices_without_a_proper_index_are_of_wrong_shape(indexes: list[Any]) -> None:
-    """A choice that is missing, doubled or has no proper index makes the whole answer unusable."""
+    """A choice that is missing, doubled or has no proper index makes the complete answer unusable."""
     answer = {"choices": [{"index": i, "text": "x"} for i in indexes]}
     with pytest.raises(wire.WrongShape):
         wire.parse("/v1/completions", Request("P", {"n": 2}), answer)
@@ -201,7 +201,7 @@ def test_everything_that_the_protocol_carries_arrives() -> None:
     "extra", [{"tool_calls": [TOOL_CALL]}, {"reasoning": "hm"}, {"reasoning_content": "hm"}]
 )
 def test_chat_without_content_has_an_empty_text_only_beside_calls_or_reasoning(extra: dict[str, Any]) -> None:
-    """Null content is an answer when the tokens went elsewhere, and of wrong shape when they did not."""
+    """Null content is an answer if the tokens went elsewhere, and of wrong shape otherwise."""
     path = "/v1/chat/completions"
     message = {"role": "assistant", "content": None}
     parsed = wire.parse(path, REQUESTS[path], {"choices": [{"message": message | extra}]})
@@ -227,7 +227,7 @@ def test_body_has_the_prompt_and_sampling_and_no_model_in_the_legacy_format() ->
 
 @pytest.mark.parametrize("reason", ["abort", "error"])
 def test_what_the_engine_gave_up_is_an_error(reason: str) -> None:
-    """vLLM's engine ends such a row like any other, with the text so far: it is no answer."""
+    """vLLM's engine ends such a row like any other, with the text so far, but it is no answer."""
     answer = {"choices": [{"text": "", "finish_reason": reason}]}
     error = result_of({"answer": answer, "seconds": 0.1}, Request("P", {}))
     assert isinstance(error, RowError)

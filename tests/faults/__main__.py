@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def told(name: str, run: Run, ground: Ground, found: list[Figures], broken: list[str]) -> None:
-    """Do a run and print what it came to."""
+    """Do a run and print its result."""
     began = time.monotonic()
     try:
         found.append(run(ground))

@@ -17,7 +17,7 @@ LONGER = 5.0
 
 
 def lasting(seconds: float, rows: int) -> Script:
-    """A server so slow that the rows take so long."""
+    """A server so slow that the rows take this long."""
 
     async def script(asked: Asked) -> None:
         if asked.body:
@@ -27,7 +27,7 @@ def lasting(seconds: float, rows: int) -> Script:
 
 
 def away(ground: Ground, kind: str, how: How, seconds: float, rows: int = 600, on: str = "") -> Figures:
-    """The run goes on, or stops and goes on by the same call. `on`: the work pool it is routed to."""
+    """The run resumes, or stops and resumes by the same call. `on`: the work pool that it is routed to."""
     where = " of a step on a work pool" if on else ""
     chance = ground.chance(f"Prefect {how} {kind}{where}")
     with ScriptedServer(lasting(seconds + LONGER, rows)) as server:
@@ -46,7 +46,7 @@ def away(ground: Ground, kind: str, how: How, seconds: float, rows: int = 600, o
 
 
 def away_from_a_pool(ground: Ground, how: How, seconds: float) -> Figures:
-    """The step that waits for a flow run on a pool waits for the server, too."""
+    """The step that waits for a flow run on a pool also waits for the server."""
     with pool("faults", ground.folder / "workers.log") as workers:
         workers.start()
         return away(ground, "lake", how, seconds, on=workers.name)

@@ -1,4 +1,4 @@
-"""Clocks that jump: the wall clock of the flow's process, as all libraries in it read it (`clock.c`)."""
+"""Clocks that jump: the wall clock of the flow's process, for all libraries in it (`clock.c`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SOURCE = Path(__file__).with_name("clock.c")
 
 
 class WallClock:
-    """That of the processes which have `env`."""
+    """The wall clock of the processes that have `env`."""
 
     def __init__(self, folder: Path) -> None:
         """Raises `FileNotFoundError` where there is no C compiler."""
@@ -30,15 +30,15 @@ class WallClock:
         self.set(0)
 
     def set(self, ahead: int) -> None:
-        """Move it to so many seconds before the true time."""
+        """Set it to so many seconds before the true time."""
         with self._ahead.open("r+b" if self._ahead.exists() else "wb") as file:  # it is mapped: not replaced
             file.write(struct.pack("q", ahead))
 
 
 def jump(ground: Ground, kind: str) -> Figures:
-    """An hour forwards, then two back, in the middle of a run that asks all rows again: none twice.
+    """The clock goes an hour forwards, then two back, in a run that processes all rows again: none twice.
 
-    Where PostgreSQL holds the tables it is lost after that, and the reader has to find what is left to ask.
+    If PostgreSQL holds the tables it is lost after that, and the reader has to find the remaining rows.
     """
     chance = ground.chance(f"clock {kind}")
     folder = ground.folder / f"clock-{kind}"

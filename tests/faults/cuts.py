@@ -19,9 +19,9 @@ IMPATIENT = {"timeout": 1.0, "retries": 5}
 
 
 def cut(ground: Ground, kind: str, *faults: str, rows: int = 400) -> Figures:
-    """A share of the answers meets one of `faults`: what ends as an error is asked anew at the end.
+    """Some responses meet one of `faults`; rows that end as errors are processed again at the end.
 
-    Each such answer may cost one request more, and a row that has failed another one.
+    Each such response may cost one request more, and a failed row another one.
     """
     name = f"network: {', '.join(faults)}"
     chance = ground.chance(f"{name} {kind}")
@@ -43,7 +43,7 @@ def cut(ground: Ground, kind: str, *faults: str, rows: int = 400) -> Figures:
 
 
 def cut_database(ground: Ground, rows: int = 600) -> Figures:
-    """Connections break at any point, under the acknowledgement of a commit too: nothing is asked again."""
+    """Connections break at any point, even during the acknowledgement of a commit: nothing is sent again."""
     name = "network to PostgreSQL: reset, half an answer"
     chance = ground.chance(name)
     place = ground.place("postgres")

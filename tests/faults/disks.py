@@ -1,4 +1,4 @@
-"""Disks that are full or read-only, and then no more."""
+"""Disks that are full or read-only for a while."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def open_again(folder: Path) -> None:
 def fault(
     ground: Ground, kind: str, name: str, begin: Callable[[Path], None], end: Callable[[Path], None]
 ) -> Figures:
-    """The disk fails under a run: it goes on when the disk does, or stops, and the same call goes on then."""
+    """The disk fails during a run, which resumes with the disk, or stops and resumes by the same call."""
     chance = ground.chance(f"{name} {kind}")
     with ScriptedServer(slowly(chance)) as server, disk(ground.folder / f"{name}-{kind}") as folder:
         place = Place(str(folder / "lake") if kind == "lake" else f"sqlite:///{folder}/tables.db")
@@ -74,7 +74,7 @@ def full(ground: Ground, kind: str) -> Figures:
 
 
 def read_only(ground: Ground, kind: str) -> Figures:
-    """Of a lake, under the run. A file that SQLite has open keeps its disk writable: there, before a call."""
+    """A lake's disk becomes read-only during the run; SQLite's open file prevents that, so before a call."""
     if kind == "lake":
         return fault(ground, kind, "read-only", close, open_again)
     chance = ground.chance(f"read-only {kind}")

@@ -32,7 +32,7 @@ from tests.tiny_model import make_tiny_model
 from vllm_tasks.engines.local.in_flight import DEATHS_OF_A_ROW
 
 IN_ITS_PIPE = 8
-"""Rows that a scripted host has been handed and has not told of yet: its window, in whole chunks."""
+"""Rows that a scripted host has and has not reported yet: its window, in full chunks."""
 WINDOW = 40
 """Rows that an engine with `TINY_ARGS` has at most: ceil(1.1 * 32), and the rest of a chunk of 4."""
 SAMPLING = {"temperature": 0, "max_tokens": 128, "ignore_eos": True}
@@ -44,7 +44,7 @@ CALL: dict[str, Any] = {"max_chunk_size": GROUP, "max_failed": None}
 
 
 def local(ground: Ground, kind: str, kills: int) -> Figures:
-    """One process of the engine is killed, any of them, again and again under one flow."""
+    """Processes of the engine are killed one after another during one flow, any of them."""
     chance = ground.chance(f"engine {kind}")
     ledger = Ledger(
         "kill: engine (real)", ground.place(kind), ROWS * kills, ground.seed, Counter, exact=False
@@ -87,7 +87,7 @@ def model_of(ground: Ground) -> dict[str, Any]:
 
 
 def progressed(chance: random.Random, ledger: Ledger, most: int, job: int | None = None) -> str:
-    """Wait for so many more commits, and a little longer, or the end of the job; returns the moment."""
+    """Wait for so many more commits and a little longer, or the end of the job; returns the moment."""
     more, later = chance.randint(GROUP, most - 3 * GROUP), chance.uniform(0, 5 * LATEST)
     enough = min(len(ledger.committed()) + more, ledger.rows - 2 * GROUP)
     until = time.monotonic() + LONG_ENOUGH
@@ -99,7 +99,7 @@ def progressed(chance: random.Random, ledger: Ledger, most: int, job: int | None
 
 
 def engine_of(job: int) -> list[psutil.Process]:
-    """The host and what vLLM has started from it."""
+    """The host and the processes that vLLM has started from it."""
     hosts = [p for p in psutil.Process(job).children() if "engines/local/host.py" in " ".join(p.cmdline())]
     found = [p for host in hosts for p in (host, *host.children(recursive=True))]
     return [p for p in found if "resource_tracker" not in " ".join(p.cmdline())]
@@ -109,7 +109,7 @@ def engine_of(job: int) -> list[psutil.Process]:
 
 
 class Served:
-    """vLLM's own OpenAI server with the tiny model; killed and started again at the same port."""
+    """vLLM's own OpenAI server with the tiny model; killed and restarted at the same port."""
 
     def __init__(self, ground: Ground) -> None:
         with socket.socket() as free:
@@ -123,7 +123,7 @@ class Served:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Returns at once: who asks has to wait."""
+        """Returns at once, so that clients have to wait."""
         with self._log.open("a") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log, start_new_session=True)
 
@@ -136,14 +136,14 @@ class Served:
             return False
 
     def kill(self) -> None:
-        """With its engine, which would outlive it."""
+        """Kill it with its engine, which would outlive it."""
         assert self._process is not None
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
 class Gateway:
-    """Passes on to the server, keeps its answers, and says 502 while it is away: one more request is due."""
+    """Forwards to the server, keeps its answers, and sends 502 while it is away: one request more."""
 
     def __init__(self, url: str) -> None:
         self.recording = Recording(url)
@@ -160,7 +160,7 @@ class Gateway:
 
 
 def server(ground: Ground, kind: str, kills: int) -> Figures:
-    """A real vLLM server behind a gateway is killed and started again; nothing fails."""
+    """A real vLLM server behind a gateway is killed and restarted; nothing fails."""
     chance = ground.chance(f"server {kind}")
     served = Served(ground)
     gateway = Gateway(served.url)
@@ -191,7 +191,7 @@ def kill_server(chance: random.Random, run: ScriptedRun, served: Served, kills: 
 
 
 def on_ray(ground: Ground, kind: str, kills: int, *, real: bool) -> Figures:
-    """Of two replicas on Ray, one actor after another is killed; with real engines texts may differ."""
+    """Two replicas on Ray lose one actor after another; with real engines texts may differ."""
     name = "kill: Ray actor (real)" if real else "kill: Ray actor"
     chance = ground.chance(f"{name} {kind}")
     log = ground.folder / f"host{real}.log"
@@ -238,13 +238,13 @@ ON_CPU = {"num_gpus": 0, "num_cpus": 1}
 
 
 def told_by(log: Path) -> Counter[int]:
-    """How often each row was asked, by the scripted hosts' own account."""
+    """The number of requests for each row, from the logs of the scripted hosts."""
     lines = log.read_text().splitlines() if log.exists() else []
     return Counter(int(line[1:]) for line in lines if re.fullmatch(r"t\d+", line))
 
 
 def actors_of(job: int) -> list[psutil.Process]:
-    """The actors that hold engines or start them, once there are some."""
+    """The actors that hold engines or start them, as soon as there are some."""
     until = time.monotonic() + LONG_ENOUGH
     while not (found := list(actors(job))):
         assert time.monotonic() < until, "no actors"

@@ -1,4 +1,4 @@
-"""What faults happen on: tables of three kinds, a Prefect server, flows in processes of their own."""
+"""The ground of faults: tables of three kinds, a Prefect server, flows in processes of their own."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OF_JOBS = {"VLLM_TASKS_GRACE_PERIOD": "600"}
 
 @dataclass
 class Ground:
-    """Where one seed's faults happen."""
+    """The servers, tables and processes of one seed."""
 
     folder: Path
     seed: int
@@ -52,7 +52,7 @@ class Ground:
         return self._stack.enter_context(Jobs(log, {**OF_JOBS, "PREFECT_API_URL": self.prefect.api, **env}))
 
     def chance(self, kind: str) -> random.Random:
-        """The schedule of one kind of fault: the same whatever ran before."""
+        """The schedule of one kind of fault; it does not depend on earlier runs."""
         return random.Random(f"{self.seed} {kind}")
 
     def place(self, kind: str) -> Place:
@@ -69,7 +69,7 @@ class Ground:
 
 
 def asked_of(server: ScriptedServer) -> Counter[int]:
-    """How often each row has been asked."""
+    """The number of requests for each row."""
     return Counter(int(asked.prompt[1:]) for asked in server.posts)
 
 
@@ -98,11 +98,11 @@ class ScriptedRun:
         return jobs.start(self.model, "text", "rows", work="in_flow", **{**self.call, **call})
 
     def finish(self, jobs: Jobs, **call: Any) -> None:
-        """The same call, to its end."""
+        """Run the same call to its end."""
         jobs.run(self.model, "text", "rows", work="in_flow", **{**self.call, **call})
 
     def go_on(self, jobs: Jobs, job: int, moment: str) -> None:
-        """Wait for the end of a job that meets faults; the same call again as often as it stops."""
+        """Wait for the end of a job that meets faults, and repeat the call as often as it stops."""
         for _ in range(ATTEMPTS):
             if jobs.wait(job) == 0:
                 return self.ledger.fault(f"{moment}; it went on")
@@ -111,7 +111,7 @@ class ScriptedRun:
         return self.finish(jobs)
 
     def undisturbed(self, jobs: Jobs, script: Script = lambda _: None) -> None:
-        """The same rows under another name, with nothing in the way, and not counted."""
+        """Process the same rows under another name, without faults and without counting."""
         counted = len(self.server.requests)
         self.server.script = script
         model = {**self.model, "api_url": self.server.url}
@@ -121,7 +121,7 @@ class ScriptedRun:
 
 @contextmanager
 def made(folder: Path, seed: int) -> Iterator[Ground]:
-    """The ground of a seed, and nothing of it afterwards."""
+    """The ground of a seed, which is removed afterwards."""
     with nothing_left(folder), running() as postgres, PrefectServer(folder / "prefect") as prefect:
         here = {PREFECT_API_URL: prefect.api}
         with temporary_settings(here), ExitStack() as stack:

@@ -17,7 +17,7 @@ LATEST = 0.1
 
 
 def slowly(chance: random.Random) -> Script:
-    """Answers after a few milliseconds, each time others."""
+    """Answers after a few milliseconds, at random."""
 
     async def script(asked: Asked) -> None:
         if asked.body:
@@ -27,7 +27,7 @@ def slowly(chance: random.Random) -> Script:
 
 
 def flows(ground: Ground, kind: str, kills: int) -> Figures:
-    """The flow is killed `kills` times over one table, each time the same call is made again."""
+    """The flow is killed `kills` times over one table, and the same call is repeated each time."""
     chance = ground.chance(f"flow {kind}")
     jobs = ground.jobs
     with ScriptedServer(slowly(chance)) as server:
@@ -46,7 +46,7 @@ def flows(ground: Ground, kind: str, kills: int) -> Figures:
 
 
 def somewhere(chance: random.Random, run: ScriptedRun, most: int) -> str:
-    """Wait for a random moment: after so many requests, and a little more; returns it in words."""
+    """Wait for a random moment: some requests, and a little more; returns it in words."""
     more, later = chance.randint(0, most), chance.uniform(0, LATEST)
     enough = len(run.server.posts) + more
     run.server.wait_until(lambda: len(run.server.posts) >= enough or all_committed(run))
@@ -59,7 +59,7 @@ def all_committed(run: ScriptedRun) -> bool:
 
 
 def databases(ground: Ground, kills: int) -> Figures:
-    """PostgreSQL is killed `kills` times under one flow, which waits and goes on: nothing is asked again."""
+    """PostgreSQL is killed `kills` times during one flow, which waits and resumes: nothing is sent again."""
     chance = ground.chance("PostgreSQL")
     jobs = ground.jobs
     with ScriptedServer(slowly(chance)) as server:

@@ -1,6 +1,6 @@
-"""What was asked and committed at each fault, and the check at the end of every run.
+"""The requests and commits before each fault, and the check at the end of every run.
 
-A row is told by its prompt: the row with the key 7 is asked as `t7`.
+A prompt identifies its row: the row with the key 7 is sent as `t7`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ SHOWN = 5
 UNDISTURBED = "undisturbed"
 
 Asked = Callable[[], Counter[int]]
-"""How often each row has been asked so far."""
+"""The number of requests for each row so far."""
 
 
 class Broken(AssertionError):
-    """A run did not keep the promise."""
+    """A run that did not keep the promise."""
 
 
 @dataclass
 class Figures:
-    """What one run came to."""
+    """The figures of one run."""
 
     kind: str
     outputs: str
@@ -46,7 +46,7 @@ class Figures:
 
 @dataclass
 class Ledger:
-    """Of one run over the rows 0 to `rows - 1` of `place`."""
+    """The ledger of one run over the rows 0 to `rows - 1` of `place`."""
 
     kind: str
     place: Place
@@ -57,7 +57,7 @@ class Ledger:
     """Whether answers follow from prompts alone; else their texts are not compared."""
     moments: list[str] = field(default_factory=list)
     due: Counter[int] = field(default_factory=Counter)
-    """How often a row may have been asked beyond once."""
+    """The number of requests that a row may have had beyond its first."""
     spare: int = 0
     """Requests beyond those that are nobody's in particular: each cut connection may cost one."""
     _seen: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -72,14 +72,14 @@ class Ledger:
             return []
 
     def fault(self, moment: str) -> None:
-        """Something was cut or refused, but who asks lives: what it has, it may not ask again."""
+        """Some response was broken or refused, but the client lives: it may not repeat completed rows."""
         self.moments.append(moment)
 
     def death(self, moment: str, before: Collection[int] | None = None) -> None:
-        """Who asked is dead: what it had asked and not committed may be asked once more, all else may not.
+        """The client is dead: rows that it had sent and not committed may be sent once more, and no others.
 
-        What is committed now must stay as it is to the end. `before`: the keys that were committed before
-        the death, where others live on, who ask and commit until we look.
+        Rows that are committed now must stay unchanged to the end. `before`: the keys that were committed
+        before the death, if other clients live on, which send and commit rows until we look.
         """
         self.fault(moment)
         now = {row["id"]: row for row in self.committed()}
@@ -89,9 +89,9 @@ class Ledger:
         self.due.update(open_)
 
     def check(self, failed: Collection[int] = ()) -> Figures:
-        """Every row exactly once, as undisturbed; nothing asked oftener than the faults account for.
+        """Every row is there once and as undisturbed, with no more requests than the faults permit.
 
-        `failed`: rows that end as errors. Raises `Broken` with all that is needed to see it again.
+        `failed`: rows that end as errors. Raises `Broken` with everything that reproduces the failure.
         """
         found, plain = self.committed(), self.committed(UNDISTURBED)
         times = Counter(row["id"] for row in found)

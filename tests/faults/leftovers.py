@@ -1,4 +1,4 @@
-"""What a run of faults may not leave: processes, and with them ports, and mounts."""
+"""Processes, ports and mounts that a run of faults must not leave behind."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import pytest
 MARK = "VLLM_TASKS_FAULTS"
 """In the environment of all that is started meanwhile, however far it goes from its parents."""
 ENDING = 30.0
-"""Seconds for what was told to end."""
+"""Seconds that a process has to end after its signal."""
 
 
 @contextmanager
 def nothing_left(folder: Path) -> Iterator[None]:
-    """Raises AssertionError with what is there after the block and was made in it."""
+    """Raises AssertionError with everything that was created in the block and still exists."""
     mark = uuid.uuid4().hex
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(MARK, mark)
@@ -37,7 +37,7 @@ def nothing_left(folder: Path) -> Iterator[None]:
 
 
 def marked(mark: str) -> list[str]:
-    """The processes that were started with this mark."""
+    """The processes that were started with this mark in their environment."""
     found = []
     for process in psutil.process_iter():
         try:

@@ -23,7 +23,7 @@ twice) are asked anew at the end."""
 
 
 def page(found: Sequence[Figures], broken: Sequence[str], planned: int) -> str:
-    """A row for each kind of fault, and what broke; says when fewer runs were done than `planned`."""
+    """A row for each kind of fault, and the failures; mentions if fewer runs were done than `planned`."""
     kinds = {figures.kind: [f for f in found if f.kind == figures.kind] for figures in found}
     rows = [line(kind, runs) for kind, runs in kinds.items()]
     kills = sum(f.faults for f in found if f.kind.startswith("kill"))

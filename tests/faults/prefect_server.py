@@ -1,4 +1,4 @@
-"""A real Prefect server that can go away and come back at the same port with the same database."""
+"""A real Prefect server that can stop and come back at the same port with the same database."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.eventually import LONG_ENOUGH
 
 
 class PrefectServer:
-    """`home` is its folder, with its database, which goes with the folder."""
+    """`home` is its folder, which holds its database."""
 
     def __init__(self, home: Path) -> None:
         home.mkdir()
@@ -48,7 +48,7 @@ class PrefectServer:
             return False
 
     def freeze(self) -> None:
-        """It takes connections, and answers none."""
+        """Make it accept connections and answer none."""
         self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:

@@ -1,4 +1,4 @@
-"""A proxy before a server, which does to answers what networks and gateways do."""
+"""A proxy in front of a server that damages responses as networks and gateways do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAULTS = ("reset", "black hole", "slow drip", "half a body", "duplicate answer")
 
 
 class Proxy:
-    """Passes everything on, but for a share of the answers: these it treats by `faults`.
+    """Forwards everything, but treats some of the responses by `faults`.
 
     `to`: a port of 127.0.0.1, or the path of a socket.
     """
@@ -86,7 +86,7 @@ class Proxy:
             to_server.close()
 
     def _deed(self) -> Callable[[bytes, asyncio.StreamWriter], Awaitable[bool]]:
-        """What is done to the next answer."""
+        """The treatment of the next response."""
         if self._chance.random() >= self.share:
             return whole
         fault = self._chance.choice(self.faults)
@@ -95,7 +95,7 @@ class Proxy:
 
 
 async def passed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Everything, to the end."""
+    """Forward everything to the end."""
     with contextlib.suppress(OSError):
         while data := await reader.read(2**20):
             writer.write(data)
@@ -104,7 +104,7 @@ async def passed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 
 
 async def whole(answer: bytes, writer: asyncio.StreamWriter) -> bool:
-    """As it should be; returns whether the connection goes on."""
+    """Forward the response unchanged; returns whether the connection stays open."""
     writer.write(answer)
     await writer.drain()
     return True
@@ -118,7 +118,7 @@ async def reset(_: bytes, writer: asyncio.StreamWriter) -> bool:
 
 
 async def black_hole(_: bytes, writer: asyncio.StreamWriter) -> bool:
-    """Nothing more, until the far side has enough of it."""
+    """Send nothing more until the client closes the connection."""
     while not writer.transport.is_closing():  # noqa: ASYNC110 - nothing tells
         await asyncio.sleep(0.02)
     return False
@@ -134,14 +134,14 @@ async def slow_drip(answer: bytes, writer: asyncio.StreamWriter) -> bool:
 
 
 async def half_a_body(answer: bytes, writer: asyncio.StreamWriter) -> bool:
-    """The head and a part of the body, and an orderly end."""
+    """Send the head and a part of the body, and end in order."""
     writer.write(answer[: -max(1, len(answer.partition(b"\r\n\r\n")[2]) // 2)])
     await writer.drain()
     return False
 
 
 async def duplicate(answer: bytes, writer: asyncio.StreamWriter) -> bool:
-    """The answer, and once more, which may come when the next one is under way."""
+    """Send the response twice; the copy may come when the next request is in flight."""
     writer.write(answer)
     await asyncio.sleep(LATER)
     writer.write(answer)

@@ -1,4 +1,4 @@
-"""All runs of the long form, by name: how many kills of what, over which tables."""
+"""All runs of the long form, by name: their kills and their tables."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def runs(all_kills: int) -> Iterator[tuple[str, Run]]:
 
 
 def killing(all_kills: int) -> Iterator[tuple[str, Run]]:
-    """The runs in which something is killed, as often as its share."""
+    """The runs with kills, each with its share of them."""
     number = {name: max(1, round(share * all_kills)) for name, share in SHARES.items()}
     for i, kind in enumerate(KINDS):
         each = len(range(i, number["flow"], len(KINDS)))

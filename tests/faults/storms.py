@@ -1,4 +1,4 @@
-"""Servers that misbehave: storms of refusals, rows that always fail, answers that are none."""
+"""Servers that misbehave: storms of refusals, rows that always fail, invalid responses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RETRIES = 8
 
 @dataclass
 class Storm:
-    """A script that does `deed` to all requests for a while, and takes it down in the ledger."""
+    """A script that does `deed` to all requests for a while, and records it in the ledger."""
 
     deed: Callable[[Asked], Reply]
     of_health: bool = False
@@ -54,7 +54,7 @@ class Storm:
 
 
 def too_many(chance: random.Random) -> Callable[[Asked], Reply]:
-    """429, now and then with a Retry-After."""
+    """Responds 429, sometimes with a Retry-After."""
 
     def deed(_: Asked) -> Reply:
         headers = {"Retry_After": "0.1"} if chance.random() < 0.5 else {}
@@ -64,7 +64,7 @@ def too_many(chance: random.Random) -> Callable[[Asked], Reply]:
 
 
 def storm(ground: Ground, kind: str, name: str, script: Storm) -> Figures:
-    """Refusals that pass: nothing fails, and each costs one more request."""
+    """Temporary refusals: nothing fails, and each costs one more request."""
     with ScriptedServer(script) as server:
         run = ground.run_of(f"server: {name}", ground.place(kind), server)
         run.fields = {"retries": RETRIES}
@@ -92,7 +92,7 @@ def is_busy(ground: Ground, kind: str) -> Figures:
 
 @dataclass
 class Ill:
-    """A script that does `deed` to certain rows for ever."""
+    """A script that does `deed` to certain rows forever."""
 
     rows: Collection[int]
     deed: Callable[[Asked], Reply]
@@ -106,7 +106,7 @@ class Ill:
 
 
 def rows_fail(ground: Ground, kind: str, name: str, deed: Callable[[Asked], Reply], retries: int) -> Figures:
-    """Rows that always fail end as errors, after so many requests, and no other row suffers."""
+    """Rows that always fail end as errors after a fixed number of requests, and no other row suffers."""
     name = f"server: {name}"
     chance = ground.chance(f"{name} {kind}")
     with ScriptedServer() as server:
@@ -131,7 +131,7 @@ def answers_html(ground: Ground, kind: str) -> Figures:
 
 
 def miscounts(ground: Ground, kind: str) -> Figures:
-    """No choice, or two where one was asked for."""
+    """Responds with no choice, or with two instead of one."""
     chance = ground.chance(f"choices {kind}")
 
     def deed(asked: Asked) -> Reply:
@@ -142,7 +142,7 @@ def miscounts(ground: Ground, kind: str) -> Figures:
 
 
 def names_another_model(ground: Ground, kind: str) -> Figures:
-    """Who answered is written down with each row; the answer counts."""
+    """The responding model's name is recorded with each row; the answer counts."""
     told = "another-model"
 
     def deed(asked: Asked) -> Reply | None:
@@ -164,7 +164,7 @@ def odd(asked: Asked) -> bool:
 
 
 def forgets_its_model(ground: Ground, kind: str) -> Figures:
-    """404 is the call's fault: it stops with what it has, and the same call goes on."""
+    """A 404 is an error of the call: it stops with its results, and the same call resumes."""
     lost = Storm(lambda _: refused(404, "The model does not exist."))
     with ScriptedServer(lost) as server:
         run = ground.run_of("server: wrong model (404)", ground.place(kind), server)

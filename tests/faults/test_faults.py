@@ -29,12 +29,12 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
 
 
 def test_a_killed_flow_goes_on_by_the_same_call(ground: Ground) -> None:
-    """What was committed stays and is not asked again; the rest is, and each row is there once."""
+    """Committed rows stay and are not sent again; the others are, and each row is there once."""
     assert kills.flows(ground, "sqlite", 2).faults == 2
 
 
 def test_postgresql_is_killed(ground: Ground) -> None:
-    """The run waits for it, goes on, and asks nothing again."""
+    """The run waits for it, resumes, and sends nothing again."""
     figures = kills.databases(ground, 1)
     assert (figures.faults, figures.again) == (1, 0)
 
@@ -45,17 +45,17 @@ def test_a_network_cuts_and_repeats_answers(ground: Ground) -> None:
 
 
 def test_an_answer_sent_twice_is_not_the_answer_to_the_next_request(ground: Ground) -> None:
-    """aiohttp would take the second copy for it, and each row would get another row's answer."""
+    """aiohttp would take the copy for the next response, and each row would get another row's answer."""
     assert cuts.cut(ground, "sqlite", "duplicate answer", rows=200).faults > 0
 
 
 def test_a_storm_of_refusals(ground: Ground) -> None:
-    """What passes costs requests and no rows."""
+    """Temporary refusals cost requests and no rows."""
     assert storms.tell_too_many(ground, "postgres").faults > 0
 
 
 def test_a_disk_is_full_and_has_room_again(ground: Ground) -> None:
-    """The run goes on, or the same call does."""
+    """The run resumes, or the same call does."""
     try:
         assert disks.full(ground, "lake").faults == 1
     except PermissionError as error:
@@ -63,7 +63,7 @@ def test_a_disk_is_full_and_has_room_again(ground: Ground) -> None:
 
 
 def test_the_clock_is_set_back_and_then_the_database_lost(ground: Ground) -> None:
-    """Rows committed before that are not taken for rows of an earlier run, which would ask them again."""
+    """Rows committed before the jump do not count as rows of an earlier run and are not sent again."""
     try:
         assert clocks.jump(ground, "postgres").again == 0
     except FileNotFoundError as error:
@@ -71,7 +71,7 @@ def test_the_clock_is_set_back_and_then_the_database_lost(ground: Ground) -> Non
 
 
 def test_prefects_server_goes_away_and_comes_back(ground: Ground) -> None:
-    """The run goes on, or the same call does."""
+    """The run resumes, or the same call does."""
     assert absences.away(ground, "sqlite", "killed", 4, rows=300).lost == 0
 
 

@@ -60,7 +60,7 @@ def python(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
 
 
 def full(kind: type[VllmAPI] | type[VllmModel], **fields: Any) -> VllmAPI | VllmModel:
-    """A model with all its fields set, but `output_schema`, a rival of `datatype`."""
+    """A model with all its fields set, except `output_schema`, which excludes `datatype`."""
     common: dict[str, Any] = {
         "identifier": "org/full",
         "artifacts": {"rules": Artifact(uri="memory://rules.json", datatype="json")},
@@ -101,7 +101,7 @@ def dumped(model: VllmAPI | VllmModel) -> dict[str, Any]:
 def test_a_model_with_all_fields_survives_save_and_load(
     kind: type[VllmAPI] | type[VllmModel], name: str
 ) -> None:
-    """What is loaded equals what was saved, identity, secrets and callables included."""
+    """The loaded model equals the saved one, identity, secrets and callables included."""
     model = full(kind, db=Datalayer(url=SECRET_URL))
     model.save(name)
     loaded = kind.load(name)
@@ -174,7 +174,7 @@ def test_saving_under_a_taken_name_needs_overwrite(name: str) -> None:
 
 
 def test_a_saved_datalayer_is_stored_as_a_reference(name: str) -> None:
-    """A model that uses a saved datalayer sees what is changed there later."""
+    """A model with a saved datalayer sees later changes of it."""
     db = Datalayer(url=SECRET_URL)
     db.save(name)
     VllmAPI(identifier="m", db=db).save(name)
@@ -186,7 +186,7 @@ def test_a_saved_datalayer_is_stored_as_a_reference(name: str) -> None:
 
 @BOTH
 def test_an_edit_in_the_ui_changes_one_field(kind: Any, name: str) -> None:
-    """The form sends the changed data; what it does not send stays, secrets too."""
+    """The form sends the changed data; fields that it does not send stay, secrets too."""
     full(kind, db=Datalayer(url=SECRET_URL)).save(name)
     slug = kind.get_block_type_slug()
     with get_client(sync_client=True) as client:
@@ -213,7 +213,7 @@ def test_an_edit_in_the_ui_changes_one_field(kind: Any, name: str) -> None:
 
 
 def test_a_wrong_edit_in_the_ui_is_refused_at_load(name: str) -> None:
-    """Whoever may edit a block cannot make it call what lies outside the allowed modules."""
+    """Nobody who edits a block can make it call code outside of the allowed modules."""
     VllmAPI(identifier="m").save(name)
     with get_client(sync_client=True) as client:
         document = client.read_block_document_by_name(name, "vllm-api")
@@ -230,7 +230,7 @@ def test_a_wrong_edit_in_the_ui_is_refused_at_load(name: str) -> None:
 
 @BOTH
 def test_secrets_are_stored_encrypted_and_shown_to_nobody(kind: Any, name: str) -> None:
-    """Neither reprs nor what the API gives without `include_secrets` hold key or password."""
+    """Neither reprs nor the API without `include_secrets` contain a key or password."""
     model = full(kind, db=Datalayer(url=SECRET_URL))
     model.save(name)
     with get_client(sync_client=True) as client:
@@ -273,7 +273,7 @@ def local_function(x: str) -> str:
     ],
 )
 def test_a_lambda_is_refused_by_every_way_to_save(fields: dict[str, Any], name: str) -> None:
-    """What could not be loaded again is refused when it is saved, with the way out."""
+    """A callable that could not be loaded again is refused at saving, with the way out."""
     model = VllmAPI(identifier="m", **fields)
     for save in (
         lambda: model.save(name),
@@ -287,7 +287,7 @@ def test_a_lambda_is_refused_by_every_way_to_save(fields: dict[str, Any], name: 
 
 
 def test_a_function_of_a_script_is_refused(tmp_path: Path) -> None:
-    """`__main__` is another module wherever the block is loaded."""
+    """`__main__` is a different module wherever the block is loaded."""
     code = "\n".join(
         [
             "from vllm_tasks import VllmAPI",
@@ -303,7 +303,7 @@ def test_a_function_of_a_script_is_refused(tmp_path: Path) -> None:
 def test_a_function_outside_the_allowed_modules_is_refused_when_saved(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A block that this site would not load again is not saved; with the setting it is."""
+    """A block that this site could not load again is not saved; with the setting it is."""
     model = VllmAPI(identifier="m", prompt_func=local_function)
     with pytest.raises(InvalidCall, match="VLLM_TASKS_CALLABLE_PREFIXES"):
         model.save(name)
@@ -336,13 +336,13 @@ def test_the_package_registers_its_blocks_from_the_command_line(tmp_path: Path) 
 
 
 def test_prefect_finds_the_package_by_its_entry_point() -> None:
-    """A server with this package installed knows its blocks without an import by hand."""
+    """A server with this package installed knows its blocks without a manual import."""
     (found,) = [e for e in entry_points(group="prefect.collections") if e.name == "vllm_tasks"]
     assert found.load().VllmAPI is VllmAPI
 
 
 class StandardSuite(BlockStandardTestSuite):
-    """Prefect's own; the logo's host may be out of reach."""
+    """The logos are Prefect's own, because another host may be out of reach."""
 
     def test_has_a_valid_image(self, block: Any) -> None:
         pytest.importorskip("PIL")

@@ -1,4 +1,4 @@
-"""The two models as data: fields, defaults, and one clear error for each thing that is wrong."""
+"""Both models as data: fields, defaults, and one clear error for each mistake."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_an_identifier_is_all_a_model_needs(make: Maker) -> None:
 
 @BOTH
 def test_every_instance_has_a_uuid_of_its_own(make: Maker) -> None:
-    """Two models of one identifier are told apart, and a copy is the same model."""
+    """Two models of one identifier are distinct, and a copy is the same model."""
     one, other = make(identifier="m"), make(identifier="m")
     assert one.uuid != other.uuid
     assert one.model_copy().uuid == one.uuid
@@ -63,7 +63,7 @@ def test_a_slash_in_the_identifier_becomes_a_dash(make: Maker) -> None:
 
 @BOTH
 def test_default_containers_are_not_shared(make: Maker) -> None:
-    """What one model's dicts are given, another one does not see."""
+    """A change of one model's dicts does not appear in another model."""
     make(identifier="a").predict_kwargs["temperature"] = 1
     assert make(identifier="b").predict_kwargs == {}
 
@@ -133,7 +133,7 @@ def test_each_wrong_field_has_one_clear_error(make: Maker, fields: dict[str, Any
 
 
 def test_engine_arguments_given_as_fields_are_shown_their_place() -> None:
-    """vLLM's own arguments are forwarded in `vllm_kwargs`, which the error says."""
+    """The error says to pass vLLM's own arguments in `vllm_kwargs`."""
     assert "vllm_kwargs" in refusal(VllmModel, gpu_memory_utilization=0.9)
 
 
@@ -142,7 +142,7 @@ def test_engine_arguments_given_as_fields_are_shown_their_place() -> None:
     [{"predict_kwargs": {"x": 1}}, {"identifier": None}, {"api_ulr": "x"}, {"timeout": -1}, {"prompt": "{"}],
 )
 def test_no_error_shows_the_key(fields: dict[str, Any]) -> None:
-    """Whatever is wrong with a model, its api_key is not in the error, nor in its repr."""
+    """The api_key is never in an error of a model, nor in its repr."""
     with pytest.raises(ValidationError) as refused:
         VllmAPI(**{"identifier": "m", "api_key": "sk-secret", **fields})
     assert "sk-secret" not in str(refused.value)
@@ -184,7 +184,7 @@ def test_prompts_fit_their_signature_and_artifacts() -> None:
     ],
 )
 def test_the_path_of_a_url_picks_the_protocol(url: Any, bases: tuple[str, ...], protocol: str) -> None:
-    """One server or several, by commas or as a list; what stands before the path belongs to the base."""
+    """One server or several, by commas or as a list; the part before the path belongs to the base."""
     assert split_urls(url) == (bases, protocol)
     assert VllmAPI(identifier="m", api_url=url).api_url == url
 
@@ -207,7 +207,7 @@ def test_the_path_of_a_url_picks_the_protocol(url: Any, bases: tuple[str, ...], 
     ],
 )
 def test_a_wrong_url_is_refused_and_shown(url: Any, said: str) -> None:
-    """The error shows the URL and what is wrong with it, when the model is made."""
+    """The error shows the URL and its fault when the model is made."""
     message = refusal(VllmAPI, api_url=url)
     assert said in message
     assert "http://" in message
@@ -215,13 +215,13 @@ def test_a_wrong_url_is_refused_and_shown(url: Any, said: str) -> None:
 
 @pytest.mark.parametrize("url", ["", ",", " , ", [], [""]])
 def test_a_call_without_a_server_says_where_to_name_one(url: Any) -> None:
-    """No URL in the model nor the settings is an error of the call."""
+    """A call without a URL in the model or the settings is refused."""
     with pytest.raises(InvalidCall, match=r"api_url='http.*VLLM_TASKS_API_URL"):
         VllmAPI(identifier="m", api_url=url).predict("x")
 
 
 def test_settings_stand_in_for_what_a_model_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment gives URL, key and limits; what the model says wins."""
+    """The environment gives URL, key and limits, and the model's own values win."""
     monkeypatch.setenv("VLLM_TASKS_API_URL", "http://site/generate")
     monkeypatch.setenv("VLLM_TASKS_API_KEY", "site-key")
     monkeypatch.setenv("VLLM_TASKS_MAX_IN_FLIGHT", "7")
@@ -237,7 +237,7 @@ def test_settings_stand_in_for_what_a_model_does_not_say(monkeypatch: pytest.Mon
 
 
 def test_the_site_decides_at_each_call_what_a_model_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that was made or saved before the environment changed follows it; its own values stay."""
+    """A model made before the environment changed uses the new environment; its own values stay."""
     model = VllmAPI(identifier="m", api_url="http://x")
     own = VllmAPI(identifier="m", api_url="http://x", timeout=4, retries=0, max_in_flight=3)
     assert model.model_dump(include={"timeout", "retries"}) == {"timeout": None, "retries": None}
@@ -254,7 +254,7 @@ def test_the_site_decides_at_each_call_what_a_model_leaves_open(monkeypatch: pyt
     ("field", "value"), [("timeout", 0), ("timeout", -1), ("retries", -1), ("max_in_flight", 0)]
 )
 def test_limits_of_http_are_positive(field: str, value: float) -> None:
-    """Zero seconds or rows make no sense and are refused with the limit."""
+    """Zero seconds or rows are refused with the limit."""
     message = refusal(VllmAPI, **{field: value})
     assert field in message
     assert "greater than" in message
@@ -289,25 +289,25 @@ def test_vllm_kwargs_win_over_the_fields() -> None:
 
 
 def test_a_local_model_needs_a_model() -> None:
-    """Neither `model_name` nor `vllm_kwargs['model']`: the call says what to pass."""
+    """Without `model_name` or `vllm_kwargs['model']` the call is refused with the argument to pass."""
     with pytest.raises(InvalidCall, match="model_name"):
         VllmModel(identifier="m").predict("x")
 
 
 def test_vllm_kwargs_must_be_plain_data() -> None:
-    """What JSON cannot hold is refused, because no block could."""
+    """Values that JSON cannot hold are refused, because no block could hold them."""
     with pytest.raises(InvalidCall, match=r"vllm_kwargs must be plain data.*Decimal"):
         VllmModel(identifier="m", model_name="x", vllm_kwargs={"a": Decimal(1)}).predict("x")
 
 
 @pytest.mark.parametrize("field", ["tensor_parallel_size", "replicas"])
 def test_counts_are_at_least_one(field: str) -> None:
-    """Nothing can be split over no GPU."""
+    """A size of zero GPUs is refused."""
     assert "greater than or equal to 1" in refusal(VllmModel, **{field: 0})
 
 
 def test_replicas_are_for_ray() -> None:
-    """Several engines on one machine are not made in silence; the refusal names both ways out."""
+    """Several engines on one machine are not started silently; the refusal names both ways out."""
     with pytest.raises(InvalidCall, match=r"replicas=2 are for Ray: set on_ray=True.*shards=2"):
         VllmModel(identifier="m", model_name="x", replicas=2).predict("x")
 
@@ -340,7 +340,7 @@ def test_actors_get_what_the_hints_say_unless_ray_config_says_else() -> None:
 
 
 def test_ray_config_must_be_plain_data() -> None:
-    """What a block could not hold is refused by the name of the field."""
+    """A value that a block could not hold is refused with the name of the field."""
     with pytest.raises(InvalidCall, match=r"ray_config must be plain data.*Decimal"):
         VllmModel(identifier="m", model_name="x", on_ray=True, ray_config={"a": Decimal(1)}).predict("x")
 
@@ -443,7 +443,7 @@ def test_a_dotted_path_becomes_its_callable(make: Maker, module: str) -> None:
     ],
 )
 def test_paths_out_of_the_allowed_modules_are_refused(module: str, path: str, said: str) -> None:
-    """Neither directly nor through a module that holds something from elsewhere."""
+    """Paths are refused directly and through a module that imports something from elsewhere."""
     message = refusal(VllmAPI, prompt_func=path.format(module=module))
     assert said in message
     assert "VLLM_TASKS_CALLABLE_PREFIXES" in message
@@ -478,7 +478,7 @@ def test_a_path_that_leads_nowhere_is_refused(module: str, path: str, said: str)
 
 
 def test_a_module_that_cannot_be_imported_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a module itself lacks is in the error, not that its parent has no such attribute."""
+    """The error names the module's own missing import, not a missing attribute of its parent."""
     package = tmp_path / "pkg_for_tests"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -490,7 +490,7 @@ def test_a_module_that_cannot_be_imported_says_why(tmp_path: Path, monkeypatch: 
 
 
 def test_the_setting_names_the_allowed_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prefix more lets its modules in; what is not listed any more stays out."""
+    """An added prefix allows its modules; modules that are not listed any more are refused."""
     assert "is outside" in refusal(VllmAPI, prompt_func=f"{__name__}.shout")
     monkeypatch.setenv("VLLM_TASKS_CALLABLE_PREFIXES", dumps([__name__.partition(".")[0]]))
     assert VllmAPI(identifier="m", prompt_func=f"{__name__}.shout").prompt_func is shout
@@ -498,7 +498,7 @@ def test_the_setting_names_the_allowed_modules(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_callables_are_dumped_as_their_paths() -> None:
-    """Functions, lambdas and callable objects can all be shown; only saving asks whether they lead back."""
+    """Functions, lambdas and callable objects all have a dump; only saving checks that they can be loaded."""
     paths = [
         VllmAPI(identifier="m", prompt_func=f).model_dump()["prompt_func"]
         for f in (shout, Shouter(), lambda x: x)
@@ -534,7 +534,7 @@ def test_every_setting_has_a_description_and_an_environment_name(monkeypatch: py
 def test_a_wrong_setting_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: str
 ) -> None:
-    """The next use names the variable, its value and what is expected, wherever it is noticed."""
+    """The next use names the variable, its value and the expected one, wherever it happens."""
     model = VllmAPI(identifier="m", api_url="http://x")
     monkeypatch.setenv(f"VLLM_TASKS_{name}", value)
     for use in (site_settings, lambda: VllmAPI(identifier="m"), lambda: model.predict("x")):
@@ -581,7 +581,7 @@ class Echo(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 class EchoServer(ThreadingHTTPServer):
@@ -638,7 +638,7 @@ def test_a_chat_url_means_chat(server: EchoServer) -> None:
 
 
 def test_a_record_that_fails_is_an_error_among_answers(server: EchoServer) -> None:
-    """All rows are tried; the errors come at the end with every result, or as values."""
+    """All rows are processed; the errors come at the end with every result, or as values."""
     with api(server) as model:
         with pytest.raises(RowErrors, match="2 of 4 rows failed: row 1: prompt: 'input' is None") as failed:
             model.predict_batches(["a", None, "b", b"x"])
@@ -655,7 +655,7 @@ def test_a_record_that_fails_is_an_error_among_answers(server: EchoServer) -> No
 
 
 def test_no_rows_give_no_answers(server: EchoServer) -> None:
-    """An empty list is answered by an empty list, without a request."""
+    """An empty list returns an empty list, without a request."""
     with api(server) as model:
         assert model.predict_batches([]) == []
     assert server.bodies == []
@@ -682,7 +682,7 @@ def test_a_table_is_not_taken_for_the_list_of_its_columns(server: EchoServer) ->
 
 
 class PandasSeries:
-    """What a column of pandas is to us: rows in order, without `to_pylist` or `columns`."""
+    """The interface of a pandas column: rows in order, without `to_pylist` or `columns`."""
 
     def __init__(self, values: list[str]) -> None:
         self.values = values
@@ -695,20 +695,20 @@ class PandasSeries:
 
 
 def test_a_column_of_pandas_is_a_list_of_records(server: EchoServer) -> None:
-    """Its rows are answered as they come."""
+    """The rows of the column are processed in order."""
     with api(server) as model:
         assert model.predict_batches(PandasSeries(["x", "y"])) == ["x", "y"]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", [set, frozenset])
 def test_a_set_has_no_order_to_answer_in(server: EchoServer, kind: Any) -> None:
-    """N answers in input order need an order."""
+    """Answers in input order need an ordered input."""
     with pytest.raises(InvalidCall, match=f"{kind.__name__}, which has no order"):
         api(server).predict_batches(kind(["x"]))
 
 
 def test_what_is_wrong_with_a_call_raises_before_anything_is_asked(server: EchoServer) -> None:
-    """Names, options and combinations are checked at the edge."""
+    """Names, options and combinations are checked before the call."""
     model = api(server)
     with pytest.raises(InvalidCall, match="did you mean 'temperature'"):
         model.predict("x", temprature=0)
@@ -751,7 +751,7 @@ def test_artifacts_reach_the_template(server: EchoServer, tmp_path: Path) -> Non
 def test_cut_answers_are_told_unless_the_caller_set_the_length(
     server: EchoServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An answer cut at a default length is a surprise worth a warning, at a chosen one it is not."""
+    """An answer truncated at a default length is logged as a warning, at a chosen length it is not."""
     with api(server) as model, caplog.at_level(logging.WARNING, "vllm_tasks.models"):
         model.predict_batches(["long"], max_tokens=4)
         model.predict_batches(["short"])
@@ -762,7 +762,7 @@ def test_cut_answers_are_told_unless_the_caller_set_the_length(
 
 @pytest.mark.parametrize("name", ["tool_parser_plugin", "reasoning-parser-plugin"])
 def test_a_site_that_trusts_no_code_refuses_plugins(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A parser from a file is code, whoever trusts the model's own."""
+    """A parser in a file is code, even if the site trusts the model's own code."""
     monkeypatch.setenv("VLLM_TASKS_TRUST_REMOTE_CODE", "false")
     model = VllmModel(
         identifier="m", model_name="m", trust_remote_code=False, vllm_kwargs={name: "/tmp/evil.py"}

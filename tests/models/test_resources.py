@@ -1,4 +1,4 @@
-"""What a model needs, and what the workers of each kind of pool make of it: jobs as they would be started."""
+"""The resources of a model, and the jobs that the workers of each kind of pool make of them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def refusal(act: Callable[[], object]) -> str:
 
 @pytest.mark.parametrize(("fields", "gpus"), SIZES)
 def test_the_gpus_of_a_job_are_those_of_its_engines(fields: dict[str, Any], gpus: int) -> None:
-    """TP x PP x DP of one engine, unless the hint says; as often as the job itself holds engines."""
+    """TP x PP x DP of one engine, unless there is a hint, times the engines that the job itself holds."""
     assert resources(**fields).job_gpus == gpus
 
 
@@ -112,18 +112,18 @@ def test_sizes_are_bytes_or_a_text_with_a_unit(size: Any, count: int) -> None:
     ],
 )
 def test_a_wrong_hint_is_refused_when_the_model_is_made(hints: dict[str, Any], said: list[str]) -> None:
-    """By name, with its value and the way out."""
+    """The error names the hint, its value and the way out."""
     message = refusal(lambda: resources(tensor_parallel_size=2, compute_kwargs=hints))
     assert [words for words in said if words not in message] == []
 
 
 def test_a_parallel_size_that_is_none_is_refused() -> None:
-    """In `vllm_kwargs` too, from which the GPUs are counted."""
+    """This includes sizes in `vllm_kwargs`, from which the GPUs are counted."""
     assert "data_parallel_size='2'" in refusal(lambda: resources(vllm_kwargs={"data_parallel_size": "2"}))
 
 
 def test_values_of_env_are_shown_nowhere() -> None:
-    """Neither by a model, nor by its resources, nor by a refusal of another hint."""
+    """No model, resource or refusal of another hint displays them."""
     model = VllmModel(identifier="m", compute_kwargs={"env": {"HF_TOKEN": SECRET}})
     shown = repr(model) + repr(model.resources())
     shown += refusal(lambda: resources(compute_kwargs={"env": {"HF_TOKEN": SECRET}, "num_gpus": -1}))
@@ -136,7 +136,7 @@ def test_values_of_env_are_shown_nowhere() -> None:
 
 @pytest.mark.parametrize("gpus", [1, 2, 4])
 def test_a_process_takes_its_gpus_from_the_machine(gpus: int) -> None:
-    """The engine in it takes as many free devices; what else is set reaches the environment."""
+    """The engine in the process takes as many free devices; other values reach the environment."""
     made = job("process", resources(tensor_parallel_size=gpus, compute_kwargs={"env": {"A": "1"}}))
     assert (made.env["VLLM_TASKS_GPUS"], made.env["A"]) == (str(gpus), "1")
     assert made.env["VLLM_TASKS_GPU_SLOTS"] == "vllm-gpus:p"
@@ -145,7 +145,7 @@ def test_a_process_takes_its_gpus_from_the_machine(gpus: int) -> None:
 
 @pytest.mark.parametrize("gpus", [1, 2, 4])
 def test_a_container_gets_what_docker_can_give(gpus: int) -> None:
-    """Image, memory, CPUs, shared memory; all GPUs are seen in it, of which the engine takes free ones."""
+    """Image, memory, CPUs and shared memory are set; the engine sees all GPUs and takes free ones."""
     docker = pytest.importorskip("docker")
     made = job("docker", resources(tensor_parallel_size=gpus, compute_kwargs=NEEDS | {"env": {"A": "1"}}))
     assert (made.image, made.mem_limit) == ("site/vllm:1", f"{64 * 2**30}b")
@@ -188,7 +188,7 @@ def test_a_kubernetes_job_asks_for_all_of_it(gpus: int) -> None:
 
 @pytest.mark.parametrize("kind", HONOURED)
 def test_without_hints_on_cpus_nothing_is_set(kind: str) -> None:
-    """What is not said is not rendered, and leaves the pool's own defaults alone."""
+    """Missing hints are not rendered, so the pool's own defaults stay."""
     needs = resources(compute_kwargs={"num_gpus": 0})
     assert needs.job_variables(kind) == {}
     made = job(kind, needs)
@@ -200,7 +200,7 @@ def test_without_hints_on_cpus_nothing_is_set(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", HONOURED)
 def test_a_hint_that_a_pool_cannot_honour_is_refused(kind: str) -> None:
-    """Each by name, with the kinds of pools that can; where a job goes is none of them."""
+    """The error names the hint and the kinds of pools that support it; routing hints are not refused."""
     every: dict[str, Any] = NEEDS | {
         "num_gpus": 1,
         "accelerator_type": "A100",
@@ -221,12 +221,12 @@ def test_a_hint_that_a_pool_cannot_honour_is_refused(kind: str) -> None:
 
 
 def test_a_pool_of_an_unknown_type_is_refused() -> None:
-    """With the types that are known."""
+    """The error lists the known types."""
     assert "'ecs'" in refusal(lambda: resources().job_variables("ecs"))
 
 
 def test_a_variable_that_the_pool_does_not_declare_is_refused() -> None:
-    """Prefect would drop it in silence; the message says how the pool gets it."""
+    """Prefect would silently drop it; the message says how to give it to the pool."""
     default = KubernetesWorkerJobConfiguration.json_template()
     pool = WorkPool(
         name="plain",
@@ -241,7 +241,7 @@ def test_a_variable_that_the_pool_does_not_declare_is_refused() -> None:
 
 
 def test_an_actor_gets_what_one_engine_needs() -> None:
-    """Options of one actor, in Ray's names; the job around it is rendered without what Ray honours."""
+    """Hints become options of one actor, in Ray's names; the job gets only hints that Ray does not use."""
     hints = {
         "num_cpus": 4,
         "memory": "8Gi",

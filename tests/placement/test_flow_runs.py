@@ -1,4 +1,4 @@
-"""A step that runs elsewhere, its two sides without a worker: what a busy or absent Prefect does to it."""
+"""Both sides of a step that runs elsewhere, without a worker: effects of a busy or absent Prefect."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def there(pool: str) -> VllmAPI:
 
 
 class Absent:
-    """Prefect's server, at an address where nobody answers until it `comes`."""
+    """Prefect's server, at an address that does not respond until it `comes`."""
 
     def __enter__(self) -> Absent:
         port = urlsplit(PREFECT_API_URL.value() or "").port
@@ -81,7 +81,7 @@ class Absent:
         self._socket.close()
 
     def comes(self, after: float) -> None:
-        """In `after` seconds."""
+        """Start the server after so many seconds."""
         self._serving = threading.Timer(after, self._serve)
         self._serving.start()
 
@@ -99,7 +99,7 @@ class Absent:
 
 
 def pass_on(one: socket.socket, other: socket.socket) -> None:
-    """All of it, to the end."""
+    """Forward everything, to the end."""
     with one, suppress(OSError):
         while data := one.recv(2**16):
             other.sendall(data)
@@ -110,7 +110,7 @@ def pass_on(one: socket.socket, other: socket.socket) -> None:
 
 
 def test_more_runs_are_seen_than_prefect_tells_of_at_once(client: SyncPrefectClient, target: Target) -> None:
-    """Prefect gives 200 objects a request, and refuses to be asked for more."""
+    """Prefect returns 200 objects per request and refuses more."""
     parts = [Part(f"part {i}", {}, run=uuid4()) for i in range(210)]
     last = parts[-1]
     last.run = client.create_flow_run(step, parameters={"call": "{}"}).id
@@ -121,7 +121,7 @@ def test_more_runs_are_seen_than_prefect_tells_of_at_once(client: SyncPrefectCli
 
 
 def test_a_server_that_is_away_is_waited_for(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run is made and tells its outcome, though at first nobody answers for Prefect, or it is too busy."""
+    """A run is created and reports its outcome, even if Prefect is away or too busy at first."""
     monkeypatch.setattr(grace, "TRY_EVERY", 0.1)
     answers = [httpx.Response(code, request=httpx.Request("GET", "http://prefect")) for code in (500, 200)]
     grace.within_grace_period(lambda: answers.pop(0).raise_for_status())
@@ -143,7 +143,7 @@ def test_a_server_that_is_away_is_waited_for(target: Target, monkeypatch: pytest
 
 
 def test_a_run_that_was_asked_for_twice_is_one(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The answer that a run is made may be lost, and Prefect's client asks again."""
+    """The response to a creation may be lost, and Prefect's client repeats the request."""
     made: list[UUID] = []
     ask = runs.run_deployment
 
@@ -158,7 +158,7 @@ def test_a_run_that_was_asked_for_twice_is_one(target: Target, monkeypatch: pyte
 
 
 def test_a_heartbeat_that_was_made_twice_is_one(client: SyncPrefectClient, target: Target) -> None:
-    """The one that beats tells, whichever Prefect lists first."""
+    """The artifact with the newest heartbeat counts, in any order of Prefect's list."""
     run = client.create_flow_run(step, parameters={"call": "{}"}).id
     for beat in (*[0] * 4, 7, *[0] * 4):
         client.create_artifact(ArtifactCreate(type=KIND, data={"beat": beat}, flow_run_id=run))
@@ -170,7 +170,7 @@ class Interrupted(BaseException):
 
 
 def test_an_interrupt_waits_for_the_run_that_is_being_made() -> None:
-    """Or nobody would know of it, and cancel it."""
+    """Otherwise nobody would know of the run and cancel it."""
     made: list[str] = []
 
     def make() -> None:
@@ -196,7 +196,7 @@ def test_an_interrupt_waits_for_the_run_that_is_being_made() -> None:
 def test_a_subflow_is_where_its_flow_is(
     client: SyncPrefectClient, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has no pool of its own, but runs in the process that a worker of the pool has made."""
+    """A subflow has no pool of its own, but runs in the process that a worker of the pool has started."""
     model = there(POOL)
 
     @flow
@@ -228,7 +228,7 @@ def test_a_place_that_is_not_there_is_told_with_the_nearest() -> None:
 
 
 def test_rows_on_their_way_can_be_removed() -> None:
-    """The step removes what it has sent and got; nothing that is gone already fails it."""
+    """The step removes the rows that it has sent and received; missing files are no failure."""
     path = storage.store({"prompts": ["p"]})
     file = Path(PREFECT_LOCAL_STORAGE_PATH.value(), path)
     assert file.exists()
@@ -240,7 +240,7 @@ def test_rows_on_their_way_can_be_removed() -> None:
 
 
 def test_only_files_of_rows_are_read_and_removed(tmp_path: Path) -> None:
-    """What another flow run says may lead anywhere."""
+    """A path from another flow run may lead anywhere."""
     other = tmp_path / "other.json"
     other.write_text("{}")
     for path in str(other), f"vllm-tasks/../{other.name}", f"vllm-tasks/../../{uuid4()}.json":
@@ -252,7 +252,7 @@ def test_only_files_of_rows_are_read_and_removed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("url", ["data", "sqlite:///data/tables.db"])
 def test_a_saved_folder_that_a_worker_would_not_find_is_refused(url: str, prefect_server: None) -> None:
-    """A relative path is another folder on the worker; outside of a block it travels as the full one."""
+    """A relative path is another folder on the worker; without a block it travels as a full path."""
     name = f"folder-{uuid4().hex[:6]}"
     Datalayer(url=url).save(name)  # type: ignore[arg-type]
     try:

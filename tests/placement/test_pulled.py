@@ -1,4 +1,4 @@
-"""A relative lake in a deployment whose code is pulled for each flow run is refused: it goes with the run."""
+"""A relative lake is refused in a deployment whose code is pulled, because it is deleted with the run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def deployed() -> None:
 
 
 def started(monkeypatch: pytest.MonkeyPatch, pull_steps: list[dict[str, Any]] | None) -> None:
-    """Let this process be one that a worker made for a flow run of such a deployment."""
+    """Make this process look like one that a worker started for a flow run of such a deployment."""
     with get_client(sync_client=True) as client:
         steps = client.create_flow(deployed)
         deployment = client.create_deployment(steps, f"d-{uuid4()}", pull_steps=pull_steps)
@@ -41,7 +41,7 @@ def test_a_relative_place_in_pulled_code_is_refused(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_stays_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full path, a URL, code that is where it runs, and whatever is called outside of deployments."""
+    """A full path, a URL, code that is not pulled, and calls outside of deployments are accepted."""
     started(monkeypatch, [CLONE])
     for url in ("/srv/data", "s3://bucket/data", "sqlite:////srv/x.db", "postgresql://host/x"):
         check_stays(Datalayer(url=url))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Steps that run on a work pool: a real server, real process workers, and what dies on the way."""
+"""Steps that run on a work pool: a real server, real process workers, and their deaths."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def exact(lake: Place) -> bool:
 
 
 def test_rows_are_asked_on_the_pool(model: VllmAPI, server: ScriptedServer) -> None:
-    """Prompts go to a flow run on the pool; answers come back in order, decoded here, errors in place."""
+    """Prompts go to a flow run on the pool; answers come back in order and are decoded here."""
     server.script = lambda asked: refused(400, "no") if asked.prompt == "b" else None
     typed = model.model_copy(update={"datatype": "bytes"})
 
@@ -121,7 +121,7 @@ def test_rows_are_asked_on_the_pool(model: VllmAPI, server: ScriptedServer) -> N
 
 
 def test_whether_texts_are_chat_is_known_on_the_pool(model: VllmAPI, server: ScriptedServer) -> None:
-    """Texts travel as texts; where the engine is they become what the model is, with its system message."""
+    """Texts travel as texts; the engine's side makes messages of them, with its system message."""
     server.tokenizes = Reply({"count": 3})
     told = model.model_copy(update={"system": "S"})
 
@@ -170,7 +170,7 @@ def test_a_database_password_does_not_travel(model: VllmAPI) -> None:
 
 
 def test_shards_are_one_table_and_one_report(model: VllmAPI, lake: Place, server: ScriptedServer) -> None:
-    """Three flow runs answer each row once, and what they did is told as of one run."""
+    """Three flow runs process each row once, and are reported as one run."""
     server.script = lambda asked: refused(400, "no") if asked.prompt in ("t7", "t8") else None
     report = over_a_table(model, lake.url, shards=3, predict_id="three")
     assert (report.rows, report.processed, report.succeeded, report.failed) == (ROWS, ROWS, ROWS - 2, 2)
@@ -190,7 +190,7 @@ def test_shards_are_one_table_and_one_report(model: VllmAPI, lake: Place, server
 def test_what_fails_there_fails_here_with_its_reason(
     model: VllmAPI, lake: Place, server: ScriptedServer
 ) -> None:
-    """Errors of the call, and a budget that is spent with its report, arrive as what they were."""
+    """Errors of the call, and an exhausted budget with its report, arrive unchanged."""
     with pytest.raises(InvalidCall, match="no column 'txet'; did you mean 'text'"):
         flow(lambda: predict_in_db(model, "txet", "rows", db=lake.url))()
     server.script = lambda asked: refused(400, "never") if asked.body else None
@@ -201,7 +201,7 @@ def test_what_fails_there_fails_here_with_its_reason(
 
 
 def test_what_is_answered_before_a_failure_arrives_with_it(model: VllmAPI, server: ScriptedServer) -> None:
-    """A server that goes away takes no answer with it: they are in the error, in the order of the rows."""
+    """If a server goes away, no answer is lost: the error has them in the order of the rows."""
     server.script = lambda asked: refused(503, "away") if asked.prompt == "lost" else None
     impatient = {**model.compute_kwargs, "env": {"VLLM_TASKS_GRACE_PERIOD": "1"}}
     hasty = model.model_copy(update={"compute_kwargs": impatient})
@@ -213,14 +213,14 @@ def test_what_is_answered_before_a_failure_arrives_with_it(model: VllmAPI, serve
 
 
 def test_errors_of_rows_have_the_places_of_the_call(model: VllmAPI, server: ScriptedServer) -> None:
-    """Though only rows that have a prompt travel."""
+    """Errors keep the index of the call, although only rows with a prompt travel."""
     server.script = lambda asked: refused(400, "no") if asked.prompt == "bad" else None
     _, _, bad = flow(lambda: completions(model, [None, "a", "bad"], on_error="return"))()
     assert (bad.kind, bad.index) == ("refused", 2)
 
 
 def test_a_part_is_done_when_it_has_told_its_outcome() -> None:
-    """Also when its run dies, or is never heard of again, between that and its end."""
+    """The outcome counts even if the run dies, or is never heard of again, before its end."""
     report, error = payload.outcome_of("place"), payload.outcome_of_error(EngineFailed("no"))
     crashed = Part("a", {})
     crashed.update(Crashed(), {"outcome": report})
@@ -236,7 +236,7 @@ def test_a_part_is_done_when_it_has_told_its_outcome() -> None:
 
 
 def test_a_budget_counts_all_shards(model: VllmAPI, lake: Place, server: ScriptedServer) -> None:
-    """So many failures as no shard has alone are too many together."""
+    """The failures of all shards together exceed the budget, although no shard alone does."""
     server.script = lambda asked: refused(400, "no") if asked.prompt.endswith("5") else None
     with pytest.raises(TooManyFailed, match="30 of 300 rows failed") as caught:
         over_a_table(model, lake.url, shards=2, max_failed=25)
@@ -244,7 +244,7 @@ def test_a_budget_counts_all_shards(model: VllmAPI, lake: Place, server: Scripte
 
 
 def test_a_validation_runs_on_the_pool_and_is_judged_here(model: VllmAPI, tmp_path: Path) -> None:
-    """Values come onto the model, the verdict fails the step that called it."""
+    """The values are set on the model, and the gate fails the step here."""
     (tmp_path / "lake").mkdir()
     validation = Validation(
         datasets=[Dataset(identifier="d", raw_data=[{"q": "a", "a": "a!"}, {"q": "b", "a": "c"}])],
@@ -268,7 +268,7 @@ def test_a_validation_runs_on_the_pool_and_is_judged_here(model: VllmAPI, tmp_pa
 
 
 class After:
-    """A script that does something when so many rows were asked; later ones are answered after it."""
+    """A script that does something after so many rows; later rows complete after it."""
 
     def __init__(self, rows: int, deed: Callable[[], None]) -> None:
         self.rows, self.deed = rows, deed
@@ -296,7 +296,7 @@ class After:
 def test_a_killed_flow_run_is_made_again_and_goes_on(
     model: VllmAPI, lake: Place, server: ScriptedServer, workers: Workers
 ) -> None:
-    """One of two shards is killed: the table is complete and exact, and no committed row is asked again."""
+    """One of two shards is killed: the table is complete and exact, and no committed row is sent again."""
     committed: dict[int, Any] = {}
 
     def kill_one() -> None:
@@ -321,7 +321,7 @@ def test_a_killed_flow_run_is_made_again_and_goes_on(
 def test_a_machine_that_goes_down_is_noticed(
     model: VllmAPI, lake: Place, server: ScriptedServer, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Worker and flow run are killed: nobody tells Prefect, but silence does, and a new run goes on."""
+    """Worker and flow run are killed: the heartbeat timeout reports it, and a new run resumes."""
     monkeypatch.setenv("VLLM_TASKS_SILENCE", "5")
 
     def goes_down() -> None:
@@ -341,7 +341,7 @@ def test_a_machine_that_goes_down_is_noticed(
 def test_a_step_that_would_ask_again_is_not_made_again(
     model: VllmAPI, lake: Place, server: ScriptedServer, workers: Workers
 ) -> None:
-    """With `overwrite`, what a dead run has answered is not told from what it has not: the step fails."""
+    """With `overwrite`, rows that a dead run has completed cannot be distinguished, so the step fails."""
     server.script = After(50, lambda: workers.runs()[0].kill())
     with pytest.raises(EngineFailed, match=r"has failed: .*exit"):
         over_a_table(model, lake.url, overwrite=True)
@@ -412,7 +412,7 @@ def test_wrong_places_are_refused_before_anything_runs(
 @pytest.mark.engine
 @pytest.mark.long
 def test_two_shards_of_a_real_engine_one_killed(tiny_model: Path, workers: Workers, lake: Place) -> None:
-    """Each flow run has a vLLM of its own; one is killed with it, and the table is complete."""
+    """Each flow run has a vLLM of its own; one is killed with its engine, and the table is complete."""
     model = VllmModel(
         identifier="m",
         model_name=str(tiny_model),

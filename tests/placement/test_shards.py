@@ -1,4 +1,4 @@
-"""Parts of a table, told by a hash of the key; and what several flow runs did, told as of one."""
+"""Parts of a table by a hash of the key, and several flow runs reported as one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_shards_are_disjoint_and_together_the_table(
 
 
 def test_a_shard_goes_with_ids(model: VllmAPI, place: Place) -> None:
-    """Only the rows that are in both."""
+    """Only rows that are in both the shard and the ids are processed."""
     place.fill_texts(*"abcdefgh")
     asked = [model.predict_in_db("text", "rows", ids=[1, 2, 5], shard=(i, 2)).processed for i in range(2)]
     assert sum(asked) == 3
@@ -80,7 +80,7 @@ def test_reports_of_shards_are_one_report() -> None:
 
 
 def test_progress_of_parts_is_one_progress() -> None:
-    """What is to be asked is known when all parts have told it."""
+    """The number of rows to process is known when all parts have reported theirs."""
     parts = [Progress(10, 3, 1, 20, 2.0), Progress(5, 5, 0, 30, 1.0)]
     assert Progress.of_parts(parts, complete=True) == Progress(15, 8, 1, 50, 2.0)
     assert Progress.of_parts(parts, complete=False).to_process is None
@@ -88,7 +88,7 @@ def test_progress_of_parts_is_one_progress() -> None:
 
 
 def test_outcomes_travel_as_text() -> None:
-    """Reports and errors come back as what they were; one that was tried there is not tried again here."""
+    """Reports and errors come back unchanged; one that was retried there is not retried here."""
     report = report_of()
     assert payload.value_of(payload.outcome_of(report)) == report
     said = report_of(worst=(FailedRow((1,), "output", "no number: what the model said"),))
@@ -114,7 +114,7 @@ def test_outcomes_travel_as_text() -> None:
     ],
 )
 def test_urls_with_secrets_do_not_travel(url: str) -> None:
-    """Not even in the words of the refusal."""
+    """A secret does not even appear in the refusal."""
     with pytest.raises(InvalidCall) as caught:
         payload.db_parameter(url)
     assert "secret" not in str(caught.value)

@@ -34,7 +34,7 @@ NAMES = [f"{flow_of(deployment)}/{deployment['name']}" for deployment in DEPLOYM
 
 
 def test_every_start_has_the_parameters_of_its_flow() -> None:
-    """What schedules and triggers give is known to the flow, and nothing that it must have is missing."""
+    """The flow has all parameters of schedules and triggers, and none of its required ones is missing."""
     for deployment in DEPLOYMENTS:
         schema = load_flow_from_entrypoint(deployment["entrypoint"]).parameters
         for start in [*deployment.get("schedules", []), *deployment.get("triggers", [])]:
@@ -54,7 +54,7 @@ def started_by(trigger: DeploymentEventTrigger) -> str | None:
 
 
 def test_no_run_starts_itself_again() -> None:
-    """Each trigger waits for one named deployment, or for an event from elsewhere; no way leads back."""
+    """Each trigger waits for one named deployment, or for an outside event; no chain leads back."""
     starts = {
         name: started_by(DeploymentEventTrigger.model_validate(trigger))
         for name, deployment in zip(NAMES, DEPLOYMENTS, strict=True)
@@ -138,7 +138,7 @@ def test_new_data_are_answered_and_then_the_model_is_validated(site: Site) -> No
 
 
 def test_a_model_that_passed_on_gpus_answers_there(site: Site) -> None:
-    """Only the verdict of validate-model/gpu starts batch-predict/gpu, on its own pool."""
+    """Only a passed validate-model/gpu starts batch-predict/gpu, on its own pool."""
     for deployment in ("api", "gpu"):
         verdict = {
             "id": str(uuid4()),
@@ -163,7 +163,7 @@ def related(role: str, name: str) -> dict[str, str]:
 
 
 def test_a_block_that_is_not_there_is_named(site: Site) -> None:
-    """A run with a model that nobody saved fails at once, and its log says which."""
+    """A run with a model that is not saved fails at once, and its log names the model."""
     absent = {"$ref": {"block_document_slug": "vllm-model/llama-local"}}
     run = site.start("batch-predict/api", model=absent, X="text", select="tickets")
     assert "Failed to resolve block references in parameters" in run["state"]["message"]

@@ -1,4 +1,4 @@
-"""`python -m vllm_tasks.pools` against a real server: what it makes; a second call changes nothing."""
+"""`python -m vllm_tasks.pools` against a real server: what it creates; a second call changes nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def client() -> Iterator[SyncPrefectClient]:
 
 @pytest.fixture
 def name(client: SyncPrefectClient) -> Iterator[str]:
-    """A name for pools; what was made under it, and with `-gpu` added, is deleted."""
+    """A name for pools; everything created under it, also with `-gpu` added, is deleted."""
     name = f"test-{os.urandom(4).hex()}"
     yield name
     for pool in (name, f"{name}-gpu"):
@@ -59,7 +59,7 @@ def command(name: str, *more: str) -> None:
 
 
 def all_of(client: SyncPrefectClient, name: str) -> list[dict[str, Any]]:
-    """What the server has of it, without the times of the last change."""
+    """Everything that the server has of it, without the times of the last change."""
     gpu = f"{name}-gpu"
     (one,) = client.read_automations_by_name(f"{name}: runs whose process died are Crashed")
     (other,) = client.read_automations_by_name(f"{gpu}: runs whose process died are Crashed")
@@ -80,7 +80,7 @@ def all_of(client: SyncPrefectClient, name: str) -> list[dict[str, Any]]:
 def test_a_second_call_changes_nothing(
     name: str, client: SyncPrefectClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All that was made is found again by its name, and the next commands are told."""
+    """All objects are found again by name, and the next commands are printed."""
     command(name, "--gpus", "4")
     made = all_of(client, name)
     command(name, "--gpus", "4")
@@ -134,14 +134,14 @@ def test_what_others_have_set_stays(
 
 
 def test_a_pool_that_was_made_otherwise_is_brought_up_to_date(name: str, client: SyncPrefectClient) -> None:
-    """It gets our template, whatever it had."""
+    """The pool gets our template in place of any other."""
     client.create_work_pool(WorkPoolCreate(name=name, type="kubernetes", base_job_template={}))
     make(Pool(name, "kubernetes"))
     assert client.read_work_pool(name).base_job_template == template(Pool(name, "kubernetes"))
 
 
 def test_a_pool_of_another_type_is_left_alone(name: str, client: SyncPrefectClient) -> None:
-    """Prefect cannot change it, and the message says what to do."""
+    """Prefect cannot change the type, and the message names the way out."""
     client.create_work_pool(WorkPoolCreate(name=name, type="kubernetes", base_job_template={}))
     with pytest.raises(InvalidCall, match=r"exists with type 'kubernetes', not 'process'.*another name"):
         command(name)
@@ -151,7 +151,7 @@ def test_a_pool_of_another_type_is_left_alone(name: str, client: SyncPrefectClie
 def test_the_server_takes_the_template_and_it_declares_every_hint(
     kind: PoolType, name: str, client: SyncPrefectClient
 ) -> None:
-    """Whatever a pool of this type honours can be rendered for it; `--image` is its default."""
+    """Every hint that a pool of this type supports can be rendered for it; `--image` is its default."""
     image = "site/vllm:1" if kind != "process" else None
     make(Pool(name, kind, 8, image))
     pool = client.read_work_pool(name)
@@ -172,7 +172,7 @@ def test_the_server_takes_the_template_and_it_declares_every_hint(
 
 
 def test_what_cannot_be_is_refused(name: str, client: SyncPrefectClient) -> None:
-    """Before anything is made."""
+    """The error comes before anything is created."""
     with pytest.raises(InvalidCall, match="--gpus -1"):
         command(name, "--gpus", "-1")
     with pytest.raises(InvalidCall, match=r"no images, and got 'site/vllm:1'.*docker or kubernetes"):
@@ -182,7 +182,7 @@ def test_what_cannot_be_is_refused(name: str, client: SyncPrefectClient) -> None
 
 
 def test_a_server_that_is_not_there_is_named(name: str) -> None:
-    """With what to do about it, instead of a traceback of Prefect's client."""
+    """The message says what to do, instead of a traceback of Prefect's client."""
     with (
         temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}),
         pytest.raises(ServerUnavailable, match=r"no Prefect server answers at http://127.0.0.1:9/api"),
@@ -191,7 +191,7 @@ def test_a_server_that_is_not_there_is_named(name: str) -> None:
 
 
 def test_the_image_fits_the_package() -> None:
-    """It cannot be built here: its vLLM is one that the extra takes, and what it copies is there."""
+    """The image cannot be built here: the test checks its version of vLLM and the files that it copies."""
     repository = Path(__file__).parents[2]
     words = [line.split() for line in (repository / "Dockerfile").read_text().splitlines()]
     (image,) = [line[1] for line in words if line[:1] == ["FROM"]]

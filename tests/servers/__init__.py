@@ -1,1 +1,1 @@
-"""What stands on the far side in tests: scripted servers and hosts, databases, a browser, workers."""
+"""The other side of tests: scripted servers and hosts, databases, a browser, workers."""

@@ -19,7 +19,7 @@ SCREENSHOTS = REPOSITORY / "out" / "screenshots"
 
 
 def executable() -> str | None:
-    """Where chromium is, if there is one."""
+    """The path of chromium, if it is installed."""
     return shutil.which("chromium") or shutil.which("chromium-browser")
 
 
@@ -36,7 +36,7 @@ def chromium() -> Iterator[Browser]:
 
 @contextmanager
 def opened(browser: Browser, url: str, theme: Theme) -> Iterator[Page]:
-    """A page of the UI in a theme: the UI takes it from its own setting, whatever the system prefers."""
+    """A page of the UI in a theme of the UI's own setting, whatever the system prefers."""
     context = browser.new_context(viewport={"width": 1400, "height": 1000})
     context.set_default_timeout(LONG_ENOUGH * 1000)
     context.add_init_script(f"localStorage.setItem('color-scheme', JSON.stringify('{theme}'))")
@@ -49,7 +49,7 @@ def opened(browser: Browser, url: str, theme: Theme) -> Iterator[Page]:
 
 
 def colours(browser: Browser, shown: Locator) -> dict[str, float]:
-    """The share of each colour (#rrggbb) in what is seen of an element: the browser reads the pixels."""
+    """The share of each colour (#rrggbb) in the visible part of an element, from the browser's pixels."""
     data = base64.b64encode(shown.screenshot()).decode()
     page = browser.new_page()
     try:

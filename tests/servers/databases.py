@@ -1,4 +1,4 @@
-"""What the tests of databases stand on: an empty SQLite file or PostgreSQL database, and rows."""
+"""Databases for tests: an empty SQLite file or PostgreSQL database, and rows."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Place:
         return self.opened[-1]
 
     def sql(self, *statements: str) -> list[Any]:
-        """Run them; what the last one returned."""
+        """Run statements; returns the rows of the last one."""
         with self.engine.begin() as connection:
             for statement in statements:
                 if not self.sqlite:
@@ -101,7 +101,7 @@ def pg(database: str) -> Iterator[Place]:
 
 
 def either(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    """An empty SQLite file or PostgreSQL database, as the fixture's parameter says."""
+    """An empty SQLite file or PostgreSQL database, by the fixture's parameter."""
     if request.param == "postgres":
         yield request.getfixturevalue("pg")
         return

@@ -17,14 +17,14 @@ OPTIONS = ("--skip-grant-tables", "--innodb-use-native-aio=0", "--innodb-buffer-
 
 
 def binary() -> str | None:
-    """Where the server is, if there is one."""
+    """The path of the server, if it is installed."""
     path = os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
     return shutil.which("mariadbd", path=path) or shutil.which("mysqld", path=path)
 
 
 @contextmanager
 def running() -> Iterator[str]:
-    """The URL of an empty database, on a server that is gone afterwards; raises `FileNotFoundError`."""
+    """The URL of an empty database, on a server that ends with the block; raises `FileNotFoundError`."""
     if (server := binary()) is None:
         raise FileNotFoundError("needs MariaDB: apt-get install mariadb-server")
     folder = Path(tempfile.mkdtemp(prefix="vllm-tasks-maria-"))
@@ -52,7 +52,7 @@ def running() -> Iterator[str]:
 
 
 def _wait(url: str, socket: Path, process: subprocess.Popen[bytes]) -> None:
-    """Until the server takes connections; the empty database is made."""
+    """Wait until the server accepts connections, and create the empty database."""
     for _ in range(300):
         if socket.exists():  # pymysql leaves a socket open where it finds nobody
             break

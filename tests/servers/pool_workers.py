@@ -25,7 +25,7 @@ END = 20.0
 
 
 class Workers:
-    """Workers of the pool `name`; what they and their flow runs say goes to `log`."""
+    """Workers of the pool `name`; their output and that of their flow runs goes to `log`."""
 
     def __init__(self, name: str, log: Path) -> None:
         self.name = name
@@ -48,7 +48,7 @@ class Workers:
         return psutil.Process(process.pid)
 
     def runs(self) -> list[psutil.Process]:
-        """The processes of flow runs that work now."""
+        """The processes of the flow runs that work now."""
         found = []
         for worker in self._running:
             with suppress(psutil.NoSuchProcess):
@@ -56,7 +56,7 @@ class Workers:
         return [p for p in found if p.is_running() and "prefect.engine" in p.cmdline()]
 
     def kill(self) -> None:
-        """SIGKILL for all workers and their flow runs, as a machine that goes down does."""
+        """SIGKILL for all workers and their flow runs, as if their machine went down."""
         runs = self.runs()
         for worker in self._running:
             worker.kill()
@@ -91,7 +91,7 @@ def pool(name: str, log: Path, gpus: int | None = None) -> Iterator[Workers]:
 
 
 def remove(made: Pool) -> None:
-    """Take a pool and what belongs to it from the server."""
+    """Remove a pool and everything that belongs to it from the server."""
     with get_client(sync_client=True) as client:
         deployment = client.read_deployment_by_name(f"vllm-step/{made.name}")
         client.delete_deployment(deployment.id)

@@ -25,7 +25,7 @@ SETTINGS = {
 
 
 def binaries() -> Path | None:
-    """Where the newest server is, if there is one."""
+    """The folder of the newest server, if one is installed."""
     found = [p.parent for p in Path("/usr/lib/postgresql").glob("*/bin/postgres")]
     on_path = shutil.which("postgres")
     if found:
@@ -71,12 +71,12 @@ class Postgres:
         return self.url(name)
 
     def start(self) -> None:
-        """Returns when the server takes connections."""
+        """Return when the server accepts connections."""
         log = str(self._folder / "log")
         self._run("pg_ctl", "--wait", f"--log={log}", f"--options=-k {self._folder}", "start")
 
     def stop(self) -> None:
-        """Ends connections and rolls their transactions back, as a restart by an administrator does."""
+        """End connections and roll their transactions back, as a restart by an administrator does."""
         self._run("pg_ctl", "--wait", "--mode=fast", "stop")
 
     def kill(self) -> None:
@@ -110,7 +110,7 @@ class Postgres:
 
 @contextmanager
 def running() -> Iterator[Postgres]:
-    """A server that is gone afterwards; raises `FileNotFoundError` where there is none to start."""
+    """A server that ends with the block; raises `FileNotFoundError` if none is installed."""
     if (found := binaries()) is None:
         raise FileNotFoundError("needs PostgreSQL: apt-get install postgresql")
     server = Postgres(found)

@@ -1,12 +1,11 @@
-"""Stands for `engines/local/host.py` where a real engine will not do on demand what a test needs.
+"""Replaces `engines/local/host.py` for behaviour that a real engine does not show on demand.
 
-Says it is ready after `start` seconds (an engine argument) and answers each row with its prompt, after
-`pause` seconds, but for
-prompts that are orders: `die` (on the first life only), `die always`, `hang` (likewise), `hang always`,
-`trouble` (print a traceback and go on), `crash` (print one and say that the engine is dead), `linger` (say
-so, and take long to end), `no adapter` (the call is wrong), `refuse` (the row), `shout` (a line of 2 MiB),
-`devices` (tell what GPUs are seen). It starts `lives` times, then no more.
-Every row that comes in, and every start, is a line of the file `log`.
+Reports that it is ready after `start` seconds (an engine argument), and answers each row with its prompt
+after `pause` seconds. Some prompts are orders: `die` (on the first life only), `die always`, `hang` (on the
+first life only), `hang always`, `trouble` (print a traceback and continue), `crash` (print one and report
+that the engine is dead), `linger` (report that, and take long to end), `no adapter` (the call is wrong),
+`refuse` (the row), `shout` (a line of 2 MiB), `devices` (answer with the visible GPUs). It starts `lives`
+times, then no more. Every row and every start is logged as a line of the file `log`.
 """
 
 from __future__ import annotations

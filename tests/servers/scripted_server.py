@@ -1,8 +1,8 @@
-"""The far side of the wire: a real HTTP server on loopback that does what a test tells it to.
+"""A real HTTP server on loopback that follows a test's script.
 
 It speaks vLLM's protocols and answers every prompt with `answer_to(prompt)`. A test's *script*
-is asked first, for every request; what it returns instead of None is done. Whether its model has a chat
-template is not the script's matter, but the attribute `tokenizes`'.
+is called first, for every request, and a result other than None is the response. The attribute `tokenizes`,
+not the script, decides whether the model has a chat template.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Asked:
 
     @property
     def name(self) -> str | None:
-        """What the client calls this request."""
+        """The client's name for this request."""
         return next((value for key, value in self.headers.items() if key.lower() == "x-request-id"), None)
 
     @property
@@ -68,7 +68,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Raw:
-    """Bytes on the bare connection, `pause` seconds after each; then its end, by a reset if `reset`."""
+    """Bytes on the bare connection, with `pause` seconds after each; then its end, by a reset if `reset`."""
 
     data: bytes = b""
     pause: float = 0.0
@@ -85,7 +85,7 @@ def answer_to(prompt: str) -> str:
 
 
 def usual(asked: Asked) -> Reply:
-    """What vLLM would send, in the protocol of the path, and as there with the request's own name."""
+    """The usual response of vLLM, in the protocol of the path, with the request's own name."""
     if asked.path == "/health":
         return Reply()
     if asked.path == "/v1/models":
@@ -112,7 +112,7 @@ def usual(asked: Asked) -> Reply:
 
 
 def refused(status: int, words: str, **headers: str) -> Reply:
-    """An error in the words of vLLM's OpenAI server."""
+    """An error in the format of vLLM's OpenAI server."""
     error = {"message": words, "type": "BadRequestError", "code": status}
     return Reply({"error": error}, status, {k.replace("_", "-"): v for k, v in headers.items()})
 

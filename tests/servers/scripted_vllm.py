@@ -1,8 +1,8 @@
-"""Stands for `serving/server.py` where vLLM's server will not do on demand what a test needs.
+"""Replaces `serving/server.py` for behaviour that vLLM's server does not show on demand.
 
-Answers each prompt with itself, to who has the key. Its arguments, as a model's `vllm_kwargs`: `record` (a
-file that gets a line for each start, and one that says so if another server of the record still lives),
-`lives` (later starts fail), `refuse` (words to fail with), `wait` (seconds before it listens).
+Answers each prompt with itself, if the request has the key. Its arguments come as a model's `vllm_kwargs`:
+`record` (a file with a line for each start, and a line if another server of the record still lives),
+`lives` (later starts fail), `refuse` (the message of a failing start), `wait` (seconds before it listens).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 def end_with(parent: int) -> None:

@@ -1,4 +1,4 @@
-"""`serve(model)`: one vLLM server for all users of a configuration, gone with the last of them."""
+"""`serve(model)`: one vLLM server for all users of a configuration, which ends with the last of them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def pids_of(record: Path) -> list[int]:
 
 
 def told(servers: Path) -> dict[str, Any]:
-    """What the only server tells its users."""
+    """The contents of the only server's `server.json`."""
     (folder,) = servers.iterdir()
     found: dict[str, Any] = json.loads((folder / "server.json").read_text())
     return found
@@ -80,7 +80,7 @@ def is_alive(pid: int) -> bool:
 
 
 def test_engine_arguments_become_a_command_line() -> None:
-    """Each kind of value has the form that vLLM's command line takes; what is not set is left to vLLM."""
+    """Each kind of value has vLLM's form on the command line; unset values are left to vLLM."""
     arguments = {"a_b": True, "c": False, "d": {"e": 1}, "f": [1, "x"], "g": 0.5, "h": "a b", "i": None}
     assert command_line(arguments) == [
         *("--a-b", "--no-c", '--d={"e": 1}', "--f", "1", "x", "--g=0.5", "--h=a b"),
@@ -90,7 +90,7 @@ def test_engine_arguments_become_a_command_line() -> None:
 def test_a_server_has_the_name_and_the_files_of_its_model(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A relative folder is found from anywhere, and asked for by the name that the model gives it."""
+    """A relative folder is found from anywhere, and the server uses the name that the model gives it."""
     (tmp_path / "my").mkdir()
     monkeypatch.chdir(tmp_path)
     found = server_arguments({"model": "my", "tokenizer": "org/other"})
@@ -110,7 +110,7 @@ def test_a_server_has_the_name_and_the_files_of_its_model(
     ],
 )
 def test_what_a_server_cannot_do_is_refused(fields: dict[str, Any], said: str) -> None:
-    """Ray, options of the server that are ours, and parameters that do not fit are told before a start."""
+    """Ray, reserved options of the server, and unsuitable parameters are refused before a start."""
     model = VllmModel(**{"identifier": "a", "model_name": "m", **fields})
     with pytest.raises(InvalidCall, match=said) as caught, serve(model):
         pass
@@ -120,7 +120,7 @@ def test_what_a_server_cannot_do_is_refused(fields: dict[str, Any], said: str) -
 def test_a_folder_that_cannot_be_made_is_named(
     scripted: Callable[..., VllmModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Where the cache is no place to write to, the way out is told."""
+    """If the cache is not writable, the error names the way out."""
     (tmp_path / "record").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "record"))
     with pytest.raises(InvalidCall, match="XDG_CACHE_HOME"), serve(scripted()):
@@ -128,7 +128,7 @@ def test_a_folder_that_cannot_be_made_is_named(
 
 
 def test_the_client_asks_as_the_model_does(scripted: Callable[..., VllmModel]) -> None:
-    """All that says how to ask is the model's; the resources stay with the server."""
+    """All fields of a request are the model's; the resources stay with the server."""
     model = scripted().model_copy(
         update={"prompt": "[{input}]", "datatype": "json", "compute_kwargs": {"work_pool": "gpus"}}
     )
@@ -147,7 +147,7 @@ def test_the_client_asks_as_the_model_does(scripted: Callable[..., VllmModel]) -
 
 @IN_PREFECT[0]
 def test_values_of_a_validation_go_to_the_block_of_the_model(scripted: Callable[..., VllmModel]) -> None:
-    """The client that asks for it is no block of its own."""
+    """The client of a served model is no block of its own."""
     scripted().save("served")
     try:
         with serve(VllmModel.load("served")) as served:
@@ -163,7 +163,7 @@ def test_values_of_a_validation_go_to_the_block_of_the_model(scripted: Callable[
 @IN_PREFECT[0]
 @IN_PREFECT[1]
 def test_all_steps_of_a_flow_share_a_server(scripted: Callable[..., VllmModel], servers: Path) -> None:
-    """Tasks of a flow and a running event loop get their answers from one server, which then is gone."""
+    """Tasks of a flow and a running event loop share one server, which then ends."""
 
     @flow
     def two_steps() -> list[Any]:
@@ -182,7 +182,7 @@ def test_all_steps_of_a_flow_share_a_server(scripted: Callable[..., VllmModel], 
 def test_the_last_user_waits_until_the_server_is_gone(
     scripted: Callable[..., VllmModel], servers: Path
 ) -> None:
-    """What comes next finds the memory free; a process forked meanwhile is no user."""
+    """The next program finds the memory free; a process forked meanwhile is no user."""
     with serve(scripted()):
         pids, port = told(servers)["pids"], port_of(servers)
         if not (forked := os.fork()):
@@ -202,7 +202,7 @@ def test_the_last_user_waits_until_the_server_is_gone(
 def test_a_start_that_fails_says_why_and_may_be_repeated(
     scripted: Callable[..., VllmModel], servers: Path
 ) -> None:
-    """The server's own reason comes at its first failure, and another try is another start."""
+    """The server's own reason comes at its first failure, and another attempt is another start."""
     for tries in (1, 2):
         with (
             pytest.raises(EngineFailed, match=r"ValueError: no such weights.*/log") as caught,
@@ -217,7 +217,7 @@ def test_a_start_that_fails_says_why_and_may_be_repeated(
 def test_a_server_holds_its_gpus_as_long_as_it_lives(
     scripted: Callable[..., VllmModel], servers: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A device that no other engine has is what the server sees; it is free again when the server is gone."""
+    """The server sees a device that no other engine has; it is free again when the server has ended."""
     monkeypatch.setattr(shared_server, "free_devices", partial(free_devices, folder=tmp_path / "gpus"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setenv("VLLM_TASKS_GPUS", "1")
@@ -238,7 +238,7 @@ def test_a_server_holds_its_gpus_as_long_as_it_lives(
 def test_a_supervisor_that_cannot_be_started_holds_no_gpus(
     scripted: Callable[..., VllmModel], servers: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The reason is told, and the next engine finds the devices free."""
+    """The reason is reported, and the next engine finds the devices free."""
     monkeypatch.setattr(shared_server, "free_devices", partial(free_devices, folder=tmp_path / "gpus"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     monkeypatch.setenv("VLLM_TASKS_GPUS", "1")
@@ -252,7 +252,7 @@ def test_a_supervisor_that_cannot_be_started_holds_no_gpus(
 
 
 def ask_without(killed: str, model: VllmModel, servers: Path) -> None:
-    """Serve and ask, after a process was killed for good."""
+    """Serve and predict after a process was killed for good."""
     with serve(model) as served:
         pids = told(servers)["pids"]
         os.kill(pids[killed], signal.SIGKILL)
@@ -263,7 +263,7 @@ def ask_without(killed: str, model: VllmModel, servers: Path) -> None:
 def test_a_server_that_cannot_come_back_ends_the_call(
     scripted: Callable[..., VllmModel], servers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After three starts in vain it is given up, which is told as a temporary failure of the engine."""
+    """After three failed starts the server is given up, as a temporary failure of the engine."""
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "1")
     with pytest.raises(EngineFailed, match="could not be restarted: ValueError: no more") as caught:
         ask_without("server", scripted(lives="1"), servers)
@@ -275,7 +275,7 @@ def test_a_server_that_cannot_come_back_ends_the_call(
 def test_a_killed_supervisor_takes_the_server_along(
     scripted: Callable[..., VllmModel], servers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No server stays without its supervisor; its users are told, and the next ones get a new server."""
+    """A server ends with its supervisor; its users get an error, and the next ones a new server."""
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "1")
     model = scripted()
     with pytest.raises(EngineFailed, match="ended from outside") as caught:
@@ -293,7 +293,7 @@ def test_a_killed_supervisor_takes_the_server_along(
 def test_a_log_that_is_removed_ends_no_server(
     scripted: Callable[..., VllmModel], servers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be large. A server that dies then is started again, and why it ended is told."""
+    """A large log may be removed; a server that dies then is restarted, and the last reason is reported."""
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "10")
     model = scripted(lives="2").model_copy(update={"chat": False})
 
@@ -350,7 +350,7 @@ job()
 @IN_PREFECT[0]
 @pytest.mark.usefixtures("scripted")  # which looks at the record when all is over
 def test_a_task_that_waits_for_its_server_ends_with_its_flow(servers: Path, tmp_path: Path) -> None:
-    """SIGTERM, which is how Prefect cancels, is not waited out, however long the server takes to start."""
+    """SIGTERM, Prefect's way to cancel, ends the wait, however long the server takes to start."""
     record = servers.parents[1] / "record"
     with running_script(tmp_path, JOB, str(STAND_IN), str(record)) as job:
         assert eventually(lambda: record.exists() and pids_of(record))
@@ -395,7 +395,7 @@ print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in users])
 
 @pytest.mark.usefixtures("scripted")  # which looks at the record when all is over
 def test_users_that_come_and_go_at_once_have_one_server(servers: Path) -> None:
-    """However users come, leave and are killed, each is served, by one server at a time."""
+    """All users are served, by one server at a time, however they come, leave and are killed."""
     record = servers.parents[1] / "record"
     done = subprocess.run(
         [sys.executable, "-c", RACE, str(STAND_IN), str(record)],
@@ -425,7 +425,7 @@ with serve(VllmModel(**json.loads(sys.argv[2]))) as served:
 
 
 class User:
-    """A plain script that serves a model and predicts what it is sent; killed after `LONGEST` seconds."""
+    """A script that serves a model and predicts the texts that it is sent; killed after `LONGEST` seconds."""
 
     LONGEST = 900.0
 
@@ -482,7 +482,7 @@ def tiny(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> VllmModel:
 @pytest.mark.long
 @pytest.mark.usefixtures("all_processes_of_vllm")
 def test_the_life_of_a_server(tiny: VllmModel, servers: Path) -> None:
-    """Two processes share one server, which outlives the one and its own death, and goes with the other."""
+    """Two processes share one server, which outlives the first and its own death, not the second."""
     rows = [f"row {i}" for i in range(20)]
     with User(tiny) as first, User(tiny) as second:
         url, key = first.hear()
@@ -510,7 +510,7 @@ def test_the_life_of_a_server(tiny: VllmModel, servers: Path) -> None:
 
 
 def check_secret(servers: Path, url: str, key: str) -> None:
-    """Nobody without the key is answered, and nobody else can read it."""
+    """Nobody is served without the key, and nobody else can read it."""
     (folder,) = servers.iterdir()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in folder.iterdir())
@@ -540,7 +540,7 @@ def answers(port: int) -> bool:
 
 @pytest.mark.engine
 def test_a_real_start_that_fails_gives_the_reason_of_vllm(tiny: VllmModel, servers: Path) -> None:
-    """What vLLM says about a wrong argument reaches the caller, and no process is left."""
+    """vLLM's message about a wrong argument reaches the caller, and no process is left."""
     wrong = tiny.model_copy(update={"vllm_kwargs": {**TINY_ARGS, "max_model_len": 4096}})
     with pytest.raises(EngineFailed, match=r"max_model_len \(4096\)") as caught, serve(wrong):
         pass
@@ -551,7 +551,7 @@ def test_a_real_start_that_fails_gives_the_reason_of_vllm(tiny: VllmModel, serve
 
 
 def started_here() -> list[psutil.Process]:
-    """All processes that this test started, by a variable of its own in their environment."""
+    """All processes that this test started, found by a variable in their environment."""
     cache = os.environ["XDG_CACHE_HOME"]
     found = psutil.process_iter(["environ"])
     return [p for p in found if (p.info["environ"] or {}).get("XDG_CACHE_HOME") == cache]

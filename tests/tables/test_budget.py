@@ -1,4 +1,4 @@
-"""The budget of failed rows: judged by what was read and sent first, never by what finishes first."""
+"""The budget of failed rows depends on the rows read and sent first, never on the order of completion."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read(rows: int) -> Tally:
 def test_refusals_at_once_do_not_stop_a_run_whose_answers_take_longer(
     server: ScriptedServer, tmp_path: Any, max_failed: float | int | None, goes_on: bool
 ) -> None:
-    """19.9 % are refused at once, the others answered later: a budget that allows that many goes through."""
+    """19.9 % are refused at once and the others complete later: a budget above that is not exceeded."""
     place = Place(str(tmp_path / "lake"))
     place.fill_texts(*(str(i) for i in range(2000)))
 
@@ -60,7 +60,7 @@ def test_refusals_at_once_do_not_stop_a_run_whose_answers_take_longer(
 
 
 def test_rows_sent_first_must_all_have_failed() -> None:
-    """Fifty failures say nothing while one of the first fifty rows is still at work."""
+    """Fifty failures do not stop a run while one of the first fifty rows is still in flight."""
     tally, budget = read(600), Budget(0.9)
     finish(tally, range(1, 200), BAD)
     assert budget.exceeded(tally, at_end=False) is None
@@ -69,14 +69,14 @@ def test_rows_sent_first_must_all_have_failed() -> None:
 
 
 def test_one_row_that_never_ends_does_not_block_the_judgement() -> None:
-    """Without it the run stops as soon as more have failed than the rows that were read allow."""
+    """Without that row the run stops as soon as more rows have failed than those read allow."""
     tally, budget = read(600), Budget(0.5)
     finish(tally, range(1, 400), BAD)
     assert "399 of 399 rows failed" in str(budget.exceeded(tally, at_end=False))
 
 
 def test_chance_stops_no_run() -> None:
-    """Under way, a fraction may be exceeded by what is within chance; at the end it may not."""
+    """During a run a fraction may be exceeded within chance, at the end it may not."""
     tally = read(500)
     finish(tally, range(110), BAD)
     finish(tally, range(110, 500), GOOD)
@@ -88,7 +88,7 @@ def test_chance_stops_no_run() -> None:
 
 
 def test_unreadable_lines_count_as_failed_rows() -> None:
-    """Toward a number at once; toward a fraction at the end, of all rows of the source."""
+    """A number of rows counts at once, a fraction at the end, of all rows of the source."""
     tally = read(100)
     finish(tally, range(100), GOOD)
     tally.unreadable, tally.unreadable_lines = 10, ["t.jsonl line 5: is no JSON"]

@@ -1,4 +1,4 @@
-"""Exactly once, whatever dies: kills at random moments, rival writers, lost databases, a full disk."""
+"""Exactly once, whatever dies: kills at random moments, concurrent writers, lost databases, a full disk."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ IN_FLIGHT = 16
 
 @pytest.fixture
 def server() -> Iterator[ScriptedServer]:
-    """Answers after a few milliseconds, each time others."""
+    """Answers after a few milliseconds, at random."""
 
     async def script(asked: Asked) -> None:
         if asked.body:
@@ -68,7 +68,7 @@ def finish(jobs: Jobs, server: ScriptedServer, place: Place) -> None:
 
 
 def committed(place: Place) -> set[int]:
-    """The keys that are there; fails the test when one is there twice or wrong."""
+    """The committed keys; fails the test if one is there twice or wrong."""
     try:
         answers = place.answers()
     except InvalidCall:  # not made yet
@@ -84,8 +84,9 @@ def asked_since(server: ScriptedServer, first: int) -> Counter[int]:
 def test_killed_at_any_moment_nothing_committed_is_lost_or_asked_again(
     place: Place, server: ScriptedServer, jobs: Jobs
 ) -> None:
-    """After each SIGKILL: every committed row is whole and never asked again; asked twice is only what
-    was in flight or not yet committed at a kill. In the end each key is there once, as undisturbed."""
+    """After each SIGKILL every committed row is complete and never sent again; only rows in flight or not
+    yet committed at a kill are sent twice. In the end each key is there once, as undisturbed.
+    """
     place.fill_texts(*(f"t{i}" for i in range(ROWS)))
     done: set[int] = set()
     may_be_asked_twice: set[int] = set()
@@ -143,7 +144,7 @@ def test_a_server_that_is_killed_again_and_again(place: Place, server: ScriptedS
 def test_a_signal_commits_what_is_finished(
     place: Place, server: ScriptedServer, jobs: Jobs, way: signal.Signals
 ) -> None:
-    """Ctrl-C and SIGTERM commit all that is answered within 10 s and drop the rest."""
+    """Ctrl-C and SIGTERM commit all completed rows within 10 s and drop the rest."""
     answered = 30
     place.fill_texts(*(f"t{i}" for i in range(200)))
 
@@ -165,7 +166,7 @@ def test_a_signal_commits_what_is_finished(
 
 
 def test_a_postgresql_that_is_restarted(server: ScriptedServer, postgres: Any, jobs: Jobs) -> None:
-    """PostgreSQL is killed and started again twice under a run, which waits and goes on."""
+    """PostgreSQL is killed and restarted twice during a run, which waits and resumes."""
     rows = 600
     place = Place(postgres.new_database())
     place.fill_texts(*(f"t{i}" for i in range(rows)))
@@ -200,7 +201,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_fails_the_run_and_loses_nothing(
     kind: str, server: ScriptedServer, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A commit without room fails; what was committed stays, and with room again the rest follows."""
+    """A commit without space fails, committed rows stay, and with space again the rest follows."""
     monkeypatch.setattr("vllm_tasks.tables.source_rows.RETRY_DELAYS", (0,))
     monkeypatch.setattr("vllm_tasks.tables.predict.RETRY_DELAYS", (0,))
     place = Place(str(small_disk / "lake") if kind == "lake" else f"sqlite:///{small_disk}/tables.db")
@@ -224,7 +225,7 @@ def test_a_full_disk_fails_the_run_and_loses_nothing(
 
 
 def test_an_interrupted_thread_leaves_no_request(place: Place, server: ScriptedServer) -> None:
-    """After a call that failed, nothing of it is in flight and no thread of it is left."""
+    """After a failed call, none of its rows is in flight and none of its threads is left."""
     place.fill_texts(*(f"t{i}" for i in range(100)))
     with VllmAPI(**{**model_of(server, place), "model": "m"}) as model:
         model.predict_in_db("text", "rows", limit=5)
@@ -238,7 +239,7 @@ def test_an_interrupted_thread_leaves_no_request(place: Place, server: ScriptedS
 def test_a_killed_run_of_a_source_elsewhere_goes_on(
     place: Place, server: ScriptedServer, tmp_path: Path
 ) -> None:
-    """Into a lake: each row is there once, no committed one is asked again, and nothing is left in TMPDIR."""
+    """In a lake each row is there once, no committed row is sent again, and TMPDIR is empty."""
     rows, temporary, left = 600, tmp_path / "tmp", set[Path]()
     temporary.mkdir()
     place.fill_texts(*(f"t{i}" for i in range(rows)))

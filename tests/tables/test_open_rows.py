@@ -1,4 +1,4 @@
-"""How much is read ahead: rows and bytes of what is neither answered nor committed."""
+"""Read-ahead: rows and bytes that are not yet complete or committed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_tasks.tables.open_rows import Open, bytes_of_answer, bytes_of_request
 
 
 def test_sizes_are_those_of_the_texts() -> None:
-    """In a prompt of any shape, and in an answer."""
+    """The texts in a prompt of any shape, and in an answer, are counted."""
     parts = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x" * 10_000}}]}]
     assert 10_000 < bytes_of_request(Request("x" * 10_000, {})) < 10_200
     assert 10_000 < bytes_of_request(Request(parts, {})) < 10_500
@@ -25,7 +25,7 @@ def test_sizes_are_those_of_the_texts() -> None:
 
 
 def test_the_reader_waits_for_bytes_and_never_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has no room waits until enough is committed; what is larger than all the room goes alone."""
+    """A row beyond the limit waits until enough is committed; a row larger than the limit goes alone."""
     monkeypatch.setattr(open_rows, "HELD", 100)
     rows = Open()
     assert rows.wait_for_capacity(10, 10, 1000), "nothing else is open"
@@ -46,7 +46,7 @@ def test_the_reader_waits_for_bytes_and_never_for_ever(monkeypatch: pytest.Monke
 def test_wide_rows_are_read_ahead_by_their_bytes(
     server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With room for five of them, no more are under way, however many the engine would take; all are done."""
+    """If five of them fit, no more are in flight, whatever the engine would take, and all complete."""
     monkeypatch.setattr(open_rows, "HELD", 500_000)
     monkeypatch.setattr(commit_policy, "WIDEST", 200_000)
     monkeypatch.setattr("vllm_tasks.tables.source_rows.SLICE", 50_000)

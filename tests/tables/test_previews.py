@@ -24,7 +24,7 @@ def model(server: ScriptedServer, place: Place) -> Iterator[VllmAPI]:
 
 
 def test_a_preview_shows_rows_and_commits_nothing(model: VllmAPI, place: Place) -> None:
-    """The prompt as sent, the answer, its value; done rows are shown like others, and no table is made."""
+    """The prompt as sent, the answer and its value are shown, for done rows, too, and no table is created."""
     place.fill_texts("a", "b", "c")
     shown = model.preview("text", "rows", n=2)
     assert len(shown.rows) == 2
@@ -42,7 +42,7 @@ def test_a_preview_shows_rows_and_commits_nothing(model: VllmAPI, place: Place) 
 
 
 def test_errors_are_shown_in_their_rows(model: VllmAPI, place: Place, server: ScriptedServer) -> None:
-    """A row that becomes no prompt, is refused, or whose answer is of another type, beside a good one."""
+    """A row without a prompt, a refused row, and an answer of another type stand beside a good row."""
     place.fill_texts("1", None, "bad", "word")
     says_it = says(lambda asked: asked.prompt.removeprefix("Say "))
     server.script = lambda asked: (
@@ -75,7 +75,7 @@ def test_long_texts_are_cut_where_they_are_printed(model: VllmAPI, place: Place)
 
 @pytest.mark.usefixtures("prefect_server")
 def test_the_task_makes_a_table_artifact(server: ScriptedServer, tmp_path: Any) -> None:
-    """In a flow the rows are seen in Prefect's UI."""
+    """In a flow the rows appear in Prefect's UI."""
     place = Place(str(tmp_path / "lake"))
     place.fill_texts("a", "b")
     model = VllmAPI(identifier="looked-at", api_url=server.url, db=place.db)

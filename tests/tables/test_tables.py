@@ -1,4 +1,4 @@
-"""`predict_in_db` over a lake, SQLite and PostgreSQL: what is asked, what is written, when it stops."""
+"""`predict_in_db` over a lake, SQLite and PostgreSQL: which rows are sent and written, and when it stops."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def changed(model: VllmAPI, **fields: Any) -> VllmAPI:
 
 
 class Sent:
-    """The prompts that reached the server since this was last asked."""
+    """The prompts that reached the server since the last call of this."""
 
     def __init__(self, server: ScriptedServer) -> None:
         self._server, self._seen = server, 0
@@ -64,7 +64,7 @@ def ask(model: VllmAPI, **options: Any) -> Report:
 
 
 def test_every_row_gets_its_output_once(model: VllmAPI, place: Place, sent: Sent) -> None:
-    """Each row of the source has one output; a second call finds nothing to ask."""
+    """Each row of the source has one output; a second call sends nothing."""
     place.fill_texts(*(f"t{i}" for i in range(1000)))
     report = ask(model)
     assert place.answers() == {i: answer_to(f"t{i}") for i in range(1000)}
@@ -95,7 +95,7 @@ def test_an_output_says_where_it_comes_from(model: VllmAPI, place: Place) -> Non
 def test_rows_that_fail_are_errors_beside_the_others(
     model: VllmAPI, place: Place, server: ScriptedServer, sent: Sent
 ) -> None:
-    """A failed row has its error, is done, and only `retry_failed` asks it again."""
+    """A failed row has its error and is done; only `retry_failed` sends it again."""
     place.fill_texts("good", "bad", None)
     server.script = lambda asked: refused(400, "no such thing") if asked.prompt == "bad" else None
     report = ask(model)
@@ -151,7 +151,7 @@ def test_what_does_not_decide_an_answer_asks_nothing(
 
 
 def test_new_rows_alone_are_asked(model: VllmAPI, place: Place, sent: Sent) -> None:
-    """Rows that came since the last call are asked; a changed one only with `refresh="changed"`."""
+    """Rows that came since the last call are sent; a changed row only with `refresh="changed"`."""
     place.fill_texts("a", "b")
     ask(model)
     sent()
@@ -166,7 +166,7 @@ def test_new_rows_alone_are_asked(model: VllmAPI, place: Place, sent: Sent) -> N
 
 
 def test_ids_limit_and_overwrite(model: VllmAPI, place: Place, sent: Sent) -> None:
-    """`ids` names rows, `limit` bounds them, `overwrite` asks what is done already."""
+    """`ids` selects rows, `limit` bounds their number, `overwrite` sends done rows again."""
     place.fill_texts("a", "b", "c", "d")
     ask(model, ids=[1, 3])
     assert sent() == ["b", "d"]
@@ -194,7 +194,7 @@ def test_two_predict_ids_are_two_tables(model: VllmAPI, place: Place, sent: Sent
 
 
 def test_a_select_statement_is_a_source(model: VllmAPI, place: Place, sent: Sent) -> None:
-    """Rows may come from a SELECT, with columns of its own making."""
+    """Rows may come from a SELECT, with computed columns."""
     place.fill_texts("a", "b", "c")
     statement = "SELECT id, text || '?' AS question FROM rows WHERE id < 2"
     model.predict_in_db("question", statement, predict_id="q")
@@ -216,7 +216,7 @@ def test_a_select_statement_is_a_source(model: VllmAPI, place: Place, sent: Sent
 def test_columns_become_arguments(
     model: VllmAPI, place: Place, sent: Sent, signature: str, columns: Any, prompt: str, expected: str
 ) -> None:
-    """`X` says which column is which argument of the prompt."""
+    """`X` maps columns to arguments of the prompt."""
     place.fill_texts("a")
     changed(model, signature=signature, prompt=prompt).predict_in_db(columns, "rows")
     assert sent() == [expected]
@@ -265,7 +265,7 @@ def says(text: str | Callable[[Asked], str]) -> Callable[[Asked], Reply | None]:
 def test_outputs_have_the_type_asked_for(
     model: VllmAPI, place: Place, server: ScriptedServer, datatype: str, text: str, value: Any
 ) -> None:
-    """A datatype makes a column of that type; what is none is an error with the raw answer."""
+    """A datatype makes a column of that type; an answer of another type is an error with the raw answer."""
     place.fill_texts("a", "b")
     server.script = says(lambda asked: text if asked.prompt == "a" else "☂")
     ask(changed(model, datatype=datatype), max_failed=None)
@@ -279,7 +279,7 @@ def test_outputs_have_the_type_asked_for(
 
 
 def test_a_schema_makes_typed_columns(model: VllmAPI, place: Place, server: ScriptedServer) -> None:
-    """Each property is a column; vLLM is asked for the schema."""
+    """Each property is a column, and vLLM gets the schema."""
     place.fill_texts("a")
     server.script = says(json.dumps({"name": "x", "age": 7, "tags": ["p", {"q": None}]}))
     ask(changed(model, output_schema={"name": "str", "age": "int", "tags": "json"}))
@@ -366,7 +366,7 @@ def test_what_a_database_cannot_hold_is_an_error_of_its_row(
 def test_a_long_row_holds_up_no_commit(
     model: VllmAPI, place: Place, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While one row is still answered, the others are committed when their time is up."""
+    """While one row is still in flight, the others are committed when their time is up."""
     monkeypatch.setenv("VLLM_TASKS_COMMIT_SECONDS", "0.3")
     place.fill_texts("slow", *(f"t{i}" for i in range(50)))
     committed = asyncio.Event()
@@ -387,7 +387,7 @@ def test_a_long_row_holds_up_no_commit(
 
 
 def test_the_first_groups_are_small() -> None:
-    """In a young run no row waits longer for its commit than 2 s or a tenth of the time so far."""
+    """In a young run no row waits longer for its commit than 2 s or a tenth of the run's time so far."""
     commit_policy = CommitPolicy.of(None, commit_rows=512, commit_seconds=30.0)
 
     def closes(age: float, elapsed: float, *, redo: bool = False) -> bool:
@@ -406,7 +406,7 @@ def _there(place: Place) -> list[Any]:
 
 
 def test_the_engine_stays_full_across_groups(server: ScriptedServer, place: Place) -> None:
-    """Rows of later groups are in flight while earlier ones are committed, never more than allowed."""
+    """Rows of later groups are in flight while earlier ones are committed, within the limit."""
     place.fill_texts(*(f"t{i}" for i in range(400)))
 
     async def script(asked: Asked) -> None:
@@ -431,14 +431,14 @@ def test_groups_have_the_size_asked_for(model: VllmAPI, place: Place) -> None:
 
 
 def test_rows_that_become_no_prompt_do_not_look_hopeless(model: VllmAPI, place: Place) -> None:
-    """They fail before any answer can come, and say nothing about the rows that are asked."""
+    """They fail before any completion, and do not count against the rows that are sent."""
     place.fill_texts(*(None if i % 5 == 0 else f"t{i}" for i in range(500)))
     report = ask(model, max_failed=0.5)
     assert (report.succeeded, report.failed) == (400, 100)
 
 
 def test_an_interrupt_after_a_commit_does_not_repeat_it(model: VllmAPI, place: Place) -> None:
-    """Whoever repeats commits may be interrupted when the commit is done: each key is there once."""
+    """An interrupt at the end of a commit that is retried leaves each key there once."""
 
     class Interrupted(Log):
         def commit(self, name: str, work: Callable[[], None]) -> None:
@@ -454,7 +454,7 @@ def test_an_interrupt_after_a_commit_does_not_repeat_it(model: VllmAPI, place: P
 
 
 def test_a_hopeless_run_stops_at_once(model: VllmAPI, place: Place, server: ScriptedServer) -> None:
-    """When the first rows all fail alike, asking stops; the failed ones are committed and reported."""
+    """If the first rows all fail alike, no more rows are sent; the failed ones are committed."""
     place.fill_texts(*(f"t{i}" for i in range(5000)))
     server.script = lambda asked: refused(400, "never") if asked.body else None
     with pytest.raises(TooManyFailed, match=r"all failed alike.*retry_failed=True") as raised:
@@ -484,7 +484,7 @@ def test_a_budget_is_a_share_or_a_count(
 
 
 def test_a_server_that_goes_away_is_waited_for(model: VllmAPI, place: Place, server: ScriptedServer) -> None:
-    """A server that stops and comes back in the middle costs nothing but time."""
+    """A server that stops and comes back during a run costs only time."""
     place.fill_texts(*(f"t{i}" for i in range(300)))
     stopped = threading.Event()
 
@@ -512,7 +512,7 @@ def test_a_server_that_goes_away_is_waited_for(model: VllmAPI, place: Place, ser
 def test_a_server_that_stays_away_keeps_what_is_finished(
     place: Place, server: ScriptedServer, sent: Sent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run fails after the grace period with its finished rows committed; the next one asks the others."""
+    """The run fails after the grace period with completed rows committed; the next one sends the rest."""
     monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.5")
     place.fill_texts(*(f"t{i}" for i in range(100)))
     allowed = 40
@@ -550,7 +550,7 @@ def no_booms(x: str) -> str:
 
 @pytest.mark.parametrize("place", ["postgres"], indirect=True)
 def test_keys_that_no_table_holds_keep_what_is_finished(model: VllmAPI, place: Place) -> None:
-    """Rows whose keys the outputs cannot have end the run, and cost no other row that is finished."""
+    """Rows whose keys the outputs cannot hold end the run, and every other completed row is kept."""
     good = {"boom 1", "boom 2", "boom 3"}
     place.fill_texts(*good, os.urandom(4000).hex(), os.urandom(4000).hex())
     with pytest.raises(InvalidCall, match="can have no output"):
@@ -652,7 +652,7 @@ def test_poison_at_every_stage_fails_its_rows_alone(place: Place, server: Script
 def test_a_wrong_call_is_refused_before_any_work(
     model: VllmAPI, place: Place, sent: Sent, wrong: dict[str, Any], words: str
 ) -> None:
-    """The message names what is wrong; nothing is asked and nothing is written."""
+    """The message names the mistake; nothing is sent or written."""
     place.fill_texts("a")
     call = {"X": "text", "select": "rows", **wrong}
     with pytest.raises(InvalidCall, match=words):
@@ -683,7 +683,7 @@ def test_keys_of_several_types_name_a_group(model: VllmAPI, tmp_path: Path) -> N
 
 
 def test_outputs_under_a_name_of_their_own(model: VllmAPI, place: Place) -> None:
-    """`model_update_kwargs` may name the outputs table; no name leads out of the lake."""
+    """`model_update_kwargs` may name the outputs table, but no name leads out of the lake."""
     place.fill_texts("a")
     ask(changed(model, model_update_kwargs={"table": "answers"}))
     (row,) = place.db.outputs("m", table="answers").to_pylist()
@@ -693,7 +693,7 @@ def test_outputs_under_a_name_of_their_own(model: VllmAPI, place: Place) -> None
 
 
 def test_outputs_of_another_shape_are_refused(model: VllmAPI, place: Place, sent: Sent) -> None:
-    """Outputs that are there with other columns are left alone; the way out is another predict_id."""
+    """Existing outputs with other columns are left alone; the way out is another predict_id."""
     place.fill_texts("a")
     ask(model)
     sent()
@@ -704,7 +704,7 @@ def test_outputs_of_another_shape_are_refused(model: VllmAPI, place: Place, sent
 
 
 def test_a_model_without_tables_says_so(server: ScriptedServer) -> None:
-    """Without a db there is nothing to read."""
+    """Without a db the call is refused."""
     with pytest.raises(InvalidCall, match="has no db"):
         VllmAPI(identifier="m", api_url=server.url).predict_in_db("text", "rows")
 
@@ -721,6 +721,6 @@ def test_a_model_without_tables_says_so(server: ScriptedServer) -> None:
     ],
 )
 def test_columns_that_fit_no_argument_are_refused(columns: Any, signature: Any) -> None:
-    """Positions without a gap for `*args`, names for `**kwargs`, no column twice."""
+    """`*args` takes positions without a gap, `**kwargs` takes names, and no column comes twice."""
     with pytest.raises(InvalidCall, match="X="):
         records(columns, signature)

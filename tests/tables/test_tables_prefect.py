@@ -82,7 +82,7 @@ def test_each_commit_is_a_task_run(model: VllmAPI, lake: Place) -> None:
 
 
 def test_progress_and_report_are_artifacts(model: VllmAPI, server: ScriptedServer) -> None:
-    """The UI gets a progress artifact, a Markdown report with keys but no contents, a table of errors."""
+    """The UI shows a progress artifact, a report with keys but no contents, and a table of errors."""
     server.script = lambda asked: refused(400, "no") if asked.prompt == "t7" else None
     _, report = over_a_table(model, predict_id="Shown Here", max_failed=None)
     (progress,) = artifacts("shown-here-progress")
@@ -99,7 +99,7 @@ def test_progress_and_report_are_artifacts(model: VllmAPI, server: ScriptedServe
 
 
 def test_outputs_are_an_asset_of_their_source(model: VllmAPI) -> None:
-    """A materialization event names the outputs, and the source as what they come from."""
+    """A materialization event names the outputs, and the source as their origin."""
     _, report = over_a_table(model, predict_id="lineage")
     wanted = EventFilter(event=EventNameFilter(prefix=["prefect.asset.materialization.succeeded"]))
     with get_client(sync_client=True) as client:
@@ -117,7 +117,7 @@ def test_outputs_are_an_asset_of_their_source(model: VllmAPI) -> None:
 
 
 def test_too_many_failures_fail_the_flow_with_a_report(model: VllmAPI, server: ScriptedServer) -> None:
-    """The flow run ends as Failed, and its report is there."""
+    """The flow run ends as Failed, with its report."""
     server.script = lambda asked: refused(400, "no") if asked.body else None
     state = over_a_table(model, predict_id="hopeless", return_state=True)
     assert state.is_failed()
@@ -130,7 +130,7 @@ def test_too_many_failures_fail_the_flow_with_a_report(model: VllmAPI, server: S
 def test_a_commit_is_retried_by_prefect(
     model: VllmAPI, lake: Place, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A lake that cannot be written for a moment makes a task run retry; no row is asked again."""
+    """If a lake cannot be written for a moment, the task run retries, and no row is sent again."""
     over_a_table(model, predict_id="retried", limit=10)
     log = Path(lake.url) / "_outputs__retried" / "_delta_log"
     asked = len(server.posts)
@@ -158,7 +158,7 @@ def test_a_commit_is_retried_by_prefect(
 
 
 def test_the_task_works_submitted_and_outside_of_flows(model: VllmAPI, lake: Place) -> None:
-    """Submitted it gives a future; outside of a flow it does its work all the same."""
+    """Submitted, the task returns a future; outside of a flow it works in the same way."""
 
     @flow
     def submitted() -> Report:
@@ -251,7 +251,7 @@ def test_the_deployable_flow_does_the_job(model: VllmAPI, lake: Place) -> None:
 
 
 def test_the_deployable_flow_runs_when_served(lake: Place, server: ScriptedServer) -> None:
-    """Served as the README says, a run that is made from a form does the job in a process of its own."""
+    """Served as in the README, a run that is created from a form works in a process of its own."""
     fields = {"identifier": "m", "api_url": server.url}
     form = {"model": fields, "X": "text", "select": "rows", "db": {"url": lake.url}, "max_failed": 3}
     run_when_served("batch_predict", form)
@@ -259,7 +259,7 @@ def test_the_deployable_flow_runs_when_served(lake: Place, server: ScriptedServe
 
 
 def test_the_deployable_flow_has_a_good_form() -> None:
-    """Every parameter has words, models are picked as blocks, and only three must be given."""
+    """Every parameter has a description, models are picked as blocks, and only three are required."""
     schema = batch_predict.parameters
     properties = schema.properties
     assert schema.required == ["model", "X", "select"]
@@ -305,7 +305,7 @@ def test_progress_tells_rates_and_time_left() -> None:
 
 
 def test_mapping_goes_over_models_and_over_tables(lake: Place, server: ScriptedServer) -> None:
-    """With `db` a Datalayer and `X` a list of columns, which go to each call as they are."""
+    """A Datalayer as `db` and a list of columns as `X` go to each call unchanged."""
 
     def model(name: str) -> VllmAPI:
         return VllmAPI(

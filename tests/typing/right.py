@@ -1,4 +1,4 @@
-"""A user's flow that is right: no checker has anything to say, and each sees what comes back."""
+"""A correct user's flow: no checker reports an error, and each knows the result types."""
 
 from collections.abc import Sequence
 from typing import assert_type

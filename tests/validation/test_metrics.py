@@ -1,4 +1,4 @@
-"""Built-in metrics of rows: known values, what any text comes to, and mistakes that name their way out."""
+"""Built-in metrics of rows: known values, any text, and mistakes that name their way out."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_every_built_in_says_what_it_is() -> None:
     ],
 )
 def test_exact_match(prediction: Any, target: Any, normalize: list[str], expected: bool) -> None:
-    """Answers match character by character or by their data, after no more than was asked for."""
+    """Answers match character by character or as data, after the requested normalisation and no more."""
     assert score("exact_match", prediction, target, normalize=normalize) is expected
 
 
@@ -88,8 +88,9 @@ def test_exact_match(prediction: Any, target: Any, normalize: list[str], expecte
 @quick
 @given(prediction=DATA, target=DATA)
 def test_a_target_is_refused_for_every_answer_or_for_none(name: str, prediction: Any, target: Any) -> None:
-    """An empty text, or an empty object where answers are data, is refused beside no target that any answer
-    has a score with: with these, targets are tried before a model is asked."""
+    """A target that has a score with any answer has one with an empty answer, too, so targets are checked
+    with empty answers before any row is sent.
+    """
     if built_in(name).asks != "answer" or target is None:
         return
     try:
@@ -104,7 +105,7 @@ def test_a_target_is_refused_for_every_answer_or_for_none(name: str, prediction:
 @quick
 @given(value=DATA)
 def test_data_equals_itself(value: Any) -> None:
-    """What a model answered as data matches a target read from the same JSON."""
+    """An answer that the model gave as data matches a target read from the same JSON."""
     if isinstance(value, list | dict):
         assert score("exact_match", value, json.loads(json.dumps(value)))
 
@@ -151,7 +152,7 @@ GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nAltogether <<48+24=72>
     ],
 )
 def test_numeric_match(prediction: Any, target: Any, expected: bool) -> None:
-    """The number of an answer is the marked or else the last one, however it is written."""
+    """The number of an answer is the marked one or else the last one, in any notation."""
     assert score("numeric_match", prediction, target) is expected
 
 
@@ -188,7 +189,7 @@ def test_tolerance_is_decimal(prediction: str, tolerance: float | str, expected:
     ids=lambda text: repr(text[:9]),
 )
 def test_numbers_are_read_in_linear_time(text: str) -> None:
-    """A megabyte of what looks like the beginning of a number takes no longer than other text."""
+    """A megabyte that looks like the beginning of a number takes no longer than other text."""
     started = time.perf_counter()
     assert not score("numeric_match", text, 5, tolerance=0.1)
     assert time.perf_counter() - started < 5
@@ -220,7 +221,7 @@ def test_a_number_matches_itself_in_any_dress(number: Any, before: str) -> None:
     ],
 )
 def test_contains(prediction: Any, target: Any, options: dict[str, bool], expected: bool) -> None:
-    """A target is found where it stands in an answer, alone if so asked."""
+    """A target is found anywhere in an answer, and as a complete word if requested."""
     assert score("contains", prediction, target, **options) is expected
 
 
@@ -240,7 +241,7 @@ def test_contains(prediction: Any, target: Any, options: dict[str, bool], expect
     ],
 )
 def test_regex_match(prediction: str, target: Any, options: dict[str, Any], expected: bool) -> None:
-    """A pattern picks what is compared, or is itself the target."""
+    """A pattern extracts the text to compare, or is itself the target."""
     assert score("regex_match", prediction, target, **options) is expected
 
 
@@ -273,7 +274,7 @@ def test_rouge_of_the_paper() -> None:
 
 
 def test_edit_similarity_of_known_words() -> None:
-    """From kitten to sitting there are three edits."""
+    """There are three edits from kitten to sitting."""
     assert score("edit_similarity", "kitten", "sitting") == pytest.approx(1 - 3 / 7)
     assert score("edit_similarity", "", "") == 1
     assert score("edit_similarity", "abc", ["x", "abd"]) == pytest.approx(2 / 3)
@@ -307,7 +308,7 @@ def test_edit_similarity_of_known_words() -> None:
     ids=lambda value: repr(value)[:15],
 )
 def test_json_valid(prediction: Any, valid: bool) -> None:
-    """JSON is what the standard says, and nothing around it."""
+    """JSON follows the standard, with nothing around it."""
     assert score("json_valid", prediction, None) is valid
 
 
@@ -333,14 +334,14 @@ def test_json_fields(prediction: Any, fields: list[str] | None, expected: float)
 
 
 def test_deep_answers_are_compared() -> None:
-    """What nests as deep as Python reads is compared without recursion."""
+    """Data nested as deeply as Python reads it is compared without recursion."""
     deep = json.loads("[" * 800 + "]" * 800)
     assert score("exact_match", deep, json.loads("[" * 800 + "]" * 800))
     assert score("json_fields", {"a": deep}, {"a": deep}) == 1
 
 
 def test_accuracy() -> None:
-    """Classes are equal whatever their case and the white space around them."""
+    """Classes are compared without case and surrounding white space."""
     assert score("accuracy", " Positive\n", "positive")
     assert not score("accuracy", "positive!", "positive")
     assert score("accuracy", True, "True")
@@ -359,13 +360,13 @@ def test_multiple_choice(normalize: str | None, best: int) -> None:
 
 
 def test_of_equal_choices_the_first_is_taken() -> None:
-    """So that a model which holds all alike is right as often as chance."""
+    """So a model that finds all choices equally likely is right as often as by chance."""
     choices = [Likelihood(-1, 1, 1)] * 3
     assert [score("multiple_choice", choices, i) for i in range(3)] == [True, False, False]
 
 
 def test_what_an_answer_took() -> None:
-    """Seconds and tokens are those of the answer, and None where nobody knows."""
+    """Seconds and tokens come from the answer, and are None if unknown."""
     answer = Answer(0, "t", "p", completion_tokens=7, seconds=0.25)
     assert score("latency", answer) == 0.25
     assert score("output_tokens", answer) == 7
@@ -395,7 +396,7 @@ def test_an_answer_cannot_leave_its_part_of_the_judges_prompt() -> None:
 @quick
 @given(prediction=ANY_TEXT, target=ANY_TEXT)
 def test_any_text_is_scored_within_the_range(name: str, prediction: str, target: str) -> None:
-    """Whatever a model says has a score, and none is beyond the range."""
+    """Any answer has a score within the range."""
     value = score(name, prediction, "7" if name == "numeric_match" else target or "x")
     assert 0 <= value <= 1
 
@@ -403,7 +404,7 @@ def test_any_text_is_scored_within_the_range(name: str, prediction: str, target:
 @quick
 @given(prediction=ANY_TEXT)
 def test_any_text_is_scored_beside_patterns_and_data(prediction: str) -> None:
-    """So it is where the target is no text."""
+    """This also holds for targets that are no text."""
     assert score("regex_match", prediction, "x", pattern=r"(\w+)", last=True) in (True, False)
     assert score("json_valid", prediction, None) in (True, False)
     assert score("json_fields", prediction, {"a": 1}) == 0
@@ -413,13 +414,13 @@ def test_any_text_is_scored_beside_patterns_and_data(prediction: str) -> None:
 @quick
 @given(text=ANY_TEXT.filter(bool))
 def test_a_text_is_its_own_best_answer(name: str, text: str) -> None:
-    """What equals the target has the best score there is."""
+    """A text equal to the target has the best possible score."""
     assert score(name, text, text) == 1
 
 
 @pytest.mark.parametrize("name", OF_TEXTS)
 def test_a_megabyte_is_scored(name: str) -> None:
-    """A model that does not stop costs seconds at most."""
+    """An endless answer costs at most seconds."""
     started = time.perf_counter()
     assert score(name, "word 3\x00\ud800 " * 100_000, "4") < 0.1
     assert time.perf_counter() - started < 5
@@ -465,7 +466,7 @@ def test_a_megabyte_is_scored(name: str) -> None:
 def test_a_mistake_of_the_call_names_the_way_out(
     name: str, args: tuple[Any, ...], options: dict[str, Any], told: str
 ) -> None:
-    """A target or an option that a metric cannot take is told with what it can."""
+    """A target or an option that a metric cannot take is refused with the allowed ones."""
     with pytest.raises(InvalidCall, match=told):
         score(name, *args, **options)
 
@@ -482,7 +483,7 @@ def test_a_mistake_of_the_call_names_the_way_out(
 def test_a_missing_library_comes_with_its_install_line(
     name: str, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Metrics of other packages say how these are got."""
+    """Metrics of other packages name the install command."""
     monkeypatch.setitem(sys.modules, module, None)
     if name == "rouge":
         sys.modules["vllm_tasks.metrics.rouge"]._scorer.cache_clear()
@@ -492,7 +493,7 @@ def test_a_missing_library_comes_with_its_install_line(
 
 
 def test_libraries_are_imported_when_a_metric_scores() -> None:
-    """Naming a metric costs no import of what computes it."""
+    """Naming a metric does not import the library that computes it."""
     code = (
         "import sys; from vllm_tasks.metrics import BUILT_IN, built_in; [built_in(n) for n in BUILT_IN]; "
         "print(*{m.partition('.')[0] for m in sys.modules}"

@@ -1,4 +1,4 @@
-"""Built-in metrics of whole sets: sums over rows that make what the libraries make of the rows themselves."""
+"""Built-in metrics of complete sets: sums over rows give the values that the libraries give."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def value(found: Sums, rows: Sequence[int] | None = None) -> float:
 
 
 def streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
-    """As sacrebleu takes them: the first references of all rows, the second ones, ..."""
+    """References in sacrebleu's order: the first ones of all rows, the second ones, ..."""
     most = max(map(len, references))
     return [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
 
@@ -85,7 +85,7 @@ def test_chrf_is_sacrebleus(options: dict[str, Any], rows: list[tuple[str, list[
 
 
 def test_a_failed_row_is_an_empty_translation() -> None:
-    """So that failing cannot pay."""
+    """So a failed row never improves the value."""
     rows = ["the cat sat on the mat", "a dog ran in the park"]
     for name in "bleu", "chrf":
         whole = value(sums(name, rows, rows))
@@ -100,7 +100,7 @@ def test_a_failed_row_is_an_empty_translation() -> None:
 def test_resampling_sums_is_scoring_the_resample(
     rows: list[tuple[str, list[str]]], data: st.DataObject
 ) -> None:
-    """Any rows, any number of times and in any order, come to what scoring those rows does."""
+    """Sums of any rows, repeated and in any order, give the value of scoring those rows."""
     predictions, references = [p for p, _ in rows], [r for _, r in rows]
     drawn = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=8))
     for name in "bleu", "chrf":
@@ -124,7 +124,7 @@ def library_f1(pairs: Sequence[tuple[str, str | None]], labels: Sequence[str] | 
 @quick
 @given(pairs=CALLED)
 def test_macro_f1_is_scikit_learns(labels: list[str] | None, pairs: list[tuple[str, str | None]]) -> None:
-    """Over the classes of the targets, and over all labels where they are given."""
+    """The mean is over the classes of the targets, and over all labels if they are given."""
     found = sums("macro_f1", [p for _, p in pairs], [t for t, _ in pairs], labels=labels)
     assert value(found) == pytest.approx(library_f1(pairs, labels), abs=1e-12)
     half = pairs[: (len(pairs) + 1) // 2]
@@ -134,7 +134,7 @@ def test_macro_f1_is_scikit_learns(labels: list[str] | None, pairs: list[tuple[s
 @quick
 @given(pairs=CALLED)
 def test_the_confusion_table_has_every_row(pairs: list[tuple[str, str | None]]) -> None:
-    """Targets count as what they are, also where a class is called like a failed row or any other answer."""
+    """Each target has its own row, even a class that is called like a failed row or another answer."""
     table = sums("macro_f1", [p for _, p in pairs], [t for t, _ in pairs]).table
     assert table is not None
     assert list(table.labels) == sorted(set(table.labels))
@@ -147,7 +147,7 @@ def test_the_confusion_table_has_every_row(pairs: list[tuple[str, str | None]]) 
 
 
 def test_the_confusion_table_names_failed_rows_and_other_answers() -> None:
-    """A class is written as its target is, and what is none of them has a column of its own."""
+    """A class is written like its target, and all other answers share a column."""
     found = sums("macro_f1", ["YES ", "perhaps", None, "No"], ["Yes", "Yes", "No", " no"])
     assert found.table == Confusion(
         ("No", "Yes", "failed", "other"), ((1, 0, 1, 0), (0, 1, 0, 1), (0, 0, 0, 0), (0, 0, 0, 0))
@@ -158,7 +158,7 @@ def test_the_confusion_table_names_failed_rows_and_other_answers() -> None:
 
 
 def test_macro_f1_takes_no_free_text() -> None:
-    """Each row has a number for each class: a thousand are taken, more are refused, also as labels."""
+    """Each row has a number for each class; more than a thousand are refused, also as labels."""
     targets = [f"text {i}" for i in range(1001)]
     assert value(sums("macro_f1", targets[:1000], targets[:1000])) == 1
     for options in {}, {"labels": targets}:
@@ -179,7 +179,7 @@ def test_macro_f1_is_resampled_in_no_time() -> None:
 
 
 def test_perplexity() -> None:
-    """One in four by token has perplexity 4, whatever the rows' lengths; a failed row adds nothing."""
+    """One in four by token has perplexity 4, for rows of any length; a failed row adds nothing."""
     texts = [[Likelihood(tokens * math.log(1 / 4), tokens, 9)] for tokens in (1, 2, 30)]
     found = sums("perplexity", [*texts, None], ["t"] * 4)
     assert value(found) == pytest.approx(4)
@@ -188,7 +188,7 @@ def test_perplexity() -> None:
 
 
 def test_a_text_without_tokens_adds_nothing_to_perplexity() -> None:
-    """Whatever likelihood comes with it, and alone it has none."""
+    """A text without tokens adds nothing with any likelihood, and alone it has no perplexity."""
     known, empty = [Likelihood(-2.0, 2, 9)], [Likelihood(math.nan, 0, 0)]
     assert value(sums("perplexity", [known, empty], ["t", ""])) == pytest.approx(math.e)
     assert math.isnan(value(sums("perplexity", [empty], [""])))
@@ -222,13 +222,13 @@ def test_the_order_of_rows_does_not_matter(name: str) -> None:
     ],
 )
 def test_a_bad_option_names_the_way_out(name: str, options: dict[str, Any], told: str) -> None:
-    """An option that a library would take wrongly is told with what it takes."""
+    """An option that a library would misread is refused with the allowed values."""
     with pytest.raises(InvalidCall, match=told):
         sums(name, ["a"], ["a"], **options)
 
 
 def test_data_is_no_translation() -> None:
-    """Answers that are data are refused by metrics of texts, which would score their punctuation."""
+    """Metrics of texts refuse answers that are data, because they would score punctuation."""
     for name in "bleu", "chrf", "macro_f1":
         with pytest.raises(InvalidCall, match="json_fields"):
             sums(name, [{"a": 1}], ["a"])

@@ -1,4 +1,4 @@
-"""The pictures of a validation as SVG: what is in them, and that any numbers and any names can be drawn."""
+"""The pictures of a validation as SVG: their contents, and any numbers and names in them."""
 
 from __future__ import annotations
 
@@ -98,14 +98,14 @@ any_row = st.builds(
 @settings(deadline=None)
 @given(st.lists(any_panel, max_size=6))
 def test_any_history_can_be_drawn(panels: list[Panel]) -> None:
-    """It is XML, and inside its frame."""
+    """The picture is XML, and inside its frame."""
     assert_inside(histories_svg([*panels, Panel("one", [])]))
 
 
 @settings(deadline=None)
 @given(st.lists(any_row, max_size=8))
 def test_any_comparison_can_be_drawn(rows: list[Row]) -> None:
-    """It is XML, and inside its frame."""
+    """The picture is XML, and inside its frame."""
     assert_inside(compare_svg(rows, title="a metric"))
 
 
@@ -144,7 +144,7 @@ def test_numbers_are_short(value: float, text: str) -> None:
 
 
 def test_a_run_that_failed_has_another_shape() -> None:
-    """Dots for what passed and crosses for what did not, each with its interval, and a legend of both."""
+    """Passed runs are dots and failed runs crosses, each with its interval, and a legend explains both."""
     runs = [point(0.5, 0.4, 0.6), point(0.6, 0.5, 0.7, day=1), point(0.3, 0.2, 0.4, day=2, passed=False)]
     svg = histories_svg([Panel("exact_match", runs, 0.45)])
 
@@ -189,7 +189,7 @@ def test_names_are_escaped_and_cut() -> None:
 
 
 def test_the_image_holds_the_picture() -> None:
-    """The alternative text ends no image, no line and no cell."""
+    """The alternative text cannot end an image, a line or a cell."""
     svg = histories_svg([Panel("Größe", [point(0.5)])])
     image = markdown_image(svg, "a [b](c) | `d`\n<e>")
     alt, data = re.fullmatch(r"!\[(.*)\]\(data:image/svg\+xml;base64,(.*)\)", image).groups()

@@ -1,4 +1,4 @@
-"""The proxy that keeps what a server answers."""
+"""The proxy that records the responses of a server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.servers.scripted_server import Asked, Reply, ScriptedServer
 
 
 def test_equal_requests_in_flight_have_one_answer() -> None:
-    """The first answer that came is kept, and is that of both."""
+    """The first response is recorded, and both requests get it."""
     both = asyncio.Event()
     asked: list[Asked] = []
 

@@ -32,7 +32,7 @@ PAIRS = st.lists(st.tuples(*[st.sampled_from([0.0, 0.25, 0.5, 1.0])] * 2), min_s
 
 
 def precision(sums: Sequence[float]) -> float:
-    """No mean: a ratio of sums, squared."""
+    """A statistic that is no mean: a ratio of sums, squared."""
     return (sums[0] / sums[1]) ** 2 if sums[1] else math.nan
 
 
@@ -123,7 +123,7 @@ def test_of_no_scores_nothing_is_known(scores: list[float | None]) -> None:
 
 
 def test_resamples_without_a_value_are_left_out() -> None:
-    """One row of two has a score; a quarter of the resamples draws only the other."""
+    """One row of two has a score, so a quarter of the resamples draws only the other row."""
     assert mean_interval([0.5, None]) == Interval(0.5, 0.5)
     assert bootstrap([(0.5, 1.0), (0.0, 0.0)], precision) == Interval(0.25, 0.25)
 
@@ -219,7 +219,7 @@ def test_p_of_sums_is_the_share_of_all_swaps() -> None:
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 30))
 def test_of_scores_of_0_and_1_it_is_mcnemars_exact_test(losses: int, wins: int, same: int) -> None:
-    """McNemar 1947: the binomial test of wins among the rows that differ."""
+    """McNemar 1947: the binomial test of the improved rows among the rows that differ."""
     before = [1.0] * losses + [0.0] * wins + [1.0] * same
     after = [0.0] * losses + [1.0] * wins + [1.0] * same
     result = compared(before, after)
@@ -286,7 +286,7 @@ def test_what_is_worse_one_way_is_better_the_other(pairs: list[tuple[float, floa
 
 
 def test_a_mean_as_a_ratio_of_sums_is_the_same_mean() -> None:
-    """What only `mean` gets is speed; within 12 rows that differ, all swaps are tried either way."""
+    """A mean is only faster; with up to 12 rows that differ, all swaps are computed either way."""
     rows, others = mean_rows([0.1, 0.9, 0.4, 0.4, 0.8]), mean_rows([0.2, 0.1, 0.3, 0.4, 0.9])
     assert paired(rows, others, lambda s: s[0] / s[1]) == paired(rows, others, mean)
 

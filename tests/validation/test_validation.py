@@ -1,4 +1,4 @@
-"""`validate` and `compare`: which rows are asked, what is found of them, what the gate says, what is kept."""
+"""`validate` and `compare`: the rows that are sent, their scores, the gate, and the records."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from vllm_tasks.validation.statistics import Paired
 
 @dataclass
 class Pupil:
-    """What the server says to each prompt: `a7` to `q7` unless told otherwise."""
+    """The server's answer to each prompt: `a7` to `q7` unless `says` has another."""
 
     says: dict[str, str] = field(default_factory=dict)
     refuses: set[str] = field(default_factory=set)
@@ -79,7 +79,7 @@ def pupil(server: ScriptedServer) -> Pupil:
 
 @pytest.fixture
 def here(tmp_path: Path) -> Place:
-    """One place, for what no table has a part in."""
+    """A single store, for tests in which the kind of table does not matter."""
     return Place(f"sqlite:///{tmp_path}/tables.db")
 
 
@@ -108,7 +108,7 @@ def exam(rows: int, **columns: Any) -> list[dict[str, Any]]:
 
 
 def validation(rows: int | list[dict[str, Any]] = 10, **fields: Any) -> Validation:
-    """One set `exam`, by exact match."""
+    """The data set `exam`, by exact match."""
     raw_data = exam(rows) if isinstance(rows, int) else rows
     given = {
         "datasets": [Dataset(identifier="exam", raw_data=raw_data)],
@@ -171,7 +171,7 @@ def values(place: Place) -> list[dict[str, Any]]:
     ],
 )
 def test_what_cannot_be_meant_is_refused_when_made(fields: dict[str, Any], words: str) -> None:
-    """A validation that could not run says so when it is made, with the name that was perhaps meant."""
+    """A validation that could not run is refused when it is made, with the name that was probably meant."""
     with pytest.raises(ValidationError, match=words):
         validation(**fields)
 
@@ -200,7 +200,7 @@ def test_a_limit_of_a_dataset_wins() -> None:
 def test_a_call_that_cannot_succeed_asks_nothing(
     call: dict[str, Any], words: str, make: Make, here: Place, server: ScriptedServer
 ) -> None:
-    """What is wrong with a call of `validate` is said before the model is asked."""
+    """Mistakes in a call of `validate` are reported before any row is sent."""
     with pytest.raises(InvalidCall, match=words):
         validate(make(here), **{"validation": validation(), **call})
     assert server.posts == []
@@ -251,7 +251,7 @@ def test_a_sample_is_the_same_on_every_machine(home: Tables) -> None:
 
 
 def test_pinned_rows_stay(place: Place, home: Tables) -> None:
-    """With `pin` the rows of the first use are those of all later ones; another sample is another pin."""
+    """With `pin` all later runs have the rows of the first one; another sample has a pin of its own."""
     pinned = take_snapshot(sample(pin=True), COLUMNS, home)
     free = take_snapshot(sample(), COLUMNS, home)
     assert free.hash == pinned.hash
@@ -311,8 +311,9 @@ def test_any_text_and_data_survive_being_kept(home: Tables) -> None:
 
 
 def test_a_validation_says_what_it_found(make: Make, place: Place, pupil: Pupil) -> None:
-    """Every value has its interval, n, failed and truncated rows: in the report, on the model and in the
-    history, with every row's score and answer beside it."""
+    """Every value has its interval, n, failed and truncated rows in the report, on the model and in the
+    history, with every row's score and answer.
+    """
     pupil.misses(3, 5)
     pupil.cuts = {"q5", "q6"}
     pupil.refuses = {"q7"}
@@ -351,8 +352,9 @@ def test_a_validation_says_what_it_found(make: Make, place: Place, pupil: Pupil)
 def test_each_validation_asks_anew_and_equal_answers_give_equal_values(
     make: Make, place: Place, pupil: Pupil, server: ScriptedServer
 ) -> None:
-    """A new validation asks every row again, under a run of its own; the same answers give the same values
-    and intervals to the last digit."""
+    """A new validation sends every row again, in a run of its own; equal answers give equal values and
+    intervals to the last digit.
+    """
     pupil.misses(*range(0, 30, 4))
     model = make(place)
     checked = validation(
@@ -368,7 +370,7 @@ def test_each_validation_asks_anew_and_equal_answers_give_equal_values(
 
 
 def test_failed_rows_are_misses_unless_they_are_left_out(make: Make, here: Place, pupil: Pupil) -> None:
-    """A failed row lowers the value by default; with `exclude` it is out of n, and still counted."""
+    """A failed row lowers the value by default; with `exclude` it is left out of n, and still counted."""
     pupil.refuses = {"q1", "q2"}
     model = make(here)
     miss = only(validate(model, validation(10), max_failed=0.2)).values[0]
@@ -384,8 +386,9 @@ def test_failed_rows_are_misses_unless_they_are_left_out(make: Make, here: Place
 def test_a_run_with_too_many_failed_rows_is_gone_on_with(
     make: Make, place: Place, pupil: Pupil, server: ScriptedServer
 ) -> None:
-    """More failed rows than allowed: nothing is recorded; once the cause is gone, `retry_failed` asks those
-    rows again and no others."""
+    """With more failed rows than allowed nothing is recorded; once the cause is corrected, `retry_failed`
+    sends those rows and no others.
+    """
     pupil.refuses = {"q1", "q2", "q3"}
     model = make(place)
     with pytest.raises(TooManyFailed, match="I refuse"):
@@ -404,7 +407,7 @@ def test_a_run_with_too_many_failed_rows_is_gone_on_with(
 
 
 def test_the_share_of_failed_rows_is_of_the_whole_set(make: Make, here: Place, pupil: Pupil) -> None:
-    """A run that is gone on with may have as many failed rows as one that was never interrupted."""
+    """A resumed run may have as many failed rows as one that was never interrupted."""
     model = make(here)
     pupil.refuses = {"q1", "q2", "q3"}
     with pytest.raises(TooManyFailed):
@@ -429,7 +432,7 @@ def own(prediction: Any, target: Any) -> float:
 
 @contextmanager
 def broken_on(*targets: str) -> Iterator[pytest.ExceptionInfo[Broken]]:
-    """Whatever is scored with `own` fails on these: the rows are answered, and nothing is recorded."""
+    """Scoring with `own` fails on these rows: they complete, and nothing is recorded."""
     BROKEN_ON.update(targets)
     try:
         with pytest.raises(InvalidCall) as raised:
@@ -444,8 +447,9 @@ OWN = Metric(identifier="mine", object=own)
 def test_an_own_metric_that_fails_names_its_row_and_costs_no_answer(
     make: Make, place: Place, pupil: Pupil, server: ScriptedServer
 ) -> None:
-    """A metric that raises is named with the row, nothing is recorded, and mended it scores the answers that
-    are there: none is asked again."""
+    """A metric that raises is named with the row, and nothing is recorded; once corrected, it scores the
+    existing answers without any request.
+    """
     model = make(place)
     with broken_on("a3") as raised:
         validate(model, validation(5, metrics=[OWN]))
@@ -459,7 +463,7 @@ def test_an_own_metric_that_fails_names_its_row_and_costs_no_answer(
 
 
 def test_a_run_that_was_half_recorded_is_recorded_once(make: Make, place: Place, pupil: Pupil) -> None:
-    """Values are written last: a run with its scores alone is interrupted; in the end it is there once."""
+    """Values are written last: a run with scores alone counts as interrupted; in the end it is there once."""
     model, checked = make(place), validation(5, metrics=[OWN])
     with broken_on("a1"):
         validate(model, checked)
@@ -475,7 +479,7 @@ def test_a_run_that_was_half_recorded_is_recorded_once(make: Make, place: Place,
 
 
 def only_frozen(place: Place) -> str:
-    """The name of the snapshot table of the one run that there is."""
+    """The name of the only run's snapshot table."""
     (run,) = {row["run"] for row in place.db.outputs("m-on-exam").to_pylist()}
     return f"_dataset__exam__{run.split('-')[0]}"
 
@@ -483,7 +487,7 @@ def only_frozen(place: Place) -> str:
 def test_what_is_gone_on_with_is_the_whole_call(
     make: Make, here: Place, pupil: Pupil, server: ScriptedServer
 ) -> None:
-    """Of two data sets the second one fails: nothing is recorded, and no row of the first is asked again."""
+    """If the second of two data sets fails, nothing is recorded, and no row of the first is sent again."""
     rows = [{"q": f"q{i}", "a": f"a{i}"} for i in range(100, 110)]
     two = validation(
         datasets=[
@@ -505,7 +509,7 @@ def test_what_is_gone_on_with_is_the_whole_call(
 
 
 def test_another_prompt_is_another_run(make: Make, here: Place, pupil: Pupil) -> None:
-    """An interrupted run is gone on with by the model that began it, not by one that asks otherwise."""
+    """An interrupted run is resumed by the same model, not by one with another prompt."""
     checked = validation(5, metrics=[OWN])
     with broken_on("a1"):
         validate(make(here), checked)
@@ -520,7 +524,7 @@ def test_another_prompt_is_another_run(make: Make, here: Place, pupil: Pupil) ->
 def test_a_run_of_long_ago_is_not_gone_on_with(
     make: Make, here: Place, pupil: Pupil, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was begun longer ago than a day is asked anew, as the weights may be others by now."""
+    """A run that began more than a day ago is processed again, because the weights may have changed."""
     model, checked = make(here), validation(5, metrics=[OWN])
     with broken_on("a1"):
         validate(model, checked)
@@ -558,7 +562,7 @@ def numbers(prediction: Any, target: Any) -> bool:
 def test_typed_answers_reach_metrics_as_data(
     make: Make, place: Place, pupil: Pupil, fields: dict[str, Any], said: Any
 ) -> None:
-    """A metric gets what the model's datatype or schema makes of an answer, the same from every table."""
+    """A metric gets the value of the model's datatype or schema, the same from every table."""
     pupil.says = {"q0": json.dumps(said), "q1": "no such thing {"}
     rows = [{"q": "q0", "a": said}, {"q": "q1", "a": said}]
     checked = validation(rows, metrics=[Metric(identifier="mine", object=numbers)])
@@ -577,7 +581,7 @@ def test_bytes_are_compared_as_the_text_that_they_are(make: Make, place: Place, 
 
 
 def test_several_columns_are_arguments(make: Make, place: Place, pupil: Pupil) -> None:
-    """With signature **kwargs the columns of X are named fields, from a table as from raw data."""
+    """With signature **kwargs the columns of X are named fields, from a table and from raw data."""
     place.fill_texts("x", "y")
     pupil.says = {"0 and x": "x", "1 and y": "y"}
     model = make(place, signature="**kwargs", prompt="{number} and {word}")
@@ -596,7 +600,7 @@ def test_several_columns_are_arguments(make: Make, place: Place, pupil: Pupil) -
 def test_inputs_may_be_chat_messages_and_rows_may_repeat(
     make: Make, here: Place, pupil: Pupil, server: ScriptedServer
 ) -> None:
-    """A list of messages is asked as such; each of several equal rows counts."""
+    """A list of messages is sent as chat; each of several equal rows counts."""
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q1"}]
     report = only(validate(make(here), validation([{"q": messages, "a": "a1"}] * 3)))
     assert (report.rows, report.values[0].n, report.values[0].value) == (3, 3, 1.0)
@@ -605,7 +609,7 @@ def test_inputs_may_be_chat_messages_and_rows_may_repeat(
 
 
 def test_odd_characters_are_only_characters(make: Make, place: Place, pupil: Pupil) -> None:
-    """Quotes and other scripts in names, questions and answers change nothing, in any kind of table."""
+    """Quotes and other scripts in names, questions and answers are kept in every kind of table."""
     texts = ["it's", '"quoted"', "50 % :of {x}", "größer 🙂", "tab\tand\nline", "a\\b", "'; --"]
     pupil.says = {text: text.upper() for text in texts}
     model = make(place, identifier="o'brien's größtes")
@@ -624,7 +628,8 @@ def test_odd_characters_are_only_characters(make: Make, place: Place, pupil: Pup
 
 def test_names_may_be_long(make: Make, place: Place, server: ScriptedServer) -> None:
     """Model, data set and metric together may be too long for the name of a table; names that begin alike
-    are kept apart."""
+    are kept apart.
+    """
     server.script = letters
     checked = choosing(["b", "d"], 0, delimiter="")
     name = "meta-llama-Llama-3.1-8B-Instruct-für-größere-Prüfungen"
@@ -639,7 +644,7 @@ def test_names_may_be_long(make: Make, place: Place, server: ScriptedServer) -> 
 def test_a_prompt_that_cannot_be_sent_is_a_failed_row(
     make: Make, place: Place, pupil: Pupil, server: ScriptedServer
 ) -> None:
-    """Half a character and a missing value fail their row alone."""
+    """A lone surrogate and a missing value each fail their row alone."""
     rows = [*exam(3), {"q": "\ud800", "a": "x"}, {"q": None, "a": "y"}]
     report = only(validate(make(place), validation(rows), max_failed=2))
     assert (report.failed, report.values[0].value) == (2, 0.6)
@@ -650,7 +655,7 @@ def test_a_prompt_that_cannot_be_sent_is_a_failed_row(
 def test_a_model_whose_name_is_no_name_of_a_table_asks_nothing(
     make: Make, here: Place, pupil: Pupil, server: ScriptedServer, identifier: str
 ) -> None:
-    """An identifier that cannot be part of a table's name is refused before the model is asked."""
+    """An identifier that cannot be part of a table's name is refused before any row is sent."""
     with pytest.raises(InvalidCall, match="cannot name a table"):
         validate(make(here, identifier=identifier), validation())
     assert server.posts == []
@@ -665,7 +670,7 @@ def judged(model: VllmAPI) -> Validation:
 
 
 class Judge(Pupil):
-    """Also judges: 5 for what it finds right, 1 for the rest."""
+    """As a judge it gives 5 for a right answer and 1 for others."""
 
     def __call__(self, asked: Asked) -> Reply | None:
         if not asked.body or "rubric" not in str(asked.body.get("messages")).lower():
@@ -677,7 +682,7 @@ class Judge(Pupil):
 
 
 def test_a_judge_gives_verdicts_on_answers(make: Make, place: Place, server: ScriptedServer) -> None:
-    """Another model judges each answer that there is, once, and is kept; a failed row stays a miss."""
+    """A judge scores each answer once, and the score is kept; a failed row stays a miss."""
     server.script = pupil = Judge()
     pupil.misses(1)
     pupil.refuses = {"q2"}
@@ -693,7 +698,7 @@ def test_a_judge_gives_verdicts_on_answers(make: Make, place: Place, server: Scr
 def test_a_judge_that_fails_is_asked_again_and_the_model_is_not(
     make: Make, here: Place, server: ScriptedServer
 ) -> None:
-    """When a judge fails on too many answers, the next call asks it for those alone."""
+    """If a judge fails on too many answers, the next call sends it those alone."""
     server.script = pupil = Judge()
     pupil.misses(1)
     model, judge = make(here), make(here, identifier="judge")
@@ -709,7 +714,7 @@ def test_a_judge_that_fails_is_asked_again_and_the_model_is_not(
 
 
 def test_verdicts_are_of_the_answers_that_are_scored(make: Make, here: Place, server: ScriptedServer) -> None:
-    """Another prompt gives other answers, and old verdicts say nothing of them."""
+    """Another prompt gives other answers, for which the old judge scores do not count."""
     server.script = pupil = Judge()
     pupil.misses(*range(6))
     judge = make(here, identifier="judge")
@@ -732,7 +737,7 @@ def test_verdicts_are_of_the_answers_that_are_scored(make: Make, here: Place, se
 def test_a_judge_without_what_it_needs_is_refused(
     make: Make, here: Place, server: ScriptedServer, options: dict[str, Any], words: str
 ) -> None:
-    """A judge needs a model, a rubric and a scale; that is said before anything is asked."""
+    """A judge needs a model, a rubric and a scale; a missing one is reported before any row is sent."""
     judge = Metric(
         identifier="judge", options={"model": make(here, identifier="judge"), "rubric": "Right?", **options}
     )
@@ -742,7 +747,7 @@ def test_a_judge_without_what_it_needs_is_refused(
 
 
 def letters(asked: Asked) -> Reply | None:
-    """Each letter is a token, the less likely the later it stands in the alphabet."""
+    """Each letter is a token, and later letters of the alphabet are less likely."""
     if not asked.body:
         return None
     tokens = [
@@ -778,7 +783,7 @@ def test_the_most_likely_choice_is_the_answer(
     options: dict[str, Any],
     value: float,
 ) -> None:
-    """The right choice is given by its index or as itself, and no choice is asked for but by likelihood."""
+    """The right choice is given by its index or as itself, and choices are compared by likelihood only."""
     server.script = letters
     report = only(validate(make(here), choosing(choices, target, **options)))
     assert report.values[0].value == value
@@ -786,7 +791,7 @@ def test_the_most_likely_choice_is_the_answer(
 
 
 def test_likelihoods_are_of_what_the_model_is_asked(make: Make, here: Place, server: ScriptedServer) -> None:
-    """What decides the prompt goes along, other sampling parameters do not."""
+    """Parameters that decide the prompt are sent, other sampling parameters are not."""
     server.script = letters
     model = make(here, predict_kwargs={"add_special_tokens": False, "temperature": 0.7, "max_tokens": 9})
     validate(model, choosing(["d", "b"], 1, delimiter=""))
@@ -809,14 +814,14 @@ def test_likelihoods_are_of_what_the_model_is_asked(make: Make, here: Place, ser
 def test_choices_that_are_none_are_refused(
     make: Make, here: Place, server: ScriptedServer, choices: Any, target: Any, words: str
 ) -> None:
-    """A row without choices, or whose answer is none of them, is refused before anything is asked."""
+    """A row without choices, or with an answer that is none of them, is refused before any row is sent."""
     with pytest.raises(InvalidCall, match=words):
         validate(make(here), choosing(choices, target))
     assert server.posts == []
 
 
 def test_another_delimiter_makes_other_texts(make: Make, here: Place, server: ScriptedServer) -> None:
-    """An interrupted run with another delimiter is not gone on with: its likelihoods are of other texts."""
+    """An interrupted run with another delimiter is not resumed: its likelihoods belong to other texts."""
 
     def broken(asked: Asked) -> Reply | None:
         return refused(400, "no") if asked.prompt.endswith("b") else letters(asked)
@@ -835,7 +840,7 @@ def test_another_delimiter_makes_other_texts(make: Make, here: Place, server: Sc
 def test_failed_rows_are_counted_in_rows_and_not_in_choices(
     make: Make, here: Place, server: ScriptedServer
 ) -> None:
-    """A row is one failed row however many of its choices fail."""
+    """A row with any number of failed choices is one failed row."""
 
     def script(asked: Asked) -> Reply | None:
         return refused(400, "no") if asked.prompt.startswith("y") else letters(asked)
@@ -848,7 +853,7 @@ def test_failed_rows_are_counted_in_rows_and_not_in_choices(
 
 
 def test_a_server_without_logprobs_has_no_likelihoods(make: Make, here: Place, pupil: Pupil) -> None:
-    """A server that leaves `prompt_logprobs` out fails the run, and is told why."""
+    """A server that leaves `prompt_logprobs` out fails the run, with the reason in the error."""
     with pytest.raises(TooManyFailed, match="prompt_logprobs"):
         validate(make(here), validation(3, metrics=[Metric(identifier="perplexity")]))
     with pytest.raises(InvalidCall, match="needs texts"):
@@ -870,7 +875,7 @@ def mine(function: Callable[..., Any], **fields: Any) -> Metric:
 
 @pytest.mark.parametrize("found", [math.nan, math.inf, None, "much", [1.0]])
 def test_a_score_that_is_no_number_is_refused(found: Any) -> None:
-    """A metric of one's own that gives no finite number is refused with its row, and not averaged."""
+    """A score of a custom metric that is no finite number is refused with its row, and not averaged."""
     with pytest.raises(InvalidCall, match=r"'mine' returned .* for row 1, which is no"):
         score(mine(lambda p, t: found if p == "b" else 1.0), answers("a", "b"), "miss")
     if found is not None:
@@ -879,7 +884,7 @@ def test_a_score_that_is_no_number_is_refused(found: Any) -> None:
 
 
 def test_a_failed_row_has_no_score_where_less_is_better() -> None:
-    """A miss would be the best score there: the row is left out and counted."""
+    """A miss would be the best score there, so the row is left out and counted."""
     edits = mine(lambda p, t: float(len(p)), higher_is_better=False)
     found = score(edits, answers("aa", None, "aaaa"), "miss")
     assert (found.value.value, found.value.n, found.value.failed) == (3.0, 2, 1)
@@ -889,7 +894,7 @@ def test_a_failed_row_has_no_score_where_less_is_better() -> None:
 
 
 def test_a_metric_of_the_set_sees_failed_rows_as_none() -> None:
-    """`over="set"` gets all rows at once; a failed one's prediction is None, or left out with `exclude`."""
+    """`over="set"` gets all rows at once; a failed row's prediction is None, or left out with `exclude`."""
     seen = []
 
     def share(predictions: list[Any], targets: list[Any]) -> float:
@@ -904,7 +909,7 @@ def test_a_metric_of_the_set_sees_failed_rows_as_none() -> None:
 
 
 def test_resamples_without_a_value_are_left_out() -> None:
-    """A metric of the set that is not defined for some resamples has an interval of the others."""
+    """A metric of the set that is undefined for some resamples has an interval from the others."""
 
     def precision(predictions: list[Any], targets: list[Any]) -> float:
         said = [t == "x" for p, t in zip(predictions, targets, strict=True) if p == "x"]
@@ -915,13 +920,13 @@ def test_resamples_without_a_value_are_left_out() -> None:
 
 
 def test_a_metric_of_the_set_that_raises_is_named() -> None:
-    """What a metric over a set raises comes with its name."""
+    """The exception of a metric over a set is raised with the metric's name."""
     with pytest.raises(InvalidCall, match="'mine' failed: ZeroDivisionError"):
         score(mine(lambda ps, ts: 1 / 0, over="set"), answers("a"), "miss")
 
 
 def test_options_reach_a_metric() -> None:
-    """Options are keywords of the function, also where a built-in metric has another use for their name."""
+    """Options are keywords of the function, even if a built-in metric uses their name differently."""
     split = mine(lambda p, t, *, delimiter: float(len(p.split(delimiter))), options={"delimiter": ";"})
     assert score(split, answers("a;b;c"), "miss").value.value == 3.0
 
@@ -952,7 +957,7 @@ def change(difference: float, p_worse: float) -> Paired:
     [(0.5, True, True), (0.49, True, False), (0.5, False, True), (0.51, False, False), (0.49, False, True)],
 )
 def test_a_threshold_is_on_the_side_that_is_worse(value: float, higher_is_better: bool, passes: bool) -> None:
-    """A value on the threshold passes; beyond it, in the direction that is worse, it does not."""
+    """A value on the threshold passes; a worse value does not."""
     checked = validation(thresholds={"exact_match": 0.5})
     found = verdict(checked, "exam", value_of(value, higher_is_better=higher_is_better), None, None)
     assert (found.reason is None) is passes
@@ -974,7 +979,7 @@ def test_a_threshold_is_on_the_side_that_is_worse(value: float, higher_is_better
 def test_a_drop_shuts_the_gate_when_it_is_large_and_not_by_chance(
     difference: float, p_worse: float, higher_is_better: bool, passes: bool
 ) -> None:
-    """Only a drop beyond what is allowed, that chance does not explain, is a reason."""
+    """Only a drop that is larger than allowed, and that chance does not explain, is a reason."""
     checked = validation(max_regression={"exact_match": 0.1})
     value = value_of(0.6, higher_is_better=higher_is_better)
     found = verdict(checked, "exam", value, change(difference, p_worse), "run-1")
@@ -986,8 +991,9 @@ def test_a_drop_shuts_the_gate_when_it_is_large_and_not_by_chance(
 def test_a_real_drop_is_recorded_with_its_reason_and_noise_passes(
     make: Make, place: Place, pupil: Pupil
 ) -> None:
-    """The baseline is the last run that passed: a run that did not is no baseline, and one that is a little
-    worse by chance passes."""
+    """The baseline is the last run that passed: a failed run is no baseline, and a run that is a little
+    worse by chance passes.
+    """
     model = make(place)
     checked = validation(60, max_regression={"exact_match": 0.0})
     pupil.misses(0, 1, 2)
@@ -1012,7 +1018,7 @@ def test_a_real_drop_is_recorded_with_its_reason_and_noise_passes(
 
 
 def test_a_run_passes_as_a_whole(make: Make, here: Place, pupil: Pupil) -> None:
-    """One metric below its threshold keeps the whole run from being a baseline."""
+    """A run with one metric below its threshold is no baseline."""
     model = make(here)
     metrics = [Metric(identifier="exact_match"), mine(lambda p, t: float(len(p)), higher_is_better=False)]
     pupil.misses(1, 2)
@@ -1025,7 +1031,7 @@ def test_a_run_passes_as_a_whole(make: Make, here: Place, pupil: Pupil) -> None:
 
 
 def test_rows_that_changed_are_shown_with_what_was_said(make: Make, here: Place, pupil: Pupil) -> None:
-    """Wins and losses against the baseline, as many of each as asked for, with both answers."""
+    """Improved and regressed rows against the baseline, as many of each as requested, with both answers."""
     model = make(here)
     pupil.misses(0)
     validate(model, validation(10))
@@ -1048,7 +1054,7 @@ def test_rows_that_changed_are_shown_with_what_was_said(make: Make, here: Place,
 def test_two_models_are_compared_row_by_row(
     make: Make, place: Place, pupil: Pupil, server: ScriptedServer
 ) -> None:
-    """Each model against the first, over the same rows, by the answers that are there: nothing is asked."""
+    """Each model is compared with the first, over the same rows and the existing answers: nothing is sent."""
     pupil.misses(*range(12))
     pupil.says |= {f"Q: q{i}": f"a{i}" for i in range(30)}
     first, second = make(place, identifier="one"), make(place, identifier="two", prompt="Q: {input}")
@@ -1076,7 +1082,7 @@ def set_share(predictions: list[Any], targets: list[Any]) -> float:
 
 
 def test_what_is_not_alike_is_not_compared(make: Make, here: Place, pupil: Pupil) -> None:
-    """Other rows, another order of reports, one model twice and a set that is missing are refused."""
+    """Other rows, another order of reports, a repeated model and a missing set are refused."""
     one, two = make(here, identifier="one"), make(here, identifier="two")
     checked = validation(5)
     first, second = validate(one, checked), validate(two, checked)
@@ -1110,8 +1116,9 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
 def test_killed_at_any_moment_the_figures_are_the_same(
     make: Make, place: Place, pupil: Pupil, server: ScriptedServer, jobs: Jobs
 ) -> None:
-    """After SIGKILLs at random moments the same call goes on: no committed row is asked twice, and values,
-    intervals and scores are those of an undisturbed run, recorded once."""
+    """After SIGKILLs at random moments the same call resumes: no committed row is sent twice, and values,
+    intervals and scores equal those of an undisturbed run.
+    """
 
     async def slow(asked: Asked) -> Reply | None:
         await asyncio.sleep(random.uniform(0.005, 0.03))
@@ -1156,7 +1163,7 @@ def records_of(place: Place, model: str) -> list[dict[str, Any]]:
 
 
 def committed(place: Place) -> set[str]:
-    """The questions that have an answer; fails the test when one has two."""
+    """The questions that have an answer; fails the test if one has two."""
     outputs = table(place, "_outputs__m-on-exam")
     if not outputs:
         return set()

@@ -30,7 +30,7 @@ FIELDS = {
 
 
 def logprob(model: VllmModel, prompt: str | list[Message], **more: Any) -> tuple[float, int]:
-    """What the engine says of a prompt: the sum over its tokens, and how many have a log probability."""
+    """The engine's log probability of a prompt: the sum over its tokens, and the number of tokens in it."""
     (answer,) = model.completions([prompt], prompt_logprobs=0, max_tokens=1, temperature=0, **more)
     assert isinstance(answer, Completion)
     known = [token.logprob for token in answer.prompt_logprobs or () if token is not None]
@@ -62,12 +62,12 @@ def found(model: VllmModel, validation: Validation, lake: Path, **options: Any) 
 
 @pytest.fixture(params=[False, True], ids=["text", "chat"])
 def model(local_model: VllmModel, request: pytest.FixtureRequest) -> VllmModel:
-    """Asked by texts, and by chat messages; both by one engine."""
+    """A model for texts and one for chat messages, on one engine."""
     return VllmModel(**FIELDS, model_name=local_model.model_name, chat=request.param)
 
 
 def test_perplexity_is_of_the_tokens_of_the_target(model: VllmModel, tmp_path: Path) -> None:
-    """exp(-sum / tokens) of what the engine says of the targets after their prompts."""
+    """exp(-sum / tokens) over the engine's log probabilities of the targets after their prompts."""
     targets = CHOICES[:3]
     parts = [by_hand(model, question, text) for question, text in zip(QUESTIONS, targets, strict=True)]
     expected = math.exp(-sum(p for p, _ in parts) / sum(n for _, n in parts))
@@ -83,7 +83,7 @@ def test_perplexity_is_of_the_tokens_of_the_target(model: VllmModel, tmp_path: P
 def test_the_choice_is_the_one_that_the_engine_holds_likeliest(
     model: VllmModel, tmp_path: Path, normalize: str | None
 ) -> None:
-    """What multiple_choice takes for the model's choice is what the engine's log probabilities say."""
+    """The choice of multiple_choice follows from the engine's log probabilities."""
     likeliest = []
     for question in QUESTIONS:
         known = [by_hand(model, question, "=" + text) for text in CHOICES]
@@ -100,8 +100,9 @@ def test_the_choice_is_the_one_that_the_engine_holds_likeliest(
 
 
 def test_old_answers_of_a_local_folder_are_scored_again(local_model: VllmModel, tmp_path: Path) -> None:
-    """With `reuse` nothing is asked where model, prompt and sampling are those of the last run; the values
-    are the same, and another sampling or delimiter is asked."""
+    """With `reuse` nothing is sent if model, prompt and sampling are those of the last run, and the values
+    are the same; another sampling or delimiter is sent.
+    """
     model = VllmModel(**FIELDS, model_name=local_model.model_name)
     names = "token_f1", "output_tokens", "perplexity"
     validation = checked([Metric(identifier=name) for name in names], q=QUESTIONS, a=CHOICES[:3])

@@ -60,7 +60,7 @@ def said(words: Callable[[str], str | None]) -> Script:
 
 
 def right_of(rows: int) -> Callable[[str], str]:
-    """Says of `q0`, `q1`, ... the right answer in so many cases."""
+    """A script that answers `q0`, `q1`, ... rightly in so many cases."""
     return lambda prompt: prompt.replace("q", "a") if int(prompt[1:]) < rows else "wrong"
 
 
@@ -108,7 +108,7 @@ def validated(
 
 
 def artifact(key: str) -> Artifact:
-    """The last one of this key."""
+    """The last artifact of this key."""
     with get_client(sync_client=True) as client:
         found = client.read_artifacts(artifact_filter=ArtifactFilter(key={"any_": [key]}))
     return max(found, key=lambda one: one.created)
@@ -124,7 +124,7 @@ def history(lake: Datalayer) -> list[dict[str, Any]]:
 
 
 def events_of(model: str, count: int) -> list[dict[str, Any]]:
-    """The verdicts sent on a model, oldest first, once there are so many of them."""
+    """The validation events of a model, oldest first, as soon as there are so many of them."""
     wanted = {"resource": {"id": [f"vllm-tasks.model.{model}"]}, "order": "ASC"}
     with get_client(sync_client=True) as client:
         for _ in range(200):
@@ -169,7 +169,7 @@ def test_a_validation_is_shown_as_a_table_and_a_page(model: VllmAPI) -> None:
 
 
 def test_the_page_shows_what_changed_most(model: VllmAPI, server: ScriptedServer) -> None:
-    """Rows that improved or regressed since the last run are shown with question, target and both answers."""
+    """Improved and regressed rows against the last run are there with question, target and both answers."""
     validated(model, of())
     server.script = said(lambda prompt: "wrong" if prompt == "q0" else prompt.replace("q", "a"))
     _, report = validated(model, of())
@@ -188,7 +188,7 @@ HOSTILE = "a | b ` c \\\n\r\n# Head\u2028<script>alert(1)</script>\x00 ![x](http
 
 
 def test_contents_cannot_break_the_page(model: VllmAPI, server: ScriptedServer) -> None:
-    """Bars, backticks, line ends, HTML and halves of characters in texts stay in the code of their cells."""
+    """Bars, backticks, line ends, HTML and lone surrogates in texts stay in the code of their cells."""
     # Half a character is no prompt and no answer, but may be expected.
     rows = [{"question": f"{i} {HOSTILE}", "answer": [HOSTILE, "\ud800"]} for i in range(3)]
     validation = of(datasets=[Dataset(identifier="hostile", raw_data=rows)])
@@ -219,7 +219,7 @@ def test_contents_cannot_break_the_page(model: VllmAPI, server: ScriptedServer) 
 
 
 def test_no_contents_are_shown_where_none_may_be(model: VllmAPI, server: ScriptedServer) -> None:
-    """With `rows_shown=0` neither questions nor answers are in the artifacts; figures and classes are."""
+    """With `rows_shown=0` the artifacts have figures and classes, but neither questions nor answers."""
     validation = of(metrics=[Metric(identifier="exact_match"), Metric(identifier="macro_f1")], rows_shown=0)
     validated(model, validation)
     server.script = said(lambda prompt: f"secret of {prompt}")
@@ -259,7 +259,7 @@ def loaded(name: str) -> VllmAPI:
 def test_values_go_into_the_saved_block_and_nothing_else_changes(
     server: ScriptedServer, lake: Datalayer, name: str
 ) -> None:
-    """The secret, the block it refers to, values of other data sets and what was edited meanwhile stay."""
+    """The secret, the referenced block, values of other data sets and concurrent edits stay."""
     server.script = said(right_of(8))
     values = {"other": {"exact_match": 0.5}, "ten": {"old": 1.0}}
     with saved(name, server, lake, api_key="sk-secret", metric_values=values, validation=of()) as model:
@@ -288,7 +288,7 @@ def test_values_go_into_the_saved_block_and_nothing_else_changes(
 def test_data_sets_validated_at_once_do_not_lose_each_other(
     server: ScriptedServer, lake: Datalayer, name: str
 ) -> None:
-    """Submitted side by side, each data set's values get into the block and into the history."""
+    """If data sets are submitted together, the values of each get into the block and the history."""
     server.script = said(right_of(8))
     names = [f"d{i}" for i in range(4)]
 
@@ -309,7 +309,7 @@ def test_data_sets_validated_at_once_do_not_lose_each_other(
 def test_a_block_that_was_deleted_meanwhile_is_no_failure(
     server: ScriptedServer, lake: Datalayer, name: str
 ) -> None:
-    """There is nowhere to put the values then; the validation is recorded all the same."""
+    """The values cannot be saved in the block then, but the validation is recorded."""
     with saved(name, server, lake) as model:
         VllmAPI.delete(name)
         _, report = validated(model, of())
@@ -320,7 +320,7 @@ def test_a_block_that_was_deleted_meanwhile_is_no_failure(
 
 
 def test_a_model_that_passes_is_told_to_automations(model: VllmAPI, lake: Datalayer) -> None:
-    """One event for all data sets, with their values, related to the flow; its run is in the history."""
+    """One event for all data sets has their values and is related to the flow; its run is in the history."""
     run, report = validated(model, of("a", "b"))
     (event,) = events_of(model.identifier, 1)
     assert event["event"] == "vllm-tasks.validation.passed"
@@ -337,7 +337,7 @@ def test_a_model_that_passes_is_told_to_automations(model: VllmAPI, lake: Datala
 def test_a_model_that_fails_is_recorded_shown_and_told_before(
     server: ScriptedServer, lake: Datalayer, name: str
 ) -> None:
-    """GateFailed comes last: history, artifacts, block and event have it; the run's message says why."""
+    """GateFailed comes last: history, artifacts, block and event are there, and the run has the reason."""
     server.script = said(right_of(8))
     with saved(name, server, lake) as model:
         state = validated(model, of(thresholds={"exact_match": 0.9}), return_state=True)
@@ -358,7 +358,7 @@ def test_a_model_that_fails_is_recorded_shown_and_told_before(
 
 
 def test_some_of_the_data_sets_are_no_verdict_on_the_model(model: VllmAPI) -> None:
-    """With `datasets` nothing is sent, so that no automation starts on a part."""
+    """With `datasets` no event is sent, so that no automation starts on a part."""
     validated(model, of("a", "b"), datasets=["a"])
     validated(model, of("a", "b"))
     (event,) = events_of(model.identifier, 1)
@@ -368,7 +368,7 @@ def test_some_of_the_data_sets_are_no_verdict_on_the_model(model: VllmAPI) -> No
 def test_a_run_is_gone_on_with_when_the_server_was_lost(
     model: VllmAPI, server: ScriptedServer, lake: Datalayer
 ) -> None:
-    """A flow that failed under way leaves its answers; the next one asks the rest, and records one run."""
+    """A flow that failed early keeps its answers; the next one sends the rest, and records one run."""
     server.script = said(lambda prompt: None if prompt > "q4" else prompt.replace("q", "a"))
     state = validated(model, of(), max_failed=0, return_state=True)
     assert state.is_failed()
@@ -380,7 +380,7 @@ def test_a_run_is_gone_on_with_when_the_server_was_lost(
 
 
 def test_what_is_committed_is_not_called_rolled_back(model: VllmAPI) -> None:
-    """When the gate fails the task, its commits, which stay, are still shown as completed."""
+    """If the gate fails the task, its commits stay and are displayed as completed."""
     state = validated(model, of(thresholds={"exact_match": 0.9}), return_state=True)
     run = state.state_details.flow_run_id
     with get_client(sync_client=True) as client:
@@ -395,7 +395,7 @@ def test_what_is_committed_is_not_called_rolled_back(model: VllmAPI) -> None:
 
 @pytest.mark.engine
 def test_reuse_scores_the_answers_of_a_model_that_is_known(local_model: VllmModel, lake: Datalayer) -> None:
-    """Weights in a local folder are known: the second run asks nothing and finds the same."""
+    """Weights in a local folder are known: the second run sends nothing and has the same values."""
     _, first = validated(local_model, of(), db=lake)
     _, second = validated(local_model, of(), db=lake, reuse=True)
     assert (first.datasets[0].processed, second.datasets[0].processed) == (10, 0)
@@ -403,7 +403,7 @@ def test_reuse_scores_the_answers_of_a_model_that_is_known(local_model: VllmMode
 
 
 def test_reuse_is_refused_of_a_server(model: VllmAPI, server: ScriptedServer) -> None:
-    """What weights a server has is not known; the flow fails before anything is asked."""
+    """The weights of a server are unknown, so the flow fails before any row is sent."""
     state = validated(model, of(), reuse=True, return_state=True)
     with pytest.raises(InvalidCall, match="the weights of a server are not known"):
         state.result()
@@ -416,7 +416,7 @@ def test_reuse_is_refused_of_a_server(model: VllmAPI, server: ScriptedServer) ->
 def test_a_data_set_may_come_from_another_saved_datalayer(
     model: VllmAPI, name: str, tmp_path: Path, lake: Datalayer
 ) -> None:
-    """`db` names it; rows are read there, answers and history stay with the model. Also in a thread."""
+    """Rows are read from the datalayer that `db` names; answers and history stay with the model."""
     (tmp_path / "elsewhere").mkdir()
     lines = "".join(json.dumps(row) + "\n" for row in questions())
     (tmp_path / "elsewhere" / "held_out.jsonl").write_text(lines)
@@ -428,7 +428,7 @@ def test_a_data_set_may_come_from_another_saved_datalayer(
 
 
 def test_a_datalayer_that_is_not_there_is_named(model: VllmAPI, server: ScriptedServer) -> None:
-    """A data set with the name of no saved Datalayer fails the call, before anything is asked."""
+    """A data set with the name of no saved Datalayer fails the call before any row is sent."""
     absent = of(datasets=[Dataset(identifier="held", select="held_out", db="no-such-lake")])
     with pytest.raises(InvalidCall, match="'no-such-lake' is neither a folder here nor the name of a saved"):
         validated(model, absent)
@@ -436,7 +436,7 @@ def test_a_datalayer_that_is_not_there_is_named(model: VllmAPI, server: Scripted
 
 
 def test_a_saved_model_may_judge(model: VllmAPI, server: ScriptedServer, name: str) -> None:
-    """`vllm-api/NAME` is asked for a verdict on each answer; the value is the mean of its scores."""
+    """`vllm-api/NAME` scores each answer, and the value is the mean of its scores."""
 
     def words(prompt: str) -> str:
         return right_of(8)(prompt) if prompt[0] == "q" else json.dumps({"reason": "so", "score": 4})
@@ -477,7 +477,7 @@ FORM: dict[str, Any] = {
 def test_the_flow_validates_a_saved_model_when_served(
     server: ScriptedServer, lake: Datalayer, name: str
 ) -> None:
-    """A run made from a form, with a saved block and a validation in JSON: two data sets, one verdict."""
+    """A run from a form, with a saved block and a validation in JSON, has two data sets and one event."""
     server.script = said(right_of(8))
     saved(name, server, lake)
     with get_client(sync_client=True) as client:
@@ -496,7 +496,7 @@ def test_the_flow_validates_a_saved_model_when_served(
 
 
 def test_the_flow_fails_with_the_reasons_of_all_data_sets(model: VllmAPI, lake: Datalayer) -> None:
-    """All are recorded; one event says failed, though one of the data sets passed."""
+    """All are recorded; one event reports the failure, although one data set passed."""
     limits = {"a/exact_match": 0.9, "b/exact_match": 0.85, "c/exact_match": 0.5}
     state = validate_model(model, of("a", "b", "c", thresholds=limits), return_state=True)
     assert state.is_failed()
@@ -509,13 +509,13 @@ def test_the_flow_fails_with_the_reasons_of_all_data_sets(model: VllmAPI, lake: 
 
 
 def test_the_flow_needs_a_validation(model: VllmAPI) -> None:
-    """Given or saved with the model."""
+    """The validation is given or saved with the model."""
     with pytest.raises(InvalidCall, match="has no validation: give one"):
         validate_model(model)
 
 
 def test_models_are_compared_row_by_row(server: ScriptedServer, lake: Datalayer, name: str) -> None:
-    """Each against the first, by parameters in JSON; a model below its limit is shown and fails nothing."""
+    """Each model is compared with the first, by parameters in JSON; one below its limit fails nothing."""
     server.script = lambda asked: said(right_of(9 if (asked.body or {}).get("model") == "big" else 5))(asked)
     big, small = ({"identifier": f"{name}-{m}", "api_url": server.url, "model": m} for m in ("big", "small"))
     comparison = compare_models([big, small], FORM, db={"url": lake.url.get_secret_value()})
@@ -542,7 +542,7 @@ def test_models_are_compared_row_by_row(server: ScriptedServer, lake: Datalayer,
 def test_models_to_compare_are_told_apart_before_they_are_asked(
     model: VllmAPI, server: ScriptedServer
 ) -> None:
-    """Two models of one identifier would write over each other's answers."""
+    """Two models of one identifier would overwrite each other's answers."""
     with pytest.raises(InvalidCall, match="need identifiers of their own"):
         compare_models([model, model.model_copy()], of())
     assert not server.posts
@@ -552,7 +552,7 @@ def test_models_to_compare_are_told_apart_before_they_are_asked(
     ("deployed", "required"), [(validate_model, ["model"]), (compare_models, ["models", "validation"])]
 )
 def test_the_deployable_flows_have_good_forms(deployed: Any, required: list[str]) -> None:
-    """Every parameter and every field of a validation has words, and models are picked as blocks."""
+    """Every parameter and every field of a validation has a description, and models are picked as blocks."""
     schema = deployed.parameters
     assert schema.required == required
     assert not [name for name, p in schema.properties.items() if not p.get("description")]
@@ -593,7 +593,7 @@ job(submit=sys.argv[3] == "submit")
 def test_a_flow_that_is_told_to_end_goes_on_the_next_time(
     lake: Datalayer, server: ScriptedServer, tmp_path: Path, how: str
 ) -> None:
-    """SIGTERM, which is how Prefect cancels: what is finished is committed, and asked no second time."""
+    """After SIGTERM, Prefect's way to cancel, completed rows are committed and not sent again."""
     answered = 30
 
     async def script(asked: Asked) -> Reply | None:

@@ -1,4 +1,4 @@
-"""Validation where it is easily wrong: what strangers found when they read and used it."""
+"""Mistakes in validations that reviewers found when they read and used it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def judging(model: Any, options: dict[str, Any]) -> Metric:
 
 
 def test_the_key_of_a_judge_stands_nowhere(make: Make, here: Place) -> None:
-    """A judge given in Python is not written with its secrets, and a block with it is not saved."""
+    """A judge given in Python is not recorded with its secrets, and a block with it is not saved."""
     judge = VllmAPI(identifier="judge", api_key=SecretStr("sk-TOPSECRET"))
     model = VllmAPI(identifier="m", validation=validation(metrics=[judging(judge, LOW)]))
     assert "TOPSECRET" not in str(model.model_dump())
@@ -66,7 +66,7 @@ def test_a_kill_while_rows_are_frozen_costs_nothing(
     monkeypatch: pytest.MonkeyPatch,
     pin: bool,
 ) -> None:
-    """A table of rows that was made and not filled is filled by the next call."""
+    """A snapshot table that was created and not filled is filled by the next call."""
     place = Place(str(tmp_path / "lake"))
     dataset = Dataset(identifier="exam", raw_data=exam(5), pin=pin)
     put = Lake.put
@@ -83,7 +83,7 @@ def test_a_kill_while_rows_are_frozen_costs_nothing(
 
 
 class Judge(Pupil):
-    """Answers right, and as a judge always gives the best mark; `fails` on verdicts on these answers."""
+    """Answers rightly, and as a judge always gives the best score; `fails` on judging these answers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Judge(Pupil):
 
 
 def test_verdicts_by_another_scale_are_not_compared(make: Make, here: Place, server: ScriptedServer) -> None:
-    """Marks of 10 by the judge of before are none of 5 by the judge of now: the gate does not mix them."""
+    """Scores of an earlier judge out of 10 are not mixed with those of a judge out of 5."""
     server.script = Judge()
     judge = make(here, identifier="judge")
     for options in HIGH, LOW:
@@ -113,7 +113,7 @@ def test_verdicts_by_another_scale_are_not_compared(make: Make, here: Place, ser
 def test_a_verdict_that_failed_is_no_miss_of_the_model(
     make: Make, here: Place, server: ScriptedServer
 ) -> None:
-    """Rows that the judge failed on are left out, counted, and shown."""
+    """Rows on which the judge failed are left out, counted and shown."""
     server.script = script = Judge()
     script.fails = {"a0", "a1"}
     judge = make(here, identifier="judge")
@@ -139,7 +139,7 @@ def test_a_verdict_that_failed_is_no_miss_of_the_model(
 def test_options_and_targets_are_refused_before_anything_is_asked(
     make: Make, here: Place, server: ScriptedServer, metric: str, options: dict[str, Any], words: str
 ) -> None:
-    """What no answer could be scored with is refused at once, also where only the last set has it."""
+    """Options and targets that no answer could be scored with are refused at once, even in the last set."""
     rows = [{"q": "q", "a": "no number"}]
     sets = [
         Dataset(identifier="good", raw_data=[{"q": "q1", "a": "1" if metric == "numeric_match" else "x"}]),
@@ -163,14 +163,14 @@ def test_options_and_targets_are_refused_before_anything_is_asked(
     ],
 )
 def test_a_metric_that_could_not_be_called_is_refused_when_made(fields: dict[str, Any], words: str) -> None:
-    """Options that are missing, unknown or of no effect are told at once."""
+    """Options that are missing, unknown or without effect are refused at once."""
     with pytest.raises(ValueError, match=words):
         Metric(**fields)
 
 
 @pytest.mark.parametrize(("metric", "value"), [("exact_match", 60.0), ("bleu", -1.0)])
 def test_a_threshold_that_is_no_value_of_its_metric_is_refused(metric: str, value: float) -> None:
-    """A threshold of 60 for a share of 1 is perhaps a percentage."""
+    """A threshold of 60 for a fraction of 1 may be meant as a percentage."""
     with pytest.raises(ValueError, match="its values are 0 to"):
         validation(metrics=[Metric(identifier=metric)], thresholds={metric: value})
 
@@ -178,7 +178,7 @@ def test_a_threshold_that_is_no_value_of_its_metric_is_refused(metric: str, valu
 def test_a_baseline_that_cannot_be_scored_locks_nobody_out(
     make: Make, here: Place, pupil: Pupil, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A run whose rows all failed passed without limits; a later one that leaves failed rows out goes on."""
+    """If all rows of the baseline failed, it cannot be scored: this is logged, and the next run passes."""
     pupil.refuses = {f"q{i}" for i in range(4)}
     validate(make(here), validation(4), max_failed=None)
     pupil.refuses = set()
@@ -192,7 +192,7 @@ def test_a_baseline_that_cannot_be_scored_locks_nobody_out(
 def test_scores_kept_by_row_are_those_of_the_value(
     make: Make, here: Place, pupil: Pupil, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that died between its scores and its values leaves no scores that its values are not made of."""
+    """A run that died between its scores and its values leaves no scores that its values do not cover."""
     pupil.refuses = {"q0"}
 
     def killed(_: object) -> None:
@@ -213,7 +213,7 @@ def test_scores_kept_by_row_are_those_of_the_value(
 def test_a_limit_that_could_not_be_tested_is_told(
     make: Make, here: Place, pupil: Pupil, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where the rows are others than before, a regression cannot be seen, and the page says that."""
+    """If the rows have changed, a regression cannot be seen, and the page reports that."""
     limited = {"max_regression": {"exact_match": 0.0}}
     validate(make(here), validation(10, **limited))
     caplog.clear()
@@ -228,7 +228,7 @@ def test_a_limit_that_could_not_be_tested_is_told(
 def test_counts_that_happen_to_be_one_have_no_interval_of_shares(
     make: Make, here: Place, pupil: Pupil
 ) -> None:
-    """An answer of one token each time is no share of anything."""
+    """Scores that all happen to be 1 get no interval of fractions if they are counts."""
     ones = Metric(identifier="ones", object=lambda prediction, target: 1.0)
     tokens = Metric(identifier="output_tokens")
     share, count = only(validate(make(here), validation(20, metrics=[ones, tokens]))).values
@@ -237,7 +237,7 @@ def test_counts_that_happen_to_be_one_have_no_interval_of_shares(
 
 
 def test_an_interval_that_is_not_known_loses_no_run(make: Make, here: Place, pupil: Pupil) -> None:
-    """A metric of the set that is defined for all rows only has a value, and is recorded."""
+    """A metric of the set that is defined only for all rows together has a value, and is recorded."""
 
     def whole(predictions: list[Any], targets: list[Any]) -> float:
         if len(set(targets)) < 3:
@@ -252,14 +252,14 @@ def test_an_interval_that_is_not_known_loses_no_run(make: Make, here: Place, pup
 
 
 def test_too_many_failed_says_of_how_many(make: Make, here: Place, pupil: Pupil) -> None:
-    """The limit is told as the rows that it comes to."""
+    """The error gives the limit as a number of rows."""
     pupil.refuses = {"q3"}
     with pytest.raises(TooManyFailed, match="0 of 10 rows may fail; a larger max_failed"):
         validate(make(here), validation())
 
 
 def test_a_first_run_shows_what_went_wrong(make: Make, here: Place, pupil: Pupil) -> None:
-    """Without a run before, the page has the worst rows, failed ones with their reason; right ones never."""
+    """Without an earlier run, the page has the worst rows, failed ones with their reason, no right ones."""
     pupil.misses(1, 2)
     pupil.refuses = {"q3"}
     report = only(validate(make(here), validation(10), max_failed=1))
@@ -277,7 +277,7 @@ def test_a_first_run_shows_what_went_wrong(make: Make, here: Place, pupil: Pupil
 
 
 def test_the_slowest_rows_are_the_worst_of_a_latency(make: Make, here: Place, pupil: Pupil) -> None:
-    """Where less is better the largest scores come first."""
+    """If less is better, the largest scores come first."""
     report = only(validate(make(here), validation(10, metrics=[Metric(identifier="latency")], rows_shown=9)))
     scores = [row.score for row in report.worst]
     assert len(scores) == 9

@@ -1,4 +1,4 @@
-"""What a person sees of a validation in Prefect's UI, in a real browser."""
+"""The view of a validation in Prefect's UI, in a real browser."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ VALIDATION = Validation(
 
 
 def clerk(right: float, seed: int) -> Script:
-    """A model that names the topic of a ticket, so often right."""
+    """A model that names the topic of a ticket, rightly at a given rate."""
     chance = random.Random(seed)
 
     def answer(asked: Asked) -> Reply | None:
@@ -81,7 +81,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
 def artifact(ui: str, report: str) -> str:
     """The id of the report on the server.
 
-    Sent without Prefect's client: its threads in this process would go on talking to a server that is gone.
+    It is sent without Prefect's client, whose threads in this process would keep calling an ended server.
     """
     artifact = {"key": "validation-picture", "type": "markdown", "data": report}
     return httpx.post(f"{ui}/api/artifacts/", json=artifact).raise_for_status().json()["id"]

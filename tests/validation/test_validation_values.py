@@ -57,7 +57,7 @@ def whole(*rows: dict[str, Any]) -> Dataset:
 
 
 def shown(value: Any) -> str:
-    """What a function of prompts makes of it: its type and its text."""
+    """The value as a prompt function sees it: its type and its text."""
     return f"{type(value).__name__}: {value}"
 
 
@@ -85,7 +85,7 @@ TYPED: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.parametrize("kind", TYPED)
 def test_values_keep_their_types_and_targets_are_what_a_model_can_say(home: Tables, kind: str) -> None:
-    """A function of prompts gets what the source gave; a metric gets numbers as numbers, the rest as text."""
+    """A prompt function gets the source's value; a metric gets numbers as numbers and the rest as text."""
     value, target = TYPED[kind]
     snapshot = take_snapshot(whole({"n": 0, "q": value, "a": value}), COLUMNS, home)
     (case,) = snapshot.cases
@@ -99,7 +99,7 @@ def test_values_keep_their_types_and_targets_are_what_a_model_can_say(home: Tabl
 
 @pytest.mark.parametrize("value", [{"x": [object()]}, {1, 2}, 1j])
 def test_values_that_no_source_gives_are_refused(home: Tables, value: Any) -> None:
-    """What could not be kept as it is is refused with its row, and not asked as something else."""
+    """A value that could not be kept exactly is refused with its row, and not sent in another form."""
     rows = {"n": 1, "q": "x", "a": "y"}, {"n": 2, "q": value, "a": "y"}
     with pytest.raises(InvalidCall, match=r"row 1 of dataset 'd'.* is a "):
         take_snapshot(whole(*rows), COLUMNS, home)
@@ -118,7 +118,7 @@ NO_TARGETS = (
 
 @pytest.mark.parametrize("value", NO_TARGETS)
 def test_a_target_that_no_answer_can_equal_is_refused(home: Tables, value: Any) -> None:
-    """Its row is named by its input. As an input the same value is asked, as by `predict_in_db`."""
+    """The error names the row by its input. As an input the same value is sent, as by `predict_in_db`."""
     rows = {"n": 1, "q": "x", "a": "y"}, {"n": 2, "q": "this one", "a": value}
     with pytest.raises(InvalidCall, match=r"'a' of .*this one.* has .*leave such rows out"):
         take_snapshot(whole(*rows), COLUMNS, home)
@@ -126,7 +126,7 @@ def test_a_target_that_no_answer_can_equal_is_refused(home: Tables, value: Any) 
     assert repr(snapshot.cases[0].inputs) == repr([1, value])
 
 
-# ---------------------------------------------------------------------- asked
+# ---------------------------------------------------------------------- prompts
 
 ARROW: dict[str, pa.Array] = {
     "decimal": pa.array([Decimal("12.50")]),
@@ -167,7 +167,7 @@ def prompts_of(server: ScriptedServer, work: Any) -> list[str]:
 
 
 def both(make: Make, server: ScriptedServer, place: Place, source: str, **fields: Any) -> list[list[str]]:
-    """The prompts that `predict_in_db` and `validate` make of the rows of `source`, by a column `q`."""
+    """The prompts of `predict_in_db` and `validate` from the rows of `source`, by a column `q`."""
     model = make(place, **fields)
     checked = Validation(datasets=[Dataset(identifier="v", select=source)], metrics=EXACT, key=("q", "a"))
     return [
@@ -180,7 +180,7 @@ def both(make: Make, server: ScriptedServer, place: Place, source: str, **fields
 def test_a_row_of_parquet_makes_one_prompt(
     make: Make, server: ScriptedServer, tmp_path: Path, kind: str
 ) -> None:
-    """`predict_in_db` and `validate` hand the same value, of one type, to a function of prompts."""
+    """`predict_in_db` and `validate` pass the same value, of one type, to a prompt function."""
     place = Place(str(tmp_path / "lake"))
     Path(place.url).mkdir()
     pq.write_table(pa.table({"id": [1], "q": ARROW[kind], "a": ["x"]}), Path(place.url) / "t.parquet")
@@ -194,7 +194,7 @@ def test_a_row_of_parquet_makes_one_prompt(
 def test_a_row_of_postgresql_makes_one_prompt(
     make: Make, server: ScriptedServer, postgres: Postgres, kind: str
 ) -> None:
-    """So do they where a database has the rows."""
+    """They also do so if a database has the rows."""
     place = Place(postgres.new_database())
     engine = sa.create_engine(place.url.replace("postgresql:", "postgresql+psycopg:"))
     with engine.begin() as connection:
@@ -242,7 +242,7 @@ def stored(place: Path, kind: str) -> Place:
 
 
 def test_the_same_texts_make_the_same_sample_in_every_store(tmp_path: Path) -> None:
-    """A sample follows from what the rows say, and not from where they are."""
+    """A sample depends on the contents of the rows, and not on their store."""
     found = {}
     for kind in "parquet", "jsonl", "sqlite", "csv":
         tables = stored(tmp_path / kind, kind).db.tables()
@@ -295,7 +295,7 @@ def test_answers_are_compared_with_targets_of_any_type(
     datatype: Any,
     value: float,
 ) -> None:
-    """A decimal is compared with a text as its text, with a number by value; a date as its text."""
+    """A decimal is compared with a text as text, and with a number by value; a date is compared as text."""
     server.script = lambda asked: reply(said) if asked.body else None
     checked = validation([{"q": "x", "a": target}], metrics=[Metric(identifier=metric)])
     report = only(validate(make(here, datatype=datatype), checked))
@@ -303,7 +303,7 @@ def test_answers_are_compared_with_targets_of_any_type(
 
 
 def difference(prediction: Any, target: Any) -> float:
-    """A metric of one's own, over a DECIMAL."""
+    """A custom metric over a DECIMAL."""
     assert isinstance(target, Decimal)
     return abs(float(prediction) - float(target))
 
@@ -311,7 +311,7 @@ def difference(prediction: Any, target: Any) -> float:
 def test_a_metric_of_ones_own_gets_decimals_as_numbers(
     make: Make, here: Place, server: ScriptedServer
 ) -> None:
-    """It may reckon with them."""
+    """A custom metric can calculate with decimals."""
     server.script = lambda asked: reply("12.75") if asked.body else None
     own = Metric(identifier="off_by", object=difference, higher_is_better=False)
     checked = validation([{"q": "x", "a": Decimal("12.50")}], metrics=[own])
@@ -329,7 +329,7 @@ def test_a_metric_of_ones_own_gets_decimals_as_numbers(
 def test_choices_of_any_type_are_their_text(
     make: Make, here: Place, server: ScriptedServer, choices: list[Any], target: Any, value: float
 ) -> None:
-    """The right one is given as itself, or by its index also where a database has that as NUMERIC."""
+    """The right choice is given as itself, or by its index, even as NUMERIC in a database."""
     server.script = letters
     assert only(validate(make(here), choosing(choices, target, delimiter=""))).values[0].value == value
     texts = {post.prompt for post in server.posts}
