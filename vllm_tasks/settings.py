@@ -73,7 +73,7 @@ class Settings(BaseSettings):
         default="",
         description="Work pool for steps with a local model that names none; empty: they run where they are.",
     )
-    silence: float = Field(
+    heartbeat_timeout: float = Field(
         default=90.0,
         gt=0,
         description="Seconds without a sign of life after which a flow run that a step made counts as dead.",

@@ -322,7 +322,7 @@ def test_a_machine_that_goes_down_is_noticed(
     model: VllmAPI, lake: Place, server: ScriptedServer, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Worker and flow run are killed: the heartbeat timeout reports it, and a new run resumes."""
-    monkeypatch.setenv("VLLM_TASKS_SILENCE", "5")
+    monkeypatch.setenv("VLLM_TASKS_HEARTBEAT_TIMEOUT", "5")
 
     def goes_down() -> None:
         workers.kill()

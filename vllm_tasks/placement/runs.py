@@ -66,7 +66,7 @@ class Runs:
     repeatable: bool
     """Whether a part whose run died may be restarted."""
     on_progress: OnProgress = lambda _: None
-    _heartbeat_timeout: float = field(default_factory=lambda: site_settings().silence)
+    _heartbeat_timeout: float = field(default_factory=lambda: site_settings().heartbeat_timeout)
     _is_reachable: bool = True
     """Whether Prefect's server responded to the last poll."""
 
