@@ -1038,13 +1038,13 @@ def test_rows_that_changed_are_shown_with_what_was_said(make: Make, here: Place,
     pupil.misses(1, 2, 3)
     pupil.refuses = {"q4"}
     changed = only(validate(model, validation(10, rows_shown=2), max_failed=1)).changed
-    losses, wins = [c for c in changed if not c.is_win], [c for c in changed if c.is_win]
+    losses, wins = [c for c in changed if not c.improved], [c for c in changed if c.improved]
     assert len(losses) == 2
     (win,) = wins
-    assert (win.inputs, win.target, win.said_before, win.said_after) == (["q0"], "a0", "no idea", "a0")
+    assert (win.inputs, win.target, win.answer_before, win.answer_after) == (["q0"], "a0", "no idea", "a0")
     assert (win.before, win.after) == (0.0, 1.0)
     shown = only(validate(model, validation(10, rows_shown=9), max_failed=1)).changed
-    assert {c.target: c.said_after for c in shown if not c.is_win}.keys() <= {"a1", "a2", "a3", "a4"}
+    assert {c.target: c.answer_after for c in shown if not c.improved}.keys() <= {"a1", "a2", "a3", "a4"}
     assert only(validate(model, validation(10, rows_shown=0), max_failed=1)).changed == ()
 
 

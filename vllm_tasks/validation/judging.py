@@ -114,7 +114,7 @@ class Judging:
                 score=now.scores[row],
                 inputs=self.snapshot.cases[row].inputs,
                 target=self.snapshot.cases[row].target,
-                said=texts[row],
+                answer=texts[row],
             )
             for row in wrong[: self.validation.rows_shown]
         ]
@@ -138,11 +138,11 @@ class Judging:
                 metric=metric.identifier,
                 before=then[row],
                 after=now.scores[row],
-                is_win=gains[row] > 0,
+                improved=gains[row] > 0,
                 inputs=self.snapshot.cases[row].inputs,
                 target=self.snapshot.cases[row].target,
-                said_before=_answer_or_error(before[row]),
-                said_after=_answer_or_error(after[row]),
+                answer_before=_answer_or_error(before[row]),
+                answer_after=_answer_or_error(after[row]),
             )
             for row in (*regressed, *improved)
         ]

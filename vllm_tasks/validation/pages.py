@@ -129,8 +129,8 @@ def _parts(model: str, report: DatasetReport) -> Iterator[str]:
     for value in report.values:
         changed = [row for row in report.changed if row.metric == value.metric]
         for what, rows in (
-            ("regressed", [row for row in changed if not row.is_win]),
-            ("improved", [row for row in changed if row.is_win]),
+            ("regressed", [row for row in changed if not row.improved]),
+            ("improved", [row for row in changed if row.improved]),
         ):
             if rows:
                 yield f"## Most {what} rows in {words(value.metric)}"
@@ -191,12 +191,12 @@ def picture_of(report: DatasetReport) -> str:
 
 
 def _changed(row: ChangedRow) -> list[str]:
-    texts = _input(row.inputs), row.target, row.said_before, row.said_after
+    texts = _input(row.inputs), row.target, row.answer_before, row.answer_after
     return [str(row.row), f"{row.before:.3g} → {row.after:.3g}", *(code(_text(text)) for text in texts)]
 
 
 def _worst(row: WorstRow) -> list[str]:
-    texts = _input(row.inputs), row.target, row.said
+    texts = _input(row.inputs), row.target, row.answer
     return [str(row.row), f"{row.score:.3g}", *(code(_text(text)) for text in texts)]
 
 

@@ -91,11 +91,11 @@ class ChangedRow:
     metric: str
     before: float
     after: float
-    is_win: bool
+    improved: bool
     inputs: Any
     target: Any
-    said_before: Any
-    said_after: Any
+    answer_before: Any
+    answer_after: Any
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class WorstRow:
     score: float
     inputs: Any
     target: Any
-    said: Any
+    answer: Any
 
 
 @dataclass(frozen=True)
