@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import uuid
@@ -13,6 +14,7 @@ from typing import Any
 from urllib.error import URLError
 
 import pytest
+from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import BlockDocumentUpdate
 from prefect.settings import get_current_settings
@@ -368,3 +370,12 @@ class TestDatalayer(StandardSuite):
     @pytest.fixture
     def block(self) -> type[Datalayer]:
         return Datalayer
+
+
+@pytest.mark.parametrize("block", [VllmAPI, VllmModel, Datalayer])
+def test_the_page_of_a_block_has_an_example(block: type[Block]) -> None:
+    """Prefect's UI prints what stands between fences; it is code that names the block."""
+    example = block.get_code_example() or ""
+    (code,) = re.findall(r"```python\n(.*?)```", example, re.DOTALL)
+    assert f"{block.__name__}.load" in code
+    compile(code, "example", "exec")

@@ -27,7 +27,7 @@ from vllm_tasks.errors import near
 
 BLOCKS: dict[str, dict[str, type[Block]]] = {
     "model": {"vllm-api": VllmAPI, "vllm-model": VllmModel},
-    "db": {"datalayer": Datalayer},
+    "db": {"vllm-datalayer": Datalayer},
 }
 """Kinds of saved blocks that a parameter may name."""
 

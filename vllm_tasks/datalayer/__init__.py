@@ -104,10 +104,12 @@ class Datalayer(Block):
     _logo_url: ClassVar[Any] = LOGO
     _documentation_url: ClassVar[Any] = "https://docs.sqlalchemy.org/en/20/core/engines.html"
     _code_example = """
+        ```python
         from vllm_tasks import Datalayer
 
         db = Datalayer.load("BLOCK_NAME")
         answers = db.outputs("my-model")
+        ```
         """
 
     model_config = ConfigDict(extra="forbid")

@@ -30,10 +30,12 @@ class VllmAPI(Predictor, Block):
     _description: ClassVar[str] = "Prompts a model on a vLLM server."
     _documentation_url: ClassVar[Any] = f"{VLLM_DOCS}/serving/openai_compatible_server.html"
     _code_example: ClassVar[str] = """
+        ```python
         from vllm_tasks import VllmAPI
 
         model = VllmAPI.load("BLOCK_NAME")
         answers = model.predict_batches(["What is the capital of France?"])
+        ```
         """
 
     _reached_by: ClassVar[tuple[str, ...]] = ("api_url", "model", "api_key")

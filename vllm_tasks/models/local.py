@@ -36,11 +36,13 @@ class VllmModel(Predictor, Block):
     _description: ClassVar[str] = "Runs a model with vLLM where the flow runs."
     _documentation_url: ClassVar[Any] = f"{VLLM_DOCS}/serving/offline_inference.html"
     _code_example: ClassVar[str] = """
+        ```python
         from vllm_tasks import VllmModel
 
         model = VllmModel.load("BLOCK_NAME")
         with model:
             answers = model.predict_batches(["What is the capital of France?"])
+        ```
         """
 
     _elsewhere: ClassVar[str] = "; vLLM's engine arguments go into vllm_kwargs"
