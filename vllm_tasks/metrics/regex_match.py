@@ -1,4 +1,4 @@
-"""Regex match: 1 if a pattern finds the target in the answer, else 0; the value is the fraction of rows.
+"""Regex match: 1 if a pattern finds the target, else 0; the value is the fraction of rows where it does.
 
 Range 0 to 1, higher is better. Patterns are those of Python's `re`. A pattern with nested repetitions can
 take time exponential in the answer's length.
