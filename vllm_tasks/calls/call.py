@@ -142,8 +142,8 @@ class Call:
         """Warn of answers that were truncated at a limit that the caller has not set."""
         if truncated and not {"max_tokens", "max_completion_tokens"} & self.sampling.keys():
             logger.warning(
-                "%s: %d of %d answers were truncated at max_tokens (vLLM's own default is 16 where neither "
-                "the model nor the chat protocol says more)", self.identifier, truncated, answers,
+                "%s: %d of %d answers were truncated at max_tokens (vLLM's own default is 16 unless the "
+                "model or the chat protocol sets more)", self.identifier, truncated, answers,
             )  # fmt: skip
 
     def over(self, X: Columns) -> TableCall:  # noqa: N803 - the name in predict_in_db

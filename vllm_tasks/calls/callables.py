@@ -37,9 +37,7 @@ def _found(path: str) -> object:
         try:
             return pkgutil.resolve_name(path)
         except AttributeError:
-            importlib.import_module(
-                path.rpartition(".")[0]
-            )  # raises the reason if the module cannot be imported
+            importlib.import_module(path.rpartition(".")[0])  # if this fails, its error has the reason
             raise
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"cannot import {path!r}: {error}; expected package.module.name") from error

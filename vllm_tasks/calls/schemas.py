@@ -24,7 +24,7 @@ from vllm_tasks.rows import BuiltinType
 Json = dict[str, Any]
 BUILTIN_TYPES = get_args(BuiltinType)
 SCHEMA_WORDS = {"type", "properties", "items", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"}
-"""Every JSON Schema that restricts anything has one of these keywords."""
+"""A dict without any of these keywords is not accepted as a JSON Schema."""
 KINDS: dict[str, BuiltinType] = {"string": "str", "integer": "int", "number": "float", "boolean": "bool"}
 OF_KIND: dict[BuiltinType, Json] = {
     "str": {"type": "string"},
