@@ -1,8 +1,8 @@
-"""vLLM from Prefect: prompt a model over rows, on a server or in an engine of one's own.
+"""vLLM steps for Prefect: prompt a model over rows, on a server or in a local engine.
 
-The names below are what most flows need. Exceptions are in `vllm_tasks.errors`, types of results in
-`vllm_tasks.results`, more tasks in `vllm_tasks.tasks`, flows to deploy in `vllm_tasks.flows`. Importing them
-loads neither vLLM nor torch nor Ray.
+Most flows need only the names below. Exceptions are in `vllm_tasks.errors`, result types in
+`vllm_tasks.results`, more tasks in `vllm_tasks.tasks`, and flows to deploy in `vllm_tasks.flows`. Importing
+them loads neither vLLM nor torch nor Ray.
 """
 
 from importlib.metadata import version as _version

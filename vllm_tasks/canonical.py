@@ -1,10 +1,10 @@
-"""What decides an answer, as one hash; and the hash of one row's input.
+"""The fingerprint, which is one hash of all that determines an answer, and the hash of one row's input.
 
-In the fingerprint: the model (its revision, the contents of local files, the engine arguments that change
-what it computes: see `weights`), prompt, what `prompt_func` is made of (see `functions`), contents of
-artifacts, signature, chat, system, context, sampling, output schema and datatype, and which columns are which
-argument. Not in it: where the server is, batch size, window, retries, hardware. What a server does not tell,
-its weights, cannot be in it.
+The fingerprint covers the model (its revision, the contents of local files, the engine arguments that change
+what it computes: see `weights`), the prompt, the code and data of `prompt_func` (see `functions`), the
+contents of artifacts, signature, chat, system, context, sampling, output schema, datatype, and the columns
+with their arguments. It does not cover the server's address, batch size, window, retries and hardware, nor
+the weights behind a server, which does not report them.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from typing import Any
 from uuid import UUID
 
 DEEPEST = 100
-"""Levels of nested values that are told apart."""
+"""The number of nested levels within which values are distinguished."""
 PLAIN_TEXTS = date, time, timedelta, Decimal, UUID, Fraction, complex, PurePath
-"""Types whose text says all of a value."""
+"""Types whose text determines the value."""
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
-    """SHA-256 in hexadecimal digits of `parts` as canonical JSON; the same on every machine."""
+    """Return the SHA-256 of `parts` as canonical JSON, in hexadecimal; it is the same on every machine."""
     return hashlib.sha256(canonical(parts).encode()).hexdigest()
 
 
 def input_hash(values: Sequence[Any]) -> str:
-    """128 bits in hexadecimal digits of what one row's prompt is made of."""
+    """Return a 128-bit hash, in hexadecimal, of the values that one row's prompt is made of."""
     return hashlib.blake2b(canonical(values).encode(), digest_size=16).hexdigest()
 
 
 def canonical(value: Any) -> str:
-    """JSON with sorted keys; what JSON has no type for is written with its type.
+    """Return JSON with sorted keys. A value that JSON has no type for is written with its type.
 
-    A float that is a whole number is written as one: a form in a browser makes 0 of 0.0.
+    A float with an integral value is written as an integer, because a form in a browser turns 0.0 into 0.
     """
     return json.dumps(_plain(value, 0), sort_keys=True, separators=(",", ":"))
 
 
 def _plain(value: Any, depth: int) -> Any:
-    """`value` as JSON's types; an object by its class and state, never by its address."""
+    """Return `value` in JSON's types: an object as its class and state, never its address."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -66,13 +66,13 @@ def _plain(value: Any, depth: int) -> Any:
 
 
 def _state_of(value: object) -> Any:
-    """What an object holds: its attributes, or where it has none what it would be copied by."""
+    """Return an object's attributes, or, if it has none, the state that a copy would be made from."""
     if (attributes := getattr(value, "__dict__", None)) is not None:
         return attributes
     reducer = copyreg.dispatch_table.get(type(value))
     try:
         copied = reducer(value) if reducer else value.__reduce_ex__(2)
-    except Exception:  # noqa: BLE001 - whatever its class raises: it is known by its class alone
+    except Exception:  # noqa: BLE001 - its class may raise anything; the class alone then counts
         return None
     return copied if isinstance(copied, str) else [_listed(part) for part in copied[1:]]
 

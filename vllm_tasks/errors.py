@@ -1,15 +1,15 @@
-"""What can go wrong, by what the caller does next.
+"""The exceptions of this package, by what the caller does next.
 
     VllmTasksError
-    ├── InvalidCall        fix the call: a name, a value, a key, a model that is not there
-    ├── ServerUnavailable  wait: no server answered within the grace period
-    ├── EngineFailed       look at the engine: it did not start, or died and did not come back
-    ├── TablesUnavailable  wait: a lake or database could not be reached, or had no room
+    ├── InvalidCall        fix the call: a name, a value or a key is wrong, or a model does not exist
+    ├── ServerUnavailable  wait: no server could be reached within the grace period
+    ├── EngineFailed       look at the engine: it did not start, or died and could not be restarted
+    ├── TablesUnavailable  wait: a lake or database could not be reached, or was full
     ├── RowErrors          look at the rows: some failed, the others have their answers
     ├── TooManyFailed      look at the rows: more failed than the budget allows; the rest is committed
     └── GateFailed         look at the model: it is below its limits; everything is recorded
 
-A single row that fails is not an exception but a `RowError` value (see `vllm_tasks.rows`).
+A single row that fails raises no exception; its result is a `RowError` (see `vllm_tasks.rows`).
 """
 
 from __future__ import annotations
@@ -26,39 +26,40 @@ if TYPE_CHECKING:
     from vllm_tasks.validation.report import ValidationReport
 
 SHOWN = 5
+"""Number of rows or names that a message lists."""
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """'; did you mean ...?', or nothing."""
+    """Return '; did you mean ...?' with the closest of `names`, or an empty text if none is close."""
     folded = {n.casefold(): n for n in names}
     match = difflib.get_close_matches(name.casefold(), folded, 1)
     return f"; did you mean {folded[match[0]]!r}?" if match else ""
 
 
 class VllmTasksError(Exception):
-    """Any error of this package.
+    """The base class of all errors of this package.
 
-    `results`, when a call failed under way: one entry a row in input order, None for a row that was
-    neither answered nor failed by then.
+    If a call fails midway, `results` has one entry per row in input order. The entry is None for a row that
+    had neither completed nor failed by then.
     """
 
     results: list[Any] | None = None
     repeatable: bool = True
-    """Whether the same call may be made again without doing again what is done."""
+    """Whether the same call may be repeated without repeating the work that is already done."""
 
 
 class InvalidCall(VllmTasksError, ValueError):
-    """The call cannot succeed as it is; the message names the value, the limit and the way out."""
+    """The call cannot succeed as it is. The message names the value, the limit and the way out."""
 
 
 class ServerUnavailable(VllmTasksError, ConnectionError):
-    """No server could be reached within the grace period; the same call may succeed later."""
+    """No server could be reached within the grace period. The same call may succeed later."""
 
 
 class EngineFailed(VllmTasksError, RuntimeError):
-    """The local engine did not start, or died and could not be started again.
+    """The local engine did not start, or died and could not be restarted.
 
-    `temporary` says whether the same call may succeed later: an engine that ran before may run again.
+    `temporary` says whether the same call may succeed later, because an engine that ran before may run again.
     """
 
     def __init__(self, message: str, temporary: bool = False) -> None:
@@ -70,14 +71,14 @@ class EngineFailed(VllmTasksError, RuntimeError):
 
 
 class TablesUnavailable(VllmTasksError, ConnectionError):
-    """A lake or database was lost or full; nothing of the failed step is written, and it may be repeated."""
+    """A lake or database was lost or full. The failed step wrote nothing and may be repeated."""
 
 
 class RowErrors(VllmTasksError):
-    """Some rows failed after all rows were tried.
+    """Some rows failed. It is raised after all rows have been attempted.
 
-    `errors` are the failed rows in input order; `results` has one entry a row in input order,
-    the failed ones as `RowError` values, so that nothing already answered is lost.
+    `errors` has the failed rows in input order. `results` has one entry per row in input order: the answer,
+    or a `RowError` for a failed row. So no completed row is lost.
     """
 
     def __init__(self, errors: Sequence[RowError], results: Sequence[Any]) -> None:
@@ -93,15 +94,15 @@ class RowErrors(VllmTasksError):
         return (
             f"{len(self.errors)} of {len(self.results)} rows failed: {shown}{more}. "
             "The answers of the others are in `.results`; "
-            'on_error="return" gives failed rows as values.'
+            'on_error="return" returns failed rows as values.'
         )
 
     def __repr__(self) -> str:
-        return f"RowErrors({len(self.errors)} of {len(self.results)} rows)"  # never the rows' contents
+        return f"RowErrors({len(self.errors)} of {len(self.results)} rows)"  # without the rows' contents
 
 
 class _Reported(VllmTasksError):
-    """A run ended as `report` says; all that was finished is kept."""
+    """A run that ended as `report` says. All finished rows are kept."""
 
     def __init__(self, message: str, report: Any) -> None:
         super().__init__(message, report)
@@ -111,22 +112,22 @@ class _Reported(VllmTasksError):
         return str(self.args[0])
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self})"  # Prefect logs it: without the whole report
+        return f"{type(self).__name__}({self})"  # Prefect logs it, so it leaves out the report
 
 
 class TooManyFailed(_Reported):
-    """More rows failed than `max_failed` allows; all that was finished by then is committed.
+    """More rows failed than `max_failed` allows. All rows that had finished by then are committed.
 
-    `report` says how many, why, and where the outputs are.
+    `report` says how many rows failed, why, and where the outputs are.
     """
 
     report: Report
 
 
 class GateFailed(_Reported):
-    """A model is below a threshold, or worse than it was by more than is allowed; all of it is recorded.
+    """A model is below a threshold, or regressed by more than is allowed. The run is recorded completely.
 
-    `report` has the values, and why.
+    `report` has the values and the reasons.
     """
 
     report: ValidationReport

@@ -1,4 +1,4 @@
-"""Where files may be that models, artifacts and tables name: the folders and URIs that a site allows."""
+"""The folders and URIs that a site allows for the files that models, artifacts and tables name."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ QUERY = re.compile(r"(://[^?#\s]*)[?#][^\s'\"]*")
 def check_place(what: str, uri: str) -> None:
     """Raise `InvalidCall` for a file or folder outside the places that the site allows.
 
-    A path counts by where it leads, links followed; a URI by how it begins, up to a whole `/`. One with
-    `..` or `::` in it is in no place: the one leads out of a folder, the other into another filesystem.
+    A local path is checked after its links are followed, a URI by its beginning, segment by segment. A URI
+    with `..` or `::` is in no place: `..` leads out of a folder, `::` into another filesystem.
     """
     places = site_settings().places
     if not places or any(_is_in(uri, place) for place in places):
         return
     raise InvalidCall(
-        f"{what} {without_secrets(uri)!r:.200} is outside the places that files may be in here, {places}; "
+        f"{what} {without_secrets(uri)!r:.200} is outside the places that this site allows, {places}; "
         "move it there, or have the site add its folder, or the beginning of its URI, to VLLM_TASKS_PLACES "
         "(a JSON list)"
     )
 
 
 def without_secrets(text: str) -> str:
-    """`text` with `scheme://user:password@host/path?query` as `scheme://host/path?...`.
+    """Return `text` with `scheme://user:password@host/path?query` as `scheme://host/path?...`.
 
-    Whatever characters the password has: rather too much is left out than a part of it shown.
+    A password may have any characters: this function removes too much rather than leave a part of it.
     """
     return QUERY.sub(r"\1?...", USERINFO.sub("://", text))
 
 
 def has_password(uri: str) -> bool:
-    """Whether a password, or whatever has a colon before an `@`, stands after the scheme."""
+    """Return whether a password follows the scheme: any text with a colon before an `@`."""
     found = USERINFO.search(uri)
     return found is not None and ":" in found[1]
 

@@ -1,4 +1,4 @@
-"""What calls return: the types of results, for annotations and `isinstance`."""
+"""The types that calls return, for annotations and `isinstance`."""
 
 from vllm_tasks.rows import Choice, Completion, RowError, TokenLogprob
 from vllm_tasks.tables import ErrorKind, FailedRow, Preview, PreviewRow, Report

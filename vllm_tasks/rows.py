@@ -1,4 +1,4 @@
-"""What crosses the boundaries between prompts, batching and engines: frozen values, no clients."""
+"""The values that pass between prompts, batching and engines. They are immutable and hold no clients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Message = Mapping[str, Any]
-"""One chat message as vLLM takes it: `role`, `content` (text or a list of content parts), ..."""
+"""One chat message in vLLM's format: `role`, `content` (a text or a list of content parts) and more."""
 
 RowErrorKind = Literal[
     "read",  # the row could not be read
@@ -16,23 +16,23 @@ RowErrorKind = Literal[
     "refused",  # vLLM refused this request (HTTP 4xx, or its own validation)
     "timeout",  # every attempt took longer than `timeout`
     "connection",  # the connection broke at every attempt while the server was up
-    "server",  # the server kept answering 5xx, 408 or 429
-    "response",  # the answer was not what the protocol promises
-    "engine",  # the local engine failed on this row, or died on it again and again
-    "output",  # the answer is not of the type asked for
+    "server",  # the server kept replying 5xx, 408 or 429
+    "response",  # the response does not follow the protocol
+    "engine",  # the local engine failed on this row, or died on it repeatedly
+    "output",  # the answer is not of the requested type
 ]
 
 GIVEN_UP = frozenset(("abort", "error"))
-"""vLLM's finish reasons of an answer that it did not end: by a shutdown or a pause, or by an error of its
-own, of which its engine, unlike its server, raises none."""
+"""vLLM's finish reasons for an answer that it gave up: `abort` at a shutdown or a pause, `error` after an
+internal error. vLLM's server raises such an error, its engine does not."""
 
 BuiltinType = Literal["str", "int", "float", "bool", "json", "bytes"]
-"""Types of an answer, and of the columns that answers are kept in."""
+"""The types of an answer, and of the columns that store answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One row on its way to an engine: a text, or chat messages, and its sampling parameters.
+    """The request of one row to an engine: a text or chat messages, and the sampling parameters.
 
     All rows of a call share one `sampling` mapping.
     """
@@ -43,10 +43,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One token with its log probability (natural log), and those that vLLM gives for the likeliest tokens.
+    """One token with its log probability (natural log), and those that vLLM reports for the likeliest tokens.
 
-    `top` is a list of pairs, as several tokens may read alike. Over HTTP a completion (not a chat) has them
-    by their text, so there the last one of such tokens stands for all.
+    `top` is a list of pairs, because several tokens may have the same text. Over HTTP, a completion (not a
+    chat) reports them by their text, so only the last of such tokens is in `top`.
     """
 
     token: str
@@ -56,10 +56,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One completion. What the protocol did not carry is None.
+    """One of the `n` answers to a request. A field that the protocol did not carry is None.
 
-    `finish_reason` is vLLM's: `stop`, `length` (truncated at `max_tokens` or at the context), `abort`, ...
-    `token_ids` come from the local engine unless `echo` is set, over HTTP with `return_token_ids=True`.
+    `finish_reason` is vLLM's, such as `stop`, `abort` or `length` (truncated at `max_tokens` or the context).
+    The local engine returns `token_ids` unless `echo` is set; a server does with `return_token_ids=True`.
     """
 
     text: str
@@ -72,11 +72,11 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The full answer of one row: `n` choices, and the tokens that vLLM counted.
+    """The complete answer for one row: `n` choices, and the numbers of tokens that vLLM counted.
 
-    `seconds`: from handing the row to the engine (the server's request, the local host) to its answer,
-    without waiting for a place in the window; of several attempts, the one that succeeded. Two answers that
-    differ in it alone are equal.
+    `seconds` is the time from handing the row to the engine (the HTTP request, or the local engine's process)
+    to its completion, without the wait for a slot in the window. It is the time of the attempt that
+    succeeded. Two completions that differ in it alone are equal.
     """
 
     choices: tuple[Choice, ...]
@@ -93,21 +93,21 @@ class Completion:
 
 
 def given_up(completion: Completion) -> str:
-    """Why vLLM gave an answer up before its end; empty for one that it has ended."""
+    """Return why vLLM gave up an answer before its end; empty for a complete answer."""
     return ", ".join(sorted(GIVEN_UP & {choice.finish_reason for choice in completion.choices}))
 
 
 def reason_of(kind: str, message: str) -> str:
-    """A row's error without what the model said, which stands in `_error` and is not for everyone."""
+    """Return a row's error without the model's answer, which is private and kept in `_error` alone."""
     return message.partition(": ")[0] if kind == "output" else message
 
 
 @dataclass(frozen=True, slots=True)
 class RowError:
-    """Why one row has no answer.
+    """The reason why one row has no answer.
 
-    `index` is the row's position in the call, from 0. `retryable` says whether the same row may
-    succeed later (a timeout, a lost connection) or not (a prompt that is too long).
+    `index` is the row's position in the call, from 0. `retryable` says whether the same row may succeed
+    later (a timeout, a lost connection) or not (a prompt that is too long).
     """
 
     kind: RowErrorKind
@@ -117,7 +117,7 @@ class RowError:
 
     @property
     def reason(self) -> str:
-        """The message for logs and pages."""
+        """The message for logs and pages: `message` without the model's answer."""
         return reason_of(self.kind, self.message)
 
 

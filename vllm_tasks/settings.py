@@ -1,4 +1,4 @@
-"""What a site decides, from the environment: `VLLM_TASKS_<NAME>`."""
+"""Site settings, read from the environment variables `VLLM_TASKS_<NAME>`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ PREFIX = "VLLM_TASKS_"
 
 
 class Settings(BaseSettings):
-    """Site settings. What a model says itself wins over them."""
+    """Site settings. A model's own parameter takes precedence over its setting."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX)
 
     api_url: str = Field(
         default="",
-        description="Server of a `VllmAPI` that names none; several are separated by commas.",
+        description="Server of a `VllmAPI` that names none; separate several by commas.",
     )
     api_key: SecretStr | None = Field(
         default=None, description="Key of a `VllmAPI` that has none, sent as a bearer token."
@@ -33,13 +33,13 @@ class Settings(BaseSettings):
     retries: int = Field(
         default=5,
         ge=0,
-        description="HTTP attempts of one row after its first; refusals of a full server do not count.",
+        description="HTTP attempts of one row after its first; refusals by a full server do not count.",
     )
     grace_period: float = Field(
         default=120.0,
         ge=0,
-        description="Seconds to wait for a server that nobody reaches, or that refuses all rows as too many, "
-        "before the call fails.",
+        description="Seconds to wait for a server that cannot be reached, or that refuses all rows as too "
+        "many, before the call fails.",
     )
     max_response_bytes: int = Field(
         default=64 * 2**20, ge=1024, description="Largest HTTP response read for one row, in bytes."
@@ -53,41 +53,43 @@ class Settings(BaseSettings):
     engine_timeout: float = Field(
         default=600.0,
         gt=0,
-        description="Seconds without a token or an answer for any of its rows, after which a local engine "
+        description="Seconds without a token or a completion for any of its rows, after which a local engine "
         "is restarted.",
     )
     commit_rows: int = Field(
-        default=512, ge=1, description="Rows of a commit group of `predict_in_db`, unless the call says."
+        default=512, ge=1, description="Rows per commit group of `predict_in_db`, unless the call sets it."
     )
     commit_seconds: float = Field(
         default=30.0,
         gt=0,
-        description="Seconds after which finished rows are committed, however few; sooner at first.",
+        description="Seconds after which finished rows are committed, however few; sooner in a young run.",
     )
     select_memory: str = Field(
         default="25%",
-        description="Memory that a SELECT over the files of a lake may take, as DuckDB has it: 4GB, or a "
-        "percentage of the machine's; what it needs beyond is spilled to the temporary folder.",
+        description="Memory that a SELECT over the files of a lake may take, as DuckDB writes it: 4GB, or a "
+        "percentage of the machine's; the rest is spilled to the temporary folder.",
     )
     gpu_work_pool: str = Field(
         default="",
-        description="Work pool for steps with a local model that names none; empty: they run where they are.",
+        description="Work pool for steps with a local model that names none; empty: they run in the flow's "
+        "own process.",
     )
     heartbeat_timeout: float = Field(
         default=90.0,
         gt=0,
-        description="Seconds without a sign of life after which a flow run that a step made counts as dead.",
+        description="Heartbeat timeout: seconds without a heartbeat after which a flow run that a step "
+        "created counts as dead.",
     )
     gpu_slots: str = Field(
         default="",
-        description="Global concurrency limit of Prefect of which a local engine holds a slot for each of "
-        "its GPUs; `make pools` sets it for its pools.",
+        description="Prefect's global concurrency limit in which a local engine holds a slot for each of its "
+        "GPUs; `make pools` sets it for its pools.",
     )
     gpus: int = Field(
         default=0,
         ge=0,
-        description="GPUs of the machine that a local engine takes for itself, at least as many as it is "
-        "split over; 0: vLLM takes the first ones, whoever else uses them.",
+        description="GPUs of the machine that a local engine reserves, at least as many as it is split over; "
+        "0: vLLM takes the first ones, whoever else uses them.",
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO",
@@ -96,7 +98,7 @@ class Settings(BaseSettings):
     )
     trust_remote_code: bool = Field(
         default=True,
-        description="Whether engines may run code that comes with a model; false refuses models that would.",
+        description="Whether engines may run code of a model's own; false refuses models that would run it.",
     )
     places: Json[list[str]] = Field(
         default=[],
@@ -106,15 +108,15 @@ class Settings(BaseSettings):
     )
     callable_prefixes: Json[list[str]] = Field(
         default=["flows"],
-        validate_default=False,  # only what comes from the environment is JSON
+        validate_default=False,  # only a value from the environment is JSON
         description="Modules that dotted paths to callables may come from (a JSON list).",
     )
 
 
 def site_settings() -> Settings:
-    """Read anew at each use, so that a changed environment counts at once.
+    """Return the settings, read again at each use, so that a changed environment takes effect at once.
 
-    Raises `InvalidCall` that names the variable, its value and what is expected.
+    Raises `InvalidCall`, which names the variable, its value and the expected one.
     """
     try:
         return Settings()

@@ -288,13 +288,13 @@ def nested(depth: int) -> list[Any]:
         (typed("def f(x): return (home / 'a').read_text()", home=ROOT), "home is the folder"),
         (
             typed("def f(x):\n    import tests.calls.raises_when_imported"),
-            "f cannot be told (RuntimeError: no key)",
+            "f cannot be read (RuntimeError: no key)",
         ),
-        (typed("def f(x): return x if held else ''", held=Opaque()), "f cannot be told (KeyError"),
-        (Disconnected(), "cannot be told (RuntimeError: no connection)"),
+        (typed("def f(x): return x if held else ''", held=Opaque()), "f cannot be read (KeyError"),
+        (Disconnected(), "cannot be read (RuntimeError: no connection)"),
     ],
 )
-def test_what_cannot_be_told_is_refused(function: Any, why: str) -> None:
+def test_what_cannot_be_determined_is_refused(function: Any, why: str) -> None:
     """The error says where the object is, and the way out."""
     message = refusal(function)
     assert why in message
@@ -371,7 +371,7 @@ def test_a_function_that_changes_what_it_holds_is_refused_before_a_row_is_asked(
     (tmp_path / "t.csv").write_text("id,text\n1,a\n")
     with ScriptedServer() as server:
         model = VllmAPI(identifier="m", api_url=server.url, model="stub", prompt_func=f)
-        with pytest.raises(InvalidCall, match="changes what it holds"):
+        with pytest.raises(InvalidCall, match="changes its own data"):
             model.predict_in_db("text", "t", db=tmp_path)
         assert not server.posts
         f.version = "1"  # type: ignore[attr-defined]

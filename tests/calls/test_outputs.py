@@ -101,17 +101,17 @@ def test_an_answer_of_its_type_is_a_value_and_a_row(datatype: Any, text: str, va
 @pytest.mark.parametrize(
     ("datatype", "text", "said"),
     [
-        ("int", "1.0", "is no integer"),
-        ("int", "1_000", "is no integer"),
-        ("int", "\N{ARABIC-INDIC DIGIT THREE}", "is no integer"),
+        ("int", "1.0", "is not an integer"),
+        ("int", "1_000", "is not an integer"),
+        ("int", "\N{ARABIC-INDIC DIGIT THREE}", "is not an integer"),
         ("int", "9223372036854775808", "more than 64 bits"),
-        ("int", "1" * 5000, "is no integer of 64 bits"),
-        ("int", "", "is no integer"),
-        ("float", "nan", "is no finite"),
-        ("float", "-inf", "is no finite"),
+        ("int", "1" * 5000, "is not an integer of 64 bits"),
+        ("int", "", "is not an integer"),
+        ("float", "nan", "is not a finite"),
+        ("float", "-inf", "is not a finite"),
         ("float", "1e999", "too large for 64 bits"),
-        ("float", "1_0.5", "is no finite"),
-        ("float", "0x1p3", "is no finite"),
+        ("float", "1_0.5", "is not a finite"),
+        ("float", "0x1p3", "is not a finite"),
         ("bool", "maybe", "is none of true, yes, 1, false, no, 0"),
         ("bool", "2", "is none of"),
         ("json", "", "is not JSON"),
@@ -367,7 +367,7 @@ def test_a_property_without_a_column_is_an_error_and_no_loss() -> None:
     """predict keeps a property that the schema does not name; a table has no column and refuses it."""
     made = decoder(schema=INT_AND_TEXT)
     assert made.values(answer('{"a": 1, "z": 2}')) == {"a": 1, "z": 2}
-    assert "['z'], which no column can keep" in refused_row(made, '{"a": 1, "z": 2}')
+    assert "['z'], which no column can store" in refused_row(made, '{"a": 1, "z": 2}')
 
 
 def test_nested_schemas_references_patterns_and_formats_are_checked() -> None:
@@ -562,7 +562,7 @@ def test_lists_become_rows() -> None:
 def test_what_is_no_list_cannot_be_flattened(text: str) -> None:
     """predict returns it as a value; in a table it is an error of the row with the raw text."""
     message = refused_row(decoder("json", flatten=True), text)
-    assert "is no list" in message
+    assert "not the list that flatten needs" in message
     assert message.endswith(text)
 
 
@@ -634,9 +634,9 @@ def test_several_choices_flattened_are_a_row_each() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"datatype": "str", "flatten": True}, "datatype='str' are none: use datatype='json'"),
+        ({"datatype": "str", "flatten": True}, "datatype='str' are not lists: use datatype='json'"),
         ({"flatten": True}, "flatten makes rows of lists"),
-        ({"datatype": DataType(identifier="d"), "flatten": True}, "datatype='d' are none"),
+        ({"datatype": DataType(identifier="d"), "flatten": True}, "datatype='d' are not lists"),
         ({"schema": INT_AND_TEXT, "flatten": True}, "write the JSON Schema of the list"),
         ({"datatype": "bytes", "many": True}, "use flatten=True"),
         ({"datatype": DataType(identifier="d", encoder=packed), "many": True}, "datatype='d' gives bytes"),
@@ -667,7 +667,10 @@ def test_cut_answers_are_kept_unless_told_otherwise() -> None:
     strict = decoder(on_length="error")
     error = strict.rows(cut)
     assert isinstance(error, RowError)
-    assert error.message == "the answer was truncated at max_tokens and is refused so (on_length='error'): a"
+    assert (
+        error.message
+        == "the answer was truncated at max_tokens and is refused because of on_length='error': a"
+    )
     assert strict.values(cut) == "a"
     assert strict.rows(answer("a")) == [("a",)]
 

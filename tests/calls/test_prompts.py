@@ -398,9 +398,9 @@ def test_prompt_func_may_return_messages() -> None:
         ({"role": "user", "content": "x"}, "a dict"),
         ([{"content": "no role"}], "a list"),
         (["text"], "a list"),
-        ([{"role": "user", "content": b"x"}], "no JSON"),
-        ([{"role": "user", "content": float("nan")}], "no JSON"),
-        ([{"role": "user", "content": SimpleNamespace()}], "no JSON"),
+        ([{"role": "user", "content": b"x"}], "cannot be JSON"),
+        ([{"role": "user", "content": float("nan")}], "cannot be JSON"),
+        ([{"role": "user", "content": SimpleNamespace()}], "cannot be JSON"),
     ],
 )
 def test_what_prompt_func_may_not_return_fails_the_row(returned: object, said: str) -> None:
@@ -585,7 +585,7 @@ def test_messages_go_out_as_they_are_given() -> None:
 def test_two_system_messages_are_the_rows_error() -> None:
     """Which of them counts is not guessed."""
     rows = [{"role": "system", "content": "be short"}, {"role": "user", "content": "hi"}]
-    assert "leave one out" in refusal(prompter(chat=True, system="be long")(rows))
+    assert "remove one of them" in refusal(prompter(chat=True, system="be long")(rows))
     assert prompter(chat=True)(rows) == rows
 
 
@@ -596,8 +596,8 @@ def test_messages_may_be_json_as_in_a_csv() -> None:
     assert prompter(chat=True)(text) == [{"role": "user", "content": text}]
     read = prompter(chat=True, messages_as_json=True, system="be short")
     assert read(text) == [{"role": "system", "content": "be short"}, *rows]
-    assert "is no JSON" in refusal(read("hi"))
-    assert "no list of chat messages" in refusal(read('"hi"'))
+    assert "is not JSON" in refusal(read("hi"))
+    assert "not a list of chat messages" in refusal(read('"hi"'))
     assert read.identity() != prompter(chat=True, system="be short").identity()
 
 

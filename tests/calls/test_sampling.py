@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from vllm_tasks.calls.sampling import (
-    GONE,
     LOCAL_EXTRAS,
     OWNED,
+    REMOVED,
     Target,
     _fields,
     check_names,
@@ -116,9 +116,9 @@ def test_hints_lead_to_names_that_are_known(target: Target) -> None:
     assert {"n", "structured_outputs", "max_tokens"} <= known_names(target)
 
 
-def test_the_engine_takes_no_gone_name() -> None:
-    """No name that is listed as removed is among the engine's."""
-    assert not GONE.keys() & known_names("local")
+def test_the_engine_takes_no_removed_name() -> None:
+    """A name listed as removed is not among the engine's."""
+    assert not REMOVED.keys() & known_names("local")
     assert known_names("local") >= LOCAL_EXTRAS
 
 

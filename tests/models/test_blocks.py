@@ -299,7 +299,7 @@ def test_a_function_of_a_script_is_refused(tmp_path: Path) -> None:
         ]
     )
     said = python("-c", code, home=tmp_path)
-    assert "'__main__.ask' lives in a script and cannot be saved" in said.stdout
+    assert "'__main__.ask' is defined in a script and cannot be saved" in said.stdout
 
 
 def test_a_function_outside_the_allowed_modules_is_refused_when_saved(

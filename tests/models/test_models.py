@@ -85,7 +85,7 @@ def test_every_field_has_a_description(make: Any) -> None:
         ({"signature": "kwargs"}, ["'kwargs'", "'**kwargs'"]),
         ({"datatype": "string"}, ["'string'", "'str'"]),
         ({"predict_kwargs": {"temprature": 0}}, ["'temprature'", "did you mean 'temperature'"]),
-        ({"predict_kwargs": {"stream": True}}, ["'stream' cannot be set", "awaited whole"]),
+        ({"predict_kwargs": {"stream": True}}, ["'stream' cannot be set", "complete answers"]),
         ({"compute_kwargs": {"num_gpu": 1}}, ["'num_gpu'", "'num_gpus'"]),
         ({"artifacts": {"a": {"uri": "x", "datatype": "yaml"}}}, ["'yaml'", "'json'"]),
         ({"artifacts": {"a": {"uri": ""}}}, ["artifacts.a.uri", "at least 1"]),
@@ -104,15 +104,15 @@ def test_every_field_has_a_description(make: Any) -> None:
         ({"output_schema": "vllm_tasks.absent.Y"}, ["No module named 'vllm_tasks.absent'"]),
         (
             {"output_schema": "vllm_tasks.calls.prompts.joined"},
-            ["'vllm_tasks.calls.prompts.joined'", "no pydantic model"],
+            ["'vllm_tasks.calls.prompts.joined'", "not a pydantic model"],
         ),
-        ({"output_schema": "vllm_tasks.calls.prompts.Template"}, ["no pydantic model"]),
+        ({"output_schema": "vllm_tasks.calls.prompts.Template"}, ["not a pydantic model"]),
         (
             {"output_schema": {"type": "str"}, "datatype": "int"},
             ["datatype='int' and output_schema", "one of"],
         ),
-        ({"output_schema": {"type": "integr"}}, ["no valid JSON Schema at $.type", "'integr'"]),
-        ({"output_schema": {"type": "string", "pattern": "("}}, ["no valid JSON Schema at $.pattern"]),
+        ({"output_schema": {"type": "integr"}}, ["not a valid JSON Schema at $.type", "'integr'"]),
+        ({"output_schema": {"type": "string", "pattern": "("}}, ["not a valid JSON Schema at $.pattern"]),
         ({"output_schema": {"$ref": "#/$defs/A"}}, ["'#/$defs/A'", "not in it", "'#/$defs/NAME'"]),
         ({"output_schema": {"$ref": "http://x/y"}}, ["'http://x/y'", "not in it"]),
         ({"output_schema": {"const": {1}}}, ["plain data (JSON)"]),
@@ -722,7 +722,7 @@ def test_what_is_wrong_with_a_call_raises_before_anything_is_asked(server: EchoS
         api(server, chat=False).predict("x", top_logprobs=2)
     with pytest.raises(InvalidCall, match="'suffix' is for text prompts"):
         api(server, chat=True).predict("x", suffix="y")
-    with pytest.raises(InvalidCall, match="takes texts, no chat messages"):
+    with pytest.raises(InvalidCall, match="takes texts, not chat messages"):
         api(server, "/generate").predict([{"role": "user", "content": "x"}])
     with pytest.raises(InvalidCall, match="no context was given"):
         api(server, prompt="{context}{input}").predict("x")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from vllm_tasks import InvalidCall
 from vllm_tasks.metrics import BUILT_IN, built_in
 from vllm_tasks.metrics.data import JsonText
-from vllm_tasks.metrics.judge import judge_messages, verdict_schema
+from vllm_tasks.metrics.judge import judge_messages, judge_schema
 from vllm_tasks.metrics.measure import Answer, Likelihood
 
 quick = settings(deadline=None, max_examples=40)
@@ -378,7 +378,7 @@ def test_a_verdict_is_scaled() -> None:
     values = [score("judge", {"reason": "", "score": s}, None, rubric="r") for s in (1, 3, 5)]
     assert values == [0, 0.5, 1]
     assert score("judge", {"score": 7}, "t", scale=[0, 10]) == 0.7
-    assert verdict_schema((0, 10))["properties"]["score"] == {"type": "integer", "minimum": 0, "maximum": 10}
+    assert judge_schema((0, 10))["properties"]["score"] == {"type": "integer", "minimum": 0, "maximum": 10}
 
 
 def test_an_answer_cannot_leave_its_part_of_the_judges_prompt() -> None:
@@ -434,13 +434,13 @@ def test_a_megabyte_is_scored(name: str) -> None:
         ("exact_match", ("a", None), {}, "not None"),
         ("numeric_match", ("1", "none"), {}, "'none' has none"),
         ("numeric_match", ("1", float("nan")), {}, "number in the target"),
-        ("numeric_match", ("1", 1), {"tolerance": -1}, "0 or more, such as 0.01, not -1"),
+        ("numeric_match", ("1", 1), {"tolerance": -1}, "at least 0, such as 0.01, not -1"),
         ("numeric_match", ("1", 1), {"tolerance": "wide"}, "not 'wide'"),
         ("numeric_match", ("1", 1), {"tolerance": float("nan")}, "not nan"),
         ("contains", ("a", ""), {}, "the target is ''"),
-        ("regex_match", ("a", "a"), {"pattern": "(a"}, r"'\(a' is no pattern"),
-        ("regex_match", ("a", "*"), {}, r"'\*' is no pattern"),
-        ("regex_match", ("a", "a"), {"pattern": 5}, "5 is no pattern"),
+        ("regex_match", ("a", "a"), {"pattern": "(a"}, r"'\(a' is not a pattern"),
+        ("regex_match", ("a", "*"), {}, r"'\*' is not a pattern"),
+        ("regex_match", ("a", "a"), {"pattern": 5}, "5 is not a pattern"),
         ("token_f1", ({"a": 1}, "a"), {}, "json_fields or exact_match"),
         ("token_f1", ("a", {"a": 1}), {}, "not {'a': 1}"),
         ("rouge", ("a", "a"), {"kind": "rougel"}, "did you mean 'rougeL'"),
@@ -452,7 +452,7 @@ def test_a_megabyte_is_scored(name: str) -> None:
         ("accuracy", ("a", "yess"), {"labels": ["yes", "no"]}, "did you mean 'yes'"),
         ("accuracy", ("a", "a"), {"labels": ["a", "A "]}, "twice"),
         ("accuracy", ("a", "a"), {"labels": "a"}, "not 'a'"),
-        ("multiple_choice", ([Likelihood(-1, 1, 1)], 1), {}, "1 is no index, from 0, of 1 choices"),
+        ("multiple_choice", ([Likelihood(-1, 1, 1)], 1), {}, "an index, from 0, of the 1 choices, not 1"),
         (
             "multiple_choice",
             ([Likelihood(-1, 1, 1)], 0),

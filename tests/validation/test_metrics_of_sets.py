@@ -162,7 +162,7 @@ def test_macro_f1_takes_no_free_text() -> None:
     targets = [f"text {i}" for i in range(1001)]
     assert value(sums("macro_f1", targets[:1000], targets[:1000])) == 1
     for options in {}, {"labels": targets}:
-        with pytest.raises(InvalidCall, match=r"1,001 classes.* 1,000 .*: for free text take exact_match"):
+        with pytest.raises(InvalidCall, match=r"1,001 classes.* 1,000: for free text take exact_match"):
             sums("macro_f1", ["a"] * 1001, targets, **options)
 
 
@@ -214,9 +214,9 @@ def test_the_order_of_rows_does_not_matter(name: str) -> None:
         ("bleu", {"tokenize": ["13a"]}, "sacrebleu has none"),
         ("bleu", {"smooth_method": "Exp"}, "did you mean 'exp'"),
         ("bleu", {"smooth_value": "much"}, "not 'much'"),
-        ("bleu", {"max_ngram_order": 0}, "from 1 .4 is usual., not 0"),
-        ("chrf", {"char_order": 0}, "char_order is a whole number from 1, not 0"),
-        ("chrf", {"word_order": -1}, "from 0, not -1"),
+        ("bleu", {"max_ngram_order": 0}, "at least 1 .usually 4., not 0"),
+        ("chrf", {"char_order": 0}, "char_order must be an integer of at least 1, not 0"),
+        ("chrf", {"word_order": -1}, "at least 0, not -1"),
         ("chrf", {"beta": "2"}, "not '2'"),
         ("macro_f1", {"labels": ["b"]}, "none of the labels"),
     ],

@@ -1,1 +1,1 @@
-"""One call, worked out: what is sent for a row, and what its answer becomes."""
+"""One call in detail: the request that is sent for a row, and the value that its answer becomes."""

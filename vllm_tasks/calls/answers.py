@@ -1,4 +1,4 @@
-"""What becomes of answers: values for the caller of `predict`, rows for the outputs table."""
+"""Turns answers into values for the caller of `predict` and into rows of the outputs table."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from vllm_tasks.places import has_password, without_secrets
 from vllm_tasks.rows import BuiltinType, Choice, Completion, RowError
 
 OnLength = Literal["keep", "error"]
-"""What becomes of an answer that was truncated at `max_tokens`."""
+"""Whether an answer that was truncated at `max_tokens` is kept or is an error."""
 RAW_SHOWN = 2000
-"""Characters of an answer in the error that it could not be decoded."""
+"""Characters of the raw answer in the error of a row that could not be decoded."""
 
 
 class Artifact(BaseModel):
-    """A named file that prompts may use, at any fsspec URI, read once per process."""
+    """A named file that prompts may use, at any fsspec URI. It is read once per process."""
 
     model_config = ConfigDict(extra="forbid")
 
     uri: str = Field(
         min_length=1,
-        description="A path or any URI that fsspec opens; its credentials are the environment's.",
+        description="A path or any URI that fsspec opens; its credentials come from the environment.",
     )
     datatype: Literal["str", "json", "bytes"] = "str"
 
@@ -38,17 +38,18 @@ class Artifact(BaseModel):
     def _without_password(cls, value: str) -> str:
         if has_password(value):
             raise ValueError(
-                f"the uri {without_secrets(value)!r} has a password, which a block would keep readable; the "
-                "credentials of object stores and servers come from the environment, as fsspec has it"
+                f"the uri {without_secrets(value)!r} has a password, which a block would store in readable "
+                "form; set the credentials of object stores and servers in the environment, as fsspec reads "
+                "them"
             )
         return value
 
 
 def check_one_type(datatype: DataType | BuiltinType | None, output_schema: object) -> None:
-    """Raise ValueError when answers are given two types."""
+    """Raise ValueError if a model sets the type of its answers twice."""
     if output_schema is not None and datatype not in (None, "json"):
         raise ValueError(
-            f"datatype={_name_of(datatype)!r} and output_schema both say what an answer is: use one of them"
+            f"datatype={_name_of(datatype)!r} and output_schema both set the type of answers: use one of them"
         )
 
 
@@ -56,17 +57,17 @@ def check_one_type(datatype: DataType | BuiltinType | None, output_schema: objec
 class Decoder:
     """Makes values and table rows of the answers of one call.
 
-    An answer has one choice (a text), or `n` of them when `many`.
+    An answer has one choice (a text), or `n` choices if `many` is set.
     """
 
     columns: tuple[OutputColumn, ...]
-    """Of the outputs table: one `output`, or those of the schema."""
+    """The answer's columns of the outputs table: a single `output`, or those of the schema."""
     flatten: bool
     many: bool
     on_length: OnLength
-    """Of rows; `values` keeps truncated answers."""
+    """It applies to `rows`; `values` keeps truncated answers."""
     type: AnswerType
-    """Of one choice."""
+    """The type of one choice."""
 
     @classmethod
     def of(
@@ -77,7 +78,7 @@ class Decoder:
         many: bool,
         on_length: OnLength = "keep",
     ) -> Decoder:
-        """Raises `InvalidCall` for what does not go together. `many` says that `n > 1`."""
+        """Build a decoder; `many` means `n > 1`. Raise `InvalidCall` for settings that exclude each other."""
         if on_length not in get_args(OnLength):
             raise InvalidCall(f"on_length={on_length!r} is neither 'keep' nor 'error'")
         try:
@@ -87,46 +88,46 @@ class Decoder:
             raise InvalidCall(str(error)) from error
         if flatten and not many and not kind.may_be_list:
             raise InvalidCall(
-                f"flatten makes rows of lists, and answers with datatype={_name_of(datatype)!r} are none: "
-                "use datatype='json', an output_schema, or n > 1"
+                f"flatten makes rows of lists, and answers with datatype={_name_of(datatype)!r} are not "
+                "lists: use datatype='json', an output_schema, or n > 1"
             )
         columns = kind.columns
         if many and not flatten:
             if columns[0].kind == "bytes" and not kind.by_name:
                 raise InvalidCall(
-                    f"n > 1 makes lists, which tables keep as JSON, and datatype={_name_of(datatype)!r} "
-                    "gives bytes, which JSON has not: use flatten=True, which makes a row of each"
+                    f"n > 1 makes lists, which tables store as JSON, and datatype={_name_of(datatype)!r} "
+                    "gives bytes, which JSON cannot hold: use flatten=True, which makes a row of each"
                 )
             columns = (OutputColumn(OUTPUT, "json"),)
         return cls(columns, flatten, many, on_length, kind)
 
     @property
     def schema(self) -> dict[str, Any] | None:
-        """JSON Schema to ask of vLLM."""
-        return self.type.asked
+        """The JSON Schema that requests require of answers."""
+        return self.type.schema
 
     def identity(self) -> dict[str, Any]:
-        """All of this that decides what is kept of an answer, for the fingerprint."""
+        """Return all settings that determine what is stored of an answer, for the fingerprint."""
         return {
             "type": self.type.identity(),
-            # As text: the order of its properties is the order in which they are answered.
+            # A text keeps the order of the properties, in which the model writes them.
             "schema": json.dumps(self.schema),
             "flatten": self.flatten,
             "on_length": self.on_length,
         }
 
     def values(self, completion: Completion) -> Any | RowError:
-        """The value of an answer; when `many`, the list of the values of its choices."""
+        """Return the value of an answer; with `many`, the list of its choices' values."""
         values = self._read(completion)
         return values if isinstance(values, RowError) or self.many else values[0]
 
     def rows(self, completion: Completion) -> list[tuple[Any, ...]] | RowError:
-        """The answer as rows of the outputs table, each with a value for each of `columns`.
+        """Return the answer as rows of the outputs table, each with a value for each of `columns`.
 
-        One row; with `flatten` one for each item of the list, or when `many` for each choice.
+        It is one row, or with `flatten` one row per item of the list, or per choice if `many` is set.
         """
         if self.on_length == "error" and _is_truncated(completion.choices):
-            return _row_error("is refused so (on_length='error')", completion.choices)
+            return _row_error("is refused because of on_length='error'", completion.choices)
         values = self._read(completion)
         if isinstance(values, RowError):
             return values
@@ -136,7 +137,7 @@ class Decoder:
                 return [([self.type.write(v, t) for v, t in zip(values, texts, strict=True)],)]
             if self.flatten and not self.many:
                 if not isinstance(values[0], list):
-                    raise Undecodable(f"is no list, as flatten needs, but a {type(values[0]).__name__}")
+                    raise Undecodable(f"is a {type(values[0]).__name__}, not the list that flatten needs")
                 return [self.type.row(item, item) for item in values[0]]
             return [self.type.row(v, t) for v, t in zip(values, texts, strict=True)]
         except Undecodable as error:
@@ -146,7 +147,7 @@ class Decoder:
         values = []
         for choice in completion.choices:
             if not choice.text and (choice.reasoning or choice.tool_calls):
-                return _row_error("has no text, only reasoning or calls of tools", [choice])
+                return _row_error("has no text, only reasoning or tool calls", [choice])
             try:
                 values.append(self.type.read(choice.text))
             except Undecodable as error:
@@ -171,7 +172,7 @@ def _is_truncated(choices: Sequence[Choice]) -> bool:
 
 
 def _row_error(why: object, choices: Sequence[Choice]) -> RowError:
-    """Why, and the answer itself, which is kept nowhere else."""
+    """Return an error with the reason and the answer itself, which is stored nowhere else."""
     truncated = "was truncated at max_tokens and " if _is_truncated(choices) else ""
     text = " | ".join(c.text or c.reasoning or json.dumps(c.tool_calls or "") for c in choices)
     more = f"... ({len(text):,} characters)" if len(text) > RAW_SHOWN else ""

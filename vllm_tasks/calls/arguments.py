@@ -1,4 +1,4 @@
-"""The names of a call's arguments: what is misspelt is refused with the name that was meant."""
+"""Checks the names of a call's arguments: a misspelt one is refused with the closest known name."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from vllm_tasks.calls.sampling import GONE, OWNED, Target, known_names
+from vllm_tasks.calls.sampling import OWNED, REMOVED, Target, known_names
 from vllm_tasks.errors import InvalidCall
 
 
 def check_spelling(
     given: Iterable[str], call: Callable[..., Any], target: Target, more: Iterable[str] = ()
 ) -> None:
-    """Raise `InvalidCall` for a name that is neither an argument of `call` nor a sampling parameter, but near
-    to an argument. What is near to a sampling parameter is `check_names`' matter.
+    """Raise `InvalidCall` for a name that is neither an argument of `call` nor a sampling parameter, but is
+    close to an argument. `check_names` refuses names that are close to a sampling parameter.
 
-    `more`: arguments that the call has elsewhere.
+    `more` has arguments that are not in the signature of `call`.
     """
     own = {name for name, p in inspect.signature(call).parameters.items() if p.kind != p.VAR_KEYWORD}
     own |= set(more)
     known = known_names(target)
     for name in given:
-        if name in own | known or name in OWNED or name in GONE:
+        if name in own | known or name in OWNED or name in REMOVED:
             continue
         near = difflib.get_close_matches(name, own | known, n=1)
         if near and near[0] in own:

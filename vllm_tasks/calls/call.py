@@ -1,7 +1,7 @@
-"""One call, worked out: what a model and the arguments of a call amount to.
+"""One call in detail, derived from a model and the arguments of a call.
 
-A model makes it (`prepare`). What is below the models (tables, validations, work pools) knows calls, and not
-the models.
+A model creates it (`prepare`). The rooms below the models (tables, validations, work pools) know calls, but
+not the models.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Columns = str | Sequence[str] | Mapping[str, str | int]
-"""A column, several, or columns by the argument that they are, a name or a position."""
+"""A column, several columns, or a mapping from columns to arguments (names or positions)."""
 Values = Sequence[Any]
-"""Of one row, in the order of the columns."""
+"""The values of one row, in the order of the columns."""
 OnError = Literal["raise", "return"]
 Output = Any
-"""A text, or what `datatype` or `output_schema` make of it; with `n > 1` a list of those."""
+"""A text, or the value that `datatype` or `output_schema` makes of it; with `n > 1` a list of those."""
 T = TypeVar("T")
 Answerer = Callable[[Sequence[Request | RowError]], list[Result]]
-"""N requests to N results in their order."""
+"""A function from N requests to N results in their order."""
 
 
 class Model(Protocol):
-    """What is below the models knows of one."""
+    """The part of a model that the rooms below the models know."""
 
     @property
     def identifier(self) -> str: ...
@@ -59,12 +59,12 @@ class Model(Protocol):
     def prepare(
         self, call: Callable[..., Any], context: Context = None, sampling: Mapping[str, Any] | None = None
     ) -> Call:
-        """The call of the function `call`; raises `InvalidCall` for whatever is wrong with it."""
+        """Return the call of the function `call`. Raise `InvalidCall` if anything is wrong with it."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """From records to requests, and from answers to values."""
+    """Makes requests of records, and values of answers."""
 
     identifier: str
     uuid: str
@@ -75,14 +75,17 @@ class Call:
     sampling: Mapping[str, Any]
     decoder: Decoder
     behind: Mapping[str, Any] | None = None
-    """What decides an answer of the engine behind a server of ours, which does not tell it itself."""
+    """The engine arguments that determine an answer of our own server, which does not report them itself."""
     has_chat_template: bool | None = None
-    """Of the model, where that is known without asking."""
+    """Whether the model has a chat template, if that is known without a request."""
     answerer: Answerer | None = None
-    """Who answers in place of the engine: a work pool. What the model is, is known there."""
+    """Processes requests in place of the engine: a work pool, which also knows the kind of its model."""
 
     def resolved(self) -> Call:
-        """This call where it is known whether texts are sent as chat; raises as a call that has to ask."""
+        """Return this call with `chat` set, as the model's files, engine or server report it.
+
+        Raises the errors of a request if an engine or server is needed for that.
+        """
         if self.prompter.chat is not None or self.answerer is not None:
             return self
         known = self.has_chat_template
@@ -90,36 +93,36 @@ class Call:
         return replace(self, prompter=replace(self.prompter, chat=chat))
 
     def requests(self, records: Sequence[Any]) -> list[Request | RowError]:
-        """For each record a request, or why there is none; raises `InvalidCall` for what all have wrong."""
+        """Return for each record a request or its error. Raise `InvalidCall` if all have the same fault."""
         prompts = [self.prompter(record) for record in records]
         prompter = self.prompter
         if any(isinstance(prompt, str) for prompt in prompts):
             try:
                 prompter = self.resolved().prompter
             except VllmTasksError as error:
-                failed = copy.copy(error)  # others may wait for the same
+                failed = copy.copy(error)  # other callers may raise the same error
                 failed.results = [p if isinstance(p, RowError) else None for p in prompts]
                 raise failed from error.__cause__
         return requests_of(prompts, prompter.chat, prompter.system, self.sampling, self.target)
 
     def answers(self, requests: Sequence[Request | RowError]) -> list[Result]:
-        """N results for N requests, in their order."""
+        """Return N results for N requests, in their order."""
         if self.answerer is not None:
             return self.answerer(requests)
         return loop.run(sharing.generate(self.engine, requests, self.max_batch_size), raise_if_stopped)
 
     def predict(self, x: Any) -> Output:
-        """The value of one record; raises as `predict_batches`."""
+        """Return the value of one record; it raises the errors of `predict_batches`."""
         (output,) = _checked(self._values([x]), "raise")
         return output
 
     def predict_batches(self, xs: Sequence[Any], on_error: OnError = "raise") -> list[Output | RowError]:
-        """N values for N records, in their order; see `Predictor.predict_batches`."""
+        """Return N values for N records, in their order; see `Predictor.predict_batches`."""
         _check_on_error(on_error)
         return _checked(self._values(_rows_of(xs)), on_error)
 
     def completions(self, xs: Sequence[Any], on_error: OnError = "raise") -> list[Completion | RowError]:
-        """N results for N records, in their order; see `Predictor.completions`."""
+        """Return N results for N records, in their order; see `Predictor.completions`."""
         _check_on_error(on_error)
         return _checked(self._results(_rows_of(xs)), on_error)
 
@@ -136,19 +139,19 @@ class Call:
         return results
 
     def warn_of_truncated(self, truncated: int, answers: int) -> None:
-        """Warn of answers that ended at a limit that nobody set."""
+        """Warn of answers that were truncated at a limit that the caller has not set."""
         if truncated and not {"max_tokens", "max_completion_tokens"} & self.sampling.keys():
             logger.warning(
-                "%s: %d of %d answers were truncated at max_tokens (vLLM's own default is 16 where neither "
-                "the model nor the chat protocol says more)", self.identifier, truncated, answers,
+                "%s: %d of %d answers were truncated at max_tokens (vLLM's own default is 16 unless the "
+                "model or the chat protocol sets more)", self.identifier, truncated, answers,
             )  # fmt: skip
 
     def over(self, X: Columns) -> TableCall:  # noqa: N803 - the name in predict_in_db
-        """This call over the columns `X` of a table.
+        """Return this call over the columns `X` of a table.
 
-        A server is asked for the name of its model when the model has none, and for its chat template where
-        the call does not say how texts are sent. Raises `InvalidCall` for columns that no prompt can be made
-        of.
+        It requests the model's name from a server if the model has none, and the chat template if the call
+        does not determine how texts are sent. It raises `InvalidCall` if no prompt can be made of the
+        columns.
         """
         columns, record = records(X, self.prompter.signature)
         self.prompter.check_fields(record(columns))
@@ -161,8 +164,8 @@ class Call:
             made = call.requests([record(r) for r in rows])
             if (before := next(unused, None)) and fingerprint(call.prompter.identity()) != before:
                 raise InvalidCall(
-                    "prompt_func changes what it holds as it is used (a count, a cache), so that the next "
-                    f"call would ask all rows again: {WAY_OUT}"
+                    "prompt_func changes its own data as it is used (a counter, a cache), so the next call "
+                    f"would process all rows again: {WAY_OUT}"
                 )
             return made
 
@@ -190,9 +193,10 @@ def requests_of(
     sampling: Mapping[str, Any],
     target: Target,
 ) -> list[Request | RowError]:
-    """A request for each prompt, with `chat` for texts as chat messages; None: texts are left to who answers.
+    """Return a request for each prompt. With `chat`, texts become chat messages; with None they stay texts,
+    and the work pool that processes them decides.
 
-    Raises `InvalidCall` for what all have wrong.
+    Raises `InvalidCall` if all have the same fault.
     """
     if chat:
         prompts = [conversation(p, system) if isinstance(p, str) else p for p in prompts]
@@ -209,35 +213,35 @@ def requests_of(
 
 
 class RowDecoder(Protocol):
-    """What becomes of an answer in a table."""
+    """Turns an answer into rows of a table."""
 
     @property
     def columns(self) -> tuple[OutputColumn, ...]:
-        """What the model said, beside the columns that every outputs table has."""
+        """The columns of the answer, without those that every outputs table has."""
 
     @property
     def flatten(self) -> bool:
-        """Whether an answer becomes any number of rows."""
+        """Whether an answer may become any number of rows."""
 
     def rows(self, completion: Completion) -> list[tuple[Any, ...]] | RowError:
-        """The answer as rows, each with a value for each of `columns`."""
+        """Return the answer as rows, each with a value for each of `columns`."""
 
 
 @dataclass(frozen=True)
 class TableCall:
-    """A call over a table: from the values of rows to requests, from answers to the columns of outputs."""
+    """A call over a table. It makes requests of rows' values, and rows of the outputs table of answers."""
 
     call: Call
     columns: tuple[str, ...]
     requests: Callable[[Sequence[Values]], list[Request | RowError]]
     decoder: RowDecoder
     model_name: str
-    """As the engine knows it."""
+    """The name by which the engine knows the model."""
     fingerprint: str
 
 
 def records(X: Columns, signature: Signature) -> tuple[tuple[str, ...], Callable[[Sequence[Any]], Any]]:  # noqa: N803
-    """The columns that `X` names, and how their values become the record that `signature` takes."""
+    """Return the columns that `X` names, and a function from their values to a record for `signature`."""
     if isinstance(X, Mapping):
         columns, arguments = named_columns("X", tuple(X)), tuple(X.values())
     else:
@@ -251,7 +255,7 @@ def records(X: Columns, signature: Signature) -> tuple[tuple[str, ...], Callable
     if signature == "singleton":
         if len(columns) != 1:
             raise InvalidCall(
-                f"X={X!r} names {len(columns)} columns, but with signature='singleton' a record is one "
+                f"X={X!r} names {len(columns)} columns, but with signature='singleton' a record is a single "
                 "value; use signature='**kwargs' (fields by name) or '*args' (fields by position)"
             )
         return columns, lambda values: values[0]
@@ -272,22 +276,22 @@ def records(X: Columns, signature: Signature) -> tuple[tuple[str, ...], Callable
 def named_columns(name: str, given: Any) -> tuple[str, ...]:
     columns = (given,) if not isinstance(given, Iterable) or isinstance(given, str) else tuple(given)
     if not columns or not all(isinstance(c, str) and c for c in columns):
-        raise InvalidCall(f"{name}={given!r} must name one column or more")
+        raise InvalidCall(f"{name}={given!r} must name one or more columns")
     if len(set(columns)) < len(columns):
         raise InvalidCall(f"{name}={columns!r} names a column twice")
     return columns
 
 
 def identity_of(config: sharing.Config) -> tuple[str, Any]:
-    """The model's name, and the model as the fingerprint knows it.
+    """Return the model's name, and the part of the fingerprint that identifies the model.
 
-    A server is asked for the name when the call has none.
+    The name is requested from the server if the call has none.
     """
     if not isinstance(config, HttpConfig):
         arguments = json.loads(config.engine_args)
         return arguments["model"], engine_identity(arguments)
     name = config.model
-    if name is None and config.protocol != "legacy":  # which tells no name
+    if name is None and config.protocol != "legacy":  # which does not report a name
         name = loop.run(sharing.facts(config))["model"]
     return name or "", name
 
@@ -305,7 +309,7 @@ def _check_on_error(on_error: OnError) -> None:
 
 
 def _rows_of(xs: Any) -> Sequence[Any]:
-    """The records; refuses what would be iterated into something else, or in no order."""
+    """Return the records; refuse values that iterate over something else, or without an order."""
     if isinstance(xs, str | bytes | Mapping):
         raise InvalidCall(f"xs must be a list of records, got a {type(xs).__name__}; predict(x) takes one")
     if isinstance(xs, set | frozenset):
@@ -316,6 +320,6 @@ def _rows_of(xs: Any) -> Sequence[Any]:
             "one of them, table['column'], or with signature='**kwargs' all rows as dicts: "
             "table.to_pylist() of pyarrow, table.to_dict('records') of pandas"
         )
-    # pyarrow's columns iterate over scalars of its own.
+    # pyarrow's columns iterate over pyarrow's own scalars.
     rows: Sequence[Any] = xs.to_pylist() if hasattr(xs, "to_pylist") else xs
     return rows

@@ -1,4 +1,4 @@
-"""Callables in a model's fields: given as such in process, as dotted paths in blocks and forms."""
+"""Callables in a model's fields: passed as objects in Python, as dotted paths in blocks and forms."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from vllm_tasks.settings import site_settings
 
 
 def import_callable(value: object) -> object:
-    """The callable at a dotted path (`package.module.name`); anything else passes through.
+    """Return the callable at a dotted path (`package.module.name`), or any other value unchanged.
 
-    Paths arrive from blocks and forms, that is from whoever may edit those: both the path and the
-    module that defines what it leads to must lie under one of the setting's prefixes.
+    Danger: a path comes from anyone who may edit a block or a form, and could lead to any code. So the path
+    and the module that defines the callable must both be under one of the setting's prefixes.
     """
     if not isinstance(value, str):
         return value
@@ -37,32 +37,32 @@ def _found(path: str) -> object:
         try:
             return pkgutil.resolve_name(path)
         except AttributeError:
-            importlib.import_module(path.rpartition(".")[0])  # says why, where a module cannot be imported
+            importlib.import_module(path.rpartition(".")[0])  # if this fails, its error has the reason
             raise
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"cannot import {path!r}: {error}; expected package.module.name") from error
 
 
 def dotted_path(function: Callable[..., Any]) -> str:
-    """The path by which `function` would be imported; it need not lead back there."""
+    """Return the path by which `function` would be imported; it may not lead back to it."""
     module = getattr(function, "__module__", None)
     return f"{module}.{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
 def check_importable(function: Callable[..., Any]) -> None:
-    """Raise `InvalidCall` unless a saved path leads back to `function` in another process."""
+    """Raise `InvalidCall` unless the path of `function` leads back to it in another process."""
     path = dotted_path(function)
     way_out = "define it at the top level of a module that can be imported where the block is loaded"
     if function.__module__ == "__main__":
-        raise InvalidCall(f"{path!r} lives in a script and cannot be saved; {way_out}")
+        raise InvalidCall(f"{path!r} is defined in a script and cannot be saved; {way_out}")
     try:
         found = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError):
         found = None
     if found is not function:
-        raise InvalidCall(f"{path!r} cannot be imported again and so cannot be saved; {way_out}")
+        raise InvalidCall(f"{path!r} cannot be imported again, so it cannot be saved; {way_out}")
     if not _is_allowed(path):
-        raise InvalidCall(f"{path!r} could not be loaded again: it is {_outside()}")
+        raise InvalidCall(f"{path!r} could not be loaded again, because it is {_outside()}")
 
 
 def _is_allowed(module: str) -> bool:
@@ -82,4 +82,4 @@ DottedCallable = Annotated[
     PlainSerializer(dotted_path, return_type=str),
     WithJsonSchema({"type": "string", "description": "Dotted path: package.module.name"}),
 ]
-"""A callable, or the dotted path of one; saved as its path."""
+"""A callable, or the dotted path of one. It is saved as its path."""

@@ -1,7 +1,7 @@
-"""Whether the texts of a call are sent as chat: what the call says itself, else what its model is.
+"""Decides whether the texts of a call are sent as chat: as the call sets it, else as its model needs it.
 
-A model is chat where vLLM has a chat template for it. Its files tell that before an engine runs. A server is
-asked, and so is an engine of ours where the files are elsewhere, or do not tell.
+A model needs chat if vLLM has a chat template for it. The model's files show that before an engine runs. A
+request finds it out for a server, and for a local engine if the files are elsewhere or are not sufficient.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from vllm_tasks.engines.http.engine import HttpConfig
 from vllm_tasks.engines.stopping import raise_if_stopped
 
 HUB_TIMEOUT = 5.0
-"""Seconds in which the hub has to say which files a model has; else its cache counts alone."""
+"""Seconds that the hub may take to list a model's files; after that, only the hub's cache is used."""
 FALLBACKS = {
     *("blip-2", "clip", "colpali", "deepseek_ocr", "deepseek_ocr2", "deepseek_vl_v2", "minicpmv"),
     *("minicpmv4_6", "minicpmv4_7", "paligemma", "siglip", "siglip2", "unlimited-ocr", "unlimited_ocr"),
 }
-"""Types of models for which vLLM brings a template: `vllm.transformers_utils.chat_templates`."""
+"""Types of models for which vLLM provides a template: `vllm.transformers_utils.chat_templates`."""
 WITHOUT_TEMPLATE = {
     *("MoonshotKimiaForCausalLM", "KimiK3ForConditionalGeneration", "DeepseekV32ForCausalLM"),
     *("DeepseekV4ForCausalLM", "DeepseekV4ForConditionalGeneration", "DeepseekV41ForCausalLM"),
     *("InklingForCausalLM", "InklingForConditionalGeneration"),
 }
-"""Architectures whose chat vLLM writes in code: `ModelConfig.__post_init__` of `vllm.config.model`."""
+"""Architectures whose chat vLLM formats in code: `ModelConfig.__post_init__` of `vllm.config.model`."""
 
 
 def of_call(chat: bool | None, target: Target, sampling: Mapping[str, Any]) -> bool | None:
-    """Whether texts are sent as chat as far as the call says: by the path of a URL, else by `chat`, else by a
-    parameter that only one of both takes. None: it is what the model is."""
+    """Return whether the call sends texts as chat: by the path of its URL, else by `chat`, else by a
+    parameter that only one kind of prompt takes. None: the model decides."""
     if target in ("legacy", "completions"):
         return bool(chat)
     if target == "chat":
@@ -45,16 +45,16 @@ def of_call(chat: bool | None, target: Target, sampling: Mapping[str, Any]) -> b
 
 
 def of_model(config: sharing.Config) -> bool:
-    """Whether the model of an engine has a chat template. Raises as a call where it has to be asked."""
-    told = None if isinstance(config, HttpConfig) else of_files(json.loads(config.engine_args))
-    return loop.run(sharing.has_chat_template(config), raise_if_stopped) if told is None else told
+    """Return whether an engine's model has a chat template. If it needs a request, it raises its errors."""
+    found = None if isinstance(config, HttpConfig) else of_files(json.loads(config.engine_args))
+    return loop.run(sharing.has_chat_template(config), raise_if_stopped) if found is None else found
 
 
 def of_files(arguments: Mapping[str, Any]) -> bool | None:
-    """Whether the model of these engine arguments has a chat template, by its files; None: they do not tell.
+    """Return whether the model of these engine arguments has a chat template; None: its files do not show it.
 
-    The files are those of a folder, or of a model on Hugging Face, of which a few small ones are fetched
-    where its cache has none. They are read as transformers and vLLM do.
+    The files are in a folder, or in a repository of Hugging Face, from which a few small ones are downloaded
+    if the hub's cache does not have them. They are read as transformers and vLLM read them.
     """
     named = {name.replace("-", "_"): value for name, value in arguments.items()}
     if named.get("chat_template"):
@@ -66,8 +66,8 @@ def of_files(arguments: Mapping[str, Any]) -> bool | None:
     tokenizer = Files(
         named.get("tokenizer") or model.name, named.get("tokenizer_revision") or revision, cache, token
     )
-    told = _of_tokenizer(tokenizer)
-    return _of_type(model) if told is False else told
+    found = _of_tokenizer(tokenizer)
+    return _of_type(model) if found is False else found
 
 
 def _of_tokenizer(files: Files) -> bool | None:
@@ -84,13 +84,13 @@ def _of_tokenizer(files: Files) -> bool | None:
         return True if "default" in apart else None
     if written or files.path("chat_template.json"):
         return True
-    # A tokenizer with code of its own, and Mistral's, may need no template.
+    # A tokenizer with its own code, and Mistral's tokenizer, may need no template.
     has_own = "auto_map" in config or files.path("tekken.json") or any(files.beside("consolidated*"))
     return None if has_own else False
 
 
 def _of_type(files: Files) -> bool | None:
-    """Of a model whose tokenizer has no template."""
+    """Return whether vLLM has a template for a model whose tokenizer has none."""
     config = files.read("config.json")
     if config is None or WITHOUT_TEMPLATE & set(config.get("architectures") or ()):
         return None
@@ -99,7 +99,7 @@ def _of_type(files: Files) -> bool | None:
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a model: a folder, or a repository of Hugging Face."""
+    """The files of a model, in a folder or in a repository of Hugging Face."""
 
     name: str
     revision: str | None
@@ -107,25 +107,25 @@ class Files:
     token: Any
 
     def path(self, file: str) -> Path | None:
-        """Where the file is; None where there is none."""
+        """Return the path of a file, or None if it does not exist."""
         if os.path.isdir(self.name):
             path = Path(self.name, file)
             return path if path.is_file() else None
         return _in_hub(self.name, file, self.revision, self.cache, self.token)
 
     def read(self, file: str) -> dict[str, Any] | None:
-        """A JSON object; None where there is none."""
+        """Return the JSON object in a file, or None if it has none."""
         path = self.path(file)
         return None if path is None else _object(path, path.stat().st_mtime_ns)
 
     def beside(self, pattern: str) -> list[Path]:
-        """Files that are there beside the tokenizer's configuration."""
+        """Return the files that match `pattern` in the folder of the tokenizer's configuration."""
         path = self.path("tokenizer_config.json")
         return [] if path is None else list(path.parent.glob(pattern))
 
 
 def _in_hub(name: str, file: str, revision: str | None, cache: str | None, token: Any) -> Path | None:
-    """A file of a repository, from the hub's cache or fetched into it; None where it cannot be had."""
+    """Return a repository's file, from the hub's cache or downloaded into it; None if it is not available."""
     try:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
     except ImportError:  # as on a machine without vLLM
@@ -134,19 +134,19 @@ def _in_hub(name: str, file: str, revision: str | None, cache: str | None, token
         found = try_to_load_from_cache(name, file, cache_dir=cache, revision=revision)
         if found is None and file in _listed(name, revision, token):
             found = hf_hub_download(name, file, cache_dir=cache, revision=revision, token=token)
-    except (OSError, ValueError):  # the network is lost, or that is no name of a repository
+    except (OSError, ValueError):  # the network is lost, or it is not the name of a repository
         return None
     return Path(found) if isinstance(found, str) else None
 
 
 @functools.lru_cache(maxsize=64)
 def _listed(name: str, revision: str | None, token: Any) -> frozenset[str]:
-    """The files that the hub lists: none where it is not reached, for which a download would try for long."""
+    """Return the files that the hub lists; none if it cannot be reached, when a download would take long."""
     from huggingface_hub import model_info
 
     try:
         listed = model_info(name, revision=revision, token=token, timeout=HUB_TIMEOUT).siblings or ()
-    except Exception:  # noqa: BLE001 - whatever the hub's client raises without a network or such a name
+    except Exception:  # noqa: BLE001 - the hub's client raises many types without a network or repository
         return frozenset()
     return frozenset(file.rfilename for file in listed)
 

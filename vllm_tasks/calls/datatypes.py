@@ -1,4 +1,4 @@
-"""Types of an answer: how its text becomes a value, and the value what a table keeps."""
+"""The types of an answer: how its text becomes a value, and how a table stores the value."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0":
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
 INTEGER = re.compile(r"[+-]?\d{1,19}", re.ASCII)
 DEEPEST = 100
-"""Lists and objects within each other; databases and other readers of JSON give up at some depth."""
+"""Levels of nested lists and objects. Databases and other readers of JSON have a limit on the depth."""
 MOST_DIGITS = 4_300
-"""Of a whole number; Python reads no more unless it is told to (sys.set_int_max_str_digits)."""
+"""Digits of an integer. Python reads no more by default (`sys.set_int_max_str_digits`)."""
 SHOWN = 300
-"""Characters of a reason."""
+"""Characters of a reason in an error."""
 
 
 class DataType(BaseModel):
-    """A type of one's own: `decoder` makes a value of an answer's text (the text itself without one),
-    `encoder` makes of the value what tables keep, a text or (annotated so) bytes; without one, the
-    answer's text is kept."""
+    """A custom type of answers. `decoder` turns an answer's text into a value; without it, the value is the
+    text. `encoder` turns the value into what tables store: a text, or bytes if it is annotated `-> bytes`;
+    without it, tables store the answer's text."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -43,7 +43,7 @@ class DataType(BaseModel):
 
 
 class Undecodable(ValueError):
-    """An answer that is not of the type asked for; the message says why, without the answer."""
+    """An answer that is not of the requested type. The message has the reason, but not the answer."""
 
 
 def _value_itself(value: Any, _: Any) -> Any:
@@ -52,37 +52,37 @@ def _value_itself(value: Any, _: Any) -> Any:
 
 @dataclass(frozen=True)
 class AnswerType:
-    """What one text of an answer has to be, and the columns of the outputs table that keep it."""
+    """The type of one choice of an answer, and the columns of the outputs table that store it."""
 
     columns: tuple[OutputColumn, ...]
     read: Callable[[str], Any]
-    """The value in a text; raises `Undecodable`."""
+    """Returns the value in a text; raises `Undecodable`."""
     identity: Callable[[], Any]
-    """What decides the above, as JSON; raises `InvalidCall` where that cannot be told."""
+    """Returns what determines the fields above, as JSON; raises `InvalidCall` if it cannot be determined."""
     write: Callable[[Any, Any], Any] = _value_itself
-    """What is kept of a value and the text it came from; raises `Undecodable`."""
-    asked: dict[str, Any] | None = None
-    """JSON Schema to ask of vLLM."""
+    """Returns what is stored of a value and the text that it was read from; raises `Undecodable`."""
+    schema: dict[str, Any] | None = None
+    """The JSON Schema that requests require of answers."""
     by_name: bool = False
-    """A value is an object with the columns' names, not the value of one column."""
+    """Whether a value is an object with the columns' names, rather than the value of one column."""
     may_be_list: bool = True
 
     def row(self, value: Any, text: Any) -> tuple[Any, ...]:
-        """A value for each column, None where it has none; raises `Undecodable` for another type."""
+        """Return a value for each column, None for a missing one; raise `Undecodable` for another type."""
         if not self.by_name:
             return (fitted(self.write(value, text), self.columns[0]),)
         if not isinstance(value, dict):
-            raise Undecodable(f"is no object but a {type(value).__name__}")
+            raise Undecodable(f"is a {type(value).__name__}, not an object")
         if unknown := value.keys() - {column.name for column in self.columns}:
             raise Undecodable(
-                f"has {sorted(unknown)!r:.200}, which no column can keep; refuse it in the schema with "
-                "'additionalProperties': False, or allow it (True), which keeps answers in one column"
+                f"has {sorted(unknown)!r:.200}, which no column can store; refuse it in the schema with "
+                "'additionalProperties': False, or allow it (True), which stores answers in one column"
             )
         return tuple(fitted(value.get(column.name), column) for column in self.columns)
 
 
 def fitted(value: Any, column: OutputColumn) -> Any:
-    """The value as the column's type; raises `Undecodable` unless it is one already."""
+    """Return the value in the column's type; raise `Undecodable` if it is of another type."""
     if value is None or column.kind == "json":
         return value
     if column.kind == "bytes" and isinstance(value, str | bytes):
@@ -97,7 +97,7 @@ def fitted(value: Any, column: OutputColumn) -> Any:
             return _int64(int(value))
         if column.kind == "float":
             return _float64(value)
-    raise Undecodable(f"is no {column.kind} in {column.name!r} but a {type(value).__name__}")
+    raise Undecodable(f"is a {type(value).__name__} in {column.name!r}, not a value of type {column.kind}")
 
 
 def _encoded(text: str) -> bytes:
@@ -132,13 +132,13 @@ def _read_str(text: str) -> str:
 
 def _read_int(text: str) -> int:
     if not INTEGER.fullmatch(digits := text.strip()):
-        raise Undecodable("is no integer of 64 bits")
+        raise Undecodable("is not an integer of 64 bits")
     return _int64(int(digits))
 
 
 def _read_float(text: str) -> float:
     if not NUMBER.fullmatch(digits := text.strip()):
-        raise Undecodable("is no finite decimal number")
+        raise Undecodable("is not a finite decimal number")
     return _float64(float(digits))
 
 
@@ -150,32 +150,32 @@ def _read_bool(text: str) -> bool:
 
 
 def read_json(text: str) -> Any:
-    """The JSON value in `text`: whether an answer is JSON is decided here, for datatypes and for metrics.
+    """Return the JSON value in `text`. Datatypes and metrics use the same rules.
 
-    Raises `Undecodable` also for what is JSON to Python only (NaN), for what no table could keep (numbers too
-    large for 64 bits, whole ones of more than 4,300 digits, halves of characters), and for more than
-    100 levels.
+    Raises `Undecodable` also for NaN and infinities, which only Python reads as JSON, for values that no
+    table can store (floats too large for 64 bits, integers of more than 4,300 digits, lone surrogates), and
+    for more than 100 levels.
     """
     try:
         text.encode()
         value = json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_whole)
-        if "\\u" in text:  # half a character can be escaped, and then not be written down
+        if "\\u" in text:  # a lone surrogate may be escaped, and then cannot be encoded
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise Undecodable("has half a character (a lone surrogate)") from error
     except RecursionError as error:
-        raise Undecodable(f"is nested deeper than {DEEPEST}") from error
+        raise Undecodable(f"is nested deeper than {DEEPEST} levels") from error
     except Undecodable:
         raise
     except ValueError as error:
         raise Undecodable(f"is not JSON: {error}"[:SHOWN]) from error
     if text.count("[") + text.count("{") > DEEPEST and _depth(value) > DEEPEST:
-        raise Undecodable(f"is nested deeper than {DEEPEST}")
+        raise Undecodable(f"is nested deeper than {DEEPEST} levels")
     return value
 
 
 def _no_number(word: str) -> Never:
-    raise Undecodable(f"has {word}, which JSON does not know")
+    raise Undecodable(f"has {word}, which is not JSON")
 
 
 def _finite(digits: str) -> float:
@@ -187,7 +187,7 @@ def _finite(digits: str) -> float:
 
 def _whole(digits: str) -> int:
     if len(digits) > MOST_DIGITS:
-        raise Undecodable(f"has a whole number of more than {MOST_DIGITS:,} digits")
+        raise Undecodable(f"has an integer of more than {MOST_DIGITS:,} digits")
     return int(digits)
 
 
@@ -210,7 +210,7 @@ READERS: dict[BuiltinType, Callable[[str], Any]] = {
 
 
 def builtin_type(kind: BuiltinType) -> AnswerType:
-    """A built-in type as the type of answers."""
+    """Return the answer type of a built-in type."""
     return AnswerType((OutputColumn(OUTPUT, kind),), READERS[kind], lambda: kind, may_be_list=kind == "json")
 
 
@@ -218,7 +218,7 @@ def builtin_type(kind: BuiltinType) -> AnswerType:
 
 
 def own_type(own: DataType) -> AnswerType:
-    """A type of the caller's as the type of answers."""
+    """Return the answer type of a caller's own type."""
     kind = _written_kind(own.encoder)
 
     def read(text: str) -> Any:
@@ -230,15 +230,15 @@ def own_type(own: DataType) -> AnswerType:
         written = _called(own.encoder, value, f"encoder of {own.identifier!r}")
         if not isinstance(written, bytes if kind == "bytes" else str):
             raise Undecodable(
-                f"was made a {type(written).__name__} by the encoder of {own.identifier!r}, which must "
-                f"return {kind} (bytes only where it is annotated so, '-> bytes')"
+                f"was turned into a {type(written).__name__} by the encoder of {own.identifier!r}, which "
+                f"must return {kind} (bytes only if it is annotated '-> bytes')"
             )
         return written
 
     def identity() -> Any:
         coders = {"encoder": own.encoder, "decoder": own.decoder}
-        told = {name: made_of(coder, f"{name} of {own.identifier!r}") for name, coder in coders.items()}
-        return {"identifier": own.identifier, **told}
+        made = {name: made_of(coder, f"{name} of {own.identifier!r}") for name, coder in coders.items()}
+        return {"identifier": own.identifier, **made}
 
     columns = (OutputColumn(OUTPUT, kind),)
     return AnswerType(columns, read, identity, write, may_be_list=own.decoder is not None)
@@ -247,7 +247,7 @@ def own_type(own: DataType) -> AnswerType:
 def _called(function: Callable[..., Any], value: Any, what: str) -> Any:
     try:
         return function(value)
-    except Exception as error:  # whatever the caller's own code raises is this row's error
+    except Exception as error:  # any error of the caller's code is this row's error
         raise Undecodable(f"is refused by the {what}: {type(error).__name__}: {error}"[:SHOWN]) from error
 
 

@@ -1,11 +1,11 @@
-"""What a function is made of: the same in every process, another for one that may answer otherwise.
+"""Identifies a function for the fingerprint: equal in every process, different if its results may differ.
 
-A function counts by its source, its defaults and annotations, what it closes over, its attributes
-(`__wrapped__` is one) and the globals that its code names. Functions, classes and modules of the user's among
-these count in the same way, objects by what they would be pickled by, the path of a file by its name and
-contents. What is installed counts by its name, unless it is of the function's own package. Where anything
-stands, and how it is laid out, does not count. What none of this tells is refused; a declared `version`
-speaks for it.
+A function counts by its source, its defaults and annotations, its closure, its attributes (`__wrapped__` is
+one) and the globals that its code names. The user's functions, classes and modules among these count in the
+same way, objects by what they would be pickled by, the path of a file by its name and contents. Installed
+code counts by its name, unless it belongs to the function's own package. Location and layout of code do not
+count. A function that cannot be identified in this way is refused; a declared `version` then replaces its
+contents.
 """
 
 from __future__ import annotations
@@ -43,36 +43,36 @@ from vllm_tasks.calls.weights import hash_of_file
 from vllm_tasks.errors import InvalidCall
 
 MOST = 100_000
-"""Values beside texts that a function may hold."""
+"""The largest number of values, apart from texts, that a function may hold."""
 CHANGING = Iterator, io.IOBase, random.Random, type(os.environ)
-"""What is another thing after each use, or in each process."""
+"""Types of objects that change with each use, or differ in each process."""
 LOGS = logging.Logger, logging.LoggerAdapter, logging.Handler
 BY_CODE = {"eval", "exec", "globals", "__import__"}
-"""Built-in functions that reach what the code does not name, as `import_module` does."""
-PLACES = {"__name__", "__module__", "__package__", "__spec__", "__loader__", "__file__"}
-"""Where a function stands, which is elsewhere in a script and in a deployment."""
-DERIVED = PLACES | {
+"""Built-in functions that reach objects that the code does not name, as `import_module` does."""
+LOCATION = {"__name__", "__module__", "__package__", "__spec__", "__loader__", "__file__"}
+"""The location of a function, which differs between a script and a deployment."""
+DERIVED = LOCATION | {
     *("__dict__", "__weakref__", "__parameters__", "__annotate_func__", "__annotations_cache__"),
     *("__firstlineno__", "__static_attributes__", "_abc_impl", "__dataclass_params__", "__signature__"),
     "__slotnames__",
 }
-"""Members of a class: where it stands, and what is made of its other members."""
+"""Members of a class that give its location or are derived from its other members."""
 INSTALLED = {"site-packages", "dist-packages"}
 OF_C = MethodDescriptorType, WrapperDescriptorType, ClassMethodDescriptorType
 TYPE_VARIABLES = TypeVar, TypeVarTuple, ParamSpec, NewType
 MADE_IN_PYTHON = 1 << 9
-"""The flag of types that were made at run time (Py_TPFLAGS_HEAPTYPE)."""
+"""The flag of types that were created at run time (`Py_TPFLAGS_HEAPTYPE`)."""
 WAY_OUT = (
-    "declare its version, such as `f.version = '1'`, and another one whenever its answers may change (on the "
-    "class of an object; what takes no attribute can be called by a function of yours)"
+    "declare its version, such as `f.version = '1'`, and change it whenever its answers may change (for an "
+    "object, on its class; if it takes no attribute, call it from a function of your own)"
 )
 
 
 def made_of(function: Any, role: str) -> Any:
-    """What decides what `function`, or what one is called with, gives; its declared `version` alone, where it
-    has one.
+    """Return what determines the results of `function`, or a value that one is called with: its declared
+    `version` if it has one, else a hash of its contents.
 
-    `role` says in errors what it is for. Raises `InvalidCall` where that cannot be told.
+    `role` is its purpose, for errors. Raises `InvalidCall` if the contents cannot be determined.
     """
     if function is None:
         return None
@@ -86,9 +86,9 @@ def made_of(function: Any, role: str) -> Any:
     except InvalidCall:
         raise
     except RecursionError:
-        raise InvalidCall(f"{role} is nested too deep to be told: {WAY_OUT}") from None
-    except Exception as error:  # noqa: BLE001 - whatever the classes and modules of the user raise
-        reader.refuse(f"cannot be told ({type(error).__name__}: {error!s:.100})")
+        raise InvalidCall(f"{role} is nested too deeply to be read: {WAY_OUT}") from None
+    except Exception as error:  # noqa: BLE001 - the user's classes and modules may raise anything
+        reader.refuse(f"cannot be read ({type(error).__name__}: {error!s:.100})")
     return hashlib.sha256(parts.encode(errors="surrogatepass")).hexdigest()
 
 
@@ -97,34 +97,35 @@ def _declared(function: Any) -> Any:
     if not isinstance(version, str | int):
         return None
     if version == getattr(getattr(function, "__wrapped__", None), "version", None):
-        return None  # `functools.wraps` has copied it
+        return None  # `functools.wraps` copied it from another function
     return {"function": _path(function), "version": version}
 
 
 class _Reader:
-    """Reads one function, and all that it holds."""
+    """Reads one function and everything that it holds."""
 
     def __init__(self, role: str) -> None:
         self.role, self.left = role, MOST
         self.package = ""
-        """That of the function, which counts by its contents wherever it is installed."""
+        """The function's package, whose code counts by its contents even if it is installed."""
         self.numbers: dict[int, tuple[int, Any]] = {}
-        """Of what may hold itself: by its id, which it keeps as long as it is in here."""
+        """Numbers of the objects that may hold themselves, by id. An object kept here keeps its id."""
         self.trail: list[str] = []
+        """The names that lead from the function to the value that is being read, for errors."""
 
     def refuse(self, why: str) -> Never:
-        place = " > ".join(f"{n:.50}" for n in self.trail) or "given"
-        raise InvalidCall(f"{self.role} {place} {why}: {WAY_OUT}")
+        path = " > ".join(f"{n:.50}" for n in self.trail) or "given"
+        raise InvalidCall(f"{self.role} {path} {why}: {WAY_OUT}")
 
     def read(self, value: Any, name: str | None = None) -> Any:
-        """Equal for equal values only; `name` leads to the value, in errors."""
+        """Return JSON that is equal for equal values only; `name` is the value's name in errors."""
         if value is None or type(value) in (bool, str):
             return value
         self.left -= 1
         if self.left < 0:
             self.refuse(f"holds more than {MOST:,} values")
         if type(value).__module__ == "typing":
-            pass  # such as `Optional[int]`, which is one object or several, as a cache of Python's has it
+            pass  # `Optional[int]`, for example: whether two are one object depends on a cache of Python
         elif isinstance(value, list | dict | set | bytearray) or hasattr(value, "__dict__"):
             if id(value) in self.numbers:
                 return ["again", self.numbers[id(value)][0]]
@@ -150,11 +151,11 @@ class _Reader:
         return [self.read(value) for value in values]
 
     def pairs(self, values: Mapping[Any, Any]) -> list[Any]:
-        """In their order, which functions may use."""
+        """Read the pairs in their order, since functions may depend on it."""
         return [[self.read(k), self.read(v, k if type(k) is str else None)] for k, v in list(values.items())]
 
     def unordered(self, values: Iterable[Any]) -> list[str]:
-        """Each as if none of the others had been read."""
+        """Read each value as if none of the others had been read, so that their order does not matter."""
         before, known = self.numbers, []
         for value in values:
             self.numbers = dict(before)
@@ -163,7 +164,7 @@ class _Reader:
         return sorted(known)
 
     def _installed(self, value: Any, name: str) -> Any:
-        """By its name, if that is all that there is to it."""
+        """Return the name of installed or built-in code, or None if the value must be read itself."""
         module = _module_of(value)
         if isinstance(value, type) and not value.__flags__ & MADE_IN_PYTHON:
             return ["installed", f"{module}.{name}"]
@@ -191,7 +192,7 @@ class _Reader:
         }
 
     def _held(self, function: FunctionType) -> tuple[dict[str, Any], Names]:
-        """What a function closes over, and what it names if it is not installed; with these names."""
+        """Return the closure of a function and, if it is not installed, what it names; and these names."""
         held = dict[str, Any]()
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             with suppress(ValueError):  # not bound yet
@@ -201,20 +202,20 @@ class _Reader:
         names, space = names_in(function.__code__), function.__globals__
         built_in = {n for n in names.globals if n not in space}
         if hidden := built_in & BY_CODE | (names.globals | names.attributes) & {"import_module"}:
-            self.refuse(f"calls {min(hidden)}, and what that reaches cannot be told")
-        with suppress(NameError):  # of a type that is there for type checkers alone
+            self.refuse(f"calls {min(hidden)}, and what that reaches cannot be determined")
+        with suppress(NameError):  # a type that exists for type checkers only
             held["its annotations"] = function.__annotations__
-        held |= {f"global {n}": space[n] for n in names.globals - PLACES - built_in}
+        held |= {f"global {n}": space[n] for n in names.globals - LOCATION - built_in}
         held |= {f"import {m.__name__}": m for m in self._imported(names, space.get("__package__"))}
         return held, names
 
     def module(self, module: ModuleType, name: str, names: Names, seen: dict[int, int]) -> Any:
-        """An installed one by its name, one of the user's by what `names` has of it; `name` is how code names
-        the module itself."""
+        """Return an installed module's name, or of the user's module the members that `names` has; `name` is
+        the name of the module in the code."""
         if _is_installed(module.__name__, self.package):
             return ["installed module", module.__name__]
-        if not names.attributes or name in names.whole:
-            self.refuse(f"holds the module {module.__name__!r}, and what it uses of that cannot be told")
+        if not names.attributes or name in names.as_values:
+            self.refuse(f"holds the module {module.__name__!r}, and which of it is used cannot be determined")
         if id(module) in seen:
             return ["again", seen[id(module)]]
         seen[id(module)] = len(seen)
@@ -222,7 +223,7 @@ class _Reader:
         return self._named({n: v for n, v in list(vars(module).items()) if n in used}, names, seen)
 
     def _named(self, held: Mapping[str, Any], names: Names, seen: dict[int, int]) -> dict[str, Any]:
-        """What code has under names of its own, with what it uses of modules."""
+        """Read the objects that code has under its names, and the members of modules that it uses."""
         return {
             n: self.module(v, n.rpartition(" ")[2], names, seen)
             if isinstance(v, ModuleType)
@@ -231,7 +232,7 @@ class _Reader:
         }
 
     def _imported(self, names: Names, package: str | None) -> Iterator[ModuleType]:
-        """The user's modules that a function would import when it is called."""
+        """Import and yield the user's modules that a function would import when it is called."""
         for name, level, wanted in names.imports:
             with suppress(ImportError):
                 full = resolve_name("." * level + name, package)
@@ -241,11 +242,11 @@ class _Reader:
                 for part in wanted:
                     if not hasattr(module, part):
                         importlib.import_module(f"{full}.{part}")
-                # `import a.b` gives a name to `a`.
+                # `import a.b` binds the name `a`.
                 yield module if wanted else sys.modules[full.partition(".")[0]]
 
     def bytecode(self, code: CodeType) -> list[Any]:
-        """For code whose source is not there; another one in another version of Python."""
+        """Return the bytecode of code without a source; it differs between versions of Python."""
         names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
         counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
         return [code.co_code.hex(), code.co_exceptiontable.hex(), self.read(code.co_consts), *names, *counts]
@@ -259,7 +260,7 @@ class _Reader:
             if n not in DERIVED and (not n.startswith("__pydantic_") or n.endswith("_fields__"))
         }
         if "__dataclass_fields__" in members and str(kind.__doc__).startswith(f"{kind.__name__}("):
-            members.pop("__doc__", None)  # Python's own, in which may be an address
+            members.pop("__doc__", None)  # Python wrote it, and it may contain an address
         return {
             "class": kind.__qualname__,
             "bases": [self.read(base, "its parent") for base in (*kind.__bases__, type(kind))],
@@ -267,25 +268,25 @@ class _Reader:
         }
 
     def _object(self, value: Any) -> Any:
-        """By what it would be pickled by: what is made of that is as good as it."""
+        """Return what an object would be pickled by, since a copy made of that is as good as the object."""
         kind = type(value)
         if isinstance(value, CHANGING):
             self.refuse(f"is a {_path(kind)}, which changes as it is used")
         if isinstance(value, OF_C) and not self._installed(
             value.__objclass__, value.__objclass__.__qualname__
         ):
-            self.refuse("is made in C")
+            self.refuse("is written in C")
         if isinstance(value, Path) and value.is_file():
             return ["file", value.name, hash_of_file(value)]
         if isinstance(value, Path) and value.is_dir():
-            self.refuse(f"is the folder {str(value)!r}, and which of its files are read cannot be told")
+            self.refuse(f"is the folder {str(value)!r}, and which of its files are read cannot be determined")
         try:
             reducer: Callable[[Any], Any] | None = copyreg.dispatch_table.get(kind)
             reduced = reducer(value) if reducer else value.__reduce_ex__(4)
-        except Exception as error:  # noqa: BLE001 - whatever its class raises
-            self.refuse(f"is a {_path(kind)}, whose state cannot be told ({error!s:.100})")
+        except Exception as error:  # noqa: BLE001 - its class may raise anything
+            self.refuse(f"is a {_path(kind)}, whose state cannot be read ({error!s:.100})")
         if isinstance(reduced, str):
-            return self._installed(value, reduced) or self.refuse(f"is a {_path(kind)} that cannot be told")
+            return self._installed(value, reduced) or self.refuse(f"is a {_path(kind)} that cannot be read")
         made_by, arguments, state, items, pairs = [*reduced, None, None, None][:5]
         if isinstance(state, dict):
             members = {n: v for each in reversed(kind.__mro__) for n, v in vars(each).items()}
@@ -315,17 +316,17 @@ PARTS: dict[type, Callable[[_Reader, Any], Any]] = {
     **dict.fromkeys(TYPE_VARIABLES, lambda _, value: value.__name__),
     ForwardRef: lambda _, value: value.__forward_arg__,
 }
-"""What kinds of things are made of; another thing is what it would be pickled by."""
+"""How values of these types are read. Other objects count by what they would be pickled by."""
 
 
 def _own(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes but for those that `functools.wraps` copies from `__wrapped__`, such as the module."""
+    """Return the attributes, except those that `functools.wraps` copied from `__wrapped__`."""
     copied = functools.WRAPPER_ASSIGNMENTS if "__wrapped__" in attributes else ()
     return {n: v for n, v in attributes.items() if n not in copied}
 
 
 def _module_of(value: Any) -> str:
-    """The module that something was defined in, whatever wrappers say."""
+    """Return the module that an object was defined in, whatever its wrappers say."""
     while isinstance(value, functools.partial | MethodType):
         value = value.func if isinstance(value, functools.partial) else value.__func__
     if isinstance(value, FunctionType):
@@ -334,7 +335,7 @@ def _module_of(value: Any) -> str:
 
 
 def _is_installed(module: str, package: str) -> bool:
-    """Whether a module is Python's or was installed, and is not of `package`."""
+    """Return whether a module belongs to Python or was installed, and is not part of `package`."""
     top = module.partition(".")[0]
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None and module not in sys.modules:
@@ -348,7 +349,7 @@ def _is_installed(module: str, package: str) -> bool:
 
 
 def _path(value: Any) -> str:
-    """`module.name`; a module that is run, and not imported, by its file."""
+    """Return `module.name`; for a module that is run as a script, the name of its file."""
     if isinstance(value, functools.partial):
         return _path(value.func)
     module = str(getattr(value, "__module__", None) or type(value).__module__)

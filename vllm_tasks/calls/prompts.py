@@ -1,4 +1,4 @@
-"""From one record to one prompt: template or function, context, signature, chat."""
+"""Makes a prompt of a record by a template or a function, with context, signature and chat."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ ARTIFACT = "artifacts."
 
 
 class BadRow(ValueError):
-    """This record cannot become a prompt."""
+    """A record that cannot become a prompt."""
 
 
 @dataclass(frozen=True)
 class Template:
     """A prompt with fields that are literal keys: `{name}`, `{0}`, `{artifacts.name}`.
 
-    Parsed once and filled by joining, so what the data contains is never read as a template.
+    It is parsed once and filled by joining, so data is never read as a template.
     """
 
     parts: tuple[tuple[str, str | None], ...]
 
     @classmethod
     def parse(cls, text: str) -> Template:
-        """Raises ValueError for a field that is more than a key."""
+        """Parse a prompt. Raise ValueError for a field that is more than a key."""
         try:
             pieces = list(string.Formatter().parse(text))
         except ValueError as error:
@@ -51,24 +51,24 @@ class Template:
             if spec or conversion or not (key.isidentifier() or (name.isascii() and name.isdigit())):
                 shown = f"{name}{'!' + conversion if conversion else ''}{':' + spec if spec else ''}"
                 raise ValueError(
-                    f"prompt field {{{shown}}} is not a plain key: allowed are a name, a number and "
+                    f"prompt field {{{shown}}} is not a plain key: a field is a name, a number or "
                     "artifacts.<name>, without attributes, indexes, conversions or formats; "
-                    "use prompt_func to compute, and {{ }} for literal braces"
+                    "use prompt_func to compute values, and {{ }} for literal braces"
                 )
         return cls(tuple((literal, field) for literal, field, _, _ in pieces))
 
     @property
     def fields(self) -> set[str]:
-        """All fields: of the record, of the call (`context`) and of the model (`artifacts.name`)."""
+        """All fields: those of the record, of the call (`context`) and of the model (`artifacts.name`)."""
         return {field for _, field in self.parts if field is not None}
 
     @property
     def of_record(self) -> set[str]:
-        """The fields that a record may fill: all but `artifacts.name`."""
+        """The fields that a record may fill: all except `artifacts.name`."""
         return {field for field in self.fields if not field.startswith(ARTIFACT)}
 
     def fill(self, values: Mapping[str, Any]) -> str:
-        """Raises `BadRow` for a value that is missing or is no text."""
+        """Return the prompt with these values. Raise `BadRow` if one is missing or has no text."""
         return "".join(
             literal + ("" if field is None else _text(field, values)) for literal, field in self.parts
         )
@@ -85,12 +85,12 @@ def _text(field: str, values: Mapping[str, Any]) -> str:
         raise BadRow(f"{field!r} {error}") from error
 
 
-def _shown(value: object) -> str:
+def _described(value: object) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
 def call_arguments(signature: Signature, x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """How a record becomes a call, as `(args, kwargs)`; raises `BadRow` for another shape."""
+    """Return a record as `(args, kwargs)` of a call. Raise `BadRow` if it has another shape."""
     if signature == "singleton":
         return (x,), {}
     if signature == "*args" and _is_tuple(x):
@@ -102,7 +102,7 @@ def call_arguments(signature: Signature, x: Any) -> tuple[tuple[Any, ...], dict[
         if _is_tuple(args) and isinstance(kwargs, Mapping):
             return tuple(args), dict(kwargs)
     expected = {"*args": "a tuple", "**kwargs": "a dict"}.get(signature, "a pair of a tuple and a dict")
-    raise BadRow(f"signature={signature!r} takes {expected} for each record, got {_shown(x)}")
+    raise BadRow(f"signature={signature!r} takes {expected} for each record, got {_described(x)}")
 
 
 def _is_tuple(x: object) -> TypeGuard[Sequence[Any]]:
@@ -113,30 +113,29 @@ def _is_tuple(x: object) -> TypeGuard[Sequence[Any]]:
 class Prompter:
     """Makes the prompts of one call.
 
-    Raises `InvalidCall` when the context and the prompt do not fit together, or an artifact
-    cannot be read.
+    It raises `InvalidCall` if the context and the prompt do not fit together, or an artifact has no text.
     """
 
     prompt: str
     prompt_func: Callable[..., Any] | None
     signature: Signature
     chat: bool | None
-    """Whether texts become chat messages; None: not known yet, and they stay texts."""
+    """Whether texts become chat messages. None: it is not known yet, and they stay texts."""
     system: str | None
     artifacts: Mapping[str, Any]
     context: Context
     messages_as_json: bool = False
     keywords: Mapping[str, Any] = field(default_factory=dict)
-    """Those of the call that `prompt_func` names, see `keywords_of`."""
+    """The keywords of the call that `prompt_func` names; see `keywords_of`."""
     longest: int = field(default_factory=lambda: site_settings().max_prompt_bytes)
-    """Bytes that a prompt may have."""
+    """The largest size of a prompt, in bytes of UTF-8."""
 
     def __post_init__(self) -> None:
         in_template = self.prompt_func is None and "context" in self.template.fields
         if self.joined_context is None and in_template:
             raise InvalidCall(
                 "the prompt has {context}, but no context was given: pass context=..., "
-                "or rename the field where it stands for a column of the records"
+                "or rename the field if it is a column of the records"
             )
         if self.context is not None and not (in_template or "context" in self.named):
             way_out = (
@@ -158,14 +157,14 @@ class Prompter:
 
     @functools.cached_property
     def named(self) -> dict[str, Any]:
-        """What `prompt_func` gets by keyword, because it names it."""
+        """The keyword arguments that `prompt_func` names and so receives."""
         offered = {"context": self.joined_context, "artifacts": self.artifacts}
         names = _beside_the_record(self.prompt_func, self.signature)
         return {**{name: value for name, value in offered.items() if name in names}, **self.keywords}
 
     @functools.cached_property
     def filled(self) -> dict[str, str]:
-        """The fields of a template that are the same in all prompts."""
+        """The values of the template's fields that are the same in all prompts."""
         if self.prompt_func is not None:
             return {}
         values = {f"{ARTIFACT}{name}": value for name, value in self.artifacts.items()}
@@ -173,9 +172,9 @@ class Prompter:
         return filled if self.joined_context is None else {**filled, "context": self.joined_context}
 
     def identity(self) -> dict[str, Any]:
-        """What decides a prompt beside its record, for the fingerprint.
+        """Return all that determines a prompt except its record, for the fingerprint.
 
-        Raises `InvalidCall` where it cannot be told what `prompt_func` is made of.
+        Raises `InvalidCall` if the contents of `prompt_func` cannot be determined.
         """
         return {
             "prompt": None if self.prompt_func else self.prompt,
@@ -190,9 +189,9 @@ class Prompter:
         }
 
     def check_fields(self, example: Any) -> None:
-        """Raise `InvalidCall` when no record like `example` can be a prompt, or a prompt leaves a column out.
+        """Raise `InvalidCall` if no record like `example` can be a prompt, or a prompt leaves out a column.
 
-        `example`: the record whose values are the names of their columns.
+        The values of `example` are the names of their columns.
         """
         args, kwargs = call_arguments(self.signature, example)
         if self.prompt_func is not None:
@@ -209,8 +208,8 @@ class Prompter:
         if absent := sorted(self.template.fields - there):
             fields = ", ".join(f"{{{field}}}" for field in absent[:SHOWN])
             raise InvalidCall(
-                f"the prompt uses {fields}, and X gives no such argument; with signature={self.signature!r} "
-                f"it gives {', '.join(map(repr, sorted(there)[:20])) or 'nothing'}{near(absent[0], there)}"
+                f"the prompt uses {fields}, and X does not give it; with signature={self.signature!r} X "
+                f"gives {', '.join(map(repr, sorted(there)[:20])) or 'nothing'}{near(absent[0], there)}"
             )
         if unused := sorted(given - self.template.fields):
             columns = {**dict(zip(map(str, range(len(args))), args, strict=True)), **kwargs}
@@ -221,11 +220,11 @@ class Prompter:
             )
 
     def __call__(self, x: Any) -> str | list[Message] | RowError:
-        """The text or chat messages for one record, or why there are none."""
+        """Return the text or chat messages for one record, or its error."""
         try:
             made = self._from_function(x) if self.prompt_func else self._from_template(x)
             prompt = self._in_chat(made)
-            # What cannot travel fails here, and not in a chunk with other rows.
+            # A prompt that cannot be encoded must fail here, not in a chunk with other rows.
             self._check_size(prompt if isinstance(prompt, str) else _as_json(prompt))
         except UnicodeEncodeError as error:
             bad = error.object[error.start : error.end]
@@ -238,7 +237,7 @@ class Prompter:
         size = len(text) if len(text) > self.longest else len(text.encode())
         if size > self.longest:
             raise BadRow(
-                f"the prompt has {size:,} bytes or more, and {self.longest:,} are allowed "
+                f"the prompt has at least {size:,} bytes, and {self.longest:,} are allowed "
                 "(VLLM_TASKS_MAX_PROMPT_BYTES)"
             )
 
@@ -247,13 +246,13 @@ class Prompter:
         args, kwargs = call_arguments(self.signature, x)
         try:
             return self.prompt_func(*args, **kwargs, **self._beside(kwargs))
-        except Exception as error:  # the user's own function: whatever it raises is this row's error
+        except Exception as error:  # any error of the user's function is this row's error
             raise BadRow(f"prompt_func raised {type(error).__name__}: {error}") from error
 
     def _beside(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """What the function gets beside the fields of a record.
+        """Return the keyword arguments that the function gets in addition to the fields of a record.
 
-        A record may have a field of such a name itself, where the call gives nothing.
+        If the call gives no value for one, a record may have a field of this name.
         """
         return {
             name: value
@@ -273,37 +272,39 @@ class Prompter:
         return self.template.fill({**values, **self.filled})
 
     def _read(self, x: Any) -> Any:
-        """The chat messages of a text that is JSON, as a CSV has them."""
+        """Return the chat messages in a text that is JSON, as a CSV file has them."""
         if not isinstance(x, str):
             return x
         try:
             found = json.loads(x)
         except ValueError as error:
-            raise BadRow(f"messages_as_json=True, and the text is no JSON: {error}") from error
+            raise BadRow(f"messages_as_json=True, and the text is not JSON: {error}") from error
         if not is_messages(found):
-            raise BadRow("messages_as_json=True, and the JSON is no list of chat messages with a role each")
+            raise BadRow("messages_as_json=True, and the JSON is not a list of chat messages with roles")
         return found
 
     def _in_chat(self, made: Any) -> str | list[Message]:
         if isinstance(made, str):
             return conversation(made, self.system) if self.chat else made
         if not is_messages(made):
-            raise BadRow(f"expected a text or a list of chat messages, got {_shown(made)}")
+            raise BadRow(f"expected a text or a list of chat messages, got {_described(made)}")
         if self.system is None:
             return [*made]
         if any(message["role"] == "system" for message in made):
-            raise BadRow("the messages have a system message, and the model has system=...: leave one out")
+            raise BadRow(
+                "the messages have a system message, and the model has system=...: remove one of them"
+            )
         return [{"role": "system", "content": self.system}, *made]
 
 
 def conversation(text: str, system: str | None) -> list[Message]:
-    """A text as a user's message, after the system message."""
+    """Return a text as a user message, after the system message if there is one."""
     first = [] if system is None else [{"role": "system", "content": system}]
     return [*first, {"role": "user", "content": text}]
 
 
 def is_messages(x: object) -> bool:
-    """Whether `x` is a non-empty list of chat messages: mappings with a `role`."""
+    """Return whether `x` is a non-empty list of chat messages: mappings with a `role`."""
     return (
         _is_tuple(x)
         and len(x) > 0
@@ -315,11 +316,11 @@ def _as_json(messages: list[Message]) -> str:
     try:
         return json.dumps(messages, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise BadRow(f"the chat messages are no JSON: {error}") from error
+        raise BadRow(f"the chat messages cannot be JSON: {error}") from error
 
 
 def joined(context: Context) -> str | None:
-    """Several pieces of context are put under each other."""
+    """Return the context as one text, several pieces on lines of their own."""
     if context is None or isinstance(context, str):
         return context
     if _is_tuple(context) and all(isinstance(piece, str) for piece in context):
@@ -330,12 +331,12 @@ def joined(context: Context) -> str | None:
 def _refusal(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], twice: Collection[str]
 ) -> str | None:
-    """Why `function` takes no such arguments; None when it does, or does not tell what it takes."""
+    """Return why `function` does not take these arguments; None if it does, or has no signature."""
     if twice:
         return f"{sorted(twice)} would be given twice, by X and by the call"
     try:
         signature = inspect.signature(function)
-    except ValueError:  # some built-ins, such as str, do not tell
+    except ValueError:  # some built-ins, such as str, have no signature
         return None
     try:
         signature.bind(*args, **kwargs)
@@ -345,19 +346,19 @@ def _refusal(
 
 
 def named_parameters(function: Callable[..., Any] | None) -> set[str]:
-    """The parameters of `function` that can be given by keyword; `**kwargs` names none, nor does None."""
+    """Return the parameters of `function` that can be passed by keyword; `**kwargs` and None have none."""
     if function is None:
         return set()
     try:
         parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # some built-ins, such as str, do not tell
+    except ValueError:  # some built-ins, such as str, have no signature
         return set()
     return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
 def _beside_the_record(function: Callable[..., Any] | None, signature: Signature) -> set[str]:
-    """What `function` can be given by keyword; the first of its parameters is the record, where that is one
-    value."""
+    """Return the parameters of `function` that can be passed by keyword, without the first one if this is the
+    record."""
     names = named_parameters(function)
     if function is not None and names and signature == "singleton":
         names.discard(next(iter(inspect.signature(function).parameters)))
@@ -370,10 +371,9 @@ def keywords_of(
     given: Mapping[str, Any],
     known: Collection[str],
 ) -> dict[str, Any]:
-    """What of the keywords of a call is for `function`: those that it names, but for its record and for what
-    the model has.
+    """Return the keywords of a call that `function` names, except its record and the model's artifacts.
 
-    Raises `InvalidCall` for a name that is a sampling parameter (`known`), too.
+    Raises `InvalidCall` for a name that is also a sampling parameter (`known`).
     """
     names = _beside_the_record(function, signature) - {"artifacts"}
     found = {name: value for name, value in given.items() if name in names}
@@ -386,9 +386,9 @@ def keywords_of(
 
 
 def load_artifact(uri: str, kind: str) -> Any:
-    """The contents of a file at a fsspec URI, read once per process: `str`, `json` or `bytes`.
+    """Return the contents of a file at an fsspec URI as `str`, `json` or `bytes`, read once per process.
 
-    Raises `InvalidCall` for one that cannot be read, or is outside the places that the site allows.
+    Raises `InvalidCall` if it cannot be read, or is outside the places that the site allows.
     """
     check_place("artifact", uri)
     return _loaded(uri, kind)
@@ -402,5 +402,5 @@ def _loaded(uri: str, kind: str) -> Any:
         return content if kind == "bytes" else json.loads(content) if kind == "json" else content.decode()
     except (OSError, ValueError, ImportError) as error:
         words = without_secrets(f"artifact {uri!r} cannot be read as {kind}: {error}")
-        # Not from the error itself, whose words may be the whole URI.
+        # Danger: the original error may contain the complete URI with its secrets, so it is not chained.
         raise InvalidCall(words) from None

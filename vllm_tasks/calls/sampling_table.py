@@ -1,6 +1,6 @@
-"""Sampling parameters of vLLM 0.32.0, for where vLLM is not installed.
+"""The sampling parameters of vLLM 0.32.0, for machines where vLLM is not installed.
 
-Read from its source on 2026-11-22.
+They were read from its source on 2026-11-22.
 """
 
 from __future__ import annotations

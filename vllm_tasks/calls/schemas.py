@@ -1,4 +1,4 @@
-"""What a structured answer looks like: the JSON Schema to ask for, the check of it, and its columns."""
+"""Structured answers: the JSON Schema that requests require, the check of an answer, and its columns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vllm_tasks.rows import BuiltinType
 Json = dict[str, Any]
 BUILTIN_TYPES = get_args(BuiltinType)
 SCHEMA_WORDS = {"type", "properties", "items", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"}
-"""One of these is in every JSON Schema that says anything."""
+"""A dict without any of these keywords is not accepted as a JSON Schema."""
 KINDS: dict[str, BuiltinType] = {"string": "str", "integer": "int", "number": "float", "boolean": "bool"}
 OF_KIND: dict[BuiltinType, Json] = {
     "str": {"type": "string"},
@@ -35,17 +35,17 @@ OF_KIND: dict[BuiltinType, Json] = {
     "json": {},
 }
 OTHER_PROPERTIES = {"patternProperties", "allOf", "anyOf", "oneOf", "if", "dependentSchemas"}
-"""With these, an object may have properties that `properties` does not name."""
+"""With any of these keywords, an object may have properties that `properties` does not name."""
 COLUMN_NAME = re.compile(r"[^\W_][\w-]*")
 LONGEST_NAME = 63
-"""Bytes of a column's name; PostgreSQL cuts a longer one."""
+"""Bytes of a column's name; PostgreSQL truncates a longer one."""
 
 
 def schema_type(given: Json | str, flatten: bool) -> AnswerType:
-    """The type of answers with an `output_schema`; raises ValueError for what is none.
+    """Return the answer type of an `output_schema`; raise ValueError if it is not valid.
 
-    With `flatten` the answer is a list, and the columns are those of its items. Columns and pydantic
-    models that are objects then describe one item; a JSON Schema is taken as it is written.
+    With `flatten`, the answer is a list, and the columns are those of its items. A mapping of columns, or a
+    pydantic model of an object, then describes one item. A JSON Schema is used as written.
     """
     if isinstance(given, str):
         return _of_pydantic(given, flatten)
@@ -59,7 +59,7 @@ def schema_type(given: Json | str, flatten: bool) -> AnswerType:
         )
     read = _checked_reader(given)
     columns, by_name = _columns(given, flatten)
-    return AnswerType(columns, read, identity=lambda: given, asked=given, by_name=by_name)
+    return AnswerType(columns, read, identity=lambda: given, schema=given, by_name=by_name)
 
 
 # ---------------------------------------------------------------------- the three forms
@@ -72,15 +72,15 @@ def _of_columns(given: Mapping[str, BuiltinType], flatten: bool) -> AnswerType:
         "required": list(given),
         "additionalProperties": False,
     }
-    asked = {"type": "array", "items": row} if flatten else row
-    read = _checked_reader(asked)
-    return AnswerType(_named(given), read, identity=lambda: {"columns": given}, asked=asked, by_name=True)
+    schema = {"type": "array", "items": row} if flatten else row
+    read = _checked_reader(schema)
+    return AnswerType(_named(given), read, identity=lambda: {"columns": given}, schema=schema, by_name=True)
 
 
 def _of_pydantic(path: str, flatten: bool) -> AnswerType:
     found = import_callable(path)
     if not (isinstance(found, type) and issubclass(found, BaseModel)):
-        raise ValueError(f"output_schema {path!r} leads to {found!r}, which is no pydantic model")
+        raise ValueError(f"output_schema {path!r} leads to {found!r}, which is not a pydantic model")
     return _of_class(found, path, flatten)
 
 
@@ -90,7 +90,7 @@ def _of_class(found: type[BaseModel], path: str, flatten: bool) -> AnswerType:
         one = found.model_json_schema()
         wrapped = flatten and _resolved(one, one).get("type") == "object"
         answer: TypeAdapter[Any] = TypeAdapter(list[found] if wrapped else found)  # type: ignore[valid-type]
-        asked = answer.json_schema()
+        schema = answer.json_schema()
         stored = answer.json_schema(mode="serialization")
     except PydanticInvalidForJsonSchema as error:
         raise ValueError(f"output_schema {path!r} has no JSON Schema: {error}") from error
@@ -102,7 +102,7 @@ def _of_class(found: type[BaseModel], path: str, flatten: bool) -> AnswerType:
             json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
         except ValidationError as error:
             raise Undecodable(_first_of(error)) from error
-        except Exception as error:  # validators and serializers of the caller's own
+        except Exception as error:  # the caller's own validators and serializers
             raise Undecodable(f"{path}: {type(error).__name__}: {error}"[:SHOWN]) from error
         return value
 
@@ -110,8 +110,8 @@ def _of_class(found: type[BaseModel], path: str, flatten: bool) -> AnswerType:
     return AnswerType(
         columns,
         read,
-        identity=lambda: {"pydantic": made_of(found, "output_schema"), "schema": asked},
-        asked=asked,
+        identity=lambda: {"pydantic": made_of(found, "output_schema"), "schema": schema},
+        schema=schema,
         by_name=by_name,
     )
 
@@ -119,21 +119,21 @@ def _of_class(found: type[BaseModel], path: str, flatten: bool) -> AnswerType:
 def _first_of(error: ValidationError) -> str:
     details = error.errors(include_url=False, include_context=False)
     more = f"; and {len(details) - 1} more" if len(details) > 1 else ""
-    place = "".join(f"[{part!r}]" for part in details[0]["loc"])
-    return f"does not fit the schema: {place or 'as a whole'}: {details[0]['msg']}"[:SHOWN] + more
+    location = "".join(f"[{part!r}]" for part in details[0]["loc"])
+    return f"does not fit the schema: {location or 'as a whole'}: {details[0]['msg']}"[:SHOWN] + more
 
 
 def _checked_reader(schema: Json) -> Callable[[str], Any]:
-    """Reads JSON that fits `schema`; raises ValueError where that is no JSON Schema."""
+    """Return a reader of JSON that fits `schema`; raise ValueError if this is not a JSON Schema."""
     try:
         return _reader(json.dumps(schema, allow_nan=False))
     except TypeError as error:
         raise ValueError(f"output_schema is not plain data (JSON): {error}") from error
     except RecursionError as error:
-        raise ValueError(f"output_schema is nested too deep: {error}") from error
+        raise ValueError(f"output_schema is nested too deeply: {error}") from error
 
 
-@functools.lru_cache(maxsize=64)  # made at every call, and 5 ms to make
+@functools.lru_cache(maxsize=64)  # each call needs one, and it takes 5 ms to build
 def _reader(text: str) -> Callable[[str], Any]:
     schema = json.loads(text)
     kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
@@ -141,18 +141,18 @@ def _reader(text: str) -> Callable[[str], Any]:
         kind.check_schema(schema, format_checker=kind.FORMAT_CHECKER)
     except jsonschema.SchemaError as error:
         raise ValueError(
-            f"output_schema is no valid JSON Schema at {error.json_path}: {error.message}"[: 2 * SHOWN]
+            f"output_schema is not a valid JSON Schema at {error.json_path}: {error.message}"[: 2 * SHOWN]
         ) from error
     for reference in _references(schema):
         _lookup(schema, reference)
-    # An own registry: without one, the validator would fetch a remote reference over the network.
+    # Danger: without a registry of its own, the validator would fetch a remote reference over the network.
     validator = kind(schema, registry=Registry(), format_checker=kind.FORMAT_CHECKER)
 
     def read(text: str) -> Any:
         value = read_json(text)
         try:
             wrong = jsonschema.exceptions.best_match(validator.iter_errors(value))
-        except (RecursionError, OverflowError) as error:  # a schema in circles; a huge number's multipleOf
+        except (RecursionError, OverflowError) as error:  # a circular schema; `multipleOf` with a huge number
             raise Undecodable(f"cannot be checked: {error}"[:SHOWN]) from error
         if wrong is not None:
             raise Undecodable(f"does not fit the schema at {wrong.json_path}: {wrong.message}"[:SHOWN])
@@ -179,7 +179,7 @@ def _lookup(root: Json, reference: str) -> Any:
         return Registry().resolver_with_root(resource).lookup(reference).contents
     except Unresolvable as error:
         raise ValueError(
-            f"output_schema refers to {reference!r}, which is not in it; put it under '$defs' and refer "
+            f"output_schema refers to {reference!r}, which is not in it; define it under '$defs' and refer "
             "to it as '#/$defs/NAME'"
         ) from error
 
@@ -188,18 +188,19 @@ def _lookup(root: Json, reference: str) -> Any:
 
 
 def _columns(root: Json, flatten: bool) -> tuple[tuple[OutputColumn, ...], bool]:
-    """One for each property of an object that can have no others, and True; else `output`, and False."""
+    """Return a column for each property of an object without other properties, and True; else `output`, and
+    False."""
     row = _resolved(root, root)
     if flatten:
         if row.get("type") == "object":
             raise ValueError(
-                "flatten needs a list, and output_schema asks for an object: write the JSON Schema of the "
+                "flatten needs a list, and output_schema describes an object: write the JSON Schema of the "
                 "list, {'type': 'array', 'items': {...}}"
             )
         row = _resolved(root, row.get("items", {})) if row.get("type") == "array" else {}
     properties = row.get("properties")
-    whole = not OTHER_PROPERTIES & row.keys() and row.get("additionalProperties", False) is False
-    if row.get("type") == "object" and properties and whole:
+    closed = not OTHER_PROPERTIES & row.keys() and row.get("additionalProperties", False) is False
+    if row.get("type") == "object" and properties and closed:
         return _named({name: _kind(root, value) for name, value in properties.items()}), True
     return (OutputColumn(OUTPUT, _kind(root, row)),), False
 
@@ -211,26 +212,27 @@ def _named(kinds: Mapping[str, BuiltinType]) -> tuple[OutputColumn, ...]:
             raise ValueError(
                 f"output_schema has {name!r}, which cannot be a column: a name has letters, digits, '_' and "
                 f"'-', begins with a letter or digit, and has at most {LONGEST_NAME} bytes; rename it, or "
-                "keep the answer in one column: datatype='json' with "
+                "store the answer in one column: datatype='json' with "
                 "predict_kwargs={'structured_outputs': {'json': schema}}"
             )
         if (other := seen.setdefault(name.casefold(), name)) != name:
             raise ValueError(
-                f"output_schema has {other!r} and {name!r}, which SQL takes for one column; rename one"
+                f"output_schema has {other!r} and {name!r}, which are one column to SQL; rename one of them"
             )
     return tuple(OutputColumn(name, kind) for name, kind in kinds.items())
 
 
 def _kind(root: Json, schema: Any) -> BuiltinType:
-    """The column type that holds all values of `schema` but null."""
+    """Return the column type that holds all values of `schema` except null."""
     found = _kinds(root, schema, {}) - {"null"}
     if found == {"int", "float"}:
         return "float"
-    return found.pop() if len(found) == 1 else "json"  # type: ignore[return-value]  # "null" is gone
+    return found.pop() if len(found) == 1 else "json"  # type: ignore[return-value]  # "null" was removed
 
 
 def _kinds(root: Json, schema: Any, seen: dict[int, Json]) -> set[str]:
-    """`seen`: alternatives looked at, by identity; one that refers to itself twice has no end of ways."""
+    """Return the column types of all values of `schema`. `seen` has the alternatives visited so far, by
+    identity, because one that refers to itself would never end."""
     schema = _resolved(root, schema)
     for word in ("anyOf", "oneOf"):
         if isinstance(options := schema.get(word), list):
@@ -254,7 +256,7 @@ def _kind_of(value: Any) -> str:
 
 
 def _resolved(root: Json, schema: Any) -> Json:
-    """`schema`, or what it refers to; a reference in circles, and true and false, say nothing."""
+    """Return `schema`, or the one that it refers to; {} for true, false and circular references."""
     for _ in range(DEEPEST):
         if not isinstance(schema, dict):
             return {}

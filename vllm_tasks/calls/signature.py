@@ -1,4 +1,4 @@
-"""One signature for a function and the task over it."""
+"""Gives a function and the task over it the same signature."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ R = TypeVar("R")
 def signed_as(contract: Callable[P, R], *own: str) -> Callable[[Callable[..., R]], Callable[P, R]]:
     """Give a function that passes its arguments on to `contract` the signature of `contract`.
 
-    Type checkers, Prefect and `help()` then see the arguments by name, which are written down once. Without
-    the arguments in `own`, which the function gives by itself.
+    Type checkers, Prefect and `help()` then see the arguments by name, and these are written only once. The
+    arguments in `own` are left out, because the function sets them itself.
     """
 
     def sign(function: Callable[..., Any]) -> Callable[P, R]:

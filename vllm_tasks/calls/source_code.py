@@ -1,4 +1,4 @@
-"""The source of the code that runs, without its layout, and the names that code uses."""
+"""Reads the source of running code, without its layout, and the names that the code uses."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ LOADS = *OF_AN_ATTRIBUTE, *OF_A_GLOBAL, "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_F
 
 @dataclass
 class Names:
-    """What code names, with the functions inside it."""
+    """The names that code uses, including those of the functions inside it."""
 
     globals: set[str] = field(default_factory=set)
     attributes: set[str] = field(default_factory=set)
-    whole: set[str] = field(default_factory=set)
-    """Of both, what is used otherwise than for an attribute: handed on, say."""
+    as_values: set[str] = field(default_factory=set)
+    """The globals and attributes that are not only used to read an attribute, but for example passed on."""
     imports: list[tuple[str, int, tuple[str, ...]]] = field(default_factory=list)
-    """What it imports when it is called: the module, its level, and what of it."""
+    """The imports that a call runs: the module, the level of a relative import, and the imported names."""
 
 
 def names_in(code: CodeType) -> Names:
@@ -42,21 +42,21 @@ def names_in(code: CodeType) -> Names:
             elif step.opname == "IMPORT_NAME":
                 names.imports.append((step.argval, steps[i - 2].argval, steps[i - 1].argval or ()))
             if step.opname in LOADS and steps[i + 1].opname not in OF_AN_ATTRIBUTE:
-                names.whole.add(step.argval)
+                names.as_values.add(step.argval)
     return names
 
 
 def source_of(function: FunctionType) -> list[Any] | None:
-    """The source of a function, part by part; None where it cannot be told which it is.
+    """Return the source of a function, part by part; None if it cannot be determined.
 
-    A source is known by the code that Python makes of it now: not one that was changed since it was imported,
-    nor one of two lambdas in a line.
+    A source counts only if Python compiles it to the function's code. So None is returned if the file has
+    changed since the import, and for one of two lambdas in a line.
     """
     code = function.__code__
     linecache.checkcache(code.co_filename)
     text = "".join(linecache.getlines(code.co_filename, function.__globals__))
     found = _sources(text, code.co_filename).get(code)
-    return _told(found) if found else None
+    return _flattened(found) if found else None
 
 
 @functools.lru_cache(maxsize=64)
@@ -75,22 +75,22 @@ def _sources(text: str, file: str) -> Mapping[CodeType, ast.AST]:
     return {code: sources[0] for code, sources in by_code.items() if len(sources) == 1}
 
 
-def _told(node: ast.AST) -> list[Any]:
-    """What is written and not how: neither places, layout and comments, nor what a version of Python has no
-    word for. Each part tells how many follow for it, so that deep code is no deep list."""
-    told, left = list[Any](), list[Any]([node])
+def _flattened(node: ast.AST) -> list[Any]:
+    """Return the code's parts without positions, layout and comments, and without empty fields, which only
+    some versions of Python have. A part gives the number of its parts, so deep code is still a flat list."""
+    parts, left = list[Any](), list[Any]([node])
     while left:
         each = left.pop()
         if isinstance(each, ast.AST):
             fields = {n: v for n, v in ast.iter_fields(each) if v not in (None, []) and n != "kind"}
-            told.append([type(each).__name__, *fields])
+            parts.append([type(each).__name__, *fields])
             left += fields.values()
         elif isinstance(each, list):
-            told.append(len(each))
+            parts.append(len(each))
             left += each
         else:
-            told.append(ascii(each))
-    return told
+            parts.append(ascii(each))
+    return parts
 
 
 def _inside(code: CodeType) -> Iterator[CodeType]:

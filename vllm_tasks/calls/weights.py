@@ -1,4 +1,4 @@
-"""What decides a model's answers: the contents of its files, and the engine arguments that count."""
+"""Identifies a model for the fingerprint: the contents of its files, and the engine arguments that count."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-WHOLE = 64 * 2**20
-"""Bytes: a file up to this size is hashed whole, a larger one by its size, its head and samples."""
+FULLY_HASHED = 64 * 2**20
+"""Bytes. A file up to this size is hashed completely, a larger one by its size, its head and samples."""
 HEAD = 2**20
-"""Bytes at the beginning, where weights have the names, types and shapes of their tensors."""
+"""Bytes at the beginning of a file, where weights have the names, types and shapes of their tensors."""
 SAMPLES, SAMPLE = 256, 4096
-"""How many samples are read, spread evenly, and how many bytes each has."""
+"""The number of samples, spread evenly over the file, and the bytes of each."""
 PATHS = {
     *("model", "model_weights", "spec_model", "tokenizer", "hf_config_path", "generation_config"),
     *("lora_path", "default_mm_loras", "lora_modules"),
     *("chat_template", "tool_parser_plugin", "reasoning_parser_plugin"),
 }
-"""Arguments whose texts are files and folders, where there are such; of others a file with a slash is."""
-NOT_OF_AN_ANSWER = {
+"""Arguments whose texts are paths if a file or folder of this name exists. In other arguments, a text is a
+path if it has a slash and names a file."""
+WITHOUT_EFFECT = {
     "how the work is split over devices and machines": """
         tensor_parallel_size pipeline_parallel_size prefill_context_parallel_size
         decode_context_parallel_size data_parallel_size data_parallel_size_local data_parallel_rank
@@ -35,7 +36,7 @@ NOT_OF_AN_ANSWER = {
         disable_custom_all_reduce enable_shm_tensor_arena ray_workers_use_nsight enable_dbo ubatch_size
         dbo_decode_token_threshold dbo_prefill_token_threshold enable_fault_tolerance
         fault_tolerance_config enable_nccl_comm_suspend""",
-    "which memory holds how much": """
+    "how much memory is used, and where": """
         gpu_memory_utilization kv_cache_memory_bytes num_gpu_blocks_override block_size swap_space
         watermark enable_prefix_caching prefix_caching_hash_algo prefix_cache_retention_interval
         prefix_match_unit kv_offloading_size kv_offloading_backend cpu_offload_gb cpu_offload_params
@@ -43,7 +44,7 @@ NOT_OF_AN_ANSWER = {
         enable_sleep_mode sleep_mode_offload_cudagraph sleep_preserve_parameter_names
         enable_cumem_allocator max_loras max_cpu_loras mm_processor_cache_gb mm_processor_cache_type
         mm_shm_cache_max_object_size_mb mm_ipc_gpu_memory_gb mm_tensor_ipc skip_mm_profiling""",
-    "which rows are worked on together, and when": """
+    "which rows are processed together, and when": """
         max_num_seqs max_num_active_seqs max_num_batched_tokens max_num_scheduled_tokens
         max_num_queued_reqs max_num_queued_tokens enable_chunked_prefill disable_chunked_mm_input
         long_prefill_token_threshold long_prefill_token_threshold_adaptive prefill_schedule_interval
@@ -55,7 +56,7 @@ NOT_OF_AN_ANSWER = {
     "how files are fetched and read": """
         download_dir hf_token max_parallel_loading_workers safetensors_load_strategy use_tqdm_on_load
         safetensors_prefetch_num_threads safetensors_prefetch_block_size""",
-    "names, logs and measures": """
+    "names, logs and metrics": """
         served_model_name disable_log_stats aggregate_engine_logging enable_log_requests
         disable_log_requests logging_config log_level log_config_file max_log_len profiler_config
         show_hidden_metrics_for_version otlp_traces_endpoint collect_detailed_traces kv_cache_metrics
@@ -67,36 +68,36 @@ NOT_OF_AN_ANSWER = {
         enable_prompt_tokens_details enable_force_include_usage enable_tokenizer_info_endpoint
         sse_keep_alive_interval fingerprint_mode fingerprint_value""",
 }
-"""Arguments of vLLM's engine and server, by what they change: how fast it answers and what it logs, but
-nothing of an answer that is not rounding. All others count. vLLM's own hash of its configuration is no such
-list: it is of the graph that is compiled, so that sizes of buffers are in it and tokenizers are not."""
-IGNORED = {name for names in NOT_OF_AN_ANSWER.values() for name in names.split()}
+"""Arguments of vLLM's engine and server by what they change: speed, logs and rounding, but nothing else of an
+answer. All others count. vLLM's own hash of its configuration cannot replace this list: it identifies the
+compiled graph, so it includes the sizes of buffers and leaves out tokenizers."""
+IGNORED = {name for names in WITHOUT_EFFECT.values() for name in names.split()}
 
 
 def engine_identity(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What of vLLM's engine arguments decides an answer; files count by their contents, wherever they are."""
+    """Return the engine arguments that determine an answer. Files count by their contents, not by path."""
     named = {name.replace("-", "_"): value for name, value in arguments.items()}
-    return {name: _told(name, value) for name, value in named.items() if name not in IGNORED}
+    return {name: _with_hashes(name, value) for name, value in named.items() if name not in IGNORED}
 
 
 def sampling_identity(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a call decides an answer: all parameters; a LoRA adapter by its files, not its number."""
+    """Return the sampling parameters; a LoRA adapter counts by its files, not its number."""
     if not (lora := sampling.get("lora_request")):
         return dict(sampling)
     counts = {name: value for name, value in lora.items() if name not in ("lora_int_id", "load_inplace")}
-    return {**sampling, "lora_request": _told("lora_request", counts)}
+    return {**sampling, "lora_request": _with_hashes("lora_request", counts)}
 
 
-def _told(name: str, value: Any) -> Any:
-    """`value` with the hashes of files for paths."""
+def _with_hashes(name: str, value: Any) -> Any:
+    """Return `value` with the hashes of files in place of paths."""
     if isinstance(value, Mapping):
-        return {key: _told(name if name in PATHS else str(key), each) for key, each in value.items()}
+        return {key: _with_hashes(name if name in PATHS else str(key), each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_told(name, each) for each in value]
+        return [_with_hashes(name, each) for each in value]
     if isinstance(value, str) and (name in PATHS or os.sep in value):
         if name in PATHS and os.path.isdir(value):
             names = sorted(_files(value))
-            with ThreadPoolExecutor() as reading:  # what costs is that the disk is slow to answer
+            with ThreadPoolExecutor() as reading:  # threads, because most time is spent waiting for the disk
                 return dict(
                     zip(names, reading.map(lambda file: hash_of_file(Path(value, file)), names), strict=True)
                 )
@@ -106,21 +107,21 @@ def _told(name: str, value: Any) -> Any:
 
 
 def _files(folder: str) -> Iterator[str]:
-    """The files in a model's folder and below, but for hidden ones and the model card."""
-    for place, folders, files in os.walk(folder):
+    """Yield the files in a model's folder and below, except hidden ones and Markdown."""
+    for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
         for name in files:
-            path = Path(place, name)
+            path = Path(parent, name)
             if path.is_file() and not name.startswith(".") and path.suffix != ".md":
                 yield path.relative_to(folder).as_posix()
 
 
 def hash_of_file(path: Path) -> str:
-    """Of its contents: never of its times, which copies keep and downloads change."""
+    """Return a hash of a file's contents. It ignores times, which copies keep and downloads change."""
     with path.open("rb") as content:
         size = os.fstat(content.fileno()).st_size
         digest = hashlib.sha256(str(size).encode())
-        if size <= WHOLE:
+        if size <= FULLY_HASHED:
             digest.update(content.read())
         else:
             digest.update(content.read(HEAD))

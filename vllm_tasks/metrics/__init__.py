@@ -1,4 +1,4 @@
-"""The built-in metrics, each in a file of its own that says its formula, range, direction and source."""
+"""The built-in metrics. Each has its own file, which documents its formula, range, direction and source."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ BUILT_IN: tuple[str, ...] = get_args(BuiltinMetric)
 
 
 def built_in(name: str) -> Measure:
-    """The built-in metric `name`, one of `BUILT_IN`; its file is imported now."""
+    """Import and return a built-in metric.
+
+    Args:
+        name: One of `BUILT_IN`.
+    """
     measure = importlib.import_module(f"vllm_tasks.metrics.{name}").MEASURE
     assert isinstance(measure, Measure)
     return measure

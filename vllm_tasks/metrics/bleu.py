@@ -2,7 +2,7 @@
 precisions.
 
 Range 0 to 100, higher is better. Papineni et al. 2002, https://aclanthology.org/P02-1040; sacrebleu: Post
-2018, https://aclanthology.org/W18-6319. A row's own score is of that row alone, and says little of a short
+2018, https://aclanthology.org/W18-6319. A row's own score uses that row alone and says little about a short
 text.
 """
 
@@ -30,10 +30,26 @@ def score(
     max_ngram_order: int = 4,
     effective_order: bool = False,
 ) -> Sums:
-    """Options and defaults are sacrebleu's. A list as target is several references; a failed row is an empty
-    text.
+    """Return the counts of each row, and how BLEU follows from their sums.
 
-    Raises `InvalidCall` for an option that sacrebleu does not take, `ImportError` without sacrebleu.
+    The options and their defaults are sacrebleu's.
+
+    Args:
+        predictions: The answers in row order; None, for a failed row, counts as an empty text.
+        targets: The reference of each row, or a list of references.
+        lowercase: Ignore case.
+        tokenize: The name of sacrebleu's tokenizer.
+        smooth_method: How counts of zero are smoothed.
+        smooth_value: The parameter of the methods "floor" and "add-k"; None: sacrebleu's default.
+        max_ngram_order: The length of the longest n-grams, in words.
+        effective_order: Leave out the n-gram orders that have a precision of 0.
+
+    Returns:
+        One vector for each row, in their order, and the function from the vectors' sum to BLEU.
+
+    Raises:
+        InvalidCall: sacrebleu does not take an option, or a target or answer is not a text.
+        ImportError: sacrebleu is not installed.
     """
     try:
         from sacrebleu.metrics.bleu import BLEU
@@ -41,7 +57,7 @@ def score(
         raise ImportError("bleu needs sacrebleu: pip install 'vllm-tasks[eval]'") from error
     _check(tokenize, smooth_method, smooth_value, max_ngram_order)
     try:
-        # Counts are taken unsmoothed, since "add-k" adds to them; the sums are smoothed.
+        # Rows are counted without smoothing, since "add-k" adds to the counts; the sums are smoothed.
         counting = BLEU(
             lowercase=lowercase,
             tokenize=tokenize,
@@ -49,8 +65,8 @@ def score(
             max_ngram_order=max_ngram_order,
             effective_order=True,
         )
-    except (ImportError, RuntimeError) as error:  # of "ja-mecab", "ko-mecab" and "spm"
-        raise InvalidCall(f"bleu: sacrebleu's tokenizer {tokenize!r} needs more: {error}") from error
+    except (ImportError, RuntimeError) as error:  # raised for "ja-mecab", "ko-mecab" and "spm"
+        raise InvalidCall(f"bleu: sacrebleu's tokenizer {tokenize!r} cannot be used: {error}") from error
 
     def total(sums: Sequence[float]) -> float:
         numbers = [int(x) for x in sums]
@@ -69,7 +85,7 @@ def score(
 
 
 def _counts(counting: BLEU, prediction: Any, target: Any) -> list[float]:
-    """Lengths of the answer and of the reference nearest to it, n-grams matched, n-grams said."""
+    """Return the lengths of the answer and of its closest reference, then n-grams matched, n-grams in all."""
     answer = "" if prediction is None else text_of(prediction, "bleu")
     found = counting.sentence_score(answer, accepted(target, "bleu"))
     return [found.sys_len, found.ref_len, *found.counts, *found.totals]
@@ -88,10 +104,12 @@ def _check(tokenize: str, smooth_method: str, smooth_value: float | None, max_ng
             )
     if not _is_number(max_ngram_order, int) or max_ngram_order < 1:
         raise InvalidCall(
-            f"bleu: max_ngram_order is a whole number from 1 (4 is usual), not {max_ngram_order!r}"
+            f"bleu: max_ngram_order must be an integer of at least 1 (usually 4), not {max_ngram_order!r}"
         )
     if smooth_value is not None and not (_is_number(smooth_value, int | float) and smooth_value >= 0):
-        raise InvalidCall(f"bleu: smooth_value is a number from 0, or None, not {smooth_value!r:.100}")
+        raise InvalidCall(
+            f"bleu: smooth_value must be a number of at least 0 or None, not {smooth_value!r:.100}"
+        )
 
 
 def _is_number(value: Any, kind: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Classes: what an answer and a target name, whatever their case and the white space around them."""
+"""Classes that answers and targets name, regardless of case and of white space around them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from vllm_tasks.metrics.text import accepted, text_of
 
 
 def class_of(prediction: Any, metric: str) -> str:
-    """The class that an answer names: its text, stripped and case-folded."""
+    """Return the class that an answer names: its text, stripped and case-folded."""
     return text_of(prediction, metric).strip().casefold()
 
 
 def known_classes(labels: Sequence[Any] | None, metric: str) -> dict[str, str] | None:
-    """The option `labels` by class; None when not given. Raises `InvalidCall` unless they are distinct."""
+    """Return the option `labels` by class, or None without it. Raise `InvalidCall` for a repeated class."""
     if labels is None:
         return None
     if isinstance(labels, str) or not isinstance(labels, Sequence) or not labels:
-        raise InvalidCall(f"{metric}: labels is a list of classes such as ['yes', 'no'], not {labels!r:.100}")
+        raise InvalidCall(
+            f"{metric}: labels must be a list of classes such as ['yes', 'no'], not {labels!r:.100}"
+        )
     known = spelled(label for given in labels for label in accepted([given], metric))
     if len(known) < len(labels):
-        raise InvalidCall(f"{metric}: labels has a class twice (case does not count): {labels!r:.200}")
+        raise InvalidCall(f"{metric}: labels has a class twice (case is ignored): {labels!r:.200}")
     return known
 
 
 def target_class(target: Any, known: dict[str, str] | None, metric: str) -> str:
-    """A target as it is written, stripped. Raises `InvalidCall` for a list, and for one that is not known."""
+    """Return a target as written, but stripped. Raise `InvalidCall` for a list and for an unknown class."""
     if isinstance(target, list):
         raise InvalidCall(
             f"{metric} takes one class as target, not {target!r:.100}: exact_match takes several"
@@ -43,7 +45,7 @@ def target_class(target: Any, known: dict[str, str] | None, metric: str) -> str:
 
 
 def spelled(labels: Iterable[str]) -> dict[str, str]:
-    """By class how it is written; of several ways the first in the order of characters, so not of rows."""
+    """Map each class to its spelling: the first in character order, whatever the order of the rows."""
     ways: dict[str, str] = {}
     for label in sorted({label.strip() for label in labels}):
         ways.setdefault(label.casefold(), label)

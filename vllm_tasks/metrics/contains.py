@@ -1,4 +1,4 @@
-"""Contains: 1 if the target occurs in the answer, else 0; the value is the share of rows where it does.
+"""Contains: 1 if the target occurs in the answer, else 0; the value is the fraction of rows where it does.
 
 Range 0 to 1, higher is better. A long answer that names everything scores well: look at the answers' lengths.
 """
@@ -14,16 +14,24 @@ from vllm_tasks.metrics.text import accepted, text_of
 
 
 def score(prediction: Any, target: Any, *, ignore_case: bool = False, whole_words: bool = False) -> bool:
-    """Whether the answer has the target in it or, where that is a list, any of its texts.
+    """Return whether the answer contains the target.
 
-    ignore_case: compare case-folded texts.
-    whole_words: where the target begins or ends with a letter, digit or underscore, none may adjoin it.
+    Args:
+        prediction: The model's answer.
+        target: A text, or a list of texts of which any may occur.
+        ignore_case: Compare case-folded texts.
+        whole_words: If the target begins or ends with a letter, digit or underscore, no other one may adjoin
+            that end.
 
-    Raises `InvalidCall` for an empty target, which every text contains.
+    Raises:
+        InvalidCall: The target is empty, so every text would contain it, or it is not a text.
     """
     answer, texts = text_of(prediction, "contains"), accepted(target, "contains")
     if "" in texts:
-        raise InvalidCall(f"contains: every text has the empty one in it, and the target is {target!r:.100}")
+        raise InvalidCall(
+            f"contains: every answer contains an empty text, and the target is {target!r:.100}; give a text "
+            "to look for"
+        )
     if ignore_case:
         answer, texts = answer.casefold(), [text.casefold() for text in texts]
     if whole_words:

@@ -1,4 +1,4 @@
-"""JSON data: read from what a model said, and compared by value."""
+"""Reads JSON data from a model's answers and compares it by value."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from vllm_tasks.calls.datatypes import Undecodable, read_json
 
 
 class JsonText(str):
-    """A text that a model wrote as JSON, in quotation marks: data already, of which no JSON is to be read."""
+    """A text that a model wrote as a JSON string. It is data already and is not read as JSON again."""
 
 
 def is_json(text: str) -> bool:
-    """Whether `text` is JSON and nothing else, as a model's `datatype="json"` takes it."""
+    """Return whether `text` is JSON and nothing else, by the rules of `datatype="json"`."""
     try:
         read_json(text)
     except Undecodable:
@@ -22,7 +22,7 @@ def is_json(text: str) -> bool:
 
 
 def data_of(value: Any) -> Any:
-    """Data as it is, and of a text what it holds as JSON; None for a text that holds none."""
+    """Return data unchanged, and a text as the JSON value that it holds, or None if it is not JSON."""
     if not isinstance(value, str):
         return value
     try:
@@ -32,10 +32,10 @@ def data_of(value: Any) -> Any:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two JSON values are equal: numbers by value (1 is 1.0, and 0.1 a decimal 0.10), but true is
-    not 1.
+    """Return whether two JSON values are equal: numbers by value (1 is 1.0, and 0.1 is a decimal 0.10), but
+    true is not 1.
 
-    Without recursion: what a model said may be nested deeper than Python calls.
+    It does not recurse, because an answer may be nested deeper than Python's calls can be.
     """
     pairs = [(one, other)]
     while pairs:
@@ -54,5 +54,5 @@ def same(one: Any, other: Any) -> bool:
 
 
 def _number(value: Any, other: Any) -> Any:
-    """Beside a decimal a float is the decimal that it is written as; its binary value is another one."""
+    """Return a float that is compared with a decimal as the decimal that it prints as."""
     return Decimal(repr(value)) if isinstance(value, float) and isinstance(other, Decimal) else value

@@ -1,7 +1,7 @@
-"""Edit similarity: 1 - d / max(|answer|, |target|), with d the least number of characters to insert, delete
-or replace (Levenshtein 1966); the value is the mean of rows.
+"""Edit similarity: 1 - d / max(|answer|, |target|), where d is the least number of characters to insert,
+delete or replace (Levenshtein 1966); the value is the mean over rows.
 
-Range 0 to 1, higher is better; two empty texts score 1. Computed by rapidfuzz.
+Range 0 to 1, higher is better; two empty texts score 1. It is computed by rapidfuzz.
 """
 
 from __future__ import annotations
@@ -13,9 +13,15 @@ from vllm_tasks.metrics.text import accepted, text_of
 
 
 def score(prediction: Any, target: Any) -> float:
-    """Of one answer; of a list as target the largest over its texts.
+    """Return the similarity of an answer and its target.
 
-    Raises `ImportError` without rapidfuzz.
+    Args:
+        prediction: The model's answer.
+        target: A text, or a list of texts of which the most similar counts.
+
+    Raises:
+        InvalidCall: The target or the answer is not a text.
+        ImportError: rapidfuzz is not installed.
     """
     try:
         from rapidfuzz.distance import Levenshtein

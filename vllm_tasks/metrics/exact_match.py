@@ -1,7 +1,7 @@
-"""Exact match: 1 if the answer equals the target, else 0; the value is the share of rows that do.
+"""Exact match: 1 if the answer equals the target, else 0; the value is the fraction of rows that do.
 
-Range 0 to 1, higher is better. Texts are equal character by character unless `normalize` says otherwise;
-with ["squad"] it is the exact match of SQuAD (Rajpurkar et al. 2016, https://arxiv.org/abs/1606.05250).
+Range 0 to 1, higher is better. Texts must be equal character by character unless `normalize` is set;
+["squad"] gives the exact match of SQuAD (Rajpurkar et al. 2016, https://arxiv.org/abs/1606.05250).
 """
 
 from __future__ import annotations
@@ -15,24 +15,29 @@ from vllm_tasks.metrics.text import SCALAR, Step, accepted, check_steps, decimal
 
 
 def score(prediction: Any, target: Any, *, normalize: Sequence[Step] = ()) -> bool:
-    """Whether the answer is the target or, where that is a list, any in it.
+    """Return whether the answer equals the target, or any item of a target that is a list.
 
-    normalize: what is done to both texts before, whatever the order given: "lower", "punctuation" (ASCII's is
-        taken out), "articles" (a, an, the are taken out), "whitespace" (runs become one space, none at the
-        ends), "strip" (none at the ends), "squad" (the first four). Nothing by default.
+    A number is compared as text (3.0 is "3"). A decimal in the target is compared by value if the answer is a
+    number, else as the text that a prompt has of it (12.50). A list or an object as answer is compared as
+    data (1 is 1.0) and not normalized: a target that is a text is then read as JSON, and a list may equal
+    the answer or contain it. An answer that is a text can only equal the texts and numbers of a list.
 
-    A number is compared as text (3.0 is "3"), and a decimal as the text that a prompt has of it (12.50), but
-    by value where the answer is a number. An answer that is a list or an object is compared by its data (1 is
-    1.0), unnormalized; a target that is a text is read as JSON for that, and one that is a list may be equal
-    as a whole or hold the answer. Of such a list a text can only be one of its texts and numbers.
-    Raises `InvalidCall` for an unknown step and a target of null.
+    Args:
+        prediction: The model's answer: a text, a number or data.
+        target: The expected answer, or a list of accepted ones.
+        normalize: Steps applied to both texts, always in this order: "lower", "punctuation" (removes ASCII
+            punctuation), "articles" (removes a, an, the), "whitespace" (makes each run one space, with none
+            at the ends), "strip" (removes it at the ends). "squad" is the first four.
+
+    Raises:
+        InvalidCall: A step is unknown, or the target is null.
     """
     steps = check_steps(normalize)
     if isinstance(prediction, list | dict):
         wanted = [target, *target] if isinstance(target, list) else [target]
         return any(same(prediction, data_of(one)) for one in wanted)
     if isinstance(target, dict):
-        return False  # data, and the model said a text
+        return False  # the target is data, and the answer is a text
     if isinstance(target, list):
         target = [one for one in target if isinstance(one, SCALAR)]
         if not target:

@@ -1,7 +1,8 @@
-"""JSON fields: the share of the target's fields that the answer has too; the value is the mean of rows.
+"""JSON fields: the fraction of the target's fields that are right in the answer; the value is the mean over
+rows.
 
-Range 0 to 1, higher is better. Fields are the keys of the outermost object; fields that only the answer has
-cost nothing.
+Range 0 to 1, higher is better. Fields are the keys of the outermost object. Extra fields of the answer are
+ignored.
 """
 
 from __future__ import annotations
@@ -15,12 +16,17 @@ from vllm_tasks.metrics.measure import Measure
 
 
 def score(prediction: Any, target: Any, *, fields: Sequence[str] | None = None) -> float:
-    """Of one answer: data, or a text that is JSON; what is no JSON object scores 0.
+    """Return the fraction of fields that are equal in the answer and the target.
 
-    fields: only these, and every target must have them.
+    Numbers are compared by value (1 is 1.0), texts character by character, lists and objects item by item.
 
-    Numbers are equal by value (1 is 1.0), texts character by character, lists and objects in all of their
-    parts. Raises `InvalidCall` for a target that is no JSON object or lacks a field.
+    Args:
+        prediction: An object, or a text that is JSON. Anything but an object scores 0.
+        target: An object with fields, or its JSON.
+        fields: The only fields that count. Every target must have them.
+
+    Raises:
+        InvalidCall: The target is not a JSON object with fields, or lacks one of `fields`.
     """
     wanted = data_of(target)
     if not isinstance(wanted, Mapping) or not wanted:
@@ -36,7 +42,9 @@ def _fields(fields: Sequence[str] | None, wanted: Mapping[str, Any]) -> Sequence
     if fields is None:
         return list(wanted)
     if isinstance(fields, str) or not isinstance(fields, Sequence) or not fields:
-        raise InvalidCall(f"json_fields: fields is a list of names such as ['city'], not {fields!r:.100}")
+        raise InvalidCall(
+            f"json_fields: fields must be a list of names such as ['city'], not {fields!r:.100}"
+        )
     for name in fields:
         if name not in wanted:
             raise InvalidCall(

@@ -1,7 +1,7 @@
-"""JSON valid: 1 if the answer is JSON (RFC 8259), else 0; the value is the share of rows that are.
+"""JSON valid: 1 if the answer is JSON (RFC 8259), else 0; the value is the fraction of rows that are.
 
-Range 0 to 1, higher is better. The target is not looked at. JSON is what a model with `datatype="json"`
-takes: so none with numbers too large for a float, halves of characters, or more than 100 levels.
+Range 0 to 1, higher is better. The target is ignored. The rules are those of `datatype="json"`, so JSON with
+numbers too large for a float, lone surrogates or more than 100 levels scores 0.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ from vllm_tasks.metrics.measure import Measure
 
 
 def score(prediction: Any, target: Any = None) -> bool:
-    """Whether the answer is data already, or a text that is JSON and nothing else: no code fence, no NaN."""
+    """Return whether the answer is data, or a text that is JSON and nothing else: no code fence, no NaN.
+
+    Args:
+        prediction: The model's answer: a text or data.
+        target: Ignored.
+    """
     if not isinstance(prediction, str) or isinstance(prediction, JsonText):
         return not isinstance(prediction, float) or math.isfinite(prediction)
     return is_json(prediction)

@@ -1,8 +1,9 @@
-"""Judge: (score - low) / (high - low) of another model's score of an answer; the value is the mean of rows.
+"""Judge: (score - low) / (high - low) for another model's score of the answer; the value is the mean over
+rows.
 
-Range 0 to 1, higher is better (Zheng et al. 2023, https://arxiv.org/abs/2306.05685). A judge can be fooled by
-the text that it judges, which may ask for a high score, and it has tastes of its own, such as for long
-answers: compare it with people's verdicts first.
+Range 0 to 1, higher is better (Zheng et al. 2023, https://arxiv.org/abs/2306.05685). A judge can be deceived
+by the text that it judges, which may request a high score, and it has preferences of its own, for example for
+long answers: compare its scores with people's first.
 """
 
 from __future__ import annotations
@@ -40,30 +41,35 @@ def score(
     rubric: str = "",
     scale: Sequence[int] = (1, 5),
 ) -> float:
-    """Of one verdict, as `verdict_schema` describes it.
+    """Scale a judge score to the range from 0 to 1.
 
-    model: who judges: a saved block such as "vllm-api/NAME", or a model.
-    rubric: what makes an answer good, in words.
-    scale: lowest and highest score.
+    Args:
+        prediction: The judge's reply, as `judge_schema` describes it.
+        target: Ignored.
+        model: The judge: a saved block such as "vllm-api/NAME", or a model. This function ignores it; the
+            requests to the judge need it.
+        rubric: A description of a good answer, also for the requests.
+        scale: The lowest and the highest score.
 
-    The first two are for whoever asks the judge. Raises `InvalidCall` for a scale that is none.
+    Raises:
+        InvalidCall: The scale is not two integers in ascending order.
     """
     low, high = check_scale(scale)
     return float((prediction["score"] - low) / (high - low))
 
 
 def check_scale(scale: Any) -> tuple[int, int]:
-    """(lowest, highest) score. Raises `InvalidCall` unless they are two whole numbers in ascending order."""
+    """Return the lowest and the highest score. Raise `InvalidCall` unless they are two ascending integers."""
     two = isinstance(scale, Sequence) and len(scale) == 2 and all(type(end) is int for end in scale)
     if not two or scale[0] >= scale[1]:
         raise InvalidCall(
-            f"judge: scale is the lowest and the highest score, such as [1, 5], not {scale!r:.100}"
+            f"judge: scale must be the lowest and the highest score, such as [1, 5], not {scale!r:.100}"
         )
     return scale[0], scale[1]
 
 
-def verdict_schema(scale: Sequence[int]) -> dict[str, Any]:
-    """The JSON schema of a verdict; the reason comes first, so that the score follows from it."""
+def judge_schema(scale: Sequence[int]) -> dict[str, Any]:
+    """Return the JSON Schema of a judge's reply. The reason is first, so that the score follows from it."""
     low, high = check_scale(scale)
     return {
         "type": "object",
@@ -79,25 +85,25 @@ def verdict_schema(scale: Sequence[int]) -> dict[str, Any]:
 def judge_messages(
     input_text: Any, prediction: Any, target: Any, rubric: str, scale: Sequence[int]
 ) -> list[dict[str, str]]:
-    """The chat that asks for a verdict on `prediction`; no target is given with None.
+    """Return the chat messages that request a judge score of `prediction`; `target` may be None.
 
-    Each text stands between tags named after a hash of all of them, which none of them can contain: so an
-    answer cannot end its own part and go on as something else. It can still talk to the judge.
+    Each text is between tags that contain a hash of all texts, which none of the texts can contain. So an
+    answer cannot end its own part and continue as another one. It can still address the judge.
     """
     low, high = check_scale(scale)
     parts = {"task": input_text, "reference": target, "answer": prediction}
     if target is None:
         del parts["reference"]
-    texts = {name: _shown(value) for name, value in parts.items()}
+    texts = {name: _rendered(value) for name, value in parts.items()}
     fence = hashlib.sha256("\0".join(texts.values()).encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    asked = "\n\n".join(PART.format(name=name, fence=fence, text=text) for name, text in texts.items())
+    content = "\n\n".join(PART.format(name=name, fence=fence, text=text) for name, text in texts.items())
     return [
         {"role": "system", "content": SYSTEM.format(rubric=rubric, low=low, high=high)},
-        {"role": "user", "content": f"{asked}\n\nJudge the answer."},
+        {"role": "user", "content": f"{content}\n\nJudge the answer."},
     ]
 
 
-def _shown(value: Any) -> str:
+def _rendered(value: Any) -> str:
     if value is None or isinstance(value, bool | list | dict):
         return json.dumps(value, ensure_ascii=False, indent=1, default=plain_text)
     return plain_text(value)

@@ -1,7 +1,7 @@
-"""Latency: seconds from handing a row to the engine to its answer; the value is the mean of rows.
+"""Latency: seconds from handing a row to the engine to its completion; the value is the mean over rows.
 
-From 0, lower is better. It includes the wait for other rows, so it is of this load and not of the model
-alone. Failed rows are left out, and so are rows whose time is not known.
+From 0, lower is better. It includes the wait for other rows, so it measures the load as well as the model.
+Failed rows and rows with an unknown time are left out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from vllm_tasks.metrics.measure import Answer, Measure
 
 
 def score(answer: Answer) -> float | None:
-    """Seconds; None where they are not known."""
+    """Return the seconds of a row, or None if they are unknown."""
     return answer.seconds
 
 

@@ -1,8 +1,8 @@
-"""Macro F1 of classes: the mean over classes of 2 hits / (rows called so + rows that are so).
+"""Macro F1: the mean over classes of 2 hits / (rows predicted as the class + rows of the class).
 
 Range 0 to 1, higher is better. It is scikit-learn's `f1_score(average="macro", zero_division=0)` over the
-classes of the targets and those in `labels`; a class that only answers name is wrong where it is named, and
-has no part in the mean. Every class counts alike, however rare. Case and white space at the ends are nothing.
+classes of the targets and of `labels`. A class that only answers name is wrong where it is named, and has no
+part in the mean. Every class has the same weight, however rare. Case and white space at the ends are ignored.
 """
 
 from __future__ import annotations
@@ -17,24 +17,30 @@ from vllm_tasks.metrics.classes import class_of, known_classes, spelled, target_
 from vllm_tasks.metrics.measure import Confusion, Measure, Sums
 
 MOST_CLASSES = 1_000
-"""Each row's vector has three numbers for each of them."""
+"""The limit exists because each row's vector has three numbers per class."""
 
 
 def score(predictions: Sequence[Any], targets: Sequence[Any], *, labels: Sequence[Any] | None = None) -> Sums:
-    """Of all rows; a failed one is an answer of no class.
+    """Return the counts of each row, the function from their sums to macro F1, and the confusion table.
 
-    labels: all classes there are, each of which counts even without a row; a target that is none of them
-        raises `InvalidCall`, and so do more than 1,000 classes.
+    The table names answers without a known class `other`, and failed rows `failed`.
 
-    The table calls answers of no class `other` and failed rows `failed`.
+    Args:
+        predictions: The answers in row order; None for a failed row, which has no class.
+        targets: The right class of each row.
+        labels: All classes. Each of them counts, even without a row. None: the classes of the targets.
+
+    Raises:
+        InvalidCall: A target is a list or none of the labels, the labels are not distinct, or there are more
+            than 1,000 classes.
     """
     known = known_classes(labels, "macro_f1")
     written = [target_class(target, known, "macro_f1") for target in targets]
     classes = known or spelled(written)
     if len(classes) > MOST_CLASSES:
         raise InvalidCall(
-            f"macro_f1: there are {len(classes):,} classes, and it takes {MOST_CLASSES:,} at most: for free "
-            "text take exact_match or token_f1, for more classes accuracy"
+            f"macro_f1: there are {len(classes):,} classes, and the limit is {MOST_CLASSES:,}: for free text "
+            "take exact_match or token_f1, for more classes accuracy"
         )
     pairs = [
         (target.casefold(), None if prediction is None else class_of(prediction, "macro_f1"))
@@ -50,8 +56,8 @@ def score(predictions: Sequence[Any], targets: Sequence[Any], *, labels: Sequenc
 
 
 def _vector(target: str, called: str | None, order: dict[str, int]) -> list[float]:
-    """By class: hits, then rows called so, then rows that are so. F1 needs no more of the confusion table,
-    which has the square of that many cells."""
+    """Return per class the hits, then the rows predicted as it, then the rows of it. F1 needs only these of
+    the confusion table, whose size is the square of the number of classes."""
     vector = [0.0] * (3 * len(order))
     vector[2 * len(order) + order[target]] = 1.0
     if called in order:
@@ -62,8 +68,8 @@ def _vector(target: str, called: str | None, order: dict[str, int]) -> list[floa
 
 
 def _macro_f1(sums: Sequence[float], n: int, every: bool) -> float:
-    """Of the `n` classes that have rows, or of every one. In plain numbers, since a resampled interval asks
-    for it thousands of times, and f1_score itself takes a millisecond."""
+    """Return the mean over the classes that have rows, or with `every` over all `n`. It is plain Python since
+    a resampled interval calls it thousands of times, and `f1_score` takes a millisecond."""
     hits, called, being = sums[:n], sums[n : 2 * n], sums[2 * n :]
     if not any(being):
         return math.nan
@@ -74,7 +80,7 @@ def _macro_f1(sums: Sequence[float], n: int, every: bool) -> float:
 
 
 def _confusion(pairs: Sequence[tuple[str, str | None]], classes: dict[str, str]) -> Confusion:
-    failed, other = _free("failed", classes), _free("other", classes)
+    failed, other = _unused("failed", classes), _unused("other", classes)
     cells = Counter(
         (classes[target], failed if called is None else classes.get(called, other))
         for target, called in pairs
@@ -83,8 +89,8 @@ def _confusion(pairs: Sequence[tuple[str, str | None]], classes: dict[str, str])
     return Confusion(tuple(labels), tuple(tuple(cells[i, j] for j in labels) for i in labels))
 
 
-def _free(name: str, classes: dict[str, str]) -> str:
-    """`name`, or with brackets where a class is called so."""
+def _unused(name: str, classes: dict[str, str]) -> str:
+    """Return `name`, in parentheses if a class has this name."""
     while name.casefold() in classes:
         name = f"({name})"
     return name

@@ -1,6 +1,6 @@
-"""Output tokens: how many the model said for a row, by the engine's count; the value is the mean of rows.
+"""Output tokens: tokens of a row's answer, as the engine counts them; the value is the mean over rows.
 
-From 0, lower is better: fewer cost less. Failed rows have none.
+From 0, lower is better, because fewer tokens cost less. Failed rows are left out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from vllm_tasks.metrics.measure import Answer, Measure
 
 
 def score(answer: Answer) -> float | None:
-    """Tokens; None where they are not known."""
+    """Return the tokens of a row's answer, or None if their number is unknown."""
     return answer.completion_tokens
 
 

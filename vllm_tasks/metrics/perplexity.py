@@ -1,8 +1,8 @@
 """Perplexity of the targets after their prompts: exp(-sum of log probabilities / number of tokens), over all
 tokens of the set.
 
-From 1, lower is better (Jelinek et al. 1977). It is per token of the model's own tokenizer: models with
-different ones cannot be compared by it. Failed rows are left out.
+From 1, lower is better (Jelinek et al. 1977). It is per token of the model's own tokenizer, so it cannot
+compare models with different tokenizers. Failed rows are left out.
 """
 
 from __future__ import annotations
@@ -15,8 +15,13 @@ from vllm_tasks.metrics.measure import Likelihood, Measure, Sums
 
 
 def score(predictions: Sequence[Sequence[Likelihood] | None], targets: Sequence[Any]) -> Sums:
-    """Of rows with the likelihood of one text each; a text without tokens adds nothing. The perplexity of no
-    tokens is nan."""
+    """Return the sums of each row, and the function from their total to perplexity (nan without tokens).
+
+    Args:
+        predictions: Per row a list with the likelihood of one text, or None for a failed row. A text without
+            tokens adds nothing.
+        targets: Ignored.
+    """
     return Sums([_sums(prediction) for prediction in predictions], _total)
 
 

@@ -1,7 +1,7 @@
-"""Regex match: 1 if what a pattern finds in the answer is the target, else 0; the value is the share of rows.
+"""Regex match: 1 if a pattern finds the target, else 0; the value is the fraction of rows where it does.
 
-Range 0 to 1, higher is better. Patterns are those of Python's `re`. A pattern with repetitions inside
-repetitions can take time exponential in the answer's length.
+Range 0 to 1, higher is better. Patterns are those of Python's `re`. A pattern with nested repetitions can
+take time exponential in the answer's length.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ from vllm_tasks.metrics.text import accepted, text_of
 
 
 def score(prediction: Any, target: Any, *, pattern: str | None = None, last: bool = False) -> bool:
-    """Whether the pattern finds the target or, where that is a list, any of its texts.
+    """Return whether the pattern finds the target.
 
-    pattern: its first match in the answer (`last`: its last one) must equal the target; of a pattern with
-        groups the first group. White space at the ends counts on neither side.
-    Without a pattern the target is one, and it must be found somewhere in the answer.
+    Args:
+        prediction: The model's answer.
+        target: A text, or a list of texts of which any may match. Without `pattern` it is itself the pattern
+            and may match anywhere in the answer.
+        pattern: A pattern whose first match in the answer, or that match's first group, must equal the
+            target. White space at the ends is ignored.
+        last: Use the last match instead of the first.
 
-    Raises `InvalidCall` for what is no pattern.
+    Raises:
+        InvalidCall: The pattern is not valid, or the target or the answer is not a text.
     """
     answer, texts = text_of(prediction, "regex_match"), accepted(target, "regex_match")
     if pattern is None:
@@ -44,7 +49,7 @@ def _compiled(pattern: Any) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except (re.error, TypeError, OverflowError, RecursionError) as error:
-        raise InvalidCall(f"regex_match: {pattern!r:.200} is no pattern of Python's re: {error}") from error
+        raise InvalidCall(f"regex_match: {pattern!r:.200} is not a pattern of `re`: {error}") from error
 
 
 MEASURE = Measure(score)

@@ -1,9 +1,9 @@
-"""ROUGE: F-measure of what answer and target have in common, of n-grams (`rouge1`, `rouge2`) or of the
-longest common subsequence of words (`rougeL`; `rougeLsum` line by line); the value is the mean of rows.
+"""ROUGE: F-measure of the n-grams (`rouge1`, `rouge2`) or of the longest subsequence of words (`rougeL`;
+`rougeLsum` line by line) that answer and target have in common; the value is the mean over rows.
 
 Range 0 to 1, higher is better. Lin 2004, https://aclanthology.org/W04-1013; computed by rouge-score, which
-knows the letters a to z and digits, and nothing of other scripts. The longest common subsequence takes time
-and memory of the product of both lengths: a second for some million pairs of words.
+reads the letters a to z and digits, and no other script. Time and memory of the longest common subsequence
+grow with the product of both lengths: it takes a second for some million pairs of words.
 """
 
 from __future__ import annotations
@@ -19,16 +19,22 @@ Kind = Literal["rouge1", "rouge2", "rougeL", "rougeLsum"]
 
 
 def score(prediction: Any, target: Any, *, kind: Kind = "rougeL", use_stemmer: bool = False) -> float:
-    """Of one answer; of a list as target the largest over its texts.
+    """Return the F-measure of an answer.
 
-    use_stemmer: compare the stems of words (Porter's, for English).
+    Args:
+        prediction: The model's answer.
+        target: A text, or a list of texts of which the one with the largest value counts.
+        kind: The variant of ROUGE.
+        use_stemmer: Compare the stems of English words (Porter's stemmer).
 
-    Raises `InvalidCall` for another kind, `ImportError` without rouge-score.
+    Raises:
+        InvalidCall: The kind is unknown, or the target or the answer is not a text.
+        ImportError: rouge-score is not installed.
     """
     if kind not in get_args(Kind):
         raise InvalidCall(
             f"rouge: kind is {kind!r:.100}{near(str(kind), get_args(Kind))}; "
-            f"there are {', '.join(get_args(Kind))}"
+            f"known are {', '.join(get_args(Kind))}"
         )
     answer, texts = text_of(prediction, "rouge"), accepted(target, "rouge")
     return float(_scorer(kind, use_stemmer).score_multi(texts, answer)[kind].fmeasure)

@@ -18,7 +18,7 @@ from vllm_tasks.calls.call import Model, TableCall
 from vllm_tasks.datalayer import exact_json
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.metrics.judge import check_scale, judge_messages, verdict_schema
+from vllm_tasks.metrics.judge import check_scale, judge_messages, judge_schema
 from vllm_tasks.metrics.measure import Answer
 from vllm_tasks.validation import Metric
 from vllm_tasks.validation.predictions import Incomplete, Own, Round, Row, Source, predict_id_of, read
@@ -103,7 +103,7 @@ def _judge_call(metric: Metric) -> TableCall:
             "signature": "singleton",
             "chat": True,  # a judge is sent chat messages only
             "prompt_func": partial(_messages, rubric=rubric, scale=scale),
-            "output_schema": verdict_schema(scale),
+            "output_schema": judge_schema(scale),
             "datatype": None,
             "flatten": False,
             "model_update_kwargs": {},
