@@ -188,7 +188,7 @@ def test_no_run_leaves_a_secret_behind(
     saved = VllmAPI.load("secret-model")
     assert isinstance(saved, VllmAPI)
     said = [tell(lambda: job("good", saved, lake.db)), tell(lambda: validated("validated", saved, lake.db))]
-    assert "2 rows answered" in said[0]
+    assert "2 rows succeeded" in said[0]
     assert {a.headers["Authorization"] for a in server.requests} == {f"Bearer {KEY}"}
     for name, deed in TROUBLE.items():
         server.script = lambda asked, deed=deed: deed if asked.path == "/v1/completions" else None  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Rows of a table in, one committed output or error per row out."""
+"""Predictions over the rows of a table: one committed output or error for each row."""
 
 from vllm_tasks.tables.predict import Log, predict_in_db
 from vllm_tasks.tables.previews import Preview, PreviewRow, preview
