@@ -912,7 +912,7 @@ def test_a_count_holds_up_no_commit_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, journal: str
 ) -> None:
     """Without a write-ahead log, a count in one read that takes too long gives up."""
-    monkeypatch.setattr("vllm_tasks.datalayer.database.sqlite.PATIENCE", 0.2)
+    monkeypatch.setattr("vllm_tasks.datalayer.database.sqlite.COUNT_TIMEOUT", 0.2)
     place = sqlite(tmp_path)
     place.sql(f"PRAGMA journal_mode = {journal}")
     db = place.fill(60_000)

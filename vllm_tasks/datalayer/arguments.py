@@ -17,8 +17,8 @@ def table_or_statement(select: Any) -> str:
         select = os.fspath(select)
     if not isinstance(select, str):
         raise InvalidCall(
-            f"select={_shown(select)} is no text: give the name of a table in db, in a lake also a path or a "
-            "glob, or one SELECT statement; or a table in memory that has __arrow_c_stream__: a DataFrame of "
+            f"select={_display(select)} is no text: give the name of a table in db, in a lake also a path or "
+            "a glob, or one SELECT statement; or a table in memory that has __arrow_c_stream__: a DataFrame of "
             "pandas or polars (of a LazyFrame its .collect()), of a list of rows "
             "pyarrow.Table.from_pylist(rows), of a dict of columns pyarrow.table(columns)"
         )
@@ -44,5 +44,5 @@ def check_folder(db: str, argument: str = "db") -> None:
         )
 
 
-def _shown(value: Any) -> str:
+def _display(value: Any) -> str:
     return "None" if value is None else f"<{type(value).__name__}>"

@@ -18,13 +18,13 @@ from vllm_tasks.errors import TablesUnavailable
 class NoRows:
     """The `Writer` to outputs that are not there yet, of a source without rows: its keys have no types."""
 
-    def __init__(self, shown: str) -> None:
-        self._shown = shown
+    def __init__(self, display: str) -> None:
+        self._display = display
 
     def commit(self, rows: Sequence[Row], redo: Collection[Key]) -> None:
         """See `Writer.commit`; there is nothing to commit."""
         if rows or redo:
-            raise TablesUnavailable(f"the source in {self._shown!r} had no rows, and has some now")
+            raise TablesUnavailable(f"the source in {self._display!r} had no rows, and has some now")
 
     def unstorable(self, row: Row) -> str | None:
         """See `Writer.unstorable`."""
@@ -100,9 +100,9 @@ class ByJoin(ABC):
 class Elsewhere(ByJoin):
     """`Tables` whose rows come from `source`, and whose outputs are at `home`; both are closed with it."""
 
-    def __init__(self, source: Source, home: Home, shown: str) -> None:
+    def __init__(self, source: Source, home: Home, display: str) -> None:
         """`shown`: where the rows are read, as a person is told it."""
-        self._shown = shown
+        self._display = display
         self._source = source
         self._home = home
 
@@ -129,7 +129,7 @@ class Elsewhere(ByJoin):
         return self._home.where(name)
 
     def read_from(self, name: str) -> str:
-        return self._shown
+        return self._display
 
     def close(self) -> None:
         self._source.close()

@@ -72,7 +72,7 @@ class Join:
         self._outputs = outputs
         self.selection = selection
         self._workspace = workspace
-        self._named = f"cannot read {selection.shown!r}"
+        self._named = f"cannot read {selection.display!r}"
         self._key: pa.Schema | None = None
         self._there = False
         """Whether there are outputs, once the key is known."""
@@ -113,7 +113,7 @@ class Join:
         columns = self._source.columns()
         if not columns:
             return NO_ROWS
-        refuse_missing(self.selection.shown, wanted, columns)
+        refuse_missing(self.selection.display, wanted, columns)
         found = dict(zip(key, self._source.key_types(key), strict=True))
         there = self._outputs.key_types(self.selection.outputs, key)
         self._there = there is not None
@@ -143,30 +143,30 @@ class Join:
         if self._source.identified_by(key.names) or ascending(self._keys(), key):
             return
         named = ", ".join(key.names)
-        logger.info("checking that %s is unique in %s: one pass", named, self.selection.shown)
+        logger.info("checking that %s is unique in %s: one pass", named, self.selection.display)
         with self._workspace.cursor(self._named) as cursor:
             stream = pa.RecordBatchReader.from_batches(_numbered(key), _renamed(self._keys(), key))
             cursor.register(PART, stream)
             nulls, strange, doubled, rows, *examples = cursor.execute(_faults(key)).fetchall()[0]
-        shown, width = self.selection.shown, len(key.names)
+        display, width = self.selection.display, len(key.names)
 
         def example(values: Sequence[Any]) -> str:
             return ", ".join(f"{n}={v!r:.100}" for n, v in zip(key.names, values, strict=True))
 
         if nulls:
             raise InvalidCall(
-                f"{nulls} rows of {shown!r} have NULL for {named}; leave them out with "
+                f"{nulls} rows of {display!r} have NULL for {named}; leave them out with "
                 "SELECT ... WHERE ... IS NOT NULL, or give another primary_id"
             )
         if strange:
             raise InvalidCall(
-                f"{strange} rows of {shown!r} have a key with a date that Python does not have, for example "
+                f"{strange} rows of {display!r} have a key with a date that Python lacks, for example "
                 f"{example(examples[width:])}; CAST it to VARCHAR in a SELECT, leave them out with "
                 "SELECT ... WHERE, or give another primary_id"
             )
         if doubled:
             raise InvalidCall(
-                f"{named} does not identify the rows of {shown!r}: {doubled} keys have {rows} rows, "
+                f"{named} does not identify the rows of {display!r}: {doubled} keys have {rows} rows, "
                 f"for example {example(examples[:width])}; give another primary_id, or several columns"
             )
 

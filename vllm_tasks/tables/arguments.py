@@ -73,8 +73,7 @@ def check_max_failed(value: float | int | None) -> float | int | None:
     )
     if not proper:
         raise InvalidCall(
-            f"max_failed={value!r} must be a fraction from 0.0 to 1.0 (a float), a number of rows (an int), or "
-            "None for any number"
+            f"max_failed={value!r} must be a fraction from 0.0 to 1.0, a number of rows, or None for no limit"
         )
     return value
 

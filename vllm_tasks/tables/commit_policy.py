@@ -18,7 +18,7 @@ WIDEST = 32 * 2**20
 
 @dataclass(frozen=True)
 class CommitPolicy:
-    """When a commit group closes: at `rows` finished rows or `seconds` after its first row; sooner early on."""
+    """When a commit group closes: at `rows` rows or `seconds` after its first row; earlier at first."""
 
     rows: int
     seconds: float

@@ -17,7 +17,7 @@ def refuse_other_source(tables: Tables, outputs: str, source: str) -> None:
     if other is not None:
         raise InvalidCall(
             f"the outputs {outputs!r} are of {other['_source']!r}, not of {source!r}: their answers would "
-            "be taken for those of other rows with the same keys. Give predict_id='...' for separate outputs, "
+            "be taken for those of other rows with the same keys. Give predict_id='...' for separate outputs "
             "or same_source=True if the rows are the same (a renamed table, an edited SELECT)"
         )
 

@@ -25,7 +25,7 @@ class Display(Protocol):
         """Do `work`, and retry it after a `TablesUnavailable` with the delays of `RETRY_DELAYS`."""
 
     def progress(self, progress: Progress, *, last: bool = False) -> None:
-        """Display `progress` if the last time is a while ago, and always if it is the `last`; called often."""
+        """Display `progress` if the last time is a while ago, and always if it is the `last`."""
 
 
 @dataclass(frozen=True)

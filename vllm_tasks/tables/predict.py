@@ -120,8 +120,8 @@ def predict_in_db(
     """
     if shards != 1:
         raise InvalidCall(
-            f"shards={shards!r:.100} must be 1 here: call the task vllm_tasks.predict_in_db, or process a part "
-            "with shard=(i, n)"
+            f"shards={shards!r:.100} must be 1 here: call the task vllm_tasks.predict_in_db, or process a "
+            "part with shard=(i, n)"
         )
     call = model.prepare(predict_in_db, context, sampling)
     key = named_columns("primary_id", primary_id)

@@ -26,7 +26,7 @@ from vllm_tasks.engines.stopping import raise_if_stopped
 from vllm_tasks.errors import InvalidCall, VllmTasksError
 from vllm_tasks.rows import Request, Result, RowError
 from vllm_tasks.tables.job import Display, Job
-from vllm_tasks.tables.keys import key_range, display_key
+from vllm_tasks.tables.keys import display_key, key_range
 from vllm_tasks.tables.open_rows import Open, bytes_of_answer
 from vllm_tasks.tables.output_rows import Finished, OutputRows
 from vllm_tasks.tables.report import Tally

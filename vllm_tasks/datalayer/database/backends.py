@@ -36,7 +36,7 @@ class TableName(NamedTuple):
     schema: str | None = None
 
     @property
-    def whole(self) -> str:
+    def full(self) -> str:
         """The name as a caller writes it."""
         return f"{self.schema}.{self.name}" if self.schema else self.name
 
@@ -130,7 +130,7 @@ class Backend:
         return bare.render_as_string()
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def translating(self) -> Iterator[None]:
         """Turn the driver's errors into ours."""
         try:
             yield
@@ -152,14 +152,14 @@ class Backend:
         """A whole number of at least 0 that follows from the values of these columns: tells shards apart."""
         raise NotImplementedError("of databases that keep outputs")
 
-    def rival(self, error: DBAPIError) -> bool:
+    def is_conflict(self, error: DBAPIError) -> bool:
         """Whether another transaction was in the way."""
         return isinstance(error, sa.exc.IntegrityError)
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A connection whose statements cannot write, where the database can promise that."""
-        with self.told(), self.reader.connect() as connection:
+        with self.translating(), self.reader.connect() as connection:
             yield connection
 
     @contextmanager

@@ -132,7 +132,7 @@ class Database:
             source = Relation.of(self._backend, connection, select, columns)
             names = list(dict.fromkeys(source.columns if columns is None else columns))
             types = declared(connection, source.table, names)
-            with closing(self._whole(connection, source, names)) as pages:
+            with closing(self._all_rows(connection, source, names)) as pages:
                 for page in pages:
                     yield [dict(zip(names, map(typed, row, types), strict=True)) for row in page]
 
@@ -278,7 +278,7 @@ class Database:
                 page = page.select_from(copy.join(source.rows, sa.and_(*on)))
             yield from _pages(connection, copy, page, size)
 
-    def _whole(
+    def _all_rows(
         self, connection: Connection, source: Relation, names: Sequence[str]
     ) -> Generator[Sequence[Any], None, None]:
         """Pages of these columns of all rows."""

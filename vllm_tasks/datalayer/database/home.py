@@ -54,7 +54,7 @@ def _batches(backend: Backend, name: str, key: pa.Schema, schema: pa.Schema) -> 
         table = backend.located(connection, name)
         shape = backend.shape(connection, table)
         if not shape:
-            raise TablesUnavailable(f"the outputs {table.whole!r} were there, and are gone")
+            raise TablesUnavailable(f"the outputs {table.full!r} were there, and are gone")
         rows = _rows(table, shape)
         # An error's words may be long, and only whether there is one counts.
         failed = sa.case((rows.c["_error"].is_not(None), sa.literal("e")))

@@ -21,7 +21,7 @@ from vllm_tasks.datalayer.selection import POSITION, Key, Row
 from vllm_tasks.datalayer.storable import HALF_A_CHARACTER, INT64, is_text, to_json
 from vllm_tasks.errors import InvalidCall
 
-TRIES = 10
+ATTEMPTS = 10
 ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 """In JSON: an even number of backslashes before it are backslashes of the text."""
 
@@ -168,14 +168,14 @@ class KeyedTable:
         `make_or`: make the table in it, unless it is there; with another shape there, raise `InvalidCall`
         with this way out.
         """
-        for attempt in range(1, TRIES + 1):
+        for attempt in range(1, ATTEMPTS + 1):
             try:
                 with self._backend.writing(self._table.name) as connection:
                     if make_or is not None:
                         self._make(connection, make_or)
                     return self._write(connection, rows, redo)
             except DBAPIError as e:
-                if attempt == TRIES or not self._backend.rival(e):
+                if attempt == ATTEMPTS or not self._backend.is_conflict(e):
                     raise self._backend.translated(e) from e
             time.sleep(random.random() * 0.05 * attempt)
         return None
@@ -203,7 +203,7 @@ class KeyedTable:
         if there := self._backend.shape(connection, place):
             expected = shape_of(self._table, connection.dialect)
             # Rows are replaced whole here: what others had in columns of their own would be lost.
-            refuse_differences(self._backend, place.whole, there, expected, way_out, exactly=True)
+            refuse_differences(self._backend, place.full, there, expected, way_out, exactly=True)
         else:
             self._table.create(connection, checkfirst=False)
 

@@ -75,12 +75,12 @@ class Postgres(Backend):
         # transaction timeout
         return state[:2] in ("08", "40", "53", "57", "58") or state in ("55P03", "25P03", "25P04")
 
-    def rival(self, error: DBAPIError) -> bool:
+    def is_conflict(self, error: DBAPIError) -> bool:
         return self._state(error) in ("23505", "40001", "40P01")
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        with self.told(), self.reader.connect() as connection:
+        with self.translating(), self.reader.connect() as connection:
             connection = connection.execution_options(postgresql_readonly=True)
             connection.exec_driver_sql(self.READING)
             yield connection
@@ -97,19 +97,19 @@ class Postgres(Backend):
     def types(self, connection: Connection, source: sa.FromClause, names: Sequence[str]) -> list[Any]:
         one = sa.select(sa.literal(1).label("one")).subquery("one")
 
-        def told(*columns: sa.ColumnElement[Any]) -> Sequence[Any]:
+        def one_row(*columns: sa.ColumnElement[Any]) -> Sequence[Any]:
             # A row beside none of the source's: what is asked here is known without reading it.
             query = sa.select(*columns).select_from(one.outerjoin(source, sa.false()))
             return connection.execute(query).one()
 
         oids = [sa.cast(sa.func.pg_typeof(source.c[name]), OID) for name in names]
-        types = told(*(sa.func.format_type(oid, -1) for oid in oids))
+        types = one_row(*(sa.func.format_type(oid, -1) for oid in oids))
         pg_type = sa.table("pg_type", sa.column("oid"), sa.column("typcollation"), schema="pg_catalog")
-        collatable = told(
+        collatable = one_row(
             *(sa.select(pg_type.c.typcollation).where(pg_type.c.oid == oid).scalar_subquery() for oid in oids)
         )
         texts = [name for name, collation in zip(names, collatable, strict=True) if collation]
-        collations = told(*(sa.func.pg_collation_for(source.c[n]) for n in texts)) if texts else ()
+        collations = one_row(*(sa.func.pg_collation_for(source.c[n]) for n in texts)) if texts else ()
         own = {n: f" COLLATE {c}" for n, c in zip(texts, collations, strict=True) if c not in (None, DEFAULT)}
         return [Verbatim(spec + own.get(name, "")) for name, spec in zip(names, types, strict=True)]
 

@@ -107,14 +107,14 @@ class Relation:
             if row := connection.execute(some).first():
                 raise InvalidCall(
                     f"the key {', '.join(key)} is not unique: {row[-2]} keys stand in {row[-1]} rows, for "
-                    f"example {_shown(key, row)} in {row[-3]}; give a primary_id that identifies a row"
+                    f"example {_display(key, row)} in {row[-3]}; give a primary_id that identifies a row"
                 )
         null = sa.or_(*(c.element.is_(None) for c in columns))
         if empty := connection.execute(self.query(sa.func.count()).where(null)).scalar():
             row = connection.execute(self.query(*columns).where(null).limit(1)).first()
             raise InvalidCall(
                 f"the key {', '.join(key)} is NULL in {empty} rows"
-                + (f", for example {_shown(key, row)}" if row is not None and len(key) > 1 else "")
+                + (f", for example {_display(key, row)}" if row is not None and len(key) > 1 else "")
                 + "; leave them out with a WHERE, or give another primary_id"
             )
 
@@ -175,5 +175,5 @@ def _near(name: str, names: Sequence[str]) -> str:
     return f"{near(name, names)}; there is {there or 'nothing'}"
 
 
-def _shown(key: Sequence[str], row: Sequence[Any]) -> str:
+def _display(key: Sequence[str], row: Sequence[Any]) -> str:
     return ", ".join(f"{name}={value!r:.100}" for name, value in zip(key, row, strict=False))

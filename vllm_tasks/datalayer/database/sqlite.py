@@ -21,7 +21,7 @@ from vllm_tasks.datalayer.database.backends import Backend, Column, Shape, Table
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 from vllm_tasks.places import check_place
 
-PATIENCE = 10.0
+COUNT_TIMEOUT = 10.0
 """Seconds that a count may hold up the commits of an SQLite database without a write-ahead log."""
 COUNTED = 50_000
 """Rows that SQLite counts in one read."""
@@ -213,7 +213,7 @@ class Sqlite(Backend):
 
     def _counted_soon(self, connection: Connection, query: sa.Select[Any]) -> Sequence[Any]:
         if connection.exec_driver_sql("PRAGMA journal_mode").scalar() != "wal":
-            end = time.monotonic() + PATIENCE
+            end = time.monotonic() + COUNT_TIMEOUT
             driver: Any = connection.connection.driver_connection
             driver.set_progress_handler(lambda: time.monotonic() > end, 10_000)
         try:
@@ -222,6 +222,6 @@ class Sqlite(Backend):
             if getattr(e.orig, "sqlite_errorcode", None) != sqlite3.SQLITE_INTERRUPT:
                 raise
             raise TablesUnavailable(
-                f"{self.where()}: to count the rows of this select takes more than {PATIENCE:g} s, in which "
+                f"{self.where()}: to count the rows of this select takes more than {COUNT_TIMEOUT:g} s, in which "
                 "nothing could be committed (PRAGMA journal_mode = WAL lets both go on)"
             ) from e

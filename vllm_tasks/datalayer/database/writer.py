@@ -53,7 +53,7 @@ def refuse_shape(
     expected = shape_of(made(place, OutputTable(place.name, ()), key, key_kinds), backend.engine.dialect)
     known = {name: column for name, column in shape.items() if name in expected}
     narrow = _narrow(backend, known, expected, key)
-    refuse_differences(backend, place.whole, {**known, **narrow}, expected, WAY_OUT)
+    refuse_differences(backend, place.full, {**known, **narrow}, expected, WAY_OUT)
 
 
 def _narrow(backend: Backend, there: Shape, expected: Shape, key: Sequence[str]) -> Shape:
@@ -97,7 +97,7 @@ class DatabaseWriter:
             if self._shape():
                 raise
             raise InvalidCall(
-                f"the outputs {self._place.whole!r} were dropped or renamed under the run ({e}); give them "
+                f"the outputs {self._place.full!r} were dropped or renamed under the run ({e}); give them "
                 "their name again, or run it again to make them anew"
             ) from e
 
@@ -134,7 +134,7 @@ class DatabaseWriter:
         if narrow := _narrow(self._backend, there, expected, self._key):
             self._widen(narrow)
             there = self._shape()
-        refuse_differences(self._backend, self._place.whole, there, expected, WAY_OUT)
+        refuse_differences(self._backend, self._place.full, there, expected, WAY_OUT)
 
     def _widen(self, columns: Shape) -> None:
         """The source's key was widened, so the outputs' is: else a key would come that it cannot hold."""

@@ -64,11 +64,11 @@ class ArrowSource:
     """`Source` of whatever can be read as a stream of Arrow, again and again: `read(columns)` begins anew."""
 
     def __init__(
-        self, schema: pa.Schema, read: Callable[[Sequence[str]], pa.RecordBatchReader], shown: str
+        self, schema: pa.Schema, read: Callable[[Sequence[str]], pa.RecordBatchReader], display: str
     ) -> None:
         self._schema = schema
         self._read = read
-        self._shown = shown
+        self._display = display
 
     def columns(self) -> Sequence[str]:
         return list(self._schema.names)
@@ -85,13 +85,13 @@ class ArrowSource:
 
     def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
         for found in self._tables(list(dict.fromkeys((*key.names, *columns))), ROWS_AT_ONCE):
-            yield part_of(found, key, columns, unreadable, self._shown)
+            yield part_of(found, key, columns, unreadable, self._display)
 
     def close(self) -> None:
         pass
 
     def _tables(self, columns: Sequence[str], rows: int) -> Iterator[pa.Table]:
-        with storage_errors(f"cannot read {self._shown!r}"), self._read(columns) as reader:
+        with storage_errors(f"cannot read {self._display!r}"), self._read(columns) as reader:
             yield from gathered(reader, rows)
 
 

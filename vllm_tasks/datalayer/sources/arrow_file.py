@@ -24,7 +24,7 @@ class Mapped:
     """An Arrow file on this machine, which is mapped and not read."""
 
     path: str
-    shown: str
+    display: str
 
 
 class ArrowFile(Pieces):
@@ -36,18 +36,18 @@ class ArrowFile(Pieces):
     def schemas(self) -> Iterator[tuple[str, pa.Schema]]:
         """See `Pieces.schemas`."""
         for file in self._files:
-            with ExitStack() as opened, reading_errors(file.shown):
+            with ExitStack() as opened, reading_errors(file.display):
                 schema = _reader(file, opened, None).schema
-            yield file.shown, schema
+            yield file.display, schema
 
     def pieces(self) -> Iterator[Piece]:
         """See `Pieces.pieces`."""
         for file in self._files:
-            with ExitStack() as opened, reading_errors(file.shown):
+            with ExitStack() as opened, reading_errors(file.display):
                 reader = _reader(file, opened, None)
                 schema = reader.schema
                 batches = range(reader.num_record_batches) if _is_file(reader) else [None]
-            yield from (Piece(file.shown, schema, (file, batch)) for batch in batches)
+            yield from (Piece(file.display, schema, (file, batch)) for batch in batches)
 
     def reading(self, rows: int) -> _Pass:
         """See `Pieces.reading`."""
@@ -89,7 +89,7 @@ def _reader(file: DataFile | Mapped, opened: ExitStack, options: Any) -> Any:
     raw.seek(0)
     if beginning.startswith(FEATHER_1):
         raise InvalidCall(
-            f"{file.shown} is a file of Feather version 1, which is not read here; write it again with "
+            f"{file.display} is a file of Feather version 1, which is not read here; write it again with "
             "pyarrow.feather.write_feather(pyarrow.feather.read_table(old), new)"
         )
     opening = pa.ipc.open_file if beginning == MAGIC else pa.ipc.open_stream

@@ -23,19 +23,19 @@ class Connected(io.RawIOBase):
     """A file of an fsspec filesystem, read from the first byte on; errors are `TablesUnavailable`, but for
     a file that may not be read (`InvalidCall`)."""
 
-    def __init__(self, fs: Any, path: str, shown: str) -> None:
+    def __init__(self, fs: Any, path: str, display: str) -> None:
         super().__init__()
-        self.shown = shown
+        self.display = display
         try:
             self.file = fs.open(path, "rb")
         except PermissionError as e:
-            raise InvalidCall(f"cannot read {shown!r}: not allowed") from e
+            raise InvalidCall(f"cannot read {display!r}: not allowed") from e
         except Exception as e:  # every filesystem has errors of its own, which have no base in common
             raise self._lost(e) from e
 
     def _lost(self, error: Exception) -> TablesUnavailable:
         why = without_secrets(f"{type(error).__name__}: {error}")[:SHOWN]
-        return TablesUnavailable(f"cannot read {self.shown!r}: {why}")
+        return TablesUnavailable(f"cannot read {self.display!r}: {why}")
 
     def readable(self) -> bool:
         return True
@@ -60,9 +60,9 @@ class Decompressed(io.RawIOBase):
     Arrow's codecs read several members or frames behind each other as one.
     """
 
-    def __init__(self, opened: Callable[[], IO[bytes]], codec: str, shown: str) -> None:
+    def __init__(self, opened: Callable[[], IO[bytes]], codec: str, display: str) -> None:
         super().__init__()
-        self.opened, self.codec, self.shown = opened, codec, shown
+        self.opened, self.codec, self.display = opened, codec, display
         self.raw = opened()
         self.stream = pa.CompressedInputStream(self.raw, codec)
         self.offset = 0
@@ -89,7 +89,7 @@ class Decompressed(io.RawIOBase):
             found = self._before_damage(most)
             if not self.offset and not found:
                 raise InvalidCall(
-                    f"{self.shown!r} is not compressed with {self.codec}, as its name says, or is cut at its "
+                    f"{self.display!r} is not compressed with {self.codec}, as its name says, or is cut at its "
                     f"beginning ({self.damage}); rename or replace it"
                 ) from e
             return found

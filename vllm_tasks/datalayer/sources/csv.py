@@ -139,14 +139,14 @@ class Csv:
 def _place(file: CsvFile, names: Sequence[str], name: str) -> int | None:
     if names.count(name) > 1:
         raise InvalidCall(
-            f"{file.file.shown!r} has {names.count(name)} columns named {name!r:.200}; rename them in the "
+            f"{file.file.display!r} has {names.count(name)} columns named {name!r:.200}; rename them in the "
             "file, or leave its first record out and give the names: read={table: {'header': [...]}}"
         )
     return names.index(name) if name in names else None
 
 
 def _where(file: CsvFile, number: int) -> str:
-    return f"{file.file.shown}, record {number}"
+    return f"{file.file.display}, record {number}"
 
 
 def _why(bad: Bad, width: int) -> str:

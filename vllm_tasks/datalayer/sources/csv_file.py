@@ -49,7 +49,7 @@ class CsvFile:
                 first = next((cells for cells in self._cells(text) if cells), [])
             except csv.Error as e:
                 raise InvalidCall(
-                    f"the first record of {self.file.shown!r} cannot be read: {e}; is a quote not closed? "
+                    f"the first record of {self.file.display!r} cannot be read: {e}; is a quote not closed? "
                     "Mend it, or give the quote or the delimiter: read={table: {'quote': ''}}"
                 ) from e
         return first if self.options.header else [f"column{i}" for i in range(len(first))]

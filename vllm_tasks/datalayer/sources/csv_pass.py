@@ -123,7 +123,7 @@ class Pass:
         size: int,
         widened: bool,
     ) -> None:
-        self.shown, self.width = file.shown, width
+        self.display, self.width = file.display, width
         self.bad: list[Bad] = []
         self.complete = False
         """The mark behind the last record was found as a record of its own."""
@@ -163,7 +163,7 @@ class Pass:
         except pa.ArrowInvalid as e:
             if "straddl" in str(e):
                 raise TooLong from e
-            raise InvalidCall(f"{self.shown!r} cannot be read as CSV: {str(e)[:200]}") from e
+            raise InvalidCall(f"{self.display!r} cannot be read as CSV: {str(e)[:200]}") from e
 
     def _batch(self) -> pa.RecordBatch | None:
         try:

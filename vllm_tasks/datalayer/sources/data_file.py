@@ -26,11 +26,11 @@ class DataFile:
     stem: str
     kind: Kind
     compression: Literal["gzip", "zstd"] | None
-    shown: str
+    display: str
     """Its path as a person is told it, without secrets."""
 
     @classmethod
-    def of(cls, fs: Any, path: str, shown: str) -> Self | None:
+    def of(cls, fs: Any, path: str, display: str) -> Self | None:
         """None for a file that is none of the formats, by its name."""
         match = NAME.fullmatch(posixpath.basename(path))
         if match is None:
@@ -39,7 +39,7 @@ class DataFile:
         packed = COMPRESSIONS[match["packed"].lower()] if match["packed"] else None
         if packed and kind not in COMPRESSED:
             return None
-        return cls(fs, path, match["stem"], kind, packed, shown)
+        return cls(fs, path, match["stem"], kind, packed, display)
 
     def open(self) -> io.BufferedReader:
         """Its bytes, decompressed, from the first on; see `byte_stream` for the errors."""
@@ -50,9 +50,9 @@ class DataFile:
         return cast(IO[bytes], self.fs.open(self.path, "rb"))
 
     def _raw(self) -> Connected:
-        return Connected(self.fs, self.path, self.shown)
+        return Connected(self.fs, self.path, self.display)
 
     def _decompressed(self) -> Decompressed:
         return Decompressed(
-            lambda: io.BufferedReader(self._raw(), BUFFER), self.compression or "", self.shown
+            lambda: io.BufferedReader(self._raw(), BUFFER), self.compression or "", self.display
         )

@@ -104,8 +104,8 @@ def queryable(table: DeltaTable) -> ds.Dataset | ds.Scanner | DeltaRows:
 class DeltaSource(ArrowSource):
     """The loaded version of a Delta table as a `Source`."""
 
-    def __init__(self, table: DeltaTable, shown: str) -> None:
+    def __init__(self, table: DeltaTable, display: str) -> None:
         """`shown`: the table as a person is told it. Raises `InvalidCall` as `refuse_unreadable`."""
         refuse_unreadable(table)
         schema = arrow_schema(table)
-        super().__init__(schema, lambda names: delta_reader(table, names or schema.names[:1]), shown)
+        super().__init__(schema, lambda names: delta_reader(table, names or schema.names[:1]), display)

@@ -52,7 +52,7 @@ class Files:
         root = os.path.realpath(self.root)
         return [f.path for f in table.files if not os.path.realpath(f.path).startswith(root + "/")]
 
-    def shown(self, path: str) -> str:
+    def display(self, path: str) -> str:
         """`path` as a person is told it."""
         return without_secrets(self.uri(path))
 
@@ -67,7 +67,7 @@ class Files:
         try:
             entries = self._ask("ls", self.root or "/", detail=True)
         except (FileNotFoundError, NotADirectoryError) as e:
-            raise InvalidCall(f"there is no folder {self.shown(self.root)!r} to read from") from e
+            raise InvalidCall(f"there is no folder {self.display(self.root)!r} to read from") from e
         for entry in entries:
             path = entry["name"].rstrip("/")
             name = posixpath.basename(path)
@@ -110,10 +110,10 @@ class Files:
         """That there is no such table, or that it is not read."""
         for entry in self._ask("ls", self.root or "/", detail=False):
             if is_called(entry, name):
-                return refusal(entry, self.shown(entry))
+                return refusal(entry, self.display(entry))
         has = ", ".join(map(repr, sorted(tables)[:20])) + (", ..." if len(tables) > 20 else "")
         return InvalidCall(
-            f"{self.shown(self.root)!r} has no table, file or match for {name!r}{near(name, tables)}; "
+            f"{self.display(self.root)!r} has no table, file or match for {name!r}{near(name, tables)}; "
             f"it has {has or 'no tables'}"
         )
 
@@ -127,7 +127,7 @@ class Files:
             return Table(name, iceberg=self.uri(path))
         found = self._data_files(path)
         if not found:
-            raise InvalidCall(f"the folder {self.shown(path)!r} holds no {FORMATS} files")
+            raise InvalidCall(f"the folder {self.display(path)!r} holds no {FORMATS} files")
         return self._of_one_format(name, self._refuse_tables(found))
 
     def _of_one_format(self, name: str, paths: list[str]) -> Table:
@@ -158,21 +158,21 @@ class Files:
         outside = path.startswith("/") or "://" in path or ".." in path.split("/")
         if outside and not re.search(r"\s", path):
             raise InvalidCall(
-                f"{name!r} is not in the lake {self.shown(self.root)!r}; give a path relative to it"
+                f"{name!r} is not in the lake {self.display(self.root)!r}; give a path relative to it"
             )
         if outside or not path:
             return []
         whole = f"{self.root}/{path.rstrip('/')}"
         if self._ask("exists", whole):
             if not self._ask("isdir", whole) and self._file(whole) is None:
-                raise refusal(whole, self.shown(whole))
+                raise refusal(whole, self.display(whole))
             return self._refuse_tables([whole]) if self._file(whole) else [whole]
         if not set("*?[") & set(path):
             return []
         return self._refuse_tables(self._with_rows(self._glob(path), path))
 
     def _file(self, path: str) -> DataFile | None:
-        return DataFile.of(self.fs, path, self.shown(path))
+        return DataFile.of(self.fs, path, self.display(path))
 
     def _data_files(self, folder: str) -> list[str]:
         return self._with_rows(self._inside(folder, set()), folder)
@@ -186,7 +186,7 @@ class Files:
             if self._file(path):
                 found.append(path)
             elif has_rows(path):
-                raise refusal(path, self.shown(path))
+                raise refusal(path, self.display(path))
         return found
 
     def _inside(self, folder: str, seen: set[str]) -> Iterator[str]:
@@ -234,7 +234,7 @@ class Files:
             kind = "a Delta" if self._ask("exists", f"{folder}/_delta_log") else ""
             kind = kind or ("an Iceberg" if is_iceberg(self.fs, folder) else "")
             if kind:
-                raise InvalidCall(f"{self.shown(folder)!r} is {kind} table: name it, not the files in it")
+                raise InvalidCall(f"{self.display(folder)!r} is {kind} table: name it, not the files in it")
         return paths
 
     def _refuse_places(self, paths: list[str]) -> None:
@@ -255,9 +255,9 @@ class Files:
         except (FileNotFoundError, NotADirectoryError):
             raise
         except PermissionError as e:
-            raise InvalidCall(f"cannot list {self.shown(path)!r}: not allowed: {plain(e)}") from e
+            raise InvalidCall(f"cannot list {self.display(path)!r}: not allowed: {plain(e)}") from e
         except Exception as e:  # every filesystem has errors of its own, which have no base in common
-            raise TablesUnavailable(f"cannot list {self.shown(path)!r}: {plain(e)}") from e
+            raise TablesUnavailable(f"cannot list {self.display(path)!r}: {plain(e)}") from e
 
 
 def exactly(uri: str) -> str:

@@ -31,7 +31,7 @@ class Frame(Pieces):
     def __init__(self, data: Any) -> None:
         """Raises `InvalidCall` for what is no table."""
         _check(data)
-        self._where = shown(data)
+        self._where = display_name(data)
         self._copy: ArrowFile | None = None
         self._problems: dict[str, str] = {}
         """Of columns that Arrow cannot have, why."""
@@ -87,7 +87,7 @@ class _Pass:
         """There is nothing to close."""
 
 
-def shown(data: Any) -> str:
+def display_name(data: Any) -> str:
     """What a person is told that `data` is."""
     return f"the {type(data).__module__.split('.')[0]} {type(data).__name__}"
 

@@ -30,14 +30,14 @@ def is_iceberg(fs: Any, folder: str) -> bool:
     return bool(_metadata_files(fs, folder))
 
 
-def refuse_inside(fs: Any, path: str, root: str, shown: str) -> None:
+def refuse_inside(fs: Any, path: str, root: str, display: str) -> None:
     """Raise `InvalidCall` when the file or folder `path`, of the lake `root`, lies in an Iceberg table: its
     files are not its rows, as some are of the past. The table's own folder is refused too."""
     root, folder = root.rstrip("/"), path.rstrip("/")
     while len(folder) > len(root):
         if is_iceberg(fs, folder):
             raise InvalidCall(
-                f"{shown!r} lies in the Iceberg table {posixpath.basename(folder)!r}: name that table, not "
+                f"{display!r} lies in the Iceberg table {posixpath.basename(folder)!r}: name that table, not "
                 "the files in it, of which some are of the past"
             )
         folder = posixpath.dirname(folder)
@@ -57,14 +57,14 @@ class Iceberg(Pieces):
     A piece is a data file with its deletes. pyiceberg reads the wanted columns of a whole data file at once.
     """
 
-    def __init__(self, fs: Any, folder: str, shown: str) -> None:
+    def __init__(self, fs: Any, folder: str, display: str) -> None:
         """Raises `InvalidCall` when pyiceberg is not installed or does not read the table."""
-        self._shown = shown
+        self._display = display
         try:
             from vllm_tasks.datalayer.sources.iceberg_files import LakeFiles, table
         except ImportError as e:
             raise InvalidCall(
-                f"{shown} is an Iceberg table, which needs pyiceberg: pip install 'vllm-tasks[iceberg]'"
+                f"{display} is an Iceberg table, which needs pyiceberg: pip install 'vllm-tasks[iceberg]'"
             ) from e
         with self._errors():
             self._table = table(LakeFiles(fs), _newest(fs, folder))
@@ -74,14 +74,14 @@ class Iceberg(Pieces):
 
     def _check_place(self, fs: Any, folder: str, path: str) -> None:
         if not str(fs._strip_protocol(path)).startswith(folder.rstrip("/") + "/"):
-            check_place(f"of the Iceberg table {self._shown} the data file", path)
+            check_place(f"of the Iceberg table {self._display} the data file", path)
 
     def _scan(self, columns: Sequence[str]) -> DataScan:
         return self._table.scan(selected_fields=tuple(columns))
 
     def schemas(self) -> Iterator[tuple[str, pa.Schema]]:
         """See `Pieces.schemas`."""
-        yield self._shown, self._schema
+        yield self._display, self._schema
 
     @cached_property
     def _schema(self) -> pa.Schema:
@@ -119,13 +119,13 @@ class Iceberg(Pieces):
             raise
         except FileNotFoundError as e:
             raise InvalidCall(
-                f"the Iceberg table {self._shown} lacks a file that its metadata names: {plain(e):.300}; a "
+                f"the Iceberg table {self._display} lacks a file that its metadata names: {plain(e):.300}; a "
                 "table names its files by their whole paths, and cannot be read where it was moved or copied"
             ) from e
         except (OSError, ConnectionError) as e:
-            raise TablesUnavailable(f"cannot read the Iceberg table {self._shown}: {plain(e):.300}") from e
+            raise TablesUnavailable(f"cannot read the Iceberg table {self._display}: {plain(e):.300}") from e
         except Exception as e:  # pyiceberg's errors, Arrow's and pydantic's have no base in common
-            raise InvalidCall(f"cannot read the Iceberg table {self._shown}: {plain(e):.300}") from e
+            raise InvalidCall(f"cannot read the Iceberg table {self._display}: {plain(e):.300}") from e
 
 
 class _Pass:

@@ -36,7 +36,7 @@ def json_texts(file: DataFile, options: ReadOptions, unreadable: Unreadable) -> 
             for line, found in _texts(file, text, unreadable):
                 yield line, found
         except Damaged as e:
-            unreadable.add(f"{file.shown}, behind line {line}", f"the file is damaged here: {e}")
+            unreadable.add(f"{file.display}, behind line {line}", f"the file is damaged here: {e}")
 
 
 def _texts(file: DataFile, text: TextIOWrapper, unreadable: Unreadable) -> Iterator[tuple[int, str]]:
@@ -135,6 +135,6 @@ class _Document:
 
     def _lost(self, why: str) -> None:
         self.unreadable.add(
-            f"{self.file.shown}, line {self.line}",
+            f"{self.file.display}, line {self.line}",
             f"{why}; nothing behind this object can be read. Mend it, or write one object a line, as .jsonl",
         )

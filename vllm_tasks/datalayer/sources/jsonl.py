@@ -39,7 +39,7 @@ class Piece:
     rows: list[Values] = field(default_factory=list)
 
     def where(self, row: int) -> str:
-        return f"{self.file.shown}, line {self.lines[row]}"
+        return f"{self.file.display}, line {self.lines[row]}"
 
 
 class JsonLines:
@@ -109,7 +109,7 @@ class JsonLines:
                     yield line, text, row
                     continue
                 why = "JSON, but no object {...}"
-            unreadable.add(f"{file.shown}, line {line}", why)
+            unreadable.add(f"{file.display}, line {line}", why)
 
     def _pieces(
         self,
@@ -154,7 +154,7 @@ class JsonLines:
             except UnicodeEncodeError:
                 batch = _batch(_whole_characters(piece, schema.names, unreadable), schema)
             except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as e:
-                raise TablesUnavailable(f"{piece.file.shown!r} has changed while it was read") from e
+                raise TablesUnavailable(f"{piece.file.display!r} has changed while it was read") from e
             yield batch
 
 

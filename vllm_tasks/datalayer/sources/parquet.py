@@ -47,7 +47,7 @@ class Parquet(Pieces):
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
             footers = pool.map(self._footers.of, self._files)
             for file, footer, partition in zip(self._files, footers, self._partitions, strict=True):
-                yield file.shown, _with(footer.schema, partition)
+                yield file.display, _with(footer.schema, partition)
 
     def pieces(self) -> Iterator[Piece]:
         """See `Pieces.pieces`."""
@@ -55,7 +55,7 @@ class Parquet(Pieces):
             footer = self._footers.of(file)
             schema = _with(footer.schema, partition)
             for group in range(footer.metadata.num_row_groups):
-                yield Piece(file.shown, schema, (file, footer, group, partition))
+                yield Piece(file.display, schema, (file, footer, group, partition))
 
     def reading(self, rows: int) -> _Pass:
         """See `Pieces.reading`."""
@@ -83,7 +83,7 @@ class _Footers:
             kept = self._kept.get(file.path)
         if kept is not None:
             return kept
-        with reading_errors(file.shown), ExitStack() as opened:
+        with reading_errors(file.display), ExitStack() as opened:
             found = _open(file, opened)
             footer = _Footer(found.metadata, found.schema_arrow)
         with self._lock:
@@ -178,7 +178,7 @@ def _refuse_spans(file: DataFile, metadata: pq.FileMetaData, leaves: Collection[
     for column in map(metadata.schema.column, leaves):
         if column.converted_type == "INTERVAL":  # Arrow would make bytes of it
             raise InvalidCall(
-                f"the column {column.path!r:.100} of {file.shown} has spans of Parquet's type INTERVAL; "
+                f"the column {column.path!r:.100} of {file.display} has spans of Parquet's type INTERVAL; "
                 "read them as texts, by SELECT CAST(... AS VARCHAR)"
             )
 

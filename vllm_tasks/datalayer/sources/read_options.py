@@ -91,5 +91,5 @@ def _told(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         names = list(ReadOptions.model_fields)
         return f"there is no option {name!r:.100}{near(name, names)}; there are {', '.join(names)}"
-    shown = f"{name}={error['input']!r:.100}: " if name else ""
-    return f"{shown}{error['msg'].removeprefix('Value error, ')}"
+    display = f"{name}={error['input']!r:.100}: " if name else ""
+    return f"{display}{error['msg'].removeprefix('Value error, ')}"

@@ -65,15 +65,15 @@ class Readers:
         filesystem = None if self._files.local else self._files.fs
         memory = site_settings().select_memory
         workspace = Workspace(memory, [f"{root}/", f"{exactly(root)}/"], filesystem, files=linked)
-        shown = select if len(select) <= 200 else f"{select[:200]}..."
-        return Statement(parsed.sql, attached, workspace, shown, texts)
+        display = select if len(select) <= 200 else f"{select[:200]}..."
+        return Statement(parsed.sql, attached, workspace, display, texts)
 
     def _of(self, table: Table) -> Pieces | Csv | JsonLines | DeltaSource:
         """The reader of one table."""
         if table.delta is not None:
-            return DeltaSource(open_table(table.delta), self._files.shown(table.delta))
+            return DeltaSource(open_table(table.delta), self._files.display(table.delta))
         if table.iceberg is not None:
-            return Iceberg(self._files.fs, table.iceberg, self._files.shown(table.iceberg))
+            return Iceberg(self._files.fs, table.iceberg, self._files.display(table.iceberg))
         options = self._options_of(table)
         match table.files[0].kind:
             case "parquet":

@@ -146,9 +146,9 @@ def _refuse_merged(connection: Connection, source: Relation, key: Sequence[str])
     texts = [sa.cast(column, sa.Text) for column in columns]
     merged = source.query(*texts).group_by(*texts).having(sa.func.count() > 1).limit(1)
     if row := connection.execute(merged).first():
-        shown = ", ".join(f"{name}={value!r:.100}" for name, value in zip(key, row, strict=True))
+        display = ", ".join(f"{name}={value!r:.100}" for name, value in zip(key, row, strict=True))
         raise InvalidCall(
-            f"the key {', '.join(key)} has values of several types that are one as text, as {shown}; "
+            f"the key {', '.join(key)} has values of several types that are one as text, as {display}; "
             "give each row a key of its own, or another primary_id"
         )
 

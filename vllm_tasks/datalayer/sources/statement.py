@@ -40,7 +40,7 @@ class Statement:
         sql: str,
         tables: Mapping[str, Attach],
         workspace: Workspace,
-        shown: str,
+        display: str,
         texts: Sequence[Streamed] = (),
     ) -> None:
         """`tables`: by name, those of the lake that the statement reads; `workspace` is closed with it.
@@ -50,7 +50,7 @@ class Statement:
         self._sql = sql
         self._tables = tables
         self._workspace = workspace
-        self._shown = shown
+        self._display = display
         self._texts = texts
         self._kinds: dict[str, str] = {}
         """DuckDB's names of the types of all columns, once a pass has begun."""
@@ -79,7 +79,7 @@ class Statement:
     def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
         names = list(dict.fromkeys((*key.names, *columns)))
         for found in self._batches(names, ROWS_AT_ONCE):
-            yield part_of(found, key, columns, unreadable, self._shown)
+            yield part_of(found, key, columns, unreadable, self._display)
         for text in self._texts:
             unreadable.take(text.left_out)
 
@@ -113,7 +113,7 @@ class Statement:
 
     @contextmanager
     def _cursor(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        with self._workspace.cursor(f"cannot read {self._shown!r}") as cursor:
+        with self._workspace.cursor(f"cannot read {self._display!r}") as cursor:
             for name, attach in self._tables.items():
                 attach(cursor, name)
             cursor.execute(f"CREATE TEMP VIEW {VIEW} AS {self._sql}")

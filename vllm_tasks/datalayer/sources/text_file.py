@@ -69,11 +69,11 @@ def opened(file: DataFile, encoding: str) -> io.BufferedReader:
     for magic, (what, way_out) in NO_TEXT.items():
         if head.startswith(magic):
             stream.close()
-            raise InvalidCall(f"{file.shown!r} is {what}, not {file.kind} as its name says; {way_out}")
+            raise InvalidCall(f"{file.display!r} is {what}, not {file.kind} as its name says; {way_out}")
     if encoding == UTF8 and stream.peek(2)[:2] in UTF16_BOMS:
         stream.close()
         raise InvalidCall(
-            f"{file.shown!r} begins as UTF-16 does, not UTF-8; say so: "
+            f"{file.display!r} begins as UTF-16 does, not UTF-8; say so: "
             f'Datalayer(..., read={{{file.stem!r:.100}: {{"encoding": "utf-16"}}}})'
         )
     if (mark := MARKS.get(encoding)) and head.startswith(mark):

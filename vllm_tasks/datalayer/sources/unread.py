@@ -41,9 +41,9 @@ def is_called(path: str, name: str) -> bool:
     return not stem and bool(endings) and endings[-1].lower() in WAYS_OUT and len(endings) <= 2
 
 
-def refusal(path: str, shown: str) -> InvalidCall:
+def refusal(path: str, display: str) -> InvalidCall:
     """Of a file that is not read."""
     way_out = WAYS_OUT.get(path.rpartition(".")[2].lower(), "save it as one of these")
     return InvalidCall(
-        f"{shown!r} is no file that is read here, which are {FORMATS} by their names; {way_out}"
+        f"{display!r} is no file that is read here, which are {FORMATS} by their names; {way_out}"
     )
