@@ -498,7 +498,7 @@ def test_duplicate_and_null_keys_are_refused_with_their_count(
     with caplog.at_level("INFO"):
         words = refusal(lake, selection("SELECT id // 4 AS id, text FROM t"))
     assert "3 keys have 10 rows, for example id=" in words
-    assert "checking that id is unique in SELECT id // 4 AS id, text FROM t: one pass" in caplog.messages
+    assert "checking in one pass that id is unique in SELECT id // 4 AS id, text FROM t" in caplog.messages
     both = selection("SELECT id // 4 AS a, id % 4 AS b, text FROM t", key=("a", "b"))
     lake.check(both)
     words = refusal(lake, selection("SELECT id // 4 AS a, id % 2 AS b, text FROM t", key=("a", "b")))

@@ -55,7 +55,7 @@ class CsvFile:
         return first if self.options.header else [f"column{i}" for i in range(len(first))]
 
     def cells(self, bad: Sequence[Bad], places: Sequence[int | None]) -> list[list[bytes | None]]:
-        """Of each bad record the cells at these places; None where it has none."""
+        """The cells of each bad record at these places; None if it has none."""
         return key_cells(bad, self.options, self.delimiter, places)
 
     def _cells(self, text: TextIO) -> Iterator[list[str]]:
@@ -70,8 +70,8 @@ class CsvFile:
         )
 
     def records(self, width: int, wanted: Sequence[int]) -> Iterator[Records | Lost]:
-        """All records of `width` cells but the header, of which those at the places `wanted`; behind them
-        perhaps a `Lost`."""
+        """All records of `width` cells except the header, with their cells at the places `wanted`; at the end
+        a `Lost` if the rest of the file is unreadable."""
         good, bad = int(self.options.header is True), 0
         size, widened = BLOCK, False
         while size <= LONGEST:
@@ -92,12 +92,11 @@ class CsvFile:
 
 
 def _behind(found: Iterator[Records | Lost], good: int, bad: int) -> Iterator[Records | Lost]:
-    """Without the first records, of which so many are `good` and `bad`: an earlier pass had them, or they
-    are the header."""
+    """Skip the first `good` and `bad` records, which an earlier pass returned or which are the header."""
     for some in found:
         if isinstance(some, Records) and (good or bad):
             rows = min(good, some.good.num_rows)
-            told = min(bad, len(some.bad))
-            good, bad = good - rows, bad - told
-            some = Records(some.good.slice(rows), some.bad[told:], some.first + rows + told)
+            skipped = min(bad, len(some.bad))
+            good, bad = good - rows, bad - skipped
+            some = Records(some.good.slice(rows), some.bad[skipped:], some.first + rows + skipped)
         yield some

@@ -65,13 +65,13 @@ class Files:
         found: dict[str, list[str]] = {}
         self.fs.invalidate_cache()
         try:
-            entries = self._ask("ls", self.root or "/", detail=True)
+            entries = self._call("ls", self.root or "/", detail=True)
         except (FileNotFoundError, NotADirectoryError) as e:
             raise InvalidCall(f"there is no folder {self.display(self.root)!r} to read from") from e
         for entry in entries:
             path = entry["name"].rstrip("/")
             name = posixpath.basename(path)
-            if entry["type"] == "directory" or (entry.get("islink") and self._ask("isdir", path)):
+            if entry["type"] == "directory" or (entry.get("islink") and self._call("isdir", path)):
                 if not name.startswith("."):
                     found.setdefault(name, []).append(path)
             elif file := self._file(path):
@@ -81,12 +81,12 @@ class Files:
     def has(self, name: str) -> bool:
         """Whether there is a file, a folder of files, a Delta or an Iceberg table `name`."""
         self.fs.invalidate_cache()
-        if not self._ask("exists", self.root or "/"):
+        if not self._call("exists", self.root or "/"):
             return False
         for path in self.tables().get(name, ()):
-            if not self._ask("isdir", path) or is_iceberg(self.fs, path):
+            if not self._call("isdir", path) or is_iceberg(self.fs, path):
                 return True
-            if self._ask("exists", f"{path}/_delta_log"):
+            if self._call("exists", f"{path}/_delta_log"):
                 return find_table(self.uri(path)) is not None  # it may be about to be made
             if self._data_files(path):
                 return True
@@ -102,13 +102,13 @@ class Files:
             raise InvalidCall(f"{name!r} may be any of {those}; give the file's whole name")
         if not paths:
             return None
-        if len(paths) == 1 and self._ask("isdir", paths[0]):
+        if len(paths) == 1 and self._call("isdir", paths[0]):
             return self._folder(name, paths[0])
         return self._of_one_format(name, paths)
 
     def unknown(self, name: str, tables: Collection[str]) -> InvalidCall:
         """That there is no such table, or that it is not read."""
-        for entry in self._ask("ls", self.root or "/", detail=False):
+        for entry in self._call("ls", self.root or "/", detail=False):
             if is_called(entry, name):
                 return refusal(entry, self.display(entry))
         has = ", ".join(map(repr, sorted(tables)[:20])) + (", ..." if len(tables) > 20 else "")
@@ -121,7 +121,7 @@ class Files:
 
     def _folder(self, name: str, path: str) -> Table:
         self._refuse_places([path])
-        if self._ask("exists", f"{path}/_delta_log"):
+        if self._call("exists", f"{path}/_delta_log"):
             return Table(name, delta=self.uri(path))
         if is_iceberg(self.fs, path):
             return Table(name, iceberg=self.uri(path))
@@ -162,11 +162,11 @@ class Files:
             )
         if outside or not path:
             return []
-        whole = f"{self.root}/{path.rstrip('/')}"
-        if self._ask("exists", whole):
-            if not self._ask("isdir", whole) and self._file(whole) is None:
-                raise refusal(whole, self.display(whole))
-            return self._refuse_tables([whole]) if self._file(whole) else [whole]
+        full = f"{self.root}/{path.rstrip('/')}"
+        if self._call("exists", full):
+            if not self._call("isdir", full) and self._file(full) is None:
+                raise refusal(full, self.display(full))
+            return self._refuse_tables([full]) if self._file(full) else [full]
         if not set("*?[") & set(path):
             return []
         return self._refuse_tables(self._with_rows(self._glob(path), path))
@@ -192,7 +192,7 @@ class Files:
     def _inside(self, folder: str, seen: set[str]) -> Iterator[str]:
         """All files in a folder and in those that links in it lead to, each folder once."""
         seen.add(os.path.realpath(folder))
-        for path in self._ask("find", folder):
+        for path in self._call("find", folder):
             linked = self.local and os.path.islink(path) and os.path.isdir(path)
             if not linked:
                 yield path
@@ -209,7 +209,7 @@ class Files:
                 f"{pattern!r:.200} is no glob: ** stands for whole folders, as in a/**/*.parquet"
             )
         if not self.local:
-            found: list[str] = self._ask("glob", f"{exactly(self.root)}/{pattern}")
+            found: list[str] = self._call("glob", f"{exactly(self.root)}/{pattern}")
             return found
         if "**" not in pattern:
             return glob.glob(f"{glob.escape(self.root)}/{pattern}", include_hidden=True)
@@ -231,7 +231,7 @@ class Files:
             while (path := posixpath.dirname(path)) not in folders and len(path) >= len(self.root):
                 folders.add(path)
         for folder in sorted(folders):
-            kind = "a Delta" if self._ask("exists", f"{folder}/_delta_log") else ""
+            kind = "a Delta" if self._call("exists", f"{folder}/_delta_log") else ""
             kind = kind or ("an Iceberg" if is_iceberg(self.fs, folder) else "")
             if kind:
                 raise InvalidCall(f"{self.display(folder)!r} is {kind} table: name it, not the files in it")
@@ -249,9 +249,9 @@ class Files:
             if not real.startswith(root + "/"):
                 check_place("the file behind the link", real)
 
-    def _ask(self, question: str, path: str, **given: Any) -> Any:
+    def _call(self, method: str, path: str, **given: Any) -> Any:
         try:
-            return getattr(self.fs, question)(path, **given)
+            return getattr(self.fs, method)(path, **given)
         except (FileNotFoundError, NotADirectoryError):
             raise
         except PermissionError as e:

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from vllm_tasks.datalayer.lake.delta import plain
 from vllm_tasks.datalayer.sources import PART_BYTES, PART_ROWS, Part, Unreadable, Values
-from vllm_tasks.datalayer.sources.arrow import tell
+from vllm_tasks.datalayer.sources.arrow import count_unreadable
 from vllm_tasks.datalayer.sources.keys import cast_keys, fitting, key_type, known
 from vllm_tasks.datalayer.sources.layout import familiar, split
 from vllm_tasks.datalayer.sources.widest import widest
@@ -136,7 +136,7 @@ class _Gathered:
             keys, wrong = cast_keys(_keys(batch, self._key), self._key)
             kept = known(keys)
             if len(kept) < keys.num_rows:
-                tell(keys, wrong, kept.tolist(), unreadable, piece.where)
+                count_unreadable(keys, wrong, kept.tolist(), unreadable, piece.where)
                 keys = keys.take(pa.array(kept))
             self._keys.append(keys)
             self._bytes += keys.nbytes

@@ -83,10 +83,10 @@ def read_options(table: str, given: Mapping[str, Any] | ReadOptions | None) -> R
     try:
         return ReadOptions.model_validate({} if given is None else given)
     except ValidationError as e:
-        raise InvalidCall(f"read={{{table!r:.100}: ...}}: {'; '.join(map(_told, e.errors()))}") from None
+        raise InvalidCall(f"read={{{table!r:.100}: ...}}: {'; '.join(map(_message, e.errors()))}") from None
 
 
-def _told(error: Any) -> str:
+def _message(error: Any) -> str:
     name = str(error["loc"][0]) if error["loc"] else ""
     if error["type"] == "extra_forbidden":
         names = list(ReadOptions.model_fields)

@@ -16,7 +16,7 @@ from vllm_tasks.datalayer.database.declared import declared, typed
 from vllm_tasks.datalayer.database.dialects import backend
 from vllm_tasks.datalayer.database.relation import Relation
 from vllm_tasks.datalayer.sources import Part, Unreadable, Values
-from vllm_tasks.datalayer.sources.arrow import tell
+from vllm_tasks.datalayer.sources.arrow import count_unreadable
 from vllm_tasks.datalayer.sources.keys import known
 from vllm_tasks.datalayer.sources.sql_keys import PAGE, SqlKeys
 from vllm_tasks.datalayer.sources.sql_order import Order, Place
@@ -100,7 +100,7 @@ class SqlSource:
         """The keys without NULL in them, and their numbers; the others go to `unreadable`."""
         kept = known(keys)
         if len(kept) < keys.num_rows:
-            tell(keys, wrong, kept, unreadable, self._backend.where())
+            count_unreadable(keys, wrong, kept, unreadable, self._backend.where())
             keys = keys.take(pa.array(kept))
         return keys, kept
 
@@ -122,7 +122,7 @@ class SqlSource:
         query = source.query(*(source.rows.c[name].label(f"_c{i}") for i, name in enumerate(columns)))
         with closing(Spool(PAGE)) as spool:
             with self._backend.reading() as connection:
-                spool.fill(connection, query, whole=True)
+                spool.fill(connection, query, all_rows=True)
             every = np.arange(spool.rows)
             read = _reader(spool, every, slice(0, len(columns)), convert)
             yield Part(pa.table({}), read, rows=spool.rows)
