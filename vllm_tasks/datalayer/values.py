@@ -2,8 +2,8 @@
 
 Bools, whole numbers, texts, bytes, dates, times, decimals and UUIDs (as text) are Python's own. A float of 32
 or 16 bits becomes the float with the fewest digits that equals it at that width, so that 0.1 prints as 0.1.
-Timestamps with a zone are in UTC; nanoseconds are kept. JSON is decoded, at any depth. A date that Python lacks (the year 10000,
-infinity) becomes its text and affects only its own row.
+Timestamps with a zone are in UTC; nanoseconds are kept. JSON is decoded, at any depth. A date that Python
+lacks (the year 10000, infinity) becomes its text and affects only its own row.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ class Workspace:
         self._con: duckdb.DuckDBPyConnection | None = con
         if filesystem is not None:
             con.register_filesystem(filesystem)
-        # DuckDB resolves links before it compares a path with those that are allowed; a glob it compares as
-        # written. The last two settings matter most: a statement can then neither open other files nor undo this.
+        # DuckDB resolves links before it compares a path with those that are allowed, but not a glob. The
+        # last two settings are the guard: a statement can neither open other files nor change the settings.
         opened = {path for file in files for path in (file, os.path.realpath(file))}
         for setting in (
             "TimeZone = 'UTC'",

@@ -90,12 +90,12 @@ class Decompressed(io.RawIOBase):
             if not self.offset and not found:
                 raise InvalidCall(
                     f"{self.display!r} is not compressed with {self.codec}, as its name says, or is damaged "
-                    f"at its start ({self.damage}); rename or replace it"
+                    f"at the start ({self.damage}); rename or replace it"
                 ) from e
             return found
 
     def _before_damage(self, most: int) -> bytes:
-        """Read the file again, at the end byte by byte: Arrow drops the bytes that a failed read had found."""
+        """Read the file again, finally byte by byte: Arrow drops the bytes found by a failed read."""
         self.raw.close()
         self.raw = self.opened()
         self.stream = pa.CompressedInputStream(self.raw, self.codec)

@@ -1,4 +1,4 @@
-"""A CSV file: the names of its columns, and its records, however long they are."""
+"""A CSV file: the names of its columns, and its records of any length."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from vllm_tasks.datalayer.sources.text_file import text_of
 from vllm_tasks.errors import InvalidCall
 
 BLOCK = 1 << 20
-"""Bytes that are parsed at once, until a record is longer."""
+"""Bytes that are parsed at once, unless a record is longer."""
 GROWTH = 4
 SIGNS = {"csv": ",", "tsv": "\t"}
 csv.field_size_limit(max(csv.field_size_limit(), 1 << 26))
-"""Python's reader takes 128 KiB a cell otherwise, and has one limit for the process: it is raised, never
-lowered. It counts the cells of a first record without names, which may be large."""
+"""Python's reader allows 128 KiB a cell by default. The limit is global to the process, so it is only raised.
+The reader counts the cells of a first record without names, which may be large."""
 
 
 class CsvFile:
@@ -40,7 +40,7 @@ class CsvFile:
         self.delimiter = options.delimiter or SIGNS[file.kind]
 
     def names(self) -> list[str]:
-        """The columns' names in their order; none of an empty file. Raises `InvalidCall` for a header that
+        """The columns' names in their order; none for an empty file. Raises `InvalidCall` for a header that
         cannot be read."""
         if isinstance(self.options.header, list):
             return self.options.header
@@ -50,7 +50,7 @@ class CsvFile:
             except csv.Error as e:
                 raise InvalidCall(
                     f"the first record of {self.file.display!r} cannot be read: {e}; is a quote not closed? "
-                    "Mend it, or give the quote or the delimiter: read={table: {'quote': ''}}"
+                    "Correct it, or give the quote or the delimiter: read={table: {'quote': ''}}"
                 ) from e
         return first if self.options.header else [f"column{i}" for i in range(len(first))]
 
