@@ -638,7 +638,7 @@ def test_names_that_sqlite_does_not_tell_apart(tmp_path: Path) -> None:
         lambda: db.writer(selection(outputs=other), replace(TABLE, name=other)),
         lambda: db.outputs(other),
     ):
-        with pytest.raises(InvalidCall, match=rf"'{OUT}'.*does not tell from '{other}'.*another predict_id"):
+        with pytest.raises(InvalidCall, match=rf"'{OUT}'.*is the same as '{other}'.*another predict_id"):
             refused()
     db.close()
 

@@ -176,12 +176,12 @@ def test_names_that_are_not_there_or_not_clear(lake: Lake, folder: Path) -> None
     jsonl(folder / "mixed/b.jsonl", ROWS)
     (folder / "notes.txt").write_text("")
     (folder / "empty").mkdir()
-    assert "twice.csv, twice.jsonl; give the file's whole name" in refusal(lake, selection("twice"))
+    assert "twice.csv, twice.jsonl; give the file's complete name" in refusal(lake, selection("twice"))
     assert keys(lake, selection("twice.csv")) == [str(i) for i in range(10)]
     assert "did you mean 'twice'?; it has 'empty', 'mixed', 't', 'twice'" in refusal(lake, selection("twicf"))
     assert "no table, file or match for 'nope'; it has" in refusal(lake, selection("SELECT * FROM nope"))
     assert "several kinds (csv, jsonl)" in refusal(lake, selection("mixed"))
-    assert "notes.txt' is no file that is read here" in refusal(lake, selection("notes.txt"))
+    assert "notes.txt' is not a supported file" in refusal(lake, selection("notes.txt"))
     assert "holds no parquet" in refusal(lake, selection("empty"))
     for outside in ("/etc/passwd", "../t", "sub/../../t", "s3://bucket/t", f"{folder}x/t"):
         assert "is not in the lake" in refusal(lake, selection(outside))
