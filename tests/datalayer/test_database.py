@@ -466,7 +466,7 @@ def test_a_select_that_writes_is_refused(place: Place, select: str) -> None:
 @pytest.mark.parametrize(
     ("url", "told"),
     [
-        ("postgresql://u:s3cret@h:port/d", "no SQLAlchemy URL"),
+        ("postgresql://u:s3cret@h:port/d", "not a SQLAlchemy URL"),
         ("postgresql://u:s3cret@127.0.0.1:9/d?nonsense=s3cret", "nonsense"),
         ("nonsense://u:s3cret@h/d", "'nonsense' is not a dialect"),
         ("postgresql+asyncpg://u:s3cret@h/d", "needs the driver psycopg"),
