@@ -188,7 +188,7 @@ def test_no_run_leaves_a_secret_behind(
     saved = VllmAPI.load("secret-model")
     assert isinstance(saved, VllmAPI)
     said = [tell(lambda: job("good", saved, lake.db)), tell(lambda: validated("validated", saved, lake.db))]
-    assert "2 rows answered" in said[0]
+    assert "2 rows succeeded" in said[0]
     assert {a.headers["Authorization"] for a in server.requests} == {f"Bearer {KEY}"}
     for name, deed in TROUBLE.items():
         server.script = lambda asked, deed=deed: deed if asked.path == "/v1/completions" else None  # type: ignore[misc]
@@ -256,7 +256,7 @@ WRONG: dict[str, Callable[[], Any]] = {
     "the same, alone": lambda: Datalayer(uri=URL),  # type: ignore[call-arg]
     "a list of URLs": lambda: Datalayer(url=[URL]),  # type: ignore[arg-type]
     "a password apart": lambda: Datalayer(url="postgresql://u@h/d", password=PASSWORD),  # type: ignore[call-arg, arg-type]
-    "no SQLAlchemy URL": lambda: Datalayer(url=SecretStr(f"postgresql://u:{PASSWORD}@h:x/d")).tables(),
+    "not a SQLAlchemy URL": lambda: Datalayer(url=SecretStr(f"postgresql://u:{PASSWORD}@h:x/d")).tables(),
     "the URL of a data set": lambda: Dataset(identifier="d", select="t", db=URL),
     "a data set without a source": lambda: Dataset(identifier="d", db=URL),
     "a data set in a model": lambda: VllmAPI(

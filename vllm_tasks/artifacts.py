@@ -24,7 +24,7 @@ from prefect.exceptions import PrefectException
 
 from vllm_tasks.datalayer import ODD
 from vllm_tasks.printable import printable
-from vllm_tasks.tables.keys import shown_key
+from vllm_tasks.tables.keys import display_key
 from vllm_tasks.tables.previews import Preview, as_cells
 from vllm_tasks.tables.report import Progress, Report
 
@@ -113,7 +113,7 @@ def show_report(report: Report) -> None:
         create_markdown_artifact(markdown_of(report), f"{slug(report.predict_id)}-report", str(report))
         if report.worst:
             table = [
-                {"key": shown_key(row.key), "kind": row.kind, "message": row.reason[:MAX_MESSAGE]}
+                {"key": display_key(row.key), "kind": row.kind, "message": row.reason[:MAX_MESSAGE]}
                 for row in report.worst
             ]
             words = f"{len(table)} of {report.failed:,} failed rows of {report.predict_id}"
@@ -150,7 +150,7 @@ def markdown_of(report: Report) -> str:
     if report.unreadable:
         counts["lines that could not be read"] = _number(report.unreadable)
     seconds = {PHASES[p]: f"{report.seconds[p]:,.2f} s" for p in PHASES if p in report.seconds}
-    kinds = [(e.kind, f"{e.rows:,}", ", ".join(code(shown_key(k)) for k in e.keys)) for e in report.errors]
+    kinds = [(e.kind, f"{e.rows:,}", ", ".join(code(display_key(k)) for k in e.keys)) for e in report.errors]
     lines = [(words(line[:MAX_MESSAGE]),) for line in report.unreadable_lines[:MAX_LINES]]
     served = ", ".join(f"{name} {value}" for name, value in report.served_by.items())
     parts = [

@@ -415,7 +415,7 @@ def test_pandas_that_arrow_refuses() -> None:
     assert rows(Frame(months), "t") == [("2024-01",), (None,)]
     sparse = pandas().DataFrame({"id": [1], "t": pandas().arrays.SparseArray([5])})
     assert rows(Frame(sparse), "t") == [(5,)]
-    with pytest.raises(InvalidCall, match="a column and not a table"):
+    with pytest.raises(InvalidCall, match="a column, not a table"):
         Frame(odd["x"])
     frame = Frame(
         pandas().DataFrame(

@@ -231,9 +231,9 @@ def test_bad_keys_are_refused_with_count_and_example(place: Place) -> None:
         "INSERT INTO t VALUES (NULL, 4, 1, 'e')",
     )
     db = place.open()
-    with pytest.raises(InvalidCall, match=r"id is not unique: 1 keys stand in 3 rows.* id=7 in 3"):
+    with pytest.raises(InvalidCall, match=r"id is not unique: 1 keys occur in 3 rows.* id=7 in 3"):
         db.check(selection())
-    with pytest.raises(InvalidCall, match=r"id, b is not unique: 1 keys stand in 2 rows.* id=7, b=2 in 2"):
+    with pytest.raises(InvalidCall, match=r"id, b is not unique: 1 keys occur in 2 rows.* id=7, b=2 in 2"):
         db.check(selection(key=("id", "b")))
     with pytest.raises(InvalidCall, match=r"id, b is NULL in 1 rows, for example id=None, b=4"):
         db.check(selection("SELECT * FROM t WHERE b <> 2", key=("id", "b")))
@@ -466,12 +466,12 @@ def test_a_select_that_writes_is_refused(place: Place, select: str) -> None:
 @pytest.mark.parametrize(
     ("url", "told"),
     [
-        ("postgresql://u:s3cret@h:port/d", "no SQLAlchemy URL"),
+        ("postgresql://u:s3cret@h:port/d", "not a SQLAlchemy URL"),
         ("postgresql://u:s3cret@127.0.0.1:9/d?nonsense=s3cret", "nonsense"),
-        ("nonsense://u:s3cret@h/d", "'nonsense' is no dialect"),
-        ("postgresql+asyncpg://u:s3cret@h/d", "by psycopg alone"),
-        ("postgresql+psycopg2://u:s3cret@h/d", "by psycopg alone"),
-        ("postgresql+psycopg_async://u:s3cret@h/d", "by psycopg alone"),
+        ("nonsense://u:s3cret@h/d", "'nonsense' is not a dialect"),
+        ("postgresql+asyncpg://u:s3cret@h/d", "needs the driver psycopg"),
+        ("postgresql+psycopg2://u:s3cret@h/d", "needs the driver psycopg"),
+        ("postgresql+psycopg_async://u:s3cret@h/d", "needs the driver psycopg"),
         ("mysql+mysqldb://u:s3cret@h/d", "driver"),
         ("sqlite://", "in memory"),
         ("sqlite:///:memory:", "in memory"),
@@ -638,7 +638,7 @@ def test_names_that_sqlite_does_not_tell_apart(tmp_path: Path) -> None:
         lambda: db.writer(selection(outputs=other), replace(TABLE, name=other)),
         lambda: db.outputs(other),
     ):
-        with pytest.raises(InvalidCall, match=rf"'{OUT}'.*does not tell from '{other}'.*another predict_id"):
+        with pytest.raises(InvalidCall, match=rf"'{OUT}'.*is the same as '{other}'.*another predict_id"):
             refused()
     db.close()
 
@@ -912,7 +912,7 @@ def test_a_count_holds_up_no_commit_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, journal: str
 ) -> None:
     """Without a write-ahead log, a count that takes too long in one read gives up."""
-    monkeypatch.setattr("vllm_tasks.datalayer.database.sqlite.PATIENCE", 0.2)
+    monkeypatch.setattr("vllm_tasks.datalayer.database.sqlite.COUNT_TIMEOUT", 0.2)
     place = sqlite(tmp_path)
     place.sql(f"PRAGMA journal_mode = {journal}")
     db = place.fill(60_000)

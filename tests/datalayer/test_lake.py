@@ -176,12 +176,12 @@ def test_names_that_are_not_there_or_not_clear(lake: Lake, folder: Path) -> None
     jsonl(folder / "mixed/b.jsonl", ROWS)
     (folder / "notes.txt").write_text("")
     (folder / "empty").mkdir()
-    assert "twice.csv, twice.jsonl; give the file's whole name" in refusal(lake, selection("twice"))
+    assert "twice.csv, twice.jsonl; give the file's complete name" in refusal(lake, selection("twice"))
     assert keys(lake, selection("twice.csv")) == [str(i) for i in range(10)]
     assert "did you mean 'twice'?; it has 'empty', 'mixed', 't', 'twice'" in refusal(lake, selection("twicf"))
     assert "no table, file or match for 'nope'; it has" in refusal(lake, selection("SELECT * FROM nope"))
     assert "several kinds (csv, jsonl)" in refusal(lake, selection("mixed"))
-    assert "notes.txt' is no file that is read here" in refusal(lake, selection("notes.txt"))
+    assert "notes.txt' is not a supported file" in refusal(lake, selection("notes.txt"))
     assert "holds no parquet" in refusal(lake, selection("empty"))
     for outside in ("/etc/passwd", "../t", "sub/../../t", "s3://bucket/t", f"{folder}x/t"):
         assert "is not in the lake" in refusal(lake, selection(outside))
@@ -498,7 +498,7 @@ def test_duplicate_and_null_keys_are_refused_with_their_count(
     with caplog.at_level("INFO"):
         words = refusal(lake, selection("SELECT id // 4 AS id, text FROM t"))
     assert "3 keys have 10 rows, for example id=" in words
-    assert "checking that id is unique in SELECT id // 4 AS id, text FROM t: one pass" in caplog.messages
+    assert "checking in one pass that id is unique in SELECT id // 4 AS id, text FROM t" in caplog.messages
     both = selection("SELECT id // 4 AS a, id % 4 AS b, text FROM t", key=("a", "b"))
     lake.check(both)
     words = refusal(lake, selection("SELECT id // 4 AS a, id % 2 AS b, text FROM t", key=("a", "b")))
@@ -632,7 +632,7 @@ def test_folders_of_any_name(tmp_path: Path, name: str) -> None:
 def test_names_that_a_url_does_not_hold(bucket: str, sign: str) -> None:
     """A name that delta-rs would shorten on an object store, so that two tables become one, is refused."""
     lake = Lake(bucket)
-    with pytest.raises(InvalidCall, match=r"no Delta table can be in .* give another predict_id"):
+    with pytest.raises(InvalidCall, match=r"a Delta table cannot be in .* give another predict_id"):
         lake.outputs(f"a{sign}1")
     lake.close()
 
@@ -727,7 +727,7 @@ def test_names_that_collide_and_arguments_that_are_wrong(lake: Lake) -> None:
         chosen = selection(f'SELECT id AS "{name}", text FROM t', key=(name,))
         with pytest.raises(InvalidCall, match="two columns of the outputs would be named"):
             lake.writer(chosen, FLAT)
-    with pytest.raises(InvalidCall, match="compression='rar' is none of uncompressed, snappy"):
+    with pytest.raises(InvalidCall, match="compression='rar' is not one of uncompressed, snappy"):
         lake.writer(selection(), OutputTable(OUT, TABLE.columns, compression="rar"))
     with pytest.raises(InvalidCall, match=r"partition_by names \['nope'\]"):
         lake.writer(selection(), OutputTable(OUT, TABLE.columns, partition_by=("nope",)))
@@ -885,10 +885,10 @@ def test_a_compaction_that_fails(
         patch.setattr(TableOptimizer, "compact", fails)
         for i in range(3):
             writer.commit([row(i)], [])
-        assert "were not made into large ones: No space left" in caplog.text
+        assert "were not compacted: No space left" in caplog.text
         caplog.clear()
         writer.close()
-        assert "were not made into large ones: No space left" in caplog.text
+        assert "were not compacted: No space left" in caplog.text
     writer = lake.writer(selection(), TABLE)
     writer.commit([row(3)], [])
     with monkeypatch.context() as patch, caplog.at_level("WARNING"):
@@ -1020,7 +1020,7 @@ def test_a_full_disk(
         free = os.statvfs(tmp_path)
         filler.write_bytes(b"0" * (free.f_bavail * free.f_frsize - 30_000))
         writer.close()
-        assert "were not made into large ones" in caplog.text
+        assert "were not compacted" in caplog.text
         assert committed(lake) == [(1, noise), (2, "two"), (3, "three")]
     finally:
         lake.close()

@@ -319,9 +319,9 @@ def test_another_shape_is_refused(tables: Tables) -> None:
         ({"a": [1]}, ["b"], "key"),
         ({"a": [1]}, [], "key"),
         ({"a": [1, None]}, ["a"], "'a' is NULL in 1 rows"),
-        ({"a": [1, 2, 1]}, ["a"], "1 keys are in several rows, for example {'a': 1}"),
+        ({"a": [1, 2, 1]}, ["a"], "1 keys occur in several rows, for example {'a': 1}"),
         ({"a": [1], "A": [1]}, ["a"], "two columns are named"),
-        ({"a": [1], "": [1]}, ["a"], "'' is no name"),
+        ({"a": [1], "": [1]}, ["a"], "'' cannot name"),
     ],
 )
 def test_rows_that_cannot_be_put_are_refused(

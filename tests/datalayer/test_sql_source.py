@@ -170,7 +170,7 @@ def test_keys_that_are_one_as_text(tmp_path: Path, kind: str, select: str) -> No
     (tmp_path / "f.db").touch()
     url = f"sqlite:///{tmp_path}/f.db"
     run(url, f"CREATE TABLE t (id {kind}, x TEXT)", "INSERT INTO t VALUES (1, 'a'), ('1', 'b'), ('2', 'c')")
-    words = "several types that are one as text, as id='1'"
+    words = "several types that are the same as text, for example id='1'"
     with closing(SqlSource(url, select)) as source, pytest.raises(InvalidCall, match=words):
         source.identified_by(("id",))
     run(url, "DELETE FROM t WHERE id = '1'")

@@ -362,7 +362,7 @@ def test_what_is_no_text_is_refused_by_what_it_is(write: Write, ending: str, kin
     content = sink.getvalue() or (packers[kind](text) if kind in packers else packed(kind, text))
     file = write(f"t.{ending}", content)
     source = Csv([file]) if ending in ("csv", "tsv") else JsonLines([file])
-    with pytest.raises(InvalidCall, match=f"not {ending} as its name says; (rename|decompress|take)"):
+    with pytest.raises(InvalidCall, match=f"not {ending} as its name says; (rename|decompress|extract)"):
         source.columns()
 
 

@@ -22,7 +22,7 @@ from tests.places import Place
 from tests.servers.scripted_server import Asked, ScriptedServer, answer_to
 from vllm_tasks import InvalidCall, VllmAPI
 from vllm_tasks.errors import TablesUnavailable
-from vllm_tasks.tables.source_rows import ASKED_TOGETHER
+from vllm_tasks.tables.source_rows import BATCH_ROWS
 
 ROWS = 1500
 KILLS = 20
@@ -104,7 +104,7 @@ def test_killed_at_any_moment_nothing_committed_is_lost_or_asked_again(
         now = committed(place)
         assert done <= now, "a committed row is gone"
         uncommitted = asked.keys() - now
-        assert len(uncommitted) <= IN_FLIGHT + 2 * GROUP + ASKED_TOGETHER  # no more is read before a commit
+        assert len(uncommitted) <= IN_FLIGHT + 2 * GROUP + BATCH_ROWS  # no more is read before a commit
         may_be_asked_twice |= uncommitted
         done = now
     first = len(server.posts)
@@ -162,7 +162,7 @@ def test_a_signal_commits_what_is_finished(
     assert time.monotonic() - began < 10
     assert len(committed(place)) == answered
     server.wait_until(lambda: server.open == 0)
-    assert "the same call goes on" in jobs.log.read_text()
+    assert "run it again to resume" in jobs.log.read_text()
 
 
 def test_a_postgresql_that_is_restarted(server: ScriptedServer, postgres: Any, jobs: Jobs) -> None:

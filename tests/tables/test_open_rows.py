@@ -33,7 +33,7 @@ def test_the_reader_waits_for_bytes_and_never_for_ever(monkeypatch: pytest.Monke
     came = threading.Event()
     reader = threading.Thread(target=lambda: (rows.wait_for_capacity(10, 10, 50), came.set()))
     reader.start()
-    rows.answered(60)  # the prompt is still held, and the answer beside it
+    rows.completed(60)  # the prompt is still held, and the answer beside it
     assert not came.wait(0.1)
     rows.sent(90)
     assert not came.wait(0.1), "60 bytes of the answer and 50 are too many"

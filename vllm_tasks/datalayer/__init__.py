@@ -29,29 +29,43 @@ if TYPE_CHECKING:
     from vllm_tasks.datalayer.sources import Source
 
 LOGO = "https://avatars.githubusercontent.com/u/136984999?s=200"
-"""vLLM's."""
+"""vLLM's logo."""
 T = TypeVar("T")
 
 DUCKDB = "duckdb:///"
-"""What the URL of a DuckDB file begins with."""
+"""Prefix of the URL of a DuckDB file."""
 OUTPUTS = "_outputs__"
-"""What the name of every outputs table begins with."""
+"""Prefix of the name of every outputs table."""
 ODD = """/\\:*?"<>|#%[]^`"""
-"""Characters that lead elsewhere, or that a URL, Delta or a shell would alter."""
+"""Characters that would name another place, or that a URL, Delta or a shell would alter."""
 
 LONGEST = 200
-"""Bytes of a name; with what comes before it, a folder's name may have 255."""
+"""Bytes of a name; with its prefix it must fit into a folder's name, which may have 255."""
 
 
 def own_fields(data: Any) -> Any:
-    """A block's fields: Prefect adds its type's slug to a block that it stores inside another one."""
+    """Remove the slug that Prefect adds to a block stored inside another one.
+
+    Args:
+        data: The block's fields, or any other input, which is returned unchanged.
+
+    Returns:
+        The block's own fields.
+    """
     if not isinstance(data, Mapping):
         return data
     return {name: value for name, value in data.items() if name != "block_type_slug"}
 
 
 def not_shown(error: ErrorDetails) -> InitErrorDetails:
-    """An error of pydantic without the value that it complains of."""
+    """Hide the value in an error of pydantic.
+
+    Args:
+        error: One error of a `ValidationError`.
+
+    Returns:
+        The same error, with `(not shown)` as its input.
+    """
     return InitErrorDetails(
         type=error["type"], loc=error["loc"], input="(not shown)", ctx=error.get("ctx", {})
     )
@@ -60,7 +74,19 @@ def not_shown(error: ErrorDetails) -> InitErrorDetails:
 def validated(
     data: Any, handler: ModelWrapValidatorHandler[T], shown: Callable[[ErrorDetails], InitErrorDetails]
 ) -> T:
-    """What pydantic's `handler` makes of `data`; its errors tell of the input only what `shown` leaves."""
+    """Validate `data`; errors display of the input only what `shown` leaves.
+
+    Args:
+        data: The input.
+        handler: Pydantic's own validation.
+        shown: Returns the error to display for an error of pydantic.
+
+    Returns:
+        The validated object.
+
+    Raises:
+        ValidationError: The input is invalid.
+    """
     try:
         return handler(data)
     except ValidationError as error:
@@ -68,13 +94,31 @@ def validated(
 
 
 def outputs_name(predict_id: str) -> str:
-    """The outputs table of `predict_id`; raises `InvalidCall` for what could be no folder and no table."""
+    """The name of the outputs table of `predict_id`.
+
+    Args:
+        predict_id: The name that the call gives its outputs.
+
+    Returns:
+        `_outputs__<predict_id>`.
+
+    Raises:
+        InvalidCall: It cannot name a folder or a table.
+    """
     check_name("predict_id", predict_id)
     return OUTPUTS + predict_id
 
 
 def check_name(what: str, name: object) -> None:
-    """Refuse a name that would lead elsewhere in a lake, or that a URL, Delta or a database would alter."""
+    """Refuse a name that would leave the lake's folder, or that a URL, Delta or a database would alter.
+
+    Args:
+        what: The argument's name, for the message.
+        name: The name to check.
+
+    Raises:
+        InvalidCall: The name cannot be used.
+    """
     if (
         not isinstance(name, str)
         or not name
@@ -84,8 +128,8 @@ def check_name(what: str, name: object) -> None:
         or len(name.encode()) > LONGEST
     ):
         raise InvalidCall(
-            f"{what}={name!r:.200} cannot name a table: it must be a printable text that is not empty, "
-            f"neither begins nor ends with a space or a dot, has at most {LONGEST} bytes, and none of {ODD}"
+            f"{what}={name!r:.200} cannot name a table: it must be a printable text that is not empty, does "
+            f"not begin or end with a space or a dot, has at most {LONGEST} bytes, and contains none of {ODD}"
         )
 
 
@@ -123,7 +167,7 @@ class Datalayer(Block):
     read: dict[str, dict[str, Any]] = Field(
         default={},
         title="Read options",
-        description="Of a lake, by table: how its text files are read, as in "
+        description="How the text files of a lake are read, by table, as in "
         '{"tickets": {"delimiter": ";", "encoding": "latin-1"}}; also escape, quote, header, null_values.',
     )
 
@@ -135,7 +179,7 @@ class Datalayer(Block):
     @model_validator(mode="wrap")
     @classmethod
     def _without_secrets(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """No error shows what was given: a URL with a password may be in any place."""
+        """Hide all input in errors: a URL with a password may be in any field."""
         return validated(data, handler, not_shown)
 
     @field_validator("url")
@@ -162,15 +206,24 @@ class Datalayer(Block):
         source: str | None = None,
         primary_id: str | Sequence[str] = "id",
     ) -> pyarrow.Table:
-        """The committed outputs of `predict_id`, each key exactly once, as a `pyarrow.Table`.
+        """Read the committed outputs of `predict_id`, each key exactly once.
 
-        `table`: the outputs' own name, where the model's `model_update_kwargs` give one.
-        `source`: a table, path or SELECT here whose rows, with their key `primary_id`, the outputs are of:
-        each row in the source's order, its columns first, then those of its output, NULL where it has none.
-        Columns: the key, the output's columns, `_position` when flattened, `_error`, `_finish_reason`,
-        `_prompt_tokens`, `_completion_tokens`, `_seconds`, `_model`, `_uuid`, `_fingerprint`,
-        `_input_hash`, `_created_at`. Raises `InvalidCall` when there are none, `TablesUnavailable`
-        when the tables cannot be reached.
+        Args:
+            predict_id: The name that the call gave its outputs.
+            table: The outputs' table, if the model's `model_update_kwargs` name one.
+            source: A table, path or SELECT here that the outputs were made from. If given, the result has
+                all its rows, in its order: first their columns, then those of their outputs, NULL for rows
+                without one.
+            primary_id: The key of the source's rows.
+
+        Returns:
+            A `pyarrow.Table` with these columns: the key, the output's columns, `_position` when flattened,
+            `_error`, `_finish_reason`, `_prompt_tokens`, `_completion_tokens`, `_seconds`, `_model`, `_uuid`,
+            `_fingerprint`, `_input_hash`, `_created_at`.
+
+        Raises:
+            InvalidCall: There are no such outputs.
+            TablesUnavailable: The tables cannot be reached.
         """
         name = outputs_name(predict_id) if table is None else table
         check_name("table", name)
@@ -188,7 +241,14 @@ class Datalayer(Block):
             tables.close()
 
     def tables(self) -> Lake | Database:
-        """Open the lake or database; raises `InvalidCall` for a URL that is neither."""
+        """Open the lake or database.
+
+        Returns:
+            The tables; the caller closes them.
+
+        Raises:
+            InvalidCall: The URL is neither a lake nor a database that keeps outputs.
+        """
         url = self._url
         if is_lake(url):
             check_place("the lake", url)
@@ -197,18 +257,26 @@ class Datalayer(Block):
             return Lake(url, self.read)
         if url.startswith(DUCKDB):
             raise InvalidCall(
-                f"{url!r:.200} keeps no outputs: read from it with source=..., and let db=... be a lake, an "
-                "SQLite file or PostgreSQL"
+                f"{url!r:.200} cannot keep outputs: read from it with source=..., and use a lake, an SQLite "
+                "file or PostgreSQL as db=..."
             )
         from vllm_tasks.datalayer.database.database import Database
 
         return Database(url)
 
     def source(self, select: str) -> Source:
-        """What `select` names here, to be read only; whoever asks closes it.
+        """Open a table, path or SELECT here for reading only.
 
-        Any SQLAlchemy dialect that streams and files of DuckDB's are read beside what keeps outputs.
-        Raises `InvalidCall`.
+        Besides lakes, SQLite and PostgreSQL, it reads DuckDB files and any SQLAlchemy dialect that streams.
+
+        Args:
+            select: The table, path or SELECT.
+
+        Returns:
+            The source; the caller closes it.
+
+        Raises:
+            InvalidCall: There is no such table, or it cannot be read.
         """
         url = self._url
         if is_lake(url):
@@ -227,7 +295,14 @@ class Datalayer(Block):
         return SqlSource(url, select)
 
     def shown(self, table: str) -> str:
-        """Where a person finds a table that is read here, without secrets."""
+        """The place of a table that is read here, as text for people.
+
+        Args:
+            table: The table's name.
+
+        Returns:
+            A path, or the table and its database, without secrets.
+        """
         url = without_secrets(self._url)
         return f"{url.rstrip('/')}/{table}" if is_lake(self._url) else f"table {table} in {url}"
 
@@ -237,7 +312,14 @@ class Datalayer(Block):
 
 
 def is_lake(url: str) -> bool:
-    """Whether `url` is a path, or its scheme one of fsspec's; all others are SQLAlchemy's."""
+    """Whether a URL names a lake.
+
+    Args:
+        url: A path or URL.
+
+    Returns:
+        True for a path and for a scheme that fsspec knows; all other URLs are SQLAlchemy's.
+    """
     import fsspec
 
     scheme, separator, _ = url.partition("://")

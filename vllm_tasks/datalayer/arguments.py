@@ -1,4 +1,4 @@
-"""Where a call reads and writes, as it was given: what names no table and no folder is refused."""
+"""Checks of `select` and `db` as the caller gave them: they must name a table and a folder."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 from vllm_tasks.errors import InvalidCall
 
 DATABASES = {".db", ".sqlite", ".sqlite3", ".duckdb"}
-"""How files of databases end."""
+"""Endings of database files."""
 
 
 def table_or_statement(select: Any) -> str:
-    """`select` as text; raises `InvalidCall` for what names no table."""
+    """`select` as text; raises `InvalidCall` if it cannot name a table."""
     if isinstance(select, os.PathLike):
         select = os.fspath(select)
     if not isinstance(select, str):
         raise InvalidCall(
-            f"select={_shown(select)} is no text: give the name of a table in db, in a lake also a path or a "
-            "glob, or one SELECT statement; or a table in memory that has __arrow_c_stream__: a DataFrame of "
-            "pandas or polars (of a LazyFrame its .collect()), of a list of rows "
-            "pyarrow.Table.from_pylist(rows), of a dict of columns pyarrow.table(columns)"
+            f"select={_display(select)} is no text: give the name of a table in db, in a lake also a path or "
+            "a glob, or one SELECT statement; or a table in memory with __arrow_c_stream__: a DataFrame of "
+            "pandas or polars (.collect() a LazyFrame), pyarrow.Table.from_pylist(rows) for a list of rows, "
+            "pyarrow.table(columns) for a dict of columns"
         )
     return select
 
 
 def check_folder(db: str, argument: str = "db") -> None:
-    """Raise `InvalidCall` for a file where a folder is meant: a lake is a folder, its files are tables."""
+    """Raise `InvalidCall` for a file instead of a folder: a lake is a folder, and its files are tables."""
     if "://" in db:
         return
     path = os.path.expanduser(db)
@@ -44,5 +44,5 @@ def check_folder(db: str, argument: str = "db") -> None:
         )
 
 
-def _shown(value: Any) -> str:
+def _display(value: Any) -> str:
     return "None" if value is None else f"<{type(value).__name__}>"

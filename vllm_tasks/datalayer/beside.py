@@ -1,4 +1,4 @@
-"""Outputs beside the rows that they are of."""
+"""Joins source rows with their outputs."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from vllm_tasks.datalayer.sources.keys import listed
 from vllm_tasks.errors import InvalidCall
 
 NOWHERE: list[int | None] = [None]
-"""Where the output of a row is that has none."""
+"""The position of the output for a row without one."""
 
 
 def beside(source: Source, select: str, outputs: pa.Table, key: Sequence[str]) -> pa.Table:
-    """Each row of `source`, in its order, with the columns of its output, which are NULL where it has none.
+    """All rows of `source`, in its order, with the columns of their outputs, NULL for rows without one.
 
-    Of a flattened output each position is a row. Raises `InvalidCall` for columns that are not there, a name
-    that is in both, and rows that cannot be read.
+    A flattened output gives one row for each position. Raises `InvalidCall` for missing columns, a column
+    name that both have, and rows that cannot be read.
     """
     columns = source.columns()
     refuse_missing(select, key, columns)
     refuse_missing("the outputs", key, outputs.column_names)
-    said = [name for name in outputs.column_names if name not in key]
-    if twice := sorted({*said} & {*columns}):
+    added = [name for name in outputs.column_names if name not in key]
+    if twice := sorted({*added} & {*columns}):
         raise InvalidCall(
-            f"{select!r} and its outputs both have a column {twice[0]!r}: name it otherwise by a SELECT"
+            f"{select!r} and its outputs both have a column {twice[0]!r}: rename it in a SELECT"
         )
     types = pa.schema([outputs.schema.field(name) for name in key])
     if POSITION in outputs.column_names:
@@ -50,18 +50,18 @@ def beside(source: Source, select: str, outputs: pa.Table, key: Sequence[str]) -
         for values in part.values(good):
             for row in values:
                 found_at = places.get(next(keys), NOWHERE)
-                if row is None:  # gone since its key was read
+                if row is None:  # removed since its key was read
                     continue
                 rows += [row] * len(found_at)
                 taken += found_at
     refuse_unreadable(select, unreadable)
     arrays = [_array(column) for column in zip(*rows, strict=True)] if rows else [pa.nulls(0)] * len(columns)
-    answers = outputs.select(said).take(pa.array(taken, pa.int64()))
-    return pa.table([*arrays, *answers.columns], names=[*columns, *said])
+    answers = outputs.select(added).take(pa.array(taken, pa.int64()))
+    return pa.table([*arrays, *answers.columns], names=[*columns, *added])
 
 
 def _array(values: Sequence[Any]) -> pa.Array:
-    """As Arrow has them; of several kinds, as JSON may have them, each as its JSON."""
+    """The values in Arrow's type; values of several types, which JSON allows, are each written as JSON."""
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):

@@ -1,4 +1,4 @@
-"""A source in one place and its outputs in another."""
+"""Tables whose source is in one place and whose outputs are in another."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from vllm_tasks.errors import TablesUnavailable
 
 
 class NoRows:
-    """The `Writer` to outputs that are not there yet, of a source without rows: its keys have no types."""
+    """The `Writer` for a source without rows and without outputs: the types of its keys are unknown."""
 
-    def __init__(self, shown: str) -> None:
-        self._shown = shown
+    def __init__(self, display: str) -> None:
+        self._display = display
 
     def commit(self, rows: Sequence[Row], redo: Collection[Key]) -> None:
         """See `Writer.commit`; there is nothing to commit."""
         if rows or redo:
-            raise TablesUnavailable(f"the source in {self._shown!r} had no rows, and has some now")
+            raise TablesUnavailable(f"the source in {self._display!r} had no rows, and has some now")
 
     def unstorable(self, row: Row) -> str | None:
         """See `Writer.unstorable`."""
@@ -34,14 +34,14 @@ class NoRows:
 
 
 class Home(Outputs, Protocol):
-    """A store that keeps outputs, of whatever source."""
+    """A store that keeps outputs of any source."""
 
     @property
     def workspace(self) -> Workspace:
-        """Where rows are joined with their outputs; it may read them, and closes with the store."""
+        """The workspace that joins rows with their outputs; it may read them, and closes with the store."""
 
     def writer_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> Writer:
-        """As `Tables.writer`, for a key of these Arrow types, which are empty when the source has no rows."""
+        """As `Tables.writer`, for a key of these Arrow types; they are empty if the source has no rows."""
 
     def outputs(self, name: str) -> Any:
         """See `Tables.outputs`."""
@@ -63,11 +63,11 @@ class Home(Outputs, Protocol):
 
 
 class ByJoin(ABC):
-    """What of `Tables` is the same wherever source and outputs are: a `Join` in DuckDB."""
+    """The part of `Tables` that works by a `Join` in DuckDB, wherever source and outputs are."""
 
     _checked: Join | None = None
     _read: Join | None = None
-    """Of the latest `rows`."""
+    """The join of the latest `rows`."""
 
     def check(self, selection: Selection) -> None:
         self._checked = self._joined(selection)
@@ -98,11 +98,11 @@ class ByJoin(ABC):
 
 
 class Elsewhere(ByJoin):
-    """`Tables` whose rows come from `source`, and whose outputs are at `home`; both are closed with it."""
+    """`Tables` with rows from `source` and outputs at `home`; closing it closes both."""
 
-    def __init__(self, source: Source, home: Home, shown: str) -> None:
-        """`shown`: where the rows are read, as a person is told it."""
-        self._shown = shown
+    def __init__(self, source: Source, home: Home, display: str) -> None:
+        """`display`: where the rows are read, as text for people."""
+        self._display = display
         self._source = source
         self._home = home
 
@@ -113,7 +113,7 @@ class Elsewhere(ByJoin):
         return self._home.outputs(name)
 
     def read(self, select: str, columns: Sequence[str] | None = None) -> Iterator[list[Row]]:
-        """See `Tables.read`; of what is at home."""
+        """See `Tables.read`; reads from `home`."""
         return self._home.read(select, columns)
 
     def has(self, name: str) -> bool:
@@ -129,7 +129,7 @@ class Elsewhere(ByJoin):
         return self._home.where(name)
 
     def read_from(self, name: str) -> str:
-        return self._shown
+        return self._display
 
     def close(self) -> None:
         self._source.close()

@@ -1,8 +1,8 @@
-"""JSON that keeps every value that a source can give, exactly and with its type.
+"""JSON that keeps every value of a source exactly and with its type.
 
-Plain JSON data is written as what it is. What JSON has no type for is an object with one key that names the
-type: `{"$decimal": "12.50"}`. An object that looks like one of these, or has other keys than texts, is
-written as its pairs: `{"$object": [[key, value], ...]}`. All is ASCII, so that any table can hold it.
+Plain JSON data is written unchanged. A value for which JSON has no type becomes an object with one key that
+names the type: `{"$decimal": "12.50"}`. An object that looks like one of these, or has keys that are not
+texts, is written as pairs: `{"$object": [[key, value], ...]}`. The text is ASCII, so any table can hold it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from vllm_tasks.datalayer.values import Nanoseconds, Number
 
 PLAIN_BITS = 10_000
-"""Of an int. Python refuses to read and to write decimal numbers of more than 4,300 digits."""
+"""Bits of an int written as a number: Python refuses decimal numbers of more than 4,300 digits."""
 NANOSECONDS_END = len("2024-01-02T03:04:05.000006789")
 BETWEEN_HALVES = re.compile("(?<=[\ud800-\udbff])(?=[\udc00-\udfff])")
-"""Two halves of a character that a text has beside each other: JSON would make one character of them."""
+"""A position between two adjacent halves of a character, which JSON would combine into one character."""
 
 
 def dumps(value: Any) -> str:
-    """`value` as text, for `loads`; a tuple as a list, a view of bytes as bytes.
+    """`value` as text for `loads`; a tuple becomes a list, a memoryview becomes bytes.
 
-    Raises TypeError for a value of another type, which it names, and RecursionError for one that is nested
-    too deep.
+    Raises TypeError, naming the value, for an unknown type, and RecursionError for too deep nesting.
     """
     return json.dumps(_written(value))
 
@@ -42,9 +41,9 @@ def loads(text: str) -> Any:
 
 
 def identity(value: Any) -> str:
-    """As `dumps`, but the same for objects whose keys come in another order, and whatever a zone is called.
+    """As `dumps`, but independent of the order of keys and of the names of time zones.
 
-    Values that print in two ways have two identities: 1 and 1.0 differ, as 12.5 and 12.50 do.
+    Values that print differently have different identities: 1 and 1.0, 12.5 and 12.50.
     """
     return json.dumps(_sorted(_written(value)), sort_keys=True)
 
@@ -91,7 +90,7 @@ def _object(value: Mapping[Any, Any]) -> Any:
 
 
 def _moment(value: datetime) -> Any:
-    if value != value:  # the NaT of pandas is a datetime
+    if value != value:  # NaT of pandas, which is a datetime
         raise TypeError(f"{value!r} is a missing value")
     zone = getattr(value.tzinfo, "key", None) or getattr(value.tzinfo, "zone", None)
     if zone is None or (fold := _fold(value, zone)) is None:
@@ -100,13 +99,13 @@ def _moment(value: datetime) -> Any:
 
 
 def _duration(value: timedelta) -> list[int]:
-    if value != value or getattr(value, "nanoseconds", False):  # those of pandas
+    if value != value or getattr(value, "nanoseconds", False):  # a NaT or Timedelta of pandas
         raise TypeError(f"{value!r} is a {type(value).__name__}")
     return [value.days, value.seconds, value.microseconds]
 
 
 def _fold(value: datetime, zone: str) -> int | None:
-    """Which of two equal clock times it is in its zone; None where this machine does not know the zone so."""
+    """Which of two equal clock times it is in its zone; None if this machine's zone data has neither."""
     try:
         known = ZoneInfo(zone)
     except (ZoneInfoNotFoundError, ValueError):
@@ -116,7 +115,7 @@ def _fold(value: datetime, zone: str) -> int | None:
 
 
 def _sorted(written: Any) -> Any:
-    """What `_written` gave, with pairs in order and no names of zones."""
+    """The result of `_written`, with sorted pairs and without names of zones."""
     if isinstance(written, list):
         return [_sorted(item) for item in written]
     if not isinstance(written, dict):
@@ -134,8 +133,8 @@ def _sorted(written: Any) -> Any:
 def _read(found: dict[str, Any]) -> Any:
     if len(found) != 1:
         return found
-    ((tag, said),) = found.items()
-    return READ[tag](said) if tag in READ else found
+    ((tag, value),) = found.items()
+    return READ[tag](value) if tag in READ else found
 
 
 def _read_object(pairs: list[Any]) -> dict[Any, Any]:
@@ -143,13 +142,13 @@ def _read_object(pairs: list[Any]) -> dict[Any, Any]:
 
 
 def _key(value: Any) -> Any:
-    """A key that is a list was a tuple, as lists can be no keys."""
+    """The key of a dict: a list was a tuple before, since lists cannot be keys."""
     return tuple(map(_key, value)) if isinstance(value, list) else value
 
 
-def _read_moment(said: str | list[Any]) -> datetime:
-    text, zone, fold = (said, None, 0) if isinstance(said, str) else said
-    clock = datetime.fromisoformat(text)  # which drops digits beyond microseconds
+def _read_moment(written: str | list[Any]) -> datetime:
+    text, zone, fold = (written, None, 0) if isinstance(written, str) else written
+    clock = datetime.fromisoformat(text)  # drops digits beyond microseconds
     if zone is not None:
         clock = clock.replace(tzinfo=ZoneInfo(zone), fold=fold)
     fraction = text[:NANOSECONDS_END].partition(".")[2]
@@ -162,7 +161,7 @@ def _read_moment(said: str | list[Any]) -> datetime:
 
 WRITTEN: Mapping[type, tuple[str, Callable[[Any], Any]]] = {
     Decimal: ("$decimal", str),
-    datetime: ("$datetime", _moment),  # before date, which it is one of
+    datetime: ("$datetime", _moment),  # before date, of which it is a subclass
     date: ("$date", date.isoformat),
     time: ("$time", time.isoformat),
     timedelta: ("$timedelta", _duration),

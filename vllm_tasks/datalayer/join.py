@@ -1,7 +1,7 @@
-"""Which rows of a source are missing from its outputs, wherever each of them is: a join in DuckDB.
+"""Finds the rows of a source that its outputs lack, wherever the two are, by a join in DuckDB.
 
-The outputs' keys are loaded once, into a table that spills. The source comes in parts, whose keys alone are
-matched with it; so a row's values are read only when it is wanted, and pass through no join.
+The outputs' keys are loaded once into a table that spills. The source comes in parts, and only their keys are
+joined with it; so a row's values are read only when it is selected, and pass through no join.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 DONE, IDS, PART = "_vllm_tasks_done", "_vllm_tasks_ids", "_vllm_tasks_part"
 STRANGE = "{0} < '0001-01-01' OR {0} >= '10000-01-01'"
-"""Whether Python has no such date: it has the years 1 to 9999, and no infinity."""
+"""Condition on a date that Python lacks: it has the years 1 to 9999, and no infinity."""
 WANTED = {
     "missing": "same IS NOT TRUE",
     "changed": "true",
@@ -41,23 +41,23 @@ NO_ROWS = pa.schema([])
 
 
 class Outputs(Protocol):
-    """The store that the outputs are in."""
+    """The store that keeps the outputs."""
 
     def key_types(self, name: str, key: Sequence[str]) -> dict[str, pa.DataType] | None:
-        """Of the outputs `name` there: what its columns `key` are in Arrow, without those that are missing;
-        None when there is no such table."""
+        """The Arrow types of the columns `key` in the outputs `name`, without missing columns; None if there
+        is no such table."""
 
     def done(self, cursor: duckdb.DuckDBPyConnection, name: str, key: pa.Schema) -> str:
-        """A query, on `cursor`, of the outputs' keys: once each, as k0, k1, ..., in the types of `key`, with
-        `_fingerprint`, `_error`, `_input_hash` and `_created_at`."""
+        """A query for `cursor` that returns each of the outputs' keys once, as k0, k1, ... in the types of
+        `key`, with `_fingerprint`, `_error`, `_input_hash` and `_created_at`."""
 
     def where(self, name: str) -> str:
-        """Where a person finds them."""
+        """The place of the outputs, as text for people."""
 
 
 @dataclass(frozen=True)
 class States:
-    """The rows of a part that are wanted: their numbers, ascending; whether there is an output; its hash."""
+    """The selected rows of a part: their numbers, ascending; whether there is an output; its input hash."""
 
     rows: np.ndarray
     redo: np.ndarray
@@ -65,27 +65,27 @@ class States:
 
 
 class Join:
-    """The rows of one source beside the outputs of one selection."""
+    """The join of one source with the outputs of one selection."""
 
     def __init__(self, source: Source, outputs: Outputs, selection: Selection, workspace: Workspace) -> None:
         self._source = source
         self._outputs = outputs
         self.selection = selection
         self._workspace = workspace
-        self._named = f"cannot read {selection.shown!r}"
+        self._named = f"cannot read {selection.display!r}"
         self._key: pa.Schema | None = None
         self._there = False
-        """Whether there are outputs, once the key is known."""
+        """Whether the outputs exist, once the key is known."""
         self._some = False
-        """Whether a key was seen."""
+        """Whether the source has returned a key."""
         self.unreadable = Unreadable()
-        """Of the latest `rows`."""
+        """The unreadable rows of the latest `rows`."""
 
     @property
     def key(self) -> pa.Schema:
-        """The key's columns in the types in which outputs keep them; empty when the source has no rows.
+        """The key's columns in the types in which outputs keep them; empty if the source has no rows.
 
-        Raises `InvalidCall` for columns that are not there and for types that the outputs do not have.
+        Raises `InvalidCall` for missing columns and for types that differ from those of the outputs.
         """
         if self._key is None:
             self._key = self._found_key()
@@ -93,12 +93,12 @@ class Join:
 
     @property
     def key_to_write(self) -> pa.Schema:
-        """The key of outputs that are to be made: empty when the source has no rows, and none are made.
+        """The key for outputs to create; empty if the source has no rows, and then none are created.
 
         Raises as `key`.
         """
         if not self._there:
-            self._key = None  # a rival may have made them since `check`
+            self._key = None  # a concurrent writer may have created them since `check`
         if self.key.names and (self._some or any(keys.num_rows for keys in self._keys())):
             return self.key
         return NO_ROWS
@@ -113,7 +113,7 @@ class Join:
         columns = self._source.columns()
         if not columns:
             return NO_ROWS
-        refuse_missing(self.selection.shown, wanted, columns)
+        refuse_missing(self.selection.display, wanted, columns)
         found = dict(zip(key, self._source.key_types(key), strict=True))
         there = self._outputs.key_types(self.selection.outputs, key)
         self._there = there is not None
@@ -134,39 +134,39 @@ class Join:
     # ------------------------------------------------------------------ the key identifies the rows
 
     def check(self) -> None:
-        """Refuse keys that are NULL, doubled, or have dates that Python has not; see `Tables.check`."""
+        """Refuse keys that are NULL, not unique, or have dates that Python lacks; see `Tables.check`."""
         key = self.key
         if not key.names:
             return
         if self.selection.ids is not None:
-            self._ids()  # refused before the pass
+            self._ids()  # raises before the pass over all keys
         if self._source.identified_by(key.names) or ascending(self._keys(), key):
             return
         named = ", ".join(key.names)
-        logger.info("checking that %s is unique in %s: one pass", named, self.selection.shown)
+        logger.info("checking in one pass that %s is unique in %s", named, self.selection.display)
         with self._workspace.cursor(self._named) as cursor:
             stream = pa.RecordBatchReader.from_batches(_numbered(key), _renamed(self._keys(), key))
             cursor.register(PART, stream)
             nulls, strange, doubled, rows, *examples = cursor.execute(_faults(key)).fetchall()[0]
-        shown, width = self.selection.shown, len(key.names)
+        display, width = self.selection.display, len(key.names)
 
         def example(values: Sequence[Any]) -> str:
             return ", ".join(f"{n}={v!r:.100}" for n, v in zip(key.names, values, strict=True))
 
         if nulls:
             raise InvalidCall(
-                f"{nulls} rows of {shown!r} have NULL for {named}; leave them out with "
+                f"{nulls} rows of {display!r} have NULL for {named}; exclude them with "
                 "SELECT ... WHERE ... IS NOT NULL, or give another primary_id"
             )
         if strange:
             raise InvalidCall(
-                f"{strange} rows of {shown!r} have a key with a date that Python does not have, for example "
-                f"{example(examples[width:])}; CAST it to VARCHAR in a SELECT, leave them out with "
+                f"{strange} rows of {display!r} have a key with a date that Python lacks, for example "
+                f"{example(examples[width:])}; CAST it to VARCHAR in a SELECT, exclude them with "
                 "SELECT ... WHERE, or give another primary_id"
             )
         if doubled:
             raise InvalidCall(
-                f"{named} does not identify the rows of {shown!r}: {doubled} keys have {rows} rows, "
+                f"{named} does not identify the rows of {display!r}: {doubled} keys have {rows} rows, "
                 f"for example {example(examples[:width])}; give another primary_id, or several columns"
             )
 
@@ -175,7 +175,7 @@ class Join:
     def rows(self, size: int) -> Iterator[list[SourceRow]]:
         """See `Tables.rows`."""
         self.unreadable = Unreadable()
-        if not self.key.names:  # no row can be read, but lines may be there that are none
+        if not self.key.names:  # there are no rows, but there may be unreadable lines
             for _ in self._source.parts(NO_ROWS, (), self.unreadable):
                 pass
             return
@@ -197,7 +197,7 @@ class Join:
         return rows, wanted
 
     def _matching(self, cursor: duckdb.DuckDBPyConnection) -> Any:
-        """A function from the keys of a part to the `States` of its wanted rows."""
+        """A function from the keys of a part to the `States` of its selected rows."""
         if not self._loaded(cursor):
             none = np.zeros(0, dtype=bool)
             if self.selection.refresh == "failed":
@@ -220,7 +220,7 @@ class Join:
         return match
 
     def _counting(self, cursor: duckdb.DuckDBPyConnection) -> Any:
-        """A function from keys to how many there are (of the `ids` and the shard), and are wanted."""
+        """A function from keys to their number (within the `ids` and the shard) and the number selected."""
         if not self._loaded(cursor):
             none = self.selection.refresh == "failed"
             return lambda keys: (keys.num_rows, 0 if none else keys.num_rows)
@@ -236,7 +236,7 @@ class Join:
         return count
 
     def _loaded(self, cursor: duckdb.DuckDBPyConnection) -> bool:
-        """Make the tables that parts are joined with on `cursor`; False when none is needed."""
+        """Create the tables on `cursor` that parts are joined with; False if none is needed."""
         selection, key = self.selection, self.key
         names = [f"k{i}" for i in range(len(key.names))]
         using = f"USING ({', '.join(names)})"
@@ -264,7 +264,7 @@ class Join:
         return self._there or selection.ids is not None or selection.shard is not None
 
     def _joined(self) -> str:
-        """The FROM clause of a part beside its outputs."""
+        """The FROM clause that joins a part with the outputs."""
         names = [f"k{i}" for i in range(len(self.key.names))]
         using = f"USING ({', '.join(names)})"
         clause = f"FROM {PART}"
@@ -291,7 +291,7 @@ class Join:
 def read(source: Source, select: str, columns: Sequence[str] | None, size: int) -> Iterator[list[Row]]:
     """All rows of a source as mappings of column to value, in lists of at most `size`.
 
-    Raises `InvalidCall` for columns that are not there, and at the end for rows that could not be read.
+    Raises `InvalidCall` for missing columns, and at the end for rows that could not be read.
     """
     there = source.columns()
     names = list(dict.fromkeys(there if columns is None or not there else columns))
@@ -309,16 +309,16 @@ def read(source: Source, select: str, columns: Sequence[str] | None, size: int) 
 
 
 def refuse_unreadable(select: str, unreadable: Unreadable) -> None:
-    """Raise `InvalidCall` where rows could not be read, of which all are needed."""
+    """Raise `InvalidCall` if rows could not be read where all are needed."""
     if unreadable.count:
         raise InvalidCall(
             f"{unreadable.count:,} rows of {select!r} cannot be read: {'; '.join(unreadable.examples[:3])}; "
-            "correct them, or leave them out of the file"
+            "correct them, or remove them from the file"
         )
 
 
 def ascending(tables: Iterator[pa.Table], key: pa.Schema) -> bool:
-    """Whether each key is larger than the one before, so that none is there twice: told at once where not."""
+    """Whether each key is larger than the one before, so that none occurs twice; stops at once if not."""
     if len(key) != 1 or pa.types.is_temporal(key[0].type):
         return False
     last = None
@@ -334,7 +334,7 @@ def ascending(tables: Iterator[pa.Table], key: pa.Schema) -> bool:
 
 
 def refuse_missing(select: str, wanted: Sequence[str], there: Sequence[str]) -> None:
-    """Raise `InvalidCall` for a wanted column that is not there, or is there twice."""
+    """Raise `InvalidCall` for a wanted column that is missing or occurs twice."""
     if missing := [name for name in dict.fromkeys(wanted) if name not in there]:
         hints = "".join(near(name, there) for name in missing[:3])
         raise InvalidCall(
@@ -342,21 +342,21 @@ def refuse_missing(select: str, wanted: Sequence[str], there: Sequence[str]) -> 
             f"it has {', '.join(map(repr, there[:50]))}"
         )
     if twice := [name for name in wanted if there.count(name) > 1]:
-        raise InvalidCall(f"{select!r} has two columns {twice[0]!r}; name one otherwise with AS")
+        raise InvalidCall(f"{select!r} has two columns {twice[0]!r}; rename one with AS")
 
 
 def alike(there: pa.DataType, here: pa.DataType) -> bool:
-    """Whether keys of the type `here` may be kept as `there`, each that fits: widened numbers are."""
+    """Whether keys of the type `here` can be kept as `there`; numbers of another width can, if they fit."""
     exact = (pa.types.is_integer, pa.types.is_decimal)
     numbers = any(is_one(there) for is_one in exact) and any(is_one(here) for is_one in exact)
     return bool(there == here or numbers)
 
 
 def _faults(key: pa.Schema) -> str:
-    """A query for how many rows have NULL in the key, a date that Python has not, and a key of others.
+    """A query that counts rows whose key is NULL, has a date that Python lacks, or is repeated.
 
-    Its columns: the rows with NULL; with such a date; the doubled keys; their rows; one such key; one with
-    such a date, as text.
+    Its columns: the rows with NULL; those with such a date; the repeated keys; their rows; one such key; a
+    key with such a date, as text.
     """
     keys = [f"k{i}" for i in range(len(key.names))]
     null = f"({' OR '.join(f'{k} IS NULL' for k in keys)})"
@@ -376,7 +376,7 @@ def _faults(key: pa.Schema) -> str:
 
 
 def _in_shard(shard: tuple[int, int], keys: int) -> str:
-    """A condition on k0... By MD5, the same in every version of DuckDB: shards run on many machines."""
+    """A condition on k0, ... by MD5: shards run on many machines, and MD5 is the same in every DuckDB."""
     index, count = shard
     texts = ", ".join(f"CAST(k{i} AS VARCHAR)" for i in range(keys))
     return f"md5_number_lower(concat_ws(chr(31), {texts})) % {count:d} = {index:d}"
@@ -392,13 +392,13 @@ def _renamed(tables: Iterator[pa.Table], key: pa.Schema) -> Iterator[pa.RecordBa
 
 
 def _with_numbers(keys: pa.Table) -> pa.Table:
-    """`keys` as k0..., and the number of each row as n."""
+    """`keys` as k0, ..., with the number of each row as n."""
     names = [f"k{i}" for i in range(keys.num_columns)]
     return keys.rename_columns(names).append_column("n", pa.array(np.arange(keys.num_rows)))
 
 
 def _source_rows(part: Part, states: States, size: int) -> Iterator[list[SourceRow]]:
-    """The wanted rows of a part, those that could not be read first."""
+    """The selected rows of a part, with the unreadable ones first."""
     bad = np.array([i in part.errors for i in states.rows], dtype=bool) if part.errors else None
     if bad is not None:
         where = np.flatnonzero(bad)
@@ -420,17 +420,17 @@ def _source_rows(part: Part, states: States, size: int) -> Iterator[list[SourceR
             yield [
                 SourceRow(key, row, *state)
                 for key, row, *state in zip(keys, some, redo, hashes, strict=True)
-                if row is not None  # gone from the source a moment ago
+                if row is not None  # removed from the source since its key was read
             ]
 
 
 def _plain_key(key: Key, wanted: pa.Schema) -> Key:
     if len(key) != len(wanted) or any(value is None for value in key):
-        raise InvalidCall(f"ids: {key!r:.200} is no key of {len(wanted)} values, none of them None")
+        raise InvalidCall(f"ids: {key!r:.200} must be a key of {len(wanted)} values, none of them None")
     return tuple(_as_kept(value, field.type) for value, field in zip(key, wanted, strict=True))
 
 
 def _as_kept(value: Any, kind: pa.DataType) -> Any:
-    """A UUID, and where keys are text (as in CSV) a whole number, by its text."""
+    """A value of `ids` as the outputs keep it: a UUID, or a number where keys are text, becomes text."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool) and pa.types.is_string(kind)
     return str(value) if whole or isinstance(value, UUID) else value

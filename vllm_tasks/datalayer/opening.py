@@ -1,4 +1,4 @@
-"""What a call reads and where it writes: `select`, `source` and `db` as they are given, opened as tables."""
+"""Opens the tables of a call: `select`, `source` and `db` as the caller gave them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from vllm_tasks.datalayer.source_id import is_statement, place
 from vllm_tasks.errors import InvalidCall
 
 Store = Datalayer | str | os.PathLike[str]
-"""A `Datalayer`, its URL or path, or, of a source, the name of a saved one."""
+"""A `Datalayer`, its URL or path, or (for a source) the name of a saved one."""
 
 
 def open_tables(home: Datalayer, select: Any, source: Datalayer | None = None) -> tuple[Tables, str]:
-    """The tables that `select` is read from, with outputs at `home`, and how `select` is called.
+    """Open the tables that `select` is read from, with outputs at `home`.
 
-    `select`: a text, or a table in memory that speaks Arrow's stream protocol. Raises `InvalidCall`.
+    Returns them and the name of `select`, a text or a table in memory that has Arrow's stream protocol.
+    Raises `InvalidCall`.
     """
     from vllm_tasks.datalayer.sources import frames
 
     in_memory = frames.is_table(select)
     if in_memory and source is not None:
-        raise InvalidCall("select is a table in memory, and source= says where a table is: leave source out")
-    named = frames.shown(select) if in_memory else table_or_statement(select)
+        raise InvalidCall("select is a table in memory, which has no source: leave source=... out")
+    named = frames.display_name(select) if in_memory else table_or_statement(select)
     if not in_memory and (source is None or _same(source, home)):
         return home.tables(), named
     from vllm_tasks.datalayer.elsewhere import Elsewhere
@@ -40,7 +41,7 @@ def open_tables(home: Datalayer, select: Any, source: Datalayer | None = None) -
 
 
 def name_of(select: str) -> str:
-    """A table's name or path as it is, a statement by a short hash."""
+    """The name of a table or path as it is; for a statement, a short hash."""
     from vllm_tasks.canonical import fingerprint
 
     return f"query-{fingerprint({'select': select})[:8]}" if is_statement(select) else select
@@ -52,11 +53,13 @@ def _same(one: Datalayer, other: Datalayer) -> bool:
 
 
 def source_of(given: Store | None) -> Datalayer | None:
-    """The `Datalayer` that `source=` means; raises `InvalidCall`."""
+    """The `Datalayer` that `source=` names; raises `InvalidCall`."""
     if given is None or isinstance(given, Datalayer):
         return given
     if not isinstance(given, str | os.PathLike):
-        raise InvalidCall(f"source=<{type(given).__name__}> is no Datalayer, nor its URL or saved name")
+        raise InvalidCall(
+            f"source=<{type(given).__name__}> must be a Datalayer, its URL or path, or a saved one's name"
+        )
     text = os.fspath(given)
     if not text.strip():
         raise InvalidCall("source='' is empty: give a Datalayer, its URL or path, or the name of a saved one")
@@ -73,10 +76,10 @@ def saved(name: str) -> Datalayer:
 
     try:
         found = Datalayer.load(name)
-    except (httpx.HTTPError, RuntimeError) as error:  # of Prefect's own server, too
+    except (httpx.HTTPError, RuntimeError) as error:  # Prefect's own server raises RuntimeError
         raise InvalidCall(
-            f"{name!r:.200} is no folder here, and Prefect's server cannot be asked whether it is a saved "
-            f"Datalayer ({plain(error):.300}); set PREFECT_API_URL to a server that runs, or give a URL, or "
+            f"{name!r:.200} is no folder here, and Prefect's server did not say whether it is a saved "
+            f"Datalayer ({plain(error):.300}); set PREFECT_API_URL to a running server, or give a URL, or "
             "a path with a / in it"
         ) from error
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Pages of rows as bytes, without pickle: what is read has the types and values of what was written."""
+"""Pages of rows as bytes, without pickle: rows are read with the types and values that were written."""
 
 from __future__ import annotations
 
@@ -23,46 +23,46 @@ TEXTS: dict[type, tuple[Callable[[Any], str], Callable[[str], Any]]] = {
         lambda text: timedelta(*map(int, text.split())),
     ),
 }
-"""How other types are texts."""
+"""Types that are written as text, with their functions to text and back."""
 DATES = (date, datetime, time)
-"""Types that are their own few bytes, as `__reduce_ex__` gives them and the constructor takes them; with them
-is which of two equal clock times it is (`fold`)."""
+"""Types that are written as their own few bytes, which `__reduce_ex__` returns and the constructor takes. The
+bytes include `fold`, which distinguishes two equal clock times."""
 LISTS: dict[type, Callable[[Sequence[Any]], Any]] = {list: list, tuple: tuple}
 CLOCKS = (datetime, time)
 DEEPEST = 50
-"""Lists in lists; what is nested deeper stays in memory, as what is of no type here does."""
+"""Nested lists; values nested deeper stay in memory, as do values of types that are not listed here."""
 NAMED: dict[str, type] = {kind.__name__: kind for kind in (*TEXTS, *DATES, *LISTS, bytes, dict, str)}
 
 
 class Pages:
-    """Written column by column: JSON that tells the types, and behind it all texts and bytes in one.
+    """Writes rows column by column: a header in JSON with the types, then all texts and bytes in one block.
 
-    Objects of other types, as an address or a range of PostgreSQL's, stay in memory; so do time zones.
+    Objects of other types, such as PostgreSQL's addresses and ranges, stay in memory; so do time zones.
     """
 
     def __init__(self) -> None:
         self._objects: list[Any] = []
         self._zones: dict[int, int] = {}
-        """Their numbers among the objects by `id`."""
+        """Numbers of time zones among the objects, by `id`."""
 
     def write(self, page: Sequence[Values], file: IO[bytes]) -> None:
         """Append a page of at least one row."""
         texts: list[bytes] = []
         columns = [self._packed(column, texts, 0) for column in zip(*page, strict=True)]
-        told = json.dumps([len(page), columns], ensure_ascii=False).encode("utf-8", "surrogatepass")
-        for block in (told, b"".join(texts)):
+        header = json.dumps([len(page), columns], ensure_ascii=False).encode("utf-8", "surrogatepass")
+        for block in (header, b"".join(texts)):
             file.write(len(block).to_bytes(8))
             file.write(block)
 
     def read(self, file: IO[bytes]) -> list[Values]:
         """The page at the file's position."""
-        told, texts = (file.read(int.from_bytes(file.read(8))) for _ in range(2))
-        rows, columns = json.loads(told.decode("utf-8", "surrogatepass"))
+        header, texts = (file.read(int.from_bytes(file.read(8))) for _ in range(2))
+        rows, columns = json.loads(header.decode("utf-8", "surrogatepass"))
         left = BytesIO(texts)
         return list(zip(*(self._unpacked(c, left) for c in columns), strict=True)) or [()] * rows
 
     def _packed(self, column: Sequence[Any], texts: list[bytes], depth: int) -> Any:
-        """What JSON tells of a column; `texts` gets the rest."""
+        """The header of a column, as JSON; `texts` receives its texts and bytes."""
         kinds: set[Any] = set(map(type, column)) - {type(None)}
         if not kinds.isdisjoint(CLOCKS):
             kinds = set(map(_kind, column)) - {type(None)}
@@ -91,7 +91,7 @@ class Pages:
         return ["object", len(self._objects) - len(column), len(column)]
 
     def _mixed(self, column: Sequence[Any], texts: list[bytes], depth: int) -> Any:
-        """A column of several kinds: each of them as a column of its own."""
+        """A column of several kinds: each kind is written as a separate column."""
         kinds: dict[Any, list[Any]] = {}
         numbers: dict[Any, int] = {}
         order = []
@@ -107,8 +107,8 @@ class Pages:
             self._objects.append(zone)
         return self._zones[id(zone)]
 
-    def _unpacked(self, told: Any, texts: BytesIO) -> Sequence[Any]:
-        name, first, *rest = told
+    def _unpacked(self, header: Any, texts: BytesIO) -> Sequence[Any]:
+        name, first, *rest = header
         if name == "":
             return list(first)
         if name == "object":
@@ -118,17 +118,17 @@ class Pages:
             return [next(columns[number]) for number in first]
         kind = NAMED[name]
         if kind in LISTS:
-            return _cut(self._unpacked(rest[0], texts), first, LISTS[kind])
+            return _split(self._unpacked(rest[0], texts), first, LISTS[kind])
         if kind is dict:
             pairs = list(zip(*(self._unpacked(some, texts) for some in rest), strict=True))
-            return _cut(pairs, first, dict)
+            return _split(pairs, first, dict)
         raw = texts.read(rest[0])
         if kind in DATES:
             zone = [self._objects[number] for number in rest[1:]]
-            return [None if state is None else kind(state, *zone) for state in _cut(raw, first)]
+            return [None if state is None else kind(state, *zone) for state in _split(raw, first)]
         if kind is bytes:
-            return _cut(raw, first)
-        found = _cut(raw.decode("utf-8", "surrogatepass"), first)
+            return _split(raw, first)
+        found = _split(raw.decode("utf-8", "surrogatepass"), first)
         if kind is str:
             return found
         read = TEXTS[kind][1]
@@ -136,32 +136,32 @@ class Pages:
 
 
 def _kind(value: Any) -> Any:
-    """Values of one kind are written alike: of one type, clock times also of one zone."""
+    """The kind of a value, which decides how it is written: its type, and for clock times also the zone."""
     kind = type(value)
     return (kind, id(value.tzinfo)) if kind in CLOCKS else kind
 
 
 def _joined(column: Sequence[Any], texts: list[bytes]) -> tuple[list[int | None], int]:
-    """The lengths of texts or bytes, and the bytes that all of them have."""
+    """The lengths of texts or bytes, and the total number of bytes."""
     lengths = [None if v is None else len(v) for v in column]
     some = [v for v in column if v]
     if some and isinstance(some[0], bytes):
-        whole = b"".join(some)
+        joined = b"".join(some)
     else:
-        whole = "".join(some).encode("utf-8", "surrogatepass")
-    texts.append(whole)
-    return lengths, len(whole)
+        joined = "".join(some).encode("utf-8", "surrogatepass")
+    texts.append(joined)
+    return lengths, len(joined)
 
 
-def _cut(whole: Any, lengths: Sequence[int | None], made: Callable[[Any], Any] | None = None) -> list[Any]:
-    """The opposite: a piece of each length, as `made` makes it; None stays."""
+def _split(joined: Any, lengths: Sequence[int | None], made: Callable[[Any], Any] | None = None) -> list[Any]:
+    """The reverse of `_joined`: a piece of each length, converted by `made`; None stays None."""
     found: list[Any] = []
     at = 0
     for length in lengths:
         if length is None:
             found.append(None)
             continue
-        piece = whole[at : at + length]
+        piece = joined[at : at + length]
         found.append(piece if made is None else made(piece))
         at += length
     return found

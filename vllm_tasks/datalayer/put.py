@@ -1,4 +1,4 @@
-"""What `Tables.put` takes, checked: one row for each key, of types that every lake and database has."""
+"""Checks of the rows for `Tables.put`: one row for each key, of types that every lake and database has."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ KINDS: dict[pa.DataType, BuiltinType | Literal["timestamp"]] = {
     pa.timestamp("us", "UTC"): "timestamp",
 }
 WAY_OUT = "name another table, or drop that one if its rows are not needed"
-"""For a table that is there with other columns."""
+"""The way out when the table exists with other columns."""
 
 
 def checked(name: str, rows: pa.Table, key: Sequence[str]) -> pa.Table:
-    """`rows` with the key's columns first, and no metadata; raises `InvalidCall` for what `put` refuses."""
+    """`rows` with the key's columns first and without metadata; raises `InvalidCall` if refused."""
     _refuse_names(name, rows.column_names)
     missing = [column for column in key if column not in rows.column_names]
     if missing or not key or len(set(key)) < len(key):
@@ -46,12 +46,12 @@ def checked(name: str, rows: pa.Table, key: Sequence[str]) -> pa.Table:
 def _refuse_names(name: str, columns: Sequence[str]) -> None:
     for each in (name, *columns):
         if not each or not each.isprintable():
-            raise InvalidCall(f"{name!r}: {each!r} is no name of a table or column; give a printable one")
+            raise InvalidCall(f"{name!r}: {each!r} cannot name a table or column; give a printable name")
     folded = [column.casefold() for column in columns]
     for column in columns:
         if folded.count(column.casefold()) > 1:
             raise InvalidCall(
-                f"{name!r}: two columns are named {column!r}, as small and capital letters are one"
+                f"{name!r}: two columns are named {column!r}, since case does not count; rename one"
             )
 
 
@@ -64,5 +64,5 @@ def _refuse_keys(name: str, keys: pa.Table) -> None:
     if twice.num_rows:
         example = twice.select(keys.column_names).slice(0, 1).to_pylist()[0]
         raise InvalidCall(
-            f"{name!r}: {twice.num_rows} keys are in several rows, for example {example!r:.200}"
+            f"{name!r}: {twice.num_rows} keys occur in several rows, for example {example!r:.200}"
         )

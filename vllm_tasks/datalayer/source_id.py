@@ -1,9 +1,9 @@
-"""What the rows of a call are of, as outputs remember it: a table's name, or a statement's hash.
+"""The identity of a call's source that outputs store: a table's name, or a statement's hash.
 
-The logical name and not the place: a lake or database that was moved with its outputs, or has another host
-name now, is still the same source, and so is a table that is named by its path. A statement is another
-source when it was edited, even if only its WHERE was: whether it still gives the same rows under the same
-keys is known to who edited it, and answers of other rows must not stand for these without a word.
+It is a logical name, not a place: a lake or database that was moved with its outputs, or has another host
+name, is still the same source, and so is a table named by its path. An edited statement is another source,
+even if only its WHERE changed: only its author knows whether it returns the same rows under the same keys,
+and answers must not silently be taken for those of other rows.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from vllm_tasks.datalayer import is_lake
 from vllm_tasks.datalayer.sources.endings import ENDINGS
 
 LONGEST = 200
-"""Characters of a name that is kept as it is."""
+"""Maximum characters of a name that is kept unchanged."""
 DEFAULT_SCHEMAS = {"postgresql": "public.", "sqlite": "main."}
 FILE = re.compile(rf"(?P<table>.*[^/])\.(?:{'|'.join(ENDINGS)})(?:\.(?:gz|zst))?", re.I)
 WHOLE_FOLDER = re.compile(r"(?P<folder>.*[^/])/(?:\*\*/)?\*(?:\.\w+)*")
-"""A glob of all files in a folder, which is what the folder's own name means."""
+"""A glob of all files in a folder: the same as the folder's own name."""
 
 
 def source_id(select: str, url: str, source_url: str | None = None) -> str:
     """The table or path that `select` names, or `query-` and a hash of its statement.
 
-    `url`: of the datalayer that keeps the outputs. `source_url`: of the one that is read, where that is
-    another; of it the last part of its path counts, too, as outputs do not move with it.
+    `url` is that of the datalayer with the outputs, `source_url` that of the one that is read, if it is
+    another. In that case the last part of its path counts, too, since outputs do not move with it.
     """
     read = source_url or url
     name = f"query-{_hash(' '.join(tokens(select)))}" if is_statement(select) else _table(select, read)
@@ -40,7 +40,7 @@ def source_id(select: str, url: str, source_url: str | None = None) -> str:
 
 
 def place(url: str) -> str:
-    """A datalayer's URL; a folder, or a file of SQLite's, however it is written, as its whole path."""
+    """A datalayer's URL in normal form: a folder or a database file is given by its absolute path."""
     url = url.strip()
     scheme, separator, path = url.partition(":///")
     if separator and scheme in ("sqlite", "duckdb"):
@@ -49,13 +49,13 @@ def place(url: str) -> str:
 
 
 def is_statement(select: str) -> bool:
-    """Whether `select` is SQL and not the name of a table, which may have a space in it."""
+    """Whether `select` is SQL and not the name of a table, which may contain spaces."""
     found = tokens(select) if re.search(r"\s", select.strip()) else []
     return bool(found) and found[0].upper() in {"SELECT", "WITH", "FROM", "VALUES", "TABLE", "("}
 
 
 def tokens(statement: str) -> list[str]:
-    """The statement without white space, comments and a semicolon at its end; keywords in capitals."""
+    """The statement's tokens without comments and a semicolon at the end; keywords are in upper case."""
     import duckdb
 
     text = statement.encode("utf-8", "surrogatepass")

@@ -1,4 +1,4 @@
-"""Rows read aside at full speed, so that no transaction is open while their reader waits for a model."""
+"""Spools rows to a file at full speed, so that no transaction is open while the model works."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from vllm_tasks.datalayer.pages import Pages
 from vllm_tasks.datalayer.sources import Values
 
 LEAST = 16 << 20
-"""Bytes that one transaction reads, if there are so many; they are kept in memory, more on the disk."""
+"""Minimum bytes that one transaction reads, if there are as many; up to here they are kept in memory."""
 MOST = 256 << 20
-"""Bytes that one transaction reads at most, but for a last page."""
+"""Maximum bytes that one transaction reads, except for a last page."""
 SOON = 1 << 20
-"""The same of the first one: its rows need not wait for more."""
+"""Maximum bytes of the first transaction, so that its rows need not wait for more."""
 LONGEST = 5.0
-"""Seconds after its first row in which a transaction has to end: somebody may wait for its locks."""
+"""Seconds after its first row within which a transaction must end: others may wait for its locks."""
 PAGE_BYTES = 4 << 20
-"""About how many bytes of rows are Python objects at once."""
+"""Approximate bytes of rows held as Python objects at once."""
 FIRST = 16
-"""Rows that are fetched before it is known how wide they are."""
+"""Rows fetched before their width is known."""
 
 LIMIT = 1000
-"""Rows of the first transaction, where a result must be read to its end."""
+"""Rows of the first transaction, if a result must be read to its end."""
 
 
 class Spool:
-    """Rows of one query, in pages of at most `size` rows and about `PAGE_BYTES`."""
+    """The rows of one query, in pages of at most `size` rows and about `PAGE_BYTES`."""
 
     def __init__(self, size: int, most: int = MOST) -> None:
         self._size = size
@@ -44,11 +44,11 @@ class Spool:
         """The last row that was read."""
         self.rows = self._end = 0
 
-    def fill(self, connection: Connection, query: sa.Select[Any], *, whole: bool = False) -> bool:
-        """Read all, or not `whole` what is enough for one transaction; True: the query is at its end.
+    def fill(self, connection: Connection, query: sa.Select[Any], *, all_rows: bool = False) -> bool:
+        """Read enough rows for one transaction, or `all_rows`; returns whether the query is at its end.
 
-        A query that took long before its first row is read as long again: else a sort of the whole table
-        would be repeated for each few rows.
+        If a query took long before its first row, rows are read for at least as long: otherwise a sort of the
+        complete table would be repeated for every few rows.
         """
         began = time.monotonic()
         first = 0.0
@@ -59,7 +59,7 @@ class Spool:
                 now = time.monotonic()
                 first = first or now
                 written = self._add(page)
-                if not whole and self._is_enough(written, now - first, first - began):
+                if not all_rows and self._is_enough(written, now - first, first - began):
                     return False
                 count = max(1, min(self._size, PAGE_BYTES * self.rows // written))
         return True
@@ -68,7 +68,7 @@ class Spool:
         return written >= self._most or reading >= LONGEST or (written >= LEAST and reading >= waited)
 
     def _add(self, page: list[Values]) -> int:
-        """How many bytes there are now."""
+        """Append a page; returns the bytes written so far."""
         self._pages.write(page, self._file)
         self.last = page[-1]
         self.rows += len(page)
@@ -76,17 +76,17 @@ class Spool:
         return self._end
 
     def rows_within(self, most: int) -> int:
-        """How many rows like these have so many bytes."""
+        """How many rows of this width fit into `most` bytes, at least one."""
         return max(1, most * self.rows // self._end)
 
     def pages(self) -> Iterator[list[Values]]:
-        """The rows in their order, as often as one asks for them."""
+        """The rows in their order; may be called repeatedly."""
         self._file.seek(0)
         while self._file.tell() < self._end:
             yield self._pages.read(self._file)
 
     def close(self) -> None:
-        """Forget the rows."""
+        """Discard the rows."""
         self._file.close()
 
 
@@ -96,10 +96,10 @@ def spools(
     bound: int,
     size: int,
 ) -> Iterator[Spool]:
-    """All rows of a query that is in the order of its keys, each spool read in a transaction of its own.
+    """All rows of a query that is ordered by its keys; each spool is read in a separate transaction.
 
-    `query(connection, after)` gives what is left after the row whose last `bound` columns were `after`. No
-    transaction is open while a spool is with the caller, and it is closed when the next one is asked for.
+    `query(connection, after)` returns the rows after the one whose last `bound` columns were `after`. No
+    transaction is open while the caller uses a spool, and a spool is closed when the next one is requested.
     """
     after: Sequence[Any] | None = None
     limit = None if backend.leaves_results else LIMIT
@@ -107,7 +107,7 @@ def spools(
         with closing(Spool(size, SOON if after is None else MOST)) as spool:
             with backend.reading() as connection:
                 left = query(connection, after).limit(limit)
-                complete = spool.fill(connection, left, whole=limit is not None)
+                complete = spool.fill(connection, left, all_rows=limit is not None)
             yield spool
             if complete and (limit is None or spool.rows < limit):
                 return

@@ -1,4 +1,4 @@
-"""What any outputs table can hold, and which of two outputs of one key it holds."""
+"""Values that every outputs table can hold, and the choice between two outputs of one key."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ HALF_A_CHARACTER = "half a character (a lone surrogate) cannot be stored"
 
 
 def to_json(value: Any) -> str:
-    """Raises TypeError, ValueError or RecursionError for what JSON cannot say, NaN and infinity among it."""
+    """JSON text; raises TypeError, ValueError or RecursionError for values without JSON, such as NaN."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def is_text(value: str) -> bool:
-    """Whether it has whole characters only: what has halves of some is no UTF-8."""
+    """Whether a text can be UTF-8: it has no lone surrogates."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -27,7 +27,7 @@ def is_text(value: str) -> bool:
 
 
 def last_outputs(rows: Sequence[Row], key: Sequence[str]) -> list[Row]:
-    """The last output of each key: a position that comes again begins it anew."""
+    """The last output of each key: a repeated position starts a new output."""
     found: dict[Key, dict[int, Row]] = {}
     for row in rows:
         output = found.setdefault(tuple(row[name] for name in key), {})

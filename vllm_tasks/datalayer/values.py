@@ -1,9 +1,9 @@
-"""What the values of any source are in Python: the one way from a cell to a prompt, for runs and validations.
+"""Python values of the cells of any source, the same for runs and validations.
 
-Bools, whole numbers, texts, bytes, dates, times, decimals and UUIDs (as text) are Python's own. Numbers with
-32 or 16 bits are the shortest float that is them, so that 0.1 prints as 0.1. Timestamps with a zone are in
-UTC; nanoseconds are kept. JSON is decoded, at any depth. A date that Python does not have (the year 10000,
-infinity) is its text, which is a matter of the one row that has it.
+Bools, whole numbers, texts, bytes, dates, times, decimals and UUIDs (as text) are Python's own. A float of 32
+or 16 bits becomes the float with the fewest digits that equals it at that width, so that 0.1 prints as 0.1.
+Timestamps with a zone are in UTC; nanoseconds are kept. JSON is decoded, at any depth. A date that Python
+lacks (the year 10000, infinity) becomes its text and affects only its own row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Number(float):
-    """A number of JSON that Python would print in another way; `str` gives its text: `12.50`, `1e5`."""
+    """A number of JSON that Python would print differently; `str` returns its text: `12.50`, `1e5`."""
 
     text: str
 
@@ -38,14 +38,14 @@ class Number(float):
 
 
 class Nanoseconds(datetime):
-    """A time with nine digits behind the second; equal to, and ordered as, the one with six."""
+    """A time with nine digits after the second; equal to, and ordered as, the one with six."""
 
     nanosecond: int = 0
     """0 to 999: the three digits beyond microseconds. Arithmetic drops them."""
 
     @classmethod
     def of(cls, since_epoch: int, zone: tzinfo | None) -> Self:
-        """From nanoseconds since 1970 in UTC (without a zone: of the clock on the wall)."""
+        """A time from nanoseconds since 1970 in UTC (without a zone, in local clock time)."""
         micros, nanos = divmod(since_epoch, 1000)
         at = EPOCH + timedelta(microseconds=micros)
         made = cls.combine(at.date(), at.time(), zone)
@@ -53,7 +53,7 @@ class Nanoseconds(datetime):
         return made
 
     def isoformat(self, sep: str = "T", timespec: str = "auto") -> str:
-        """As that of `datetime`, with nanoseconds."""
+        """As `datetime.isoformat`, with nanoseconds."""
         if not self.nanosecond:
             return super().isoformat(sep, timespec)
         whole = super().isoformat(sep, "microseconds")
@@ -67,7 +67,7 @@ class Nanoseconds(datetime):
 
 
 def number(text: str) -> float:
-    """A number with a fraction or an exponent, which prints as its `text` does."""
+    """The number of a JSON text with a fraction or an exponent; it prints as `text`."""
     value = float(text)
     return value if repr(value) == text else Number(text)
 
@@ -80,9 +80,9 @@ _DECODER = json.JSONDecoder(parse_float=number, parse_int=_whole, parse_constant
 
 
 def from_json(text: str) -> Any:
-    """What a JSON text says, each number with all its digits; raises ValueError or RecursionError.
+    """The value of a JSON text, with all digits of its numbers; raises ValueError or RecursionError.
 
-    NaN and Infinity, which Python and pandas write, are numbers.
+    NaN and Infinity, which Python and pandas write, are read as numbers.
     """
     return _DECODER.decode(text)
 
@@ -101,7 +101,7 @@ def python(column: pa.Array | pa.ChunkedArray) -> list[Any]:
 
 
 def _special(kind: pa.DataType) -> Callable[[Any], list[Any]] | None:
-    """How a column is read that Arrow's own way would change; None where it does not."""
+    """The function to read a column whose values Arrow's own conversion would change, else None."""
     if isinstance(kind, pa.BaseExtensionType):
         convert: Callable[[Any], list[Any]] = _EXTENSIONS.get(kind.extension_name, _stored)
         return convert
@@ -127,7 +127,7 @@ def _stored(column: Any) -> list[Any]:
 
 
 def _union(column: Any) -> list[Any]:
-    """Each value by the type that it has."""
+    """Each value converted by its own type."""
     return [python(pa.repeat(value.value, 1))[0] if value.is_valid else None for value in column]
 
 
@@ -139,11 +139,11 @@ def _decoded(text: str) -> Any:
     try:
         return from_json(text)
     except (ValueError, RecursionError):
-        return text  # a column may be called JSON and hold something else
+        return text  # a column may be declared as JSON and hold something else
 
 
 def _opaque(column: Any) -> list[Any]:
-    """DuckDB's whole numbers of 128 bits; bytes of whatever else it has no Arrow type for."""
+    """DuckDB's whole numbers of 128 bits; the bytes of its other types that Arrow lacks."""
     name = column.type.type_name
     raw = column.storage.to_pylist()
     if name not in ("hugeint", "uhugeint"):
@@ -160,7 +160,7 @@ _EXTENSIONS: Mapping[str, Callable[[Any], list[Any]]] = {
 
 
 def _short_floats(column: Any) -> list[Any]:
-    # numpy prints a float with as many digits as tell it from its neighbours of the same width.
+    # numpy prints a float with just enough digits to distinguish it from its neighbours of the same width.
     floats = column.fill_null(0).to_numpy(zero_copy_only=False)
     known = column.is_valid().to_pylist()
     return [float(str(each)) if valid else None for each, valid in zip(floats, known, strict=True)]
@@ -181,7 +181,7 @@ def _at(since_epoch: int, zone: tzinfo | None) -> datetime:
 
 
 def _durations(column: Any) -> list[Any]:
-    """Those that no timedelta can be, with their text: whole nanoseconds."""
+    """Timedeltas; a duration that is not whole microseconds becomes text, in nanoseconds."""
     found = column.cast(pa.int64()).to_pylist()
     return [
         None if n is None else f"{n} ns" if n % 1000 else timedelta(microseconds=n // 1000) for n in found
@@ -210,7 +210,7 @@ def _nested(column: Any) -> list[Any]:
 
 
 def _items(kind: pa.DataType, value: Any) -> Any:
-    """A list, or of a map a dict (a list of pairs where a key is there twice)."""
+    """A list, or for a map a dict (a list of pairs if a key occurs twice)."""
     if not pa.types.is_map(kind):
         return python(value.values)
     keys, items = python(value.values.field(0)), python(value.values.field(1))
@@ -219,7 +219,7 @@ def _items(kind: pa.DataType, value: Any) -> Any:
 
 
 def _one(value: Any) -> Any:
-    """A value of which Python has no such thing: a date as its text, bytes that are no text with halves."""
+    """A value that Python lacks: a date becomes its text, text that is not UTF-8 gets lone surrogates."""
     try:
         return value.as_py(maps_as_pydicts="strict")
     except (ValueError, OverflowError, KeyError):
@@ -234,7 +234,7 @@ def _one(value: Any) -> Any:
 
 
 def _far(value: Any) -> str:
-    """A date that Python does not have; the last ones of DuckDB are its infinities."""
+    """The text of a date that Python lacks; DuckDB's last dates are its infinities."""
     kind = value.type
     number = value.value
     most = 2**31 - 1 if pa.types.is_date32(kind) else 2**63 - 1

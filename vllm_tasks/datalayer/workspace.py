@@ -1,4 +1,4 @@
-"""DuckDB as a workbench: queries in bounded memory, with a folder to spill to that goes with the process."""
+"""DuckDB as a workspace: queries in bounded memory, with a spill folder that is removed with the process."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from vllm_tasks.datalayer.lake.delta import storage_errors
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 
 MEMORY = "300MB"
-"""DuckDB's for keys and the state of their outputs; what it needs beyond is spilled."""
+"""DuckDB's memory for keys and the state of their outputs; beyond it, DuckDB spills."""
 THREADS = 2
-"""More would hold more at once, and not be noticed: what takes time is the model."""
+"""More threads would need more memory and save no time: the model takes the time."""
 CLOSING_S = 1.0
-"""How long other threads have to leave the queries that closing interrupts."""
+"""Seconds that other threads have to leave the queries that closing interrupts."""
 PREFIX = "vllm-tasks-spill-"
 LOCK = "lock"
 
 
 def literal(text: str) -> str:
-    """`text` as an SQL string, for where SQL takes no parameter."""
+    """`text` as an SQL string, for places where SQL takes no parameter."""
     return "'" + text.replace("'", "''") + "'"
 
 
 class Workspace:
-    """A DuckDB connection of its own that may open files below the `allowed` URLs only."""
+    """A separate DuckDB connection that may open only files below the `allowed` URLs."""
 
     def __init__(
         self,
@@ -43,20 +43,21 @@ class Workspace:
         database: Path | None = None,
         files: Sequence[str] = (),
     ) -> None:
-        """`memory` as DuckDB's `memory_limit` has it; what a query needs beyond is spilled. `filesystem`: of
-        fsspec, where files are not local. `database`: a file of DuckDB's, to read from. `files`: further
-        ones that may be opened, which links lead to."""
+        """`memory` is DuckDB's `memory_limit`, beyond which queries spill. `filesystem` is fsspec's, if files
+        are not local. `database` is a DuckDB file to read from. `files` are further files that may be opened:
+        the targets of links."""
         self._folder = SpillFolder()
         self._open_cursors: set[duckdb.DuckDBPyConnection] = set()
         try:
             con = _connected(memory, database, self._folder.path)
-        except BaseException:  # no file of DuckDB's, or another process writes it
+        except BaseException:  # not a DuckDB file, or another process has it open for writing
             self._folder.remove()
             raise
         self._con: duckdb.DuckDBPyConnection | None = con
         if filesystem is not None:
             con.register_filesystem(filesystem)
-        # DuckDB follows links before it compares; a glob stands for itself in the path that it is given.
+        # DuckDB resolves links before it compares a path with those that are allowed, but not a glob. The
+        # last two settings are the guard: a statement can neither open other files nor change the settings.
         opened = {path for file in files for path in (file, os.path.realpath(file))}
         for setting in (
             "TimeZone = 'UTC'",
@@ -70,7 +71,7 @@ class Workspace:
 
     @contextmanager
     def cursor(self, doing: str) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A connection for one query at a time; errors say what was being done."""
+        """A connection for one query at a time; errors begin with `doing`."""
         with storage_errors(doing):
             cursor = self.connection().cursor()
             self._open_cursors.add(cursor)
@@ -81,18 +82,18 @@ class Workspace:
                 cursor.close()
 
     def connection(self) -> duckdb.DuckDBPyConnection:
-        """Raises `TablesUnavailable` for a thread that comes late."""
+        """The connection; raises `TablesUnavailable` after `close`, for a late thread."""
         if (con := self._con) is None:
             raise TablesUnavailable("the lake or database was closed")
         return con
 
     def close(self) -> None:
-        """Interrupt what other threads still do, and remove what was spilled."""
+        """Interrupt the queries of other threads, and remove the spill folder."""
         con, self._con = self._con, None
         if con is None:
             return
-        # Whoever keeps this object (Prefect keeps the arguments of its task runs) must not keep DuckDB's,
-        # which complains at the end of the process about what is still there.
+        # This object may live on (Prefect keeps the arguments of its task runs), but DuckDB's connection must
+        # not: DuckDB complains about it at the end of the process.
         until = time.monotonic() + CLOSING_S
         while self._open_cursors and time.monotonic() < until:
             for cursor in list(self._open_cursors):
@@ -119,9 +120,10 @@ def _connected(memory: str, database: Path | None, spill: Path) -> duckdb.DuckDB
 
 
 class SpillFolder:
-    """A temporary folder that goes with its process: a killed one's is removed by whoever makes the next.
+    """A temporary folder for one process; that of a killed process is removed when the next one is made.
 
-    A lock on a file in it, which the kernel gives back at any end, says that somebody is there.
+    A process holds a lock on a file in its folder. The kernel releases the lock when the process ends in any
+    way, also by `kill -9`, so a folder without a held lock is abandoned.
     """
 
     def __init__(self) -> None:
@@ -131,11 +133,11 @@ class SpillFolder:
             made = self.path / f"{LOCK}.new"
             self._lock = os.open(made, os.O_CREAT | os.O_RDWR, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
-            made.rename(self.path / LOCK)  # seen by others only when it is held
+            made.rename(self.path / LOCK)  # other processes see the file only once it is locked
         except OSError as e:
             raise InvalidCall(
-                f"no temporary folder can be made in {tempfile.gettempdir()!r} ({e.strerror}); name another "
-                "place by the environment variable TMPDIR"
+                f"cannot create a temporary folder in {tempfile.gettempdir()!r} ({e.strerror}); name another "
+                "place in the environment variable TMPDIR"
             ) from e
 
     def remove(self) -> None:
@@ -145,7 +147,7 @@ class SpillFolder:
 
 def _remove_abandoned() -> None:
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with suppress(OSError):  # another's, or being removed, or made, by somebody else
+        with suppress(OSError):  # another user's folder, or one that is being created or removed
             lock = os.open(folder / LOCK, os.O_RDWR)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

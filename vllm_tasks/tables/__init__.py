@@ -1,4 +1,4 @@
-"""Rows of a table in, one committed output or error per row out."""
+"""Predictions over the rows of a table: one committed output or error for each row."""
 
 from vllm_tasks.tables.log import Log, Terminal
 from vllm_tasks.tables.predict import predict_in_db

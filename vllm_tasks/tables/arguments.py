@@ -1,4 +1,4 @@
-"""The arguments of a call over a table, checked: a refusal names the value, the limit and the way out."""
+"""Checks of the arguments of a call over a table; errors name the value, the limit and the way out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm_tasks.tables.commit_policy import CommitPolicy
 
 
 def datalayer_of(db: Datalayer | str | None, model: Model) -> Datalayer:
-    """Where a call reads and writes: `db`, else the model's own; raises `InvalidCall` for no such place."""
+    """Where a call reads and writes: `db`, else the model's own; raises `InvalidCall` if there is neither."""
     if isinstance(db, os.PathLike):
         db = os.fspath(db)
     if db is not None and not isinstance(db, str | Datalayer):
@@ -40,7 +40,7 @@ def columns_of(columns: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def commit_policy_of(max_chunk_size: int | None) -> CommitPolicy:
-    """When commit groups close: as the caller says, else as the site does."""
+    """When commit groups close: by the caller's size, else by the site's settings."""
     settings = site_settings()
     rows = at_least_one("max_chunk_size", max_chunk_size)
     return CommitPolicy.of(rows, settings.commit_rows, settings.commit_seconds)
@@ -65,7 +65,7 @@ def shard_of(given: Any) -> tuple[int, int] | None:
 
 
 def check_max_failed(value: float | int | None) -> float | int | None:
-    """Raises `InvalidCall` for what is no share, no count and not None."""
+    """Raise `InvalidCall` if the value is not a fraction, not a number of rows and not None."""
     proper = value is None or (
         not isinstance(value, bool)
         and isinstance(value, int | float)
@@ -73,7 +73,7 @@ def check_max_failed(value: float | int | None) -> float | int | None:
     )
     if not proper:
         raise InvalidCall(
-            f"max_failed={value!r} must be a share from 0.0 to 1.0, a count of rows, or None for any number"
+            f"max_failed={value!r} must be a fraction from 0.0 to 1.0, a number of rows, or None for no limit"
         )
     return value
 
@@ -82,10 +82,12 @@ def refresh_of(refresh: str, overwrite: bool, retry_failed: bool) -> Refresh:
     if refresh not in ("missing", "changed"):
         raise InvalidCall(f"refresh={refresh!r} is neither 'missing' nor 'changed'")
     if overwrite and retry_failed:
-        raise InvalidCall("overwrite=True asks all rows and retry_failed=True only failed ones: choose one")
+        raise InvalidCall(
+            "overwrite=True processes all rows and retry_failed=True only failed ones: choose one"
+        )
     if retry_failed and refresh == "changed":
         raise InvalidCall(
-            "retry_failed=True asks only failed rows: leave refresh='changed' to a call of its own"
+            "retry_failed=True processes only failed rows: use refresh='changed' in a separate call"
         )
     return "all" if overwrite else "failed" if retry_failed else refresh  # type: ignore[return-value]  # checked above
 

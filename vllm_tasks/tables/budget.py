@@ -9,10 +9,10 @@ from vllm_tasks.printable import printable
 from vllm_tasks.tables.report import Tally
 
 FEW = 500
-"""A fraction of failed rows is taken of at least so many."""
+"""A fraction of failed rows is taken of at least this many."""
 CHANCE = 3.0
-"""Standard deviations by which failures may exceed their fraction before the end: less is chance."""
-REASON_SHOWN = 300
+"""Standard deviations by which failures may exceed their fraction before the end: less may be chance."""
+REASON_LENGTH = 300
 """Characters of a row's error in the verdict."""
 
 
@@ -20,9 +20,9 @@ REASON_SHOWN = 300
 class Budget:
     """How many rows may fail: a fraction of those finished, a number, or None for any number.
 
-    Nothing is judged by who finishes first. While a run is under way, a fraction is taken of all rows that
-    were read, those without an outcome counted as good; a run is hopeless when the rows that were sent first
-    have all failed alike. Neither can be brought about by failures that merely come sooner than answers.
+    The order in which rows finish does not count. During a run, a fraction is taken of all rows that were
+    read, and rows without an outcome count as good; a run is hopeless when the rows that were sent first
+    have all failed alike. Failures that merely come sooner than answers cause neither.
     """
 
     max_failed: float | int | None
@@ -30,15 +30,15 @@ class Budget:
     def exceeded(self, tally: Tally, *, at_end: bool) -> str | None:
         """Why the run must stop or has failed, or None.
 
-        Lines that could not be read count as failed rows; toward a fraction at the end only, when it is
-        known of how many rows they are.
+        Unreadable lines count as failed rows. For a fraction they count only at the end, when the number of
+        rows is known.
         """
         limit = self.max_failed
         if limit is None or (isinstance(limit, float) and limit >= 1.0):
             return None
         if tally.hopeless:
             (kind,) = tally.kinds
-            why = printable(tally.worst[0].reason[:REASON_SHOWN])
+            why = printable(tally.worst[0].reason[:REASON_LENGTH])
             return f"the first {tally.done:,} rows all failed alike ({kind}: {why})"
         if isinstance(limit, int):
             over = tally.failed + tally.unreadable > limit
@@ -52,14 +52,14 @@ class Budget:
         return self._verdict(tally) if over else None
 
     def _verdict(self, tally: Tally) -> str:
-        told = f"{tally.failed:,} of {tally.done:,} rows failed"
+        text = f"{tally.failed:,} of {tally.done:,} rows failed"
         if tally.unreadable:
-            told += f" and {tally.unreadable:,} lines could not be read"
-        told += f", more than max_failed={self.max_failed!r} allows"
+            text += f" and {tally.unreadable:,} lines could not be read"
+        text += f", more than max_failed={self.max_failed!r} allows"
         if tally.failed:
             most = tally.errors()[0]
             example = next(row.reason for row in tally.worst if row.kind == most.kind)
-            told += f"; {most.rows:,} of them {most.kind}, as {printable(example[:REASON_SHOWN])}"
+            text += f"; {most.rows:,} of them {most.kind}, as {printable(example[:REASON_LENGTH])}"
         if tally.unreadable_lines:
-            told += f"; {printable(tally.unreadable_lines[0][:REASON_SHOWN])}"
-        return told
+            text += f"; {printable(tally.unreadable_lines[0][:REASON_LENGTH])}"
+        return text

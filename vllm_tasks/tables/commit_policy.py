@@ -5,20 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FULLEST = 16
-"""A commit takes what has finished by then, up to so many times the rows that close a group."""
+"""A commit takes all rows finished by then, up to this many times the rows that close a group."""
 APART = 2.0
-"""Seconds between two commits, unless the second one is as full as can be: at a thousand rows a second,
-groups of 512 would cost Prefect and the log more than they are worth."""
+"""Seconds between two commits, unless the second one is full: at a thousand rows a second, groups of 512
+would cost Prefect and the log more than they are worth."""
 AT_RISK = 0.1
-"""The share of a run's time that a crash may undo: early groups close early, as a small job is one group
-otherwise, and all of it would be asked again."""
+"""The fraction of a run's time that a crash may undo. Early groups close early: otherwise a small job would
+be one group, and a crash would repeat all of it."""
 WIDEST = 32 * 2**20
-"""Bytes of answers that close a group, however few rows they are of."""
+"""Bytes of answers that close a group, however few its rows are."""
 
 
 @dataclass(frozen=True)
 class CommitPolicy:
-    """When a commit group closes: at `rows` finished rows or `seconds` after its first; early ones sooner."""
+    """When a commit group closes: at `rows` rows or `seconds` after its first row; earlier at first."""
 
     rows: int
     seconds: float
@@ -27,20 +27,20 @@ class CommitPolicy:
 
     @classmethod
     def of(cls, max_chunk_size: int | None, commit_rows: int, commit_seconds: float) -> CommitPolicy:
-        """A size that the caller gives is kept; else groups are larger where rows are fast."""
+        """The caller's size is kept if there is one; otherwise groups grow where rows are fast."""
         if max_chunk_size is not None:
             return cls(max_chunk_size, commit_seconds, max_chunk_size, 0.0)
         return cls(commit_rows, commit_seconds, FULLEST * commit_rows, APART)
 
     def is_full(self, finished: int, size: int) -> bool:
-        """Whether a group of `finished` rows, `size` bytes large, takes no more."""
+        """Whether a group of `finished` rows and `size` bytes takes no more rows."""
         return finished >= self.most or size >= WIDEST
 
     def is_due(self, finished: int, age: float, since_commit: float, elapsed: float, *, redo: bool) -> bool:
         """Whether a group of `finished` rows closes now, full or not.
 
-        In seconds: the `age` of its first row, the time since the last commit, and since the first answer of
-        the run. Where rows are redone, groups are as large as can be: a lake copies each file that one is in.
+        All times are seconds: the `age` of its first row, the time since the last commit, and the time since
+        the first answer of the run. Redone rows wait for full groups: a lake copies each file they are in.
         """
         grace_period = self.seconds if redo else min(self.seconds, max(APART, AT_RISK * elapsed))
         if finished >= self.most or age >= grace_period:

@@ -1,4 +1,4 @@
-"""How many rows a run has to process, and what its server says of itself: found out while it runs."""
+"""Counts the rows of a run and reads the facts about its server while it runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class Counted:
-    """The size of the job and what its server says of itself, found out beside the run."""
+    """The size of the job and the facts about its server, found by a thread beside the run."""
 
     def __init__(self, job: Job, run: Run) -> None:
         self.rows: int | None = None
@@ -32,19 +32,19 @@ class Counted:
             if run.tally.first_sent is not None:
                 self.served_by = _served_by(job.over.call.engine)
             rows, selected = job.tables.count(job.selection)
-        except VllmTasksError as error:  # what matters of it, the run meets itself
-            logger.warning("the rows to ask could not be counted: %s", error)
+        except VllmTasksError as error:  # if it matters, the run fails with it
+            logger.warning("the rows to process could not be counted: %s", error)
             return
         self.rows = rows
-        if job.selection.refresh != "changed":  # what has changed is known when it is read
-            # What was committed before the count is among the rows that it did not select.
+        if job.selection.refresh != "changed":  # changed rows are known only when they are read
+            # Rows committed before the count are among those that it did not select.
             to_process = min(selected + run.tally.done, rows)
             run.to_process = to_process if job.limit is None else min(to_process, job.limit)
 
-    def compare(self, job: Job, asked: int, *, complete: bool) -> None:
-        """Tell what was up to date, where that is the rest."""
+    def compare(self, job: Job, processed: int, *, complete: bool) -> None:
+        """Set `up_to_date` where all unprocessed rows are, and warn of `ids` that the source lacks."""
         if self.rows is not None and complete and job.limit is None and job.selection.refresh != "failed":
-            self.up_to_date = self.rows - asked
+            self.up_to_date = self.rows - processed
         ids = job.selection.ids
         if self.rows is not None and ids is not None and self.rows < len(set(ids)):
             logger.warning("%d of %d ids are not in the source", len(set(ids)) - self.rows, len(set(ids)))
@@ -54,7 +54,7 @@ class Counted:
 
 
 def _served_by(config: sharing.Config) -> dict[str, str]:
-    """What the server says of itself, where there is one."""
+    """Facts that the server reports about itself; empty if there is no server."""
     if not isinstance(config, HttpConfig) or config.protocol == "legacy":
         return {}
     return loop.run(sharing.facts(config))

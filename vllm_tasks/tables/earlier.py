@@ -1,4 +1,4 @@
-"""What earlier calls left in the outputs: of which source it is, and under which fingerprint."""
+"""Checks of earlier outputs: the source they are of, and the fingerprint they were made under."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from vllm_tasks.errors import InvalidCall
 
 
 def refuse_other_source(tables: Tables, outputs: str, source: str) -> None:
-    """Raise `InvalidCall` when the outputs are of other sources than `source`."""
+    """Raise `InvalidCall` if the outputs were made from another source than `source`."""
     if not tables.has(outputs):
         return
     first = _first(tables, "*", outputs)
@@ -17,8 +17,8 @@ def refuse_other_source(tables: Tables, outputs: str, source: str) -> None:
     if other is not None:
         raise InvalidCall(
             f"the outputs {outputs!r} are of {other['_source']!r}, not of {source!r}: their answers would "
-            "stand for other rows with the same keys. Give predict_id='...' for outputs of their own, or "
-            "same_source=True where both are the same rows (a renamed table, an edited SELECT)"
+            "be taken for those of other rows with the same keys. Give predict_id='...' for separate outputs "
+            "or same_source=True if the rows are the same (a renamed table, an edited SELECT)"
         )
 
 
@@ -29,7 +29,7 @@ def _has_source(tables: Tables, outputs: str, source: str) -> bool:
 
 
 def holds_others(tables: Tables, selection: Selection) -> bool:
-    """Whether there is an output, not an error, that was made under another fingerprint."""
+    """Whether there is an output (not an error) that was made under another fingerprint."""
     from vllm_tasks.datalayer.workspace import literal
 
     other = f"_error IS NULL AND _fingerprint <> {literal(selection.fingerprint)}"

@@ -1,4 +1,4 @@
-"""What a run over a table is given: the job, checked, and where the run is shown."""
+"""The input of a run over a table: the checked job, and the display of the run."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ RETRY_DELAYS = 1, 5, 15, 30
 
 
 class Display(Protocol):
-    """Where a run is shown, and who repeats its commits."""
+    """Displays a run, and retries its commits."""
 
     def commit(self, name: str, work: Callable[[], None]) -> None:
-        """Do `work`, again after a `TablesUnavailable` as `RETRY_DELAYS` say."""
+        """Do `work`, and retry it after a `TablesUnavailable` with the delays of `RETRY_DELAYS`."""
 
     def progress(self, progress: Progress, *, last: bool = False) -> None:
-        """Called often; shows it when the last time is a while ago, and the `last` one in any case."""
+        """Display `progress` if the last time is a while ago, and always if it is the `last`."""
 
     def close(self) -> None:
         """Called once the run has ended, however it did."""
@@ -39,21 +39,21 @@ class Job:
     tables: Tables
     selection: Selection
     stamp: Row
-    """Columns that are the same in all output rows."""
+    """Values of the columns that are the same in all output rows."""
     commit_policy: CommitPolicy
     budget: Budget
     limit: int | None
     source: str | None
-    """What the rows are of; see `datalayer.source_id`. None where outputs are not told apart by it."""
+    """Identity of the source, see `datalayer.source_id`; None if outputs are not distinguished by it."""
     same_source: bool
-    """Whether outputs of another source go on."""
+    """Whether outputs of another source are accepted."""
     started: datetime
     _began: float = field(default_factory=time.monotonic)
 
     @property
     def now(self) -> datetime:
-        """The time by the clock as it was at the start: when that is set back under the run, rows committed
-        since must not seem older than the run."""
+        """The start plus the monotonic time since: if the clock is set back during the run, rows committed
+        since then must not seem older than the run."""
         return self.started + timedelta(seconds=time.monotonic() - self._began)
 
     @classmethod

@@ -34,11 +34,20 @@ class Log:
         self._began = self._logged = time.monotonic()
 
     def commit(self, name: str, work: Callable[[], None]) -> None:
+        """Commit a group, and retry when the tables are unavailable.
+
+        Args:
+            name: The keys of the group, for the log.
+            work: Writes the group; may be called several times.
+
+        Raises:
+            TablesUnavailable: The last attempt failed, too.
+        """
         for delay in RETRY_DELAYS:
             try:
                 return work()
             except TablesUnavailable as error:
-                logger.warning("commit of %s failed, again in %d s: %s", name, delay, error)
+                logger.warning("commit of %s failed, next attempt in %d s: %s", name, delay, error)
                 time.sleep(delay)
         return work()
 

@@ -1,4 +1,4 @@
-"""The rows of a run that were read and are not committed yet, and the bounds on them."""
+"""The rows of a run that were read but not committed yet, and the bounds on them."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from vllm_tasks.datalayer.selection import Key
 from vllm_tasks.rows import Request, Result, RowError
 
 HELD = 128 * 2**20
-"""Bytes of prompts under way and of answers not committed, beyond which no more rows are read. In memory a
-prompt is there up to three times while it is sent: as it was read, as JSON, in the socket."""
+"""Bytes of pending prompts and uncommitted answers beyond which no more rows are read. A prompt may be in
+memory three times while it is sent: as it was read, as JSON, in the socket."""
 
 
 def bytes_of_request(request: Request | RowError) -> int:
-    """Memory of a prompt, about."""
+    """Approximate memory of a prompt in bytes."""
     return 0 if isinstance(request, RowError) else _bytes(request.prompt)
 
 
 def bytes_of_answer(answer: Result) -> int:
-    """Memory of the texts of an answer, about."""
+    """Approximate memory of an answer's texts in bytes."""
     if isinstance(answer, RowError):
         return sys.getsizeof(answer.message)
     return sum(sys.getsizeof(choice.text) for choice in answer.choices)
 
 
 def _bytes(value: Any) -> int:
-    """Of the texts in a prompt; the rest of it is small beside them where it matters."""
+    """Memory of the texts in a prompt; in a prompt that is large, the rest is small."""
     if isinstance(value, str):
         return sys.getsizeof(value)
     if isinstance(value, Mapping):
@@ -39,45 +39,45 @@ def _bytes(value: Any) -> int:
 
 @dataclass
 class Open:
-    """The rows between source and commit; all threads meet here."""
+    """The rows between source and commit. All threads share it: every access is under `_changed`."""
 
     keys: set[Key] = field(default_factory=set)
-    unanswered: int = 0
+    pending: int = 0
     held: int = 0
-    """Bytes of what was handed over and is neither answered nor committed."""
+    """Bytes of pending prompts and uncommitted answers."""
     stopped: bool = False
     _wanted: tuple[int, int, int] | None = None
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def wait_for_capacity(self, unanswered: int, uncommitted: int, size: int) -> bool:
-        """Wait until fewer rows than these are open and `size` bytes have room; False when the run stops.
+    def wait_for_capacity(self, pending: int, uncommitted: int, size: int) -> bool:
+        """Wait until fewer rows than these are open and `size` bytes fit; False when the run stops.
 
-        What is larger than all the room there is goes alone.
+        Rows larger than the complete bound are processed alone.
         """
         with self._changed:
-            self._wanted = unanswered, uncommitted, size
-            self._changed.wait_for(self._has_room)
+            self._wanted = pending, uncommitted, size
+            self._changed.wait_for(self._has_capacity)
             self._wanted = None
             return not self.stopped
 
     def wait(self, seconds: float) -> None:
-        """Wait so long, or until the run stops."""
+        """Wait for `seconds`, or until the run stops."""
         with self._changed:
             self._changed.wait_for(lambda: self.stopped, seconds)
 
-    def _has_room(self) -> bool:
+    def _has_capacity(self) -> bool:
         if self._wanted is None:
             return False
-        unanswered, uncommitted, size = self._wanted
+        pending, uncommitted, size = self._wanted
         fits = self.held + size <= HELD or not self.keys
-        return self.stopped or (fits and self.unanswered < unanswered and len(self.keys) < uncommitted)
+        return self.stopped or (fits and self.pending < pending and len(self.keys) < uncommitted)
 
-    def _tell(self) -> None:
-        if self._has_room():  # not for every row: waking the reader costs more than the row
+    def _notify(self) -> None:
+        if self._has_capacity():  # not after every row: waking the reader costs more than the row
             self._changed.notify_all()
 
     def read(self, keys: Collection[Key], size: int) -> Key | None:
-        """Add rows of `size` bytes; a key that is open already is returned, and none is added then."""
+        """Add rows of `size` bytes; if a key is open already, return it and add none."""
         with self._changed:
             seen: set[Key] = set()
             for key in keys:
@@ -85,32 +85,32 @@ class Open:
                     return key
                 seen.add(key)
             self.keys |= seen
-            self.unanswered += len(seen)
+            self.pending += len(seen)
             self.held += size
             return None
 
-    def answered(self, size: int) -> None:
-        """One row has an answer of `size` bytes."""
+    def completed(self, size: int) -> None:
+        """Note that one row has an answer of `size` bytes."""
         with self._changed:
-            self.unanswered -= 1
+            self.pending -= 1
             self.held += size
-            self._tell()
+            self._notify()
 
     def sent(self, size: int) -> None:
-        """Prompts of `size` bytes are all answered: nobody holds them any more."""
+        """Release prompts of `size` bytes: all of them have answers."""
         with self._changed:
             self.held -= size
-            self._tell()
+            self._notify()
 
     def committed(self, keys: Iterable[Key], size: int) -> None:
-        """The rows with these keys are done, whose answers had `size` bytes."""
+        """Remove committed rows, whose answers had `size` bytes."""
         with self._changed:
             self.keys.difference_update(keys)
             self.held -= size
-            self._tell()
+            self._notify()
 
     def stop(self) -> None:
-        """Let nobody wait any longer."""
+        """End all waits."""
         with self._changed:
             self.stopped = True
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""What a row's answer becomes in the outputs table: values, or the row's error."""
+"""The output rows of a finished row: its values, or its error."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from vllm_tasks.datalayer.selection import POSITION, Key, Row, SourceRow, Writer
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import Completion, Result, RowError
 from vllm_tasks.tables.job import Job
-from vllm_tasks.tables.keys import shown_key
+from vllm_tasks.tables.keys import display_key
 from vllm_tasks.tables.report import Tally
 
 ERROR_KEPT = 4000
-"""Characters of a row's error in its output."""
+"""Characters of a row's error that are kept in its output."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A row of the source with the rows that its answer became."""
+    """A row of the source with its output rows."""
 
     row: SourceRow
     outputs: list[Row]
@@ -28,13 +28,13 @@ class Finished:
 
 
 class OutputRows:
-    """Makes the output rows of answers, and counts what became of each row."""
+    """Makes output rows from answers, and counts the outcome of each row."""
 
     def __init__(self, job: Job, writer: Writer, tally: Tally) -> None:
         self._job, self._writer, self._tally = job, writer, tally
 
     def of(self, row: SourceRow, digest: str, answer: Result, size: int) -> Finished:
-        """Decode an answer; what cannot be decoded or stored becomes an error of its row."""
+        """Decode an answer; if it cannot be decoded or stored, the row gets an error."""
         outcome = answer if isinstance(answer, RowError) else self._job.over.decoder.rows(answer)
         outputs = list(self._rows(row, digest, answer, outcome))
         for output in outputs:
@@ -48,11 +48,11 @@ class OutputRows:
         return Finished(row, outputs, size)
 
     def _check_key(self, key: Key, error: Row) -> None:
-        """Where not even an error can be written, it is the key that the table cannot hold."""
+        """Refuse a key that the table cannot hold: then not even the row's error can be written."""
         if problem := self._writer.unstorable(error):
             raise InvalidCall(
-                f"the row with the key {shown_key(key)!r:.200} can have no output: {problem}; leave it out "
-                "by a SELECT ... WHERE, or give another primary_id"
+                f"the row with the key {display_key(key)!r:.200} can have no output: {problem}; exclude it "
+                "with a SELECT ... WHERE, or give another primary_id"
             )
 
     def _rows(
@@ -98,7 +98,7 @@ def _of_answer(answer: Result) -> dict[str, Any]:
 
 
 def _storable(words: str) -> str:
-    """Words that any table can hold: without the character 0 and halves of characters, at no great length."""
+    """Text that any table can hold: without NUL and lone surrogates, and of limited length."""
     if len(words) > ERROR_KEPT:
         words = f"{words[:ERROR_KEPT]}... ({len(words):,} characters)"
     return words.replace("\0", "\\0").encode(errors="backslashreplace").decode()

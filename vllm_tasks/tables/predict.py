@@ -1,4 +1,4 @@
-"""`predict_in_db`: rows of a table in, one committed output or error per row out."""
+"""`predict_in_db`: processes the rows of a table and commits one output or error for each."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from vllm_tasks.tables.run import SHUTDOWN_TIMEOUT, Run
 logger = logging.getLogger(__name__)
 
 COUNT_TIMEOUT = 5.0
-"""Seconds that a finished run waits for the count of its source."""
+"""Seconds that a finished run waits until its source is counted."""
 
 
 def predict_in_db(
@@ -64,50 +64,63 @@ def predict_in_db(
     display: Display | None = None,
     **sampling: Any,
 ) -> Report:
-    """Ask `model` for the rows of a table and commit one output or one error for each.
+    """Process the rows of a table and commit one output or one error for each.
 
-    A row is done when it is committed, and only rows that are not done are asked: after any crash the
-    same call goes on where it stopped. Rows are found anew at each call by a join of the source with
-    the outputs on key and fingerprint; a change of anything that decides an answer (model, prompt,
-    sampling, schema, ...) asks all rows again.
+    A row is done when it is committed, and only rows that are not done are processed: after any crash, the
+    same call resumes where it stopped. Each call finds its rows by a join of the source with the outputs on
+    key and fingerprint. Changing anything that decides an answer (model, prompt, sampling, schema) reruns
+    every row. Whatever ends a run early, Ctrl-C and SIGTERM included, finished rows are committed.
 
-    X: the column that is the record; a list of columns for signature `*args` or `**kwargs`; or a
-        mapping of columns to arguments, by name or by position.
-    select: a table, in a lake also a path or a glob in it, or one SELECT statement; or a table in memory, of
-        pandas, polars, pyarrow or whatever else has `__arrow_c_stream__`, with `refresh="changed"`.
-    predict_id: names the outputs, `_outputs__<predict_id>`; the model's identifier when None.
-    primary_id: column or columns that identify a row: never NULL, each value once.
-    db: where the outputs are, and the rows unless `source` says: a `Datalayer` or its URL; the model's own
-        when None.
-    source: where the rows are read, when elsewhere: a `Datalayer`, its URL or path, or the name of a saved
-        one. Also what keeps no outputs: MariaDB, `duckdb:///x.duckdb`, any SQLAlchemy dialect that streams.
-    ids: only rows with these keys (tuples when the key has several columns).
-    max_chunk_size: rows of a commit group; None: VLLM_TASKS_COMMIT_ROWS and more, when rows are fast.
-    overwrite: ask all rows, done or not.
-    refresh: `missing` asks rows without an output or error; `changed` also those whose input is
-        another one than when they were answered.
-    retry_failed: ask the rows that have an error, and no others.
-    max_failed: how many rows may fail, a share (float) or a count (int); None: any number. A run with more
-        stops, commits what is finished and raises `TooManyFailed`; at once when the first 50 all fail alike.
-        Judged by the rows that were read or sent first, not by those that finish first: failures that come
-        sooner than answers count for no more than they are.
-    limit: ask so many rows at most. Refused where it would replace outputs of another prompt, sampling or
-        model: `preview` tries rows and commits nothing.
-    context: fills `{context}` of every prompt.
-    shards: flow runs on the model's work pool that the rows are spread over, each with an engine of its own;
-        the task `vllm_tasks.predict_in_db` makes them, and this function refuses more than one.
-    shard: (i, n), only the i-th, from 0, of n parts of the rows, told by a hash of their keys: n such calls,
-        on as many machines, are the whole table. The task's `shards=n` makes them.
-    same_source: go on with outputs of another source, whose rows are the same ones: the table was renamed, or
-        the SELECT was edited. Without it another source than the outputs are of is refused.
-    display: where the run is shown; None: in the log.
+    Args:
+        model: The model that answers.
+        X: The column that is the record; a list of columns for signature `*args` or `**kwargs`; or a
+            mapping of columns to arguments, by name or by position.
+        select: A table, in a lake also a path or a glob in it, or one SELECT statement; or a table in memory
+            (pandas, polars, pyarrow or any object with `__arrow_c_stream__`), with `refresh="changed"`.
+        predict_id: Names the outputs, `_outputs__<predict_id>`; the model's identifier when None.
+        primary_id: The column or columns that identify a row: never NULL, each value once.
+        db: Where the outputs are, and the rows unless `source` is given: a `Datalayer` or its URL; the
+            model's own when None.
+        source: Where the rows are read, if not in `db`: a `Datalayer`, its URL or path, or the name of a
+            saved one. It need not be able to keep outputs: MariaDB, `duckdb:///x.duckdb` and any SQLAlchemy
+            dialect that streams will do.
+        ids: Process only rows with these keys (tuples when the key has several columns).
+        max_chunk_size: Rows of a commit group; None: VLLM_TASKS_COMMIT_ROWS, and more when rows are fast.
+        overwrite: Process all rows, done or not.
+        refresh: `missing` processes rows without an output or error; `changed` also those whose input
+            has changed since they were processed.
+        retry_failed: Process only the rows that have an error.
+        max_failed: How many rows may fail: a fraction (float) or a number (int); None: any number. A run with
+            more stops, commits finished rows and raises `TooManyFailed`; immediately if the first 50 rows all
+            fail alike. The rows that were read or sent first count, not those that finish first: failures
+            that come sooner than answers have no more weight.
+        limit: Process at most this many rows. Refused if it would replace outputs of another prompt, sampling
+            or model: use `preview`, which commits nothing, to try rows.
+        context: Fills `{context}` in every prompt.
+        shards: The number of flow runs on the model's work pool that share the rows, each with its own
+            engine. The task `vllm_tasks.predict_in_db` starts them; this function refuses more than one.
+        shard: (i, n): process only the i-th, from 0, of n parts of the rows, chosen by a hash of their keys.
+            n such calls, on as many machines, process the complete table. The task's `shards=n` makes them.
+        same_source: Accept outputs of another source whose rows are the same: the table was renamed, or the
+            SELECT was edited. Without it, a source other than that of the outputs is refused.
+        display: Displays the run; the log when None.
+        **sampling: Sampling parameters of this call.
 
-    Raises `InvalidCall` before any work for what could not succeed, `TooManyFailed`, and what keeps a
-    run from going on: `ServerUnavailable`, `EngineFailed`, `TablesUnavailable`. In each case, and on
-    Ctrl-C or SIGTERM, what was finished is committed.
+    Returns:
+        The counts, timings and errors of the run.
+
+    Raises:
+        InvalidCall: The call could not succeed; mostly raised before any work.
+        TooManyFailed: More rows failed than `max_failed` allows.
+        ServerUnavailable: No server could be reached within the grace period.
+        EngineFailed: The engine did not start, or died and did not come back.
+        TablesUnavailable: The tables could not be reached or had no space, also after the retries.
     """
     if shards != 1:
-        raise InvalidCall("shards is of the task vllm_tasks.predict_in_db; here shard=(i, n) asks a part")
+        raise InvalidCall(
+            f"shards={shards!r:.100} must be 1 here: call the task vllm_tasks.predict_in_db, or process a "
+            "part with shard=(i, n)"
+        )
     call = model.prepare(predict_in_db, context, sampling)
     key = named_columns("primary_id", primary_id)
     predict_id = model.identifier if predict_id is None else predict_id
@@ -117,12 +130,12 @@ def predict_in_db(
     commit_policy = commit_policy_of(max_chunk_size)
     at_least_one("limit", limit)
     budget = Budget(check_max_failed(max_failed))
-    # Checked before `over`, which may wait for a server.
+    # Arguments are checked before `over`, which may wait for a server.
     refreshed, part = refresh_of(refresh, overwrite, retry_failed), shard_of(shard)
     keys = None if ids is None else keys_of(ids, key)
     tables, named = open_tables(datalayer, select, read_from)
     if refreshed == "missing" and not isinstance(select, str | os.PathLike):
-        refreshed = "changed"  # a table in memory has no name by which another one could be told from it
+        refreshed = "changed"  # a table in memory has no name that distinguishes it from another one
     try:
         over = call.over(X)
         selection = Selection(
@@ -153,7 +166,7 @@ def predict_in_db(
 
 
 def commit_answers(predict_id: str, job: Job, output: OutputTable, display: Display, tally: Tally) -> Report:
-    """Ask for the rows that `job` selects and commit what comes; as of `predict_in_db`."""
+    """Process the rows that `job` selects and commit their outputs, as `predict_in_db` does."""
     with tally.phase("check"):
         job.tables.check(job.selection)
         if job.source is not None and not job.same_source:
@@ -168,8 +181,8 @@ def commit_answers(predict_id: str, job: Job, output: OutputTable, display: Disp
         )
     if verdict:
         raise TooManyFailed(
-            f"{verdict}; what was finished is committed. Look at `_error` in {report.outputs}, correct the "
-            "cause, and ask the failed rows again with retry_failed=True",
+            f"{verdict}; finished rows are committed. Look at `_error` in {report.outputs}, correct the "
+            "cause, and process the failed rows again with retry_failed=True",
             report,
         )
     return report
@@ -224,7 +237,10 @@ def _report(predict_id: str, job: Job, tally: Tally, counted: Counted) -> Report
 
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does, where nobody else (as Prefect does) has taken care of it."""
+    """Let SIGTERM end the run as Ctrl-C does, unless someone else (such as Prefect) handles the signal.
+
+    Without this, Python's default action would end the process at once, and finished rows would be lost.
+    """
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield

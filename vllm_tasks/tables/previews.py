@@ -1,4 +1,4 @@
-"""`preview`: some rows of a table asked for a look, and nothing committed."""
+"""`preview`: processes a few rows of a table and commits nothing."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ from vllm_tasks.errors import InvalidCall
 from vllm_tasks.printable import printable
 from vllm_tasks.rows import Completion, Message, Request, Result, RowError
 from vllm_tasks.tables.arguments import datalayer_of
-from vllm_tasks.tables.keys import shown_key
+from vllm_tasks.tables.keys import display_key
 from vllm_tasks.tables.source_rows import requests_of
 
 MOST = 1000
-"""Rows of a preview: more are a run, which commits them."""
-SHOWN = 500
+"""Rows of a preview at most: for more, use a run, which commits them."""
+TEXT_LENGTH = 500
 """Characters of a prompt or an answer that are printed."""
 
 
 @dataclass(frozen=True)
 class PreviewRow:
-    """One row: its key, the prompt as it was sent, the answer's text and value, or why there is none.
+    """One row: its key, the prompt as it was sent, the answer's text and value, or the error.
 
-    `prompt` is a text or chat messages, None where there is no prompt. `answer` is the text of the first
-    choice, None without an answer. `value` is what `predict` would give; `error` what `_error` would say.
+    `prompt` is a text or chat messages, None if there is no prompt. `answer` is the text of the first
+    choice, None without an answer. `value` is what `predict` would return; `error` is what the column
+    `_error` would have.
     """
 
     key: tuple[Any, ...]
@@ -46,7 +47,7 @@ class PreviewRow:
 
 @dataclass(frozen=True)
 class Preview:
-    """What `preview` found; printed, a readable page with long texts cut."""
+    """The result of `preview`. Printed, it is a readable page with long texts truncated."""
 
     model: str
     source: str
@@ -70,12 +71,28 @@ def preview(
     routed: Callable[[Call], Call] = lambda call: call,
     **sampling: Any,
 ) -> Preview:
-    """Ask `model` for the first `n` rows that the source gives, done or not, and commit nothing.
+    """Process the first `n` rows that the source returns, done or not, and commit nothing.
 
-    The arguments are those of `predict_in_db`. A row that fails has its error in the preview.
-    routed: the call as it is answered elsewhere, see `vllm_tasks.placement`.
+    Args:
+        model: The model that answers.
+        X: The columns of a record, as in `predict_in_db`.
+        select: The table or SELECT, as in `predict_in_db`.
+        n: The number of rows, from 1 to 1,000.
+        primary_id: The column or columns that identify a row.
+        db: Where the rows are, unless `source` is given; the model's own when None.
+        source: Where the rows are read, if not in `db`.
+        context: Fills `{context}` in every prompt.
+        routed: Replaces the call by one that is processed elsewhere, see `vllm_tasks.placement`.
+        **sampling: Sampling parameters of this call.
 
-    Raises `InvalidCall`, `ServerUnavailable`, `EngineFailed`, `TablesUnavailable`.
+    Returns:
+        The rows with their prompts and answers, in the order of the source. A failed row has its error.
+
+    Raises:
+        InvalidCall: The call could not succeed.
+        ServerUnavailable: No server came back within the grace period.
+        EngineFailed: The engine failed.
+        TablesUnavailable: The tables cannot be reached or are locked.
     """
     call = routed(model.prepare(preview, context, sampling))
     if type(n) is not int or not 1 <= n <= MOST:
@@ -84,7 +101,7 @@ def preview(
     datalayer = datalayer_of(db, model)
     over = call.over(X)
     tables, named = open_tables(datalayer, select, source_of(source))
-    # Outputs that are not there: what earlier calls committed, under whatever key, is of no concern.
+    # A name without outputs: whatever earlier calls committed has no effect on a preview.
     selection = Selection(named, key, over.columns, f"_preview_{uuid4().hex}", over.fingerprint, "all")
     try:
         rows = _first(tables, selection, n)
@@ -93,7 +110,9 @@ def preview(
     requests = requests_of(over, rows)
     answers = call.answers(requests) if requests else []
     found = [_row(call.decoder, *each) for each in zip(rows, requests, answers, strict=True)]
-    return Preview(model.identifier, named if len(named) <= SHOWN else f"{named[:SHOWN]}...", tuple(found))
+    return Preview(
+        model.identifier, named if len(named) <= TEXT_LENGTH else f"{named[:TEXT_LENGTH]}...", tuple(found)
+    )
 
 
 def _first(tables: Tables, selection: Selection, n: int) -> list[SourceRow]:
@@ -112,10 +131,10 @@ def _row(decoder: Decoder, row: SourceRow, request: Request | RowError, answer: 
 
 
 def as_cells(row: PreviewRow) -> dict[str, str]:
-    """What is shown of a row, by what it is; long texts are cut."""
+    """The texts to display for a row, by name; long ones are truncated."""
     prompt = "" if row.prompt is None else row.prompt
     texts = {
-        "key": shown_key(row.key),
+        "key": display_key(row.key),
         "prompt": prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, default=str),
         "answer": row.answer or "",
         "value": "" if row.error is not None or row.value == row.answer else repr(row.value),
@@ -125,7 +144,7 @@ def as_cells(row: PreviewRow) -> dict[str, str]:
 
 
 def printable_lines(text: str) -> str:
-    """As `printable`, but lines stay lines."""
+    """As `printable`, but line breaks are kept."""
     return "\n".join(map(printable, text.split("\n")))
 
 
@@ -137,4 +156,4 @@ def _page(row: PreviewRow) -> str:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"
+    return text if len(text) <= TEXT_LENGTH else f"{text[:TEXT_LENGTH]}... ({len(text):,} characters)"

@@ -1,4 +1,4 @@
-"""What a run over a table did: the `Report`, and the `Tally` that it is counted up in."""
+"""The result of a run over a table: the `Report`, and the `Tally` that counts finished rows."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from vllm_tasks.printable import printable
 from vllm_tasks.rows import Completion, Result, RowError, reason_of
 
 EXAMPLES = 5
-"""Keys that are shown for each kind of error."""
+"""Keys that are listed for each kind of error."""
 WORST = 50
-"""Failed rows of which key and message are kept for the table of errors."""
-LINE_SHOWN = 200
-"""Characters of what is told about a line that could not be read."""
+"""Failed rows whose key and message are kept for the table of errors."""
+LINE_LENGTH = 200
+"""Characters that are logged about a line that could not be read."""
 FIRST = 50
-"""A run is hopeless when so many rows, the first that were sent, have all failed alike."""
-UNASKED = {"prompt", "read"}
-"""Kinds of errors of rows that were never sent: they say nothing about those that are."""
+"""A run is hopeless when this many rows, the first that were sent, have all failed alike."""
+UNSENT = {"prompt", "read"}
+"""Kinds of errors of rows that were never sent: they say nothing about the rows that were."""
 
 
 @dataclass(frozen=True)
 class FailedRow:
-    """Why one row has no output. `key` as in the table, with one value per column of the key."""
+    """Why one row has no output. `key` has one value for each column of the key, as in the table."""
 
     key: tuple[Any, ...]
     kind: str
@@ -34,13 +34,13 @@ class FailedRow:
 
     @property
     def reason(self) -> str:
-        """The message for logs and pages."""
+        """The message for logs and pages, without text that the model wrote."""
         return reason_of(self.kind, self.message)
 
 
 @dataclass(frozen=True)
 class ErrorKind:
-    """How many rows failed in one way, with the keys of some of them."""
+    """The number of rows that failed in one way, with the keys of some of them."""
 
     kind: str
     rows: int
@@ -49,15 +49,15 @@ class ErrorKind:
 
 @dataclass(frozen=True)
 class Report:
-    """What `predict_in_db` did. Rows of the source, counted; tokens as vLLM counts them; seconds.
+    """The result of `predict_in_db`. Counts are of source rows, tokens are as vLLM counts them.
 
-    `rows` of the source (with the `ids`), None when they were not counted in time; `up_to_date` of them
-    needed no asking, None where that is not known: with `limit` or `retry_failed`, or when the run stopped
-    early. `processed` = `succeeded` + `failed`, all of them committed. `replaced` of them had an output of an
-    earlier prompt, sampling or model, which is gone. `unreadable` lines of the source have no key, hence
-    no output; `unreadable_lines` tells of some of them where they are, and why. `chat`: texts were sent
-    through the model's chat template, or as plain text.
-    `seconds` has `total` and its parts, which overlap: `check` (the call, the source and its keys),
+    `rows` is the number of rows in the source (with the `ids`), None when they were not counted in time.
+    `up_to_date` is how many of them needed no request; None with `limit` or `retry_failed`, or when the run
+    stopped early. `processed` = `succeeded` + `failed`, all of them committed. `replaced` is how many of them
+    had an output of an earlier prompt, sampling or model, which was removed. `unreadable` is the number of
+    source lines without a readable key, which have no output; `unreadable_lines` says where some of them are,
+    and why. `chat` is True if texts were sent through the model's chat template, False if as plain text.
+    `seconds` has the `total` and its parts, which overlap: `check` (the call, the source and its keys),
     `first_row` (from the start to the first row that was sent), `read` (source and prompts), `answer`
     (from the first row sent to the last answer), `commit`.
     """
@@ -87,15 +87,22 @@ class Report:
 
     @property
     def sent_as(self) -> str:
-        """How texts were sent; empty where that is not known."""
+        """How texts were sent: `chat template`, `plain text`, or empty if that is not known."""
         return {True: "chat template", False: "plain text", None: ""}[self.chat]
 
     @classmethod
     def of_shards(cls, reports: Sequence[Report], total: float) -> Report:
-        """That of a run in parts, one or more, `total` seconds long, from those of the parts.
+        """Merge the reports of a run that was split into shards.
 
-        Counts are added up, but for lines that could not be read, which each part meets. Of a phase, the
-        seconds of the part that took longest.
+        Counts are added up, except for unreadable lines, which every shard meets. Each phase has the seconds
+        of the shard that took longest.
+
+        Args:
+            reports: The reports of the shards, at least one.
+            total: Seconds that the complete run took.
+
+        Returns:
+            The report of the complete run.
         """
         counts = (
             *("processed", "succeeded", "failed", "truncated", "replaced"),
@@ -120,28 +127,28 @@ class Report:
         )
 
     def __str__(self) -> str:
-        done_before = "" if self.up_to_date is None else f", {self.up_to_date:,} were up to date"
+        others = "" if self.up_to_date is None else f", {self.up_to_date:,} were up to date"
         if self.unreadable:
-            done_before += f", {self.unreadable:,} lines could not be read"
+            others += f", {self.unreadable:,} lines could not be read"
         if not self.processed:
-            return f"{self.predict_id}: nothing to ask{done_before}{self._lines}; outputs: {self.outputs}"
+            return f"{self.predict_id}: nothing to process{others}{self._lines}; outputs: {self.outputs}"
         if self.replaced:
-            done_before += f", {self.replaced:,} outputs of an earlier prompt, sampling or model replaced"
+            others += f", {self.replaced:,} outputs of an earlier prompt, sampling or model replaced"
         kinds = "".join(f"; {e.kind}: {e.rows:,}" for e in self.errors)
         return (
-            f"{self.predict_id}: {self.succeeded:,} rows answered, {self.failed:,} failed{done_before}, "
+            f"{self.predict_id}: {self.succeeded:,} rows succeeded, {self.failed:,} failed{others}, "
             f"{self.completion_tokens:,} tokens in {self.seconds['total']:.1f} s"
             f"{self.sent_as and f' ({self.sent_as})'}{kinds}{self._lines}; outputs: {self.outputs}"
         )
 
     @property
     def _lines(self) -> str:
-        return "".join(f"; {printable(line[:LINE_SHOWN])}" for line in self.unreadable_lines[:EXAMPLES])
+        return "".join(f"; {printable(line[:LINE_LENGTH])}" for line in self.unreadable_lines[:EXAMPLES])
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands. `to_process` is None until the source has been counted."""
+    """The progress of a run. `to_process` is None until the source has been counted."""
 
     to_process: int | None
     succeeded: int
@@ -151,7 +158,7 @@ class Progress:
 
     @classmethod
     def of_parts(cls, parts: Sequence[Progress], *, complete: bool) -> Progress:
-        """That of a run in parts, some of which have told; `complete` when all have."""
+        """The sum over the parts of a run that have reported; `complete` when all parts have."""
         return cls(
             _sum([p.to_process for p in parts]) if complete else None,
             sum(p.succeeded for p in parts),
@@ -186,13 +193,13 @@ def _duration(seconds: float) -> str:
 
 
 def _sum(numbers: Sequence[int | None]) -> int | None:
-    """None where one is not known."""
+    """The sum, None if one of the numbers is not known."""
     known = [number for number in numbers if number is not None]
     return sum(known) if len(known) == len(numbers) else None
 
 
 def _merged(errors: Sequence[ErrorKind]) -> tuple[ErrorKind, ...]:
-    """One entry for each kind, the most frequent first."""
+    """One entry for each kind of error, the most frequent first."""
     kinds = {e.kind: [other for other in errors if other.kind == e.kind] for e in errors}
     merged = [
         ErrorKind(kind, sum(e.rows for e in same), tuple(key for e in same for key in e.keys)[:EXAMPLES])
@@ -203,7 +210,7 @@ def _merged(errors: Sequence[ErrorKind]) -> tuple[ErrorKind, ...]:
 
 @dataclass
 class Tally:
-    """Counts up finished rows; used by the committing thread, `read` and timings also by others."""
+    """Counts finished rows. Only the committing thread writes to it, except for `read` and the timings."""
 
     started: float = field(default_factory=time.monotonic)
     first_sent: float | None = None
@@ -220,18 +227,18 @@ class Tally:
     keys: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
     worst: list[FailedRow] = field(default_factory=list)
     rows: int | None = None
-    """Of the source, once they have been counted."""
+    """Rows of the source, once they have been counted."""
     replaced: int = 0
     unreadable: int = 0
     unreadable_lines: list[str] = field(default_factory=list)
     _first: set[tuple[Any, ...]] = field(default_factory=set)
-    """Of the `FIRST` rows that were sent, those without an outcome."""
+    """Keys of those among the `FIRST` rows sent that have no outcome yet."""
     _sent: int = 0
-    """How many rows were in `_first` at any time."""
+    """Number of rows that were ever added to `_first`."""
 
     @classmethod
     def of(cls, report: Report) -> Tally:
-        """That of a run that has ended."""
+        """The tally of a run that has ended."""
         return cls(
             read=report.processed,
             succeeded=report.succeeded,
@@ -245,7 +252,10 @@ class Tally:
         )
 
     def begin(self, rows: int, sent: Iterable[tuple[Any, ...]]) -> None:
-        """So many rows were read, of which these keys are `sent`, in this order; before any is finished."""
+        """Count `rows` that were read; `sent` are the keys of those that are sent, in the order of sending.
+
+        To be called before any of them is finished.
+        """
         self.read += rows
         first = list(islice(sent, FIRST - self._sent))
         self._first.update(first)
@@ -253,10 +263,10 @@ class Tally:
 
     @property
     def hopeless(self) -> bool:
-        """Whether all that is finished has failed in one way, and among it the rows that were sent first."""
+        """Whether all finished rows failed in one way, including the rows that were sent first."""
         if self.done < FIRST or self.succeeded or len(self.kinds) != 1 or self._first:
             return False
-        return not self.kinds.keys() <= UNASKED or self.done == self.read
+        return not self.kinds.keys() <= UNSENT or self.done == self.read
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -268,7 +278,7 @@ class Tally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begun
 
     def count(self, key: tuple[Any, ...], answer: Result, outcome: Result) -> None:
-        """`answer` is what the engine said, `outcome` the same unless it could not be decoded."""
+        """Count one row: `answer` is the engine's, `outcome` an error if the answer could not be decoded."""
         self._first.discard(key)
         if isinstance(answer, Completion):
             self.prompt_tokens += answer.prompt_tokens or 0
@@ -280,7 +290,7 @@ class Tally:
         self.failed += 1
         self.kinds[outcome.kind] = self.kinds.get(outcome.kind, 0) + 1
         keys = self.keys.setdefault(outcome.kind, [])
-        if len(self.worst) < WORST or len(keys) < EXAMPLES:  # of a rare kind, too
+        if len(self.worst) < WORST or len(keys) < EXAMPLES:  # rare kinds of errors are kept, too
             self.worst.append(FailedRow(key, outcome.kind, outcome.message))
         if len(keys) < EXAMPLES:
             keys.append(key)
@@ -295,7 +305,7 @@ class Tally:
         return Progress(to_process, self.succeeded, self.failed, self.completion_tokens, seconds)
 
     def timings(self) -> dict[str, float]:
-        """Seconds, with the phases that are known only at the end."""
+        """Seconds of all phases, including those that are known only at the end."""
         timings = {"total": time.monotonic() - self.started, **self.seconds}
         if self.first_sent is not None:
             timings["first_row"] = self.first_sent - self.started

@@ -1,9 +1,9 @@
-"""Rows of a table to committed outputs: source, engine and writer side by side.
+"""A run from the rows of a table to committed outputs: source, engine and writer work side by side.
 
-A reader thread turns rows into requests and hands them to the engine; the engine loop answers them in
-any order; the calling thread decodes what is finished and commits it in groups. A group is made of
-what finished, not of what was read together, so that a long row holds up nobody. The reader stops
-while too much is unanswered or uncommitted, so that memory does not grow with the table.
+A reader thread turns rows into requests and hands them to the engine; the engine loop completes them in
+any order; the calling thread decodes finished rows and commits them in groups. A group consists of rows
+that finished together, not of rows that were read together, so a long row delays no other. The reader
+pauses while too much is pending or uncommitted, so that memory does not grow with the table.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vllm_tasks.engines.stopping import raise_if_stopped
 from vllm_tasks.errors import InvalidCall, VllmTasksError
 from vllm_tasks.rows import Request, Result, RowError
 from vllm_tasks.tables.job import Display, Job
-from vllm_tasks.tables.keys import key_range, shown_key
+from vllm_tasks.tables.keys import display_key, key_range
 from vllm_tasks.tables.open_rows import Open, bytes_of_answer
 from vllm_tasks.tables.output_rows import Finished, OutputRows
 from vllm_tasks.tables.report import Tally
@@ -35,15 +35,15 @@ from vllm_tasks.tables.source_rows import Prompted, SourceRows
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT = 2.0
-"""Seconds that a stopping run waits for its requests to end, and again for its reader: of 10 s, within which
-what is finished must be committed."""
+"""Seconds that a stopping run waits for its requests to end, and then again for its reader. Finished rows
+must be committed within 10 s after the stop."""
 Arrived = tuple[SourceRow, str, Result, int]
-"""A row with the hash of its input, its answer and how large that is."""
+"""A row with the hash of its input, its answer and the bytes of the answer."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """Why the run cannot go on, from another thread."""
+    """The error of another thread that ends the run."""
 
     error: BaseException
 
@@ -62,17 +62,16 @@ class Run:
         self._source = SourceRows(job, self._open, tally)
         self._outputs = OutputRows(job, writer, tally)
         self._queue: queue.SimpleQueue[Arrived | Failed | None] = queue.SimpleQueue()
-        self._asks = Tasks()
+        self._requests = Tasks()
         self._all_read = False
         self._group: list[Finished] = []
         self._group_size = 0
         self._group_since = self._last_commit = self._first_answer = 0.0
 
     def run(self) -> str | None:
-        """Ask and commit until all is done; returns why it stopped early, None when it did not.
+        """Process and commit rows until all are done; returns why it stopped early, None if it did not.
 
-        Whatever ends it early (an engine that fails, Ctrl-C, a signal): what is finished by then is
-        committed first.
+        Whatever ends the run early (a failed engine, Ctrl-C, a signal), finished rows are committed first.
         """
         reader = threading.Thread(target=self._read, name="vllm-tasks-reader", daemon=True)
         reader.start()
@@ -101,9 +100,9 @@ class Run:
         self.begun.set()
 
     def _hand_over(self, rows: Sequence[Prompted], size: int) -> None:
-        asked = [(row, digest, request) for row, digest, request in rows if isinstance(request, Request)]
+        sent = [(row, digest, request) for row, digest, request in rows if isinstance(request, Request)]
         capacity = (
-            self._asks.start(lambda: sharing.capacity(self.job.over.call.engine)).result() if asked else 0
+            self._requests.start(lambda: sharing.capacity(self.job.over.call.engine)).result() if sent else 0
         )
         uncommitted = capacity + 2 * self.job.commit_policy.most + len(rows)
         if not self._open.wait_for_capacity(capacity + len(rows), uncommitted, size):
@@ -111,16 +110,16 @@ class Run:
         keys = [row.key for row, _, _ in rows]
         if (twice := self._open.read(keys, size)) is not None:
             raise InvalidCall(
-                f"the source changed while it was read: the key {shown_key(twice)!r:.200} came twice; "
-                "correct it, and the same call goes on"
+                f"the source changed while it was read: the key {display_key(twice)!r:.200} came twice; "
+                "correct it and run it again to resume"
             )
-        self.tally.begin(len(keys), (asked[i][0].key for i in sending_order([r for _, _, r in asked])))
+        self.tally.begin(len(keys), (sent[i][0].key for i in sending_order([r for _, _, r in sent])))
         for row, digest, request in rows:
             if isinstance(request, RowError):
                 self._finish(row, digest, request)
-        if asked:
+        if sent:
             self.tally.first_sent = self.tally.first_sent or time.monotonic()
-            answers = self._asks.start(lambda: self._answer(asked))
+            answers = self._requests.start(lambda: self._answer(sent))
             answers.add_done_callback(lambda future: self._end_of_slice(future, size))
             self.begun.set()
 
@@ -135,7 +134,7 @@ class Run:
     def _finish(self, row: SourceRow, digest: str, result: Result) -> None:
         size = bytes_of_answer(result)
         self._queue.put((row, digest, result, size))
-        self._open.answered(size)
+        self._open.completed(size)
 
     def _end_of_slice(self, future: Future[Any], size: int) -> None:
         self._open.sent(size)
@@ -151,7 +150,7 @@ class Run:
                 self._take(item)
             if verdict := self.job.budget.exceeded(self.tally, at_end=False):
                 return verdict
-            idle = self._all_read and not self._open.unanswered and self._queue.empty()
+            idle = self._all_read and not self._open.pending and self._queue.empty()
             if self._group and (idle or self._is_due()):
                 self._commit_group(self.display.commit)
             self.display.progress(self.tally.progress(self.to_process))
@@ -165,7 +164,7 @@ class Run:
         return self.job.commit_policy.is_due(len(self._group), *ages, redo=redo)
 
     def _news(self) -> Iterator[Arrived | Failed | None]:
-        """What has arrived, waiting for it a moment; not more than a full group takes."""
+        """Items that have arrived, after a short wait; no more than a full group takes."""
         try:
             yield self._queue.get(timeout=0.2)
             while not self.job.commit_policy.is_full(len(self._group), self._group_size):
@@ -194,7 +193,7 @@ class Run:
 
         def work() -> None:
             self.writer.commit(rows, redo)
-            # At once: an interrupt from here on finds nothing to commit again.
+            # Immediately after the commit: an interrupt from here on must find nothing to commit again.
             self._group, self._group_size = [], 0
             self._last_commit = time.monotonic()
             self.tally.commits += 1
@@ -206,28 +205,28 @@ class Run:
     # ------------------------------------------------------------------ the end
 
     def _end(self, reader: threading.Thread) -> None:
-        """Read and ask no more."""
+        """Stop reading and sending."""
         self._open.stop()
-        self._asks.end(SHUTDOWN_TIMEOUT)
+        self._requests.end(SHUTDOWN_TIMEOUT)
         reader.join(SHUTDOWN_TIMEOUT)
 
     def _save(self) -> VllmTasksError | None:
-        """Commit what is finished, once and at once; returns why it could not."""
+        """Commit the finished rows now, in one attempt; returns the error if that failed."""
         lost = None
         try:
             while not self._queue.empty():
                 item = self._queue.get_nowait()
                 if item is not None and not isinstance(item, Failed):
-                    with suppress(InvalidCall):  # a key that no table holds must not cost the other rows
+                    with suppress(InvalidCall):  # a key that the table cannot hold must not cost other rows
                         self._take(item)
             if self._group:
                 self._commit_group(lambda _name, work: work())
         except VllmTasksError as error:
             logger.warning("%d finished rows could not be committed: %s", len(self._group), error)
             lost = error
-        next_time = "the same call goes on from there"
+        next_time = "run it again to resume from there"
         if self.job.selection.refresh == "all":
-            next_time = "with overwrite=True the same call asks all rows again"
+            next_time = "run again with overwrite=True, it processes all rows"
         logger.warning(
             "stopped: %s rows of this run are committed, %d dropped; %s",
             f"{self.tally.done - len(self._group):,}",

@@ -1,4 +1,4 @@
-"""The rows of the source that a run processes, with what each asks of the model."""
+"""The rows of the source that a run processes, with their requests."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from vllm_tasks.tables.report import Tally
 
 logger = logging.getLogger(__name__)
 
-ASKED_TOGETHER = 512
-"""Rows that are folded and put in order together."""
-MADE_TOGETHER = 64
-"""Rows whose prompts are made at once, and are in memory beyond what `open_rows.HELD` counts."""
+BATCH_ROWS = 512
+"""Rows whose equal requests are folded and that are put in order together."""
+PROMPT_ROWS = 64
+"""Rows whose prompts are made at once; until then, they are in memory beyond what `open_rows.HELD` counts."""
 SLICE = 2**20
-"""Bytes of prompts that are handed over together: with many more, one slow row would keep those of all the
-others in memory. `ASKED_TOGETHER` rows of usual width are less."""
+"""Bytes of prompts that are handed over together: with many more, one slow row would keep the prompts of all
+others in memory. `BATCH_ROWS` rows of usual width are smaller."""
 
 Hashed = tuple[SourceRow, str]
 """A row with the hash of its input."""
 Prompted = tuple[SourceRow, str, Request | RowError]
-"""A row, without its values, with the hash of its input and what it is asked."""
+"""A row without its values, with the hash of its input and its request."""
 
 
 class SourceRows:
@@ -40,12 +40,12 @@ class SourceRows:
         self._open = open_rows
 
     def slices(self) -> Iterator[tuple[list[Prompted], int]]:
-        """The rows with their prompts, in parts that have about `SLICE` bytes at most, with those bytes."""
+        """The rows with their prompts, in parts of about `SLICE` bytes at most, each with its bytes."""
         for rows in self._wanted_rows():
             yield from self._slices(rows)
 
     def _wanted_rows(self) -> Iterator[list[Hashed]]:
-        """Rows to ask, each with the hash of its input; stops at the limit."""
+        """Rows to process, each with the hash of its input; stops at the limit."""
         left = self.job.limit
         for selected in self._selected_rows():
             with self.tally.phase("read"):
@@ -62,25 +62,27 @@ class SourceRows:
                 return
 
     def _selected_rows(self) -> Iterator[list[SourceRow]]:
-        """The source's rows; opened again where it left off when its connection is lost."""
-        selection, size = self.job.selection, max(ASKED_TOGETHER, self.job.over.call.max_batch_size or 0)
+        """The source's rows; after a lost connection, the source is reopened and reading resumes."""
+        selection, size = self.job.selection, max(BATCH_ROWS, self.job.over.call.max_batch_size or 0)
         handled: set[Key] = set()
         failures = 0
         while True:
             try:
                 for rows in self.job.tables.rows(selection, size):
                     failures = 0
-                    self._count_unreadable()  # before the rows: with a `limit`, nobody may ask for more
+                    self._count_unreadable()  # before the rows: with a `limit`, these may be the last
                     yield [row for row in rows if row.key not in handled]
                 self._count_unreadable()
                 return
             except TablesUnavailable as error:
                 if failures == len(RETRY_DELAYS):
                     raise
-                logger.warning("the source was lost, reading on in %d s: %s", RETRY_DELAYS[failures], error)
+                logger.warning(
+                    "the source was lost, reading resumes in %d s: %s", RETRY_DELAYS[failures], error
+                )
                 self._open.wait(RETRY_DELAYS[failures])
                 failures += 1
-            # In this order: a row that is committed in between is in one of the two.
+            # The order matters: a row that is committed in between is in one of the two.
             handled = self._open.snapshot()
             selection = replace(selection, since=self.job.started)
 
@@ -89,26 +91,26 @@ class SourceRows:
         self.tally.unreadable, self.tally.unreadable_lines = found.count, list(found.examples)
 
     def _refuse_trial(self, rows: Iterable[SourceRow]) -> None:
-        """A `limit` tries a few rows: it must not replace good outputs of another fingerprint by the way."""
+        """Refuse a trial with `limit` that would replace good outputs of another fingerprint."""
         job = self.job
         if job.selection.refresh not in ("missing", "changed"):
             return
         if any(row.replaces_earlier for row in rows) and holds_others(job.tables, job.selection):
             raise InvalidCall(
                 f"limit={job.limit} would replace outputs of another prompt, sampling or model in "
-                f"{job.selection.outputs!r}: to try a few rows, preview(...) commits nothing and predict_id="
-                "'...' keeps outputs of their own; without limit, all rows are processed again"
+                f"{job.selection.outputs!r}: to try a few rows, use preview(...), which commits nothing, or "
+                "predict_id='...' for separate outputs; without limit, all rows are processed again"
             )
 
     def _slices(self, rows: Sequence[Hashed]) -> Iterator[tuple[list[Prompted], int]]:
         part: list[Prompted] = []
         held = 0
-        for start in range(0, len(rows), MADE_TOGETHER):
-            some = rows[start : start + MADE_TOGETHER]
+        for start in range(0, len(rows), PROMPT_ROWS):
+            some = rows[start : start + PROMPT_ROWS]
             with self.tally.phase("read"):
                 requests = requests_of(self.job.over, [row for row, _ in some])
             for (row, digest), request in zip(some, requests, strict=True):
-                # Its values are in the prompt; kept until the commit, they would be in memory twice.
+                # The prompt holds the values; if the row kept them too, they would be in memory twice.
                 part.append((without_values(row), digest, request))
                 held += bytes_of_request(request)
                 if held >= SLICE:
@@ -119,7 +121,7 @@ class SourceRows:
 
 
 def requests_of(over: TableCall, rows: Sequence[SourceRow]) -> list[Request | RowError]:
-    """What the rows are asked; a row that could not be read is its error."""
+    """The requests of the rows; a row that could not be read has an error instead."""
     made = iter(over.requests([row.values for row in rows if row.error is None]))
     return [next(made) if row.error is None else RowError("read", row.error) for row in rows]
 

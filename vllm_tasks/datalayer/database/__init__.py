@@ -1,1 +1,1 @@
-"""Databases: SQLAlchemy URLs, whose outputs are tables with a primary key."""
+"""Databases: SQLAlchemy URLs that keep outputs as tables with a primary key."""

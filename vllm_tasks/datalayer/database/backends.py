@@ -1,4 +1,4 @@
-"""What differs between databases: connecting, reading only, telling what may pass, a table's shape."""
+"""The differences between databases: connecting, read-only access, temporary errors, a table's shape."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ from vllm_tasks.datalayer.storable import to_json
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 
 WAIT = 30.0
-"""Seconds that a database waits for another's lock."""
+"""Seconds that a connection waits for another one's lock."""
 DRIVERS = {
     "postgresql": "pip install 'vllm-tasks[postgres]'",
     "mysql": "pip install pymysql",
     "mariadb": "pip install pymysql",
 }
 NO_URL = (
-    "the datalayer's url is no SQLAlchemy URL: dialect://user:password@host/database, "
+    "the datalayer's url is not a SQLAlchemy URL: dialect://user:password@host/database, "
     "special characters in the password percent-encoded, or sqlite:///file.db"
 )
 
 
 class TableName(NamedTuple):
-    """Where a table is; no schema is the one that the database looks into by itself."""
+    """The name of a table; without a schema, it is looked up in the database's default schema."""
 
     name: str
     schema: str | None = None
 
     @property
-    def whole(self) -> str:
-        """The name as a caller writes it."""
+    def full(self) -> str:
+        """The name as a caller writes it, with its schema."""
         return f"{self.schema}.{self.name}" if self.schema else self.name
 
     def clause(self, columns: Iterable[str] = ()) -> sa.TableClause:
-        """The table with these columns, of no particular type."""
+        """The table with these columns, without types."""
         return sa.table(self.name, *map(sa.column, columns), schema=self.schema)
 
 
 class Column(NamedTuple):
-    """A column of a table that is there."""
+    """A column of an existing table."""
 
     kind: str
-    """Its type's name, without length or collation."""
+    """The name of its type, without length or collation."""
     nullable: bool = True
     default: bool = False
-    """A row that does not name it has a value there: a default, an identity, or one that is computed."""
+    """Whether a row that does not name it gets a value: a default, an identity or a computed one."""
 
 
 Shape = dict[str, Column]
@@ -60,7 +60,7 @@ Shape = dict[str, Column]
 
 
 class Verbatim(sa.types.UserDefinedType[Any]):
-    """A column type as the database writes it; values pass as the driver gives and takes them."""
+    """A column type as the database writes it; values pass unchanged from and to the driver."""
 
     cache_ok = True
 
@@ -77,22 +77,22 @@ class Verbatim(sa.types.UserDefinedType[Any]):
 
 
 class Backend:
-    """Any dialect as a source, by SQLAlchemy's own means; SQLite and PostgreSQL keep outputs too."""
+    """Any dialect as a source, by SQLAlchemy's own means; SQLite and PostgreSQL keep outputs, too."""
 
     keeps_outputs = False
-    """Commits are tested to be exactly once, whatever kills them."""
+    """Whether commits are tested to be exactly once, whatever kills them."""
     server_side = True
-    """A query is read as it runs, in a transaction; else it is copied aside first."""
+    """Whether a query is read as it runs, in a transaction; otherwise its rows are copied first."""
     lists = False
-    """Rows are found by a list of their keys; see `key_rows`."""
+    """Whether rows can be found by a list of their keys; see `key_rows`."""
     leaves_results = False
-    """A result need not be read to its end: many drivers do it themselves when it is closed before."""
+    """Whether closing a result early is cheap; many drivers read the rest of it then."""
     nul = nan = True
-    """Text may hold the character 0, numbers may be NaN."""
+    """Whether text may contain NUL and numbers may be NaN."""
     longest_key: int | None = None
-    """Bytes, compressed, that one value in the index of a key may have."""
+    """Maximum bytes, compressed, of one value in the index of a key."""
     numbered: re.Pattern[str] | None = None
-    """What a SELECT's column is called when another one before it has its name."""
+    """Pattern of a SELECT's column that is numbered because an earlier one has its name."""
 
     def __init__(self, url: URL) -> None:
         self.url = url
@@ -107,7 +107,9 @@ class Backend:
                 self.url, hide_parameters=True, pool_pre_ping=True, json_serializer=to_json, **more
             )
         except NoSuchModuleError:
-            raise InvalidCall(f"{self.url.drivername!r} is no dialect that SQLAlchemy knows here") from None
+            raise InvalidCall(
+                f"{self.url.drivername!r} is not a dialect that SQLAlchemy knows here"
+            ) from None
         except ImportError as e:
             install = DRIVERS.get(name, "install its Python driver")
             raise InvalidCall(f"the driver for {name!r} is missing ({e}): {install}") from e
@@ -118,7 +120,7 @@ class Backend:
         return engine
 
     def where(self) -> str:
-        """The URL without what may be secret: the password and the query."""
+        """The URL without the parts that may be secret: the password and the query."""
         bare = URL.create(
             self.url.get_backend_name(),
             self.url.username,
@@ -130,15 +132,15 @@ class Backend:
         return bare.render_as_string()
 
     @contextmanager
-    def told(self) -> Iterator[None]:
-        """Turn the driver's errors into ours."""
+    def translating(self) -> Iterator[None]:
+        """Translate the driver's errors into ours."""
         try:
             yield
         except DBAPIError as e:
             raise self.translated(e) from e
 
     def translated(self, error: DBAPIError) -> InvalidCall | TablesUnavailable:
-        """The error for the caller: what may pass, and what will not."""
+        """The error for the caller: `TablesUnavailable` if it is temporary, else `InvalidCall`."""
         said = " ".join(str(error.orig).split())[:500]
         if error.connection_invalidated or self.passing(error):
             return TablesUnavailable(f"{self.where()}: {said}")
@@ -149,63 +151,63 @@ class Backend:
         return isinstance(error, (OperationalError, InterfaceError))
 
     def hashed(self, columns: Sequence[sa.ColumnElement[Any]]) -> sa.ColumnElement[int]:
-        """A whole number of at least 0 that follows from the values of these columns: tells shards apart."""
-        raise NotImplementedError("of databases that keep outputs")
+        """A hash of these columns, a whole number of at least 0, which assigns rows to shards."""
+        raise NotImplementedError("only for databases that keep outputs")
 
-    def rival(self, error: DBAPIError) -> bool:
-        """Whether another transaction was in the way."""
+    def is_conflict(self, error: DBAPIError) -> bool:
+        """Whether the error is a conflict with another transaction."""
         return isinstance(error, sa.exc.IntegrityError)
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A connection whose statements cannot write, where the database can promise that."""
-        with self.told(), self.reader.connect() as connection:
+        """A connection whose statements cannot write, if the database can guarantee that."""
+        with self.translating(), self.reader.connect() as connection:
             yield connection
 
     @contextmanager
     def writing(self, table: str) -> Iterator[Connection]:
-        """One transaction, the only one of ours on tables of the name `table`; errors are raw."""
+        """A transaction, our only one at a time on tables of the name `table`; errors are the driver's."""
         with self.engine.begin() as connection:
             yield connection
 
     def types(self, connection: Connection, source: sa.FromClause, names: Sequence[str]) -> list[Any]:
-        """The types of a source's columns, as outputs keep them."""
+        """The types of a source's columns, as the outputs keep them."""
         inspector = sa.inspect(connection)
         table = source.element if isinstance(source, sa.Alias) else None
-        if not isinstance(table, sa.TableClause):  # of a SELECT nothing is known before it runs
+        if not isinstance(table, sa.TableClause):  # the types of a SELECT are unknown before it runs
             return [sa.types.NullType()] * len(names)
         found = {c["name"]: c["type"] for c in inspector.get_columns(table.name, table.schema)}
         return [found[name] for name in names]
 
     def located(self, connection: Connection, name: str, *, dots: bool = False) -> TableName:
-        """Where the table `name` of ours is, or would be made.
+        """The name and schema under which our table `name` is or would be created.
 
-        A name with a dot is that of a schema and a table where there are schemas; raises `InvalidCall` when
-        this one is not there, unless names may have `dots` of their own.
+        If the database has schemas, a dot separates the schema from the table; raises `InvalidCall` if there
+        is no such schema, unless names may contain `dots`.
         """
         return TableName(name)
 
     def shape(self, connection: Connection, table: TableName) -> Shape:
-        """The columns of a table of ours, empty when it is not there."""
-        raise NotImplementedError("of databases that keep outputs")
+        """The columns of one of our tables, empty if it does not exist."""
+        raise NotImplementedError("only for databases that keep outputs")
 
     def holds(self, there: str, needed: str) -> bool:
-        """Whether a column of the type `there` takes each value of the type `needed`, and finds it again."""
+        """Whether a column of the type `there` holds every value of the type `needed`, and can find it."""
         return there == needed
 
     def may_update(self, connection: Connection, table: TableName) -> bool:
-        """Whether rows of a table may be changed in their place."""
+        """Whether rows of a table may be updated in place."""
         return True
 
     def unique(self, connection: Connection, table: TableName) -> list[tuple[str, ...]]:
-        """Columns, in their index's order, of which no two rows have the same values."""
+        """Sets of columns that are unique by an index, each in the index's order."""
         inspector = sa.inspect(connection)
         keys = [inspector.get_pk_constraint(*table)["constrained_columns"]]
         keys += [c["column_names"] for c in inspector.get_unique_constraints(*table)]
         return [tuple(key) for key in keys if key]
 
     def plain(self, connection: Connection, kinds: Sequence[Any]) -> list[str]:
-        """The types' names in small letters, without a schema or collation; a domain's is that beneath it."""
+        """The types' names in lower case, without schema or collation; for a domain, its base type's name."""
         return [
             ""
             if isinstance(kind, sa.types.NullType)
@@ -214,44 +216,44 @@ class Backend:
         ]
 
     def floating(self, kind: Any) -> bool:
-        """Whether a column type holds floating-point numbers."""
+        """Whether a column type is of floating-point numbers."""
         return isinstance(kind, sa.Float)
 
     def listed(
         self, connection: Connection, kinds: Sequence[Any], ids: Sequence[Sequence[Any]]
     ) -> sa.Select[Any]:
         """`ids` as rows of a query."""
-        raise NotImplementedError("of databases that keep outputs")
+        raise NotImplementedError("only for databases that keep outputs")
 
     def counted(
         self, connection: Connection, source: sa.FromClause, table: TableName | None, query: sa.Select[Any]
     ) -> Iterator[Sequence[Any]]:
-        """The rows of `query`, which counts the rows of `source`: one, or one for each part of the source."""
+        """The results of `query`, which counts rows of `source`: one, or one for each part of the source."""
         yield connection.execute(query).one()
 
     def as_key(self, column: sa.ColumnElement[Any], kind: Any) -> sa.ColumnElement[Any]:
-        """A column whose values are kept as the type `kind` of Arrow."""
+        """The column with its values as outputs keep them in Arrow's type `kind`."""
         return column
 
     def packed(self, column: sa.ColumnElement[Any], kind: pa.DataType) -> list[sa.ColumnElement[Any]]:
-        """Aggregates that make a few values of a whole column of keys, kept as `kind`; empty where there are
-        none. Of int64: its big-endian bytes. Of text: the length of each in bytes, of 4 bytes themselves,
-        big-endian; and all texts in UTF-8, one behind the other."""
+        """Aggregates that pack a column of keys, kept as `kind`, into a few values; empty if there are none.
+        For int64, the big-endian bytes of all values. For text, two values: the length of each in bytes, as
+        4 big-endian bytes, and all texts in UTF-8, concatenated."""
         return []
 
     def key_rows(self, kinds: Sequence[Any], keys: Sequence[Sequence[Any]]) -> sa.TableValuedAlias:
-        """`keys` as rows with their number, from 1, in a last column; where the database `lists`."""
-        raise NotImplementedError("of databases that list")
+        """`keys` as rows with their number, from 1, in a last column, if the database `lists`."""
+        raise NotImplementedError("only for databases that list keys")
 
     def bound(self, columns: Sequence[sa.ColumnElement[Any]]) -> list[sa.ColumnElement[Any]]:
-        """What `after` takes of a row to know where it stands."""
+        """The values of a row that `after` needs to find its position."""
         return list(columns)
 
     def after(
         self, columns: Sequence[sa.ColumnElement[Any]], kinds: Sequence[Any], bound: Sequence[Any]
     ) -> sa.ColumnElement[bool]:
-        """Rows that come later, in the order of these columns, than the one with this `bound`."""
-        # Spelled out: not every database compares rows, nor finds the place in an index where it does.
+        """The condition on rows after the one with this `bound`, in the order of these columns."""
+        # Written without row comparison: not every database has it, or uses an index for it.
         condition: sa.ColumnElement[bool] = sa.false()
         for column, value in zip(reversed(columns), map(_literal, reversed(bound)), strict=True):
             condition = sa.or_(column > value, sa.and_(column == value, condition))
@@ -264,7 +266,7 @@ class Backend:
 
 
 def _literal(value: Any) -> Any:
-    """A span of time, MySQL's TIME, as its text: pymysql writes another one for those before zero."""
+    """A timedelta, as MySQL's TIME, as text: pymysql writes negative ones wrongly."""
     if not isinstance(value, timedelta):
         return value
     micros = abs(value) // timedelta(microseconds=1)
@@ -275,7 +277,7 @@ def _literal(value: Any) -> Any:
 
 
 def _set_up_mysql(connection: Any, _: Any) -> None:
-    """Nothing is written, and a time is the same value whatever the zone of the session is."""
+    """Make the session read-only, and its zone UTC so that a time is always the same value."""
     with closing(connection.cursor()) as cursor:
         cursor.execute("SET SESSION TRANSACTION READ ONLY")
         cursor.execute("SET time_zone = '+00:00'")

@@ -1,4 +1,4 @@
-"""A SQLAlchemy database: sources are its tables and SELECTs, outputs one table for each `predict_id`."""
+"""A SQLAlchemy database: its tables and SELECTs are sources, and each `predict_id` has an outputs table."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ ID_TYPES: dict[str, type] = {
     **dict.fromkeys(("INT", "smallint", "integer", "bigint"), int),
     **dict.fromkeys(("TEXT", "text", "character varying", "bpchar"), str),
 }
-"""What an id of such a column is; of other types the database reads it."""
+"""Python type of an id by the type of its column; ids of other columns are parsed by the database."""
 BOOLEANS = ("boolean", "BOOLEAN", "BOOL", "NUM")
-"""`NUM` is what SQLite makes of a type that it does not know, BOOLEAN among them."""
+"""SQLite reports types that it does not know, including BOOLEAN, as `NUM`."""
 
 
 class Database:
     """`Tables` of SQLite and PostgreSQL.
 
-    Reads are read-only, and no transaction is open while a reader waits for the model. PostgreSQL is read
-    aside in the order of the keys, some megabytes at a time. In SQLite the selected keys (of a SELECT or of
-    a table without a unique index the rows) are first copied to a temporary table, which is then read by
+    Reads are read-only, and no transaction is open while a reader waits for the model. PostgreSQL's rows are
+    spooled to a file in the order of the keys, some megabytes at a time. SQLite's selected keys (or rows, for
+    a SELECT or a table without a unique index) are first copied to a temporary table, which is then read in
     pages.
     """
 
@@ -53,9 +53,9 @@ class Database:
         self._backend: Backend = backend(url)
         if not self._backend.keeps_outputs:
             raise InvalidCall(
-                f"{self._backend.where()} keeps no outputs: SQLite, PostgreSQL and lakes are tested to "
+                f"{self._backend.where()} cannot keep outputs: SQLite, PostgreSQL and lakes are tested to "
                 "process each row exactly once; MariaDB, MySQL and others are not. Read from it with "
-                "source=..., and let db=... be a lake, an SQLite file or PostgreSQL"
+                "source=..., and use a lake, an SQLite file or PostgreSQL as db=..."
             )
 
     def check(self, selection: Selection) -> None:
@@ -72,7 +72,7 @@ class Database:
         with self._backend.reading() as connection:
             source = self._source(connection, selection)
             types = declared(connection, source.table, selection.columns)
-        pages = self._read_aside if self._backend.server_side else self._copied
+        pages = self._spooled if self._backend.server_side else self._copied
         keys = len(selection.key)
         values = slice(keys, keys + len(selection.columns))
         with closing(pages(source, selection, size)) as found:
@@ -93,7 +93,7 @@ class Database:
             joined = self._joined(connection, source, selection)
             chosen = sa.func.sum(sa.case((joined.condition, 1), else_=0))
             query = joined.query.add_columns(sa.func.count(), chosen)
-            # Some ids of an indexed key are found soon; else the table is counted in parts.
+            # A few ids of an indexed key are found fast; otherwise the table is counted in parts.
             few = selection.ids is not None and source.index(connection, selection.key)
             table = None if few else source.table
             parts = list(self._backend.counted(connection, source.rows, table, query))
@@ -105,7 +105,7 @@ class Database:
         return DatabaseWriter(self._backend, table, selection.key, kinds)
 
     def unreadable(self) -> Unreadable:
-        """None: every row of a database has a key."""
+        """No rows: every row of a database has a key."""
         return Unreadable()
 
     def key_types(self, name: str, key: Sequence[str]) -> dict[str, pa.DataType] | None:
@@ -132,7 +132,7 @@ class Database:
             source = Relation.of(self._backend, connection, select, columns)
             names = list(dict.fromkeys(source.columns if columns is None else columns))
             types = declared(connection, source.table, names)
-            with closing(self._whole(connection, source, names)) as pages:
+            with closing(self._all_rows(connection, source, names)) as pages:
                 for page in pages:
                     yield [dict(zip(names, map(typed, row, types), strict=True)) for row in page]
 
@@ -190,8 +190,8 @@ class Database:
         specs = [kind.compile(connection.dialect).partition(" COLLATE ")[0] for kind in kinds]
         for key in selection.ids or ():
             if len(key) != len(kinds) or not all(map(_fits, key, specs)):
-                told = ", ".join(f"{name} ({spec})" for name, spec in zip(selection.key, specs, strict=True))
-                raise InvalidCall(f"ids: {key!r:.200} is no value of the key {told}")
+                types = ", ".join(f"{name} ({spec})" for name, spec in zip(selection.key, specs, strict=True))
+                raise InvalidCall(f"ids: {key!r:.200} is no value of the key {types}")
 
     def _joined(
         self,
@@ -200,7 +200,7 @@ class Database:
         selection: Selection,
         after: tuple[Sequence[str], Sequence[Any], Sequence[Any]] | None = None,
     ) -> Joined:
-        """`after`: columns, their types, and values of the row behind which to begin."""
+        """`after`: columns, their types, and the values of the row after which to begin."""
         table = self._backend.located(connection, selection.outputs)
         shape = self._backend.shape(connection, table)
         query = self._chosen(connection, source, selection)
@@ -211,11 +211,11 @@ class Database:
             none = selection.refresh == "failed"
             return Joined(query, sa.false() if none else sa.true(), sa.literal(0), sa.null())
         done = table.clause(shape).alias("o")
-        # The outputs' column first: SQLite compares by the collation of the left one.
+        # The outputs' column is on the left: SQLite compares by the collation of the left one.
         on = [done.c[name] == source.rows.c[name] for name in selection.key]
         if POSITION in shape:
             on.append(sa.func.coalesce(done.c[POSITION], 0) == 0)
-        if after:  # a server does not conclude it, and would go through all outputs before it
+        if after:  # the server does not infer this condition, and would scan all earlier outputs
             on.append(self._backend.after([done.c[name] for name in names], *place))
         return Joined(
             query.select_from(source.rows.outerjoin(done, sa.and_(*on))),
@@ -225,7 +225,7 @@ class Database:
         )
 
     def _chosen(self, connection: Connection, source: Relation, selection: Selection) -> sa.Select[Any]:
-        """The rows of the source that the ids and the shard name."""
+        """The rows of the source that `ids` and `shard` select."""
         query = source.query()
         columns = [source.rows.c[name] for name in selection.key]
         if selection.ids is not None:
@@ -238,10 +238,10 @@ class Database:
             query = query.where(self._backend.hashed(columns) % count == index)
         return query
 
-    def _read_aside(
+    def _spooled(
         self, source: Relation, selection: Selection, size: int
     ) -> Generator[Sequence[Any], None, None]:
-        """Pages of key, values, `redo`, `input_hash`, in the order of the key."""
+        """Pages of key, values, `redo`, `input_hash`, in the order of the key, by way of a spool file."""
         names = (*selection.key, *selection.columns)
         with self._backend.reading() as connection:
             order = source.index(connection, selection.key) or selection.key
@@ -261,10 +261,12 @@ class Database:
     def _copied(
         self, source: Relation, selection: Selection, size: int
     ) -> Generator[Sequence[Any], None, None]:
-        """Pages of key, values, `redo`, `input_hash`, by a copy of the keys or of the rows."""
+        """Pages of key, values, `redo`, `input_hash`, by way of a copy of the keys or the rows."""
         names = (*selection.key, *selection.columns)
         with self._backend.reading() as connection:
-            source.kinds(connection, selection.key)  # refuses what identifies no row: `check` may not have
+            source.kinds(
+                connection, selection.key
+            )  # refuses types that identify no row: `check` may not have run
             joined = self._joined(connection, source, selection)
             indexed = source.index(connection, selection.key)
             copied = selection.key if indexed else names
@@ -278,7 +280,7 @@ class Database:
                 page = page.select_from(copy.join(source.rows, sa.and_(*on)))
             yield from _pages(connection, copy, page, size)
 
-    def _whole(
+    def _all_rows(
         self, connection: Connection, source: Relation, names: Sequence[str]
     ) -> Generator[Sequence[Any], None, None]:
         """Pages of these columns of all rows."""
@@ -293,23 +295,23 @@ class Database:
 
 @dataclass(frozen=True)
 class Joined:
-    """The source (with the ids) beside its outputs."""
+    """The source (with the ids), joined with its outputs."""
 
     query: sa.Select[Any]
     condition: sa.ColumnElement[bool]
-    """Which rows are selected."""
+    """Selects rows."""
     redo: sa.ColumnElement[Any]
     input_hash: sa.ColumnElement[Any]
 
     def selected(self, source: Relation, names: Sequence[str]) -> sa.Select[Any]:
-        """The selected rows: these columns, `redo`, `input_hash`."""
+        """A query of the selected rows: these columns, `redo`, `input_hash`."""
         wanted = [source.rows.c[name].label(f"c{i}") for i, name in enumerate(names)]
         extra = (self.redo.label("redo"), self.input_hash.label("input_hash"))
         return self.query.add_columns(*wanted, *extra).where(self.condition)
 
 
 def _condition(done: sa.FromClause, selection: Selection) -> sa.ColumnElement[bool]:
-    """Which rows of a source, beside those of the outputs, are selected."""
+    """The condition on a source row, joined with its output, that selects it."""
     other = done.c["_fingerprint"].is_distinct_from(selection.fingerprint)
     condition: sa.ColumnElement[bool] = sa.true()
     if selection.refresh == "missing":
@@ -323,7 +325,7 @@ def _condition(done: sa.FromClause, selection: Selection) -> sa.ColumnElement[bo
 
 
 def _copy(connection: Connection, query: sa.Select[Any], kinds: Sequence[Any]) -> sa.Table:
-    """A temporary copy, so that nothing is locked between two pages: `n` from 1, then the query's columns."""
+    """A temporary copy, with `n` from 1 and the query's columns; no lock is held between two pages of it."""
     copy = sa.Table(
         "_vllm_tasks_selected",
         sa.MetaData(),

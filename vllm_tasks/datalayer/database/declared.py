@@ -1,4 +1,4 @@
-"""What SQLite's values are by the types that their columns were declared with."""
+"""Python values of SQLite's values by the declared types of their columns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _no_number(constant: str) -> NoReturn:
 
 
 def _json(text: str) -> Any:
-    if "NaN" in text or "Infinity" in text:  # Python's own, which no other JSON has
+    if "NaN" in text or "Infinity" in text:  # Python's extensions, which are not JSON
         json.loads(text, parse_constant=_no_number)
     return from_json(text)
 
@@ -29,11 +29,11 @@ READ: dict[str, Callable[[str], Any]] = {
     "DATE": dt.date.fromisoformat,
     **dict.fromkeys(("JSON", "JSONB"), _json),
 }
-"""What SQLite's text is, by the type that the column was declared with."""
+"""Parsers of SQLite's text by the declared type of the column."""
 
 
 def declared(connection: Connection, table: TableName | None, names: Sequence[str]) -> list[str]:
-    """The types that columns of a table or view were declared with, without lengths; of others none."""
+    """The declared types of a table's or view's columns, without lengths; empty if there are none."""
     if table is None or connection.dialect.name != "sqlite":
         return [""] * len(names)
     query = sa.text("SELECT name, type FROM pragma_table_xinfo(:name, :schema)")
@@ -43,7 +43,7 @@ def declared(connection: Connection, table: TableName | None, names: Sequence[st
 
 
 def typed(value: Any, kind: str) -> Any:
-    """A value as its column's declared type has it; any other one may stand there, and stays."""
+    """A value in its column's declared type; SQLite allows other values, which are returned unchanged."""
     if kind in ("BOOLEAN", "BOOL") and value in (0, 1):
         return bool(value)
     if kind in READ and isinstance(value, str):

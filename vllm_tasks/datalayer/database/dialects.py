@@ -1,4 +1,4 @@
-"""Which backend a URL means."""
+"""Chooses the backend of a URL."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_tasks.errors import InvalidCall
 
 
 def backend(url: str) -> Backend:
-    """Connects to nothing yet; raises `InvalidCall`, which never shows the password."""
+    """The backend of `url`, not connected yet; raises `InvalidCall`, which never contains the password."""
     try:
         made = sa.make_url(url)
     except (ArgumentError, ValueError):
@@ -24,9 +24,10 @@ def backend(url: str) -> Backend:
     if made.get_backend_name() != "postgresql":
         return Backend(made)
     if made.drivername != "postgresql+psycopg":
-        # Others send a statement with its parameters filled in, and the server runs two as gladly as one.
+        # Danger: other drivers send a statement with its parameters filled in, and the server would then run
+        # two statements in one text.
         raise InvalidCall(
-            f"{made.drivername!r}: PostgreSQL is read by psycopg alone; write postgresql://, or "
+            f"{made.drivername!r}: PostgreSQL needs the driver psycopg; write postgresql://, or "
             "postgresql+psycopg:// (pip install 'vllm-tasks[postgres]')"
         )
     return Postgres(made)

@@ -1,4 +1,4 @@
-"""A database that keeps the outputs of a source elsewhere: its key types in Arrow, and what is done."""
+"""A database that keeps the outputs of a source elsewhere: its key types in Arrow, and its done rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vllm_tasks.datalayer.sources.sql_types import key_array, stored_as
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 
 CHUNK = 50_000
-"""Rows of the outputs that are Python objects at a time."""
+"""Rows of the outputs held as Python objects at a time."""
 STATE = {"_fingerprint": pa.string(), "_error": pa.string(), "_input_hash": pa.string()}
 CREATED = pa.timestamp("us", "UTC")
 VIEW = "_vllm_tasks_outputs"
@@ -31,7 +31,7 @@ def key_types(backend: Backend, where: str, name: str, key: Sequence[str]) -> di
         if not shape:
             return None
         if missing := [column for column in OWN_COLUMNS if column not in shape]:
-            raise InvalidCall(f"{where} is no table of outputs: it has no column {missing[0]!r}; {WAY_OUT}")
+            raise InvalidCall(f"{where} is not an outputs table: it has no column {missing[0]!r}; {WAY_OUT}")
         there = [column for column in key if column in shape]
         kinds = backend.types(connection, _rows(table, shape), there)
         specs = backend.plain(connection, kinds)
@@ -39,7 +39,7 @@ def key_types(backend: Backend, where: str, name: str, key: Sequence[str]) -> di
 
 
 def done(backend: Backend, cursor: duckdb.DuckDBPyConnection, name: str, key: pa.Schema) -> str:
-    """See `Outputs.done`; the rows are read while the query runs."""
+    """See `Outputs.done`; rows are read while the query runs."""
     schema = pa.schema([(f"k{i}", field.type) for i, field in enumerate(key)])
     for column, kind in STATE.items():
         schema = schema.append(pa.field(column, kind))
@@ -54,9 +54,9 @@ def _batches(backend: Backend, name: str, key: pa.Schema, schema: pa.Schema) -> 
         table = backend.located(connection, name)
         shape = backend.shape(connection, table)
         if not shape:
-            raise TablesUnavailable(f"the outputs {table.whole!r} were there, and are gone")
+            raise TablesUnavailable(f"the outputs {table.full!r} existed at the start and are missing now")
         rows = _rows(table, shape)
-        # An error's words may be long, and only whether there is one counts.
+        # An error's message may be long, and only its presence is needed.
         failed = sa.case((rows.c["_error"].is_not(None), sa.literal("e")))
         columns = [backend.as_key(rows.c[field.name], field.type) for field in key]
         columns += [rows.c["_fingerprint"], failed, rows.c["_input_hash"], rows.c["_created_at"]]
@@ -72,7 +72,7 @@ def _batches(backend: Backend, name: str, key: pa.Schema, schema: pa.Schema) -> 
 
 
 def column_types(dialect: str, key: pa.Schema) -> list[Any]:
-    """The types of the key's columns in SQL; raises `InvalidCall` for one that is not kept exactly."""
+    """The types of the key's columns in SQL; raises `InvalidCall` for one that cannot be kept exactly."""
     return [_column_type(dialect, field) for field in key]
 
 
@@ -84,8 +84,8 @@ def _column_type(dialect: str, field: pa.Field) -> Any:
         return sa.Text()
     if dialect == "sqlite":
         raise InvalidCall(
-            f"the key {field.name!r} is {kind}, and SQLite keeps whole numbers and texts exactly; CAST it to "
-            "text in a SELECT, or let db be a lake or PostgreSQL"
+            f"the key {field.name!r} is {kind}, but SQLite keeps only whole numbers and texts exactly; CAST "
+            "it to text in a SELECT, or use a lake or PostgreSQL as db"
         )
     if pa.types.is_decimal(kind):
         return sa.Numeric(kind.precision, kind.scale)

@@ -1,4 +1,4 @@
-"""A table of a database whose rows are replaced by key, in transactions: its types, shape, statements."""
+"""A table of a database whose rows are replaced by key in transactions: its types, shape and statements."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from vllm_tasks.datalayer.selection import POSITION, Key, Row
 from vllm_tasks.datalayer.storable import HALF_A_CHARACTER, INT64, is_text, to_json
 from vllm_tasks.errors import InvalidCall
 
-TRIES = 10
+ATTEMPTS = 10
 ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
-"""In JSON: an even number of backslashes before it are backslashes of the text."""
+"""An escaped NUL in JSON; an even number of backslashes before it belong to the text."""
 
 UTC_TEXT = "%(year)04d-%(month)02d-%(day)02d %(hour)02d:%(minute)02d:%(second)02d.%(microsecond)06d+00:00"
 
 
 class UtcTime(sa.TypeDecorator[datetime]):
-    """Aware datetimes, in UTC where the database keeps no zone. SQLite's are text: it says UTC."""
+    """Aware datetimes, stored in UTC where the database keeps no zone; SQLite's text ends with +00:00."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
@@ -47,7 +47,7 @@ class UtcTime(sa.TypeDecorator[datetime]):
 
     @staticmethod
     def read(value: Any) -> datetime | None:
-        """A value of such a column as the driver gives it."""
+        """The datetime of a value that the driver returned for such a column."""
         if value is None:
             return None
         found = value if isinstance(value, datetime) else datetime.fromisoformat(value)
@@ -55,7 +55,7 @@ class UtcTime(sa.TypeDecorator[datetime]):
 
 
 class JsonText(sa.TypeDecorator[Any]):
-    """JSON as text, NULL for None. (A column of the type JSON would turn numbers about in SQLite.)"""
+    """JSON as text, NULL for None. A column of the type JSON would alter numbers in SQLite."""
 
     impl = sa.Text
     cache_ok = True
@@ -76,7 +76,7 @@ KINDS: dict[str, Any] = {
 
 
 def shape_of(table: sa.Table, dialect: Dialect) -> Shape:
-    """The shape that the table has once it is made."""
+    """The shape that the table will have once it is created."""
     shape = {}
     for column in table.c:
         spec = column.type.compile(dialect).partition(" COLLATE ")[0]
@@ -89,32 +89,32 @@ def shape_of(table: sa.Table, dialect: Dialect) -> Shape:
 def refuse_differences(
     backend: Backend, name: str, there: Shape, expected: Shape, way_out: str, *, exactly: bool = False
 ) -> None:
-    """Raise `InvalidCall` unless the table that is there can keep what the expected one would.
+    """Raise `InvalidCall` unless the existing table can hold all values of the expected one.
 
-    Others may have given it columns (not `exactly`), indexes and triggers, and wider types.
+    Others may have added columns (unless `exactly`), indexes and triggers, or widened types.
     """
     wrong = []
     for column, needed in expected.items():
         found = there.get(column)
         if found is None:
-            wrong.append(f"{column!r} is no such column, would be {needed.kind or 'any type'}")
+            wrong.append(f"it has no column {column!r}, which would be {needed.kind or 'any type'}")
         elif not backend.holds(found.kind, needed.kind):
             wrong.append(f"{column!r} is {found.kind or 'any type'}, would be {needed.kind or 'any type'}")
         elif needed.nullable and not found.nullable:
-            wrong.append(f"{column!r} is NOT NULL, and would have no value where a row fails")
+            wrong.append(f"{column!r} is NOT NULL, but has no value when a row fails")
     for column in there.keys() - expected.keys():
         if exactly:
-            wrong.append(f"{column!r} is there, and would not be")
+            wrong.append(f"it has a column {column!r}, which it should not have")
         elif column == POSITION:
-            wrong.append(f"{column!r} is there, of outputs that are flattened, and would not be")
+            wrong.append(f"it has a column {column!r} of flattened outputs, which it should not have")
         elif not there[column].nullable and not there[column].default:
             wrong.append(f"{column!r} is NOT NULL without a DEFAULT, so that no new row can be written")
     if wrong:
-        raise InvalidCall(f"the table {name!r} is there with another shape: {'; '.join(wrong)}; {way_out}")
+        raise InvalidCall(f"the table {name!r} exists with another shape: {'; '.join(wrong)}; {way_out}")
 
 
 def refuse_long_names(names: Iterable[str], dialect: Dialect) -> None:
-    """Raise `InvalidCall` for a name that the database would cut."""
+    """Raise `InvalidCall` for a name that the database would truncate."""
     for name in names:
         if len(name.encode()) > dialect.max_identifier_length:
             raise InvalidCall(
@@ -125,11 +125,11 @@ def refuse_long_names(names: Iterable[str], dialect: Dialect) -> None:
 class KeyedTable:
     """The statements that replace rows of `table`, which has each `key` once.
 
-    All keys are replaced, also those that nobody said are there: a rival may have committed them meanwhile,
-    or this process itself, when an acknowledgement was lost.
+    All keys are replaced, including those that the caller does not know to exist: a concurrent writer may
+    have committed them meanwhile, or this process itself when an acknowledgement was lost.
 
-    `in_place`: a row that is there is updated, so that columns which others gave the table keep their values;
-    the key must have a unique index. Else it is deleted before the new one is inserted.
+    `in_place`: an existing row is updated, so that columns added by others keep their values; the key must
+    have a unique index. Otherwise the row is deleted before the new one is inserted.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class KeyedTable:
         self._table = table
         self._key = tuple(key)
         self._json = json
-        # Names of columns have characters that names of parameters may not have.
+        # Column names may have characters that parameter names may not have.
         binds = {name: sa.bindparam(f"b{i}", type_=c.type) for i, (name, c) in enumerate(table.c.items())}
         self._binds = {name: bind.key for name, bind in binds.items()}
         self._in_place = in_place
@@ -163,19 +163,19 @@ class KeyedTable:
         return None
 
     def replace(self, rows: Sequence[Row], redo: Collection[Key], make_or: str | None = None) -> None:
-        """Write `rows` in one transaction, in place of what there is of their keys and those in `redo`.
+        """Write `rows` in one transaction, replacing all rows with their keys and those in `redo`.
 
-        `make_or`: make the table in it, unless it is there; with another shape there, raise `InvalidCall`
-        with this way out.
+        `make_or`: create the table in that transaction unless it exists; if it exists with another shape,
+        raise `InvalidCall` with this way out.
         """
-        for attempt in range(1, TRIES + 1):
+        for attempt in range(1, ATTEMPTS + 1):
             try:
                 with self._backend.writing(self._table.name) as connection:
                     if make_or is not None:
                         self._make(connection, make_or)
                     return self._write(connection, rows, redo)
             except DBAPIError as e:
-                if attempt == TRIES or not self._backend.rival(e):
+                if attempt == ATTEMPTS or not self._backend.is_conflict(e):
                     raise self._backend.translated(e) from e
             time.sleep(random.random() * 0.05 * attempt)
         return None
@@ -190,8 +190,8 @@ class KeyedTable:
 
     def _write(self, connection: Connection, rows: Sequence[Row], redo: Collection[Key]) -> None:
         written = set(map(self.key_of, rows))
-        gone = {*redo} - written if self._in_place else {*redo, *written}
-        if keys := sorted(gone, key=repr):
+        removed = {*redo} - written if self._in_place else {*redo, *written}
+        if keys := sorted(removed, key=repr):
             names = [self._binds[name] for name in self._key]
             connection.execute(self._delete, [dict(zip(names, key, strict=True)) for key in keys])
         if rows:
@@ -202,8 +202,8 @@ class KeyedTable:
         place = TableName(self._table.name, self._table.schema)
         if there := self._backend.shape(connection, place):
             expected = shape_of(self._table, connection.dialect)
-            # Rows are replaced whole here: what others had in columns of their own would be lost.
-            refuse_differences(self._backend, place.whole, there, expected, way_out, exactly=True)
+            # Rows are replaced completely here: values in columns that others added would be lost.
+            refuse_differences(self._backend, place.full, there, expected, way_out, exactly=True)
         else:
             self._table.create(connection, checkfirst=False)
 
@@ -211,7 +211,7 @@ class KeyedTable:
         limit = self._backend.longest_key
         if limit and name in self._key and isinstance(value, (str, bytes)) and 4 * len(value) > limit:
             raw = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
-            # The index compresses, though less well than this: what it can hold is never refused here.
+            # The index compresses, but less well than zlib: a value that it can hold is never refused here.
             if len(raw) > limit and len(zlib.compress(raw, 9)) > limit:
                 return f"{len(raw):,} bytes are too long for the index of a key, which holds about {limit:,}"
         if name in self._json:

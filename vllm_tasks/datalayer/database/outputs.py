@@ -1,4 +1,4 @@
-"""The outputs table of a database as Arrow has it."""
+"""Reads the outputs table of a database into Arrow."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ POSTGRES = {
     "timestamp without time zone": pa.timestamp("us"),
     "timestamp with time zone": TIMESTAMP,
 }
-"""By the name of the column's type; whatever is not listed is shown as text."""
+"""Arrow types by the name of the column's type; types that are not listed are read as text."""
 TEXTS = ("text", "character varying", "bpchar")
-"""Types of PostgreSQL whose values the driver gives as text."""
+"""Types of PostgreSQL whose values the driver returns as text."""
 SQLITE = {
     "BIGINT": (pa.int64(), {"integer"}),
     "DOUBLE": (pa.float64(), {"real", "integer"}),
     "BOOLEAN": (pa.bool_(), {"integer"}),
     "BLOB": (pa.binary(), {"blob"}),
 }
-"""By the type that we declare, and what SQLite may then have there."""
+"""Arrow types by the type that we declare, with the storage classes that SQLite may have in such a column."""
 OUR_TIME = "____-__-__ __:__:__.______+00:00"
-"""A time as `UtcTime` writes it to SQLite; others may have columns of that type with other texts."""
+"""A time as `UtcTime` writes it to SQLite; columns added by others may have other texts."""
 CHUNK = 50_000
-"""Rows that are Python objects at a time."""
+"""Rows held as Python objects at a time."""
 
 
 def outputs_table(connection: Connection, table: TableName, shape: Shape) -> pa.Table:
-    """The whole table, JSON as text."""
+    """The complete table, with JSON as text."""
     kinds = {name: _arrow(connection, table, name, column.kind) for name, column in shape.items()}
     schema = pa.schema(list(kinds.items()))
     columns = [
@@ -66,7 +66,7 @@ def _arrow(connection: Connection, table: TableName, column: str, kind: str) -> 
 
 
 def _in_sqlite(connection: Connection, table: TableName, column: str, kind: str) -> pa.DataType:
-    """Any value may stand in a column of SQLite's: by the type that was declared if all have it."""
+    """The declared type if all values have it; SQLite allows any value in any column."""
     c = table.clause([column]).c[column]
     if kind == "DATETIME":
         other = sa.select(sa.true()).where(c.not_like(OUR_TIME)).limit(1)
@@ -82,14 +82,14 @@ def _in_sqlite(connection: Connection, table: TableName, column: str, kind: str)
 
 
 def _out_of_range(connection: Connection, table: TableName, column: str) -> bool:
-    """Whether PostgreSQL has times in this column that are no Python value: the driver gives their text."""
+    """Whether a column of PostgreSQL has times that Python lacks; the driver returns those as text."""
     c = table.clause([column]).c[column]
     outside = sa.or_(c < sa.text("'0001-01-02'"), c > sa.text("'9999-12-30'"))
     return connection.execute(sa.select(sa.true()).where(outside).limit(1)).first() is not None
 
 
 def _as_text(kind: str, connection: Connection) -> bool:
-    """Whether the database is asked for the text of a column, as the driver's value may be something else."""
+    """Whether a column is cast to text in the query, because the driver's value may be another."""
     return connection.dialect.name == "postgresql" and kind not in POSTGRES and kind not in TEXTS
 
 

@@ -24,7 +24,7 @@ WIDER = {
     "text": ("character varying",),
     "character varying": ("text",),
 }
-"""Types whose columns hold all values of other types, and compare with them by an index."""
+"""Types whose columns hold all values of narrower types and can be compared with them by an index."""
 
 
 class Postgres(Backend):
@@ -40,7 +40,7 @@ class Postgres(Backend):
         "no pg_hba.conf entry",
         "no password supplied",
     )
-    """What the server says to a new connection that it will refuse tomorrow too; libpq gives no code then."""
+    """Parts of the server's message when it refuses a connection permanently; libpq has no code for it."""
 
     READING = """
         SELECT set_config('idle_in_transaction_session_timeout', '0', true),
@@ -49,8 +49,8 @@ class Postgres(Backend):
             set_config('TimeZone', 'UTC', true), set_config('DateStyle', 'ISO', true),
             set_config('IntervalStyle', 'postgres', true)
     """
-    """Writing what was read aside may take a moment. And a time is the same Python value (its hash is kept)
-    whatever the zone of the session is."""
+    """No timeout ends the transaction while rows are spooled. Times are read in UTC, so that their Python
+    value, and so the stored hash of the input, does not depend on the session's zone."""
 
     def __init__(self, url: URL) -> None:
         super().__init__(url)
@@ -61,9 +61,9 @@ class Postgres(Backend):
         return getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
 
     def hashed(self, columns: Sequence[sa.ColumnElement[Any]]) -> sa.ColumnElement[int]:
-        # Without a collation of its own, a text of columns that have two different ones cannot be hashed.
+        # A text made from columns of two collations can be hashed only with an explicit collation.
         texts = sa.func.concat_ws("\x1f", *(sa.collate(sa.cast(c, sa.Text), "C") for c in columns))
-        # Without its sign bit: the least bigint has no absolute value.
+        # The sign bit is masked: abs() would overflow for the least bigint.
         return sa.func.hashtextextended(texts, 0).op("&")(sa.literal(2**63 - 1, sa.BigInteger()))
 
     def passing(self, error: DBAPIError) -> bool:
@@ -71,16 +71,16 @@ class Postgres(Backend):
         if state is None:
             said = str(error.orig)
             return super().passing(error) and not ("FATAL" in said and any(no in said for no in self.NEVER))
-        # connection, rollback, resources, operator's intervention, system error; lock, idle and
-        # transaction timeout
+        # Classes: connection, rollback, resources, operator intervention, system error. Codes: lock timeout,
+        # idle timeout, transaction timeout.
         return state[:2] in ("08", "40", "53", "57", "58") or state in ("55P03", "25P03", "25P04")
 
-    def rival(self, error: DBAPIError) -> bool:
+    def is_conflict(self, error: DBAPIError) -> bool:
         return self._state(error) in ("23505", "40001", "40P01")
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        with self.told(), self.reader.connect() as connection:
+        with self.translating(), self.reader.connect() as connection:
             connection = connection.execution_options(postgresql_readonly=True)
             connection.exec_driver_sql(self.READING)
             yield connection
@@ -88,7 +88,8 @@ class Postgres(Backend):
     @contextmanager
     def writing(self, table: str) -> Iterator[Connection]:
         with self.engine.begin() as connection:
-            # Rivals on one table come one after the other: none waits for a key in the midst of a commit.
+            # The lock serialises concurrent writers of one table: without it, a commit could wait for another
+            # one's key in the middle of its transaction.
             connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{backends.WAIT:.3f}s'")
             lock = sa.text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
             connection.execute(lock, {"name": table})
@@ -97,19 +98,19 @@ class Postgres(Backend):
     def types(self, connection: Connection, source: sa.FromClause, names: Sequence[str]) -> list[Any]:
         one = sa.select(sa.literal(1).label("one")).subquery("one")
 
-        def told(*columns: sa.ColumnElement[Any]) -> Sequence[Any]:
-            # A row beside none of the source's: what is asked here is known without reading it.
+        def one_row(*columns: sa.ColumnElement[Any]) -> Sequence[Any]:
+            # An outer join that matches no row: types and collations are known without reading the source.
             query = sa.select(*columns).select_from(one.outerjoin(source, sa.false()))
             return connection.execute(query).one()
 
         oids = [sa.cast(sa.func.pg_typeof(source.c[name]), OID) for name in names]
-        types = told(*(sa.func.format_type(oid, -1) for oid in oids))
+        types = one_row(*(sa.func.format_type(oid, -1) for oid in oids))
         pg_type = sa.table("pg_type", sa.column("oid"), sa.column("typcollation"), schema="pg_catalog")
-        collatable = told(
+        collatable = one_row(
             *(sa.select(pg_type.c.typcollation).where(pg_type.c.oid == oid).scalar_subquery() for oid in oids)
         )
         texts = [name for name, collation in zip(names, collatable, strict=True) if collation]
-        collations = told(*(sa.func.pg_collation_for(source.c[n]) for n in texts)) if texts else ()
+        collations = one_row(*(sa.func.pg_collation_for(source.c[n]) for n in texts)) if texts else ()
         own = {n: f" COLLATE {c}" for n, c in zip(texts, collations, strict=True) if c not in (None, DEFAULT)}
         return [Verbatim(spec + own.get(name, "")) for name, spec in zip(names, types, strict=True)]
 
@@ -121,10 +122,10 @@ class Postgres(Backend):
             "SELECT to_regclass(quote_ident(:name)) IS NOT NULL, "
             "to_regnamespace(quote_ident(:schema)) IS NOT NULL"
         )
-        whole, has_schema = connection.execute(query, {"name": name, "schema": schema}).one()
-        if not whole and has_schema:
+        exists, has_schema = connection.execute(query, {"name": name, "schema": schema}).one()
+        if not exists and has_schema:
             return TableName(rest, schema)
-        if not whole and not dots and not name.startswith("_"):  # ours have dots, as a predict_id may
+        if not exists and not dots and not name.startswith("_"):  # our names have the dots of a predict_id
             raise InvalidCall(
                 f"there is no schema {schema!r} in {self.where()} for the table {name!r}: create it, or "
                 "give a name without a dot"
@@ -158,9 +159,9 @@ class Postgres(Backend):
             "LEFT JOIN pg_collation l ON l.oid = a.attcollation "
             "WHERE x.indrelid = to_regclass(:name) AND x.indisunique AND x.indisvalid AND x.indimmediate "
             "AND x.indpred IS NULL AND x.indexprs IS NULL "
-            # A parent of inherited tables shows their rows, which its index does not know.
+            # A parent of inherited tables returns their rows, but its index does not cover them.
             "AND (c.relkind = 'p' OR NOT c.relhassubclass) GROUP BY x.indexrelid "
-            # Where equal texts may be written differently, an index of another collation knows others.
+            # With a nondeterministic collation, an index of another collation has other equal texts.
             "HAVING bool_and(k.coll = a.attcollation OR coalesce(l.collisdeterministic, true))"
         )
         found = connection.execute(query, {"name": _quoted(connection, table)})
@@ -187,7 +188,7 @@ class Postgres(Backend):
         return sa.select(*list(self.key_rows(kinds, ids).c)[:-1])
 
     def key_rows(self, kinds: Sequence[Any], keys: Sequence[Sequence[Any]]) -> sa.TableValuedAlias:
-        # Text that the server reads: it names what is no value of the key's type.
+        # The server parses the texts itself, and its error names a value that is not of the key's type.
         arrays = [
             sa.cast(sa.cast([_text(key[n]) for key in keys], ARRAY(sa.Text)), ARRAY(Verbatim(kind.bare)))
             for n, kind in enumerate(kinds)
@@ -212,7 +213,7 @@ class Postgres(Backend):
         return sa.cast(column, sa.Text) if pa.types.is_string(kind) else column
 
     def bound(self, columns: Sequence[sa.ColumnElement[Any]]) -> list[sa.ColumnElement[Any]]:
-        # The server's own text of a value is what it reads without loss, whatever Python makes of it.
+        # The server's own text of a value is read back without loss; a Python value might not be.
         return [sa.cast(column, sa.Text) for column in columns]
 
     def after(
@@ -235,11 +236,10 @@ def _text(value: Any) -> str:
 
 
 def _set_up_reader(connection: Any, _: Any) -> None:
-    """Nothing is prepared, for a column that is added to a table would spoil a statement that is.
+    """Turn prepared statements off: adding a column to a table would invalidate a prepared statement.
 
-    Times that are no Python value (infinity, before Christ, after 9999) arrive as PostgreSQL's text.
-
-    They are a matter of the row that has them, and not of the query.
+    Times that Python does not have (infinity, before Christ, after 9999) arrive as PostgreSQL's text: they
+    must fail their row, and not the query.
     """
     connection.prepare_threshold = None
     from psycopg import DataError, NotSupportedError

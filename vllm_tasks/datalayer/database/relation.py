@@ -1,4 +1,4 @@
-"""What a `select` names in a database: a table, a view or a SELECT; its columns and its key."""
+"""The table, view or SELECT that a `select` names in a database, with its columns and its key."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from vllm_tasks.errors import InvalidCall, near
 
 logger = logging.getLogger(__name__)
 
-# The first loop gives nothing back, so that the time grows with the length of the text and no faster.
+# The first loop is possessive: without backtracking, the time is linear in the length of the text.
 STATEMENT = re.compile(r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*+(?:select|with)\b", re.IGNORECASE | re.DOTALL)
 NO_KEYS = ("json", "jsonb", "xml", "hstore", "point", "interval", "xid", "cid")
-"""Types whose values are not hashable, have no equality or no order, or are equal and unlike."""
+"""Types whose values are not hashable, have no equality or no order, or may be equal but different."""
 
 
 @dataclass(frozen=True)
 class Relation:
-    """What `select` names."""
+    """The rows that `select` names."""
 
     backend: Backend
     rows: sa.FromClause
     columns: tuple[str, ...]
     table: TableName | None
-    """When it is a table or view."""
+    """Its name, if it is a table or view."""
 
     @classmethod
     def of(
         cls, backend: Backend, connection: Connection, select: str, wanted: Sequence[str] | None
     ) -> Relation:
-        """Raises `InvalidCall` unless it has each wanted column once, or all when None."""
+        """The relation; raises `InvalidCall` unless it has each of the `wanted` columns (None: all) once."""
         select = select.strip()
         if not is_text(select):
             raise InvalidCall(f"select={select[:200]!r} has half a character (a lone surrogate)")
@@ -46,7 +46,7 @@ class Relation:
         if table:
             clause: sa.TableClause | sa.TextClause = table.clause()
         elif STATEMENT.match(select):
-            # Every colon is escaped: a colon and a name would be a parameter of SQLAlchemy's.
+            # Every colon is escaped: SQLAlchemy takes a colon and a name for a parameter.
             clause = sa.text(select.rstrip("; \t\r\n").replace(":", "\\:") + "\n")
         else:
             inspector = sa.inspect(connection)
@@ -69,8 +69,8 @@ class Relation:
 
     def query(self, *columns: sa.ColumnElement[Any]) -> sa.Select[Any]:
         """These columns of all rows."""
-        # A statement with a parameter takes the protocol in which PostgreSQL refuses to run two of them,
-        # so that text that breaks out of the subquery runs not at all.
+        # Dangerous to simplify: a parameter selects the protocol in which PostgreSQL refuses two statements
+        # in one text, so that a `select` that breaks out of the subquery does not run at all.
         return sa.select(*columns).select_from(self.rows).where(sa.literal(1) == 1)
 
     def kinds(self, connection: Connection, key: Sequence[str]) -> list[Any]:
@@ -87,7 +87,7 @@ class Relation:
         return kinds
 
     def index(self, connection: Connection, key: Sequence[str]) -> tuple[str, ...] | None:
-        """Columns of the key that an index says are unique, in its order."""
+        """Columns of the key that are unique by an index, in the index's order."""
         if self.table is None:
             return None
         found = self.backend.unique(connection, self.table)
@@ -97,7 +97,7 @@ class Relation:
         """Raise `InvalidCall` for keys that are NULL or not unique, with their count and an example."""
         columns = [self.rows.c[name].label(f"_key{i}") for i, name in enumerate(key)]
         if not self.index(connection, key):
-            logger.info("no unique index on %s says that keys are unique: counting them", ", ".join(key))
+            logger.info("checking that keys are unique, since %s has no unique index", ", ".join(key))
             groups = self.query(*columns, sa.func.count().label("_rows"))
             groups = groups.group_by(*(c.element for c in columns))
             groups = groups.where(*(c.element.is_not(None) for c in columns))
@@ -106,15 +106,15 @@ class Relation:
             some = sa.select(*twice.c, sa.func.count().over(), rows.over()).limit(1)
             if row := connection.execute(some).first():
                 raise InvalidCall(
-                    f"the key {', '.join(key)} is not unique: {row[-2]} keys stand in {row[-1]} rows, for "
-                    f"example {_shown(key, row)} in {row[-3]}; give a primary_id that identifies a row"
+                    f"the key {', '.join(key)} is not unique: {row[-2]} keys occur in {row[-1]} rows, for "
+                    f"example {_display(key, row)} in {row[-3]}; give a primary_id that identifies a row"
                 )
         null = sa.or_(*(c.element.is_(None) for c in columns))
         if empty := connection.execute(self.query(sa.func.count()).where(null)).scalar():
             row = connection.execute(self.query(*columns).where(null).limit(1)).first()
             raise InvalidCall(
                 f"the key {', '.join(key)} is NULL in {empty} rows"
-                + (f", for example {_shown(key, row)}" if row is not None and len(key) > 1 else "")
+                + (f", for example {_display(key, row)}" if row is not None and len(key) > 1 else "")
                 + "; leave them out with a WHERE, or give another primary_id"
             )
 
@@ -157,12 +157,12 @@ def _rows(clause: sa.TableClause | sa.TextClause, columns: Sequence[str]) -> sa.
 
 
 def _refuse_cases(columns: Sequence[str]) -> None:
-    """SQLite takes Text and text for one column, and gives the first of them."""
+    """Refuse names that differ only in case: SQLite takes them for one column and returns the first."""
     found: dict[bytes, str] = {}
     for name in columns:
         other = found.setdefault(
             name.encode(errors="surrogatepass").lower(), name
-        )  # as SQLite does, of ASCII only
+        )  # as SQLite does, for ASCII only
         if other != name:
             raise InvalidCall(
                 f"the select has the columns {other!r:.100} and {name!r:.100}, which are one in "
@@ -175,5 +175,5 @@ def _near(name: str, names: Sequence[str]) -> str:
     return f"{near(name, names)}; there is {there or 'nothing'}"
 
 
-def _shown(key: Sequence[str], row: Sequence[Any]) -> str:
+def _display(key: Sequence[str], row: Sequence[Any]) -> str:
     return ", ".join(f"{name}={value!r:.100}" for name, value in zip(key, row, strict=False))

@@ -1,4 +1,4 @@
-"""SQLite: opened read-only for reads, which are never long, as a reader holds up the writer."""
+"""SQLite: opened read-only for reads, which are kept short, because a reader blocks the writer."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from vllm_tasks.datalayer.database.backends import Backend, Column, Shape, Table
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 from vllm_tasks.places import check_place
 
-PATIENCE = 10.0
-"""Seconds that a count may hold up the commits of an SQLite database without a write-ahead log."""
+COUNT_TIMEOUT = 10.0
+"""Seconds that a count may block the commits of an SQLite database without a write-ahead log."""
 COUNTED = 50_000
-"""Rows that SQLite counts in one read."""
+"""Rows that are counted in one read."""
 AFFINITIES = {
     "INTEGER": ("INT",),
     "TEXT": ("CHAR", "CLOB", "TEXT"),
     "BLOB": ("BLOB",),
     "REAL": ("REAL", "FLOA", "DOUB"),
 }
-"""In the order in which SQLite looks for them."""
+"""Parts of type names by affinity, in the order in which SQLite looks for them."""
 HASH = "vllm_tasks_hash"
-"""SQLite has no function that tells shards apart; this one is ours."""
+"""Our own hash function, which assigns rows to shards: SQLite has none."""
 
 
 def _hash(*key: bytes) -> int:
@@ -41,7 +41,7 @@ def _hash(*key: bytes) -> int:
 
 
 def affinity(kind: str) -> str:
-    """What SQLite makes of a declared type: https://www.sqlite.org/datatype3.html#determination_of_column_affinity"""
+    """SQLite's affinity of a declared type: https://www.sqlite.org/datatype3.html#determination_of_column_affinity"""
     kind = kind.upper()
     for found, parts in AFFINITIES.items():
         if any(part in kind for part in parts):
@@ -50,7 +50,7 @@ def affinity(kind: str) -> str:
 
 
 class Sqlite(Backend):
-    """Reads on connections opened read-only, and never for long: a reader would hold up our own writer."""
+    """Reads on read-only connections, and never for long: a reader would block our own writer."""
 
     keeps_outputs = leaves_results = True
     server_side = False
@@ -61,8 +61,8 @@ class Sqlite(Backend):
         name = url.database or ""
         if name in ("", ":memory:") or name.startswith("file:") or url.query:
             raise InvalidCall(
-                "an SQLite datalayer is a plain file, as in sqlite:///file.db: a database in memory "
-                "would be another one for each connection, and options are not taken"
+                "an SQLite datalayer must be a plain file, as in sqlite:///file.db: a database in memory "
+                "would be a separate one for each connection, and options are not supported"
             )
         self.path = Path(name).expanduser().absolute()
         check_place("the database", str(self.path))
@@ -73,7 +73,8 @@ class Sqlite(Backend):
         if more:
             return super()._engine(**more)
         engine = super()._engine(poolclass=QueuePool, creator=lambda: self._connect("rw"))
-        # The driver's own idea of when a transaction begins would let two of them read before they write.
+        # By the driver's default a transaction begins with its first write, so two writers could both read
+        # before either writes. IMMEDIATE takes the write lock first.
         sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
         return engine
 
@@ -81,12 +82,12 @@ class Sqlite(Backend):
         if not self.path.exists():
             raise InvalidCall(f"there is no database {str(self.path)!r}")
         if mode == "ro" and Path(f"{self.path}-journal").exists():
-            # Of a writer that was killed, perhaps: its transaction must be rolled back before anyone
-            # reads, which a connection that may not write cannot do. Any read does it.
+            # The journal may be left by a writer that was killed (`kill -9`). Its transaction must be rolled
+            # back before anyone reads, which only a writable connection can do; any read on it does.
             with closing(self._opened("rw")) as writer, suppress(sqlite3.Error):
                 writer.execute("SELECT 1 FROM sqlite_master").fetchone()
         connection = self._opened(mode)
-        # Bytes that are no UTF-8 fail the row that has them, where its prompt is made, and not the query.
+        # Bytes that are not UTF-8 must fail their row, when its prompt is made, and not the query.
         connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
         connection.create_function(HASH, -1, _hash, deterministic=True)
         return connection
@@ -101,7 +102,7 @@ class Sqlite(Backend):
         )
 
     def hashed(self, columns: Sequence[sa.ColumnElement[Any]]) -> sa.ColumnElement[int]:
-        # The bytes of the text: Python's sqlite3 fails over an argument that is no UTF-8, as a BLOB may be.
+        # Values are passed as bytes: Python's sqlite3 fails over a text argument that is not UTF-8.
         return sa.Function(HASH, *(sa.cast(c, sa.LargeBinary) for c in columns), type_=sa.Integer())
 
     def passing(self, error: DBAPIError) -> bool:
@@ -133,8 +134,8 @@ class Sqlite(Backend):
         there = sa.text("SELECT name FROM sqlite_master WHERE name = :name COLLATE NOCASE")
         if (found := connection.execute(there, {"name": name}).scalar()) not in (None, name):
             raise InvalidCall(
-                f"there is a table {found!r} in {self.where()}, which SQLite does not tell from {name!r}: "
-                "write it in the same way, or give another predict_id or name"
+                f"there is a table {found!r} in {self.where()}, which is the same as {name!r} to SQLite: "
+                "use the same case, or give another predict_id or name"
             )
         query = sa.text(
             'SELECT name, type, "notnull", dflt_value IS NOT NULL OR hidden FROM pragma_table_xinfo(:name)'
@@ -177,7 +178,7 @@ class Sqlite(Backend):
     def counted(
         self, connection: Connection, source: sa.FromClause, table: TableName | None, query: sa.Select[Any]
     ) -> Iterator[Sequence[Any]]:
-        # Without a write-ahead log no commit passes a read: many short ones, or one that gives up.
+        # Without a write-ahead log a read blocks all commits: read in many short parts, or give up in time.
         rowid = table and self._rowid(connection, source, table)
         if rowid is None:
             yield self._counted_soon(connection, query)
@@ -194,7 +195,7 @@ class Sqlite(Backend):
     def _rowid(
         self, connection: Connection, source: sa.FromClause, table: TableName
     ) -> sa.ColumnElement[Any] | None:
-        """The number that SQLite itself gives each row of a table."""
+        """SQLite's own number of each row of a table, None if it has none."""
         taken = {column.casefold() for column in self._columns(connection, *table)}
         alias = next((a for a in ("rowid", "oid", "_rowid_") if a not in taken), None)
         kind = sa.text("SELECT type FROM sqlite_master WHERE name = :name COLLATE NOCASE")
@@ -213,7 +214,7 @@ class Sqlite(Backend):
 
     def _counted_soon(self, connection: Connection, query: sa.Select[Any]) -> Sequence[Any]:
         if connection.exec_driver_sql("PRAGMA journal_mode").scalar() != "wal":
-            end = time.monotonic() + PATIENCE
+            end = time.monotonic() + COUNT_TIMEOUT
             driver: Any = connection.connection.driver_connection
             driver.set_progress_handler(lambda: time.monotonic() > end, 10_000)
         try:
@@ -222,6 +223,6 @@ class Sqlite(Backend):
             if getattr(e.orig, "sqlite_errorcode", None) != sqlite3.SQLITE_INTERRUPT:
                 raise
             raise TablesUnavailable(
-                f"{self.where()}: to count the rows of this select takes more than {PATIENCE:g} s, in which "
-                "nothing could be committed (PRAGMA journal_mode = WAL lets both go on)"
+                f"{self.where()}: counting the rows of this select takes more than {COUNT_TIMEOUT:g} s, in "
+                "which nothing could be committed (with PRAGMA journal_mode = WAL, both are possible)"
             ) from e

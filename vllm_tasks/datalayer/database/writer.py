@@ -1,4 +1,4 @@
-"""The outputs table of a database: made once with the source's own key types, written in transactions."""
+"""The outputs table of a database: created once with the source's key types, written in transactions."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from vllm_tasks.errors import InvalidCall
 logger = logging.getLogger(__name__)
 
 WAY_OUT = "give another predict_id, or drop that table if its answers are not needed"
-"""For outputs that are there with other columns."""
+"""The way out when outputs exist with other columns."""
 
 
 def made(place: TableName, table: OutputTable, key: Sequence[str], key_kinds: Sequence[Any]) -> sa.Table:
-    """The table as SQLAlchemy makes it."""
+    """The table as SQLAlchemy creates it."""
     columns = [sa.Column(name, kind, nullable=False) for name, kind in zip(key, key_kinds, strict=True)]
     columns += [sa.Column(column.name, KINDS[column.kind]) for column in table.columns]
     if table.flatten:
@@ -37,7 +37,8 @@ def made(place: TableName, table: OutputTable, key: Sequence[str], key_kinds: Se
     columns += [sa.Column(name, KINDS[kind]) for name, kind in OWN_COLUMNS.items()]
     result = sa.Table(place.name, sa.MetaData(), *columns, schema=place.schema)
     if table.flatten:
-        # An empty list is one row without a position. At 0 any two outcomes of a key meet.
+        # An empty list is one row without a position. It counts as position 0, so that any two outcomes of
+        # one key, committed by concurrent writers, conflict in the index.
         position = sa.func.coalesce(result.c[POSITION], sa.literal_column("0"))
         name = "_key_" + sha256(place.name.encode()).hexdigest()[:16]
         sa.Index(name, *(result.c[k] for k in key), position, unique=True)
@@ -49,15 +50,15 @@ def made(place: TableName, table: OutputTable, key: Sequence[str], key_kinds: Se
 def refuse_shape(
     backend: Backend, place: TableName, shape: Shape, key: Sequence[str], key_kinds: Sequence[Any]
 ) -> None:
-    """Raise `InvalidCall` where outputs that are there have another key, whatever else they have."""
+    """Raise `InvalidCall` if existing outputs have another key; their other columns do not matter."""
     expected = shape_of(made(place, OutputTable(place.name, ()), key, key_kinds), backend.engine.dialect)
     known = {name: column for name, column in shape.items() if name in expected}
     narrow = _narrow(backend, known, expected, key)
-    refuse_differences(backend, place.whole, {**known, **narrow}, expected, WAY_OUT)
+    refuse_differences(backend, place.full, {**known, **narrow}, expected, WAY_OUT)
 
 
 def _narrow(backend: Backend, there: Shape, expected: Shape, key: Sequence[str]) -> Shape:
-    """The key's columns, as expected, that hold less than the source's, which somebody has widened."""
+    """The expected key columns that are narrower in the outputs, since the source's key was widened."""
     return {
         name: expected[name]
         for name in key
@@ -70,8 +71,8 @@ def _narrow(backend: Backend, there: Shape, expected: Shape, key: Sequence[str])
 class DatabaseWriter:
     """`Writer` of one outputs table.
 
-    Of a key that is in one commit twice, as its row came up twice when the source changed under the run,
-    the later outcome is kept, whole.
+    If one commit has a key twice, because the source changed during the run and its row came up twice, the
+    later outcome is kept completely.
     """
 
     def __init__(
@@ -97,8 +98,8 @@ class DatabaseWriter:
             if self._shape():
                 raise
             raise InvalidCall(
-                f"the outputs {self._place.whole!r} were dropped or renamed under the run ({e}); give them "
-                "their name again, or run it again to make them anew"
+                f"the outputs {self._place.full!r} were dropped or renamed during the run ({e}); rename them "
+                "back, or run it again to create new ones"
             ) from e
 
     def unstorable(self, row: Row) -> str | None:
@@ -110,7 +111,7 @@ class DatabaseWriter:
 
     def _refuse_names(self, table: OutputTable) -> None:
         if table.partition_by or table.compression:
-            raise InvalidCall("partition_by and compression are of a lake; a database takes neither")
+            raise InvalidCall("partition_by and compression are options of a lake; a database has neither")
         columns = [column.name for column in table.columns]
         names = [*self._key, *columns, POSITION, *OWN_COLUMNS]
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -127,17 +128,17 @@ class DatabaseWriter:
                 with self._backend.engine.begin() as connection:
                     self._table.create(connection, checkfirst=False)
             except DBAPIError as e:
-                if not self._shape():  # no rival made it
+                if not self._shape():  # otherwise a concurrent writer created it
                     raise self._backend.translated(e) from e
         expected = shape_of(self._table, self._backend.engine.dialect)
         there = self._shape()
         if narrow := _narrow(self._backend, there, expected, self._key):
             self._widen(narrow)
             there = self._shape()
-        refuse_differences(self._backend, self._place.whole, there, expected, WAY_OUT)
+        refuse_differences(self._backend, self._place.full, there, expected, WAY_OUT)
 
     def _widen(self, columns: Shape) -> None:
-        """The source's key was widened, so the outputs' is: else a key would come that it cannot hold."""
+        """Widen the outputs' key as the source's key was: it could not hold every new key otherwise."""
         quote = self._backend.engine.dialect.identifier_preparer
         specs = {name: self._table.c[name].type.compile(quote.dialect) for name in columns}
         types = ", ".join(f"ALTER COLUMN {quote.quote_identifier(n)} TYPE {specs[n]}" for n in specs)
@@ -153,7 +154,7 @@ class DatabaseWriter:
             raise error from e
 
     def _may_update(self, table: OutputTable) -> bool:
-        """Whether a row may be replaced in its place, so that what others keep in it stays."""
+        """Whether rows may be updated in place, so that values in columns added by others stay."""
         if table.flatten:
             return False
         with self._backend.reading() as connection:

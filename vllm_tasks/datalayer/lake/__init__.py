@@ -1,1 +1,1 @@
-"""Lakes: folders and fsspec URLs, whose outputs are Delta tables."""
+"""Lakes: folders and fsspec URLs that keep outputs as Delta tables."""

@@ -1,4 +1,4 @@
-"""Delta tables through delta-rs: found, made, read; their columns; errors as what the caller does next."""
+"""Delta tables through delta-rs: finding, creating and reading them, their columns and their errors."""
 
 from __future__ import annotations
 
@@ -49,29 +49,29 @@ JSON = {"json": "1"}
 """Metadata of a text column that holds JSON."""
 CODECS = ("UNCOMPRESSED", "SNAPPY", "GZIP", "BROTLI", "LZ4_RAW", "ZSTD")
 UNNAMEABLE = re.compile(r"[][\\^|]|%[0-9A-Fa-f]{2}")
-"""What delta-rs 1.6 fails over, or panics, in a table's path."""
+"""Characters in a table's path over which delta-rs 1.6 fails or panics."""
 MANGLED = re.compile(r"[#?\x00-\x1f\x7f]| $")
-"""What it leaves out of a URL, with what follows #, ?: the tables `a` and `a#1` would be one."""
+"""Characters that delta-rs drops from a URL, with all after # or ?: `a` and `a#1` would be one table."""
 ONCE = CommitProperties(max_commit_retries=0)
-"""Commit as the version after the one loaded, or fail: delta-rs's own retries would let two appends of
-one key pass."""
+"""Commit as the version after the loaded one, or fail. Dangerous to change: with delta-rs's own retries, two
+concurrent appends of one key would both succeed, and the key would be there twice."""
 COLOURS = re.compile("\x1b\\[[0-9;]*m|↳")
-"""What delta-rs draws its errors with."""
+"""Terminal colours and arrows in errors of delta-rs."""
 REMOTE = re.compile(r"(\w+ Error: )?Traceback \(.*?\n(?P<words>\S[^\n]*)", re.DOTALL)
-"""What DuckDB says when an fsspec filesystem fails: a traceback, which ends with the filesystem's words."""
+"""DuckDB's error when an fsspec filesystem fails: a traceback that ends with the filesystem's message."""
 SAID_BY_DUCKDB = re.compile(r"([A-Z]\w+ )+Error: ")
 PASSING = re.compile(
     "^(IO|HTTP|Out of Memory|INTERRUPT|Connection) Error"
     "|^Invalid Input Error: reading the stream registered as .* failed: IOError"
     "|^External error: .*Object Store error: "
 )
-"""DuckDB's errors of what is not there now: its own, and those of the files that Arrow reads for it."""
+"""Temporary errors of DuckDB: its own, and those of files that Arrow reads for it."""
 UNSUPPORTED = re.compile("Unsupported: |Invalid protocol|[Cc]atalog version|Unsupported table features")
-"""In what delta-rs says of a table of another kind than it knows."""
+"""Parts of delta-rs's errors about a table whose format it does not support."""
 ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-"""How a URL begins."""
+"""The scheme at the beginning of a URL."""
 FOOTERS_AT_ONCE = 16
-"""Files of a table whose types are looked up at once."""
+"""Files of a table whose types are read at once."""
 DENIED = re.compile("permission denied|accessdenied|access denied|forbidden", re.IGNORECASE)
 
 
@@ -81,7 +81,7 @@ def quoted(name: str) -> str:
 
 
 def storage_options(url: str) -> dict[str, str] | None:
-    """What delta-rs is told beyond the environment."""
+    """Options for delta-rs in addition to the environment's."""
     if "://" not in url:
         return None
     options = {"max_retries": "4", "retry_timeout": "30s", "connect_timeout": "5s"}
@@ -94,7 +94,7 @@ def storage_options(url: str) -> dict[str, str] | None:
 
 
 def plain(error: BaseException) -> str:
-    """The words of an error, on one line, without who may log in to a URL in them."""
+    """The message of an error on one line, without credentials in URLs."""
     words = str(error)
     if match := REMOTE.match(words):
         words = match["words"]
@@ -103,10 +103,10 @@ def plain(error: BaseException) -> str:
 
 @contextmanager
 def storage_errors(doing: str) -> Iterator[None]:
-    """Errors of files, delta-rs, Arrow and DuckDB as what the caller does next, with their own words.
+    """Translate errors of files, delta-rs, Arrow and DuckDB into ours, with their own messages.
 
-    Each of them passes on the others' errors as its own, told apart by their words only: what is not denied
-    may pass, but not what DuckDB says of a statement or of what is in a file.
+    Each library passes on the others' errors as its own, so only the messages distinguish them. Everything
+    is temporary except refused access and DuckDB's errors about a statement or the contents of a file.
     """
     try:
         yield
@@ -124,27 +124,27 @@ def _lasts(error: Exception, words: str) -> bool:
         return True
     if isinstance(error, DeltaError) or REMOTE.match(str(error)) or PASSING.search(words):
         return False
-    # What fails in the middle of a stream comes as Arrow's OSError, with DuckDB's words.
+    # A failure in the middle of a stream arrives as Arrow's OSError with DuckDB's message.
     return not isinstance(error, OSError) or bool(SAID_BY_DUCKDB.match(words))
 
 
 def find_table(url: str) -> DeltaTable | None:
-    """The latest version, None when there is no table; raises `InvalidCall` for a name that Delta refuses."""
+    """The latest version, None if there is no table; raises `InvalidCall` for a name that Delta refuses."""
     if match := UNNAMEABLE.search(url) or ("://" in url and MANGLED.search(url)) or None:
         raise InvalidCall(
-            f"no Delta table can be in {without_secrets(url)!r}, because of the {match[0]!r} in it; move "
+            f"a Delta table cannot be in {without_secrets(url)!r}, because of the {match[0]!r} in it; move "
             "the lake, or give another predict_id or name"
         )
     with storage_errors(f"cannot read {without_secrets(url)}"):
         try:
-            # `DeltaTable.is_deltatable` would hold the GIL, and with it all threads, while it waits.
+            # `DeltaTable.is_deltatable` would hold the GIL, and so block all threads, while it waits.
             return DeltaTable(url, storage_options=storage_options(url))
         except TableNotFoundError:
             return None
 
 
 def open_table(url: str) -> DeltaTable:
-    """The latest version; raises `InvalidCall` when there is none."""
+    """The latest version; raises `InvalidCall` if there is no table."""
     if (table := find_table(url)) is None:
         raise InvalidCall(f"there is no Delta table {without_secrets(url)!r}")
     return table
@@ -153,14 +153,14 @@ def open_table(url: str) -> DeltaTable:
 def dataset(table: DeltaTable) -> ds.Dataset:
     """The table as pyarrow reads it.
 
-    Raises `InvalidCall` for a table whose files are not its rows as they are, or not in its folder.
+    Raises `InvalidCall` for a table whose files alone are not its rows, or are not in its folder.
 
-    Local files by Arrow's own filesystem: delta-rs's one has Arrow's threads call Python, and of 15
-    processes that ended right after reading 9 M rows so, 9 aborted; with this one, none.
+    Local files are read by Arrow's own filesystem. With delta-rs's filesystem, Arrow's threads call Python: 9
+    of 15 processes that ended right after reading 9 M rows aborted; with Arrow's, none.
     """
     uri = table.table_uri
     if used := beyond_plain(table):
-        # pyarrow would give NULL for renamed columns, and rows that were deleted.
+        # pyarrow would return NULL for renamed columns, and would return deleted rows.
         raise InvalidCall(
             f"the Delta table {without_secrets(uri)!r} uses {', '.join(used)}, which cannot be read here; "
             "drop the feature from the table, or copy its rows into one without it"
@@ -169,14 +169,14 @@ def dataset(table: DeltaTable) -> ds.Dataset:
     folder = unquote(urlsplit(uri).path) if uri.startswith("file://") else uri
     files = SubTreeFileSystem(folder, LocalFileSystem()) if local else None
     refuse_outside(table)
-    # Spark writes times as INT96, of which pyarrow would make nanoseconds: those hold the years 1677 to 2262.
+    # Spark writes times as INT96, which pyarrow would read as nanoseconds: those cover only 1677 to 2262.
     micros = ParquetReadOptions(coerce_int96_timestamp_unit="us")
     return table.to_pyarrow_dataset(filesystem=files, parquet_read_options=micros)
 
 
 def refuse_outside(table: DeltaTable) -> None:
-    """Raise `InvalidCall` for a table whose log names files outside of its folder."""
-    # As the log has them: `file_uris` shows also those that are elsewhere as if they were inside.
+    """Raise `InvalidCall` for a table whose log names files outside its folder."""
+    # Paths are taken from the log: `file_uris` lists files that are elsewhere as if they were inside.
     for path in pa.table(table.get_add_actions(flatten=True))["path"].to_pylist():
         decoded = unquote(path)
         if ELSEWHERE.match(path) or decoded.startswith("/") or ".." in decoded.split("/"):
@@ -190,7 +190,7 @@ def filterable(table: DeltaTable) -> ds.Dataset | ds.Scanner:
     """The table as DuckDB reads it.
 
     Merges of delta-rs write text as `string_view`, whose bounds in a file Arrow cannot compare with the text
-    that DuckDB filters by: from a scanner, DuckDB takes all columns and filters without those bounds.
+    that DuckDB filters by. From a scanner, DuckDB reads all columns and filters without those bounds.
     """
     whole = dataset(table)
     with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
@@ -200,7 +200,7 @@ def filterable(table: DeltaTable) -> ds.Dataset | ds.Scanner:
 
 
 def table_schema(key: dict[str, pa.DataType], table: OutputTable) -> pa.Schema:
-    """Raises `InvalidCall` when two columns would have one name."""
+    """The schema of an outputs table; raises `InvalidCall` if two columns would have one name."""
     fields = [pa.field(name, kind) for name, kind in key.items()]
     fields += [
         pa.field(c.name, ARROW_TYPES[c.kind], metadata=JSON if c.kind == "json" else None)
@@ -221,23 +221,23 @@ def table_schema(key: dict[str, pa.DataType], table: OutputTable) -> pa.Schema:
 
 
 def indexed(key: Iterable[pa.DataType]) -> int:
-    """How many columns get bounds by which a merge skips files: the key's, or none.
+    """How many columns get bounds by which a merge skips files: those of the key, or none.
 
-    Never those of what the model said, which would fill the log.
+    Columns of the model's output get none: their bounds would fill the log.
     """
     kinds = list(key)
     return len(kinds) if all(map(_has_exact_bounds, kinds)) else 0
 
 
 def _has_exact_bounds(kind: pa.DataType) -> bool:
-    """delta-rs 1.6 writes wrong bounds of decimals (as a float, or the next 64-bit integer), and rounds
-    timestamps: a merge then passes over rows that it should take."""
+    """Whether delta-rs 1.6 writes exact bounds of a type. It writes decimals as a float or the next 64-bit
+    integer, and rounds timestamps; with such bounds a merge skips rows that it should replace."""
     exact = (pa.types.is_int64, pa.types.is_string, pa.types.is_date32, pa.types.is_boolean)
     return any(is_one(kind) for is_one in exact)
 
 
 def refuse_taken(url: str) -> None:
-    """Raise `InvalidCall` when there are files in the folder: cleaning up a Delta table would remove them."""
+    """Raise `InvalidCall` if the folder has files: the vacuum of a Delta table would remove them."""
     fs, path = (
         fsspec.url_to_fs(url, skip_instance_cache=True)
         if "://" in url
@@ -252,7 +252,7 @@ def refuse_taken(url: str) -> None:
     if names and "_delta_log" not in names:
         raise InvalidCall(
             f"{without_secrets(url)!r} is no Delta table but has files, for example {min(names)!r}; give "
-            "another predict_id or name, or move them away"
+            "another predict_id or name, or move the files away"
         )
 
 
@@ -263,7 +263,7 @@ def make_table(
     partition_by: tuple[str, ...] = (),
     way_out: str = "give another predict_id",
 ) -> DeltaTable:
-    """The table, made unless it is there; raises `InvalidCall` when it is there with another shape."""
+    """The table, created unless it exists; raises `InvalidCall` if it exists with another shape."""
     refuse_partitions(schema, keys, partition_by)
     made = find_table(url)
     if made is None:
@@ -282,20 +282,20 @@ def make_table(
             made = find_table(url)
             if made is None:
                 raise
-            # A rival made it in this moment.
+            # A concurrent writer created the table at the same moment.
     refuse_unwritable(made, way_out)
     refuse_differences(made, schema, partition_by, way_out)
     return made
 
 
 def writer_properties(compression: str | None, schema: pa.Schema, keys: int) -> WriterProperties:
-    """Without wrong bounds of the first `keys` columns, the key, whatever the table's properties are.
+    """Parquet options that suppress wrong bounds of the key (the first `keys` columns) in every table.
 
     Raises `InvalidCall` for a compression that Parquet does not have.
     """
     chosen: Any = (compression or "zstd").upper()
     if chosen not in CODECS:
-        raise InvalidCall(f"compression={compression!r} is none of {', '.join(CODECS).lower()}")
+        raise InvalidCall(f"compression={compression!r} is not one of {', '.join(CODECS).lower()}")
     bounds = {
         field.name: ColumnProperties(statistics_enabled="NONE")
         for field in list(schema)[:keys]
@@ -305,7 +305,7 @@ def writer_properties(compression: str | None, schema: pa.Schema, keys: int) -> 
 
 
 def arrow_column(name: str, kind: pa.DataType, values: Sequence[Any], as_json: bool = False) -> pa.Array:
-    """Raises ValueError naming the column when a value does not fit."""
+    """The column in Arrow; raises ValueError naming it when a value does not fit."""
     try:
         if as_json:
             values = [None if v is None else to_json(v) for v in values]
@@ -319,7 +319,7 @@ def arrow_column(name: str, kind: pa.DataType, values: Sequence[Any], as_json: b
 
 
 def problem_of(field: pa.Field, in_partition: bool = False) -> Callable[[Any], str | None]:
-    """The function that says why a column cannot hold a value, None when it can."""
+    """A function that returns why the column cannot hold a value, None if it can."""
     if in_partition and pa.types.is_string(field.type):
         as_json = bool((field.metadata or {}).get(b"json"))
         return lambda v: (

@@ -1,4 +1,4 @@
-"""The shape of a Delta table that is written to: the columns it must have, and those that users added."""
+"""The shape of a Delta table to write to: the columns it must have, and those that users added."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from vllm_tasks.errors import InvalidCall
 from vllm_tasks.places import without_secrets
 
 PLAIN_FEATURES = {"timestampNtz"}
-"""Reader features with which each file of a table is rows of the table, as they are."""
+"""Reader features that leave the rows of a file as they are in the table."""
 FILLED_BY_DELTA = ("delta.generationExpression", "delta.identity")
-"""What the metadata of a column begins with whose values delta-rs would have to make, and cannot."""
+"""Prefixes in the metadata of a column whose values delta-rs would have to generate, and cannot."""
 BEHIND = "_created_at"
-"""The last column that all outputs have of ours, whatever version made them."""
+"""The last of our columns that outputs of every version have."""
 
 
 def arrow_schema(table: DeltaTable) -> pa.Schema:
-    """The table's, in pyarrow's types."""
+    """The table's schema in pyarrow's types."""
     return pa.schema(table.schema())
 
 
 def added_columns(there: Sequence[str]) -> list[str]:
-    """The columns that users added to outputs with the columns `there`: they stand behind `BEHIND`.
+    """The columns that users added to outputs with the columns `there`: those after `BEHIND`.
 
-    What stands before is of another shape, such as that of an earlier `output_schema`.
+    Unknown columns before it belong to another shape, such as that of an earlier `output_schema`.
     """
     behind = there[there.index(BEHIND) + 1 :] if BEHIND in there else ()
     return [name for name in behind if name not in OWN_COLUMNS]
 
 
 def beyond_plain(table: DeltaTable) -> list[str]:
-    """What of the Delta format the table uses, in words, with which its files alone are not its rows."""
+    """Names of the Delta features with which the table's files alone are not its rows."""
     features = set(table.protocol().reader_features or ())
     if mapping_mode(table) is not None:
         features.add("columnMapping")
@@ -43,40 +43,40 @@ def beyond_plain(table: DeltaTable) -> list[str]:
 
 
 def mapping_mode(table: DeltaTable) -> str | None:
-    """How columns are found in files, `name` or `id`; None when by the names that they have in the table."""
+    """How columns are mapped to those in files, `name` or `id`; None if they have the same names."""
     mode = table.metadata().configuration.get("delta.columnMapping.mode", "none")
     return None if mode == "none" else mode
 
 
 def named_feature(feature: str) -> str:
-    """A feature of Delta's protocol as people know it: `deletionVectors` are deletion vectors."""
+    """A feature of Delta's protocol in plain words: `deletionVectors` are deletion vectors."""
     words = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in feature)
     return words.strip()
 
 
 def refuse_unwritable(table: DeltaTable, way_out: str) -> None:
-    """Raise `InvalidCall` for a table that somebody has changed so that rows cannot be replaced in it."""
-    shown = without_secrets(table.table_uri)
+    """Raise `InvalidCall` for a table that was changed so that its rows cannot be replaced."""
+    display = without_secrets(table.table_uri)
     if used := beyond_plain(table):
         raise InvalidCall(
-            f"the table {shown!r} uses {', '.join(used)}, with which delta-rs does not replace rows exactly; "
+            f"the table {display!r} uses {', '.join(used)}, with which delta-rs cannot replace rows exactly; "
             f"drop the feature from the table, or {way_out}"
         )
     if table.metadata().configuration.get("delta.appendOnly", "").lower() == "true":
         raise InvalidCall(
-            f"the table {shown!r} has the property delta.appendOnly, with which no row can be replaced; "
+            f"the table {display!r} has the property delta.appendOnly, with which no row can be replaced; "
             f"set it to false, or {way_out}"
         )
     for field in table.schema().fields:
         if any(name.startswith(FILLED_BY_DELTA) for name in field.metadata):
             raise InvalidCall(
-                f"the column {field.name!r} of the table {shown!r} is generated, which delta-rs "
+                f"the column {field.name!r} of the table {display!r} is generated, which delta-rs "
                 f"cannot write; drop it, or {way_out}"
             )
 
 
 def refuse_partitions(schema: pa.Schema, keys: int, partition_by: Sequence[str]) -> None:
-    """Raise `InvalidCall` unless the columns are there and of types that partitions hold exactly.
+    """Raise `InvalidCall` unless the columns exist and have types that partitions hold exactly.
 
     The first `keys` columns of the schema are the key's.
     """
@@ -98,9 +98,9 @@ def _inexact(name: str, kind: pa.DataType, in_key: bool) -> str | None:
     if LOST in name:
         return "and delta-rs loses files of a partition with a ~"
     if in_key and pa.types.is_string(kind):
-        # A row whose output no partition holds becomes an error row, which needs its key.
-        return "of which no error row could be written where a text is too long or empty for a folder's name"
-    # delta-rs writes -0.05 as 0.-5, with which nobody can open the table any more.
+        # A row whose output no partition can hold becomes an error row, which needs its key.
+        return "for which no error row could be written if a text is too long or empty for a folder's name"
+    # delta-rs writes -0.05 as 0.-5, after which the table cannot be opened any more.
     decimal = pa.types.is_decimal(kind) and kind.scale
     if decimal or pa.types.is_floating(kind) or pa.types.is_binary(kind):
         return f"whose type {kind} no partition holds exactly"
@@ -110,7 +110,7 @@ def _inexact(name: str, kind: pa.DataType, in_key: bool) -> str | None:
 def refuse_differences(
     table: DeltaTable, schema: pa.Schema, partition_by: Sequence[str], way_out: str
 ) -> None:
-    """Raise `InvalidCall` unless the table has the columns of `schema`, and no others but added ones."""
+    """Raise `InvalidCall` unless the table has the columns of `schema`, and besides them only added ones."""
     there, here = _shape(arrow_schema(table)), _shape(schema)
     added = added_columns(list(there))
     differences = [f"no column {name!r}" for name in here if name not in there]
@@ -132,7 +132,7 @@ def refuse_differences(
         differences.append(f"it is partitioned by {partitions}, not {list(partition_by)}")
     if differences:
         raise InvalidCall(
-            f"the table {without_secrets(table.table_uri)!r} is there with another shape: "
+            f"the table {without_secrets(table.table_uri)!r} exists with another shape: "
             f"{'; '.join(differences)}; {way_out}"
         )
 
@@ -142,9 +142,9 @@ def _shape(schema: pa.Schema) -> dict[str, str]:
 
 
 def with_added(rows: pa.Table, table: DeltaTable) -> pa.Table:
-    """`rows` with all columns of the table, NULL in those that they have not.
+    """`rows` with all columns of the table, NULL in those that they lack.
 
-    Raises `InvalidCall` for a column, added under a run, where NULL may not stand.
+    Raises `InvalidCall` for a NOT NULL column that was added during a run.
     """
     full = arrow_schema(table)
     for name in (f.name for f in full if not f.nullable and f.name not in rows.column_names):

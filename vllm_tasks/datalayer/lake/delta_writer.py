@@ -1,4 +1,4 @@
-"""Commits to a Delta table: exactly one row, or one set of positions, per key, whatever rivals do."""
+"""Commits to a Delta table: one row, or one set of positions, per key, despite concurrent writers."""
 
 from __future__ import annotations
 
@@ -34,19 +34,20 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 100
 FILE_BYTES = 4 << 20
-"""What compaction and merges aim at. A redone row costs a new copy of the file that it is in, and the old
-copy stays for the readers of the past: large files would make redoing dear, in time and in disk."""
+"""Target size of compaction and merges. A redone row costs a new copy of its file, and the old copy stays for
+readers of earlier versions: large files would make redoing expensive, in time and in disk."""
 SMALL_FILES = 50
+"""Small files from which on a table is compacted."""
 COMPACT_EVERY = 200
-"""Own commits."""
+"""Commits of this writer between two compactions."""
 TAKEN = "_vllm_tasks_taken"
-"""Hashes of the keys that the outputs hold beyond those that the caller knows of: of 10 M keys 80 MB, which
-DuckDB spills, and 30 ms a commit, where the keys themselves take 400 ms and 400 MB when they are text. A
-hash that two keys share costs a merge, and nothing else."""
+"""Hashes of the keys that the outputs hold and the caller does not know. 10 M keys take 80 MB, which DuckDB
+spills, and 30 ms a commit; text keys themselves would take 400 MB and 400 ms. Two keys with the same hash
+cost a merge, and nothing else."""
 
 
 class DeltaWriter:
-    """Commits to the Delta table at `url`, starting from the version loaded now."""
+    """Commits to the Delta table at `url`, starting from the loaded version `delta`."""
 
     def __init__(
         self,
@@ -57,49 +58,50 @@ class DeltaWriter:
         delta: DeltaTable,
         cursor: duckdb.DuckDBPyConnection,
         *,
-        told: bool = True,
+        redo_complete: bool = True,
     ) -> None:
-        """`told`: the caller's `redo` names whatever keys of a commit that version holds."""
+        """`redo_complete`: the caller's `redo` names all keys of a commit that the version `delta` holds."""
         self._url = url
-        self._shown = without_secrets(url)
+        self._display = without_secrets(url)
         self._schema = schema
         self._key = pa.schema([schema.field(name) for name in key])
         self._properties = properties
         self._delta: DeltaTable | None = delta
         partitions = delta.metadata().partition_columns
         self._problems = [(f.name, problem_of(f, f.name in partitions)) for f in schema]
-        self._known = set(delta.file_uris()) if told else set()
-        """Files whose keys the caller's `redo` accounts for, or `TAKEN`."""
+        self._known = set(delta.file_uris()) if redo_complete else set()
+        """Files whose keys are in the caller's `redo` or in `TAKEN`."""
         self._cursor = cursor
         with storage_errors("cannot keep the keys of the outputs"):
             cursor.execute(f"CREATE TEMP TABLE {TAKEN} (hash UBIGINT)")
         self._mine: pa.Table | None = None
-        """The keys of the last commit, written or not: they are in `TAKEN` from the next one on."""
+        """The keys of the last commit, written or not; the next commit adds them to `TAKEN`."""
         self._commits = 0
 
     def commit(self, rows: Sequence[Row], redo: Collection[Key]) -> None:
-        """See `Writer.commit`; of two outputs of one key in `rows`, the later one is written."""
+        """See `Writer.commit`; if `rows` has two outputs of one key, the later one is written."""
         self.replace(self._table(last_outputs(rows, self._key.names)), self._keys(redo))
 
     def replace(self, new: pa.Table, old: pa.Table) -> None:
-        """Commit the rows `new`, in the table's own columns; what it holds under the keys `old` goes."""
+        """Commit the rows `new`, in the table's own columns, and remove the rows with the keys `old`."""
         if not (new.num_rows or old.num_rows):
             return
         if self._mine is not None:
-            with storage_errors(f"cannot keep the keys of {self._shown}"):
+            with storage_errors(f"cannot keep the keys of {self._display}"):
                 self._remember(self._mine)
-        # Before anything is written: whatever ends this call, a repetition of it replaces.
+        # Set before anything is written: however this call ends (an interrupt, a lost acknowledgement), its
+        # repetition must replace these keys and not append them again.
         self._mine = new.select(self._key.names)
         for attempt in range(ATTEMPTS):
             try:
-                with storage_errors(f"cannot write {self._shown}"):
+                with storage_errors(f"cannot write {self._display}"):
                     delta = self._latest()
                     base = delta.version()
                     self._write(delta, new, self._distinct(old, self._taken(new)))
                     self._know(delta, base)
                 break
             except CommitFailedError as e:
-                # A rival has this version: take in what it wrote, and try for the next one.
+                # A concurrent writer committed this version: read its keys, and try the next version.
                 self._delta = None
                 lost = e
                 time.sleep(random.uniform(0, min(1.0, 0.02 * 1.5**attempt)))
@@ -108,7 +110,7 @@ class DeltaWriter:
                 raise
         else:
             raise TablesUnavailable(
-                f"cannot write {self._shown}: rivals were faster {ATTEMPTS} times: {lost}"
+                f"cannot write {self._display}: concurrent writers were faster {ATTEMPTS} times: {lost}"
             ) from lost
         self._commits += 1
         if self._commits % COMPACT_EVERY == 0:
@@ -121,7 +123,7 @@ class DeltaWriter:
                 return f"column {name!r}: {problem}"
         for name in self._key.names:
             if row[name] is None:
-                return f"column {name!r}: NULL is no key"
+                return f"column {name!r}: a key must not be NULL"
         return None
 
     def close(self) -> None:
@@ -147,35 +149,35 @@ class DeltaWriter:
         return pa.concat_tables(tables).group_by(self._key.names).aggregate([]).select(self._key.names)
 
     def _latest(self) -> DeltaTable:
-        """The latest version; the keys that rivals wrote since the last one are in `TAKEN` then."""
+        """The latest version, after adding the keys that concurrent writers wrote since to `TAKEN`."""
         if self._delta is None:
             self._delta = open_table(self._url)
         else:
             self._delta.update_incremental()
         files = set(self._delta.file_uris())
         if files - self._known:
-            # A compaction's or merge's files hold keys known before, too: those cost a look, and no more.
+            # Files of a compaction or merge also hold keys known before: reading them again does no harm.
             self._remember(_only(self._delta, files - self._known))
             self._known = files
         return self._delta
 
     def _know(self, delta: DeltaTable, base: int) -> None:
-        """After a commit of ours: its files hold known keys, if it alone is what came after `base`.
+        """After our own commit, mark its files as known if it is the only version since `base`.
 
-        Otherwise rivals' files came with it, and the next `_latest` looks at the keys of them all.
+        Otherwise there are files of concurrent writers, too, and the next `_latest` must read all their keys.
         """
         if delta.version() == base + 1:
             self._known = set(delta.file_uris())
 
     def _remember(self, rows: pa.Table | ds.Dataset) -> None:
-        """Count the keys of `rows` as taken: rivals may write more than there is memory, DuckDB spills."""
+        """Add the keys of `rows` to `TAKEN`, which DuckDB spills: there may be more than memory holds."""
         self._cursor.register("_vllm_tasks_added", rows)
         query = f"SELECT {self._hash} FROM _vllm_tasks_added AS n"  # noqa: S608 - the names are quoted
         self._cursor.execute(f"INSERT INTO {TAKEN} {query}")
         self._cursor.unregister("_vllm_tasks_added")
 
     def _taken(self, new: pa.Table) -> pa.Table:
-        """The keys of `new` that rivals wrote, or this writer before; rarely another one, by its hash."""
+        """The keys of `new` that were written before, by any writer; rarely one more, with an equal hash."""
         keys = new.select(self._key.names)
         self._cursor.register("_vllm_tasks_new", keys)
         query = f"FROM _vllm_tasks_new AS n SEMI JOIN {TAKEN} AS t ON {self._hash} = t.hash"
@@ -194,18 +196,18 @@ class DeltaWriter:
                 writer_properties=self._properties, commit_properties=ONCE,
             )  # fmt: skip
             return
-        # A property may have been set since the run began; delta-rs would take its own refusal for a rival's.
+        # A property may have been set since the run began; delta-rs would report it as a commit conflict.
         refuse_unwritable(delta, "give another predict_id")
         new = with_added(new, delta).select(self._schema.names)
-        # A user's values in added columns stay with their rows, where one row there is one row here.
+        # Without `flatten`, a row is updated in place, so that users' values in added columns stay.
         keeps = POSITION not in self._schema.names and bool(added_columns(arrow_schema(delta).names))
         if keeps:
             old = old.join(new.select(self._key.names), self._key.names, join_type="left anti")
         on = " AND ".join(f"s.{quoted(n)} = t.{quoted(n)}" for n in self._key.names)
         merge = delta.merge(
-            pa.concat_tables([_marked(self._gone(old), False), _marked(new, True)]),
-            # One row to delete by for each key that goes, and the new ones: unless they keep something, they
-            # match nothing, and are inserted.
+            pa.concat_tables([_marked(self._tombstones(old), False), _marked(new, True)]),
+            # One tombstone for each key to remove, and the new rows: unless rows are updated in place, the
+            # new ones match nothing and are inserted.
             on if keeps else f"s._new = false AND {on}",
             source_alias="s", target_alias="t",
             streamed_exec=False,  # streamed, it would not skip files by the keys' bounds
@@ -218,8 +220,8 @@ class DeltaWriter:
             ours, predicate="s._new = true"
         ).execute()
 
-    def _gone(self, old: pa.Table) -> pa.Table:
-        """A row of the table for each of the keys `old`, with nothing in it beside the key."""
+    def _tombstones(self, old: pa.Table) -> pa.Table:
+        """A row of the table for each of the keys `old`, with NULL in all other columns."""
         columns = [
             old[f.name] if f.name in old.column_names else pa.nulls(old.num_rows, f.type)
             for f in self._schema
@@ -227,14 +229,14 @@ class DeltaWriter:
         return pa.table(columns, schema=self._schema)
 
     def _compact(self) -> bool:
-        """Make few files of many small ones; whether that was done. A failure harms nobody."""
+        """Merge many small files into few; returns whether it was done. A failure does no harm."""
         try:
             delta = self._latest()
             sizes = pa.table(delta.get_add_actions(flatten=True))["size_bytes"]
             if pc.sum(pc.less(sizes, FILE_BYTES // 2)).as_py() < SMALL_FILES:
                 return False
             base = delta.version()
-            # After rivals' appends, too, whatever ONCE says: delta-rs tries again by itself.
+            # Despite ONCE, delta-rs itself retries a compaction after appends of concurrent writers.
             done = delta.optimize.compact(
                 target_size=FILE_BYTES,
                 max_concurrent_tasks=1,  # each holds files in memory
@@ -244,25 +246,25 @@ class DeltaWriter:
             if done["numFilesAdded"]:
                 self._know(delta, base)
         except CommitFailedError:
-            self._delta = None  # a rival was faster: the next time will do, or the rival's own compaction
+            self._delta = None  # a concurrent writer was faster: one of the two compacts next time
             return False
-        except Exception as e:  # noqa: BLE001 - whatever it is, the rows are written
+        except Exception as e:  # noqa: BLE001 - the rows are written in any case
             self._delta = None
-            logger.warning("the small files of %s were not made into large ones: %s", self._shown, plain(e))
+            logger.warning("the small files of %s were not compacted: %s", self._display, plain(e))
             return False
         return True
 
     def _clean(self) -> None:
         try:
-            # With Delta's retention, 7 days: nobody who reads now loses a file.
+            # Files younger than Delta's retention of 7 days stay: a reader of an older version needs them.
             self._latest().vacuum(dry_run=False, full=True)
-        except Exception as e:  # noqa: BLE001 - whatever it is, the rows are written
+        except Exception as e:  # noqa: BLE001 - the rows are written in any case
             self._delta = None
-            logger.warning("old files of %s were not removed: %s", self._shown, plain(e))
+            logger.warning("old files of %s were not removed: %s", self._display, plain(e))
 
 
 def _only(delta: DeltaTable, files: set[str]) -> ds.Dataset:
-    """The rows of these files of the table."""
+    """The rows of the table that are in these files."""
     whole = dataset(delta)
     names = {uri.rsplit("/", 1)[-1] for uri in files}  # each has a UUID
     fragments = [f for f in whole.get_fragments() if f.path.rsplit("/", 1)[-1] in names]

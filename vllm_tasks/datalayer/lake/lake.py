@@ -1,4 +1,4 @@
-"""A lake: a folder or an fsspec URL, whose files are sources, with outputs as Delta tables."""
+"""A lake: a folder or an fsspec URL whose files are sources and whose outputs are Delta tables."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ from vllm_tasks.places import check_place
 
 
 class Lake(ByJoin):
-    """`Tables` of a folder or an fsspec URL, and the `Outputs` of any source."""
+    """`Tables` of a folder or an fsspec URL; as `Outputs`, it keeps the outputs of any source."""
 
     def __init__(self, url: str, read: Mapping[str, Any] | None = None) -> None:
-        """`read`: by table, how its files are to be read; see `ReadOptions`."""
+        """`read` says by table how its files are read; see `ReadOptions`."""
         self._files = Files(url)
         self._url = self._files.uri(self._files.root)
-        self._shown = self._files.shown(self._files.root)
+        self._display = self._files.display(self._files.root)
         self._readers = Readers(self._files, read or {})
         filesystem = None if self._files.local else self._files.fs
         self.workspace = Workspace(MEMORY, [f"{self._url}/", f"{exactly(self._url)}/"], filesystem)
@@ -61,7 +61,7 @@ class Lake(ByJoin):
         found = find_table(self._at(name))
         if found is None:
             hint = near(name, list(self._files.tables()))
-            raise InvalidCall(f"there are no outputs {name!r} in {self._shown!r}{hint}")
+            raise InvalidCall(f"there are no outputs {name!r} in {self._display!r}{hint}")
         with storage_errors(f"cannot read {self.where(name)}"):
             return dataset(found).to_table()
 
@@ -85,7 +85,7 @@ class Lake(ByJoin):
         schema = pa.schema([new.schema.field(column) for column in _names(delta)])
         cursor = self.workspace.connection().cursor()
         properties = writer_properties(None, schema, len(key))
-        writer = DeltaWriter(url, schema, key, properties, delta, cursor, told=False)
+        writer = DeltaWriter(url, schema, key, properties, delta, cursor, redo_complete=False)
         try:
             writer.replace(new.select(schema.names), new.select(list(key)).slice(0, 0))
         finally:
@@ -95,17 +95,17 @@ class Lake(ByJoin):
         return self.where(name)
 
     def where(self, name: str) -> str:
-        return f"{self._shown}/{name}"
+        return f"{self._display}/{name}"
 
     def close(self) -> None:
         for source in self._sources.values():
             source.close()
         self.workspace.close()
 
-    # ------------------------------------------------------------------ `Outputs` of whatever source
+    # ------------------------------------------------------------------ `Outputs` of any source
 
     def source(self, select: str) -> Source:
-        """What `select` names, found once: `rows` reads the files that `check` has seen."""
+        """The source that `select` names, found only once: `rows` reads the files that `check` has seen."""
         if (source := self._sources.get(select)) is None:
             source = self._sources[select] = self._readers.source(select)
         return source
@@ -118,7 +118,7 @@ class Lake(ByJoin):
         there = {field.name: field.type for field in arrow_schema(found)}
         if missing := [column for column in OWN_COLUMNS if column not in there]:
             raise InvalidCall(
-                f"{self.where(name)!r} is no table of outputs: it has no column {missing[0]!r}; give "
+                f"{self.where(name)!r} is not an outputs table: it has no column {missing[0]!r}; give "
                 "another predict_id"
             )
         return {column: there[column] for column in key if column in there}
@@ -127,7 +127,9 @@ class Lake(ByJoin):
         url, view = self._at(name), "_vllm_tasks_outputs"
         found = find_table(url)
         if found is None:
-            raise TablesUnavailable(f"the outputs {self.where(name)!r} were there, and are gone")
+            raise TablesUnavailable(
+                f"the outputs {self.where(name)!r} existed at the start and are missing now"
+            )
         self._attach(cursor, view, url, found)
         keys = ", ".join(f"{quoted(column)} AS k{i}" for i, column in enumerate(key.names))
         once = f" WHERE coalesce({POSITION}, 0) = 0" if POSITION in _names(found) else ""
@@ -135,13 +137,13 @@ class Lake(ByJoin):
         return f"SELECT {columns} FROM {view}{once}"  # noqa: S608 - the names are quoted
 
     def writer_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> Writer:
-        """A writer to outputs with a key of these `types`, which are empty when the source has no rows."""
+        """A writer to outputs with a key of these `types`; they are empty when the source has no rows."""
         url = self._at(table.name)
         if not types.names:
             there = self.key_types(table.name, key)
             if there is None:
-                # The types of no rows' keys would be those of the table for ever.
-                return NoRows(self._shown)
+                # A table created without knowing the types of its keys would keep wrong ones for ever.
+                return NoRows(self._display)
             types = pa.schema(list(there.items()))
         schema = table_schema({field.name: field.type for field in types}, table)
         properties = writer_properties(table.compression, schema, len(key))
@@ -151,11 +153,11 @@ class Lake(ByJoin):
     # ------------------------------------------------------------------
 
     def _joined(self, selection: Selection) -> Join:
-        self.workspace.connection()  # nothing is read for a thread that comes late
+        self.workspace.connection()  # before the files are read, so that a late thread reads nothing
         return Join(self.source(selection.select), self, selection, self.workspace)
 
     def _at(self, name: str) -> str:
-        """The URL of the outputs `name`; raises `InvalidCall` for what would be somewhere else."""
+        """The URL of the outputs `name`; raises `InvalidCall` for a name that leaves the lake."""
         if name in ("", ".", "..") or set(name) & set("/\\"):
             raise InvalidCall(
                 f"{name!r} is no name of a table; give another predict_id or name, without / and \\"
@@ -166,13 +168,13 @@ class Lake(ByJoin):
         return url
 
     def _attach(self, cursor: duckdb.DuckDBPyConnection, view: str, url: str, outputs: DeltaTable) -> None:
-        """Make outputs known to `cursor` as `view`."""
-        # Their URIs are percent-encoded; the names in them are made of a UUID.
+        """Register outputs with `cursor` as `view`."""
+        # The URIs are percent-encoded, so only the file names, which contain a UUID, are taken from them.
         files = [f"{url}/{uri.rsplit('/', 1)[-1]}" for uri in outputs.file_uris()]
-        linked = os.path.islink(url)  # to where `workspace` opens no file
+        linked = os.path.islink(url)  # to a folder where `workspace` must not open files
         if self._files.local and not linked and files and not outputs.metadata().partition_columns:
-            # By DuckDB's own reader: 230 MB less than through pyarrow for 9 M rows. Files of before a column
-            # was added lack it.
+            # DuckDB's own reader takes 230 MB less than pyarrow for 9 M rows. Files written before a column
+            # was added lack it: hence union_by_name.
             listed = ", ".join(literal(exactly(file)) for file in files)
             read = f"read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"
             cursor.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS FROM {read}")

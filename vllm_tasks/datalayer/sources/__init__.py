@@ -1,11 +1,11 @@
-"""What a source is: columns, keys, and rows in parts, whatever format or store they come from.
+"""Sources: columns, keys, and rows in parts, from any format or store.
 
-A row depends on itself alone: its key and its values never change with what else the source has, with its
-length or with the columns that are selected. What cannot be read costs its own row and no other: an error
-row where the key is known, else a line of the report (`Unreadable`).
+Each row stands alone: its key and values never depend on other rows, on the length of the source or on the
+selected columns. Something unreadable costs its own row and no other: it becomes an error row if the key is
+known, otherwise a line of the report (`Unreadable`).
 
-A source is read in parts. The keys of a part come first and are matched with the outputs; only then, and
-only of the rows that are wanted, values are read, in lists bounded in bytes.
+A source is read in parts. The keys of a part are read first and joined with the outputs; then the values of
+the selected rows alone are read, in lists bounded in bytes.
 """
 
 from __future__ import annotations
@@ -18,86 +18,126 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PART_BYTES = 16 << 20
-"""About how many bytes of values a part may hold in memory at once, and how many `Part.values` yields in a
-list at most; a single row may be larger."""
+"""Approximate maximum bytes of values that a part holds in memory, and that `Part.values` yields in a list; a
+single row may be larger."""
 PART_ROWS = 1 << 20
-"""Rows of a part at most, whose keys are in memory."""
+"""Maximum rows of a part, whose keys are in memory."""
 EXAMPLES = 20
-"""Unreadable lines that are kept for people."""
-SHOWN_ERROR = 200
-"""Characters of why a line could not be read."""
+"""Unreadable lines that are kept for the report."""
+ERROR_LENGTH = 200
+"""Characters of the reason why a line could not be read."""
 
 Values = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a source: their keys, and the way to their values."""
+    """Some rows of a source: their keys, and access to their values.
+
+    `keys` has the key's columns in the requested types, never NULL, with one row for each row of the part, in
+    any order. `values` returns the values of the rows with the given numbers (ascending, from 0) in the
+    requested columns, as `values.python` returns them, in lists of at most `PART_BYTES` or one row; None for
+    a row that was removed since its key was read. It is called at most once. `errors` says by row number why
+    rows with a known key could not be read; they have no values. `rows` is the number of rows if the key has
+    no columns, as when a complete table is read.
+    """
 
     keys: pa.Table
-    """The key's columns in the types that were asked for, never NULL; a row each, in any order."""
     values: Callable[[Sequence[int]], Iterator[Sequence[Values | None]]]
-    """Of the rows with these numbers (ascending, from 0): the wanted columns' values as `values.python` has
-    them, in lists of at most `PART_BYTES` or one row; None for a row that is gone since its key was read.
-    Called at most once."""
     errors: Mapping[int, str] = field(default_factory=dict)
-    """Why rows of these numbers could not be read, though their keys could; they have no values."""
     rows: int | None = None
-    """How many there are, where the key has no columns: a whole table is read without one."""
 
     @property
     def count(self) -> int:
-        """How many rows the part has."""
+        """The number of rows in the part."""
         return int(self.keys.num_rows) if self.rows is None else self.rows
 
 
 @dataclass
 class Unreadable:
-    """Rows without a readable key: counted, and told by their place."""
+    """Rows without a readable key: their number, and the places of some of them."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
 
     def add(self, where: str, why: str) -> None:
-        """`where`: the file and the line, from 1; `why` without the row's content at any length."""
+        """Count a row.
+
+        Args:
+            where: The file and the line, from 1.
+            why: The reason, with little of the row's content.
+        """
         self.count += 1
         if len(self.examples) < EXAMPLES:
-            self.examples.append(f"{where}: {why[:SHOWN_ERROR]}")
+            self.examples.append(f"{where}: {why[:ERROR_LENGTH]}")
 
     def take(self, others: Unreadable) -> None:
-        """Count those of another source, too."""
+        """Add the rows of another source.
+
+        Args:
+            others: The rows to add.
+        """
         self.count += others.count
         self.examples += others.examples[: EXAMPLES - len(self.examples)]
 
 
 class Source(Protocol):
-    """Rows to read, as often as needed and each time the same ones, unless somebody changes them meanwhile.
+    """Rows that can be read repeatedly, each time the same ones unless someone changes them meanwhile.
 
-    Errors are `InvalidCall` for what stays wrong and `TablesUnavailable` for what may pass.
+    Errors are `InvalidCall` if they are permanent and `TablesUnavailable` if they are temporary.
     """
 
     def columns(self) -> Sequence[str]:
-        """All columns in their order; of lines of JSON every field that any line has. Empty when the source
-        has neither rows nor a schema."""
+        """All columns in their order; for JSON lines, every field that any line has.
+
+        Returns:
+            The names, empty if the source has neither rows nor a schema.
+        """
 
     def key_types(self, key: Sequence[str]) -> Sequence[pa.DataType]:
-        """What the columns `key`, which are there, are stored as (see `keys.key_type`); raises `InvalidCall`
-        for a type that identifies no row."""
+        """The types in which outputs store the key, see `keys.key_type`.
+
+        Args:
+            key: Existing columns.
+
+        Returns:
+            One type for each column.
+
+        Raises:
+            InvalidCall: A type cannot identify a row.
+        """
 
     def identified_by(self, key: Sequence[str]) -> bool:
-        """Whether the source itself promises (by a unique index, say) that no two rows have the same key and
-        none has NULL in it; else that is found out by reading all keys."""
+        """Whether the source itself guarantees (for example by a unique index) that a key is unique.
+
+        Args:
+            key: Existing columns.
+
+        Returns:
+            True if no two rows have the same key and none has NULL in it; False if all keys must be read to
+            find out.
+        """
 
     def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
-        """The key of every row, in these types: NULLs among them, but in files of text, where a row without a
-        key costs itself."""
+        """Stream the key of every row.
+
+        Args:
+            key: The key's columns and their types.
+
+        Returns:
+            The keys, NULLs included; files of text omit rows without a key, which are unreadable.
+        """
 
     def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
-        """All rows, each in one part; with an empty `key` without keys.
+        """Stream all rows, each in one part. Closing the iterator ends the reading.
 
-        Rows whose key is NULL or does not fit its type go to `unreadable`.
+        Args:
+            key: The key's columns and their types; if empty, parts have no keys.
+            columns: The columns to read; may repeat those of the key.
+            unreadable: Receives the rows whose key is NULL or does not fit its type.
 
-        Closing the iterator ends the reading. Columns may repeat those of the key.
+        Returns:
+            The parts.
         """
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Parts of a source that comes as batches of Arrow."""
+"""Parts of a source that is read as Arrow batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_tasks.datalayer.sources.keys import cast_keys, fitting, key_type, know
 from vllm_tasks.datalayer.values import python
 
 KEYS_AT_ONCE, ROWS_AT_ONCE = 1 << 17, 1 << 16
-"""Rows that are matched together with the outputs: by their keys alone, and with their values."""
+"""Rows that are joined with the outputs together: if only keys are read, and if values are read, too."""
 
 
 def part_of(
@@ -22,23 +22,23 @@ def part_of(
     unreadable: Unreadable,
     where: str,
 ) -> Part:
-    """The rows of `batch`, which has the columns of `key` and `columns`; those without a key go to
-    `unreadable`, as of the place `where`."""
+    """The rows of `batch`, which has the columns of `key` and `columns`; rows without a key go to
+    `unreadable`, with the place `where`."""
     if not key.names:
         return Part(pa.table({}), lambda rows: values_of(batch, columns, rows), rows=batch.num_rows)
     keys, wrong = cast_keys(pa.table({name: batch[name] for name in key.names}), key)
     kept = known(keys)
     if len(kept) < keys.num_rows:
-        tell(keys, wrong, kept, unreadable, where)
+        count_unreadable(keys, wrong, kept, unreadable, where)
         kept_rows = pa.array(kept)
         batch, keys = batch.take(kept_rows), keys.take(kept_rows)
     return Part(keys, lambda rows: values_of(batch, columns, rows))
 
 
-def tell(
+def count_unreadable(
     keys: pa.Table, wrong: dict[int, str], kept: Iterable[int], unreadable: Unreadable, where: str
 ) -> None:
-    """Count the rows that are not `kept`."""
+    """Add the rows that are not `kept` to `unreadable`."""
     for i in sorted(set(range(keys.num_rows)) - set(kept)):
         unreadable.add(where, wrong.get(i, f"a row has NULL for the key {', '.join(keys.column_names)}"))
 
@@ -56,19 +56,19 @@ def values_of(
 
 
 def rows_within(most: int, batch: pa.RecordBatch | pa.Table) -> int:
-    """How many rows of `batch` have about `most` bytes, at least one."""
+    """The number of rows of `batch` in about `most` bytes, at least one."""
     return max(1, int(most * batch.num_rows // max(1, batch.nbytes)))
 
 
 class ArrowSource:
-    """`Source` of whatever can be read as a stream of Arrow, again and again: `read(columns)` begins anew."""
+    """`Source` of anything that can be read repeatedly as an Arrow stream; `read(columns)` starts one."""
 
     def __init__(
-        self, schema: pa.Schema, read: Callable[[Sequence[str]], pa.RecordBatchReader], shown: str
+        self, schema: pa.Schema, read: Callable[[Sequence[str]], pa.RecordBatchReader], display: str
     ) -> None:
         self._schema = schema
         self._read = read
-        self._shown = shown
+        self._display = display
 
     def columns(self) -> Sequence[str]:
         return list(self._schema.names)
@@ -85,18 +85,18 @@ class ArrowSource:
 
     def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
         for found in self._tables(list(dict.fromkeys((*key.names, *columns))), ROWS_AT_ONCE):
-            yield part_of(found, key, columns, unreadable, self._shown)
+            yield part_of(found, key, columns, unreadable, self._display)
 
     def close(self) -> None:
         pass
 
     def _tables(self, columns: Sequence[str], rows: int) -> Iterator[pa.Table]:
-        with storage_errors(f"cannot read {self._shown!r}"), self._read(columns) as reader:
+        with storage_errors(f"cannot read {self._display!r}"), self._read(columns) as reader:
             yield from gathered(reader, rows)
 
 
 def gathered(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
-    """The batches in tables of about so many rows, or of `PART_BYTES`."""
+    """The batches, combined to tables of about `rows` rows or `PART_BYTES`."""
     held: list[pa.RecordBatch] = []
     for batch in batches:
         held.append(batch)

@@ -1,4 +1,4 @@
-"""Arrow IPC: files (`.arrow`, `.feather` of version 2) and streams, with compressed buffers or plain ones."""
+"""Arrow IPC: files (`.arrow`, `.feather` of version 2) and streams, with or without compressed buffers."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from vllm_tasks.datalayer.sources.pieces import Piece, Pieces, reading_errors
 from vllm_tasks.errors import InvalidCall
 
 MAGIC = b"ARROW1"
-"""How a file begins; a stream has no such mark."""
+"""The first bytes of a file; a stream has no such mark."""
 FEATHER_1 = b"FEA1"
 
 
 @dataclass(frozen=True)
 class Mapped:
-    """An Arrow file on this machine, which is mapped and not read."""
+    """An Arrow file on this machine, which is mapped into memory."""
 
     path: str
-    shown: str
+    display: str
 
 
 class ArrowFile(Pieces):
-    """The files of a table. A piece is a batch of a file, or a whole stream, which is read from its start."""
+    """The files of a table. A piece is a batch of a file, or a complete stream, read from its start."""
 
     def __init__(self, files: Sequence[DataFile | Mapped]) -> None:
         self._files = files
@@ -36,18 +36,18 @@ class ArrowFile(Pieces):
     def schemas(self) -> Iterator[tuple[str, pa.Schema]]:
         """See `Pieces.schemas`."""
         for file in self._files:
-            with ExitStack() as opened, reading_errors(file.shown):
+            with ExitStack() as opened, reading_errors(file.display):
                 schema = _reader(file, opened, None).schema
-            yield file.shown, schema
+            yield file.display, schema
 
     def pieces(self) -> Iterator[Piece]:
         """See `Pieces.pieces`."""
         for file in self._files:
-            with ExitStack() as opened, reading_errors(file.shown):
+            with ExitStack() as opened, reading_errors(file.display):
                 reader = _reader(file, opened, None)
                 schema = reader.schema
                 batches = range(reader.num_record_batches) if _is_file(reader) else [None]
-            yield from (Piece(file.shown, schema, (file, batch)) for batch in batches)
+            yield from (Piece(file.display, schema, (file, batch)) for batch in batches)
 
     def reading(self, rows: int) -> _Pass:
         """See `Pieces.reading`."""
@@ -66,9 +66,9 @@ class _Pass:
     def batches(self, piece: Piece, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """See `Pass.batches`."""
         file, number = piece.at
-        if self._open != (file, columns) or number is None:  # a stream is read once
+        if self._open != (file, columns) or number is None:  # a stream can be read only once
             self.close()
-            # Without any Arrow would read all.
+            # With an empty list Arrow would read all columns.
             included = [piece.schema.get_field_index(name) for name in columns] or [0]
             self._reader = _reader(file, self._opened, pa.ipc.IpcReadOptions(included_fields=included))
             self._open = (file, columns)
@@ -83,13 +83,13 @@ class _Pass:
 
 
 def _reader(file: DataFile | Mapped, opened: ExitStack, options: Any) -> Any:
-    """Of a file or a stream, which `opened` closes; raises `InvalidCall` for the first version of Feather."""
+    """A reader of a file or stream, which `opened` closes; raises `InvalidCall` for Feather version 1."""
     raw = opened.enter_context(_raw(file))
     beginning = raw.read(len(MAGIC))
     raw.seek(0)
     if beginning.startswith(FEATHER_1):
         raise InvalidCall(
-            f"{file.shown} is a file of Feather version 1, which is not read here; write it again with "
+            f"{file.display} is a file of Feather version 1, which is not supported; write it again with "
             "pyarrow.feather.write_feather(pyarrow.feather.read_table(old), new)"
         )
     opening = pa.ipc.open_file if beginning == MAGIC else pa.ipc.open_stream

@@ -1,4 +1,4 @@
-"""A source in pieces as a typed stream of Arrow, for a SELECT over it."""
+"""A source in pieces as a typed Arrow stream, for a SELECT over it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from vllm_tasks.errors import InvalidCall
 
 
 class ColumnStream:
-    """The columns of a source, which may be read any number of times; each time from the files."""
+    """The columns of a source as a stream that may be opened repeatedly; each time the files are read."""
 
     def __init__(self, source: Pieces, columns: Sequence[str], without: Collection[str] = ()) -> None:
-        """`without`: columns that are NULL and not read. Raises `InvalidCall` where files have types of a
-        column that no one type holds."""
+        """`without` names columns that are not read and are NULL. Raises `InvalidCall` if the files have
+        types of a column that no single type can hold."""
         self._source = source
         self._columns = [name for name in columns if name not in without]
         self.schema = pa.schema([*_schema(source, self._columns), *((name, pa.null()) for name in without)])
@@ -54,7 +54,7 @@ def _schema(source: Pieces, columns: Sequence[str]) -> pa.Schema:
     try:
         found = pa.unify_schemas(schemas, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as e:
-        raise InvalidCall(f"the files have types of a column that cannot meet: {plain(e):.300}") from e
+        raise InvalidCall(f"the files have types of a column that cannot be combined: {plain(e):.300}") from e
     return pa.schema([found.field(name) for name in columns if name in found.names])
 
 

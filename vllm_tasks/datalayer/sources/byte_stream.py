@@ -1,4 +1,4 @@
-"""The bytes of a data file. A lost connection is told from a damaged file, of which the beginning is read."""
+"""The bytes of a data file: a lost connection is an error, a damaged file is read up to the damage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_tasks.errors import InvalidCall, TablesUnavailable
 from vllm_tasks.places import without_secrets
 
 BUFFER = 1 << 20
-SHOWN = 200
+ERROR_LENGTH = 200
 
 
 class Damaged(Exception):
@@ -20,22 +20,22 @@ class Damaged(Exception):
 
 
 class Connected(io.RawIOBase):
-    """A file of an fsspec filesystem, read from the first byte on; errors are `TablesUnavailable`, but for
-    a file that may not be read (`InvalidCall`)."""
+    """A file of an fsspec filesystem, read from its first byte on. Errors are `TablesUnavailable`, except for
+    refused access (`InvalidCall`)."""
 
-    def __init__(self, fs: Any, path: str, shown: str) -> None:
+    def __init__(self, fs: Any, path: str, display: str) -> None:
         super().__init__()
-        self.shown = shown
+        self.display = display
         try:
             self.file = fs.open(path, "rb")
         except PermissionError as e:
-            raise InvalidCall(f"cannot read {shown!r}: not allowed") from e
-        except Exception as e:  # every filesystem has errors of its own, which have no base in common
+            raise InvalidCall(f"cannot read {display!r}: not allowed") from e
+        except Exception as e:  # the errors of filesystems have no common base class
             raise self._lost(e) from e
 
     def _lost(self, error: Exception) -> TablesUnavailable:
-        why = without_secrets(f"{type(error).__name__}: {error}")[:SHOWN]
-        return TablesUnavailable(f"cannot read {self.shown!r}: {why}")
+        why = without_secrets(f"{type(error).__name__}: {error}")[:ERROR_LENGTH]
+        return TablesUnavailable(f"cannot read {self.display!r}: {why}")
 
     def readable(self) -> bool:
         return True
@@ -55,14 +55,14 @@ class Connected(io.RawIOBase):
 
 
 class Decompressed(io.RawIOBase):
-    """What `opened()` holds in `codec`, up to where it is damaged (`Damaged`).
+    """The bytes of `opened()`, decompressed by `codec`; raises `Damaged` at the first damage.
 
-    Arrow's codecs read several members or frames behind each other as one.
+    Arrow's codecs read several concatenated members or frames as one.
     """
 
-    def __init__(self, opened: Callable[[], IO[bytes]], codec: str, shown: str) -> None:
+    def __init__(self, opened: Callable[[], IO[bytes]], codec: str, display: str) -> None:
         super().__init__()
-        self.opened, self.codec, self.shown = opened, codec, shown
+        self.opened, self.codec, self.display = opened, codec, display
         self.raw = opened()
         self.stream = pa.CompressedInputStream(self.raw, codec)
         self.offset = 0
@@ -85,17 +85,17 @@ class Decompressed(io.RawIOBase):
         except TablesUnavailable:
             raise
         except OSError as e:
-            self.damage = str(e)[:SHOWN]
+            self.damage = str(e)[:ERROR_LENGTH]
             found = self._before_damage(most)
             if not self.offset and not found:
                 raise InvalidCall(
-                    f"{self.shown!r} is not compressed with {self.codec}, as its name says, or is cut at its "
-                    f"beginning ({self.damage}); rename or replace it"
+                    f"{self.display!r} is not compressed with {self.codec}, as its name says, or is damaged "
+                    f"at the start ({self.damage}); rename or replace it"
                 ) from e
             return found
 
     def _before_damage(self, most: int) -> bytes:
-        """Arrow drops what a failed read had found, so the file is read again, at last byte by byte."""
+        """Read the file again, finally byte by byte: Arrow drops the bytes found by a failed read."""
         self.raw.close()
         self.raw = self.opened()
         self.stream = pa.CompressedInputStream(self.raw, self.codec)
@@ -108,7 +108,7 @@ class Decompressed(io.RawIOBase):
         except TablesUnavailable:
             raise
         except OSError:
-            pass  # the damage again, behind all that could be read
+            pass  # the same damage, after all readable bytes
         return bytes(found)
 
     def close(self) -> None:

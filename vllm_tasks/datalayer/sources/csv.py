@@ -1,6 +1,6 @@
-"""CSV and TSV files as a source: every cell is the text that stands in the file.
+"""CSV and TSV files as a source: every cell is the text in the file.
 
-A cell without any character is NULL; with quotes around nothing it is the empty text.
+A cell without any character is NULL; a cell of two quotes is the empty text.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from vllm_tasks.errors import InvalidCall, near
 
 
 class Csv:
-    """The `Source` of CSV and TSV files of one table; columns are told by their names, in any order."""
+    """The `Source` of CSV and TSV files of one table; columns are matched by name, in any order."""
 
     def __init__(self, files: Sequence[DataFile], options: ReadOptions = DEFAULTS) -> None:
         self.files = [CsvFile(file, options) for file in files]
         self.left_out = Unreadable()
         self._lone: dict[str, set[Key]] = {}
-        """By key (its schema as text), those of bad records that no other record has."""
+        """By key (its schema as text), the keys of bad records that no other record has."""
 
     @cached_property
     def _names(self) -> list[list[str]]:
-        """Of each file."""
+        """The names of the columns, by file."""
         return [file.names() for file in self.files]
 
     def columns(self) -> Sequence[str]:
@@ -43,7 +43,7 @@ class Csv:
         return [pa.string() for _ in key]
 
     def identified_by(self, key: Sequence[str]) -> bool:
-        """See `Source.identified_by`: files promise nothing."""
+        """See `Source.identified_by`: files guarantee nothing."""
         return False
 
     def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
@@ -65,7 +65,7 @@ class Csv:
             yield _known(_keys(file, places, replace(records, bad=()), key)[0])
 
     def _lone_keys(self, key: pa.Schema) -> set[Key]:
-        """As the last whole pass over `keys` found them."""
+        """Keys of bad records alone, as found by the last complete pass over `keys`."""
         if str(key) not in self._lone:
             for _ in self.keys(key):
                 pass
@@ -80,13 +80,13 @@ class Csv:
             keys, wrong = _keys(file, places, records, key)
             kept = self._kept(keys, records, key)
             if len(kept) < keys.num_rows:
-                _tell(file, key, keys.num_rows, kept, wrong, records, width, unreadable)
+                _count_unreadable(file, key, keys.num_rows, kept, wrong, records, width, unreadable)
                 keys = keys.take(pa.array(kept, pa.int64()))
             if keys.num_rows:
                 yield _part(keys, kept, places, records, columns, width)
 
     def _kept(self, keys: pa.Table, records: Records, key: pa.Schema) -> list[int]:
-        """The rows with a key of their own: good ones, then bad ones."""
+        """The rows with a unique key: good ones, then bad ones."""
         kept: list[int] = known(keys).tolist()
         if not records.bad:
             return kept
@@ -99,7 +99,7 @@ class Csv:
     def _records(
         self, columns: Sequence[str], unreadable: Unreadable
     ) -> Iterator[tuple[CsvFile, int, Mapping[str, int | None], Records]]:
-        """Of all files, with their width and where these columns are in them."""
+        """The records of all files, with each file's width and the positions of these columns in it."""
         for file, names in zip(self.files, self._names, strict=True):
             places = {name: _place(file, names, name) for name in columns}
             wanted = sorted({place for place in places.values() if place is not None})
@@ -110,15 +110,15 @@ class Csv:
                     yield file, len(names), places, found
 
     def close(self) -> None:
-        """See `Source.close`: a file is open as long as it is read."""
+        """See `Source.close`: a file is open only while it is read."""
 
     def schema(self, columns: Sequence[str]) -> pa.Schema:
-        """See `Streamed`: all columns are texts."""
+        """See `Streamed`: all columns are text."""
         if missing := [name for name in columns if name not in self.columns()]:
             raise InvalidCall(f"there is no column {missing[0]!r:.200}{near(missing[0], self.columns())}")
         for file, names in zip(self.files, self._names, strict=True):
             for name in columns:
-                _place(file, names, name)  # refuses one that is there twice
+                _place(file, names, name)  # refuses a column that occurs twice
         return pa.schema([(name, pa.string()) for name in columns])
 
     def batches(self, schema: pa.Schema, unreadable: Unreadable) -> Iterator[pa.RecordBatch]:
@@ -139,14 +139,14 @@ class Csv:
 def _place(file: CsvFile, names: Sequence[str], name: str) -> int | None:
     if names.count(name) > 1:
         raise InvalidCall(
-            f"{file.file.shown!r} has {names.count(name)} columns named {name!r:.200}; rename them in the "
+            f"{file.file.display!r} has {names.count(name)} columns named {name!r:.200}; rename them in the "
             "file, or leave its first record out and give the names: read={table: {'header': [...]}}"
         )
     return names.index(name) if name in names else None
 
 
 def _where(file: CsvFile, number: int) -> str:
-    return f"{file.file.shown}, record {number}"
+    return f"{file.file.display}, record {number}"
 
 
 def _why(bad: Bad, width: int) -> str:
@@ -154,14 +154,14 @@ def _why(bad: Bad, width: int) -> str:
 
 
 def _column(records: Records, place: int | None) -> pa.Array:
-    """Bytes; a column that the file lacks is NULL."""
+    """The column as bytes; NULL if the file lacks it."""
     if place is None:
         return pa.nulls(records.good.num_rows, pa.binary())
     return records.good.column(str(place))
 
 
 def _texts(column: pa.Array, name: str) -> tuple[pa.Array, dict[int, str]]:
-    """Texts of bytes, and why rows of these numbers have none."""
+    """The bytes as texts, and by row number why some are not text."""
     try:
         return column.cast(pa.string()), {}
     except pa.ArrowInvalid:
@@ -180,7 +180,7 @@ def _texts(column: pa.Array, name: str) -> tuple[pa.Array, dict[int, str]]:
 def _keys(
     file: CsvFile, places: Mapping[str, int | None], records: Records, key: pa.Schema
 ) -> tuple[pa.Table, dict[int, str]]:
-    """Of the good records, then of the bad ones; and why rows of these numbers have none."""
+    """The keys of the good records, then of the bad ones; and by row number why some have none."""
     cells = file.cells(records.bad, [places[name] for name in key.names])
     columns, wrong = [], {}
     for i, name in enumerate(key.names):
@@ -198,7 +198,7 @@ def _known(keys: pa.Table) -> pa.Table:
     return keys.take(pa.array(known(keys)))
 
 
-def _tell(
+def _count_unreadable(
     file: CsvFile,
     key: pa.Schema,
     rows: int,
@@ -208,7 +208,7 @@ def _tell(
     width: int,
     unreadable: Unreadable,
 ) -> None:
-    """Count the rows without a key of their own."""
+    """Add the rows without a unique key to `unreadable`."""
     good = records.good.num_rows
     for row in sorted(set(range(rows)) - set(kept)):
         bad = records.bad[row - good] if row >= good else None
@@ -227,7 +227,7 @@ def _part(
 ) -> Part:
     good = records.good.num_rows
     errors = {i: _why(records.bad[row - good], width) for i, row in enumerate(kept) if row >= good}
-    # Not checked to be UTF-8: a text that is none fails where it is used, in its row.
+    # UTF-8 is not checked here: a text that is not UTF-8 fails where it is used, in its own row.
     texts = pa.table({name: _column(records, places[name]).view(pa.string()) for name in columns or places})
 
     def values(rows: Sequence[int]) -> Iterator[list[Values]]:

@@ -1,4 +1,4 @@
-"""The bytes of a CSV file in blocks, for Arrow's parser, with a mark behind the last record."""
+"""The bytes of a CSV file in blocks for Arrow's parser, with a mark after the last record."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from vllm_tasks.datalayer.sources.read_options import ReadOptions
 from vllm_tasks.datalayer.sources.text_file import WRONG_BYTES, decoder_of, opened
 
 AHEAD = 3
-"""Blocks that Arrow may have beyond the batches it has given. It reads ahead by 32 when it is let."""
+"""Blocks that Arrow may have beyond the batches it has returned. Without a limit it reads 32 ahead."""
 STALLED = 0.05
-"""Seconds after which a block more is given to a parser that somebody waits for."""
+"""Seconds after which the parser gets one more block if someone waits for a batch."""
 
 
 class NotUtf8(Exception):
-    """A text has half a character or a wrong byte, with which Arrow could not report a bad record."""
+    """A text has a lone surrogate or a wrong byte, with which Arrow cannot report a bad record."""
 
 
 class Blocks:
-    """A file as Arrow reads it: UTF-8 without a byte order mark; `NotUtf8` where that cannot be, unless it is
-    `widened`: each byte of UTF-8, good or wrong, is a character of its own.
+    """A file as Arrow reads it: UTF-8 without a byte order mark. Raises `NotUtf8` if it is something else,
+    unless it is `widened`: then each byte, good or wrong, becomes one character.
 
-    Behind the end stands a record that is nowhere else, `mark`. Where the parser does not find it as a record
-    of its own, the last record has swallowed it: a quote in it was never closed, or the file is damaged.
+    A unique record, `mark`, is appended. If the parser does not find it as a separate record, it is part of
+    the last record: a quote there was never closed, or the file is damaged.
     """
 
     def __init__(self, file: DataFile, options: ReadOptions, size: int, widened: bool) -> None:
@@ -45,7 +45,7 @@ class Blocks:
         return True
 
     def read(self, _most: int = -1) -> bytes:
-        """The next block, as soon as the parser should have it."""
+        """The next block, once the parser should get it."""
         with self._change:
             while not self._wanted():
                 if not self._change.wait(STALLED) and self._awaited:
@@ -57,11 +57,11 @@ class Blocks:
         return self.closed or self._given - self._taken < AHEAD
 
     def awaited(self) -> None:
-        """Somebody waits for a batch."""
+        """Note that someone waits for a batch."""
         self._awaited = True
 
     def taken(self) -> None:
-        """A batch came: there is one for each block."""
+        """Note that a batch was returned; there is one for each block."""
         with self._change:
             self._awaited = False
             self._taken += 1
@@ -98,7 +98,7 @@ class Blocks:
             found = found.decode("latin-1").encode()
         if not self._ended:
             return found
-        # Without a line break behind damage: the record that is cut there is none.
+        # After damage there is no line break, so that the truncated record does not count as a record.
         return found + f"{'' if self.damage else chr(10)}{self.mark}\n".encode()
 
     def close(self) -> None:

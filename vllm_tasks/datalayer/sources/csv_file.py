@@ -1,4 +1,4 @@
-"""A CSV file: the names of its columns, and its records, however long they are."""
+"""A CSV file: the names of its columns, and its records of any length."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from vllm_tasks.datalayer.sources.text_file import text_of
 from vllm_tasks.errors import InvalidCall
 
 BLOCK = 1 << 20
-"""Bytes that are parsed at once, until a record is longer."""
+"""Bytes that are parsed at once, unless a record is longer."""
 GROWTH = 4
 SIGNS = {"csv": ",", "tsv": "\t"}
 csv.field_size_limit(max(csv.field_size_limit(), 1 << 26))
-"""Python's reader takes 128 KiB a cell otherwise, and has one limit for the process: it is raised, never
-lowered. It counts the cells of a first record without names, which may be large."""
+"""Python's reader allows 128 KiB a cell by default. The limit is global to the process, so it is only raised.
+The reader counts the cells of a first record without names, which may be large."""
 
 
 class CsvFile:
@@ -40,7 +40,7 @@ class CsvFile:
         self.delimiter = options.delimiter or SIGNS[file.kind]
 
     def names(self) -> list[str]:
-        """The columns' names in their order; none of an empty file. Raises `InvalidCall` for a header that
+        """The columns' names in their order; none for an empty file. Raises `InvalidCall` for a header that
         cannot be read."""
         if isinstance(self.options.header, list):
             return self.options.header
@@ -49,13 +49,13 @@ class CsvFile:
                 first = next((cells for cells in self._cells(text) if cells), [])
             except csv.Error as e:
                 raise InvalidCall(
-                    f"the first record of {self.file.shown!r} cannot be read: {e}; is a quote not closed? "
-                    "Mend it, or give the quote or the delimiter: read={table: {'quote': ''}}"
+                    f"the first record of {self.file.display!r} cannot be read: {e}; is a quote not closed? "
+                    "Correct it, or give the quote or the delimiter: read={table: {'quote': ''}}"
                 ) from e
         return first if self.options.header else [f"column{i}" for i in range(len(first))]
 
     def cells(self, bad: Sequence[Bad], places: Sequence[int | None]) -> list[list[bytes | None]]:
-        """Of each bad record the cells at these places; None where it has none."""
+        """The cells of each bad record at these places; None if it has none."""
         return key_cells(bad, self.options, self.delimiter, places)
 
     def _cells(self, text: TextIO) -> Iterator[list[str]]:
@@ -70,8 +70,8 @@ class CsvFile:
         )
 
     def records(self, width: int, wanted: Sequence[int]) -> Iterator[Records | Lost]:
-        """All records of `width` cells but the header, of which those at the places `wanted`; behind them
-        perhaps a `Lost`."""
+        """All records of `width` cells except the header, with their cells at the places `wanted`; at the end
+        a `Lost` if the rest of the file is unreadable."""
         good, bad = int(self.options.header is True), 0
         size, widened = BLOCK, False
         while size <= LONGEST:
@@ -92,12 +92,11 @@ class CsvFile:
 
 
 def _behind(found: Iterator[Records | Lost], good: int, bad: int) -> Iterator[Records | Lost]:
-    """Without the first records, of which so many are `good` and `bad`: an earlier pass had them, or they
-    are the header."""
+    """Skip the first `good` and `bad` records, which an earlier pass returned or which are the header."""
     for some in found:
         if isinstance(some, Records) and (good or bad):
             rows = min(good, some.good.num_rows)
-            told = min(bad, len(some.bad))
-            good, bad = good - rows, bad - told
-            some = Records(some.good.slice(rows), some.bad[told:], some.first + rows + told)
+            skipped = min(bad, len(some.bad))
+            good, bad = good - rows, bad - skipped
+            some = Records(some.good.slice(rows), some.bad[skipped:], some.first + rows + skipped)
         yield some

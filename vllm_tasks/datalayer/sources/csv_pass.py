@@ -1,4 +1,4 @@
-"""One pass of Arrow's parser over a CSV file, from its first record on."""
+"""One pass of Arrow's parser over a CSV file, from its first record."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_tasks.datalayer.sources.read_options import ReadOptions
 from vllm_tasks.errors import InvalidCall
 
 LONGEST = 1 << 30
-"""Bytes of a record at most: Arrow counts them in 32 bits."""
+"""Maximum bytes of a record: Arrow counts them in 32 bits."""
 UNCLOSED = "a quote opens in this record and is not closed: the rest of the file is one cell"
 
 
@@ -34,16 +34,16 @@ class Bad:
 
 @dataclass(frozen=True)
 class Records:
-    """Records that came together. Numbers count from 1, the header among them, blank lines not."""
+    """Records that were read together. Numbers count from 1, including the header but not blank lines."""
 
     good: pa.RecordBatch
-    """Binary columns, named by their places in the file: "0", "3"."""
+    """Binary columns, named by their positions in the file: "0", "3"."""
     bad: Sequence[Bad]
     first: int
-    """How many records came before `good`."""
+    """Number of records before `good`."""
 
     def number(self, row: int) -> int:
-        """Of the record that is this row of `good`."""
+        """The number of the record at this row of `good`."""
         number = self.first + row + 1
         for bad in self.bad:
             number += bad.number <= number
@@ -52,19 +52,19 @@ class Records:
 
 @dataclass(frozen=True)
 class Lost:
-    """From this record on, the file cannot be read."""
+    """The file cannot be read from this record on."""
 
     number: int
     why: str
 
 
 def numbered(width: int) -> list[str]:
-    """Names of columns by their places."""
+    """Names of columns by their positions."""
     return [str(i) for i in range(width)]
 
 
 def parsing(options: ReadOptions, delimiter: str, invalid: Any = None) -> pa.csv.ParseOptions:
-    """How records are told apart, and cells."""
+    """How the parser separates records and cells."""
     return pa.csv.ParseOptions(
         delimiter=delimiter,
         quote_char=options.quote or False,
@@ -75,7 +75,7 @@ def parsing(options: ReadOptions, delimiter: str, invalid: Any = None) -> pa.csv
 
 
 def as_bytes(options: ReadOptions, included: list[str]) -> pa.csv.ConvertOptions:
-    """Cells as they are in the file; NULL where there is nothing, not even quotes."""
+    """Cells as they are in the file; an empty cell without quotes is NULL."""
     return pa.csv.ConvertOptions(
         column_types=dict.fromkeys(included, pa.binary()),
         include_columns=included,
@@ -88,7 +88,7 @@ def as_bytes(options: ReadOptions, included: list[str]) -> pa.csv.ConvertOptions
 def key_cells(
     bad: Sequence[Bad], options: ReadOptions, delimiter: str, places: Sequence[int | None]
 ) -> list[list[bytes | None]]:
-    """Of each bad record the cells at these places; None where it has none."""
+    """The cells of each bad record at these places; None if it has none."""
     found: list[list[bytes | None]] = [[None] * len(places) for _ in bad]
     for width in {each.cells for each in bad}:
         alike = [i for i, each in enumerate(bad) if each.cells == width]
@@ -111,7 +111,7 @@ def key_cells(
 
 
 class Pass:
-    """Reads the columns at the places `wanted`, of records of `width` cells, in blocks of `size` bytes."""
+    """Reads the columns at the places `wanted` from records of `width` cells, in blocks of `size` bytes."""
 
     def __init__(
         self,
@@ -123,10 +123,10 @@ class Pass:
         size: int,
         widened: bool,
     ) -> None:
-        self.shown, self.width = file.shown, width
+        self.display, self.width = file.display, width
         self.bad: list[Bad] = []
         self.complete = False
-        """The mark behind the last record was found as a record of its own."""
+        """Whether the mark after the last record was found as a separate record."""
         self.blocks = Blocks(file, options, size, widened)
         try:
             self.reader = self._parser(options, delimiter, [str(i) for i in wanted or (0,)])
@@ -138,7 +138,7 @@ class Pass:
         return self._tried(
             lambda: pa.csv.open_csv(
                 self.blocks,
-                # With threads, Arrow gives bad records no number; a block is what one `read` gives.
+                # With threads, Arrow does not number bad records. A block is what one `read` returns.
                 read_options=pa.csv.ReadOptions(
                     use_threads=False, block_size=LONGEST, column_names=numbered(self.width)
                 ),
@@ -163,7 +163,7 @@ class Pass:
         except pa.ArrowInvalid as e:
             if "straddl" in str(e):
                 raise TooLong from e
-            raise InvalidCall(f"{self.shown!r} cannot be read as CSV: {str(e)[:200]}") from e
+            raise InvalidCall(f"{self.display!r} cannot be read as CSV: {str(e)[:200]}") from e
 
     def _batch(self) -> pa.RecordBatch | None:
         try:
@@ -174,11 +174,11 @@ class Pass:
         return _narrowed(found) if self.blocks.widened else found
 
     def records(self) -> Iterator[Records | Lost]:
-        """All records; behind them perhaps a `Lost`. Raises `TooLong` and `NotUtf8` in their place."""
+        """All records, at the end perhaps a `Lost`. Raises `TooLong` and `NotUtf8` when it meets them."""
         before = 0
         batch = self._batch()
         while batch is not None:
-            following = self._batch()  # the last batch is another matter
+            following = self._batch()  # read ahead, because the last batch is treated differently
             lost = None
             if following is None:
                 batch, lost = self._ended(batch, before)
@@ -190,14 +190,14 @@ class Pass:
             batch = following
 
     def _bad_until(self, number: int, last: bool) -> list[Bad]:
-        """Those that stand before or right behind the good record of this number, were there none of them."""
+        """The bad records before or right after the good record of this number, counted without bad ones."""
         found: list[Bad] = []
         while self.bad and (last or self.bad[0].number <= number + len(found) + 1):
             found.append(self.bad.pop(0))
         return found
 
     def _ended(self, batch: pa.RecordBatch, before: int) -> tuple[pa.RecordBatch, Lost | None]:
-        """The last batch without the mark, and what is lost where a record has swallowed it."""
+        """The last batch without the mark, and a `Lost` if the mark became part of a record."""
         damage = self.blocks.damage
         why = UNCLOSED if damage is None else f"the file is damaged in or behind this record: {damage}"
         number = before + batch.num_rows + len(self.bad)
@@ -210,13 +210,13 @@ class Pass:
         return batch.slice(0, max(0, batch.num_rows - 1)), Lost(number, why)
 
     def close(self) -> None:
-        """End the reading, also where Arrow reads ahead at this moment."""
+        """End the reading, even while Arrow reads ahead."""
         self.blocks.close()
         self.reader.close()
 
 
 def _narrowed(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The bytes of the file again, from `Blocks` that are widened."""
+    """The original bytes of a batch read from widened `Blocks`."""
     columns = [
         pa.array([None if v is None else v.decode().encode("latin-1") for v in c.to_pylist()], pa.binary())
         for c in batch.columns

@@ -1,7 +1,7 @@
-"""The keys of CSV records with too many or too few cells, where no other record has them.
+"""Keys of CSV records with too many or too few cells, if no other record has the same key.
 
-A line break that should stand in quotes makes records of a text's lines: `Regards` is one, and may come
-often. What stands in the key's place there must not count against the rows of the table.
+A line break that should be in quotes turns each line of a text into a record: `Regards` is one, and may occur
+often. The cells in the key's position there must not count against the rows of the table.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vllm_tasks.datalayer.sources.keys import known, listed
 from vllm_tasks.errors import InvalidCall
 
 MOST = 1 << 20
-"""Different keys of such records, which are in memory."""
+"""Maximum number of different keys of such records, which are in memory."""
 Key = tuple[object, ...]
 
 
@@ -30,7 +30,7 @@ class Strays:
         return len(self._seen)
 
     def add(self, keys: pa.Table, where: str) -> None:
-        """Raises `InvalidCall` for too many; `where` the latest one is."""
+        """Add keys; raises `InvalidCall` for too many, naming the place `where` of the latest one."""
         self._seen.update(listed(keys, known(keys)))
         if len(self._seen) > MOST:
             raise InvalidCall(
@@ -39,7 +39,7 @@ class Strays:
             )
 
     def without(self, good: Iterable[pa.Table], key: pa.Schema) -> set[Key]:
-        """Those that are there once, and in none of the tables `good`; all are of the types in `key`."""
+        """The keys that occur once and in none of the tables `good`; all have the types of `key`."""
         lone = {key for key, times in self._seen.items() if times == 1}
         first = pa.array(list({key[0] for key in lone}), key[0].type)
         for keys in good:

@@ -1,4 +1,4 @@
-"""One file of a table: where it is, what its name says of its format, and its bytes."""
+"""One file of a table: its place, its format by its name, and its bytes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class DataFile:
     stem: str
     kind: Kind
     compression: Literal["gzip", "zstd"] | None
-    shown: str
-    """Its path as a person is told it, without secrets."""
+    display: str
+    """Its path as text for people, without secrets."""
 
     @classmethod
-    def of(cls, fs: Any, path: str, shown: str) -> Self | None:
-        """None for a file that is none of the formats, by its name."""
+    def of(cls, fs: Any, path: str, display: str) -> Self | None:
+        """The file, or None if its name has none of the formats."""
         match = NAME.fullmatch(posixpath.basename(path))
         if match is None:
             return None
@@ -39,20 +39,20 @@ class DataFile:
         packed = COMPRESSIONS[match["packed"].lower()] if match["packed"] else None
         if packed and kind not in COMPRESSED:
             return None
-        return cls(fs, path, match["stem"], kind, packed, shown)
+        return cls(fs, path, match["stem"], kind, packed, display)
 
     def open(self) -> io.BufferedReader:
-        """Its bytes, decompressed, from the first on; see `byte_stream` for the errors."""
+        """Its bytes from the first on, decompressed; see `byte_stream` for the errors."""
         return io.BufferedReader(self._decompressed() if self.compression else self._raw(), BUFFER)
 
     def seekable(self) -> IO[bytes]:
-        """Its bytes as they are, for formats that are read from their end or middle."""
+        """Its bytes as stored, for formats that are read from their end or middle."""
         return cast(IO[bytes], self.fs.open(self.path, "rb"))
 
     def _raw(self) -> Connected:
-        return Connected(self.fs, self.path, self.shown)
+        return Connected(self.fs, self.path, self.display)
 
     def _decompressed(self) -> Decompressed:
         return Decompressed(
-            lambda: io.BufferedReader(self._raw(), BUFFER), self.compression or "", self.shown
+            lambda: io.BufferedReader(self._raw(), BUFFER), self.compression or "", self.display
         )

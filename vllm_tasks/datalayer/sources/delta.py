@@ -1,4 +1,4 @@
-"""Delta tables as sources, read by delta-rs' own engine, renamed columns and deletion vectors included."""
+"""Delta tables as sources, read by delta-rs's own engine, including renamed columns and deletion vectors."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from vllm_tasks.errors import InvalidCall
 from vllm_tasks.places import without_secrets
 
 READABLE = PLAIN_FEATURES | {"columnMapping", "deletionVectors", "v2Checkpoint"}
-"""Reader features of Delta's protocol with which delta-rs 1.6 reads exactly what is in a table."""
+"""Reader features of Delta's protocol with which delta-rs 1.6 reads a table exactly."""
 BATCH_ROWS = 8192
 WIDE_BATCH_ROWS = 256
-"""Of columns whose values may be of any length; of short ones it takes twice the time that 8,192 would."""
+"""Rows of a batch if values may have any length; short values take twice as long as with 8,192 rows."""
 
 
 def refuse_unreadable(table: DeltaTable) -> None:
-    """Raise `InvalidCall` naming what of the table no reader here reads exactly."""
+    """Raise `InvalidCall` for a table with features that no reader here reads exactly, naming them."""
     features = table.protocol().reader_features or ()
     wrong = sorted(named_feature(feature) for feature in features if feature not in READABLE)
     if mapping_mode(table) == "id":
-        wrong.append("column mapping by id")  # delta-rs 1.6 looks for columns by name all the same
+        wrong.append("column mapping by id")  # delta-rs 1.6 looks columns up by name nevertheless
     if wrong:
         raise InvalidCall(
             f"the Delta table {without_secrets(table.table_uri)!r} uses {', '.join(wrong)}, which delta-rs "
@@ -45,7 +45,7 @@ def refuse_unreadable(table: DeltaTable) -> None:
 
 
 def delta_reader(table: DeltaTable, columns: Sequence[str] | None = None) -> pa.RecordBatchReader:
-    """The rows of the loaded version in batches, in any order: these columns, or all; at least one.
+    """The rows of the loaded version in batches, in any order: the given columns (at least one), or all.
 
     Raises `InvalidCall` as `refuse_unreadable`.
     """
@@ -54,17 +54,17 @@ def delta_reader(table: DeltaTable, columns: Sequence[str] | None = None) -> pa.
     wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
     settings = {
         "datafusion.execution.batch_size": str(_batch_rows(table, wanted)),
-        "datafusion.execution.target_partitions": "1",  # each would hold its own files in memory
+        "datafusion.execution.target_partitions": "1",  # each partition would hold its own files in memory
     }
     query = QueryBuilder(settings).register("source", table)
     found = query.execute(f"SELECT {', '.join(map(quoted, wanted.names))} FROM source")  # noqa: S608 - quoted
     batches = pa.RecordBatchReader.from_stream(found)
-    # The engine's text is `string_view`, whose size and types differ from what everyone else reads here.
+    # The engine returns text as `string_view`, a type that no other reader here returns.
     return pa.RecordBatchReader.from_batches(wanted, (batch.cast(wanted) for batch in batches))
 
 
 def _batch_rows(table: DeltaTable, wanted: pa.Schema) -> int:
-    """As many rows as have `PART_BYTES`, by the stored size of the widest file's rows."""
+    """The number of rows in `PART_BYTES`, by the stored size of the widest file's rows."""
     if all(_is_short(field.type) for field in wanted):
         return BATCH_ROWS
     files = pa.table(table.get_add_actions(flatten=True))
@@ -80,7 +80,7 @@ def _is_short(kind: pa.DataType) -> bool:
 
 
 class DeltaRows:
-    """The rows for DuckDB, which asks for a new stream with each query."""
+    """The rows for DuckDB, which requests a new stream for each query."""
 
     def __init__(self, table: DeltaTable) -> None:
         refuse_unreadable(table)
@@ -91,8 +91,8 @@ class DeltaRows:
 
 
 def queryable(table: DeltaTable) -> ds.Dataset | ds.Scanner | DeltaRows:
-    """The table for DuckDB: by pyarrow, with which it reads only what a query needs, where that is exact."""
-    # Partitions are values in the log, of which delta-rs gives pyarrow -0.05 as 0.-5.
+    """The table for DuckDB: through pyarrow, which reads only what a query needs, if that is exact."""
+    # Partition values are in the log, and delta-rs hands -0.05 to pyarrow as 0.-5.
     decimals = [
         name
         for name in table.metadata().partition_columns
@@ -104,8 +104,8 @@ def queryable(table: DeltaTable) -> ds.Dataset | ds.Scanner | DeltaRows:
 class DeltaSource(ArrowSource):
     """The loaded version of a Delta table as a `Source`."""
 
-    def __init__(self, table: DeltaTable, shown: str) -> None:
-        """`shown`: the table as a person is told it. Raises `InvalidCall` as `refuse_unreadable`."""
+    def __init__(self, table: DeltaTable, display: str) -> None:
+        """`display` is the table as text for people. Raises `InvalidCall` as `refuse_unreadable`."""
         refuse_unreadable(table)
         schema = arrow_schema(table)
-        super().__init__(schema, lambda names: delta_reader(table, names or schema.names[:1]), shown)
+        super().__init__(schema, lambda names: delta_reader(table, names or schema.names[:1]), display)

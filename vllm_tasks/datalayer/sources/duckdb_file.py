@@ -1,4 +1,4 @@
-"""A table, a view or a SELECT of a file that DuckDB keeps, as a source: `duckdb:///file.duckdb`."""
+"""A table, view or SELECT of a DuckDB file as a source: `duckdb:///file.duckdb`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCHEME = "duckdb:///"
 
 
 class DuckDBSource(Statement):
-    """`Source` of a DuckDB file, which is opened read-only; a SELECT reaches no other file."""
+    """`Source` of a DuckDB file, opened read-only; a SELECT cannot read any other file."""
 
     def __init__(self, url: str, select: str) -> None:
         name = url.removeprefix(SCHEME)
@@ -38,16 +38,16 @@ def _opened(path: Path) -> Workspace:
     try:
         return Workspace(site_settings().select_memory, database=path)
     except duckdb.IOException as e:
-        if "lock" in str(e):  # a process that writes it lets nobody else read
+        if "lock" in str(e):  # while a process writes the file, no other can read it
             raise TablesUnavailable(f"{path}: {str(e)[:300]}") from e
-        raise InvalidCall(f"{str(path)!r} is no file of DuckDB's: {str(e)[:300]}") from e
+        raise InvalidCall(f"{str(path)!r} is not a DuckDB file: {str(e)[:300]}") from e
 
 
 def _statement(con: duckdb.DuckDBPyConnection, select: str, path: Path) -> str:
-    """SQL of the rows that `select` names."""
+    """The SQL for the rows that `select` names."""
     found = con.execute("SELECT table_schema, table_name FROM information_schema.tables").fetchall()
     there = {f"{schema}.{name}": (schema, name) for schema, name in found}
-    named = sorted(whole for whole, (_, name) in there.items() if select in (whole, name))
+    named = sorted(full for full, (_, name) in there.items() if select in (full, name))
     if len(named) > 1:
         raise InvalidCall(
             f"select={select[:200]!r} may be any of {', '.join(named[:SHOWN])} in {str(path)!r}; name "

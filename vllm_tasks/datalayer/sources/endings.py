@@ -1,4 +1,4 @@
-"""Formats of files by how their names end."""
+"""Formats of files by the endings of their names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ENDINGS: dict[str, Kind] = {
     "arrow": "arrow",
     "feather": "arrow",
 }
-"""Formats by the ending of a file's name, in any case of its letters."""
+"""Formats by the ending of a file's name, in upper or lower case."""
 COMPRESSIONS: dict[str, Literal["gzip", "zstd"]] = {"gz": "gzip", "zst": "zstd"}
 COMPRESSED = ("jsonl", "json", "csv", "tsv")
-"""Formats that are compressed as whole files; others compress within."""
+"""Formats whose files are compressed as a whole; others compress inside the file."""

@@ -1,4 +1,4 @@
-"""Columns whose values DuckDB would change: what stands for them in a SELECT."""
+"""Columns whose values DuckDB would change, and the expressions that replace them in a SELECT."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from vllm_tasks.datalayer.sources.pieces import Pieces
 from vllm_tasks.datalayer.workspace import literal
 
 DIGITS = 38
-"""Of DuckDB's decimals."""
+"""Maximum digits of DuckDB's decimals."""
 
 
 def refused_in_sql(source: Pieces, columns: Sequence[str]) -> dict[str, str]:
-    """By column, an expression that ends the SELECT that uses it, and no other."""
+    """By column, an expression that fails only those SELECTs that use it."""
     found: dict[str, str] = {}
     for where, schema in source.schemas():
         for name in columns:
             numbers = schema.get_all_field_indices(name)
             if len(numbers) > 1:
-                why = f"{where} has {len(numbers)} columns {name!r:.100}; give each a name of its own"
+                why = f"{where} has {len(numbers)} columns {name!r:.100}; give each another name"
             elif numbers and _changed(kind := schema.field(numbers[0]).type):
                 why = (
                     f"the column {name!r:.100} of {where} is of the type {str(kind)[:100]}, which SQL would "
@@ -34,8 +34,8 @@ def refused_in_sql(source: Pieces, columns: Sequence[str]) -> dict[str, str]:
 
 
 def plain_times(source: Pieces, columns: Sequence[str]) -> dict[str, str]:
-    """By column of times of day, an expression for them without a zone, which DuckDB gives to those that are
-    marked as UTC in Parquet, as pyarrow once marked all."""
+    """By column of times of day, an expression without a zone. DuckDB gives a zone to times that Parquet
+    marks as UTC, as pyarrow once marked all."""
     kinds: dict[str, set[str | None]] = {}
     for _, schema in source.schemas():
         for field in schema:
@@ -48,7 +48,7 @@ def plain_times(source: Pieces, columns: Sequence[str]) -> dict[str, str]:
 
 
 def _without_zone(column: str, kind: str) -> str:
-    if kind.startswith("TIME_NS"):  # those with a zone have lost them
+    if kind.startswith("TIME_NS"):  # times with a zone have lost their nanoseconds
         why = literal(f"the column {column} has nanoseconds that SQL would drop; name the table itself")
         return f"if(typeof({column}) LIKE 'TIME WITH%', error({why}), {column})"
     return f"CAST({column} AS {kind})"

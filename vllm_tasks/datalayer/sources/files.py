@@ -1,4 +1,4 @@
-"""Which files a name means in a lake: a table's file or folder, a path, a glob, a Delta or Iceberg table."""
+"""Finds the files of a name in a lake: a table's file or folder, a path, a glob, a Delta or Iceberg table."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from vllm_tasks.places import check_place, without_secrets
 
 @dataclass(frozen=True)
 class Table:
-    """What one name means: files of one format, or the folder of a Delta or an Iceberg table."""
+    """The meaning of one name: files of one format, or the folder of a Delta or Iceberg table."""
 
     name: str
     files: tuple[DataFile, ...] = ()
     delta: str | None = None
-    """URL of the folder, like `iceberg`."""
+    """URL of the folder."""
     iceberg: str | None = None
 
 
@@ -42,18 +42,18 @@ class Files:
         self.root = root.rstrip("/")
 
     def uri(self, path: str) -> str:
-        """`path` as DuckDB and delta-rs know it."""
+        """`path` in the form for DuckDB and delta-rs."""
         return path if self.local else str(self.fs.unstrip_protocol(path))
 
     def linked(self, table: Table) -> list[str]:
-        """The files of a table that links lead to, out of the lake; see `_refuse_places`."""
+        """The files of a table that are outside the lake, reached by links; see `_refuse_places`."""
         if not self.local:
             return []
         root = os.path.realpath(self.root)
         return [f.path for f in table.files if not os.path.realpath(f.path).startswith(root + "/")]
 
-    def shown(self, path: str) -> str:
-        """`path` as a person is told it."""
+    def display(self, path: str) -> str:
+        """`path` as text for people, without secrets."""
         return without_secrets(self.uri(path))
 
     @property
@@ -61,17 +61,17 @@ class Files:
         return isinstance(self.fs, LocalFileSystem)
 
     def tables(self) -> dict[str, list[str]]:
-        """Paths by table name; raises `InvalidCall` when the lake is not there."""
+        """Paths by table name; raises `InvalidCall` if the lake does not exist."""
         found: dict[str, list[str]] = {}
         self.fs.invalidate_cache()
         try:
-            entries = self._ask("ls", self.root or "/", detail=True)
+            entries = self._call("ls", self.root or "/", detail=True)
         except (FileNotFoundError, NotADirectoryError) as e:
-            raise InvalidCall(f"there is no folder {self.shown(self.root)!r} to read from") from e
+            raise InvalidCall(f"there is no folder {self.display(self.root)!r} to read from") from e
         for entry in entries:
             path = entry["name"].rstrip("/")
             name = posixpath.basename(path)
-            if entry["type"] == "directory" or (entry.get("islink") and self._ask("isdir", path)):
+            if entry["type"] == "directory" or (entry.get("islink") and self._call("isdir", path)):
                 if not name.startswith("."):
                     found.setdefault(name, []).append(path)
             elif file := self._file(path):
@@ -79,41 +79,41 @@ class Files:
         return found
 
     def has(self, name: str) -> bool:
-        """Whether there is a file, a folder of files, a Delta or an Iceberg table `name`."""
+        """Whether there is a file, a folder of files, a Delta or Iceberg table `name`."""
         self.fs.invalidate_cache()
-        if not self._ask("exists", self.root or "/"):
+        if not self._call("exists", self.root or "/"):
             return False
         for path in self.tables().get(name, ()):
-            if not self._ask("isdir", path) or is_iceberg(self.fs, path):
+            if not self._call("isdir", path) or is_iceberg(self.fs, path):
                 return True
-            if self._ask("exists", f"{path}/_delta_log"):
-                return find_table(self.uri(path)) is not None  # it may be about to be made
+            if self._call("exists", f"{path}/_delta_log"):
+                return find_table(self.uri(path)) is not None  # it may just be under creation
             if self._data_files(path):
                 return True
         return False
 
     def table(self, name: str, tables: dict[str, list[str]]) -> Table | None:
-        """The table, path or glob `name`, given all `tables`; None where it is none; raises `InvalidCall`."""
+        """The table, path or glob `name`, given all `tables`; None if there is none; raises `InvalidCall`."""
         paths = tables.get(name)
         if paths is None:
             paths = self._paths(name)
         elif len(paths) > 1:
             those = ", ".join(sorted(posixpath.basename(p) for p in paths))
-            raise InvalidCall(f"{name!r} may be any of {those}; give the file's whole name")
+            raise InvalidCall(f"{name!r} may be any of {those}; give the file's complete name")
         if not paths:
             return None
-        if len(paths) == 1 and self._ask("isdir", paths[0]):
+        if len(paths) == 1 and self._call("isdir", paths[0]):
             return self._folder(name, paths[0])
         return self._of_one_format(name, paths)
 
     def unknown(self, name: str, tables: Collection[str]) -> InvalidCall:
-        """That there is no such table, or that it is not read."""
-        for entry in self._ask("ls", self.root or "/", detail=False):
+        """The error for a table that does not exist, or whose format is not supported."""
+        for entry in self._call("ls", self.root or "/", detail=False):
             if is_called(entry, name):
-                return refusal(entry, self.shown(entry))
+                return refusal(entry, self.display(entry))
         has = ", ".join(map(repr, sorted(tables)[:20])) + (", ..." if len(tables) > 20 else "")
         return InvalidCall(
-            f"{self.shown(self.root)!r} has no table, file or match for {name!r}{near(name, tables)}; "
+            f"{self.display(self.root)!r} has no table, file or match for {name!r}{near(name, tables)}; "
             f"it has {has or 'no tables'}"
         )
 
@@ -121,13 +121,13 @@ class Files:
 
     def _folder(self, name: str, path: str) -> Table:
         self._refuse_places([path])
-        if self._ask("exists", f"{path}/_delta_log"):
+        if self._call("exists", f"{path}/_delta_log"):
             return Table(name, delta=self.uri(path))
         if is_iceberg(self.fs, path):
             return Table(name, iceberg=self.uri(path))
         found = self._data_files(path)
         if not found:
-            raise InvalidCall(f"the folder {self.shown(path)!r} holds no {FORMATS} files")
+            raise InvalidCall(f"the folder {self.display(path)!r} has no {FORMATS} files")
         return self._of_one_format(name, self._refuse_tables(found))
 
     def _of_one_format(self, name: str, paths: list[str]) -> Table:
@@ -141,7 +141,7 @@ class Files:
         return Table(name, tuple(files))
 
     def _once(self, paths: list[str]) -> list[str]:
-        """Each file by one path: links may lead to what is there by its own name, too."""
+        """Each file by one path only: a link may lead to a file that is in the lake itself."""
         if not self.local:
             return paths
         found: dict[str, str] = {}
@@ -158,27 +158,27 @@ class Files:
         outside = path.startswith("/") or "://" in path or ".." in path.split("/")
         if outside and not re.search(r"\s", path):
             raise InvalidCall(
-                f"{name!r} is not in the lake {self.shown(self.root)!r}; give a path relative to it"
+                f"{name!r} is not in the lake {self.display(self.root)!r}; give a path relative to it"
             )
         if outside or not path:
             return []
-        whole = f"{self.root}/{path.rstrip('/')}"
-        if self._ask("exists", whole):
-            if not self._ask("isdir", whole) and self._file(whole) is None:
-                raise refusal(whole, self.shown(whole))
-            return self._refuse_tables([whole]) if self._file(whole) else [whole]
+        full = f"{self.root}/{path.rstrip('/')}"
+        if self._call("exists", full):
+            if not self._call("isdir", full) and self._file(full) is None:
+                raise refusal(full, self.display(full))
+            return self._refuse_tables([full]) if self._file(full) else [full]
         if not set("*?[") & set(path):
             return []
         return self._refuse_tables(self._with_rows(self._glob(path), path))
 
     def _file(self, path: str) -> DataFile | None:
-        return DataFile.of(self.fs, path, self.shown(path))
+        return DataFile.of(self.fs, path, self.display(path))
 
     def _data_files(self, folder: str) -> list[str]:
         return self._with_rows(self._inside(folder, set()), folder)
 
     def _with_rows(self, paths: Iterable[str], pattern: str) -> list[str]:
-        """Those that are read; raises `InvalidCall` for one whose rows would be missing."""
+        """The files that can be read; raises `InvalidCall` for another one, whose rows would be missing."""
         found = []
         for path in paths:
             if self._hidden(path, pattern):
@@ -186,13 +186,13 @@ class Files:
             if self._file(path):
                 found.append(path)
             elif has_rows(path):
-                raise refusal(path, self.shown(path))
+                raise refusal(path, self.display(path))
         return found
 
     def _inside(self, folder: str, seen: set[str]) -> Iterator[str]:
-        """All files in a folder and in those that links in it lead to, each folder once."""
+        """All files in a folder and in folders that its links lead to, each folder once."""
         seen.add(os.path.realpath(folder))
-        for path in self._ask("find", folder):
+        for path in self._call("find", folder):
             linked = self.local and os.path.islink(path) and os.path.isdir(path)
             if not linked:
                 yield path
@@ -202,14 +202,14 @@ class Files:
                 yield from self._inside(path, seen)
 
     def _glob(self, pattern: str) -> Iterable[str]:
-        """All files and folders whose path in the lake matches; linked folders are gone into, as fsspec does
-        not by itself."""
+        """All files and folders whose path in the lake matches, including those in linked folders, which
+        fsspec itself does not enter."""
         if any("**" in part and part != "**" for part in pattern.split("/")):
             raise InvalidCall(
-                f"{pattern!r:.200} is no glob: ** stands for whole folders, as in a/**/*.parquet"
+                f"{pattern!r:.200} is no glob: ** stands for complete folders, as in a/**/*.parquet"
             )
         if not self.local:
-            found: list[str] = self._ask("glob", f"{exactly(self.root)}/{pattern}")
+            found: list[str] = self._call("glob", f"{exactly(self.root)}/{pattern}")
             return found
         if "**" not in pattern:
             return glob.glob(f"{glob.escape(self.root)}/{pattern}", include_hidden=True)
@@ -219,61 +219,63 @@ class Files:
         return [path for path in inside if matches(path[start:])]
 
     def _hidden(self, path: str, pattern: str) -> bool:
-        """Whether a part of `path` that `pattern` does not name begins with . or _: a log, or under way."""
+        """Whether a part of `path` that `pattern` does not name begins with . or _, like a log."""
         named = set(pattern.split("/"))
         parts = path.removeprefix(self.root + "/").split("/")
         return any(part[0] in "._" and part not in named for part in parts if part)
 
     def _refuse_tables(self, paths: list[str]) -> list[str]:
-        """Files of a Delta or an Iceberg table are not its rows: some are of the past."""
+        """Refuse files of a Delta or Iceberg table: some belong to earlier versions of its rows."""
         folders: set[str] = set()
         for path in paths:
             while (path := posixpath.dirname(path)) not in folders and len(path) >= len(self.root):
                 folders.add(path)
         for folder in sorted(folders):
-            kind = "a Delta" if self._ask("exists", f"{folder}/_delta_log") else ""
+            kind = "a Delta" if self._call("exists", f"{folder}/_delta_log") else ""
             kind = kind or ("an Iceberg" if is_iceberg(self.fs, folder) else "")
             if kind:
-                raise InvalidCall(f"{self.shown(folder)!r} is {kind} table: name it, not the files in it")
+                raise InvalidCall(f"{self.display(folder)!r} is {kind} table: name it, not the files in it")
         return paths
 
     def _refuse_places(self, paths: list[str]) -> None:
-        """Links may lead out of the lake, but not out of the places that the site allows."""
+        """Refuse links that lead out of the places that the site allows; they may lead out of the lake."""
         if not self.local:
             return
         root = os.path.realpath(self.root)
         for path in paths:
             real = os.path.realpath(path)
             if os.path.islink(path) and not os.path.exists(path):
-                raise InvalidCall(f"the link {path!r} leads to {real!r}, where nothing is: mend or remove it")
+                raise InvalidCall(
+                    f"the link {path!r} leads to {real!r}, which does not exist: correct or remove it"
+                )
             if not real.startswith(root + "/"):
                 check_place("the file behind the link", real)
 
-    def _ask(self, question: str, path: str, **given: Any) -> Any:
+    def _call(self, method: str, path: str, **given: Any) -> Any:
         try:
-            return getattr(self.fs, question)(path, **given)
+            return getattr(self.fs, method)(path, **given)
         except (FileNotFoundError, NotADirectoryError):
             raise
         except PermissionError as e:
-            raise InvalidCall(f"cannot list {self.shown(path)!r}: not allowed: {plain(e)}") from e
-        except Exception as e:  # every filesystem has errors of its own, which have no base in common
-            raise TablesUnavailable(f"cannot list {self.shown(path)!r}: {plain(e)}") from e
+            raise InvalidCall(f"cannot list {self.display(path)!r}: not allowed: {plain(e)}") from e
+        except Exception as e:  # the errors of filesystems have no common base class
+            raise TablesUnavailable(f"cannot list {self.display(path)!r}: {plain(e)}") from e
 
 
 def exactly(uri: str) -> str:
-    """The glob that only `uri` matches."""
+    """A glob that matches only `uri`."""
     return re.sub(r"([*?[])", r"[\1]", uri)
 
 
 def _opened(url: str) -> tuple[Any, str]:
-    """The filesystem that a lake is on, and its path there."""
+    """The filesystem of a lake, and its path there."""
     if "://" not in url:
-        # fsspec would take a :: in it for one filesystem inside another.
+        # fsspec would take a :: in the path for one filesystem inside another.
         return LocalFileSystem(skip_instance_cache=True), LocalFileSystem._strip_protocol(url)
     try:
         fs, root = fsspec.url_to_fs(url, skip_instance_cache=True)
     except ImportError as e:
         raise InvalidCall(f"{url.partition('://')[0]}:// needs another package: {e}") from e
-    except OSError as e:  # some connect at once
+    except OSError as e:  # some filesystems connect immediately
         raise TablesUnavailable(f"cannot reach {without_secrets(url)!r}: {plain(e)}") from e
     return fs, root

@@ -1,5 +1,5 @@
-"""Tables in memory and streams of Arrow: pandas, polars, pyarrow, a relation of DuckDB, and whatever else
-has `__arrow_c_stream__`."""
+"""Tables in memory and Arrow streams: pandas, polars, pyarrow, a relation of DuckDB, and any other object
+with `__arrow_c_stream__`."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from vllm_tasks.datalayer.sources.pieces import BATCH_ROWS, Piece, Pieces
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 
 IN_MEMORY = ("pandas", "polars")
-"""Packages whose data frames are what they are however often they are read."""
+"""Packages whose data frames return the same rows however often they are read."""
 
 
 class Frame(Pieces):
-    """The rows of `data`. A data frame or table in memory is read where it is; of anything else, which may
-    be read once only or give other rows the next time, a copy is made in a temporary file, until `close`.
+    """The rows of `data`. A data frame or table in memory is read in place. Anything else may be readable
+    only once, or return other rows the next time, and is copied to a temporary file until `close`.
 
-    A pandas index is no column. What pandas holds as NaN, NaT, NA or None is NULL, as pyarrow converts it.
+    A pandas index is not a column. NaN, NaT, NA and None of pandas are NULL, as pyarrow converts them.
     """
 
     def __init__(self, data: Any) -> None:
-        """Raises `InvalidCall` for what is no table."""
+        """Raises `InvalidCall` if `data` is not a table."""
         _check(data)
-        self._where = shown(data)
+        self._where = display_name(data)
         self._copy: ArrowFile | None = None
         self._problems: dict[str, str] = {}
-        """Of columns that Arrow cannot have, why."""
+        """By column, why Arrow cannot hold it."""
         with ExitStack() as opened, _errors(self._where):
             if _in_memory(data):
                 self._table, self._problems = in_arrow(data)
@@ -84,16 +84,16 @@ class _Pass:
         yield from piece.at.select(list(columns)).to_batches(max_chunksize=self._rows)
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Nothing to close."""
 
 
-def shown(data: Any) -> str:
-    """What a person is told that `data` is."""
+def display_name(data: Any) -> str:
+    """The kind of `data`, as text for people."""
     return f"the {type(data).__module__.split('.')[0]} {type(data).__name__}"
 
 
 def is_table(data: Any) -> bool:
-    """Whether `data` speaks Arrow, or is one of its tables."""
+    """Whether `data` has Arrow's stream protocol, or is one of Arrow's tables."""
     return hasattr(data, "__arrow_c_stream__") or isinstance(data, pa.RecordBatch)
 
 
@@ -101,14 +101,14 @@ def _check(data: Any) -> None:
     kind = type(data).__name__
     if kind in ("Series", "ChunkedArray"):
         raise InvalidCall(
-            f"select=<{kind}> is a column and not a table: make one with the key beside it, as in "
+            f"select=<{kind}> is a column, not a table: make a table with its key, as in "
             "pandas.DataFrame({'id': ..., 'text': ...})"
         )
     if not is_table(data):
         raise InvalidCall(
             "rows in memory must be a table that has __arrow_c_stream__ (pandas, polars, pyarrow, DuckDB), "
-            f"not a {type(data).__name__}; make one of a list of rows by pyarrow.Table.from_pylist(rows), of "
-            "a dict of columns by pyarrow.table(columns), of a dataset by dataset.scanner().to_reader()"
+            f"not a {type(data).__name__}; convert a list of rows by pyarrow.Table.from_pylist(rows), a dict "
+            "of columns by pyarrow.table(columns), a dataset by dataset.scanner().to_reader()"
         )
 
 
@@ -119,7 +119,7 @@ def _in_memory(data: Any) -> bool:
 
 
 def _copied(data: Any, opened: ExitStack) -> str:
-    """The path of an Arrow file with the rows of `data`, which goes with `opened`."""
+    """The path of an Arrow file with the rows of `data`; closing `opened` removes it."""
     file = tempfile.NamedTemporaryFile(prefix="vllm-tasks-", suffix=".arrow")  # noqa: SIM115 - `opened` closes it
     opened.enter_context(file)
     with pa.RecordBatchReader.from_stream(data) as reader:
@@ -132,7 +132,7 @@ def _copied(data: Any, opened: ExitStack) -> str:
 
 
 def _written(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """`batch` as a file may have it: dictionaries may change under way in a stream, and not in a file."""
+    """`batch` for a file, without dictionaries: they may change within a stream, but not within a file."""
     columns = [
         column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
         for column in familiar(batch).columns
@@ -141,19 +141,17 @@ def _written(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def _without_index(schema: pa.Schema) -> pa.Schema:
-    """Without the columns that were the index of a pandas frame."""
+    """The schema without the columns that were the index of a pandas frame."""
     index = (schema.pandas_metadata or {}).get("index_columns", ())
     return pa.schema([field for field in schema if field.name not in index])
 
 
 @contextmanager
 def _errors(where: str) -> Iterator[None]:
-    """What the library that made the table says, or the disk that it is copied to."""
+    """Translate errors of the library that made the table and of the disk it is copied to."""
     try:
         yield
     except OSError as e:
         raise TablesUnavailable(f"cannot copy {where} to a temporary file: {plain(e):.200}") from e
-    except (
-        Exception
-    ) as e:  # each library has errors of its own, and rows that it cannot give stay as they are
+    except Exception as e:  # the errors of libraries have no common base class, and they are permanent
         raise InvalidCall(f"cannot read {where}: {plain(e):.200}") from e

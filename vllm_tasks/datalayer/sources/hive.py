@@ -1,7 +1,7 @@
-"""Folders named `year=2024`: a column of the files in them, as DuckDB, Spark and pandas have it.
+"""Folders named `year=2024` as columns of the files in them, as in DuckDB, Spark and pandas.
 
-Its values are texts, as the cells of a CSV are: no name says whether 007 is a number. What the files have
-under that name themselves is not read.
+Values are text, like the cells of a CSV: a name does not say whether 007 is a number. A column of that name
+in the files themselves is not read.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ FOLDER = re.compile(r"([^=/]+)=([^=/]*)")
 NULL = "__HIVE_DEFAULT_PARTITION__"
 
 Partition = dict[str, str | None]
-"""Columns that are the same in all rows of a file, by name."""
+"""Values that are the same in all rows of a file, by column."""
 
 
 def partitions(folders: Sequence[str]) -> list[Partition]:
-    """What each of these paths says; nothing where they do not all name the same columns."""
+    """The partition of each path; empty unless all paths name the same columns."""
     found = [_partition(folder) for folder in folders]
     return found if len({frozenset(each) for each in found}) == 1 else [{} for _ in found]
 
@@ -33,5 +33,5 @@ def _partition(folder: str) -> Partition:
         try:
             found[name] = None if value == NULL else unquote(value, errors="strict")
         except UnicodeDecodeError as e:
-            raise InvalidCall(f"the folder {folder!r:.300} is no text where it is decoded: {e}") from e
+            raise InvalidCall(f"the folder {folder!r:.300} is not text after decoding: {e}; rename it") from e
     return found

@@ -1,4 +1,4 @@
-"""Iceberg tables, through pyiceberg: the rows of the current snapshot, without those that it deletes."""
+"""Iceberg tables through pyiceberg: the rows of the current snapshot, without deleted ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 METADATA = ".metadata.json"
 HINT = "version-hint.text"
 VERSION = re.compile(r"v?(\d+)")
-"""How the name of a metadata file begins: `v3.metadata.json`, `00003-<uuid>.metadata.json`."""
+"""The beginning of a metadata file's name: `v3.metadata.json`, `00003-<uuid>.metadata.json`."""
 
 
 def is_iceberg(fs: Any, folder: str) -> bool:
@@ -30,15 +30,15 @@ def is_iceberg(fs: Any, folder: str) -> bool:
     return bool(_metadata_files(fs, folder))
 
 
-def refuse_inside(fs: Any, path: str, root: str, shown: str) -> None:
-    """Raise `InvalidCall` when the file or folder `path`, of the lake `root`, lies in an Iceberg table: its
-    files are not its rows, as some are of the past. The table's own folder is refused too."""
+def refuse_inside(fs: Any, path: str, root: str, display: str) -> None:
+    """Raise `InvalidCall` if the file or folder `path` of the lake `root` is in an Iceberg table, or is the
+    table's own folder: its files are not its rows, because some belong to earlier snapshots."""
     root, folder = root.rstrip("/"), path.rstrip("/")
     while len(folder) > len(root):
         if is_iceberg(fs, folder):
             raise InvalidCall(
-                f"{shown!r} lies in the Iceberg table {posixpath.basename(folder)!r}: name that table, not "
-                "the files in it, of which some are of the past"
+                f"{display!r} lies in the Iceberg table {posixpath.basename(folder)!r}: name that table, not "
+                "the files in it, some of which belong to earlier snapshots"
             )
         folder = posixpath.dirname(folder)
 
@@ -52,19 +52,19 @@ def _metadata_files(fs: Any, folder: str) -> list[str]:
 
 
 class Iceberg(Pieces):
-    """The table in `folder`, at the snapshot that is its current one when it is first read.
+    """The table in `folder`, at the snapshot that is current when it is opened.
 
-    A piece is a data file with its deletes. pyiceberg reads the wanted columns of a whole data file at once.
+    A piece is a data file with its deletes. pyiceberg reads the wanted columns of a complete file at once.
     """
 
-    def __init__(self, fs: Any, folder: str, shown: str) -> None:
-        """Raises `InvalidCall` when pyiceberg is not installed or does not read the table."""
-        self._shown = shown
+    def __init__(self, fs: Any, folder: str, display: str) -> None:
+        """Raises `InvalidCall` if pyiceberg is not installed or cannot read the table."""
+        self._display = display
         try:
             from vllm_tasks.datalayer.sources.iceberg_files import LakeFiles, table
         except ImportError as e:
             raise InvalidCall(
-                f"{shown} is an Iceberg table, which needs pyiceberg: pip install 'vllm-tasks[iceberg]'"
+                f"{display} is an Iceberg table, which needs pyiceberg: pip install 'vllm-tasks[iceberg]'"
             ) from e
         with self._errors():
             self._table = table(LakeFiles(fs), _newest(fs, folder))
@@ -74,14 +74,14 @@ class Iceberg(Pieces):
 
     def _check_place(self, fs: Any, folder: str, path: str) -> None:
         if not str(fs._strip_protocol(path)).startswith(folder.rstrip("/") + "/"):
-            check_place(f"of the Iceberg table {self._shown} the data file", path)
+            check_place(f"of the Iceberg table {self._display} the data file", path)
 
     def _scan(self, columns: Sequence[str]) -> DataScan:
         return self._table.scan(selected_fields=tuple(columns))
 
     def schemas(self) -> Iterator[tuple[str, pa.Schema]]:
         """See `Pieces.schemas`."""
-        yield self._shown, self._schema
+        yield self._display, self._schema
 
     @cached_property
     def _schema(self) -> pa.Schema:
@@ -104,7 +104,7 @@ class Iceberg(Pieces):
         from pyiceberg.expressions import AlwaysTrue
         from pyiceberg.io.pyarrow import ArrowScan
 
-        # A table's own scan would start all of its files at once and keep what is ready.
+        # The table's own scan would read all files at once and keep their results in memory.
         projection = self._scan(columns or piece.schema.names[:1]).projection()
         with self._errors():
             yield from ArrowScan(
@@ -119,13 +119,13 @@ class Iceberg(Pieces):
             raise
         except FileNotFoundError as e:
             raise InvalidCall(
-                f"the Iceberg table {self._shown} lacks a file that its metadata names: {plain(e):.300}; a "
-                "table names its files by their whole paths, and cannot be read where it was moved or copied"
+                f"the Iceberg table {self._display} lacks a file that its metadata names: {plain(e):.300}; a "
+                "table names its files by absolute paths, and cannot be read after it was moved or copied"
             ) from e
         except (OSError, ConnectionError) as e:
-            raise TablesUnavailable(f"cannot read the Iceberg table {self._shown}: {plain(e):.300}") from e
-        except Exception as e:  # pyiceberg's errors, Arrow's and pydantic's have no base in common
-            raise InvalidCall(f"cannot read the Iceberg table {self._shown}: {plain(e):.300}") from e
+            raise TablesUnavailable(f"cannot read the Iceberg table {self._display}: {plain(e):.300}") from e
+        except Exception as e:  # the errors of pyiceberg, Arrow and pydantic have no common base class
+            raise InvalidCall(f"cannot read the Iceberg table {self._display}: {plain(e):.300}") from e
 
 
 class _Pass:
@@ -142,7 +142,7 @@ class _Pass:
                 yield batch.slice(start, self._rows).select(columns)
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Nothing to close."""
 
 
 def _newest(fs: Any, folder: str) -> str:

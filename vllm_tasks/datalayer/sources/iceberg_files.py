@@ -1,4 +1,4 @@
-"""pyiceberg over the files of a lake: imported only where there is an Iceberg table."""
+"""pyiceberg over the files of a lake; imported only for an Iceberg table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyiceberg.table import StaticTable
 
 
 class LakeFiles(FileIO):
-    """Files through the lake's own filesystem `fs`, with whatever it may log in with; none is written."""
+    """Files through the lake's own filesystem `fs`, with its credentials; none is written."""
 
     def __init__(self, fs: Any) -> None:
         super().__init__({})
@@ -29,6 +29,6 @@ class LakeFiles(FileIO):
 
 
 def table(files: LakeFiles, metadata: str) -> StaticTable:
-    """The table as the metadata file at this path has it; a later change of it is in another one."""
+    """The table as described by the metadata file at this path; later versions have other files."""
     found = FromInputFile.table_metadata(files.new_input(metadata))
     return StaticTable(("lake", metadata), found, metadata, files, NoopCatalog("lake"))

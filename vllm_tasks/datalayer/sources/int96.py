@@ -1,5 +1,5 @@
-"""Times of Parquet's old INT96, which Hive, Impala and Spark wrote: nanoseconds of years that Arrow's
-nanoseconds do not reach. There, as for the popular 9999-12-31, it gives another time without a word."""
+"""Times of Parquet's old type INT96, which Hive, Impala and Spark wrote. It has nanoseconds in years beyond
+those of Arrow's nanoseconds; there, as for the popular 9999-12-31, Arrow silently returns another time."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pyarrow.compute as pc
 
 
 def exact(nanos: pa.RecordBatch, micros: pa.RecordBatch) -> pa.RecordBatch:
-    """The same rows read with nanoseconds and with microseconds: each time of the one that has it."""
+    """The same rows read in nanoseconds and in microseconds: each time is taken where it is exact."""
     columns = [_exact(*pair) for pair in zip(nanos.columns, micros.columns, strict=True)]
     return pa.RecordBatch.from_arrays(columns, names=nanos.schema.names)
 
 
 def _exact(nanos: pa.Array, micros: pa.Array) -> pa.Array:
     if nanos.type == micros.type or not pa.types.is_timestamp(nanos.type):
-        return nanos  # inside of lists and structs they are as Arrow has them
+        return nanos  # times inside lists and structs stay as Arrow reads them
     cut = pc.cast(nanos, micros.type, safe=False).cast(pa.int64())
     away = pc.greater(pc.abs(pc.subtract(cut, micros.cast(pa.int64()))), 1)
     if not pc.any(away).as_py():

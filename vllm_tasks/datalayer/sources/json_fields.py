@@ -1,4 +1,4 @@
-"""The fields of JSON objects: which there are, and of what kinds their values are."""
+"""The fields of JSON objects, and the kinds of their values."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from vllm_tasks.datalayer.values import Number, number
 
 KINDS = {bool: "true or false", int: "a whole number", str: "a text", list: "a list", dict: "an object"}
 SHAPES = 10_000
-"""Kinds of rows that are remembered at once."""
+"""Different kinds of rows that are held at once."""
 INT64 = range(-(2**63), 2**63)
 SPACE = " \t\r\n"
 WIDE = pa.decimal128(38, 0)
 MIXED = pa.sparse_union([pa.field("text", pa.string()), pa.field("other", pa.json_(pa.string()))])
-"""Of texts beside numbers or bools, in SQL: JSON would put quotes around each text, so that a number in the
-last line changed what CAST(... AS VARCHAR) and = give for all texts before."""
+"""SQL type of texts mixed with numbers or bools. With JSON, each text would get quotes: a number in the last
+line would change the results of CAST(... AS VARCHAR) and = for all texts before it."""
 
 
 class Wide(int):
@@ -40,16 +40,16 @@ _raw_decode = json.JSONDecoder(parse_constant=Number).raw_decode
 
 
 def kind_name(kind: type) -> str:
-    """What values of a type are called in an error."""
+    """The name of a type in errors."""
     return KINDS.get(kind, "a whole number" if kind is Wide else "a number with a fraction")
 
 
 class Fields:
-    """What all rows of a table have."""
+    """The fields of all rows of a table."""
 
     def __init__(self, rows: Iterable[dict[str, Any]]) -> None:
         self.kinds: dict[str, list[type]] = {}
-        """By field, in the order in which they were first seen; without None."""
+        """Types by field, in the order in which they were first seen, without None."""
         shapes: dict[tuple[tuple[str, ...], tuple[type, ...]], None] = {}
         for row in rows:
             shapes[tuple(row), tuple(map(type, row.values()))] = None
@@ -66,9 +66,9 @@ class Fields:
                     seen.append(kind)
 
     def key_type(self, name: str) -> pa.DataType:
-        """What a key of this column is stored as: texts, whole numbers or bools, as the first row says.
+        """The type in which a key of this column is stored: text, whole number or bool, as in the first row.
 
-        Raises `InvalidCall` for others.
+        Raises `InvalidCall` for other types.
         """
         kinds = self.kinds.get(name) or [str]
         if kinds[0] in (str, bool):
@@ -79,11 +79,11 @@ class Fields:
         return key_type(name, nested.get(kinds[0], pa.float64()))
 
     def stream_type(self, name: str) -> pa.DataType:
-        """The type of this field in SQL: DOUBLE for numbers that are not all whole, `MIXED` for texts beside
-        other plain values; else the one in which every value is exact, JSON if there is no other."""
+        """The type of this field in SQL: DOUBLE if some numbers are not whole, `MIXED` for texts mixed with
+        other plain values, otherwise a type that holds every value exactly, JSON if there is no other."""
         kinds = self.kinds[name]
         if (len(kinds) > 1 and {*kinds} <= {int, float, Number}) or kinds == [Number]:
-            # As JSON they would be compared wrongly: DuckDB makes 9.25 a whole number for `> 9`.
+            # As JSON they would be compared wrongly: DuckDB converts 9.25 to a whole number for `> 9`.
             return pa.float64()
         if str in kinds and len(kinds) > 1 and not {list, dict} & set(kinds):
             return MIXED
@@ -99,7 +99,7 @@ class Fields:
 
 
 def value_texts(text: str) -> dict[str, str]:
-    """The JSON text of each value of an object, exactly as it stands in `text`, which is valid."""
+    """The JSON text of each value of an object, exactly as it is in `text`, which is valid."""
     found: dict[str, str] = {}
     at = _behind(text, text.index("{") + 1)
     while text[at] == '"':

@@ -1,4 +1,4 @@
-"""Keys of JSON objects in Arrow: a value of another kind than its column's is none."""
+"""Keys of JSON objects in Arrow: a value of another kind than its column is not a key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NONE = type(None)
 
 
 def json_keys(rows: Sequence[Sequence[Any]], key: pa.Schema) -> tuple[pa.Table, dict[int, str]]:
-    """The keys, given in the order of `key`, in its types, and why rows of these numbers have none (NULL)."""
+    """The keys (in the order of `key`) in its types, and by row number why some have none (NULL)."""
     columns, wrong = [], {}
     for place, field in enumerate(key):
         column, misfits = _column([row[place] for row in rows], field)
@@ -31,13 +31,13 @@ def _column(values: list[Any], field: pa.Field) -> tuple[pa.Array, dict[int, str
         try:
             return pa.array(values, stored), {}
         except (pa.ArrowInvalid, UnicodeEncodeError, OverflowError):
-            pass  # one that is too large, or half a character
+            pass  # a value that is too large, or a lone surrogate
     wrong = {row: why for row, value in enumerate(values) if (why := _misfit(value, kind, field))}
     return pa.array([None if row in wrong else value for row, value in enumerate(values)], stored), wrong
 
 
 def _kind(stored: pa.DataType) -> tuple[type, pa.DataType]:
-    """Of JSON's values that are kept in this type, and Arrow's type that has them all."""
+    """The Python type of JSON values that are stored in this type, and an Arrow type that holds them all."""
     if pa.types.is_boolean(stored):
         return bool, pa.bool_()
     if pa.types.is_integer(stored) or pa.types.is_decimal(stored):
@@ -52,7 +52,7 @@ def _misfit(value: object, kind: type, field: pa.Field) -> str | None:
     if type(value) is not kind:
         return (
             f"{name!r} is {kind_name(type(value))}, the keys are of the kind: {KINDS[kind]}; "
-            "SELECT ... CAST(column AS VARCHAR) makes texts of all"
+            "SELECT ... CAST(column AS VARCHAR) converts all to text"
         )
     if isinstance(value, str):
         return f"{name!r} has half a character" if has_half(value) else None

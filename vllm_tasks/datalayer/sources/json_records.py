@@ -1,4 +1,4 @@
-"""The JSON texts of a file: lines of JSON, or the objects of a document, with the lines where they begin."""
+"""The JSON texts of a file: JSON lines, or the objects of a document, with their line numbers."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from vllm_tasks.datalayer.values import from_json
 CHUNK = 1 << 20
 """Characters of a document that are read at once."""
 LONGEST = 1 << 30
-"""Characters of an object in a document at most."""
+"""Maximum characters of an object in a document."""
 NEAR_END = 20
-"""Characters that the longest literal, number's end or escape of JSON may lack at the end of a chunk."""
+"""Characters at the end of a chunk in which a literal, number or escape of JSON may be incomplete."""
 
 
 def json_texts(file: DataFile, options: ReadOptions, unreadable: Unreadable) -> Iterator[tuple[int, str]]:
-    """(line, text) of each; lines that are blank are none. What is lost for good goes to `unreadable`.
+    """(line, text) of each JSON text, without blank lines. Lost rows go to `unreadable`.
 
-    A file `.json` has lines of JSON when its first one is an object, else it is one document: an array of
-    objects, or objects one after another. A fault in a document ends it, since nothing says where the next
-    object begins.
+    A `.json` file has JSON lines if its first line is an object. Otherwise it is one document: an array of
+    objects, or objects one after another. An error in a document ends it, because the beginning of the next
+    object is unknown.
     """
     line = 0
     with text_of(file, options, newline="\n") as text:
@@ -36,7 +36,7 @@ def json_texts(file: DataFile, options: ReadOptions, unreadable: Unreadable) -> 
             for line, found in _texts(file, text, unreadable):
                 yield line, found
         except Damaged as e:
-            unreadable.add(f"{file.shown}, behind line {line}", f"the file is damaged here: {e}")
+            unreadable.add(f"{file.display}, after line {line}", f"the file is damaged here: {e}")
 
 
 def _texts(file: DataFile, text: TextIOWrapper, unreadable: Unreadable) -> Iterator[tuple[int, str]]:
@@ -68,7 +68,7 @@ def _is_object(text: str) -> bool:
 
 
 class _Document:
-    """A text that holds objects, in an array or one after another; read in chunks."""
+    """A text with objects, in an array or one after another, read in chunks."""
 
     def __init__(self, file: DataFile, text: TextIOWrapper, head: str, unreadable: Unreadable) -> None:
         self.file, self.text, self.unreadable = file, text, unreadable
@@ -91,10 +91,10 @@ class _Document:
             yield self.line, self.buffer[self.at : end]
             self._go(end)
         if in_array:
-            self._lost("the file ends within its array; it is cut")
+            self._lost("the file ends within its array; it is truncated")
 
     def _skip(self, signs: str) -> bool:
-        """Whether anything is behind these signs."""
+        """Skip these characters; returns whether anything follows."""
         while True:
             rest = self.buffer[self.at : self.at + 1]
             if rest and rest not in signs:
@@ -109,32 +109,33 @@ class _Document:
         self.at = at
 
     def _more(self) -> bool:
-        """Read as much again as there is; so a long object is not tried often."""
+        """Double the buffer, so that a long object is not parsed often."""
         rest = self.buffer[self.at :]
         more = self.text.read(max(CHUNK, len(rest)))
         self.buffer, self.at = rest + more, 0
         return bool(more)
 
     def _end(self) -> int | None:
-        """Behind the value that begins here; None when there is no end, which is reported."""
+        """The position after the value that begins here; None, after reporting it, if there is no end."""
         while True:
             try:
                 return self.decode(self.buffer, self.at)[1]
             except RecursionError:
-                why, cut = "nested too deeply", False
+                why, truncated = "nested too deeply", False
             except json.JSONDecodeError as e:
-                cut = e.msg.startswith("Unterminated") or e.pos > len(self.buffer) - NEAR_END
+                truncated = e.msg.startswith("Unterminated") or e.pos > len(self.buffer) - NEAR_END
                 why = f"no JSON: {e.msg}"
             except ValueError as e:
-                why, cut = str(e), False
-            if cut and len(self.buffer) - self.at > LONGEST:
-                why, cut = f"an object has more than {LONGEST >> 30} GiB, or a text in it has no end", False
-            if not cut or not self._more():
+                why, truncated = str(e), False
+            if truncated and len(self.buffer) - self.at > LONGEST:
+                why = f"an object has more than {LONGEST >> 30} GiB, or a text in it has no end"
+                truncated = False
+            if not truncated or not self._more():
                 self._lost(why)
                 return None
 
     def _lost(self, why: str) -> None:
         self.unreadable.add(
-            f"{self.file.shown}, line {self.line}",
-            f"{why}; nothing behind this object can be read. Mend it, or write one object a line, as .jsonl",
+            f"{self.file.display}, line {self.line}",
+            f"{why}; nothing after this object can be read. Correct it, or use .jsonl with one object a line",
         )

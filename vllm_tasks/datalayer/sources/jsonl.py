@@ -1,4 +1,4 @@
-"""JSON lines and JSON documents as a source: every value is what its own line says."""
+"""JSON lines and JSON documents as a source: every value depends on its own line alone."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from vllm_tasks.datalayer.values import from_json
 from vllm_tasks.errors import InvalidCall, TablesUnavailable, near
 
 PIECE = PART_BYTES // 4
-"""Characters of text that are decoded at once: Python's objects take several times the room."""
+"""Characters of text that are decoded at once: Python's objects take several times as much memory."""
 ROWS = 20_000
 Decoded = Callable[[str], Any]
 
 
 class JsonText(str):
-    """A value as it stands in the file."""
+    """The JSON text of a value, as in the file."""
 
 
 @dataclass
 class Piece:
-    """Rows of one file that stand behind each other."""
+    """Consecutive rows of one file."""
 
     file: DataFile
     lines: list[int] = field(default_factory=list)
     rows: list[Values] = field(default_factory=list)
 
     def where(self, row: int) -> str:
-        return f"{self.file.shown}, line {self.lines[row]}"
+        return f"{self.file.display}, line {self.lines[row]}"
 
 
 class JsonLines:
-    """The `Source` of files .jsonl, .ndjson and .json of one table."""
+    """The `Source` of the .jsonl, .ndjson and .json files of one table."""
 
     def __init__(self, files: Sequence[DataFile], options: ReadOptions = DEFAULTS) -> None:
         self.files = files
@@ -51,7 +51,7 @@ class JsonLines:
         self.left_out = Unreadable()
         if foreign := sorted(self.options.model_fields_set - {"encoding"}):
             raise InvalidCall(
-                f"JSON has no {foreign[0]}: of the read options, `encoding` is the only one for it"
+                f"JSON has no {foreign[0]}: its only read option is `encoding`; leave the others out"
             )
 
     @cached_property
@@ -66,7 +66,7 @@ class JsonLines:
         return [self._fields.key_type(name) for name in key]
 
     def identified_by(self, key: Sequence[str]) -> bool:
-        """See `Source.identified_by`: files promise nothing."""
+        """See `Source.identified_by`: files guarantee nothing."""
         return False
 
     def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
@@ -94,7 +94,7 @@ class JsonLines:
     def _rows(
         self, file: DataFile, unreadable: Unreadable, decoded: Decoded = from_json
     ) -> Iterator[tuple[int, str, dict[str, Any]]]:
-        """(line, text, object) of each line that is one."""
+        """(line, text, object) of each JSON text that is an object."""
         for line, text in json_texts(file, self.options, unreadable):
             try:
                 row = decoded(text)
@@ -103,13 +103,13 @@ class JsonLines:
             except ValueError as e:
                 why = f"no JSON: {getattr(e, 'msg', e)}"
                 if text.strip() in ("{", "["):
-                    why += "; name a file whose objects have several lines .json"
+                    why += "; if objects have several lines, let the file's name end in .json"
             else:
                 if type(row) is dict:
                     yield line, text, row
                     continue
-                why = "JSON, but no object {...}"
-            unreadable.add(f"{file.shown}, line {line}", why)
+                why = "JSON, but not an object {...}"
+            unreadable.add(f"{file.display}, line {line}", why)
 
     def _pieces(
         self,
@@ -118,8 +118,8 @@ class JsonLines:
         as_json: Sequence[str] = (),
         mixed: Sequence[str] = (),
     ) -> Iterator[Piece]:
-        """These columns of all rows; as their `JsonText` in the file those `as_json`, and of those that are
-        `mixed` what is no text."""
+        """These columns of all rows. Columns in `as_json`, and values that are not text in the `mixed` ones,
+        are given as `JsonText`."""
         for file in self.files:
             piece, size = Piece(file), 0
             for line, text, row in self._rows(file, unreadable):
@@ -135,11 +135,11 @@ class JsonLines:
                 yield piece
 
     def close(self) -> None:
-        """See `Source.close`: a file is open as long as it is read."""
+        """See `Source.close`: a file is open only while it is read."""
 
     def schema(self, columns: Sequence[str]) -> pa.Schema:
-        """See `Streamed`: JSON where a column has values of several kinds, lists, objects, or numbers that no
-        float prints alike."""
+        """See `Streamed`: JSON if a column has values of several kinds, lists, objects, or numbers that a
+        float would print differently."""
         if missing := [name for name in columns if name not in self._fields.kinds]:
             raise InvalidCall(f"there is no column {missing[0]!r:.200}{near(missing[0], self.columns())}")
         return pa.schema([(name, self._fields.stream_type(name)) for name in columns])
@@ -152,9 +152,9 @@ class JsonLines:
             try:
                 batch = _batch(piece.rows, schema)
             except UnicodeEncodeError:
-                batch = _batch(_whole_characters(piece, schema.names, unreadable), schema)
+                batch = _batch(_without_halves(piece, schema.names, unreadable), schema)
             except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as e:
-                raise TablesUnavailable(f"{piece.file.shown!r} has changed while it was read") from e
+                raise TablesUnavailable(f"{piece.file.display!r} has changed while it was read") from e
             yield batch
 
 
@@ -171,7 +171,7 @@ def _is_json(kind: pa.DataType) -> bool:
 
 
 def _mixed(values: Sequence[Any]) -> pa.Array:
-    """Of texts, and of the JSON of other values."""
+    """A union of texts and of the JSON of other values."""
     texts = pa.array([value if type(value) is str else None for value in values], pa.string())
     others = [value if isinstance(value, JsonText) else None for value in values]
     json = pa.ExtensionArray.from_storage(MIXED[1].type, pa.array(others, pa.string()))
@@ -199,13 +199,13 @@ def _batch(rows: Sequence[Values], schema: pa.Schema) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=schema)
 
 
-def _whole_characters(piece: Piece, columns: Sequence[str], unreadable: Unreadable) -> list[Values]:
-    """The rows without those that have half a character somewhere, which Arrow's texts cannot have."""
-    whole = []
+def _without_halves(piece: Piece, columns: Sequence[str], unreadable: Unreadable) -> list[Values]:
+    """The rows without lone surrogates, which Arrow's texts cannot have."""
+    kept = []
     for number, row in enumerate(piece.rows):
         halves = [name for name, v in zip(columns, row, strict=True) if isinstance(v, str) and has_half(v)]
         if halves:
             unreadable.add(piece.where(number), f"{halves[0][:50]!r} has half a character or a wrong byte")
         else:
-            whole.append(row)
-    return whole
+            kept.append(row)
+    return kept

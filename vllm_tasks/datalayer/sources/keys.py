@@ -16,12 +16,12 @@ _OF_EXTENSIONS = {"arrow.bool8": pa.bool_(), "arrow.json": pa.string(), "arrow.u
 
 
 def key_type(column: str, kind: pa.DataType) -> pa.DataType:
-    """What a key column of the type `kind` is stored as; raises `InvalidCall` for what identifies no row."""
+    """The type in which keys of the type `kind` are stored; `InvalidCall` if they identify no row."""
     if (stored := _stored(kind)) is not None:
         return stored
     raise InvalidCall(
-        f"the column {column!r} is of the type {str(kind)[:100]}, which cannot be a key, as equal values are "
-        "not surely the same; give another primary_id, or CAST it to VARCHAR in a SELECT"
+        f"the column {column!r} is of the type {str(kind)[:100]}, which cannot be a key, as equal values may "
+        "differ; give another primary_id, or CAST it to VARCHAR in a SELECT"
     )
 
 
@@ -51,7 +51,7 @@ def _stored(kind: pa.DataType) -> pa.DataType | None:
 
 
 def cast_keys(found: pa.Table, key: pa.Schema) -> tuple[pa.Table, dict[int, str]]:
-    """The columns of `found` in the types of `key`, and why rows of these numbers have none there (NULL)."""
+    """The columns of `found` in the types of `key`, and by row number why some do not fit (NULL)."""
     columns, wrong = [], {}
     for field in key:
         column, misfits = _cast(found[field.name].combine_chunks(), field)
@@ -61,7 +61,7 @@ def cast_keys(found: pa.Table, key: pa.Schema) -> tuple[pa.Table, dict[int, str]
 
 
 def fitting(found: pa.Table, key: pa.Schema) -> pa.Table:
-    """As `cast_keys`, without the rows whose key does not fit."""
+    """As `cast_keys`, but without the rows whose key does not fit."""
     keys, wrong = cast_keys(found, key)
     if wrong:
         keys = keys.take(pa.array([i for i in range(keys.num_rows) if i not in wrong], pa.int64()))
@@ -91,24 +91,24 @@ def _wide_numbers(column: pa.Array, field: pa.Field) -> tuple[pa.Array, dict[int
 
 
 def _valid(column: pa.Array, kind: pa.DataType) -> pa.Array:
-    """`column` as `kind`; raises `ArrowInvalid` where a value is none."""
+    """`column` as `kind`; raises `ArrowInvalid` if a value does not fit."""
     if column.type != kind:
         if pa.types.is_integer(column.type) and pa.types.is_decimal(kind):
-            # Arrow asks for room for every number of 64 bits, also where all that are there fit.
+            # Arrow requires digits for any number of 64 bits, even if all actual values fit.
             column = pc.cast(column, pa.decimal256(76, kind.scale))
-        # Nanoseconds are cut: a key is kept with microseconds.
+        # Nanoseconds are truncated: a key has microseconds.
         column = pc.cast(column, kind, safe=not pa.types.is_timestamp(column.type))
-    column.validate(full=True)  # files may hold bytes as text that are none
+    column.validate(full=True)  # files may have bytes that are not UTF-8 as text
     return column
 
 
 def _in_halves(column: pa.Array, field: pa.Field, first: int = 0) -> tuple[pa.Array, dict[int, str]]:
-    """As `_cast`, NULL for the values that do not fit; `first` is the number of the first row."""
+    """As `_cast`, with NULL for values that do not fit; `first` is the number of the first row."""
     try:
         return _valid(column, field.type), {}
     except pa.ArrowInvalid:
         if len(column) == 1:
-            wrong = f"{field.name}={_shown(column[0])} is no {field.type}, as the outputs have it"
+            wrong = f"{field.name}={_display(column[0])} is no {field.type}, as the outputs have it"
             return pa.nulls(1, field.type), {first: wrong}
     half = len(column) // 2
     before, wrong_before = _in_halves(column.slice(0, half), field, first)
@@ -116,10 +116,10 @@ def _in_halves(column: pa.Array, field: pa.Field, first: int = 0) -> tuple[pa.Ar
     return pa.concat_arrays([before, behind]), wrong_before | wrong_behind
 
 
-def _shown(value: pa.Scalar) -> str:
+def _display(value: pa.Scalar) -> str:
     try:
         return str(value)[:100]
-    except (ValueError, OverflowError):  # bytes that are no text, a date that Python does not have
+    except (ValueError, OverflowError):  # bytes that are not text, or a date that Python lacks
         return f"a value of the type {value.type}"
 
 
@@ -128,7 +128,7 @@ def _text(value: object) -> str | None:
 
 
 def known(keys: pa.Table) -> np.ndarray:
-    """The numbers of the rows of which no part of the key is NULL."""
+    """The numbers of the rows whose key has no NULL."""
     valid = np.ones(keys.num_rows, dtype=bool)
     for column in keys.columns:
         valid &= column.is_valid().to_numpy()

@@ -1,4 +1,4 @@
-"""How much memory rows of Arrow take as Python values, and Arrow's newer layouts in the older ones."""
+"""The memory that Arrow rows take as Python values, and conversion of Arrow's newer layouts to older ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 VALUE_BYTES = 32
-"""What a value costs in Python beyond its content: a bit of Arrow is an object there."""
+"""Bytes of a Python value besides its content: one bit in Arrow is an object in Python."""
 
 
 def split(batch: pa.RecordBatch, most: int) -> Iterator[pa.RecordBatch]:
@@ -23,8 +23,8 @@ def split(batch: pa.RecordBatch, most: int) -> Iterator[pa.RecordBatch]:
 
 
 def size(column: pa.Array) -> int:
-    """About how many bytes the values of `column` take in Python; what a dictionary holds once counts
-    for each row that has it."""
+    """Approximate bytes that the values of `column` take in Python. A value in a dictionary counts once for
+    each row that has it."""
     kind = column.type
     own = VALUE_BYTES * len(column)
     if isinstance(kind, pa.BaseExtensionType):
@@ -56,8 +56,8 @@ def _has_lengths(kind: pa.DataType) -> bool:
 
 
 def familiar(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """`batch` without views of strings and repeated runs, which Arrow's own functions do not yet know: `take`
-    and `binary_length` have no kernels for them (pyarrow 26)."""
+    """`batch` without string views and run-end encoding: Arrow's `take` and `binary_length` have no kernels
+    for them yet (pyarrow 26)."""
     kinds = [_familiar(field.type) for field in batch.schema]
     if kinds == batch.schema.types:
         return batch

@@ -1,4 +1,4 @@
-"""The columns of a table that a SELECT is given: those that it names, so that others cost it no row."""
+"""The columns of a table that a SELECT gets: only those that it names, so that others cannot cost rows."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ NOTHING = pa.schema([])
 
 
 def named_columns(source: Source, named: Collection[str] | None, table: str) -> list[str]:
-    """The columns with these names in any case of their letters, at least one where there is any; all when
-    None. Raises `InvalidCall` for two of them that SQL takes for one."""
-    # SQL is UTF-8: it cannot name what has half a character.
+    """The columns with these names, whatever their case (None: all); at least one if there is any. Raises
+    `InvalidCall` for two columns that are the same in SQL."""
+    # SQL is UTF-8: it cannot name a column with a lone surrogate.
     every = [name for name in source.columns() if not has_half(name)]
     wanted = {name.casefold() for name in (every if named is None else named)}
     found: dict[str, str] = {}
@@ -33,16 +33,16 @@ def named_columns(source: Source, named: Collection[str] | None, table: str) -> 
 
 
 class NoColumns:
-    """`Streamed`, of a source that has neither rows nor columns: whatever a SELECT names is there, empty."""
+    """`Streamed` for a source without rows and columns: it has every column that a SELECT names, empty."""
 
     def __init__(self, source: Source, named: Collection[str] | None, table: str) -> None:
-        """Raises `InvalidCall` where nothing is named."""
+        """Raises `InvalidCall` if no column is named."""
         self.source = source
         self.left_out = Unreadable()
         if not named:
             self._count(self.left_out)
             why = f" ({self.left_out.examples[0]})" if self.left_out.count else ": it is empty"
-            raise InvalidCall(f"{table!r} has no columns{why}; name those of the SELECT instead of a *")
+            raise InvalidCall(f"{table!r} has no columns{why}; name columns in the SELECT instead of *")
         self.columns = list({name.casefold(): name for name in named}.values())
 
     def schema(self, columns: Sequence[str]) -> pa.Schema:
@@ -50,7 +50,7 @@ class NoColumns:
         return pa.schema([(name, pa.string()) for name in columns])
 
     def batches(self, schema: pa.Schema, unreadable: Unreadable) -> Iterator[pa.RecordBatch]:
-        """None; lines that cannot be read are counted."""
+        """No batches; unreadable lines are counted."""
         self._count(unreadable)
         return iter(())
 

@@ -1,4 +1,4 @@
-"""Data frames of pandas in Arrow, also those whose columns Arrow does not take as they are."""
+"""Data frames of pandas in Arrow, including those with columns that Arrow does not convert itself."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pyarrow as pa
 from vllm_tasks.datalayer.lake.delta import plain
 
 REFUSED = (pa.ArrowException, TypeError, ValueError, OverflowError)
-"""What pyarrow raises for values that it does not know."""
+"""Errors of pyarrow for values that it does not know."""
 
 
 def in_arrow(data: Any) -> tuple[pa.Table, dict[str, str]]:
-    """The rows of a data frame or table, and of columns that Arrow cannot have, NULL in them, why.
+    """The rows of a data frame or table, and by column why Arrow cannot hold it (such columns are NULL).
 
-    A column of pandas may have values of several types, as those of Excel do: each keeps its own. Only
-    columns that a call names count, so that a column is refused when it is read and not before.
+    A pandas column may have values of several types, like one from Excel: each value keeps its type. A column
+    is refused only when it is read, so that columns which a call does not name do not matter.
     """
     if type(data).__module__.split(".")[0] != "pandas":
         return pa.table(data), {}
@@ -24,7 +24,7 @@ def in_arrow(data: Any) -> tuple[pa.Table, dict[str, str]]:
         try:
             return pa.table(data), {}
         except REFUSED:
-            pass  # one column of many, perhaps
+            pass  # perhaps because of one column among many
     arrays, problems = [], {}
     names = [str(name) for name in data.columns]
     for place, name in enumerate(names):
@@ -38,7 +38,7 @@ def in_arrow(data: Any) -> tuple[pa.Table, dict[str, str]]:
 
 def _column(series: Any) -> pa.Array:
     kind = str(series.dtype)
-    if kind.startswith("period"):  # Arrow would have their numbers: 648 for January 2024
+    if kind.startswith("period"):  # Arrow would store their numbers: 648 for January 2024
         return pa.array(
             [None if missing else str(p) for p, missing in zip(series, series.isna(), strict=True)]
         )
@@ -54,7 +54,7 @@ def _column(series: Any) -> pa.Array:
 
 
 def _mixed(values: list[Any]) -> pa.Array:
-    """Values of several types, each of its own, as a union; raises Arrow's error for one that it has not."""
+    """Values of several types as a union; raises Arrow's error for a type that it lacks."""
     groups: dict[type, list[Any]] = {}
     types, offsets = [], []
     for value in values:

@@ -1,4 +1,4 @@
-"""Parquet files, through pyarrow: a piece is a row group, read a batch at a time, the wanted columns only."""
+"""Parquet files through pyarrow: a piece is a row group, read in batches of the wanted columns only."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from vllm_tasks.datalayer.sources.pieces import BATCH_ROWS, Piece, Pieces, readi
 from vllm_tasks.errors import InvalidCall
 
 BUFFER_BYTES = 1 << 20
-"""Read of a column at once; without it Arrow reads the whole column of a row group."""
+"""Bytes of a column that are read at once; without a limit Arrow reads the complete column of a row group."""
 FOOTERS_BYTES = 32 << 20
-"""Footers that are kept, as they are in the files; the others are read again for each pass."""
+"""Bytes of footers, as stored in the files, that are kept; others are read again for each pass."""
 FOOTERS_AT_ONCE = 16
 """Files whose footers are read at once."""
 REPEATED_ROWS = 64
-"""Rows read at once at least of texts that a dictionary holds once for many rows: writers end it at 1 MB."""
+"""Minimum rows read at once of texts in a dictionary, which many rows may share: writers end it at 1 MB."""
 
 
 class Parquet(Pieces):
-    """The files of a table. Their columns are put together by name; the values of a file are as it has them,
-    whatever types the others have."""
+    """The files of a table. Columns are matched by name; values are as their own file has them, whatever the
+    types in the others."""
 
     def __init__(self, files: Sequence[DataFile], partitions: Sequence[Partition] = ()) -> None:
-        """`partitions`: of each file, if there are any."""
+        """`partitions` has the partition of each file, if there are any."""
         self._files = files
         self._partitions = partitions or [{} for _ in files]
         self._footers = _Footers()
@@ -47,7 +47,7 @@ class Parquet(Pieces):
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
             footers = pool.map(self._footers.of, self._files)
             for file, footer, partition in zip(self._files, footers, self._partitions, strict=True):
-                yield file.shown, _with(footer.schema, partition)
+                yield file.display, _with(footer.schema, partition)
 
     def pieces(self) -> Iterator[Piece]:
         """See `Pieces.pieces`."""
@@ -55,7 +55,7 @@ class Parquet(Pieces):
             footer = self._footers.of(file)
             schema = _with(footer.schema, partition)
             for group in range(footer.metadata.num_row_groups):
-                yield Piece(file.shown, schema, (file, footer, group, partition))
+                yield Piece(file.display, schema, (file, footer, group, partition))
 
     def reading(self, rows: int) -> _Pass:
         """See `Pieces.reading`."""
@@ -64,14 +64,14 @@ class Parquet(Pieces):
 
 @dataclass(frozen=True)
 class _Footer:
-    """What a file says of its row groups and columns."""
+    """The description of a file's row groups and columns."""
 
     metadata: pq.FileMetaData
     schema: pa.Schema
 
 
 class _Footers:
-    """The footers that were read last, up to `FOOTERS_BYTES` of them."""
+    """The footers that were read last, up to `FOOTERS_BYTES`. Threads share it, under `_lock`."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[str, _Footer] = OrderedDict()
@@ -83,7 +83,7 @@ class _Footers:
             kept = self._kept.get(file.path)
         if kept is not None:
             return kept
-        with reading_errors(file.shown), ExitStack() as opened:
+        with reading_errors(file.display), ExitStack() as opened:
             found = _open(file, opened)
             footer = _Footer(found.metadata, found.schema_arrow)
         with self._lock:
@@ -125,11 +125,11 @@ class _Pass:
             self._reopen(file, footer, own)
         rows = self._rows_at_once(footer.metadata.row_group(group))
         found = [
-            # One thread: it is not what takes time, and several would hold more at once.
+            # One thread: several would save no time and need more memory.
             reader.iter_batches(rows, row_groups=[group], columns=own, use_threads=False)
             for reader in self._readers
         ]
-        # The names of a struct's fields follow a point: with "a" comes the column "a.b", if there is one.
+        # Arrow names a struct's fields with a point: reading "a" also returns a column "a.b" if it exists.
         for some in zip(*found, strict=True):
             batch = exact(*(batch.select(own) for batch in some)) if some[1:] else some[0].select(own)
             yield _filled(batch, columns, partition) if partition else batch
@@ -139,7 +139,7 @@ class _Pass:
         self._leaves = _leaves(footer.metadata, set(columns))
         _refuse_spans(file, footer.metadata, self._leaves)
         kinds = {footer.metadata.schema.column(leaf).physical_type for leaf in self._leaves}
-        # Keys have microseconds; of values both are read, as one column of INT96 may need both.
+        # Keys have microseconds. Values are read in both units, because a column of INT96 may need both.
         units = ["us"] if self._rows > BATCH_ROWS else ["ns", "us"] if "INT96" in kinds else ["ns"]
         for unit in units:
             options = {"metadata": footer.metadata, "buffer_size": BUFFER_BYTES}
@@ -147,14 +147,14 @@ class _Pass:
         self._open = (file, columns)
 
     def _rows_at_once(self, group: pq.RowGroupMetaData) -> int:
-        """How many rows have about `PART_BYTES`, as far as it can be known before they are read."""
+        """The number of rows in about `PART_BYTES`, as far as it is known before reading."""
         size, repeated = 0, 0
         for chunk in map(group.column, self._leaves):
             size += chunk.total_uncompressed_size + VALUE_BYTES * chunk.num_values
             if chunk.has_dictionary_page and chunk.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"):
-                repeated += chunk.total_uncompressed_size  # each row may have all of it
+                repeated += chunk.total_uncompressed_size  # each row may refer to all of it
         rows: int = min(self._rows, PART_BYTES * group.num_rows // max(1, size))
-        if repeated and self._rows <= BATCH_ROWS:  # keys do not repeat
+        if repeated and self._rows <= BATCH_ROWS:  # keys are unique, so a dictionary does not repeat them
             rows = min(rows, max(REPEATED_ROWS, PART_BYTES // repeated))
         return max(1, rows)
 
@@ -165,7 +165,7 @@ class _Pass:
 
 
 def _filled(batch: pa.RecordBatch, columns: Sequence[str], partition: Partition) -> pa.RecordBatch:
-    """The columns of the file, `batch`, and of its folder."""
+    """The columns of the file, `batch`, together with those of its folder."""
     made = {name: pa.repeat(pa.scalar(partition[name], pa.string()), batch.num_rows) for name in partition}
     if not columns:
         return batch
@@ -176,15 +176,15 @@ def _filled(batch: pa.RecordBatch, columns: Sequence[str], partition: Partition)
 
 def _refuse_spans(file: DataFile, metadata: pq.FileMetaData, leaves: Collection[int]) -> None:
     for column in map(metadata.schema.column, leaves):
-        if column.converted_type == "INTERVAL":  # Arrow would make bytes of it
+        if column.converted_type == "INTERVAL":  # Arrow would read it as bytes
             raise InvalidCall(
-                f"the column {column.path!r:.100} of {file.shown} has spans of Parquet's type INTERVAL; "
-                "read them as texts, by SELECT CAST(... AS VARCHAR)"
+                f"the column {column.path!r:.100} of {file.display} has Parquet's type INTERVAL, which Arrow "
+                "lacks; read it as text, with SELECT CAST(... AS VARCHAR)"
             )
 
 
 def _leaves(metadata: pq.FileMetaData, columns: set[str]) -> list[int]:
-    """The numbers of the stored columns that `columns` are made of: a struct has several."""
+    """The numbers of the stored columns of `columns`: a struct has several."""
     return [
         leaf
         for leaf in range(metadata.num_columns)

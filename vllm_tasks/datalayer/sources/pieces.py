@@ -1,7 +1,7 @@
-"""Rows that lie in pieces: row groups of Parquet files, batches of Arrow, files of an Iceberg table.
+"""Sources in pieces: row groups of Parquet files, batches of Arrow, files of an Iceberg table.
 
-One pass over a source reads keys, another one values, each from the files as they are. A part's values are
-read of the pieces that have a wanted row, and of no other.
+One pass over a source reads keys, another one values, both from the files as they are. The values of a part
+are read only from pieces that have a wanted row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from vllm_tasks.datalayer.lake.delta import plain
 from vllm_tasks.datalayer.sources import PART_BYTES, PART_ROWS, Part, Unreadable, Values
-from vllm_tasks.datalayer.sources.arrow import tell
+from vllm_tasks.datalayer.sources.arrow import count_unreadable
 from vllm_tasks.datalayer.sources.keys import cast_keys, fitting, key_type, known
 from vllm_tasks.datalayer.sources.layout import familiar, split
 from vllm_tasks.datalayer.sources.widest import widest
@@ -24,8 +24,8 @@ from vllm_tasks.datalayer.values import python
 from vllm_tasks.errors import InvalidCall, TablesUnavailable, VllmTasksError
 
 BATCH_ROWS = 1024
-"""Rows of values read at once at most, whatever the average says of their size: between two checks of a
-page's size pyarrow writes as many."""
+"""Maximum rows of values read at once, whatever their average size: when pyarrow writes, it checks the size
+of a page only every so many rows."""
 KEY_ROWS = 1 << 16
 """Rows of keys read at once."""
 
@@ -35,27 +35,28 @@ class Piece:
     """Rows that are read together."""
 
     where: str
-    """The file as a person is told it."""
+    """The file, as text for people."""
     schema: pa.Schema
     at: Any
-    """Where it is, as the pass that reads it knows it."""
+    """The position of the piece, in the form that its `Pass` needs."""
 
 
 class Pass(Protocol):
     """One reading of some columns, piece after piece."""
 
     def batches(self, piece: Piece, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """The columns, which the piece has, of all its rows in their order; without any, their number."""
+        """These columns, which the piece has, of all its rows in order; with no columns, batches of the same
+        number of rows."""
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close open files."""
 
 
 class Pieces:
-    """A `Source` in pieces; a subclass says which there are and how they are read."""
+    """A `Source` in pieces; a subclass lists the pieces and reads them."""
 
     def schemas(self) -> Iterator[tuple[str, pa.Schema]]:
-        """The schemas of all files with their names."""
+        """The name and schema of every file."""
         raise NotImplementedError
 
     def pieces(self) -> Iterator[Piece]:
@@ -63,18 +64,18 @@ class Pieces:
         raise NotImplementedError
 
     def reading(self, rows: int) -> Pass:
-        """A new pass, in batches of at most so many rows: `BATCH_ROWS` of values or `KEY_ROWS` of keys."""
+        """A new pass in batches of at most `rows`: `BATCH_ROWS` of values or `KEY_ROWS` of keys."""
         raise NotImplementedError
 
     def close(self) -> None:
         """See `Source.close`."""
 
     def columns(self) -> Sequence[str]:
-        """See `Source.columns`: those of the first file, then what others have beyond."""
+        """See `Source.columns`: those of the first file, then additional ones of other files."""
         return list(dict.fromkeys(name for _, schema in self.schemas() for name in schema.names))
 
     def key_types(self, key: Sequence[str]) -> Sequence[pa.DataType]:
-        """See `Source.key_types`; of files with other types, one that holds the keys of all."""
+        """See `Source.key_types`; if the files' types differ, one that holds the keys of all."""
         found: dict[str, tuple[str, pa.DataType]] = {}
         for where, schema in self.schemas():
             for name in key:
@@ -88,7 +89,7 @@ class Pieces:
         return [found[name][1] if name in found else key_type(name, pa.null()) for name in key]
 
     def identified_by(self, key: Sequence[str]) -> bool:
-        """See `Source.identified_by`: files promise nothing."""
+        """See `Source.identified_by`: files guarantee nothing."""
         return False
 
     def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
@@ -115,14 +116,14 @@ class Pieces:
 
 
 class _Gathered:
-    """The keys of the part that is being made, and where their rows are."""
+    """The keys of the part under construction, and the positions of their rows."""
 
     def __init__(self, key: pa.Schema, cursor: Cursor) -> None:
         self._key = key
         self._cursor = cursor
         self._keys = [key.empty_table()]
         self._spans: list[tuple[Piece, np.ndarray]] = []
-        """Of each batch of keys the piece, and the numbers in it of the rows with a key."""
+        """For each batch of keys, its piece and the numbers in the piece of the rows with a key."""
         self._rows = self._bytes = 0
 
     @property
@@ -130,13 +131,13 @@ class _Gathered:
         return self._rows > PART_ROWS - KEY_ROWS or self._bytes > PART_BYTES
 
     def add(self, piece: Piece, start: int, batch: pa.RecordBatch, unreadable: Unreadable) -> None:
-        """`batch` has the keys of the rows of `piece` from `start` on."""
+        """Add the keys in `batch`, those of the rows of `piece` from `start` on."""
         kept = np.arange(batch.num_rows)
         if self._key.names:
             keys, wrong = cast_keys(_keys(batch, self._key), self._key)
             kept = known(keys)
             if len(kept) < keys.num_rows:
-                tell(keys, wrong, kept.tolist(), unreadable, piece.where)
+                count_unreadable(keys, wrong, kept.tolist(), unreadable, piece.where)
                 keys = keys.take(pa.array(kept))
             self._keys.append(keys)
             self._bytes += keys.nbytes
@@ -157,7 +158,7 @@ class _Gathered:
 
 
 class Cursor:
-    """Values of rows, read forward: the next part goes on in the piece in which the last one ended."""
+    """Reads values forward: the next part continues in the piece in which the last one ended."""
 
     def __init__(self, reading: Pass, columns: Sequence[str]) -> None:
         self._reading = reading
@@ -166,10 +167,10 @@ class Cursor:
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._batch: pa.RecordBatch | None = None
         self._start = 0
-        """The number in the piece of the batch's first row."""
+        """The number of the batch's first row in the piece."""
 
     def values(self, piece: Piece, wanted: np.ndarray) -> Iterator[list[Values]]:
-        """Of the rows of `piece` with these numbers, ascending and none of them given before."""
+        """The values of the rows of `piece` with these numbers, ascending and not requested before."""
         if piece is not self._piece:
             self._piece, self._start, self._batch = piece, 0, None
             self._batches = read(self._reading, piece, self._columns)
@@ -183,10 +184,10 @@ class Cursor:
                 self._start = end
                 self._batch = next(self._batches, None)
                 if self._batch is None:
-                    raise TablesUnavailable(f"{piece.where} has fewer rows than a moment ago: it was changed")
+                    raise TablesUnavailable(f"{piece.where} was changed while it was read: it has fewer rows")
 
     def _lists(self, batch: pa.RecordBatch, wanted: np.ndarray) -> Iterator[list[Values]]:
-        if not batch.num_columns:  # of which Arrow takes no rows
+        if not batch.num_columns:  # Arrow cannot take rows of a batch without columns
             yield [(None,) * len(self._columns)] * len(wanted)
             return
         yield from map(self._rows, split(batch.take(pa.array(wanted)), PART_BYTES))
@@ -203,7 +204,7 @@ class Cursor:
 
 
 def read(reading: Pass, piece: Piece, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Those of `columns` that the piece has, which may be none."""
+    """The batches of a piece, with those of `columns` that it has, perhaps none."""
     there = [name for name in dict.fromkeys(columns) if _only(piece.schema, name, piece.where) is not None]
     with reading_errors(piece.where):
         for batch in reading.batches(piece, there):
@@ -211,10 +212,10 @@ def read(reading: Pass, piece: Piece, columns: Sequence[str]) -> Iterator[pa.Rec
 
 
 def _only(schema: pa.Schema, name: str, where: str) -> pa.Field | None:
-    """The column of this name, None where there is none; raises `InvalidCall` where there are several."""
+    """The column of this name, None if there is none; raises `InvalidCall` if there are several."""
     found = schema.get_all_field_indices(name)
     if len(found) > 1:
-        raise InvalidCall(f"{where} has {len(found)} columns {name!r}; give each a name of its own")
+        raise InvalidCall(f"{where} has {len(found)} columns {name!r}; give each another name")
     return schema.field(found[0]) if found else None
 
 
@@ -226,7 +227,7 @@ def _keys(batch: pa.RecordBatch, key: pa.Schema) -> pa.Table:
 
 @contextmanager
 def reading_errors(where: str) -> Iterator[None]:
-    """Errors of the file `where`, of its filesystem and of Arrow, as what the caller does next."""
+    """Translate errors of the file `where`, of its filesystem and of Arrow into ours."""
     try:
         yield
     except VllmTasksError:
@@ -234,10 +235,10 @@ def reading_errors(where: str) -> Iterator[None]:
     except PermissionError as e:
         raise InvalidCall(f"cannot read {where}: not allowed: {plain(e)}") from e
     except MemoryError as e:
-        raise InvalidCall(f"cannot read {where}: there is not enough memory for it: {plain(e)}") from e
+        raise InvalidCall(f"cannot read {where}: there is not enough memory: {plain(e)}") from e
     except pa.ArrowException as e:
         raise InvalidCall(f"cannot read {where}: {plain(e):.500}") from e
-    except Exception as e:  # every filesystem has errors of its own, which have no base in common
-        # Arrow says of damaged content what it says of lost files, but with no number of the system's.
+    except Exception as e:  # the errors of filesystems have no common base class
+        # Arrow raises OSError for damaged contents and for lost files; only the latter has an errno.
         damaged = type(e) is OSError and e.errno is None
         raise (InvalidCall if damaged else TablesUnavailable)(f"cannot read {where}: {plain(e):.500}") from e

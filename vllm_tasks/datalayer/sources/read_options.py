@@ -1,4 +1,4 @@
-"""How the text files of one table are read, where that is not what their names say."""
+"""Options for reading the text files of one table, where they differ from what the names say."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ UTF8 = "utf-8"
 
 
 class ReadOptions(BaseModel):
-    """Plain JSON data. Lines of JSON have an encoding only."""
+    """Options as plain JSON data. JSON lines have only an encoding."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     encoding: str = Field(
-        UTF8, description="The encoding of the files, one that Python knows: latin-1, utf-16."
+        UTF8, description="The encoding of the files, by its name in Python: latin-1, utf-16."
     )
     delimiter: str | None = Field(
-        None, description="What stands between cells; empty: a comma, in files .tsv and .tab a tab."
+        None, description="The character between cells; empty: a comma, in .tsv and .tab files a tab."
     )
-    quote: str = Field('"', description="What stands around cells; empty: there are no quotes.")
-    escape: str = Field("", description="What takes the next character as it is; empty: nothing does.")
+    quote: str = Field('"', description="The character around cells; empty: there are no quotes.")
+    escape: str = Field("", description="The character that escapes the next one; empty: there is none.")
     header: bool | list[str] = Field(
         True,
-        description="Whether the first record has the columns' names; else their names, or false for "
-        "column0, column1, ...",
+        description="true: the first record has the columns' names; a list: the names; false: column0, "
+        "column1, ...",
     )
     null_values: list[str] = Field([""], description="Cells without quotes that are NULL.")
 
@@ -41,12 +41,12 @@ class ReadOptions(BaseModel):
             "".encode(value)
             return codecs.lookup(value).name
         except (LookupError, UnicodeError, ValueError) as e:
-            raise ValueError(f"{e}; give the name of an encoding of texts, as Python knows it") from e
+            raise ValueError(f"{e}; give Python's name of a text encoding") from e
 
     @field_validator("delimiter", "quote", "escape")
     @classmethod
     def _one_sign(cls, value: str | None) -> str | None:
-        # Arrow takes one byte; letters and digits would be found in every number and text.
+        # Arrow allows one byte; letters and digits occur in numbers and texts.
         if value and (len(value) > 1 or not value.isascii() or value.isalnum() or value in "\r\n\0"):
             raise ValueError("must be one ASCII character that is no letter, digit or line break")
         return value
@@ -77,19 +77,19 @@ DEFAULTS = ReadOptions.model_validate({})
 
 
 def read_options(table: str, given: Mapping[str, Any] | ReadOptions | None) -> ReadOptions:
-    """What `read={table: given}` says; raises `InvalidCall` for unknown names and wrong values."""
+    """The options in `read={table: given}`; raises `InvalidCall` for unknown names and wrong values."""
     if isinstance(given, ReadOptions):
         return given
     try:
         return ReadOptions.model_validate({} if given is None else given)
     except ValidationError as e:
-        raise InvalidCall(f"read={{{table!r:.100}: ...}}: {'; '.join(map(_told, e.errors()))}") from None
+        raise InvalidCall(f"read={{{table!r:.100}: ...}}: {'; '.join(map(_message, e.errors()))}") from None
 
 
-def _told(error: Any) -> str:
+def _message(error: Any) -> str:
     name = str(error["loc"][0]) if error["loc"] else ""
     if error["type"] == "extra_forbidden":
         names = list(ReadOptions.model_fields)
         return f"there is no option {name!r:.100}{near(name, names)}; there are {', '.join(names)}"
-    shown = f"{name}={error['input']!r:.100}: " if name else ""
-    return f"{shown}{error['msg'].removeprefix('Value error, ')}"
+    display = f"{name}={error['input']!r:.100}: " if name else ""
+    return f"{display}{error['msg'].removeprefix('Value error, ')}"

@@ -1,4 +1,4 @@
-"""From a `select` in a lake to the source that reads it: by its format, or a SELECT over several."""
+"""Finds the reader of a `select` in a lake: one for the table's format, or a SELECT over several tables."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from vllm_tasks.settings import site_settings
 
 
 class Readers:
-    """Makes sources of a lake's tables; `options` say by table how files are read."""
+    """Makes sources from a lake's tables; `options` say by table how files are read."""
 
     def __init__(self, files: Files, options: Mapping[str, Any]) -> None:
         self._files = files
         self._options = {name: read_options(name, given) for name, given in options.items()}
 
     def source(self, select: str) -> Source:
-        """What `select` names; raises `InvalidCall`."""
+        """The source that `select` names; raises `InvalidCall`."""
         tables = self._files.tables()
-        # A statement is no glob, though it may look like one.
+        # A statement is not a glob, though it may look like one.
         words = re.search(r"\s", select.strip())
         statement = SQL.match(select) and words and select not in tables
         if not statement and (table := self._files.table(select, tables)) is not None:
@@ -65,15 +65,15 @@ class Readers:
         filesystem = None if self._files.local else self._files.fs
         memory = site_settings().select_memory
         workspace = Workspace(memory, [f"{root}/", f"{exactly(root)}/"], filesystem, files=linked)
-        shown = select if len(select) <= 200 else f"{select[:200]}..."
-        return Statement(parsed.sql, attached, workspace, shown, texts)
+        display = select if len(select) <= 200 else f"{select[:200]}..."
+        return Statement(parsed.sql, attached, workspace, display, texts)
 
     def _of(self, table: Table) -> Pieces | Csv | JsonLines | DeltaSource:
         """The reader of one table."""
         if table.delta is not None:
-            return DeltaSource(open_table(table.delta), self._files.shown(table.delta))
+            return DeltaSource(open_table(table.delta), self._files.display(table.delta))
         if table.iceberg is not None:
-            return Iceberg(self._files.fs, table.iceberg, self._files.shown(table.iceberg))
+            return Iceberg(self._files.fs, table.iceberg, self._files.display(table.iceberg))
         options = self._options_of(table)
         match table.files[0].kind:
             case "parquet":
@@ -86,7 +86,7 @@ class Readers:
                 return Csv(table.files, options)
 
     def _options_of(self, table: Table) -> ReadOptions:
-        """By the name as it was given, by the file's stem, or by the folder that the files are in."""
+        """The options for the given name, for the file's stem, or for the folder of the files."""
         first = table.files[0]
         folder = first.path.removeprefix(self._files.root + "/").split("/")[0]
         for name in (table.name, first.stem, folder):
@@ -95,15 +95,15 @@ class Readers:
         return DEFAULTS
 
     def _attach(self, table: Table, named: set[str] | None, texts: list[Streamed]) -> Attach:
-        """How a SELECT's connection gets to know the table: Parquet and plain Delta tables by DuckDB, which
-        reads of them what the SELECT needs, all others as a stream of the columns it has `named` (see
-        `Parsed.columns`). `texts` gets those that are text."""
+        """The function that registers a table for a SELECT. DuckDB itself reads Parquet and plain Delta
+        tables, only as much as the SELECT needs; all others are streams of the columns that it has `named`
+        (see `Parsed.columns`). `texts` receives the tables that are text."""
         if table.delta is not None:
             with storage_errors(f"cannot read {table.name!r}"):
                 rows = queryable(open_table(table.delta))
             return _attached(rows, {})
         source = self._of(table)
-        assert not isinstance(source, DeltaSource), "DuckDB was given it above"
+        assert not isinstance(source, DeltaSource), "Delta tables were handled above"
         columns = named_columns(source, named, table.name)
         if not columns:
             empty = NoColumns(source, named, table.name)
@@ -118,10 +118,10 @@ class Readers:
         return _attached(ColumnStream(source, columns, refused), refused)
 
     def _by_duckdb(self, table: Table) -> bool:
-        """Whether DuckDB reads these files of Parquet as we do."""
-        # It asks a filesystem when a file was changed, which a web server may not tell.
+        """Whether DuckDB reads these Parquet files as we do."""
+        # DuckDB needs the time at which a file was changed, which a web server may not report.
         web = "http" in self._files.fs.protocol
-        # It takes the folders that the lake is in for columns, too.
+        # DuckDB also takes folders above the lake for partition columns.
         return not web and not (self._partitions(table)[0] and "=" in self._files.root)
 
     def _read_parquet(self, table: Table) -> str:
@@ -136,7 +136,7 @@ class Readers:
 
 
 def _attached(rows: Any, expressions: Mapping[str, str]) -> Attach:
-    """`rows`: an object with a stream of Arrow, or SQL; `expressions` stand for the columns so named."""
+    """`rows` is an object with an Arrow stream, or SQL; `expressions` replace the columns of those names."""
     replaced = ", ".join(f"{sql} AS {quoted(column)}" for column, sql in expressions.items())
 
     def attach(cursor: duckdb.DuckDBPyConnection, name: str) -> None:

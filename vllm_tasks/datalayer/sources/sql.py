@@ -1,4 +1,4 @@
-"""A table, a view or a SELECT of any database that SQLAlchemy can stream, as a source."""
+"""A table, view or SELECT of any database that SQLAlchemy can stream, as a source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_tasks.datalayer.database.declared import declared, typed
 from vllm_tasks.datalayer.database.dialects import backend
 from vllm_tasks.datalayer.database.relation import Relation
 from vllm_tasks.datalayer.sources import Part, Unreadable, Values
-from vllm_tasks.datalayer.sources.arrow import tell
+from vllm_tasks.datalayer.sources.arrow import count_unreadable
 from vllm_tasks.datalayer.sources.keys import known
 from vllm_tasks.datalayer.sources.sql_keys import PAGE, SqlKeys
 from vllm_tasks.datalayer.sources.sql_order import Order, Place
@@ -27,10 +27,10 @@ from vllm_tasks.errors import InvalidCall
 
 
 class SqlSource:
-    """`Source` of a SQLAlchemy URL. Values are as the driver gives them, as `Database.rows` has them.
+    """`Source` of a SQLAlchemy URL. Values are those of the driver, as in `Database.rows`.
 
-    Rows are read in the order of their key, in transactions that are over before a part is handed on. Where
-    an index has this order, keys are read alone, and then values of the wanted rows only.
+    Rows are read in the order of their key, in transactions that end before a part is handed on. If an index
+    has this order, keys are read alone, and then the values of the wanted rows only.
     """
 
     def __init__(self, url: str, select: str) -> None:
@@ -50,7 +50,7 @@ class SqlSource:
             ]
 
     def identified_by(self, key: Sequence[str]) -> bool:
-        # Where the rows are, all keys are compared sooner than they come here.
+        # The database compares all keys itself, which is faster than reading them.
         with self._backend.reading() as connection:
             source = self._relation(connection)
             source.refuse_bad_keys(connection, key)
@@ -97,15 +97,15 @@ class SqlSource:
     def _known(
         self, keys: pa.Table, wrong: dict[int, str], unreadable: Unreadable
     ) -> tuple[pa.Table, np.ndarray]:
-        """The keys without NULL in them, and their numbers; the others go to `unreadable`."""
+        """The keys without NULL, and their numbers; the others go to `unreadable`."""
         kept = known(keys)
         if len(kept) < keys.num_rows:
-            tell(keys, wrong, kept, unreadable, self._backend.where())
+            count_unreadable(keys, wrong, kept, unreadable, self._backend.where())
             keys = keys.take(pa.array(kept))
         return keys, kept
 
     def _at_once(self, order: Order, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
-        """Rows that no index finds again, of which keys and values are read together."""
+        """Parts of rows that no index can find again: keys and values are read together."""
         convert = self._converters(columns)
         width = slice(len(order.key), len(order.key) + len(columns))
 
@@ -117,18 +117,18 @@ class SqlSource:
             yield Part(keys, _reader(spool, kept, width, convert))
 
     def _whole(self, columns: Sequence[str]) -> Iterator[Part]:
-        """All rows, in no order that they could be found by again: in one transaction."""
+        """All rows without keys, in one transaction: there is no order by which a second one could resume."""
         source, convert = self._relation(), self._converters(columns)
         query = source.query(*(source.rows.c[name].label(f"_c{i}") for i, name in enumerate(columns)))
         with closing(Spool(PAGE)) as spool:
             with self._backend.reading() as connection:
-                spool.fill(connection, query, whole=True)
+                spool.fill(connection, query, all_rows=True)
             every = np.arange(spool.rows)
             read = _reader(spool, every, slice(0, len(columns)), convert)
             yield Part(pa.table({}), read, rows=spool.rows)
 
     def _converters(self, columns: Sequence[str]) -> list[str]:
-        """By which declared type each column's values are read."""
+        """The declared type by which each column's values are converted, see `typed`."""
         with self._backend.reading() as connection:
             source = self._relation(connection)
             if connection.dialect.name == "sqlite":
@@ -138,7 +138,7 @@ class SqlSource:
 
 
 def _refuse_merged(connection: Connection, source: Relation, key: Sequence[str]) -> None:
-    """SQLite's columns may have values of any type; 1 and '1', which it tells apart, are one as texts."""
+    """Refuse keys that differ only in type: SQLite distinguishes 1 and '1', but as text they are the same."""
     columns = [source.rows.c[name] for name in key]
     types = connection.execute(source.query(*map(sa.func.typeof, columns)).distinct().limit(2)).all()
     if len(types) < 2:
@@ -146,15 +146,15 @@ def _refuse_merged(connection: Connection, source: Relation, key: Sequence[str])
     texts = [sa.cast(column, sa.Text) for column in columns]
     merged = source.query(*texts).group_by(*texts).having(sa.func.count() > 1).limit(1)
     if row := connection.execute(merged).first():
-        shown = ", ".join(f"{name}={value!r:.100}" for name, value in zip(key, row, strict=True))
+        display = ", ".join(f"{name}={value!r:.100}" for name, value in zip(key, row, strict=True))
         raise InvalidCall(
-            f"the key {', '.join(key)} has values of several types that are one as text, as {shown}; "
-            "give each row a key of its own, or another primary_id"
+            f"the key {', '.join(key)} has values of several types that are the same as text, for example "
+            f"{display}; give each row a unique key, or give another primary_id"
         )
 
 
 def _reader(spool: Spool, kept: np.ndarray, width: slice, kinds: Sequence[str]) -> Any:
-    """`Part.values` of the rows in a spool, of which those with the numbers `kept` are in the part."""
+    """`Part.values` for a spool; the rows with the numbers `kept` are in the part."""
 
     def values(rows: Sequence[int]) -> Iterator[list[Values]]:
         wanted = set(kept[np.asarray(rows, dtype=np.int64)].tolist())
@@ -169,7 +169,7 @@ def _reader(spool: Spool, kept: np.ndarray, width: slice, kinds: Sequence[str]) 
 
 
 def _keys(spool: Spool, key: pa.Schema) -> tuple[pa.Table, dict[int, str]]:
-    """The keys in a spool, and why some are none (NULL)."""
+    """The keys in a spool, and by row number why some do not fit (NULL)."""
     pages: list[list[pa.Array]] = [[] for _ in key]
     wrong: dict[int, str] = {}
     first = 0

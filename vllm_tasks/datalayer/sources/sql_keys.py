@@ -1,4 +1,4 @@
-"""The keys of a database's rows, read in their order, without values, in transactions that are over soon."""
+"""The keys of a database's rows, read in their order and without values, in short transactions."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from vllm_tasks.datalayer.sources.sql_types import key_array
 from vllm_tasks.datalayer.spool import LONGEST
 
 PAGE = 1000
-"""Rows whose keys are Python objects at once; and of which one has a `Mark`."""
+"""Rows whose keys are held as Python objects at once; each page has a `Mark`."""
 FIRST = 1 << 14
-"""Rows of the first query, where each query has a limit."""
+"""Rows of the first query, if each query has a limit."""
 TEXTS = 1 << 16
-"""Rows of a query at most whose keys of text are packed: those of an index have some kilobytes at most, and
-a value of the server's 1 GB."""
+"""Maximum rows of a query with packed text keys: a key in an index has some kilobytes at most, and a value of
+the server has 1 GB at most."""
 SOON = 1.0
-"""A query that is over in so many seconds is followed by a larger one."""
+"""A query that ends within this many seconds is followed by a larger one."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in the order of the rows."""
+    """A position in the order of the rows."""
 
     number: int
-    """Of the row that comes next."""
+    """The number of the next row."""
     after: Place | None
     """The `Backend.bound` of the row before it; None at the beginning."""
 
@@ -45,20 +45,20 @@ class KeyPart:
 
     key: pa.Schema
     marks: list[Mark]
-    """In their order; the last one is behind all rows."""
+    """Positions in their order; the last one is after all rows."""
     wrong: dict[int, str] = field(default_factory=dict)
-    """Why keys of these numbers are none (NULL)."""
+    """By number, why a key does not fit (NULL)."""
     count: int = 0
     nbytes: int = 0
     tables: list[pa.Table] = field(default_factory=list)
 
     @property
     def full(self) -> bool:
-        """Whether there are enough for one part of a source."""
+        """Whether there are enough keys for one part of a source."""
         return self.count >= PART_ROWS or self.nbytes >= PART_BYTES
 
     def add(self, columns: Sequence[pa.Array], after: Place) -> None:
-        """`after`: the bound of the last of these rows."""
+        """Add keys; `after` is the bound of the last of these rows."""
         found = pa.table(list(columns), schema=self.key)
         self.tables.append(found)
         self.count += found.num_rows
@@ -66,7 +66,7 @@ class KeyPart:
         self.marks.append(Mark(self.count, after))
 
     def keys(self) -> pa.Table:
-        """All of them."""
+        """All keys of the part."""
         return pa.concat_tables([self.key.empty_table(), *self.tables]).combine_chunks()
 
 
@@ -79,7 +79,7 @@ class SqlKeys:
         self._key = order.key
 
     def parts(self) -> Iterator[KeyPart]:
-        """All keys."""
+        """All keys, in parts."""
         packed = self._packed() if self._order.indexed else None
         limited = packed is not None or not self._backend.leaves_results
         most = TEXTS if any(pa.types.is_string(f.type) for f in self._key) else PART_ROWS
@@ -103,16 +103,16 @@ class SqlKeys:
             )
 
     def _packed(self) -> list[list[sa.ColumnElement[Any]]] | None:
-        """How the server packs each column; None where it does not."""
+        """The server's aggregates that pack each column; None if it has none."""
         columns = [self._backend.packed(sa.column(f"_c{i}"), f.type) for i, f in enumerate(self._key)]
         return [c for c in columns if c] if all(columns) else None
 
     def _unpack(
         self, connection: Connection, part: KeyPart, packed: list[list[sa.ColumnElement[Any]]], limit: int
     ) -> bool:
-        """Add the next keys, of which the server makes one value a column; False: some are NULL or no text.
+        """Add the next keys, packed by the server into few values; False if some are NULL or not text.
 
-        An aggregate without an order of its own takes rows as they come, here from an ordered subquery.
+        An aggregate without an ORDER BY takes rows in the order of its input, here an ordered subquery.
         """
         rows = self._order.query((), part.marks[-1].after).limit(limit).subquery("k")
         counts = [sa.func.count(sa.column(f"_c{i}")) for i in range(len(self._key))]
@@ -136,10 +136,10 @@ class SqlKeys:
         return True
 
     def _stream(self, connection: Connection, part: KeyPart, limit: int | None) -> bool:
-        """Add the next keys, row by row; True: there are no more.
+        """Add the next keys, row by row; returns whether there are no more.
 
-        A query that took long before its first row is read as long again: else a sort of the whole table
-        would be repeated for each few rows.
+        If a query took long before its first row, rows are read for at least as long: otherwise a sort of the
+        complete table would be repeated for every few rows.
         """
         began, first, before = time.monotonic(), 0.0, part.count
         streaming = connection.execution_options(stream_results=True, max_row_buffer=1)
@@ -160,7 +160,7 @@ class SqlKeys:
 
 
 def _array(kind: pa.DataType, values: Sequence[bytes], count: int) -> pa.Array:
-    """The array of what `Backend.packed` gives."""
+    """The array that `Backend.packed` has packed."""
     if pa.types.is_int64(kind):
         return pa.array(np.frombuffer(values[0], ">i8").astype(np.int64))
     ends = np.frombuffer(values[0], ">i4").cumsum(dtype=np.int32)

@@ -1,4 +1,4 @@
-"""In which order the rows of a database are read, so that the next query begins where the last one ended."""
+"""The order in which a database's rows are read, so that each query begins where the last one ended."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ Place = Sequence[Any]
 
 @dataclass(frozen=True)
 class Order:
-    """The rows of `source` by `columns`, which are those of the key, as an index has them if one does."""
+    """The rows of `source` ordered by `columns`: those of the key, in an index's order if there is one."""
 
     backend: Backend
     source: Relation
     key: pa.Schema
     columns: Sequence[str]
     kinds: dict[str, Any]
-    """The types of the key's columns as `Relation.kinds` has them."""
+    """The types of the key's columns, from `Relation.kinds`."""
     indexed: bool
-    """An index has this order, so that each query finds its beginning."""
+    """Whether an index has this order, so that each query finds its first row fast."""
 
     def query(self, columns: Sequence[str], after: Place | None) -> sa.Select[Any]:
-        """The rows behind `after`, None for all: the key, these columns, and the place of each."""
+        """The rows after `after` (None: all) with the key, these columns and the place of each."""
         place = self._place()
         found = [self.backend.as_key(self.source.rows.c[f.name], f.type) for f in self.key]
         found += [self.source.rows.c[name] for name in columns]
@@ -39,7 +39,7 @@ class Order:
         return rows if after is None else rows.where(self.behind(after))
 
     def behind(self, place: Place) -> sa.ColumnElement[bool]:
-        """The condition that a row comes later."""
+        """The condition that a row comes after `place`."""
         return self.backend.after(self._place(), [self.kinds[name] for name in self.columns], place)
 
     def _place(self) -> list[sa.ColumnElement[Any]]:

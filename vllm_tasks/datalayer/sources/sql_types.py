@@ -1,4 +1,4 @@
-"""Keys of databases in Arrow: which type holds them exactly, and arrays of what drivers give."""
+"""Keys of databases in Arrow: the types that hold them exactly, and arrays of the drivers' values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 
 def key_array(values: Sequence[Any], field: pa.Field, wrong: dict[int, str], first: int = 0) -> pa.Array:
-    """A column of keys; `wrong` gets why values are none (NULL), by their number, that of the first given."""
+    """A column of keys; `wrong` receives why values do not fit (NULL), by number, starting with `first`."""
     if pa.types.is_string(field.type):
         values = [v if v is None or isinstance(v, str) else str(v) for v in values]
     try:
@@ -37,11 +37,11 @@ ARROW = {
     "timestamp without time zone": pa.timestamp("us"),
     "timestamp with time zone": pa.timestamp("us", "UTC"),
 }
-"""By PostgreSQL's and SQLite's names. Whatever is not listed is a key by its text."""
+"""Types by PostgreSQL's and SQLite's names; keys of other types are stored as text."""
 
 
 def stored_as(kind: Any, spec: str) -> pa.DataType:
-    """What a key of this type is stored as; where a database does not say, its text."""
+    """The type in which a key is stored; text if the database does not report its type."""
     if isinstance(kind, sa.Integer):
         unsigned = getattr(kind, "unsigned", False) and spec.startswith("bigint")
         return pa.decimal128(20, 0) if unsigned else pa.int64()

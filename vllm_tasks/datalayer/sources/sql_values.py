@@ -1,4 +1,4 @@
-"""Values of some rows of an indexed table, found by keys that were read before."""
+"""Values of some rows of an indexed table, found by the keys that were read before."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from vllm_tasks.datalayer.sources.sql_types import key_array
 from vllm_tasks.datalayer.spool import spools
 
 LISTED = 4096
-"""Keys that one query names."""
+"""Maximum number of keys in one query."""
 
 Numbered = list[tuple[int, Values]]
 
 
 class SqlValues:
-    """The columns `columns` of rows by their number in a part."""
+    """Reads the columns `columns` of rows by their numbers in a part."""
 
     def __init__(self, order: Order, columns: Sequence[str], convert: Sequence[str]) -> None:
-        """`convert`: see `typed`."""
+        """`convert` has the declared type of each column, see `typed`."""
         self._order = order
         self._backend = order.backend
         self._key = order.key
@@ -36,7 +36,7 @@ class SqlValues:
         self._convert = convert
 
     def of(self, part: KeyPart, keys: pa.Table, kept: np.ndarray) -> Callable[[Sequence[int]], Any]:
-        """`Part.values` of a part with these `keys`, which stand in `part` at the numbers `kept`."""
+        """`Part.values` of a part with these `keys`, which have the numbers `kept` in `part`."""
 
         def values(rows: Sequence[int]) -> Iterator[list[Values | None]]:
             wanted = np.asarray(rows, dtype=np.int64)
@@ -50,7 +50,7 @@ class SqlValues:
         return values
 
     def _by_list(self, keys: pa.Table, wanted: np.ndarray) -> Iterator[Numbered]:
-        """By their keys, however far apart they are."""
+        """Find rows by a list of their keys, however far apart they are."""
         rows = self._order.source.rows
         for start in range(0, len(wanted), LISTED):
             some = wanted[start : start + LISTED]
@@ -73,7 +73,7 @@ class SqlValues:
     def _by_range(
         self, marks: Sequence[Mark], keys: pa.Table, kept: np.ndarray, wanted: np.ndarray
     ) -> Iterator[Numbered]:
-        """By the places between which they are: of each 1,000 rows all or none are read."""
+        """Find rows by ranges between marks: of each 1,000 rows, all or none are read."""
         width = slice(len(self._key), len(self._key) + len(self._columns))
         for some, start, end in _runs(marks, kept, wanted):
             numbers = dict(zip(listed(keys, some), some.tolist(), strict=True))
@@ -101,7 +101,7 @@ class SqlValues:
 def _runs(
     marks: Sequence[Mark], kept: np.ndarray, wanted: np.ndarray
 ) -> Iterator[tuple[np.ndarray, Any, Any]]:
-    """The wanted rows by neighbouring marks: rows, the place before the first mark, that of the last one."""
+    """The wanted rows in runs of neighbouring marks: rows, the place before them, the place after them."""
     starts = np.array([mark.number for mark in marks[:-1]])
     at = np.searchsorted(starts, kept[wanted], side="right") - 1
     for rows in np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(at) > 1) + 1):
@@ -110,7 +110,7 @@ def _runs(
 
 
 def _with_gaps(pages: Iterator[Numbered], wanted: np.ndarray) -> Iterator[list[Values | None]]:
-    """The values of the wanted rows in their order; None for a row that is gone."""
+    """The values of the wanted rows in their order; None for a row that was removed."""
     at = 0
     for page in pages:
         found: list[Values | None] = []

@@ -1,4 +1,4 @@
-"""A SELECT over the tables of a lake, run by DuckDB; its rows come as a stream of Arrow."""
+"""A SELECT over the tables of a lake, run by DuckDB and read as an Arrow stream."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ from vllm_tasks.errors import SHOWN, InvalidCall
 SQL = re.compile(
     r"(\s|\(|--[^\n]*\n|/\*(?:[^*]|\*(?!/))*\*/)*+(select|with|from|values|table)\b", re.IGNORECASE
 )
-"""How a statement begins, after comments, each of which matches in one way only: nothing is tried again."""
+"""The beginning of a statement, after comments; possessive, so that matching never backtracks."""
 VIEW = "_vllm_tasks_source"
 BATCH_ROWS = 2048
-"""DuckDB's own; a batch has as many rows, or fewer."""
+"""Maximum rows of a batch, DuckDB's own size."""
 
 Attach = Callable[[duckdb.DuckDBPyConnection, str], None]
-"""Makes one table known to a connection under a name."""
+"""Registers one table with a connection under a name."""
 
 
 class Statement:
-    """`Source`: one SELECT. Each use runs it anew, so its rows may come in another order."""
+    """`Source` of one SELECT. Each use runs it again, so its rows may come in another order."""
 
     def __init__(
         self,
         sql: str,
         tables: Mapping[str, Attach],
         workspace: Workspace,
-        shown: str,
+        display: str,
         texts: Sequence[Streamed] = (),
     ) -> None:
-        """`tables`: by name, those of the lake that the statement reads; `workspace` is closed with it.
+        """`tables` has by name those of the lake that the statement reads; `workspace` is closed with it.
 
-        `texts`: those among them that leave out the lines that they cannot read.
+        `texts` are those among them that skip lines which they cannot read.
         """
         self._sql = sql
         self._tables = tables
         self._workspace = workspace
-        self._shown = shown
+        self._display = display
         self._texts = texts
         self._kinds: dict[str, str] = {}
-        """DuckDB's names of the types of all columns, once a pass has begun."""
+        """DuckDB's type names of all columns, once a pass has begun."""
         self._described: tuple[list[str], pa.Schema] | None = None
 
     def columns(self) -> Sequence[str]:
@@ -64,7 +64,7 @@ class Statement:
         _refuse_doubles(key, names)
         if mixed := [name for name in key if self._kinds[name] == MIXED_KIND]:
             raise InvalidCall(
-                f"the key {mixed[0]!r:.100} has texts and other values; make all of them texts by "
+                f"the key {mixed[0]!r:.100} has texts and other values; convert all to text with "
                 f"CAST({quoted(mixed[0])} AS VARCHAR) AS {quoted(mixed[0])}"
             )
         return [key_type(name, schema.field(name).type) for name in key]
@@ -79,7 +79,7 @@ class Statement:
     def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
         names = list(dict.fromkeys((*key.names, *columns)))
         for found in self._batches(names, ROWS_AT_ONCE):
-            yield part_of(found, key, columns, unreadable, self._shown)
+            yield part_of(found, key, columns, unreadable, self._display)
         for text in self._texts:
             unreadable.take(text.left_out)
 
@@ -87,7 +87,7 @@ class Statement:
         self._workspace.close()
 
     def _description(self) -> tuple[list[str], pa.Schema]:
-        """The names of all columns, and the Arrow types of those that can be told by their name."""
+        """The names of all columns, and the Arrow types of those whose name is unique in SQL."""
         if self._described is None:
             with self._cursor() as cursor:
                 names = cursor.sql(self._sql).columns
@@ -97,7 +97,7 @@ class Statement:
         return self._described
 
     def _batches(self, names: Sequence[str], rows: int) -> Iterator[pa.Table]:
-        """The statement's rows in tables of about so many rows, or `PART_BYTES`."""
+        """The statement's rows in tables of about `rows` rows or `PART_BYTES`."""
         _refuse_doubles(names, self.columns())
         with self._cursor() as cursor:
             query = f"SELECT {self._readable(cursor, names)} FROM {VIEW}"  # noqa: S608 - quoted
@@ -105,7 +105,7 @@ class Statement:
                 yield from gathered(reader, rows)
 
     def _readable(self, cursor: duckdb.DuckDBPyConnection, names: Sequence[str]) -> str:
-        """These columns in SQL; those of which Arrow has no type as their text, mixed ones as JSON."""
+        """These columns in SQL; those whose type Arrow lacks are cast to text, mixed ones to JSON."""
         if not self._kinds:
             self._kinds = {row[0]: row[1] for row in cursor.execute(f"DESCRIBE FROM {VIEW}").fetchall()}
         wanted = (f"{_in_arrow(quoted(n), self._kinds[n])} AS {quoted(n)}" for n in names)
@@ -113,7 +113,7 @@ class Statement:
 
     @contextmanager
     def _cursor(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        with self._workspace.cursor(f"cannot read {self._shown!r}") as cursor:
+        with self._workspace.cursor(f"cannot read {self._display!r}") as cursor:
             for name, attach in self._tables.items():
                 attach(cursor, name)
             cursor.execute(f"CREATE TEMP VIEW {VIEW} AS {self._sql}")
@@ -121,23 +121,23 @@ class Statement:
 
 
 WITHOUT_ARROW = re.compile(r"(BIT|BIGNUM|VARINT|TIME WITH TIME ZONE|INTERVAL|GEOMETRY|UNION)\b")
-"""The beginning of the names of such types."""
+"""The beginning of the names of types that Arrow lacks."""
 
 MIXED_KIND = 'UNION("text" VARCHAR, other JSON)'
-"""DuckDB's name of `json_fields.MIXED`."""
+"""DuckDB's name for `json_fields.MIXED`."""
 
 
 def _refuse_doubles(wanted: Sequence[str], names: Sequence[str]) -> None:
     for name in wanted:
         if others := _doubles(name, names):
             raise InvalidCall(
-                f"the SELECT gives the columns {name!r:.100} and {others[0]!r:.100}, which are one in "
-                "SQL; name one otherwise with AS"
+                f"the SELECT has the columns {name!r:.100} and {others[0]!r:.100}, which are one in "
+                "SQL; rename one with AS"
             )
 
 
 def _doubles(name: str, names: Sequence[str]) -> list[str]:
-    """The names that SQL takes for `name`, though they are others."""
+    """Other names that are the same as `name` in SQL."""
     return [other for other in names if other != name and other.casefold() == name.casefold()]
 
 
@@ -153,11 +153,11 @@ class Parsed:
 
     sql: str
     tables: set[str]
-    """Those it names."""
+    """Tables that it names."""
     own: set[str]
-    """Those it makes by WITH, casefolded."""
+    """Tables that it defines by WITH, casefolded."""
     columns: set[str] | None
-    """All that it may read of any table; None where it does not name them (a star, a whole row)."""
+    """All columns that it may read from any table; None if it does not name them (a star, a complete row)."""
 
 
 def parse(con: duckdb.DuckDBPyConnection, select: str) -> Parsed:
@@ -188,7 +188,7 @@ def _columns(nodes: Sequence[dict[str, Any]]) -> set[str] | None:
     kinds = {node.get("type") for node in nodes} | {node.get("ref_type") for node in nodes}
     if kinds & {"STAR", "PIVOT", "SHOW_REF", "NATURAL"}:
         return None
-    # What has a class is an expression; else an alias is a table's, and its name alone is a whole row.
+    # A node with a class is an expression; otherwise an alias is a table's, and its name alone is a row.
     tables = [node for node in nodes if "class" not in node]
     rows = {node.get(name, "").casefold() for node in tables for name in ("alias", "table_name")}
     names = [node["column_names"] for node in nodes if node.get("class") == "COLUMN_REF"]

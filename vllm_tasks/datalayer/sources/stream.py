@@ -1,4 +1,4 @@
-"""Text files as a stream of Arrow, for SQL: as often as it is asked for, a fresh pass each time."""
+"""Text files as an Arrow stream for SQL, which may be opened repeatedly; each time the files are read."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from vllm_tasks.datalayer.sources import Unreadable
 
 
 class Streamed(Protocol):
-    """A source that has batches of typed columns."""
+    """A source with batches of typed columns."""
 
     left_out: Unreadable
-    """What the last pass left out."""
+    """The rows that the last pass skipped."""
 
     def schema(self, columns: Sequence[str]) -> pa.Schema:
-        """The types in which all values of these columns are exact; raises `InvalidCall` for one that is not
-        there."""
+        """The types that hold all values of these columns exactly; raises `InvalidCall` for a missing
+        column."""
 
     def batches(self, schema: pa.Schema, unreadable: Unreadable) -> Iterator[pa.RecordBatch]:
-        """All rows that can be read, in these types."""
+        """All readable rows, in these types."""
 
 
 class Stream:
-    """What DuckDB registers: these columns of `source`, as often as it asks for them.
+    """The object that DuckDB registers: these columns of `source`, which it may read repeatedly.
 
-    Rows that cannot be read are left out and counted in `source.left_out`, anew for each pass.
+    Unreadable rows are skipped and counted in `source.left_out`, which each pass resets.
     """
 
     def __init__(self, source: Streamed, columns: Sequence[str]) -> None:
         self.source = source
         self.schema = source.schema(columns)
         self.error: Exception | None = None
-        """Why the last pass ended early; DuckDB shows no more than its text."""
+        """The error that ended the last pass early; DuckDB passes on only its text."""
 
     def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
         self.source.left_out = Unreadable()

@@ -1,4 +1,4 @@
-"""The text of a data file in its encoding, where bytes that are wrong for it fail the rows that use them."""
+"""The text of a data file in its encoding; bytes that are wrong for it fail only the rows that use them."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from vllm_tasks.datalayer.sources.read_options import UTF8, ReadOptions
 from vllm_tasks.errors import InvalidCall
 
 WRONG_BYTES = "vllm_tasks.wrong_bytes"
-"""How decoders treat bytes that are no text: each becomes half a character, which no prompt may have. As
-Python's surrogateescape, but for the bytes below 128 too, which UTF-16 may have wrong."""
+"""Error handler of decoders: each wrong byte becomes a lone surrogate, which no prompt may have. It is like
+Python's surrogateescape, but covers bytes below 128, too, which may be wrong in UTF-16."""
 UTF16_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 NO_TEXT = {
     b"\x1f\x8b": ("compressed with gzip", "rename it to end in .gz"),
     b"\x28\xb5\x2f\xfd": ("compressed with zstd", "rename it to end in .zst"),
     b"BZh91AY&": ("compressed with bzip2", "decompress it, or compress it with gzip (.gz) or zstd (.zst)"),
     b"\xfd7zXZ": ("compressed with xz", "decompress it, or compress it with gzip (.gz) or zstd (.zst)"),
-    b"PK\x03\x04": ("a zip archive or a workbook of Excel's", "take the files out of it"),
+    b"PK\x03\x04": ("a zip archive or an Excel workbook", "extract its files"),
     b"PAR1\x15": ("Parquet", "rename it to end in .parquet"),
     b"ARROW1\0\0": ("Arrow IPC", "rename it to end in .arrow"),
 }
-"""By how a file begins: what it is instead of text, and the way out."""
+"""By the first bytes of a file: what it is instead of text, and the way out."""
 MARKS = {
     "utf-16-le": codecs.BOM_UTF16_LE,
     "utf-16-be": codecs.BOM_UTF16_BE,
     "utf-32-le": codecs.BOM_UTF32_LE,
     "utf-32-be": codecs.BOM_UTF32_BE,
 }
-"""Byte order marks that Python's codecs would give as a character."""
+"""Byte order marks that Python's codecs would return as a character."""
 
 
 def _halves(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -42,7 +42,7 @@ def _halves(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _bytes(half: int) -> bytes:
-    """The wrong byte that it stands for; else those that UTF-8 does not have, which are wrong again."""
+    """The wrong byte that a surrogate stands for; for another surrogate, bytes that are wrong in UTF-8."""
     byte = half - 0xDC00
     return bytes([byte]) if 0x80 <= byte <= 0xFF else chr(half).encode("utf-8", "surrogatepass")
 
@@ -51,7 +51,7 @@ codecs.register_error(WRONG_BYTES, _halves)
 
 
 def has_half(text: str) -> bool:
-    """Whether `text` has half a character, its own or for a wrong byte."""
+    """Whether `text` has a lone surrogate, its own or one that stands for a wrong byte."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -60,20 +60,20 @@ def has_half(text: str) -> bool:
 
 
 def opened(file: DataFile, encoding: str) -> io.BufferedReader:
-    """The file's bytes; raises `InvalidCall` for what is no text, and for UTF-16 that is to be read as UTF-8.
+    """The file's bytes; raises `InvalidCall` if they are not text, or are UTF-16 where UTF-8 is expected.
 
-    A byte order mark that the encoding's codec would keep is left out.
+    A byte order mark that the encoding's codec would keep is skipped.
     """
     stream = file.open()
     head = stream.peek(8)[:8]
     for magic, (what, way_out) in NO_TEXT.items():
         if head.startswith(magic):
             stream.close()
-            raise InvalidCall(f"{file.shown!r} is {what}, not {file.kind} as its name says; {way_out}")
+            raise InvalidCall(f"{file.display!r} is {what}, not {file.kind} as its name says; {way_out}")
     if encoding == UTF8 and stream.peek(2)[:2] in UTF16_BOMS:
         stream.close()
         raise InvalidCall(
-            f"{file.shown!r} begins as UTF-16 does, not UTF-8; say so: "
+            f"{file.display!r} begins like UTF-16, not UTF-8; give its encoding: "
             f'Datalayer(..., read={{{file.stem!r:.100}: {{"encoding": "utf-16"}}}})'
         )
     if (mark := MARKS.get(encoding)) and head.startswith(mark):
@@ -82,12 +82,12 @@ def opened(file: DataFile, encoding: str) -> io.BufferedReader:
 
 
 def decoder_of(encoding: str) -> str:
-    """The codec that also leaves out a byte order mark, which `opened` does for those in `MARKS`."""
+    """The codec that also skips a byte order mark; for encodings in `MARKS`, `opened` skips it."""
     return "utf-8-sig" if encoding == UTF8 else encoding
 
 
 def text_of(file: DataFile, options: ReadOptions, newline: str) -> io.TextIOWrapper:
-    """The file's text; `newline` as `open` has it."""
+    """The file's text; `newline` as in `open`."""
     return io.TextIOWrapper(
         opened(file, options.encoding), decoder_of(options.encoding), WRONG_BYTES, newline
     )

@@ -1,4 +1,4 @@
-"""Files that are known and not read: what to do instead."""
+"""Known formats that are not supported, and the way out for each."""
 
 from __future__ import annotations
 
@@ -23,27 +23,25 @@ WAYS_OUT = {
     "xml": "pass it as a table in memory, select=pandas.read_xml(...), or save it as CSV or Parquet",
     "txt": "rename or link it as .csv, and say how its lines are read by the option read= of the Datalayer",
 }
-"""By ending."""
+"""The way out by ending."""
 SURE = re.compile(
     rf".+\.(?:{'|'.join(ROWS)}|(?:{'|'.join(ENDINGS)})\.(?:{'|'.join(PACKED)}))", re.I | re.DOTALL
 )
-"""The names of those that have rows, whatever else they are beside: others may be a README.txt."""
+"""Names of unsupported files that surely have rows; others may be, for example, a README.txt."""
 
 
 def has_rows(path: str) -> bool:
-    """Whether a file that is not read has rows, by its name."""
+    """Whether an unsupported file has rows, by its name."""
     return SURE.fullmatch(posixpath.basename(path)) is not None
 
 
 def is_called(path: str, name: str) -> bool:
-    """Whether a file that is known and not read is the table `name`, by its own name."""
+    """Whether an unsupported file of a known format would be the table `name`, by its own name."""
     stem, *endings = posixpath.basename(path).removeprefix(name).split(".")
     return not stem and bool(endings) and endings[-1].lower() in WAYS_OUT and len(endings) <= 2
 
 
-def refusal(path: str, shown: str) -> InvalidCall:
-    """Of a file that is not read."""
+def refusal(path: str, display: str) -> InvalidCall:
+    """The error for an unsupported file."""
     way_out = WAYS_OUT.get(path.rpartition(".")[2].lower(), "save it as one of these")
-    return InvalidCall(
-        f"{shown!r} is no file that is read here, which are {FORMATS} by their names; {way_out}"
-    )
+    return InvalidCall(f"{display!r} is not a supported file, which are {FORMATS} by their names; {way_out}")

@@ -1,4 +1,4 @@
-"""The one type of keys for files that store them in several."""
+"""The common type of keys for files that store them in several types."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import pyarrow as pa
 from vllm_tasks.errors import InvalidCall
 
 DIGITS = 38
-"""Of a decimal at most."""
+"""Maximum digits of a decimal."""
 
 
 def widest(column: str, one: tuple[str, pa.DataType], other: tuple[str, pa.DataType]) -> pa.DataType:
     """The type that holds the keys of both files, each given as its name and `keys.key_type`; raises
-    `InvalidCall` where values of the two types are never surely the same."""
+    `InvalidCall` if values of the two types cannot be compared exactly."""
     if one[1] == other[1]:
         return one[1]
     digits = [_digits(kind) for _, kind in (one, other)]
@@ -22,12 +22,12 @@ def widest(column: str, one: tuple[str, pa.DataType], other: tuple[str, pa.DataT
             return pa.decimal128(before + behind, behind)
     raise InvalidCall(
         f"the key {column!r} is of the type {one[1]} in {one[0]} and {other[1]} in {other[0]}, which have no "
-        "type in common; select files of one type, or CAST it in a SELECT"
+        "common type; select files of one type, or CAST it in a SELECT"
     )
 
 
 def _digits(kind: pa.DataType) -> tuple[int, int] | None:
-    """How many digits a number has before and behind its point; None for what is no exact number."""
+    """The digits of a number before and after its point; None for a type that is not an exact number."""
     if pa.types.is_int64(kind):
         return 19, 0
     if pa.types.is_decimal(kind):
