@@ -34,6 +34,10 @@ from docs import figures
 from tests.conftest import IN_PREFECT
 from tests.eventually import LONG_ENOUGH
 from tests.servers.scripted_server import Asked, Reply, ScriptedServer, usual
+from vllm_tasks._cli import app as command_line
+from vllm_tasks._cli import job
+from vllm_tasks.flows.batch_predict import batch_predict
+from vllm_tasks.flows.validate_model import validate_model
 from vllm_tasks.pools import __main__ as pools
 from vllm_tasks.settings import Settings
 
@@ -233,6 +237,9 @@ def python(words: list[str]) -> None:
     if words[1] == "vllm.entrypoints.openai.api_server":
         vllm(["serve", *words[2:]])
         return
+    if words[1] == "vllm_tasks":
+        command_line.app.parse_args(words[2:])
+        return
     source = file_of(words[1]).read_text()
     if "import serve\n" in source:
         source += file_of("vllm_tasks.flows._serve").read_text()
@@ -332,8 +339,13 @@ def yaml_blocks() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize(("where", "data"), list(yaml_blocks()), ids=[where for where, _ in yaml_blocks()])
-def test_yaml_is_what_prefect_reads(where: str, data: dict[str, Any]) -> None:
-    """Deployments name existing flows and parameters; triggers are valid for Prefect."""
+def test_yaml_is_what_prefect_reads(where: str, data: dict[str, Any], tmp_path: Path) -> None:
+    """Deployments name existing flows and parameters; triggers are valid for Prefect, job files for us."""
+    if "model" in data:
+        file = tmp_path / "job.yaml"
+        file.write_text(yaml.safe_dump(data))
+        job.read(file, batch_predict if "select" in data else validate_model)
+        return
     example = yaml.safe_load((ROOT / "prefect.yaml").read_text())
     assert data.keys() <= example.keys() | {"triggers"}, where
     for deployment in data.get("deployments", ()):
