@@ -58,7 +58,7 @@ def test_a_column_that_no_row_of_ours_fills_is_refused(place: Place) -> None:
             db.writer(selection(), TABLE)
     flat = replace(FLAT, name="_outputs__flat")
     db.writer(selection(), flat)
-    with pytest.raises(InvalidCall, match="'_position' is there"):
+    with pytest.raises(InvalidCall, match="a column '_position'"):
         db.writer(selection(), replace(TABLE, name=flat.name))
 
 

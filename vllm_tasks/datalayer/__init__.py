@@ -72,14 +72,14 @@ def not_shown(error: ErrorDetails) -> InitErrorDetails:
 
 
 def validated(
-    data: Any, handler: ModelWrapValidatorHandler[T], shown: Callable[[ErrorDetails], InitErrorDetails]
+    data: Any, handler: ModelWrapValidatorHandler[T], hide: Callable[[ErrorDetails], InitErrorDetails]
 ) -> T:
-    """Validate `data`; errors display of the input only what `shown` leaves.
+    """Validate `data`, with errors that hide the input as `hide` does.
 
     Args:
         data: The input.
         handler: Pydantic's own validation.
-        shown: Returns the error to display for an error of pydantic.
+        hide: Returns an error of pydantic without the parts that must not be displayed.
 
     Returns:
         The validated object.
@@ -90,7 +90,7 @@ def validated(
     try:
         return handler(data)
     except ValidationError as error:
-        raise ValidationError.from_exception_data(error.title, [shown(e) for e in error.errors()]) from None
+        raise ValidationError.from_exception_data(error.title, [hide(e) for e in error.errors()]) from None
 
 
 def outputs_name(predict_id: str) -> str:

@@ -127,7 +127,7 @@ class Files:
             return Table(name, iceberg=self.uri(path))
         found = self._data_files(path)
         if not found:
-            raise InvalidCall(f"the folder {self.display(path)!r} has no {FORMATS} files")
+            raise InvalidCall(f"the folder {self.display(path)!r} holds no {FORMATS} files")
         return self._of_one_format(name, self._refuse_tables(found))
 
     def _of_one_format(self, name: str, paths: list[str]) -> Table:

@@ -44,4 +44,4 @@ def is_called(path: str, name: str) -> bool:
 def refusal(path: str, display: str) -> InvalidCall:
     """The error for an unsupported file."""
     way_out = WAYS_OUT.get(path.rpartition(".")[2].lower(), "save it as one of these")
-    return InvalidCall(f"{display!r} is not a supported file, which are {FORMATS} by their names; {way_out}")
+    return InvalidCall(f"{display!r} is not a supported file: names must end in {FORMATS}; {way_out}")
