@@ -149,6 +149,16 @@ def test_of_many_servers_the_first_that_is_there_is_asked(server: ScriptedServer
         server.start()
 
 
+def test_servers_of_different_models_get_no_trial_row(server: ScriptedServer) -> None:
+    """They are compared before one is tried."""
+    with ScriptedServer() as other:
+        server.tokenizes = other.tokenizes = Reply(status=404)
+        other.script = lambda r: Reply({"data": [{"id": "other"}]}) if r.path == "/v1/models" else None
+        with pytest.raises(InvalidCall, match="'other'"):
+            VllmAPI(identifier="m", api_url=[server.url, other.url]).predict("a")
+        assert not {TEXT, CHAT} & {*paths(server), *paths(other)}
+
+
 def test_a_table_says_how_its_texts_were_sent(server: ScriptedServer, api: Make, tmp_path: Path) -> None:
     """A table resumes with the explicit `chat` that was found."""
     (tmp_path / "t.csv").write_text("id,text\n1,a\n2,b\n")

@@ -116,6 +116,7 @@ class HttpEngine:
         """Look it up once, at one server. If unknown, as behind a gateway: whether chat is accepted."""
         async with self._testing_chat:
             if (known := self._servers.has_chat_template) is None:
+                await self._servers.compare()
                 known = await self._reported_template()
                 self._servers.has_chat_template = known = (
                     await self._accepts_chat() if known is None else known
