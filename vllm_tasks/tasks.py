@@ -163,7 +163,7 @@ def _predict_in_db(
     try:
         report: Report = work(model, X, select, display=display, **options)
     except TooManyFailed as error:
-        publish(error.report)
+        publish(error.report, "failed")
         raise
     except VllmTasksError as error:
         # With `overwrite` or `limit`, another attempt would process rows again that this one has completed:

@@ -15,11 +15,11 @@ import pytest
 from prefect import flow, get_client
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.client.schemas.objects import Artifact, TaskRun
-from prefect.events.filters import EventFilter, EventNameFilter
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
 
 from tests.conftest import IN_PREFECT
+from tests.events import events_where
 from tests.eventually import eventually
 from tests.places import Place
 from tests.scripts import running_script
@@ -99,21 +99,27 @@ def test_progress_and_report_are_artifacts(model: VllmAPI, server: ScriptedServe
 
 
 def test_outputs_are_an_asset_of_their_source(model: VllmAPI) -> None:
-    """A materialization event names the outputs, and the source as their origin."""
+    """A materialization event names the outputs, the source as their origin, and the counts of the run."""
     _, report = over_a_table(model, predict_id="lineage")
-    wanted = EventFilter(event=EventNameFilter(prefix=["prefect.asset.materialization.succeeded"]))
-    with get_client(sync_client=True) as client:
-        for _ in range(100):
-            page = client._client.post(
-                "/events/filter", json={"filter": wanted.model_dump(mode="json"), "limit": 50}
-            ).json()
-            found = [e for e in page["events"] if e["resource"]["prefect.resource.id"].endswith("__lineage")]
-            if found:
-                break
-            time.sleep(0.1)
-    (event,) = found
-    assert event["resource"]["prefect.resource.id"] == asset_key(report.outputs)
+    asset = asset_key(report.outputs)
+    succeeded = {"prefix": ["prefect.asset.materialization.succeeded"]}
+    (event,) = events_where(1, event=succeeded, resource={"id": [asset]})
     assert asset_key(report.source) in [r["prefect.resource.id"] for r in event["related"]]
+    assert (event["payload"]["predict_id"], event["payload"]["succeeded"]) == ("lineage", 100)
+
+
+def test_a_run_over_a_table_is_an_event(lake: Place, server: ScriptedServer) -> None:
+    """Automations can wait for it; one with too many failed rows has another name."""
+    with VllmAPI(identifier="evented", api_url=server.url, db=lake.db) as model:
+        over_a_table(model)
+        server.script = lambda request: refused(400, "no") if request.body else None
+        over_a_table(model, predict_id="hopeless", return_state=True)
+    completed, failed = events_where(2, resource={"id": ["vllm-tasks.model.evented"]})
+    assert completed["event"] == "vllm-tasks.predictions.completed"
+    assert failed["event"] == "vllm-tasks.predictions.failed"
+    counts = {name: completed["payload"][name] for name in ("predict_id", "processed", "succeeded", "failed")}
+    assert counts == {"predict_id": "evented", "processed": 100, "succeeded": 100, "failed": 0}
+    assert failed["payload"]["failed"] > 0
 
 
 def test_too_many_failures_fail_the_flow_with_a_report(model: VllmAPI, server: ScriptedServer) -> None:
@@ -236,7 +242,7 @@ def test_the_logs_of_a_run_have_the_lines_of_the_package(
             with get_client(sync_client=True) as client:
                 return any(words in log.message for log in client.read_logs() if log.flow_run_id)
 
-        assert eventually(lambda: logged(f"no server answers at {server.url}; waiting up to"))
+        assert eventually(lambda: logged(f"no server responds at {server.url}; waiting up to"))
         server.start()
         assert job.wait() == 0
         assert eventually(lambda: logged("100 of 100 rows done"))

@@ -22,6 +22,7 @@ from prefect.client.schemas.objects import Artifact
 from prefect.runtime import flow_run
 
 from tests.conftest import IN_PREFECT
+from tests.events import events_where
 from tests.scripts import running_script
 from tests.served import run_when_served
 from tests.servers.scripted_server import Asked, Reply, Script, ScriptedServer, refused, usual
@@ -124,17 +125,8 @@ def history(lake: Datalayer) -> list[dict[str, Any]]:
 
 
 def events_of(model: str, count: int) -> list[dict[str, Any]]:
-    """The validation events of a model, oldest first, as soon as there are so many of them."""
-    wanted = {"resource": {"id": [f"vllm-tasks.model.{model}"]}, "order": "ASC"}
-    with get_client(sync_client=True) as client:
-        for _ in range(200):
-            page = client._client.post("/events/filter", json={"filter": wanted, "limit": 50}).json()
-            if len(page["events"]) >= count:
-                break
-            time.sleep(0.1)
-    found: list[dict[str, Any]] = page["events"]
-    assert len(found) == count
-    return found
+    """The validation events of a model."""
+    return events_where(count, resource={"id": [f"vllm-tasks.model.{model}"]})
 
 
 # ---------------------------------------------------------------------- what is shown

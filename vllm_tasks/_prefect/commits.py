@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 from prefect import Task
-from prefect.assets import Asset
+from prefect.assets import Asset, add_asset_metadata
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
+from prefect.events import emit_event
 from prefect.tasks import MaterializingTask
 from prefect.transactions import CommitMode, transaction
 
@@ -67,15 +69,33 @@ def _commit_group(name: str, work: Callable[[], None]) -> None:
 def _publish(report: Report) -> None:
     """Display the report; Prefect records the outputs as an asset that depends on the source."""
     show_report(report)
+    add_asset_metadata(asset_key(report.outputs), _counts(report))
 
 
-def publish(report: Report) -> None:
-    """Display the report; in a flow, a task run also makes the outputs a Prefect asset of their source.
+def _counts(report: Report) -> dict[str, Any]:
+    names = (
+        *("predict_id", "model", "fingerprint", "rows", "up_to_date", "processed", "succeeded", "failed"),
+        *("truncated", "prompt_tokens", "completion_tokens"),
+    )
+    return {name: getattr(report, name) for name in names}
 
-    A flow run that works for a step elsewhere displays nothing: the step's caller does.
+
+def publish(report: Report, ended: Literal["completed", "failed"] = "completed") -> None:
+    """Display the report, and send the event `vllm-tasks.predictions.completed` or `.failed` for automations.
+
+    In a flow, a task run also makes the outputs a Prefect asset of their source. A flow run that works for a
+    step elsewhere does nothing of this: the step's caller does.
     """
     if Heartbeat.current() is not None:
         return
+    emit_event(
+        event=f"vllm-tasks.predictions.{ended}",
+        resource={
+            "prefect.resource.id": f"vllm-tasks.model.{report.model}",
+            "prefect.resource.name": report.model,
+        },
+        payload={**_counts(report), "source": report.source, "outputs": report.outputs},
+    )
     if FlowRunContext.get() is None:
         show_report(report)
         return
