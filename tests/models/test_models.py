@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from json import dumps, loads
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from pydantic import ValidationError
@@ -516,7 +516,8 @@ def test_every_setting_has_a_description_and_an_environment_name(monkeypatch: py
     values = {str: "text", int: "1024", float: "2.5", bool: "false", list[str]: '["a"]'}
     for name, field in Settings.model_fields.items():
         assert (field.description or "").endswith((".", ").")), name
-        raw = values.get(field.annotation, "text")  # type: ignore[arg-type]
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ["text"]
+        raw = values.get(field.annotation, choices[0])  # type: ignore[arg-type]
         before = getattr(Settings(), name)
         monkeypatch.setenv(f"VLLM_TASKS_{name.upper()}", raw)
         assert getattr(Settings(), name) != before, name

@@ -14,7 +14,8 @@ from vllm_tasks.engines import wire
 from vllm_tasks.engines.http.engine import HttpConfig
 from vllm_tasks.engines.http.urls import origins, split_urls
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.models.predictor import FORBID, VLLM_DOCS, Predictor
+from vllm_tasks.models.fields import FORBID, VLLM_DOCS
+from vllm_tasks.models.predictor import Predictor
 from vllm_tasks.models.resources import Resources
 from vllm_tasks.settings import Settings, site_settings
 

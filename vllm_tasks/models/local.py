@@ -15,7 +15,8 @@ from vllm_tasks.datalayer import LOGO
 from vllm_tasks.engines.local.engine import LocalConfig
 from vllm_tasks.engines.ray.engine import RayConfig
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.models.predictor import FORBID, VLLM_DOCS, Predictor
+from vllm_tasks.models.fields import FORBID, VLLM_DOCS
+from vllm_tasks.models.predictor import Predictor
 from vllm_tasks.models.resources import PARALLEL, Resources
 from vllm_tasks.settings import site_settings
 

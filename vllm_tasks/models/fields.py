@@ -1,0 +1,378 @@
+"""The fields that both models share, and their checks."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
+from uuid import uuid4
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, InitErrorDetails
+
+from vllm_tasks.calls.answers import Artifact, Decoder, check_one_type
+from vllm_tasks.calls.callables import DottedCallable, check_importable
+from vllm_tasks.calls.datatypes import DataType
+from vllm_tasks.calls.functions import made_of
+from vllm_tasks.calls.prompts import (
+    Signature,
+    Template,
+)
+from vllm_tasks.calls.sampling import Target, check_names, known_names
+from vllm_tasks.calls.schemas import schema_type
+from vllm_tasks.datalayer import Datalayer, check_name, not_shown, own_fields, validated
+from vllm_tasks.datalayer.lake.partitions import named, refuse_inexact
+from vllm_tasks.errors import InvalidCall
+from vllm_tasks.models.forms import arranged
+from vllm_tasks.models.hints import checked
+from vllm_tasks.models.resources import Resources
+from vllm_tasks.rows import BuiltinType
+from vllm_tasks.settings import site_settings
+from vllm_tasks.validation import Validation
+
+VLLM_DOCS = "https://docs.vllm.ai/en/latest"
+WRITE_OPTIONS = {"table", "partition_by", "compression", "on_length"}
+
+FORBID = ConfigDict(extra="forbid")
+"""Each model sets this itself, since its last base class, Block, would allow unknown fields."""
+
+FORM_HEAD = (
+    *("prompt", "signature", "chat", "system", "predict_kwargs"),
+    *("db", "datatype", "output_schema", "flatten"),
+)
+FORM_END = ("metric_values", "uuid")
+"""Fields at the head of a form, and those at its end, which nobody fills in."""
+
+HIDDEN = {"api_key", "api_url", "compute_kwargs", "db", "ray_config", "uri", "validation", "vllm_kwargs"}
+"""Fields whose values may hold a key or a password: errors say what is wrong, but never show the value."""
+
+
+class ModelFields(BaseModel):
+    """The fields that both models share, checked when a model is made."""
+
+    _elsewhere: ClassVar[str] = ""
+    """A hint, for the error about an unknown field, where that field may belong."""
+    _reached_by: ClassVar[tuple[str, ...]] = ()
+    """Fields that say how to reach this model; the form has them after the identifier."""
+
+    identifier: str = Field(
+        min_length=1,
+        title="Identifier",
+        description="Your name for the model. Its outputs are in `_outputs__<identifier>`; '/' becomes '-'.",
+    )
+    uuid: str = Field(
+        default_factory=lambda: str(uuid4()),
+        title="UUID",
+        description="Identity of this instance. Empty: a new one.",
+    )
+    db: Datalayer | None = Field(
+        default=None,
+        title="Datalayer",
+        description="Rows are read from it and outputs written to it, unless the call names another.",
+    )
+    artifacts: dict[str, Artifact] = Field(
+        default={},
+        title="Artifacts",
+        description="Files for templates, `{artifacts.name}`, and prompt functions (artifacts=...), such as "
+        '{"rules": {"uri": "s3://bucket/rules.txt"}}.',
+    )
+    signature: Signature = Field(
+        default="singleton",
+        title="Signature",
+        description="What the prompt takes a record for: one value `{input}` (singleton), a tuple `{0}` "
+        "(*args), a dict `{name}` (**kwargs), or both.",
+    )
+    datatype: DataType | BuiltinType | None = Field(
+        default=None,
+        title="Data type",
+        description="Type of an answer: str (the default), int, float, bool, json, bytes, or your own type.",
+    )
+    output_schema: dict[str, Any] | str | None = Field(
+        default=None,
+        title="Output schema",
+        description='Columns, such as {"name": "str", "age": "int"}, a JSON Schema, or the dotted path of a '
+        "pydantic model. vLLM is given the schema, and every answer is checked against it.",
+    )
+    flatten: bool = Field(
+        default=False, title="Flatten", description="In tables, an answer that is a list becomes rows."
+    )
+    model_update_kwargs: dict[str, Any] = Field(
+        default={},
+        title="Options of the outputs",
+        description="`model_update_kwargs`: table, partition_by, compression, on_length (keep, error).",
+    )
+    predict_kwargs: dict[str, Any] = Field(
+        default={},
+        title="Sampling parameters",
+        description="`predict_kwargs` by vLLM's names, such as {\"max_tokens\": 60}; a call's override them.",
+    )
+    compute_kwargs: dict[str, Any] = Field(
+        default={},
+        repr=False,  # values of `env` may be secrets
+        title="Resources",
+        description="`compute_kwargs`: hints such as num_gpus, memory, image, env or work_pool.",
+    )
+    validation: Validation | None = Field(
+        default=None,
+        title="Validation",
+        description="Data sets, metrics and limits of validate, unless the call has its own.",
+    )
+    metric_values: dict[str, dict[str, float]] = Field(
+        default={},
+        title="Metric values",
+        description="Values of the last validation, by data set and metric. The validation writes them.",
+    )
+    prompt: str = Field(
+        default="{input}",
+        title="Prompt",
+        description="Template with plain keys: `{input}`, `{0}`, `{name}`, `{context}`, `{artifacts.name}`.",
+    )
+    prompt_func: DottedCallable | None = Field(
+        default=None,
+        title="Prompt function",
+        description="Dotted path of f(x, ...) -> text or chat messages, used in place of the prompt.",
+    )
+    max_batch_size: int | None = Field(
+        default=4,
+        ge=1,
+        title="Rows in a chunk",
+        description="`max_batch_size`: rows handed to the engine at once. It has no visible effect over "
+        "HTTP, where max_in_flight limits the concurrent requests. Empty: all.",
+    )
+    chat: bool | None = Field(
+        default=None,
+        title="Chat",
+        description="Send texts as a user's message (true) or as plain text (false). Empty: as a message if "
+        "the model has a chat template.",
+    )
+    system: str | None = Field(
+        default=None,
+        title="System message",
+        description="Put before chat messages that have no system message of their own.",
+    )
+    messages_as_json: bool = Field(
+        default=False,
+        title="Messages as JSON",
+        description="A record is a JSON text of chat messages, as in a CSV.",
+    )
+
+    # ------------------------------------------------------------------ checks
+
+    def __init__(self, **fields: Any) -> None:
+        site_settings()  # raises `InvalidCall` here; within a check it would become the error of a field
+        super().__init__(**fields)
+
+    @field_validator("db", mode="before")
+    @classmethod
+    def _datalayer_of_url(cls, value: Any) -> Any:
+        if isinstance(value, str | os.PathLike):
+            return Datalayer(url=SecretStr(os.fspath(value)))
+        if not (value is None or isinstance(value, Datalayer | Mapping)):
+            raise ValueError(f"db is a {type(value).__name__}; give a Datalayer, or its URL as a text")
+        return value
+
+    @field_validator("identifier")
+    @classmethod
+    def _without_slash(cls, value: str) -> str:
+        return value.replace("/", "-")
+
+    @field_validator("max_batch_size", mode="before")
+    @classmethod
+    def _some_rows(cls, value: Any) -> Any:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(
+                f"max_batch_size={value} is not at least 1; None hands over all rows of a call at once"
+            )
+        return value
+
+    @field_validator("output_schema")
+    @classmethod
+    def _known_schema(cls, value: dict[str, Any] | str | None) -> dict[str, Any] | str | None:
+        if value is not None:
+            schema_type(value, flatten=False)
+        return value
+
+    @field_validator("model_update_kwargs")
+    @classmethod
+    def _known_write_options(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if unknown := sorted(value.keys() - WRITE_OPTIONS):
+            raise ValueError(f"unknown model_update_kwargs {unknown}; known are {sorted(WRITE_OPTIONS)}")
+        if "table" in value:
+            check_name("table", value["table"])
+        if value.get("on_length", "keep") not in ("keep", "error"):
+            raise ValueError(f"on_length={value['on_length']!r} is neither 'keep' nor 'error'")
+        if "partition_by" in value:
+            named(value["partition_by"])
+        return value
+
+    @field_validator("compute_kwargs")
+    @classmethod
+    def _known_hints(cls, value: dict[str, Any]) -> dict[str, Any]:
+        checked(value)
+        return value
+
+    @field_validator("prompt")
+    @classmethod
+    def _fillable(cls, value: str, info: ValidationInfo) -> str:
+        fields = Template.parse(value).fields
+        artifacts = info.data.get("artifacts", {})
+        if absent := {f for f in fields if "." in f} - {f"artifacts.{a}" for a in artifacts}:
+            raise ValueError(f"the prompt uses {sorted(absent)}, but artifacts has {sorted(artifacts)}")
+        named = {f for f in fields if "." not in f} - {"context", "input"}
+        if info.data.get("signature") == "singleton" and named:
+            raise ValueError(
+                f"the prompt uses {sorted(named)}, but with signature='singleton' a record is one value, "
+                "{input}; use signature='**kwargs' for dicts or '*args' for tuples"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _carries_the_record(self) -> Self:
+        """Refuse a prompt that uses no field of a row: every row would get the same answer."""
+        fields = Template.parse(self.prompt).of_record
+        if self.prompt_func is None and not fields - {"context"}:
+            field = {"singleton": "{input}", "*args": "{0}"}.get(self.signature, "{name of a field}")
+            braces = ", and {{ }} are literal braces" if "{{" in self.prompt else ""
+            raise ValueError(
+                f"the prompt {self.prompt!r:.100} uses no field of the record, so all rows would get one "
+                f"answer: write {field} where the record goes{braces}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reads_messages(self) -> Self:
+        """Refuse `messages_as_json` beside a prompt, which would embed the messages as JSON text."""
+        unchanged = self.prompt == "{input}" and self.prompt_func is None and self.signature == "singleton"
+        if self.messages_as_json and not unchanged:
+            raise ValueError(
+                "messages_as_json=True reads a record that is chat messages and nothing else: leave out "
+                "prompt and signature, or the option; a prompt_func can read them by json.loads"
+            )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, data: Any) -> Any:
+        data = own_fields(data)
+        for name in data.keys() - cls.model_fields.keys() if isinstance(data, Mapping) else ():
+            if name in known_names("openai") | known_names("local"):
+                raise ValueError(f"{name!r} is a sampling parameter: put it into predict_kwargs")
+            if near := difflib.get_close_matches(name, cls.model_fields, n=1):
+                raise ValueError(f"{cls.__name__} has no field {name!r}; did you mean {near[0]!r}?")
+            raise ValueError(f"{cls.__name__} has no field {name!r}{cls._elsewhere}")
+        return data
+
+    @model_validator(mode="after")
+    def _known_sampling(self) -> Self:
+        check_names(self.predict_kwargs, self.sampling_target())
+        check_one_type(self.datatype, self.output_schema)
+        return self
+
+    @model_validator(mode="after")
+    def _exact_partitions(self) -> Self:
+        if partition_by := named(self.model_update_kwargs.get("partition_by", ())):
+            try:
+                columns = self._decoder({}).columns
+            except InvalidCall:
+                # A call may still change the type of an answer (`n`); it reports what is wrong.
+                columns = ()
+            refuse_inexact(partition_by, columns)
+        return self
+
+    @model_validator(mode="after")
+    def _hints_that_fit(self) -> Self:
+        self.resources()
+        return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _without_secrets(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Errors show the value of their field, but never the complete input: it may hold a key."""
+        return validated(data, handler, _displayed)
+
+    @classmethod
+    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the block's schema, from which the UI makes its form."""
+        first = ("identifier", *cls._reached_by, *FORM_HEAD)
+        return arranged(super().model_json_schema(*args, **kwargs), first, FORM_END)
+
+    def _to_block_document(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_portable()  # all of Block's ways to save call this method
+        return super()._to_block_document(*args, **kwargs)  # type: ignore[misc]  # Block's, by the subclasses
+
+    def _check_portable(self) -> None:
+        """Raise `InvalidCall` for a function or judge that another process could not load."""
+        for function in self._callables():
+            check_importable(function)
+        for metric in self.validation.metrics if self.validation else ():
+            if metric.unsaved:
+                raise InvalidCall(
+                    f"the metric {metric.identifier!r} is judged by a model that is not saved: save it, and "
+                    "give options={'model': 'vllm-api/NAME'}"
+                )
+
+    def _callables(self) -> list[Callable[..., Any]]:
+        found = [self.prompt_func]
+        if isinstance(self.datatype, DataType):
+            found += [self.datatype.encoder, self.datatype.decoder]
+        if self.validation is not None:
+            found += [m.object for m in self.validation.metrics if not isinstance(m.object, str)]
+        return [function for function in found if function is not None]
+
+    def identity(self) -> str:
+        """Return a hash that is equal, in every process, for models with equal fields and functions.
+
+        The `uuid`, the values of validations and the contents of files do not count.
+
+        Returns:
+            64 hexadecimal digits.
+
+        Raises:
+            InvalidCall: The behaviour of a function cannot be determined from its code.
+        """
+        fields = self.model_dump(exclude={"uuid", "metric_values"})
+        made = [made_of(function, "the function") for function in self._callables()]
+        text = json.dumps([type(self).__name__, fields, made], default=_revealed, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _decoder(self, given: Mapping[str, Any]) -> Decoder:
+        many = {**self.predict_kwargs, **given}.get("n") not in (None, 1)
+        on_length = self.model_update_kwargs.get("on_length", "keep")
+        return Decoder.of(self.datatype, self.output_schema, self.flatten, many, on_length)
+
+    def resources(self) -> Resources:
+        """Return what an engine of this model needs.
+
+        Raises:
+            InvalidCall: The hints of `compute_kwargs` contradict the engine arguments.
+        """
+        raise NotImplementedError
+
+    def sampling_target(self) -> Target:
+        """Return the interface whose sampling parameters a call may use."""
+        raise NotImplementedError
+
+
+def _revealed(value: Any) -> Any:
+    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+
+
+def _displayed(error: ErrorDetails) -> InitErrorDetails:
+    """`error` without its input, where that may hold a secret."""
+    hidden = not_shown(error)
+    unplaced = not error["loc"] or error["type"] in ("missing", "extra_forbidden")
+    if unplaced or HIDDEN & set(error["loc"]):
+        return hidden
+    return {**hidden, "input": error["input"]}
