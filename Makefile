@@ -120,8 +120,7 @@ constraints:
 		$(COMPILE) pyproject.toml --extra $$engine --extra demo --extra dev | \
 			grep -vE '^(torch|nvidia|cuda|triton)' > constraints/$$engine.txt; \
 	done
-# Prefect 3.9 requires a newer certifi than exists; Prefect 3.8's server does not start with fastapi 0.151.
-	$(COMPILE) pyproject.toml --extra dev -c <(printf 'prefect<3.9\nfastapi<0.151\n') > constraints/newest.txt
+	$(COMPILE) pyproject.toml --extra dev > constraints/newest.txt
 	$(COMPILE) - <<< 'lm_eval[api]' > constraints/lm_eval.txt
 
 clean:

@@ -15,6 +15,7 @@ import pytest
 from prefect import flow, get_client
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.client.schemas.objects import Artifact, TaskRun
+from prefect.client.schemas.sorting import LogSort
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
 
@@ -113,7 +114,7 @@ def test_a_run_over_a_table_is_an_event(lake: Place, server: ScriptedServer) -> 
     with VllmAPI(identifier="evented", api_url=server.url, db=lake.db) as model:
         over_a_table(model)
         server.script = lambda request: refused(400, "no") if request.body else None
-        over_a_table(model, predict_id="hopeless", return_state=True)
+        over_a_table(model, predict_id="none-succeeds", return_state=True)
     completed, failed = events_where(2, resource={"id": ["vllm-tasks.model.evented"]})
     assert completed["event"] == "vllm-tasks.predictions.completed"
     assert failed["event"] == "vllm-tasks.predictions.failed"
@@ -239,8 +240,9 @@ def test_the_logs_of_a_run_have_the_lines_of_the_package(
     with running_script(tmp_path, LOGGED, server.url, lake.url) as job:
 
         def logged(words: str) -> bool:
+            newest = LogSort.TIMESTAMP_DESC
             with get_client(sync_client=True) as client:
-                return any(words in log.message for log in client.read_logs() if log.flow_run_id)
+                return any(words in log.message for log in client.read_logs(sort=newest))
 
         assert eventually(lambda: logged(f"no server responds at {server.url}; waiting up to"))
         server.start()
