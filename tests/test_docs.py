@@ -351,8 +351,7 @@ def test_yaml_is_what_prefect_reads(where: str, data: dict[str, Any], tmp_path: 
     for deployment in data.get("deployments", ()):
         known = set().union(*example["deployments"])
         assert deployment.keys() <= known, where
-        module, _, name = deployment["entrypoint"].partition(":")
-        flow = load_flow_from_entrypoint(f"{file_of(module)}:{name}")
+        flow = load_flow_from_entrypoint(deployment["entrypoint"])
         for schedule in deployment.get("schedules", ()):
             assert schedule["parameters"].keys() <= flow.parameters.properties.keys(), where
     for trigger in data.get("triggers", ()):

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 
 CLONE = {"prefect.deployments.steps.git_clone": {"repository": "https://host/flows.git"}}
 IN_PLACE = {"prefect.deployments.steps.set_working_directory": {"directory": "/srv/flows"}}
+NOWHERE = {"prefect.deployments.steps.set_working_directory": {"directory": "."}}
 
 
 @flow
@@ -35,9 +36,10 @@ def started(monkeypatch: pytest.MonkeyPatch, pull_steps: list[dict[str, Any]] | 
 
 @pytest.mark.parametrize("url", ["data", "./data/", "sqlite:///x.db"])
 def test_a_relative_place_in_pulled_code_is_refused(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    started(monkeypatch, [CLONE])
-    with pytest.raises(InvalidCall, match=r"git_clone.*deleted with the flow run.*full path"):
-        check_stays(Datalayer(url=url))  # type: ignore[arg-type]
+    for step, name in ((CLONE, "git_clone"), (NOWHERE, "set_working_directory")):
+        started(monkeypatch, [step])
+        with pytest.raises(InvalidCall, match=rf"{name}.*deleted with the flow run.*full path"):
+            check_stays(Datalayer(url=url))  # type: ignore[arg-type]
 
 
 def test_what_stays_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:

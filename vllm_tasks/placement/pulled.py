@@ -1,8 +1,10 @@
-"""The check that a relative path is not in code that was pulled for this flow run and is deleted after it."""
+"""The check that a relative path is not in a working directory that is deleted after the flow run."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
@@ -16,19 +18,20 @@ from vllm_tasks.placement.payload import path_of
 from vllm_tasks.placement.target import MADE_FOR
 
 IN_PLACE = "set_working_directory"
-"""The only one of Prefect's pull steps that pulls nothing: it changes to a folder that stays."""
+"""The one pull step of Prefect that pulls nothing: with a full path, it changes to a folder that stays."""
 
 
 def check_stays(db: Datalayer) -> None:
-    """Refuse a datalayer in the working directory of a deployment whose code is pulled from a storage.
+    """Refuse a datalayer in the working directory of a deployment where a worker made it for the run.
 
-    That directory is a temporary copy, which is deleted after the flow run with all outputs in it.
+    That directory is temporary, with or without code that was pulled into it: it is deleted after the flow
+    run with all outputs in it.
 
     Args:
         db: The datalayer that outputs are written to.
 
     Raises:
-        InvalidCall: Its path is relative, and the deployment's code is pulled.
+        InvalidCall: Its path is relative, and so is what the deployment's pull steps change to.
     """
     _, path = path_of(db.url.get_secret_value().strip())
     if not path or os.path.isabs(path):
@@ -36,13 +39,13 @@ def check_stays(db: Datalayer) -> None:
     pulled = within_grace_period(_pulled)
     if pulled is not None:
         raise InvalidCall(
-            f"db={path!r:.200} is in the code that this deployment pulls ({pulled}), which is deleted with "
-            "the flow run, and all outputs with it: give a full path that the worker keeps, or a URL"
+            f"db={path!r:.200} is in the working directory of this flow run ({pulled}), which is deleted "
+            "with the flow run, and all outputs with it: give a full path that the worker keeps, or a URL"
         )
 
 
 def _pulled() -> str | None:
-    """The name of the step that pulled the code of the running deployment; None if there is none."""
+    """The pull step that leaves the running deployment in a temporary folder; None if there is none."""
     context, made_for = FlowRunContext.get(), os.environ.get(MADE_FOR)
     run = context.flow_run if context else None
     if not made_for and (run is None or run.deployment_id is None):
@@ -56,5 +59,8 @@ def _pulled() -> str | None:
             steps = client.read_deployment(run.deployment_id).pull_steps or ()
         except ObjectNotFound:  # the run or deployment is on another Prefect server, or was deleted
             return None
-    names = [name for step in steps for name in step]
-    return next((name for name in names if not name.endswith(IN_PLACE)), None)
+    return next((name for step in steps for name, inputs in step.items() if not _stays(name, inputs)), None)
+
+
+def _stays(name: str, inputs: Mapping[str, Any] | None) -> bool:
+    return name.endswith(IN_PLACE) and os.path.isabs((inputs or {}).get("directory", ""))
