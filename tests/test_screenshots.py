@@ -20,7 +20,7 @@ from prefect import flow
 
 from tests.conftest import IN_PREFECT
 from tests.eventually import LONG_ENOUGH
-from tests.servers.browser import SCREENSHOTS, chromium, executable, opened
+from tests.servers.browser import SCREENSHOTS, choose_tab, chromium, executable, opened
 from tests.servers.scripted_server import Asked, Reply, Script, ScriptedServer, refused, usual
 from tests.site import REPOSITORY, spoken_to
 from vllm_tasks import Dataset, Metric, Validation, VllmAPI, predict_in_db, validate
@@ -123,7 +123,7 @@ def test_a_run_and_its_validation_are_worth_a_look(ui: str, lake: str) -> None:
 
 def look_at(page: Page, ui: str, run: str) -> None:
     page.goto(f"{ui}/runs/flow-run/{run}")
-    page.get_by_text("Artifacts", exact=True).last.click()
+    choose_tab(page, "Artifacts")
     for key in ("topics-progress", "topics-report", "topics-tickets-validation"):
         expect(page.get_by_text(key).first).to_be_visible()
     shot(page, "prefect-run", 1000)

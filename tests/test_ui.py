@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from tests.eventually import LONG_ENOUGH
-from tests.servers.browser import SCREENSHOTS, chromium, executable, opened
+from tests.servers.browser import SCREENSHOTS, choose_tab, chromium, executable, opened
 from tests.servers.scripted_server import ScriptedServer, answer_to
 from tests.site import Site
 from vllm_tasks import Datalayer
@@ -155,7 +155,7 @@ def test_a_run_is_started_by_its_form(page: Page, site: Site, clerk: str) -> Non
 
     for artifact, words in {"progress": "30 of 30 rows done, 0 failed", "report": "No row failed."}.items():
         page.goto(f"{site.url}/runs/flow-run/{run['id']}")
-        page.get_by_text("Artifacts", exact=True).last.click()
+        choose_tab(page, "Artifacts")
         link = page.locator("a[href*='/artifacts/artifact/']").filter(has_text=f"{clerk}-{artifact}")
         link.wait_for()
         shot(page, "run")

@@ -318,6 +318,7 @@ def test_an_engine_is_asked_where_files_do_not_tell(tiny_model: Path, tmp_path: 
 
 
 @pytest.mark.engine
+@pytest.mark.long
 @pytest.mark.usefixtures("all_processes_of_vllm")
 def test_vllms_own_server_tells_that_it_has_no_template(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

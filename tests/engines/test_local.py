@@ -33,8 +33,6 @@ from vllm_tasks.errors import EngineFailed, RowErrors
 from vllm_tasks.results import Completion
 
 pytestmark = pytest.mark.engine
-LONG = pytest.mark.long
-STARTING = "starting", "starting, with its host"
 
 
 def processes(root: int | None = None) -> list[psutil.Process]:
@@ -270,8 +268,9 @@ def test_script_without_a_main_guard_leaves_nothing(tmp_path: Path, tiny_model: 
     assert not os.listdir(sockets)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("all_processes_of_vllm")
-@pytest.mark.parametrize("moment", ["ready", *(pytest.param(m, marks=LONG) for m in STARTING)])
+@pytest.mark.parametrize("moment", ["starting", "ready", "starting, with its host"])
 def test_killed_process_leaves_no_engine(
     moment: str, tmp_path: Path, tiny_model: Path, sockets: Path
 ) -> None:

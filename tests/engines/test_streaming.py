@@ -203,7 +203,7 @@ def test_a_stream_may_be_no_larger_than_any_answer(
 def test_the_legacy_format_is_not_streamed() -> None:
     """Its pieces have another format, which no current server uses."""
     model = VllmAPI(identifier="a", api_url="http://127.0.0.1:9/generate", stream=True)
-    with pytest.raises(InvalidCall, match="stream=True is for OpenAI's protocol"):
+    with pytest.raises(InvalidCall, match="stream=True needs OpenAI's protocol"):
         model.predict("x")
 
 

@@ -90,6 +90,7 @@ class ScriptedRun:
             "model": MODEL,
             "db": {"url": self.ledger.place.url},
             "max_in_flight": IN_FLIGHT,
+            "chat": False,  # no test request, which would count as a row
             **self.fields,
         }
 

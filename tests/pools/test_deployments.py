@@ -172,6 +172,7 @@ def test_a_block_that_is_not_there_is_named(site: Site) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_a_scheduled_run_answers_with_real_vllm(site: Site, lake: dict[str, Any], tiny_model: Path) -> None:
     """A schedule has parameters of its own: here a model that runs where the worker is."""
     engine = {"model_name": str(tiny_model), "vllm_kwargs": TINY_ARGS, "predict_kwargs": {"max_tokens": 4}}

@@ -10,7 +10,7 @@ from typing import Literal
 
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
-from tests.eventually import LONG_ENOUGH
+from tests.eventually import LONG_ENOUGH, eventually
 from tests.site import REPOSITORY
 
 Theme = Literal["light", "dark"]
@@ -46,6 +46,16 @@ def opened(browser: Browser, url: str, theme: Theme) -> Iterator[Page]:
         yield page
     finally:
         context.close()
+
+
+def choose_tab(page: Page, name: str) -> None:
+    """Click a tab until its panel is visible: before the page is ready, a click does nothing."""
+
+    def chosen() -> bool:
+        page.get_by_text(name, exact=True).last.click()
+        return page.get_by_role("tabpanel", name=name).is_visible()
+
+    assert eventually(chosen)
 
 
 def colours(browser: Browser, shown: Locator) -> dict[str, float]:

@@ -539,6 +539,7 @@ def answers(port: int) -> bool:
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_a_real_start_that_fails_gives_the_reason_of_vllm(tiny: VllmModel, servers: Path) -> None:
     """vLLM's message about a wrong argument reaches the caller, and no process is left."""
     wrong = tiny.model_copy(update={"vllm_kwargs": {**TINY_ARGS, "max_model_len": 4096}})

@@ -203,7 +203,7 @@ def test_a_full_disk_fails_the_run_and_loses_nothing(
 ) -> None:
     """A commit without space fails, committed rows stay, and with space again the rest follows."""
     monkeypatch.setattr("vllm_tasks.tables.source_rows.RETRY_DELAYS", (0,))
-    monkeypatch.setattr("vllm_tasks.tables.predict.RETRY_DELAYS", (0,))
+    monkeypatch.setattr("vllm_tasks.tables.log.RETRY_DELAYS", (0,))
     place = Place(str(small_disk / "lake") if kind == "lake" else f"sqlite:///{small_disk}/tables.db")
     place.fill_texts(*(f"t{i}" for i in range(ROWS)))
     model = VllmAPI(**model_of(server, place))
