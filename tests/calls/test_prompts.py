@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_tasks import VllmAPI
-from vllm_tasks.calls.prompts import Prompter, Template, call_arguments, load_artifact
+from vllm_tasks.calls.prompts import Prompter, call_arguments, load_artifact
+from vllm_tasks.calls.template import Template
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import Request, RowError
 

@@ -29,7 +29,8 @@ from tests.servers.scripted_server import Reply, ScriptedServer, answer_to
 from vllm_tasks import InvalidCall, VllmAPI
 from vllm_tasks.artifacts import asset_key, cell, slug, words
 from vllm_tasks.calls.answers import Decoder
-from vllm_tasks.calls.prompts import Prompter, Template
+from vllm_tasks.calls.prompts import Prompter
+from vllm_tasks.calls.template import Template
 from vllm_tasks.engines.http.urls import split_urls
 from vllm_tasks.places import has_password, without_secrets
 from vllm_tasks.printable import printable

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vllm_tasks.datalayer.lake.delta import arrow_column
+from vllm_tasks.datalayer.lake.columns import arrow_column
 from vllm_tasks.datalayer.selection import Key, Row, Selection, SourceRow
 from vllm_tasks.datalayer.sources import Part, Source, Unreadable
 from vllm_tasks.datalayer.sources.keys import listed

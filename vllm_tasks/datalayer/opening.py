@@ -72,7 +72,7 @@ def saved(name: str) -> Datalayer:
     """The saved `Datalayer` of this name; raises `InvalidCall`."""
     import httpx
 
-    from vllm_tasks.datalayer.lake.delta import plain
+    from vllm_tasks.datalayer.storage_errors import plain
 
     try:
         found = Datalayer.load(name)

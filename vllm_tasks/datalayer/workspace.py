@@ -14,7 +14,7 @@ from typing import Any
 
 import duckdb
 
-from vllm_tasks.datalayer.lake.delta import storage_errors
+from vllm_tasks.datalayer.storage_errors import storage_errors
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 
 MEMORY = "300MB"

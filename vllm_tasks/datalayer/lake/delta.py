@@ -1,52 +1,38 @@
-"""Delta tables through delta-rs: finding, creating and reading them, their columns and their errors."""
+"""Delta tables through delta-rs: finding, creating and reading them."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from datetime import datetime
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import duckdb
 import fsspec
 import pyarrow as pa
 import pyarrow.dataset as ds
 from deltalake import ColumnProperties, CommitProperties, DeltaTable, WriterProperties
-from deltalake.exceptions import CommitFailedError, DeltaError, DeltaProtocolError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, TableNotFoundError
 from fsspec.implementations.local import LocalFileSystem as LocalFolders
 from pyarrow.dataset import ParquetReadOptions
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
+from vllm_tasks.datalayer.lake.columns import ARROW_TYPES, JSON
 from vllm_tasks.datalayer.lake.delta_shape import (
     beyond_plain,
     refuse_differences,
     refuse_partitions,
     refuse_unwritable,
 )
-from vllm_tasks.datalayer.lake.partitions import problem_of_partition
 from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, OutputTable
-from vllm_tasks.datalayer.storable import HALF_A_CHARACTER, INT64, is_text, to_json
+from vllm_tasks.datalayer.storage_errors import storage_errors
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 from vllm_tasks.places import without_secrets
 
 logger = logging.getLogger(__name__)
 
-ARROW_TYPES: dict[str, pa.DataType] = {
-    "str": pa.string(),
-    "int": pa.int64(),
-    "float": pa.float64(),
-    "bool": pa.bool_(),
-    "bytes": pa.binary(),
-    "json": pa.string(),
-    "timestamp": pa.timestamp("us", "UTC"),
-}
-JSON = {"json": "1"}
-"""Metadata of a text column that holds JSON."""
 CODECS = ("UNCOMPRESSED", "SNAPPY", "GZIP", "BROTLI", "LZ4_RAW", "ZSTD")
 UNNAMEABLE = re.compile(r"[][\\^|]|%[0-9A-Fa-f]{2}")
 """Characters in a table's path over which delta-rs 1.6 fails or panics."""
@@ -55,24 +41,10 @@ MANGLED = re.compile(r"[#?\x00-\x1f\x7f]| $")
 ONCE = CommitProperties(max_commit_retries=0)
 """Commit as the version after the loaded one, or fail. Dangerous to change: with delta-rs's own retries, two
 concurrent appends of one key would both succeed, and the key would be there twice."""
-COLOURS = re.compile("\x1b\\[[0-9;]*m|↳")
-"""Terminal colours and arrows in errors of delta-rs."""
-REMOTE = re.compile(r"(\w+ Error: )?Traceback \(.*?\n(?P<words>\S[^\n]*)", re.DOTALL)
-"""DuckDB's error when an fsspec filesystem fails: a traceback that ends with the filesystem's message."""
-SAID_BY_DUCKDB = re.compile(r"([A-Z]\w+ )+Error: ")
-PASSING = re.compile(
-    "^(IO|HTTP|Out of Memory|INTERRUPT|Connection) Error"
-    "|^Invalid Input Error: reading the stream registered as .* failed: IOError"
-    "|^External error: .*Object Store error: "
-)
-"""Temporary errors of DuckDB: its own, and those of files that Arrow reads for it."""
-UNSUPPORTED = re.compile("Unsupported: |Invalid protocol|[Cc]atalog version|Unsupported table features")
-"""Parts of delta-rs's errors about a table whose format it does not support."""
 ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 """The scheme at the beginning of a URL."""
 FOOTERS_AT_ONCE = 16
 """Files of a table whose types are read at once."""
-DENIED = re.compile("permission denied|accessdenied|access denied|forbidden", re.IGNORECASE)
 
 
 def quoted(name: str) -> str:
@@ -91,41 +63,6 @@ def storage_options(url: str) -> dict[str, str] | None:
     if endpoint.startswith("http://"):
         options["AWS_ALLOW_HTTP"] = "true"
     return options
-
-
-def plain(error: BaseException) -> str:
-    """The message of an error on one line, without credentials in URLs."""
-    words = str(error)
-    if match := REMOTE.match(words):
-        words = match["words"]
-    return without_secrets(" ".join(COLOURS.sub("", words).split())) or type(error).__name__
-
-
-@contextmanager
-def storage_errors(doing: str) -> Iterator[None]:
-    """Translate errors of files, delta-rs, Arrow and DuckDB into ours, with their own messages.
-
-    Each library passes on the others' errors as its own, so only the messages distinguish them. Everything
-    is temporary except refused access and DuckDB's errors about a statement or the contents of a file.
-    """
-    try:
-        yield
-    except CommitFailedError:
-        raise
-    except (DeltaError, OSError, duckdb.Error, pa.ArrowException) as e:
-        words = plain(e)
-        if isinstance(e, PermissionError) or DENIED.search(words):
-            raise InvalidCall(f"{doing}: not allowed: {words}") from e
-        raise (InvalidCall if _lasts(e, words) else TablesUnavailable)(f"{doing}: {words}") from e
-
-
-def _lasts(error: Exception, words: str) -> bool:
-    if isinstance(error, DeltaProtocolError) or (isinstance(error, DeltaError) and UNSUPPORTED.search(words)):
-        return True
-    if isinstance(error, DeltaError) or REMOTE.match(str(error)) or PASSING.search(words):
-        return False
-    # A failure in the middle of a stream arrives as Arrow's OSError with DuckDB's message.
-    return not isinstance(error, OSError) or bool(SAID_BY_DUCKDB.match(words))
 
 
 def find_table(url: str) -> DeltaTable | None:
@@ -302,76 +239,3 @@ def writer_properties(compression: str | None, schema: pa.Schema, keys: int) -> 
         if not _has_exact_bounds(field.type)
     }
     return WriterProperties(compression=chosen, column_properties=bounds or None)
-
-
-def arrow_column(name: str, kind: pa.DataType, values: Sequence[Any], as_json: bool = False) -> pa.Array:
-    """The column in Arrow; raises ValueError naming it when a value does not fit."""
-    try:
-        if as_json:
-            values = [None if v is None else to_json(v) for v in values]
-        elif pa.types.is_string(kind):
-            for v in values:
-                if v is not None and not isinstance(v, str):
-                    raise TypeError(f"{v!r:.100} is no text")
-        return pa.array(values, kind)
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as e:
-        raise ValueError(f"column {name!r} ({kind}) cannot hold a value: {e}") from e
-
-
-def problem_of(field: pa.Field, in_partition: bool = False) -> Callable[[Any], str | None]:
-    """A function that returns why the column cannot hold a value, None if it can."""
-    if in_partition and pa.types.is_string(field.type):
-        as_json = bool((field.metadata or {}).get(b"json"))
-        return lambda v: (
-            problem_of(field)(v)
-            or (None if v is None else problem_of_partition(field.name, to_json(v) if as_json else v))
-        )
-    if (field.metadata or {}).get(b"json"):
-        return _no_json
-    if pa.types.is_string(field.type):
-        return _no_text
-    if pa.types.is_int64(field.type):
-        return _no_int
-    plain_types: dict[pa.DataType, tuple[type, ...]] = {
-        pa.bool_(): (bool,),
-        pa.binary(): (bytes,),
-        pa.timestamp("us", "UTC"): (datetime,),
-    }
-    if (types := plain_types.get(field.type)) is not None:
-        return lambda v: (
-            None if v is None or isinstance(v, types) else f"{v!r:.100} is no {types[0].__name__}"
-        )
-    return lambda v: _no_arrow(field.type, v)
-
-
-def _no_arrow(kind: pa.DataType, value: Any) -> str | None:
-    if type(value) is float and pa.types.is_float64(kind):
-        return None
-    try:
-        pa.array([value], kind)
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as e:
-        return f"{e} ({kind})"
-    return None
-
-
-def _no_int(value: Any) -> str | None:
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value in INT64):
-        return None
-    return f"{value!r:.100} is no whole number of 64 bits"
-
-
-def _no_text(value: Any) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        return f"{value!r:.100} is no text"
-    return None if is_text(value) else HALF_A_CHARACTER
-
-
-def _no_json(value: Any) -> str | None:
-    if value is None:
-        return None
-    try:
-        return _no_text(to_json(value))
-    except (TypeError, ValueError, RecursionError) as e:
-        return f"cannot be JSON: {e}"

@@ -14,19 +14,12 @@ import pyarrow.dataset as ds
 from deltalake import DeltaTable, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError
 
-from vllm_tasks.datalayer.lake.delta import (
-    ONCE,
-    arrow_column,
-    dataset,
-    open_table,
-    plain,
-    problem_of,
-    quoted,
-    storage_errors,
-)
+from vllm_tasks.datalayer.lake.columns import arrow_column, problem_of
+from vllm_tasks.datalayer.lake.delta import ONCE, dataset, open_table, quoted
 from vllm_tasks.datalayer.lake.delta_shape import added_columns, arrow_schema, refuse_unwritable, with_added
 from vllm_tasks.datalayer.selection import POSITION, Key, Row
 from vllm_tasks.datalayer.storable import last_outputs
+from vllm_tasks.datalayer.storage_errors import plain, storage_errors
 from vllm_tasks.errors import TablesUnavailable
 from vllm_tasks.places import without_secrets
 

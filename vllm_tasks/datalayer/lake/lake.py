@@ -17,7 +17,6 @@ from vllm_tasks.datalayer.lake.delta import (
     find_table,
     make_table,
     quoted,
-    storage_errors,
     table_schema,
     writer_properties,
 )
@@ -37,6 +36,7 @@ from vllm_tasks.datalayer.sources import Source
 from vllm_tasks.datalayer.sources.delta import queryable
 from vllm_tasks.datalayer.sources.files import Files, exactly
 from vllm_tasks.datalayer.sources.readers import Readers
+from vllm_tasks.datalayer.storage_errors import storage_errors
 from vllm_tasks.datalayer.workspace import MEMORY, Workspace, literal
 from vllm_tasks.errors import InvalidCall, TablesUnavailable, near
 from vllm_tasks.places import check_place

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pyarrow as pa
 
-from vllm_tasks.datalayer.lake.delta import storage_errors
 from vllm_tasks.datalayer.sources import PART_BYTES, Part, Unreadable, Values
 from vllm_tasks.datalayer.sources.keys import cast_keys, fitting, key_type, known
+from vllm_tasks.datalayer.storage_errors import storage_errors
 from vllm_tasks.datalayer.values import python
 
 KEYS_AT_ONCE, ROWS_AT_ONCE = 1 << 17, 1 << 16

@@ -8,9 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from vllm_tasks.datalayer.lake.delta import plain
 from vllm_tasks.datalayer.sources.layout import familiar
 from vllm_tasks.datalayer.sources.pieces import BATCH_ROWS, Pieces, read
+from vllm_tasks.datalayer.storage_errors import plain
 from vllm_tasks.errors import InvalidCall
 
 

@@ -14,10 +14,11 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
-from vllm_tasks.datalayer.lake.delta import find_table, plain
+from vllm_tasks.datalayer.lake.delta import find_table
 from vllm_tasks.datalayer.sources.data_file import DataFile
 from vllm_tasks.datalayer.sources.iceberg import is_iceberg
 from vllm_tasks.datalayer.sources.unread import FORMATS, has_rows, is_called, refusal
+from vllm_tasks.datalayer.storage_errors import plain
 from vllm_tasks.errors import InvalidCall, TablesUnavailable, near
 from vllm_tasks.places import check_place, without_secrets
 

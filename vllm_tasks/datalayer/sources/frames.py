@@ -10,11 +10,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from vllm_tasks.datalayer.lake.delta import plain
 from vllm_tasks.datalayer.sources.arrow_file import ArrowFile, Mapped
 from vllm_tasks.datalayer.sources.layout import familiar
 from vllm_tasks.datalayer.sources.pandas_frame import in_arrow
 from vllm_tasks.datalayer.sources.pieces import BATCH_ROWS, Piece, Pieces
+from vllm_tasks.datalayer.storage_errors import plain
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 
 IN_MEMORY = ("pandas", "polars")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from vllm_tasks.datalayer.lake.delta import plain
 from vllm_tasks.datalayer.sources.pieces import Piece, Pieces
+from vllm_tasks.datalayer.storage_errors import plain
 from vllm_tasks.errors import InvalidCall, TablesUnavailable, VllmTasksError
 from vllm_tasks.places import check_place, without_secrets
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from vllm_tasks.datalayer.lake.delta import plain
+from vllm_tasks.datalayer.storage_errors import plain
 
 REFUSED = (pa.ArrowException, TypeError, ValueError, OverflowError)
 """Errors of pyarrow for values that it does not know."""

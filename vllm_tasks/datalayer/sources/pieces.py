@@ -14,12 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from vllm_tasks.datalayer.lake.delta import plain
 from vllm_tasks.datalayer.sources import PART_BYTES, PART_ROWS, Part, Unreadable, Values
 from vllm_tasks.datalayer.sources.arrow import count_unreadable
 from vllm_tasks.datalayer.sources.keys import cast_keys, fitting, key_type, known
 from vllm_tasks.datalayer.sources.layout import familiar, split
 from vllm_tasks.datalayer.sources.widest import widest
+from vllm_tasks.datalayer.storage_errors import plain
 from vllm_tasks.datalayer.values import python
 from vllm_tasks.errors import InvalidCall, TablesUnavailable, VllmTasksError
 

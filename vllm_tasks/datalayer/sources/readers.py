@@ -9,7 +9,7 @@ from typing import Any
 
 import duckdb
 
-from vllm_tasks.datalayer.lake.delta import open_table, quoted, storage_errors
+from vllm_tasks.datalayer.lake.delta import open_table, quoted
 from vllm_tasks.datalayer.sources import Source
 from vllm_tasks.datalayer.sources.arrow_file import ArrowFile
 from vllm_tasks.datalayer.sources.arrow_stream import ColumnStream
@@ -26,6 +26,7 @@ from vllm_tasks.datalayer.sources.pieces import Pieces
 from vllm_tasks.datalayer.sources.read_options import DEFAULTS, ReadOptions, read_options
 from vllm_tasks.datalayer.sources.statement import SQL, Attach, Statement, parse
 from vllm_tasks.datalayer.sources.stream import Stream, Streamed
+from vllm_tasks.datalayer.storage_errors import storage_errors
 from vllm_tasks.datalayer.workspace import Workspace, literal
 from vllm_tasks.settings import site_settings
 
