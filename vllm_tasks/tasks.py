@@ -1,12 +1,13 @@
 """The Prefect tasks: what a flow calls.
 
-Each task is a few lines around a function of another module, and has its arguments and errors. The module
-`_prefect` says how Prefect runs the tasks: names, retries, caching.
+Each task is a few lines around a function of another module, takes its arguments and raises its errors.
+`_prefect/policy.py` says how Prefect runs them: names, retries, caching.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -161,7 +162,8 @@ def _predict_in_db(
     display = InPrefect(model.identifier, predict_id or model.identifier)
     work = tables.predict_in_db if target is None else partial(over_table, target, shards)
     try:
-        report: Report = work(model, X, select, display=display, **options)
+        with closing(display):
+            report: Report = work(model, X, select, display=display, **options)
     except TooManyFailed as error:
         publish(error.report, "failed")
         raise
@@ -231,7 +233,7 @@ def _validate(
     flow_run = str(run.flow_run.id) if run and run.flow_run else None
     target = target_of(model)
     check_stays(datalayer_of(db, model))
-    work = found if target is None else partial(validated, target)
+    work = validate_without_gate if target is None else partial(validated, target)
     report = work(model, validation, **{**options, "db": db, "datasets": datasets, "flow_run": flow_run})
     show(report)
     save_metric_values(model, report)
@@ -240,7 +242,7 @@ def _validate(
     return passed(report)
 
 
-def found(model: Model, validation: Validation | None, **options: Any) -> ValidationReport:
+def validate_without_gate(model: Model, validation: Validation | None, **options: Any) -> ValidationReport:
     """Run `vllm_tasks.validation.run.validate` without the gate; in a flow, each commit is a task run.
 
     Args:
@@ -342,7 +344,7 @@ def validate_at_once(model: Model, validation: Validation | None = None, **optio
     Args:
         model: The model to validate.
         validation: Data sets, metrics and limits; the model's own when None.
-        **options: Those of `validate`.
+        **options: Those of `validate`, except `datasets`.
 
     Returns:
         One report of all data sets.

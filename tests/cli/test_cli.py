@@ -152,6 +152,36 @@ def test_more_failed_rows_than_allowed_have_a_code_of_their_own(
     assert json.loads(command("show", "tagger", "--db", "data/", "--json")[1])["rows"] == 4
 
 
+@pytest.mark.parametrize(
+    ("more", "said"), [("shards: 2", "has shards=2"), ("pool", "names the work pool 'gpus'")]
+)
+def test_a_job_for_a_work_pool_is_refused(
+    command: Command, job: Path, server: ScriptedServer, more: str, said: str
+) -> None:
+    """It would run on this machine, without a word."""
+    text = job.read_text()
+    pool = text.replace("identifier: tagger,", "identifier: tagger, compute_kwargs: {work_pool: gpus},")
+    job.write_text(pool if more == "pool" else f"{text}{more}\n")
+    code, printed = command("run", str(job))
+    assert code == 2
+    assert said in printed
+    assert not server.posts
+
+
+@pytest.mark.parametrize("words", [("rnu", "job.yaml"), ("run",), ("run", "job.yaml", "--jsn")])
+def test_a_wrong_command_line_exits_as_a_wrong_call(command: Command, words: tuple[str, ...]) -> None:
+    """The message names what is wrong."""
+    assert command(*words)[0] == 2
+
+
+def test_outputs_of_a_table_with_a_name_of_its_own(command: Command, job: Path) -> None:
+    """`--table` is the name that the model gives its outputs."""
+    own = "identifier: tagger, model_update_kwargs: {table: tags},"
+    job.write_text(job.read_text().replace("identifier: tagger,", own))
+    assert command("run", str(job))[0] == 0
+    assert "4 outputs" in command("show", "tagger", "--db", "data/", "--table", "tags")[1]
+
+
 def test_a_saved_block_that_is_not_there_is_named(command: Command, job: Path) -> None:
     """A text for the model that is no block's name says what one looks like."""
     job.write_text("model: tagger\nX: text\nselect: tickets\n")

@@ -79,6 +79,14 @@ def test_reports_of_shards_are_one_report() -> None:
     assert len(report.worst) == 2
 
 
+def test_the_report_of_shards_has_examples_of_each_kind() -> None:
+    """The verdict on a run quotes an error of the most frequent kind, whichever shard met it."""
+    first = report_of(failed=60, worst=tuple(FailedRow((i,), "output", "x") for i in range(60)))
+    second = report_of(failed=80, worst=tuple(FailedRow((i,), "too_long", "y") for i in range(50)))
+    kinds = [row.kind for row in Report.of_shards([first, second], 9.0).worst]
+    assert (kinds.count("output"), kinds.count("too_long")) == (50, 5)
+
+
 def test_progress_of_parts_is_one_progress() -> None:
     """The number of rows to process is known when all parts have reported theirs."""
     parts = [Progress(10, 3, 1, 20, 2.0), Progress(5, 5, 0, 30, 1.0)]

@@ -718,6 +718,7 @@ def test_a_model_without_tables_says_so(server: ScriptedServer) -> None:
         ({"a": "b"}, "*args"),
         ({"a": 0}, "**kwargs"),
         ({"a": 0, "b": 0}, "*args"),
+        ({"a": "x", "b": "x"}, "**kwargs"),
     ],
 )
 def test_columns_that_fit_no_argument_are_refused(columns: Any, signature: Any) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 
 from vllm_tasks._cli import job
 from vllm_tasks._cli.looks import checked, outputs_of
@@ -52,6 +52,7 @@ def run(file: Path, *, json: AsJson = False) -> None:
 
     given = job.read(file, batch_predict)
     model, sampling = given.pop("model"), given.pop("sampling", None) or {}
+    job.check_runs_here(file, model, given.get("shards", 1))
     try:
         _print(model.predict_in_db(**given, **sampling), json)
     except TooManyFailed as error:
@@ -87,27 +88,30 @@ def validate(file: Path, *, json: AsJson = False) -> None:
     from vllm_tasks.flows.validate_model import validate_model
 
     given = job.read(file, validate_model)
-    report = given.pop("model").validate(given.pop("validation", None), **given)
+    model = given.pop("model")
+    job.check_runs_here(file, model)
+    report = model.validate(given.pop("validation", None), **given)
     _print(report, json)
     if not report.passed:
         raise GateFailed(f"{report.model} did not pass: {'; '.join(report.reasons)}", report)
 
 
 @app.command
-def show(predict_id: str, *, db: str, json: AsJson = False) -> None:
+def show(predict_id: str, *, db: str, table: str | None = None, json: AsJson = False) -> None:
     """Print how many outputs a job has, and how many errors of which kinds.
 
     Args:
         predict_id: The name of the outputs; a model's identifier, where the job gives no other.
-        db: Where the outputs are: a path or URL.
+        db: Where the outputs are: a path, a URL, or a saved block such as `vllm-datalayer/tables`.
+        table: The name of the outputs table, if the model gives it one.
         json: Print the counts as JSON.
     """
-    _print(outputs_of(predict_id, db), json)
+    _print(outputs_of(predict_id, job.saved("db", db), table), json)
 
 
 @app.command
 def check(file: Path, *, json: AsJson = False) -> None:
-    """Check a job without any row: its parameters, its server or engine, its model and chat template.
+    """Check the model of a job without any row: its parameters, server or engine, and chat template.
 
     Args:
         file: The job: parameters of `batch_predict`, in YAML.
@@ -132,13 +136,15 @@ def _print(found: Any, as_json: bool) -> None:
         print(found)
         return
     plain = dataclasses.asdict(found)
-    print(json.dumps(plain, ensure_ascii=False, default=str))
+    print(json.dumps(plain, default=str))
 
 
 def main(arguments: list[str] | None = None, exits: Callable[[int], Any] = sys.exit) -> None:
     """Run a command; an error of the package becomes one line and its exit code."""
     try:
-        app(arguments)
+        app(arguments, exit_on_error=False)
+    except CycloptsError:  # it is printed
+        exits(EXITS[InvalidCall])
     except VllmTasksError as error:
         print(f"error: {error}", file=sys.stderr)
         exits(next((code for kind, code in EXITS.items() if isinstance(error, kind)), 1))

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 
 from vllm_tasks import Datalayer, InvalidCall, VllmAPI, VllmModel
 from vllm_tasks.errors import near
+from vllm_tasks.placement import target_of
 
 BLOCKS: dict[str, dict[str, type[Block]]] = {
     "model": {"vllm-api": VllmAPI, "vllm-model": VllmModel},
@@ -55,7 +56,7 @@ def read(file: Path, flow: Flow[..., Any]) -> dict[str, Any]:
 
 def _mapping_in(file: Path) -> Mapping[str, Any]:
     try:
-        found = yaml.safe_load(file.read_text())
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidCall(f"the job file cannot be read: {error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -70,20 +71,28 @@ def _value(name: str, given: Any) -> Any:
     if name not in BLOCKS or given is None:
         return given
     if isinstance(given, str):
-        return _saved(name, given)
+        return saved(name, given)
     if name == "model" and isinstance(given, dict):
         return VllmModel(**given) if "model_name" in given else VllmAPI(**given)
     return given
 
 
-def _saved(name: str, given: str) -> Block:
+def check_runs_here(file: Path, model: VllmAPI | VllmModel, shards: int = 1) -> None:
+    """Raise `InvalidCall` for a job that needs flow runs on a work pool, which only a flow starts."""
+    target = target_of(model)
+    if target is not None or shards != 1:
+        why = f"names the work pool {target.pool!r}" if target else f"has shards={shards}"
+        raise InvalidCall(f"{file} {why}: run it as a deployment of the flow batch-predict or validate-model")
+
+
+def saved(name: str, given: str) -> Any:
+    """The saved block that a text names; for `db` also the tables at a path or URL."""
     kind, slash, block = given.partition("/")
     if slash and kind in BLOCKS[name]:
         try:
             found = BLOCKS[name][kind].load(block)
         except ValueError as error:  # Prefect's, for a block that is not there
             raise InvalidCall(f"{name}: {given!r} cannot be loaded: {error}") from error
-        assert isinstance(found, Block), "called from synchronous code"
         return found
     if name == "db":
         return Datalayer.model_validate({"url": given})

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vllm_tasks import Datalayer, VllmAPI
-from vllm_tasks.calls.call import identity_of
+from vllm_tasks.datalayer.selection import POSITION
 from vllm_tasks.engines import loop, sharing
 
 KIND = r"^(?P<kind>[a-z_]+)"
@@ -39,22 +39,22 @@ class Outputs:
         )
 
 
-def outputs_of(predict_id: str, db: str) -> Outputs:
+def outputs_of(predict_id: str, db: Datalayer, table: str | None = None) -> Outputs:
     """Counts over the committed outputs of `predict_id`; raises `InvalidCall` when there are none."""
-    table = Datalayer.model_validate({"url": db}).outputs(predict_id)
-    if "_position" in table.column_names:  # a row of the source has several, flattened
-        table = table.filter(pc.equal(pc.fill_null(table["_position"], 0), 0))
-    failed = table.filter(pc.is_valid(table["_error"]))
+    rows = db.outputs(predict_id, table=table)
+    if POSITION in rows.column_names:  # a row of the source has several, flattened
+        rows = rows.filter(pc.equal(pc.fill_null(rows[POSITION], 0), 0))
+    failed = rows.filter(pc.is_valid(rows["_error"]))
     kinds = pc.struct_field(pc.extract_regex(failed["_error"], KIND), "kind").value_counts().to_pylist()
-    times = pc.min_max(table["_created_at"]).as_py()
+    times = pc.min_max(rows["_created_at"]).as_py()
     return Outputs(
         predict_id,
-        rows=len(table),
+        rows=len(rows),
         failed=len(failed),
         errors={each["values"] or "other": each["counts"] for each in kinds},
-        models=sorted(filter(None, pc.unique(table["_model"]).to_pylist())),
-        prompt_tokens=_sum(table["_prompt_tokens"]),
-        completion_tokens=_sum(table["_completion_tokens"]),
+        models=sorted(filter(None, pc.unique(rows["_model"]).to_pylist())),
+        prompt_tokens=_sum(rows["_prompt_tokens"]),
+        completion_tokens=_sum(rows["_completion_tokens"]),
         first=times["min"],
         last=times["max"],
     )
@@ -90,9 +90,8 @@ def checked(job: dict[str, Any]) -> Checked:
     model = job["model"]
     call = model.prepare(model.predict_in_db, job.get("context"), job.get("sampling") or {})
     over = call.over(job["X"])
-    facts = loop.run(sharing.facts(call.engine)) if isinstance(model, VllmAPI) else {}
-    name, _ = identity_of(call.engine)
-    return Checked(name, over.call.prompter.chat, facts, dict(_versions()))
+    facts = loop.run(sharing.facts(call.engine)) if isinstance(model, VllmAPI) and over.model_name else {}
+    return Checked(over.model_name, over.call.prompter.chat, facts, dict(_versions()))
 
 
 def _versions() -> Any:

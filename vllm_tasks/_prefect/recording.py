@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from typing import Any
+from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import BlockDocumentUpdate
 from prefect.events import emit_event
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectException
 
 from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.validation.report import ValidationReport
@@ -30,6 +32,13 @@ def save_metric_values(model: VllmAPI | VllmModel, report: ValidationReport) -> 
     """
     if (block := model._block_document_id) is None:
         return
+    try:
+        _save(block, report)
+    except (httpx.HTTPError, PrefectException) as error:  # the event and the gate matter more
+        logger.warning("the block %s could not be updated with metric_values: %s", block, error)
+
+
+def _save(block: UUID, report: ValidationReport) -> None:
     with SAVING, get_client(sync_client=True) as client:
         try:
             saved = client.read_block_document(block)

@@ -10,7 +10,7 @@ from prefect.logging.handlers import APILogHandler
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.settings import site_settings
 
-package = logging.getLogger("vllm_tasks")
+package_logger = logging.getLogger("vllm_tasks")
 
 
 class RunLogs(APILogHandler):
@@ -22,16 +22,16 @@ class RunLogs(APILogHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         in_run = FlowRunContext.get() or TaskRunContext.get()
-        if in_run and not any(type(other) is APILogHandler for other in package.handlers):
+        if in_run and not any(type(other) is APILogHandler for other in package_logger.handlers):
             super().emit(record)
 
 
 def follow() -> None:
     """Log from `VLLM_TASKS_LOG_LEVEL` on, unless a level is set already, and to the runs."""
-    if package.level == logging.NOTSET:
+    if package_logger.level == logging.NOTSET:
         try:
-            package.setLevel(site_settings().log_level)
+            package_logger.setLevel(site_settings().log_level)
         except InvalidCall:  # reported where settings are used
-            package.setLevel(logging.INFO)
-    if not any(isinstance(handler, RunLogs) for handler in package.handlers):
-        package.addHandler(RunLogs())
+            package_logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, RunLogs) for handler in package_logger.handlers):
+        package_logger.addHandler(RunLogs())

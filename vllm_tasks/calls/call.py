@@ -1,4 +1,4 @@
-"""One call in detail, derived from a model and the arguments of a call.
+"""A call: the fields of a model combined with the arguments of one call.
 
 A model creates it (`prepare`). The rooms below the models (tables, validations, work pools) know calls, but
 not the models.
@@ -74,12 +74,13 @@ class Call:
     prompter: Prompter
     sampling: Mapping[str, Any]
     decoder: Decoder
-    behind: Mapping[str, Any] | None = None
-    """The engine arguments that determine an answer of our own server, which does not report them itself."""
+    served_arguments: Mapping[str, Any] | None = None
+    """Engine arguments of a server that `serve` started. They count in the fingerprint: the server does
+    not report them."""
     has_chat_template: bool | None = None
     """Whether the model has a chat template, if that is known without a request."""
     answerer: Answerer | None = None
-    """Processes requests in place of the engine: a work pool, which also knows the kind of its model."""
+    """Processes requests elsewhere, on a work pool, where it is also decided whether texts become chat."""
 
     def resolved(self) -> Call:
         """Return this call with `chat` set, as the model's files, engine or server report it.
@@ -158,11 +159,12 @@ class Call:
         call = self.resolved()
         name, engine = identity_of(self.engine)
         prompts = call.prompter.identity()
-        unused = iter([fingerprint(prompts)] if call.prompter.prompt_func else [])
+        # Compared once, after the first rows: a prompt_func that counts would make the next call rerun all.
+        to_compare = iter([fingerprint(prompts)] if call.prompter.prompt_func else [])
 
         def requests(rows: Sequence[Values]) -> list[Request | RowError]:
             made = call.requests([record(r) for r in rows])
-            if (before := next(unused, None)) and fingerprint(call.prompter.identity()) != before:
+            if (before := next(to_compare, None)) and fingerprint(call.prompter.identity()) != before:
                 raise InvalidCall(
                     "prompt_func changes its own data as it is used (a counter, a cache), so the next call "
                     f"would process all rows again: {WAY_OUT}"
@@ -170,7 +172,7 @@ class Call:
             return made
 
         identity = {
-            "model": self.behind or engine,
+            "model": self.served_arguments or engine,
             "sampling": sampling_identity(self.sampling),
             "outputs": self.decoder.identity(),
             "columns": [columns, X if isinstance(X, Mapping) else None],
@@ -250,6 +252,8 @@ def records(X: Columns, signature: Signature) -> tuple[tuple[str, ...], Callable
     by_position = [i for i, a in enumerate(arguments) if isinstance(a, int)]
     by_position.sort(key=lambda i: arguments[i])
     by_name = {str(a): i for i, a in enumerate(arguments) if not isinstance(a, int)}
+    if len(by_position) + len(by_name) < len(arguments):
+        raise InvalidCall(f"X={X!r} gives two columns to one argument")
     if [arguments[i] for i in by_position] != list(range(len(by_position))):
         raise InvalidCall(f"X={X!r}: positions must be 0, 1, ... without a gap")
     if signature == "singleton":

@@ -61,9 +61,9 @@ class ModelFields(BaseModel):
     """The fields that both models share, checked when a model is made."""
 
     _elsewhere: ClassVar[str] = ""
-    """A hint, for the error about an unknown field, where that field may belong."""
+    """Appended to the error about an unknown field: where it may belong."""
     _reached_by: ClassVar[tuple[str, ...]] = ()
-    """Fields that say how to reach this model; the form has them after the identifier."""
+    """Fields that locate the model or its server; the form shows them after the identifier."""
 
     identifier: str = Field(
         min_length=1,

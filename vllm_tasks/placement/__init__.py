@@ -76,13 +76,16 @@ def _on_pool(target: Target, model: Model, requests: Sequence[Request | RowError
         (outcome,) = Runs(target, [part], repeatable=True).outcomes()
     finally:
         storage.discard(rows)
-    results = _results(payload.answers_path(outcome), requests)
+    path = payload.answers_path(outcome)
     try:
         payload.value_of(outcome)
     except VllmTasksError as error:
-        error.results = results
-        raise
-    return cast(list[Result], results)
+        try:
+            error.results = _results(path, requests)
+        except VllmTasksError as lost:  # what failed first is what the caller has to know
+            logger.warning("the answers of the rows that were processed could not be loaded: %s", lost)
+        raise error
+    return cast(list[Result], _results(path, requests))
 
 
 def _results(path: str | None, requests: Sequence[Request | RowError]) -> list[Result | None] | None:

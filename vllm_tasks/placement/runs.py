@@ -162,8 +162,8 @@ class Runs:
             return
         self._is_reachable = True
         for part in open_parts.values():
-            if restart:
-                self._restart_dead(part)
+            if restart and self._restart_dead(part):
+                return  # starting may take minutes; the next poll judges the others by new heartbeats
             self._warn_late(part)
 
     def _update(self, client: SyncPrefectClient, parts: dict[UUID, Part]) -> None:
@@ -178,8 +178,8 @@ class Runs:
                 state = states.get(run, Crashed(message="It was deleted."))
                 parts[run].update(state, heartbeats.get(run, {}))
 
-    def _restart_dead(self, part: Part) -> None:
-        """Restart a part whose run is dead.
+    def _restart_dead(self, part: Part) -> bool:
+        """Restart a part whose run is dead; return whether it was.
 
         A run that only looks dead and its successor process some rows twice; each key still has one output.
         """
@@ -199,6 +199,8 @@ class Runs:
             if self.repeatable and part.deaths < MAX_DEATHS:
                 logger.warning("%s died (%s) and is restarted", part.name, _reason(part.state))
                 self._start(part)
+                return True
+        return False
 
     def _warn_late(self, part: Part) -> None:
         if part.stage is Stage.QUEUED and part.unchanged_for > LATE and not part.warned_late:

@@ -87,7 +87,7 @@ def validation(work: dict[str, Any], model: VllmAPI | VllmModel, db: Datalayer |
     from vllm_tasks.validation import Validation
 
     chosen = work["validation"] and Validation(**work["validation"])
-    return tasks.found(model, chosen, db=db, **work["options"])
+    return tasks.validate_without_gate(model, chosen, db=db, **work["options"])
 
 
 WORKS = {"rows": rows, "table": table, "validation": validation}

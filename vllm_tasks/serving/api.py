@@ -110,7 +110,9 @@ class ServedAPI(VllmAPI):
 
     def prepare(self, *args: Any, **kwargs: Any) -> Call:
         call = super().prepare(*args, **kwargs)
-        return replace(call, behind=self._behind.identity, has_chat_template=self._behind.has_chat_template)
+        return replace(
+            call, served_arguments=self._behind.identity, has_chat_template=self._behind.has_chat_template
+        )
 
 
 def api_of(model: VllmModel, behind: Behind, name: str, url: str, key: str) -> VllmAPI:

@@ -18,11 +18,11 @@ REASON_LENGTH = 300
 
 @dataclass(frozen=True)
 class Budget:
-    """How many rows may fail: a fraction of those finished, a number, or None for any number.
+    """How many rows may fail: a fraction of the rows, a number, or None for any number.
 
-    The order in which rows finish does not count. During a run, a fraction is taken of all rows that were
-    read, and rows without an outcome count as good; a run is hopeless when the rows that were sent first
-    have all failed alike. Failures that merely come sooner than answers cause neither.
+    During a run, a fraction is taken of the rows that were read so far, at its end of all. Rows without an
+    outcome count as good. A run is hopeless when the rows that were sent first have all failed alike.
+    Failures that merely come sooner than answers cause neither.
     """
 
     max_failed: float | int | None

@@ -1,4 +1,4 @@
-"""Where a run is displayed without Prefect: a live line in a terminal, else lines of the log."""
+"""The progress of a run: a live line in a terminal, else lines of the log."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from vllm_tasks.tables.job import RETRY_DELAYS
 from vllm_tasks.tables.report import Progress
 
 logger = logging.getLogger(__name__)
-package = logging.getLogger("vllm_tasks")
+package_logger = logging.getLogger("vllm_tasks")
 
 PROGRESS_EVERY = 30.0
-"""Seconds between two lines of progress at most; fewer at first."""
+"""The longest time between two lines of progress, in seconds; they come sooner at first."""
 FIRST_PROGRESS = 3.0
 """Seconds until the first line. The next ones come each time that the run has become twice as old."""
 REFRESHED_EVERY = 0.5
@@ -94,9 +94,9 @@ class _Line:
         self._live = Live(console=console, auto_refresh=False)
         self._shown = float("-inf")
         self._handler = RichHandler(console=console, show_path=False)
-        self._propagated = package.propagate
-        package.addHandler(self._handler)
-        package.propagate = False
+        self._propagated = package_logger.propagate
+        package_logger.addHandler(self._handler)
+        package_logger.propagate = False
         self._live.start()
 
     def show(self, progress: Progress, last: bool) -> None:
@@ -107,9 +107,9 @@ class _Line:
 
     @staticmethod
     def is_wanted() -> bool:
-        return sys.stderr.isatty() and package.isEnabledFor(logging.INFO)
+        return sys.stderr.isatty() and package_logger.isEnabledFor(logging.INFO)
 
     def close(self) -> None:
         self._live.stop()
-        package.removeHandler(self._handler)
-        package.propagate = self._propagated
+        package_logger.removeHandler(self._handler)
+        package_logger.propagate = self._propagated

@@ -39,7 +39,7 @@ def _bytes(value: Any) -> int:
 
 @dataclass
 class Open:
-    """The rows between source and commit. All threads share it: every access is under `_changed`."""
+    """The rows between source and commit. All threads share it: every change is under `_changed`."""
 
     keys: set[Key] = field(default_factory=set)
     pending: int = 0

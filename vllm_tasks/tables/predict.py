@@ -91,9 +91,8 @@ def predict_in_db(
             has changed since they were processed.
         retry_failed: Process only the rows that have an error.
         max_failed: How many rows may fail: a fraction (float) or a number (int); None: any number. A run with
-            more stops, commits finished rows and raises `TooManyFailed`; immediately if the first 50 rows all
-            fail alike. The rows that were read or sent first count, not those that finish first: failures
-            that come sooner than answers have no more weight.
+            more stops, commits finished rows and raises `TooManyFailed`. It also stops when the first 50 rows
+            that were sent all fail alike. Failures that merely arrive before answers do not count more.
         limit: Process at most this many rows. Refused if it would replace outputs of another prompt, sampling
             or model: use `preview`, which commits nothing, to try rows.
         context: Fills `{context}` in every prompt.
@@ -103,7 +102,7 @@ def predict_in_db(
             n such calls, on as many machines, process the complete table. The task's `shards=n` makes them.
         same_source: Accept outputs of another source whose rows are the same: the table was renamed, or the
             SELECT was edited. Without it, a source other than that of the outputs is refused.
-        display: Displays the run; the log when None.
+        display: Displays the run; None: a live line in a terminal, else the log.
         **sampling: Sampling parameters of this call.
 
     Returns:

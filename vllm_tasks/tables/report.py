@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -121,7 +122,7 @@ class Report:
             **{name: sum(getattr(r, name) for r in reports) for name in counts},
             seconds={**longest, "total": round(total, 3)},
             errors=_merged([e for r in reports for e in r.errors]),
-            worst=tuple(row for r in reports for row in r.worst)[:WORST],
+            worst=_some_of_each_kind([row for r in reports for row in r.worst]),
             unreadable=most.unreadable,
             unreadable_lines=most.unreadable_lines,
         )
@@ -198,6 +199,17 @@ def _sum(numbers: Sequence[int | None]) -> int | None:
     return sum(known) if len(known) == len(numbers) else None
 
 
+def _some_of_each_kind(failed: Sequence[FailedRow]) -> tuple[FailedRow, ...]:
+    """The first `WORST` rows, and the first few of each kind: an error quotes the most frequent kind."""
+    of_kind: Counter[str] = Counter()
+    found: list[FailedRow] = []
+    for row in failed:
+        of_kind[row.kind] += 1
+        if len(found) < WORST or of_kind[row.kind] <= EXAMPLES:
+            found.append(row)
+    return tuple(found)
+
+
 def _merged(errors: Sequence[ErrorKind]) -> tuple[ErrorKind, ...]:
     """One entry for each kind of error, the most frequent first."""
     kinds = {e.kind: [other for other in errors if other.kind == e.kind] for e in errors}
@@ -210,7 +222,7 @@ def _merged(errors: Sequence[ErrorKind]) -> tuple[ErrorKind, ...]:
 
 @dataclass
 class Tally:
-    """Counts finished rows. Only the committing thread writes to it, except for `read` and the timings."""
+    """Counts finished rows. The reading thread writes what is read and sent, the committing thread all else."""
 
     started: float = field(default_factory=time.monotonic)
     first_sent: float | None = None

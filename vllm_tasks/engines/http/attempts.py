@@ -44,7 +44,10 @@ class Attempts:
             self.servers.release(server)
 
     def fail(self, failed: FailedAttempt) -> float | RowError:
-        """Count a failure; returns the seconds until one of `retries` (one after a timeout), or the error."""
+        """Count a failure; returns the seconds until the next attempt, or the error if none is left.
+
+        There are `retries`, but after timeouts only one.
+        """
         self.failures += 1
         self.timeouts += failed.kind == "timeout"
         allowed = self.failures <= self.retries and self.timeouts <= 1
@@ -56,7 +59,8 @@ class Attempts:
     def lose(self, why: str) -> float:
         """Count a lost server; returns the seconds until the row tries another one.
 
-        A row that has lost more servers than there are is refused by healthy ones: up to the grace period.
+        A row that has lost more servers than exist fails at servers that look healthy. It gives up once
+        nothing has completed for the grace period.
         """
         self.lost += 1
         in_vain = self.lost - len(self.servers.all)

@@ -201,7 +201,7 @@ class HttpEngine:
             self._at_work[path] -= 1
 
     async def _blame(self, server: Server, path: str, failed: FailedAttempt) -> None:
-        """Return if the row itself is to blame, because this server completes other rows; raise otherwise.
+        """Return if the row is to blame, because this server completes other rows; else raise its error.
 
         The row keeps its slot until that is known, so that the remaining rows are not all sent meanwhile.
         """

@@ -41,7 +41,7 @@ class Server:
     avoid_until: float = 0.0
     well_until: float = 0.0
     proven: float = 0.0
-    """When the last request was sent that completed again after an earlier completion."""
+    """When the last successful proof was sent: a request that had completed before, and completed again."""
     probing: asyncio.Lock = field(default_factory=asyncio.Lock)
     checking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
