@@ -222,7 +222,7 @@ def _merged(errors: Sequence[ErrorKind]) -> tuple[ErrorKind, ...]:
 
 @dataclass
 class Tally:
-    """Counts finished rows. The reading thread writes what is read and sent, the committing thread all else."""
+    """Counts finished rows. The reading thread writes what is read and sent, the committing one all else."""
 
     started: float = field(default_factory=time.monotonic)
     first_sent: float | None = None
