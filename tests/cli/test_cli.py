@@ -153,7 +153,7 @@ def test_more_failed_rows_than_allowed_have_a_code_of_their_own(
 
 
 @pytest.mark.parametrize(
-    ("more", "said"), [("shards: 2", "has shards=2"), ("pool", "names the work pool 'gpus'")]
+    ("more", "said"), [("shards: 2", "has shards=2"), ("pool", "names the work pool or deployment 'gpus'")]
 )
 def test_a_job_for_a_work_pool_is_refused(
     command: Command, job: Path, server: ScriptedServer, more: str, said: str

@@ -24,7 +24,6 @@ from pydantic import ValidationError
 
 from vllm_tasks import Datalayer, InvalidCall, VllmAPI, VllmModel
 from vllm_tasks.errors import near
-from vllm_tasks.placement import target_of
 
 BLOCKS: dict[str, dict[str, type[Block]]] = {
     "model": {"vllm-api": VllmAPI, "vllm-model": VllmModel},
@@ -79,9 +78,10 @@ def _value(name: str, given: Any) -> Any:
 
 def check_runs_here(file: Path, model: VllmAPI | VllmModel, shards: int = 1) -> None:
     """Raise `InvalidCall` for a job that needs flow runs on a work pool, which only a flow starts."""
-    target = target_of(model)
-    if target is not None or shards != 1:
-        why = f"names the work pool {target.pool!r}" if target else f"has shards={shards}"
+    resources = model.resources()
+    elsewhere = resources.work_pool or resources.deployment
+    if elsewhere or shards != 1:
+        why = f"names the work pool or deployment {elsewhere!r}" if elsewhere else f"has shards={shards}"
         raise InvalidCall(f"{file} {why}: run it as a deployment of the flow batch-predict or validate-model")
 
 
