@@ -18,6 +18,9 @@ if HOME:
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ["PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL"] = "0.1"  # 5 s for people
+# A server on SQLite (3.7.7) stands still for ever when an automation is saved while this service reads them:
+# the commit blocks the event loop of the service, which holds the lock that the commit waits for.
+os.environ["PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED"] = "false"
 # On CPUs vLLM puts the model into a third process. Without it an engine starts in 17 s instead of 25 (here);
 # one thread, because in this mode vLLM does not bind its threads to cores, and many then wait for each other.
 VLLM_TOPOLOGY = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}

@@ -57,6 +57,7 @@ def prefect_with_ui() -> Iterator[str]:
             "PREFECT_UI_API_URL": f"{url}/api",
             "PREFECT_UI_STATIC_DIRECTORY": f"{home}/ui",  # else it is written beside the package
             "PREFECT_LOGGING_SERVER_LEVEL": "ERROR",
+            "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "true",
         }
         command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
         log = Path(home, "log")
