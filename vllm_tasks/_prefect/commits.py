@@ -9,11 +9,11 @@ from prefect import Task
 from prefect.assets import Asset, add_asset_metadata
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
-from prefect.events import emit_event
 from prefect.tasks import MaterializingTask
 from prefect.transactions import CommitMode, transaction
 
 from vllm_tasks._prefect.policy import is_lost
+from vllm_tasks._prefect.recording import emit
 from vllm_tasks.artifacts import ProgressArtifact, asset_key, show_report
 from vllm_tasks.placement.heartbeat import Heartbeat
 from vllm_tasks.tables import Log, Report, Terminal
@@ -88,14 +88,8 @@ def publish(report: Report, ended: Literal["completed", "failed"] = "completed")
     """
     if Heartbeat.current() is not None:
         return
-    emit_event(
-        event=f"vllm-tasks.predictions.{ended}",
-        resource={
-            "prefect.resource.id": f"vllm-tasks.model.{report.model}",
-            "prefect.resource.name": report.model,
-        },
-        payload={**_counts(report), "source": report.source, "outputs": report.outputs},
-    )
+    payload = {**_counts(report), "source": report.source, "outputs": report.outputs}
+    emit(f"predictions.{ended}", report.model, payload)
     if FlowRunContext.get() is None:
         show_report(report)
         return

@@ -1,4 +1,4 @@
-"""The result of a validation in Prefect: values in the saved block, and an event."""
+"""What a step sends to Prefect: the values of a validation into the saved block, and events."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import BlockDocumentUpdate
 from prefect.events import emit_event
-from prefect.exceptions import ObjectNotFound, PrefectException
+from prefect.exceptions import PrefectException
 
 from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.validation.report import ValidationReport
@@ -34,17 +34,13 @@ def save_metric_values(model: VllmAPI | VllmModel, report: ValidationReport) -> 
         return
     try:
         _save(block, report)
-    except (httpx.HTTPError, PrefectException) as error:  # the event and the gate matter more
+    except (httpx.HTTPError, PrefectException) as error:  # deleted, say; the event and the gate matter more
         logger.warning("the block %s could not be updated with metric_values: %s", block, error)
 
 
 def _save(block: UUID, report: ValidationReport) -> None:
     with SAVING, get_client(sync_client=True) as client:
-        try:
-            saved = client.read_block_document(block)
-        except ObjectNotFound:
-            logger.warning("the block %s was deleted: its metric_values are not updated", block)
-            return
+        saved = client.read_block_document(block)
         # An update has to name the blocks that this one refers to: Prefect removes the others.
         data: dict[str, Any] = {
             field: {"$ref": {"block_document_id": str(found["block_document"]["id"])}}
@@ -56,15 +52,15 @@ def _save(block: UUID, report: ValidationReport) -> None:
 
 def emit_verdict(model: VllmAPI | VllmModel, report: ValidationReport) -> None:
     """Send the event `vllm-tasks.validation.passed` or `.failed`, with the values, for automations."""
-    emit_event(
-        event=f"vllm-tasks.validation.{'passed' if report.passed else 'failed'}",
-        resource={
-            "prefect.resource.id": f"vllm-tasks.model.{model.identifier}",
-            "prefect.resource.name": model.identifier,
-        },
-        payload={
-            "metric_values": report.metric_values,
-            "reasons": report.reasons,
-            "runs": {dataset.dataset: dataset.run for dataset in report.datasets},
-        },
-    )
+    payload = {
+        "metric_values": report.metric_values,
+        "reasons": report.reasons,
+        "runs": {dataset.dataset: dataset.run for dataset in report.datasets},
+    }
+    emit(f"validation.{'passed' if report.passed else 'failed'}", model.identifier, payload)
+
+
+def emit(event: str, model: str, payload: dict[str, Any]) -> None:
+    """Send the event `vllm-tasks.<event>` about the model with this identifier."""
+    resource = {"prefect.resource.id": f"vllm-tasks.model.{model}", "prefect.resource.name": model}
+    emit_event(event=f"vllm-tasks.{event}", resource=resource, payload=payload)
