@@ -36,16 +36,16 @@ def check_stays(db: Datalayer) -> None:
     _, path = path_of(db.url.get_secret_value().strip())
     if not path or os.path.isabs(path):
         return
-    pulled = within_grace_period(_pulled)
-    if pulled is not None:
+    temporary = within_grace_period(_temporary)
+    if temporary is not None:
         raise InvalidCall(
-            f"db={path!r:.200} is in the working directory of this flow run ({pulled}), which is deleted "
+            f"db={path!r:.200} is in the working directory of this flow run ({temporary}), which is deleted "
             "with the flow run, and all outputs with it: give a full path that the worker keeps, or a URL"
         )
 
 
-def _pulled() -> str | None:
-    """The pull step that leaves the running deployment in a temporary folder; None if there is none."""
+def _temporary() -> str | None:
+    """Why the running deployment works in a temporary folder; None if it does not."""
     context, made_for = FlowRunContext.get(), os.environ.get(MADE_FOR)
     run = context.flow_run if context else None
     if not made_for and (run is None or run.deployment_id is None):
@@ -56,10 +56,16 @@ def _pulled() -> str | None:
                 run = client.read_flow_run(UUID(made_for))
             if run is None or run.deployment_id is None:
                 return None
-            steps = client.read_deployment(run.deployment_id).pull_steps or ()
+            deployment = client.read_deployment(run.deployment_id)
         except ObjectNotFound:  # the run or deployment is on another Prefect server, or was deleted
             return None
-    return next((name for step in steps for name, inputs in step.items() if not _stays(name, inputs)), None)
+    steps = [each for step in deployment.pull_steps or () for each in step.items()]
+    if any(_stays(name, inputs) for name, inputs in steps):
+        return None
+    if steps:
+        return ", ".join(name for name, _ in steps)
+    # A deployment without a pool is served: it runs where that process was started.
+    return "the deployment has no pull step" if deployment.work_pool_name else None
 
 
 def _stays(name: str, inputs: Mapping[str, Any] | None) -> bool:
