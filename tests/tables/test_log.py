@@ -25,6 +25,14 @@ threading.Timer(2, lambda: logging.getLogger("vllm_tasks.anything").warning("loo
 model = VllmAPI(identifier="m", api_url=sys.argv[1], max_in_flight=16)
 print(model.predict_in_db("text", "rows", db=sys.argv[2]).succeeded)
 """
+PRINTING = """
+import atexit, logging, tempfile, threading
+file = tempfile.NamedTemporaryFile()
+handler = logging.FileHandler(file.name)
+logging.getLogger().addHandler(handler)
+atexit.register(lambda: print(*[line for line in open(file.name) if "look here" in line], end=""))
+threading.Timer(3, print, ["a line of the script"]).start()
+"""
 FIGURES = r"\d+ of 100 rows done, 0 failed, [\d.]+ rows/s"
 
 
@@ -74,6 +82,30 @@ def test_a_setting_silences_progress(job: list[str]) -> None:
     said = subprocess.run(job, capture_output=True, text=True, env=quiet).stderr
     assert "rows done" not in said
     assert "look here" in said
+
+
+def test_a_run_needs_no_standard_error(job: list[str]) -> None:
+    """As of a daemon: it is closed."""
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *job]
+    assert subprocess.run(command, capture_output=True, text=True).stdout.endswith("100\n")
+
+
+def test_what_a_script_prints_goes_where_it_would_go_and_other_handlers_have_their_lines(
+    job: list[str],
+) -> None:
+    """The live line takes neither a redirected standard output nor the lines of a log file."""
+    terminal, far = pty.openpty()
+    imports = "from vllm_tasks import VllmAPI\n"
+    script = job[2].replace(imports, imports + PRINTING)  # Prefect sets up logging when it is imported
+    with subprocess.Popen([*job[:2], script, *job[3:]], stdout=subprocess.PIPE, stderr=far) as process:
+        os.close(far)
+        with suppress(OSError):
+            while os.read(terminal, 2**16):
+                pass
+        assert process.stdout is not None
+        printed = process.stdout.read().decode()
+    os.close(terminal)
+    assert printed.splitlines() == ["a line of the script", "100", "look here"]
 
 
 def test_lines_come_less_often_as_a_run_grows_old(

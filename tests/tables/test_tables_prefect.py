@@ -226,7 +226,9 @@ from vllm_tasks import VllmAPI, predict_in_db
 
 @flow(name="logged")
 def job(url: str, tables: str) -> None:
-    predict_in_db(VllmAPI(identifier="m", api_url=url, db={"url": tables}), "text", "rows")
+    predict_in_db(
+        VllmAPI(identifier="m", api_url=url, db={"url": tables}, max_in_flight=16), "text", "rows"
+    )
 
 job(*sys.argv[1:])
 """
@@ -235,16 +237,27 @@ job(*sys.argv[1:])
 def test_the_logs_of_a_run_have_the_lines_of_the_package(
     lake: Place, server: ScriptedServer, tmp_path: Path
 ) -> None:
-    """Without any setting: that a server is waited for, and the progress."""
+    """Without any setting: that a server is waited for, at the start and under way; and the progress."""
+
+    async def slowly(request: Asked) -> None:
+        if request.body:
+            await asyncio.sleep(1)
+
+    server.script = slowly
     server.stop()
     with running_script(tmp_path, LOGGED, server.url, lake.url) as job:
 
-        def logged(words: str) -> bool:
+        def logged(words: str) -> int:
             newest = LogSort.TIMESTAMP_DESC
             with get_client(sync_client=True) as client:
-                return any(words in log.message for log in client.read_logs(sort=newest))
+                return sum(words in log.message for log in client.read_logs(sort=newest))
 
-        assert eventually(lambda: logged(f"no server responds at {server.url}; waiting up to"))
+        away = f"no server responds at {server.url}; waiting up to"
+        assert eventually(lambda: logged(away) == 1)
+        server.start()
+        server.wait_until(lambda: len(server.posts) > 20)
+        server.stop()
+        assert eventually(lambda: logged(away) == 2)
         server.start()
         assert job.wait() == 0
         assert eventually(lambda: logged("100 of 100 rows done"))

@@ -9,6 +9,7 @@ from prefect.logging.handlers import APILogHandler
 
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.settings import site_settings
+from vllm_tasks.tables.log import handlers_of
 
 package_logger = logging.getLogger("vllm_tasks")
 
@@ -16,13 +17,13 @@ package_logger = logging.getLogger("vllm_tasks")
 class RunLogs(APILogHandler):
     """Sends lines to Prefect's server where they are logged within a run.
 
-    Work on the package's event loop has the context of the call that began it. Where a site has put Prefect's
-    own handler onto these loggers (`PREFECT_LOGGING_EXTRA_LOGGERS`), that one sends them.
+    Work on the package's event loop and in its threads has the context of the call that began it. Where a
+    site has put Prefect's own handler onto a logger of the line, that one sends it.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
         in_run = FlowRunContext.get() or TaskRunContext.get()
-        if in_run and not any(type(other) is APILogHandler for other in package_logger.handlers):
+        if in_run and not any(type(other) is APILogHandler for other in handlers_of(record.name)):
             super().emit(record)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextvars import copy_context
 
 from vllm_tasks.engines import loop, sharing
 from vllm_tasks.engines.http.engine import HttpConfig
@@ -22,7 +23,9 @@ class Counted:
         self.up_to_date: int | None = None
         self.served_by: dict[str, str] = {}
         self._job, self._run = job, run
-        self._thread = threading.Thread(target=self._count, name="vllm-tasks-count", daemon=True)
+        self._thread = threading.Thread(
+            target=copy_context().run, args=(self._count,), name="vllm-tasks-count", daemon=True
+        )
         self._thread.start()
 
     def _count(self) -> None:
@@ -30,7 +33,7 @@ class Counted:
         job, run = self._job, self._run
         try:
             if run.tally.first_sent is not None:
-                self.served_by = _served_by(job.over.call.engine)
+                self.served_by = served_by(job.over.call.engine)
             rows, selected = job.tables.count(job.selection)
         except VllmTasksError as error:  # if it matters, the run fails with it
             logger.warning("the rows to process could not be counted: %s", error)
@@ -53,7 +56,7 @@ class Counted:
         self._thread.join(seconds)
 
 
-def _served_by(config: sharing.Config) -> dict[str, str]:
+def served_by(config: sharing.Config) -> dict[str, str]:
     """Facts that the server reports about itself; empty if there is no server."""
     if not isinstance(config, HttpConfig) or config.protocol == "legacy":
         return {}

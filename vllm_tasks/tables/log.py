@@ -6,7 +6,9 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -69,47 +71,72 @@ class Terminal(Log):
 
     def __init__(self) -> None:
         super().__init__()
-        self._line: _Line | None = None
+        self._console = _terminal()
+        self._open = ExitStack()
+        self._live: Live | None = None
+        self._shown = float("-inf")
 
     def progress(self, progress: Progress, *, last: bool = False) -> None:
-        if self._line is None and _Line.is_wanted() and Terminal.taken.acquire(blocking=False):
-            self._line = _Line()
-        if self._line is None:
+        if self._console and self._live is None and Terminal.taken.acquire(blocking=False):
+            self._open.callback(Terminal.taken.release)
+            self._live = self._open.enter_context(_live_line(self._console))
+        if self._live is None:
             super().progress(progress, last=last)
-        else:
-            self._line.show(progress, last)
+        elif last or time.monotonic() - self._shown >= REFRESHED_EVERY:
+            self._shown = time.monotonic()
+            with suppress(OSError):  # of a terminal that has gone
+                self._live.update(str(progress), refresh=True)
 
     def close(self) -> None:
-        if self._line is not None:
-            self._line.close()
-            self._line = None
-            Terminal.taken.release()
+        self._live = None
+        self._open.close()
 
 
-class _Line:
-    """The live line; until it is closed, the package's log is printed above it and nowhere else."""
+def _terminal() -> Console | None:
+    """Standard error, if it is a terminal that can redraw a line, and progress is wanted."""
+    if not _is_terminal(sys.stderr) or not package_logger.isEnabledFor(logging.INFO):
+        return None
+    console = Console(stderr=True)
+    return None if console.is_dumb_terminal else console
 
-    def __init__(self) -> None:
-        console = Console(stderr=True)
-        self._live = Live(console=console, auto_refresh=False)
-        self._shown = float("-inf")
-        self._handler = RichHandler(console=console, show_path=False)
-        self._propagated = package_logger.propagate
-        package_logger.addHandler(self._handler)
-        package_logger.propagate = False
-        self._live.start()
 
-    def show(self, progress: Progress, last: bool) -> None:
-        now = time.monotonic()
-        if last or now - self._shown >= REFRESHED_EVERY:
-            self._shown = now
-            self._live.update(str(progress), refresh=True)
+@contextmanager
+def _live_line(console: Console) -> Iterator[Live]:
+    """A live line, above which the package's log is printed in place of what other handlers print there."""
+    above = RichHandler(console=console, show_path=False)
+    others = [h for h in handlers_of(__name__) if _is_terminal(getattr(h, "stream", None))]
+    package_logger.addHandler(above)
+    for handler in others:
+        handler.addFilter(_is_of_others)
+    # Where standard output is a file, what is printed must go there.
+    live = Live(console=console, auto_refresh=False, redirect_stdout=_is_terminal(sys.stdout))
+    try:
+        with suppress(OSError):
+            live.start()
+        yield live
+    finally:
+        for handler in others:
+            handler.removeFilter(_is_of_others)
+        package_logger.removeHandler(above)
+        with suppress(OSError):
+            live.stop()
 
-    @staticmethod
-    def is_wanted() -> bool:
-        return sys.stderr.isatty() and package_logger.isEnabledFor(logging.INFO)
 
-    def close(self) -> None:
-        self._live.stop()
-        package_logger.removeHandler(self._handler)
-        package_logger.propagate = self._propagated
+def handlers_of(name: str) -> Iterator[logging.Handler]:
+    """All handlers that get the lines of this logger."""
+    found: logging.Logger | None = logging.getLogger(name)
+    while found is not None:
+        yield from found.handlers
+        found = found.parent if found.propagate else None
+
+
+def _is_terminal(stream: Any) -> bool:
+    """Whether a stream is a terminal; False for what is closed, missing or no complete stream."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):
+        return False
+
+
+def _is_of_others(record: logging.LogRecord) -> bool:
+    return not record.name.startswith(package_logger.name)

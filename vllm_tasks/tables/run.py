@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +74,9 @@ class Run:
 
         Whatever ends the run early (a failed engine, Ctrl-C, a signal), finished rows are committed first.
         """
-        reader = threading.Thread(target=self._read, name="vllm-tasks-reader", daemon=True)
+        reader = threading.Thread(
+            target=copy_context().run, args=(self._read,), name="vllm-tasks-reader", daemon=True
+        )
         reader.start()
         try:
             verdict = self._commit_as_it_comes()
