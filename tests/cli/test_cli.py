@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tests.servers.scripted_server import Asked, Reply, ScriptedServer, refused, usual
 from vllm_tasks._cli.app import main
@@ -180,6 +181,63 @@ def test_outputs_of_a_table_with_a_name_of_its_own(command: Command, job: Path) 
     job.write_text(job.read_text().replace("identifier: tagger,", own))
     assert command("run", str(job))[0] == 0
     assert "4 outputs" in command("show", "tagger", "--db", "data/", "--table", "tags")[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("X: text", "X: text\nlimit: yes"), "limit"),
+        (("X: text", "X: text\nmax_failed: '5'"), "max_failed"),
+        (("X: text", "X: text\nlimit: 2024-02-30"), "is not YAML"),
+        (("identifier: tagger", "yes: x, identifier: tagger"), "is no name of a field"),
+        (("X: text", "X: text\nsampling: {shard: [0, 2]}"), "an argument of predict_in_db"),
+        (("model: {", "model: {api_key: sEcReT, promt: x, "), "promt"),
+        (("db: data/", "db: {url: 'postgresql://u:sEcReT@h/x', ulr: 1}"), "ulr"),
+        (("db: data/", "limit: 0\ndb: 'postgresql://u:sEcReT@h/x'"), "limit"),
+    ],
+)
+def test_a_value_is_what_it_seems_to_be_and_no_secret_is_printed(
+    command: Command, job: Path, server: ScriptedServer, change: tuple[str, str], said: str
+) -> None:
+    """What YAML reads as something else is refused, in one line without the values of other parameters."""
+    job.write_text(job.read_text().replace(*change))
+    code, printed = command("run", str(job))
+    assert code == 2
+    assert said in printed
+    assert "sEcReT" not in printed
+    assert not server.posts
+
+
+def test_a_schema_may_refer_within_itself(command: Command, job: Path) -> None:
+    """`$ref` is no saved block there, and no Prefect server is needed."""
+    schema = (
+        "output_schema: {type: object, properties: {a: {$ref: '#/$defs/A'}}, $defs: {A: {type: string}}},"
+    )
+    job.write_text(job.read_text().replace("identifier: tagger,", f"identifier: tagger, {schema}"))
+    code, printed = command("check", str(job))
+    assert (code, "ok: scripted-model" in printed) == (0, True), printed
+
+
+@pytest.mark.usefixtures("command")
+def test_output_that_nobody_reads_is_no_failure(job: Path, tmp_path: Path) -> None:
+    """As before `head`: the job is done."""
+    words = [sys.executable, "-m", "vllm_tasks", "run", str(job)]
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert process.returncode == 0, said
+    assert "BrokenPipe" not in said
+
+
+def test_a_prefect_server_that_is_away_is_for_later(
+    command: Command, job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A saved block cannot be loaded then."""
+    job.write_text("model: vllm-api/tagger\nX: text\nselect: tickets\n")
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        assert command("run", str(job))[0] == 3
 
 
 def test_a_saved_block_that_is_not_there_is_named(command: Command, job: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from vllm_tasks.errors import (
     TooManyFailed,
     VllmTasksError,
 )
+from vllm_tasks.tasks import passed
 
 EXITS = {
     InvalidCall: 2,
@@ -31,8 +33,9 @@ EXITS = {
     TooManyFailed: 4,
     GateFailed: 5,
 }
-"""Exit codes, besides 0 for success, 1 for any other error and 130 for Ctrl-C. 2: correct the call; 3: run it
-again later; 4: look at the failed rows; 5: the model is below its limits."""
+"""Exit codes, besides 0 for success, 1 for any other error (such as an engine that cannot start) and 130 for
+Ctrl-C. 2: correct the call; 3: run it again later; 4: look at failed rows; 5: the model is below its
+limits."""
 
 app = App(
     "python -m vllm_tasks", help="vLLM over tables: run jobs, look at results.", version_flags=["--version"]
@@ -53,6 +56,7 @@ def run(file: Path, *, json: AsJson = False) -> None:
     given = job.read(file, batch_predict)
     model, sampling = given.pop("model"), given.pop("sampling", None) or {}
     job.check_runs_here(file, model, given.get("shards", 1))
+    job.check_sampling(file, sampling, model.predict_in_db)
     try:
         _print(model.predict_in_db(**given, **sampling), json)
     except TooManyFailed as error:
@@ -73,6 +77,7 @@ def preview(file: Path, *, rows: int = 3, json: AsJson = False) -> None:
 
     given = job.read(file, batch_predict)
     sampling = given.get("sampling") or {}
+    job.check_sampling(file, sampling, given["model"].preview)
     taken = {name: given[name] for name in ("X", "select", "primary_id", "db", "context") if name in given}
     _print(given["model"].preview(**taken, n=rows, **sampling), json)
 
@@ -92,8 +97,7 @@ def validate(file: Path, *, json: AsJson = False) -> None:
     job.check_runs_here(file, model)
     report = model.validate(given.pop("validation", None), **given)
     _print(report, json)
-    if not report.passed:
-        raise GateFailed(f"{report.model} did not pass: {'; '.join(report.reasons)}", report)
+    passed(report)
 
 
 @app.command
@@ -111,7 +115,7 @@ def show(predict_id: str, *, db: str, table: str | None = None, json: AsJson = F
 
 @app.command
 def check(file: Path, *, json: AsJson = False) -> None:
-    """Check the model of a job without any row: its parameters, server or engine, and chat template.
+    """Find out what would answer a job, without any row: the model, its server or engine, its chat template.
 
     Args:
         file: The job: parameters of `batch_predict`, in YAML.
@@ -131,12 +135,12 @@ def pools(*words: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
 
 
 def _print(found: Any, as_json: bool) -> None:
-    """Print a result for people, or for programs."""
-    if not as_json:
-        print(found)
-        return
-    plain = dataclasses.asdict(found)
-    print(json.dumps(plain, default=str))
+    """Print a result for people, or for programs. If nobody reads it any more, the work is done anyway."""
+    text = json.dumps(dataclasses.asdict(found), default=str) if as_json else str(found)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
 
 
 def main(arguments: list[str] | None = None, exits: Callable[[int], Any] = sys.exit) -> None:
@@ -147,4 +151,5 @@ def main(arguments: list[str] | None = None, exits: Callable[[int], Any] = sys.e
         exits(EXITS[InvalidCall])
     except VllmTasksError as error:
         print(f"error: {error}", file=sys.stderr)
-        exits(next((code for kind, code in EXITS.items() if isinstance(error, kind)), 1))
+        lasts = isinstance(error, EngineFailed) and not error.temporary
+        exits(1 if lasts else next((code for kind, code in EXITS.items() if isinstance(error, kind)), 1))

@@ -12,18 +12,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import yaml
 from prefect import Flow
 from prefect.blocks.core import Block
-from prefect.exceptions import ParameterTypeError
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from vllm_tasks import Datalayer, InvalidCall, VllmAPI, VllmModel
-from vllm_tasks.errors import near
+from vllm_tasks.errors import ServerUnavailable, near
 
 BLOCKS: dict[str, dict[str, type[Block]]] = {
     "model": {"vllm-api": VllmAPI, "vllm-model": VllmModel},
@@ -33,10 +33,14 @@ BLOCKS: dict[str, dict[str, type[Block]]] = {
 
 
 def read(file: Path, flow: Flow[..., Any]) -> dict[str, Any]:
-    """The parameters of `flow` that a job file gives, checked as the flow checks them.
+    """The parameters of `flow` that a job file gives, with the types that the flow gives them.
+
+    Prefect's own check is not used: it logs all parameters, secrets among them, and takes each `$ref` in a
+    JSON Schema for a saved block.
 
     Raises:
         InvalidCall: The file cannot be read, is no mapping, or has a parameter that is unknown or wrong.
+        ServerUnavailable: Prefect's server does not answer for a saved block.
     """
     given = _mapping_in(file)
     known = inspect.signature(flow.fn).parameters
@@ -46,11 +50,18 @@ def read(file: Path, flow: Flow[..., Any]) -> dict[str, Any]:
     for name, parameter in known.items():
         if parameter.default is parameter.empty and name not in given:
             raise InvalidCall(f"{file}: {name!r} is missing; {flow.name} needs it")
+    return {name: _typed(file, name, value, known[name].annotation) for name, value in given.items()}
+
+
+def _typed(file: Path, name: str, given: Any, kind: Any) -> Any:
+    """A parameter's value. YAML has types, so a text is no number, and `yes` is none either."""
     try:
-        found = {name: _value(name, value) for name, value in given.items()}
-        return flow.validate_parameters(found)
-    except (ValidationError, ParameterTypeError) as error:
-        raise InvalidCall(f"{file}: {error}") from error
+        return TypeAdapter(kind).validate_python(_value(name, given), strict=not isinstance(given, dict))
+    except ValidationError as error:
+        wrong = (
+            ".".join(map(str, each["loc"])) + ": " + each["msg"] for each in error.errors(include_input=False)
+        )
+        raise InvalidCall(f"{file}: {name}: {'; '.join(wrong)}") from None  # the cause would show the input
 
 
 def _mapping_in(file: Path) -> Mapping[str, Any]:
@@ -58,7 +69,7 @@ def _mapping_in(file: Path) -> Mapping[str, Any]:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidCall(f"the job file cannot be read: {error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InvalidCall(f"{file} is not YAML: {error}") from error
     if not isinstance(found, dict):
         raise InvalidCall(f"{file} must be a mapping of parameters to values, such as `select: tickets`")
@@ -72,8 +83,23 @@ def _value(name: str, given: Any) -> Any:
     if isinstance(given, str):
         return saved(name, given)
     if name == "model" and isinstance(given, dict):
-        return VllmModel(**given) if "model_name" in given else VllmAPI(**given)
+        kind = VllmModel if "model_name" in given else VllmAPI
+        if odd := [field for field in given if field not in kind.model_fields and not isinstance(field, str)]:
+            raise InvalidCall(
+                f"model: {odd[0]!r:.100} is no name of a field; YAML reads yes, no, on and off as booleans"
+            )
+        return kind.model_validate(given)
     return given
+
+
+def check_sampling(file: Path, sampling: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    """Raise `InvalidCall` for a sampling parameter that would become an argument of `function`."""
+    taken = [name for name in sampling if name in inspect.signature(function).parameters]
+    if taken:
+        raise InvalidCall(
+            f"{file}: sampling has {taken[0]!r:.100}, which is an argument of {function.__name__}: a "
+            "sampling parameter of this name goes into the model's predict_kwargs"
+        )
 
 
 def check_runs_here(file: Path, model: VllmAPI | VllmModel, shards: int = 1) -> None:
@@ -90,10 +116,13 @@ def saved(name: str, given: str) -> Any:
     kind, slash, block = given.partition("/")
     if slash and kind in BLOCKS[name]:
         try:
-            found = BLOCKS[name][kind].load(block)
+            return BLOCKS[name][kind].load(block)
         except ValueError as error:  # Prefect's, for a block that is not there
             raise InvalidCall(f"{name}: {given!r} cannot be loaded: {error}") from error
-        return found
+        except (httpx.HTTPError, RuntimeError) as error:  # the latter of a server that Prefect starts itself
+            raise ServerUnavailable(
+                f"{name}: {given!r}: Prefect's server does not answer: {error}"
+            ) from error
     if name == "db":
         return Datalayer.model_validate({"url": given})
     raise InvalidCall(

@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vllm_tasks import Datalayer, VllmAPI
+from vllm_tasks import Datalayer
 from vllm_tasks.datalayer.selection import POSITION
-from vllm_tasks.engines import loop, sharing
+from vllm_tasks.tables.counting import served_by
 
 KIND = r"^(?P<kind>[a-z_]+)"
 
@@ -35,7 +35,7 @@ class Outputs:
         return (
             f"{self.predict_id}: {self.rows - self.failed:,} outputs, {self.failed:,} errors{kinds}\n"
             f"{self.prompt_tokens:,} prompt tokens, {self.completion_tokens:,} completion tokens\n"
-            f"by {', '.join(self.models)}, from {self.first} to {self.last}"
+            f"by {', '.join(self.models) or 'no model'}, from {self.first} to {self.last}"
         )
 
 
@@ -75,9 +75,12 @@ class Checked:
 
     def __str__(self) -> str:
         sent = {True: "through its chat template", False: "as plain text", None: "as the model says"}
-        served = ", ".join(f"{name} {value}" for name, value in self.served_by.items()) or "a local engine"
+        served = ", ".join(f"{name} {value}" for name, value in self.served_by.items())
         packages = ", ".join(f"{name} {value}" for name, value in self.packages.items())
-        return f"ok: {self.model}, served by {served}\ntexts are sent {sent[self.chat]}\n{packages}"
+        model = (
+            f"{self.model}, served by {served}" if served else self.model or "a server that reports nothing"
+        )
+        return f"ok: {model}\ntexts are sent {sent[self.chat]}\n{packages}"
 
 
 def checked(job: dict[str, Any]) -> Checked:
@@ -90,8 +93,7 @@ def checked(job: dict[str, Any]) -> Checked:
     model = job["model"]
     call = model.prepare(model.predict_in_db, job.get("context"), job.get("sampling") or {})
     over = call.over(job["X"])
-    facts = loop.run(sharing.facts(call.engine)) if isinstance(model, VllmAPI) and over.model_name else {}
-    return Checked(over.model_name, over.call.prompter.chat, facts, dict(_versions()))
+    return Checked(over.model_name, over.call.prompter.chat, served_by(call.engine), dict(_versions()))
 
 
 def _versions() -> Any:
