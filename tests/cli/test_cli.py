@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from deltalake import write_deltalake
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tests.servers.scripted_server import Asked, Reply, ScriptedServer, refused, usual
@@ -181,6 +183,9 @@ def test_outputs_of_a_table_with_a_name_of_its_own(command: Command, job: Path) 
     job.write_text(job.read_text().replace("identifier: tagger,", own))
     assert command("run", str(job))[0] == 0
     assert "4 outputs" in command("show", "tagger", "--db", "data/", "--table", "tags")[1]
+    write_deltalake("data/other", pa.table({"id": [1]}))
+    code, printed = command("show", "tagger", "--db", "data/", "--table", "other")
+    assert (code, "no outputs table" in printed) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vllm_tasks import Datalayer
-from vllm_tasks.datalayer.selection import POSITION
+from vllm_tasks import Datalayer, InvalidCall
+from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION
 from vllm_tasks.tables.counting import served_by
 
 KIND = r"^(?P<kind>[a-z_]+)"
@@ -42,6 +42,10 @@ class Outputs:
 def outputs_of(predict_id: str, db: Datalayer, table: str | None = None) -> Outputs:
     """Counts over the committed outputs of `predict_id`; raises `InvalidCall` when there are none."""
     rows = db.outputs(predict_id, table=table)
+    if missing := OWN_COLUMNS.keys() - set(rows.column_names):
+        raise InvalidCall(
+            f"{table or predict_id!r} is no outputs table: it has no {', '.join(sorted(missing))}"
+        )
     if POSITION in rows.column_names:  # a row of the source has several, flattened
         rows = rows.filter(pc.equal(pc.fill_null(rows[POSITION], 0), 0))
     failed = rows.filter(pc.is_valid(rows["_error"]))
