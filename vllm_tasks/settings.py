@@ -56,6 +56,11 @@ class Settings(BaseSettings):
         description="Seconds without a token or a completion for any of its rows, after which a local engine "
         "is restarted.",
     )
+    engine_python: str = Field(
+        default="",
+        description="Path of the Python that has vLLM, for a local engine or shared server whose model names "
+        "none; empty: the flow's own Python.",
+    )
     commit_rows: int = Field(
         default=512, ge=1, description="Rows per commit group of `predict_in_db`, unless the call sets it."
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,9 +22,12 @@ from tests.conftest import TINY_ARGS
 from tests.engines.poison import ROWS, check_poisoned
 from vllm_tasks import InvalidCall, RowError, VllmAPI, VllmModel
 from vllm_tasks.engines import session
+from vllm_tasks.engines.local.python import interpreter
 from vllm_tasks.errors import RowErrors
 from vllm_tasks.results import Completion
 from vllm_tasks.serving.api import command_line
+from vllm_tasks.serving.shared_server import SERVER
+from vllm_tasks.settings import site_settings
 
 pytestmark = pytest.mark.engine
 
@@ -48,10 +51,19 @@ class VllmServer:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "benchmarks.api_server", "--model", str(self.model)]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), "--api-key", KEY, *self.arguments]
+        python = interpreter(site_settings().engine_python)
+        arguments = ["--model", str(self.model), "--host", "127.0.0.1", "--port", str(self.port)]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                [python, "-P", str(SERVER), str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        assert self.process.stdin is not None
+        with self.process.stdin as stdin:
+            stdin.write(json.dumps([*arguments, "--api-key", KEY, *self.arguments]).encode())
 
     def wait(self) -> None:
         deadline = time.monotonic() + START_SECONDS

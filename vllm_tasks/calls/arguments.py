@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import Any
 
-from vllm_tasks.calls.sampling import OWNED, REMOVED, Target, known_names
+from vllm_tasks.calls.sampling import OWNED, REMOVED
 from vllm_tasks.errors import InvalidCall
 
 
 def check_spelling(
-    given: Iterable[str], call: Callable[..., Any], target: Target, more: Iterable[str] = ()
+    given: Iterable[str], call: Callable[..., Any], known: Set[str], more: Iterable[str] = ()
 ) -> None:
     """Raise `InvalidCall` for a name that is neither an argument of `call` nor a sampling parameter, but is
     close to an argument. `check_names` refuses names that are close to a sampling parameter.
 
-    `more` has arguments that are not in the signature of `call`.
+    `known` has the sampling parameters, and `more` arguments that are not in the signature of `call`.
     """
     own = {name for name, p in inspect.signature(call).parameters.items() if p.kind != p.VAR_KEYWORD}
     own |= set(more)
-    known = known_names(target)
     for name in given:
         if name in own | known or name in OWNED or name in REMOVED:
             continue

@@ -5,12 +5,11 @@ from __future__ import annotations
 import ast
 import difflib
 import functools
-import importlib.util
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from vllm_tasks.calls.sampling_table import CHAT_REQUEST, COMPLETION_REQUEST, SAMPLING_PARAMS
+from vllm_tasks.engines.local.python import source_of_vllm
 from vllm_tasks.errors import InvalidCall
 
 Target = Literal["local", "legacy", "completions", "chat", "openai"]
@@ -49,28 +48,32 @@ REMOVED = {
 """Names from older versions and other libraries, with the replacement."""
 
 
-def known_names(target: Target) -> frozenset[str]:
-    """Return all names that may be set for `target`."""
+def known_names(target: Target, python: str = "") -> frozenset[str]:
+    """Return all names that may be set for `target`.
+
+    They are those of the vLLM that the interpreter `python` has, this process's if it is empty. Without one
+    they come from a dated table.
+    """
     if target == "local":
-        of_engine = _fields("sampling_params.py", "SamplingParams") or SAMPLING_PARAMS
-        return (of_engine - OWNED.keys()) | known_names("openai") | LOCAL_EXTRAS
+        of_engine = _fields(python, "sampling_params.py", "SamplingParams") or SAMPLING_PARAMS
+        return (of_engine - OWNED.keys()) | known_names("openai", python) | LOCAL_EXTRAS
     if target == "legacy":
         return (SAMPLING_PARAMS - OWNED.keys()) | LEGACY_EXTRAS
     if target == "openai":
-        return known_names("completions") | known_names("chat")
+        return known_names("completions", python) | known_names("chat", python)
     if target == "completions":
         path, name, table = "completion/protocol.py", "CompletionRequest", COMPLETION_REQUEST
     else:
         path, name, table = "chat_completion/protocol.py", "ChatCompletionRequest", CHAT_REQUEST
-    return (_fields(f"entrypoints/openai/{path}", name) or table) - OWNED.keys()
+    return (_fields(python, f"entrypoints/openai/{path}", name) or table) - OWNED.keys()
 
 
-def check_names(names: Iterable[str], target: Target) -> None:
+def check_names(names: Iterable[str], target: Target, python: str = "") -> None:
     """Raise `InvalidCall` for the first name that vLLM does not know for `target`, with a hint.
 
     Servers accept unknown fields silently, so a misspelt name would have no effect and nobody would notice.
     """
-    known = known_names(target)
+    known = known_names(target, python)
     for name in names:
         if name in known:
             continue
@@ -112,16 +115,13 @@ def of_one_kind(names: Iterable[str]) -> bool | None:
 
 
 @functools.cache
-def _fields(file: str, class_name: str) -> frozenset[str] | None:
-    """Return the annotated fields of a class of the installed vLLM, or None without vLLM.
+def _fields(python: str, file: str, class_name: str) -> frozenset[str] | None:
+    """Return the annotated fields of a class of the vLLM that `python` has, or None if it has none here.
 
     It reads the source because importing vLLM would take seconds and hundreds of megabytes.
     """
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    path = Path(spec.submodule_search_locations[0]) / file
-    if not path.exists():
+    source = source_of_vllm(python)
+    if source is None or not (path := source / file).exists():
         return None
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:

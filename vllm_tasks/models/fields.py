@@ -274,7 +274,7 @@ class ModelFields(BaseModel):
 
     @model_validator(mode="after")
     def _known_sampling(self) -> Self:
-        check_names(self.predict_kwargs, self.sampling_target())
+        check_names(self.predict_kwargs, self.sampling_target(), self.vllm_python())
         check_one_type(self.datatype, self.output_schema)
         return self
 
@@ -361,6 +361,14 @@ class ModelFields(BaseModel):
     def sampling_target(self) -> Target:
         """Return the interface whose sampling parameters a call may use."""
         raise NotImplementedError
+
+    def sampling_names(self) -> frozenset[str]:
+        """Return the sampling parameters that a call may use."""
+        return known_names(self.sampling_target(), self.vllm_python())
+
+    def vllm_python(self) -> str:
+        """Return the interpreter of the engine; empty: this process's, or there is no engine here."""
+        return ""
 
 
 def _revealed(value: Any) -> Any:

@@ -48,7 +48,12 @@ class VllmModel(Predictor, Block):
 
     _elsewhere: ClassVar[str] = "; vLLM's engine arguments go into vllm_kwargs"
 
-    _reached_by: ClassVar[tuple[str, ...]] = ("model_name", "tensor_parallel_size", "vllm_kwargs")
+    _reached_by: ClassVar[tuple[str, ...]] = (
+        "model_name",
+        "tensor_parallel_size",
+        "vllm_kwargs",
+        "engine_python",
+    )
 
     model_config = FORBID
 
@@ -71,6 +76,12 @@ class VllmModel(Predictor, Block):
         repr=False,  # its hf_token is a secret
         title="Engine arguments",
         description='`vllm_kwargs` by vLLM\'s names, such as {"max_model_len": 4096}; they override fields.',
+    )
+    engine_python: str | None = Field(
+        default=None,
+        title="Python of vLLM",
+        description="Path of the Python that has vLLM, where the flow runs, such as /opt/vllm/bin/python. "
+        "Empty: the site's setting, or the flow's own Python.",
     )
     on_ray: bool = Field(
         default=False, title="On Ray", description="Run engines as actors on a Ray cluster, or a local Ray."
@@ -96,16 +107,20 @@ class VllmModel(Predictor, Block):
 
     def engine_config(self) -> LocalConfig | RayConfig:
         arguments, settings = self._arguments(), site_settings()
-        timeouts = {"start_timeout": settings.engine_start_timeout, "timeout": settings.engine_timeout}
+        host: dict[str, Any] = {
+            "start_timeout": settings.engine_start_timeout,
+            "timeout": settings.engine_timeout,
+            "python": self.vllm_python(),
+        }
         if self.on_ray:
             options = _as_json("ray_config", self._actor_options())
-            return RayConfig(arguments, options, self.ray_address, self.replicas, **timeouts)
+            return RayConfig(arguments, options, self.ray_address, self.replicas, **host)
         if self.replicas > 1:
             raise InvalidCall(
                 f"replicas={self.replicas} are for Ray: set on_ray=True or ray_address; without Ray, "
                 f"predict_in_db(..., shards={self.replicas}) spreads a table over flow runs"
             )
-        return LocalConfig(arguments, gpus=self.resources().num_gpus, **timeouts)
+        return LocalConfig(arguments, gpus=self.resources().num_gpus, **host)
 
     def _arguments(self) -> str:
         """vLLM's engine arguments, as JSON."""
@@ -141,6 +156,21 @@ class VllmModel(Predictor, Block):
 
     def sampling_target(self) -> Target:
         return "local"
+
+    def vllm_python(self) -> str:
+        """Return the interpreter that has vLLM; empty: this process's.
+
+        Raises:
+            InvalidCall: The site does not allow that a model names it.
+        """
+        settings = site_settings()
+        if not (settings.trust_remote_code or self.engine_python in (None, "", settings.engine_python)):
+            raise InvalidCall(
+                f"{self.identifier!r} has engine_python={self.engine_python!r}, and this site runs no "
+                "program that a model names (VLLM_TASKS_TRUST_REMOTE_CODE=false): leave it out, and set "
+                "VLLM_TASKS_ENGINE_PYTHON where the flow runs"
+            )
+        return self.engine_python or settings.engine_python
 
     def resources(self) -> Resources:
         hints = self.compute_kwargs

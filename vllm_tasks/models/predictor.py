@@ -16,7 +16,7 @@ from vllm_tasks.calls.arguments import check_spelling
 from vllm_tasks.calls.call import Call, OnError, Output
 from vllm_tasks.calls.chat import of_call
 from vllm_tasks.calls.prompts import Context, Prompter, keywords_of, load_artifact, named_parameters
-from vllm_tasks.calls.sampling import check_names, known_names
+from vllm_tasks.calls.sampling import check_names
 from vllm_tasks.calls.signature import signed_as
 from vllm_tasks.engines import loop, sharing
 from vllm_tasks.engines.stopping import raise_if_stopped
@@ -118,13 +118,13 @@ class Predictor(ModelFields):
         Raises:
             InvalidCall: An argument or a field is wrong, or they do not fit together.
         """
-        target = self.sampling_target()
-        keywords = keywords_of(self.prompt_func, self.signature, sampling or {}, known_names(target))
+        target, known = self.sampling_target(), self.sampling_names()
+        keywords = keywords_of(self.prompt_func, self.signature, sampling or {}, known)
         given = {name: value for name, value in (sampling or {}).items() if name not in keywords}
-        check_spelling(given, call, target, more=named_parameters(self.prompt_func))
+        check_spelling(given, call, known, more=named_parameters(self.prompt_func))
         decoder = self._decoder(given)
         parameters = self._sampling(given, decoder)
-        check_names(parameters, target)
+        check_names(parameters, target, self.vllm_python())
         return Call(
             identifier=self.identifier,
             uuid=self.uuid,

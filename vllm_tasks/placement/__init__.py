@@ -158,7 +158,7 @@ def over_table(
 def _check_options(model: Model, options: Parameters) -> None:
     """Raise `InvalidCall` for a misspelt option before a flow run is created."""
     more = {"shards", *named_parameters(model.prompt_func)}
-    check_spelling(options, predict_in_db, model.sampling_target(), more)
+    check_spelling(options, predict_in_db, model.sampling_names(), more)
 
 
 def validated(

@@ -23,6 +23,7 @@ from vllm_tasks.calls.chat import of_files
 from vllm_tasks.calls.sampling import check_names
 from vllm_tasks.calls.weights import engine_identity
 from vllm_tasks.engines.local.engine import log_trust
+from vllm_tasks.engines.local.python import interpreter
 from vllm_tasks.errors import EngineFailed, InvalidCall, ServerUnavailable
 from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.models.predictor import Predictor
@@ -72,7 +73,8 @@ def serve(model: VllmModel) -> Iterator[VllmAPI]:
     if arguments.get("trust_remote_code"):
         log_trust(arguments["model"])
     behind = Behind(engine_identity(engine_args), of_files(engine_args))
-    server = SharedServer(arguments["model"], command, config.start_timeout, model.resources().num_gpus)
+    python, gpus = interpreter(model.vllm_python()), model.resources().num_gpus
+    server = SharedServer(arguments["model"], python, command, config.start_timeout, gpus)
     with server.used():
         facts = server.facts()
         with api_of(model, behind, _first(arguments["served_model_name"]), facts["url"], facts["key"]) as api:

@@ -14,7 +14,6 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from typing import Any
 from vllm_tasks.engines import loop
 from vllm_tasks.engines.local.gpus import Devices, free_devices
 from vllm_tasks.engines.local.process import explain, last_words
+from vllm_tasks.engines.local.python import environment
 from vllm_tasks.engines.stopping import raise_if_stopped
 from vllm_tasks.errors import EngineFailed, InvalidCall
 from vllm_tasks.settings import site_settings
@@ -44,15 +44,19 @@ _held: set[int] = set()
 
 
 class SharedServer:
-    """A server, identified by its arguments. `model` names it in messages; `start_timeout` is in seconds.
+    """A server, identified by the interpreter `python` that runs it and its arguments. `model` names it in
+    messages; `start_timeout` is in seconds.
 
     `gpus` is the number that it needs. If the settings require it, it takes devices that no other engine has.
     """
 
-    def __init__(self, model: str, arguments: Sequence[str], start_timeout: float, gpus: int) -> None:
+    def __init__(
+        self, model: str, python: str, arguments: Sequence[str], start_timeout: float, gpus: int
+    ) -> None:
         self.model = model
         self.gpus = gpus
-        self.folder = folder_of(arguments)
+        self.folder = folder_of(python, arguments)
+        self._python = python
         self._order = {"server": str(SERVER), "arguments": arguments, "start_timeout": start_timeout}
 
     @contextmanager
@@ -137,11 +141,12 @@ class SharedServer:
             self._log.replace(self._log.with_suffix(".1"))
         with open(os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w") as log:
             subprocess.run(  # it forks a process that is not our child, and exits
-                [sys.executable, "-P", str(SUPERVISOR), str(self.folder)],
+                [self._python, "-P", str(SUPERVISOR), str(self.folder)],
                 input=json.dumps(order).encode(),
                 stdout=log,
                 stderr=log,
                 pass_fds=locks,  # a lock is free only when all processes have closed it
+                env=environment(self._python),
                 cwd=self.folder,  # the flow's own folder may be removed before the server ends
                 start_new_session=True,
                 check=False,  # the lock shows whether it runs
@@ -211,17 +216,17 @@ class SharedServer:
                 os.close(lock)
 
 
-def folder_of(arguments: Sequence[str]) -> Path:
+def folder_of(python: str, arguments: Sequence[str]) -> Path:
     """The folder of a server: one for each machine, Python environment and configuration of vLLM.
 
     Machines may share a home folder. vLLM's own environment variables are part of its configuration.
     """
-    environment = {
+    variables = {
         name: value
         for name, value in os.environ.items()
         if name.startswith("VLLM_") and not name.startswith("VLLM_TASKS_") and name != "VLLM_API_KEY"
     }
-    named = json.dumps([socket.gethostname(), sys.prefix, list(arguments), environment], sort_keys=True)
+    named = json.dumps([socket.gethostname(), python, list(arguments), variables], sort_keys=True)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
     return cache / "vllm_tasks" / "servers" / hashlib.sha256(named.encode()).hexdigest()[:16]
 

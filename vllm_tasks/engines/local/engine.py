@@ -38,11 +38,13 @@ CHECKS = 10
 class LocalConfig:
     """vLLM's engine arguments, as JSON, and the GPUs that they need. Equal configurations share an engine.
 
+    `python`: the interpreter that has vLLM; empty: this process's.
     `timeout`: seconds without progress after which an engine that has rows counts as hung.
     """
 
     engine_args: str = field(repr=False)  # its hf_token is a secret
     start_timeout: float = field(compare=False)
+    python: str = ""
     gpus: int = field(default=0, compare=False)
     timeout: float = field(default=600.0, compare=False)
 
@@ -150,7 +152,7 @@ class LocalEngine:
 
     async def _launch_here(self, arguments: Frame, timeout: float) -> tuple[Host, Frame]:  # noqa: ASYNC109
         check_exists(Path(arguments["model"]))
-        return await HostProcess.launch(arguments, timeout, self._claim.devices)
+        return await HostProcess.launch(arguments, timeout, self.config.python, self._claim.devices)
 
     async def _live_and_release(self, host: Host) -> None:
         """Run until no host can be started any more. Then all waiting and all later calls fail."""

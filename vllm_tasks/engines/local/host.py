@@ -1,7 +1,7 @@
 """The process that holds one vLLM engine, started and controlled by `vllm_tasks.engines.local.engine`.
 
 All code that uses vLLM's Python API is in this file. It is run by path and imports nothing of
-`vllm_tasks` but `session`, so that it starts without Prefect. Written for and tested with vLLM 0.32.
+`vllm_tasks` but `session`, so that it starts without Prefect, in any environment that has vLLM.
 
 It communicates over one socket in frames, a 4-byte length and JSON. It receives the engine arguments, then
 `{"chunk": [[row, prompt], ...], "sampling": {...}}` and `{"cancel": [row, ...]}`. It sends
@@ -18,6 +18,7 @@ import asyncio
 import ctypes
 import dataclasses
 import difflib
+import importlib
 import json
 import os
 import platform
@@ -51,6 +52,17 @@ NOT_SENT = {"prompt_token_ids": True, "choices": {"__all__": {"prompt_token_ids"
 TRUSTED = {"trust_request_chat_template": True, "trust_request_mm_kwargs": True}
 """Arguments of vLLM's server, which are safe because only this package sends it requests."""
 
+MOVED = {
+    "ErrorResponse": ("serve.engine.protocol", "openai.engine.protocol"),
+    "GenerationError": ("openai.completion.serving",),
+    "create_error_response": ("serve", "serve.utils.error_response"),
+    "init_app_state": ("launchers.api_server.app_state", "openai.api_server"),
+    "BaseFrontendArgs": ("common.cli_args", "launchers.cli_args", "openai.cli_args"),
+    "FrontendArgs": ("common.cli_args", "launchers.cli_args", "openai.cli_args"),
+    "validate_parsed_serve_args": ("common.cli_args", "launchers.cli_args", "openai.cli_args"),
+}
+"""The modules under `vllm.entrypoints` that hold a name, the newest first, in vLLM 0.26 to 0.33."""
+
 PR_SET_PDEATHSIG = 1
 """The request with which a process gets a signal from Linux when its parent dies:
 https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html"""
@@ -83,7 +95,6 @@ class Host:
     """One engine, the handlers of vLLM's own server over it, and the rows in progress."""
 
     def __init__(self, engine: Any, serving: Any, write: Any) -> None:
-        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self.engine = engine
@@ -94,7 +105,7 @@ class Host:
         tokenise_short_at_once(engine.renderer)
         self.write = write
         self.adapters = Adapters(engine, serving.openai_serving_models)
-        self.death, self.refusal = EngineDeadError, ErrorResponse
+        self.death, self.refusal = EngineDeadError, of_vllm("ErrorResponse")
         self.tasks: dict[int, asyncio.Task[None]] = {}
 
     def start_chunk(self, frame: session.Frame) -> None:
@@ -166,6 +177,16 @@ class Host:
         return not (isinstance(response, self.refusal) and MISSING in response.error.message)
 
 
+def of_vllm(name: str) -> Any:
+    """What the installed version of vLLM has under `name`, wherever it keeps it."""
+    for module in MOVED[name]:
+        try:
+            return getattr(importlib.import_module(f"vllm.entrypoints.{module}"), name)
+        except (ModuleNotFoundError, AttributeError) as error:
+            missing = error
+    raise ImportError(f"this version of vLLM has no {name} where versions 0.26 to 0.33 have it") from missing
+
+
 def request_types() -> tuple[Any, Any]:
     """vLLM's types of chat and completion requests, extended by parameters that only its engine knows."""
     import msgspec
@@ -227,15 +248,13 @@ class Refused(Exception):
 def error_of(error: Exception) -> session.Frame:
     """A row's error as the fields of a `RowError`, with the message of vLLM's server."""
     from pydantic import ValidationError
-    from vllm.entrypoints.serve import create_error_response
-    from vllm.exceptions import GenerationError
 
-    if isinstance(error, GenerationError):
+    if isinstance(error, of_vllm("GenerationError")):
         return {"kind": "engine", "message": f"vLLM ended the row early ({error})", "retryable": True}
     if isinstance(error, Refused):
         words, code = str(error), error.code
     else:
-        response = create_error_response(error).error
+        response = of_vllm("create_error_response")(error).error
         words, code = response.message, response.code
     if isinstance(error, ValidationError):
         words = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".lstrip(": ") for e in error.errors())
@@ -338,6 +357,16 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
+def without_vllm(error: BaseException) -> str:
+    """What to do if `error` shows that this environment has no vLLM; else empty."""
+    if not (isinstance(error, ModuleNotFoundError) and error.name == "vllm"):
+        return ""
+    return (
+        f"there is no vLLM in the environment of {sys.executable}: install vllm there, "
+        "or give the Python of an environment that has it (engine_python, VLLM_TASKS_ENGINE_PYTHON)"
+    )
+
+
 def killed(engine: Any) -> str:
     """The engine's processes that a signal has ended, which leaves nothing in the log. Empty for none."""
     manager = engine.engine_core.resources.engine_manager
@@ -354,19 +383,13 @@ async def start_engine(arguments: dict[str, Any]) -> tuple[Any, Any]:
     """
     from starlette.datastructures import State
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-    from vllm.entrypoints.launchers.cli_args import (
-        BaseFrontendArgs,
-        FrontendArgs,
-        validate_parsed_serve_args,
-    )
     from vllm.reasoning import ReasoningParserManager
     from vllm.tool_parsers import ToolParserManager
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     of_engine, of_server = (
-        {f.name for f in dataclasses.fields(c)} for c in (AsyncEngineArgs, BaseFrontendArgs)
+        {f.name for f in dataclasses.fields(c)} for c in (AsyncEngineArgs, of_vllm("BaseFrontendArgs"))
     )
     for name in sorted(arguments.keys() - of_engine - of_server):
         near = difflib.get_close_matches(name, of_engine | of_server, n=1)
@@ -376,11 +399,11 @@ async def start_engine(arguments: dict[str, Any]) -> tuple[Any, Any]:
     quiet = {"enable_log_requests": False, "disable_log_stats": True}
     given = {**quiet, **TRUSTED, **arguments}
     engine_args = AsyncEngineArgs(**{name: given[name] for name in given.keys() & of_engine})
-    server_args = FrontendArgs(**{name: given[name] for name in given.keys() & of_server})
+    server_args = of_vllm("FrontendArgs")(**{name: given[name] for name in given.keys() & of_server})
     both = argparse.Namespace(**{**vars(server_args), **vars(engine_args)})
     if isinstance(both.served_model_name, str):
         both.served_model_name = [both.served_model_name]  # as from the server's command line
-    validate_parsed_serve_args(both)
+    of_vllm("validate_parsed_serve_args")(both)
     for plugin, manager in (
         (both.tool_parser_plugin, ToolParserManager.import_tool_parser),
         (both.reasoning_parser_plugin, ReasoningParserManager.import_reasoning_parser),
@@ -389,7 +412,7 @@ async def start_engine(arguments: dict[str, Any]) -> tuple[Any, Any]:
             manager(plugin)
     engine = AsyncLLM.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
     state = State()
-    await init_app_state(engine, state, both, ("generate",))
+    await of_vllm("init_app_state")(engine, state, both, ("generate",))
     return engine, state
 
 
@@ -420,7 +443,7 @@ async def serve(channel: socket.socket) -> None:
         engine, serving = await start_engine(arguments)
         host = Host(engine, serving, write)
     except BaseException as error:
-        write({"failed": reason_of(error)})
+        write({"failed": without_vllm(error) or reason_of(error)})
         await writer.drain()
         raise
     write({"ready": {**facts_of(engine), "chat_template": await host.has_chat_template()}})

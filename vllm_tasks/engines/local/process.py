@@ -8,7 +8,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,6 +16,7 @@ from typing import TypeVar
 
 from vllm_tasks.engines import session
 from vllm_tasks.engines.local.gpus import Devices
+from vllm_tasks.engines.local.python import environment, interpreter
 from vllm_tasks.engines.session import Frame
 from vllm_tasks.errors import EngineFailed
 
@@ -49,6 +49,8 @@ WRAPPERS = (
 """Errors of vLLM that only refer to another one in the log."""
 FIRST, NEWEST = 0, -1
 """The error that explains a failure: for a start the first, which causes the others, else the newest."""
+OLDEST, LATEST = (0, 26), (0, 33)
+"""The versions of vLLM that the host is written for."""
 MORE = " (the logger vllm_tasks.vllm has all of them at level DEBUG)"
 
 
@@ -77,15 +79,17 @@ class HostProcess:
         cls,
         arguments: Frame,
         timeout: float,  # noqa: ASYNC109
+        python: str = "",
         devices: Devices = ANY_DEVICES,
     ) -> tuple[HostProcess, Frame]:
         """Start a host. Returns it when its engine is ready, with the facts that the engine reports.
 
-        `timeout` is in seconds. The engine sees only `devices`, and holds them too.
+        `timeout` is in seconds. `python` is the interpreter that has vLLM; empty: this process's. The engine
+        sees only `devices`, and holds them too.
         Raises `EngineFailed` with vLLM's own reason; no process remains then.
         """
         started = time.monotonic()
-        host = await cls._spawn(str(arguments["model"]), devices)
+        host = await cls._spawn(str(arguments["model"]), interpreter(python), devices)
         logger.info("starting vLLM for %r (pid %d)", host.model, host._process.pid)
         try:
             host.write(arguments)
@@ -94,6 +98,7 @@ class HostProcess:
             await host.end(grace=0)
             raise
         host._log.clear()  # later lines explain a death, not the start
+        warn_of_version(facts["vllm"])
         logger.info(
             "vLLM %s is ready for %r after %.1f s: max_num_seqs=%d, max_model_len=%d",
             facts["vllm"],
@@ -105,7 +110,7 @@ class HostProcess:
         return host, facts
 
     @classmethod
-    async def _spawn(cls, model: str, devices: Devices) -> HostProcess:
+    async def _spawn(cls, model: str, python: str, devices: Devices) -> HostProcess:
         ours, theirs = socket.socketpair()
         sockets = ""
         with theirs:
@@ -114,13 +119,18 @@ class HostProcess:
                 sockets = session.new_sockets()
                 process = subprocess.Popen(  # noqa: ASYNC220 - takes milliseconds; must not be orphaned
                     # -P: Python must not import from the folder of host.py, whose names hide other modules.
-                    [sys.executable, "-P", str(HOST), str(theirs.fileno()), str(os.getpid())],
+                    [python, "-P", str(HOST), str(theirs.fileno()), str(os.getpid())],
                     pass_fds=[theirs.fileno(), *devices.locks],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    env={**os.environ, "PYTHONUNBUFFERED": "1", session.SOCKETS: sockets, **devices.env},
+                    env={
+                        **environment(python),
+                        "PYTHONUNBUFFERED": "1",
+                        session.SOCKETS: sockets,
+                        **devices.env,
+                    },
                 )
             except OSError as error:  # no memory, or too many processes or open files
                 streams[1].close()
@@ -207,6 +217,14 @@ class HostProcess:
                 vllm_logger.debug("%s", line)
         finally:
             transport.close()
+
+
+def warn_of_version(version: str) -> None:
+    """Warn of a vLLM that the host was not written for. It may work, and its own errors will show if not."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found and not OLDEST <= (int(found[1]), int(found[2])) <= LATEST:
+        oldest, newest = (".".join(map(str, each)) for each in (OLDEST, LATEST))
+        logger.warning("vLLM %s is untested: this package is written for %s to %s", version, oldest, newest)
 
 
 async def within(seconds: float, awaited: Awaitable[T], report: Callable[[float], None]) -> T:

@@ -44,9 +44,12 @@ class HostActor:
         """The machine and process of the actor."""
         return f"{platform.node()}, pid {os.getpid()}"
 
-    async def start(self, arguments: Frame, timeout: float) -> Frame:  # noqa: ASYNC109
-        """Start the engine within `timeout` seconds. Returns `{"ready": facts}` or `{"failed": reason}`."""
-        self._starting = asyncio.create_task(HostProcess.launch(arguments, timeout))
+    async def start(self, arguments: Frame, timeout: float, python: str) -> Frame:  # noqa: ASYNC109
+        """Start the engine with `python` within `timeout` seconds.
+
+        Returns `{"ready": facts}` or `{"failed": reason}`.
+        """
+        self._starting = asyncio.create_task(HostProcess.launch(arguments, timeout, python))
         try:
             self._host, facts = await self._starting
         except EngineFailed as error:

@@ -43,6 +43,7 @@ class RayConfig:
     address: str | None
     replicas: int
     start_timeout: float = field(compare=False)
+    python: str = ""
     timeout: float = field(default=600.0, compare=False)
 
 
@@ -53,7 +54,7 @@ class RayEngine:
         self.config = config
         self._options: dict[str, Any] = json.loads(config.options)
         local = LocalConfig(config.engine_args, config.start_timeout, timeout=config.timeout)
-        launch = partial(RayHost.launch, self._options)
+        launch = partial(RayHost.launch, self._options, config.python)
         self._replicas = Replicas([LocalEngine(local, launch) for _ in range(config.replicas)])
         self._has_joined = False
         self._leaving: asyncio.Task[None] | None = None
@@ -120,10 +121,13 @@ class RayHost:
     async def launch(
         cls,
         options: Mapping[str, Any],
+        python: str,
         arguments: Frame,
         timeout: float,  # noqa: ASYNC109
     ) -> tuple[RayHost, Frame]:
         """Start an actor with these options. Returns it when its engine is ready, with the engine's facts.
+
+        `python` is the interpreter on the actor's machine that has vLLM; empty: the actor's own.
 
         It may wait `timeout` seconds for resources of the cluster, and as long again to start. Raises
         `EngineFailed` or `InvalidCall` with Ray's or vLLM's reason; no actor remains then.
@@ -135,7 +139,7 @@ class RayHost:
         started = time.monotonic()
         host = cls(str(arguments["model"]), options)
         try:
-            facts = await host._started(options, arguments, timeout)
+            facts = await host._started(options, python, arguments, timeout)
         except BaseException:
             await host.end(grace=END_GRACE)
             raise
@@ -145,6 +149,7 @@ class RayHost:
     async def _started(
         self,
         options: Mapping[str, Any],
+        python: str,
         arguments: Frame,
         timeout: float,  # noqa: ASYNC109
     ) -> Frame:
@@ -154,7 +159,7 @@ class RayHost:
         logger.info("starting vLLM for %r on Ray (%s)", self.model, location)
         # The host applies the timeout itself, and then reports what vLLM was doing.
         outcome = await self._within(
-            timeout + CLOSE_GRACE, f"vLLM ({location})", self._actor.start.remote(arguments, timeout)
+            timeout + CLOSE_GRACE, f"vLLM ({location})", self._actor.start.remote(arguments, timeout, python)
         )
         if "failed" in outcome:
             raise EngineFailed(outcome["failed"])
