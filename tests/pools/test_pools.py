@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from packaging.requirements import Requirement
+from packaging.version import Version
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectNotFound
@@ -17,6 +17,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tests.conftest import IN_PREFECT
 from vllm_tasks import InvalidCall
+from vllm_tasks.engines.local import process
 from vllm_tasks.errors import ServerUnavailable
 from vllm_tasks.models.hints import HINTS
 from vllm_tasks.models.resources import HONOURED, Resources, check_declared
@@ -197,8 +198,10 @@ def test_the_image_fits_the_package() -> None:
     (image,) = [line[1] for line in words if line[:1] == ["FROM"]]
     (extras,) = [line[1] for line in words if line[:1] == ["ARG"]]
     extra = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    (vllm,) = [r for r in map(Requirement, extra[extras.removeprefix("EXTRAS=")]) if r.name == "vllm"]
-    assert vllm.specifier.contains(image.removeprefix("vllm/vllm-openai:v"))
+    assert set(extras.removeprefix("EXTRAS=").split(",")) <= extra.keys()
+    version = Version(image.removeprefix("vllm/vllm-openai:v")).release[:2]
+    assert process.OLDEST <= version <= process.LATEST
+    assert "VLLM_TASKS_ENGINE_PYTHON=/usr/bin/python3" in [word for line in words for word in line]
     copied = [name for line in words if line[:1] == ["COPY"] for name in line[1:-1]]
     assert [name for name in copied if not (repository / name).exists()] == []
     assert ["ENTRYPOINT", "[]"] in words

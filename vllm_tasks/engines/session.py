@@ -65,6 +65,13 @@ def signal_words(number: int) -> str:
     return f"{name} (often the kernel, out of memory)" if number == signal.SIGKILL else name
 
 
+def reason_of(error: BaseException) -> str:
+    """The outermost error with a message. vLLM wraps some causes in errors without one."""
+    while not str(error) and error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
 def watch(parent: int, grace: float = 0.0) -> None:
     """Watch the parent from a thread; kill the session `grace` seconds after the parent has ended.
 
