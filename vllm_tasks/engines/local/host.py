@@ -28,9 +28,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 SHUTDOWN_GRACE = 10.0
-"""Seconds that an orderly shutdown may take before the whole session is vllm_server.killed."""
+"""Seconds that an orderly shutdown may take before the whole session is killed."""
 ENGINE_GRACE = 8.0
-"""Part of these seconds for vLLM's own processes, which leave a file in the temporary folder if vllm_server.killed."""
+"""Part of these seconds for vLLM's own processes, which leave a file in the temporary folder if killed."""
 REPORT_EVERY = 0.5
 """Seconds between two checks whether the rows have made progress."""
 MISSING = "must provide a chat template"
