@@ -44,7 +44,10 @@ class Options:
 
     def engine_args(self) -> dict[str, Any]:
         """vLLM's engine arguments, including the model."""
-        return {"model": str(self._model_folder()), "trust_remote_code": True, **ENGINE, **self.engine}
+        from flows.smollm2 import number_type
+
+        model = {"model": str(self._model_folder()), "trust_remote_code": True, "dtype": number_type()}
+        return {**model, **ENGINE, **self.engine}
 
     def _model_folder(self) -> Path:
         if self.model is not None:
