@@ -19,11 +19,16 @@ GREEDY = {"temperature": 0, "ignore_eos": True, "max_tokens": 16}
 
 
 def local_model(options: Options, **fields: Any) -> VllmModel:
-    """A model whose engine has the same arguments as the reference."""
+    """A model whose engine has the same arguments as the reference, and which sends texts as they are."""
     arguments = options.engine_args()
     name = arguments.pop("model")
     return VllmModel(
-        identifier="bench", model_name=name, predict_kwargs=GREEDY, vllm_kwargs=arguments, **fields
+        identifier="bench",
+        model_name=name,
+        chat=False,
+        predict_kwargs=GREEDY,
+        vllm_kwargs=arguments,
+        **fields,
     )
 
 

@@ -4,7 +4,8 @@ Both engines have the same arguments and stay resident, and one works at a time;
 (vLLM's worker stops spinning one second after its last work, and `pairs.SETTLE` is longer). Rows have
 different numbers of output tokens. `LLM.generate` takes a list of sampling parameters for that;
 `predict_batches` takes one per call, so there is one concurrent call for each number on one engine. Prefix
-caching is vLLM's default on both sides; every round has prompts of its own.
+caching is vLLM's default on both sides; every round has prompts of its own, and so has each of the two sides
+that share an engine.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ def measure(options: Options) -> Iterator[str]:
     """One line for the default `max_batch_size`, and one for None."""
     texts = questions(options.data, options.rows)
 
-    def through(model: VllmModel) -> Side:
+    def through(model: VllmModel, own: int) -> Side:
         def rate(round_: int) -> float:
-            batch = rows(texts, options.lengths, round_)
+            batch = rows(texts, options.lengths, 2 * round_ + own)
             return output_tokens(batch) / ours.seconds_of(model, batch)
 
         return rate
@@ -44,7 +45,7 @@ def measure(options: Options) -> Iterator[str]:
         ours.check_lengths(chunked, rows(texts[:8], options.lengths, 0))
         default = f"predict_batches (max_batch_size={chunked.max_batch_size})"
         unlimited = "predict_batches (max_batch_size=None)"
-        sides = {default: through(chunked), BARE: bare_rate, unlimited: through(unchunked)}
+        sides = {default: through(chunked, 0), BARE: bare_rate, unlimited: through(unchunked, 1)}
         rates = interleave(sides, BARE, options.least, options.most)
     note = f"; {options.rows} rows, {options.lengths} output tokens; goal >= 0.97"
     for name in (default, unlimited):

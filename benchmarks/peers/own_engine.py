@@ -41,7 +41,13 @@ def serve(pipe: Connection, engine_args: dict[str, Any]) -> None:
 def model_of(engine_args: dict[str, Any]) -> VllmModel:
     arguments = {**engine_args}
     name = arguments.pop("model")
-    return VllmModel(identifier="peer", model_name=name, predict_kwargs=GREEDY, vllm_kwargs=arguments)
+    return VllmModel(
+        identifier="peer",
+        model_name=name,
+        chat=False,  # as the other sides, which send texts as they are
+        predict_kwargs=GREEDY,
+        vllm_kwargs=arguments,
+    )
 
 
 def through_batches(model: VllmAPI | VllmModel, rows: Sequence[Row]) -> Outcome:
