@@ -143,11 +143,11 @@ def test_the_table_is_that_of_the_installed_vllm(file: str, name: str, table: fr
             continue
     if not installed.startswith("0.32."):
         pytest.skip(f"the table is of 0.32, installed is {installed}")
-    found: Any = _fields(file, name)
+    found: Any = _fields("", file, name)
     assert sorted(found) == sorted(table)
 
 
 def test_a_vllm_that_has_moved_its_classes_gives_no_names() -> None:
     """If the file or the class is not found, the dated table is used."""
-    assert _fields("no/such/file.py", "SamplingParams") is None
-    assert _fields("sampling_params.py", "NoSuchClass") is None
+    assert _fields("", "no/such/file.py", "SamplingParams") is None
+    assert _fields("", "sampling_params.py", "NoSuchClass") is None

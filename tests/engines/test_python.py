@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from vllm_tasks import EngineFailed, InvalidCall, VllmModel
+from vllm_tasks import VllmModel
 from vllm_tasks.calls.sampling import known_names
 from vllm_tasks.engines.local import process
 from vllm_tasks.engines.local.python import environment, interpreter, source_of_vllm
+from vllm_tasks.errors import EngineFailed
 from vllm_tasks.serving.shared_server import folder_of
 
 FIELDS = "class SamplingParams:\n    temperature: float = 1.0\n    sorcery: int = 0\n"
@@ -83,7 +84,7 @@ def test_sampling_parameters_are_those_of_that_vllm(newer: Path, other: Path) ->
         identifier="m", model_name="tiny", engine_python=str(newer), predict_kwargs={"sorcery": 1}
     )
     assert "sorcery" in known.sampling_names()
-    with pytest.raises(InvalidCall, match="does not know the sampling parameter 'sorcery'"):
+    with pytest.raises(ValueError, match="does not know the sampling parameter 'sorcery'"):
         VllmModel(identifier="m", model_name="tiny", engine_python=str(other), predict_kwargs={"sorcery": 1})
 
 
@@ -110,7 +111,7 @@ def test_engines_of_two_environments_are_not_shared(other: Path) -> None:
 def test_a_site_that_runs_no_foreign_code_runs_no_program_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_TASKS_TRUST_REMOTE_CODE", "false")
     named = {"identifier": "m", "model_name": "tiny", "trust_remote_code": False}
-    with pytest.raises(InvalidCall, match="engine_python='/tmp/x', and this site runs no program"):
+    with pytest.raises(ValueError, match="engine_python='/tmp/x', and this site runs no program"):
         VllmModel(**named, engine_python="/tmp/x")
     monkeypatch.setenv("VLLM_TASKS_ENGINE_PYTHON", "/tmp/x")
     assert VllmModel(**named, engine_python="/tmp/x").engine_config().python == "/tmp/x"
