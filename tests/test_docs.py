@@ -60,7 +60,16 @@ SERVER = "http://127.0.0.1:8000"
 PUBLIC = {
     "vllm_tasks": {
         *("VllmAPI", "VllmModel", "Datalayer", "Artifact", "Dataset", "Metric", "Validation"),
-        *("predict", "predict_batches", "predict_in_db", "validate", "compare", "preview", "serve"),
+        *(
+            "predict",
+            "predict_batches",
+            "predict_in_db",
+            "validate",
+            "compare",
+            "preview",
+            "estimate",
+            "serve",
+        ),
         *("DataType", "RowError", "InvalidCall", "GateFailed"),
     },
     "vllm_tasks.errors": {"VllmTasksError", "RowErrors", "TooManyFailed", "ServerUnavailable"},

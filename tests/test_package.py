@@ -22,6 +22,7 @@ PUBLIC = [
     "VllmAPI",
     "VllmModel",
     "compare",
+    "estimate",
     "predict",
     "predict_batches",
     "predict_in_db",

@@ -14,7 +14,7 @@ from vllm_tasks.errors import GateFailed, InvalidCall
 from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.rows import RowError
 from vllm_tasks.serving import serve
-from vllm_tasks.tasks import compare, predict, predict_batches, predict_in_db, preview, validate
+from vllm_tasks.tasks import compare, estimate, predict, predict_batches, predict_in_db, preview, validate
 from vllm_tasks.validation import Dataset, Metric, Validation
 
 __version__ = _version("vllm-tasks")
@@ -32,6 +32,7 @@ __all__ = [
     "VllmAPI",
     "VllmModel",
     "compare",
+    "estimate",
     "predict",
     "predict_batches",
     "predict_in_db",

@@ -24,6 +24,7 @@ from prefect.exceptions import PrefectException
 
 from vllm_tasks.datalayer import ODD
 from vllm_tasks.printable import printable
+from vllm_tasks.tables.estimates import Estimate, lines_of
 from vllm_tasks.tables.keys import display_key
 from vllm_tasks.tables.previews import Preview, as_cells
 from vllm_tasks.tables.report import Progress, Report
@@ -97,7 +98,7 @@ class ProgressArtifact:
 
     def _send(self, progress: Progress, last: bool) -> None:
         percent = min(100.0 * progress.done / progress.to_process, 100.0) if progress.to_process else 0.0
-        percent = 100.0 if last else percent
+        percent = 100.0 if last and not progress.stopped_by else percent
         with warn_if_not_displayed("progress"):
             if self._artifact is None:
                 created = create_progress_artifact(percent, self._key, str(progress))
@@ -128,6 +129,15 @@ def show_preview(preview: Preview) -> None:
         create_table_artifact(table, f"{slug(preview.model)}-preview", words)
 
 
+def show_estimate(estimate: Estimate) -> None:
+    """Create a Markdown artifact of an estimate."""
+    with warn_if_not_displayed("the estimate"):
+        rows = [(name, words(text)) for name, text in lines_of(estimate).items()]
+        title = f"# {words(estimate.predict_id)}: estimate"
+        markdown = f"{title}\n\n{markdown_table(('', ''), rows)}\n"
+        create_markdown_artifact(markdown, f"{slug(estimate.predict_id)}-estimate", str(estimate))
+
+
 def markdown_of(report: Report) -> str:
     """Return the report as Markdown: counts, tokens, seconds, and kinds of errors with keys of rows.
 
@@ -147,6 +157,8 @@ def markdown_of(report: Report) -> str:
     }
     if report.replaced:
         counts["outputs of an earlier prompt, sampling or model replaced"] = _number(report.replaced)
+    if report.stopped_by:
+        counts[f"left to the next run: stopped by {report.stopped_by}"] = _number(report.remaining)
     if report.unreadable:
         counts["lines that could not be read"] = _number(report.unreadable)
     seconds = {PHASES[p]: f"{report.seconds[p]:,.2f} s" for p in PHASES if p in report.seconds}

@@ -1,7 +1,7 @@
 """The types that calls return, for annotations and `isinstance`."""
 
 from vllm_tasks.rows import Choice, Completion, RowError, TokenLogprob
-from vllm_tasks.tables import ErrorKind, FailedRow, Preview, PreviewRow, Report
+from vllm_tasks.tables import ErrorKind, Estimate, FailedRow, Preview, PreviewRow, Report, Total
 from vllm_tasks.validation.report import Comparison, DatasetReport, ValidationReport
 
 __all__ = [
@@ -10,11 +10,13 @@ __all__ = [
     "Completion",
     "DatasetReport",
     "ErrorKind",
+    "Estimate",
     "FailedRow",
     "Preview",
     "PreviewRow",
     "Report",
     "RowError",
     "TokenLogprob",
+    "Total",
     "ValidationReport",
 ]

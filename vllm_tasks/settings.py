@@ -74,6 +74,19 @@ class Settings(BaseSettings):
         description="Memory that a SELECT over the files of a lake may take, as DuckDB writes it: 4GB, or a "
         "percentage of the machine's; the rest is spilled to the temporary folder.",
     )
+    price_per_hour: float = Field(
+        default=0.0,
+        ge=0,
+        description="Price of an hour of a run, with all its GPUs, for `estimate` and `max_cost`.",
+    )
+    price_per_million_prompt_tokens: float = Field(
+        default=0.0, ge=0, description="Price of a million prompt tokens, for `estimate` and `max_cost`."
+    )
+    price_per_million_completion_tokens: float = Field(
+        default=0.0,
+        ge=0,
+        description="Price of a million tokens of answers, for `estimate` and `max_cost`.",
+    )
     gpu_work_pool: str = Field(
         default="",
         description="Work pool for steps with a local model that names none; empty: they run in the flow's "

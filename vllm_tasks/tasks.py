@@ -23,7 +23,7 @@ from vllm_tasks._prefect.policy import POLICY, table_run_name, validation_run_na
 from vllm_tasks._prefect.recording import emit_verdict, save_metric_values
 from vllm_tasks._prefect.row_retries import over_attempts
 from vllm_tasks._prefect.run_logs import follow
-from vllm_tasks.artifacts import show_preview
+from vllm_tasks.artifacts import show_estimate, show_preview
 from vllm_tasks.calls.call import Columns, OnError, Output
 from vllm_tasks.calls.prompts import Context
 from vllm_tasks.calls.signature import signed_as
@@ -33,7 +33,8 @@ from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.placement import check_shards, over_table, routed, target_of, validated
 from vllm_tasks.placement.pulled import check_stays
 from vllm_tasks.rows import Completion, RowError
-from vllm_tasks.tables.arguments import datalayer_of
+from vllm_tasks.tables.arguments import datalayer_of, is_repeatable
+from vllm_tasks.tables.estimates import Estimate
 from vllm_tasks.tables.previews import Preview
 from vllm_tasks.tables.report import Report
 from vllm_tasks.validation import Validation
@@ -168,11 +169,9 @@ def _predict_in_db(
         publish(error.report, "failed")
         raise
     except VllmTasksError as error:
-        # With `overwrite` or `limit`, another attempt would process rows again that this one has completed:
-        # nothing distinguishes them from the rows that are still to be processed.
-        error.repeatable = error.repeatable and not options.get("overwrite") and limit is None
+        error.repeatable = error.repeatable and is_repeatable(options)
         raise
-    publish(report)
+    publish(report, "stopped" if report.stopped_by else "completed")
     return report
 
 
@@ -194,6 +193,27 @@ def _preview(model: Model, *args: Any, **options: Any) -> Preview:
     """
     found = model.preview(*args, routed=partial(routed, model), **options)
     show_preview(found)
+    return found
+
+
+@signed_as(tables.estimate, "routed")
+def _estimate(model: Model, *args: Any, **options: Any) -> Estimate:
+    """Estimate the tokens, time and cost of a run by a trial with a few rows; nothing is committed.
+
+    The arguments and errors are those of `vllm_tasks.tables.estimates.estimate`. The estimate becomes an
+    artifact. The trial is processed where the model's engine is, also on a work pool.
+
+    Args:
+        model: The model.
+        X: Column with the input; a list of columns; or a mapping of columns to arguments.
+        select: A table, or one SELECT statement, or a table in memory.
+        sample: Number of rows of the trial.
+
+    Returns:
+        The estimate, with 95 % intervals.
+    """
+    found = model.estimate(*args, routed=partial(routed, model), **options)
+    show_estimate(found)
     return found
 
 
@@ -331,6 +351,7 @@ predict_batches = RowsTask(_predict_batches, name="predict-batches", **POLICY)
 completions = RowsTask(_completions, name="completions", **POLICY)
 predict_in_db = ModelTask(_predict_in_db, name="predict-in-db", **{**POLICY, "task_run_name": table_run_name})
 preview = ModelTask(_preview, name="preview", **{**POLICY, "task_run_name": table_run_name})
+estimate = ModelTask(_estimate, name="estimate", **{**POLICY, "task_run_name": table_run_name})
 validate = ModelTask(_validate, name="validate", **{**POLICY, "task_run_name": validation_run_name})
 compare = Task(_compare, name="compare", cache_policy=NO_CACHE)
 

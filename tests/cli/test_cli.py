@@ -74,6 +74,16 @@ def test_a_preview_commits_nothing(command: Command, job: Path, tmp_path: Path) 
     assert not list((tmp_path / "data").glob("_outputs__*"))
 
 
+def test_an_estimate_commits_nothing(command: Command, job: Path, tmp_path: Path) -> None:
+    """It prints counts and cost, for people and for programs."""
+    job.write_text(job.read_text() + "prices: {per_million_prompt_tokens: 1000000}\n")
+    code, printed = command("estimate", str(job))
+    assert (code, "rows to process: 4 of 4" in printed, "cost: 12.00" in printed) == (0, True, True)
+    found = json.loads(command("estimate", str(job), "--sample", "8", "--json")[1])
+    assert (found["missing"], found["completion_tokens"]["value"]) == (4, 20)
+    assert not list((tmp_path / "data").glob("_outputs__*"))
+
+
 def test_a_check_sends_no_row(command: Command, job: Path, server: ScriptedServer) -> None:
     """It names the model, how texts are sent, and the versions."""
     code, printed = command("check", str(job))

@@ -243,6 +243,16 @@ def test_a_budget_counts_all_shards(model: VllmAPI, lake: Place, server: Scripte
     assert caught.value.report.processed == ROWS
 
 
+def test_a_budget_of_tokens_is_divided_over_the_shards(model: VllmAPI, lake: Place) -> None:
+    """Each of two shards ends after half of them; the report counts what both have left. A row has 8."""
+    report = over_a_table(model, lake.url, shards=2, max_total_tokens=2 * 50 * 8)
+    assert report.stopped_by == "max_total_tokens"
+    assert 100 <= report.processed == len(lake.answers()) <= 100 + 2 * 16
+    assert report.remaining == ROWS - report.processed
+    assert over_a_table(model, lake.url).processed == report.remaining
+    assert exact(lake)
+
+
 def test_a_validation_runs_on_the_pool_and_is_judged_here(model: VllmAPI, tmp_path: Path) -> None:
     """The values are set on the model, and the gate fails the step here."""
     (tmp_path / "lake").mkdir()

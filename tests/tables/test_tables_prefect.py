@@ -123,6 +123,22 @@ def test_a_run_over_a_table_is_an_event(lake: Place, server: ScriptedServer) -> 
     assert failed["payload"]["failed"] > 0
 
 
+def test_a_run_that_a_budget_ended_has_an_event_of_its_own(lake: Place, server: ScriptedServer) -> None:
+    """So that nothing starts which needs the complete table; its progress and report say what is left."""
+    with VllmAPI(identifier="budgeted", api_url=server.url, db=lake.db, max_in_flight=2) as model:
+        _, report = over_a_table(model, max_total_tokens=80)
+    assert 10 <= report.processed < 100
+    (event,) = events_where(1, resource={"id": ["vllm-tasks.model.budgeted"]})
+    assert event["event"] == "vllm-tasks.predictions.stopped"
+    assert event["payload"]["stopped_by"] == "max_total_tokens"
+    assert event["payload"]["remaining"] == report.remaining == 100 - report.processed
+    (progress,) = artifacts("budgeted-progress")
+    assert float(str(progress.data)) < 100.0
+    assert "stopped by max_total_tokens" in (progress.description or "")
+    (shown,) = artifacts("budgeted-report")
+    assert f"| left to the next run: stopped by max_total_tokens | {report.remaining} |" in str(shown.data)
+
+
 def test_too_many_failures_fail_the_flow_with_a_report(model: VllmAPI, server: ScriptedServer) -> None:
     """The flow run ends as Failed, with its report."""
     server.script = lambda asked: refused(400, "no") if asked.body else None

@@ -7,18 +7,20 @@ from vllm_tasks import (
     RowError,
     VllmAPI,
     compare,
+    estimate,
     predict_batches,
     predict_in_db,
     preview,
     validate,
 )
-from vllm_tasks.results import Comparison, Completion, Preview, Report, ValidationReport
+from vllm_tasks.results import Comparison, Completion, Estimate, Preview, Report, ValidationReport
 from vllm_tasks.tasks import completions
 
 model = VllmAPI(identifier="m", api_url="http://host:8000")
 assert_type(predict_in_db(model, "text", "tickets", refresh="changed", max_tokens=5), Report)
 assert_type(predict_in_db.submit(model, "text", "tickets").result(), Report)
 assert_type(preview(model, "text", "tickets", 3, temperature=0), Preview)
+assert_type(estimate(model, "text", "tickets", sample=16, prices={"per_hour": 2.5}), Estimate)
 assert_type(validate(model, reuse=True), ValidationReport)
 assert_type(completions(model, ["a"], on_error="return", temperature=0), list[Completion | RowError])
 assert_type(model.predict_in_db("text", "tickets", limit=5), Report)

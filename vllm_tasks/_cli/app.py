@@ -65,6 +65,25 @@ def run(file: Path, *, json: AsJson = False) -> None:
 
 
 @app.command
+def estimate(file: Path, *, sample: int = 32, json: AsJson = False) -> None:
+    """Print how many rows a job would process, and their tokens, time and cost; nothing is committed.
+
+    Args:
+        file: The job: parameters of `batch_predict`, in YAML.
+        sample: Number of rows that are processed for it.
+        json: Print the estimate as JSON.
+    """
+    from vllm_tasks.flows.batch_predict import batch_predict
+
+    given = job.read(file, batch_predict)
+    sampling = given.get("sampling") or {}
+    job.check_sampling(file, sampling, given["model"].estimate)
+    names = "X", "select", "predict_id", "primary_id", "db", "prices", "context"
+    taken = {name: given[name] for name in names if name in given}
+    _print(given["model"].estimate(**taken, sample=sample, **sampling), json)
+
+
+@app.command
 def preview(file: Path, *, rows: int = 3, json: AsJson = False) -> None:
     """Prompt the model with the first rows of a job and print what comes; nothing is committed.
 

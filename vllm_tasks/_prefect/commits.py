@@ -75,13 +75,13 @@ def _publish(report: Report) -> None:
 def _counts(report: Report) -> dict[str, Any]:
     names = (
         *("predict_id", "model", "fingerprint", "rows", "up_to_date", "processed", "succeeded", "failed"),
-        *("truncated", "prompt_tokens", "completion_tokens"),
+        *("truncated", "prompt_tokens", "completion_tokens", "stopped_by", "remaining"),
     )
     return {name: getattr(report, name) for name in names}
 
 
-def publish(report: Report, ended: Literal["completed", "failed"] = "completed") -> None:
-    """Display the report, and send the event `vllm-tasks.predictions.completed` or `.failed` for automations.
+def publish(report: Report, ended: Literal["completed", "stopped", "failed"] = "completed") -> None:
+    """Display the report, and send the event `vllm-tasks.predictions.<ended>` for automations.
 
     In a flow, a task run also makes the outputs a Prefect asset of their source. A flow run that works for a
     step elsewhere does nothing of this: the step's caller does.

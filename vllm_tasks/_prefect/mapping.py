@@ -42,6 +42,7 @@ class ModelTask(Task[P, R]):
                 "retry_failed",
                 "max_failed",
             ),
+            *("max_total_tokens", "max_seconds", "max_cost", "sample"),
             *("limit", "max_chunk_size", "shards", "same_source", "n", "validation", "reuse"),
         }
     )

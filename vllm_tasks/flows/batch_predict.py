@@ -40,6 +40,10 @@ def batch_predict(
     retry_failed: bool = False,
     ids: list[Any] | None = None,
     max_failed: float | int | None = 0.05,
+    max_total_tokens: Rows | None = None,
+    max_seconds: float | None = None,
+    max_cost: float | None = None,
+    prices: dict[str, float] | None = None,
     max_chunk_size: Rows | None = None,
     shards: Rows = 1,
     same_source: bool = False,
@@ -63,6 +67,11 @@ def batch_predict(
         retry_failed: Process only the rows that have an error.
         ids: Process only the rows with these keys.
         max_failed: Rows that may fail, as a fraction (0.05) or a number (20); None: any number.
+        max_total_tokens: The run ends when its finished rows have this many tokens, of prompts and answers;
+            they are committed, and the next run does the rest.
+        max_seconds: The same after this time, engine start included.
+        max_cost: The same at this cost.
+        prices: per_hour, per_million_prompt_tokens, per_million_completion_tokens; None: the site's settings.
         max_chunk_size: Rows of a commit; None: VLLM_TASKS_COMMIT_ROWS.
         same_source: Continue the outputs of a table that was renamed, or of a SELECT that was edited, since.
         shards: Number of flow runs on the model's work pool that share the rows, each with its own engine.
@@ -84,6 +93,10 @@ def batch_predict(
         overwrite=overwrite,
         retry_failed=retry_failed,
         max_failed=max_failed,
+        max_total_tokens=max_total_tokens,
+        max_seconds=max_seconds,
+        max_cost=max_cost,
+        prices=prices,
         limit=limit,
         ids=ids,
         max_chunk_size=max_chunk_size,

@@ -161,6 +161,7 @@ class Predictor(ModelFields):
     # The functions themselves, with the model as first argument, so that each signature is written only once.
     predict_in_db = tables.predict_in_db
     preview = tables.preview
+    estimate = tables.estimate
 
     @signed_as(run.validate)
     def validate(  # type: ignore[override]  # of pydantic's, deprecated since its version 2

@@ -28,7 +28,7 @@ from vllm_tasks.placement.payload import Model, Parameters
 from vllm_tasks.placement.runs import Runs
 from vllm_tasks.placement.target import Target, target_of
 from vllm_tasks.rows import Request, Result, RowError
-from vllm_tasks.tables.arguments import datalayer_of
+from vllm_tasks.tables.arguments import datalayer_of, is_repeatable, share_of_budget
 from vllm_tasks.tables.budget import Budget
 from vllm_tasks.tables.job import Display
 from vllm_tasks.tables.predict import predict_in_db
@@ -135,7 +135,8 @@ def over_table(
     select = table_or_statement(select)
     names = f"{model.identifier} - {select[:80]}"
     call = {"work": "table", "X": X, "select": select, "options": options}
-    calls = [{**call, "options": {**options, "shard": (i, shards)}} for i in range(shards)]
+    share = share_of_budget(options, shards)
+    calls = [{**call, "options": {**options, **share, "shard": (i, shards)}} for i in range(shards)]
     if shards == 1:
         calls = [call]
     parts = [
@@ -145,12 +146,10 @@ def over_table(
         )
         for i, call in enumerate(calls)
     ]
-    repeatable = not options.get("overwrite") and options.get("limit") is None
-    outcomes = Runs(target, parts, repeatable=repeatable, on_progress=display.progress).outcomes()
+    outcomes = Runs(target, parts, repeatable=is_repeatable(options), on_progress=display.progress).outcomes()
     report = _merged(outcomes, options.get("max_failed"), began)
-    done = Progress(
-        report.processed, report.succeeded, report.failed, report.completion_tokens, report.seconds["total"]
-    )
+    counts = report.processed, report.succeeded, report.failed, report.completion_tokens
+    done = Progress(*counts, report.seconds["total"], report.stopped_by)
     display.progress(done, last=True)
     return report
 
@@ -275,7 +274,8 @@ def _merged(outcomes: Sequence[str], max_failed: float | int | None, began: floa
     report = Report.of_shards(reports, time.monotonic() - began)
     if failure is not None:
         raise TooManyFailed(str(failure), report) from failure
-    if verdict := Budget(max_failed).exceeded(Tally.of(report), at_end=True):
+    at_end = report.stopped_by is None
+    if verdict := Budget(max_failed).exceeded(Tally.of(report), at_end=at_end):
         raise TooManyFailed(f"{verdict}; all is committed. Look at `_error` in {report.outputs}", report)
     return report
 

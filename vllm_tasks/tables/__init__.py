@@ -1,18 +1,23 @@
 """Predictions over the rows of a table: one committed output or error for each row."""
 
+from vllm_tasks.tables.estimates import Estimate, estimate
 from vllm_tasks.tables.log import Log, Terminal
 from vllm_tasks.tables.predict import predict_in_db
 from vllm_tasks.tables.previews import Preview, PreviewRow, preview
 from vllm_tasks.tables.report import ErrorKind, FailedRow, Report
+from vllm_tasks.tables.totals import Total
 
 __all__ = [
     "ErrorKind",
+    "Estimate",
     "FailedRow",
     "Log",
     "Preview",
     "PreviewRow",
     "Report",
     "Terminal",
+    "Total",
+    "estimate",
     "predict_in_db",
     "preview",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,12 @@ from vllm_tasks.datalayer.arguments import check_folder
 from vllm_tasks.datalayer.selection import Key, Refresh
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.settings import site_settings
+from vllm_tasks.tables.budget import Budget
 from vllm_tasks.tables.commit_policy import CommitPolicy
+from vllm_tasks.tables.prices import Prices
+
+SPENDING = "max_total_tokens", "max_seconds", "max_cost"
+"""Arguments that bound what a call may spend."""
 
 
 def datalayer_of(db: Datalayer | str | None, model: Model) -> Datalayer:
@@ -75,6 +81,52 @@ def check_max_failed(value: float | int | None) -> float | int | None:
         raise InvalidCall(
             f"max_failed={value!r} must be a fraction from 0.0 to 1.0, a number of rows, or None for no limit"
         )
+    return value
+
+
+def budget_of(
+    max_failed: float | int | None,
+    max_total_tokens: int | None,
+    max_seconds: float | None,
+    max_cost: float | None,
+    prices: Mapping[str, float] | None,
+) -> Budget:
+    """The checked bounds of a run; raises `InvalidCall`."""
+    found = Budget(
+        check_max_failed(max_failed),
+        at_least_one("max_total_tokens", max_total_tokens),
+        _above_zero("max_seconds", max_seconds),
+        _above_zero("max_cost", max_cost),
+        Prices.of(prices),
+    )
+    if max_cost is not None and not found.prices.are_set:
+        raise InvalidCall(
+            f"max_cost={max_cost!r} needs a price: pass prices={{'per_hour': ...}} or set "
+            "VLLM_TASKS_PRICE_PER_HOUR (or the prices of tokens)"
+        )
+    return found
+
+
+def share_of_budget(options: Mapping[str, Any], shards: int) -> dict[str, Any]:
+    """What each of the shards may spend of a call's tokens and money; the time is that of each."""
+    tokens = at_least_one("max_total_tokens", options.get("max_total_tokens"))
+    cost = _above_zero("max_cost", options.get("max_cost"))
+    return {
+        "max_total_tokens": None if tokens is None else max(tokens // shards, 1),
+        "max_cost": None if cost is None else cost / shards,
+    }
+
+
+def is_repeatable(options: Mapping[str, Any]) -> bool:
+    """Whether another attempt may follow one that failed: nobody could tell which rows the first has
+    processed (`overwrite`, `limit`), or what it has spent."""
+    return not options.get("overwrite") and all(options.get(name) is None for name in ("limit", *SPENDING))
+
+
+def _above_zero(name: str, value: float | None) -> float | None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (number and 0 < value < math.inf):
+        raise InvalidCall(f"{name}={value!r:.100} must be a number above 0, or None")
     return value
 
 

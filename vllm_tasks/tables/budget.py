@@ -1,11 +1,14 @@
-"""How many rows may fail before a run stops."""
+"""How many rows of a run may fail, and how much the run may spend."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
+from vllm_tasks.errors import InvalidCall
 from vllm_tasks.printable import printable
+from vllm_tasks.tables.prices import Prices
 from vllm_tasks.tables.report import Tally
 
 FEW = 500
@@ -18,14 +21,39 @@ REASON_LENGTH = 300
 
 @dataclass(frozen=True)
 class Budget:
-    """How many rows may fail: a fraction of the rows, a number, or None for any number.
+    """The bounds of a run: too many failed rows are an error, a spent budget is an ordinary end.
 
-    During a run, a fraction is taken of the rows that were read so far, at its end of all. Rows without an
-    outcome count as good. A run is hopeless when the rows that were sent first have all failed alike.
-    Failures that merely come sooner than answers cause neither.
+    `max_failed` is a fraction of the rows, a number, or None for any number. During a run, a fraction is
+    taken of the rows that were read so far, at its end of all. Rows without an outcome count as good. A run
+    is hopeless when the rows that were sent first have all failed alike. Failures that merely come sooner
+    than answers cause neither.
     """
 
     max_failed: float | int | None
+    max_total_tokens: int | None = None
+    max_seconds: float | None = None
+    max_cost: float | None = None
+    prices: Prices = field(default_factory=Prices)
+
+    def spent(self, tally: Tally) -> str | None:
+        """The argument whose limit finished rows and the time have reached, or None.
+
+        Raises `InvalidCall` if tokens have to be counted and the server has reported none.
+        """
+        if tally.uncounted and (self.max_total_tokens or (self.max_cost and self.prices.of_tokens)):
+            raise InvalidCall(
+                "max_total_tokens, and max_cost with a price of tokens, need the numbers of tokens, and the "
+                "server has reported none (no `usage`): use max_seconds, or a price per hour"
+            )
+        seconds = time.monotonic() - tally.started
+        if self.max_seconds is not None and seconds >= self.max_seconds:
+            return "max_seconds"
+        tokens = tally.prompt_tokens, tally.completion_tokens
+        if self.max_total_tokens is not None and sum(tokens) >= self.max_total_tokens:
+            return "max_total_tokens"
+        if self.max_cost is not None and self.prices.cost(seconds, *tokens) >= self.max_cost:
+            return "max_cost"
+        return None
 
     def exceeded(self, tally: Tally, *, at_end: bool) -> str | None:
         """Why the run must stop or has failed, or None.

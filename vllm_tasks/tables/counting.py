@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from contextvars import copy_context
+from dataclasses import replace
 
 from vllm_tasks.engines import loop, sharing
 from vllm_tasks.engines.http.engine import HttpConfig
@@ -21,12 +23,17 @@ class Counted:
     def __init__(self, job: Job, run: Run) -> None:
         self.rows: int | None = None
         self.up_to_date: int | None = None
+        self.remaining: int | None = 0
         self.served_by: dict[str, str] = {}
         self._job, self._run = job, run
-        self._thread = threading.Thread(
-            target=copy_context().run, args=(self._count,), name="vllm-tasks-count", daemon=True
+        self._thread = self._begin(self._count)
+
+    def _begin(self, work: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(
+            target=copy_context().run, args=(work,), name="vllm-tasks-count", daemon=True
         )
-        self._thread.start()
+        thread.start()
+        return thread
 
     def _count(self) -> None:
         self._run.begun.wait()  # the first request comes first
@@ -43,6 +50,22 @@ class Counted:
             # Rows committed before the count are among those that it did not select.
             to_process = min(selected + run.tally.done, rows)
             run.to_process = to_process if job.limit is None else min(to_process, job.limit)
+
+    def count_remaining(self) -> None:
+        """Begin to count the rows that a run has left which a budget has ended."""
+        self.remaining = None
+        # A table is counted by one thread at a time.
+        if not self._thread.is_alive() and self._job.selection.refresh != "changed":
+            self._thread = self._begin(self._count_remaining)
+
+    def _count_remaining(self) -> None:
+        job = self._job
+        try:
+            _, left = job.tables.count(replace(job.selection, since=job.started))
+        except VllmTasksError as error:
+            logger.warning("the remaining rows could not be counted: %s", error)
+            return
+        self.remaining = left if job.limit is None else min(left, job.limit - self._run.tally.done)
 
     def compare(self, job: Job, processed: int, *, complete: bool) -> None:
         """Set `up_to_date` where all unprocessed rows are, and warn of `ids` that the source lacks."""

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from vllm_tasks.datalayer.source_id import source_id
 from vllm_tasks.errors import InvalidCall, TooManyFailed
 from vllm_tasks.tables.arguments import (
     at_least_one,
-    check_max_failed,
+    budget_of,
     columns_of,
     commit_policy_of,
     datalayer_of,
@@ -27,7 +27,6 @@ from vllm_tasks.tables.arguments import (
     refresh_of,
     shard_of,
 )
-from vllm_tasks.tables.budget import Budget
 from vllm_tasks.tables.counting import Counted
 from vllm_tasks.tables.earlier import refuse_other_source
 from vllm_tasks.tables.job import Display, Job
@@ -56,6 +55,10 @@ def predict_in_db(
     refresh: Literal["missing", "changed"] = "missing",
     retry_failed: bool = False,
     max_failed: float | int | None = 0.05,
+    max_total_tokens: int | None = None,
+    max_seconds: float | None = None,
+    max_cost: float | None = None,
+    prices: Mapping[str, float] | None = None,
     limit: int | None = None,
     context: Context = None,
     shards: int = 1,
@@ -93,6 +96,14 @@ def predict_in_db(
         max_failed: How many rows may fail: a fraction (float) or a number (int); None: any number. A run with
             more stops, commits finished rows and raises `TooManyFailed`. It also stops when the first 50 rows
             that were sent all fail alike. Failures that merely arrive before answers do not count more.
+        max_total_tokens: The run ends when its finished rows have this many tokens, of prompts and answers
+            together. Finished rows are committed, rows in flight are cancelled, and the rest is left to the
+            next call; the report has `stopped_by` and `remaining`. In a flow, a call with a budget is not
+            retried: another attempt would spend it again.
+        max_seconds: The same at this time after the start of the call, engine start included.
+        max_cost: The same when this time and these tokens have this cost at `prices`.
+        prices: `per_hour` (of the engine, with all its GPUs), `per_million_prompt_tokens`,
+            `per_million_completion_tokens`, in any currency; None: those of the site's settings.
         limit: Process at most this many rows. Refused if it would replace outputs of another prompt, sampling
             or model: use `preview`, which commits nothing, to try rows.
         context: Fills `{context}` in every prompt.
@@ -128,7 +139,7 @@ def predict_in_db(
     datalayer, read_from = datalayer_of(db, model), source_of(source)
     commit_policy = commit_policy_of(max_chunk_size)
     at_least_one("limit", limit)
-    budget = Budget(check_max_failed(max_failed))
+    budget = budget_of(max_failed, max_total_tokens, max_seconds, max_cost, prices)
     # Arguments are checked before `over`, which may wait for a server.
     refreshed, part = refresh_of(refresh, overwrite, retry_failed), shard_of(shard)
     keys = None if ids is None else keys_of(ids, key)
@@ -199,11 +210,16 @@ def _run(job: Job, output: OutputTable, display: Display, tally: Tally) -> tuple
         counted.wait(SHUTDOWN_TIMEOUT)
         raise
     counted.wait(COUNT_TIMEOUT)
-    counted.compare(job, tally.done, complete=not verdict)
+    if tally.stopped_by:
+        counted.count_remaining()
+        counted.wait(COUNT_TIMEOUT)
+        if counted.remaining == 0:  # the last row was finished before the run knew that it was the last
+            tally.stopped_by = None
+    counted.compare(job, tally.done, complete=not (verdict or tally.stopped_by))
     if not verdict:
         display.progress(tally.progress(run.to_process), last=True)
         tally.rows = counted.rows
-        verdict = job.budget.exceeded(tally, at_end=True)
+        verdict = job.budget.exceeded(tally, at_end=not tally.stopped_by)
     return verdict, counted
 
 
@@ -231,6 +247,8 @@ def _report(predict_id: str, job: Job, tally: Tally, counted: Counted) -> Report
         unreadable=tally.unreadable,
         unreadable_lines=tuple(tally.unreadable_lines),
         chat=job.over.call.prompter.chat,
+        stopped_by=tally.stopped_by,
+        remaining=counted.remaining,
     )
 
 

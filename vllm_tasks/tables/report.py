@@ -57,7 +57,9 @@ class Report:
     stopped early. `processed` = `succeeded` + `failed`, all of them committed. `replaced` is how many of them
     had an output of an earlier prompt, sampling or model, which was removed. `unreadable` is the number of
     source lines without a readable key, which have no output; `unreadable_lines` says where some of them are,
-    and why. `chat` is True if texts were sent through the model's chat template, False if as plain text.
+    and why. `stopped_by` names the argument (`max_seconds`, ...) whose limit ended the run before its last
+    row; `remaining` is the number of rows that are left to the next run then, None when they were not counted
+    in time. `chat` is True if texts were sent through the model's chat template, False if as plain text.
     `seconds` has the `total` and its parts, which overlap: `check` (the call, the source and its keys),
     `first_row` (from the start to the first row that was sent), `read` (source and prompts), `answer`
     (from the first row sent to the last answer), `commit`.
@@ -85,6 +87,8 @@ class Report:
     unreadable: int = 0
     unreadable_lines: tuple[str, ...] = ()
     chat: bool | None = None
+    stopped_by: str | None = None
+    remaining: int | None = 0
 
     @property
     def sent_as(self) -> str:
@@ -125,14 +129,20 @@ class Report:
             worst=_some_of_each_kind([row for r in reports for row in r.worst]),
             unreadable=most.unreadable,
             unreadable_lines=most.unreadable_lines,
+            stopped_by=next((r.stopped_by for r in reports if r.stopped_by), None),
+            remaining=_sum([r.remaining for r in reports]),
         )
 
     def __str__(self) -> str:
         others = "" if self.up_to_date is None else f", {self.up_to_date:,} were up to date"
         if self.unreadable:
             others += f", {self.unreadable:,} lines could not be read"
+        if self.stopped_by:
+            rest = "some" if self.remaining is None else f"{self.remaining:,}"
+            others += f", stopped by {self.stopped_by} with {rest} rows left"
         if not self.processed:
-            return f"{self.predict_id}: nothing to process{others}{self._lines}; outputs: {self.outputs}"
+            done = "no row processed" if self.stopped_by else "nothing to process"
+            return f"{self.predict_id}: {done}{others}{self._lines}; outputs: {self.outputs}"
         if self.replaced:
             others += f", {self.replaced:,} outputs of an earlier prompt, sampling or model replaced"
         kinds = "".join(f"; {e.kind}: {e.rows:,}" for e in self.errors)
@@ -149,13 +159,15 @@ class Report:
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of a run. `to_process` is None until the source has been counted."""
+    """The progress of a run. `to_process` is None until the source has been counted; `stopped_by` is None
+    unless a budget has ended the run."""
 
     to_process: int | None
     succeeded: int
     failed: int
     tokens: int
     seconds: float
+    stopped_by: str | None = None
 
     @classmethod
     def of_parts(cls, parts: Sequence[Progress], *, complete: bool) -> Progress:
@@ -180,14 +192,17 @@ class Progress:
 
     def __str__(self) -> str:
         of = "" if self.to_process is None else f" of {self.to_process:,}"
-        left = "" if self.seconds_left is None else f", {_duration(self.seconds_left)} left"
+        left = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
+        if self.stopped_by:
+            left = f", stopped by {self.stopped_by}"
         return (
             f"{self.done:,}{of} rows done, {self.failed:,} failed, {self.done / self.seconds:,.1f} rows/s, "
             f"{self.tokens / self.seconds:,.0f} tokens/s{left}"
         )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as text for people."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours} h {m:02} min" if hours else f"{m} min {s:02} s" if m else f"{s} s"
@@ -233,6 +248,8 @@ class Tally:
     truncated: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    uncounted: int = 0
+    """Answers whose tokens the server has not counted."""
     commits: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)
@@ -240,6 +257,8 @@ class Tally:
     worst: list[FailedRow] = field(default_factory=list)
     rows: int | None = None
     """Rows of the source, once they have been counted."""
+    stopped_by: str | None = None
+    """The argument whose limit has ended the run."""
     replaced: int = 0
     unreadable: int = 0
     unreadable_lines: list[str] = field(default_factory=list)
@@ -293,6 +312,7 @@ class Tally:
         """Count one row: `answer` is the engine's, `outcome` an error if the answer could not be decoded."""
         self._first.discard(key)
         if isinstance(answer, Completion):
+            self.uncounted += answer.prompt_tokens is None or answer.completion_tokens is None
             self.prompt_tokens += answer.prompt_tokens or 0
             self.completion_tokens += answer.completion_tokens or 0
             self.truncated += any(c.finish_reason == "length" for c in answer.choices)
@@ -314,7 +334,8 @@ class Tally:
     def progress(self, to_process: int | None) -> Progress:
         since = self.first_sent or self.started
         seconds = max(time.monotonic() - since, 1e-3)
-        return Progress(to_process, self.succeeded, self.failed, self.completion_tokens, seconds)
+        counts = self.succeeded, self.failed, self.completion_tokens
+        return Progress(to_process, *counts, seconds, self.stopped_by)
 
     def timings(self) -> dict[str, float]:
         """Seconds of all phases, including those that are known only at the end."""

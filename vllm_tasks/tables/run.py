@@ -40,6 +40,8 @@ SHUTDOWN_TIMEOUT = 2.0
 must be committed within 10 s after the stop."""
 Arrived = tuple[SourceRow, str, Result, int]
 """A row with the hash of its input, its answer and the bytes of the answer."""
+Commit = Callable[[str, Callable[[], None]], None]
+"""Commits a group of this name by calling a function, perhaps more than once."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Run:
         self._group_since = self._last_commit = self._first_answer = 0.0
 
     def run(self) -> str | None:
-        """Process and commit rows until all are done; returns why it stopped early, None if it did not.
+        """Process and commit rows until all are done or a budget is spent; returns why the run has failed, or
+        None.
 
         Whatever ends the run early (a failed engine, Ctrl-C, a signal), finished rows are committed first.
         """
@@ -80,12 +83,17 @@ class Run:
         reader.start()
         try:
             verdict = self._commit_as_it_comes()
+            if self.tally.stopped_by:
+                self._end(reader)
+                self._finish_group(self.display.commit)
         except BaseException:
             self._end(reader)
             self._save()
             raise
         self._end(reader)
-        if verdict and (lost := self._save()):
+        if self.tally.stopped_by:
+            self._log_end(logging.INFO, f"stopped by {self.tally.stopped_by}")
+        elif verdict and (lost := self._save()):
             raise lost
         return verdict
 
@@ -153,6 +161,10 @@ class Run:
                 self._take(item)
             if verdict := self.job.budget.exceeded(self.tally, at_end=False):
                 return verdict
+            open_rows = len(self._open.keys) > len(self._group) or not self._all_read
+            if open_rows and (limit := self.job.budget.spent(self.tally)):
+                self.tally.stopped_by = limit
+                return None
             idle = self._all_read and not self._open.pending and self._queue.empty()
             if self._group and (idle or self._is_due()):
                 self._commit_group(self.display.commit)
@@ -188,7 +200,7 @@ class Run:
             self._group_size += self._group[-1].size
             self.tally.last_answer = time.monotonic()
 
-    def _commit_group(self, commit: Callable[[str, Callable[[], None]], None]) -> None:
+    def _commit_group(self, commit: Commit) -> None:
         group, size = self._group, self._group_size
         keys = [finished.row.key for finished in group]
         redo = {finished.row.key for finished in group if finished.row.redo}
@@ -213,27 +225,36 @@ class Run:
         self._requests.end(SHUTDOWN_TIMEOUT)
         reader.join(SHUTDOWN_TIMEOUT)
 
+    def _finish_group(self, commit: Commit) -> None:
+        """Commit the rows that are finished."""
+        while not self._queue.empty():
+            item = self._queue.get_nowait()
+            if item is not None and not isinstance(item, Failed):
+                with suppress(InvalidCall):  # a key that the table cannot hold must not cost other rows
+                    self._take(item)
+        if self._group:
+            self._commit_group(commit)
+
     def _save(self) -> VllmTasksError | None:
         """Commit the finished rows now, in one attempt; returns the error if that failed."""
         lost = None
         try:
-            while not self._queue.empty():
-                item = self._queue.get_nowait()
-                if item is not None and not isinstance(item, Failed):
-                    with suppress(InvalidCall):  # a key that the table cannot hold must not cost other rows
-                        self._take(item)
-            if self._group:
-                self._commit_group(lambda _name, work: work())
+            self._finish_group(lambda _name, work: work())
         except VllmTasksError as error:
             logger.warning("%d finished rows could not be committed: %s", len(self._group), error)
             lost = error
+        self._log_end(logging.WARNING, "stopped")
+        return lost
+
+    def _log_end(self, level: int, how: str) -> None:
         next_time = "run it again to resume from there"
         if self.job.selection.refresh == "all":
             next_time = "run again with overwrite=True, it processes all rows"
-        logger.warning(
-            "stopped: %s rows of this run are committed, %d dropped; %s",
+        logger.log(
+            level,
+            "%s: %s rows of this run are committed, %d dropped; %s",
+            how,
             f"{self.tally.done - len(self._group):,}",
             len(self._open.keys),
             next_time,
         )
-        return lost
