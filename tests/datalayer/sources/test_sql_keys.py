@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from tests.datalayer.test_sql_source import maria, run  # noqa: F401 - a fixture
+from tests.datalayer.sources.test_sql_source import maria, run  # noqa: F401 - a fixture
 from tests.servers.databases import OUT, Place, selection
 from vllm_tasks.datalayer.elsewhere import Elsewhere
 from vllm_tasks.datalayer.lake.lake import Lake

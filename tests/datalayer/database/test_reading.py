@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import datetime as dt
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.servers.databases import TABLE, Place, either, every, keys, row, selection, sqlite
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    """An empty SQLite file or PostgreSQL database."""
-    yield from either(request, tmp_path)
-
+from tests.servers.databases import TABLE, Place, every, keys, row, selection, sqlite
 
 KEYS: dict[str, list[Any]] = {
     "bigint": [-(2**63), -1, 0, 1, 2**63 - 1],

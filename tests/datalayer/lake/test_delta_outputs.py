@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from deltalake import DeltaTable, Field
 from deltalake.schema import ArrayType, MapType, PrimitiveType, StructType
 from pydantic import ValidationError
 
-from tests.datalayer.test_lake import FLAT, OUT, ROWS, TABLE, committed, jsonl, keys, row, selection
+from tests.datalayer.lake.rows import FLAT, OUT, TABLE, committed, keys, row, selection
 from vllm_tasks import VllmAPI
 from vllm_tasks.datalayer.lake import delta_writer
 from vllm_tasks.datalayer.lake.delta import dataset
@@ -24,14 +23,6 @@ from vllm_tasks.datalayer.lake.lake import Lake
 from vllm_tasks.datalayer.selection import OutputColumn, OutputTable
 from vllm_tasks.datalayer.storable import to_json
 from vllm_tasks.errors import InvalidCall
-
-
-@pytest.fixture
-def lake(tmp_path: Path) -> Iterator[Lake]:
-    jsonl(tmp_path / "t.jsonl", ROWS)
-    opened = Lake(str(tmp_path))
-    yield opened
-    opened.close()
 
 
 def table(lake: Lake) -> DeltaTable:

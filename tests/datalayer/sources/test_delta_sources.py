@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from tests.datalayer.test_lake import keys, selection
+from tests.datalayer.lake.rows import keys, selection
 from vllm_tasks.datalayer.lake.delta import dataset, find_table
 from vllm_tasks.datalayer.lake.lake import Lake
 from vllm_tasks.datalayer.sources import PART_BYTES, Unreadable

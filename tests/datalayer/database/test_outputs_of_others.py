@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from tests.servers.databases import FLAT, OUT, TABLE, Place, either, keys, row, selection
+from tests.servers.databases import FLAT, OUT, TABLE, Place, keys, row, selection
 from vllm_tasks.errors import InvalidCall
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    """An empty SQLite file or PostgreSQL database."""
-    yield from either(request, tmp_path)
 
 
 def test_what_others_added_stays(place: Place) -> None:
