@@ -37,14 +37,16 @@ test-long: .venv/.ready
 
 # The base package for a remote vLLM: without vLLM, and with the newest Prefect. Only tests that use Prefect run a
 # second time; for validations these are the ones about blocks, events, transactions and forms.
-WITH_PREFECT := models/test_blocks placement/test_flow_runs engines/test_gpus models/test_models test_package \
-	pools/test_pools models/test_resources tables/test_tables_prefect test_tasks
+WITH_PREFECT := models/test_blocks models/test_callables models/test_calls placement/test_flow_runs engines/test_gpus \
+	models/test_models test_package pools/test_pools models/test_resources tables/test_tables_prefect \
+	tasks/test_retries tasks/test_tasks
 VALIDATION := values_go_into_the_saved_block_and_nothing_else_changes a_model_that_passes_is_told_to_automations \
-	a_model_that_fails_is_recorded_shown_and_told_before what_is_committed_is_not_called_rolled_back \
-	models_are_compared_row_by_row the_deployable_flows_have_good_forms
+	a_model_that_fails_is_recorded_shown_and_told_before what_is_committed_is_not_called_rolled_back
+VALIDATION_FLOWS := models_are_compared_row_by_row the_deployable_flows_have_good_forms
 test-newest: .venv-newest/.ready
 	.venv-newest/bin/python -m pytest $(AT_ONCE) -m "not engine" $(WITH_PREFECT:%=tests/%.py) \
-		$(VALIDATION:%=tests/validation/test_validation_prefect.py::test_%) $(ARGS)
+		$(VALIDATION:%=tests/validation/test_validation_prefect.py::test_%) \
+		$(VALIDATION_FLOWS:%=tests/validation/test_validation_flows.py::test_%) $(ARGS)
 
 # The base package under another Python, without vLLM: `make test-python PYTHON=3.13` if that one is installed.
 test-python:

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.options import Options
-from vllm_tasks.validation.statistics import Paired, mean, paired, regressed, wilson
+from vllm_tasks.validation.resampling import mean
+from vllm_tasks.validation.statistics import Paired, paired, regressed, wilson
 
 Array = NDArray[np.float64]
 Compared = Callable[[np.random.Generator], Paired]

@@ -22,7 +22,7 @@ from prefect.artifacts import (
 )
 from prefect.exceptions import PrefectException
 
-from vllm_tasks.datalayer import ODD
+from vllm_tasks.datalayer.table_names import ODD
 from vllm_tasks.printable import printable
 from vllm_tasks.tables.estimates import Estimate, lines_of
 from vllm_tasks.tables.keys import display_key

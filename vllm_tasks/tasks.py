@@ -27,7 +27,8 @@ from vllm_tasks.artifacts import show_estimate, show_preview
 from vllm_tasks.calls.call import Columns, OnError, Output
 from vllm_tasks.calls.prompts import Context
 from vllm_tasks.calls.signature import signed_as
-from vllm_tasks.datalayer import Datalayer, outputs_name
+from vllm_tasks.datalayer import Datalayer
+from vllm_tasks.datalayer.table_names import outputs_name
 from vllm_tasks.errors import GateFailed, InvalidCall, TooManyFailed, VllmTasksError
 from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.placement import check_shards, over_table, routed, target_of, validated

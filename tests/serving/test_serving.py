@@ -1,4 +1,4 @@
-"""`serve(model)`: one vLLM server for all users of a configuration, which ends with the last of them."""
+"""`serve(model)`: one server for all users of a configuration, by a stand-in for vLLM's."""
 
 from __future__ import annotations
 
@@ -6,26 +6,23 @@ import asyncio
 import json
 import os
 import signal
-import socket
-import stat
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any
 
 import psutil
 import pytest
-import requests
 from prefect import flow
 
-from tests.conftest import IN_PREFECT, TINY_ARGS
+from tests.conftest import IN_PREFECT
 from tests.eventually import eventually
 from tests.scripts import running_script
+from tests.serving.processes import STAND_IN, User, answers, is_alive, pids_of, port_of, told
 from vllm_tasks import InvalidCall, VllmAPI, VllmModel, predict_batches, serve
 from vllm_tasks.engines import loop
 from vllm_tasks.engines.local.gpus import free_devices
@@ -33,48 +30,6 @@ from vllm_tasks.errors import EngineFailed
 from vllm_tasks.serving import shared_server
 from vllm_tasks.serving.api import command_line, server_arguments
 from vllm_tasks.tasks import save_metric_values
-
-STAND_IN = Path(__file__).parents[1] / "servers/scripted_vllm.py"
-
-
-@pytest.fixture(autouse=True)
-def servers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The folder of all servers of a test."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "vllm_tasks" / "servers"
-
-
-@pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., VllmModel]]:
-    """Makes models whose server is the stand-in; no two of its processes ever lived at once."""
-    monkeypatch.setattr(shared_server, "SERVER", STAND_IN)
-    record = tmp_path / "record"
-
-    def model(**kwargs: Any) -> VllmModel:
-        return VllmModel(identifier="scripted", model_name="m", vllm_kwargs={"record": str(record), **kwargs})
-
-    yield model
-    assert "TWO" not in record.read_text()
-    assert eventually(lambda: not any(map(is_alive, pids_of(record))))
-
-
-def pids_of(record: Path) -> list[int]:
-    return [int(pid) for pid in record.read_text().split()]
-
-
-def told(servers: Path) -> dict[str, Any]:
-    """The contents of the only server's `server.json`."""
-    (folder,) = servers.iterdir()
-    found: dict[str, Any] = json.loads((folder / "server.json").read_text())
-    return found
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
 
 # ---------------------------------------------------------------------- the model's part
 
@@ -405,154 +360,3 @@ def test_users_that_come_and_go_at_once_have_one_server(servers: Path) -> None:
     codes = json.loads(done.stdout)
     assert set(codes) <= {0, -signal.SIGKILL}, done.stderr
     assert eventually(lambda: not list(servers.glob("*/server.json")))
-
-
-# ---------------------------------------------------------------------- the life of a real server
-
-USER = """
-import json, sys
-from pathlib import Path
-from vllm_tasks import VllmModel, serve
-from vllm_tasks.serving import shared_server
-from vllm_tasks.engines.local.gpus import free_devices
-
-shared_server.SERVER = Path(sys.argv[1])
-with serve(VllmModel(**json.loads(sys.argv[2]))) as served:
-    print(json.dumps([served.api_url, served.api_key.get_secret_value()]), flush=True)
-    for line in sys.stdin:
-        print(json.dumps(served.predict_batches(json.loads(line))), flush=True)
-"""
-
-
-class User:
-    """A script that serves a model and predicts the texts that it is sent; killed after `LONGEST` seconds."""
-
-    LONGEST = 900.0
-
-    def __init__(self, model: VllmModel) -> None:
-        fields = model.model_dump(include={"identifier", "model_name", "vllm_kwargs", "predict_kwargs"})
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", USER, str(shared_server.SERVER), json.dumps(fields)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._timer = threading.Timer(self.LONGEST, self._process.kill)
-
-    def __enter__(self) -> Self:
-        self._timer.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-        self._process.kill()
-        self._process.communicate()
-
-    def hear(self) -> Any:
-        assert self._process.stdout is not None
-        return json.loads(self._process.stdout.readline())
-
-    def ask(self, rows: list[str]) -> Any:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(rows) + "\n")
-        self._process.stdin.flush()
-        return self.hear()
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def leave(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        assert self._process.wait() == 0
-        self._process.stdin = None  # for communicate()
-
-
-@pytest.fixture
-def tiny(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> VllmModel:
-    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "240")
-    sampling = {"temperature": 0, "max_tokens": 8}
-    return VllmModel(
-        identifier="tiny", model_name=str(tiny_model), vllm_kwargs=TINY_ARGS, predict_kwargs=sampling
-    )
-
-
-@pytest.mark.engine
-@pytest.mark.long
-@pytest.mark.usefixtures("all_processes_of_vllm")
-def test_the_life_of_a_server(tiny: VllmModel, servers: Path) -> None:
-    """Two processes share one server, which outlives the first and its own death, not the second."""
-    rows = [f"row {i}" for i in range(20)]
-    with User(tiny) as first, User(tiny) as second:
-        url, key = first.hear()
-        assert second.hear() == [url, key]
-        assert len(first.ask(rows)) == len(second.ask(rows)) == 20
-        check_secret(servers, url, key)
-
-        first.kill()
-        assert len(second.ask(rows)) == 20
-
-        family = processes_of(servers)
-        os.kill(told(servers)["pids"]["server"], signal.SIGKILL)
-        assert len(second.ask(rows)) == 20
-        assert told(servers)["key"] == key
-        assert [p.pid for p in family if is_alive(p.pid)] == [told(servers)["pids"]["supervisor"]]
-
-        family, shared = processes_of(servers), shared_memory_of(servers)
-        assert shared
-        port = port_of(servers)
-        second.leave()
-        assert eventually(lambda: not any(is_alive(p.pid) for p in family))
-        assert not answers(port)
-        assert not any(os.path.exists(file) for file in shared)
-        assert not list(servers.glob("*/server.json"))
-
-
-def check_secret(servers: Path, url: str, key: str) -> None:
-    """Nobody is served without the key, and nobody else can read it."""
-    (folder,) = servers.iterdir()
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in folder.iterdir())
-    assert not any(key in word for p in processes_of(servers) for word in p.cmdline())
-    body = {"model": told(servers)["url"], "prompt": "a"}
-    assert requests.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 401
-
-
-def processes_of(servers: Path) -> list[psutil.Process]:
-    supervisor = psutil.Process(told(servers)["pids"]["supervisor"])
-    return [supervisor, *supervisor.children(recursive=True)]
-
-
-def shared_memory_of(servers: Path) -> set[str]:
-    maps = {m.path for p in processes_of(servers) for m in p.memory_maps()}
-    return {path for path in maps if path.startswith("/dev/shm/") and os.path.exists(path)}
-
-
-def port_of(servers: Path) -> int:
-    return int(told(servers)["url"].rpartition(":")[2])
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-@pytest.mark.engine
-@pytest.mark.long
-def test_a_real_start_that_fails_gives_the_reason_of_vllm(tiny: VllmModel, servers: Path) -> None:
-    """vLLM's message about a wrong argument reaches the caller, and no process is left."""
-    wrong = tiny.model_copy(update={"vllm_kwargs": {**TINY_ARGS, "max_model_len": 4096}})
-    with pytest.raises(EngineFailed, match=r"max_model_len \(4096\)") as caught, serve(wrong):
-        pass
-    assert not caught.value.temporary
-    (folder,) = servers.iterdir()
-    assert "max_model_len" in (folder / "log").read_text()
-    assert eventually(lambda: not started_here())
-
-
-def started_here() -> list[psutil.Process]:
-    """All processes that this test started, found by a variable in their environment."""
-    cache = os.environ["XDG_CACHE_HOME"]
-    found = psutil.process_iter(["environ"])
-    return [p for p in found if (p.info["environ"] or {}).get("XDG_CACHE_HOME") == cache]

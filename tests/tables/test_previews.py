@@ -12,7 +12,7 @@ from prefect.client.schemas.filters import ArtifactFilter
 
 from tests.places import Place
 from tests.servers.scripted_server import ScriptedServer, answer_to, refused
-from tests.tables.test_tables import says
+from tests.tables.runs import says
 from vllm_tasks import InvalidCall, VllmAPI, preview
 from vllm_tasks.results import Preview
 

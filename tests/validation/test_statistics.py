@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from vllm_tasks.validation import statistics
+from vllm_tasks.validation import resampling, statistics
+from vllm_tasks.validation.resampling import Total, mean
 from vllm_tasks.validation.statistics import (
     Interval,
     Paired,
     bootstrap,
     bootstrap_set,
-    mean,
     mean_interval,
     mean_rows,
     paired,
@@ -156,7 +156,7 @@ def test_rows_drawn_in_parts_are_the_rows_drawn_at_once(monkeypatch: pytest.Monk
     rows = mean_rows(np.random.default_rng(0).random(50).tolist())
     others = rows[::-1] * 0.9
     at_once = bootstrap(rows), paired(rows, others)
-    monkeypatch.setattr(statistics, "CHUNK", 1_000)
+    monkeypatch.setattr(resampling, "CHUNK", 1_000)
     low, high = bootstrap(rows).low, bootstrap(rows).high
     assert (low, high) == (pytest.approx(at_once[0].low), pytest.approx(at_once[0].high))
     assert paired(rows, others).p_worse == pytest.approx(at_once[1].p_worse, abs=0.02)
@@ -242,14 +242,14 @@ def test_a_sample_of_swaps_is_close_to_mcnemars_test(losses: int, wins: int) -> 
 @pytest.mark.parametrize("total", [mean, precision])
 @pytest.mark.parametrize("few", [True, False], ids=["row by row", "by counts"])
 def test_a_sample_of_swaps_is_close_to_all_of_them(
-    total: statistics.Total, few: bool, monkeypatch: pytest.MonkeyPatch
+    total: Total, few: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(4)
     before = [(float(x), 1.0) for x in rng.random(10)]
     after = [(x - float(d), 1.0) for (x, _), d in zip(before, rng.normal(0.1, 0.3, 10), strict=True)]
     exact = paired(before, after, total)
     monkeypatch.setattr(statistics, "EVERY_SWAP", 0)
-    monkeypatch.setattr(statistics, "ALIKE", 8 if few else 0)
+    monkeypatch.setattr(resampling, "ALIKE", 8 if few else 0)
     sampled = paired(before, after, total)
     assert sampled.p_worse == pytest.approx(exact.p_worse, abs=0.03)
     assert sampled.p_different == pytest.approx(exact.p_different, abs=0.03)

@@ -1,4 +1,4 @@
-"""`validate` and `compare` in Prefect: artifacts, the saved block, events, the gate, the deployable flows."""
+"""`validate` in Prefect: artifacts, the saved block, events, the gate."""
 
 from __future__ import annotations
 
@@ -7,126 +7,35 @@ import base64
 import json
 import re
 import time
-import uuid
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-from uuid import UUID
 
 import pytest
 from prefect import flow, get_client
 from prefect.client.schemas.actions import BlockDocumentUpdate
-from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
-from prefect.client.schemas.objects import Artifact
-from prefect.runtime import flow_run
+from prefect.client.schemas.filters import FlowRunFilter
 
 from tests.conftest import IN_PREFECT
-from tests.events import events_where
 from tests.scripts import running_script
-from tests.served import run_when_served
-from tests.servers.scripted_server import Asked, Reply, Script, ScriptedServer, refused, usual
-from vllm_tasks import (
-    Datalayer,
-    Dataset,
-    GateFailed,
-    InvalidCall,
-    Metric,
-    Validation,
-    VllmAPI,
-    VllmModel,
-    validate,
+from tests.servers.scripted_server import Asked, Reply, ScriptedServer, usual
+from tests.validation.quiz import (
+    SVG,
+    artifact,
+    events_of,
+    history,
+    loaded,
+    of,
+    questions,
+    right_of,
+    said,
+    saved,
+    validated,
 )
-from vllm_tasks.flows.compare_models import compare_models
+from vllm_tasks import Datalayer, Dataset, GateFailed, InvalidCall, Metric, VllmAPI, VllmModel, validate
 from vllm_tasks.flows.validate_model import validate_model
-from vllm_tasks.results import Comparison, ValidationReport
+from vllm_tasks.results import ValidationReport
 
 pytestmark = IN_PREFECT
-SVG = re.compile(r"!\[[^\]]*\]\(data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)\)")
-
-
-def said(words: Callable[[str], str | None]) -> Script:
-    """A script that answers a prompt with `words(prompt)`; a prompt without words is refused."""
-
-    def script(asked: Asked) -> Reply | None:
-        if asked.body is None:
-            return None
-        if (text := words(asked.prompt)) is None:
-            return refused(400, "no")
-        reply = usual(asked)
-        reply.body["choices"][0]["text"] = text
-        return reply
-
-    return script
-
-
-def right_of(rows: int) -> Callable[[str], str]:
-    """A script that answers `q0`, `q1`, ... rightly in so many cases."""
-    return lambda prompt: prompt.replace("q", "a") if int(prompt[1:]) < rows else "wrong"
-
-
-def questions(rows: int = 10) -> list[dict[str, Any]]:
-    return [{"question": f"q{i}", "answer": f"a{i}"} for i in range(rows)]
-
-
-def of(*datasets: str, **fields: Any) -> Validation:
-    """Ten questions as each of `datasets`; the metric is whether the answer is right."""
-    return Validation(
-        **{
-            "datasets": [Dataset(identifier=name, raw_data=questions()) for name in datasets or ("ten",)],
-            "metrics": [Metric(identifier="exact_match")],
-            "key": ("question", "answer"),
-            **fields,
-        }
-    )
-
-
-@pytest.fixture
-def name() -> str:
-    """A name that no other test of the session's server uses."""
-    return f"test-{uuid.uuid4().hex[:12]}"
-
-
-@pytest.fixture
-def lake(tmp_path: Path) -> Datalayer:
-    return Datalayer(url=str(tmp_path / "lake"))
-
-
-@pytest.fixture
-def model(server: ScriptedServer, lake: Datalayer, name: str) -> Iterator[VllmAPI]:
-    """Eight of ten answers are right."""
-    server.script = said(right_of(8))
-    with VllmAPI(identifier=name, api_url=server.url, db=lake, model="x", retries=0) as model:
-        yield model
-
-
-@flow
-def validated(
-    model: VllmAPI | VllmModel, validation: Validation | None = None, **options: Any
-) -> tuple[UUID, ValidationReport]:
-    report = validate(model, validation, **options)
-    return UUID(flow_run.id), report
-
-
-def artifact(key: str) -> Artifact:
-    """The last artifact of this key."""
-    with get_client(sync_client=True) as client:
-        found = client.read_artifacts(artifact_filter=ArtifactFilter(key={"any_": [key]}))
-    return max(found, key=lambda one: one.created)
-
-
-def history(lake: Datalayer) -> list[dict[str, Any]]:
-    tables = lake.tables()
-    try:
-        rows = [dict(row) for batch in tables.read("_metric_values") for row in batch]
-    finally:
-        tables.close()
-    return sorted(rows, key=lambda row: row["created_at"])
-
-
-def events_of(model: str, count: int) -> list[dict[str, Any]]:
-    """The validation events of a model."""
-    return events_where(count, resource={"id": [f"vllm-tasks.model.{model}"]})
 
 
 # ---------------------------------------------------------------------- what is shown
@@ -231,21 +140,6 @@ def test_no_contents_are_shown_where_none_may_be(model: VllmAPI, server: Scripte
 
 
 # ---------------------------------------------------------------------- the saved block
-
-
-def saved(name: str, server: ScriptedServer, lake: Datalayer, **fields: Any) -> VllmAPI:
-    """A saved model whose tables are a saved Datalayer, as it was loaded."""
-    Datalayer(url=lake.url).save(f"{name}-lake")
-    db = Datalayer.load(f"{name}-lake")
-    made = VllmAPI(identifier=name, api_url=server.url, db=db, model="x", retries=0, **fields)
-    made.save(name)
-    return loaded(name)
-
-
-def loaded(name: str) -> VllmAPI:
-    found = VllmAPI.load(name)
-    assert isinstance(found, VllmAPI)
-    return found
 
 
 def test_values_go_into_the_saved_block_and_nothing_else_changes(
@@ -448,111 +342,6 @@ def test_a_saved_model_may_judge(model: VllmAPI, server: ScriptedServer, name: s
     absent = Metric(identifier="good", object="judge", options={**options, "model": "vllm-api/no-such"})
     with pytest.raises(InvalidCall, match="there is no saved block 'vllm-api/no-such'"):
         validated(model, of(metrics=[absent]))
-
-
-# ---------------------------------------------------------------------- the deployable flows
-
-
-ACCEPTED = [{"question": f"q{i}", "answer": [f"a{i}"]} for i in range(10)]
-FORM: dict[str, Any] = {
-    "datasets": [
-        {"identifier": "first", "raw_data": ACCEPTED, "sample_size": 10},
-        {"identifier": "second", "raw_data": ACCEPTED[:5]},
-    ],
-    "metrics": [{"identifier": "exact_match"}, {"identifier": "right", "object": "flows.demo.is_right"}],
-    "key": ["question", "answer"],
-    "thresholds": {"first/exact_match": 0.75},
-}
-"""A validation as JSON, as a form or the API gives it."""
-
-
-def test_the_flow_validates_a_saved_model_when_served(
-    server: ScriptedServer, lake: Datalayer, name: str
-) -> None:
-    """A run from a form, with a saved block and a validation in JSON, has two data sets and one event."""
-    server.script = said(right_of(8))
-    saved(name, server, lake)
-    with get_client(sync_client=True) as client:
-        block = client.read_block_document_by_name(name, "vllm-api").id
-    form = {"model": {"$ref": {"block_document_id": str(block)}}, "validation": FORM}
-    run = run_when_served("validate_model", form)
-    assert run.name == f"validate {name}"
-    assert loaded(name).metric_values == {
-        "first": {"exact_match": 0.8, "right": 0.8},
-        "second": {"exact_match": 1.0, "right": 1.0},
-    }
-    assert {row["flow_run"] for row in history(lake)} == {str(run.id)}
-    (event,) = events_of(name, 1)
-    assert event["event"] == "vllm-tasks.validation.passed"
-    assert event["payload"]["metric_values"].keys() == {"first", "second"}
-
-
-def test_the_flow_fails_with_the_reasons_of_all_data_sets(model: VllmAPI, lake: Datalayer) -> None:
-    """All are recorded; one event reports the failure, although one data set passed."""
-    limits = {"a/exact_match": 0.9, "b/exact_match": 0.85, "c/exact_match": 0.5}
-    state = validate_model(model, of("a", "b", "c", thresholds=limits), return_state=True)
-    assert state.is_failed()
-    for words in ("a: exact_match is 0.8", "b: exact_match is 0.8"):
-        assert words in (state.message or "")
-    assert {row["dataset"]: row["passed"] for row in history(lake)} == {"a": False, "b": False, "c": True}
-    (event,) = events_of(model.identifier, 1)
-    assert event["event"] == "vllm-tasks.validation.failed"
-    assert len(event["payload"]["reasons"]) == 2
-
-
-def test_the_flow_needs_a_validation(model: VllmAPI) -> None:
-    """The validation is given or saved with the model."""
-    with pytest.raises(InvalidCall, match="has no validation: give one"):
-        validate_model(model)
-
-
-def test_models_are_compared_row_by_row(server: ScriptedServer, lake: Datalayer, name: str) -> None:
-    """Each model is compared with the first, by parameters in JSON; one below its limit fails nothing."""
-    server.script = lambda asked: said(right_of(9 if (asked.body or {}).get("model") == "big" else 5))(asked)
-    big, small = ({"identifier": f"{name}-{m}", "api_url": server.url, "model": m} for m in ("big", "small"))
-    comparison = compare_models([big, small], FORM, db={"url": lake.url.get_secret_value()})
-    assert isinstance(comparison, Comparison)
-    assert comparison.models == (f"{name}-big", f"{name}-small")
-    by = {(s.dataset, s.metric, s.model): s for s in comparison.standings}
-    assert len(by) == 8
-    assert by["first", "exact_match", f"{name}-big"].paired is None
-    second = by["first", "exact_match", f"{name}-small"]
-    assert second.value.value == 0.5
-    assert second.paired is not None
-    assert second.paired.difference == pytest.approx(-0.4)
-    page = str(artifact(f"comparison-{name}-big-{name}-small").data)
-    assert f"against {name}-big" in page
-    assert "-0.4 (" in page
-    pictures = SVG.findall(page)
-    assert len(pictures) == 4
-    for picture in pictures:
-        ElementTree.fromstring(base64.b64decode(picture))
-    (event,) = events_of(f"{name}-small", 1)
-    assert event["event"] == "vllm-tasks.validation.failed"
-
-
-def test_models_to_compare_are_told_apart_before_they_are_asked(
-    model: VllmAPI, server: ScriptedServer
-) -> None:
-    """Two models of one identifier would overwrite each other's answers."""
-    with pytest.raises(InvalidCall, match="need identifiers of their own"):
-        compare_models([model, model.model_copy()], of())
-    assert not server.posts
-
-
-@pytest.mark.parametrize(
-    ("deployed", "required"), [(validate_model, ["model"]), (compare_models, ["models", "validation"])]
-)
-def test_the_deployable_flows_have_good_forms(deployed: Any, required: list[str]) -> None:
-    """Every parameter and every field of a validation has a description, and models are picked as blocks."""
-    schema = deployed.parameters
-    assert schema.required == required
-    assert not [name for name, p in schema.properties.items() if not p.get("description")]
-    slugs = {d.get("block_type_slug") for d in schema.definitions.values()}
-    assert {"vllm-api", "vllm-model", "vllm-datalayer"} <= slugs
-    for part in ("Validation", "Dataset", "Metric"):
-        fields = schema.definitions[part]["properties"]
-        assert not [name for name, p in fields.items() if not p.get("description")], part
 
 
 # ---------------------------------------------------------------------- cancelling

@@ -12,30 +12,14 @@ import pytest
 from pydantic import SecretStr
 
 from tests.places import Place
-from tests.servers.scripted_server import ScriptedServer
-from tests.validation.test_validation import (
-    Asked,
-    Make,
-    Pupil,
-    exam,
-    here,
-    make,
-    only,
-    pupil,
-    refused,
-    reply,
-    table,
-    validation,
-    values,
-)
+from tests.servers.scripted_server import Asked, ScriptedServer, refused
+from tests.validation.exam import Make, Pupil, exam, only, reply, table, validation, values
 from vllm_tasks import InvalidCall, VllmAPI
 from vllm_tasks.datalayer.lake.lake import Lake
 from vllm_tasks.errors import TooManyFailed
 from vllm_tasks.validation import Dataset, Metric
 from vllm_tasks.validation.pages import markdown_of
 from vllm_tasks.validation.run import validate
-
-__all__ = ["here", "make", "pupil"]  # fixtures
 
 LOW, HIGH = {"rubric": "Is it right?", "scale": [1, 5]}, {"rubric": "Is it right?", "scale": [1, 10]}
 

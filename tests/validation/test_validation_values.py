@@ -20,26 +20,13 @@ import sqlalchemy as sa
 from tests.places import Place
 from tests.servers.postgres import Postgres
 from tests.servers.scripted_server import ScriptedServer
-from tests.validation.test_validation import (
-    COLUMNS,
-    Make,
-    choosing,
-    here,
-    letters,
-    make,
-    only,
-    reply,
-    sample,
-    validation,
-)
+from tests.validation.exam import COLUMNS, Make, choosing, letters, only, reply, sample, validation
 from vllm_tasks import InvalidCall
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.datalayer.values import Nanoseconds, Number
 from vllm_tasks.validation import Dataset, Metric, Validation
 from vllm_tasks.validation.run import validate
 from vllm_tasks.validation.snapshot import Columns, read_snapshot, take_snapshot
-
-__all__ = ["here", "make"]  # fixtures
 
 EXACT = [Metric(identifier="exact_match")]
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 from vllm_tasks.calls.answers import Decoder
 from vllm_tasks.calls.chat import of_model
 from vllm_tasks.calls.functions import WAY_OUT
-from vllm_tasks.calls.prompts import Context, Prompter, Signature, conversation
+from vllm_tasks.calls.prompt_func import Signature
+from vllm_tasks.calls.prompts import Context, Prompter, conversation
 from vllm_tasks.calls.sampling import Target, check_prompts
 from vllm_tasks.calls.weights import engine_identity, sampling_identity
 from vllm_tasks.canonical import fingerprint

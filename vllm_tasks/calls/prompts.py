@@ -3,47 +3,29 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeGuard
+from typing import Any
 
 import fsspec
 
 from vllm_tasks.calls.functions import made_of
+from vllm_tasks.calls.prompt_func import (
+    Signature,
+    beside_the_record,
+    call_arguments,
+    described,
+    is_tuple,
+    refusal,
+)
 from vllm_tasks.calls.template import ARTIFACT, BadRow, Template, text_of
 from vllm_tasks.errors import SHOWN, InvalidCall, near
 from vllm_tasks.places import check_place, without_secrets
 from vllm_tasks.rows import Message, RowError
 from vllm_tasks.settings import site_settings
 
-Signature = Literal["singleton", "*args", "**kwargs", "*args,**kwargs"]
 Context = str | Sequence[str] | None
-
-
-def _described(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
-
-
-def call_arguments(signature: Signature, x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a record as `(args, kwargs)` of a call. Raise `BadRow` if it has another shape."""
-    if signature == "singleton":
-        return (x,), {}
-    if signature == "*args" and _is_tuple(x):
-        return tuple(x), {}
-    if signature == "**kwargs" and isinstance(x, Mapping):
-        return (), dict(x)
-    if signature == "*args,**kwargs" and _is_tuple(x) and len(x) == 2:
-        args, kwargs = x
-        if _is_tuple(args) and isinstance(kwargs, Mapping):
-            return tuple(args), dict(kwargs)
-    expected = {"*args": "a tuple", "**kwargs": "a dict"}.get(signature, "a pair of a tuple and a dict")
-    raise BadRow(f"signature={signature!r} takes {expected} for each record, got {_described(x)}")
-
-
-def _is_tuple(x: object) -> TypeGuard[Sequence[Any]]:
-    return isinstance(x, Sequence) and not isinstance(x, str | bytes | bytearray | memoryview)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,7 +78,7 @@ class Prompter:
     def named(self) -> dict[str, Any]:
         """The keyword arguments that `prompt_func` names and so receives."""
         offered = {"context": self.joined_context, "artifacts": self.artifacts}
-        names = _beside_the_record(self.prompt_func, self.signature)
+        names = beside_the_record(self.prompt_func, self.signature)
         return {**{name: value for name, value in offered.items() if name in names}, **self.keywords}
 
     @functools.cached_property
@@ -133,7 +115,7 @@ class Prompter:
         args, kwargs = call_arguments(self.signature, example)
         if self.prompt_func is not None:
             named = self._beside(kwargs)
-            if why := _refusal(
+            if why := refusal(
                 self.prompt_func, args, {**kwargs, **named}, twice=named.keys() & kwargs.keys()
             ):
                 raise InvalidCall(f"prompt_func cannot be called with the columns of X: {why}")
@@ -224,7 +206,7 @@ class Prompter:
         if isinstance(made, str):
             return conversation(made, self.system) if self.chat else made
         if not is_messages(made):
-            raise BadRow(f"expected a text or a list of chat messages, got {_described(made)}")
+            raise BadRow(f"expected a text or a list of chat messages, got {described(made)}")
         if self.system is None:
             return [*made]
         if any(message["role"] == "system" for message in made):
@@ -243,7 +225,7 @@ def conversation(text: str, system: str | None) -> list[Message]:
 def is_messages(x: object) -> bool:
     """Return whether `x` is a non-empty list of chat messages: mappings with a `role`."""
     return (
-        _is_tuple(x)
+        is_tuple(x)
         and len(x) > 0
         and all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in x)
     )
@@ -260,66 +242,9 @@ def joined(context: Context) -> str | None:
     """Return the context as one text, several pieces on lines of their own."""
     if context is None or isinstance(context, str):
         return context
-    if _is_tuple(context) and all(isinstance(piece, str) for piece in context):
+    if is_tuple(context) and all(isinstance(piece, str) for piece in context):
         return "\n".join(context)
     raise InvalidCall(f"context must be a text or a list of texts, got {context!r:.100}")
-
-
-def _refusal(
-    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], twice: Collection[str]
-) -> str | None:
-    """Return why `function` does not take these arguments; None if it does, or has no signature."""
-    if twice:
-        return f"{sorted(twice)} would be given twice, by X and by the call"
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # some built-ins, such as str, have no signature
-        return None
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        return str(error)
-    return None
-
-
-def named_parameters(function: Callable[..., Any] | None) -> set[str]:
-    """Return the parameters of `function` that can be passed by keyword; `**kwargs` and None have none."""
-    if function is None:
-        return set()
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # some built-ins, such as str, have no signature
-        return set()
-    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-
-
-def _beside_the_record(function: Callable[..., Any] | None, signature: Signature) -> set[str]:
-    """Return the parameters of `function` that can be passed by keyword, without the first one if this is the
-    record."""
-    names = named_parameters(function)
-    if function is not None and names and signature == "singleton":
-        names.discard(next(iter(inspect.signature(function).parameters)))
-    return names
-
-
-def keywords_of(
-    function: Callable[..., Any] | None,
-    signature: Signature,
-    given: Mapping[str, Any],
-    known: Collection[str],
-) -> dict[str, Any]:
-    """Return the keywords of a call that `function` names, except its record and the model's artifacts.
-
-    Raises `InvalidCall` for a name that is also a sampling parameter (`known`).
-    """
-    names = _beside_the_record(function, signature) - {"artifacts"}
-    found = {name: value for name, value in given.items() if name in names}
-    if both := sorted(found.keys() & set(known)):
-        raise InvalidCall(
-            f"{both[0]!r} is an argument of prompt_func and a sampling parameter of vLLM: give the argument "
-            "of prompt_func another name"
-        )
-    return found
 
 
 def load_artifact(uri: str, kind: str) -> Any:

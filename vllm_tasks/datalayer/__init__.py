@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from prefect.blocks.core import Block
 from pydantic import (
@@ -12,12 +12,12 @@ from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     SecretStr,
-    ValidationError,
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails, InitErrorDetails
 
+from vllm_tasks.datalayer.block_fields import LOGO, not_shown, own_fields, validated
+from vllm_tasks.datalayer.table_names import check_name, outputs_name
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.places import check_place, without_secrets
 
@@ -28,109 +28,8 @@ if TYPE_CHECKING:
     from vllm_tasks.datalayer.lake.lake import Lake
     from vllm_tasks.datalayer.sources import Source
 
-LOGO = "https://avatars.githubusercontent.com/u/136984999?s=200"
-"""vLLM's logo."""
-T = TypeVar("T")
-
 DUCKDB = "duckdb:///"
 """Prefix of the URL of a DuckDB file."""
-OUTPUTS = "_outputs__"
-"""Prefix of the name of every outputs table."""
-ODD = """/\\:*?"<>|#%[]^`"""
-"""Characters that would name another place, or that a URL, Delta or a shell would alter."""
-
-LONGEST = 200
-"""Bytes of a name; with its prefix it must fit into a folder's name, which may have 255."""
-
-
-def own_fields(data: Any) -> Any:
-    """Remove the slug that Prefect adds to a block stored inside another one.
-
-    Args:
-        data: The block's fields, or any other input, which is returned unchanged.
-
-    Returns:
-        The block's own fields.
-    """
-    if not isinstance(data, Mapping):
-        return data
-    return {name: value for name, value in data.items() if name != "block_type_slug"}
-
-
-def not_shown(error: ErrorDetails) -> InitErrorDetails:
-    """Hide the value in an error of pydantic.
-
-    Args:
-        error: One error of a `ValidationError`.
-
-    Returns:
-        The same error, with `(not shown)` as its input.
-    """
-    return InitErrorDetails(
-        type=error["type"], loc=error["loc"], input="(not shown)", ctx=error.get("ctx", {})
-    )
-
-
-def validated(
-    data: Any, handler: ModelWrapValidatorHandler[T], hide: Callable[[ErrorDetails], InitErrorDetails]
-) -> T:
-    """Validate `data`, with errors that hide the input as `hide` does.
-
-    Args:
-        data: The input.
-        handler: Pydantic's own validation.
-        hide: Returns an error of pydantic without the parts that must not be displayed.
-
-    Returns:
-        The validated object.
-
-    Raises:
-        ValidationError: The input is invalid.
-    """
-    try:
-        return handler(data)
-    except ValidationError as error:
-        raise ValidationError.from_exception_data(error.title, [hide(e) for e in error.errors()]) from None
-
-
-def outputs_name(predict_id: str) -> str:
-    """The name of the outputs table of `predict_id`.
-
-    Args:
-        predict_id: The name that the call gives its outputs.
-
-    Returns:
-        `_outputs__<predict_id>`.
-
-    Raises:
-        InvalidCall: It cannot name a folder or a table.
-    """
-    check_name("predict_id", predict_id)
-    return OUTPUTS + predict_id
-
-
-def check_name(what: str, name: object) -> None:
-    """Refuse a name that would leave the lake's folder, or that a URL, Delta or a database would alter.
-
-    Args:
-        what: The argument's name, for the message.
-        name: The name to check.
-
-    Raises:
-        InvalidCall: The name cannot be used.
-    """
-    if (
-        not isinstance(name, str)
-        or not name
-        or name != name.strip(" .")
-        or not name.isprintable()
-        or set(ODD) & set(name)
-        or len(name.encode()) > LONGEST
-    ):
-        raise InvalidCall(
-            f"{what}={name!r:.200} cannot name a table: it must be a printable text that is not empty, does "
-            f"not begin or end with a space or a dot, has at most {LONGEST} bytes, and contains none of {ODD}"
-        )
 
 
 class Datalayer(Block):

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from vllm_tasks.datalayer import exact_json
-from vllm_tasks.datalayer.join import refuse_missing, refuse_unreadable
+from vllm_tasks.datalayer.all_rows import refuse_missing, refuse_unreadable
 from vllm_tasks.datalayer.selection import POSITION, Key
 from vllm_tasks.datalayer.sources import Source, Unreadable
 from vllm_tasks.datalayer.sources.keys import listed

@@ -6,30 +6,25 @@ joined with it; so a row's values are read only when it is selected, and pass th
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
-from uuid import UUID
 
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from vllm_tasks.datalayer.lake.columns import arrow_column
-from vllm_tasks.datalayer.selection import Key, Row, Selection, SourceRow
+from vllm_tasks.datalayer.all_rows import refuse_missing
+from vllm_tasks.datalayer.ids import key_table
+from vllm_tasks.datalayer.selection import Selection, SourceRow
 from vllm_tasks.datalayer.sources import Part, Source, Unreadable
 from vllm_tasks.datalayer.sources.keys import listed
+from vllm_tasks.datalayer.unique_keys import ascending, refuse_bad_keys
 from vllm_tasks.datalayer.workspace import Workspace
-from vllm_tasks.errors import InvalidCall, near
-
-logger = logging.getLogger(__name__)
+from vllm_tasks.errors import InvalidCall
 
 DONE, IDS, PART = "_vllm_tasks_done", "_vllm_tasks_ids", "_vllm_tasks_part"
-STRANGE = "{0} < '0001-01-01' OR {0} >= '10000-01-01'"
-"""Condition on a date that Python lacks: it has the years 1 to 9999, and no infinity."""
 WANTED = {
     "missing": "same IS NOT TRUE",
     "changed": "true",
@@ -139,36 +134,11 @@ class Join:
         if not key.names:
             return
         if self.selection.ids is not None:
-            self._ids()  # raises before the pass over all keys
+            key_table(self.selection.ids, key)  # raises before the pass over all keys
         if self._source.identified_by(key.names) or ascending(self._keys(), key):
             return
-        named = ", ".join(key.names)
-        logger.info("checking in one pass that %s is unique in %s", named, self.selection.display)
         with self._workspace.cursor(self._named) as cursor:
-            stream = pa.RecordBatchReader.from_batches(_numbered(key), _renamed(self._keys(), key))
-            cursor.register(PART, stream)
-            nulls, strange, doubled, rows, *examples = cursor.execute(_faults(key)).fetchall()[0]
-        display, width = self.selection.display, len(key.names)
-
-        def example(values: Sequence[Any]) -> str:
-            return ", ".join(f"{n}={v!r:.100}" for n, v in zip(key.names, values, strict=True))
-
-        if nulls:
-            raise InvalidCall(
-                f"{nulls} rows of {display!r} have NULL for {named}; exclude them with "
-                "SELECT ... WHERE ... IS NOT NULL, or give another primary_id"
-            )
-        if strange:
-            raise InvalidCall(
-                f"{strange} rows of {display!r} have a key with a date that Python lacks, for example "
-                f"{example(examples[width:])}; CAST it to VARCHAR in a SELECT, exclude them with "
-                "SELECT ... WHERE, or give another primary_id"
-            )
-        if doubled:
-            raise InvalidCall(
-                f"{named} does not identify the rows of {display!r}: {doubled} keys have {rows} rows, "
-                f"for example {example(examples[:width])}; give another primary_id, or several columns"
-            )
+            refuse_bad_keys(cursor, self._keys(), key, self.selection.display)
 
     # ------------------------------------------------------------------ the wanted rows
 
@@ -242,7 +212,7 @@ class Join:
         using = f"USING ({', '.join(names)})"
         restricted = ""
         if selection.ids is not None:
-            cursor.register(f"{IDS}_given", self._ids())
+            cursor.register(f"{IDS}_given", key_table(selection.ids, key))
             cursor.execute(f"CREATE TEMP TABLE {IDS} AS SELECT DISTINCT * FROM {IDS}_given")  # noqa: S608
             restricted = f"SEMI JOIN {IDS} {using}"
         if self._there:
@@ -277,73 +247,6 @@ class Join:
     def _parameters(self) -> dict[str, datetime | None]:
         return {"since": self.selection.since} if "$since" in WANTED[self.selection.refresh] else {}
 
-    def _ids(self) -> pa.Table:
-        ids = [_plain_key(i, self.key) for i in self.selection.ids or ()]
-        columns = []
-        for i, field in enumerate(self.key):
-            try:
-                columns.append(arrow_column(field.name, field.type, [row[i] for row in ids]))
-            except ValueError as e:
-                raise InvalidCall(f"ids: {e}") from e
-        return pa.table(columns, names=[f"k{i}" for i in range(len(self.key))])
-
-
-def read(source: Source, select: str, columns: Sequence[str] | None, size: int) -> Iterator[list[Row]]:
-    """All rows of a source as mappings of column to value, in lists of at most `size`.
-
-    Raises `InvalidCall` for missing columns, and at the end for rows that could not be read.
-    """
-    there = source.columns()
-    names = list(dict.fromkeys(there if columns is None or not there else columns))
-    refuse_missing(select, names, there)
-    unreadable = Unreadable()
-    for part in source.parts(NO_ROWS, names, unreadable):
-        for number, why in part.errors.items():
-            unreadable.add(f"row {number}", why)
-        good = [i for i in range(part.count) if i not in part.errors]
-        for values in part.values(good):
-            rows: list[Row] = [dict(zip(names, row, strict=True)) for row in values if row is not None]
-            for start in range(0, len(rows), size):
-                yield rows[start : start + size]
-    refuse_unreadable(select, unreadable)
-
-
-def refuse_unreadable(select: str, unreadable: Unreadable) -> None:
-    """Raise `InvalidCall` if rows could not be read where all are needed."""
-    if unreadable.count:
-        raise InvalidCall(
-            f"{unreadable.count:,} rows of {select!r} cannot be read: {'; '.join(unreadable.examples[:3])}; "
-            "correct them, or remove them from the file"
-        )
-
-
-def ascending(tables: Iterator[pa.Table], key: pa.Schema) -> bool:
-    """Whether each key is larger than the one before, so that none occurs twice; stops at once if not."""
-    if len(key) != 1 or pa.types.is_temporal(key[0].type):
-        return False
-    last = None
-    for table in tables:
-        column = pa.concat_arrays(table[0].chunks) if table[0].num_chunks else pa.array([], key[0].type)
-        if not len(column):
-            continue
-        begins = last is None or pc.less(last, column[0]).as_py()
-        if not begins or not pc.all(pc.less(column[:-1], column[1:]), skip_nulls=False).as_py():
-            return False
-        last = column[-1]
-    return last is None or last.is_valid
-
-
-def refuse_missing(select: str, wanted: Sequence[str], there: Sequence[str]) -> None:
-    """Raise `InvalidCall` for a wanted column that is missing or occurs twice."""
-    if missing := [name for name in dict.fromkeys(wanted) if name not in there]:
-        hints = "".join(near(name, there) for name in missing[:3])
-        raise InvalidCall(
-            f"{select!r} has no column {', '.join(map(repr, missing))}{hints}; "
-            f"it has {', '.join(map(repr, there[:50]))}"
-        )
-    if twice := [name for name in wanted if there.count(name) > 1]:
-        raise InvalidCall(f"{select!r} has two columns {twice[0]!r}; rename one with AS")
-
 
 def alike(there: pa.DataType, here: pa.DataType) -> bool:
     """Whether keys of the type `here` can be kept as `there`; numbers of another width can, if they fit."""
@@ -352,43 +255,11 @@ def alike(there: pa.DataType, here: pa.DataType) -> bool:
     return bool(there == here or numbers)
 
 
-def _faults(key: pa.Schema) -> str:
-    """A query that counts rows whose key is NULL, has a date that Python lacks, or is repeated.
-
-    Its columns: the rows with NULL; those with such a date; the repeated keys; their rows; one such key; a
-    key with such a date, as text.
-    """
-    keys = [f"k{i}" for i in range(len(key.names))]
-    null = f"({' OR '.join(f'{k} IS NULL' for k in keys)})"
-    dates = [k for k, field in zip(keys, key, strict=True) if pa.types.is_temporal(field.type)]
-    strange = f"({' OR '.join(STRANGE.format(k) for k in dates) or 'false'})"
-    return f"""
-        SELECT coalesce(sum(n) FILTER ({null}), 0)::BIGINT,
-            coalesce(sum(n) FILTER ({strange}), 0)::BIGINT,
-            count(*) FILTER (NOT {null}), coalesce(sum(n) FILTER (NOT {null}), 0)::BIGINT,
-            {", ".join(f"first({k}) FILTER (NOT {null})" for k in keys)},
-            {", ".join(f"first({k}::VARCHAR) FILTER ({strange})" for k in keys)}
-        FROM (
-            SELECT {", ".join(keys)}, count(*) AS n FROM {PART}
-            GROUP BY ALL HAVING count(*) > 1 OR {null} OR {strange}
-        )
-        """  # noqa: S608 - names of our own
-
-
 def _in_shard(shard: tuple[int, int], keys: int) -> str:
     """A condition on k0, ... by MD5: shards run on many machines, and MD5 is the same in every DuckDB."""
     index, count = shard
     texts = ", ".join(f"CAST(k{i} AS VARCHAR)" for i in range(keys))
     return f"md5_number_lower(concat_ws(chr(31), {texts})) % {count:d} = {index:d}"
-
-
-def _numbered(key: pa.Schema) -> pa.Schema:
-    return pa.schema([(f"k{i}", field.type) for i, field in enumerate(key)])
-
-
-def _renamed(tables: Iterator[pa.Table], key: pa.Schema) -> Iterator[pa.RecordBatch]:
-    for table in tables:
-        yield from table.rename_columns(_numbered(key).names).cast(_numbered(key)).to_batches()
 
 
 def _with_numbers(keys: pa.Table) -> pa.Table:
@@ -422,15 +293,3 @@ def _source_rows(part: Part, states: States, size: int) -> Iterator[list[SourceR
                 for key, row, *state in zip(keys, some, redo, hashes, strict=True)
                 if row is not None  # removed from the source since its key was read
             ]
-
-
-def _plain_key(key: Key, wanted: pa.Schema) -> Key:
-    if len(key) != len(wanted) or any(value is None for value in key):
-        raise InvalidCall(f"ids: {key!r:.200} must be a key of {len(wanted)} values, none of them None")
-    return tuple(_as_kept(value, field.type) for value, field in zip(key, wanted, strict=True))
-
-
-def _as_kept(value: Any, kind: pa.DataType) -> Any:
-    """A value of `ids` as the outputs keep it: a UUID, or a number where keys are text, becomes text."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool) and pa.types.is_string(kind)
-    return str(value) if whole or isinstance(value, UUID) else value

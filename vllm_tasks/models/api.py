@@ -9,7 +9,7 @@ from prefect.blocks.core import Block
 from pydantic import Field, SecretStr, field_validator
 
 from vllm_tasks.calls.sampling import Target
-from vllm_tasks.datalayer import LOGO
+from vllm_tasks.datalayer.block_fields import LOGO
 from vllm_tasks.engines import wire
 from vllm_tasks.engines.http.engine import HttpConfig
 from vllm_tasks.engines.http.urls import origins, split_urls

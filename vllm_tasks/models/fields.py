@@ -26,12 +26,14 @@ from vllm_tasks.calls.answers import Artifact, Decoder, check_one_type
 from vllm_tasks.calls.callables import DottedCallable, check_importable
 from vllm_tasks.calls.datatypes import DataType
 from vllm_tasks.calls.functions import made_of
-from vllm_tasks.calls.prompts import Signature
+from vllm_tasks.calls.prompt_func import Signature
 from vllm_tasks.calls.sampling import Target, check_names, known_names
 from vllm_tasks.calls.schemas import schema_type
 from vllm_tasks.calls.template import Template
-from vllm_tasks.datalayer import Datalayer, check_name, not_shown, own_fields, validated
+from vllm_tasks.datalayer import Datalayer
+from vllm_tasks.datalayer.block_fields import not_shown, own_fields, validated
 from vllm_tasks.datalayer.lake.partitions import named, refuse_inexact
+from vllm_tasks.datalayer.table_names import check_name
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.models.forms import arranged
 from vllm_tasks.models.hints import checked

@@ -11,7 +11,7 @@ from prefect.blocks.core import Block
 from pydantic import Field, model_validator
 
 from vllm_tasks.calls.sampling import Target
-from vllm_tasks.datalayer import LOGO
+from vllm_tasks.datalayer.block_fields import LOGO
 from vllm_tasks.engines.local.engine import LocalConfig
 from vllm_tasks.engines.ray.engine import RayConfig
 from vllm_tasks.errors import InvalidCall

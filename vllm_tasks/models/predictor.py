@@ -15,7 +15,8 @@ from vllm_tasks.calls.answers import Decoder
 from vllm_tasks.calls.arguments import check_spelling
 from vllm_tasks.calls.call import Call, OnError, Output
 from vllm_tasks.calls.chat import of_call
-from vllm_tasks.calls.prompts import Context, Prompter, keywords_of, load_artifact, named_parameters
+from vllm_tasks.calls.prompt_func import keywords_of, named_parameters
+from vllm_tasks.calls.prompts import Context, Prompter, load_artifact
 from vllm_tasks.calls.sampling import check_names
 from vllm_tasks.calls.signature import signed_as
 from vllm_tasks.engines import loop, sharing

@@ -17,7 +17,7 @@ from prefect.settings import get_current_settings
 
 from vllm_tasks.calls.arguments import check_spelling
 from vllm_tasks.calls.call import Call, Columns
-from vllm_tasks.calls.prompts import named_parameters
+from vllm_tasks.calls.prompt_func import named_parameters
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.arguments import table_or_statement
 from vllm_tasks.datalayer.opening import Store, source_of

@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 from vllm_tasks.calls.call import Columns, Model, named_columns
 from vllm_tasks.calls.prompts import Context
-from vllm_tasks.datalayer import Datalayer, outputs_name
+from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.opening import Store, name_of, open_tables, source_of
 from vllm_tasks.datalayer.selection import OutputTable, Selection
 from vllm_tasks.datalayer.source_id import source_id
+from vllm_tasks.datalayer.table_names import outputs_name
 from vllm_tasks.errors import InvalidCall, TooManyFailed
 from vllm_tasks.tables.arguments import (
     at_least_one,

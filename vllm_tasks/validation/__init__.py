@@ -5,31 +5,16 @@ It is saved with a model, and `vllm_tasks.validate` runs it.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
-from prefect.blocks.core import Block
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    FiniteFloat,
-    field_serializer,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from vllm_tasks.calls.callables import DottedCallable
-from vllm_tasks.datalayer import check_name
 from vllm_tasks.errors import InvalidCall, near
-from vllm_tasks.metrics import BUILT_IN, BuiltinMetric, built_in
-from vllm_tasks.metrics.measure import Measure
+from vllm_tasks.validation.dataset import Dataset
+from vllm_tasks.validation.metric import Metric
 
-REQUIRED = {"multiple_choice": ("choices",), "judge": ("model", "rubric")}
-"""Options that a built-in metric cannot work without."""
-OWN_OPTIONS = {"choices", "delimiter"}
-"""Options of metrics by likelihood: the column of the choices, and the text between prompt and answer."""
+__all__ = ["Dataset", "Metric", "Validation", "check_comparable"]
 
 
 def check_comparable(identifiers: Sequence[str]) -> None:
@@ -44,182 +29,6 @@ def check_comparable(identifiers: Sequence[str]) -> None:
     if len(identifiers) < 2 or len(set(identifiers)) < len(identifiers):
         raise InvalidCall(
             f"two or more models are needed, and they need identifiers of their own; got {list(identifiers)}"
-        )
-
-
-def _block_of(judge: Block) -> str:
-    name = judge._block_document_name
-    return f"{judge.get_block_type_slug()}/{name}" if name else "a model that is not saved"
-
-
-def _named(what: str, identifier: str) -> str:
-    """Return the identifier if it can be part of a table name and of `dataset/metric`."""
-    try:
-        check_name(what, identifier)
-    except InvalidCall as error:
-        raise ValueError(str(error)) from error
-    return identifier
-
-
-class Dataset(BaseModel):
-    """Rows with known answers: a `select` on a datalayer, or `raw_data`.
-
-    The sample of `sample_size` rows depends only on `random_seed` and the rows' contents: it is the same on
-    every machine and from every kind of table. With `pin`, later runs use the snapshot of the first run.
-    """
-
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)  # rows, or a URL, may be in it
-
-    identifier: str = Field(min_length=1, description="Name of the data set in metric_values and tables.")
-    select: str | None = Field(
-        default=None,
-        title="Select",
-        description="A table, one SELECT, or in a lake a path or a glob. Give either this or raw data.",
-    )
-    raw_data: list[dict[str, Any]] | None = Field(
-        default=None, title="Raw data", description="The rows themselves. Give either this or a select."
-    )
-    db: str | None = Field(
-        default=None,
-        title="Datalayer",
-        description="Name of a saved Datalayer to select from; empty: the one that the predictions go to.",
-    )
-    sample_size: int | None = Field(
-        default=None, ge=1, title="Sample size", description="How many rows are drawn; empty: all."
-    )
-    random_seed: int = Field(default=0, title="Random seed", description="Another seed draws another sample.")
-    pin: bool = Field(
-        default=False,
-        title="Pin",
-        description="Use the snapshot of the first run, so that later changes of the table do not count.",
-    )
-
-    @field_validator("identifier")
-    @classmethod
-    def _table_name(cls, value: str) -> str:
-        return _named("the data set's identifier", value)
-
-    @field_validator("db")
-    @classmethod
-    def _no_url(cls, value: str | None) -> str | None:
-        if value is not None and "://" in value:
-            raise ValueError(
-                "db takes the name of a saved Datalayer; a URL would be stored in plain text. Save it first: "
-                "Datalayer(url=...).save(NAME)"
-            )
-        return value
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Dataset:
-        if (self.select is None) == (self.raw_data is None):
-            raise ValueError(f"dataset {self.identifier!r} needs exactly one of select and raw_data")
-        if self.db is not None and self.select is None:
-            raise ValueError(f"dataset {self.identifier!r} has a db to select from, but no select")
-        return self
-
-
-class Metric(BaseModel):
-    """A named score: a built-in metric, or your own function.
-
-    Your own function is `f(prediction, target) -> float` for one row, and the value is the mean over rows; a
-    failed row scores 0, or is left out if less is better. With `over="set"` it is
-    `f(predictions, targets) -> float` for all rows, and a failed row's prediction is None. It is also called
-    on samples of the rows for its interval, and may return nan or raise ValueError for a sample.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    identifier: str = Field(min_length=1, description="Name of the metric in metric_values and tables.")
-    object: BuiltinMetric | DottedCallable | None = Field(
-        default=None,
-        title="Metric or function",
-        description="A built-in metric or a function's dotted path; empty: the built-in of this identifier.",
-    )
-    over: Literal["rows", "set"] = Field(
-        default="rows",
-        title="Over",
-        description="Only for your own function: whether it takes one row or all of them.",
-    )
-    higher_is_better: bool = Field(
-        default=True,
-        title="Higher is better",
-        description="Only for your own function; a built-in metric has a fixed direction.",
-    )
-    options: dict[str, Any] = Field(
-        default={},
-        title="Options",
-        description='Keyword arguments of the metric, such as {"normalize": ["squad"]}.',
-    )
-
-    @field_validator("identifier")
-    @classmethod
-    def _name(cls, value: str) -> str:
-        return _named("the metric's identifier", value)
-
-    @model_validator(mode="after")
-    def _known(self) -> Metric:
-        if self.object is None and self.identifier not in BUILT_IN:
-            raise ValueError(
-                f"there is no built-in metric {self.identifier!r}{near(self.identifier, BUILT_IN)}; built in "
-                f"are {', '.join(BUILT_IN)}, and object takes the dotted path of a function"
-            )
-        measure = self.measure()
-        if self.built_in is not None and (self.over != "rows" or not self.higher_is_better):
-            raise ValueError(
-                "over and higher_is_better are only for your own function; leave them out for the built-in "
-                f"{self.built_in!r}"
-            )
-        for name in REQUIRED.get(self.built_in or "", ()):
-            if name not in self.options:
-                raise ValueError(f"metric {self.identifier!r} needs options={{{name!r}: ...}}")
-        given = self.options.keys() - (OWN_OPTIONS if measure.asks == "likelihood" else set())
-        try:
-            signature = inspect.signature(measure.score)
-        except ValueError:  # some of Python's built-in functions have no signature
-            return self
-        answer = (None,) if measure.kind == "answer" else (None, None)
-        try:
-            signature.bind(*answer, **{name: self.options[name] for name in given})
-        except TypeError as error:
-            names = list(signature.parameters)[len(answer) :]
-            unknown = [name for name in sorted(given) if name not in names]
-            why = f"has no option {unknown[0]!r}{near(unknown[0], names)}" if unknown else str(error)
-            raise ValueError(f"metric {self.identifier!r} {why}") from error
-        return self
-
-    @field_serializer("options")
-    def _without_secrets(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Write a judge as the name of its block, since its API key would be readable here."""
-        judge = options.get("model")
-        return {**options, "model": _block_of(judge)} if isinstance(judge, Block) else options
-
-    @property
-    def unsaved(self) -> bool:
-        """Whether the judge is an unsaved model, which cannot be loaded in another process."""
-        judge = self.options.get("model")
-        return isinstance(judge, Block) and judge._block_document_name is None
-
-    @property
-    def built_in(self) -> str | None:
-        """The name of the built-in metric, or None for your own function."""
-        name = self.object or self.identifier
-        return name if isinstance(name, str) else None
-
-    def measure(self) -> Measure:
-        """Describe how this metric is scored, and import the file of a built-in metric.
-
-        Returns:
-            The function, with its range, its direction, and its score for a failed row.
-        """
-        if self.built_in is not None:
-            return built_in(self.built_in)
-        assert callable(self.object)
-        return Measure(
-            self.object,
-            kind="row" if self.over == "rows" else "set",
-            range=(float("-inf"), float("inf")),
-            higher_is_better=self.higher_is_better,
-            miss=0.0 if self.higher_is_better else None,
         )
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from vllm_tasks.datalayer import outputs_name
 from vllm_tasks.datalayer.lake.delta import quoted
 from vllm_tasks.datalayer.selection import Tables
+from vllm_tasks.datalayer.table_names import outputs_name
 from vllm_tasks.datalayer.workspace import literal
 from vllm_tasks.validation.report import Record
 

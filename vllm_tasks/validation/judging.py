@@ -6,8 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vllm_tasks.datalayer import outputs_name
 from vllm_tasks.datalayer.selection import Tables
+from vllm_tasks.datalayer.table_names import outputs_name
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.measure import Answer
 from vllm_tasks.validation import Metric, Validation, history

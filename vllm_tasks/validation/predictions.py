@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 from vllm_tasks.calls.call import Call, Columns, RowDecoder, TableCall
 from vllm_tasks.canonical import fingerprint
-from vllm_tasks.datalayer import exact_json, outputs_name
+from vllm_tasks.datalayer import exact_json
 from vllm_tasks.datalayer.lake.delta import quoted
 from vllm_tasks.datalayer.selection import POSITION, OutputTable, Selection, Tables
+from vllm_tasks.datalayer.table_names import outputs_name
 from vllm_tasks.datalayer.workspace import literal
 from vllm_tasks.errors import InvalidCall, TooManyFailed
 from vllm_tasks.metrics.data import JsonText

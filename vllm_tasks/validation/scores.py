@@ -13,11 +13,12 @@ import numpy as np
 from vllm_tasks.calls.call import RowDecoder
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.measure import Answer, Confusion, Likelihood, Measure, Sums
-from vllm_tasks.validation import OWN_OPTIONS, Metric
+from vllm_tasks.validation import Metric
+from vllm_tasks.validation.metric import OWN_OPTIONS
 from vllm_tasks.validation.report import OnError, Value
+from vllm_tasks.validation.resampling import Array
 from vllm_tasks.validation.snapshot import Snapshot
 from vllm_tasks.validation.statistics import (
-    Array,
     Interval,
     Paired,
     bootstrap,

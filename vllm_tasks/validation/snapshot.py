@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from vllm_tasks.canonical import canonical
 from vllm_tasks.datalayer import exact_json
-from vllm_tasks.datalayer.join import read
+from vllm_tasks.datalayer.all_rows import read
 from vllm_tasks.datalayer.lake.delta import quoted
 from vllm_tasks.datalayer.opening import source_of
 from vllm_tasks.datalayer.selection import PAGE, Tables

@@ -4,27 +4,34 @@ All functions are pure, with the seed as an argument: equal inputs give results 
 digit (with one release of numpy), and the order of the rows has no influence. Scores and sums are finite.
 
 A mean is a function of sums: the rows are (score, 1), and `mean` divides their sums. One implementation
-therefore serves means and every `Sums` metric. Equal rows are drawn together, which gives the same
-distribution and is much less work for scores of 0 and 1.
+therefore serves means and every `Sums` metric.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Total = Callable[[Sequence[float]], float]
-"""Returns the metric for a sum of row vectors, as `Sums.total` does."""
-Array = NDArray[np.float64]
-Counts = NDArray[np.int64]
+from vllm_tasks.validation.resampling import (
+    Array,
+    Counts,
+    Total,
+    column_sums,
+    distinct_rows,
+    draws,
+    every_swap,
+    few,
+    generator,
+    mean,
+    random_swaps,
+    totals,
+    vectors,
+)
 
 LEVEL = 0.95
 """The confidence level of every interval."""
@@ -40,10 +47,6 @@ SWAPS_OF_SUMS = 2_000
 EVERY_SWAP = 2**12
 """Up to so many swaps, all of them are evaluated and the p-value is exact: always for 12 rows that differ,
 and for more rows with scores of 0 and 1 (60 improved and 60 regressed rows)."""
-CHUNK = 2**22
-"""Numbers in memory at once (32 MiB)."""
-ALIKE = 8
-"""From so many rows for each distinct row on, counts are drawn from their distribution, not row by row."""
 TIE = 1e-9
 """Values within this relative distance are equal, since sums of floats depend on their order."""
 
@@ -88,11 +91,6 @@ def wilson(hits: int, n: int) -> Interval:
     return Interval(0.0 if hits == 0 else middle - half, 1.0 if hits == n else middle + half)
 
 
-def mean(sums: Sequence[float]) -> float:
-    """The `total` for rows (score, 1): their mean; nan without rows."""
-    return sums[0] / sums[1] if sums[1] else math.nan
-
-
 def mean_rows(scores: Sequence[float | None]) -> Array:
     """One vector (score, 1) for each row, with `mean` as the total; (0, 0) for a row without a score."""
     return np.array([(0.0, 0.0) if s is None else (float(s), 1.0) for s in scores]).reshape(-1, 2)
@@ -110,12 +108,12 @@ def bootstrap(rows: ArrayLike, total: Total = mean, seed: int = 0) -> Interval:
     rows. Resamples whose metric is nan are left out; both ends are nan if all are, or if there are no rows.
     It needs 32 MiB of memory in addition to the distinct rows.
     """
-    matrix = _vectors(rows)
+    matrix = vectors(rows)
     if len(matrix) == 0:
         return Interval(math.nan, math.nan)
-    first, counts = _distinct(matrix)
-    distinct, rng = matrix[first], _generator(seed, "interval")
-    return _percentiles([_totals(drawn @ distinct, total) for drawn in _draws(rng, counts, RESAMPLES)])
+    first, counts = distinct_rows(matrix)
+    distinct, rng = matrix[first], generator(seed, "interval")
+    return _percentiles([totals(drawn @ distinct, total) for drawn in draws(rng, counts, RESAMPLES)])
 
 
 def bootstrap_set(score: Callable[[Sequence[int]], float], n: int, seed: int = 0) -> Interval:
@@ -127,7 +125,7 @@ def bootstrap_set(score: Callable[[Sequence[int]], float], n: int, seed: int = 0
     """
     if n == 0:
         return Interval(math.nan, math.nan)
-    rng = _generator(seed, "interval")
+    rng = generator(seed, "interval")
     drawn = (np.sort(rng.integers(0, n, n)).tolist() for _ in range(RESAMPLES_OF_SETS))
     return _percentiles([np.array([score(positions) for positions in drawn], dtype=np.float64)])
 
@@ -150,18 +148,18 @@ def paired(
     p is 1 if the runs agree in every row, if there are no rows, and if the difference is not finite. A swap
     whose metric is nan counts as extreme. Raises `ValueError` for arrays of different shapes.
     """
-    old, new = _vectors(before), _vectors(after)
+    old, new = vectors(before), vectors(after)
     if old.shape != new.shape:
         raise ValueError(
             f"rows are paired by position, so {old.shape} and {new.shape} must be the same shape"
         )
     if len(old) == 0:
         return Paired(math.nan, math.nan, math.nan, 1.0, 1.0, 0)
-    old_sums, new_sums = _sums(old), _sums(new)
-    first, counts = _distinct(old, new)
+    old_sums, new_sums = column_sums(old), column_sums(new)
+    first, counts = distinct_rows(old, new)
     pairs = _Pairs(old[first], new[first], counts, np.array(old_sums), np.array(new_sums))
-    interval = _difference_interval(pairs, total, _generator(seed, "interval"))
-    worse, different = _p_values(pairs, total, higher_is_better, _generator(seed, "swaps"))
+    interval = _difference_interval(pairs, total, generator(seed, "interval"))
+    worse, different = _p_values(pairs, total, higher_is_better, generator(seed, "swaps"))
     return Paired(total(new_sums) - total(old_sums), interval.low, interval.high, worse, different, len(old))
 
 
@@ -210,8 +208,8 @@ def _difference_interval(pairs: _Pairs, total: Total, rng: np.random.Generator) 
     with np.errstate(invalid="ignore"):  # two infinite values have no difference
         return _percentiles(
             [
-                _totals(drawn @ pairs.new, total) - _totals(drawn @ pairs.old, total)
-                for drawn in _draws(rng, pairs.counts, RESAMPLES)
+                totals(drawn @ pairs.new, total) - totals(drawn @ pairs.old, total)
+                for drawn in draws(rng, pairs.counts, RESAMPLES)
             ]
         )
 
@@ -227,106 +225,27 @@ def _p_values(
     def gains(swapped: Array, moves: Array = moves) -> Array:
         moved = swapped @ moves
         with np.errstate(invalid="ignore"):
-            return sign * (_totals(pairs.new_sums - moved, total) - _totals(pairs.old_sums + moved, total))
+            return sign * (totals(pairs.new_sums - moved, total) - totals(pairs.old_sums + moved, total))
 
     seen = float(gains(np.zeros((1, len(counts))))[0])
     if len(counts) == 0 or not math.isfinite(seen):
         return 1.0, 1.0
-    tie = TIE * float(np.abs(_totals(np.stack([pairs.old_sums, pairs.new_sums]), total)).max())
+    tie = TIE * float(np.abs(totals(np.stack([pairs.old_sums, pairs.new_sums]), total)).max())
 
     def extreme(gains: Array) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Which gains are at least as bad as the observed one, and which as far from 0; nan is both."""
         return ~(gains > seen + tie), ~(np.abs(gains) < abs(seen) - tie)
 
     if math.prod((counts + 1).tolist()) <= EVERY_SWAP:
-        swapped, chances = _every_swap(counts.tolist())
+        swapped, chances = every_swap(counts.tolist())
         worse, different = (math.fsum(chances[which]) for which in extreme(gains(swapped)))
         return min(1.0, worse), min(1.0, different)
     swaps = SWAPS_OF_MEANS if total is mean else SWAPS_OF_SUMS
-    if _few(counts):
+    if few(counts):
         moves, counts = np.repeat(moves, counts, axis=0), np.ones(counts.sum(), np.int64)
-    found = [extreme(gains(swapped, moves)) for swapped in _swaps(rng, counts, swaps)]
+    found = [extreme(gains(swapped, moves)) for swapped in random_swaps(rng, counts, swaps)]
     worse, different = (1 + sum(int(which.sum()) for which in side) for side in zip(*found, strict=True))
     return worse / (1 + swaps), different / (1 + swaps)
-
-
-def _vectors(rows: ArrayLike) -> Array:
-    """Rows as floats. -0.0 becomes 0.0, since they are equal but their bits, which are hashed, differ."""
-    return np.asarray(rows, dtype=np.float64) + 0.0
-
-
-def _sums(rows: Array) -> list[float]:
-    return [math.fsum(column.tolist()) for column in rows.T]
-
-
-def _totals(sums: Array, total: Total) -> Array:
-    """The metric of each row of sums."""
-    if total is mean:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            means: Array = sums[:, 0] / sums[:, 1]
-        return means
-    return np.array([total(row) for row in sums.tolist()], dtype=np.float64)
-
-
-def _distinct(*sides: Array) -> tuple[Counts, Counts]:
-    """The first position of each distinct row, over all sides, and the number of such rows.
-
-    They are sorted by a hash of their contents, so the order of the input has no influence.
-    """
-    first: dict[bytes, int] = {}
-    counts: Counter[bytes] = Counter()
-    for i, row in enumerate(zip(*sides, strict=True)):
-        key = hashlib.blake2b(b"".join(side.tobytes() for side in row), digest_size=16).digest()
-        first.setdefault(key, i)
-        counts[key] += 1
-    order = sorted(counts)
-    return np.array([first[k] for k in order], np.int64), np.array([counts[k] for k in order], np.int64)
-
-
-def _few(counts: Counts) -> bool:
-    """Whether so few rows are equal that drawing row by row is faster than drawing counts."""
-    return int(counts.sum()) < ALIKE * len(counts)
-
-
-def _generator(seed: int, use: str) -> np.random.Generator:
-    """A generator for one use, so that other draws with the same seed have no influence."""
-    return np.random.Generator(np.random.PCG64([seed % 2**64, *use.encode()]))
-
-
-def _chunks(size: int, width: int) -> Iterator[int]:
-    """Split `size` into parts; a part, as rows of this width, has at most `CHUNK` numbers."""
-    part = max(1, CHUNK // max(1, width))
-    for start in range(0, size, part):
-        yield min(part, size - start)
-
-
-def _draws(rng: np.random.Generator, counts: Counts, size: int) -> Iterator[Array]:
-    """How often each distinct row is drawn, for `size` samples, each with as many rows as the input."""
-    n, distinct = int(counts.sum()), len(counts)
-    owners = np.repeat(np.arange(distinct), counts)
-    for part in _chunks(size, n):
-        if _few(counts):
-            drawn = owners[rng.integers(0, n, (part, n))] + distinct * np.arange(part)[:, None]
-            times = np.bincount(drawn.ravel(), minlength=part * distinct).reshape(part, distinct)
-        else:
-            times = rng.multinomial(n, counts / n, part)
-        yield times.astype(np.float64)
-
-
-def _swaps(rng: np.random.Generator, counts: Counts, size: int) -> Iterator[Array]:
-    """How many occurrences of each distinct row are swapped, `size` times; each swap has probability 1/2."""
-    for part in _chunks(size, len(counts)):
-        if counts.max() == 1:
-            yield rng.integers(0, 2, (part, len(counts)), dtype=np.uint8).astype(np.float64)
-        else:
-            yield rng.binomial(counts, 0.5, (part, len(counts))).astype(np.float64)
-
-
-def _every_swap(counts: Sequence[int]) -> tuple[Array, Array]:
-    """All combinations of swapped occurrences, and the probability of each."""
-    chances = [[math.comb(c, swapped) / 2**c for swapped in range(c + 1)] for c in counts]
-    swapped = np.array(list(itertools.product(*(range(c + 1) for c in counts))), dtype=np.float64)
-    return swapped, np.array([math.prod(chosen) for chosen in itertools.product(*chances)])
 
 
 def _percentiles(values: Sequence[Array]) -> Interval:

@@ -10,8 +10,9 @@ import duckdb
 import pyarrow as pa
 from deltalake import DeltaTable
 
+from vllm_tasks.datalayer.all_rows import read
 from vllm_tasks.datalayer.elsewhere import ByJoin, NoRows
-from vllm_tasks.datalayer.join import Join, read
+from vllm_tasks.datalayer.join import Join
 from vllm_tasks.datalayer.lake.delta import (
     dataset,
     find_table,

@@ -1,0 +1,11 @@
+"""Scores by the built-in metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_tasks.metrics import built_in
+
+
+def score(name: str, *args: Any, **options: Any) -> Any:
+    return built_in(name).score(*args, **options)

@@ -1,0 +1,88 @@
+"""Scores of rows and of sets, and scores compared row by row."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from tests.validation.exam import mine
+from vllm_tasks import InvalidCall
+from vllm_tasks.metrics.measure import Answer
+from vllm_tasks.validation import Metric
+from vllm_tasks.validation.scores import compared, score
+
+
+def answers(*predictions: Any, targets: Any = "x") -> list[Answer]:
+    return [
+        Answer(i, targets, p, error="refused: no" if p is None else None) for i, p in enumerate(predictions)
+    ]
+
+
+@pytest.mark.parametrize("found", [math.nan, math.inf, None, "much", [1.0]])
+def test_a_score_that_is_no_number_is_refused(found: Any) -> None:
+    """A score of a custom metric that is no finite number is refused with its row, and not averaged."""
+    with pytest.raises(InvalidCall, match=r"'mine' returned .* for row 1, which is no"):
+        score(mine(lambda p, t: found if p == "b" else 1.0), answers("a", "b"), "miss")
+    if found is not None:
+        with pytest.raises(InvalidCall, match=r"'mine' returned .*, which is no"):
+            score(mine(lambda ps, ts: found, over="set"), answers("a", "b"), "miss")
+
+
+def test_a_failed_row_has_no_score_where_less_is_better() -> None:
+    """A miss would be the best score there, so the row is left out and counted."""
+    edits = mine(lambda p, t: float(len(p)), higher_is_better=False)
+    found = score(edits, answers("aa", None, "aaaa"), "miss")
+    assert (found.value.value, found.value.n, found.value.failed) == (3.0, 2, 1)
+    assert found.scores == {0: 2.0, 2: 4.0}
+    with pytest.raises(InvalidCall, match="nothing to score: all 2 rows failed, for example: refused: no"):
+        score(edits, answers(None, None), "miss")
+
+
+def test_a_metric_of_the_set_sees_failed_rows_as_none() -> None:
+    """`over="set"` gets all rows at once; a failed row's prediction is None, or left out with `exclude`."""
+    seen = []
+
+    def share(predictions: list[Any], targets: list[Any]) -> float:
+        seen.append(predictions)
+        return sum(p == t for p, t in zip(predictions, targets, strict=True)) / len(targets)
+
+    found = score(mine(share, over="set"), answers("x", None, "y", "x"), "miss")
+    assert seen[0] == ["x", None, "y", "x"]
+    assert (found.value.value, found.value.n, found.scores) == (0.5, 4, {})
+    assert found.value.low <= 0.5 <= found.value.high
+    assert score(mine(share, over="set"), answers("x", None, "y", "x"), "exclude").value.value == 2 / 3
+
+
+def test_resamples_without_a_value_are_left_out() -> None:
+    """A metric of the set that is undefined for some resamples has an interval from the others."""
+
+    def precision(predictions: list[Any], targets: list[Any]) -> float:
+        said = [t == "x" for p, t in zip(predictions, targets, strict=True) if p == "x"]
+        return sum(said) / len(said) if said else math.nan
+
+    found = score(mine(precision, over="set"), answers("x", "y", "y"), "miss")
+    assert (found.value.value, found.value.low, found.value.high) == (1.0, 1.0, 1.0)
+
+
+def test_a_metric_of_the_set_that_raises_is_named() -> None:
+    """The exception of a metric over a set is raised with the metric's name."""
+    with pytest.raises(InvalidCall, match="'mine' failed: ZeroDivisionError"):
+        score(mine(lambda ps, ts: 1 / 0, over="set"), answers("a"), "miss")
+
+
+def test_options_reach_a_metric() -> None:
+    """Options are keywords of the function, even if a built-in metric uses their name differently."""
+    split = mine(lambda p, t, *, delimiter: float(len(p.split(delimiter))), options={"delimiter": ";"})
+    assert score(split, answers("a;b;c"), "miss").value.value == 3.0
+
+
+def test_runs_are_compared_row_by_row() -> None:
+    """The difference is after minus before, over rows that have a score in both."""
+    before, after = answers(*"xxxxyyyyxx"), answers(*"xxxxxxxxxx")
+    found = compared(Metric(identifier="exact_match"), before, after, "miss")
+    assert (found.difference, found.rows) == (0.4, 10)
+    assert (found.p_worse, found.p_different) == (1.0, 0.125)  # 4 coins that all fall one way, or all alike
+    with pytest.raises(InvalidCall, match="whole sets"):
+        compared(mine(max, over="set"), before, after, "miss")
