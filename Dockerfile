@@ -7,10 +7,9 @@ FROM vllm/vllm-openai:v0.32.0
 # Extras of pyproject.toml; add others, such as vllm,s3,postgres.
 ARG EXTRAS=vllm
 WORKDIR /opt/vllm-tasks
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY vllm_tasks vllm_tasks
-COPY flows flows
-RUN uv pip install --system --no-cache ".[$EXTRAS]"
+RUN uv pip install --system --no-cache ".[${EXTRAS}]"
 
 # The entrypoint of vLLM's image is its server; here the worker sets the command.
 ENTRYPOINT []
