@@ -5,17 +5,23 @@ Most flows need only the names below. Exceptions are in `vllm_tasks.errors`, res
 them loads neither vLLM nor torch nor Ray.
 """
 
+import sys as _sys
 from importlib.metadata import version as _version
 
-from vllm_tasks.calls.answers import Artifact
-from vllm_tasks.calls.datatypes import DataType
-from vllm_tasks.datalayer import Datalayer
-from vllm_tasks.errors import GateFailed, InvalidCall
-from vllm_tasks.models import VllmAPI, VllmModel
-from vllm_tasks.rows import RowError
-from vllm_tasks.serving import serve
-from vllm_tasks.tasks import compare, predict, predict_batches, predict_in_db, preview, validate
-from vllm_tasks.validation import Dataset, Metric, Validation
+try:
+    from vllm_tasks.calls.answers import Artifact
+    from vllm_tasks.calls.datatypes import DataType
+    from vllm_tasks.datalayer import Datalayer
+    from vllm_tasks.errors import GateFailed, InvalidCall
+    from vllm_tasks.models import VllmAPI, VllmModel
+    from vllm_tasks.rows import RowError
+    from vllm_tasks.serving import serve
+    from vllm_tasks.tasks import compare, predict, predict_batches, predict_in_db, preview, validate
+    from vllm_tasks.validation import Dataset, Metric, Validation
+except KeyboardInterrupt:
+    if _sys.argv[:1] == ["-m"]:  # `python -m vllm_tasks` imports it; later, `__main__` ends the command
+        raise SystemExit(130) from None
+    raise
 
 __version__ = _version("vllm-tasks")
 
