@@ -117,12 +117,12 @@ class Site:
     lake: Path
     env: dict[str, str]
 
-    def command(self, *words: str) -> str:
+    def command(self, *words: str, cwd: Path = REPOSITORY) -> str:
         """The output of a Python command, such as `-m prefect deploy --all`."""
         done = subprocess.run(
             [sys.executable, *words],
             env=self.env,
-            cwd=REPOSITORY,
+            cwd=cwd,
             capture_output=True,
             text=True,
             timeout=LONG_ENOUGH,

@@ -49,6 +49,7 @@ COPIED = ("project/changelog.md", "project/results.md", "project/security.md", "
 """Pages that include other files, and the page for developers."""
 PAGES = [
     ROOT / "README.md",
+    ROOT / "vllm_tasks" / "_cli" / "template" / "README.md",
     *sorted(p for p in DOCS.rglob("*.md") if str(p.relative_to(DOCS)) not in COPIED),
 ]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -242,6 +243,9 @@ def pip(words: list[str]) -> None:
 
 def python(words: list[str]) -> None:
     """`python -m module --option value`: the module is there and has the option."""
+    if words[0].endswith(".py"):  # of the folder that `init` writes
+        assert words == ["tickets.py"]
+        return
     assert words[0] == "-m"
     if words[1] == "vllm.entrypoints.openai.api_server":
         vllm(["serve", *words[2:]])

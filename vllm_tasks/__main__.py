@@ -1,6 +1,11 @@
 """`python -m vllm_tasks`: the command line."""
 
-from vllm_tasks._cli.app import main
+import sys
 
 if __name__ == "__main__":
-    main()
+    try:
+        from vllm_tasks._cli.app import main
+
+        main()
+    except KeyboardInterrupt:  # while it imports; a command ends in the same way
+        sys.exit(130)

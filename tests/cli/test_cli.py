@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,43 +12,8 @@ import pytest
 from deltalake import write_deltalake
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from tests.cli.conftest import Command, write
 from tests.servers.scripted_server import Asked, Reply, ScriptedServer, refused, usual
-from vllm_tasks._cli.app import main
-
-Command = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs a command in a folder with a table; returns its exit code and what it printed."""
-    monkeypatch.chdir(tmp_path)
-    data = tmp_path / "data"
-    data.mkdir()
-    rows = [{"id": i, "text": f"t{i}", "label": "a" if i % 2 else "b"} for i in range(4)]
-    (data / "tickets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def run(*words: str) -> tuple[int, str]:
-        codes: list[int] = []
-        try:
-            main(list(words), codes.append)
-        except SystemExit as end:  # of the command line's own errors
-            codes.append(int(end.code or 0))
-        printed = capsys.readouterr()
-        return (codes or [0])[0], printed.out + printed.err
-
-    return run
-
-
-@pytest.fixture
-def job(server: ScriptedServer, tmp_path: Path) -> Path:
-    return write(tmp_path, server, "X: text\nselect: tickets\ndb: data/\n")
-
-
-def write(folder: Path, server: ScriptedServer, rest: str) -> Path:
-    model = f"model: {{identifier: tagger, api_url: '{server.url}', prompt: 'Tag: {{input}}'}}\n"
-    file = folder / "job.yaml"
-    file.write_text(model + rest)
-    return file
 
 
 def test_a_job_is_run_resumed_and_looked_at(command: Command, job: Path, server: ScriptedServer) -> None:
@@ -204,7 +168,7 @@ def test_outputs_of_a_table_with_a_name_of_its_own(command: Command, job: Path) 
         (("X: text", "X: text\nlimit: yes"), "limit"),
         (("X: text", "X: text\nmax_failed: '5'"), "max_failed"),
         (("X: text", "X: text\nlimit: 2024-02-30"), "is not YAML"),
-        (("identifier: tagger", "yes: x, identifier: tagger"), "is no name of a field"),
+        (("identifier: tagger", "1: x, identifier: tagger"), "1 is no name of a field"),
         (("X: text", "X: text\nsampling: {shard: [0, 2]}"), "an argument of predict_in_db"),
         (("model: {", "model: {api_key: sEcReT, promt: x, "), "promt"),
         (("db: data/", "db: {url: 'postgresql://u:sEcReT@h/x', ulr: 1}"), "ulr"),

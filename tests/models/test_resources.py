@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from kubernetes_asyncio.client import models as kubernetes
 from prefect.client.schemas.objects import FlowRun, WorkPool
 from prefect.workers.process import ProcessJobConfiguration
 from prefect_docker.worker import DockerWorkerJobConfiguration
@@ -39,6 +41,12 @@ SIZES = [
     ({"ray_address": "ray://head:10001", "replicas": 3}, 0),
 ]
 NEEDS: dict[str, Any] = {"memory": "64Gi", "num_cpus": 4, "shm_size": "16GB", "image": "site/vllm:1"}
+OF_KUBERNETES: dict[str, Any] = {
+    "accelerator_type": "NVIDIA-A100-SXM4-80GB",
+    "node_selector": {"zone": "a"},
+    "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+    "env": {"A": "1"},
+}
 SECRET = "hf-secret"
 
 
@@ -163,12 +171,7 @@ def test_a_container_gets_what_docker_can_give(gpus: int) -> None:
 @pytest.mark.parametrize("gpus", [1, 2, 4])
 def test_a_kubernetes_job_asks_for_all_of_it(gpus: int) -> None:
     """Each field of the manifest stands where Kubernetes reads it."""
-    hints = NEEDS | {
-        "accelerator_type": "NVIDIA-A100-SXM4-80GB",
-        "node_selector": {"zone": "a"},
-        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
-        "env": {"A": "1"},
-    }
+    hints = NEEDS | OF_KUBERNETES
     manifest = job("kubernetes", resources(tensor_parallel_size=gpus, compute_kwargs=hints)).job_manifest
     pod = manifest["spec"]["template"]["spec"]
     (container,) = pod["containers"]
@@ -184,6 +187,43 @@ def test_a_kubernetes_job_asks_for_all_of_it(gpus: int) -> None:
     env = {variable["name"]: variable["value"] for variable in container["env"]}
     assert (env["A"], env["VLLM_TASKS_GPU_SLOTS"]) == ("1", "vllm-gpus:p")
     assert "VLLM_TASKS_GPUS" not in env  # Kubernetes gives each pod devices of its own
+
+
+OF_PREFECT = {"V1PodSpec": {"completions", "parallelism"}}
+"""Fields of a job that Prefect's worker demands in the pod's spec; Kubernetes drops them with a warning."""
+PLAIN: dict[str, type] = {"str": str, "int": int, "bool": bool}
+
+
+def built(kind: str, value: Any, path: str = "job") -> Any:
+    """A part of a manifest as a model of Kubernetes' client, which checks required fields and choices."""
+    if found := re.fullmatch(r"list\[(.+)\]", kind):
+        return [built(found[1], each, f"{path}[{i}]") for i, each in enumerate(value)]
+    if found := re.fullmatch(r"dict\(str, (.+)\)", kind):
+        of_values = "int" if path.endswith((".limits", ".requests")) else found[1]  # a quantity is either
+        return {
+            key: built("str" if isinstance(each, str) else of_values, each, f"{path}.{key}")
+            for key, each in value.items()
+        }
+    if kind in PLAIN:
+        assert type(value) is PLAIN[kind], f"{path}={value!r} is no {kind}"
+        return value
+    model = getattr(kubernetes, kind)
+    names = {written: name for name, written in model.attribute_map.items()}
+    known = {key: each for key, each in value.items() if key not in OF_PREFECT.get(kind, ())}
+    assert known.keys() <= names.keys(), f"{path} has fields that {kind} lacks: {known.keys() - names.keys()}"
+    types = {key: model.openapi_types[names[key]] for key in known}
+    return model(**{names[key]: built(types[key], each, f"{path}.{key}") for key, each in known.items()})
+
+
+@pytest.mark.parametrize("hints", [{}, NEEDS | OF_KUBERNETES], ids=["none", "all"])
+def test_kubernetes_knows_every_field_of_a_job(hints: dict[str, Any]) -> None:
+    """A server drops a field that it does not know, so a limit in the wrong place would limit nothing."""
+    made = job("kubernetes", resources(tensor_parallel_size=2, compute_kwargs=hints)).job_manifest
+    pod = built("V1Job", made).spec.template.spec
+    assert pod.containers[0].name == "prefect-job"
+    assert pod.restart_policy == "Never"
+    with pytest.raises(AssertionError, match=r"V1PodSpec lacks: \{'nodeselector'\}"):
+        built("V1PodSpec", made["spec"]["template"]["spec"] | {"nodeselector": {}})
 
 
 @pytest.mark.parametrize("kind", HONOURED)

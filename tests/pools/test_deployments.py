@@ -114,7 +114,17 @@ def llama(site: Site, api: ScriptedServer, lake: dict[str, Any]) -> None:
 
 @pytest.mark.usefixtures("llama")
 def test_new_data_are_answered_and_then_the_model_is_validated(site: Site) -> None:
-    """An event starts batch-predict, its completion validate-model, and that of the latter nothing."""
+    """An event starts batch-predict, its completion validate-model, and that of the latter nothing.
+
+    The trigger of the validation is disabled until its table exists.
+    """
+    (trigger,) = [
+        each
+        for each in site.post("/automations/filter", {})
+        if each["name"] == "validate the model that has processed the tickets"
+    ]
+    assert not trigger["enabled"]
+    site.ask("PATCH", f"/automations/{trigger['id']}", {"enabled": True})
     predict, validate = "batch-predict/api", "validate-model/api"
     before = {run["id"] for run in [*site.runs(predict), *site.runs(validate)]}
 

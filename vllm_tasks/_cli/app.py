@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -12,7 +13,8 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
-from vllm_tasks._cli import job
+from vllm_tasks import VllmAPI, VllmModel
+from vllm_tasks._cli import job, project
 from vllm_tasks._cli.looks import checked, outputs_of
 from vllm_tasks.errors import (
     EngineFailed,
@@ -41,26 +43,23 @@ app = App(
     "python -m vllm_tasks", help="vLLM over tables: run jobs, look at results.", version_flags=["--version"]
 )
 AsJson = Annotated[bool, Parameter("--json", negative=())]
+Texts = Annotated[bool, Parameter(negative=())]
 
 
 @app.command
-def run(file: Path, *, json: AsJson = False) -> None:
+def run(file: Path, *, json: AsJson = False, texts: Texts = False) -> None:
     """Process the rows of a table and commit one output or one error for each. Run it again to resume.
 
     Args:
         file: The job: parameters of `batch_predict`, in YAML.
         json: Print the report as JSON.
+        texts: Also print the messages of failed rows as JSON; they may hold parts of answers.
     """
-    from vllm_tasks.flows.batch_predict import batch_predict
-
-    given = job.read(file, batch_predict)
-    model, sampling = given.pop("model"), given.pop("sampling", None) or {}
-    job.check_runs_here(file, model, given.get("shards", 1))
-    job.check_sampling(file, sampling, model.predict_in_db)
+    model, arguments = _job_in(file)
     try:
-        _print(model.predict_in_db(**given, **sampling), json)
+        _print(model.predict_in_db(**arguments), json, texts)
     except TooManyFailed as error:
-        _print(error.report, json)
+        _print(error.report, json, texts)
         raise
 
 
@@ -102,12 +101,13 @@ def preview(file: Path, *, rows: int = 3, json: AsJson = False) -> None:
 
 
 @app.command
-def validate(file: Path, *, json: AsJson = False) -> None:
+def validate(file: Path, *, json: AsJson = False, texts: Texts = False) -> None:
     """Score a model on data sets with known answers, and record the values.
 
     Args:
         file: The job: parameters of `validate_model`, in YAML.
         json: Print the report as JSON.
+        texts: Also print the worst and the changed rows as JSON, with their answers, and the history.
     """
     from vllm_tasks.flows.validate_model import validate_model
 
@@ -115,7 +115,7 @@ def validate(file: Path, *, json: AsJson = False) -> None:
     model = given.pop("model")
     job.check_runs_here(file, model)
     report = model.validate(given.pop("validation", None), **given)
-    _print(report, json)
+    _print(report, json, texts)
     passed(report)
 
 
@@ -134,15 +134,24 @@ def show(predict_id: str, *, db: str, table: str | None = None, json: AsJson = F
 
 @app.command
 def check(file: Path, *, json: AsJson = False) -> None:
-    """Find out what would answer a job, without any row: the model, its server or engine, its chat template.
+    """Find out whether a job can run, without sending a row: its arguments, tables, model and server.
 
     Args:
         file: The job: parameters of `batch_predict`, in YAML.
         json: Print what was found as JSON.
     """
-    from vllm_tasks.flows.batch_predict import batch_predict
+    _print(checked(*_job_in(file)), json)
 
-    _print(checked(job.read(file, batch_predict)), json)
+
+@app.command
+def init(folder: Path = Path()) -> None:
+    """Write a `prefect.yaml`, a flow of your own and a README into an empty folder.
+
+    Args:
+        folder: The folder; it is created unless it exists.
+    """
+    written = project.write(folder)
+    print(*(f"wrote {file}" for file in written), f"next: {folder / 'README.md'}", sep="\n")
 
 
 @app.command
@@ -153,17 +162,40 @@ def pools(*words: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
     main(list(words))
 
 
-def _print(found: Any, as_json: bool) -> None:
+def _job_in(file: Path) -> tuple[VllmAPI | VllmModel, dict[str, Any]]:
+    """The model of a job file, and the arguments of its `predict_in_db`."""
+    from vllm_tasks.flows.batch_predict import batch_predict
+
+    given = job.read(file, batch_predict)
+    model, sampling = given.pop("model"), given.pop("sampling", None) or {}
+    job.check_runs_here(file, model, given.get("shards", 1))
+    job.check_sampling(file, sampling, model.predict_in_db)
+    return model, given | sampling
+
+
+def _print(found: Any, as_json: bool, texts: bool = True) -> None:
     """Print a result for people, or for programs. If nobody reads it any more, the work is done anyway."""
-    text = json.dumps(dataclasses.asdict(found), default=str) if as_json else str(found)
+    text = json.dumps(_fields(found, texts), default=str) if as_json else str(found)
     try:
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
 
 
+def _fields(found: Any, texts: bool) -> Any:
+    """A result as JSON; without `texts`, it lacks the fields that its repr lacks: they have rows' texts."""
+    if dataclasses.is_dataclass(found):
+        shown = [field.name for field in dataclasses.fields(found) if field.repr or texts]
+        return {name: _fields(getattr(found, name), texts) for name in shown}
+    if isinstance(found, dict):
+        return {str(key): _fields(value, texts) for key, value in found.items()}
+    return [_fields(each, texts) for each in found] if isinstance(found, list | tuple) else found
+
+
 def main(arguments: list[str] | None = None, exits: Callable[[int], Any] = sys.exit) -> None:
     """Run a command; an error of the package becomes one line and its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may have characters that the terminal lacks
+        sys.stdout.reconfigure(errors="replace")
     try:
         app(arguments, exit_on_error=False)
     except CycloptsError:  # it is printed

@@ -5,7 +5,8 @@
     select: tickets
     db: data/
 
-`model` and `db` may also name a saved block, as `vllm-api/tagger`. The parameters are those of
+`model`, `db` and the model's own `db` may also name a saved block, as `vllm-api/tagger`, or as deployments
+do: `{$ref: {block_document_slug: vllm-api/tagger}}`. The parameters are those of
 `vllm_tasks.flows.batch_predict` and of `vllm_tasks.flows.validate_model`.
 """
 
@@ -17,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import yaml
 from prefect import Flow
 from prefect.blocks.core import Block
 from pydantic import TypeAdapter, ValidationError
 
 from vllm_tasks import Datalayer, InvalidCall, VllmAPI, VllmModel
+from vllm_tasks._cli.document import mapping_in
 from vllm_tasks.errors import ServerUnavailable, near
 
 BLOCKS: dict[str, dict[str, type[Block]]] = {
@@ -30,6 +31,8 @@ BLOCKS: dict[str, dict[str, type[Block]]] = {
     "db": {"vllm-datalayer": Datalayer},
 }
 """Kinds of saved blocks that a parameter may name."""
+REF = "$ref"
+"""The key of a mapping that stands for a saved block, as in the parameters of a deployment."""
 
 
 def read(file: Path, flow: Flow[..., Any]) -> dict[str, Any]:
@@ -42,7 +45,7 @@ def read(file: Path, flow: Flow[..., Any]) -> dict[str, Any]:
         InvalidCall: The file cannot be read, is no mapping, or has a parameter that is unknown or wrong.
         ServerUnavailable: Prefect's server does not answer for a saved block.
     """
-    given = _mapping_in(file)
+    given = mapping_in(file)
     known = inspect.signature(flow.fn).parameters
     for name in given:
         if name not in known:
@@ -54,42 +57,48 @@ def read(file: Path, flow: Flow[..., Any]) -> dict[str, Any]:
 
 
 def _typed(file: Path, name: str, given: Any, kind: Any) -> Any:
-    """A parameter's value. YAML has types, so a text is no number, and `yes` is none either."""
+    """A parameter's value. YAML has types, so a text is no number, and `yes` is no truth value."""
     try:
         return TypeAdapter(kind).validate_python(_value(name, given), strict=not isinstance(given, dict))
     except ValidationError as error:
         wrong = (
-            ".".join(map(str, each["loc"])) + ": " + each["msg"] for each in error.errors(include_input=False)
+            ": ".join(filter(None, (".".join(map(str, each["loc"])), each["msg"], WAY_OUT.get(each["type"]))))
+            for each in error.errors(include_input=False)
         )
         raise InvalidCall(f"{file}: {name}: {'; '.join(wrong)}") from None  # the cause would show the input
 
 
-def _mapping_in(file: Path) -> Mapping[str, Any]:
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidCall(f"the job file cannot be read: {error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InvalidCall(f"{file} is not YAML: {error}") from error
-    if not isinstance(found, dict):
-        raise InvalidCall(f"{file} must be a mapping of parameters to values, such as `select: tickets`")
-    return found
+WAY_OUT = {"bool_type": "write true or false", "string_type": "put it in quotes"}
+"""What to write, by pydantic's type of an error."""
 
 
 def _value(name: str, given: Any) -> Any:
-    """A parameter's value: the saved block that a text names, the model or tables that fields describe."""
+    """A parameter's value: the saved block that is named, the model or tables that fields describe."""
     if name not in BLOCKS or given is None:
         return given
+    if isinstance(given, dict) and REF in given:
+        return _referred(name, given)
     if isinstance(given, str):
         return saved(name, given)
     if name == "model" and isinstance(given, dict):
         kind = VllmModel if "model_name" in given else VllmAPI
-        if odd := [field for field in given if field not in kind.model_fields and not isinstance(field, str)]:
-            raise InvalidCall(
-                f"model: {odd[0]!r:.100} is no name of a field; YAML reads yes, no, on and off as booleans"
-            )
-        return kind.model_validate(given)
+        if odd := [field for field in given if not isinstance(field, str)]:
+            raise InvalidCall(f"model: {odd[0]!r:.100} is no name of a field")
+        return kind.model_validate(given | ({"db": _value("db", given["db"])} if "db" in given else {}))
     return given
+
+
+def _referred(name: str, given: Mapping[str, Any]) -> Any:
+    """The saved block that a `$ref` names."""
+    match given:
+        case {"$ref": {"block_document_slug": str(slug), **more}, **others} if not more and not others:
+            if slug.partition("/")[0] in BLOCKS[name]:
+                return saved(name, slug)
+    kinds = " or ".join(f"{kind}/NAME" for kind in BLOCKS[name])
+    raise InvalidCall(
+        f"{name}: a {REF} must name a saved block by its slug: write {kinds}, or "
+        f"{{{REF}: {{block_document_slug: {next(iter(BLOCKS[name]))}/NAME}}}}"
+    )
 
 
 def check_sampling(file: Path, sampling: Mapping[str, Any], function: Callable[..., Any]) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from vllm_tasks import Datalayer, InvalidCall
-from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION
+from vllm_tasks import Datalayer, InvalidCall, VllmAPI, VllmModel
+from vllm_tasks.datalayer import outputs_name
+from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, Row, Tables
 from vllm_tasks.tables.counting import served_by
+from vllm_tasks.tables.opening import check_job, open_job
+from vllm_tasks.tables.predict import predict_in_db
+from vllm_tasks.tables.source_rows import first_prompts
 
-KIND = r"^(?P<kind>[a-z_]+)"
+KIND = re.compile(r"[a-z_]+")
+BEGINS = 24
+"""Characters of an error that are counted together: longer than each kind, so that few texts differ."""
 
 
 @dataclass(frozen=True)
@@ -40,41 +46,67 @@ class Outputs:
 
 
 def outputs_of(predict_id: str, db: Datalayer, table: str | None = None) -> Outputs:
-    """Counts over the committed outputs of `predict_id`; raises `InvalidCall` when there are none."""
-    rows = db.outputs(predict_id, table=table)
-    if missing := OWN_COLUMNS.keys() - set(rows.column_names):
-        raise InvalidCall(
-            f"{table or predict_id!r} is no outputs table: it has no {', '.join(sorted(missing))}"
+    """Counts over the committed outputs of `predict_id`; raises `InvalidCall` when there are none.
+
+    The lake or database counts, so that a large table takes no memory here.
+    """
+    name = outputs_name(predict_id) if table is None else table
+    with closing(db.source(name)) as source:
+        columns = set(source.columns())
+    if missing := OWN_COLUMNS.keys() - columns:
+        raise InvalidCall(f"{name!r} is no outputs table: it has no {', '.join(sorted(missing))}")
+    # A row of the source may have several outputs, flattened; its tokens and its error are in the first.
+    once = f"coalesce({POSITION}, 0) = 0" if POSITION in columns else "1 = 1"
+    begins = f"SUBSTR(_error, 1, {BEGINS})"
+    with closing(db.tables()) as tables:
+        outputs = f"FROM {tables.quoted(name)} WHERE {once}"
+        (total,) = _rows(
+            tables,
+            "SELECT COUNT(*) AS n, COUNT(_error) AS failed, CAST(SUM(_prompt_tokens) AS BIGINT) AS prompt, "
+            "CAST(SUM(_completion_tokens) AS BIGINT) AS completion, MIN(_created_at) AS first, "
+            f"MAX(_created_at) AS last {outputs}",
         )
-    if POSITION in rows.column_names:  # a row of the source has several, flattened
-        rows = rows.filter(pc.equal(pc.fill_null(rows[POSITION], 0), 0))
-    failed = rows.filter(pc.is_valid(rows["_error"]))
-    kinds = pc.struct_field(pc.extract_regex(failed["_error"], KIND), "kind").value_counts().to_pylist()
-    times = pc.min_max(rows["_created_at"]).as_py()
+        failed = _rows(
+            tables,
+            f"SELECT {begins} AS error, COUNT(*) AS n {outputs} AND _error IS NOT NULL GROUP BY {begins}",
+        )
+        models = _rows(tables, f"SELECT DISTINCT _model {outputs}")
+    kinds: Counter[str] = Counter()
+    for each in failed:
+        kind = KIND.match(each["error"])
+        kinds[kind[0] if kind else "other"] += each["n"]
     return Outputs(
         predict_id,
-        rows=len(rows),
-        failed=len(failed),
-        errors={each["values"] or "other": each["counts"] for each in kinds},
-        models=sorted(filter(None, pc.unique(rows["_model"]).to_pylist())),
-        prompt_tokens=_sum(rows["_prompt_tokens"]),
-        completion_tokens=_sum(rows["_completion_tokens"]),
-        first=times["min"],
-        last=times["max"],
+        rows=total["n"],
+        failed=total["failed"],
+        errors=dict(kinds.most_common()),
+        models=sorted(filter(None, (each["_model"] for each in models))),
+        prompt_tokens=total["prompt"] or 0,
+        completion_tokens=total["completion"] or 0,
+        first=total["first"],
+        last=total["last"],
     )
 
 
-def _sum(column: pa.ChunkedArray) -> int:
-    return pc.sum(column).as_py() or 0
+def _rows(tables: Tables, select: str) -> list[Row]:
+    return [row for rows in tables.read(select) for row in rows]
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What answers a job: the model's name, whether texts go through its chat template, who serves it."""
+    """What would answer a job, and over which rows.
+
+    `model` is the model's name; `chat` says whether texts go through its chat template. `to_process` is None
+    if that is known only when the rows are read. `missing_ids` counts the `ids` that are not in the source.
+    """
 
     model: str
     chat: bool | None
     served_by: dict[str, str]
+    rows: int
+    to_process: int | None
+    missing_ids: int
+    outputs: str
     packages: dict[str, str]
 
     def __str__(self) -> str:
@@ -84,20 +116,41 @@ class Checked:
         model = (
             f"{self.model}, served by {served}" if served else self.model or "a server that reports nothing"
         )
-        return f"ok: {model}\ntexts are sent {sent[self.chat]}\n{packages}"
+        to_process = "" if self.to_process is None else f", {self.to_process:,} to process"
+        missing = f"; ids that are not in the source: {self.missing_ids:,}" if self.missing_ids else ""
+        return (
+            f"ok: {model}\ntexts are sent {sent[self.chat]}\n{self.rows:,} rows{to_process}{missing}; "
+            f"outputs: {self.outputs}\n{packages}"
+        )
 
 
-def checked(job: dict[str, Any]) -> Checked:
-    """What would answer `job`; a server is contacted, a local engine is not started where its files tell all.
+def checked(model: VllmAPI | VllmModel, arguments: dict[str, Any]) -> Checked:
+    """What would happen in `model.predict_in_db(**arguments)` up to the first request.
+
+    A server is asked who it is; a local engine is not started where its files tell all.
 
     Raises:
         InvalidCall: The call cannot succeed as it is.
         ServerUnavailable: No server answers.
+        TablesUnavailable: The tables cannot be reached.
     """
-    model = job["model"]
-    call = model.prepare(model.predict_in_db, job.get("context"), job.get("sampling") or {})
-    over = call.over(job["X"])
-    return Checked(over.model_name, over.call.prompter.chat, served_by(call.engine), dict(_versions()))
+    with open_job(predict_in_db, model, **arguments) as (_, job, _):
+        check_job(job)
+        first_prompts(job)
+        rows, to_process = job.tables.count(job.selection)
+        if job.limit is not None:
+            to_process = min(to_process, job.limit)
+        ids = set(job.selection.ids or ())
+        return Checked(
+            job.over.model_name,
+            job.over.call.prompter.chat,
+            served_by(job.over.call.engine),
+            rows,
+            None if job.selection.refresh == "changed" else to_process,
+            max(len(ids) - rows, 0),
+            job.tables.where(job.selection.outputs),
+            dict(_versions()),
+        )
 
 
 def _versions() -> Any:

@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, Literal
 
-from vllm_tasks.calls.call import Columns, Model, named_columns
+from vllm_tasks.calls.call import Columns, Model
 from vllm_tasks.calls.prompts import Context
 from vllm_tasks.datalayer import Datalayer
-from vllm_tasks.datalayer.opening import Store, name_of, open_tables, source_of
-from vllm_tasks.datalayer.selection import OutputTable, Selection
-from vllm_tasks.datalayer.source_id import source_id
-from vllm_tasks.datalayer.table_names import outputs_name
-from vllm_tasks.errors import InvalidCall, TooManyFailed
-from vllm_tasks.tables.arguments import (
-    at_least_one,
-    budget_of,
-    columns_of,
-    commit_policy_of,
-    datalayer_of,
-    keys_of,
-    refresh_of,
-    shard_of,
-)
+from vllm_tasks.datalayer.opening import Store, name_of
+from vllm_tasks.datalayer.selection import OutputTable
+from vllm_tasks.errors import TooManyFailed
 from vllm_tasks.tables.counting import Counted
-from vllm_tasks.tables.earlier import refuse_other_source
 from vllm_tasks.tables.job import Display, Job
 from vllm_tasks.tables.log import Terminal
+from vllm_tasks.tables.opening import check_job, open_job
 from vllm_tasks.tables.report import Report, Tally
 from vllm_tasks.tables.run import SHUTDOWN_TIMEOUT, Run
 
@@ -127,61 +114,41 @@ def predict_in_db(
         EngineFailed: The engine did not start, or died and did not come back.
         TablesUnavailable: The tables could not be reached or had no space, also after the retries.
     """
-    if shards != 1:
-        raise InvalidCall(
-            f"shards={shards!r:.100} must be 1 here: call the task vllm_tasks.predict_in_db, or process a "
-            "part with shard=(i, n)"
-        )
-    call = model.prepare(predict_in_db, context, sampling)
-    key = named_columns("primary_id", primary_id)
-    predict_id = model.identifier if predict_id is None else predict_id
-    options = model.model_update_kwargs
     tally = Tally()
-    datalayer, read_from = datalayer_of(db, model), source_of(source)
-    commit_policy = commit_policy_of(max_chunk_size)
-    at_least_one("limit", limit)
-    budget = budget_of(max_failed, max_total_tokens, max_seconds, max_cost, prices)
-    # Arguments are checked before `over`, which may wait for a server.
-    refreshed, part = refresh_of(refresh, overwrite, retry_failed), shard_of(shard)
-    keys = None if ids is None else keys_of(ids, key)
-    tables, named = open_tables(datalayer, select, read_from)
-    if refreshed == "missing" and not isinstance(select, str | os.PathLike):
-        refreshed = "changed"  # a table in memory has no name that distinguishes it from another one
-    try:
-        over = call.over(X)
-        selection = Selection(
-            select=named,
-            key=key,
-            columns=over.columns,
-            outputs=options.get("table") or outputs_name(predict_id),
-            fingerprint=over.fingerprint,
-            refresh=refreshed,
-            ids=keys,
-            shard=part,
-        )
-        output = OutputTable(
-            name=selection.outputs,
-            columns=over.decoder.columns,
-            flatten=over.decoder.flatten,
-            partition_by=columns_of(options.get("partition_by", ())),
-            compression=options.get("compression"),
-        )
-        place = None if read_from is None else read_from.url.get_secret_value().strip()
-        of_source = source_id(named, datalayer.url.get_secret_value().strip(), place)
-        job = Job.of(
-            over, tables, selection, commit_policy, budget, limit, of_source, same_source=same_source
-        )
-        return commit_answers(predict_id, job, output, display or Terminal(), tally)
-    finally:
-        tables.close()
+    opened = open_job(
+        predict_in_db,
+        model,
+        X,
+        select,
+        predict_id=predict_id,
+        primary_id=primary_id,
+        db=db,
+        source=source,
+        ids=ids,
+        max_chunk_size=max_chunk_size,
+        overwrite=overwrite,
+        refresh=refresh,
+        retry_failed=retry_failed,
+        max_failed=max_failed,
+        max_total_tokens=max_total_tokens,
+        max_seconds=max_seconds,
+        max_cost=max_cost,
+        prices=prices,
+        limit=limit,
+        context=context,
+        shards=shards,
+        shard=shard,
+        same_source=same_source,
+        **sampling,
+    )
+    with opened as (name, job, output):
+        return commit_answers(name, job, output, display or Terminal(), tally)
 
 
 def commit_answers(predict_id: str, job: Job, output: OutputTable, display: Display, tally: Tally) -> Report:
     """Process the rows that `job` selects and commit their outputs, as `predict_in_db` does."""
     with tally.phase("check"):
-        job.tables.check(job.selection)
-        if job.source is not None and not job.same_source:
-            refuse_other_source(job.tables, job.selection.outputs, job.source)
+        check_job(job)
     with closing(display):
         verdict, counted = _run(job, output, display, tally)
     report = _report(predict_id, job, tally, counted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 from vllm_tasks.calls.call import TableCall
@@ -118,6 +119,12 @@ class SourceRows:
                     part, held = [], 0
         if part:
             yield part, held
+
+
+def first_prompts(job: Job) -> None:
+    """Make the prompts of the first rows; raises what a run would raise before its first request."""
+    with closing(SourceRows(job, Open(), Tally()).slices()) as slices:  # type: ignore[type-var]  # a generator
+        next(slices, None)
 
 
 def requests_of(over: TableCall, rows: Sequence[SourceRow]) -> list[Request | RowError]:

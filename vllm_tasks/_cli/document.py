@@ -1,0 +1,67 @@
+"""The text of a job file: YAML 1.2, where `no` is a text and `1e-3` a number, and nothing is guessed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import SafeConstructor
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import ScalarNode
+
+from vllm_tasks.errors import InvalidCall
+
+DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+
+
+def mapping_in(file: Path) -> dict[str, Any]:
+    """The mapping that a file holds, in UTF-8, or in UTF-16 with its mark.
+
+    Raises:
+        InvalidCall: The file cannot be read, is not YAML, is no mapping, or has a key twice.
+    """
+    yaml = YAML(typ="safe", pure=True)  # the C parser knows YAML 1.1 only
+    yaml.Constructor = Constructor
+    try:
+        found = yaml.load(file)  # as a file: of a text, errors would show the line, with the key in it
+    except OSError as error:
+        raise InvalidCall(f"the job file cannot be read: {error}") from error
+    except InvalidCall as error:
+        raise InvalidCall(f"{file}, {error}") from None
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise InvalidCall(f"{file} is not YAML in UTF-8: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise InvalidCall(f"{file} must be a mapping of parameters to values, such as `select: tickets`")
+    return found
+
+
+class Constructor(SafeConstructor):
+    """Values as YAML 1.2 reads them, without a key that is there twice and numbers that may be texts."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """The library's own check shows both values, secrets among them, and skips mappings with `<<`."""
+        seen: set[tuple[str | None, Any]] = set()
+        for key, _ in node.value:
+            if isinstance(key, ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise InvalidCall(
+                        f"line {key.start_mark.line + 1}: the key {key.value!r:.100} is there twice; remove "
+                        "one of them"
+                    )
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: Any) -> int:
+        """010 is 8 in YAML 1.1 and 10 in 1.2, and 2024_01 is 202401: a person may mean either, or a text."""
+        if DECIMAL.fullmatch(node.value) is None:
+            number = super().construct_yaml_int(node)
+            raise InvalidCall(
+                f"line {node.start_mark.line + 1}: {node.value!r:.100} may be a number or a text; write "
+                f"{number} for the number, or put it in quotes"
+            )
+        return super().construct_yaml_int(node)
+
+
+Constructor.add_constructor("tag:yaml.org,2002:int", Constructor.construct_yaml_int)
