@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from vllm_tasks.datalayer.lake.lake import Lake
     from vllm_tasks.datalayer.sources import Source
 
-LOGO = "https://avatars.githubusercontent.com/u/136984999?s=200"
-"""vLLM's logo."""
 T = TypeVar("T")
 
 DUCKDB = "duckdb:///"
@@ -145,7 +143,6 @@ class Datalayer(Block):
     _block_type_slug = "vllm-datalayer"
     _description = "Tables for vLLM predictions: a folder, an fsspec URL or a SQLAlchemy URL."
 
-    _logo_url: ClassVar[Any] = LOGO
     _documentation_url: ClassVar[Any] = "https://docs.sqlalchemy.org/en/20/core/engines.html"
     _code_example = """
         ```python
