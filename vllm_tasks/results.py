@@ -1,7 +1,7 @@
 """The types that calls return, for annotations and `isinstance`."""
 
 from vllm_tasks.rows import Choice, Completion, RowError, TokenLogprob
-from vllm_tasks.tables import ErrorKind, FailedRow, Preview, PreviewRow, Report
+from vllm_tasks.tables import ErrorKind, FailedRow, Preview, PreviewRow, Report, Sample
 from vllm_tasks.validation.report import Comparison, DatasetReport, ValidationReport
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "PreviewRow",
     "Report",
     "RowError",
+    "Sample",
     "TokenLogprob",
     "ValidationReport",
 ]

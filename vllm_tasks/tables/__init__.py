@@ -3,7 +3,7 @@
 from vllm_tasks.tables.log import Log, Terminal
 from vllm_tasks.tables.predict import predict_in_db
 from vllm_tasks.tables.previews import Preview, PreviewRow, preview
-from vllm_tasks.tables.report import ErrorKind, FailedRow, Report
+from vllm_tasks.tables.report import ErrorKind, FailedRow, Report, Sample
 
 __all__ = [
     "ErrorKind",
@@ -12,6 +12,7 @@ __all__ = [
     "Preview",
     "PreviewRow",
     "Report",
+    "Sample",
     "Terminal",
     "predict_in_db",
     "preview",

@@ -17,6 +17,7 @@ from vllm_tasks.datalayer.opening import Store, name_of, open_tables, source_of
 from vllm_tasks.datalayer.selection import OutputTable, Selection
 from vllm_tasks.datalayer.source_id import source_id
 from vllm_tasks.errors import InvalidCall, TooManyFailed
+from vllm_tasks.settings import site_settings
 from vllm_tasks.tables.arguments import (
     at_least_one,
     check_max_failed,
@@ -124,7 +125,7 @@ def predict_in_db(
     key = named_columns("primary_id", primary_id)
     predict_id = model.identifier if predict_id is None else predict_id
     options = model.model_update_kwargs
-    tally = Tally()
+    tally = Tally(most_samples=site_settings().report_samples)
     datalayer, read_from = datalayer_of(db, model), source_of(source)
     commit_policy = commit_policy_of(max_chunk_size)
     at_least_one("limit", limit)
@@ -226,6 +227,7 @@ def _report(predict_id: str, job: Job, tally: Tally, counted: Counted) -> Report
         seconds=tally.timings(),
         errors=tally.errors(),
         worst=tuple(tally.worst),
+        samples=tuple(tally.samples),
         served_by=counted.served_by,
         replaced=tally.replaced,
         unreadable=tally.unreadable,
