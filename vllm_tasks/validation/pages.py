@@ -40,7 +40,7 @@ RUNS_LISTED = 10
 """Runs in the table of a metric's history."""
 BAR_WIDTH = 10
 """Characters of a full bar."""
-BLOCKS = "", *"▏▎▍▌▋▊▉"
+BLOCKS: Sequence[str] = ["", *"▏▎▍▌▋▊▉"]
 """Unicode's blocks of 0 to 7 eighths of a character."""
 CLASSES_SHOWN = 16
 """Classes in a confusion table: the largest ones, in the order of their labels."""
@@ -229,7 +229,7 @@ def bar(value: float, top: float) -> str:
     """Return a bar of text, of full width for `top`; empty for a value below 0 and for none."""
     if not drawable(value) or value <= 0:
         return ""
-    eighths = round(8 * BAR_WIDTH * min(value / top, 1.0))
+    eighths: int = round(8 * BAR_WIDTH * min(value / top, 1.0))
     return "█" * (eighths // 8) + BLOCKS[eighths % 8]
 
 
