@@ -118,7 +118,7 @@ def show(rows: Sequence[Row]) -> None:
 
 def show_score(report: DatasetReport) -> None:
     """Print the values of the validation, and draw them."""
-    from vllm_tasks.validation.pages import picture_of
+    from vllm_tasks.validation.picture import picture_of
 
     print(f"\nValidated on a sample of {report.rows} questions, {report.processed} of them processed now:")
     for value in report.values:

@@ -8,7 +8,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from uuid import UUID
@@ -21,9 +21,11 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.exceptions import PrefectException
+from prefect.settings import PREFECT_UI_URL
 
 from vllm_tasks.datalayer.table_names import ODD
-from vllm_tasks.printable import printable
+from vllm_tasks.printable import one_line, printable
+from vllm_tasks.rows import CAUSES, cause_of
 from vllm_tasks.tables.estimates import Estimate, lines_of
 from vllm_tasks.tables.keys import display_key
 from vllm_tasks.tables.previews import Preview, as_cells
@@ -35,8 +37,10 @@ UPDATED_EVERY = 10.0
 """Seconds between two updates of the progress artifact."""
 LAST_UPDATE_TIMEOUT = 5.0
 """Seconds that a finished run waits for the last update."""
-MAX_MESSAGE = 300
-"""Characters of an error's message in the table of errors."""
+MAX_MESSAGE = 60
+"""Characters of an error's message in the table of errors, which then fits into a window of 1,400 pixels."""
+TEXT_LENGTH = 200
+"""Characters of an answer or a message on a page."""
 MAX_LINES = 20
 """Lines that could not be read, as the report lists them."""
 PHASES = {
@@ -111,14 +115,28 @@ class ProgressArtifact:
 def show_report(report: Report) -> None:
     """Create a Markdown artifact of the report and, if rows failed, a table artifact of errors."""
     with warn_if_not_displayed("the report"):
-        create_markdown_artifact(markdown_of(report), f"{slug(report.predict_id)}-report", str(report))
+        create_markdown_artifact(markdown_of(report), report_key(report.predict_id), str(report))
         if report.worst:
             table = [
-                {"key": display_key(row.key), "kind": row.kind, "message": row.reason[:MAX_MESSAGE]}
+                {
+                    "key": display_key(row.key),
+                    "cause": CAUSES[row.kind],
+                    "message": printable(one_line(row.short_reason, MAX_MESSAGE)),
+                }
                 for row in report.worst
             ]
             words = f"{len(table)} of {report.failed:,} failed rows of {report.predict_id}"
             create_table_artifact(table, f"{slug(report.predict_id)}-errors", words)
+
+
+def report_key(predict_id: str) -> str:
+    """Return the key of the artifact of a report."""
+    return f"{slug(predict_id)}-report"
+
+
+def validation_key(model: str, dataset: str) -> str:
+    """Return the key of the artifact of a validation on one data set."""
+    return f"{slug(f'{model}-{dataset}')}-validation"
 
 
 def show_preview(preview: Preview) -> None:
@@ -139,9 +157,9 @@ def show_estimate(estimate: Estimate) -> None:
 
 
 def markdown_of(report: Report) -> str:
-    """Return the report as Markdown: counts, tokens, seconds, and kinds of errors with keys of rows.
+    """Return the report as Markdown: causes of errors, sample answers, counts, tokens and seconds.
 
-    The Markdown has no contents of rows, since more people see artifacts than tables.
+    Of the contents of rows it has the sample answers alone, since more people see artifacts than tables.
     """
     per_second = report.completion_tokens / max(report.seconds.get("answer", 0.0), 1e-3)
     counts = {
@@ -162,21 +180,56 @@ def markdown_of(report: Report) -> str:
     if report.unreadable:
         counts["lines that could not be read"] = _number(report.unreadable)
     seconds = {PHASES[p]: f"{report.seconds[p]:,.2f} s" for p in PHASES if p in report.seconds}
-    kinds = [(e.kind, f"{e.rows:,}", ", ".join(code(display_key(k)) for k in e.keys)) for e in report.errors]
-    lines = [(words(line[:MAX_MESSAGE]),) for line in report.unreadable_lines[:MAX_LINES]]
     served = ", ".join(f"{name} {value}" for name, value in report.served_by.items())
     parts = [
         f"# {words(report.predict_id)}",
-        f"Outputs: {_link(report.outputs)}",
+        _errors(report) if report.errors else "No row failed.",
+        *([_unreadable(report)] if report.unreadable_lines else []),
+        *([_samples(report)] if report.samples else []),
+        f"## Counts\n\nOutputs: {_link(report.outputs)}",
         markdown_table(("rows", ""), counts.items()),
         markdown_table(("time", ""), seconds.items()),
-        markdown_table(("error", "rows", "keys, for example"), kinds) if kinds else "No row failed.",
-        *([markdown_table(("lines that could not be read, for example",), lines)] if lines else []),
         f"Model `{cell(report.model)}`, fingerprint `{report.fingerprint[:16]}`"
         + (f", texts sent as {report.sent_as}" if report.sent_as else "")
         + (f", served by {words(served)}" if served else ""),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _errors(report: Report) -> str:
+    items = []
+    for error in report.errors:
+        example = one_line(report.example_of(error.kind), TEXT_LENGTH)
+        texts = {"for example": example} if example else {}
+        texts["keys"] = ", ".join(map(display_key, error.keys))
+        rows = "row" if error.rows == 1 else "rows"
+        items.append(listed(f"**{error.rows:,} {rows}: {cause_of(error.kind)}**", texts))
+    return "## Errors\n\n" + "\n".join(items)
+
+
+def _unreadable(report: Report) -> str:
+    lines = (code(one_line(line, TEXT_LENGTH)) for line in report.unreadable_lines[:MAX_LINES])
+    return "Lines that could not be read, for example:\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _samples(report: Report) -> str:
+    answers = ((display_key(s.key), one_line(s.answer, TEXT_LENGTH)) for s in report.samples)
+    items = (listed(f"key {code(key)}", {"answer": answer}) for key, answer in answers)
+    return "## Sample answers\n\n" + "\n".join(items)
+
+
+def listed(head: str, texts: Mapping[str, str]) -> str:
+    """Return an item of a list in Markdown, with foreign texts below it.
+
+    Lines of a list wrap. Cells of a table do not in the Prefect UI, so a long text would make it too wide.
+
+    Args:
+        head: The first line, which is Markdown already.
+        texts: The texts by name.
+    """
+    return "\n".join(
+        [f"- {head}", *(f"  - {name}: {code(text) or '*empty*'}" for name, text in texts.items())]
+    )
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -226,6 +279,19 @@ def slug(name: str) -> str:
     if plain == given:
         return plain
     return f"{plain}-{hashlib.sha256(given.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"
+
+
+def page_url(key: str) -> str | None:
+    """Return the address of an artifact's page in the Prefect UI.
+
+    Args:
+        key: The key of the artifact; the page shows its versions, the newest first.
+
+    Returns:
+        The URL; None if no Prefect UI is known.
+    """
+    ui = PREFECT_UI_URL.value()
+    return f"{ui}/artifacts/key/{key}" if ui else None
 
 
 def asset_key(location: str) -> str:

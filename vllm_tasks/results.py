@@ -1,7 +1,7 @@
 """The types that calls return, for annotations and `isinstance`."""
 
 from vllm_tasks.rows import Choice, Completion, RowError, TokenLogprob
-from vllm_tasks.tables import ErrorKind, Estimate, FailedRow, Preview, PreviewRow, Report, Total
+from vllm_tasks.tables import ErrorKind, Estimate, FailedRow, Preview, PreviewRow, Report, Sample, Total
 from vllm_tasks.validation.report import Comparison, DatasetReport, ValidationReport
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "PreviewRow",
     "Report",
     "RowError",
+    "Sample",
     "TokenLogprob",
     "Total",
     "ValidationReport",

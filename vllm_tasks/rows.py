@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,17 +11,34 @@ Message = Mapping[str, Any]
 """One chat message in vLLM's format: `role`, `content` (a text or a list of content parts) and more."""
 
 RowErrorKind = Literal[
-    "read",  # the row could not be read
-    "prompt",  # the row could not be turned into a prompt
-    "too_long",  # the prompt does not fit into the model's context
-    "refused",  # vLLM refused this request (HTTP 4xx, or its own validation)
-    "timeout",  # every attempt took longer than `timeout`
-    "connection",  # the connection broke at every attempt while the server was up
-    "server",  # the server kept replying 5xx, 408 or 429
-    "response",  # the response does not follow the protocol
-    "engine",  # the local engine failed on this row, or died on it repeatedly
-    "output",  # the answer is not of the requested type
+    "read",
+    "prompt",
+    "too_long",
+    "refused",
+    "timeout",
+    "connection",
+    "server",
+    "response",
+    "engine",
+    "output",
 ]
+
+CAUSES: Mapping[str, str] = {
+    "read": "the row could not be read",
+    "prompt": "no prompt could be made of the row",
+    "too_long": "the prompt does not fit into the model's context",
+    "refused": "the request was refused",  # by HTTP 4xx, or its own validation
+    "timeout": "every attempt took longer than the timeout",
+    "connection": "the connection broke at every attempt, while the server was up",
+    "server": "the server failed or was full at every attempt",  # HTTP 5xx, 408 or 429
+    "response": "the response does not follow the protocol",
+    "engine": "the local engine failed on the row, or died on it repeatedly",
+    "output": "the answer is not of the requested type",
+}
+"""What each kind of error means, as pages say it."""
+
+SENDER = re.compile(r"HTTP \d{3} from \S+: ")
+"""The beginning of a message that a server sent."""
 
 GIVEN_UP = frozenset(("abort", "error"))
 """vLLM's finish reasons for an answer that it gave up: `abort` at a shutdown or a pause, `error` after an
@@ -95,6 +113,22 @@ class Completion:
 def given_up(completion: Completion) -> str:
     """Return why vLLM gave up an answer before its end; empty for a complete answer."""
     return ", ".join(sorted(GIVEN_UP & {choice.finish_reason for choice in completion.choices}))
+
+
+def cause_of(kind: str) -> str:
+    """Return why a row of this kind of error failed, as a sentence with the kind."""
+    return f"{CAUSES[kind]} ({kind})"
+
+
+def without_sender(message: str) -> str:
+    """Return an error's message without the status and the address of a server, which are no cause."""
+    return SENDER.sub("", message, count=1)
+
+
+def error_in_words(error: str) -> str:
+    """Return an error as the column `_error` has it, with its cause in words instead of its kind."""
+    kind, _, message = error.partition(": ")
+    return f"{cause_of(kind)}: {without_sender(message)}" if kind in CAUSES else error
 
 
 def reason_of(kind: str, message: str) -> str:

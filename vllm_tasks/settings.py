@@ -114,6 +114,11 @@ class Settings(BaseSettings):
         description="Lines of the package that are logged, read when it is imported: INFO has progress and "
         "what is waited for, WARNING only what a person should look at.",
     )
+    report_samples: int = Field(
+        default=3,
+        ge=0,
+        description="Answers that the report of a run over a table shows, with their keys; 0: none.",
+    )
     trust_remote_code: bool = Field(
         default=True,
         description="Whether engines may run code of a model's own; false refuses models that would run it.",

@@ -13,11 +13,14 @@ from typing import Any
 
 from prefect import Task
 from prefect.cache_policies import NO_CACHE, STABLE_TRANSFORMS
+from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
+from prefect.states import Completed
 
 from vllm_tasks import tables
-from vllm_tasks._prefect.commits import InPrefect, publish
+from vllm_tasks._prefect.approval import approved, check_askable
+from vllm_tasks._prefect.commits import InPrefect, publish, publish_scores
 from vllm_tasks._prefect.mapping import ModelTask, RowsTask
 from vllm_tasks._prefect.policy import POLICY, table_run_name, validation_run_name
 from vllm_tasks._prefect.recording import emit_verdict, save_metric_values
@@ -257,6 +260,7 @@ def _validate(
     work = validate_without_gate if target is None else partial(validated, target)
     report = work(model, validation, **{**options, "db": db, "datasets": datasets, "flow_run": flow_run})
     show(report)
+    publish_scores(report)
     save_metric_values(model, report)
     if datasets is None:
         emit_verdict(model, report)
@@ -390,3 +394,33 @@ def validate_at_once(model: Model, validation: Validation | None = None, **optio
     together = ValidationReport(model.identifier, reports[0].fingerprint, found)
     emit_verdict(model, together)
     return passed(together)
+
+
+def validate_and_ask(
+    model: Model, validation: Validation | None = None, *, timeout: int, **options: Any
+) -> State[ValidationReport]:
+    """Validate as `validate_at_once` does; if the model is below its limits, a person decides.
+
+    Call it within a flow and return what it returns. The flow run pauses until somebody resumes it in the
+    Prefect UI with a decision. Meanwhile the model's engine is closed, so that others may use its GPUs.
+
+    Args:
+        model: The model to validate.
+        validation: Data sets, metrics and limits; the model's own when None.
+        timeout: Seconds to wait for the decision.
+        **options: Those of `validate`, except `datasets`.
+
+    Returns:
+        The state of a flow run that completes, with the report. If the model was approved, its message says
+        by whom.
+
+    Raises:
+        GateFailed: The model is below its limits, and was rejected or not approved in time.
+        InvalidCall: The flow run could not be resumed by anybody; no row was sent.
+    """
+    check_askable()
+    try:
+        return Completed(data=validate_at_once(model, validation, **options))
+    except GateFailed as failed:
+        model.close()
+        return approved(failed, timeout)

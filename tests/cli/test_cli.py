@@ -145,6 +145,18 @@ def test_a_job_for_a_work_pool_is_refused(
     assert not server.posts
 
 
+def test_a_job_that_asks_a_person_is_refused(
+    command: Command, tmp_path: Path, server: ScriptedServer
+) -> None:
+    """Nobody could answer a command; its file is for a deployment."""
+    validation = "{datasets: [{identifier: d, select: t}], metrics: [{identifier: accuracy}], key: [a, b]}"
+    job = write(tmp_path, server, f"validation: {validation}\non_gate_failed: ask\napproval_timeout: 60\n")
+    code, printed = command("validate", str(job))
+    assert code == 2
+    assert "has on_gate_failed: ask" in printed
+    assert not server.posts
+
+
 @pytest.mark.parametrize("words", [("rnu", "job.yaml"), ("run",), ("run", "job.yaml", "--jsn")])
 def test_a_wrong_command_line_exits_as_a_wrong_call(command: Command, words: tuple[str, ...]) -> None:
     """The message names what is wrong."""

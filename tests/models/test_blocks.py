@@ -8,18 +8,19 @@ import re
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import pytest
 from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import BlockDocumentUpdate
+from prefect.client.schemas.objects import BlockType
 from prefect.settings import get_current_settings
 from prefect.testing.standard_test_suites import BlockStandardTestSuite
-from pydantic import SecretStr
+from pydantic import SecretStr, ValidationError
 
 from tests.conftest import IN_PREFECT
 from tests.eventually import LONG_ENOUGH
@@ -37,6 +38,9 @@ from vllm_tasks import (
 from vllm_tasks.calls.prompts import joined
 from vllm_tasks.calls.sampling import known_names
 from vllm_tasks.errors import near
+from vllm_tasks.flows.batch_predict import batch_predict
+from vllm_tasks.flows.compare_models import compare_models
+from vllm_tasks.flows.validate_model import validate_model
 
 pytestmark = IN_PREFECT
 BOTH = pytest.mark.parametrize("kind", [VllmAPI, VllmModel])
@@ -344,14 +348,36 @@ def test_prefect_finds_the_package_by_its_entry_point() -> None:
 
 
 class StandardSuite(BlockStandardTestSuite):
-    """The logos are Prefect's own, because another host may be out of reach."""
+    """Prefect's own tests of a block."""
 
     def test_has_a_valid_image(self, block: Any) -> None:
-        pytest.importorskip("PIL")
-        try:
-            super().test_has_a_valid_image(block)
-        except URLError as error:
-            pytest.skip(f"the logo's host is not reachable: {error}")
+        """A block has no logo: any host may be out of reach, and the page would show a broken picture."""
+        assert block._logo_url is None
+
+    def test_its_descriptions_are_plain_text(self, block: Any) -> None:
+        """Forms print the descriptions of fields as they are, so there is no markup in them."""
+        assert [text for text in descriptions(block.model_json_schema()) if set("`<") & set(text)] == []
+
+
+def descriptions(schema: Any) -> Iterator[str]:
+    """The descriptions of all fields in a schema."""
+    if isinstance(schema, dict):
+        for field in schema.get("properties", {}).values():
+            yield field.get("description", "")
+        for part in schema.values():
+            yield from descriptions(part)
+
+
+def test_a_picture_within_a_block_type_could_not_be_loaded() -> None:
+    """Prefect's server keeps a logo as a data URI, but its clients refuse every block of such a type."""
+    with pytest.raises(ValidationError, match=r"scheme should be .http. or .https."):
+        BlockType(name="n", slug="s", logo_url="data:image/svg+xml;base64,PHN2Zy8+")
+
+
+@pytest.mark.parametrize("deployed", [batch_predict, validate_model, compare_models])
+def test_the_descriptions_of_parameters_are_plain_text(deployed: Any) -> None:
+    """Forms of deployments print them as they are, too."""
+    assert [text for text in descriptions(deployed.parameters.model_dump()) if set("`<") & set(text)] == []
 
 
 class TestVllmAPI(StandardSuite):

@@ -83,7 +83,7 @@ def test_each_commit_is_a_task_run(model: VllmAPI, lake: Place) -> None:
 
 
 def test_progress_and_report_are_artifacts(model: VllmAPI, server: ScriptedServer) -> None:
-    """The UI shows a progress artifact, a report with keys but no contents, and a table of errors."""
+    """The UI shows progress, a report with causes of errors and three answers, and a table of errors."""
     server.script = lambda asked: refused(400, "no") if asked.prompt == "t7" else None
     _, report = over_a_table(model, predict_id="Shown Here", max_failed=None)
     (progress,) = artifacts("shown-here-progress")
@@ -92,9 +92,14 @@ def test_progress_and_report_are_artifacts(model: VllmAPI, server: ScriptedServe
     (shown,) = artifacts("shown-here-report")
     assert isinstance(shown.data, str)
     assert shown.data == markdown_of(report)
-    for words in ("| completed | 99 |", "| failed | 1 |", "| refused | 1 | `7` |", report.outputs):
+    cause = "**1 row: the request was refused (refused)**"
+    for words in ("| completed | 99 |", "| failed | 1 |", cause, "`'no'`", "keys: `7`", report.outputs):
         assert words in shown.data
-    assert "t7" not in shown.data
+    assert len(report.samples) == 3
+    for (key,), answer in [(sample.key, sample.answer.strip()) for sample in report.samples]:
+        assert answer == f"t{key}!"
+        assert f"- key `{key}`\n  - answer: `{answer}`\n" in shown.data
+    assert "t7`" not in shown.data
     (errors,) = artifacts("shown-here-errors")
     assert '"key": "7"' in str(errors.data)
 
@@ -106,6 +111,7 @@ def test_outputs_are_an_asset_of_their_source(model: VllmAPI) -> None:
     succeeded = {"prefix": ["prefect.asset.materialization.succeeded"]}
     (event,) = events_where(1, event=succeeded, resource={"id": [asset]})
     assert asset_key(report.source) in [r["prefect.resource.id"] for r in event["related"]]
+    assert event["resource"]["prefect.asset.url"].endswith("/artifacts/key/lineage-report")
     assert (event["payload"]["predict_id"], event["payload"]["succeeded"]) == ("lineage", 100)
 
 
@@ -328,7 +334,7 @@ def test_a_report_cannot_break_its_markdown() -> None:
     )  # fmt: skip
     lines = markdown_of(report).splitlines()
     assert lines[0] == "# p # x"
-    assert "| prompt | 1 | `a b� c` |" in lines
+    assert "  - keys: `a b� c`" in lines
     assert slug("p\n# x") == "p-x"
 
 

@@ -113,7 +113,8 @@ def validate(file: Path, *, json: AsJson = False, texts: Texts = False) -> None:
 
     given = job.read(file, validate_model)
     model = given.pop("model")
-    job.check_runs_here(file, model)
+    given.pop("approval_timeout", None)
+    job.check_runs_here(file, model, asks=given.pop("on_gate_failed", "fail") == "ask")
     report = model.validate(given.pop("validation", None), **given)
     _print(report, json, texts)
     passed(report)

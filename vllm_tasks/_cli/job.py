@@ -111,13 +111,19 @@ def check_sampling(file: Path, sampling: Mapping[str, Any], function: Callable[.
         )
 
 
-def check_runs_here(file: Path, model: VllmAPI | VllmModel, shards: int = 1) -> None:
-    """Raise `InvalidCall` for a job that needs flow runs on a work pool, which only a flow starts."""
+def check_runs_here(file: Path, model: VllmAPI | VllmModel, shards: int = 1, *, asks: bool = False) -> None:
+    """Raise `InvalidCall` for a job that needs a flow run: on a work pool, or to ask a person in the UI."""
     resources = model.resources()
     elsewhere = resources.work_pool or resources.deployment
-    if elsewhere or shards != 1:
-        why = f"names the work pool or deployment {elsewhere!r}" if elsewhere else f"has shards={shards}"
-        raise InvalidCall(f"{file} {why}: run it as a deployment of the flow batch-predict or validate-model")
+    if elsewhere:
+        why = f"names the work pool or deployment {elsewhere!r}"
+    elif asks:
+        why = "has on_gate_failed: ask, and a person is asked in the Prefect UI"
+    elif shards != 1:
+        why = f"has shards={shards}"
+    else:
+        return
+    raise InvalidCall(f"{file} {why}: run it as a deployment of the flow batch-predict or validate-model")
 
 
 def saved(name: str, given: str) -> Any:

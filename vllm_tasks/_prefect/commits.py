@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from prefect import Task
-from prefect.assets import Asset, add_asset_metadata
+from prefect.assets import Asset, AssetProperties, add_asset_metadata
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
 from prefect.tasks import MaterializingTask
@@ -14,11 +14,19 @@ from prefect.transactions import CommitMode, transaction
 
 from vllm_tasks._prefect.policy import is_lost
 from vllm_tasks._prefect.recording import emit
-from vllm_tasks.artifacts import ProgressArtifact, asset_key, show_report
+from vllm_tasks.artifacts import (
+    ProgressArtifact,
+    asset_key,
+    page_url,
+    report_key,
+    show_report,
+    validation_key,
+)
 from vllm_tasks.placement.heartbeat import Heartbeat
 from vllm_tasks.tables import Log, Report, Terminal
 from vllm_tasks.tables.job import RETRY_DELAYS
 from vllm_tasks.tables.report import Progress
+from vllm_tasks.validation.report import ValidationReport
 
 KEPT = CommitMode.EAGER
 """The commit mode of a task run within a task. Its work stays, so Prefect must not mark it as rolled back
@@ -93,10 +101,36 @@ def publish(report: Report, ended: Literal["completed", "stopped", "failed"] = "
     if FlowRunContext.get() is None:
         show_report(report)
         return
-    outputs = Asset(key=asset_key(report.outputs))
+    outputs = _asset(report.outputs, report_key(report.predict_id))
     task = outputs_task.with_options(assets=[outputs], asset_deps=[asset_key(report.source)])
     with transaction(commit_mode=KEPT):
         task(report)
+
+
+def publish_scores(report: ValidationReport) -> None:
+    """In a flow, make the answers of each data set a Prefect asset whose metadata are their scores."""
+    if FlowRunContext.get() is None:
+        return
+    for dataset in report.datasets:
+        metadata = {
+            "model": report.model,
+            "fingerprint": report.fingerprint,
+            "dataset": dataset.dataset,
+            "run": dataset.run,
+            "rows": dataset.rows,
+            "failed": dataset.failed,
+            "truncated": dataset.truncated,
+            "score": {value.metric: value.value for value in dataset.values},
+            "passed": not dataset.reasons,
+        }
+        answers = _asset(dataset.outputs, validation_key(report.model, dataset.dataset))
+        with transaction(commit_mode=KEPT):
+            scores_task.with_options(assets=[answers])(answers.key, metadata)
+
+
+def _asset(location: str, page: str) -> Asset:
+    """The asset of a table, which links to the page of the artifact with the key `page`."""
+    return Asset(key=asset_key(location), properties=AssetProperties(url=page_url(page)))
 
 
 commit_group = Task(
@@ -110,4 +144,7 @@ commit_group = Task(
 )
 outputs_task = MaterializingTask(
     _publish, name="outputs", assets=["vllm://outputs"], materialized_by="vllm", cache_policy=NO_CACHE
+)
+scores_task = MaterializingTask(
+    add_asset_metadata, name="scores", assets=["vllm://scores"], materialized_by="vllm", cache_policy=NO_CACHE
 )

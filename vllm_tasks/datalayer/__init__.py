@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from vllm_tasks.datalayer.block_fields import LOGO, not_shown, own_fields, validated
+from vllm_tasks.datalayer.block_fields import not_shown, own_fields, validated
 from vllm_tasks.datalayer.table_names import check_name, outputs_name
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.places import check_place, without_secrets
@@ -44,7 +44,6 @@ class Datalayer(Block):
     _block_type_slug = "vllm-datalayer"
     _description = "Tables for vLLM predictions: a folder, an fsspec URL or a SQLAlchemy URL."
 
-    _logo_url: ClassVar[Any] = LOGO
     _documentation_url: ClassVar[Any] = "https://docs.sqlalchemy.org/en/20/core/engines.html"
     _code_example = """
         ```python

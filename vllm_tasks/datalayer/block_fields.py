@@ -8,8 +8,6 @@ from typing import Any, TypeVar
 from pydantic import ModelWrapValidatorHandler, ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails
 
-LOGO = "https://avatars.githubusercontent.com/u/136984999?s=200"
-"""vLLM's logo."""
 T = TypeVar("T")
 
 

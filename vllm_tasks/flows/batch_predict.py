@@ -59,9 +59,9 @@ def batch_predict(
         primary_id: Column or columns that identify a row.
         db: Where the table is and the outputs go; None: the model's own.
         limit: Process at most this number of rows, to try a job; None: all.
-        predict_id: Names the outputs, `_outputs__<predict_id>`; None: the model's identifier.
+        predict_id: Names the outputs, the table _outputs__NAME; None: the model's identifier.
         sampling: Sampling parameters by vLLM's names, such as {"max_tokens": 60}; they override the model's.
-        context: Fills `{context}` in every prompt.
+        context: Fills {context} in every prompt.
         refresh: missing processes rows without an output; changed also rows whose input has changed since.
         overwrite: Process all rows again.
         retry_failed: Process only the rows that have an error.

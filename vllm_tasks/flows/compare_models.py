@@ -33,7 +33,7 @@ def compare_models(
         validation: Data sets, metrics and limits, the same for all.
         db: Where predictions and history go; None: the first model's own.
         max_failed: Rows that may fail, as a fraction (0.05) or a number (20); None: any number.
-        context: Fills `{context}` in every prompt.
+        context: Fills {context} in every prompt.
 
     Returns:
         The comparison, row by row.

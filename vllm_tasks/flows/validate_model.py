@@ -6,13 +6,18 @@ python -m vllm_tasks.flows.validate_model --cron "0 4 * * *"      # serve it; th
 
 # Without `from __future__ import annotations`: the process of a served run cannot resolve type names.
 
+from typing import Annotated, Literal
+
 from prefect import flow
 from prefect.runtime import flow_run
+from pydantic import Field
 
 from vllm_tasks import Datalayer, Validation, VllmAPI, VllmModel
 from vllm_tasks.flows._serve import serve
 from vllm_tasks.results import ValidationReport
-from vllm_tasks.tasks import validate_at_once
+from vllm_tasks.tasks import validate_and_ask, validate_at_once
+
+Seconds = Annotated[int, Field(ge=1)]
 
 
 def run_name() -> str:
@@ -29,10 +34,13 @@ def validate_model(
     retry_failed: bool = False,
     max_failed: float | int | None = 0.05,
     context: str | None = None,
+    on_gate_failed: Literal["fail", "ask"] = "fail",
+    approval_timeout: Seconds = 86_400,
 ) -> ValidationReport:
     """Score a model on data sets with known answers; the flow fails if the model is below its limits.
 
-    The values are saved in the block and in the history. An interrupted run is resumed.
+    With on_gate_failed="ask" it pauses instead, until a person approves or rejects the model in the UI. The
+    values are saved in the block and in the history. An interrupted run is resumed.
 
     Args:
         model: A saved block: a vLLM API, or a vLLM Model.
@@ -41,23 +49,28 @@ def validate_model(
         reuse: Score the answers of the last run again, if the model's weights are known to be the same.
         retry_failed: Process the failed rows of an interrupted run again.
         max_failed: Rows that may fail, as a fraction (0.05) or a number (20); None: any number.
-        context: Fills `{context}` in every prompt.
+        context: Fills {context} in every prompt.
+        on_gate_failed: If the model is below its limits: fail, or ask a person, for whom the flow run pauses.
+        approval_timeout: Seconds to wait for the person; without an approval by then the flow fails.
 
     Returns:
         One report of all data sets.
 
     Raises:
-        GateFailed: The model is below its limits; everything is recorded.
+        GateFailed: The model is below its limits, and no person approved it; everything is recorded.
+        InvalidCall: Nobody could be asked, because this is no flow run of a Prefect server.
     """
-    return validate_at_once(
-        model,
-        validation,
-        db=db,
-        reuse=reuse,
-        retry_failed=retry_failed,
-        max_failed=max_failed,
-        context=context,
-    )
+    options = {
+        "db": db,
+        "reuse": reuse,
+        "retry_failed": retry_failed,
+        "max_failed": max_failed,
+        "context": context,
+    }
+    if on_gate_failed == "ask":
+        # The caller of the flow gets the data of the state.
+        return validate_and_ask(model, validation, timeout=approval_timeout, **options)  # type: ignore[return-value]
+    return validate_at_once(model, validation, **options)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from prefect.blocks.core import Block
 from pydantic import Field, SecretStr, field_validator
 
 from vllm_tasks.calls.sampling import Target
-from vllm_tasks.datalayer.block_fields import LOGO
 from vllm_tasks.engines import wire
 from vllm_tasks.engines.http.engine import HttpConfig
 from vllm_tasks.engines.http.urls import origins, split_urls
@@ -27,7 +26,6 @@ class VllmAPI(Predictor, Block):
 
     _block_type_name: ClassVar[str] = "vLLM API"
     _block_type_slug: ClassVar[str] = "vllm-api"
-    _logo_url: ClassVar[Any] = LOGO
     _description: ClassVar[str] = "Prompts a model on a vLLM server."
     _documentation_url: ClassVar[Any] = f"{VLLM_DOCS}/serving/openai_compatible_server.html"
     _code_example: ClassVar[str] = """

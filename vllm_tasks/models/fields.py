@@ -70,7 +70,7 @@ class ModelFields(BaseModel):
     identifier: str = Field(
         min_length=1,
         title="Identifier",
-        description="Your name for the model. Its outputs are in `_outputs__<identifier>`; '/' becomes '-'.",
+        description="Your name for the model. Its outputs are in the table _outputs__NAME; '/' becomes '-'.",
     )
     uuid: str = Field(
         default_factory=lambda: str(uuid4()),
@@ -85,14 +85,14 @@ class ModelFields(BaseModel):
     artifacts: dict[str, Artifact] = Field(
         default={},
         title="Artifacts",
-        description="Files for templates, `{artifacts.name}`, and prompt functions (artifacts=...), such as "
+        description="Files for templates, {artifacts.name}, and prompt functions (artifacts=...), such as "
         '{"rules": {"uri": "s3://bucket/rules.txt"}}.',
     )
     signature: Signature = Field(
         default="singleton",
         title="Signature",
-        description="What the prompt takes a record for: one value `{input}` (singleton), a tuple `{0}` "
-        "(*args), a dict `{name}` (**kwargs), or both.",
+        description="What the prompt takes a record for: one value {input} (singleton), a tuple {0} "
+        "(*args), a dict {name} (**kwargs), or both.",
     )
     datatype: DataType | BuiltinType | None = Field(
         default=None,
@@ -111,18 +111,18 @@ class ModelFields(BaseModel):
     model_update_kwargs: dict[str, Any] = Field(
         default={},
         title="Options of the outputs",
-        description="`model_update_kwargs`: table, partition_by, compression, on_length (keep, error).",
+        description="model_update_kwargs: table, partition_by, compression, on_length (keep, error).",
     )
     predict_kwargs: dict[str, Any] = Field(
         default={},
         title="Sampling parameters",
-        description="`predict_kwargs` by vLLM's names, such as {\"max_tokens\": 60}; a call's override them.",
+        description="predict_kwargs by vLLM's names, such as {\"max_tokens\": 60}; a call's override them.",
     )
     compute_kwargs: dict[str, Any] = Field(
         default={},
         repr=False,  # values of `env` may be secrets
         title="Resources",
-        description="`compute_kwargs`: hints such as num_gpus, memory, image, env or work_pool.",
+        description="compute_kwargs: hints such as num_gpus, memory, image, env or work_pool.",
     )
     validation: Validation | None = Field(
         default=None,
@@ -137,7 +137,7 @@ class ModelFields(BaseModel):
     prompt: str = Field(
         default="{input}",
         title="Prompt",
-        description="Template with plain keys: `{input}`, `{0}`, `{name}`, `{context}`, `{artifacts.name}`.",
+        description="Template with plain keys: {input}, {0}, {name}, {context}, {artifacts.name}.",
     )
     prompt_func: DottedCallable | None = Field(
         default=None,
@@ -148,7 +148,7 @@ class ModelFields(BaseModel):
         default=4,
         ge=1,
         title="Rows in a chunk",
-        description="`max_batch_size`: rows handed to the engine at once. It has no visible effect over "
+        description="max_batch_size: rows handed to the engine at once. It has no visible effect over "
         "HTTP, where max_in_flight limits the concurrent requests. Empty: all.",
     )
     chat: bool | None = Field(

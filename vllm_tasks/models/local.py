@@ -11,7 +11,6 @@ from prefect.blocks.core import Block
 from pydantic import Field, model_validator
 
 from vllm_tasks.calls.sampling import Target
-from vllm_tasks.datalayer.block_fields import LOGO
 from vllm_tasks.engines.local.engine import LocalConfig
 from vllm_tasks.engines.ray.engine import RayConfig
 from vllm_tasks.errors import InvalidCall
@@ -33,7 +32,6 @@ class VllmModel(Predictor, Block):
 
     _block_type_name: ClassVar[str] = "vLLM Model"
     _block_type_slug: ClassVar[str] = "vllm-model"
-    _logo_url: ClassVar[Any] = LOGO
     _description: ClassVar[str] = "Runs a model with vLLM where the flow runs."
     _documentation_url: ClassVar[Any] = f"{VLLM_DOCS}/serving/offline_inference.html"
     _code_example: ClassVar[str] = """
@@ -75,7 +73,7 @@ class VllmModel(Predictor, Block):
         default={},
         repr=False,  # its hf_token is a secret
         title="Engine arguments",
-        description='`vllm_kwargs` by vLLM\'s names, such as {"max_model_len": 4096}; they override fields.',
+        description='vllm_kwargs by vLLM\'s names, such as {"max_model_len": 4096}; they override fields.',
     )
     engine_python: str | None = Field(
         default=None,

@@ -38,7 +38,7 @@ def step(
         call: The work, as JSON.
         model: A saved block; empty: the call has the model's fields.
         db: A saved block; empty: the call has the datalayer, if it needs one.
-        source: A saved block; empty: the call has the datalayer that rows are read from, if it is not `db`.
+        source: A saved block; empty: the call has the datalayer that rows are read from, if it is not db.
         heartbeat_interval: Seconds between two heartbeats.
     """
     work = json.loads(call)

@@ -4,7 +4,7 @@ from vllm_tasks.tables.estimates import Estimate, estimate
 from vllm_tasks.tables.log import Log, Terminal
 from vllm_tasks.tables.predict import predict_in_db
 from vllm_tasks.tables.previews import Preview, PreviewRow, preview
-from vllm_tasks.tables.report import ErrorKind, FailedRow, Report
+from vllm_tasks.tables.report import ErrorKind, FailedRow, Report, Sample
 from vllm_tasks.tables.totals import Total
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Preview",
     "PreviewRow",
     "Report",
+    "Sample",
     "Terminal",
     "Total",
     "estimate",

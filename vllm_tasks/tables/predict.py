@@ -15,6 +15,7 @@ from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.opening import Store, name_of
 from vllm_tasks.datalayer.selection import OutputTable
 from vllm_tasks.errors import TooManyFailed
+from vllm_tasks.settings import site_settings
 from vllm_tasks.tables.counting import Counted
 from vllm_tasks.tables.job import Display, Job
 from vllm_tasks.tables.log import Terminal
@@ -114,7 +115,7 @@ def predict_in_db(
         EngineFailed: The engine did not start, or died and did not come back.
         TablesUnavailable: The tables could not be reached or had no space, also after the retries.
     """
-    tally = Tally()
+    tally = Tally(most_samples=site_settings().report_samples)
     opened = open_job(
         predict_in_db,
         model,
@@ -210,6 +211,7 @@ def _report(predict_id: str, job: Job, tally: Tally, counted: Counted) -> Report
         seconds=tally.timings(),
         errors=tally.errors(),
         worst=tuple(tally.worst),
+        samples=tuple(tally.samples),
         served_by=counted.served_by,
         replaced=tally.replaced,
         unreadable=tally.unreadable,

@@ -7,16 +7,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from vllm_tasks.printable import printable
-from vllm_tasks.rows import Completion, Result, RowError, reason_of
+from vllm_tasks.rows import Completion, Result, RowError, reason_of, without_sender
 
 EXAMPLES = 5
 """Keys that are listed for each kind of error."""
 WORST = 50
 """Failed rows whose key and message are kept for the table of errors."""
+SAMPLE_LENGTH = 500
+"""Characters of a sample answer that are kept."""
 LINE_LENGTH = 200
 """Characters that are logged about a line that could not be read."""
 FIRST = 50
@@ -38,6 +40,11 @@ class FailedRow:
         """The message for logs and pages, without text that the model wrote."""
         return reason_of(self.kind, self.message)
 
+    @property
+    def short_reason(self) -> str:
+        """The reason without the status and the address of a server."""
+        return without_sender(self.reason)
+
 
 @dataclass(frozen=True)
 class ErrorKind:
@@ -46,6 +53,14 @@ class ErrorKind:
     kind: str
     rows: int
     keys: tuple[tuple[Any, ...], ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer of a run, for people to look at: the first choice, or the beginning of a long one."""
+
+    key: tuple[Any, ...]
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -59,8 +74,8 @@ class Report:
     source lines without a readable key, which have no output; `unreadable_lines` says where some of them are,
     and why. `stopped_by` names the argument (`max_seconds`, ...) whose limit ended the run before its last
     row; `remaining` is the number of rows that are left to the next run then, None when they were not counted
-    in time. `chat` is True if texts were sent through the model's chat template, False if as plain text.
-    `seconds` has the `total` and its parts, which overlap: `check` (the call, the source and its keys),
+    in time. `samples` are some answers, as many as VLLM_TASKS_REPORT_SAMPLES says. `chat` is True if texts
+    were sent through the model's chat template, False if as plain text. `seconds` has the `total` and its parts, which overlap: `check` (the call, the source and its keys),
     `first_row` (from the start to the first row that was sent), `read` (source and prompts), `answer`
     (from the first row sent to the last answer), `commit`.
     """
@@ -82,6 +97,7 @@ class Report:
     seconds: dict[str, float]
     errors: tuple[ErrorKind, ...] = ()
     worst: tuple[FailedRow, ...] = field(default=(), repr=False)
+    samples: tuple[Sample, ...] = field(default=(), repr=False)
     served_by: dict[str, str] = field(default_factory=dict)
     replaced: int = 0
     unreadable: int = 0
@@ -114,6 +130,7 @@ class Report:
             *("prompt_tokens", "completion_tokens", "commits"),
         )
         most = max(reports, key=lambda r: r.unreadable)
+        most_samples = max(len(r.samples) for r in reports)
         longest = {
             phase: max(r.seconds.get(phase, 0.0) for r in reports)
             for report in reports
@@ -127,6 +144,7 @@ class Report:
             seconds={**longest, "total": round(total, 3)},
             errors=_merged([e for r in reports for e in r.errors]),
             worst=_some_of_each_kind([row for r in reports for row in r.worst]),
+            samples=tuple(islice(chain.from_iterable(r.samples for r in reports), most_samples)),
             unreadable=most.unreadable,
             unreadable_lines=most.unreadable_lines,
             stopped_by=next((r.stopped_by for r in reports if r.stopped_by), None),
@@ -151,6 +169,19 @@ class Report:
             f"{self.completion_tokens:,} tokens in {self.seconds['total']:.1f} s"
             f"{self.sent_as and f' ({self.sent_as})'}{kinds}{self._lines}; outputs: {self.outputs}"
         )
+
+    def example_of(self, kind: str) -> str:
+        """Return why a row of this kind failed, without the address of a server; empty if none was kept."""
+        return next((row.short_reason for row in self.worst if row.kind == kind), "")
+
+    def __repr__(self) -> str:
+        return f"<Report of {self}>"
+
+    def _repr_html_(self) -> str:
+        """The report in a notebook."""
+        from vllm_tasks.tables.notebook import html_of
+
+        return html_of(self)
 
     @property
     def _lines(self) -> str:
@@ -255,6 +286,9 @@ class Tally:
     kinds: dict[str, int] = field(default_factory=dict)
     keys: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
     worst: list[FailedRow] = field(default_factory=list)
+    most_samples: int = 0
+    """Answers to keep as samples."""
+    samples: list[Sample] = field(default_factory=list)
     rows: int | None = None
     """Rows of the source, once they have been counted."""
     stopped_by: str | None = None
@@ -318,6 +352,8 @@ class Tally:
             self.truncated += any(c.finish_reason == "length" for c in answer.choices)
         if not isinstance(outcome, RowError):
             self.succeeded += 1
+            if isinstance(answer, Completion) and len(self.samples) < self.most_samples:
+                self.samples.append(Sample(key, answer.text[:SAMPLE_LENGTH]))
             return
         self.failed += 1
         self.kinds[outcome.kind] = self.kinds.get(outcome.kind, 0) + 1

@@ -10,6 +10,7 @@ from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.datalayer.table_names import outputs_name
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.measure import Answer
+from vllm_tasks.rows import error_in_words
 from vllm_tasks.validation import Metric, Validation, history
 from vllm_tasks.validation.gate import verdict
 from vllm_tasks.validation.predictions import Source
@@ -149,4 +150,4 @@ class Judging:
 
 
 def _answer_or_error(answer: Answer) -> object:
-    return answer.prediction if answer.error is None else answer.error
+    return answer.prediction if answer.error is None else error_in_words(answer.error)

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from vllm_tasks.artifacts import code, markdown_table, slug, warn_if_not_displayed, words
-from vllm_tasks.calls.plain_text import plain_text
+from vllm_tasks.artifacts import (
+    code,
+    listed,
+    markdown_table,
+    slug,
+    validation_key,
+    warn_if_not_displayed,
+    words,
+)
 from vllm_tasks.metrics.measure import Confusion
-from vllm_tasks.validation.picture import Panel, Point, Row, compare_svg, histories_svg, markdown_image
+from vllm_tasks.printable import one_line
+from vllm_tasks.validation.axis import drawable
+from vllm_tasks.validation.picture import Row, compare_svg, markdown_image, picture_of
 from vllm_tasks.validation.report import (
     ChangedRow,
     Comparison,
     DatasetReport,
+    Record,
     Standing,
     ValidationReport,
     Value,
@@ -25,15 +34,20 @@ from vllm_tasks.validation.report import (
     WorstRow,
 )
 from vllm_tasks.validation.statistics import Paired
+from vllm_tasks.validation.texts import inputs_of, text_of
 
-RUNS_SHOWN = 60
-"""Runs in the picture. Under each date are the first digits of the rows' hash, which show if rows changed."""
-CLASSES_SHOWN = 20
+RUNS_LISTED = 10
+"""Runs in the table of a metric's history."""
+BAR_WIDTH = 10
+"""Characters of a full bar."""
+BLOCKS: Sequence[str] = ["", *"▏▎▍▌▋▊▉"]
+"""Unicode's blocks of 0 to 7 eighths of a character."""
+CLASSES_SHOWN = 16
 """Classes in a confusion table: the largest ones, in the order of their labels."""
-WORST = "row", "score", "input", "expected", "answer"
-CHANGED = "row", "score", "input", "expected", "answer before", "answer now"
-TEXT_SHOWN = 200
-"""Characters of an input, an answer or a target in a table."""
+LABEL_SHOWN = 24
+"""Characters of a label in a confusion table."""
+HEAD_WIDTH = 80
+"""Characters that fit into the head of a confusion table; classes with longer labels have numbers there."""
 
 
 def show(report: ValidationReport) -> None:
@@ -43,7 +57,8 @@ def show(report: ValidationReport) -> None:
         passed = "passed" if not dataset.reasons else "failed: " + "; ".join(dataset.reasons)
         with warn_if_not_displayed("the validation"):
             create_table_artifact(table_of(dataset), f"{name}-metrics", f"{report.model} {passed}")
-            create_markdown_artifact(markdown_of(report.model, dataset), f"{name}-validation", passed)
+            page = validation_key(report.model, dataset.dataset)
+            create_markdown_artifact(markdown_of(report.model, dataset), page, passed)
 
 
 def show_comparison(comparison: Comparison) -> None:
@@ -59,12 +74,14 @@ def markdown_of_comparison(comparison: Comparison) -> str:
     for dataset, metric in dict.fromkeys((s.dataset, s.metric) for s in comparison.standings):
         found = [s for s in comparison.standings if (s.dataset, s.metric) == (dataset, metric)]
         better = found[0].value.higher_is_better
+        top = full_bar(s.value.value for s in found)
         title = f"{metric} on {dataset}"
         rows = [Row(s.model, s.value.value, s.value.low, s.value.high, s.passed) for s in found]
         head = (
             "model",
             "value",
             "95 % interval",
+            "",
             "rows",
             "failed",
             "truncated",
@@ -72,18 +89,19 @@ def markdown_of_comparison(comparison: Comparison) -> str:
         )
         parts += [
             f"## {words(title)} ({'more' if better else 'less'} is better)",
-            markdown_table(list(map(words, head)), map(_standing, found)),
+            markdown_table(list(map(words, head)), [_standing(s, top) for s in found]),
             markdown_image(compare_svg(rows, title=title, higher_is_better=better), title),
         ]
     return "\n\n".join(parts) + "\n"
 
 
-def _standing(standing: Standing) -> list[str]:
+def _standing(standing: Standing, top: float) -> list[str]:
     value = standing.value
     return [
         words(standing.model),
         f"**{value.value:.4g}**",
         f"{value.low:.4g} to {value.high:.4g}",
+        bar(value.value, top),
         f"{value.n:,}",
         f"{value.failed:,}",
         f"{value.truncated:,}",
@@ -92,7 +110,7 @@ def _standing(standing: Standing) -> list[str]:
 
 
 def _difference(paired: Paired) -> str:
-    return f"{paired.difference:+.4g} ({paired.low:+.4g} to {paired.high:+.4g}, p={paired.p_different:.2g})"
+    return f"{paired.difference:+.3g} ({paired.low:+.3g} to {paired.high:+.3g}, p={paired.p_different:.2g})"
 
 
 def table_of(report: DatasetReport) -> list[dict[str, Any]]:
@@ -107,7 +125,7 @@ def table_of(report: DatasetReport) -> list[dict[str, Any]]:
             "failed": value.failed,
             "truncated": value.truncated,
             "change": "" if verdict.paired is None else round(verdict.paired.difference, 6),
-            "verdict": verdict.reason or "passed",
+            "verdict": "passed" if verdict.reason is None else "failed",
         }
         for value, verdict in zip(report.values, report.verdicts, strict=True)
     ]
@@ -124,8 +142,15 @@ def _parts(model: str, report: DatasetReport) -> Iterator[str]:
     head = "metric", "value", "95 % interval", "rows", "against the last passed run", "limits"
     pairs = list(zip(report.values, report.verdicts, strict=True))
     yield markdown_table(head, [_line(value, verdict) for value, verdict in pairs])
+    if any(verdict.untested for verdict in report.verdicts):
+        yield "Not tested: no earlier run over these rows passed and can be compared."
     yield _counts(report)
     yield markdown_image(picture_of(report), ", ".join(f"{value.metric} {value}" for value in report.values))
+    for value in report.values:
+        runs = [record for record in report.history if record.metric == value.metric][-RUNS_LISTED:]
+        if len(runs) > 1:
+            yield f"## History of {words(value.metric)}"
+            yield _history(runs)
     for value in report.values:
         changed = [row for row in report.changed if row.metric == value.metric]
         for what, rows in (
@@ -134,10 +159,10 @@ def _parts(model: str, report: DatasetReport) -> Iterator[str]:
         ):
             if rows:
                 yield f"## Most {what} rows in {words(value.metric)}"
-                yield markdown_table(CHANGED, map(_changed, rows))
+                yield "\n".join(map(_changed, rows))
         if worst := [row for row in report.worst if row.metric == value.metric]:
             yield f"## Worst rows in {words(value.metric)}"
-            yield markdown_table(WORST, map(_worst, worst))
+            yield "\n".join(map(_worst, worst))
     for metric, table in report.tables.items():
         yield f"## Confusion in {words(metric)}"
         yield _confusion(table)
@@ -163,13 +188,13 @@ def _line(value: Value, verdict: Verdict) -> list[str]:
     change = "no run to compare with" if verdict.paired is None else _difference(verdict.paired)
     limits = []
     if verdict.threshold is not None:
-        limits.append(f"{'at least' if value.higher_is_better else 'at most'} {verdict.threshold:g}")
+        limits.append(f"{'≥' if value.higher_is_better else '≤'} {verdict.threshold:g}")
     if verdict.max_regression is not None:
-        untested = " (**not tested**: no run over these rows to compare with)" if verdict.untested else ""
-        limits.append(f"at most {verdict.max_regression:g} worse{untested}")
-    arrow = "more is better" if value.higher_is_better else "less is better"
+        untested = " (**not tested**)" if verdict.untested else ""
+        limits.append(f"≤ {verdict.max_regression:g} worse{untested}")
+    arrow = "↑" if value.higher_is_better else "↓"
     return [
-        f"{words(value.metric)} ({arrow})",
+        f"{words(value.metric)} {arrow}",
         f"**{value.value:.4g}**",
         f"{value.low:.4g} to {value.high:.4g}",
         f"{value.n:,}" + (f" ({value.failed:,} failed)" if value.failed else ""),
@@ -178,55 +203,65 @@ def _line(value: Value, verdict: Verdict) -> list[str]:
     ]
 
 
-def picture_of(report: DatasetReport) -> str:
-    """An SVG of the last runs over a data set of this name; each metric has its own axis."""
-    panels = []
-    for value, verdict in zip(report.values, report.verdicts, strict=True):
-        runs = [record for record in report.history if record.metric == value.metric][-RUNS_SHOWN:]
-        points = [
-            Point(r.created_at, r.value, r.low, r.high, r.dataset_hash[:4], r.reason is None) for r in runs
-        ]
-        panels.append(Panel(value.metric, points, verdict.threshold, value.higher_is_better))
-    return histories_svg(panels)
+def _history(runs: Sequence[Record]) -> str:
+    """The last runs with bars of text, which also show where Markdown has no pictures (Prefect's new UI)."""
+    top = full_bar(run.value for run in runs)
+    lines = [
+        (
+            f"{run.created_at:%Y-%m-%d %H:%M}",
+            code(run.dataset_hash[:4]),
+            f"{run.value:.4g}",
+            f"{run.low:.4g} to {run.high:.4g}",
+            bar(run.value, top),
+            "passed" if run.reason is None else "**failed**",
+        )
+        for run in reversed(runs)
+    ]
+    return markdown_table(("run (UTC)", "rows", "value", "95 % interval", "", "gate"), lines)
 
 
-def _changed(row: ChangedRow) -> list[str]:
-    texts = _input(row.inputs), row.target, row.answer_before, row.answer_after
-    return [str(row.row), f"{row.before:.3g} → {row.after:.3g}", *(code(_text(text)) for text in texts)]
+def full_bar(values: Iterable[float]) -> float:
+    """Return the value of a full bar: 1, as most metrics are fractions, or a larger value."""
+    return max([1.0, *filter(drawable, values)])
 
 
-def _worst(row: WorstRow) -> list[str]:
-    texts = _input(row.inputs), row.target, row.answer
-    return [str(row.row), f"{row.score:.3g}", *(code(_text(text)) for text in texts)]
+def bar(value: float, top: float) -> str:
+    """Return a bar of text, of full width for `top`; empty for a value below 0 and for none."""
+    if not drawable(value) or value <= 0:
+        return ""
+    eighths: int = round(8 * BAR_WIDTH * min(value / top, 1.0))
+    return "█" * (eighths // 8) + BLOCKS[eighths % 8]
 
 
-def _input(inputs: Any) -> Any:
-    return inputs[0] if len(inputs) == 1 else inputs
+def _changed(row: ChangedRow) -> str:
+    return listed(
+        f"row {row.row}, score {row.before:.3g} → {row.after:.3g}",
+        {
+            "input": inputs_of(row.inputs),
+            "expected": text_of(row.target),
+            "answer before": text_of(row.answer_before),
+            "answer now": text_of(row.answer_after),
+        },
+    )
 
 
-def _text(value: Any) -> str:
-    text = " ".join(_readable(value).split())
-    return text if len(text) <= TEXT_SHOWN else text[: TEXT_SHOWN - 1] + "…"
-
-
-def _readable(value: Any) -> str:
-    """A scalar as in a prompt, data as JSON, and anything else as its `repr`."""
-    try:
-        if value is None or isinstance(value, bool | list | dict):
-            return json.dumps(value, ensure_ascii=False, default=_readable)
-        return plain_text(value)
-    except (TypeError, ValueError):
-        return repr(value)
+def _worst(row: WorstRow) -> str:
+    texts = {"input": inputs_of(row.inputs), "expected": text_of(row.target), "answer": text_of(row.answer)}
+    return listed(f"row {row.row}, score {row.score:.3g}", texts)
 
 
 def _confusion(table: Confusion) -> str:
     counts = np.array(table.counts)
     largest = np.argsort(-(counts.sum(axis=0) + counts.sum(axis=1)), kind="stable")[:CLASSES_SHOWN]
     kept = sorted(largest.tolist())
-    shown = [table.labels[i] for i in kept]
+    labels = [code(one_line(text_of(table.labels[i]), LABEL_SHOWN)) for i in kept]
+    heads = labels
+    if sum(map(len, labels)) > HEAD_WIDTH:
+        heads = [f"{number}" for number in range(1, len(labels) + 1)]
+        labels = [f"{number}: {label}" for number, label in zip(heads, labels, strict=True)]
     rows = [
-        [code(_text(label)), *(f"{count:,}" if count else "·" for count in counts[i, kept].tolist())]
-        for i, label in zip(kept, shown, strict=True)
+        [label, *(f"{count:,}" if count else "·" for count in counts[i, kept].tolist())]
+        for i, label in zip(kept, labels, strict=True)
     ]
-    more = f"\n\n({len(table.labels) - len(shown)} more classes)" if len(table.labels) > len(shown) else ""
-    return markdown_table(("expected \\ predicted", *(code(_text(label)) for label in shown)), rows) + more
+    more = f"\n\n({len(table.labels) - len(kept)} more classes)" if len(table.labels) > len(kept) else ""
+    return markdown_table(("expected \\ predicted", *heads), rows) + more

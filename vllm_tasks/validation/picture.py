@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Protocol
 
 from vllm_tasks.validation.axis import Axis, drawable, number
+from vllm_tasks.validation.report import DatasetReport
 from vllm_tasks.validation.svg import CHARACTER, WIDTH, card, length, marks, path, px, shortened, write
 
 PADDING = 18
@@ -22,6 +23,8 @@ GAP = 32
 MARGIN = 20
 """Pixels between an axis and the first and the last run."""
 LEGEND = 26
+RUNS_SHOWN = 60
+"""Runs in the picture. Under each date are the first digits of the rows' hash, which show if rows changed."""
 MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
 
 
@@ -56,6 +59,18 @@ class Row:
     low: float
     high: float
     passed: bool
+
+
+def picture_of(report: DatasetReport) -> str:
+    """An SVG of the last runs over a data set of this name; each metric has its own axis."""
+    panels = []
+    for value, verdict in zip(report.values, report.verdicts, strict=True):
+        runs = [record for record in report.history if record.metric == value.metric][-RUNS_SHOWN:]
+        points = [
+            Point(r.created_at, r.value, r.low, r.high, r.dataset_hash[:4], r.reason is None) for r in runs
+        ]
+        panels.append(Panel(value.metric, points, verdict.threshold, value.higher_is_better))
+    return histories_svg(panels)
 
 
 def histories_svg(panels: Sequence[Panel]) -> str:
@@ -109,9 +124,13 @@ def compare_svg(rows: Sequence[Row], *, title: str, higher_is_better: bool = Tru
 
 def markdown_image(svg: str, alt: str) -> str:
     """The picture embedded in Markdown, without a file: `![alt](data:...)`."""
-    data = base64.b64encode(svg.encode()).decode()
     words = re.sub(r"[\[\]\\`<>|\s]+", " ", alt).strip()
-    return f"![{words}](data:image/svg+xml;base64,{data})"
+    return f"![{words}]({data_uri(svg)})"
+
+
+def data_uri(svg: str) -> str:
+    """The picture as a URI that needs no file."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
 
 
 class _Measured(Protocol):

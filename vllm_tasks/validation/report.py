@@ -173,6 +173,15 @@ class ValidationReport:
         values = [f"{d.dataset}: {v.metric} {v}" for d in self.datasets for v in d.values]
         return f"{self.model}: {'; '.join(values)}{'' if self.passed else '; ' + '; '.join(self.reasons)}"
 
+    def __repr__(self) -> str:
+        return f"<ValidationReport of {self}>"
+
+    def _repr_html_(self) -> str:
+        """The report in a notebook."""
+        from vllm_tasks.validation.notebook import html_of
+
+        return html_of(self)
+
 
 @dataclass(frozen=True)
 class Standing:
