@@ -75,9 +75,10 @@ class Report:
     and why. `stopped_by` names the argument (`max_seconds`, ...) whose limit ended the run before its last
     row; `remaining` is the number of rows that are left to the next run then, None when they were not counted
     in time. `samples` are some answers, as many as VLLM_TASKS_REPORT_SAMPLES says. `chat` is True if texts
-    were sent through the model's chat template, False if as plain text. `seconds` has the `total` and its parts, which overlap: `check` (the call, the source and its keys),
-    `first_row` (from the start to the first row that was sent), `read` (source and prompts), `answer`
-    (from the first row sent to the last answer), `commit`.
+    were sent through the model's chat template, False if as plain text. `seconds` has the `total` and its
+    parts, which overlap: `check` (the call, the source and its keys), `first_row` (from the start to the
+    first row that was sent), `read` (source and prompts), `answer` (from the first row sent to the last
+    answer), `commit`.
     """
 
     model: str
