@@ -37,7 +37,7 @@ UPDATED_EVERY = 10.0
 """Seconds between two updates of the progress artifact."""
 LAST_UPDATE_TIMEOUT = 5.0
 """Seconds that a finished run waits for the last update."""
-MAX_MESSAGE = 60
+MAX_MESSAGE = 50
 """Characters of an error's message in the table of errors, which then fits into a window of 1,400 pixels."""
 TEXT_LENGTH = 200
 """Characters of an answer or a message on a page."""
