@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from vllm_tasks import Datalayer, InvalidCall, VllmAPI, VllmModel
-from vllm_tasks.datalayer import outputs_name
 from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, Row, Tables
+from vllm_tasks.datalayer.table_names import outputs_name
 from vllm_tasks.tables.counting import served_by
 from vllm_tasks.tables.opening import check_job, open_job
 from vllm_tasks.tables.predict import predict_in_db

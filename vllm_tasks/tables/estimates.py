@@ -11,9 +11,10 @@ from typing import Any
 
 from vllm_tasks.calls.call import Call, Columns, Model, TableCall, named_columns
 from vllm_tasks.calls.prompts import Context
-from vllm_tasks.datalayer import Datalayer, outputs_name
+from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.opening import Store, name_of, open_tables, source_of
 from vllm_tasks.datalayer.selection import Selection, SourceRow, Tables
+from vllm_tasks.datalayer.table_names import outputs_name
 from vllm_tasks.engines import loop, sharing
 from vllm_tasks.engines.stopping import raise_if_stopped
 from vllm_tasks.errors import InvalidCall
