@@ -149,6 +149,8 @@ def markdown_of(report: Report) -> str:
         counts["outputs of an earlier prompt, sampling or model replaced"] = _number(report.replaced)
     if report.unreadable:
         counts["lines that could not be read"] = _number(report.unreadable)
+    if report.unreported_shards:
+        counts["cancelled shards whose rows are not counted"] = _number(report.unreported_shards)
     seconds = {PHASES[p]: f"{report.seconds[p]:,.2f} s" for p in PHASES if p in report.seconds}
     kinds = [(e.kind, f"{e.rows:,}", ", ".join(code(display_key(k)) for k in e.keys)) for e in report.errors]
     lines = [(words(line[:MAX_MESSAGE]),) for line in report.unreadable_lines[:MAX_LINES]]

@@ -61,6 +61,8 @@ class Report:
     `seconds` has the `total` and its parts, which overlap: `check` (the call, the source and its keys),
     `first_row` (from the start to the first row that was sent), `read` (source and prompts), `answer`
     (from the first row sent to the last answer), `commit`.
+    `unreported_shards` is the number of shards that were cancelled, because another one had failed, and that
+    did not report what they had committed by then: no count includes their rows.
     """
 
     model: str
@@ -85,6 +87,7 @@ class Report:
     unreadable: int = 0
     unreadable_lines: tuple[str, ...] = ()
     chat: bool | None = None
+    unreported_shards: int = 0
 
     @property
     def sent_as(self) -> str:
@@ -92,7 +95,9 @@ class Report:
         return {True: "chat template", False: "plain text", None: ""}[self.chat]
 
     @classmethod
-    def of_shards(cls, reports: Sequence[Report], total: float) -> Report:
+    def of_shards(
+        cls, reports: Sequence[Report], total: float, *, shards: int, unreported: int = 0
+    ) -> Report:
         """Merge the reports of a run that was split into shards.
 
         Counts are added up, except for unreadable lines, which every shard meets. Each phase has the seconds
@@ -101,6 +106,8 @@ class Report:
         Args:
             reports: The reports of the shards, at least one.
             total: Seconds that the complete run took.
+            shards: Number of shards; with fewer reports, the rows of the source are not known.
+            unreported: Number of shards that may have committed rows, but did not report them.
 
         Returns:
             The report of the complete run.
@@ -117,20 +124,23 @@ class Report:
         }
         return replace(
             reports[0],
-            rows=_sum([r.rows for r in reports]),
-            up_to_date=_sum([r.up_to_date for r in reports]),
+            rows=None if len(reports) < shards else _sum([r.rows for r in reports]),
+            up_to_date=None if len(reports) < shards else _sum([r.up_to_date for r in reports]),
             **{name: sum(getattr(r, name) for r in reports) for name in counts},
             seconds={**longest, "total": round(total, 3)},
             errors=_merged([e for r in reports for e in r.errors]),
             worst=_some_of_each_kind([row for r in reports for row in r.worst]),
             unreadable=most.unreadable,
             unreadable_lines=most.unreadable_lines,
+            unreported_shards=unreported,
         )
 
     def __str__(self) -> str:
         others = "" if self.up_to_date is None else f", {self.up_to_date:,} were up to date"
         if self.unreadable:
             others += f", {self.unreadable:,} lines could not be read"
+        if self.unreported_shards:
+            others += f", without the rows of {self.unreported_shards} cancelled shards, which did not report"
         if not self.processed:
             return f"{self.predict_id}: nothing to process{others}{self._lines}; outputs: {self.outputs}"
         if self.replaced:
