@@ -17,6 +17,7 @@ from vllm_tasks.calls.call import Call, OnError, Output
 from vllm_tasks.calls.chat import of_call
 from vllm_tasks.calls.prompts import Context, Prompter, keywords_of, load_artifact, named_parameters
 from vllm_tasks.calls.sampling import check_names, known_names
+from vllm_tasks.calls.schemas import response_format
 from vllm_tasks.calls.signature import signed_as
 from vllm_tasks.engines import loop, sharing
 from vllm_tasks.engines.stopping import raise_if_stopped
@@ -124,7 +125,7 @@ class Predictor(ModelFields):
         check_spelling(given, call, target, more=named_parameters(self.prompt_func))
         decoder = self._decoder(given)
         parameters = self._sampling(given, decoder)
-        check_names(parameters, target)
+        check_names(parameters, target, self._server_version)
         return Call(
             identifier=self.identifier,
             uuid=self.uuid,
@@ -143,7 +144,7 @@ class Predictor(ModelFields):
         # Servers with the legacy format pass the parameters on unchanged, and vLLM takes no dict there.
         if schema is None or self.sampling_target() == "legacy":
             return sampling
-        return {**sampling, "structured_outputs": {"json": schema}}
+        return {**sampling, "response_format": response_format(schema)}
 
     def _prompter(self, context: Context, keywords: Mapping[str, Any], chat: bool | None) -> Prompter:
         return Prompter(
