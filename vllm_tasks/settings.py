@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+from collections.abc import Hashable
 from typing import Annotated, Any, Literal
 
+from prefect.settings import get_current_settings
 from prefect.settings.base import PrefectBaseSettings, build_settings_config
 from prefect.settings.sources import (
     PrefectTomlConfigSettingsSource,
@@ -153,17 +157,38 @@ class Settings(PrefectBaseSettings):
 
 
 def site_settings() -> Settings:
-    """Return the settings, read again at each use, so that a change takes effect at once.
+    """Return the settings; a changed environment or file takes effect at once.
 
     Raises `InvalidCall`, which names the setting, where it stands, its value and the expected one.
     """
     try:
-        return Settings()
+        return _read(_state())
     except SettingsError as error:  # of Prefect: a file that is not TOML
         raise InvalidCall(str(error)) from error
     except ValidationError as error:
         wrong = [_in_words(str(e["loc"][0]), e["input"], e["msg"]) for e in error.errors()]
         raise InvalidCall("; ".join(wrong)) from error
+
+
+@functools.lru_cache(maxsize=8)
+def _read(_state: Hashable) -> Settings:
+    return Settings()  # which takes milliseconds
+
+
+def _state() -> Hashable:
+    """What the settings are read from: while it is the same, they are."""
+    profiles = os.environ.get("PREFECT_PROFILES_PATH") or get_current_settings().profiles_path
+    files = ".env", "prefect.toml", "pyproject.toml", profiles
+    variables = (item for item in os.environ.items() if item[0].upper().startswith((PREFIX, "PREFECT_")))
+    return tuple(map(_stamp, files)), frozenset(variables)
+
+
+def _stamp(path: str | os.PathLike[str] | None) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(path or "")
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _in_words(name: str, value: object, why: str) -> str:
