@@ -98,10 +98,10 @@ def test_the_sites_key_goes_to_the_sites_servers_only(
     monkeypatch.setenv("VLLM_TASKS_API_KEY", "of-the-site")
 
     def key_at(url: Any, **fields: Any) -> str | None:
-        return VllmAPI(identifier="m", api_url=url, **fields).engine_config().api_key
+        return VllmAPI(identifier="m", api_url=url, **fields).engine_config().credentials.api_key
 
     assert key_at("") == key_at(server.url) == "of-the-site"
-    assert split_urls(server.url)[0] == (server.url,)
+    assert [str(endpoint) for endpoint in split_urls(server.url)[0]] == [server.url]
     port = server.url.rpartition(":")[2]
     for other in (
         f"https://127.0.0.1:{port}",

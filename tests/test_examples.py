@@ -44,7 +44,7 @@ def knows(asked: Asked) -> Reply | None:
     if asked.path not in ("/v1/completions", "/v1/chat/completions"):
         return None
     structure = asked.body.get("structured_outputs") or {}
-    if "json" in structure:
+    if asked.body.get("response_format"):
         text = json.dumps(STRUCTURED)
     elif "choice" in structure:
         text = next((c for c in structure["choice"] if c[:3] in asked.prompt.lower()), structure["choice"][0])

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -184,12 +185,14 @@ def test_no_run_leaves_a_secret_behind(
     lake.fill_texts("a", "b")
     Datalayer(url=SecretStr(url_of(1))).save("secret-db", overwrite=True)
     fields: dict[str, Any] = {"identifier": MARK, "api_url": server.url, "api_key": KEY, "retries": 0}
+    fields["headers"] = {"X-Api-Key": KEY}
     VllmAPI(**fields, db=lake.db).save("secret-model", overwrite=True)
     saved = VllmAPI.load("secret-model")
     assert isinstance(saved, VllmAPI)
     said = [tell(lambda: job("good", saved, lake.db)), tell(lambda: validated("validated", saved, lake.db))]
     assert "2 rows succeeded" in said[0]
-    assert {a.headers["Authorization"] for a in server.requests} == {f"Bearer {KEY}"}
+    sent = {(a.headers["Authorization"], a.headers["X-Api-Key"]) for a in server.requests}
+    assert sent == {(f"Bearer {KEY}", KEY)}
     for name, deed in TROUBLE.items():
         server.script = lambda asked, deed=deed: deed if asked.path == "/v1/completions" else None  # type: ignore[misc]
         said.append(tell(lambda name=name: job(name, VllmAPI(**fields), lake.db)))  # type: ignore[misc]
@@ -238,7 +241,12 @@ def lake_files(folder: Path) -> list[Path]:
 def test_what_travels_to_another_flow_run_has_no_secret(left: Path) -> None:
     """A key or a password is refused, unless it is in a saved block, which travels as a reference."""
     model = VllmAPI(identifier="m", api_key=KEY, api_url="http://x")
-    for give in (lambda: payload.model_parameter(model), lambda: payload.db_parameter(url_of(1))):
+    others = [
+        VllmAPI(identifier="m", headers={"X": KEY}, api_url="http://x"),
+        VllmAPI(identifier="m", basic_auth=f"u:{KEY}", api_url="http://x"),
+    ]
+    gives = [partial(payload.model_parameter, each) for each in (model, *others)]
+    for give in (*gives, lambda: payload.db_parameter(url_of(1))):
         words = tell(give)
         assert "readable in the parameters" in words
         assert not found_in(words)
@@ -269,6 +277,9 @@ WRONG: dict[str, Callable[[], Any]] = {
     "the same among others": lambda: VllmAPI(identifier="m", api_url=["http://a", f"http://u:{PASSWORD}@h"]),
     "a key in a query": lambda: VllmAPI(identifier="m", api_url=f"http://h/v1?key={KEY}"),
     "a key in a list": lambda: VllmAPI(identifier="m", api_key=[KEY]),
+    "a list of headers": lambda: VllmAPI(identifier="m", headers=[KEY]),
+    "a key as the name of a header": lambda: VllmAPI(identifier="m", api_key=KEY, headers={"a b": KEY}),
+    "a password twice": lambda: VllmAPI(identifier="m", basic_auth=f"u:{PASSWORD}", api_key=KEY),
     "a key elsewhere": lambda: VllmAPI(identifier="m", apikey=KEY),
     "a key of control characters": lambda: VllmAPI(
         identifier="m", api_url="http://x", api_key=KEY + "\n"
@@ -328,7 +339,9 @@ def test_no_child_process_has_the_key_of_a_model(
 
 def test_a_saved_key_is_read_by_nobody_without_asking_for_it(left: Path) -> None:
     """The UI and the API do not return it with a block, its fields' schema or its references."""
-    VllmAPI(identifier="m", api_key=KEY, db={"url": URL}).save("shown-model", overwrite=True)
+    VllmAPI(identifier="m", api_key=KEY, headers={"X": KEY}, db={"url": URL}).save(
+        "shown-model", overwrite=True
+    )
     with get_client(sync_client=True) as client:
         shown = client.read_block_document_by_name("shown-model", "vllm-api", include_secrets=False)
         listed = client.read_block_documents(include_secrets=False)

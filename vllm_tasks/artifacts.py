@@ -179,6 +179,8 @@ def markdown_of(report: Report) -> str:
         counts[f"left to the next run: stopped by {report.stopped_by}"] = _number(report.remaining)
     if report.unreadable:
         counts["lines that could not be read"] = _number(report.unreadable)
+    if report.unreported_shards:
+        counts["cancelled shards whose rows are not counted"] = _number(report.unreported_shards)
     seconds = {PHASES[p]: f"{report.seconds[p]:,.2f} s" for p in PHASES if p in report.seconds}
     served = ", ".join(f"{name} {value}" for name, value in report.served_by.items())
     parts = [

@@ -1,21 +1,59 @@
-"""Site settings, read from the environment variables `VLLM_TASKS_<NAME>`."""
+"""Site settings: environment variables `VLLM_TASKS_<NAME>`, or files that have settings of Prefect, too."""
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+import json
+import os
+from collections.abc import Hashable
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, Json, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from prefect.settings import get_current_settings
+from prefect.settings.base import PrefectBaseSettings, build_settings_config
+from prefect.settings.sources import (
+    PrefectTomlConfigSettingsSource,
+    ProfileSettingsTomlLoader,
+    PyprojectTomlConfigSettingsSource,
+)
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import (
+    DotEnvSettingsSource,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsError,
+)
 
 from vllm_tasks.errors import InvalidCall
 
 PREFIX = "VLLM_TASKS_"
+TABLE = ("integrations", "vllm_tasks")
+"""The table of prefect.toml that has our settings, like those of Prefect's own integrations."""
+SOURCES: dict[type[PydanticBaseSettingsSource], str] = {
+    EnvSettingsSource: "the environment",
+    DotEnvSettingsSource: ".env",
+    PrefectTomlConfigSettingsSource: f"[{'.'.join(TABLE)}] of prefect.toml",
+    PyprojectTomlConfigSettingsSource: f"[tool.prefect.{'.'.join(TABLE)}] of pyproject.toml",
+    ProfileSettingsTomlLoader: "the active profile of Prefect",
+}
+"""Where a value may stand; the first one that has it counts. The order is Prefect's own."""
 
 
-class Settings(BaseSettings):
+def _of_json(value: Any) -> Any:
+    """The list that a variable has as JSON; in a TOML file it is a list already."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"it is not a list in JSON ({error})") from error
+
+
+Texts = Annotated[list[str], NoDecode, BeforeValidator(_of_json)]
+
+
+class Settings(PrefectBaseSettings):
     """Site settings. A model's own parameter takes precedence over its setting."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX)
+    model_config = build_settings_config(TABLE) | {"env_prefix": PREFIX}
 
     api_url: str = Field(
         default="",
@@ -123,31 +161,62 @@ class Settings(BaseSettings):
         default=True,
         description="Whether engines may run code of a model's own; false refuses models that would run it.",
     )
-    places: Json[list[str]] = Field(
+    places: Texts = Field(
         default=[],
-        validate_default=False,
         description="Folders, and beginnings of URIs, that artifacts, lakes and SQLite files may be in (a "
         "JSON list); empty: anywhere.",
     )
-    callable_prefixes: Json[list[str]] = Field(
+    callable_prefixes: Texts = Field(
         default=["flows"],
-        validate_default=False,  # only a value from the environment is JSON
         description="Modules that dotted paths to callables may come from (a JSON list).",
     )
 
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: Any, init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read `SOURCES`, in their order."""
+        return init_settings, *(source(settings_cls) for source in SOURCES)
+
 
 def site_settings() -> Settings:
-    """Return the settings, read again at each use, so that a changed environment takes effect at once.
+    """Return the settings; a changed environment or file takes effect at once.
 
-    Raises `InvalidCall`, which names the variable, its value and the expected one.
+    Raises `InvalidCall`, which names the setting, where it stands, its value and the expected one.
     """
     try:
-        return Settings()
+        return _read(_state())
+    except SettingsError as error:  # of Prefect: a file that is not TOML
+        raise InvalidCall(str(error)) from error
     except ValidationError as error:
         wrong = [_in_words(str(e["loc"][0]), e["input"], e["msg"]) for e in error.errors()]
         raise InvalidCall("; ".join(wrong)) from error
 
 
+@functools.lru_cache(maxsize=8)
+def _read(_state: Hashable) -> Settings:
+    return Settings()  # which takes milliseconds
+
+
+def _state() -> Hashable:
+    """What the settings are read from: while it is the same, they are."""
+    profiles = os.environ.get("PREFECT_PROFILES_PATH") or get_current_settings().profiles_path
+    files = ".env", "prefect.toml", "pyproject.toml", profiles
+    variables = (item for item in os.environ.items() if item[0].upper().startswith((PREFIX, "PREFECT_")))
+    return tuple(map(_stamp, files)), frozenset(variables)
+
+
+def _stamp(path: str | os.PathLike[str] | None) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(path or "")
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
 def _in_words(name: str, value: object, why: str) -> str:
+    place = next(place for source, place in SOURCES.items() if name in source(Settings)())
+    named = name if place.startswith("[") else f"{PREFIX}{name.upper()}"
+    shown = "***" if name == "api_key" else repr(str(value)[:100])
     meaning = Settings.model_fields[name].description
-    return f"{PREFIX}{name.upper()}={str(value)[:100]!r} in the environment: {why}; it means: {meaning}"
+    return f"{named}={shown} in {place}: {why}; it means: {meaning}"

@@ -16,7 +16,7 @@ from tests.servers.scripted_server import ScriptedServer
 from vllm_tasks import InvalidCall, VllmAPI
 from vllm_tasks._prefect.mapping import ModelTask
 from vllm_tasks.calls.arguments import check_spelling
-from vllm_tasks.placement import parameters
+from vllm_tasks.placement.parameters import parameters
 from vllm_tasks.tables import predict_in_db
 
 

@@ -45,7 +45,7 @@ def api(server: ScriptedServer, path: str = "", **fields: Any) -> VllmAPI:
     ("path", "chat"), [("", False), ("", True), ("/v1/completions", False), ("/v1/chat/completions", True)]
 )
 def test_a_schema_is_asked_of_vllm_and_checked(server: ScriptedServer, path: str, chat: bool) -> None:
-    """The schema is sent as `structured_outputs`; a bad answer is an error of its row with the raw text."""
+    """The schema is sent as `response_format`; a bad answer is an error of its row with the raw text."""
     with api(server, path, chat=chat, output_schema={"a": "int"}) as model:
         good, bad = model.predict_batches(['{"a": 1}', '{"a": 1.5}'], on_error="return")
         with pytest.raises(RowErrors, match=r"row 0: output: .* does not fit the schema at \$\.a"):
@@ -55,7 +55,8 @@ def test_a_schema_is_asked_of_vllm_and_checked(server: ScriptedServer, path: str
     assert (bad.kind, bad.index, bad.retryable) == ("output", 1, False)
     assert bad.message.endswith('{"a": 1.5}')
     schema = decoder(schema={"a": "int"}).schema
-    assert all(asked.body["structured_outputs"] == {"json": schema} for asked in server.posts)
+    sent = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    assert all(asked.body["response_format"] == sent for asked in server.posts)
 
 
 def test_the_legacy_server_is_not_asked_for_a_schema_but_checked(server: ScriptedServer) -> None:
@@ -64,7 +65,7 @@ def test_the_legacy_server_is_not_asked_for_a_schema_but_checked(server: Scripte
         assert model.predict('{"a": 1}') == {"a": 1}
         with pytest.raises(RowErrors, match="is not JSON"):
             model.predict("no")
-    assert not any("structured_outputs" in asked.body for asked in server.posts)
+    assert not any("response_format" in asked.body for asked in server.posts)
 
 
 @pytest.mark.parametrize(

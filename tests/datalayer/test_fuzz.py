@@ -483,5 +483,5 @@ def test_any_url_is_servers_or_a_refused_call(url: Any) -> None:
         bases, protocol = split_urls(url)
     except InvalidCall:
         return
-    assert all(base.startswith(("http://", "https://")) for base in bases)
+    assert all(str(base).startswith(("http://", "https://")) for base in bases)
     assert protocol in ("legacy", "completions", "chat", "openai")

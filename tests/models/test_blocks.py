@@ -91,6 +91,7 @@ def full(kind: type[VllmAPI] | type[VllmModel], **fields: Any) -> VllmAPI | Vllm
     }
     if kind is VllmAPI:
         common |= {"api_url": ["http://a", "http://b"], "api_key": "sk-secret", "model": "m", "timeout": 7.5}
+        common |= {"headers": {"X-Api-Key": "sk-secret"}}
     else:
         common |= {"model_name": "org/m", "vllm_kwargs": {"seed": 1}, "ray_address": "auto", "replicas": 2}
     return kind(**{**common, **fields})
@@ -123,6 +124,8 @@ def test_a_model_with_all_fields_survives_save_and_load(
     if isinstance(loaded, VllmAPI):
         assert loaded.api_key is not None
         assert loaded.api_key.get_secret_value() == "sk-secret"
+        assert loaded.headers is not None
+        assert loaded.headers.get_secret_value() == {"X-Api-Key": "sk-secret"}
     else:
         assert loaded.on_ray
 

@@ -165,7 +165,8 @@ def test_prompts_fit_their_signature_and_artifacts() -> None:
 )
 def test_the_path_of_a_url_picks_the_protocol(url: Any, bases: tuple[str, ...], protocol: str) -> None:
     """One server or several, by commas or as a list; the part before the path belongs to the base."""
-    assert split_urls(url) == (bases, protocol)
+    endpoints, found = split_urls(url)
+    assert (tuple(map(str, endpoints)), found) == (bases, protocol)
     assert VllmAPI(identifier="m", api_url=url).api_url == url
 
 
@@ -207,12 +208,14 @@ def test_settings_stand_in_for_what_a_model_does_not_say(monkeypatch: pytest.Mon
     monkeypatch.setenv("VLLM_TASKS_MAX_IN_FLIGHT", "7")
     monkeypatch.setenv("VLLM_TASKS_TIMEOUT", "3")
     site = VllmAPI(identifier="m", predict_kwargs={"best_of": 2}).engine_config()
-    assert (site.urls, site.protocol, site.api_key) == (("http://site",), "legacy", "site-key")
+    assert (str(site.endpoints[0]), site.protocol) == ("http://site", "legacy")
+    assert site.credentials.api_key == "site-key"
     assert (site.max_in_flight, site.timeout) == (7, 3)
     own = VllmAPI(
         identifier="m", api_url="http://own", api_key="own", max_in_flight=9, timeout=4
     ).engine_config()
-    assert (own.urls, own.protocol, own.api_key) == (("http://own",), "openai", "own")
+    assert (str(own.endpoints[0]), own.protocol) == ("http://own", "openai")
+    assert own.credentials.api_key == "own"
     assert (own.max_in_flight, own.timeout) == (9, 4)
 
 
@@ -374,7 +377,7 @@ def test_every_setting_has_a_description_and_an_environment_name(monkeypatch: py
         ("TIMEOUT", "0", "greater than 0.*Seconds"),
         ("TIMEOUT", "abc", "valid number.*Seconds"),
         ("RETRIES", "1.5", "valid integer"),
-        ("CALLABLE_PREFIXES", "flows", r"Invalid JSON.*\(a JSON list\)"),
+        ("CALLABLE_PREFIXES", "flows", r"not a list in JSON.*\(a JSON list\)"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(

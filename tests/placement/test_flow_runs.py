@@ -26,7 +26,7 @@ from vllm_tasks import Artifact, Datalayer, InvalidCall, VllmAPI, VllmModel
 from vllm_tasks.placement import grace, payload, runs, storage
 from vllm_tasks.placement.heartbeat import KIND, Heartbeat, read_heartbeats
 from vllm_tasks.placement.part import Part
-from vllm_tasks.placement.runs import Runs, outside_of_loops
+from vllm_tasks.placement.runs import START_TIMEOUT, Runs
 from vllm_tasks.placement.target import MADE_FOR, Target, target_of
 from vllm_tasks.pools.step import step
 
@@ -184,7 +184,7 @@ def test_an_interrupt_waits_for_the_run_that_is_being_made() -> None:
     signal.setitimer(signal.ITIMER_REAL, 0.1)
     try:
         with pytest.raises(Interrupted):
-            outside_of_loops(make)
+            grace.in_thread(make, START_TIMEOUT)
     finally:
         signal.signal(signal.SIGALRM, before)
     assert made == ["a run"]

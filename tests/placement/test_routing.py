@@ -253,6 +253,38 @@ def test_a_budget_of_tokens_is_divided_over_the_shards(model: VllmAPI, lake: Pla
     assert exact(lake)
 
 
+def test_the_report_counts_what_cancelled_shards_have_committed(
+    model: VllmAPI, lake: Place, server: ScriptedServer
+) -> None:
+    """One shard has too many failures; the other one is cancelled, and commits and reports its rows."""
+    here = model.model_copy(update={"compute_kwargs": {}})
+    here.predict_in_db("text", "rows", db=lake.url, predict_id="first", shard=(0, 2))
+    failing = {f"t{i}" for i in lake.answers("first")}
+    completed: list[str] = []
+    enough = asyncio.Event()
+
+    async def script(asked: Asked) -> Deed:
+        if asked.body is None:
+            return None
+        if asked.prompt in failing:
+            await enough.wait()
+            return refused(400, "never")
+        if enough.is_set():
+            await asyncio.sleep(3600)
+        completed.append(asked.prompt)
+        if len(completed) == 20:
+            enough.set()
+        return None
+
+    server.script = script
+    with pytest.raises(TooManyFailed, match="never") as caught:
+        over_a_table(model, lake.url, shards=2)
+    report, rows = caught.value.report, lake.outputs()
+    assert {row["output"] for row in rows if row["_error"] is None} == set(map(answer_to, completed))
+    assert (report.succeeded, report.processed) == (20, len(rows))
+    assert report.unreported_shards == 0
+
+
 def test_a_validation_runs_on_the_pool_and_is_judged_here(model: VllmAPI, tmp_path: Path) -> None:
     """The values are set on the model, and the gate fails the step here."""
     (tmp_path / "lake").mkdir()

@@ -10,6 +10,7 @@ import pytest
 from tests.places import Place
 from tests.servers.scripted_server import ScriptedServer, answer_to
 from vllm_tasks import GateFailed, InvalidCall, VllmAPI
+from vllm_tasks.artifacts import markdown_of
 from vllm_tasks.errors import TooManyFailed
 from vllm_tasks.placement import payload
 from vllm_tasks.results import Report
@@ -72,7 +73,7 @@ def test_reports_of_shards_are_one_report() -> None:
         seconds={"total": 7.0, "read": 2.0},
         errors=(ErrorKind("timeout", 2, ((2,), (3,))),),
     )
-    report = Report.of_shards([report_of(), other], 9.0)
+    report = Report.of_shards([report_of(), other], 9.0, shards=2)
     assert (report.rows, report.up_to_date, report.processed, report.failed) == (None, 8, 12, 3)
     assert report.seconds == {"total": 9.0, "commit": 1.0, "read": 2.0}
     assert [(e.kind, e.rows) for e in report.errors] == [("timeout", 2), ("refused", 1)]
@@ -83,7 +84,7 @@ def test_the_report_of_shards_has_examples_of_each_kind() -> None:
     """The verdict on a run quotes an error of the most frequent kind, whichever shard met it."""
     first = report_of(failed=60, worst=tuple(FailedRow((i,), "output", "x") for i in range(60)))
     second = report_of(failed=80, worst=tuple(FailedRow((i,), "too_long", "y") for i in range(50)))
-    kinds = [row.kind for row in Report.of_shards([first, second], 9.0).worst]
+    kinds = [row.kind for row in Report.of_shards([first, second], 9.0, shards=2).worst]
     assert (kinds.count("output"), kinds.count("too_long")) == (50, 5)
 
 
@@ -136,3 +137,12 @@ def test_local_places_travel_as_absolute_paths(tmp_path: Any, monkeypatch: pytes
     assert payload.db_parameter("sqlite:///file.db") == {"url": f"sqlite:///{tmp_path}/file.db"}
     assert payload.db_parameter("s3://bucket/x") == {"url": "s3://bucket/x"}
     assert payload.db_parameter("postgresql://me@db/crm") == {"url": "postgresql://me@db/crm"}
+
+
+def test_a_report_says_which_shards_it_does_not_count() -> None:
+    """The rows of the source are not known then, and the words and the page say so."""
+    report = Report.of_shards([report_of()], 9.0, shards=3, unreported=1)
+    assert (report.rows, report.up_to_date, report.processed) == (None, None, 6)
+    assert "without the rows of 1 cancelled shards, which did not report" in str(report)
+    assert "| cancelled shards whose rows are not counted | 1 |" in markdown_of(report)
+    assert "cancelled shards" not in str(report_of()) + markdown_of(report_of())

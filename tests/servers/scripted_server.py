@@ -43,6 +43,7 @@ class Asked:
     headers: Mapping[str, str]
     body: Any
     at: float
+    query: str = ""
 
     @property
     def name(self) -> str | None:
@@ -203,7 +204,9 @@ class ScriptedServer:
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         content = await request.read()
         body = json.loads(content) if content else None
-        asked = Asked(request.path, dict(request.headers), body, time.monotonic())
+        asked = Asked(
+            request.path, dict(request.headers), body, time.monotonic(), request.rel_url.raw_query_string
+        )
         self.requests.append(asked)
         if request.path in CONTROL:
             return await self._act(request, asked)

@@ -41,7 +41,8 @@ def test_a_schema_makes_typed_columns(model: VllmAPI, place: Place, server: Scri
     (row,) = place.outputs()
     assert (row["name"], row["age"]) == ("x", 7)
     assert json.loads(row["tags"]) == ["p", {"q": None}]
-    assert server.posts[0].body["structured_outputs"]["json"]["required"] == ["name", "age", "tags"]
+    schema = server.posts[0].body["response_format"]["json_schema"]["schema"]
+    assert schema["required"] == ["name", "age", "tags"]
 
 
 def test_flatten_makes_rows(model: VllmAPI, place: Place, server: ScriptedServer) -> None:

@@ -220,11 +220,12 @@ def test_an_equal_model_hits_the_cache_of_inputs(server: ScriptedServer, tmp_pat
         *({}, {}, {"db": str(one)}, {"db": str(other)}, {"db": str(one)}),
         *({"prompt_func": lambda x: f"1{x}"}, {"prompt_func": lambda x: f"2{x}"}),
         *({"api_key": "one"}, {"api_key": "two"}, {"max_batch_size": 1}),
+        *({"headers": {"X": "one"}}, {"headers": {"X": "two"}}, {"headers": {"X": "two"}}),
     ):
         before = len(server.posts)
         ask(made(**fields))
         asked.append(len(server.posts) - before)
-    assert asked == [2, 0, 2, 2, 0, 2, 2, 2, 2, 2]
+    assert asked == [2, 0, 2, 2, 0, 2, 2, 2, 2, 2, 2, 2, 0]
 
 
 def test_a_thread_keeps_the_loop_of_an_asynchronous_flow_free(model: VllmAPI, server: ScriptedServer) -> None:

@@ -76,7 +76,7 @@ class Judge(Pupil):
     def __call__(self, asked: Asked) -> Any:
         if not asked.body or "messages" not in asked.body:
             return super().__call__(asked)
-        schema = asked.body["structured_outputs"]["json"]["properties"]["score"]
+        schema = asked.body["response_format"]["json_schema"]["schema"]["properties"]["score"]
         if any(f">\n{answer}\n<" in asked.prompt for answer in self.fails):
             return refused(400, "I do not judge")
         return reply(f'{{"reason": "good", "score": {schema["maximum"]}}}', chat=True)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from prefect import Task
 from prefect.assets import Asset, AssetProperties, add_asset_metadata
 from prefect.cache_policies import NO_CACHE
-from prefect.context import FlowRunContext
+from prefect.context import FlowRunContext, TaskRunContext
 from prefect.tasks import MaterializingTask
 from prefect.transactions import CommitMode, transaction
 
@@ -22,6 +22,8 @@ from vllm_tasks.artifacts import (
     show_report,
     validation_key,
 )
+from vllm_tasks.engines.stopping import pause
+from vllm_tasks.placement import payload
 from vllm_tasks.placement.heartbeat import Heartbeat
 from vllm_tasks.tables import Log, Report, Terminal
 from vllm_tasks.tables.job import RETRY_DELAYS
@@ -65,12 +67,21 @@ class InPrefect:
             self._heartbeat.progress(progress)  # the step's caller displays it
         self._log.progress(progress, last=last)
 
+    def stopped(self, committed: Report) -> None:
+        """Send the counts to the caller of the step by the heartbeat, in case that this run is stopped."""
+        if self._heartbeat is not None:
+            self._heartbeat.stopped(payload.outcome_of(committed))
+
     def close(self) -> None:
         self._log.close()
 
 
 def _commit_group(name: str, work: Callable[[], None]) -> None:
     """Commit one group of finished rows. A retry repeats the commit and processes no row again."""
+    run = TaskRunContext.get()
+    assert run is not None
+    if run.task_run.run_count > 1:
+        pause(RETRY_DELAYS[run.task_run.run_count - 2])
     work()
 
 
@@ -139,7 +150,7 @@ commit_group = Task(
     task_run_name="{name}",
     cache_policy=NO_CACHE,
     retries=len(RETRY_DELAYS),
-    retry_delay_seconds=list(RETRY_DELAYS),
+    retry_delay_seconds=0,  # because Prefect's own wait cannot be stopped; `_commit_group` waits
     retry_condition_fn=is_lost,
 )
 outputs_task = MaterializingTask(

@@ -5,12 +5,23 @@ from __future__ import annotations
 import ast
 import difflib
 import functools
-from collections.abc import Iterable, Mapping
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
-from vllm_tasks.calls.sampling_table import CHAT_REQUEST, COMPLETION_REQUEST, SAMPLING_PARAMS
+from vllm_tasks.calls.sampling_table import (
+    CHAT_REQUEST,
+    COMPLETION_REQUEST,
+    SAMPLING_PARAMS,
+    TABLE_VERSION,
+)
+from vllm_tasks.engines.http.control import release_of
 from vllm_tasks.engines.local.python import source_of_vllm
 from vllm_tasks.errors import InvalidCall
+
+logger = logging.getLogger(__name__)
 
 Target = Literal["local", "legacy", "completions", "chat", "openai"]
 """`local` is the engine, the others are HTTP protocols; `openai` means `completions` or `chat`."""
@@ -68,10 +79,17 @@ def known_names(target: Target, python: str = "") -> frozenset[str]:
     return (_fields(python, f"entrypoints/openai/{path}", name) or table) - OWNED.keys()
 
 
-def check_names(names: Iterable[str], target: Target, python: str = "") -> None:
+def check_names(
+    names: Iterable[str],
+    target: Target,
+    python: str = "",
+    server_version: Callable[[], str | None] = lambda: None,
+) -> None:
     """Raise `InvalidCall` for the first name that vLLM does not know for `target`, with a hint.
 
     Servers accept unknown fields silently, so a misspelt name would have no effect and nobody would notice.
+    A server that is newer than the known names may know more: it gets the name, with a warning.
+    `server_version` is called only for an unknown name.
     """
     known = known_names(target, python)
     for name in names:
@@ -86,7 +104,23 @@ def check_names(names: Iterable[str], target: Target, python: str = "") -> None:
             raise InvalidCall(f"{name!r} is for text prompts, and the prompts are chat messages")
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
+        if _may_know(name, server_version(), hint):
+            continue
         raise InvalidCall(f"vLLM does not know the sampling parameter {name!r} ({target}); {hint}")
+
+
+def _may_know(name: str, server: str | None, hint: str) -> bool:
+    """Whether the server is newer than the known names; warns once of the name if so."""
+    release, known = release_of(server or ""), release_of(names_version())
+    if release is None or known is None or release <= known:
+        return False
+    _warn(name, f"vLLM {server} of the server is newer than the names of vLLM {names_version()}; {hint}")
+    return True
+
+
+@functools.cache
+def _warn(name: str, why: str) -> None:
+    logger.warning("the sampling parameter %r is not known here, and sent as it is: %s", name, why)
 
 
 def check_prompts(prompts: Iterable[object], sampling: Mapping[str, Any], target: Target) -> None:
@@ -112,6 +146,15 @@ def of_one_kind(names: Iterable[str]) -> bool | None:
     chat, text = known_names("chat"), known_names("completions")
     own = set(names) & (chat ^ text)
     return bool(own & chat) if own else None
+
+
+@functools.cache
+def names_version() -> str:
+    """Return the version of vLLM whose names are known: that of the installed one, or of the tables."""
+    path = (source_of_vllm("") or Path()) / "_version.py"
+    if path.exists() and (found := re.search(r"^__version__ = .*'(.+)'", path.read_text(), re.MULTILINE)):
+        return found[1]
+    return TABLE_VERSION
 
 
 @functools.cache

@@ -5,6 +5,7 @@ They were read from its source on 2026-11-22.
 
 from __future__ import annotations
 
+TABLE_VERSION = "0.32.0"
 SAMPLING_PARAMS = frozenset(
     """
     allowed_token_ids bad_words detokenize extra_args flat_logprobs frequency_penalty ignore_eos

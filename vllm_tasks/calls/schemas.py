@@ -62,6 +62,15 @@ def schema_type(given: Json | str, flatten: bool) -> AnswerType:
     return AnswerType(columns, read, identity=lambda: given, schema=given, by_name=by_name)
 
 
+def response_format(schema: Json) -> Json:
+    """Return the sampling parameter that requires answers to have `schema`.
+
+    All versions of vLLM know this form, as do most gateways and other servers, and vLLM makes of it what it
+    makes of its own `structured_outputs`.
+    """
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
 # ---------------------------------------------------------------------- the three forms
 
 

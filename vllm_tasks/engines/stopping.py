@@ -7,10 +7,13 @@ submitted task gets no exception. So every long wait wakes up a few times a seco
 from __future__ import annotations
 
 import signal
+import time
 
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.task_runners import ThreadPoolTaskRunner
+
+from vllm_tasks.engines.loop import LOOKED_EVERY
 
 
 def raise_if_stopped() -> None:
@@ -24,3 +27,11 @@ def raise_if_stopped() -> None:
         return
     if any(event.is_set() for event in list(flow.task_runner._cancel_events.values())):
         raise TerminationSignal(signal.SIGTERM)
+
+
+def pause(seconds: float) -> None:
+    """Sleep, and raise soon what `raise_if_stopped` raises."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        time.sleep(min(left, LOOKED_EVERY))
+        raise_if_stopped()

@@ -17,12 +17,11 @@ Protocol = Literal["legacy", "completions", "chat", "openai"]
 """`openai` means completions or chat, depending on each prompt."""
 PATHS: dict[str, Protocol] = {
     "/generate": "legacy",
-    "/v1/completions": "completions",
-    "/v1/chat/completions": "chat",
-    "/v1": "openai",
+    "/chat/completions": "chat",
+    "/completions": "completions",
     "": "openai",
 }
-"""The protocol that the path of a server's URL selects."""
+"""The protocol that the end of the path of a server's URL selects."""
 JSON = Mapping[str, Any]
 
 
@@ -35,7 +34,7 @@ _glimpse.maxstring = _glimpse.maxother = 100
 
 
 def path_of(protocol: Protocol, request: Request) -> str:
-    """The path under the server's base URL to which `request` is sent."""
+    """The path to which `request` is sent; `Endpoint` knows where a server has it."""
     if protocol == "legacy":
         return "/generate"
     return "/v1/completions" if isinstance(request.prompt, str) else "/v1/chat/completions"

@@ -15,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
+    Secret,
     SecretStr,
     ValidationInfo,
     field_validator,
@@ -55,7 +56,10 @@ FORM_HEAD = (
 FORM_END = ("metric_values", "uuid")
 """Fields at the head of a form, and those at its end, which nobody fills in."""
 
-HIDDEN = {"api_key", "api_url", "compute_kwargs", "db", "ray_config", "uri", "validation", "vllm_kwargs"}
+HIDDEN = {
+    *("api_key", "api_url", "basic_auth", "compute_kwargs", "db", "headers", "ray_config", "uri"),
+    *("validation", "vllm_kwargs"),
+}
 """Fields whose values may hold a key or a password: errors say what is wrong, but never show the value."""
 
 
@@ -276,7 +280,7 @@ class ModelFields(BaseModel):
 
     @model_validator(mode="after")
     def _known_sampling(self) -> Self:
-        check_names(self.predict_kwargs, self.sampling_target(), self.vllm_python())
+        check_names(self.predict_kwargs, self.sampling_target(), self.vllm_python(), self._server_version)
         check_one_type(self.datatype, self.output_schema)
         return self
 
@@ -360,6 +364,10 @@ class ModelFields(BaseModel):
         """
         raise NotImplementedError
 
+    def _server_version(self) -> str | None:
+        """The version of vLLM on the server; None if there is no server, or its version is not known."""
+        return None
+
     def sampling_target(self) -> Target:
         """Return the interface whose sampling parameters a call may use."""
         raise NotImplementedError
@@ -374,7 +382,7 @@ class ModelFields(BaseModel):
 
 
 def _revealed(value: Any) -> Any:
-    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+    return value.get_secret_value() if isinstance(value, Secret | SecretStr) else str(value)
 
 
 def _displayed(error: ErrorDetails) -> InitErrorDetails:

@@ -87,7 +87,7 @@ def _texts(name: str, value: Any) -> dict[str, str]:
 def _env(name: str, value: Any) -> dict[str, str]:
     """Environment variables of the job; a model must not set those by which a site protects itself."""
     for key in _mapping(name, value):
-        if key.upper() in GUARDS:
+        if key.upper() in GUARDS or key.upper().startswith(OF_PROFILES):
             raise InvalidCall(
                 f"compute_kwargs has {key!r} in {name}, which only the site may set: in the variables of the "
                 "work pool, or where the worker runs"
@@ -123,6 +123,8 @@ GUARDS = {
     for name in ("API_KEY", "API_URL", "CALLABLE_PREFIXES", "PLACES", "TRUST_REMOTE_CODE")
 }
 """Settings that decide where the site's key is sent, which code runs and which files are read."""
+OF_PROFILES = ("PREFECT_HOME", "PREFECT_PROFILE", "PREFECT_TEST", "PREFECT_UNIT_TEST")
+"""Beginnings of Prefect's variables that choose or ignore the profile, in which those settings may stand."""
 
 HINTS: dict[str, Callable[[str, Any], Any]] = {
     "num_gpus": _gpu_count,

@@ -18,6 +18,7 @@ from vllm_tasks.calls.chat import of_call
 from vllm_tasks.calls.prompt_func import keywords_of, named_parameters
 from vllm_tasks.calls.prompts import Context, Prompter, load_artifact
 from vllm_tasks.calls.sampling import check_names
+from vllm_tasks.calls.schemas import response_format
 from vllm_tasks.calls.signature import signed_as
 from vllm_tasks.engines import loop, sharing
 from vllm_tasks.engines.stopping import raise_if_stopped
@@ -125,7 +126,7 @@ class Predictor(ModelFields):
         check_spelling(given, call, known, more=named_parameters(self.prompt_func))
         decoder = self._decoder(given)
         parameters = self._sampling(given, decoder)
-        check_names(parameters, target, self.vllm_python())
+        check_names(parameters, target, self.vllm_python(), self._server_version)
         return Call(
             identifier=self.identifier,
             uuid=self.uuid,
@@ -144,7 +145,7 @@ class Predictor(ModelFields):
         # Servers with the legacy format pass the parameters on unchanged, and vLLM takes no dict there.
         if schema is None or self.sampling_target() == "legacy":
             return sampling
-        return {**sampling, "structured_outputs": {"json": schema}}
+        return {**sampling, "response_format": response_format(schema)}
 
     def _prompter(self, context: Context, keywords: Mapping[str, Any], chat: bool | None) -> Prompter:
         return Prompter(

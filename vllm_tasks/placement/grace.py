@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import TypeVar
 
 import httpx
+
+from vllm_tasks.engines.loop import LOOKED_EVERY
+from vllm_tasks.engines.stopping import pause, raise_if_stopped
 
 logger = logging.getLogger(__name__)
 
@@ -19,19 +24,59 @@ TRY_EVERY = 2.0
 """Seconds between two attempts."""
 
 
-def within_grace_period(work: Callable[[], T]) -> T:
+def within_grace_period(work: Callable[[], T], *, to_finish: float = 0.0) -> T:
     """Return `work()`, repeated while Prefect's server cannot be reached.
 
     `work` must be safe to repeat: its response may be lost after the server has done it. Prefect's own client
-    retries only once it has reached the server.
+    retries only once it has reached the server, which may take a minute.
+
+    Args:
+        work: Sends the requests. It is called in another thread, with the context of this one.
+        to_finish: Seconds for `work` to finish after an interrupt.
+
+    Returns:
+        What `work` returned.
+
+    Raises:
+        httpx.HTTPError: The server stays away for longer than the grace period, or refuses.
     """
     until = time.monotonic() + GRACE_PERIOD
     while True:
         try:
-            return work()
+            return in_thread(work, to_finish)
         except httpx.HTTPError as error:
             refused = isinstance(error, httpx.HTTPStatusError) and not error.response.is_server_error
             if refused or time.monotonic() > until:
                 raise
             logger.warning("Prefect's server does not respond; trying again: %s", error or repr(error))
-            time.sleep(TRY_EVERY)
+            pause(TRY_EVERY)
+
+
+def in_thread(work: Callable[[], T], to_finish: float = 0.0) -> T:
+    """Return `work()`, called in a thread with this context, so that the wait for it can be interrupted.
+
+    It also serves functions of Prefect that return a coroutine in a running loop. On an interrupt, `work` has
+    `to_finish` seconds to finish.
+    """
+    found: list[T] = []
+    failed: list[BaseException] = []
+    finished = threading.Event()  # not Thread.join: an interrupted join would take the thread for ended
+
+    def do() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:  # noqa: BLE001 - raised again by the waiting thread
+            failed.append(error)
+        finally:
+            finished.set()
+
+    threading.Thread(target=copy_context().run, args=(do,), name="vllm-tasks-prefect", daemon=True).start()
+    try:
+        while not finished.wait(LOOKED_EVERY):
+            raise_if_stopped()
+    except BaseException:
+        finished.wait(to_finish)
+        raise
+    if failed:
+        raise failed[0]
+    return found[0]

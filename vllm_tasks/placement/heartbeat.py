@@ -40,6 +40,7 @@ class Heartbeat:
         self._beats = threading.Thread(target=self._beat, name="vllm-tasks-heartbeat", daemon=True)
         self._progress: Progress | None = None
         self._artifact: UUID | None = None
+        self._committed: str | None = None
         self._before: Token[Heartbeat | None] | None = None
 
     @classmethod
@@ -51,6 +52,14 @@ class Heartbeat:
         """Set the progress that the next heartbeat reports."""
         self._progress = progress
 
+    def stopped(self, committed: str) -> None:
+        """Set what is written if the flow run ends without an outcome, because it is stopped.
+
+        Args:
+            committed: The report of what is committed, as `payload.outcome_of` returns it.
+        """
+        self._committed = committed
+
     def settle(self, outcome: str) -> None:
         """Stop the heartbeat and write the outcome in its place.
 
@@ -61,6 +70,7 @@ class Heartbeat:
             httpx.HTTPError: Prefect's server stays away for longer than the grace period, or refuses.
         """
         self._stop()
+        self._committed = None
         within_grace_period(lambda: self._write({"outcome": outcome}))
 
     def __enter__(self) -> Self:
@@ -73,6 +83,8 @@ class Heartbeat:
         assert self._before is not None
         _current.reset(self._before)
         self._stop()
+        if self._committed is not None:
+            self._try_to_write({"stopped": self._committed})
 
     def _create(self) -> UUID:
         created = ArtifactCreate(type=KIND, data={"beat": 0}, flow_run_id=self._run)
@@ -94,10 +106,13 @@ class Heartbeat:
                 if done is None
                 else [done.to_process, done.succeeded, done.failed, done.tokens, done.seconds]
             )
-            try:
-                self._write({"beat": beat, "progress": progress})
-            except (httpx.HTTPError, PrefectException) as error:
-                logger.warning("the heartbeat could not be sent: %s", error)
+            self._try_to_write({"beat": beat, "progress": progress})
+
+    def _try_to_write(self, data: dict[str, Any]) -> None:
+        try:
+            self._write(data)
+        except (httpx.HTTPError, PrefectException) as error:
+            logger.warning("the heartbeat could not be sent: %s", error)
 
     def _write(self, data: dict[str, Any]) -> None:
         assert self._artifact is not None
@@ -126,4 +141,4 @@ def read_heartbeats(client: SyncPrefectClient, runs: Sequence[UUID]) -> dict[UUI
 
 
 def _latest(data: dict[str, Any]) -> tuple[bool, int]:
-    return "outcome" in data, data.get("beat", 0)
+    return bool(data.keys() & {"outcome", "stopped"}), data.get("beat", 0)

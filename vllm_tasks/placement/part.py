@@ -65,6 +65,10 @@ class Part:
     """When `heartbeat` changed last, by the monotonic clock."""
     progress: Progress | None = None
     outcome: str | None = None
+    stopped: str | None = None
+    """The outcome of a run that was stopped: the report of what it has committed."""
+    has_begun: bool = False
+    """Whether any of its runs has sent a heartbeat: before that, nothing is processed."""
     warned_late: bool = False
     dropped: bool = False
     """We have cancelled its run, because another part has failed."""
@@ -78,6 +82,8 @@ class Part:
         """
         self.state = state
         self.outcome = data.get("outcome")
+        self.stopped = data.get("stopped")
+        self.has_begun = self.has_begun or bool(data)
         if data.get("progress"):
             self.progress = Progress(*data["progress"])
         if (heartbeat := (state and state.type, data.get("beat"))) != self.heartbeat:

@@ -69,7 +69,8 @@ def _secrets(model: Model) -> list[str]:
         f"artifacts[{name!r}]" for name, artifact in model.artifacts.items() if _has_secret(artifact.uri)
     ]
     if isinstance(model, VllmAPI):
-        return found + (["api_key"] if model.api_key else [])
+        secrets = ("api_key", "basic_auth", "headers")
+        return found + [name for name in secrets if getattr(model, name)]
     found += [f"vllm_kwargs[{name!r}]" for name in SECRET_ARGUMENTS if name in model.vllm_kwargs]
     if model.ray_config.get("runtime_env", {}).get("env_vars"):
         found.append("ray_config['runtime_env']['env_vars']")

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Sequence
-from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID, uuid4
 
 import httpx
@@ -25,7 +23,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelling, Crashed
 
-from vllm_tasks.engines.stopping import raise_if_stopped
+from vllm_tasks.engines.stopping import pause
 from vllm_tasks.errors import EngineFailed
 from vllm_tasks.placement.grace import within_grace_period
 from vllm_tasks.placement.heartbeat import read_heartbeats
@@ -35,8 +33,6 @@ from vllm_tasks.settings import site_settings
 from vllm_tasks.tables.report import Progress
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 OnProgress = Callable[[Progress], None]
 """Called at each poll of the flow runs, with the progress that they have reported."""
@@ -70,14 +66,15 @@ class Runs:
     _is_reachable: bool = True
     """Whether Prefect's server responded to the last poll."""
 
-    def outcomes(self) -> list[str]:
+    def outcomes(self) -> list[str | None]:
         """Run all parts at once and wait for them.
 
         When a part fails, the others are cancelled; they commit what is finished. On an interrupt, all are
         cancelled.
 
         Returns:
-            The outcome of each part, in order, for `payload.value_of`; "" for a cancelled part without one.
+            The outcome of each part, in order, for `payload.value_of`. Of a cancelled part it is what is
+            committed, "" if nothing was processed, or None if its run did not report what is committed.
 
         Raises:
             EngineFailed: The run of a part has failed without an outcome, or has died too often.
@@ -86,8 +83,7 @@ class Runs:
             for part in self.parts:
                 self._start(part)
             while not all(part.ended for part in self.parts):
-                time.sleep(POLL_INTERVAL)
-                raise_if_stopped()
+                pause(POLL_INTERVAL)
                 self._poll()
                 self.on_progress(self._progress())
                 if any(part.stage in LOST for part in self.parts):
@@ -118,7 +114,7 @@ class Runs:
             assert isinstance(run, FlowRun)
             part.run, part.state, part.heartbeat, part.since = run.id, run.state, None, time.monotonic()
 
-        within_grace_period(partial(outside_of_loops, start))
+        within_grace_period(start, to_finish=START_TIMEOUT)
         logger.info("%s: flow run %s on the work pool %r", part.name, part.run, self.target.pool)
 
     def _end_others(self) -> None:
@@ -136,12 +132,12 @@ class Runs:
                 if part.run is not None and not part.ended:
                     _set_state(client, part.run, Cancelling())
 
-    def _outcome(self, part: Part) -> str:
+    def _outcome(self, part: Part) -> str | None:
         if part.outcome is not None:
             return part.outcome
-        if part.dropped:
-            return ""
-        raise EngineFailed(f"the flow run {part.name!r} ({part.run}) has failed: {_reason(part.state)}")
+        if not part.dropped:
+            raise EngineFailed(f"the flow run {part.name!r} ({part.run}) has failed: {_reason(part.state)}")
+        return part.stopped or (None if part.has_begun or not part.ended else "")
 
     # ------------------------------------------------------------------ polls
 
@@ -232,32 +228,3 @@ def _set_state(client: SyncPrefectClient, run: UUID, state: State[Any]) -> None:
 def _states(client: SyncPrefectClient, runs: Sequence[UUID]) -> dict[UUID, State[Any] | None]:
     wanted = FlowRunFilter.model_validate({"id": {"any_": runs}})
     return {run.id: run.state for run in client.read_flow_runs(flow_run_filter=wanted, limit=len(runs))}
-
-
-def outside_of_loops(work: Callable[[], T]) -> T:
-    """Return `work()`, called in a thread with this context: in a running loop it would return a coroutine.
-
-    On an interrupt, `work` has `START_TIMEOUT` seconds to finish: otherwise nobody would know of the flow run
-    that it creates, and cancel it.
-    """
-    found: list[T] = []
-    failed: list[BaseException] = []
-    finished = threading.Event()  # not Thread.join: an interrupted join would take the thread for ended
-
-    def do() -> None:
-        try:
-            found.append(work())
-        except BaseException as error:  # noqa: BLE001 - raised again by the waiting thread
-            failed.append(error)
-        finally:
-            finished.set()
-
-    threading.Thread(target=copy_context().run, args=(do,), name="vllm-tasks-start", daemon=True).start()
-    try:
-        finished.wait()
-    except BaseException:
-        finished.wait(START_TIMEOUT)
-        raise
-    if failed:
-        raise failed[0]
-    return found[0]

@@ -12,7 +12,7 @@ from vllm_tasks.calls.call import TableCall
 from vllm_tasks.datalayer.selection import Row, Selection, Tables
 from vllm_tasks.tables.budget import Budget
 from vllm_tasks.tables.commit_policy import CommitPolicy
-from vllm_tasks.tables.report import Progress
+from vllm_tasks.tables.report import Progress, Report
 
 RETRY_DELAYS = 1, 5, 15, 30
 """Seconds before each new attempt to reach lost tables."""
@@ -26,6 +26,9 @@ class Display(Protocol):
 
     def progress(self, progress: Progress, *, last: bool = False) -> None:
         """Display `progress` if the last time is a while ago, and always if it is the `last`."""
+
+    def stopped(self, committed: Report) -> None:
+        """Called when an error or a signal ends the run, with the report of what is committed."""
 
     def close(self) -> None:
         """Called once the run has ended, however it did."""

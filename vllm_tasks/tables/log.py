@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.logging import RichHandler
 
+from vllm_tasks.engines.stopping import pause
 from vllm_tasks.errors import TablesUnavailable
 from vllm_tasks.tables.job import RETRY_DELAYS
-from vllm_tasks.tables.report import Progress
+from vllm_tasks.tables.report import Progress, Report
 
 logger = logging.getLogger(__name__)
 package_logger = logging.getLogger("vllm_tasks")
@@ -50,7 +51,7 @@ class Log:
                 return work()
             except TablesUnavailable as error:
                 logger.warning("commit of %s failed, next attempt in %d s: %s", name, delay, error)
-                time.sleep(delay)
+                pause(delay)
         return work()
 
     def progress(self, progress: Progress, *, last: bool = False) -> None:
@@ -58,6 +59,9 @@ class Log:
         if last or now - self._logged >= min(PROGRESS_EVERY, max(FIRST_PROGRESS, self._logged - self._began)):
             self._logged = now
             logger.info("%s", progress)
+
+    def stopped(self, committed: Report) -> None:
+        pass  # the run itself logs what is committed
 
     def close(self) -> None:
         pass

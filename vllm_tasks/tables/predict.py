@@ -151,7 +151,7 @@ def commit_answers(predict_id: str, job: Job, output: OutputTable, display: Disp
     with tally.phase("check"):
         check_job(job)
     with closing(display):
-        verdict, counted = _run(job, output, display, tally)
+        verdict, counted = _run(predict_id, job, output, display, tally)
     report = _report(predict_id, job, tally, counted)
     job.over.call.warn_of_truncated(tally.truncated, tally.succeeded)
     if tally.replaced:
@@ -167,7 +167,9 @@ def commit_answers(predict_id: str, job: Job, output: OutputTable, display: Disp
     return report
 
 
-def _run(job: Job, output: OutputTable, display: Display, tally: Tally) -> tuple[str | None, Counted]:
+def _run(
+    predict_id: str, job: Job, output: OutputTable, display: Display, tally: Tally
+) -> tuple[str | None, Counted]:
     writer = job.tables.writer(job.selection, output)
     run = Run(job, writer, display, tally)
     counted = Counted(job, run)
@@ -177,6 +179,8 @@ def _run(job: Job, output: OutputTable, display: Display, tally: Tally) -> tuple
             writer.close()
     except BaseException:
         counted.wait(SHUTDOWN_TIMEOUT)
+        if run.is_committed:
+            display.stopped(_report(predict_id, job, tally, counted))
         raise
     counted.wait(COUNT_TIMEOUT)
     if tally.stopped_by:

@@ -79,6 +79,8 @@ class Report:
     parts, which overlap: `check` (the call, the source and its keys), `first_row` (from the start to the
     first row that was sent), `read` (source and prompts), `answer` (from the first row sent to the last
     answer), `commit`.
+    `unreported_shards` is the number of shards that were cancelled, because another one had failed, and that
+    did not report what they had committed by then: no count includes their rows.
     """
 
     model: str
@@ -106,6 +108,7 @@ class Report:
     chat: bool | None = None
     stopped_by: str | None = None
     remaining: int | None = 0
+    unreported_shards: int = 0
 
     @property
     def sent_as(self) -> str:
@@ -113,7 +116,9 @@ class Report:
         return {True: "chat template", False: "plain text", None: ""}[self.chat]
 
     @classmethod
-    def of_shards(cls, reports: Sequence[Report], total: float) -> Report:
+    def of_shards(
+        cls, reports: Sequence[Report], total: float, *, shards: int, unreported: int = 0
+    ) -> Report:
         """Merge the reports of a run that was split into shards.
 
         Counts are added up, except for unreadable lines, which every shard meets. Each phase has the seconds
@@ -122,6 +127,8 @@ class Report:
         Args:
             reports: The reports of the shards, at least one.
             total: Seconds that the complete run took.
+            shards: Number of shards; with fewer reports, the rows of the source are not known.
+            unreported: Number of shards that may have committed rows, but did not report them.
 
         Returns:
             The report of the complete run.
@@ -139,8 +146,8 @@ class Report:
         }
         return replace(
             reports[0],
-            rows=_sum([r.rows for r in reports]),
-            up_to_date=_sum([r.up_to_date for r in reports]),
+            rows=None if len(reports) < shards else _sum([r.rows for r in reports]),
+            up_to_date=None if len(reports) < shards else _sum([r.up_to_date for r in reports]),
             **{name: sum(getattr(r, name) for r in reports) for name in counts},
             seconds={**longest, "total": round(total, 3)},
             errors=_merged([e for r in reports for e in r.errors]),
@@ -150,6 +157,7 @@ class Report:
             unreadable_lines=most.unreadable_lines,
             stopped_by=next((r.stopped_by for r in reports if r.stopped_by), None),
             remaining=_sum([r.remaining for r in reports]),
+            unreported_shards=unreported,
         )
 
     def __str__(self) -> str:
@@ -159,6 +167,8 @@ class Report:
         if self.stopped_by:
             rest = "some" if self.remaining is None else f"{self.remaining:,}"
             others += f", stopped by {self.stopped_by} with {rest} rows left"
+        if self.unreported_shards:
+            others += f", without the rows of {self.unreported_shards} cancelled shards, which did not report"
         if not self.processed:
             done = "no row processed" if self.stopped_by else "nothing to process"
             return f"{self.predict_id}: {done}{others}{self._lines}; outputs: {self.outputs}"

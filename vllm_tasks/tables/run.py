@@ -71,6 +71,11 @@ class Run:
         self._group_size = 0
         self._group_since = self._last_commit = self._first_answer = 0.0
 
+    @property
+    def is_committed(self) -> bool:
+        """Whether all rows that are counted are committed."""
+        return not self._group
+
     def run(self) -> str | None:
         """Process and commit rows until all are done or a budget is spent; returns why the run has failed, or
         None.

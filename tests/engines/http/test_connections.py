@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import socket
-import ssl
-import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,27 +19,6 @@ pytestmark = pytest.mark.usefixtures("hasty")
 
 
 # ---------------------------------------------------------------------- encrypted connections
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One file with a key and a certificate for 127.0.0.1 that no authority has signed."""
-    if shutil.which("openssl") is None:
-        pytest.skip("needs the openssl command")
-    folder = tmp_path_factory.mktemp("tls")
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-    names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
-    files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
-    subprocess.run([*command.split(), *names, *files], check=True, capture_output=True)
-    return folder / "cert.pem"
-
-
-@pytest.fixture
-def encrypted(certificate: Path) -> Iterator[ScriptedServer]:
-    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    tls.load_cert_chain(certificate, certificate.with_name("key.pem"))
-    with ScriptedServer(tls=tls) as server:
-        yield server
 
 
 @pytest.mark.parametrize("model", [None, "m"])

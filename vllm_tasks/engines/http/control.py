@@ -6,18 +6,23 @@ import json
 import os
 import re
 import ssl
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
 
-from vllm_tasks.engines.http.failures import Unreachable
+from vllm_tasks.engines.http.credentials import Credentials
+from vllm_tasks.engines.http.failures import MENDED_BY, Unreachable
+from vllm_tasks.engines.http.urls import Endpoint
 from vllm_tasks.errors import InvalidCall
 
 CONTROL_TIMEOUT = 10.0
 """Seconds for a control call (health, models)."""
 CONTROL_BYTES = 2**20
 """Bytes of the response to a control call that are read."""
+MODELS, VERSION = "/v1/models", "/version"
+STRUCTURED, STRUCTURED_SINCE = "structured_outputs", (0, 12)
+"""A sampling parameter, and the version of vLLM before which servers silently ignored it."""
 
 NO_TEMPLATE = re.compile(
     r"must provide a chat template|chat_template is not set|(no|not have a|without a|missing) chat.template",
@@ -26,44 +31,13 @@ NO_TEMPLATE = re.compile(
 """The words for a model without a chat template: those of vLLM (with transformers 4.44 and later), of earlier
 versions, and of gateways."""
 
-Words = TypeVar("Words", str, bytes)
-
-
-@dataclass(frozen=True)
-class Key:
-    """The bearer token, or none. It is sent in the header and appears nowhere else."""
-
-    secret: str | None = field(repr=False)
-
-    def headers(self) -> dict[str, str]:
-        """The header for a request. Raises `InvalidCall` for a key that a header cannot carry."""
-        if not self.secret:
-            return {}
-        if not re.fullmatch("[!-~]+", self.secret):
-            raise InvalidCall(
-                "api_key has a space, a line end or another character that an HTTP header cannot carry; "
-                "a key read from a file needs .strip()"
-            )
-        return {"Authorization": f"Bearer {self.secret}"}
-
-    def hidden_in(self, words: Words) -> Words:
-        """The words of a server without the key, which it may have echoed, verbatim or as JSON."""
-        if not self.secret:
-            return words
-        if isinstance(words, bytes):
-            return self.hidden_in(words.decode("latin1")).encode("latin1")
-        in_json = json.dumps(self.secret)[1:-1]
-        for form in (self.secret, in_json, in_json.replace("/", r"\/")):
-            words = words.replace(form, "***")
-        return words
-
 
 @dataclass(frozen=True)
 class Served:
     """The models that a server lists: all `names`, the `model` that rows use (None: it is not listed) and the
     `root` of that model (its folder, or its own name)."""
 
-    url: str
+    endpoint: Endpoint
     names: tuple[str, ...]
     model: str | None
     root: str | None = None
@@ -73,86 +47,111 @@ class Served:
 
 
 class Control:
-    """Sends control calls with one key."""
+    """Sends control calls with the same credentials."""
 
-    def __init__(self, key: Key) -> None:
-        self.key = key
+    def __init__(self, credentials: Credentials) -> None:
+        self.credentials = credentials
         self.tls = ssl.create_default_context()  # for rows and control calls; obeys SSL_CERT_FILE
 
-    async def check_health(self, url: str) -> None:
+    async def check_health(self, endpoint: Endpoint) -> None:
         """Raise `Unreachable` unless the server is healthy or has no /health."""
-        status, _ = await self._send(f"{url}/health")
+        status, _ = await self._send(endpoint, "/health")
         if status >= 500:
-            raise Unreachable(f"HTTP {status} from {url}/health")
+            raise Unreachable(f"HTTP {status} from {endpoint.shown('/health')}")
 
-    async def served(self, url: str, model: str | None) -> Served | None:
+    async def served(self, endpoint: Endpoint, model: str | None) -> Served | None:
         """The models that the server lists; None if `model` is given and the server lists nothing.
 
         Raises `InvalidCall` if `model` is None and the server lists none or several, `Unreachable` if it
         cannot respond now.
         """
         try:
-            status, content = await self._send(f"{url}/v1/models")
+            status, content = await self._send(endpoint, MODELS)
         except Unreachable as error:
             if model is not None:
                 return None
             raise Unreachable(f"{error}; pass model='...' to skip this request") from error
-        roots = models_in(json_in(self.key.hidden_in(content))) if status == 200 else {}
+        roots = models_in(json_in(self.credentials.hidden_in(content))) if status == 200 else {}
         names = tuple(roots)
         if model is not None:
-            return Served(url, names, model if model in names else None) if names else None
-        reply = f"HTTP {status} from {url}/v1/models: {self.key.hidden_in(content)[:300]!r}"
+            return Served(endpoint, names, model if model in names else None) if names else None
+        reply = f"HTTP {status} from {endpoint.shown(MODELS)}: {self.credentials.hidden_in(content)[:300]!r}"
         if status >= 500 or status in (408, 429):
             raise Unreachable(reply)
         if not names:
             raise InvalidCall(
-                f"{url} does not report its model; check api_url and api_key, or pass model='...' ({reply})"
+                f"{endpoint} does not report its model; check api_url and api_key, or pass "
+                f"model='...' ({reply})"
             )
         if len(names) > 1:
-            raise InvalidCall(f"{url} serves {rendered(names)}: choose one, as in model={names[0]!r:.200}")
-        return Served(url, names, names[0], roots[names[0]])
+            raise InvalidCall(
+                f"{endpoint} serves {rendered(names)}: choose one, as in model={names[0]!r:.200}"
+            )
+        return Served(endpoint, names, names[0], roots[names[0]])
 
-    async def has_chat_template(self, url: str, model: str) -> bool | None:
+    async def has_chat_template(self, endpoint: Endpoint, model: str) -> bool | None:
         """Whether the server has a chat template for the model; None if unknown, as behind a gateway."""
         message = {"role": "user", "content": "Hello"}
-        status, content = await self._send(f"{url}/tokenize", {"model": model, "messages": [message]})
+        status, content = await self._send(endpoint, "/tokenize", {"model": model, "messages": [message]})
         found = json_in(content)
         if status == 200 and isinstance(found, dict) and found.get("count"):
             return True
         return False if status == 400 and lacks_template(content.decode(errors="replace")) else None
 
-    async def facts(self, url: str, model: str) -> dict[str, str]:
+    async def facts(self, endpoint: Endpoint, model: str) -> dict[str, str]:
         """The `root` of the model and the server's `version`, as far as the server reports them."""
-        root = models_in(await self._get(f"{url}/v1/models")).get(model)
-        version = (await self._get(f"{url}/version")).get("version")
+        root = models_in(await self._get(endpoint, MODELS)).get(model)
+        version = (await self._get(endpoint, VERSION)).get("version")
         known = {"root": root, "version": version}
         return {name: value for name, value in known.items() if isinstance(value, str) and value}
 
-    async def _get(self, url: str) -> dict[str, Any]:
-        """The JSON object at `url`; an empty one if the server has none or cannot be reached.
+    async def vllm_version(self, endpoint: Endpoint) -> str | None:
+        """The version of vLLM; None if the server cannot respond now or is something else, such as a gateway.
+
+        A gateway may have a version of its own, so the models have to be vLLM's.
+        """
+        listed = (await self._get(endpoint, MODELS)).get("data")
+        owners = (
+            [e.get("owned_by") for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
+        )
+        version = (await self._get(endpoint, VERSION)).get("version") if "vllm" in owners else None
+        return version if isinstance(version, str) else None
+
+    async def check_structure(self, endpoint: Endpoint) -> None:
+        """Raise `InvalidCall` if the server is a vLLM that ignores `structured_outputs`."""
+        version = await self.vllm_version(endpoint)
+        if version and (release_of(version) or STRUCTURED_SINCE) < STRUCTURED_SINCE:
+            raise InvalidCall(
+                f"{endpoint} runs vLLM {version}, which ignores {STRUCTURED}: update it to vLLM 0.12 or "
+                "later, or use output_schema or response_format"
+            )
+
+    async def _get(self, endpoint: Endpoint, path: str) -> dict[str, Any]:
+        """The JSON object at `path`; an empty one if the server has none or cannot be reached.
 
         A failure does not count against the server, because a gateway may pass on only the paths of rows.
         """
         try:
-            _, content = await self._send(url)
+            _, content = await self._send(endpoint, path)
         except Unreachable:
             return {}
         found = json_in(content)
         return found if isinstance(found, dict) else {}
 
-    async def _send(self, url: str, body: Any = None) -> tuple[int, bytes]:
+    async def _send(self, endpoint: Endpoint, path: str, body: Any = None) -> tuple[int, bytes]:
         """Send a control call (a POST with `body`) on a connection of its own; returns status and body.
 
-        Redirects are not followed: the key must not travel to another host.
+        Redirects are not followed: the credentials must not travel to another host.
         """
+        url = endpoint.shown(path)
         connector = aiohttp.TCPConnector(ssl=self.tls)
         timeout = aiohttp.ClientTimeout(total=CONTROL_TIMEOUT)
         try:
             async with (
                 aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
                 session.request(
-                    "GET" if body is None else "POST", url, json=body, headers=self.key.headers(),
-                    allow_redirects=False,
+                    "GET" if body is None else "POST", endpoint.url_of(path), json=body,
+                    headers=self.credentials.headers(), allow_redirects=False, proxy=endpoint.proxy,
                 ) as response,
             ):  # fmt: skip
                 content = bytearray()
@@ -163,10 +162,18 @@ class Control:
                 return response.status, bytes(content)
         except TimeoutError as error:
             raise Unreachable(f"no answer from {url} within {CONTROL_TIMEOUT:g} s") from error
+        except aiohttp.ClientHttpProxyError as error:
+            raise of_proxy(url, error) from None
         except aiohttp.ClientSSLError as error:
             raise untrusted(url, error) from error
         except aiohttp.ClientError as error:
-            raise Unreachable(f"no answer from {url}: {self.key.hidden_in(_why(error))}") from error
+            raise Unreachable(f"no answer from {url}: {self.credentials.hidden_in(_why(error))}") from error
+
+
+def release_of(version: str) -> tuple[int, int] | None:
+    """(0, 12) of "0.12.1"; None for a build of no release, such as "0.1.dev1", whose numbers say nothing."""
+    found = re.match(r"(\d+)\.(\d+)(?!.*dev)", version)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def json_in(content: bytes) -> Any:
@@ -201,6 +208,15 @@ def untrusted(url: str, error: Exception) -> InvalidCall:
         f"no encrypted connection to {url}: {error}; name the authority of its certificate in SSL_CERT_FILE, "
         "or correct api_url"
     )
+
+
+def of_proxy(url: str, error: aiohttp.ClientHttpProxyError) -> Exception:
+    """The error for a proxy that makes no connection to `url`.
+
+    Danger: the text of `error` has the URL of the proxy, perhaps with its password, so it is not chained.
+    """
+    words = f"HTTP {error.status} from the proxy on the way to {url}"
+    return InvalidCall(f"{words}; {MENDED_BY[407]}") if error.status == 407 else Unreachable(words)
 
 
 def _why(error: aiohttp.ClientError) -> str:

@@ -18,7 +18,8 @@ import aiohttp
 from vllm_tasks.engines import Done, wire
 from vllm_tasks.engines.http.attempts import Attempts, retry_after
 from vllm_tasks.engines.http.connections import NAME, Connector, Names
-from vllm_tasks.engines.http.control import Control, Key, lacks_template, untrusted
+from vllm_tasks.engines.http.control import STRUCTURED, Control, lacks_template, of_proxy, untrusted
+from vllm_tasks.engines.http.credentials import Credentials
 from vllm_tasks.engines.http.failures import (
     MENDED_BY,
     Denied,
@@ -30,6 +31,7 @@ from vllm_tasks.engines.http.failures import (
 from vllm_tasks.engines.http.files import OUT_OF_FILES, TOO_MANY_FILES, most_connections
 from vllm_tasks.engines.http.servers import Server, Servers
 from vllm_tasks.engines.http.streaming import EVENTS, Ended, Pieces, streamed
+from vllm_tasks.engines.http.urls import Endpoint
 from vllm_tasks.engines.window import Window
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import Completion, Request, Result, RowError, given_up
@@ -56,9 +58,9 @@ STREAMED = 2**20
 class HttpConfig:
     """The configuration of an HTTP engine. Equal configurations share an engine."""
 
-    urls: tuple[str, ...]
+    endpoints: tuple[Endpoint, ...]
     protocol: wire.Protocol
-    api_key: str | None
+    credentials: Credentials
     model: str | None
     timeout: float
     retries: int
@@ -68,7 +70,7 @@ class HttpConfig:
     stream: bool
 
     def __repr__(self) -> str:
-        return f"HttpConfig({', '.join(self.urls)})"  # never the key
+        return f"HttpConfig({', '.join(map(str, self.endpoints))})"  # never a secret
 
 
 class HttpEngine:
@@ -82,13 +84,15 @@ class HttpEngine:
 
     def __init__(self, config: HttpConfig) -> None:
         self.config = config
-        most = most_connections(config.max_in_flight, len(config.urls))
-        self.window = Window(most * len(config.urls))
-        self._key = Key(config.api_key)
+        most = most_connections(config.max_in_flight, len(config.endpoints))
+        self.window = Window(most * len(config.endpoints))
+        self._credentials = config.credentials
         self._names = Names()
-        self._control = Control(self._key)
+        self._control = Control(self._credentials)
         model = "" if config.protocol == "legacy" else config.model  # legacy has no names
-        self._servers = Servers(config.urls, model, self._control, config.grace_period, most, self._repeat)
+        self._servers = Servers(
+            config.endpoints, model, self._control, config.grace_period, most, self._repeat
+        )
         self._completed: dict[str, Request] = {}  # the last one, by path
         self._at_work: Counter[str] = Counter()  # rows that have a slot, by path
         self._denied: Counter[str] = Counter()
@@ -100,7 +104,7 @@ class HttpEngine:
         self._session = aiohttp.ClientSession(
             connector=Connector(self._names, limit=0, keepalive_timeout=KEEPALIVE, ssl=self._control.tls),
             timeout=aiohttp.ClientTimeout(total=self.config.timeout, sock_connect=connect),
-            headers={**self._key.headers(), "Content-Type": "application/json"},
+            headers={**self._credentials.headers(), "Content-Type": "application/json"},
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 
@@ -129,7 +133,7 @@ class HttpEngine:
             with suppress(Unreachable):
                 await self._servers.identify(server)
                 assert server.model is not None
-                return await self._control.has_chat_template(server.url, server.model)
+                return await self._control.has_chat_template(server.endpoint, server.model)
         return None
 
     async def _accepts_chat(self) -> bool:
@@ -140,12 +144,14 @@ class HttpEngine:
         logger.warning(
             "texts are sent as plain text: %s refuses chat, because the model has no chat template (%s); "
             "chat=False skips this test request",
-            ", ".join(self.config.urls), answer.message,
+            ", ".join(map(str, self.config.endpoints)), answer.message,
         )  # fmt: skip
         return False
 
     async def generate(self, requests: Sequence[Request], done: Done) -> None:
         await self._servers.compare()
+        if any(request.sampling.get(STRUCTURED) for request in requests):
+            await self._servers.check_structure()
         async with asyncio.TaskGroup() as group:
             for i, request in enumerate(requests):
                 attempts = Attempts(self.config.retries, self._servers)
@@ -254,7 +260,7 @@ class HttpEngine:
             raise InvalidCall(f"a sampling parameter cannot be sent: {error}") from error
         sent = time.monotonic()
         try:
-            response, status, content = await self._post(server.url + path, body, name)
+            response, status, content = await self._post(server.endpoint, path, body, name)
         except FailedAttempt as failed:
             if failed.kind == "timeout":
                 server.capacity.time_out(sent)
@@ -265,7 +271,7 @@ class HttpEngine:
         if status not in FULL:
             self._servers.complete(server, sent)
         if status != 200:
-            refused = refusal(status, response, content, self._key)
+            refused = refusal(status, response, server.endpoint.shown(path), content, self._credentials)
             if status in GATEWAY and "Retry-After" not in response.headers:
                 await self._servers.check(server)  # raises if the server is down
             if isinstance(refused, Full):
@@ -282,28 +288,38 @@ class HttpEngine:
         try:
             answer = json.loads(content)
             if self._names.is_of_another(answer, name):
-                raise FailedAttempt("connection", f"{server.url} answered another request", retryable=True)
+                raise FailedAttempt(
+                    "connection", f"{server.endpoint} answered another request", retryable=True
+                )
             completion = wire.parse(path, request, answer)
         except (ValueError, RecursionError) as error:
-            raise self._unreadable(error, f"the response from {server.url}", content) from error
+            raise self._unreadable(error, f"the response from {server.endpoint}", content) from error
         if reason := given_up(completion):
-            raise FailedAttempt("server", f"{server.url} ended the row early ({reason})", retryable=True)
+            raise FailedAttempt("server", f"{server.endpoint} ended the row early ({reason})", retryable=True)
         if any(choice.finish_reason == WITHHELD for choice in completion.choices):
-            raise FailedAttempt("refused", f"{server.url} withheld the answer (finish_reason {WITHHELD!r})")
+            raise FailedAttempt(
+                "refused", f"{server.endpoint} withheld the answer (finish_reason {WITHHELD!r})"
+            )
         return completion
 
-    async def _post(self, url: str, body: bytes, name: str) -> tuple[aiohttp.ClientResponse, int, bytes]:
+    async def _post(
+        self, endpoint: Endpoint, path: str, body: bytes, name: str
+    ) -> tuple[aiohttp.ClientResponse, int, bytes]:
         """The response, its status (of an error within the stream, if there is one) and its body.
 
         Raises `Unreachable` without a connection, `InvalidCall` without a trusted one, or `FailedAttempt`.
         """
         assert self._session is not None, "start() comes first"
         data = io.BytesIO(body) if len(body) >= STREAMED else body
+        url = endpoint.shown(path)
         try:
             async with self._session.post(
-                url, data=data, headers={NAME: name}, allow_redirects=False
-            ) as response:
-                return response, *await self._read(response)
+                endpoint.url_of(path), data=data, headers={NAME: name}, allow_redirects=False,
+                proxy=endpoint.proxy,
+            ) as response:  # fmt: skip
+                return response, *await self._read(response, url)
+        except aiohttp.ClientHttpProxyError as error:
+            raise of_proxy(url, error) from None
         except aiohttp.ClientSSLError as error:
             raise untrusted(url, error) from error
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
@@ -314,22 +330,23 @@ class HttpEngine:
             waited = f"no response from {url} within timeout={self.config.timeout:g} s"
             raise FailedAttempt("timeout", waited, retryable=True) from error
         except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError) as error:
-            reason = self._key.hidden_in(f"{error!r}")
+            reason = self._credentials.hidden_in(f"{error!r}")
             raise FailedAttempt(
                 "connection", f"the connection to {url} broke: {reason}", retryable=True
             ) from error
         except aiohttp.ClientError as error:
             # Its repr would show the headers of our request, with the key.
-            reason = self._key.hidden_in(f"{type(error).__name__}: {error}")
+            reason = self._credentials.hidden_in(f"{type(error).__name__}: {error}")
             raise FailedAttempt("response", f"not an HTTP response: {reason}") from error
 
     def _unreadable(self, error: Exception, what: str, content: bytes) -> FailedAttempt:
         """The failure for `content`, described by `what`, that does not follow the protocol."""
-        redacted = self._key.hidden_in(content)
-        why = error if redacted == content else "it repeats api_key"  # the error may show a part of the key
+        redacted = self._credentials.hidden_in(content)
+        # The error may show a part of the secret.
+        why = error if redacted == content else "it repeats api_key or a header"
         return FailedAttempt("response", f"{why}; {what} began with {redacted[:100]!r}")
 
-    async def _read(self, response: aiohttp.ClientResponse) -> tuple[int, bytes]:
+    async def _read(self, response: aiohttp.ClientResponse, url: str) -> tuple[int, bytes]:
         if response.status != 200 or response.content_type != EVENTS:
             return response.status, b"".join([part async for part in self._parts(response)])
         pieces = Pieces()
@@ -338,9 +355,9 @@ class HttpEngine:
                 pieces.take(part)
             return pieces.status, json.dumps(pieces.complete()).encode()
         except Ended as error:
-            raise FailedAttempt("connection", f"{response.url}: {error}", retryable=True) from error
+            raise FailedAttempt("connection", f"{url}: {error}", retryable=True) from error
         except (ValueError, RecursionError) as error:
-            what = f"a piece in the stream from {response.url}"
+            what = f"a piece in the stream from {url}"
             raise self._unreadable(error, what, pieces.last) from error
 
     async def _parts(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
@@ -356,14 +373,16 @@ class HttpEngine:
             yield part
 
 
-def refusal(status: int, response: aiohttp.ClientResponse, content: bytes, key: Key) -> Exception:
+def refusal(
+    status: int, response: aiohttp.ClientResponse, url: str, content: bytes, credentials: Credentials
+) -> Exception:
     """The error for a status other than 200: `InvalidCall` for the call, `FailedAttempt` for the row."""
-    words = words_of(key.hidden_in(content))
-    error = f"HTTP {status} from {response.url}: {words!r}"
+    words = words_of(credentials.hidden_in(content))
+    error = f"HTTP {status} from {url}: {words!r}"
     if status in MENDED_BY:
         return Denied(status, error)
     if 300 <= status < 400:
-        target = key.hidden_in(response.headers.get("Location", ""))
+        target = credentials.hidden_in(response.headers.get("Location", ""))
         return InvalidCall(f"{error}: redirects are not followed; set api_url to {target!r}")
     if status == 408 or status in FULL or status >= 500:
         failed = Full if status in FULL else FailedAttempt

@@ -13,7 +13,12 @@ from typing import Literal
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import RowErrorKind
 
-MENDED_BY = {401: "check api_key", 403: "check api_key", 404: "check api_url and model"}
+MENDED_BY = {
+    401: "check api_key, basic_auth or headers",
+    403: "check api_key, basic_auth or headers",
+    404: "check api_url and model",
+    407: "check the user and password of the proxy in HTTP_PROXY or HTTPS_PROXY",
+}
 """Statuses that show that a call cannot succeed, and what to do about each."""
 TOO_LONG = ("maximum context length", "maximum model length", "max_model_len")
 """Parts of vLLM's error messages about a prompt that is too long."""
@@ -51,7 +56,10 @@ class Full(FailedAttempt):
 
 
 class Denied(FailedAttempt):
-    """The server denies this request (401, 403, 404). The cause is the row or the complete call."""
+    """The server (401, 403, 404) or a proxy (407) denies this request.
+
+    The cause is the row or the complete call.
+    """
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__("refused", message)

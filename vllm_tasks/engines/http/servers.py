@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from vllm_tasks.engines.http.capacity import Capacity
 from vllm_tasks.engines.http.control import Control, Served
 from vllm_tasks.engines.http.failures import Full, Unreachable
+from vllm_tasks.engines.http.urls import Endpoint
 from vllm_tasks.errors import InvalidCall, ServerUnavailable
 from vllm_tasks.rows import Request
 
@@ -28,9 +29,9 @@ PROBE_EVERY = 1.0
 
 @dataclass(eq=False)
 class Server:
-    """One server: its base URL and what is known about it now."""
+    """One server: its endpoint and what is known about it now."""
 
-    url: str
+    endpoint: Endpoint
     capacity: Capacity
     model: str | None
     """The name for requests; None: not known yet."""
@@ -71,24 +72,25 @@ class Servers:
 
     def __init__(
         self,
-        urls: Sequence[str],
+        endpoints: Sequence[Endpoint],
         model: str | None,
         control: Control,
         grace_period: float,
         most: int,
         prove: Callable[[Server, Request], Awaitable[None]],
     ) -> None:
-        self._is_sure = model == "" or (model is not None and len(urls) == 1)
-        self.all = [Server(url, Capacity(most), model, self._is_sure) for url in urls]
+        self._is_sure = model == "" or (model is not None and len(endpoints) == 1)
+        self.all = [Server(e, Capacity(most), model, self._is_sure) for e in endpoints]
         self.model = model
         self.control = control
         self.grace_period = grace_period
         self.has_chat_template: bool | None = None  # of the model that all serve; None: not known yet
-        self.slots = most * len(urls)
+        self.slots = most * len(endpoints)
         self.completed = 0
         self._prove = prove
         self._served: Served | None = None  # what all serve, from the first that reported it
-        self._are_compared = len(urls) == 1
+        self._are_compared = len(endpoints) == 1
+        self._is_structure_checked = False
         self._last_heartbeat = 0.0
         self._full_since: float | None = None
         self._last_error = ""  # the last error of a server that is down
@@ -149,7 +151,7 @@ class Servers:
     async def _find_any(self) -> None:
         """Return when any server can take rows. Raises `ServerUnavailable` after the grace period."""
         started = time.monotonic()
-        urls = ", ".join(s.url for s in self.all)
+        urls = ", ".join(str(s.endpoint) for s in self.all)
         logger.warning("no server responds at %s; waiting up to %g s", urls, self.grace_period)
         searches = [*(self._watch(server) for server in self.all), self._slot_released()]
         watches = [asyncio.create_task(search) for search in searches]
@@ -170,7 +172,7 @@ class Servers:
         """Return when the server can take rows. Without /health, any response shows that it can."""
         while True:
             try:
-                await self.control.check_health(server.url)
+                await self.control.check_health(server.endpoint)
                 async with server.probing:
                     await self._trust(server)
             except (Unreachable, Full) as error:
@@ -188,7 +190,7 @@ class Servers:
 
     def unavailable(self, last: str) -> ServerUnavailable:
         """The error that ends a call after the grace period; `last` is the last error of a server."""
-        urls = ", ".join(s.url for s in self.all)
+        urls = ", ".join(str(s.endpoint) for s in self.all)
         return ServerUnavailable(
             f"no server responded at {urls} for {self.grace_period:g} s (last: {last}); start it, "
             "correct api_url, or wait longer with VLLM_TASKS_GRACE_PERIOD (seconds)"
@@ -232,7 +234,7 @@ class Servers:
         async with server.checking:
             _check_is_there(server)
             if server.well_until <= time.monotonic():
-                await self.control.check_health(server.url)
+                await self.control.check_health(server.endpoint)
                 server.well_until = time.monotonic() + PROBE_EVERY
 
     async def prove(self, server: Server, completed: Request) -> None:
@@ -285,6 +287,12 @@ class Servers:
             await asyncio.gather(*(self._try_to_identify(server) for server in self.all if server.is_there))
             self._are_compared = True
 
+    async def check_structure(self) -> None:
+        """Raise `InvalidCall`, before the first row with them, if a server ignores `structured_outputs`."""
+        if not self._is_structure_checked:
+            await asyncio.gather(*(self.control.check_structure(server.endpoint) for server in self.all))
+            self._is_structure_checked = True
+
     async def identify(self, server: Server) -> None:
         """Look up which model the server serves, unless that is known.
 
@@ -297,7 +305,7 @@ class Servers:
 
     async def _identify(self, server: Server) -> None:
         if not server.is_identified:
-            if (served := await self.control.served(server.url, self.model)) is not None:
+            if (served := await self.control.served(server.endpoint, self.model)) is not None:
                 self._agree(served)
                 server.model = self.model or served.model
             server.is_identified = True
@@ -318,12 +326,12 @@ class Servers:
         if served.model == first.model and len(roots) <= 1:
             return
         self.forget_model()
-        order = [server.url for server in self.all]
-        one, other = sorted((first, served), key=lambda each: order.index(each.url))
-        now = " now" if one.url == other.url else ""
+        order = [server.endpoint for server in self.all]
+        one, other = sorted((first, served), key=lambda each: order.index(each.endpoint))
+        now = " now" if one.endpoint == other.endpoint else ""
         raise InvalidCall(
-            f"{one.url} serves {one}, and {other.url} {other}{now}: all rows of a call must go to one "
-            "model; correct api_url, or pass model='...' with a name that every server has"
+            f"{one.endpoint} serves {one}, and {other.endpoint} {other}{now}: all rows of a call must go to "
+            "one model; correct api_url, or pass model='...' with a name that every server has"
         )
 
     def forget_model(self) -> None:
@@ -344,7 +352,7 @@ class Servers:
             if await self._try_to_identify(server):
                 model = server.model
                 assert model is not None
-                facts = await self.control.facts(server.url, model)
+                facts = await self.control.facts(server.endpoint, model)
                 if facts or server.is_there:  # else rows have lost it meanwhile
                     return {"model": model, **facts}
 
@@ -352,4 +360,4 @@ class Servers:
 def _check_is_there(server: Server) -> None:
     """Raise `Unreachable` if the previous holder of the lock has lost the server."""
     if not server.is_there:
-        raise Unreachable(f"{server.url} does not respond")
+        raise Unreachable(f"{server.endpoint} does not respond")

@@ -1,0 +1,334 @@
+"""Servers behind gateways and proxies, and servers that are not the newest vLLM."""
+
+from __future__ import annotations
+
+import logging
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.servers.scripted_proxy import ScriptedProxy
+from tests.servers.scripted_server import MODEL, Asked, Deed, Reply, ScriptedServer, answer_to, refused, usual
+from vllm_tasks import InvalidCall, VllmAPI
+from vllm_tasks.calls.sampling import names_version
+from vllm_tasks.engines.http.proxies import proxy_of
+from vllm_tasks.engines.http.urls import split_urls
+from vllm_tasks.errors import RowErrors, ServerUnavailable
+
+SECRET = "s3cret-0123456789"
+Make = Callable[..., VllmAPI]
+
+
+@pytest.fixture(autouse=True)
+def _no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.1")
+
+
+@pytest.fixture
+def api(server: ScriptedServer) -> Iterator[Make]:
+    """Makes a `VllmAPI` of the server, and closes it after the test."""
+    made: list[VllmAPI] = []
+
+    def make(api_url: str = "", **fields: Any) -> VllmAPI:
+        fields = {"retries": 0, "chat": False, **fields}
+        made.append(VllmAPI(identifier="a", api_url=api_url or server.url, **fields))
+        return made[-1]
+
+    yield make
+    for model in made:
+        model.close()
+
+
+# ---------------------------------------------------------------------- what admits us
+
+
+def test_further_headers_are_sent_with_every_request_and_shown_nowhere(
+    server: ScriptedServer, api: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows and control calls have them; no display of the model or its engine has their values."""
+    caplog.set_level(logging.DEBUG)
+    model = api(headers={"X-Api-Key": SECRET, "X-Team": "blue"})
+    assert model.predict("x") == answer_to("x")
+    assert len(server.requests) > 1
+    assert {(a.headers["X-Api-Key"], a.headers["X-Team"]) for a in server.requests} == {(SECRET, "blue")}
+    shown = repr(model) + str(model) + repr(model.engine_config()) + model.model_dump_json() + caplog.text
+    assert SECRET not in shown
+
+
+def test_a_user_and_password_are_sent_as_basic_authentication(server: ScriptedServer, api: Make) -> None:
+    """The password may have colons and letters that ASCII lacks."""
+    model = api(basic_auth="me:pä:ss", model="m")
+    assert model.predict("x") == answer_to("x")
+    encoded = b64encode("me:pä:ss".encode()).decode()
+    assert [a.headers["Authorization"] for a in server.requests] == [f"Basic {encoded}"]
+    assert "pä" not in repr(model) + repr(model.engine_config())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"headers": {"X-Api-Key": SECRET}},
+        {"headers": {"Authorization": f"Token {SECRET}"}},
+        {"basic_auth": f"me:{SECRET}"},
+    ],
+)
+@pytest.mark.parametrize("status", [200, 400, 401, 500])
+def test_a_server_that_echoes_a_secret_does_not_get_it_into_errors(
+    server: ScriptedServer, api: Make, fields: dict[str, Any], status: int
+) -> None:
+    """Values, the part after the scheme and the password alone are all hidden."""
+    encoded = b64encode(f"me:{SECRET}".encode()).decode()
+    server.script = lambda asked: refused(status, f"bad {SECRET} {encoded}") if asked.body else None
+    with pytest.raises((InvalidCall, RowErrors)) as raised:
+        api(model="m", **fields).predict("x")
+    assert SECRET not in str(raised.value)
+    if "basic_auth" in fields:
+        assert encoded not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"headers": {"bad name": SECRET}}, "no name of an HTTP header"),
+        ({"headers": {"content-type": SECRET}}, "itself sets"),
+        ({"headers": {"X-Request-ID": SECRET}}, "itself sets"),
+        ({"headers": {"X": f"{SECRET}\n"}}, "needs .strip"),
+        ({"headers": {"X": 7}}, "is not a text"),
+        ({"headers": f"X: {SECRET}"}, "dict"),
+        ({"basic_auth": SECRET}, "not of the form 'user:password'"),
+        ({"basic_auth": f"me:{SECRET}", "api_key": SECRET}, "api_key and basic_auth both set"),
+        ({"headers": {"authorization": SECRET}, "api_key": SECRET}, "api_key and headers both set"),
+        ({"api_url": f"http://me:{SECRET}@h"}, "use basic_auth="),
+        ({"api_url": f"http://h?api-key={SECRET}"}, "'api-key' in its query"),
+        ({"api_url": f"http://h/v1?v=1&sig={SECRET}"}, "'sig' in its query"),
+    ],
+)
+def test_what_cannot_be_sent_or_would_be_shown_is_refused(fields: dict[str, Any], said: str) -> None:
+    """The refusal says what is wrong, without the secret."""
+    with pytest.raises(ValueError, match=said) as raised:
+        VllmAPI(**{"identifier": "m", "api_url": "http://h", **fields})
+    assert SECRET not in str(raised.value)
+
+
+def test_headers_of_ones_own_take_the_place_of_the_sites_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a header named Authorization, or a user with a password, does; other headers go beside the key."""
+    monkeypatch.setenv("VLLM_TASKS_API_KEY", "of-the-site")
+
+    def sent(**fields: Any) -> str:
+        model = VllmAPI(identifier="m", api_url="http://h", **fields)
+        return {k.lower(): v for k, v in model.engine_config().credentials.headers().items()}["authorization"]
+
+    assert sent() == sent(headers={"X": "y"}) == "Bearer of-the-site"
+    assert sent(headers={"authorization": "Own"}) == "Own"
+    assert sent(basic_auth="u:p") == "Basic dTpw"
+
+
+# ---------------------------------------------------------------------- paths and queries
+
+
+@pytest.mark.parametrize(
+    ("path", "rows", "models", "health", "protocol"),
+    [
+        ("", "/v1/completions", "/v1/models", "/health", "openai"),
+        ("/a/v1", "/a/v1/completions", "/a/v1/models", "/a/health", "openai"),
+        ("/api/v3/", "/api/v3/completions", "/api/v3/models", "/api/health", "openai"),
+        ("/d/x/completions", "/d/x/completions", "/d/x/models", "/d/x/health", "completions"),
+        ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "chat"),
+        ("/g/generate", "/g/v1/completions", "/g/v1/models", "/g/health", "legacy"),
+    ],
+)
+def test_a_base_path_belongs_to_all_requests(
+    path: str, rows: str, models: str, health: str, protocol: str
+) -> None:
+    """/v1 is added only where neither a version nor a complete path is there."""
+    (endpoint,), found = split_urls(f"http://h{path}?api-version=1")
+    assert found == protocol
+    shown = [endpoint.shown(path) for path in ("/v1/completions", "/v1/models", "/health")]
+    assert shown == [f"http://h{path}" for path in (rows, models, health)]
+    assert endpoint.url_of("/health") == f"http://h{health}?api-version=1"
+    assert "api-version" not in f"{endpoint}{endpoint!r}"
+
+
+def test_rows_go_to_a_deployments_own_path_with_its_query(server: ScriptedServer, api: Make) -> None:
+    """As behind Azure's API: a path without /v1 and a query, which no error shows."""
+    path = "/openai/deployments/x/chat/completions"
+    answer = usual(Asked("/v1/chat/completions", {}, {"model": "m", "messages": [{"content": "x"}]}, 0.0))
+    server.script = lambda asked: answer if asked.path == path else refused(404, "no such path")
+    model = api(f"{server.url}{path}?api-version=2026-01-01", model="m", chat=None)
+    assert model.predict("x") == answer_to("x")
+    assert {(a.path, a.query) for a in server.posts} == {(path, "api-version=2026-01-01")}
+    server.script = lambda _: refused(400, "no")
+    with pytest.raises(RowErrors, match=f"HTTP 400 from {server.url}{path}: 'no'"):
+        model.predict("x")
+
+
+def test_control_calls_have_the_query_too(server: ScriptedServer, api: Make) -> None:
+    """Models, health and the chat template are looked up with the same query as rows."""
+    assert api(f"{server.url}/v1?tenant=a%20b", chat=None).predict("x") == answer_to("x")
+    assert {a.query for a in server.requests} == {"tenant=a%20b"}
+    assert {"/v1/models", "/tokenize"} < {a.path for a in server.requests}
+
+
+# ---------------------------------------------------------------------- proxies
+
+
+def test_rows_and_control_calls_go_through_the_proxy_of_the_environment(
+    server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proxy looks up the host, which this machine does not know, and gets its own password."""
+    proxy = server.url.replace("://", "://user:pa55word@")
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    model = api("http://gateway.test:8000")
+    assert model.predict("x") == answer_to("x")
+    encoded = b64encode(b"user:pa55word").decode()
+    assert {a.headers["Host"] for a in server.requests} == {"gateway.test:8000"}
+    assert {a.headers["Proxy-Authorization"] for a in server.requests} == {f"Basic {encoded}"}
+    assert "pa55word" not in repr(model.engine_config())
+
+
+def test_encrypted_rows_go_through_a_tunnel(
+    encrypted: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch, certificate: Path
+) -> None:
+    """The proxy sees the host alone, neither the key nor the rows."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with ScriptedProxy(("127.0.0.1", encrypted.port)) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        model = api("https://gateway.test", api_key=SECRET)
+        assert model.predict_batches(["a", "b"]) == [answer_to("a"), answer_to("b")]
+        model.close()
+        assert {head.split()[1] for head in proxy.seen} == {"gateway.test:443"}
+        assert SECRET not in "".join(proxy.seen)
+
+
+@pytest.mark.parametrize("model", [None, "m"])
+@pytest.mark.parametrize(
+    ("status", "error", "said"),
+    [
+        (407, InvalidCall, "the user and password of the proxy"),
+        (502, ServerUnavailable, "HTTP 502 from the proxy"),
+    ],
+)
+def test_a_proxy_that_makes_no_tunnel_is_named_without_its_password(
+    api: Make, monkeypatch: pytest.MonkeyPatch, model: str | None, status: int, error: Any, said: str
+) -> None:
+    """A wrong password is the call's fault at once; any other refusal is waited for, like a server's."""
+    with ScriptedProxy(("127.0.0.1", 9), status) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        with pytest.raises(error, match=said) as raised:
+            api("https://gateway.test", model=model).predict("x")
+    chain, cause = str(raised.value), raised.value.__cause__
+    while cause is not None:
+        chain, cause = chain + str(cause), cause.__cause__
+    assert "pa55word" not in chain
+
+
+@pytest.mark.parametrize(
+    ("url", "no_proxy", "found"),
+    [
+        ("http://gateway.test", "", "http://proxy:3128"),
+        ("https://gateway.test", "", None),
+        ("http://gateway.test", "other.test,gateway.test", None),
+        ("http://a.gateway.test", ".gateway.test", None),
+        ("http://gateway.test:8000", "gateway.test:9000", "http://proxy:3128"),
+        ("http://10.1.2.3:8000", "10.0.0.0/8", None),
+        ("http://11.1.2.3:8000", "10.0.0.0/8", "http://proxy:3128"),
+        ("http://gateway.test", "*", None),
+        ("http://localhost:8000", "", None),
+        ("http://127.0.0.1:8000", "", None),
+        ("http://[::1]:8000", "", None),
+    ],
+)
+def test_no_proxy_has_hosts_domains_and_networks(
+    monkeypatch: pytest.MonkeyPatch, url: str, no_proxy: str, found: str | None
+) -> None:
+    """This machine is never reached through a proxy."""
+    monkeypatch.setenv("HTTP_PROXY", "proxy:3128")
+    monkeypatch.setenv("NO_PROXY", no_proxy)
+    assert proxy_of(url) == found
+
+
+def test_a_proxy_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal names the variable and the way out, and not the password."""
+    monkeypatch.setenv("HTTP_PROXY", f"socks5://me:{SECRET}@proxy:1080")
+    with pytest.raises(InvalidCall, match=r"HTTP_PROXY.*'socks5'.*'gateway\.test' to NO_PROXY") as raised:
+        VllmAPI(identifier="m", api_url="http://gateway.test").predict("x")
+    assert SECRET not in str(raised.value)
+
+
+# ---------------------------------------------------------------------- versions of vLLM
+
+
+def of_version(version: str, owner: str = "vllm") -> Callable[[Asked], Deed]:
+    """A script of a server that reports this version."""
+
+    def script(asked: Asked) -> Deed:
+        if asked.path == "/version":
+            return Reply({"version": version})
+        if asked.path == "/v1/models":
+            return Reply({"data": [{"id": MODEL, "owned_by": owner}]})
+        return None
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("version", "owner", "is_refused"),
+    [
+        ("0.11.2", "vllm", True),
+        ("0.12.0", "vllm", False),
+        ("0.1.dev1+gabc", "vllm", False),
+        ("0.1.7", "gateway", False),
+    ],
+)
+def test_a_server_that_would_ignore_structured_outputs_is_refused(
+    server: ScriptedServer, api: Make, version: str, owner: str, is_refused: bool
+) -> None:
+    """Only a release of vLLM itself says which parameters it has; without the parameter nobody asks."""
+    server.script = of_version(version, owner)
+    model = api(model=MODEL)
+    model.predict("x", max_tokens=5)
+    assert "/version" not in {a.path for a in server.requests}
+    if is_refused:
+        with pytest.raises(InvalidCall, match=rf"vLLM {version}, which ignores structured_outputs.*0\.12"):
+            model.predict("x", structured_outputs={"regex": "a"})
+    else:
+        model.predict_batches(["x", "y"], structured_outputs={"regex": "a"})
+        model.predict("x", structured_outputs={"regex": "a"})
+        assert [a.path for a in server.requests].count("/version") <= 1
+    assert (len(server.posts) == 1) == is_refused
+
+
+def test_a_server_newer_than_the_known_names_gets_unknown_ones(
+    server: ScriptedServer, api: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is a warning, with the closest known name; the version is looked up for an unknown name only."""
+    server.script = of_version("99.0.1")
+    model = api(model=MODEL, predict_kwargs={"temperature": 0.5})
+    assert server.requests == []
+    assert model.predict("x", temprature=0) == answer_to("x")
+    assert server.posts[-1].body["temprature"] == 0
+    (warning,) = caplog.messages
+    assert "'temprature' is not known here" in warning
+    assert "did you mean 'temperature'" in warning
+    later = api(model=MODEL, predict_kwargs={"top_q": 1})
+    assert later.predict("x") == answer_to("x")
+
+
+@pytest.mark.parametrize("version", [names_version(), "0.9.0", "0.1.dev5", ""])
+def test_a_server_that_is_not_newer_gets_no_unknown_name(
+    server: ScriptedServer, api: Make, version: str
+) -> None:
+    """Nor does one whose version is not known, or one that is away."""
+    server.script = of_version(version)
+    with pytest.raises(InvalidCall, match="did you mean 'temperature'"):
+        api(model=MODEL).predict("x", temprature=0)
+    server.stop()
+    with pytest.raises(ValueError, match="did you mean 'temperature'"):
+        api(model=MODEL, predict_kwargs={"temprature": 0})
+    assert server.posts == []

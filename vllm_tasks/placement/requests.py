@@ -1,0 +1,76 @@
+"""Rows that are processed on a work pool: they travel as finished prompts and come back as answers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
+
+from vllm_tasks.calls.call import Call
+from vllm_tasks.errors import VllmTasksError
+from vllm_tasks.placement import payload, storage
+from vllm_tasks.placement.parameters import parameters
+from vllm_tasks.placement.part import Part
+from vllm_tasks.placement.payload import Model
+from vllm_tasks.placement.runs import Runs
+from vllm_tasks.placement.target import Target, target_of
+from vllm_tasks.rows import Request, Result, RowError
+
+logger = logging.getLogger(__name__)
+
+
+def routed(model: Model, call: Call) -> Call:
+    """Return `call`, processed on the model's work pool if it has one.
+
+    Args:
+        model: The model; its hints or the settings name the pool.
+        call: A call of this model.
+
+    Returns:
+        `call` itself if the step runs here, else a copy that sends its requests to the pool.
+
+    Raises:
+        InvalidCall: The pool does not exist, or it would drop one of the hints.
+    """
+    if (target := target_of(model)) is None:
+        return call
+    return replace(call, answerer=lambda requests: _on_pool(target, model, requests))
+
+
+def _on_pool(target: Target, model: Model, requests: Sequence[Request | RowError]) -> list[Result]:
+    """The results of `requests`, processed by a flow run on `target`; errors among them stay as they are."""
+    sent = [request for request in requests if isinstance(request, Request)]
+    if not sent:
+        return [request for request in requests if isinstance(request, RowError)]
+    rows = storage.store(
+        {"prompts": [request.prompt for request in sent], "sampling": dict(sent[0].sampling)}
+    )
+    try:
+        call = {"work": "rows", "rows": rows}
+        part = Part(f"{model.identifier} - {len(sent):,} rows", parameters(call, model, None))
+        (outcome,) = Runs(target, [part], repeatable=True).outcomes()
+        assert outcome  # only a part beside others may have none
+    finally:
+        storage.discard(rows)
+    path = payload.answers_path(outcome)
+    try:
+        payload.value_of(outcome)
+    except VllmTasksError as error:
+        try:
+            error.results = _results(path, requests)
+        except VllmTasksError as lost:  # what failed first is what the caller has to know
+            logger.warning("the answers of the rows that were processed could not be loaded: %s", lost)
+        raise error
+    return cast(list[Result], _results(path, requests))
+
+
+def _results(path: str | None, requests: Sequence[Request | RowError]) -> list[Result | None] | None:
+    """The answers that the storage has at `path`, merged with the rows that have no prompt."""
+    if path is None:
+        return None
+    answers = iter(payload.results_of(storage.load(path)))
+    storage.discard(path)
+    found = [request if isinstance(request, RowError) else next(answers) for request in requests]
+    # The flow run counted only the rows that were sent to it.
+    return [replace(r, index=i) if isinstance(r, RowError) else r for i, r in enumerate(found)]
