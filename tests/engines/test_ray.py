@@ -177,7 +177,7 @@ def test_an_end_that_is_cut_short_gives_the_place_back_too(make: Make, tmp_path:
 
     async def cut_short() -> None:
         arguments = {"model": "m", "log": str(tmp_path / "log")}
-        host, _ = await RayHost.launch(ON_CPU, arguments, 60)
+        host, _ = await RayHost.launch(ON_CPU, "", arguments, 60)
         assert len(actors()) == 2
         end = asyncio.create_task(host.end())
         await asyncio.wait({end}, timeout=0)
