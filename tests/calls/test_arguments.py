@@ -16,6 +16,7 @@ from tests.servers.scripted_server import ScriptedServer
 from vllm_tasks import InvalidCall, VllmAPI
 from vllm_tasks._prefect.mapping import ModelTask
 from vllm_tasks.calls.arguments import check_spelling
+from vllm_tasks.calls.sampling import known_names
 from vllm_tasks.placement.parameters import parameters
 from vllm_tasks.tables import predict_in_db
 
@@ -147,6 +148,6 @@ def test_mapping_goes_over_models_and_tables_alone(model: VllmAPI, place: Place)
 def test_a_routed_call_knows_its_own_arguments(model: VllmAPI) -> None:
     """A routed call takes all its options together: none of them is reported as misspelt."""
     options = {"predict_id": "p", "limit": 1, "same_source": False, "shards": 1, "temperature": 0}
-    check_spelling(options, predict_in_db, "openai", more=("shards",))
+    check_spelling(options, predict_in_db, known_names("openai"), more=("shards",))
     with pytest.raises(InvalidCall, match="'shards'"):
-        check_spelling(["shard_s"], predict_in_db, "openai", more=("shards",))
+        check_spelling(["shard_s"], predict_in_db, known_names("openai"), more=("shards",))
