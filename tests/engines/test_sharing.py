@@ -19,7 +19,7 @@ from tests.eventually import eventually
 from tests.places import Place
 from vllm_tasks import InvalidCall, RowError, VllmModel
 from vllm_tasks.engines import loop, session, sharing
-from vllm_tasks.engines.local import gpus, host, process
+from vllm_tasks.engines.local import adapters, gpus, process
 from vllm_tasks.errors import EngineFailed
 
 Make = Any
@@ -483,10 +483,10 @@ def test_adapter_that_is_written_to_while_it_is_copied_is_refused(
     monkeypatch.setenv(session.SOCKETS, str(tmp_path))
     folder = tmp_path / "adapter"
     folder.mkdir()
-    for name in (host.ADAPTER_CONFIG, host.ADAPTER_WEIGHTS[0]):
+    for name in (adapters.ADAPTER_CONFIG, adapters.ADAPTER_WEIGHTS[0]):
         (folder / name).write_text("{}")
-    found = host.stamps(str(folder))
-    assert (host.copied(folder, 1, str(folder), found) / host.ADAPTER_CONFIG).read_text() == "{}"
-    (folder / host.ADAPTER_CONFIG).write_text("{...}")
-    with pytest.raises(host.Unusable, match="written to while it was copied"):
-        host.copied(folder, 2, str(folder), found)
+    found = adapters.stamps(str(folder))
+    assert (adapters.copied(folder, 1, str(folder), found) / adapters.ADAPTER_CONFIG).read_text() == "{}"
+    (folder / adapters.ADAPTER_CONFIG).write_text("{...}")
+    with pytest.raises(adapters.Unusable, match="written to while it was copied"):
+        adapters.copied(folder, 2, str(folder), found)
