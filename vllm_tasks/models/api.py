@@ -65,7 +65,7 @@ class VllmAPI(Predictor, Block):
     basic_auth: SecretStr | None = Field(
         default=None,
         title="User and password",
-        description="`basic_auth`: user:password for HTTP basic authentication, in place of a key.",
+        description="basic_auth: user:password for HTTP basic authentication, in place of a key.",
     )
     headers: SecretDict | None = Field(
         default=None,
