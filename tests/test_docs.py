@@ -180,7 +180,7 @@ def test_pages_import_public_names(page: Path) -> None:
 def test_every_block_is_checked(page: Path) -> None:
     """Every block has a language, and there are no other languages."""
     languages = {match["language"] for match in BLOCK.finditer(page.read_text(encoding="utf-8"))}
-    assert languages <= {"python", "sh", "yaml", "text"}
+    assert languages <= {"python", "sh", "yaml", "toml", "text"}
 
 
 # ---------------------------------------------------------------------- commands
@@ -340,6 +340,12 @@ def test_settings_that_pages_name_exist(page: Path) -> None:
     """A variable that nothing reads would have no effect."""
     named = set(re.findall(r"VLLM_TASKS_[A-Z_]*[A-Z]", page.read_text(encoding="utf-8")))
     assert named <= settings()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_toml_names_settings(page: Path) -> None:
+    for _, text, _ in blocks(page, "toml"):
+        assert tomllib.loads(text)["integrations"]["vllm_tasks"].keys() <= Settings.model_fields.keys()
 
 
 # ---------------------------------------------------------------------- YAML

@@ -22,10 +22,10 @@ def mapping_in(file: Path) -> dict[str, Any]:
     Raises:
         InvalidCall: The file cannot be read, is not YAML, is no mapping, or has a key twice.
     """
-    yaml = YAML(typ="safe", pure=True)  # the C parser knows YAML 1.1 only
-    yaml.Constructor = Constructor
+    reader = YAML(typ="safe", pure=True)  # the C parser knows YAML 1.1 only
+    reader.Constructor = Constructor
     try:
-        found = yaml.load(file)  # as a file: of a text, errors would show the line, with the key in it
+        found = reader.load(file)  # as a file: of a text, errors would show the line, with the key in it
     except OSError as error:
         raise InvalidCall(f"the job file cannot be read: {error}") from error
     except InvalidCall as error:

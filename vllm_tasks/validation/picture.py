@@ -11,11 +11,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vllm_tasks.validation.axis import Axis, drawable, number
-from vllm_tasks.validation.report import DatasetReport
 from vllm_tasks.validation.svg import CHARACTER, WIDTH, card, length, marks, path, px, shortened, write
+
+if TYPE_CHECKING:
+    from vllm_tasks.validation.report import DatasetReport
 
 PADDING = 18
 GAP = 32
