@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 from vllm_tasks.printable import html_table, html_text, one_line
 from vllm_tasks.rows import cause_of
 from vllm_tasks.tables.keys import display_key
 
-if TYPE_CHECKING:
-    from vllm_tasks.tables.report import Report
+Report = Any
+"""A `vllm_tasks.tables.report.Report`, which imports this file."""
 
 TEXT_LENGTH = 200
 """Characters of an answer or a message."""

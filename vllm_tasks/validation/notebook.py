@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 from vllm_tasks.printable import html_table, html_text
 from vllm_tasks.validation.picture import data_uri, picture_of
 from vllm_tasks.validation.texts import inputs_of, text_of
 
-if TYPE_CHECKING:
-    from vllm_tasks.validation.report import DatasetReport, ValidationReport, Value, Verdict
+DatasetReport = ValidationReport = Value = Verdict = Any
+"""The types of `vllm_tasks.validation.report`, which imports this file."""
 
 
 def html_of(report: ValidationReport) -> str:

@@ -11,13 +11,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 from vllm_tasks.validation.axis import Axis, drawable, number
 from vllm_tasks.validation.svg import CHARACTER, WIDTH, card, length, marks, path, px, shortened, write
 
-if TYPE_CHECKING:
-    from vllm_tasks.validation.report import DatasetReport
+DatasetReport = Any
+"""A `vllm_tasks.validation.report.DatasetReport`, which imports this file by way of `notebook`."""
 
 PADDING = 18
 GAP = 32
