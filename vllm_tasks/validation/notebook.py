@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 from vllm_tasks.printable import html_table, html_text
 from vllm_tasks.validation.picture import data_uri, picture_of
 from vllm_tasks.validation.texts import inputs_of, text_of
 
-DatasetReport = ValidationReport = Value = Verdict = Any
+DatasetReport: TypeAlias = Any
+ValidationReport: TypeAlias = Any
+Value: TypeAlias = Any
+Verdict: TypeAlias = Any
 """The types of `vllm_tasks.validation.report`, which imports this file."""
 
 
