@@ -25,14 +25,19 @@ class Total:
 
         The interval is Student's, with the correction for a finite population (Cochran 1977, Sampling
         Techniques, chapter 2); of all rows it is a point. It supposes that the mean of the sample is nearly
-        normal: where a few rows have most of the tokens, it is too narrow. The total is never less than that
-        of the sample itself. A sample that is not all of the rows has at least 8.
+        normal: where a few rows have most of the tokens, it is too narrow. If all values are equal, as where
+        `max_tokens` ends every answer, Student's interval would be a point; up to 3/n of the rows may still
+        differ (the rule of three, Hanley and Lippman-Hand 1983), and they get twice their tokens or none. The
+        total is never less than that of the sample itself. A sample that is not all of the rows has at
+        least 8.
         """
         n, known = len(sample), math.fsum(sample)
         if n >= rows:
             return cls(known, known, known)
         mean = fmean(sample)
         spread = rows * math.sqrt(variance(sample, mean) / n * (1 - n / rows)) * quantile(n - 1)
+        if min(sample) == max(sample):
+            spread = 3 / n * (rows - n) * mean
         return cls(rows * mean, max(rows * mean - spread, known), rows * mean + spread)
 
     def __str__(self) -> str:
