@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import subprocess
 import sys
@@ -50,6 +51,9 @@ def source_of_vllm(given: str) -> Path | None:
 
     None if that environment is not on this machine, or has no vLLM.
     """
+    if not given:  # another process would add its start to that of every flow
+        spec = importlib.util.find_spec("vllm")
+        return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
     try:
         python = interpreter(given)
         asked = subprocess.run(  # noqa: S603 - a program that the site or the model names
