@@ -40,6 +40,20 @@ def job(server: ScriptedServer, tmp_path: Path) -> Path:
     return write(tmp_path, server, "X: text\nselect: tickets\ndb: data/\n")
 
 
+@pytest.fixture
+def printed_of_refused(command: Command, job: Path, server: ScriptedServer) -> Callable[..., str]:
+    """Runs the job with a change, which must be refused without sending a row; returns what was printed."""
+
+    def run(change: tuple[str, str], name: str = "run") -> str:
+        job.write_text(job.read_text().replace(*change))
+        code, printed = command(name, str(job))
+        assert code == 2
+        assert not server.posts
+        return printed
+
+    return run
+
+
 def write(folder: Path, server: ScriptedServer, rest: str) -> Path:
     """A job file for this server."""
     model = f"model: {{identifier: tagger, api_url: '{server.url}', prompt: 'Tag: {{input}}'}}\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -98,14 +99,20 @@ def test_a_validation_below_its_limits_exits_with_its_own_code(
     ],
 )
 def test_what_is_wrong_in_a_job_is_named(
-    command: Command, job: Path, server: ScriptedServer, change: tuple[str, str], said: str
+    printed_of_refused: Callable[..., str], change: tuple[str, str], said: str
 ) -> None:
     """A wrong job exits with 2 and sends no row."""
-    job.write_text(job.read_text().replace(*change))
-    code, printed = command("run", str(job))
-    assert code == 2
-    assert said in printed
-    assert not server.posts
+    assert said in printed_of_refused(change)
+
+
+@pytest.mark.parametrize("other", ["limit: 2", "ids: [1]", "overwrite: true", "refresh: changed"])
+def test_an_estimate_does_not_guess_which_rows_another_job_would_process(
+    printed_of_refused: Callable[..., str], other: str
+) -> None:
+    """It counts the rows without an output or error."""
+    assert f"has {other.partition(':')[0]}" in printed_of_refused(
+        ("X: text", f"X: text\n{other}"), "estimate"
+    )
 
 
 def test_a_server_that_is_away_is_for_later(
@@ -188,15 +195,12 @@ def test_outputs_of_a_table_with_a_name_of_its_own(command: Command, job: Path) 
     ],
 )
 def test_a_value_is_what_it_seems_to_be_and_no_secret_is_printed(
-    command: Command, job: Path, server: ScriptedServer, change: tuple[str, str], said: str
+    printed_of_refused: Callable[..., str], change: tuple[str, str], said: str
 ) -> None:
     """What YAML reads as something else is refused, in one line without the values of other parameters."""
-    job.write_text(job.read_text().replace(*change))
-    code, printed = command("run", str(job))
-    assert code == 2
+    printed = printed_of_refused(change)
     assert said in printed
     assert "sEcReT" not in printed
-    assert not server.posts
 
 
 def test_a_schema_may_refer_within_itself(command: Command, job: Path) -> None:

@@ -72,11 +72,13 @@ def estimate(file: Path, *, sample: int = 32, json: AsJson = False) -> None:
         sample: Number of rows that are processed for it.
         json: Print the estimate as JSON.
     """
-    from vllm_tasks.flows.batch_predict import batch_predict
-
-    given = job.read(file, batch_predict)
-    sampling = given.get("sampling") or {}
-    job.check_sampling(file, sampling, given["model"].estimate)
+    given, sampling = _read(file, "estimate")
+    for name in ("refresh", "overwrite", "retry_failed", "ids", "limit"):
+        if given.get(name) not in (None, False, "missing"):
+            raise InvalidCall(
+                f"{file} has {name}: {given[name]!r:.100}, and estimate counts the rows without an output or "
+                "error: leave it out"
+            )
     names = "X", "select", "predict_id", "primary_id", "db", "prices", "context"
     taken = {name: given[name] for name in names if name in given}
     _print(given["model"].estimate(**taken, sample=sample, **sampling), json)
@@ -91,11 +93,7 @@ def preview(file: Path, *, rows: int = 3, json: AsJson = False) -> None:
         rows: Number of rows.
         json: Print the rows as JSON.
     """
-    from vllm_tasks.flows.batch_predict import batch_predict
-
-    given = job.read(file, batch_predict)
-    sampling = given.get("sampling") or {}
-    job.check_sampling(file, sampling, given["model"].preview)
+    given, sampling = _read(file, "preview")
     taken = {name: given[name] for name in ("X", "select", "primary_id", "db", "context") if name in given}
     _print(given["model"].preview(**taken, n=rows, **sampling), json)
 
@@ -165,13 +163,20 @@ def pools(*words: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
 
 def _job_in(file: Path) -> tuple[VllmAPI | VllmModel, dict[str, Any]]:
     """The model of a job file, and the arguments of its `predict_in_db`."""
+    given, sampling = _read(file, "predict_in_db")
+    model = given.pop("model")
+    job.check_runs_here(file, model, given.get("shards", 1))
+    return model, given | sampling
+
+
+def _read(file: Path, method: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parameters of a job file, and its sampling parameters, for this method of its model."""
     from vllm_tasks.flows.batch_predict import batch_predict
 
     given = job.read(file, batch_predict)
-    model, sampling = given.pop("model"), given.pop("sampling", None) or {}
-    job.check_runs_here(file, model, given.get("shards", 1))
-    job.check_sampling(file, sampling, model.predict_in_db)
-    return model, given | sampling
+    sampling = given.pop("sampling", None) or {}
+    job.check_sampling(file, sampling, getattr(given["model"], method))
+    return given, sampling
 
 
 def _print(found: Any, as_json: bool, texts: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import Counter
 from contextlib import closing
@@ -134,7 +135,11 @@ def checked(model: VllmAPI | VllmModel, arguments: dict[str, Any]) -> Checked:
         ServerUnavailable: No server answers.
         TablesUnavailable: The tables cannot be reached.
     """
-    with open_job(predict_in_db, model, **arguments) as (_, job, _):
+    bound = inspect.signature(predict_in_db).bind(model, **arguments)
+    bound.apply_defaults()
+    given = bound.arguments | bound.arguments["sampling"]
+    del given["sampling"], given["display"]
+    with open_job(predict_in_db, **given) as (_, job, _):
         check_job(job)
         first_prompts(job)
         rows, to_process = job.tables.count(job.selection)

@@ -37,30 +37,31 @@ def open_job(
     X: Columns,  # noqa: N803 - the name in the contract
     select: Any,
     *,
-    predict_id: str | None = None,
-    primary_id: str | Sequence[str] = "id",
-    db: Datalayer | str | None = None,
-    source: Store | None = None,
-    ids: Sequence[Any] | None = None,
-    max_chunk_size: int | None = None,
-    overwrite: bool = False,
-    refresh: Literal["missing", "changed"] = "missing",
-    retry_failed: bool = False,
-    max_failed: float | int | None = 0.05,
-    max_total_tokens: int | None = None,
-    max_seconds: float | None = None,
-    max_cost: float | None = None,
-    prices: Mapping[str, float] | None = None,
-    limit: int | None = None,
-    context: Context = None,
-    shards: int = 1,
-    shard: tuple[int, int] | None = None,
-    same_source: bool = False,
+    predict_id: str | None,
+    primary_id: str | Sequence[str],
+    db: Datalayer | str | None,
+    source: Store | None,
+    ids: Sequence[Any] | None,
+    max_chunk_size: int | None,
+    overwrite: bool,
+    refresh: Literal["missing", "changed"],
+    retry_failed: bool,
+    max_failed: float | int | None,
+    max_total_tokens: int | None,
+    max_seconds: float | None,
+    max_cost: float | None,
+    prices: Mapping[str, float] | None,
+    limit: int | None,
+    context: Context,
+    shards: int,
+    shard: tuple[int, int] | None,
+    same_source: bool,
     **sampling: Any,
 ) -> Iterator[tuple[str, Job, OutputTable]]:
     """The job of `call`, which is `predict_in_db`, its `predict_id`, and the shape of its outputs.
 
-    The arguments are checked, and the tables are open for as long as the block.
+    The arguments are those of `predict_in_db`, whose defaults stand there alone. They are checked, and the
+    tables are open for as long as the block.
     """
     if shards != 1:
         raise InvalidCall(
