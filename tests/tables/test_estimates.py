@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 from prefect import flow
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter
 from scipy import stats
 
+from tests.artifacts import artifacts
 from tests.places import Place
 from tests.servers.scripted_server import Asked, Reply, ScriptedServer, refused, usual
 from vllm_tasks import InvalidCall, VllmAPI, VllmModel, estimate
@@ -233,8 +232,5 @@ def test_the_task_makes_an_artifact(server: ScriptedServer, tmp_path: Any) -> No
         return found
 
     found = look()
-    with get_client(sync_client=True) as client:
-        (made,) = client.read_artifacts(
-            artifact_filter=ArtifactFilter.model_validate({"key": {"any_": ["guessed-estimate"]}})
-        )
+    (made,) = artifacts("guessed-estimate")
     assert f"| prompt tokens | {found.prompt_tokens} |" in str(made.data)

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 from prefect import flow
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter
 
+from tests.artifacts import artifacts
 from tests.places import Place
 from tests.servers.scripted_server import ScriptedServer, answer_to, refused
 from tests.tables.runs import says
@@ -86,8 +85,5 @@ def test_the_task_makes_a_table_artifact(server: ScriptedServer, tmp_path: Any) 
         return found
 
     found = look()
-    with get_client(sync_client=True) as client:
-        (made,) = client.read_artifacts(
-            artifact_filter=ArtifactFilter.model_validate({"key": {"any_": ["looked-at-preview"]}})
-        )
+    (made,) = artifacts("looked-at-preview")
     assert found.rows[0].prompt in str(made.data)

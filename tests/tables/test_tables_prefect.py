@@ -13,12 +13,13 @@ from uuid import UUID
 
 import pytest
 from prefect import flow, get_client
-from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
-from prefect.client.schemas.objects import Artifact, TaskRun
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.objects import TaskRun
 from prefect.client.schemas.sorting import LogSort
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
 
+from tests.artifacts import artifacts
 from tests.conftest import IN_PREFECT
 from tests.events import events_where
 from tests.eventually import eventually
@@ -64,11 +65,6 @@ def task_runs(run: UUID) -> list[TaskRun]:
                 return found
             time.sleep(0.1)
     raise AssertionError(f"the task runs did not end: {[(t.name, t.state) for t in found]}")
-
-
-def artifacts(key: str) -> list[Artifact]:
-    with get_client(sync_client=True) as client:
-        return client.read_artifacts(artifact_filter=ArtifactFilter(key={"any_": [key]}))
 
 
 def test_each_commit_is_a_task_run(model: VllmAPI, lake: Place) -> None:

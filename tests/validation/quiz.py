@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
-from prefect import flow, get_client
-from prefect.client.schemas.filters import ArtifactFilter
+from prefect import flow
 from prefect.client.schemas.objects import Artifact
 from prefect.runtime import flow_run
 
+from tests.artifacts import artifacts
 from tests.events import events_where
 from tests.servers.scripted_server import Asked, Reply, Script, ScriptedServer, refused, usual
 from vllm_tasks import Datalayer, Dataset, Metric, Validation, VllmAPI, VllmModel, validate
@@ -66,9 +66,7 @@ def validated(
 
 def artifact(key: str) -> Artifact:
     """The last artifact of this key."""
-    with get_client(sync_client=True) as client:
-        found = client.read_artifacts(artifact_filter=ArtifactFilter(key={"any_": [key]}))
-    return max(found, key=lambda one: one.created)
+    return max(artifacts(key), key=lambda one: one.created)
 
 
 def history(lake: Datalayer) -> list[dict[str, Any]]:
