@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import itertools
@@ -24,6 +25,7 @@ from tests.calls.zoo import KINDS, build, told, typed
 from tests.servers.scripted_server import ScriptedServer
 from vllm_tasks import InvalidCall, VllmAPI
 from vllm_tasks.calls.functions import made_of
+from vllm_tasks.calls.source_code import _sources, source_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -164,6 +166,7 @@ def f(x):
 
 LAID_OUT_ANEW = """
 # A comment.
+import ast
 import functools
 import logging
 from pathlib import Path
@@ -386,3 +389,21 @@ def test_a_call_without_a_table_needs_no_fingerprint() -> None:
         assert len(model.predict_batches(["a", "b"])) == 2
         with pytest.raises(InvalidCall, match="lock is a _thread"):
             model.prepare(model.predict_in_db).over("text")
+
+
+def test_a_source_is_read_though_another_thread_parses_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11 raises `SystemError` at times when two threads parse at once."""
+
+    def classify(context: str) -> str:
+        return context
+
+    expected, parse, refusals = source_of(classify), ast.parse, iter(range(3))
+
+    def parse_beside_another(text: str) -> ast.Module:
+        if next(refusals, None) is not None:
+            raise SystemError("AST constructor recursion depth mismatch (before=69, after=79)")
+        return parse(text)
+
+    _sources.cache_clear()
+    monkeypatch.setattr(ast, "parse", parse_beside_another)
+    assert source_of(classify) == expected

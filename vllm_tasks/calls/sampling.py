@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import functools
 import logging
 import re
+import symtable
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -161,13 +161,14 @@ def names_version() -> str:
 def _fields(python: str, file: str, class_name: str) -> frozenset[str] | None:
     """Return the annotated fields of a class of the vLLM that `python` has, or None if it has none here.
 
-    It reads the source because importing vLLM would take seconds and hundreds of megabytes.
+    It reads the source because importing vLLM would take seconds and hundreds of megabytes, and its table of
+    symbols because `ast.parse` fails at times in Python 3.11 while other threads parse.
     """
     source = source_of_vllm(python)
     if source is None or not (path := source / file).exists():
         return None
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ClassDef) and node.name == class_name:
-            targets = (s.target for s in node.body if isinstance(s, ast.AnnAssign))
-            return frozenset(t.id for t in targets if isinstance(t, ast.Name) and not t.id.startswith("_"))
+    for scope in symtable.symtable(path.read_text(), file, "exec").get_children():
+        if isinstance(scope, symtable.Class) and scope.get_name() == class_name:
+            annotated = (symbol.get_name() for symbol in scope.get_symbols() if symbol.is_annotated())
+            return frozenset(name for name in annotated if not name.startswith("_"))
     return None

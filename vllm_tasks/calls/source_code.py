@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dis
 import functools
 import inspect
@@ -62,7 +63,7 @@ def source_of(function: FunctionType) -> list[Any] | None:
 @functools.lru_cache(maxsize=64)
 def _sources(text: str, file: str) -> Mapping[CodeType, ast.AST]:
     try:
-        module, tree = compile(text, file, "exec", dont_inherit=True), ast.parse(text)
+        module, tree = compile(text, file, "exec", dont_inherit=True), _parsed(text)
     except (SyntaxError, ValueError):
         return {}
     found: dict[tuple[int, str], list[ast.AST]] = defaultdict(list)
@@ -73,6 +74,18 @@ def _sources(text: str, file: str) -> Mapping[CodeType, ast.AST]:
             found[node.lineno, "<lambda>"].append(node)
     by_code = {code: found.get((code.co_firstlineno, code.co_name), []) for code in _inside(module)}
     return {code: sources[0] for code, sources in by_code.items() if len(sources) == 1}
+
+
+def _parsed(text: str) -> ast.Module:
+    """Parse the text, again if Python 3.11 mixes up two threads.
+
+    That version counts the depth of all threads' trees in one place, so a thread that takes over in the
+    middle of a tree makes it raise `SystemError` for a correct text.
+    """
+    for _ in range(9):
+        with contextlib.suppress(SystemError):
+            return ast.parse(text)
+    return ast.parse(text)
 
 
 def _flattened(node: ast.AST) -> list[Any]:

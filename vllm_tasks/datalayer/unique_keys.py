@@ -72,10 +72,11 @@ def refuse_bad_keys(
 def _faults(key: pa.Schema) -> str:
     """A query that counts rows whose key is NULL, has a date that Python lacks, or is repeated.
 
-    Its columns: the rows with NULL; those with such a date; the repeated keys; their rows; one such key; a
-    key with such a date, as text.
+    Its columns: the rows with NULL; those with such a date; the repeated keys; their rows; the first such key
+    in order; the first key with such a date, as text.
     """
     keys = [f"k{i}" for i in range(len(key.names))]
+    order = ", ".join(keys)
     null = f"({' OR '.join(f'{k} IS NULL' for k in keys)})"
     dates = [k for k, field in zip(keys, key, strict=True) if pa.types.is_temporal(field.type)]
     strange = f"({' OR '.join(STRANGE.format(k) for k in dates) or 'false'})"
@@ -83,10 +84,10 @@ def _faults(key: pa.Schema) -> str:
         SELECT coalesce(sum(n) FILTER ({null}), 0)::BIGINT,
             coalesce(sum(n) FILTER ({strange}), 0)::BIGINT,
             count(*) FILTER (NOT {null}), coalesce(sum(n) FILTER (NOT {null}), 0)::BIGINT,
-            {", ".join(f"first({k}) FILTER (NOT {null})" for k in keys)},
-            {", ".join(f"first({k}::VARCHAR) FILTER ({strange})" for k in keys)}
+            {", ".join(f"first({k} ORDER BY {order}) FILTER (NOT {null})" for k in keys)},
+            {", ".join(f"first({k}::VARCHAR ORDER BY {order}) FILTER ({strange})" for k in keys)}
         FROM (
-            SELECT {", ".join(keys)}, count(*) AS n FROM {KEYS}
+            SELECT {order}, count(*) AS n FROM {KEYS}
             GROUP BY ALL HAVING count(*) > 1 OR {null} OR {strange}
         )
         """  # noqa: S608 - names of our own
