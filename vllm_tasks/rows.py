@@ -47,16 +47,20 @@ internal error. vLLM's server raises such an error, its engine does not."""
 BuiltinType = Literal["str", "int", "float", "bool", "json", "bytes"]
 """The types of an answer, and of the columns that store answers."""
 
+Task = Literal["generate", "embed", "score", "classify", "reward"]
+"""What a model does with a prompt: generate text, or (the tasks that vLLM calls pooling) return numbers."""
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """The request of one row to an engine: a text or chat messages, and the sampling parameters.
 
-    All rows of a call share one `sampling` mapping.
+    Rows with the same parameters share one `sampling` mapping.
     """
 
     prompt: str | list[Message]
     sampling: Mapping[str, Any]
+    task: Task = "generate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,9 @@ class TokenLogprob:
 class Choice:
     """One of the `n` answers to a request. A field that the protocol did not carry is None.
 
+    `data` has the numbers of a pooling task: the vector, the score, or the probabilities of the classes, whose
+    label is the `text`.
+
     `finish_reason` is vLLM's, such as `stop`, `abort` or `length` (truncated at `max_tokens` or the context).
     The local engine returns `token_ids` unless `echo` is set; a server does with `return_token_ids=True`.
     """
@@ -86,6 +93,7 @@ class Choice:
     logprobs: list[TokenLogprob] | None = None
     reasoning: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
+    data: list[float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,7 +149,7 @@ class Decoder:
             if not choice.text and (choice.reasoning or choice.tool_calls):
                 return _row_error("has no text, only reasoning or tool calls", [choice])
             try:
-                values.append(self.type.read(choice.text))
+                values.append(self.type.read(choice))
             except Undecodable as error:
                 return _row_error(error, [choice])
         return values

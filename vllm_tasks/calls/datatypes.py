@@ -16,7 +16,7 @@ from vllm_tasks.calls.callables import DottedCallable
 from vllm_tasks.calls.functions import made_of
 from vllm_tasks.datalayer.selection import OutputColumn
 from vllm_tasks.datalayer.storable import INT64
-from vllm_tasks.rows import BuiltinType
+from vllm_tasks.rows import BuiltinType, Choice
 
 OUTPUT = "output"
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -50,13 +50,18 @@ def _value_itself(value: Any, _: Any) -> Any:
     return value
 
 
+def of_text(read: Callable[[str], Any]) -> Callable[[Choice], Any]:
+    """Return the reader of a choice that looks at its text alone."""
+    return lambda choice: read(choice.text)
+
+
 @dataclass(frozen=True)
 class AnswerType:
     """The type of one choice of an answer, and the columns of the outputs table that store it."""
 
     columns: tuple[OutputColumn, ...]
-    read: Callable[[str], Any]
-    """Returns the value in a text; raises `Undecodable`."""
+    read: Callable[[Choice], Any]
+    """Returns the value of a choice; raises `Undecodable`."""
     identity: Callable[[], Any]
     """Returns what determines the fields above, as JSON; raises `InvalidCall` if it cannot be determined."""
     write: Callable[[Any, Any], Any] = _value_itself
@@ -211,7 +216,8 @@ READERS: dict[BuiltinType, Callable[[str], Any]] = {
 
 def builtin_type(kind: BuiltinType) -> AnswerType:
     """Return the answer type of a built-in type."""
-    return AnswerType((OutputColumn(OUTPUT, kind),), READERS[kind], lambda: kind, may_be_list=kind == "json")
+    column = OutputColumn(OUTPUT, kind)
+    return AnswerType((column,), of_text(READERS[kind]), lambda: kind, may_be_list=kind == "json")
 
 
 # ---------------------------------------------------------------------- own types
@@ -241,7 +247,7 @@ def own_type(own: DataType) -> AnswerType:
         return {"identifier": own.identifier, **made}
 
     columns = (OutputColumn(OUTPUT, kind),)
-    return AnswerType(columns, read, identity, write, may_be_list=own.decoder is not None)
+    return AnswerType(columns, of_text(read), identity, write, may_be_list=own.decoder is not None)
 
 
 def _called(function: Callable[..., Any], value: Any, what: str) -> Any:

@@ -16,7 +16,7 @@ from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
 from vllm_tasks.calls.callables import import_callable
-from vllm_tasks.calls.datatypes import DEEPEST, OUTPUT, SHOWN, AnswerType, Undecodable, read_json
+from vllm_tasks.calls.datatypes import DEEPEST, OUTPUT, SHOWN, AnswerType, Undecodable, of_text, read_json
 from vllm_tasks.calls.functions import made_of
 from vllm_tasks.datalayer.selection import OutputColumn
 from vllm_tasks.rows import BuiltinType
@@ -59,7 +59,7 @@ def schema_type(given: Json | str, flatten: bool) -> AnswerType:
         )
     read = _checked_reader(given)
     columns, by_name = _columns(given, flatten)
-    return AnswerType(columns, read, identity=lambda: given, schema=given, by_name=by_name)
+    return AnswerType(columns, of_text(read), identity=lambda: given, schema=given, by_name=by_name)
 
 
 def response_format(schema: Json) -> Json:
@@ -83,7 +83,9 @@ def _of_columns(given: Mapping[str, BuiltinType], flatten: bool) -> AnswerType:
     }
     schema = {"type": "array", "items": row} if flatten else row
     read = _checked_reader(schema)
-    return AnswerType(_named(given), read, identity=lambda: {"columns": given}, schema=schema, by_name=True)
+    return AnswerType(
+        _named(given), of_text(read), identity=lambda: {"columns": given}, schema=schema, by_name=True
+    )
 
 
 def _of_pydantic(path: str, flatten: bool) -> AnswerType:
@@ -118,7 +120,7 @@ def _of_class(found: type[BaseModel], path: str, flatten: bool) -> AnswerType:
     columns, by_name = _columns(stored, flatten)
     return AnswerType(
         columns,
-        read,
+        of_text(read),
         identity=lambda: {"pydantic": made_of(found, "output_schema"), "schema": schema},
         schema=schema,
         by_name=by_name,

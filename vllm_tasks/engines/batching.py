@@ -6,7 +6,7 @@ import asyncio
 import copy
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from vllm_tasks.engines import Done, Engine
@@ -14,6 +14,12 @@ from vllm_tasks.errors import VllmTasksError
 from vllm_tasks.rows import Request, Result, RowError
 
 T = TypeVar("T")
+FollowUp = Callable[[Request, Result], Request | None]
+"""Returns the request that is sent next for a row in place of its result; None if the result is final."""
+
+
+def final(_request: Request, _result: Result) -> None:
+    """Take every result as final."""
 
 
 async def generate(
@@ -21,13 +27,14 @@ async def generate(
     requests: Sequence[Request | RowError],
     max_batch_size: int | None,
     done: Done = lambda _i, _result: None,
+    follow_up: FollowUp = final,
 ) -> list[Result]:
     """Process N requests with `engine` and return N results in input order.
 
-    `done(i, result)` is called for each result as it arrives, on the engine loop. A request that already is
-    a `RowError` is returned at its position, without a call of `done`. Equal requests whose answers must be
-    equal are sent once, requests with a common prefix are sent next to each other, and the engine's window
-    is kept full with chunks of `max_batch_size` rows (None: one chunk).
+    `done(i, result)` is called for each final result as it arrives, on the engine loop. A request that
+    already is a `RowError` is returned at its position, without a call of `done`. Equal requests whose
+    answers must be equal are sent once, requests with a common prefix are sent next to each other, and the
+    engine's window is kept full with chunks of `max_batch_size` rows (None: one chunk).
     """
     results: list[Result | None] = [r if isinstance(r, RowError) else None for r in requests]
 
@@ -37,6 +44,10 @@ async def generate(
             results[i] = own
             done(i, own)
 
+    async def enter(chunk: Sequence[tuple[Request, list[int]]], group: asyncio.TaskGroup) -> None:
+        await engine.window.enter(len(chunk))
+        send(chunk, group)
+
     def send(chunk: Sequence[tuple[Request, list[int]]], group: asyncio.TaskGroup) -> None:
         open_rows = len(chunk)
 
@@ -44,7 +55,11 @@ async def generate(
             nonlocal open_rows
             open_rows -= 1
             engine.window.leave()
-            deliver(result, chunk[i][1])
+            request, positions = chunk[i]
+            if (further := follow_up(request, result)) is not None:
+                group.create_task(enter([(further, positions)], group))
+            else:
+                deliver(result, positions)
 
         task = group.create_task(engine.generate([request for request, _ in chunk], settle))
         # A callback, because a task that is cancelled before its first step never reaches a `finally`.
@@ -53,8 +68,7 @@ async def generate(
     try:
         async with asyncio.TaskGroup() as group:
             for chunk in chunks(side_by_side(fold(requests)), max_batch_size):
-                await engine.window.enter(len(chunk))
-                send(chunk, group)
+                await enter(chunk, group)
     except ExceptionGroup as failures:
         first = _first(failures)
         error = copy.copy(first)  # other calls may have failed with it and attach their own results
@@ -73,13 +87,15 @@ def _first(failures: ExceptionGroup[Exception]) -> Exception:
 
 def fold(requests: Sequence[Request | RowError]) -> list[tuple[Request, list[int]]]:
     """Group equal requests that must have equal answers, each group with its positions in `requests`."""
-    groups: dict[str, tuple[Request, list[int]]] = {}
+    groups: dict[tuple[int, str, str], tuple[Request, list[int]]] = {}
     alone: list[tuple[Request, list[int]]] = []
     for i, request in enumerate(requests):
         if isinstance(request, RowError):
             continue
         if is_deterministic(request.sampling):
-            groups.setdefault(_text_of(request), (request, []))[1].append(i)
+            # Rows with the same parameters share the mapping itself, which is cheaper to compare.
+            equal = id(request.sampling), request.task, _text_of(request)
+            groups.setdefault(equal, (request, []))[1].append(i)
         else:
             alone.append((request, [i]))
     return [*groups.values(), *alone]

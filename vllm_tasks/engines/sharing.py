@@ -141,6 +141,7 @@ async def generate(
     requests: Sequence[Request | RowError],
     max_batch_size: int | None,
     done: Done = lambda _i, _result: None,
+    follow_up: batching.FollowUp = batching.final,
 ) -> list[Result]:
     """Process requests with the shared engine of `config` and return their results in input order.
 
@@ -151,7 +152,7 @@ async def generate(
         return failed
     async with _of(config).used() as engine:
         with _rare_collections():
-            return await batching.generate(engine, requests, max_batch_size, done)
+            return await batching.generate(engine, requests, max_batch_size, done, follow_up)
 
 
 async def capacity(config: Config) -> int:
