@@ -156,8 +156,9 @@ async def until_end(pipe: Connection, limits: Limits) -> None:
 
     async def be_out() -> None:
         nonlocal listening
-        server.is_deaf = True
-        await asyncio.sleep(limits.deaf)
+        if limits.deaf:
+            server.is_deaf = True
+            await asyncio.sleep(limits.deaf)
         server.is_deaf, server.is_out = False, True
         if not limits.outage_status:
             listening.close()

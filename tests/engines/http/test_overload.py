@@ -200,6 +200,27 @@ def test_rows_that_never_end_do_not_cut_the_places_of_others(server: ScriptedSer
     assert max(busy[900:-100]) >= WINDOW - 4
 
 
+def test_a_long_row_does_not_hold_up_the_others_after_an_outage(server: ScriptedServer, api: Make) -> None:
+    """The only row that the server worked on while it refused all others takes until they are completed."""
+    began = time.monotonic()
+    completed = asyncio.Event()
+    working = 0
+
+    async def script(asked: Asked) -> Deed:
+        nonlocal working
+        if asked.prompt == "0":
+            await completed.wait()
+        elif time.monotonic() - began < 1:
+            return refused(429, "out")
+        working += 1
+        if working == len(XS) - 1:
+            completed.set()
+        return None
+
+    server.script = script
+    assert api(server.url, timeout=60).predict_batches(XS) == ANSWERS
+
+
 def test_refusals_after_timeouts_are_over_when_they_are_over(server: ScriptedServer, api: Make) -> None:
     """A server that hung, and then refused all rows for a while, soon has all its slots in use again."""
     began = time.monotonic()

@@ -113,7 +113,7 @@ class Servers:
                 raise self.unavailable(self._last_error)
             while (server := self._free()) is None:
                 await self._change()
-            server.capacity.open += 1
+            server.capacity.take_slot()
             return server
 
     def release(self, server: Server) -> None:
