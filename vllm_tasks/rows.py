@@ -80,8 +80,8 @@ class TokenLogprob:
 class Choice:
     """One of the `n` answers to a request. A field that the protocol did not carry is None.
 
-    `data` has the numbers of a pooling task: the vector, the score, or the probabilities of the classes, whose
-    label is the `text`.
+    `data` has the numbers of a pooling task: the vector, the score, or the probabilities of the classes. The
+    label of the most probable class is the `text`.
 
     `finish_reason` is vLLM's, such as `stop`, `abort` or `length` (truncated at `max_tokens` or the context).
     The local engine returns `token_ids` unless `echo` is set; a server does with `return_token_ids=True`.

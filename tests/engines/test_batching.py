@@ -395,3 +395,25 @@ def test_a_late_comer_does_not_overtake() -> None:
         return order
 
     assert asyncio.run(play()) == ["big", "small", "late"]
+
+
+def test_a_row_may_get_a_further_request_before_its_result() -> None:
+    """It takes a slot of the window like any other; folded rows share it; only the last result is reported."""
+    engine = ScriptedEngine(2)
+    prompts = ["bad a", "b", "bad a", *(f"c{i}" for i in range(20))]
+    reported = Counter[int]()
+
+    def again(request: Request, result: Result) -> Request | None:
+        if not isinstance(result, RowError):
+            return None
+        assert isinstance(request.prompt, str)
+        return replace(request, prompt=request.prompt.removeprefix("bad "))
+
+    requests = [Request(p, GREEDY) for p in prompts]
+    done = lambda i, _result: reported.update([i])  # noqa: E731
+    results = asyncio.run(generate(engine, requests, 1, done, again))
+    assert texts(results) == [words_of(p.removeprefix("bad ")) for p in prompts]
+    assert reported == Counter(range(len(prompts)))
+    assert Counter(engine.seen)["a"] == 1
+    assert engine.most <= 2
+    assert engine.window.in_flight == 0
