@@ -398,7 +398,7 @@ def test_a_late_comer_does_not_overtake() -> None:
 
 
 def test_a_row_may_get_a_further_request_before_its_result() -> None:
-    """It takes a slot of the window like any other; folded rows share it; only the last result is reported."""
+    """It takes a slot like any other; folded rows share it; only the last result is reported."""
     engine = ScriptedEngine(2)
     prompts = ["bad a", "b", "bad a", *(f"c{i}" for i in range(20))]
     reported = Counter[int]()
