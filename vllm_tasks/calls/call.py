@@ -26,7 +26,7 @@ from vllm_tasks.engines import loop, sharing
 from vllm_tasks.engines.http.engine import HttpConfig
 from vllm_tasks.engines.stopping import raise_if_stopped
 from vllm_tasks.errors import InvalidCall, RowErrors, VllmTasksError
-from vllm_tasks.rows import Completion, Message, Request, Result, RowError
+from vllm_tasks.rows import Completion, Conversation, Message, Request, Result, RowError
 
 if TYPE_CHECKING:
     from vllm_tasks.datalayer.selection import OutputColumn
@@ -86,7 +86,8 @@ class Call:
     def resolved(self) -> Call:
         """Return this call with `chat` set, as the model's files, engine or server report it.
 
-        Raises the errors of a request if an engine or server is needed for that.
+        It stays None if a server does not report it. Raises the errors of a request if an engine or server is
+        needed for that.
         """
         if self.prompter.chat is not None or self.answerer is not None:
             return self
@@ -106,6 +107,12 @@ class Call:
                 failed.results = [p if isinstance(p, RowError) else None for p in prompts]
                 raise failed from error.__cause__
         return requests_of(prompts, prompter.chat, prompter.system, self.sampling, self.target)
+
+    def sends_chat(self) -> bool:
+        """Return whether texts were sent as chat by this resolved call."""
+        if self.prompter.chat is not None:
+            return self.prompter.chat
+        return not loop.run(sharing.refuses_chat(self.engine))
 
     def answers(self, requests: Sequence[Request | RowError]) -> list[Result]:
         """Return N results for N requests, in their order."""
@@ -196,19 +203,21 @@ def requests_of(
     sampling: Mapping[str, Any],
     target: Target,
 ) -> list[Request | RowError]:
-    """Return a request for each prompt. With `chat`, texts become chat messages; with None they stay texts,
-    and the work pool that processes them decides.
+    """Return a request for each prompt. With `chat`, texts become chat messages; with None, a conversation
+    that is sent as its text if chat is refused.
 
     Raises `InvalidCall` if all have the same fault.
     """
     if chat:
         prompts = [conversation(p, system) if isinstance(p, str) else p for p in prompts]
+    elif chat is None:
+        prompts = [Conversation(conversation(p, system), p) if isinstance(p, str) else p for p in prompts]
     if chat is False and system is not None and any(isinstance(p, str) for p in prompts):
         raise InvalidCall(
             "system needs chat messages, and texts are sent as plain text (chat=False, or the model has no "
             "chat template): set chat=True, or put the words into the prompt"
         )
-    check_prompts([p for p in prompts if chat is not None or not isinstance(p, str)], sampling, target)
+    check_prompts([p for p in prompts if not isinstance(p, Conversation)], sampling, target)
     return [
         replace(p, index=i) if isinstance(p, RowError) else Request(p, sampling)
         for i, p in enumerate(prompts)

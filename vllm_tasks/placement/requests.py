@@ -15,7 +15,7 @@ from vllm_tasks.placement.part import Part
 from vllm_tasks.placement.payload import Model
 from vllm_tasks.placement.runs import Runs
 from vllm_tasks.placement.target import Target, target_of
-from vllm_tasks.rows import Request, Result, RowError
+from vllm_tasks.rows import Conversation, Request, Result, RowError
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,9 @@ def _on_pool(target: Target, model: Model, requests: Sequence[Request | RowError
     sent = [request for request in requests if isinstance(request, Request)]
     if not sent:
         return [request for request in requests if isinstance(request, RowError)]
-    rows = storage.store(
-        {"prompts": [request.prompt for request in sent], "sampling": dict(sent[0].sampling)}
-    )
+    # Texts travel as such: the flow run there knows whether they become chat.
+    prompts = [r.prompt.text if isinstance(r.prompt, Conversation) else r.prompt for r in sent]
+    rows = storage.store({"prompts": prompts, "sampling": dict(sent[0].sampling)})
     try:
         call = {"work": "rows", "rows": rows}
         part = Part(f"{model.identifier} - {len(sent):,} rows", parameters(call, model, None))
