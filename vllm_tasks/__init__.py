@@ -12,7 +12,7 @@ from vllm_tasks.calls.datatypes import DataType
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.errors import GateFailed, InvalidCall
 from vllm_tasks.models import VllmAPI, VllmModel
-from vllm_tasks.rows import RowError
+from vllm_tasks.rows import Request, RowError
 from vllm_tasks.serving import serve
 from vllm_tasks.tasks import compare, estimate, predict, predict_batches, predict_in_db, preview, validate
 from vllm_tasks.validation import Dataset, Metric, Validation
@@ -27,6 +27,7 @@ __all__ = [
     "GateFailed",
     "InvalidCall",
     "Metric",
+    "Request",
     "RowError",
     "Validation",
     "VllmAPI",
