@@ -42,6 +42,7 @@ class RowParameters:
     ) -> None:
         self._sampling, self._target, self._check, self._decoder = sampling, target, check, decoder
         self._merged = functools.lru_cache(SHARED)(self._merge)
+        self._shared = functools.lru_cache(SHARED)(json.loads)
         self.names: set[str] = set()
         """The names that rows have set so far."""
 
@@ -85,7 +86,11 @@ class RowParameters:
         own |= self._adapter(lora, model)
         self.names |= own.keys()
         replaced = {name for names in EITHER if names & own.keys() for name in names}
-        return {**{name: v for name, v in self._sampling.items() if name not in replaced}, **own}
+        merged = {**{name: v for name, v in self._sampling.items() if name not in replaced}, **own}
+        if merged == self._sampling:  # a row may also give the call's own values
+            return self._sampling
+        found: dict[str, Any] = self._shared(json.dumps(dict(sorted(merged.items()))))
+        return found
 
     def _format(self, output_schema: dict[str, Any] | str, own: Mapping[str, Any]) -> dict[str, Any]:
         if twice := sorted(OUTPUT_FORMATS & own.keys()):
