@@ -16,7 +16,7 @@ from vllm_tasks.calls.template import BadRow
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import Request, RowError
 
-SHARED = 4096
+SHARED = 1024
 """Sets of parameters that are remembered, so that equal rows share one: more than a batch has rows. A row
 whose set was forgotten in between gets a new one, and is not folded with those before."""
 LIMITS = {"max_tokens", "max_completion_tokens"}

@@ -6,7 +6,7 @@ A model is data and a lease of engines. The state of a lease is in `vllm_tasks.e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, Self
 
 from pydantic import PrivateAttr
@@ -125,9 +125,8 @@ class Predictor(ModelFields):
         check_spelling(given, call, known, more=named_parameters(self.prompt_func))
         decoder = self._decoder(given)
         parameters = self._sampling(given, decoder)
-        check = partial(
-            check_names, target=target, python=self.vllm_python(), server_version=self._server_version
-        )
+        version = cache(self._server_version)  # rows are checked too
+        check = partial(check_names, target=target, python=self.vllm_python(), server_version=version)
         check(parameters)
         return Call(
             identifier=self.identifier,
