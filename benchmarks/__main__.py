@@ -9,6 +9,7 @@ from benchmarks import (
     gate,
     lm_eval_parity,
     long_run,
+    mixed,
     overload,
     p1,
     p2,
@@ -45,6 +46,7 @@ MEASURES = {
     "P11-SHARDS": p11_shards.measure,
     "WRITERS": writers.measure,
     "WINDOW": window.measure,
+    "MIXED": mixed.measure,
     "OVERLOAD": overload.measure,
     "LONG-RUN": long_run.measure,
 }

@@ -8,12 +8,14 @@ them loads neither vLLM nor torch nor Ray.
 from importlib.metadata import version as _version
 
 from vllm_tasks.calls.answers import Artifact
+from vllm_tasks.calls.batch_request import batch_request
 from vllm_tasks.calls.datatypes import DataType
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.errors import GateFailed, InvalidCall
 from vllm_tasks.models import VllmAPI, VllmModel
-from vllm_tasks.rows import RowError
+from vllm_tasks.rows import Request, RowError
 from vllm_tasks.serving import serve
+from vllm_tasks.tables import export_batch, export_batch_results
 from vllm_tasks.tasks import compare, estimate, predict, predict_batches, predict_in_db, preview, validate
 from vllm_tasks.validation import Dataset, Metric, Validation
 
@@ -27,12 +29,16 @@ __all__ = [
     "GateFailed",
     "InvalidCall",
     "Metric",
+    "Request",
     "RowError",
     "Validation",
     "VllmAPI",
     "VllmModel",
+    "batch_request",
     "compare",
     "estimate",
+    "export_batch",
+    "export_batch_results",
     "predict",
     "predict_batches",
     "predict_in_db",

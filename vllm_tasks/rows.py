@@ -65,14 +65,26 @@ Task = Literal["generate", "embed", "score", "classify", "reward"]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The request of one row to an engine: a text or chat messages, and the sampling parameters.
+    """The request of one row: a text or chat messages, and its sampling parameters.
 
-    Rows with the same parameters share one `sampling` mapping.
+    A `prompt_func` may return one, to give a row parameters of its own. They override those of the call. An
+    engine gets all parameters of a row in `sampling`, and rows with the same ones share one mapping.
+
+    Args:
+        prompt: A text, or a list of chat messages.
+        sampling: Sampling parameters by vLLM's names.
+        output_schema: The schema of the row's answer, as that of a model. It needs `datatype="json"`.
+        lora: The LoRA adapter that answers: `{"lora_name": ..., "lora_path": ...}`. Of a server, which has
+            loaded it, only its name counts, which may also be given as a text.
+        model: The server's name of the model that answers.
     """
 
     prompt: str | list[Message]
-    sampling: Mapping[str, Any]
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     task: Task = "generate"
+    output_schema: dict[str, Any] | str | None = None
+    lora: Mapping[str, Any] | str | None = None
+    model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -244,6 +244,7 @@ def _validate(
         retry_failed: Process the failed rows of an interrupted run again.
         max_failed: Rows that may fail, as a fraction (0.05) or a number (20); None: any number.
         context: Fills `{context}` in every prompt.
+        sampling_columns: Columns of the data sets with sampling parameters of the row's own.
 
     Returns:
         The values by data set and metric, and how they compare with the limits.

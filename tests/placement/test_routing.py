@@ -36,6 +36,7 @@ from vllm_tasks import (
     VllmModel,
     predict_batches,
     predict_in_db,
+    preview,
     validate,
 )
 from vllm_tasks.errors import EngineFailed, ServerUnavailable, TooManyFailed
@@ -118,6 +119,18 @@ def test_rows_are_asked_on_the_pool(model: VllmAPI, server: ScriptedServer) -> N
     (run,) = runs_of("m - 3 rows")
     assert run.work_pool_name == "tested"
     assert '"a"' not in json.dumps(run.parameters), "rows do not stand in the parameters"
+
+
+def test_rows_keep_their_own_parameters(model: VllmAPI, server: ScriptedServer, lake: Place) -> None:
+    """Of rows that travel (a preview), and of a table, where the names of the columns do."""
+
+    @flow
+    def asks() -> None:
+        preview(model, "text", "rows", 3, db=lake.db, sampling_columns={"seed": "id"})
+        predict_in_db(model, "text", "rows", limit=3, db=lake.db, sampling_columns={"seed": "id"})
+
+    asks()
+    assert [post.prompt == f"t{post.body['seed']}" for post in server.posts] == [True] * 6
 
 
 def test_whether_texts_are_chat_is_known_on_the_pool(model: VllmAPI, server: ScriptedServer) -> None:

@@ -7,6 +7,7 @@ not the models.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,8 +18,10 @@ from vllm_tasks.calls.answers import Decoder
 from vllm_tasks.calls.chat import of_model
 from vllm_tasks.calls.functions import WAY_OUT
 from vllm_tasks.calls.prompt_func import Signature
-from vllm_tasks.calls.prompts import Context, Prompter, conversation
-from vllm_tasks.calls.sampling import Target, check_prompts
+from vllm_tasks.calls.prompts import Context, Prompter
+from vllm_tasks.calls.requests import requests_of
+from vllm_tasks.calls.row_parameters import LIMITS, RowParameters, plain_number
+from vllm_tasks.calls.sampling import Target
 from vllm_tasks.calls.weights import engine_identity, sampling_identity
 from vllm_tasks.canonical import fingerprint
 from vllm_tasks.datalayer import Datalayer
@@ -26,7 +29,7 @@ from vllm_tasks.engines import loop, sharing
 from vllm_tasks.engines.http.engine import HttpConfig
 from vllm_tasks.engines.stopping import raise_if_stopped
 from vllm_tasks.errors import InvalidCall, RowErrors, VllmTasksError
-from vllm_tasks.rows import Completion, Conversation, Message, Request, Result, RowError
+from vllm_tasks.rows import Completion, Message, Request, Result, RowError
 
 if TYPE_CHECKING:
     from vllm_tasks.datalayer.selection import OutputColumn
@@ -75,6 +78,8 @@ class Call:
     prompter: Prompter
     sampling: Mapping[str, Any]
     decoder: Decoder
+    check: Callable[[Iterable[str]], None]
+    """Raises `InvalidCall` for names that are no sampling parameters here."""
     served_arguments: Mapping[str, Any] | None = None
     """Engine arguments of a server that `serve` started. They count in the fingerprint: the server does
     not report them."""
@@ -82,6 +87,11 @@ class Call:
     """Whether the model has a chat template, if that is known without a request."""
     answerer: Answerer | None = None
     """Processes requests elsewhere, on a work pool, where it is also decided whether texts become chat."""
+
+    @functools.cached_property
+    def of_rows(self) -> RowParameters:
+        """The parameters of rows' own."""
+        return RowParameters(self.sampling, self.target, self.check, self.decoder)
 
     def resolved(self) -> Call:
         """Return this call with `chat` set, as the model's files, engine or server report it.
@@ -95,11 +105,19 @@ class Call:
         chat = of_model(self.engine) if known is None else known
         return replace(self, prompter=replace(self.prompter, chat=chat))
 
-    def requests(self, records: Sequence[Any]) -> list[Request | RowError]:
-        """Return for each record a request or its error. Raise `InvalidCall` if all have the same fault."""
-        prompts = [self.prompter(record) for record in records]
+    def requests(
+        self, records: Sequence[Any], own: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[Request | RowError]:
+        """Return for each record a request or its error. Raise `InvalidCall` if all have the same fault.
+
+        `own` has sampling parameters of each record's own; those that `prompt_func` returns override them.
+        """
+        prompts = [
+            self._with_parameters(self.prompter(record), own[i] if own else {})
+            for i, record in enumerate(records)
+        ]
         prompter = self.prompter
-        if any(isinstance(prompt, str) for prompt in prompts):
+        if any(isinstance(prompt, Request) and isinstance(prompt.prompt, str) for prompt in prompts):
             try:
                 prompter = self.resolved().prompter
             except VllmTasksError as error:
@@ -113,6 +131,15 @@ class Call:
         if self.prompter.chat is not None:
             return self.prompter.chat
         return not loop.run(sharing.refuses_chat(self.engine))
+
+    def _with_parameters(
+        self, made: str | list[Message] | Request | RowError, own: Mapping[str, Any]
+    ) -> Request | RowError:
+        if isinstance(made, RowError):
+            return made
+        if isinstance(made, Request):
+            return self.of_rows.request(made, own)
+        return self.of_rows.request(Request(made), own) if own else Request(made, self.sampling)
 
     def answers(self, requests: Sequence[Request | RowError]) -> list[Result]:
         """Return N results for N requests, in their order."""
@@ -149,14 +176,18 @@ class Call:
 
     def warn_of_truncated(self, truncated: int, answers: int) -> None:
         """Warn of answers that were truncated at a limit that the caller has not set."""
-        if truncated and not {"max_tokens", "max_completion_tokens"} & self.sampling.keys():
+        if truncated and not LIMITS & (self.sampling.keys() | self.of_rows.names):
             logger.warning(
                 "%s: %d of %d answers were truncated at max_tokens (vLLM's own default is 16 unless the "
                 "model or the chat protocol sets more)", self.identifier, truncated, answers,
             )  # fmt: skip
 
-    def over(self, X: Columns) -> TableCall:  # noqa: N803 - the name in predict_in_db
-        """Return this call over the columns `X` of a table.
+    def over(
+        self,
+        X: Columns,  # noqa: N803 - the name in predict_in_db
+        sampling_columns: Mapping[str, str] | None = None,
+    ) -> TableCall:
+        """Return this call over the columns `X` of a table, and those of sampling parameters.
 
         It requests the model's name from a server if the model has none, and the chat template if the call
         does not determine how texts are sent. It raises `InvalidCall` if no prompt can be made of the
@@ -164,6 +195,10 @@ class Call:
         """
         columns, record = records(X, self.prompter.signature)
         self.prompter.check_fields(record(columns))
+        own = self.of_rows.check_columns(sampling_columns)
+        # Those of `own` stand behind those of `X`, where `record` does not look.
+        all_columns = tuple(dict.fromkeys((*columns, *own.values())))
+        places = {name: all_columns.index(column) for name, column in own.items()}
         call = self.resolved()
         name, engine = identity_of(self.engine)
         prompts = call.prompter.identity()
@@ -171,7 +206,11 @@ class Call:
         to_compare = iter([fingerprint(prompts)] if call.prompter.prompt_func else [])
 
         def requests(rows: Sequence[Values]) -> list[Request | RowError]:
-            made = call.requests([record(r) for r in rows])
+            parameters = [
+                {name: plain_number(row[i]) for name, i in places.items() if row[i] is not None}
+                for row in rows
+            ]
+            made = call.requests([record(r) for r in rows], parameters if places else None)
             if (before := next(to_compare, None)) and fingerprint(call.prompter.identity()) != before:
                 raise InvalidCall(
                     "prompt_func changes its own data as it is used (a counter, a cache), so the next call "
@@ -184,44 +223,17 @@ class Call:
             "sampling": sampling_identity(self.sampling),
             "outputs": self.decoder.identity(),
             "columns": [columns, X if isinstance(X, Mapping) else None],
+            **({"sampling_columns": own} if own else {}),
             **prompts,
         }
         return TableCall(
             call=call,
-            columns=columns,
+            columns=all_columns,
             requests=requests,
             decoder=self.decoder,
             model_name=name,
             fingerprint=fingerprint(identity),
         )
-
-
-def requests_of(
-    prompts: Sequence[str | list[Message] | RowError],
-    chat: bool | None,
-    system: str | None,
-    sampling: Mapping[str, Any],
-    target: Target,
-) -> list[Request | RowError]:
-    """Return a request for each prompt. With `chat`, texts become chat messages; with None, a conversation
-    that is sent as its text if chat is refused.
-
-    Raises `InvalidCall` if all have the same fault.
-    """
-    if chat:
-        prompts = [conversation(p, system) if isinstance(p, str) else p for p in prompts]
-    elif chat is None:
-        prompts = [Conversation(conversation(p, system), p) if isinstance(p, str) else p for p in prompts]
-    if chat is False and system is not None and any(isinstance(p, str) for p in prompts):
-        raise InvalidCall(
-            "system needs chat messages, and texts are sent as plain text (chat=False, or the model has no "
-            "chat template): set chat=True, or put the words into the prompt"
-        )
-    check_prompts([p for p in prompts if not isinstance(p, Conversation)], sampling, target)
-    return [
-        replace(p, index=i) if isinstance(p, RowError) else Request(p, sampling)
-        for i, p in enumerate(prompts)
-    ]
 
 
 class RowDecoder(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import fsspec
@@ -22,7 +22,7 @@ from vllm_tasks.calls.prompt_func import (
 from vllm_tasks.calls.template import ARTIFACT, BadRow, Template, text_of
 from vllm_tasks.errors import SHOWN, InvalidCall, near
 from vllm_tasks.places import check_place, without_secrets
-from vllm_tasks.rows import Message, RowError
+from vllm_tasks.rows import Message, Request, RowError
 from vllm_tasks.settings import site_settings
 
 Context = str | Sequence[str] | None
@@ -138,11 +138,15 @@ class Prompter:
                 "into it, or leave them out of X"
             )
 
-    def __call__(self, x: Any) -> str | list[Message] | RowError:
-        """Return the text or chat messages for one record, or its error."""
+    def __call__(self, x: Any) -> str | list[Message] | Request | RowError:
+        """Return the text or chat messages for one record, or its error; or the `Request` that `prompt_func`
+        returned, with its prompt worked out."""
         try:
             made = self._from_function(x) if self.prompt_func else self._from_template(x)
-            prompt = self._in_chat(made)
+            own = made if isinstance(made, Request) else None
+            if own and not isinstance(own.sampling, Mapping):
+                raise BadRow(f"sampling must be a mapping of names to values, got {described(own.sampling)}")
+            prompt = self._in_chat(own.prompt if own else made)
             # A prompt that cannot be encoded must fail here, not in a chunk with other rows.
             self._check_size(prompt if isinstance(prompt, str) else _as_json(prompt))
         except UnicodeEncodeError as error:
@@ -150,7 +154,7 @@ class Prompter:
             return RowError("prompt", f"the text is not valid Unicode ({error.reason}): {bad!r}")
         except (BadRow, TypeError, ValueError, RecursionError) as error:
             return RowError("prompt", str(error))
-        return prompt
+        return replace(own, prompt=prompt) if own else prompt
 
     def _check_size(self, text: str) -> None:
         size = len(text) if len(text) > self.longest else len(text.encode())

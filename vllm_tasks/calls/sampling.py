@@ -59,6 +59,7 @@ REMOVED = {
 """Names from older versions and other libraries, with the replacement."""
 
 
+@functools.cache
 def known_names(target: Target, python: str = "") -> frozenset[str]:
     """Return all names that may be set for `target`.
 

@@ -47,6 +47,7 @@ def batch_predict(
     max_chunk_size: Rows | None = None,
     shards: Rows = 1,
     same_source: bool = False,
+    sampling_columns: dict[str, str] | None = None,
 ) -> Report:
     """Process the rows of a table with a model and commit one output or one error for each.
 
@@ -74,6 +75,8 @@ def batch_predict(
         prices: per_hour, per_million_prompt_tokens, per_million_completion_tokens; None: the site's settings.
         max_chunk_size: Rows of a commit; None: VLLM_TASKS_COMMIT_ROWS.
         same_source: Continue the outputs of a table that was renamed, or of a SELECT that was edited, since.
+        sampling_columns: Columns with sampling parameters of the row's own, by the parameter's name, such as
+            {"max_tokens": "budget"}; NULL means the value that all rows share.
         shards: Number of flow runs on the model's work pool that share the rows, each with its own engine.
 
     Returns:
@@ -103,6 +106,7 @@ def batch_predict(
         context=context,
         shards=shards,
         same_source=same_source,
+        sampling_columns=sampling_columns,
         **(sampling or {}),
     )
     return report

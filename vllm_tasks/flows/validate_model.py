@@ -34,6 +34,7 @@ def validate_model(
     retry_failed: bool = False,
     max_failed: float | int | None = 0.05,
     context: str | None = None,
+    sampling_columns: dict[str, str] | None = None,
     on_gate_failed: Literal["fail", "ask"] = "fail",
     approval_timeout: Seconds = 86_400,
 ) -> ValidationReport:
@@ -50,6 +51,8 @@ def validate_model(
         retry_failed: Process the failed rows of an interrupted run again.
         max_failed: Rows that may fail, as a fraction (0.05) or a number (20); None: any number.
         context: Fills {context} in every prompt.
+        sampling_columns: Columns of the data sets with sampling parameters of the row's own, by the
+            parameter's name, such as {"max_tokens": "budget"}; NULL means the value that all rows share.
         on_gate_failed: If the model is below its limits: fail, or ask a person, for whom the flow run pauses.
         approval_timeout: Seconds to wait for the person; without an approval by then the flow fails.
 
@@ -66,6 +69,7 @@ def validate_model(
         "retry_failed": retry_failed,
         "max_failed": max_failed,
         "context": context,
+        "sampling_columns": sampling_columns,
     }
     if on_gate_failed == "ask":
         # The caller of the flow gets the data of the state.

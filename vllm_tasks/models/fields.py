@@ -146,7 +146,7 @@ class ModelFields(BaseModel):
     prompt_func: DottedCallable | None = Field(
         default=None,
         title="Prompt function",
-        description="Dotted path of f(x, ...) -> text or chat messages, used in place of the prompt.",
+        description="Dotted path of f(x, ...) -> text, chat messages or a Request, in place of the prompt.",
     )
     max_batch_size: int | None = Field(
         default=4,

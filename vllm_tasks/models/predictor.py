@@ -6,6 +6,7 @@ A model is data and a lease of engines. The state of a lease is in `vllm_tasks.e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any, Self
 
 from pydantic import PrivateAttr
@@ -17,6 +18,7 @@ from vllm_tasks.calls.call import Call, OnError, Output
 from vllm_tasks.calls.chat import of_call
 from vllm_tasks.calls.prompt_func import keywords_of, named_parameters
 from vllm_tasks.calls.prompts import Context, Prompter, load_artifact
+from vllm_tasks.calls.row_parameters import OUTPUT_FORMATS
 from vllm_tasks.calls.sampling import check_names
 from vllm_tasks.calls.schemas import response_format
 from vllm_tasks.calls.signature import signed_as
@@ -27,9 +29,6 @@ from vllm_tasks.models.fields import ModelFields
 from vllm_tasks.rows import Completion, RowError
 from vllm_tasks.validation import run
 from vllm_tasks.validation.report import ValidationReport
-
-OUTPUT_FORMATS = {"structured_outputs", "response_format"}
-"""Sampling parameters that determine the format of an answer."""
 
 
 class Predictor(ModelFields):
@@ -126,7 +125,9 @@ class Predictor(ModelFields):
         check_spelling(given, call, known, more=named_parameters(self.prompt_func))
         decoder = self._decoder(given)
         parameters = self._sampling(given, decoder)
-        check_names(parameters, target, self.vllm_python(), self._server_version)
+        version = cache(self._server_version)  # rows are checked too
+        check = partial(check_names, target=target, python=self.vllm_python(), server_version=version)
+        check(parameters)
         return Call(
             identifier=self.identifier,
             uuid=self.uuid,
@@ -135,6 +136,7 @@ class Predictor(ModelFields):
             target=target,
             decoder=decoder,
             sampling=parameters,
+            check=check,
             prompter=self._prompter(context, keywords, of_call(self.chat, target, parameters)),
         )
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 from vllm_tasks.calls.call import Call
 from vllm_tasks.errors import VllmTasksError
@@ -35,17 +35,17 @@ def routed(model: Model, call: Call) -> Call:
     """
     if (target := target_of(model)) is None:
         return call
-    return replace(call, answerer=lambda requests: _on_pool(target, model, requests))
+    return replace(call, answerer=lambda requests: _on_pool(target, model, call.sampling, requests))
 
 
-def _on_pool(target: Target, model: Model, requests: Sequence[Request | RowError]) -> list[Result]:
+def _on_pool(
+    target: Target, model: Model, sampling: Mapping[str, Any], requests: Sequence[Request | RowError]
+) -> list[Result]:
     """The results of `requests`, processed by a flow run on `target`; errors among them stay as they are."""
     sent = [request for request in requests if isinstance(request, Request)]
     if not sent:
         return [request for request in requests if isinstance(request, RowError)]
-    # Texts travel as such: the flow run there knows whether they become chat.
-    prompts = [r.prompt.text if isinstance(r.prompt, Conversation) else r.prompt for r in sent]
-    rows = storage.store({"prompts": prompts, "sampling": dict(sent[0].sampling)})
+    rows = storage.store(_as_data(sent, sampling))
     try:
         call = {"work": "rows", "rows": rows}
         part = Part(f"{model.identifier} - {len(sent):,} rows", parameters(call, model, None))
@@ -63,6 +63,20 @@ def _on_pool(target: Target, model: Model, requests: Sequence[Request | RowError
             logger.warning("the answers of the rows that were processed could not be loaded: %s", lost)
         raise error
     return cast(list[Result], _results(path, requests))
+
+
+def _as_data(requests: Sequence[Request], sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The prompts, the sets of parameters (that of the call first), and the position of each row's set.
+
+    Texts travel as such: the flow run there knows whether they become chat.
+    """
+    sets = {id(each): each for each in (sampling, *(request.sampling for request in requests))}
+    places = {key: i for i, key in enumerate(sets)}
+    return {
+        "prompts": [r.prompt.text if isinstance(r.prompt, Conversation) else r.prompt for r in requests],
+        "parameters": [dict(each) for each in sets.values()],
+        "of": [places[id(request.sampling)] for request in requests],
+    }
 
 
 def _results(path: str | None, requests: Sequence[Request | RowError]) -> list[Result | None] | None:

@@ -11,8 +11,8 @@ from prefect import flow
 from prefect.context import FlowRunContext
 
 from vllm_tasks import tasks
-from vllm_tasks.calls.call import requests_of
 from vllm_tasks.calls.chat import of_call, of_model
+from vllm_tasks.calls.requests import requests_of
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.engines import loop, sharing
 from vllm_tasks.errors import VllmTasksError
@@ -20,6 +20,7 @@ from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.placement import payload, storage
 from vllm_tasks.placement.heartbeat import Heartbeat
 from vllm_tasks.placement.target import STEP
+from vllm_tasks.rows import Request
 
 MODELS = {"VllmAPI": VllmAPI, "VllmModel": VllmModel}
 
@@ -67,12 +68,17 @@ def _answers_path(error: VllmTasksError, work: str) -> str | None:
 def rows(work: dict[str, Any], model: VllmAPI | VllmModel, _: Datalayer | None) -> str:
     """Process finished prompts and return the path of the answers in the result storage."""
     content = storage.load(work["rows"])
-    prompts, sampling = content["prompts"], content["sampling"]
+    prompts, parameters = content["prompts"], content["parameters"]
+    sampling = parameters[0]
     config, target = model.engine_config(), model.sampling_target()
     chat = of_call(model.chat, target, sampling)
     if chat is None and any(isinstance(prompt, str) for prompt in prompts):
         chat = of_model(config)
-    requests = requests_of(prompts, chat, model.system, sampling, target)
+    given = [
+        Request(prompt, parameters[i], lora=parameters[i].get("lora_request") if i else None)
+        for prompt, i in zip(prompts, content["of"], strict=True)
+    ]
+    requests = requests_of(given, chat, model.system, sampling, target)
     results = loop.run(sharing.generate(config, requests, model.max_batch_size))
     return storage.store(payload.results_as_data(results))
 

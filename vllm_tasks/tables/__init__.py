@@ -1,5 +1,6 @@
 """Predictions over the rows of a table: one committed output or error for each row."""
 
+from vllm_tasks.tables.batch_files import export_batch, export_batch_results
 from vllm_tasks.tables.estimates import Estimate, estimate
 from vllm_tasks.tables.log import Log, Terminal
 from vllm_tasks.tables.predict import predict_in_db
@@ -19,6 +20,8 @@ __all__ = [
     "Terminal",
     "Total",
     "estimate",
+    "export_batch",
+    "export_batch_results",
     "predict_in_db",
     "preview",
 ]

@@ -101,6 +101,7 @@ def estimate(
     source: Store | None = None,
     prices: Mapping[str, float] | None = None,
     context: Context = None,
+    sampling_columns: Mapping[str, str] | None = None,
     routed: Callable[[Call], Call] = lambda call: call,
     **sampling: Any,
 ) -> Estimate:
@@ -122,6 +123,7 @@ def estimate(
         prices: As in `predict_in_db`: `per_hour`, `per_million_prompt_tokens`,
             `per_million_completion_tokens`; None: those of the site's settings.
         context: Fills `{context}` in every prompt.
+        sampling_columns: Columns with sampling parameters of the row's own, as in `predict_in_db`.
         routed: Replaces the call by one that is processed elsewhere, see `vllm_tasks.placement`.
         **sampling: Sampling parameters of this call.
 
@@ -142,7 +144,7 @@ def estimate(
     key, known_prices = named_columns("primary_id", primary_id), Prices.of(prices)
     tables, named = open_tables(datalayer_of(db, model), select, source_of(source))
     try:
-        over = call.over(X)
+        over = call.over(X, sampling_columns)
         selection = Selection(named, key, over.columns, outputs, over.fingerprint)
         tables.check(selection)
         rows, missing = tables.count(selection)

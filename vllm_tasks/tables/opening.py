@@ -56,6 +56,7 @@ def open_job(
     shards: int,
     shard: tuple[int, int] | None,
     same_source: bool,
+    sampling_columns: Mapping[str, str] | None,
     **sampling: Any,
 ) -> Iterator[tuple[str, Job, OutputTable]]:
     """The job of `call`, which is `predict_in_db`, its `predict_id`, and the shape of its outputs.
@@ -83,7 +84,7 @@ def open_job(
     if refreshed == "missing" and not isinstance(select, str | os.PathLike):
         refreshed = "changed"  # a table in memory has no name that distinguishes it from another one
     try:
-        over = prepared.over(X)
+        over = prepared.over(X, sampling_columns)
         selection = Selection(
             select=named,
             key=key,

@@ -53,6 +53,7 @@ def predict_in_db(
     shards: int = 1,
     shard: tuple[int, int] | None = None,
     same_source: bool = False,
+    sampling_columns: Mapping[str, str] | None = None,
     display: Display | None = None,
     **sampling: Any,
 ) -> Report:
@@ -102,6 +103,8 @@ def predict_in_db(
             n such calls, on as many machines, process the complete table. The task's `shards=n` makes them.
         same_source: Accept outputs of another source whose rows are the same: the table was renamed, or the
             SELECT was edited. Without it, a source other than that of the outputs is refused.
+        sampling_columns: Columns with sampling parameters of the row's own, by the parameter's name, such as
+            `{"max_tokens": "budget"}`. NULL means the call's own value. They count as input of the row.
         display: Displays the run; None: a live line in a terminal, else the log.
         **sampling: Sampling parameters of this call.
 
@@ -140,6 +143,7 @@ def predict_in_db(
         shards=shards,
         shard=shard,
         same_source=same_source,
+        sampling_columns=sampling_columns,
         **sampling,
     )
     with opened as (name, job, output):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -68,6 +68,7 @@ def preview(
     db: Datalayer | str | None = None,
     source: Store | None = None,
     context: Context = None,
+    sampling_columns: Mapping[str, str] | None = None,
     routed: Callable[[Call], Call] = lambda call: call,
     **sampling: Any,
 ) -> Preview:
@@ -82,6 +83,7 @@ def preview(
         db: Where the rows are, unless `source` is given; the model's own when None.
         source: Where the rows are read, if not in `db`.
         context: Fills `{context}` in every prompt.
+        sampling_columns: Columns with sampling parameters of the row's own, as in `predict_in_db`.
         routed: Replaces the call by one that is processed elsewhere, see `vllm_tasks.placement`.
         **sampling: Sampling parameters of this call.
 
@@ -99,7 +101,7 @@ def preview(
         raise InvalidCall(f"n={n!r:.100} must be a whole number of rows from 1 to {MOST}")
     key = named_columns("primary_id", primary_id)
     datalayer = datalayer_of(db, model)
-    over = call.over(X)
+    over = call.over(X, sampling_columns)
     tables, named = open_tables(datalayer, select, source_of(source))
     # A name without outputs: whatever earlier calls committed has no effect on a preview.
     selection = Selection(named, key, over.columns, f"_preview_{uuid4().hex}", over.fingerprint, "all")

@@ -35,7 +35,7 @@ SAMPLING = {"prompt_logprobs": 0, "max_tokens": 1, "temperature": 0}
 OF_THE_PROMPT = {
     *("add_generation_prompt", "add_special_tokens", "chat_template", "chat_template_kwargs"),
     *("continue_final_message", "documents", "lora_request", "media_io_kwargs", "mm_processor_kwargs"),
-    *("reasoning_effort", "tool_choice", "tools", "truncate_prompt_tokens", "truncation_side"),
+    *("model", "reasoning_effort", "tool_choice", "tools", "truncate_prompt_tokens", "truncation_side"),
 }
 """Parameters that are sent with the sampling parameters and decide the prompt or the weights."""
 CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
@@ -170,12 +170,13 @@ def _scoring_call(over: TableCall, delimiter: Any) -> TableCall:
         pairs = [exact_json.loads(row[0]) for row in rows]
         prompts = over.requests([(exact_json.dumps(inputs),) for inputs, _ in pairs])
         return [
-            prompt if isinstance(prompt, RowError) else _request(prompt, text, sampling)
+            prompt
+            if isinstance(prompt, RowError)
+            else _request(prompt, text, _scoring(prompt.sampling, sampling))
             for prompt, (_, text) in zip(prompts, pairs, strict=True)
         ]
 
-    own = {name: value for name, value in over.call.sampling.items() if name in OF_THE_PROMPT}
-    sampling = {**own, **SAMPLING}
+    sampling = _scoring(over.call.sampling)
     return replace(
         over,
         columns=("input",),
@@ -186,6 +187,12 @@ def _scoring_call(over: TableCall, delimiter: Any) -> TableCall:
             {"likelihood": over.fingerprint, "sampling": sampling, "delimiter": delimiter}
         ),
     )
+
+
+def _scoring(given: Mapping[str, Any], shared: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+    """The parameters of a likelihood: those among `given` of the prompt; `shared` itself if equal to it."""
+    found = {**{name: value for name, value in given.items() if name in OF_THE_PROMPT}, **SAMPLING}
+    return found if shared is None or shared != found else shared
 
 
 def _request(request: Request, text: str | None, sampling: Mapping[str, Any]) -> Request | RowError:

@@ -36,9 +36,9 @@ LONGEST_ID = 53
 KEPT = "_error", "_finish_reason", "_prompt_tokens", "_completion_tokens", "_seconds"
 
 
-def packed(call: Call, X: Columns) -> TableCall:  # noqa: N803
+def packed(call: Call, X: Columns, sampling_columns: Mapping[str, str] | None = None) -> TableCall:  # noqa: N803
     """`call` over inputs that are stored as JSON in one column."""
-    over = call.over(X)
+    over = call.over(X, sampling_columns)
     return replace(
         over, columns=("input",), requests=lambda rows: over.requests([exact_json.loads(r[0]) for r in rows])
     )

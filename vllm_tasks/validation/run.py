@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from vllm_tasks.calls.prompts import Context
 from vllm_tasks.datalayer import Datalayer
@@ -23,6 +23,7 @@ def validate(
     retry_failed: bool = False,
     max_failed: float | int | None = 0.05,
     context: Context = None,
+    sampling_columns: Mapping[str, str] | None = None,
     flow_run: str | None = None,
     display: Callable[[str], Display] | None = None,
 ) -> ValidationReport:
@@ -45,6 +46,8 @@ def validate(
         retry_failed: Process the failed rows of an interrupted run again.
         max_failed: The rows that may fail, as a fraction or a number of rows; None: any number.
         context: The text for `{context}` in every prompt.
+        sampling_columns: Columns of the data sets with sampling parameters of the row's own, by the
+            parameter's name; NULL means the call's own value.
         flow_run: ID of the flow run, kept in the history.
         display: Makes the progress display of a table from its predict_id; None: progress is logged.
 
@@ -63,4 +66,16 @@ def validate(
             f"{model.identifier!r} has no validation: pass validation=Validation(...), or set it on the model"
         )
     call = model.prepare(validate, context)
-    return scored(model, validation, call, db, datasets, reuse, retry_failed, max_failed, flow_run, display)
+    return scored(
+        model,
+        validation,
+        call,
+        db,
+        datasets,
+        reuse,
+        retry_failed,
+        max_failed,
+        sampling_columns,
+        flow_run,
+        display,
+    )

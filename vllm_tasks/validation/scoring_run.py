@@ -45,6 +45,7 @@ def scored(
     reuse: bool,
     retry_failed: bool,
     max_failed: float | int | None,
+    sampling_columns: Mapping[str, str] | None,
     flow_run: str | None,
     display: Callable[[str], Display] | None,
 ) -> ValidationReport:
@@ -55,9 +56,10 @@ def scored(
         _refuse_unknown_weights(call.engine)
     home = datalayer_of(db, model).tables()
     try:
-        over = packed(call, validation.key[0])
+        own = call.of_rows.check_columns(sampling_columns)
+        over = packed(call, validation.key[0], own)
         run = _Run(model, validation, over, home, reuse, retry_failed, max_failed, flow_run, display or _log)
-        rows = [take_snapshot(dataset, columns_of(validation, model), home) for dataset in chosen]
+        rows = [take_snapshot(dataset, columns_of(validation, model, own), home) for dataset in chosen]
         for snapshot in rows:
             for source in distinct_of(sources_of(over, validation.metrics, snapshot.dataset).values()):
                 source.check(snapshot)
@@ -103,8 +105,8 @@ def _refuse_unknown_weights(config: sharing.Config) -> None:
         )
 
 
-def columns_of(validation: Validation, model: Validated) -> Columns:
-    """The columns of inputs, of the target, and of the choices."""
+def columns_of(validation: Validation, model: Validated, own: Mapping[str, str] | None = None) -> Columns:
+    """The columns of inputs (parameters of rows' own among them), of the target, and of the choices."""
     X, target = validation.key  # noqa: N806 - the name in predict_in_db
     inputs, _ = records(X, model.signature)
     choosing = [m for m in validation.metrics if m.built_in == "multiple_choice"]
@@ -113,6 +115,7 @@ def columns_of(validation: Validation, model: Validated) -> Columns:
         raise InvalidCall(
             "multiple_choice needs options={'choices': 'column'}, the same column for all such metrics"
         )
+    inputs = tuple(dict.fromkeys((*inputs, *(own or {}).values())))
     return Columns(inputs, target, next(iter(named), None))
 
 

@@ -220,7 +220,8 @@ class HttpEngine:
         except Full:
             raise
         except Denied as denied:
-            await self._blame(server, path, denied)
+            if denied.status != 404 or "model" not in request.sampling:  # else the row's own name is wrong
+                await self._blame(server, path, denied)
             return attempts.fail(denied)
         except FailedAttempt as failed:
             outcome = attempts.fail(failed)

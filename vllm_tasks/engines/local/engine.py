@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import logging
 import math
@@ -130,7 +129,8 @@ class LocalEngine:
     async def generate(self, requests: Sequence[Request], done: Done) -> None:
         if self.has_failed:
             raise self._error
-        check_is_json(requests[0].sampling)
+        for sampling in {id(request.sampling): request.sampling for request in requests}.values():
+            check_is_json(sampling)
         mine, finished = self._rows.add(requests, done)
         try:
             self._send()
@@ -222,7 +222,9 @@ class LocalEngine:
         if row is None:
             return
         self._barren = 0
-        if "invalid" in frame:
+        if "invalid" in frame and row.request.lora is not None:
+            row.settle(RowError("refused", frame["invalid"]))  # an adapter of the row's own
+        elif "invalid" in frame:
             row.chunk.fail(InvalidCall(frame["invalid"]))
         else:
             row.settle(result_of(frame, row.request))
@@ -236,12 +238,14 @@ class LocalEngine:
         """Send the rows that may be sent, in one frame for all that share their sampling parameters."""
         if self._state is not State.READY or not self._rows.some_wait:
             return
-        rows = self._rows.hand_over()
-        for sampling, group in itertools.groupby(
-            rows.items(), lambda item: wire.sampling_of(item[1].request)
-        ):
-            chunk = [[row_id, row.request.prompt] for row_id, row in group]
-            self._host.write({"chunk": chunk, "sampling": dict(sampling)})
+        # Not only those that are side by side: rows may have parameters of their own, in any order.
+        groups: dict[tuple[int, bool], list[tuple[int, Request]]] = {}
+        for row_id, row in self._rows.hand_over().items():
+            kind = id(row.request.sampling), isinstance(row.request.prompt, str)
+            groups.setdefault(kind, []).append((row_id, row.request))
+        for rows in groups.values():
+            chunk = [[row_id, request.prompt] for row_id, request in rows]
+            self._host.write({"chunk": chunk, "sampling": dict(wire.sampling_of(rows[0][1]))})
 
 
 def check_exists(folder: Path) -> None:

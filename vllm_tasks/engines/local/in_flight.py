@@ -18,7 +18,8 @@ KILLERS_OF_A_CALL = 6
 """A call fails when this many of its rows have killed the engine, each alone, and none completed between."""
 
 Call = Mapping[str, Any]
-"""The sampling parameters, one object for all rows of a call and no others: it identifies the call."""
+"""The sampling parameters, one object for all rows of a call and no others: it identifies the call. Rows with
+parameters of their own count like a call of their own."""
 
 
 @dataclass(eq=False)

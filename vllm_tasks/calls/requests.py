@@ -1,0 +1,58 @@
+"""Requests as they are sent: texts as chat where the model needs it, and parameters that fit the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from vllm_tasks.calls.prompts import conversation
+from vllm_tasks.calls.sampling import Target, check_prompts
+from vllm_tasks.errors import InvalidCall
+from vllm_tasks.rows import Conversation, Request, RowError
+
+
+def requests_of(
+    requests: Sequence[Request | RowError],
+    chat: bool | None,
+    system: str | None,
+    sampling: Mapping[str, Any],
+    target: Target,
+) -> list[Request | RowError]:
+    """Return the requests as they are sent, each error with its position. With `chat`, texts become chat
+    messages; with None, a conversation that is sent as its text if chat is refused.
+
+    `sampling` are the parameters of the call; a request with others has parameters of its own. Raises
+    `InvalidCall` if all have the same fault.
+    """
+    if chat is not False:
+        requests = [_in_chat(r, chat, system) if isinstance(r, Request) else r for r in requests]
+    prompts = [r.prompt for r in requests if isinstance(r, Request)]
+    if chat is False and system is not None and any(isinstance(prompt, str) for prompt in prompts):
+        raise InvalidCall(
+            "system needs chat messages, and texts are sent as plain text (chat=False, or the model has no "
+            "chat template): set chat=True, or put the words into the prompt"
+        )
+    check_prompts([prompt for prompt in prompts if not isinstance(prompt, Conversation)], sampling, target)
+    checked = (
+        r if isinstance(r, RowError) or r.sampling is sampling else _checked(r, target) for r in requests
+    )
+    return [replace(r, index=i) if isinstance(r, RowError) else r for i, r in enumerate(checked)]
+
+
+def _in_chat(request: Request, chat: bool | None, system: str | None) -> Request:
+    if not isinstance(text := request.prompt, str):
+        return request
+    messages = conversation(text, system)
+    return replace(request, prompt=messages if chat else Conversation(messages, text))
+
+
+def _checked(request: Request, target: Target) -> Request | RowError:
+    """Return a request with parameters of its own, or its error if they are for the other kind of prompt."""
+    if isinstance(request.prompt, Conversation):
+        return request
+    try:
+        check_prompts([request.prompt], request.sampling, target)
+    except InvalidCall as error:
+        return RowError("prompt", str(error))
+    return request
