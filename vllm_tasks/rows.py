@@ -102,7 +102,8 @@ class Completion:
 
     `seconds` is the time from handing the row to the engine (the HTTP request, or the local engine's process)
     to its completion, without the wait for a slot in the window. It is the time of the attempt that
-    succeeded. Two completions that differ in it alone are equal.
+    succeeded. `usage` is all that the server counted, which may include cached tokens. Two completions that
+    differ in these alone are equal.
     """
 
     choices: tuple[Choice, ...]
@@ -111,6 +112,7 @@ class Completion:
     prompt_logprobs: list[TokenLogprob | None] | None = None
     model: str | None = None
     seconds: float | None = field(default=None, compare=False)
+    usage: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def text(self) -> str:

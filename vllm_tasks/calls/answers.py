@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from vllm_tasks.calls.datatypes import OUTPUT, AnswerType, DataType, Undecodable, builtin_type, own_type
+from vllm_tasks.calls.kept import NOTHING_KEPT, Keep, Kept
 from vllm_tasks.calls.schemas import schema_type
 from vllm_tasks.datalayer.selection import OutputColumn
 from vllm_tasks.errors import InvalidCall
@@ -68,6 +69,8 @@ class Decoder:
     """It applies to `rows`; `values` keeps truncated answers."""
     type: AnswerType
     """The type of one choice."""
+    kept: Kept = NOTHING_KEPT
+    """The columns beside those of the answer."""
 
     @classmethod
     def of(
@@ -77,6 +80,7 @@ class Decoder:
         flatten: bool,
         many: bool,
         on_length: OnLength = "keep",
+        keep: Sequence[Keep] = (),
     ) -> Decoder:
         """Build a decoder; `many` means `n > 1`. Raise `InvalidCall` for settings that exclude each other."""
         if on_length not in get_args(OnLength):
@@ -99,7 +103,7 @@ class Decoder:
                     "gives bytes, which JSON cannot hold: use flatten=True, which makes a row of each"
                 )
             columns = (OutputColumn(OUTPUT, "json"),)
-        return cls(columns, flatten, many, on_length, kind)
+        return cls(columns, flatten, many, on_length, kind, Kept(tuple(keep), many, flatten))
 
     @property
     def schema(self) -> dict[str, Any] | None:
@@ -114,6 +118,7 @@ class Decoder:
             "schema": json.dumps(self.schema),
             "flatten": self.flatten,
             "on_length": self.on_length,
+            **({"keep": self.kept.names} if self.kept.names else {}),
         }
 
     def values(self, completion: Completion) -> Any | RowError:
@@ -131,25 +136,33 @@ class Decoder:
         values = self._read(completion)
         if isinstance(values, RowError):
             return values
-        texts = [choice.text for choice in completion.choices]
+        answers = list(zip(values, completion.choices, strict=True))
         try:
             if self.many and not self.flatten:
-                return [([self.type.write(v, t) for v, t in zip(values, texts, strict=True)],)]
+                return [([None if _is_textless(c) else self.type.write(v, c.text) for v, c in answers],)]
             if self.flatten and not self.many:
-                if not isinstance(values[0], list):
-                    raise Undecodable(f"is a {type(values[0]).__name__}, not the list that flatten needs")
-                return [self.type.row(item, item) for item in values[0]]
-            return [self.type.row(v, t) for v, t in zip(values, texts, strict=True)]
+                return self._items(*answers[0])
+            return [self._row(value, choice) for value, choice in answers]
         except Undecodable as error:
             return _row_error(error, completion.choices)
+
+    def _items(self, value: Any, choice: Choice) -> list[tuple[Any, ...]]:
+        if _is_textless(choice):
+            return []
+        if not isinstance(value, list):
+            raise Undecodable(f"is a {type(value).__name__}, not the list that flatten needs")
+        return [self.type.row(item, item) for item in value]
+
+    def _row(self, value: Any, choice: Choice) -> tuple[Any, ...]:
+        return (None,) * len(self.columns) if _is_textless(choice) else self.type.row(value, choice.text)
 
     def _read(self, completion: Completion) -> list[Any] | RowError:
         values = []
         for choice in completion.choices:
-            if not choice.text and (choice.reasoning or choice.tool_calls):
+            if _is_textless(choice) and not self.kept.is_output(choice):
                 return _row_error("has no text, only reasoning or tool calls", [choice])
             try:
-                values.append(self.type.read(choice))
+                values.append(None if _is_textless(choice) else self.type.read(choice))
             except Undecodable as error:
                 return _row_error(error, [choice])
         return values
@@ -165,6 +178,11 @@ def _type_of(
 
 def _name_of(datatype: DataType | BuiltinType | None) -> str:
     return datatype.identifier if isinstance(datatype, DataType) else datatype or "str"
+
+
+def _is_textless(choice: Choice) -> bool:
+    """Whether all tokens of a choice went into its reasoning or its tool calls."""
+    return not choice.text and bool(choice.reasoning or choice.tool_calls)
 
 
 def _is_truncated(choices: Sequence[Choice]) -> bool:

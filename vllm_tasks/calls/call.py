@@ -29,6 +29,7 @@ from vllm_tasks.errors import InvalidCall, RowErrors, VllmTasksError
 from vllm_tasks.rows import Completion, Message, Request, Result, RowError
 
 if TYPE_CHECKING:
+    from vllm_tasks.calls.kept import Kept
     from vllm_tasks.datalayer.selection import OutputColumn
 
 logger = logging.getLogger(__name__)
@@ -223,11 +224,20 @@ class RowDecoder(Protocol):
         """The columns of the answer, without those that every outputs table has."""
 
     @property
+    def kept(self) -> Kept:
+        """The columns beside those of the answer."""
+
+    @property
     def flatten(self) -> bool:
         """Whether an answer may become any number of rows."""
 
     def rows(self, completion: Completion) -> list[tuple[Any, ...]] | RowError:
         """Return the answer as rows, each with a value for each of `columns`."""
+
+
+def stored_columns(decoder: RowDecoder) -> tuple[OutputColumn, ...]:
+    """Return the columns of an outputs table that `decoder` has values for."""
+    return (*decoder.columns, *decoder.kept.columns)
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,7 @@ def _openai(answer: JSON, choice_of: Callable[[JSON], Choice], wanted: int) -> C
         completion_tokens=_count_of(usage, "completion_tokens"),
         prompt_logprobs=_prompt_logprobs(prompt_logprobs),
         model=_name(answer, "model"),
+        usage=usage or None,
     )
 
 

@@ -27,6 +27,8 @@ from vllm_tasks.calls.answers import Artifact, Decoder, check_one_type
 from vllm_tasks.calls.callables import DottedCallable, check_importable
 from vllm_tasks.calls.datatypes import DataType
 from vllm_tasks.calls.functions import made_of
+from vllm_tasks.calls.kept import Keep
+from vllm_tasks.calls.kept import check_names as check_kept
 from vllm_tasks.calls.prompt_func import Signature
 from vllm_tasks.calls.sampling import Target, check_names, known_names
 from vllm_tasks.calls.schemas import schema_type
@@ -111,6 +113,12 @@ class ModelFields(BaseModel):
     )
     flatten: bool = Field(
         default=False, title="Flatten", description="In tables, an answer that is a list becomes rows."
+    )
+    keep: list[Keep] = Field(
+        default=[],
+        title="Columns beside the answer",
+        description="keep: what tables keep besides: reasoning, tool_calls, logprobs, mean_logprob (a cheap "
+        "confidence), token_ids, prompt, usage.",
     )
     model_update_kwargs: dict[str, Any] = Field(
         default={},
@@ -219,6 +227,12 @@ class ModelFields(BaseModel):
             raise ValueError(f"on_length={value['on_length']!r} is neither 'keep' nor 'error'")
         if "partition_by" in value:
             named(value["partition_by"])
+        return value
+
+    @field_validator("keep")
+    @classmethod
+    def _kept_once(cls, value: list[Keep]) -> list[Keep]:
+        check_kept(value)
         return value
 
     @field_validator("compute_kwargs")
@@ -354,7 +368,7 @@ class ModelFields(BaseModel):
     def _decoder(self, given: Mapping[str, Any]) -> Decoder:
         many = {**self.predict_kwargs, **given}.get("n") not in (None, 1)
         on_length = self.model_update_kwargs.get("on_length", "keep")
-        return Decoder.of(self.datatype, self.output_schema, self.flatten, many, on_length)
+        return Decoder.of(self.datatype, self.output_schema, self.flatten, many, on_length, self.keep)
 
     def resources(self) -> Resources:
         """Return what an engine of this model needs.

@@ -15,6 +15,9 @@ HELD = 128 * 2**20
 """Bytes of pending prompts and uncommitted answers beyond which no more rows are read. A prompt may be in
 memory three times while it is sent: as it was read, as JSON, in the socket."""
 
+TOKEN = 200
+"""Bytes of a token with its log probability."""
+
 
 def bytes_of_request(request: Request | RowError) -> int:
     """Approximate memory of a prompt in bytes."""
@@ -22,10 +25,15 @@ def bytes_of_request(request: Request | RowError) -> int:
 
 
 def bytes_of_answer(answer: Result) -> int:
-    """Approximate memory of an answer's texts in bytes."""
+    """Approximate memory of an answer's texts and log probabilities in bytes."""
     if isinstance(answer, RowError):
         return sys.getsizeof(answer.message)
-    return sum(sys.getsizeof(choice.text) for choice in answer.choices)
+    return sum(
+        sys.getsizeof(choice.text)
+        + (sys.getsizeof(choice.reasoning) if choice.reasoning else 0)
+        + (sum(TOKEN * (1 + len(t.top)) for t in choice.logprobs) if choice.logprobs else 0)
+        for choice in answer.choices
+    )
 
 
 def _bytes(value: Any) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from vllm_tasks.calls.call import TableCall
+from vllm_tasks.calls.kept import NOTHING_KEPT, Kept
 from vllm_tasks.calls.plain_text import NoText, plain_text
 from vllm_tasks.canonical import canonical, fingerprint
 from vllm_tasks.datalayer import exact_json
@@ -48,6 +49,7 @@ class LogprobDecoder:
 
     columns: tuple[OutputColumn, ...] = (OutputColumn("logprob", "float"), OutputColumn("tokens", "int"))
     flatten: bool = False
+    kept: Kept = NOTHING_KEPT
 
     def rows(self, completion: Completion) -> list[tuple[Any, ...]] | RowError:
         """One row: the sum (natural log) and the number of its tokens; the very first token has no value."""
