@@ -61,6 +61,10 @@ class Request:
     prompt: str | list[Message]
     sampling: Mapping[str, Any]
     task: Task = "generate"
+    record: Any = None
+    """The record of the prompt, if a check of its answer needs it."""
+    earlier: Completion | None = None
+    """The answer that was not accepted, if this is a further attempt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,15 @@ class Completion:
     def text(self) -> str:
         """The text of the first choice."""
         return self.choices[0].text
+
+
+@dataclass(frozen=True, slots=True)
+class Attempted(Completion):
+    """The last answer to a row with a check or further attempts. Its tokens are those of all attempts."""
+
+    attempts: int = 1
+    values: list[Any] | RowError = field(default_factory=list, compare=False, repr=False)
+    """The values of its choices, which need not be read again, or why it is not accepted."""
 
 
 def given_up(completion: Completion) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from vllm_tasks.calls.sampling import Target
 from vllm_tasks.datalayer.selection import OutputColumn
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.rows import BuiltinType, Choice, Completion, Request, TokenLogprob
+from vllm_tasks.rows import Attempted, BuiltinType, Choice, Completion, Request, Result, TokenLogprob
 
 Keep = Literal["reasoning", "tool_calls", "logprobs", "mean_logprob", "token_ids", "prompt", "usage"]
 """What a table may keep beside an answer. The column has this name after an underscore, which neither a key's
@@ -47,6 +47,8 @@ OF_CHOICE: Mapping[str, tuple[BuiltinType, Callable[[Choice], Any]]] = {
 """The type of each column that every choice has a value for, and how it is read."""
 OF_ROW: Mapping[str, BuiltinType] = {"prompt": "str", "usage": "json"}
 """The types of the columns that a row has one value for, whatever `n` is."""
+ATTEMPTS = OutputColumn("_attempts", "int")
+"""The column of the number of attempts, where there may be several."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,18 @@ class Kept:
     """Whether an answer has several choices (`n > 1`)."""
     flatten: bool = False
     """Whether each of several choices has a row of its own. Otherwise a column has a JSON list of them."""
+    attempts: bool = False
+    """Whether the number of attempts is kept."""
 
     @property
     def columns(self) -> tuple[OutputColumn, ...]:
         """The columns of the outputs table, after those of the answer."""
         listed = self.many and not self.flatten
-        return tuple(
+        named = [
             OutputColumn(f"_{name}", OF_ROW.get(name) or ("json" if listed else OF_CHOICE[name][0]))
             for name in self.names
-        )
+        ]
+        return (*named, ATTEMPTS) if self.attempts else tuple(named)
 
     @property
     def needs_request(self) -> bool:
@@ -94,6 +99,12 @@ class Kept:
             return [shared | {name: [of(c) for c in completion.choices] for name, of in read.items()}]
         return [shared | {name: of(choice) for name, of in read.items()} for choice in completion.choices]
 
+    def attempts_of(self, answer: Result) -> dict[str, int]:
+        """Return the value of the column of attempts, which failed rows have, too."""
+        if not self.attempts:
+            return {}
+        return {ATTEMPTS.name: answer.attempts if isinstance(answer, Attempted) else 1}
+
     def requested(self, sampling: Mapping[str, Any], target: Target) -> dict[str, Any]:
         """Return the sampling parameters, with those that make vLLM send what is kept.
 
@@ -116,9 +127,10 @@ NOTHING_KEPT = Kept()
 
 
 def _text_of(request: Request | None) -> str | None:
-    if request is None or isinstance(request.prompt, str):
-        return request and request.prompt
-    return json.dumps(request.prompt, ensure_ascii=False)
+    if request is None:
+        return None
+    prompt = request.prompt
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
 def check_names(names: Sequence[Keep]) -> None:

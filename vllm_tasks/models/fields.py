@@ -30,6 +30,7 @@ from vllm_tasks.calls.functions import made_of
 from vllm_tasks.calls.kept import Keep
 from vllm_tasks.calls.kept import check_names as check_kept
 from vllm_tasks.calls.prompt_func import Signature
+from vllm_tasks.calls.repairs import Repairs, check_repairs
 from vllm_tasks.calls.sampling import Target, check_names, known_names
 from vllm_tasks.calls.schemas import schema_type
 from vllm_tasks.calls.template import Template
@@ -113,6 +114,24 @@ class ModelFields(BaseModel):
     )
     flatten: bool = Field(
         default=False, title="Flatten", description="In tables, an answer that is a list becomes rows."
+    )
+    check: DottedCallable | None = Field(
+        default=None,
+        title="Check",
+        description="Dotted path of f(value, row) -> None, or why the value of an answer is not accepted.",
+    )
+    repair: int = Field(
+        default=0,
+        ge=0,
+        title="Repairs",
+        description="repair: how often an answer that fails its type, schema or check is sent back with the "
+        "reason.",
+    )
+    resample: int = Field(
+        default=0,
+        ge=0,
+        title="New samples",
+        description="resample: how often a row is sampled anew instead, if its answer fails.",
     )
     keep: list[Keep] = Field(
         default=[],
@@ -296,6 +315,7 @@ class ModelFields(BaseModel):
     def _known_sampling(self) -> Self:
         check_names(self.predict_kwargs, self.sampling_target(), self.vllm_python(), self._server_version)
         check_one_type(self.datatype, self.output_schema)
+        check_repairs(self.repair, self.resample, self.check)
         return self
 
     @model_validator(mode="after")
@@ -342,7 +362,7 @@ class ModelFields(BaseModel):
                 )
 
     def _callables(self) -> list[Callable[..., Any]]:
-        found = [self.prompt_func]
+        found = [self.prompt_func, self.check]
         if isinstance(self.datatype, DataType):
             found += [self.datatype.encoder, self.datatype.decoder]
         if self.validation is not None:
@@ -368,7 +388,10 @@ class ModelFields(BaseModel):
     def _decoder(self, given: Mapping[str, Any]) -> Decoder:
         many = {**self.predict_kwargs, **given}.get("n") not in (None, 1)
         on_length = self.model_update_kwargs.get("on_length", "keep")
-        return Decoder.of(self.datatype, self.output_schema, self.flatten, many, on_length, self.keep)
+        repairs = Repairs(self.repair, self.resample, self.check)
+        return Decoder.of(
+            self.datatype, self.output_schema, self.flatten, many, on_length, self.keep, repairs
+        )
 
     def resources(self) -> Resources:
         """Return what an engine of this model needs.

@@ -140,6 +140,7 @@ class Predictor(ModelFields):
 
     def _sampling(self, given: Mapping[str, Any], decoder: Decoder) -> dict[str, Any]:
         """The sampling parameters of a call, with the answers' schema unless the caller sets a format."""
+        decoder.repairs.refuse_useless({**self.predict_kwargs, **given})
         sampling = decoder.kept.requested({**self.predict_kwargs, **given}, self.sampling_target())
         schema = None if OUTPUT_FORMATS & sampling.keys() else decoder.schema
         # Servers with the legacy format pass the parameters on unchanged, and vLLM takes no dict there.

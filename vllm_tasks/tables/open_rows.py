@@ -21,7 +21,7 @@ TOKEN = 200
 
 def bytes_of_request(request: Request | RowError) -> int:
     """Approximate memory of a prompt in bytes."""
-    return 0 if isinstance(request, RowError) else _bytes(request.prompt)
+    return 0 if isinstance(request, RowError) else _bytes(request.prompt) + _bytes(request.record)
 
 
 def bytes_of_answer(answer: Result) -> int:

@@ -70,6 +70,7 @@ class OutputRows:
             **dict(zip(job.selection.key, source.key, strict=True)),
             **{column.name: None for column in stored_columns(job.over.decoder)},
             **({POSITION: None} if job.over.decoder.flatten else {}),
+            **job.over.decoder.kept.attempts_of(answer),
             "_error": None,
             **_of_answer(answer),
             **job.stamp,

@@ -146,7 +146,8 @@ class Run:
 
         keeps_request = self.job.over.decoder.kept.needs_request
         requests = [request for _, _, request in rows]
-        await sharing.generate(self.job.over.call.engine, requests, self.job.over.call.max_batch_size, done)
+        call, follow_up = self.job.over.call, self.job.over.decoder.follow_up
+        await sharing.generate(call.engine, requests, call.max_batch_size, done, follow_up)
 
     def _finish(self, row: SourceRow, digest: str, request: Request | None, result: Result) -> None:
         size = bytes_of_answer(result) + (bytes_of_request(request) if request else 0)

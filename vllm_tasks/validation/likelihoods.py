@@ -21,6 +21,7 @@ from vllm_tasks.calls.plain_text import NoText, plain_text
 from vllm_tasks.canonical import canonical, fingerprint
 from vllm_tasks.datalayer import exact_json
 from vllm_tasks.datalayer.selection import OutputColumn, Tables
+from vllm_tasks.engines.batching import FollowUp, final
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.measure import Answer, Likelihood
 from vllm_tasks.rows import Completion, Request, RowError
@@ -50,6 +51,11 @@ class LogprobDecoder:
     columns: tuple[OutputColumn, ...] = (OutputColumn("logprob", "float"), OutputColumn("tokens", "int"))
     flatten: bool = False
     kept: Kept = NOTHING_KEPT
+
+    @property
+    def follow_up(self) -> FollowUp:
+        """Nothing follows a likelihood."""
+        return final
 
     def rows(self, completion: Completion) -> list[tuple[Any, ...]] | RowError:
         """One row: the sum (natural log) and the number of its tokens; the very first token has no value."""
