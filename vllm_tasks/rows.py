@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 Message = Mapping[str, Any]
 """One chat message in vLLM's format: `role`, `content` (a text or a list of content parts) and more."""
+
+Prompt = str | list[Message] | list[int]
+"""A text, chat messages, or token ids."""
 
 RowErrorKind = Literal[
     "read",
@@ -53,18 +56,23 @@ Task = Literal["generate", "embed", "score", "classify", "reward"]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The request of one row to an engine: a text or chat messages, and the sampling parameters.
+    """The request of one row to an engine: a text, chat messages or token ids, and the sampling parameters.
 
     Rows with the same parameters share one `sampling` mapping.
     """
 
-    prompt: str | list[Message]
+    prompt: Prompt
     sampling: Mapping[str, Any]
     task: Task = "generate"
     record: Any = None
     """The record of the prompt, if a check of its answer needs it."""
     earlier: Completion | None = None
     """The answer that was not accepted, if this is a further attempt."""
+
+
+def is_chat(prompt: Prompt) -> TypeGuard[list[Message]]:
+    """Return whether a prompt is chat messages, rather than a text or token ids."""
+    return not isinstance(prompt, str) and not isinstance(prompt[0], int)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,13 +39,17 @@ class Artifact(BaseModel):
     @field_validator("uri")
     @classmethod
     def _without_password(cls, value: str) -> str:
-        if has_password(value):
-            raise ValueError(
-                f"the uri {without_secrets(value)!r} has a password, which a block would store in readable "
-                "form; set the credentials of object stores and servers in the environment, as fsspec reads "
-                "them"
-            )
-        return value
+        return without_password("the uri", value)
+
+
+def without_password(what: str, uri: str) -> str:
+    """Return the URI of a file that a block names. Raise ValueError if it has a password."""
+    if has_password(uri):
+        raise ValueError(
+            f"{what} {without_secrets(uri)!r} has a password, which a block would store in readable form; "
+            "set the credentials of object stores and servers in the environment, as fsspec reads them"
+        )
+    return uri
 
 
 def check_one_type(datatype: DataType | BuiltinType | None, output_schema: object) -> None:

@@ -26,7 +26,7 @@ from vllm_tasks.engines import batching, loop, sharing
 from vllm_tasks.engines.http.engine import HttpConfig
 from vllm_tasks.engines.stopping import raise_if_stopped
 from vllm_tasks.errors import InvalidCall, RowErrors, VllmTasksError
-from vllm_tasks.rows import Completion, Message, Request, Result, RowError
+from vllm_tasks.rows import Completion, Prompt, Request, Result, RowError, is_chat
 
 if TYPE_CHECKING:
     from vllm_tasks.calls.kept import Kept
@@ -107,6 +107,8 @@ class Call:
                 failed = copy.copy(error)  # other callers may raise the same error
                 failed.results = [p if isinstance(p, RowError) else None for p in prompts]
                 raise failed from error.__cause__
+        if self.decoder.repairs.repair and any(isinstance(p, list) and not is_chat(p) for p in prompts):
+            raise InvalidCall("repair adds a turn to a prompt, and token ids take none: use resample")
         made = requests_of(prompts, prompter.chat, prompter.system, self.sampling, self.target)
         if self.decoder.repairs.check is None:
             return made
@@ -215,7 +217,7 @@ class Call:
 
 
 def requests_of(
-    prompts: Sequence[str | list[Message] | RowError],
+    prompts: Sequence[Prompt | RowError],
     chat: bool | None,
     system: str | None,
     sampling: Mapping[str, Any],

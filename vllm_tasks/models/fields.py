@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, InitErrorDetails
 
-from vllm_tasks.calls.answers import Artifact, Decoder, check_one_type
+from vllm_tasks.calls.answers import Artifact, Decoder, check_one_type, without_password
 from vllm_tasks.calls.callables import DottedCallable, check_importable
 from vllm_tasks.calls.datatypes import DataType
 from vllm_tasks.calls.functions import made_of
@@ -53,7 +53,7 @@ FORBID = ConfigDict(extra="forbid")
 """Each model sets this itself, since its last base class, Block, would allow unknown fields."""
 
 FORM_HEAD = (
-    *("prompt", "signature", "chat", "system", "predict_kwargs"),
+    *("prompt", "prompt_file", "signature", "chat", "system", "predict_kwargs"),
     *("db", "datatype", "output_schema", "flatten"),
 )
 FORM_END = ("metric_values", "uuid")
@@ -61,7 +61,7 @@ FORM_END = ("metric_values", "uuid")
 
 HIDDEN = {
     *("api_key", "api_url", "basic_auth", "compute_kwargs", "db", "headers", "ray_config", "uri"),
-    *("validation", "vllm_kwargs"),
+    *("validation", "vllm_kwargs", "prompt_file"),
 }
 """Fields whose values may hold a key or a password: errors say what is wrong, but never show the value."""
 
@@ -170,6 +170,12 @@ class ModelFields(BaseModel):
         title="Prompt",
         description="Template with plain keys: {input}, {0}, {name}, {context}, {artifacts.name}.",
     )
+    prompt_file: str | None = Field(
+        default=None,
+        title="Prompt file",
+        description="Path or URI of a Jinja template, used in place of the prompt: {{ input }}, {{ name }}, "
+        "{{ context }}, {{ artifacts.name }}.",
+    )
     prompt_func: DottedCallable | None = Field(
         default=None,
         title="Prompt function",
@@ -274,6 +280,27 @@ class ModelFields(BaseModel):
                 "{input}; use signature='**kwargs' for dicts or '*args' for tuples"
             )
         return value
+
+    @field_validator("prompt_file")
+    @classmethod
+    def _of_a_place(cls, value: str | None) -> str | None:
+        return value and without_password("prompt_file", value)
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        """Refuse what a prompt file would replace, and a signature whose fields have no names."""
+        if not self.prompt_file:
+            return self
+        if self.prompt != "{input}" or self.prompt_func is not None or self.messages_as_json:
+            raise ValueError(
+                "prompt_file takes the place of prompt, prompt_func and messages_as_json: leave them out"
+            )
+        if self.signature not in ("singleton", "**kwargs"):
+            raise ValueError(
+                f"the fields of a prompt_file have names, and signature={self.signature!r} gives values by "
+                "position: use '**kwargs' for dicts, or 'singleton'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _carries_the_record(self) -> Self:

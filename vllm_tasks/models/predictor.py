@@ -158,6 +158,7 @@ class Predictor(ModelFields):
             artifacts={name: load_artifact(a.uri, a.datatype) for name, a in self.artifacts.items()},
             context=context,
             messages_as_json=self.messages_as_json,
+            file=load_artifact(self.prompt_file, "str", "prompt_file") if self.prompt_file else None,
             keywords=keywords,
         )
 

@@ -37,12 +37,14 @@ def bytes_of_answer(answer: Result) -> int:
 
 
 def _bytes(value: Any) -> int:
-    """Memory of the texts in a prompt; in a prompt that is large, the rest is small."""
+    """Memory of the texts and token ids in a prompt; in a prompt that is large, the rest is small."""
     if isinstance(value, str):
         return sys.getsizeof(value)
     if isinstance(value, Mapping):
         return sum(map(_bytes, value.values()))
-    return sum(map(_bytes, value)) if isinstance(value, Sequence) else 0
+    if isinstance(value, Sequence):
+        return sum(map(_bytes, value))
+    return sys.getsizeof(value) if isinstance(value, int) else 0
 
 
 @dataclass

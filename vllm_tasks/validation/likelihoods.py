@@ -24,7 +24,7 @@ from vllm_tasks.datalayer.selection import OutputColumn, Tables
 from vllm_tasks.engines.batching import FollowUp, final
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.measure import Answer, Likelihood
-from vllm_tasks.rows import Completion, Request, RowError
+from vllm_tasks.rows import Completion, Request, RowError, is_chat
 from vllm_tasks.validation import Metric
 from vllm_tasks.validation.expected import expected
 from vllm_tasks.validation.predictions import Incomplete, Round, Row, Source, predict_id_of, read
@@ -201,6 +201,10 @@ def _request(request: Request, text: str | None, sampling: Mapping[str, Any]) ->
         prompt = request.prompt + (text or "")
         return (
             Request(prompt, sampling) if prompt else RowError("prompt", "an empty prompt has no likelihood")
+        )
+    if not is_chat(request.prompt):
+        return RowError(
+            "prompt", "a likelihood needs a prompt that is a text or chat messages, not token ids"
         )
     if text is None:
         return Request(request.prompt, sampling)
