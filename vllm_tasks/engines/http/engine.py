@@ -34,7 +34,7 @@ from vllm_tasks.engines.http.streaming import EVENTS, Ended, Pieces, streamed
 from vllm_tasks.engines.http.urls import Endpoint
 from vllm_tasks.engines.window import Window
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.rows import Completion, Request, Result, RowError, given_up
+from vllm_tasks.rows import Completion, Message, Request, Result, RowError, given_up
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,8 @@ GATEWAY = {502, 503, 504}
 """Statuses of a gateway whose server is down. vLLM itself returns 503 when its engine is dead."""
 WITHHELD = "content_filter"
 """The finish reason of an answer that a gateway withholds, completely or in part."""
-CHAT_TEST = Request([{"role": "user", "content": "Hello"}], {"max_tokens": 1})
+HELLO: Message = {"role": "user", "content": "Hello"}
+CHAT_TEST = Request([HELLO], {"max_tokens": 1})
 """A request that shows whether chat is refused, for servers that do not report a chat template."""
 STREAMED = 2**20
 """Bytes from which a body is given to aiohttp as a file, so that sending it does not block the loop."""
