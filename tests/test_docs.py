@@ -89,6 +89,7 @@ ANSWERS = {
     "Is this ticket urgent? Answer yes or no.\nThe printer is on fire": "yes",
     "Answer yes or no": "no",
     "yes or no.\nI do not know": "I do not know.",
+    "Answer again, with the corrected answer": "no",
     "How many percent?": "50%",
     "Who is it, and how old?": '{"name": "Ada", "age": 36}',
     "List the goods": '["bread", "salt"]',

@@ -15,6 +15,7 @@ from pydantic_core import PydanticUndefined
 from docs import figures
 from tests.test_docs import settings
 from vllm_tasks import Datalayer, RowError, VllmAPI, VllmModel, predict_in_db, validate
+from vllm_tasks.calls.kept import Keep, Kept
 from vllm_tasks.errors import VllmTasksError
 from vllm_tasks.settings import Settings
 
@@ -152,6 +153,18 @@ def test_read_options() -> None:
     names = [CODE.findall(name)[0] for name, *_ in rows("how-to/sources.md", "## Read options")]
     assert names == [*values, "null_values"]
     Datalayer(url="data", read={"t": {**values, "null_values": ["-"]}})
+
+
+def test_kept_columns() -> None:
+    """Each name of `keep` is listed in the order of the code, with its column and its type."""
+    types = {"str": "text", "json": "JSON", "float": "float"}
+    names = get_args(Keep)
+    said = [
+        [CODE.findall(name)[0], CODE.findall(column)[0], kind]
+        for name, column, kind, _ in rows("reference/outputs.md", "## Columns of `keep`")
+    ]
+    columns = Kept(names).columns
+    assert said == [[f'"{n}"', c.name, types[c.kind]] for n, c in zip(names, columns, strict=True)]
 
 
 def test_output_columns(tmp_path: Path, server: Any) -> None:

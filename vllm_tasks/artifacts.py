@@ -173,6 +173,8 @@ def markdown_of(report: Report) -> str:
         "completion tokens": f"{report.completion_tokens:,} ({per_second:,.0f} a second)",
         "commits": _number(report.commits),
     }
+    if report.reasked:
+        counts["attempted again, and repaired"] = f"{report.reasked:,}, {report.repaired:,}"
     if report.replaced:
         counts["outputs of an earlier prompt, sampling or model replaced"] = _number(report.replaced)
     if report.stopped_by:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 Message = Mapping[str, Any]
 """One chat message in vLLM's format: `role`, `content` (a text or a list of content parts) and more."""
+
+Prompt = str | list[Message] | list[int]
+"""A text, chat messages, or token ids."""
 
 
 class Conversation(list[Message]):
@@ -65,13 +68,13 @@ Task = Literal["generate", "embed", "score", "classify", "reward"]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The request of one row: a text or chat messages, and its sampling parameters.
+    """The request of one row: a text, chat messages or token ids, and its sampling parameters.
 
     A `prompt_func` may return one, to give a row parameters of its own. They override those of the call. An
     engine gets all parameters of a row in `sampling`, and rows with the same ones share one mapping.
 
     Args:
-        prompt: A text, or a list of chat messages.
+        prompt: A text, a list of chat messages, or a list of token ids.
         sampling: Sampling parameters by vLLM's names.
         output_schema: The schema of the row's answer, as that of a model. It needs `datatype="json"`.
         lora: The LoRA adapter that answers: `{"lora_name": ..., "lora_path": ...}`. Of a server, which has
@@ -79,12 +82,21 @@ class Request:
         model: The server's name of the model that answers.
     """
 
-    prompt: str | list[Message]
+    prompt: Prompt
     sampling: Mapping[str, Any] = field(default_factory=dict)
     task: Task = "generate"
     output_schema: dict[str, Any] | str | None = None
     lora: Mapping[str, Any] | str | None = None
     model: str | None = None
+    record: Any = None
+    """The record of the prompt, if a check of its answer needs it."""
+    earlier: Completion | None = None
+    """The answer that was not accepted, if this is a further attempt."""
+
+
+def is_chat(prompt: Prompt) -> TypeGuard[list[Message]]:
+    """Return whether a prompt is chat messages, rather than a text or token ids."""
+    return not isinstance(prompt, str) and not isinstance(prompt[0], int)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +138,8 @@ class Completion:
 
     `seconds` is the time from handing the row to the engine (the HTTP request, or the local engine's process)
     to its completion, without the wait for a slot in the window. It is the time of the attempt that
-    succeeded. Two completions that differ in it alone are equal.
+    succeeded. `usage` is all that the server counted, which may include cached tokens. Two completions that
+    differ in these alone are equal.
     """
 
     choices: tuple[Choice, ...]
@@ -135,11 +148,21 @@ class Completion:
     prompt_logprobs: list[TokenLogprob | None] | None = None
     model: str | None = None
     seconds: float | None = field(default=None, compare=False)
+    usage: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def text(self) -> str:
         """The text of the first choice."""
         return self.choices[0].text
+
+
+@dataclass(frozen=True, slots=True)
+class Attempted(Completion):
+    """The last answer to a row with a check or further attempts. Its tokens are those of all attempts."""
+
+    attempts: int = 1
+    values: list[Any] | RowError = field(default_factory=list, compare=False, repr=False)
+    """The values of its choices, which need not be read again, or why it is not accepted."""
 
 
 def given_up(completion: Completion) -> str:

@@ -163,8 +163,8 @@ class Settings(PrefectBaseSettings):
     )
     places: Texts = Field(
         default=[],
-        description="Folders, and beginnings of URIs, that artifacts, lakes and SQLite files may be in (a "
-        "JSON list); empty: anywhere.",
+        description="Folders, and beginnings of URIs, that artifacts, prompt files, lakes and SQLite files "
+        "may be in (a JSON list); empty: anywhere.",
     )
     callable_prefixes: Texts = Field(
         default=["flows"],

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_tasks.engines import Done
-from vllm_tasks.engines.batching import chunks, fold, generate, is_deterministic, side_by_side
+from vllm_tasks.engines.batching import chunks, fold, generate, in_rounds, is_deterministic, side_by_side
 from vllm_tasks.engines.window import Window
 from vllm_tasks.errors import InvalidCall, ServerUnavailable
 from vllm_tasks.rows import Choice, Completion, Request, Result, RowError
@@ -403,9 +403,9 @@ def test_a_row_may_get_a_further_request_before_its_result() -> None:
     prompts = ["bad a", "b", "bad a", *(f"c{i}" for i in range(20))]
     reported = Counter[int]()
 
-    def again(request: Request, result: Result) -> Request | None:
+    def again(request: Request, result: Result) -> Request | Result:
         if not isinstance(result, RowError):
-            return None
+            return result
         assert isinstance(request.prompt, str)
         return replace(request, prompt=request.prompt.removeprefix("bad "))
 
@@ -417,3 +417,45 @@ def test_a_row_may_get_a_further_request_before_its_result() -> None:
     assert Counter(engine.seen)["a"] == 1
     assert engine.most <= 2
     assert engine.window.in_flight == 0
+
+
+def test_a_pool_gets_the_further_requests_of_all_rows_at_once() -> None:
+    """Each round has the rows that are left; errors keep the position that they have in the call."""
+    rounds: list[list[str]] = []
+
+    def process(requests: Sequence[Request | RowError]) -> list[Result]:
+        rounds.append([str(r.prompt) for r in requests if isinstance(r, Request)])
+        return [
+            replace(r, index=i) if isinstance(r, RowError) else Completion((Choice(str(r.prompt)),))
+            for i, r in enumerate(requests)
+        ]
+
+    def again(request: Request, result: Result) -> Request | Result:
+        assert isinstance(result, Completion)
+        if request.prompt == "lost":
+            return RowError("output", "no")
+        return replace(request, prompt=result.text[1:]) if result.text.startswith("!") else result
+
+    bad = RowError("prompt", "none", index=1)
+    requests = [Request("!!a", GREEDY), bad, Request("b", GREEDY), Request("!lost", GREEDY)]
+    a, error, b, lost = in_rounds(process, requests, again)
+    assert rounds == [["!!a", "b", "!lost"], ["!a", "lost"], ["a"]]
+    assert (a.text, b.text) == ("a", "b")  # type: ignore[union-attr]
+    assert error == bad
+    assert (lost.kind, lost.index) == ("output", 3)  # type: ignore[union-attr]
+
+
+def test_a_failed_round_has_what_was_final_before() -> None:
+    """The error of a later round keeps the results of the rows that needed none."""
+
+    def process(requests: Sequence[Request | RowError]) -> list[Result]:
+        if len(requests) < 2:
+            raise ServerUnavailable("gone")
+        return [Completion((Choice("x"),)) for _ in requests]
+
+    def again(request: Request, result: Result) -> Request | Result:
+        return request if request.prompt == "again" else result
+
+    with pytest.raises(ServerUnavailable) as failed:
+        in_rounds(process, [Request("a", GREEDY), Request("again", GREEDY)], again)
+    assert failed.value.results == [Completion((Choice("x"),)), None]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from vllm_tasks.calls.datatypes import OUTPUT, AnswerType, DataType, Undecodable, builtin_type, own_type
+from vllm_tasks.calls.kept import NOTHING_KEPT, Keep, Kept
+from vllm_tasks.calls.repairs import NO_REPAIRS, Repairs, attempted, check_repairs
 from vllm_tasks.calls.schemas import schema_type
 from vllm_tasks.datalayer.selection import OutputColumn
+from vllm_tasks.engines.batching import FollowUp, final
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.places import has_password, without_secrets
-from vllm_tasks.rows import BuiltinType, Choice, Completion, RowError
+from vllm_tasks.rows import Attempted, BuiltinType, Choice, Completion, Request, Result, RowError
 
 OnLength = Literal["keep", "error"]
 """Whether an answer that was truncated at `max_tokens` is kept or is an error."""
@@ -36,13 +39,17 @@ class Artifact(BaseModel):
     @field_validator("uri")
     @classmethod
     def _without_password(cls, value: str) -> str:
-        if has_password(value):
-            raise ValueError(
-                f"the uri {without_secrets(value)!r} has a password, which a block would store in readable "
-                "form; set the credentials of object stores and servers in the environment, as fsspec reads "
-                "them"
-            )
-        return value
+        return without_password("the uri", value)
+
+
+def without_password(what: str, uri: str) -> str:
+    """Return the URI of a file that a block names. Raise ValueError if it has a password."""
+    if has_password(uri):
+        raise ValueError(
+            f"{what} {without_secrets(uri)!r} has a password, which a block would store in readable form; "
+            "set the credentials of object stores and servers in the environment, as fsspec reads them"
+        )
+    return uri
 
 
 def check_one_type(datatype: DataType | BuiltinType | None, output_schema: object) -> None:
@@ -68,6 +75,10 @@ class Decoder:
     """It applies to `rows`; `values` keeps truncated answers."""
     type: AnswerType
     """The type of one choice."""
+    kept: Kept = NOTHING_KEPT
+    """The columns beside those of the answer."""
+    repairs: Repairs = NO_REPAIRS
+    """What is done about answers that are not accepted."""
 
     @classmethod
     def of(
@@ -77,12 +88,15 @@ class Decoder:
         flatten: bool,
         many: bool,
         on_length: OnLength = "keep",
+        keep: Sequence[Keep] = (),
+        repairs: Repairs = NO_REPAIRS,
     ) -> Decoder:
         """Build a decoder; `many` means `n > 1`. Raise `InvalidCall` for settings that exclude each other."""
         if on_length not in get_args(OnLength):
             raise InvalidCall(f"on_length={on_length!r} is neither 'keep' nor 'error'")
         try:
             check_one_type(datatype, output_schema)
+            check_repairs(repairs.repair, repairs.resample, repairs.check)
             kind = _type_of(datatype, output_schema, flatten=flatten and not many)
         except ValueError as error:
             raise InvalidCall(str(error)) from error
@@ -99,7 +113,8 @@ class Decoder:
                     "gives bytes, which JSON cannot hold: use flatten=True, which makes a row of each"
                 )
             columns = (OutputColumn(OUTPUT, "json"),)
-        return cls(columns, flatten, many, on_length, kind)
+        kept = Kept(tuple(keep), many, flatten, attempts=repairs.most > 0)
+        return cls(columns, flatten, many, on_length, kind, kept, repairs)
 
     @property
     def schema(self) -> dict[str, Any] | None:
@@ -114,7 +129,31 @@ class Decoder:
             "schema": json.dumps(self.schema),
             "flatten": self.flatten,
             "on_length": self.on_length,
+            **({"keep": self.kept.names} if self.kept.names else {}),
+            **self.repairs.identity(),
         }
+
+    @property
+    def follow_up(self) -> FollowUp:
+        """Decides what follows a result: nothing, or a further attempt at a row that is not accepted."""
+        return final if self.repairs == NO_REPAIRS else self._next
+
+    def _next(self, request: Request, result: Result) -> Request | Result:
+        earlier = request.earlier
+        if isinstance(result, RowError):  # the answer that was not accepted says more
+            return (
+                result
+                if not isinstance(earlier, Attempted)
+                else replace(earlier, attempts=earlier.attempts + 1)
+            )
+        answer = attempted(earlier, result)
+        read = self._values_of(answer, request.record)
+        if isinstance(read, list):
+            return replace(answer, values=read)
+        answer = replace(answer, values=read.error)
+        if answer.attempts > self.repairs.most:
+            return answer
+        return self.repairs.further(request, answer, read.why)
 
     def values(self, completion: Completion) -> Any | RowError:
         """Return the value of an answer; with `many`, the list of its choices' values."""
@@ -131,28 +170,59 @@ class Decoder:
         values = self._read(completion)
         if isinstance(values, RowError):
             return values
-        texts = [choice.text for choice in completion.choices]
+        answers = list(zip(values, completion.choices, strict=True))
         try:
             if self.many and not self.flatten:
-                return [([self.type.write(v, t) for v, t in zip(values, texts, strict=True)],)]
+                return [([None if _is_textless(c) else self.type.write(v, c.text) for v, c in answers],)]
             if self.flatten and not self.many:
-                if not isinstance(values[0], list):
-                    raise Undecodable(f"is a {type(values[0]).__name__}, not the list that flatten needs")
-                return [self.type.row(item, item) for item in values[0]]
-            return [self.type.row(v, t) for v, t in zip(values, texts, strict=True)]
+                return self._items(*answers[0])
+            return [self._row(value, choice) for value, choice in answers]
         except Undecodable as error:
             return _row_error(error, completion.choices)
 
+    def _items(self, value: Any, choice: Choice) -> list[tuple[Any, ...]]:
+        if _is_textless(choice):
+            return []
+        if not isinstance(value, list):
+            raise Undecodable(f"is a {type(value).__name__}, not the list that flatten needs")
+        return [self.type.row(item, item) for item in value]
+
+    def _row(self, value: Any, choice: Choice) -> tuple[Any, ...]:
+        return (None,) * len(self.columns) if _is_textless(choice) else self.type.row(value, choice.text)
+
     def _read(self, completion: Completion) -> list[Any] | RowError:
+        if isinstance(completion, Attempted):
+            return completion.values
+        read = self._values_of(completion, None)
+        return read if isinstance(read, list) else read.error
+
+    def _values_of(self, completion: Completion, record: Any) -> list[Any] | _Refusal:
         values = []
         for choice in completion.choices:
-            if not choice.text and (choice.reasoning or choice.tool_calls):
-                return _row_error("has no text, only reasoning or tool calls", [choice])
+            if _is_textless(choice) and not self.kept.is_output(choice):
+                return _Refusal("has no text, only reasoning or tool calls", choice)
             try:
-                values.append(self.type.read(choice))
+                value = None if _is_textless(choice) else self.type.read(choice)
+                self.repairs.checked(value, record)
             except Undecodable as error:
-                return _row_error(error, [choice])
+                return _Refusal(str(error), choice)
+            values.append(value)
         return values
+
+
+class _Refusal(NamedTuple):
+    """Why an answer is not accepted."""
+
+    reason: str
+    choice: Choice
+
+    @property
+    def why(self) -> str:
+        return _truncation([self.choice]) + self.reason
+
+    @property
+    def error(self) -> RowError:
+        return _row_error(self.reason, [self.choice])
 
 
 def _type_of(
@@ -167,13 +237,22 @@ def _name_of(datatype: DataType | BuiltinType | None) -> str:
     return datatype.identifier if isinstance(datatype, DataType) else datatype or "str"
 
 
+def _is_textless(choice: Choice) -> bool:
+    """Whether all tokens of a choice went into its reasoning or its tool calls."""
+    return not choice.text and bool(choice.reasoning or choice.tool_calls)
+
+
 def _is_truncated(choices: Sequence[Choice]) -> bool:
     return any(choice.finish_reason == "length" for choice in choices)
 
 
+def _truncation(choices: Sequence[Choice]) -> str:
+    return "was truncated at max_tokens and " if _is_truncated(choices) else ""
+
+
 def _row_error(why: object, choices: Sequence[Choice]) -> RowError:
     """Return an error with the reason and the answer itself, which is stored nowhere else."""
-    truncated = "was truncated at max_tokens and " if _is_truncated(choices) else ""
+    truncated = _truncation(choices)
     text = " | ".join(c.text or c.reasoning or json.dumps(c.tool_calls or "") for c in choices)
     more = f"... ({len(text):,} characters)" if len(text) > RAW_SHOWN else ""
     return RowError("output", f"the answer {truncated}{why}: {text[:RAW_SHOWN]}{more}")

@@ -25,14 +25,16 @@ from vllm_tasks.calls.sampling import Target
 from vllm_tasks.calls.weights import engine_identity, sampling_identity
 from vllm_tasks.canonical import fingerprint
 from vllm_tasks.datalayer import Datalayer
-from vllm_tasks.engines import loop, sharing
+from vllm_tasks.engines import batching, loop, sharing
 from vllm_tasks.engines.http.engine import HttpConfig
 from vllm_tasks.engines.stopping import raise_if_stopped
 from vllm_tasks.errors import InvalidCall, RowErrors, VllmTasksError
-from vllm_tasks.rows import Completion, Message, Request, Result, RowError
+from vllm_tasks.rows import Completion, Conversation, Prompt, Request, Result, RowError, is_chat
 
 if TYPE_CHECKING:
+    from vllm_tasks.calls.kept import Kept
     from vllm_tasks.datalayer.selection import OutputColumn
+    from vllm_tasks.engines.batching import FollowUp
 
 logger = logging.getLogger(__name__)
 
@@ -112,19 +114,28 @@ class Call:
 
         `own` has sampling parameters of each record's own; those that `prompt_func` returns override them.
         """
-        prompts = [
+        made = [
             self._with_parameters(self.prompter(record), own[i] if own else {})
             for i, record in enumerate(records)
         ]
+        prompts = [r.prompt for r in made if isinstance(r, Request)]
         prompter = self.prompter
-        if any(isinstance(prompt, Request) and isinstance(prompt.prompt, str) for prompt in prompts):
+        if any(isinstance(prompt, str) for prompt in prompts):
             try:
                 prompter = self.resolved().prompter
             except VllmTasksError as error:
                 failed = copy.copy(error)  # other callers may raise the same error
-                failed.results = [p if isinstance(p, RowError) else None for p in prompts]
+                failed.results = [r if isinstance(r, RowError) else None for r in made]
                 raise failed from error.__cause__
-        return requests_of(prompts, prompter.chat, prompter.system, self.sampling, self.target)
+        if self.decoder.repairs.repair and any(isinstance(p, list) and not is_chat(p) for p in prompts):
+            raise InvalidCall("repair adds a turn to a prompt, and token ids take none: use resample")
+        requests = requests_of(made, prompter.chat, prompter.system, self.sampling, self.target)
+        if self.decoder.repairs.check is None:
+            return requests
+        return [
+            request if isinstance(request, RowError) else replace(request, record=record)
+            for request, record in zip(requests, records, strict=True)
+        ]
 
     def sends_chat(self) -> bool:
         """Return whether texts were sent as chat by this resolved call."""
@@ -133,7 +144,7 @@ class Call:
         return not loop.run(sharing.refuses_chat(self.engine))
 
     def _with_parameters(
-        self, made: str | list[Message] | Request | RowError, own: Mapping[str, Any]
+        self, made: Prompt | Request | RowError, own: Mapping[str, Any]
     ) -> Request | RowError:
         if isinstance(made, RowError):
             return made
@@ -141,11 +152,28 @@ class Call:
             return self.of_rows.request(made, own)
         return self.of_rows.request(Request(made), own) if own else Request(made, self.sampling)
 
-    def answers(self, requests: Sequence[Request | RowError]) -> list[Result]:
-        """Return N results for N requests, in their order."""
+    def answers(
+        self, requests: Sequence[Request | RowError], follow_up: FollowUp | None = None
+    ) -> list[Result]:
+        """Return N results for N requests, in their order, each after all attempts that `follow_up` makes.
+
+        By default it is that of the decoder.
+        """
+        follow_up = follow_up or self.decoder.follow_up
         if self.answerer is not None:
-            return self.answerer(requests)
-        return loop.run(sharing.generate(self.engine, requests, self.max_batch_size), raise_if_stopped)
+            self._refuse_unknown_turns(requests)
+            return batching.in_rounds(self.answerer, requests, follow_up)
+        sent = sharing.generate(self.engine, requests, self.max_batch_size, follow_up=follow_up)
+        return loop.run(sent, raise_if_stopped)
+
+    def _refuse_unknown_turns(self, requests: Sequence[Request | RowError]) -> None:
+        """Refuse to repair texts of which only a work pool decides whether they are chat."""
+        texts = any(isinstance(r, Request) and isinstance(r.prompt, Conversation) for r in requests)
+        if self.decoder.repairs.repair and texts:
+            raise InvalidCall(
+                "repair adds a turn to a prompt, and on a work pool it is not known here whether the model "
+                "takes texts as chat: set chat=True or chat=False"
+            )
 
     def predict(self, x: Any) -> Output:
         """Return the value of one record; it raises the errors of `predict_batches`."""
@@ -160,15 +188,15 @@ class Call:
     def completions(self, xs: Sequence[Any], on_error: OnError = "raise") -> list[Completion | RowError]:
         """Return N results for N records, in their order; see `Predictor.completions`."""
         _check_on_error(on_error)
-        return _checked(self._results(_rows_of(xs)), on_error)
+        return _checked(self._results(_rows_of(xs), batching.final), on_error)
 
     def _values(self, records: Sequence[Any]) -> list[Output | RowError]:
         results = self._results(records)
         values = [r if isinstance(r, RowError) else self.decoder.values(r) for r in results]
         return [replace(v, index=i) if isinstance(v, RowError) else v for i, v in enumerate(values)]
 
-    def _results(self, records: Sequence[Any]) -> list[Result]:
-        results = self.answers(self.requests(records))
+    def _results(self, records: Sequence[Any], follow_up: FollowUp | None = None) -> list[Result]:
+        results = self.answers(self.requests(records), follow_up)
         answers = [r for r in results if isinstance(r, Completion)]
         truncated = sum(any(c.finish_reason == "length" for c in r.choices) for r in answers)
         self.warn_of_truncated(truncated, len(answers))
@@ -244,11 +272,24 @@ class RowDecoder(Protocol):
         """The columns of the answer, without those that every outputs table has."""
 
     @property
+    def kept(self) -> Kept:
+        """The columns beside those of the answer."""
+
+    @property
     def flatten(self) -> bool:
         """Whether an answer may become any number of rows."""
 
+    @property
+    def follow_up(self) -> FollowUp:
+        """Decides what follows a result."""
+
     def rows(self, completion: Completion) -> list[tuple[Any, ...]] | RowError:
         """Return the answer as rows, each with a value for each of `columns`."""
+
+
+def stored_columns(decoder: RowDecoder) -> tuple[OutputColumn, ...]:
+    """Return the columns of an outputs table that `decoder` has values for."""
+    return (*decoder.columns, *decoder.kept.columns)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import fsspec
 
@@ -22,8 +22,11 @@ from vllm_tasks.calls.prompt_func import (
 from vllm_tasks.calls.template import ARTIFACT, BadRow, Template, text_of
 from vllm_tasks.errors import SHOWN, InvalidCall, near
 from vllm_tasks.places import check_place, without_secrets
-from vllm_tasks.rows import Message, Request, RowError
+from vllm_tasks.rows import Message, Prompt, Request, RowError
 from vllm_tasks.settings import site_settings
+
+if TYPE_CHECKING:
+    from vllm_tasks.calls.prompt_file import PromptFile
 
 Context = str | Sequence[str] | None
 
@@ -44,6 +47,8 @@ class Prompter:
     artifacts: Mapping[str, Any]
     context: Context
     messages_as_json: bool = False
+    file: str | None = None
+    """The text of the prompt file, which takes the place of `prompt`."""
     keywords: Mapping[str, Any] = field(default_factory=dict)
     """The keywords of the call that `prompt_func` names; see `keywords_of`."""
     longest: int = field(default_factory=lambda: site_settings().max_prompt_bytes)
@@ -61,14 +66,37 @@ class Prompter:
                 "put {context} into the prompt" if self.prompt_func is None else "name it in prompt_func"
             )
             raise InvalidCall(f"context was given, but nothing uses it: {way_out}")
+        if self.file is not None:
+            self._check_file()
         try:
             _ = self.filled
         except BadRow as error:
             raise InvalidCall(f"the prompt cannot be filled: {error}") from error
 
+    def _check_file(self) -> None:
+        """Refuse a prompt file that uses no field of a record, or one that no record has."""
+        named = self.template.of_record - {"context"}
+        if not named:
+            raise InvalidCall(
+                "the prompt file uses no field of the record, so all rows would get one answer: write "
+                f"{self._field('input' if self.signature == 'singleton' else 'name')} where the record goes"
+            )
+        if self.signature == "singleton" and (unknown := sorted(named - {"input"})):
+            raise InvalidCall(
+                f"the prompt file uses {unknown}, but with signature='singleton' a record is one value, "
+                "{{ input }}; use signature='**kwargs' for dicts"
+            )
+
+    def _field(self, name: str) -> str:
+        return f"{{{{ {name} }}}}" if self.file is not None else f"{{{name}}}"
+
     @functools.cached_property
-    def template(self) -> Template:
-        return Template.parse(self.prompt)
+    def template(self) -> Template | PromptFile:
+        if self.file is None:
+            return Template.parse(self.prompt)
+        from vllm_tasks.calls.prompt_file import PromptFile
+
+        return PromptFile.parse(self.file, self.artifacts)
 
     @functools.cached_property
     def joined_context(self) -> str | None:
@@ -82,10 +110,13 @@ class Prompter:
         return {**{name: value for name, value in offered.items() if name in names}, **self.keywords}
 
     @functools.cached_property
-    def filled(self) -> dict[str, str]:
+    def filled(self) -> dict[str, Any]:
         """The values of the template's fields that are the same in all prompts."""
         if self.prompt_func is not None:
             return {}
+        if self.file is not None:
+            shared = {"artifacts": dict(self.artifacts), "context": self.joined_context}
+            return {name: value for name, value in shared.items() if name in self.template.fields}
         values = {f"{ARTIFACT}{name}": value for name, value in self.artifacts.items()}
         filled = {f: text_of(f, values) for f in self.template.fields if f.startswith(ARTIFACT)}
         return filled if self.joined_context is None else {**filled, "context": self.joined_context}
@@ -96,7 +127,8 @@ class Prompter:
         Raises `InvalidCall` if the contents of `prompt_func` cannot be determined.
         """
         return {
-            "prompt": None if self.prompt_func else self.prompt,
+            "prompt": None if self.prompt_func or self.file is not None else self.prompt,
+            **({} if self.file is None else {"prompt_file": self.file}),
             "prompt_func": made_of(self.prompt_func, "prompt_func"),
             "keywords": made_of(self.keywords, "the keywords of prompt_func"),
             "artifacts": self.artifacts,
@@ -125,7 +157,7 @@ class Prompter:
             raise InvalidCall(f"{twice} would be given twice, by X and by the call")
         there = given | self.filled.keys()
         if absent := sorted(self.template.fields - there):
-            fields = ", ".join(f"{{{field}}}" for field in absent[:SHOWN])
+            fields = ", ".join(map(self._field, absent[:SHOWN]))
             raise InvalidCall(
                 f"the prompt uses {fields}, and X does not give it; with signature={self.signature!r} X "
                 f"gives {', '.join(map(repr, sorted(there)[:20])) or 'nothing'}{near(absent[0], there)}"
@@ -133,20 +165,21 @@ class Prompter:
         if unused := sorted(given - self.template.fields):
             columns = {**dict(zip(map(str, range(len(args))), args, strict=True)), **kwargs}
             shown = ", ".join(repr(columns[field]) for field in unused[:SHOWN])
+            prompt = f"prompt {self.prompt!r:.100}" if self.file is None else "prompt file"
             raise InvalidCall(
-                f"the prompt {self.prompt!r:.100} never uses the columns {shown} of X: write {{{unused[0]}}} "
-                "into it, or leave them out of X"
+                f"the {prompt} never uses the columns {shown} of X: write {self._field(unused[0])} into it, "
+                "or leave them out of X"
             )
 
-    def __call__(self, x: Any) -> str | list[Message] | Request | RowError:
-        """Return the text or chat messages for one record, or its error; or the `Request` that `prompt_func`
-        returned, with its prompt worked out."""
+    def __call__(self, x: Any) -> Prompt | Request | RowError:
+        """Return the text, chat messages or token ids for one record, or its error; or the `Request` that
+        `prompt_func` returned, with its prompt worked out."""
         try:
             made = self._from_function(x) if self.prompt_func else self._from_template(x)
             own = made if isinstance(made, Request) else None
             if own and not isinstance(own.sampling, Mapping):
                 raise BadRow(f"sampling must be a mapping of names to values, got {described(own.sampling)}")
-            prompt = self._in_chat(own.prompt if own else made)
+            prompt = self._as_sent(own.prompt if own else made)
             # A prompt that cannot be encoded must fail here, not in a chunk with other rows.
             self._check_size(prompt if isinstance(prompt, str) else _as_json(prompt))
         except UnicodeEncodeError as error:
@@ -184,9 +217,9 @@ class Prompter:
         }
 
     def _from_template(self, x: Any) -> Any:
-        if self.prompt == "{input}" and self.signature == "singleton":
+        if self.prompt == "{input}" and self.signature == "singleton" and self.file is None:
             x = self._read(x) if self.messages_as_json else x
-            if is_messages(x):
+            if is_messages(x) or is_token_ids(x):
                 return x
         args, kwargs = call_arguments(self.signature, x)
         values = {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
@@ -206,11 +239,15 @@ class Prompter:
             raise BadRow("messages_as_json=True, and the JSON is not a list of chat messages with roles")
         return found
 
-    def _in_chat(self, made: Any) -> str | list[Message]:
+    def _as_sent(self, made: Any) -> Prompt:
         if isinstance(made, str):
             return conversation(made, self.system) if self.chat else made
+        if is_token_ids(made):
+            if self.system is not None:
+                raise BadRow("the prompt is token ids, which take no system=...: put its tokens before them")
+            return [*made]
         if not is_messages(made):
-            raise BadRow(f"expected a text or a list of chat messages, got {described(made)}")
+            raise BadRow(f"expected a text, a list of chat messages or token ids, got {described(made)}")
         if self.system is None:
             return [*made]
         if any(message["role"] == "system" for message in made):
@@ -235,7 +272,12 @@ def is_messages(x: object) -> bool:
     )
 
 
-def _as_json(messages: list[Message]) -> str:
+def is_token_ids(x: object) -> TypeGuard[Sequence[int]]:
+    """Return whether `x` is a non-empty list of token ids: whole numbers."""
+    return is_tuple(x) and len(x) > 0 and all(type(token) is int for token in x)
+
+
+def _as_json(messages: list[Message] | list[int]) -> str:
     try:
         return json.dumps(messages, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -251,22 +293,23 @@ def joined(context: Context) -> str | None:
     raise InvalidCall(f"context must be a text or a list of texts, got {context!r:.100}")
 
 
-def load_artifact(uri: str, kind: str) -> Any:
+def load_artifact(uri: str, kind: str, what: str = "artifact") -> Any:
     """Return the contents of a file at an fsspec URI as `str`, `json` or `bytes`, read once per process.
 
-    Raises `InvalidCall` if it cannot be read, or is outside the places that the site allows.
+    `what` names it in errors. Raises `InvalidCall` if it cannot be read, or is outside the places that the
+    site allows.
     """
-    check_place("artifact", uri)
-    return _loaded(uri, kind)
+    check_place(what, uri)
+    return _loaded(uri, kind, what)
 
 
 @functools.lru_cache(maxsize=64)
-def _loaded(uri: str, kind: str) -> Any:
+def _loaded(uri: str, kind: str, what: str) -> Any:
     try:
         with fsspec.open(uri, "rb") as file:
             content: bytes = file.read()
         return content if kind == "bytes" else json.loads(content) if kind == "json" else content.decode()
     except (OSError, ValueError, ImportError) as error:
-        words = without_secrets(f"artifact {uri!r} cannot be read as {kind}: {error}")
+        words = without_secrets(f"{what} {uri!r} cannot be read as {kind}: {error}")
         # Danger: the original error may contain the complete URI with its secrets, so it is not chained.
         raise InvalidCall(words) from None

@@ -20,6 +20,7 @@ from vllm_tasks.calls.sampling_table import (
 from vllm_tasks.engines.http.control import release_of
 from vllm_tasks.engines.local.python import source_of_vllm
 from vllm_tasks.errors import InvalidCall
+from vllm_tasks.rows import is_chat
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,13 @@ def check_prompts(prompts: Iterable[object], sampling: Mapping[str, Any], target
 
     `check_names` has already checked the names themselves.
     """
-    kinds = {str if isinstance(p, str) else list for p in prompts if isinstance(p, str | list)}
+    found = [prompt for prompt in prompts if isinstance(prompt, str | list)]
+    kinds = {list if is_chat(prompt) else str for prompt in found}
+    if target in ("legacy", "chat") and any(isinstance(p, list) and not is_chat(p) for p in found):
+        raise InvalidCall(
+            f"the path of api_url ({target}) takes no token ids, which are for completions: use the server's "
+            "base URL"
+        )
     if list in kinds and target in ("legacy", "completions"):
         raise InvalidCall(
             f"the path of api_url ({target}) takes texts, not chat messages; use the server's base URL"

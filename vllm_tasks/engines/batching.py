@@ -14,12 +14,13 @@ from vllm_tasks.errors import VllmTasksError
 from vllm_tasks.rows import Request, Result, RowError
 
 T = TypeVar("T")
-FollowUp = Callable[[Request, Result], Request | None]
-"""Returns the request that is sent next for a row in place of its result; None if the result is final."""
+FollowUp = Callable[[Request, Result], Request | Result]
+"""Returns the request that is sent next for a row, or its final result."""
 
 
-def final(_request: Request, _result: Result) -> None:
+def final(_request: Request, result: Result) -> Result:
     """Take every result as final."""
+    return result
 
 
 async def generate(
@@ -56,10 +57,11 @@ async def generate(
             open_rows -= 1
             engine.window.leave()
             request, positions = chunk[i]
-            if (further := follow_up(request, result)) is not None:
-                group.create_task(enter([(further, positions)], group))
+            next_ = follow_up(request, result)
+            if isinstance(next_, Request):
+                group.create_task(enter([(next_, positions)], group))
             else:
-                deliver(result, positions)
+                deliver(next_, positions)
 
         task = group.create_task(engine.generate([request for request, _ in chunk], settle))
         # A callback, because a task that is cancelled before its first step never reaches a `finally`.
@@ -79,6 +81,32 @@ async def generate(
     return cast(list[Result], results)
 
 
+def in_rounds(
+    process: Callable[[Sequence[Request | RowError]], list[Result]],
+    requests: Sequence[Request | RowError],
+    follow_up: FollowUp = final,
+) -> list[Result]:
+    """Process N requests by a function of many, and then all that follow, until every result is final."""
+    results: list[Result | None] = [None] * len(requests)
+    left = dict(enumerate(requests))
+    while left:
+        try:
+            found = process(list(left.values()))
+        except VllmTasksError as error:
+            for i, known in zip(left, error.results or (), strict=False):
+                results[i] = known
+            error.results = results
+            raise
+        for (i, request), result in zip(list(left.items()), found, strict=True):
+            next_ = follow_up(request, result) if isinstance(request, Request) else result
+            if isinstance(next_, Request):
+                left[i] = next_
+            else:
+                del left[i]
+                results[i] = dataclasses.replace(next_, index=i) if isinstance(next_, RowError) else next_
+    return cast(list[Result], results)
+
+
 def _first(failures: ExceptionGroup[Exception]) -> Exception:
     """The first failure: chunks (and an engine's own tasks) that fail together fail for the same reason."""
     first = failures.exceptions[0]
@@ -92,7 +120,7 @@ def fold(requests: Sequence[Request | RowError]) -> list[tuple[Request, list[int
     for i, request in enumerate(requests):
         if isinstance(request, RowError):
             continue
-        if is_deterministic(request.sampling):
+        if is_deterministic(request.sampling) and request.record is None:  # a check may tell rows apart
             # Rows with the same parameters share the mapping itself, which is cheaper to compare.
             equal = id(request.sampling), request.task, _text_of(request)
             groups.setdefault(equal, (request, []))[1].append(i)

@@ -11,7 +11,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Never
 
-from vllm_tasks.rows import Choice, Completion, Request, TokenLogprob
+from vllm_tasks.rows import Choice, Completion, Request, TokenLogprob, is_chat
 
 Protocol = Literal["legacy", "completions", "chat", "openai"]
 """`openai` means completions or chat, depending on each prompt."""
@@ -37,21 +37,21 @@ def path_of(protocol: Protocol, request: Request) -> str:
     """The path to which `request` is sent; `Endpoint` knows where a server has it."""
     if protocol == "legacy":
         return "/generate"
-    return "/v1/completions" if isinstance(request.prompt, str) else "/v1/chat/completions"
+    return "/v1/chat/completions" if is_chat(request.prompt) else "/v1/completions"
 
 
 def body_of(request: Request, model: str | None) -> dict[str, Any]:
     """The JSON body. `model` is None for the legacy format, which has no such field."""
     named = {} if model is None else {"model": model}
-    if isinstance(request.prompt, str):
-        return {**named, "prompt": request.prompt, **request.sampling}
-    return {**named, "messages": request.prompt, **sampling_of(request)}
+    if is_chat(request.prompt):
+        return {**named, "messages": request.prompt, **sampling_of(request)}
+    return {**named, "prompt": request.prompt, **request.sampling}
 
 
 def sampling_of(request: Request) -> Mapping[str, Any]:
     """The sampling parameters as the protocol names them: chat has two for a number of `logprobs`."""
     most = request.sampling.get("logprobs")
-    if isinstance(request.prompt, str) or type(most) is not int:
+    if type(most) is not int or not is_chat(request.prompt):
         return request.sampling
     return {**request.sampling, "logprobs": True, "top_logprobs": most}
 
@@ -96,6 +96,7 @@ def _openai(answer: JSON, choice_of: Callable[[JSON], Choice], wanted: int) -> C
         completion_tokens=_count_of(usage, "completion_tokens"),
         prompt_logprobs=_prompt_logprobs(prompt_logprobs),
         model=_name(answer, "model"),
+        usage=usage or None,
     )
 
 

@@ -23,11 +23,14 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, InitErrorDetails
 
-from vllm_tasks.calls.answers import Artifact, Decoder, check_one_type
+from vllm_tasks.calls.answers import Artifact, Decoder, check_one_type, without_password
 from vllm_tasks.calls.callables import DottedCallable, check_importable
 from vllm_tasks.calls.datatypes import DataType
 from vllm_tasks.calls.functions import made_of
+from vllm_tasks.calls.kept import Keep
+from vllm_tasks.calls.kept import check_names as check_kept
 from vllm_tasks.calls.prompt_func import Signature
+from vllm_tasks.calls.repairs import Repairs, check_repairs
 from vllm_tasks.calls.sampling import Target, check_names, known_names
 from vllm_tasks.calls.schemas import schema_type
 from vllm_tasks.calls.template import Template
@@ -50,7 +53,7 @@ FORBID = ConfigDict(extra="forbid")
 """Each model sets this itself, since its last base class, Block, would allow unknown fields."""
 
 FORM_HEAD = (
-    *("prompt", "signature", "chat", "system", "predict_kwargs"),
+    *("prompt", "prompt_file", "signature", "chat", "system", "predict_kwargs"),
     *("db", "datatype", "output_schema", "flatten"),
 )
 FORM_END = ("metric_values", "uuid")
@@ -58,7 +61,7 @@ FORM_END = ("metric_values", "uuid")
 
 HIDDEN = {
     *("api_key", "api_url", "basic_auth", "compute_kwargs", "db", "headers", "ray_config", "uri"),
-    *("validation", "vllm_kwargs"),
+    *("validation", "vllm_kwargs", "prompt_file"),
 }
 """Fields whose values may hold a key or a password: errors say what is wrong, but never show the value."""
 
@@ -112,6 +115,30 @@ class ModelFields(BaseModel):
     flatten: bool = Field(
         default=False, title="Flatten", description="In tables, an answer that is a list becomes rows."
     )
+    check: DottedCallable | None = Field(
+        default=None,
+        title="Check",
+        description="Dotted path of f(value, row) -> None, or why the value of an answer is not accepted.",
+    )
+    repair: int = Field(
+        default=0,
+        ge=0,
+        title="Repairs",
+        description="repair: how often an answer that fails its type, schema or check is sent back with the "
+        "reason.",
+    )
+    resample: int = Field(
+        default=0,
+        ge=0,
+        title="New samples",
+        description="resample: how often a row is sampled anew instead, if its answer fails.",
+    )
+    keep: list[Keep] = Field(
+        default=[],
+        title="Columns beside the answer",
+        description="keep: what tables keep besides: reasoning, tool_calls, logprobs, mean_logprob (a cheap "
+        "confidence), token_ids, prompt, usage.",
+    )
     model_update_kwargs: dict[str, Any] = Field(
         default={},
         title="Options of the outputs",
@@ -142,6 +169,12 @@ class ModelFields(BaseModel):
         default="{input}",
         title="Prompt",
         description="Template with plain keys: {input}, {0}, {name}, {context}, {artifacts.name}.",
+    )
+    prompt_file: str | None = Field(
+        default=None,
+        title="Prompt file",
+        description="Path or URI of a Jinja template, used in place of the prompt: {{ input }}, {{ name }}, "
+        "{{ context }}, {{ artifacts.name }}.",
     )
     prompt_func: DottedCallable | None = Field(
         default=None,
@@ -221,6 +254,12 @@ class ModelFields(BaseModel):
             named(value["partition_by"])
         return value
 
+    @field_validator("keep")
+    @classmethod
+    def _kept_once(cls, value: list[Keep]) -> list[Keep]:
+        check_kept(value)
+        return value
+
     @field_validator("compute_kwargs")
     @classmethod
     def _known_hints(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -241,6 +280,27 @@ class ModelFields(BaseModel):
                 "{input}; use signature='**kwargs' for dicts or '*args' for tuples"
             )
         return value
+
+    @field_validator("prompt_file")
+    @classmethod
+    def _of_a_place(cls, value: str | None) -> str | None:
+        return value and without_password("prompt_file", value)
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        """Refuse what a prompt file would replace, and a signature whose fields have no names."""
+        if not self.prompt_file:
+            return self
+        if self.prompt != "{input}" or self.prompt_func is not None or self.messages_as_json:
+            raise ValueError(
+                "prompt_file takes the place of prompt, prompt_func and messages_as_json: leave them out"
+            )
+        if self.signature not in ("singleton", "**kwargs"):
+            raise ValueError(
+                f"the fields of a prompt_file have names, and signature={self.signature!r} gives values by "
+                "position: use '**kwargs' for dicts, or 'singleton'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _carries_the_record(self) -> Self:
@@ -282,6 +342,7 @@ class ModelFields(BaseModel):
     def _known_sampling(self) -> Self:
         check_names(self.predict_kwargs, self.sampling_target(), self.vllm_python(), self._server_version)
         check_one_type(self.datatype, self.output_schema)
+        check_repairs(self.repair, self.resample, self.check)
         return self
 
     @model_validator(mode="after")
@@ -328,7 +389,7 @@ class ModelFields(BaseModel):
                 )
 
     def _callables(self) -> list[Callable[..., Any]]:
-        found = [self.prompt_func]
+        found = [self.prompt_func, self.check]
         if isinstance(self.datatype, DataType):
             found += [self.datatype.encoder, self.datatype.decoder]
         if self.validation is not None:
@@ -354,7 +415,10 @@ class ModelFields(BaseModel):
     def _decoder(self, given: Mapping[str, Any]) -> Decoder:
         many = {**self.predict_kwargs, **given}.get("n") not in (None, 1)
         on_length = self.model_update_kwargs.get("on_length", "keep")
-        return Decoder.of(self.datatype, self.output_schema, self.flatten, many, on_length)
+        repairs = Repairs(self.repair, self.resample, self.check)
+        return Decoder.of(
+            self.datatype, self.output_schema, self.flatten, many, on_length, self.keep, repairs
+        )
 
     def resources(self) -> Resources:
         """Return what an engine of this model needs.

@@ -142,7 +142,8 @@ class Predictor(ModelFields):
 
     def _sampling(self, given: Mapping[str, Any], decoder: Decoder) -> dict[str, Any]:
         """The sampling parameters of a call, with the answers' schema unless the caller sets a format."""
-        sampling = {**self.predict_kwargs, **given}
+        decoder.repairs.refuse_useless({**self.predict_kwargs, **given})
+        sampling = decoder.kept.requested({**self.predict_kwargs, **given}, self.sampling_target())
         schema = None if OUTPUT_FORMATS & sampling.keys() else decoder.schema
         # Servers with the legacy format pass the parameters on unchanged, and vLLM takes no dict there.
         if schema is None or self.sampling_target() == "legacy":
@@ -159,6 +160,7 @@ class Predictor(ModelFields):
             artifacts={name: load_artifact(a.uri, a.datatype) for name, a in self.artifacts.items()},
             context=context,
             messages_as_json=self.messages_as_json,
+            file=load_artifact(self.prompt_file, "str", "prompt_file") if self.prompt_file else None,
             keywords=keywords,
         )
 

@@ -68,6 +68,8 @@ def _secrets(model: Model) -> list[str]:
     found = [
         f"artifacts[{name!r}]" for name, artifact in model.artifacts.items() if _has_secret(artifact.uri)
     ]
+    if model.prompt_file and _has_secret(model.prompt_file):
+        found.append("prompt_file")
     if isinstance(model, VllmAPI):
         secrets = ("api_key", "basic_auth", "headers")
         return found + [name for name in secrets if getattr(model, name)]

@@ -15,26 +15,36 @@ HELD = 128 * 2**20
 """Bytes of pending prompts and uncommitted answers beyond which no more rows are read. A prompt may be in
 memory three times while it is sent: as it was read, as JSON, in the socket."""
 
+TOKEN = 200
+"""Bytes of a token with its log probability."""
+
 
 def bytes_of_request(request: Request | RowError) -> int:
     """Approximate memory of a prompt in bytes."""
-    return 0 if isinstance(request, RowError) else _bytes(request.prompt)
+    return 0 if isinstance(request, RowError) else _bytes(request.prompt) + _bytes(request.record)
 
 
 def bytes_of_answer(answer: Result) -> int:
-    """Approximate memory of an answer's texts in bytes."""
+    """Approximate memory of an answer's texts and log probabilities in bytes."""
     if isinstance(answer, RowError):
         return sys.getsizeof(answer.message)
-    return sum(sys.getsizeof(choice.text) for choice in answer.choices)
+    return sum(
+        sys.getsizeof(choice.text)
+        + (sys.getsizeof(choice.reasoning) if choice.reasoning else 0)
+        + (sum(TOKEN * (1 + len(t.top)) for t in choice.logprobs) if choice.logprobs else 0)
+        for choice in answer.choices
+    )
 
 
 def _bytes(value: Any) -> int:
-    """Memory of the texts in a prompt; in a prompt that is large, the rest is small."""
+    """Memory of the texts and token ids in a prompt; in a prompt that is large, the rest is small."""
     if isinstance(value, str):
         return sys.getsizeof(value)
     if isinstance(value, Mapping):
         return sum(map(_bytes, value.values()))
-    return sum(map(_bytes, value)) if isinstance(value, Sequence) else 0
+    if isinstance(value, Sequence):
+        return sum(map(_bytes, value))
+    return sys.getsizeof(value) if isinstance(value, int) else 0
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from vllm_tasks.calls.call import Columns, Model, named_columns
+from vllm_tasks.calls.call import Columns, Model, named_columns, stored_columns
 from vllm_tasks.calls.prompts import Context
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.opening import Store, open_tables, source_of
@@ -97,7 +97,7 @@ def open_job(
         )
         output = OutputTable(
             name=selection.outputs,
-            columns=over.decoder.columns,
+            columns=stored_columns(over.decoder),
             flatten=over.decoder.flatten,
             partition_by=columns_of(options.get("partition_by", ())),
             compression=options.get("compression"),

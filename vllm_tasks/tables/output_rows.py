@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_tasks.calls.call import stored_columns
 from vllm_tasks.datalayer.selection import POSITION, Key, Row, SourceRow, Writer
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.rows import Completion, Result, RowError
+from vllm_tasks.rows import Completion, Request, Result, RowError
 from vllm_tasks.tables.job import Job
 from vllm_tasks.tables.keys import display_key
 from vllm_tasks.tables.report import Tally
@@ -33,10 +34,10 @@ class OutputRows:
     def __init__(self, job: Job, writer: Writer, tally: Tally) -> None:
         self._job, self._writer, self._tally = job, writer, tally
 
-    def of(self, row: SourceRow, digest: str, answer: Result, size: int) -> Finished:
+    def of(self, row: SourceRow, digest: str, request: Request | None, answer: Result, size: int) -> Finished:
         """Decode an answer; if it cannot be decoded or stored, the row gets an error."""
         outcome = answer if isinstance(answer, RowError) else self._job.over.decoder.rows(answer)
-        outputs = list(self._rows(row, digest, answer, outcome))
+        outputs = list(self._rows(row, digest, answer, outcome, request))
         for output in outputs:
             if problem := self._writer.unstorable(output):
                 outcome = RowError("output", problem)
@@ -56,14 +57,20 @@ class OutputRows:
             )
 
     def _rows(
-        self, source: SourceRow, digest: str, answer: Result, outcome: list[tuple[Any, ...]] | RowError
+        self,
+        source: SourceRow,
+        digest: str,
+        answer: Result,
+        outcome: list[tuple[Any, ...]] | RowError,
+        request: Request | None = None,
     ) -> Iterator[Row]:
         """The output rows of one source row: one, or with `flatten` one for each item."""
         job = self._job
         row = {
             **dict(zip(job.selection.key, source.key, strict=True)),
-            **{column.name: None for column in job.over.decoder.columns},
+            **{column.name: None for column in stored_columns(job.over.decoder)},
             **({POSITION: None} if job.over.decoder.flatten else {}),
+            **job.over.decoder.kept.attempts_of(answer),
             "_error": None,
             **_of_answer(answer),
             **job.stamp,
@@ -75,14 +82,17 @@ class OutputRows:
         if isinstance(outcome, RowError):
             yield {**row, "_error": _storable(f"{outcome.kind}: {outcome.message}")}
             return
+        assert isinstance(answer, Completion)
+        kept = job.over.decoder.kept.rows(request, answer)
         names = [column.name for column in job.over.decoder.columns]
         if not job.over.decoder.flatten:
-            yield {**row, **dict(zip(names, outcome[0], strict=True))}
+            yield {**row, **dict(zip(names, outcome[0], strict=True)), **kept[0]}
             return
         for position, values in enumerate(outcome):
-            yield {**row, **dict(zip(names, values, strict=True)), POSITION: position}
+            of_answer = kept[position if len(kept) > 1 else 0]
+            yield {**row, **dict(zip(names, values, strict=True)), POSITION: position, **of_answer}
         if not outcome:
-            yield row
+            yield {**row, **kept[0]}
 
 
 def _of_answer(answer: Result) -> dict[str, Any]:

@@ -227,6 +227,8 @@ def _report(predict_id: str, job: Job, tally: Tally, counted: Counted) -> Report
         chat=job.over.call.sends_chat(),
         stopped_by=tally.stopped_by,
         remaining=counted.remaining,
+        reasked=tally.reasked,
+        repaired=tally.repaired,
     )
 
 

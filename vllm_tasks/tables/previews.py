@@ -18,7 +18,7 @@ from vllm_tasks.datalayer.opening import Store, open_tables, source_of
 from vllm_tasks.datalayer.selection import Selection, SourceRow, Tables
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.printable import printable
-from vllm_tasks.rows import Completion, Message, Request, Result, RowError
+from vllm_tasks.rows import Completion, Prompt, Request, Result, RowError
 from vllm_tasks.tables.arguments import datalayer_of
 from vllm_tasks.tables.keys import display_key
 from vllm_tasks.tables.source_rows import requests_of
@@ -33,13 +33,13 @@ TEXT_LENGTH = 500
 class PreviewRow:
     """One row: its key, the prompt as it was sent, the answer's text and value, or the error.
 
-    `prompt` is a text or chat messages, None if there is no prompt. `answer` is the text of the first
+    `prompt` is a text, chat messages or token ids, None if there is none. `answer` is the text of the first
     choice, None without an answer. `value` is what `predict` would return; `error` is what the column
     `_error` would have.
     """
 
     key: tuple[Any, ...]
-    prompt: str | list[Message] | None
+    prompt: Prompt | None
     answer: str | None
     value: Any
     error: str | None

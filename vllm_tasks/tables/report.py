@@ -11,7 +11,7 @@ from itertools import chain, islice
 from typing import Any
 
 from vllm_tasks.printable import printable
-from vllm_tasks.rows import Completion, Result, RowError, reason_of, without_sender
+from vllm_tasks.rows import Attempted, Completion, Result, RowError, reason_of, without_sender
 
 EXAMPLES = 5
 """Keys that are listed for each kind of error."""
@@ -80,7 +80,8 @@ class Report:
     first row that was sent), `read` (source and prompts), `answer` (from the first row sent to the last
     answer), `commit`.
     `unreported_shards` is the number of shards that were cancelled, because another one had failed, and that
-    did not report what they had committed by then: no count includes their rows.
+    did not report what they had committed by then: no count includes their rows. `reasked` is the number of
+    rows with more than one attempt (`repair`, `resample`), and `repaired` how many of them have an output.
     """
 
     model: str
@@ -109,6 +110,8 @@ class Report:
     stopped_by: str | None = None
     remaining: int | None = 0
     unreported_shards: int = 0
+    reasked: int = 0
+    repaired: int = 0
 
     @property
     def sent_as(self) -> str:
@@ -135,7 +138,7 @@ class Report:
         """
         counts = (
             *("processed", "succeeded", "failed", "truncated", "replaced"),
-            *("prompt_tokens", "completion_tokens", "commits"),
+            *("prompt_tokens", "completion_tokens", "commits", "reasked", "repaired"),
         )
         most = max(reports, key=lambda r: r.unreadable)
         most_samples = max(len(r.samples) for r in reports)
@@ -167,6 +170,8 @@ class Report:
         if self.stopped_by:
             rest = "some" if self.remaining is None else f"{self.remaining:,}"
             others += f", stopped by {self.stopped_by} with {rest} rows left"
+        if self.reasked:
+            others += f", {self.repaired:,} of {self.reasked:,} rows that were attempted again were repaired"
         if self.unreported_shards:
             others += f", without the rows of {self.unreported_shards} cancelled shards, which did not report"
         if not self.processed:
@@ -305,6 +310,10 @@ class Tally:
     stopped_by: str | None = None
     """The argument whose limit has ended the run."""
     replaced: int = 0
+    reasked: int = 0
+    """Rows with more than one attempt."""
+    repaired: int = 0
+    """Those of them that have an output."""
     unreadable: int = 0
     unreadable_lines: list[str] = field(default_factory=list)
     _first: set[tuple[Any, ...]] = field(default_factory=set)
@@ -361,6 +370,9 @@ class Tally:
             self.prompt_tokens += answer.prompt_tokens or 0
             self.completion_tokens += answer.completion_tokens or 0
             self.truncated += any(c.finish_reason == "length" for c in answer.choices)
+        if isinstance(answer, Attempted) and answer.attempts > 1:
+            self.reasked += 1
+            self.repaired += not isinstance(outcome, RowError)
         if not isinstance(outcome, RowError):
             self.succeeded += 1
             if isinstance(answer, Completion) and len(self.samples) < self.most_samples:

@@ -28,7 +28,7 @@ from vllm_tasks.errors import InvalidCall, VllmTasksError
 from vllm_tasks.rows import Request, Result, RowError
 from vllm_tasks.tables.job import Display, Job
 from vllm_tasks.tables.keys import display_key, key_range
-from vllm_tasks.tables.open_rows import Open, bytes_of_answer
+from vllm_tasks.tables.open_rows import Open, bytes_of_answer, bytes_of_request
 from vllm_tasks.tables.output_rows import Finished, OutputRows
 from vllm_tasks.tables.report import Tally
 from vllm_tasks.tables.source_rows import Prompted, SourceRows
@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 SHUTDOWN_TIMEOUT = 2.0
 """Seconds that a stopping run waits for its requests to end, and then again for its reader. Finished rows
 must be committed within 10 s after the stop."""
-Arrived = tuple[SourceRow, str, Result, int]
-"""A row with the hash of its input, its answer and the bytes of the answer."""
+Arrived = tuple[SourceRow, str, Request | None, Result, int]
+"""A row with the hash of its input, its request if the outputs keep it, its answer, and the bytes of both."""
 Commit = Callable[[str, Callable[[], None]], None]
 """Commits a group of this name by calling a function, perhaps more than once."""
 
@@ -132,7 +132,7 @@ class Run:
         self.tally.begin(len(keys), (sent[i][0].key for i in sending_order([r for _, _, r in sent])))
         for row, digest, request in rows:
             if isinstance(request, RowError):
-                self._finish(row, digest, request)
+                self._finish(row, digest, None, request)
         if sent:
             self.tally.first_sent = self.tally.first_sent or time.monotonic()
             answers = self._requests.start(lambda: self._answer(sent))
@@ -141,15 +141,17 @@ class Run:
 
     async def _answer(self, rows: Sequence[tuple[SourceRow, str, Request]]) -> None:
         def done(i: int, result: Result) -> None:
-            row, digest, _ = rows[i]
-            self._finish(row, digest, result)
+            row, digest, request = rows[i]
+            self._finish(row, digest, request if keeps_request else None, result)
 
+        keeps_request = self.job.over.decoder.kept.needs_request
         requests = [request for _, _, request in rows]
-        await sharing.generate(self.job.over.call.engine, requests, self.job.over.call.max_batch_size, done)
+        call, follow_up = self.job.over.call, self.job.over.decoder.follow_up
+        await sharing.generate(call.engine, requests, call.max_batch_size, done, follow_up)
 
-    def _finish(self, row: SourceRow, digest: str, result: Result) -> None:
-        size = bytes_of_answer(result)
-        self._queue.put((row, digest, result, size))
+    def _finish(self, row: SourceRow, digest: str, request: Request | None, result: Result) -> None:
+        size = bytes_of_answer(result) + (bytes_of_request(request) if request else 0)
+        self._queue.put((row, digest, request, result, size))
         self._open.completed(size)
 
     def _end_of_slice(self, future: Future[Any], size: int) -> None:

@@ -16,13 +16,15 @@ from typing import Any
 import pyarrow as pa
 
 from vllm_tasks.calls.call import TableCall
+from vllm_tasks.calls.kept import NOTHING_KEPT, Kept
 from vllm_tasks.calls.plain_text import NoText, plain_text
 from vllm_tasks.canonical import canonical, fingerprint
 from vllm_tasks.datalayer import exact_json
 from vllm_tasks.datalayer.selection import OutputColumn, Tables
+from vllm_tasks.engines.batching import FollowUp, final
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.measure import Answer, Likelihood
-from vllm_tasks.rows import Completion, Request, RowError
+from vllm_tasks.rows import Completion, Request, RowError, is_chat
 from vllm_tasks.validation import Metric
 from vllm_tasks.validation.expected import expected
 from vllm_tasks.validation.predictions import Incomplete, Round, Row, Source, predict_id_of, read
@@ -48,6 +50,12 @@ class LogprobDecoder:
 
     columns: tuple[OutputColumn, ...] = (OutputColumn("logprob", "float"), OutputColumn("tokens", "int"))
     flatten: bool = False
+    kept: Kept = NOTHING_KEPT
+
+    @property
+    def follow_up(self) -> FollowUp:
+        """Nothing follows a likelihood."""
+        return final
 
     def rows(self, completion: Completion) -> list[tuple[Any, ...]] | RowError:
         """One row: the sum (natural log) and the number of its tokens; the very first token has no value."""
@@ -200,6 +208,10 @@ def _request(request: Request, text: str | None, sampling: Mapping[str, Any]) ->
         prompt = request.prompt + (text or "")
         return (
             Request(prompt, sampling) if prompt else RowError("prompt", "an empty prompt has no likelihood")
+        )
+    if not is_chat(request.prompt):
+        return RowError(
+            "prompt", "a likelihood needs a prompt that is a text or chat messages, not token ids"
         )
     if text is None:
         return Request(request.prompt, sampling)

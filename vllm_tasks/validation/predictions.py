@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from vllm_tasks.calls.call import Call, Columns, RowDecoder, TableCall
+from vllm_tasks.calls.call import Call, Columns, RowDecoder, TableCall, stored_columns
 from vllm_tasks.canonical import fingerprint
 from vllm_tasks.datalayer import exact_json
 from vllm_tasks.datalayer.lake.delta import quoted
@@ -50,7 +50,7 @@ def predict_id_of(model: str, dataset: str, decoder: RowDecoder, suffix: str | N
     A name that is too long for a table is shortened and ends with its hash, which keeps it distinct.
     """
     name = f"{model}-on-{dataset}" if suffix is None else f"{model}-on-{dataset}-{suffix}"
-    shape = [(column.name, column.kind) for column in decoder.columns]
+    shape = [(column.name, column.kind) for column in stored_columns(decoder)]
     if shape != PLAIN or decoder.flatten:
         name += f"-{fingerprint({'columns': shape, 'flatten': decoder.flatten})[:8]}"
     if len(name.encode()) <= LONGEST_ID:
@@ -104,7 +104,7 @@ class Round:
         return retried + self._commit(over, predict_id, selection, budget).processed
 
     def _commit(self, over: TableCall, predict_id: str, selection: Selection, budget: Budget) -> Report:
-        output = OutputTable(selection.outputs, over.decoder.columns, over.decoder.flatten)
+        output = OutputTable(selection.outputs, stored_columns(over.decoder), over.decoder.flatten)
         job = Job.of(over, self.home, selection, commit_policy_of(None), budget, None)
         try:
             return commit_answers(predict_id, job, output, self.display(predict_id), Tally())

@@ -48,7 +48,6 @@ GATEWAY = {502, 503, 504}
 """Statuses of a gateway whose server is down. vLLM itself returns 503 when its engine is dead."""
 WITHHELD = "content_filter"
 """The finish reason of an answer that a gateway withholds, completely or in part."""
-"""A request that shows whether chat is refused, for servers that do not report a chat template."""
 STREAMED = 2**20
 """Bytes from which a body is given to aiohttp as a file, so that sending it does not block the loop."""
 
@@ -153,7 +152,7 @@ class HttpEngine:
         conversation = request.prompt
         if not isinstance(conversation, Conversation) or not lacks_template(refusal.message):
             return None
-        if len(conversation) > 1:
+        if conversation[0]["role"] == "system":
             raise InvalidCall(
                 "system needs chat messages, and the model has no chat template: put the words into the "
                 f"prompt ({refusal.message})"

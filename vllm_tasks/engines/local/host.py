@@ -136,7 +136,7 @@ class Host:
         body = {"request_id": str(row), "return_token_ids": not sampling.get("echo"), **sampling}
         if lora := await self.adapters.request(body.pop("lora_request", None)):
             body["model"] = lora.lora_name
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) or isinstance(prompt[0], int):  # a text or token ids
             answer = await self.complete_text(self.text(prompt=prompt, **body))
         else:
             answer = await self.complete_chat(self.chat(messages=prompt, **body))
