@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import secrets
 import sys
 import threading
@@ -47,6 +48,8 @@ class ScriptedActor(actor.HostActor):
     def __init__(self) -> None:
         super().__init__()
         process.HOST = SCRIPTED_HOST
+        # The host cannot know it: all nodes of a test have one address.
+        os.environ["NODE"] = ray().get_runtime_context().get_node_id()
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +254,9 @@ def test_without_an_address_ray_is_our_own_and_ends_with_the_last_engine(
         assert len(of_ray("raylet/raylet")) == of_the_cluster + 1
         with pytest.raises(InvalidCall, match=r"this machine has 0.*num_gpus"):
             model.model_copy(update={"ray_config": {}}).predict("a")
+        by_vllm = {**model.vllm_kwargs, "distributed_executor_backend": "ray", "pipeline_parallel_size": 3}
+        with pytest.raises(InvalidCall, match=r"need 3 GPU each, and this machine has 0"):
+            model.model_copy(update={"ray_config": {}, "vllm_kwargs": by_vllm}).predict("a")
         with pytest.raises(InvalidCall, match=r"is in the Ray cluster at .* already"):
             make().predict("a")
     assert eventually(lambda: len(of_ray("raylet/raylet")) == of_the_cluster)

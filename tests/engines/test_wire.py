@@ -196,6 +196,10 @@ def test_everything_that_the_protocol_carries_arrives() -> None:
     )
     assert chat.prompt_logprobs == text.prompt_logprobs
 
+    as_chat = {"choices": [{**TEXT_CHOICE, "logprobs": CHAT_CHOICE["logprobs"]}]}  # llama.cpp's server
+    of_text = wire.parse("/v1/completions", REQUESTS["/v1/completions"], as_chat)
+    assert of_text.choices[0].logprobs == chat.choices[0].logprobs
+
 
 @pytest.mark.parametrize(
     "extra", [{"tool_calls": [TOOL_CALL]}, {"reasoning": "hm"}, {"reasoning_content": "hm"}]

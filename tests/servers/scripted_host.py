@@ -4,8 +4,9 @@ Reports that it is ready after `start` seconds (an engine argument), and answers
 after `pause` seconds. Some prompts are orders: `die` (on the first life only), `die always`, `hang` (on the
 first life only), `hang always`, `trouble` (print a traceback and continue), `crash` (print one and report
 that the engine is dead), `linger` (report that, and take long to end), `no adapter` (the call is wrong),
-`refuse` (the row), `shout` (a line of 2 MiB), `devices` (answer with the visible GPUs). It starts `lives`
-times, then no more. Every row and every start is logged as a line of the file `log`.
+`refuse` (the row), `shout` (a line of 2 MiB), `devices` (answer with the visible GPUs), `workers` (answer
+with the GPUs that it holds on Ray, as vLLM's Ray executor does). It starts `lives` times, then no more. Every
+row and every start is logged as a line of the file `log`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def main() -> None:
         )
         send(channel, {"failed": "RuntimeError: Engine core initialization failed. See root cause above."})
         return
+    workers = on_ray(arguments) if arguments.get("distributed_executor_backend") == "ray" else ""
     facts = {"vllm": "scripted", "ranks": 1, "max_num_seqs": 4, "max_model_len": 100, "chat_template": False}
     send(channel, {"ready": facts})
     while frame := receive(channel):
@@ -51,10 +53,25 @@ def main() -> None:
                 wrong = {"kind": "refused", "message": "403"} if prompt == "refuse" else "there is no adapter"
                 send(channel, {"row": row, "error" if prompt == "refuse" else "invalid": wrong})
                 continue
-            text = os.environ["CUDA_VISIBLE_DEVICES"] if prompt == "devices" else prompt
+            orders = {"devices": os.environ.get("CUDA_VISIBLE_DEVICES", ""), "workers": workers}
+            text = orders.get(prompt, prompt)
             choice = {"text": text, "finish_reason": "stop", "token_ids": [1]}
             usage = {"prompt_tokens": 1, "completion_tokens": 1}
             send(channel, {"row": row, "answer": {"choices": [choice], "usage": usage}, "seconds": 0.5})
+
+
+def on_ray(arguments: dict[str, Any]) -> str:
+    """Hold a GPU for each worker as `initialize_ray_cluster` of vLLM does; "HERE: ALL", their numbers."""
+    import ray
+
+    ray.init(logging_level="ERROR")
+    size = arguments["tensor_parallel_size"] * arguments.get("pipeline_parallel_size", 1)
+    group = ray.util.placement_group([{"GPU": 1}] * size, strategy="PACK")
+    if not group.wait(60):
+        raise RuntimeError(f"no {size} GPUs")
+    nodes = list(ray.util.placement_group_table(group)["bundles_to_node_id"].values())
+    here = nodes.count(os.environ["NODE"])
+    return f"{here}: {' '.join(str(nodes.count(node)) for node in sorted(set(nodes)))}"
 
 
 def obey(prompt: str, life: int) -> None:

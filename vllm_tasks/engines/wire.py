@@ -132,6 +132,8 @@ def _chat_choice(choice: JSON) -> Choice:
 def _text_logprobs(value: Any) -> list[TokenLogprob] | None:
     if value is None:
         return None
+    if isinstance(value, Mapping) and "content" in value and "tokens" not in value:
+        return _chat_logprobs(value)  # llama.cpp's server has one form for both
     try:
         tops = [(top or {}).items() for top in value.get("top_logprobs") or [None] * len(value["tokens"])]
         if "content" in value:  # from our host: a list, which keeps tokens of equal text apart

@@ -112,7 +112,8 @@ class VllmModel(Predictor, Block):
         }
         if self.on_ray:
             options = _as_json("ray_config", self._actor_options())
-            return RayConfig(arguments, options, self.ray_address, self.replicas, **host)
+            workers = self.resources().num_gpus if self._has_ray_executor() else 0
+            return RayConfig(arguments, options, self.ray_address, self.replicas, worker_gpus=workers, **host)
         if self.replicas > 1:
             raise InvalidCall(
                 f"replicas={self.replicas} are for Ray: set on_ray=True or ray_address; without Ray, "
@@ -150,7 +151,24 @@ class VllmModel(Predictor, Block):
         if env := self.compute_kwargs.get("env"):
             own = self.ray_config.get("runtime_env", {})
             options["runtime_env"] = {**own, "env_vars": {**env, **own.get("env_vars", {})}}
+        if self.vllm_kwargs.get("data_parallel_backend") == "ray":
+            raise InvalidCall(
+                "on_ray: vllm_kwargs has data_parallel_backend='ray', which is not supported in an engine on "
+                "Ray: use replicas=N, or run `vllm serve` with it and call that server with VllmAPI"
+            )
+        if self._has_ray_executor():
+            if self.ray_config.get("num_gpus"):
+                raise InvalidCall(
+                    f"ray_config has num_gpus={self.ray_config['num_gpus']!r}, which the actor would keep "
+                    "from the workers of vLLM's Ray executor (distributed_executor_backend='ray'): "
+                    "leave it out"
+                )
+            options["num_gpus"] = 0
         return options
+
+    def _has_ray_executor(self) -> bool:
+        """Whether vLLM places its workers itself, on any machines of the cluster."""
+        return self.vllm_kwargs.get("distributed_executor_backend") == "ray"
 
     def sampling_target(self) -> Target:
         return "local"

@@ -29,6 +29,10 @@ pytestmark = pytest.mark.usefixtures("hasty")
     [
         ("temperature must be non-negative", "refused"),
         ("This model's maximum context length is 1024 tokens. However, ...", "too_long"),
+        (
+            "request (3031 tokens) exceeds the available context size (1024 tokens), try increasing it",
+            "too_long",
+        ),
         ("The decoder prompt (length 9) is longer than the maximum model length of 8. ...", "too_long"),
     ],
 )

@@ -141,6 +141,8 @@ def test_it_does_not_matter_where_the_network_cuts_a_stream(cuts: list[int]) -> 
     [
         (events(text("Par"), done=False), "connection", "ended before the answer was complete"),
         (events(text("Par")), "connection", "ended before the answer was complete"),
+        (events(text("Paris", "stop"), done=False), "connection", "ended before the answer was complete"),
+        (events(text("Par"), USAGE, done=False), "connection", "ended before the answer was complete"),
         (events(text("a"), {"error": {"message": "bad row", "code": 400}}), "refused", "HTTP 400 .*bad row"),
         (events(text("a"), {"error": {"message": "lost it", "code": 500}}), "server", "HTTP 500 .*lost it"),
         (events(text("a"), {"error": {"message": "lost it"}}), "server", "HTTP 500 .*lost it"),
@@ -163,6 +165,14 @@ def test_what_is_no_whole_answer_is_an_error(
     assert isinstance(error, RowError)
     assert error.kind == kind
     assert re.search(words, error.message)
+
+
+def test_a_stream_that_ends_with_token_counts_is_complete(server: ScriptedServer, model: VllmAPI) -> None:
+    """`transformers serve` sends them in the piece with the finish reason, and no last event."""
+    last = {**text("ris", "stop"), "usage": USAGE["usage"]}
+    server.script = streaming(events(text("Pa"), last, done=False))
+    completion = only(model)
+    assert (completion.text, completion.completion_tokens) == ("Paris", 5)
 
 
 def test_a_stream_that_breaks_off_is_tried_again(server: ScriptedServer) -> None:

@@ -20,8 +20,13 @@ MENDED_BY = {
     407: "check the user and password of the proxy in HTTP_PROXY or HTTPS_PROXY",
 }
 """Statuses that show that a call cannot succeed, and what to do about each."""
-TOO_LONG = ("maximum context length", "maximum model length", "max_model_len")
-"""Parts of vLLM's error messages about a prompt that is too long."""
+TOO_LONG = (
+    "maximum context length",
+    "maximum model length",
+    "max_model_len",
+    "exceeds the available context size",
+)
+"""Parts of the error messages about a prompt that is too long: vLLM's, and the last one of llama.cpp."""
 
 
 class Unreachable(Exception):

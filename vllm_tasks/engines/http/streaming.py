@@ -76,7 +76,9 @@ class Pieces:
         if self.status != 200:
             return self._answer
         choices = self._answer.get("choices") or []
-        if not self._ended or not all(choice.get("finish_reason") for choice in choices):
+        # `transformers serve` has no last event, but token counts, which come at the end too.
+        has_end = self._ended or bool(self._answer.get("usage"))
+        if not has_end or not all(choice.get("finish_reason") for choice in choices):
             raise Ended("the stream ended before the answer was complete")
         for choice in choices:
             if "delta" in choice:

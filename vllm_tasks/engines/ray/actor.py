@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import platform
+import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,10 @@ class HostActor:
     """Runs a host process and relays its frames, many at a time."""
 
     def __init__(self) -> None:
+        import ray
+
+        # vLLM's Ray executor runs in a process of the host, and would start a Ray of its own.
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         # Ray keeps the output of this process, which is where users look for vLLM's log.
         logging.basicConfig(level=logging.INFO)
         logging.getLogger("vllm_tasks.vllm").setLevel(logging.DEBUG)
@@ -92,9 +97,10 @@ class HostActor:
                 return
 
 
-def make_actor(options: Mapping[str, Any]) -> tuple[Any, Any]:
+def make_actor(options: Mapping[str, Any], worker_gpus: int = 0) -> tuple[Any, Any]:
     """Create a `HostActor` with these options. Returns it and its placement group (None for up to one GPU).
 
+    With `worker_gpus`, vLLM's Ray executor makes a placement group of as many GPUs for its own workers.
     Raises `InvalidCall` for options that Ray does not know or that the caller must not set.
     """
     import ray
@@ -102,6 +108,8 @@ def make_actor(options: Mapping[str, Any]) -> tuple[Any, Any]:
 
     for name in sorted(options.keys() & OURS.keys()):
         raise InvalidCall(f"ray_config has {name!r}, which cannot be set here: {OURS[name]}")
+    if worker_gpus and not PLACED_BY_CALLER & options.keys():
+        options = {**options, "scheduling_strategy": beside_gpus()}
     try:
         actor = ray.remote(**{"max_restarts": 0, **options})(HostActor)
         if (options.get("num_gpus") or 0) <= 1 or PLACED_BY_CALLER & options.keys():
@@ -113,6 +121,18 @@ def make_actor(options: Mapping[str, Any]) -> tuple[Any, Any]:
     strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
     # Without num_cpus Ray would request a CPU that the bundle does not have.
     return actor.options(scheduling_strategy=strategy, num_cpus=bundle.get("CPU", 0)).remote(), group
+
+
+def beside_gpus() -> Any:
+    """A machine with GPUs, of which the actor has none: vLLM looks for a driver where its engine runs.
+
+    Ray prefers machines without GPUs for such an actor.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    return NodeAffinitySchedulingStrategy(random.choice(nodes), soft=True) if nodes else "DEFAULT"
 
 
 def bundle_of(options: Mapping[str, Any]) -> dict[str, float]:

@@ -45,6 +45,8 @@ class RayConfig:
     start_timeout: float = field(compare=False)
     python: str = ""
     timeout: float = field(default=600.0, compare=False)
+    worker_gpus: int = 0
+    """GPUs that vLLM's own Ray executor requests, one for each of its workers, on any machines."""
 
 
 class RayEngine:
@@ -54,7 +56,7 @@ class RayEngine:
         self.config = config
         self._options: dict[str, Any] = json.loads(config.options)
         local = LocalConfig(config.engine_args, config.start_timeout, timeout=config.timeout)
-        launch = partial(RayHost.launch, self._options, config.python)
+        launch = partial(RayHost.launch, self._options, config.python, worker_gpus=config.worker_gpus)
         self._replicas = Replicas([LocalEngine(local, launch) for _ in range(config.replicas)])
         self._has_joined = False
         self._leaving: asyncio.Task[None] | None = None
@@ -70,7 +72,10 @@ class RayEngine:
         # Ray leaves its cluster at exit too. Handlers that are registered after Ray's run before it.
         atexit.register(self._close_at_exit)
         try:
-            cluster.check_capacity(actor.amounts_of(self._options), self.config.replicas)
+            amounts = actor.amounts_of(self._options)
+            if self.config.worker_gpus:
+                amounts["GPU"] = self.config.worker_gpus
+            cluster.check_capacity(amounts, self.config.replicas)
             await self._replicas.start()
         except BaseException:
             await self.close()
@@ -107,9 +112,9 @@ class RayEngine:
 class RayHost:
     """A `Host` (of `engines.local.engine`) in an actor. Both ways, many frames travel at a time."""
 
-    def __init__(self, model: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, model: str, options: Mapping[str, Any], worker_gpus: int) -> None:
         self.model = model
-        self._actor, self._group = actor.make_actor(options)
+        self._actor, self._group = actor.make_actor(options, worker_gpus)
         self._membership = cluster.membership()
         self._is_placed = False
         self._came: deque[Frame] = deque()
@@ -124,10 +129,12 @@ class RayHost:
         python: str,
         arguments: Frame,
         timeout: float,  # noqa: ASYNC109
+        worker_gpus: int = 0,
     ) -> tuple[RayHost, Frame]:
         """Start an actor with these options. Returns it when its engine is ready, with the engine's facts.
 
         `python` is the interpreter on the actor's machine that has vLLM; empty: the actor's own.
+        `worker_gpus` is the number of GPUs that vLLM's own Ray executor requests.
 
         It may wait `timeout` seconds for resources of the cluster, and as long again to start. Raises
         `EngineFailed` or `InvalidCall` with Ray's or vLLM's reason; no actor remains then.
@@ -137,7 +144,7 @@ class RayHost:
                 "this process has left its Ray cluster, and the engine with it", temporary=True
             )
         started = time.monotonic()
-        host = cls(str(arguments["model"]), options)
+        host = cls(str(arguments["model"]), options, worker_gpus)
         try:
             facts = await host._started(options, python, arguments, timeout)
         except BaseException:
