@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from pydantic import ValidationError
 
 from tests.servers.scripted_server import Asked, Reply, ScriptedServer, refused, usual
 from vllm_tasks import InvalidCall, RowError, VllmAPI
+from vllm_tasks.calls.call import Call
 from vllm_tasks.calls.repairs import TURN
-from vllm_tasks.results import Completion
+from vllm_tasks.results import Choice, Completion
+from vllm_tasks.rows import Request, Result
 
 
 def answers(text: Callable[[Asked], str | None]) -> Callable[[Asked], Reply | None]:
@@ -238,3 +241,37 @@ def test_repairs_count_in_the_fingerprint_only_where_there_are_any(server: Scrip
     assert identity(repair=1)["turn"] == TURN
     found = [plain, identity(repair=1), identity(repair=2), identity(resample=1), identity(check=is_said)]
     assert len({str(each) for each in found}) == len(found)
+
+
+# ---------------------------------------------------------------------- on a work pool
+
+
+def on_pool(model: VllmAPI, rounds: list[list[Any]]) -> Call:
+    """A call whose requests are processed elsewhere, and the prompts of each round."""
+
+    def answerer(requests: Sequence[Request | RowError]) -> list[Result]:
+        prompts = [r.prompt for r in requests if isinstance(r, Request)]
+        rounds.append(prompts)
+        told = ["Answer again" in str(prompt) for prompt in prompts]
+        return [Completion((Choice("7" if again else "seven"),), 1, 1) for again in told]
+
+    return replace(model.prepare(model.predict), answerer=answerer)
+
+
+def test_a_pool_gets_repairs_as_further_requests(server: ScriptedServer) -> None:
+    """They are made here, where the datatype and the check are; the pool gets finished prompts."""
+    rounds: list[list[Any]] = []
+    call = on_pool(api(server, datatype="int", repair=2), rounds)
+    assert call.predict_batches(["a", "b"]) == [7, 7]
+    assert [len(prompts) for prompts in rounds] == [2, 2]
+    assert rounds[0] == ["a", "b"]
+
+
+def test_repairs_on_a_pool_need_to_know_what_a_turn_is(server: ScriptedServer) -> None:
+    """With chat=None only the pool knows whether a text is chat; messages are, whatever it knows."""
+    rounds: list[list[Any]] = []
+    call = on_pool(api(server, chat=None, datatype="int", repair=1), rounds)
+    with pytest.raises(InvalidCall, match="set chat=True or chat=False"):
+        call.predict("a")
+    assert not rounds
+    assert call.predict([{"role": "user", "content": "a"}]) == 7

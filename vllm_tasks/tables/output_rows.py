@@ -33,6 +33,12 @@ class OutputRows:
 
     def __init__(self, job: Job, writer: Writer, tally: Tally) -> None:
         self._job, self._writer, self._tally = job, writer, tally
+        decoder = job.over.decoder
+        self._names = [column.name for column in decoder.columns]
+        self._empty: Row = {
+            **{column.name: None for column in stored_columns(decoder)},
+            **({POSITION: None} if decoder.flatten else {}),
+        }
 
     def of(self, row: SourceRow, digest: str, request: Request | None, answer: Result, size: int) -> Finished:
         """Decode an answer; if it cannot be decoded or stored, the row gets an error."""
@@ -65,12 +71,11 @@ class OutputRows:
         request: Request | None = None,
     ) -> Iterator[Row]:
         """The output rows of one source row: one, or with `flatten` one for each item."""
-        job = self._job
+        job, decoder, names = self._job, self._job.over.decoder, self._names
         row = {
             **dict(zip(job.selection.key, source.key, strict=True)),
-            **{column.name: None for column in stored_columns(job.over.decoder)},
-            **({POSITION: None} if job.over.decoder.flatten else {}),
-            **job.over.decoder.kept.attempts_of(answer),
+            **self._empty,
+            **decoder.kept.attempts_of(answer),
             "_error": None,
             **_of_answer(answer),
             **job.stamp,
@@ -83,9 +88,8 @@ class OutputRows:
             yield {**row, "_error": _storable(f"{outcome.kind}: {outcome.message}")}
             return
         assert isinstance(answer, Completion)
-        kept = job.over.decoder.kept.rows(request, answer)
-        names = [column.name for column in job.over.decoder.columns]
-        if not job.over.decoder.flatten:
+        kept = decoder.kept.rows(request, answer)
+        if not decoder.flatten:
             yield {**row, **dict(zip(names, outcome[0], strict=True)), **kept[0]}
             return
         for position, values in enumerate(outcome):
