@@ -47,6 +47,9 @@ internal error. vLLM's server raises such an error, its engine does not."""
 BuiltinType = Literal["str", "int", "float", "bool", "json", "bytes"]
 """The types of an answer, and of the columns that store answers."""
 
+ColumnKind = BuiltinType | Literal["vector"]
+"""The types of columns that store answers: beside the built-in ones, a list of numbers of 32 bits."""
+
 Task = Literal["generate", "embed", "score", "classify", "reward"]
 """What a model does with a prompt: generate text, or (the tasks that vLLM calls pooling) return numbers."""
 
@@ -55,6 +58,7 @@ Task = Literal["generate", "embed", "score", "classify", "reward"]
 class Request:
     """The request of one row to an engine: a text or chat messages, and the sampling parameters.
 
+    The pair of a `score` is two messages, with the roles `query` and `document`.
     Rows with the same parameters share one `sampling` mapping.
     """
 

@@ -18,7 +18,7 @@ from vllm_tasks.calls.chat import of_model
 from vllm_tasks.calls.functions import WAY_OUT
 from vllm_tasks.calls.prompt_func import Signature
 from vllm_tasks.calls.prompts import Context, Prompter, conversation
-from vllm_tasks.calls.sampling import Target, check_prompts
+from vllm_tasks.calls.sampling import Target, check_prompts, task_of
 from vllm_tasks.calls.weights import engine_identity, sampling_identity
 from vllm_tasks.canonical import fingerprint
 from vllm_tasks.datalayer import Datalayer
@@ -209,8 +209,9 @@ def requests_of(
             "chat template): set chat=True, or put the words into the prompt"
         )
     check_prompts([p for p in prompts if chat is not None or not isinstance(p, str)], sampling, target)
+    task = task_of(target)
     return [
-        replace(p, index=i) if isinstance(p, RowError) else Request(p, sampling)
+        replace(p, index=i) if isinstance(p, RowError) else Request(p, sampling, task)
         for i, p in enumerate(prompts)
     ]
 

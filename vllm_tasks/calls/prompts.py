@@ -26,6 +26,7 @@ from vllm_tasks.rows import Message, RowError
 from vllm_tasks.settings import site_settings
 
 Context = str | Sequence[str] | None
+PAIR = "query", "document"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,6 +45,8 @@ class Prompter:
     artifacts: Mapping[str, Any]
     context: Context
     messages_as_json: bool = False
+    of_pairs: bool = False
+    """Whether a record becomes the two texts of a `score`; see `Request`."""
     keywords: Mapping[str, Any] = field(default_factory=dict)
     """The keywords of the call that `prompt_func` names; see `keywords_of`."""
     longest: int = field(default_factory=lambda: site_settings().max_prompt_bytes)
@@ -120,6 +123,13 @@ class Prompter:
             ):
                 raise InvalidCall(f"prompt_func cannot be called with the columns of X: {why}")
             return
+        if self.of_pairs:
+            if not (len(args) == 2 and not kwargs) and not (not args and kwargs.keys() == set(PAIR)):
+                raise InvalidCall(
+                    "task='score' takes two columns: X=[query, document] with signature='*args', or "
+                    "X={column: 'query', column: 'document'} with signature='**kwargs'"
+                )
+            return
         given = {"input"} if self.signature == "singleton" else {*map(str, range(len(args))), *kwargs}
         if twice := sorted(given & self.filled.keys()):
             raise InvalidCall(f"{twice} would be given twice, by X and by the call")
@@ -141,8 +151,7 @@ class Prompter:
     def __call__(self, x: Any) -> str | list[Message] | RowError:
         """Return the text or chat messages for one record, or its error."""
         try:
-            made = self._from_function(x) if self.prompt_func else self._from_template(x)
-            prompt = self._in_chat(made)
+            prompt = self._pair(x) if self.of_pairs else self._prompt(x)
             # A prompt that cannot be encoded must fail here, not in a chunk with other rows.
             self._check_size(prompt if isinstance(prompt, str) else _as_json(prompt))
         except UnicodeEncodeError as error:
@@ -151,6 +160,17 @@ class Prompter:
         except (BadRow, TypeError, ValueError, RecursionError) as error:
             return RowError("prompt", str(error))
         return prompt
+
+    def _prompt(self, x: Any) -> str | list[Message]:
+        return self._in_chat(self._from_function(x) if self.prompt_func else self._from_template(x))
+
+    def _pair(self, x: Any) -> list[Message]:
+        args, kwargs = ((), {}) if self.prompt_func else call_arguments(self.signature, x)
+        made = self._from_function(x) if self.prompt_func else args or [kwargs.get(role) for role in PAIR]
+        if not (is_tuple(made) and len(made) == len(PAIR) and all(isinstance(text, str) for text in made)):
+            found = ", ".join(map(described, made)) if is_tuple(made) else described(made)
+            raise BadRow(f"task='score' takes two texts, a query and a document, got {found}")
+        return [{"role": role, "content": text} for role, text in zip(PAIR, made, strict=True)]
 
     def _check_size(self, text: str) -> None:
         size = len(text) if len(text) > self.longest else len(text.encode())

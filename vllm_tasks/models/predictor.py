@@ -157,6 +157,7 @@ class Predictor(ModelFields):
             artifacts={name: load_artifact(a.uri, a.datatype) for name, a in self.artifacts.items()},
             context=context,
             messages_as_json=self.messages_as_json,
+            of_pairs=self.task == "score",
             keywords=keywords,
         )
 

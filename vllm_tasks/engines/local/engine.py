@@ -233,15 +233,19 @@ class LocalEngine:
         self._state = state
 
     def _send(self) -> None:
-        """Send the rows that may be sent, in one frame for all that share their sampling parameters."""
+        """Send the rows that may be sent, in one frame for all that share task and sampling parameters."""
         if self._state is not State.READY or not self._rows.some_wait:
             return
         rows = self._rows.hand_over()
-        for sampling, group in itertools.groupby(
-            rows.items(), lambda item: wire.sampling_of(item[1].request)
+        for (task, sampling), group in itertools.groupby(
+            rows.items(), lambda item: (item[1].request.task, wire.sampling_of(item[1].request))
         ):
-            chunk = [[row_id, row.request.prompt] for row_id, row in group]
-            self._host.write({"chunk": chunk, "sampling": dict(sampling)})
+            chunk = [[row_id, _prompt_of(row.request)] for row_id, row in group]
+            self._host.write({"chunk": chunk, "sampling": dict(sampling), "task": task})
+
+
+def _prompt_of(request: Request) -> Any:
+    return request.prompt if request.task == "generate" else wire.input_of(request)
 
 
 def check_exists(folder: Path) -> None:
