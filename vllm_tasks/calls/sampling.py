@@ -91,7 +91,7 @@ def known_names(target: Target, python: str = "") -> frozenset[str]:
 
 def task_of(target: Target) -> Task:
     """Return the task of the requests that take the parameters of `target`."""
-    return target if target in POOLING_REQUEST else "generate"  # type: ignore[return-value]  # as checked
+    return target if target in POOLING_REQUEST else "generate"
 
 
 def check_names(

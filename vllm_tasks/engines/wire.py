@@ -26,6 +26,8 @@ PATHS: dict[str, Protocol] = {
 """The protocol that the end of the path of a server's URL selects."""
 POOLING = {"embed": "/v1/embeddings", "score": "/score", "classify": "/classify", "reward": "/classify"}
 """The paths of the tasks that return numbers."""
+OWN: dict[str, JSON] = {"embed": {"encoding_format": "base64"}, "reward": {"use_activation": False}}
+"""Parameters of a task that its requests have unless the call sets them."""
 JSON = Mapping[str, Any]
 
 
@@ -69,8 +71,7 @@ def sampling_of(request: Request) -> Mapping[str, Any]:
     the number that the model was trained on, before any activation.
     """
     if request.task in POOLING:
-        own = {"embed": {"encoding_format": "base64"}, "reward": {"use_activation": False}}
-        return {**own.get(request.task, {}), **request.sampling}
+        return {**OWN.get(request.task, {}), **request.sampling}
     most = request.sampling.get("logprobs")
     if isinstance(request.prompt, str) or type(most) is not int:
         return request.sampling

@@ -151,8 +151,7 @@ class Host:
             raise vllm_server.Refused(answer.error.message, answer.error.code)
         if lora:
             answer.model = lora.lora_name.rpartition("#")[0]
-        body: str = answer.model_dump_json(exclude_none=True, exclude=NOT_SENT)
-        return body
+        return str(answer.model_dump_json(exclude_none=True, exclude=NOT_SENT))
 
     async def pool(self, task: str, row: int, prompt: dict[str, Any], sampling: dict[str, Any]) -> str:
         """The response of vLLM's server for a task other than `generate`, as JSON."""
@@ -163,8 +162,7 @@ class Host:
         answer = await handler(made(request_id=str(row), **prompt, **sampling))
         if isinstance(answer, self.refusal):
             raise vllm_server.Refused(answer.error.message, answer.error.code)
-        body: bytes = answer.body
-        return body.decode()
+        return str(answer.body, "utf-8")
 
     async def has_chat_template(self) -> bool:
         """Whether vLLM finds a chat template for the model, in the model's files or among its own."""
