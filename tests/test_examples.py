@@ -13,6 +13,7 @@ import pytest
 
 from examples import (
     compare_models,
+    embeddings,
     first_answers,
     prompt_function,
     scheduled_flow,
@@ -94,6 +95,14 @@ def test_structured_output(url: str, tmp_path: Path) -> None:
     _, types, *rows = printed(lambda: structured_output.main(url, tmp_path)).splitlines()
     assert types == "{'product': 'string', 'mood': 'string', 'stars': 'int64'}"
     assert rows == [str({"id": i, **STRUCTURED}) for i in (1, 2, 3)]
+
+
+def test_embeddings(server: ScriptedServer, tmp_path: Path) -> None:
+    """A text is nearest to itself, and a second run sends nothing."""
+    lamp = "Nice lamp, but it took three weeks."
+    said = printed(lambda: embeddings.main(server.url, tmp_path, lamp)).splitlines()
+    assert said[0] == "3 vectors of 4 numbers; again: 0 sent"
+    assert said[1].startswith(f"{lamp} -> ")
 
 
 def test_a_validation_with_a_gate(url: str, tmp_path: Path) -> None:

@@ -21,13 +21,18 @@ CORPUS = [
 ]
 
 
-def make_tiny_model(folder: Path) -> Path:
-    """Write config, weights and tokenizer into `folder` (once) and return it."""
+def make_tiny_model(folder: Path, *labels: str) -> Path:
+    """Write config, weights and tokenizer into `folder` (once) and return it; with `labels` it classifies."""
     if (folder / "model.safetensors").exists():
         return folder
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        LlamaForSequenceClassification,
+        PreTrainedTokenizerFast,
+    )
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -44,7 +49,8 @@ def make_tiny_model(folder: Path) -> Path:
     tokenizer.chat_template = CHAT_TEMPLATE
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
+    classes = {"id2label": dict(enumerate(labels))} if labels else {}
+    model = (LlamaForSequenceClassification if labels else LlamaForCausalLM)(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=128,
@@ -58,6 +64,7 @@ def make_tiny_model(folder: Path) -> Path:
             eos_token_id=2,
             pad_token_id=2,
             tie_word_embeddings=False,
+            **classes,
         )
     ).to(torch.bfloat16)
     tokenizer.save_pretrained(folder)
@@ -95,4 +102,4 @@ def make_adapter(folder: Path, seed: int, rank: int = 8) -> Path:
 
 
 if __name__ == "__main__":
-    make_tiny_model(Path(sys.argv[1]))
+    make_tiny_model(Path(sys.argv[1]), *sys.argv[2:])

@@ -62,6 +62,9 @@ internal error. vLLM's server raises such an error, its engine does not."""
 BuiltinType = Literal["str", "int", "float", "bool", "json", "bytes"]
 """The types of an answer, and of the columns that store answers."""
 
+ColumnKind = BuiltinType | Literal["vector"]
+"""The types of columns that store answers: beside the built-in ones, a list of numbers of 32 bits."""
+
 Task = Literal["generate", "embed", "score", "classify", "reward"]
 """What a model does with a prompt: generate text, or (the tasks that vLLM calls pooling) return numbers."""
 
@@ -71,7 +74,8 @@ class Request:
     """The request of one row: a text, chat messages or token ids, and its sampling parameters.
 
     A `prompt_func` may return one, to give a row parameters of its own. They override those of the call. An
-    engine gets all parameters of a row in `sampling`, and rows with the same ones share one mapping.
+    engine gets all parameters of a row in `sampling`, and rows with the same ones share one mapping. The pair
+    of a `score` is two messages, with the roles `query` and `document`.
 
     Args:
         prompt: A text, a list of chat messages, or a list of token ids.

@@ -380,7 +380,7 @@ def test_host_that_is_gone_while_it_is_written_to_is_ended(
     async def life() -> str:
         host, _ = await process.HostProcess.launch({"model": "m", "log": str(log)}, 30)
         for prompt in ("die always", *("x" * 20_000 for _ in range(200))):
-            host.write({"chunk": [[0, prompt]], "sampling": {}})
+            host.write({"chunk": [[0, prompt]], "sampling": {}, "task": "generate"})
         assert await host.read() == {}
         await host.end()
         return host.why("")

@@ -8,7 +8,9 @@ not the script, decides whether the model has a chat template.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import hashlib
 import inspect
 import json
 import socket
@@ -52,10 +54,11 @@ class Asked:
 
     @property
     def prompt(self) -> str:
-        """The text of the prompt, or of the last message; empty for a control call."""
+        """The text of the prompt, of the document, or of the last message; empty for a control call."""
         if self.body is None:
             return ""
-        return self.body["prompt"] if "prompt" in self.body else self.body["messages"][-1]["content"]
+        found = [self.body[name] for name in ("prompt", "input", "text_2") if name in self.body]
+        return found[0] if found else self.body["messages"][-1]["content"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,27 @@ def answer_to(prompt: str) -> str:
     return f" {prompt}!"
 
 
+def vector_of(text: str, length: int = 4) -> list[float]:
+    """The vector of a text from every scripted server; its numbers have exactly 32 bits."""
+    return [byte / 256 for byte in hashlib.sha256(text.encode()).digest()[:length]]
+
+
+CLASSES = ["bug", "feature", "question"]
+
+
+def pooled(asked: Asked) -> dict[str, Any]:
+    """The numbers that a scripted server returns for a task other than to generate."""
+    vector = vector_of(asked.prompt, asked.body.get("dimensions") or 4)
+    if asked.path == "/v1/embeddings":
+        return {"embedding": base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()}
+    if asked.path == "/score":
+        return {"score": len(asked.body["text_1"]) / 8 + len(asked.body["text_2"])}
+    if asked.body.get("use_activation") is False:
+        return {"label": "LABEL_0", "probs": [vector[0] * 9 - 4], "num_classes": 1}
+    best = vector[0] < 0.5
+    return {"label": CLASSES[best], "probs": [0.25, 0.625, 0.125] if best else [0.625, 0.25, 0.125]}
+
+
 def usual(asked: Asked) -> Reply:
     """The usual response of vLLM, in the protocol of the path, with the request's own name."""
     if asked.path == "/health":
@@ -95,6 +119,15 @@ def usual(asked: Asked) -> Reply:
         )
     if asked.path == "/version":
         return Reply({"version": "0.0.1"})
+    if asked.path in ("/v1/embeddings", "/score", "/classify"):
+        return Reply(
+            {
+                "id": f"embd-{asked.name}",
+                "model": asked.body["model"],
+                "data": [{"index": 0, **pooled(asked)}],
+                "usage": {"prompt_tokens": 3, "total_tokens": 3, "completion_tokens": 0},
+            }
+        )
     texts = [answer_to(asked.prompt)] * (asked.body.get("n") or 1)
     if asked.path == "/generate":
         return Reply({"text": [asked.prompt + t for t in texts]})

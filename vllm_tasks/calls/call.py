@@ -21,7 +21,7 @@ from vllm_tasks.calls.prompt_func import Signature
 from vllm_tasks.calls.prompts import Context, Prompter
 from vllm_tasks.calls.requests import requests_of
 from vllm_tasks.calls.row_parameters import LIMITS, RowParameters, plain_number
-from vllm_tasks.calls.sampling import Target
+from vllm_tasks.calls.sampling import Target, task_of
 from vllm_tasks.calls.weights import engine_identity, sampling_identity
 from vllm_tasks.canonical import fingerprint
 from vllm_tasks.datalayer import Datalayer
@@ -148,9 +148,12 @@ class Call:
     ) -> Request | RowError:
         if isinstance(made, RowError):
             return made
+        task = task_of(self.target)
         if isinstance(made, Request):
-            return self.of_rows.request(made, own)
-        return self.of_rows.request(Request(made), own) if own else Request(made, self.sampling)
+            return self.of_rows.request(replace(made, task=task), own)
+        if own:
+            return self.of_rows.request(Request(made, task=task), own)
+        return Request(made, self.sampling, task)
 
     def answers(
         self, requests: Sequence[Request | RowError], follow_up: FollowUp | None = None

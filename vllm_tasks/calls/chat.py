@@ -37,9 +37,15 @@ WITHOUT_TEMPLATE = {
 
 def of_call(chat: bool | None, target: Target, sampling: Mapping[str, Any]) -> bool | None:
     """Return whether the call sends texts as chat: by the path of its URL, else by `chat`, else by a
-    parameter that only one kind of prompt takes. None: the model decides."""
-    if target in ("legacy", "completions"):
+    parameter that only one kind of prompt takes. None: the model decides.
+
+    Embeddings, scores and classes are of plain text unless `chat` is set, as with vLLM's `LLM.embed`: many of
+    their models have the chat template of the model that they were made from.
+    """
+    if target in ("legacy", "completions", "embed", "score", "classify"):
         return bool(chat)
+    if target == "reward":
+        return chat
     if target == "chat":
         return True
     return of_one_kind(sampling) if chat is None else chat

@@ -92,6 +92,8 @@ def fitted(value: Any, column: OutputColumn) -> Any:
         return value
     if column.kind == "bytes" and isinstance(value, str | bytes):
         return value if isinstance(value, bytes) else _encoded(value)
+    if column.kind == "vector" and isinstance(value, list):
+        return value
     if column.kind == "str" and isinstance(value, str):
         _encoded(value)
         return value

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vllm_tasks.calls.prompt_file import PromptFile
 
 Context = str | Sequence[str] | None
+PAIR = "query", "document"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,6 +50,8 @@ class Prompter:
     messages_as_json: bool = False
     file: str | None = None
     """The text of the prompt file, which takes the place of `prompt`."""
+    of_pairs: bool = False
+    """Whether a record becomes the two texts of a `score`; see `Request`."""
     keywords: Mapping[str, Any] = field(default_factory=dict)
     """The keywords of the call that `prompt_func` names; see `keywords_of`."""
     longest: int = field(default_factory=lambda: site_settings().max_prompt_bytes)
@@ -152,6 +155,13 @@ class Prompter:
             ):
                 raise InvalidCall(f"prompt_func cannot be called with the columns of X: {why}")
             return
+        if self.of_pairs:
+            if not (len(args) == 2 and not kwargs) and not (not args and kwargs.keys() == set(PAIR)):
+                raise InvalidCall(
+                    "task='score' takes two columns: X=[query, document] with signature='*args', or "
+                    "X={column: 'query', column: 'document'} with signature='**kwargs'"
+                )
+            return
         given = {"input"} if self.signature == "singleton" else {*map(str, range(len(args))), *kwargs}
         if twice := sorted(given & self.filled.keys()):
             raise InvalidCall(f"{twice} would be given twice, by X and by the call")
@@ -175,7 +185,7 @@ class Prompter:
         """Return the text, chat messages or token ids for one record, or its error; or the `Request` that
         `prompt_func` returned, with its prompt worked out."""
         try:
-            made = self._from_function(x) if self.prompt_func else self._from_template(x)
+            made = self._pair(x) if self.of_pairs else self._made(x)
             own = made if isinstance(made, Request) else None
             if own and not isinstance(own.sampling, Mapping):
                 raise BadRow(f"sampling must be a mapping of names to values, got {described(own.sampling)}")
@@ -188,6 +198,17 @@ class Prompter:
         except (BadRow, TypeError, ValueError, RecursionError) as error:
             return RowError("prompt", str(error))
         return replace(own, prompt=prompt) if own else prompt
+
+    def _made(self, x: Any) -> Any:
+        return self._from_function(x) if self.prompt_func else self._from_template(x)
+
+    def _pair(self, x: Any) -> list[Message]:
+        args, kwargs = ((), {}) if self.prompt_func else call_arguments(self.signature, x)
+        made = self._from_function(x) if self.prompt_func else args or [kwargs.get(role) for role in PAIR]
+        if not (is_tuple(made) and len(made) == len(PAIR) and all(isinstance(text, str) for text in made)):
+            found = ", ".join(map(described, made)) if is_tuple(made) else described(made)
+            raise BadRow(f"task='score' takes two texts, a query and a document, got {found}")
+        return [{"role": role, "content": text} for role, text in zip(PAIR, made, strict=True)]
 
     def _check_size(self, text: str) -> None:
         size = len(text) if len(text) > self.longest else len(text.encode())

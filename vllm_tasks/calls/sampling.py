@@ -14,18 +14,22 @@ from typing import Any, Literal
 from vllm_tasks.calls.sampling_table import (
     CHAT_REQUEST,
     COMPLETION_REQUEST,
+    POOLING_CHAT,
+    POOLING_REQUEST,
     SAMPLING_PARAMS,
     TABLE_VERSION,
 )
 from vllm_tasks.engines.http.control import release_of
 from vllm_tasks.engines.local.python import source_of_vllm
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.rows import is_chat
+from vllm_tasks.rows import Task, is_chat
 
 logger = logging.getLogger(__name__)
 
-Target = Literal["local", "legacy", "completions", "chat", "openai"]
-"""`local` is the engine, the others are HTTP protocols; `openai` means `completions` or `chat`."""
+Target = Literal["local", "legacy", "completions", "chat", "openai", "embed", "score", "classify", "reward"]
+"""What takes the parameters. `local` is the engine and the next four are HTTP protocols, all for generated
+text; `openai` means `completions` or `chat`. The others are the tasks that return numbers, which take the
+same parameters of an engine and of a server."""
 
 OWNED = {
     "model": "set the model's own field",
@@ -39,6 +43,8 @@ OWNED = {
     "skip_clone": "it is internal to vLLM",
     "output_text_buffer_length": "it is internal to vLLM",
     "flat_logprobs": "logprobs are returned as a list",
+    **dict.fromkeys(("input", "text_1", "text_2"), "it is made from the rows"),
+    **dict.fromkeys(("encoding_format", "embed_dtype", "endianness"), "vectors are numbers of 32 bits"),
 }
 """Names that vLLM knows and that a caller cannot set, with the reason."""
 LOCAL_EXTRAS = frozenset({"lora_request"})
@@ -55,6 +61,7 @@ REMOVED = {
     "guided_grammar": "vLLM removed it in 0.12; use structured_outputs={'grammar': grammar}",
     "logits_processors": "vLLM removed it per request in 0.17; use vllm_kwargs={'logits_processors': [...]}",
     "max_new_tokens": "it is a name of transformers; vLLM's name is max_tokens",
+    "normalize": "vLLM's name is use_activation",
     "prompt_adapter_request": "vLLM removed prompt adapters; use lora_request",
 }
 """Names from older versions and other libraries, with the replacement."""
@@ -67,6 +74,8 @@ def known_names(target: Target, python: str = "") -> frozenset[str]:
     They are those of the vLLM that the interpreter `python` has, this process's if it is empty. Without one
     they come from a dated table.
     """
+    if target in POOLING_REQUEST:
+        return POOLING_REQUEST[target]
     if target == "local":
         of_engine = _fields(python, "sampling_params.py", "SamplingParams") or SAMPLING_PARAMS
         return (of_engine - OWNED.keys()) | known_names("openai", python) | LOCAL_EXTRAS
@@ -79,6 +88,11 @@ def known_names(target: Target, python: str = "") -> frozenset[str]:
     else:
         path, name, table = "chat_completion/protocol.py", "ChatCompletionRequest", CHAT_REQUEST
     return (_fields(python, f"entrypoints/openai/{path}", name) or table) - OWNED.keys()
+
+
+def task_of(target: Target) -> Task:
+    """Return the task of the requests that take the parameters of `target`."""
+    return target if target in POOLING_REQUEST else "generate"
 
 
 def check_names(
@@ -104,6 +118,11 @@ def check_names(
             raise InvalidCall(f"{name!r} is for chat messages, and the prompts are texts; set chat=True")
         if target == "chat" and name in known_names("completions"):
             raise InvalidCall(f"{name!r} is for text prompts, and the prompts are chat messages")
+        if target in POOLING_REQUEST and name in known_names("local", python):
+            raise InvalidCall(
+                f"{name!r} is for generated text, and a model with task={target!r} returns numbers: leave it "
+                "out, or set another task"
+            )
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
         if _may_know(name, server_version(), hint):
@@ -141,6 +160,8 @@ def check_prompts(prompts: Iterable[object], sampling: Mapping[str, Any], target
         raise InvalidCall(
             f"the path of api_url ({target}) takes texts, not chat messages; use the server's base URL"
         )
+    if target in POOLING_REQUEST and str in kinds and (names := sorted(sampling.keys() & POOLING_CHAT)):
+        raise InvalidCall(f"{names[0]!r} is for chat messages, and the prompts are texts; set chat=True")
     if target in ("openai", "local"):
         # A name may be for one kind of prompt only; the local engine's extra names are for both.
         names = sorted(sampling.keys() & known_names("openai"))

@@ -5,6 +5,8 @@ They were read from its source on 2026-11-22.
 
 from __future__ import annotations
 
+from vllm_tasks.rows import Task
+
 TABLE_VERSION = "0.32.0"
 SAMPLING_PARAMS = frozenset(
     """
@@ -50,3 +52,22 @@ CHAT_REQUEST = frozenset(
     """.split()
 )
 """`/v1/chat/completions`: the OpenAI fields and vLLM's own."""
+
+_POOLING = frozenset(
+    """
+    cache_salt mm_processor_kwargs padding priority truncate_prompt_tokens truncation_side use_activation
+    user
+    """.split()
+)
+POOLING_CHAT = frozenset(
+    "add_generation_prompt chat_template chat_template_kwargs continue_final_message media_io_kwargs".split()
+)
+"""Parameters of `/v1/embeddings` and `/classify` that are for chat messages."""
+POOLING_REQUEST: dict[Task, frozenset[str]] = {
+    "embed": _POOLING | POOLING_CHAT | {"add_special_tokens", "dimensions"},
+    "score": _POOLING | {"chat_template_kwargs", "instruction", "max_tokens_per_doc", "max_tokens_per_query"},
+    "classify": _POOLING | POOLING_CHAT | {"add_special_tokens"},
+    "reward": _POOLING | POOLING_CHAT | {"add_special_tokens"},
+}
+"""The parameters of the tasks that return numbers, without those that the package sets itself. vLLM composes
+these requests of several classes, so that the source of one class does not name them."""

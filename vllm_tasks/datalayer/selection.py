@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any, Literal, Protocol
 
 from vllm_tasks.datalayer.sources import Unreadable
-from vllm_tasks.rows import BuiltinType
+from vllm_tasks.rows import BuiltinType, ColumnKind
 
 Refresh = Literal["missing", "changed", "failed", "all"]
 """`missing`: rows without an output under the present fingerprint; `changed`: all rows, with the hash of
@@ -93,7 +93,7 @@ class OutputColumn:
     """A column of the model's output."""
 
     name: str
-    kind: BuiltinType
+    kind: ColumnKind
 
 
 @dataclass(frozen=True)

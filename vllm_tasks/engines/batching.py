@@ -120,7 +120,8 @@ def fold(requests: Sequence[Request | RowError]) -> list[tuple[Request, list[int
     for i, request in enumerate(requests):
         if isinstance(request, RowError):
             continue
-        if is_deterministic(request.sampling) and request.record is None:  # a check may tell rows apart
+        must_be_equal = request.task != "generate" or is_deterministic(request.sampling)
+        if must_be_equal and request.record is None:  # a check may tell rows apart
             # Rows with the same parameters share the mapping itself, which is cheaper to compare.
             equal = id(request.sampling), request.task, _text_of(request)
             groups.setdefault(equal, (request, []))[1].append(i)

@@ -1,4 +1,4 @@
-"""The three HTTP formats: turns a request into a JSON body and a JSON response into a `Completion`.
+"""The HTTP formats: turns a request into a JSON body and a JSON response into a `Completion`.
 
 These are pure functions. Responses come from outside and are not trusted: whatever differs from the
 protocol raises `WrongShape`.
@@ -6,8 +6,10 @@ protocol raises `WrongShape`.
 
 from __future__ import annotations
 
+import base64
 import math
 import reprlib
+from array import array
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Never
 
@@ -22,6 +24,10 @@ PATHS: dict[str, Protocol] = {
     "": "openai",
 }
 """The protocol that the end of the path of a server's URL selects."""
+POOLING = {"embed": "/v1/embeddings", "score": "/score", "classify": "/classify", "reward": "/classify"}
+"""The paths of the tasks that return numbers."""
+OWN: dict[str, JSON] = {"embed": {"encoding_format": "base64"}, "reward": {"use_activation": False}}
+"""Parameters of a task that its requests have unless the call sets them."""
 JSON = Mapping[str, Any]
 
 
@@ -35,6 +41,8 @@ _glimpse.maxstring = _glimpse.maxother = 100
 
 def path_of(protocol: Protocol, request: Request) -> str:
     """The path to which `request` is sent; `Endpoint` knows where a server has it."""
+    if request.task in POOLING:
+        return POOLING[request.task]
     if protocol == "legacy":
         return "/generate"
     return "/v1/chat/completions" if is_chat(request.prompt) else "/v1/completions"
@@ -43,13 +51,27 @@ def path_of(protocol: Protocol, request: Request) -> str:
 def body_of(request: Request, model: str | None) -> dict[str, Any]:
     """The JSON body. `model` is None for the legacy format, which has no such field."""
     named = {} if model is None else {"model": model}
-    if is_chat(request.prompt):
-        return {**named, "messages": request.prompt, **sampling_of(request)}
-    return {**named, "prompt": request.prompt, **request.sampling}
+    return {**named, **input_of(request), **sampling_of(request)}
+
+
+def input_of(request: Request) -> dict[str, Any]:
+    """The fields that hold the prompt."""
+    if not is_chat(request.prompt):
+        return {"input" if request.task in POOLING else "prompt": request.prompt}
+    if request.task == "score":
+        query, document = request.prompt
+        return {"text_1": query["content"], "text_2": document["content"]}
+    return {"messages": request.prompt}
 
 
 def sampling_of(request: Request) -> Mapping[str, Any]:
-    """The sampling parameters as the protocol names them: chat has two for a number of `logprobs`."""
+    """The sampling parameters as the protocol names them: chat has two for a number of `logprobs`.
+
+    Vectors are requested as base64, which is exact and a quarter of the bytes of decimal numbers. A reward is
+    the number that the model was trained on, before any activation.
+    """
+    if request.task in POOLING:
+        return {**OWN.get(request.task, {}), **request.sampling}
     most = request.sampling.get("logprobs")
     if type(most) is not int or not is_chat(request.prompt):
         return request.sampling
@@ -60,6 +82,8 @@ def parse(path: str, request: Request, answer: object) -> Completion:
     """Read the completion from `answer`, a decoded JSON value. Raises `WrongShape`."""
     if not isinstance(answer, Mapping):
         wrong("an object", answer)
+    if request.task in POOLING:
+        return _pooled(answer, request.task)
     wanted = request.sampling.get("n") or 1
     if path == "/generate":
         assert isinstance(request.prompt, str)
@@ -98,6 +122,35 @@ def _openai(answer: JSON, choice_of: Callable[[JSON], Choice], wanted: int) -> C
         model=_name(answer, "model"),
         usage=usage or None,
     )
+
+
+def _pooled(answer: JSON, task: str) -> Completion:
+    data = answer.get("data")
+    if not isinstance(data, list) or len(data) != 1 or not isinstance(data[0], Mapping):
+        wrong('"data", a list of one object', answer)
+    numbers = _numbers(data[0].get("embedding")) if task == "embed" else None
+    if numbers is None:
+        found = [data[0].get("score")] if task == "score" else data[0].get("probs")
+        numbers = [_number(each) for each in found] if isinstance(found, list) else []
+    if not numbers or not all(map(math.isfinite, numbers)):
+        wrong("finite numbers", data[0])
+    if task == "reward" and len(numbers) > 1:
+        wrong("one number, as from a model with one class", data[0])
+    return Completion(
+        choices=(Choice(text=_name(data[0], "label") or "", data=numbers),),
+        prompt_tokens=_count_of(_optional(answer, "usage", dict) or {}, "prompt_tokens"),
+        model=_name(answer, "model"),
+    )
+
+
+def _numbers(vector: Any) -> list[float]:
+    """The numbers of a vector, each of 32 bits; servers may send a list although base64 was requested."""
+    try:
+        if not isinstance(vector, str):
+            return array("f", [_number(each) for each in vector]).tolist()
+        return array("f", base64.b64decode(vector, validate=True)).tolist()
+    except UNFIT:
+        wrong('"embedding", a list of numbers or base64', vector)
 
 
 def _text_choice(choice: JSON) -> Choice:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vllm_tasks.errors import InvalidCall, near
@@ -10,7 +10,9 @@ from vllm_tasks.metrics.text import accepted, text_of
 
 
 def class_of(prediction: Any, metric: str) -> str:
-    """Return the class that an answer names: its text, stripped and case-folded."""
+    """Return the class that an answer names: its text or `label`, stripped and case-folded."""
+    if isinstance(prediction, Mapping) and isinstance(prediction.get("label"), str):
+        prediction = prediction["label"]
     return text_of(prediction, metric).strip().casefold()
 
 

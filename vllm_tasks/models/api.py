@@ -187,7 +187,15 @@ class VllmAPI(Predictor, Block):
         return loop.run(control.vllm_version(config.endpoints[0]), raise_if_stopped)
 
     def sampling_target(self) -> Target:
-        return split_urls(self.api_url or site_settings().api_url)[1]
+        protocol = split_urls(self.api_url or site_settings().api_url)[1]
+        if self.task is None or self.task == "generate":
+            return protocol
+        if protocol != "openai":
+            raise InvalidCall(
+                f"the path of api_url selects {protocol!r}, which generates text, and task={self.task!r} has "
+                "a path of its own: use the server's base URL"
+            )
+        return self.task
 
     def resources(self) -> Resources:
         return Resources.of(self.compute_kwargs, {})

@@ -29,6 +29,7 @@ from vllm_tasks.calls.datatypes import DataType
 from vllm_tasks.calls.functions import made_of
 from vllm_tasks.calls.kept import Keep
 from vllm_tasks.calls.kept import check_names as check_kept
+from vllm_tasks.calls.pooling import refuse_text_fields, returns_numbers, task_type
 from vllm_tasks.calls.prompt_func import Signature
 from vllm_tasks.calls.repairs import Repairs, check_repairs
 from vllm_tasks.calls.sampling import Target, check_names, known_names
@@ -42,7 +43,7 @@ from vllm_tasks.errors import InvalidCall
 from vllm_tasks.models.forms import arranged
 from vllm_tasks.models.hints import checked
 from vllm_tasks.models.resources import Resources
-from vllm_tasks.rows import BuiltinType
+from vllm_tasks.rows import BuiltinType, Task
 from vllm_tasks.settings import site_settings
 from vllm_tasks.validation import Validation
 
@@ -53,7 +54,7 @@ FORBID = ConfigDict(extra="forbid")
 """Each model sets this itself, since its last base class, Block, would allow unknown fields."""
 
 FORM_HEAD = (
-    *("prompt", "prompt_file", "signature", "chat", "system", "predict_kwargs"),
+    *("task", "prompt", "prompt_file", "signature", "chat", "system", "predict_kwargs"),
     *("db", "datatype", "output_schema", "flatten"),
 )
 FORM_END = ("metric_values", "uuid")
@@ -94,6 +95,12 @@ class ModelFields(BaseModel):
         title="Artifacts",
         description="Files for templates, {artifacts.name}, and prompt functions (artifacts=...), such as "
         '{"rules": {"uri": "s3://bucket/rules.txt"}}.',
+    )
+    task: Task | None = Field(
+        default=None,
+        title="Task",
+        description="Empty: generate text. Others return numbers: embed (a vector), score (of a query and a "
+        "document), classify (a label with probabilities), reward (a number).",
     )
     signature: Signature = Field(
         default="singleton",
@@ -331,7 +338,7 @@ class ModelFields(BaseModel):
     def _known_fields(cls, data: Any) -> Any:
         data = own_fields(data)
         for name in data.keys() - cls.model_fields.keys() if isinstance(data, Mapping) else ():
-            if name in known_names("openai") | known_names("local"):
+            if name in known_names("openai") | known_names("local") | known_names("embed"):
                 raise ValueError(f"{name!r} is a sampling parameter: put it into predict_kwargs")
             if near := difflib.get_close_matches(name, cls.model_fields, n=1):
                 raise ValueError(f"{cls.__name__} has no field {name!r}; did you mean {near[0]!r}?")
@@ -343,6 +350,27 @@ class ModelFields(BaseModel):
         check_names(self.predict_kwargs, self.sampling_target(), self.vllm_python(), self._server_version)
         check_one_type(self.datatype, self.output_schema)
         check_repairs(self.repair, self.resample, self.check)
+        return self
+
+    @model_validator(mode="after")
+    def _numbers_or_text(self) -> Self:
+        """Refuse fields for generated text beside a task that returns numbers."""
+        if self.task is None or not returns_numbers(self.task):
+            return self
+        refuse_text_fields(self.task, [name for name in type(self).model_fields if getattr(self, name)])
+        if self.task == "score" and self.prompt_func is None:
+            if self.prompt != "{input}":
+                raise ValueError(
+                    "task='score' takes the query and the document as they are: leave out prompt, or use a "
+                    "prompt_func that returns (query, document)"
+                )
+            if self.signature == "singleton":
+                raise ValueError(
+                    "task='score' takes two columns, and with signature='singleton' a record is one value: "
+                    "use signature='*args' (query, document) or '**kwargs' (with these names)"
+                )
+        if self.task == "score" and (self.chat or self.system is not None or self.messages_as_json):
+            raise ValueError("task='score' takes two texts: leave out chat, system and messages_as_json")
         return self
 
     @model_validator(mode="after")
@@ -413,6 +441,9 @@ class ModelFields(BaseModel):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _decoder(self, given: Mapping[str, Any]) -> Decoder:
+        if self.task is not None and returns_numbers(self.task):
+            kind = task_type(self.task)
+            return Decoder(kind.columns, flatten=False, many=False, on_length="keep", type=kind)
         many = {**self.predict_kwargs, **given}.get("n") not in (None, 1)
         on_length = self.model_update_kwargs.get("on_length", "keep")
         repairs = Repairs(self.repair, self.resample, self.check)

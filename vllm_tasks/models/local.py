@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 from prefect.blocks.core import Block
 from pydantic import Field, model_validator
 
+from vllm_tasks.calls.pooling import returns_numbers
 from vllm_tasks.calls.sampling import Target
 from vllm_tasks.engines.local.engine import LocalConfig
 from vllm_tasks.engines.ray.engine import RayConfig
@@ -129,6 +130,8 @@ class VllmModel(Predictor, Block):
             "model": self.model_name,
             "tensor_parallel_size": self.tensor_parallel_size,
             "trust_remote_code": self.trust_remote_code,
+            # Else vLLM would run a model that can also generate as a generating one.
+            **({"runner": "pooling"} if returns_numbers(self.task) else {}),
             **self.vllm_kwargs,
         }
         found = None if site_settings().trust_remote_code else _foreign_code(arguments)
@@ -171,7 +174,7 @@ class VllmModel(Predictor, Block):
         return self.vllm_kwargs.get("distributed_executor_backend") == "ray"
 
     def sampling_target(self) -> Target:
-        return "local"
+        return "local" if self.task is None or self.task == "generate" else self.task
 
     def vllm_python(self) -> str:
         """Return the interpreter that has vLLM; empty: this process's.

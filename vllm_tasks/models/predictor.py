@@ -161,6 +161,7 @@ class Predictor(ModelFields):
             context=context,
             messages_as_json=self.messages_as_json,
             file=load_artifact(self.prompt_file, "str", "prompt_file") if self.prompt_file else None,
+            of_pairs=self.task == "score",
             keywords=keywords,
         )
 

@@ -13,6 +13,7 @@ from prefect.context import FlowRunContext
 from vllm_tasks import tasks
 from vllm_tasks.calls.chat import of_call, of_model
 from vllm_tasks.calls.requests import requests_of
+from vllm_tasks.calls.sampling import task_of
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.engines import loop, sharing
 from vllm_tasks.errors import VllmTasksError
@@ -75,7 +76,7 @@ def rows(work: dict[str, Any], model: VllmAPI | VllmModel, _: Datalayer | None) 
     if chat is None and any(isinstance(prompt, str) for prompt in prompts):
         chat = of_model(config)
     given = [
-        Request(prompt, parameters[i], lora=parameters[i].get("lora_request") if i else None)
+        Request(prompt, parameters[i], task_of(target), lora=parameters[i].get("lora_request") if i else None)
         for prompt, i in zip(prompts, content["of"], strict=True)
     ]
     requests = requests_of(given, chat, model.system, sampling, target)

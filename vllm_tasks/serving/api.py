@@ -20,7 +20,7 @@ from pydantic import PrivateAttr, SecretStr
 
 from vllm_tasks.calls.call import Call
 from vllm_tasks.calls.chat import of_files
-from vllm_tasks.calls.sampling import check_names
+from vllm_tasks.calls.sampling import Target, check_names
 from vllm_tasks.calls.weights import engine_identity
 from vllm_tasks.engines.local.engine import log_trust
 from vllm_tasks.engines.local.python import interpreter
@@ -165,7 +165,9 @@ def _check(model: VllmModel) -> None:
             "predict with the VllmModel itself"
         )
     try:
-        check_names(model.predict_kwargs, "chat" if model.chat else "openai")
+        target = model.sampling_target()
+        http: Target = "chat" if model.chat else "openai"
+        check_names(model.predict_kwargs, http if target == "local" else target)
     except InvalidCall as error:
         raise InvalidCall(f"serve(model) uses HTTP, which predict_kwargs do not fit: {error}") from error
 

@@ -14,6 +14,8 @@ from vllm_tasks.rows import Request, Result, RowError
 HELD = 128 * 2**20
 """Bytes of pending prompts and uncommitted answers beyond which no more rows are read. A prompt may be in
 memory three times while it is sent: as it was read, as JSON, in the socket."""
+NUMBER = 32
+"""Bytes of a Python float in a list."""
 
 TOKEN = 200
 """Bytes of a token with its log probability."""
@@ -25,13 +27,14 @@ def bytes_of_request(request: Request | RowError) -> int:
 
 
 def bytes_of_answer(answer: Result) -> int:
-    """Approximate memory of an answer's texts and log probabilities in bytes."""
+    """Approximate memory of an answer's texts, log probabilities and numbers in bytes."""
     if isinstance(answer, RowError):
         return sys.getsizeof(answer.message)
     return sum(
         sys.getsizeof(choice.text)
         + (sys.getsizeof(choice.reasoning) if choice.reasoning else 0)
         + (sum(TOKEN * (1 + len(t.top)) for t in choice.logprobs) if choice.logprobs else 0)
+        + NUMBER * len(choice.data or ())
         for choice in answer.choices
     )
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_tasks.calls.call import stored_columns
+from vllm_tasks.datalayer.lake.delta import quoted
 from vllm_tasks.datalayer.selection import POSITION, Key, Row, SourceRow, Writer
+from vllm_tasks.datalayer.vectors import of_bytes
+from vllm_tasks.datalayer.workspace import literal
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import Completion, Request, Result, RowError
 from vllm_tasks.tables.job import Job
@@ -39,13 +42,14 @@ class OutputRows:
             **{column.name: None for column in stored_columns(decoder)},
             **({POSITION: None} if decoder.flatten else {}),
         }
+        self._lengths = {c.name: _length(job, c.name) for c in job.over.decoder.columns if c.kind == "vector"}
 
     def of(self, row: SourceRow, digest: str, request: Request | None, answer: Result, size: int) -> Finished:
         """Decode an answer; if it cannot be decoded or stored, the row gets an error."""
         outcome = answer if isinstance(answer, RowError) else self._job.over.decoder.rows(answer)
         outputs = list(self._rows(row, digest, answer, outcome, request))
         for output in outputs:
-            if problem := self._writer.unstorable(output):
+            if problem := self._writer.unstorable(output) or self._other_length(output):
                 outcome = RowError("output", problem)
                 outputs = list(self._rows(row, digest, answer, outcome))
                 self._check_key(row.key, outputs[0])
@@ -53,6 +57,14 @@ class OutputRows:
         self._tally.count(row.key, answer, outcome if isinstance(outcome, RowError) else answer)
         self._tally.replaced += row.replaces_earlier
         return Finished(row, outputs, size)
+
+    def _other_length(self, output: Row) -> str | None:
+        """Why a vector cannot be compared with those of other rows, None if it can."""
+        for name, length in self._lengths.items():
+            if (vector := output[name]) is not None and len(vector) != (length or len(vector)):
+                return f"column {name!r}: {len(vector)} numbers, and the vectors before it have {length}"
+            self._lengths[name] = length or (vector and len(vector))
+        return None
 
     def _check_key(self, key: Key, error: Row) -> None:
         """Refuse a key that the table cannot hold: then not even the row's error can be written."""
@@ -97,6 +109,18 @@ class OutputRows:
             yield {**row, **dict(zip(names, values, strict=True)), POSITION: position, **of_answer}
         if not outcome:
             yield {**row, **kept[0]}
+
+
+def _length(job: Job, column: str) -> int | None:
+    """The length of the vectors that earlier calls committed under the same fingerprint, None if there are
+    none: a server may have another model under the same name."""
+    table, selection = job.tables, job.selection
+    if not table.has(selection.outputs):
+        return None
+    where = f"_fingerprint = {literal(selection.fingerprint)} AND _error IS NULL"
+    select = f"SELECT {quoted(column)} FROM {table.quoted(selection.outputs)} WHERE {where} LIMIT 1"  # noqa: S608
+    first = next((row[column] for rows in table.read(select) for row in rows), None)
+    return None if first is None else len(of_bytes(first) if isinstance(first, bytes) else first)
 
 
 def _of_answer(answer: Result) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from vllm_tasks.calls.call import Call, Columns, RowDecoder, TableCall, stored_columns
 from vllm_tasks.canonical import fingerprint
-from vllm_tasks.datalayer import exact_json
+from vllm_tasks.datalayer import exact_json, vectors
 from vllm_tasks.datalayer.lake.delta import quoted
 from vllm_tasks.datalayer.selection import POSITION, OutputTable, Selection, Tables
 from vllm_tasks.datalayer.table_names import outputs_name
@@ -226,4 +226,6 @@ def _python(value: Any, kind: str) -> Any:
         return JsonText(data) if isinstance(data, str) else data
     if kind == "bytes":  # metrics and judges compare texts; the bytes of an answer are its text in UTF-8
         return bytes(value).decode(errors="backslashreplace")
+    if kind == "vector" and isinstance(value, bytes):  # SQLite reports no types for a SELECT
+        return vectors.of_bytes(value)
     return bool(value) if kind == "bool" else value  # SQLite stores booleans as 0 and 1

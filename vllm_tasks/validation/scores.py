@@ -29,7 +29,7 @@ from vllm_tasks.validation.statistics import (
     wilson,
 )
 
-EMPTY = {"int": 0, "float": 0.0, "bool": False}
+EMPTY: dict[str, Any] = {"int": 0, "float": 0.0, "bool": False, "vector": []}
 """Empty answers of other kinds than text."""
 SEED = 0
 """The seed of all resampling, so that equal answers give equal intervals."""
@@ -90,7 +90,8 @@ def check(metric: Metric, snapshot: Snapshot, decoder: RowDecoder) -> None:
         return
     targets: list[Any] = [case.target for case in snapshot.cases]
     kinds = {column.name: column.kind for column in decoder.columns}
-    empty: Any = EMPTY.get(kinds["output"], "") if kinds.keys() == {"output"} else {}
+    values = {name: EMPTY.get(kind, "") for name, kind in kinds.items()}
+    empty: Any = values["output"] if kinds.keys() == {"output"} else values
     if measure.asks == "likelihood":  # `Likelihoods.check` checks its texts
         targets, empty = [0], [Likelihood(logprob=0.0, tokens=1, characters=1)]
     if measure.kind == "sums":

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from vllm_tasks.datalayer import vectors
 from vllm_tasks.datalayer.database.backends import TableName
 from vllm_tasks.datalayer.values import from_json
 
@@ -46,6 +47,8 @@ def typed(value: Any, kind: str) -> Any:
     """A value in its column's declared type; SQLite allows other values, which are returned unchanged."""
     if kind in ("BOOLEAN", "BOOL") and value in (0, 1):
         return bool(value)
+    if kind == vectors.BLOB and isinstance(value, bytes) and len(value) % 4 == 0:
+        return vectors.of_bytes(value)
     if kind in READ and isinstance(value, str):
         try:
             return READ[kind](value)

@@ -16,6 +16,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.exc import DBAPIError
 
+from vllm_tasks.datalayer import vectors
 from vllm_tasks.datalayer.database.backends import Backend, Column, Shape, TableName, Verbatim
 from vllm_tasks.datalayer.selection import POSITION, Key, Row
 from vllm_tasks.datalayer.storable import HALF_A_CHARACTER, INT64, is_text, to_json
@@ -64,6 +65,21 @@ class JsonText(sa.TypeDecorator[Any]):
         return None if value is None else to_json(value)
 
 
+class Vector(sa.TypeDecorator[list[float]]):
+    """A list of numbers of 32 bits: an array in PostgreSQL, bytes in SQLite."""
+
+    impl = sa.LargeBinary
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> sa.types.TypeEngine[Any]:
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(postgresql.ARRAY(sa.REAL))
+        return Verbatim(vectors.BLOB)
+
+    def process_bind_param(self, value: list[float] | None, dialect: Dialect) -> Any:
+        return value if value is None or dialect.name == "postgresql" else vectors.to_bytes(value)
+
+
 KINDS: dict[str, Any] = {
     "str": sa.Text(),
     "int": sa.BigInteger(),
@@ -72,6 +88,7 @@ KINDS: dict[str, Any] = {
     "json": JsonText().with_variant(JSONB(none_as_null=True), "postgresql"),
     "bytes": sa.LargeBinary(),
     "timestamp": UtcTime(),
+    "vector": Vector(),
 }
 
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from vllm_tasks.datalayer import vectors
 from vllm_tasks.datalayer.database.backends import Shape, TableName
 from vllm_tasks.datalayer.database.keyed_table import UtcTime
 from vllm_tasks.datalayer.selection import OWN_COLUMNS
@@ -24,6 +25,7 @@ POSTGRES = {
     "date": pa.date32(),
     "timestamp without time zone": pa.timestamp("us"),
     "timestamp with time zone": TIMESTAMP,
+    "real[]": vectors.VECTOR,
 }
 """Arrow types by the name of the column's type; types that are not listed are read as text."""
 TEXTS = ("text", "character varying", "bpchar")
@@ -33,6 +35,7 @@ SQLITE = {
     "DOUBLE": (pa.float64(), {"real", "integer"}),
     "BOOLEAN": (pa.bool_(), {"integer"}),
     "BLOB": (pa.binary(), {"blob"}),
+    vectors.BLOB: (vectors.VECTOR, {"blob"}),
 }
 """Arrow types by the type that we declare, with the storage classes that SQLite may have in such a column."""
 OUR_TIME = "____-__-__ __:__:__.______+00:00"
@@ -100,4 +103,6 @@ def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
         values = [None if v is None else bool(v) for v in values]
     elif kind == TIMESTAMP:
         values = [UtcTime.read(v) for v in values]
+    elif kind == vectors.VECTOR:
+        values = [vectors.of_bytes(v) if isinstance(v, bytes) else v for v in values]
     return pa.array(values, kind)

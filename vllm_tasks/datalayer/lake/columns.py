@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from vllm_tasks.datalayer.lake.partitions import problem_of_partition
 from vllm_tasks.datalayer.storable import HALF_A_CHARACTER, INT64, is_text, to_json
+from vllm_tasks.datalayer.vectors import VECTOR
 
 ARROW_TYPES: dict[str, pa.DataType] = {
     "str": pa.string(),
@@ -19,6 +20,7 @@ ARROW_TYPES: dict[str, pa.DataType] = {
     "bytes": pa.binary(),
     "json": pa.string(),
     "timestamp": pa.timestamp("us", "UTC"),
+    "vector": VECTOR,
 }
 JSON = {"json": "1"}
 """Metadata of a text column that holds JSON."""

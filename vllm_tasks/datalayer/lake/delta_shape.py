@@ -102,7 +102,7 @@ def _inexact(name: str, kind: pa.DataType, in_key: bool) -> str | None:
         return "for which no error row could be written if a text is too long or empty for a folder's name"
     # delta-rs writes -0.05 as 0.-5, after which the table cannot be opened any more.
     decimal = pa.types.is_decimal(kind) and kind.scale
-    if decimal or pa.types.is_floating(kind) or pa.types.is_binary(kind):
+    if decimal or pa.types.is_floating(kind) or pa.types.is_binary(kind) or pa.types.is_list(kind):
         return f"whose type {kind} no partition holds exactly"
     return None
 

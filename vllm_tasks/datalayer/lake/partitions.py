@@ -15,7 +15,7 @@ LOST = "~"
 NULL_FOLDER = "__HIVE_DEFAULT_PARTITION__"
 """The name of NULL's folder; next to rows with NULL, delta-rs writes a text of this name as NULL."""
 OTHER_COLUMN = "partition by another column"
-INEXACT_OUTPUTS = {"float": "numbers with a point", "bytes": "bytes"}
+INEXACT_OUTPUTS = {"float": "numbers with a point", "bytes": "bytes", "vector": "vectors"}
 """A float of 1e300 would have a name of 301 digits, and equal floats (0.0, -0.0) two names. delta-rs writes
 bytes as text with escapes, and reads the escapes as the bytes."""
 

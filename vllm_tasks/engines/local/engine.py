@@ -21,7 +21,7 @@ from vllm_tasks.engines.local.process import HostProcess
 from vllm_tasks.engines.session import Frame
 from vllm_tasks.engines.window import Window
 from vllm_tasks.errors import EngineFailed, InvalidCall
-from vllm_tasks.rows import Request, Result, RowError, given_up
+from vllm_tasks.rows import Request, Result, RowError, given_up, is_chat
 
 logger = logging.getLogger(__name__)
 
@@ -235,17 +235,22 @@ class LocalEngine:
         self._state = state
 
     def _send(self) -> None:
-        """Send the rows that may be sent, in one frame for all that share their sampling parameters."""
+        """Send the rows that may be sent, in one frame for all that share task and sampling parameters."""
         if self._state is not State.READY or not self._rows.some_wait:
             return
         # Not only those that are side by side: rows may have parameters of their own, in any order.
-        groups: dict[tuple[int, bool], list[tuple[int, Request]]] = {}
+        groups: dict[tuple[str, int, bool], list[tuple[int, Request]]] = {}
         for row_id, row in self._rows.hand_over().items():
-            kind = id(row.request.sampling), isinstance(row.request.prompt, str)
-            groups.setdefault(kind, []).append((row_id, row.request))
-        for rows in groups.values():
-            chunk = [[row_id, request.prompt] for row_id, request in rows]
-            self._host.write({"chunk": chunk, "sampling": dict(wire.sampling_of(rows[0][1]))})
+            request = row.request
+            kind = request.task, id(request.sampling), is_chat(request.prompt)
+            groups.setdefault(kind, []).append((row_id, request))
+        for (task, _, _), rows in groups.items():
+            chunk = [[row_id, _prompt_of(request)] for row_id, request in rows]
+            self._host.write({"chunk": chunk, "sampling": dict(wire.sampling_of(rows[0][1])), "task": task})
+
+
+def _prompt_of(request: Request) -> Any:
+    return request.prompt if request.task == "generate" else wire.input_of(request)
 
 
 def check_exists(folder: Path) -> None:

@@ -4,7 +4,8 @@ It is run by path and loads by path what it needs of `vllm_tasks`: `session`, `v
 it starts without Prefect, in any environment that has vLLM.
 
 It communicates over one socket in frames, a 4-byte length and JSON. It receives the engine arguments, then
-`{"chunk": [[row, prompt], ...], "sampling": {...}}` and `{"cancel": [row, ...]}`. It sends
+`{"chunk": [[row, prompt], ...], "sampling": {...}, "task": task}` and `{"cancel": [row, ...]}`; the prompt of
+a task other than `generate` is the fields of vLLM's request that hold it. It sends
 `{"ready": {...}}` or `{"failed": reason}`, then `{"row": row, "answer": {...}, "seconds": s}` with the
 response of vLLM's server, `{"row": row, "error": {...}}` or, for a row whose call is wrong,
 `{"row": row, "invalid": reason}`; `{"progress": tokens}` while tokens are generated, and `{"dead": reason}`
@@ -22,6 +23,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,10 +78,13 @@ class Host:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self.engine = engine
-        self.chat, self.text = vllm_server.request_types()
-        self.complete_chat = serving.openai_serving_chat.create_chat_completion
-        self.render_chat = serving.openai_serving_chat.render_chat_request
-        self.complete_text = vllm_server.with_complete_logprobs(serving).create_completion
+        self.generates = hasattr(serving, "openai_serving_chat")
+        if self.generates:
+            self.chat, self.text = vllm_server.request_types()
+            self.complete_chat = serving.openai_serving_chat.create_chat_completion
+            self.render_chat = serving.openai_serving_chat.render_chat_request
+            self.complete_text = vllm_server.with_complete_logprobs(serving).create_completion
+        self.pooling = vllm_server.pooling_handlers(serving)
         vllm_server.tokenise_short_at_once(engine.renderer)
         self.write = write
         self.adapters = adapters.Adapters(engine, serving.openai_serving_models)
@@ -90,7 +95,9 @@ class Host:
         """Send every row of a chunk to the engine."""
         accepted = time.perf_counter()
         for row, prompt in frame["chunk"]:
-            task = asyncio.create_task(self.process(row, prompt, dict(frame["sampling"]), accepted))
+            answer = self.complete if frame["task"] == "generate" else partial(self.pool, frame["task"])
+            made = partial(answer, row, prompt, dict(frame["sampling"]))
+            task = asyncio.create_task(self.process(row, made, accepted))
             self.tasks[row] = task
             task.add_done_callback(partial(self.forget, row))
 
@@ -105,15 +112,12 @@ class Host:
             if task := self.tasks.get(row):
                 task.cancel()
 
-    async def process(
-        self, row: int, prompt: str | list[Any], sampling: dict[str, Any], accepted: float
-    ) -> None:
+    async def process(self, row: int, answer: Callable[[], Awaitable[str]], accepted: float) -> None:
         """Process a row and send its answer or its error."""
         try:
-            answer = await self.complete(row, prompt, sampling)
-            body = answer.model_dump_json(exclude_none=True, exclude=NOT_SENT)
+            body = await answer()
             self.write(f'{{"row": {row}, "seconds": {time.perf_counter() - accepted}, "answer": {body}}}')
-        except adapters.Unusable as error:
+        except (adapters.Unusable, vllm_server.Unsupported) as error:
             self.write({"row": row, "invalid": str(error)[:2000]})
         except self.death as error:
             self.write({"dead": vllm_server.killed(self.engine) or session.reason_of(error)})
@@ -126,13 +130,16 @@ class Host:
         while True:
             await asyncio.sleep(REPORT_EVERY)
             states = self.engine.output_processor.request_states.values()
-            tokens = sum(state.detokenizer.num_output_tokens() for state in states)
+            # A pooling request has no detokenizer, because it makes no tokens.
+            tokens = sum(state.detokenizer.num_output_tokens() for state in states if state.detokenizer)
             if tokens != before:
                 before = tokens
                 self.write({"progress": tokens})
 
-    async def complete(self, row: int, prompt: str | list[Any], sampling: dict[str, Any]) -> Any:
-        """The response of vLLM's server. Raises `Refused` with its message if it refuses the row."""
+    async def complete(self, row: int, prompt: str | list[Any], sampling: dict[str, Any]) -> str:
+        """The response of vLLM's server, as JSON. Raises `Refused` with its message if it refuses the row."""
+        if not self.generates:
+            raise vllm_server.Unsupported("generate", self.pooling)
         body = {"request_id": str(row), "return_token_ids": not sampling.get("echo"), **sampling}
         if lora := await self.adapters.request(body.pop("lora_request", None)):
             body["model"] = lora.lora_name
@@ -144,10 +151,23 @@ class Host:
             raise vllm_server.Refused(answer.error.message, answer.error.code)
         if lora:
             answer.model = lora.lora_name.rpartition("#")[0]
-        return answer
+        return str(answer.model_dump_json(exclude_none=True, exclude=NOT_SENT))
+
+    async def pool(self, task: str, row: int, prompt: dict[str, Any], sampling: dict[str, Any]) -> str:
+        """The response of vLLM's server for a task other than `generate`, as JSON."""
+        if task not in self.pooling:
+            raise vllm_server.Unsupported(task, [*["generate"] * self.generates, *self.pooling])
+        handler, of_text, of_chat = self.pooling[task]
+        made = of_chat if "messages" in prompt else of_text
+        answer = await handler(made(request_id=str(row), **prompt, **sampling))
+        if isinstance(answer, self.refusal):
+            raise vllm_server.Refused(answer.error.message, answer.error.code)
+        return str(answer.body, "utf-8")
 
     async def has_chat_template(self) -> bool:
         """Whether vLLM finds a chat template for the model, in the model's files or among its own."""
+        if not self.generates:
+            return False
         try:
             response = await self.render_chat(self.chat(messages=[{"role": "user", "content": "Hello"}]))
         except Exception as error:  # noqa: BLE001 - any error raised by a template shows that there is one

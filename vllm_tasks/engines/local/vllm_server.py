@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib
 import importlib.util
 import runpy
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,21 @@ MOVED = {
     "validate_parsed_serve_args": ("common.cli_args", "launchers.cli_args", "openai.cli_args"),
 }
 """The modules under `vllm.entrypoints` that hold a name, the newest first, in vLLM 0.26 to 0.33."""
+POOLING = {
+    "embed": ("serving_embedding", "embed", "EmbeddingCompletionRequest", "EmbeddingChatRequest"),
+    "score": ("serving_scores", "scoring", "ScoreTextRequest", "ScoreTextRequest"),
+    **dict.fromkeys(
+        ("classify", "reward"),
+        (
+            "serving_classification",
+            "classify",
+            "ClassificationCompletionRequest",
+            "ClassificationChatRequest",
+        ),
+    ),
+}
+"""By task: the handler of vLLM's server, the module of its requests under `vllm.entrypoints.pooling`, and its
+requests for a text and for chat messages."""
 
 
 def of_vllm(name: str) -> Any:
@@ -89,8 +106,19 @@ async def start_engine(arguments: dict[str, Any]) -> tuple[Any, Any]:
             manager(plugin)
     engine = AsyncLLM.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
     state = State()
-    await of_vllm("init_app_state")(engine, state, both, ("generate",))
+    tasks = await engine.get_supported_tasks()
+    await of_vllm("init_app_state")(engine, state, both, ("generate",) if "generate" in tasks else tasks)
     return engine, state
+
+
+def pooling_handlers(serving: Any) -> dict[str, tuple[Any, Any, Any]]:
+    """By each task other than `generate` that the model has: vLLM's handler and its types of requests."""
+    found = {}
+    for task, (handler, module, *requests) in POOLING.items():
+        if there := getattr(serving, handler, None):
+            protocol = importlib.import_module(f"vllm.entrypoints.pooling.{module}.protocol")
+            found[task] = (there, *(getattr(protocol, name) for name in requests))
+    return found
 
 
 def request_types() -> tuple[Any, Any]:
@@ -141,6 +169,16 @@ def tokenise_short_at_once(renderer: Any) -> None:
         return await in_thread(prompts, params)
 
     renderer.tokenize_prompts_async = tokenize
+
+
+class Unsupported(Exception):
+    """The model does not have the task of a call."""
+
+    def __init__(self, task: str, tasks: Iterable[str]) -> None:
+        there = ", ".join(map(repr, tasks)) or "none that vllm_tasks knows"
+        super().__init__(
+            f"the model does not have the task {task!r}; as vLLM runs it, it has {there}: set task"
+        )
 
 
 class Refused(Exception):
