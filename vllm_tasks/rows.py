@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Message = Mapping[str, Any]
 """One chat message in vLLM's format: `role`, `content` (a text or a list of content parts) and more."""
+
+
+class Conversation(list[Message]):
+    """The chat messages of a text that is sent as chat although no server reports a chat template.
+
+    If the server then refuses chat for want of one, `text` is sent instead.
+    """
+
+    def __init__(self, messages: Iterable[Message], text: str) -> None:
+        super().__init__(messages)
+        self.text = text
+
 
 RowErrorKind = Literal[
     "read",

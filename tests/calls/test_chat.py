@@ -93,47 +93,55 @@ def test_nothing_is_asked_where_the_call_says_it(
     [Reply(status=404), Reply(status=405), Reply({"tokens": []}), Reply(b"<html>"), refused(401, "no")],
 )
 def test_where_nothing_tells_it_is_chat(server: ScriptedServer, api: Make, told: Reply) -> None:
-    """A gateway without /tokenize, or with another one, gets one trial row of one token."""
+    """A gateway without /tokenize, or with another one, gets the rows as chat, and nothing else."""
     server.tokenizes = told
     model = api()
     assert model.predict_batches(["a", "b"]) == [answer_to("a"), answer_to("b")]
     assert model.predict("c") == answer_to("c")
-    assert paths(server) == [CHAT] * 4
-    assert [asked.body.get("max_tokens") for asked in server.posts] == [1, None, None, None]
+    assert paths(server) == [CHAT] * 3
+    assert sorted(asked.prompt for asked in server.posts) == ["a", "b", "c"]
+    assert fingerprint_of(model) == fingerprint_of(api(chat=True))
 
 
 def test_a_refusal_for_want_of_a_template_turns_to_text(
     server: ScriptedServer, api: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """All rows complete, the fingerprint is that of text, and one warning says how to avoid the trial."""
+    """All rows complete, later ones are sent as text at once, and one warning names the way to say it.
+
+    The fingerprint stays that of a call that does not know it yet, so that the next process finds the rows.
+    """
     server.tokenizes, server.script = Reply(status=404), no_chat
     model = api()
+    before = fingerprint_of(model)
     with caplog.at_level(logging.WARNING):
         assert model.predict_batches(["a", "b"]) == [answer_to("a"), answer_to("b")]
         assert model.predict("c") == answer_to("c")
-    assert paths(server) == [CHAT, TEXT, TEXT, TEXT]
+    assert sorted(paths(server)) == sorted([CHAT, CHAT, TEXT, TEXT, TEXT])
+    assert paths(server)[-1] == TEXT
     (warning,) = [r.getMessage() for r in caplog.records if "plain text" in r.getMessage()]
     assert "chat=False" in warning
     assert server.url in warning
-    assert fingerprint_of(model) == fingerprint_of(api(chat=False))
+    assert fingerprint_of(model) == before
 
 
 @pytest.mark.parametrize("words", ["the chat template of the request is not trusted", "no such temperature"])
 def test_another_refusal_does_not(server: ScriptedServer, api: Make, words: str) -> None:
     """Another refusal is an error of its row, and the next row is sent as chat."""
     server.tokenizes = Reply(status=404)
-    server.script = lambda asked: refused(400, words) if len(server.posts) < 3 else None
+    server.script = lambda asked: refused(400, words) if len(server.posts) < 2 else None
     results = api().predict_batches(["a", "b"], on_error="return")
     assert [type(r).__name__ for r in results].count("RowError") == 1
-    assert paths(server) == [CHAT] * 3
+    assert paths(server) == [CHAT] * 2
 
 
-def test_a_trial_that_is_denied_ends_the_call(server: ScriptedServer, api: Make) -> None:
-    """A trial that is denied fails the call as a row would: with the server's words and the way out."""
-    server.tokenizes = Reply(status=404)
-    server.script = lambda _: refused(401, "who are you")
-    with pytest.raises(InvalidCall, match=r"who are you.*check api_key"):
-        api().predict("a")
+def test_messages_of_the_caller_are_never_turned_to_text(server: ScriptedServer, api: Make) -> None:
+    """Where chat is refused, a row of messages has the refusal as its error, and texts complete."""
+    server.tokenizes, server.script = Reply(status=404), no_chat
+    xs: list[Any] = ["a", [{"role": "user", "content": "b"}]]
+    first, second = api().predict_batches(xs, on_error="return")
+    assert first == answer_to("a")
+    assert isinstance(second, RowError)
+    assert second.kind == "refused"
 
 
 def test_of_many_servers_the_first_that_is_there_is_asked(server: ScriptedServer, api: Make) -> None:
@@ -178,7 +186,11 @@ def test_a_system_message_needs_a_template(server: ScriptedServer, api: Make) ->
     """A system message is sent as chat, and is refused with the way out if texts are sent as plain text."""
     with pytest.raises(InvalidCall, match=r"no chat template.*set chat=True"):
         api(system="S").predict("x")
-    server.tokenizes = TOLD
+    server.tokenizes, server.script = Reply(status=404), no_chat
+    with pytest.raises(InvalidCall, match=r"no chat template: put the words into the prompt"):
+        api(system="S", timeout=8).predict("x")
+    server.tokenizes, server.script = TOLD, lambda _: None
+    server.requests.clear()
     api(system="S", timeout=9).predict("x")
     assert [m["content"] for m in server.posts[0].body["messages"]] == ["S", "x"]
 

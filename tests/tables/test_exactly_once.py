@@ -25,7 +25,6 @@ from vllm_tasks.errors import TablesUnavailable
 from vllm_tasks.tables.source_rows import BATCH_ROWS
 
 ROWS = 1500
-KILLS = 20
 GROUP = 20
 IN_FLIGHT = 16
 
@@ -81,8 +80,9 @@ def asked_since(server: ScriptedServer, first: int) -> Counter[int]:
     return Counter(int(asked.prompt[1:]) for asked in server.posts[first:])
 
 
+@pytest.mark.parametrize("kills", [6, pytest.param(30, marks=pytest.mark.long)])
 def test_killed_at_any_moment_nothing_committed_is_lost_or_asked_again(
-    place: Place, server: ScriptedServer, jobs: Jobs
+    place: Place, server: ScriptedServer, jobs: Jobs, kills: int
 ) -> None:
     """After each SIGKILL every committed row is complete and never sent again; only rows in flight or not
     yet committed at a kill are sent twice. In the end each key is there once, as undisturbed.
@@ -90,10 +90,10 @@ def test_killed_at_any_moment_nothing_committed_is_lost_or_asked_again(
     place.fill_texts(*(f"t{i}" for i in range(ROWS)))
     done: set[int] = set()
     may_be_asked_twice: set[int] = set()
-    for _ in range(KILLS):
+    for _ in range(kills):
         first = len(server.posts)
         job = start(jobs, server, place)
-        enough = first + random.randint(0, 2 * ROWS // KILLS)
+        enough = first + random.randint(0, 2 * ROWS // kills)
         server.wait_until(lambda: len(server.posts) >= enough or len(committed(place)) == ROWS)  # noqa: B023
         time.sleep(random.uniform(0, 0.1))
         jobs.kill(job)

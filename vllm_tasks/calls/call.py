@@ -96,7 +96,8 @@ class Call:
     def resolved(self) -> Call:
         """Return this call with `chat` set, as the model's files, engine or server report it.
 
-        Raises the errors of a request if an engine or server is needed for that.
+        It stays None if a server does not report it. Raises the errors of a request if an engine or server is
+        needed for that.
         """
         if self.prompter.chat is not None or self.answerer is not None:
             return self
@@ -124,6 +125,12 @@ class Call:
                 failed.results = [p if isinstance(p, RowError) else None for p in prompts]
                 raise failed from error.__cause__
         return requests_of(prompts, prompter.chat, prompter.system, self.sampling, self.target)
+
+    def sends_chat(self) -> bool:
+        """Return whether texts were sent as chat by this resolved call."""
+        if self.prompter.chat is not None:
+            return self.prompter.chat
+        return not loop.run(sharing.refuses_chat(self.engine))
 
     def _with_parameters(
         self, made: str | list[Message] | Request | RowError, own: Mapping[str, Any]

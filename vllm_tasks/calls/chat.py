@@ -1,7 +1,8 @@
 """Decides whether the texts of a call are sent as chat: as the call sets it, else as its model needs it.
 
 A model needs chat if vLLM has a chat template for it. The model's files show that before an engine runs. A
-request finds it out for a server, and for a local engine if the files are elsewhere or are not sufficient.
+server is asked, and a local engine too if the files are elsewhere or are not sufficient. Where a server does
+not report it, as behind a gateway, texts are sent as chat until it refuses that for want of a template.
 """
 
 from __future__ import annotations
@@ -44,8 +45,11 @@ def of_call(chat: bool | None, target: Target, sampling: Mapping[str, Any]) -> b
     return of_one_kind(sampling) if chat is None else chat
 
 
-def of_model(config: sharing.Config) -> bool:
-    """Return whether an engine's model has a chat template. If it needs a request, it raises its errors."""
+def of_model(config: sharing.Config) -> bool | None:
+    """Return whether an engine's model has a chat template; None if its server does not report it.
+
+    If it needs a request, it raises its errors.
+    """
     found = None if isinstance(config, HttpConfig) else of_files(json.loads(config.engine_args))
     return loop.run(sharing.has_chat_template(config), raise_if_stopped) if found is None else found
 

@@ -39,7 +39,7 @@ class Prompter:
     prompt_func: Callable[..., Any] | None
     signature: Signature
     chat: bool | None
-    """Whether texts become chat messages. None: it is not known yet, and they stay texts."""
+    """Whether texts become chat messages. None: it is not known, and they stay texts here."""
     system: str | None
     artifacts: Mapping[str, Any]
     context: Context
@@ -101,7 +101,7 @@ class Prompter:
             "keywords": made_of(self.keywords, "the keywords of prompt_func"),
             "artifacts": self.artifacts,
             "signature": self.signature,
-            "chat": self.chat,
+            "chat": self.chat is not False,  # not known: it is assumed
             "system": self.system,
             "context": self.joined_context,
             "messages_as_json": self.messages_as_json,

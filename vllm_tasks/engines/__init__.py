@@ -49,11 +49,11 @@ class Engine(Protocol):
             ServerUnavailable: No server responded for the grace period.
         """
 
-    async def has_chat_template(self) -> bool:
+    async def has_chat_template(self) -> bool | None:
         """Report whether the model has a chat template.
 
         Returns:
-            True if the engine can turn chat messages into a prompt.
+            True if the engine can turn chat messages into a prompt; None if a server does not report it.
         """
 
     async def close(self) -> None:

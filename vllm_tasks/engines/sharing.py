@@ -168,10 +168,19 @@ async def facts(config: Config) -> dict[str, str]:
         return await engine.facts()
 
 
-async def has_chat_template(config: Config) -> bool:
-    """Whether the engine of `config` has a chat template for its model. Starts it if necessary."""
+async def has_chat_template(config: Config) -> bool | None:
+    """Whether the engine of `config` has a chat template for its model; None if a server does not report it.
+
+    Starts the engine if necessary.
+    """
     async with _of(config).used() as engine:
         return await engine.has_chat_template()
+
+
+async def refuses_chat(config: Config) -> bool:
+    """Whether a server of `config` has refused texts that were sent as chat, for want of a chat template."""
+    async with _of(config).used() as engine:
+        return isinstance(engine, HttpEngine) and engine.refuses_chat
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from vllm_tasks.placement.part import Part
 from vllm_tasks.placement.payload import Model
 from vllm_tasks.placement.runs import Runs
 from vllm_tasks.placement.target import Target, target_of
-from vllm_tasks.rows import Request, Result, RowError
+from vllm_tasks.rows import Conversation, Request, Result, RowError
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,10 @@ def _as_data(requests: Sequence[Request], sampling: Mapping[str, Any]) -> dict[s
     """The prompts, the sets of parameters (that of the call first), and the position of each row's set."""
     sets = {id(each): each for each in (sampling, *(request.sampling for request in requests))}
     places = {key: i for i, key in enumerate(sets)}
+    # Texts travel as such: the flow run there knows whether they become chat.
+    prompts = [r.prompt.text if isinstance(r.prompt, Conversation) else r.prompt for r in requests]
     return {
-        "prompts": [request.prompt for request in requests],
+        "prompts": prompts,
         "parameters": [dict(each) for each in sets.values()],
         "of": [places[id(request.sampling)] for request in requests],
     }

@@ -224,7 +224,7 @@ def _report(predict_id: str, job: Job, tally: Tally, counted: Counted) -> Report
         replaced=tally.replaced,
         unreadable=tally.unreadable,
         unreadable_lines=tuple(tally.unreadable_lines),
-        chat=job.over.call.prompter.chat,
+        chat=job.over.call.sends_chat(),
         stopped_by=tally.stopped_by,
         remaining=counted.remaining,
     )

@@ -34,7 +34,7 @@ from vllm_tasks.engines.http.streaming import EVENTS, Ended, Pieces, streamed
 from vllm_tasks.engines.http.urls import Endpoint
 from vllm_tasks.engines.window import Window
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.rows import Completion, Request, Result, RowError, given_up
+from vllm_tasks.rows import Completion, Conversation, Request, Result, RowError, given_up
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,6 @@ GATEWAY = {502, 503, 504}
 """Statuses of a gateway whose server is down. vLLM itself returns 503 when its engine is dead."""
 WITHHELD = "content_filter"
 """The finish reason of an answer that a gateway withholds, completely or in part."""
-CHAT_TEST = Request([{"role": "user", "content": "Hello"}], {"max_tokens": 1})
 """A request that shows whether chat is refused, for servers that do not report a chat template."""
 STREAMED = 2**20
 """Bytes from which a body is given to aiohttp as a file, so that sending it does not block the loop."""
@@ -96,7 +95,7 @@ class HttpEngine:
         self._completed: dict[str, Request] = {}  # the last one, by path
         self._at_work: Counter[str] = Counter()  # rows that have a slot, by path
         self._denied: Counter[str] = Counter()
-        self._testing_chat = asyncio.Lock()
+        self._asking_for_template = asyncio.Lock()
         self._session: aiohttp.ClientSession | None = None
 
     async def start(self) -> None:
@@ -116,37 +115,57 @@ class HttpEngine:
         """Facts that a server reports about itself; see `Servers.facts`."""
         return await self._servers.facts()
 
-    async def has_chat_template(self) -> bool:
-        """Look it up once, at one server. If unknown, as behind a gateway: whether chat is accepted."""
-        async with self._testing_chat:
-            if (known := self._servers.has_chat_template) is None:
+    async def has_chat_template(self) -> bool | None:
+        """Ask once, at one server; None if it does not report it, as gateways do not."""
+        async with self._asking_for_template:
+            if not self._servers.is_asked_for_template:
                 await self._servers.compare()
-                known = await self._reported_template()
-                self._servers.has_chat_template = known = (
-                    await self._accepts_chat() if known is None else known
-                )
-            return known
+                self._servers.reported_template = await self._reported_template()
+                self._servers.is_asked_for_template = True
+            return self._servers.reported_template
+
+    @property
+    def refuses_chat(self) -> bool:
+        """Whether a server has refused chat because the model has no chat template."""
+        return self._servers.refuses_chat
 
     async def _reported_template(self) -> bool | None:
-        """The report of the first reachable server; None if it does not report, or none is reachable."""
+        """The report of the first server that responds. If none does, one is waited for."""
         for server in self._servers.all:
-            with suppress(Unreachable):
-                await self._servers.identify(server)
-                assert server.model is not None
-                return await self._control.has_chat_template(server.endpoint, server.model)
+            try:
+                return await self._template_of(server)
+            except Unreachable as error:
+                self._servers.lose(server, str(error))
+        with suppress(Unreachable):  # some gateways close the connection for a path that they do not know
+            return await self._template_of(await self._servers.first_identified())
         return None
 
-    async def _accepts_chat(self) -> bool:
-        """Send a request for one token; False if it is refused because there is no chat template."""
-        answer = await self._process(CHAT_TEST, Attempts(self.config.retries, self._servers))
-        if not isinstance(answer, RowError) or not lacks_template(answer.message):
-            return True
-        logger.warning(
-            "texts are sent as plain text: %s refuses chat, because the model has no chat template (%s); "
-            "chat=False skips this test request",
-            ", ".join(map(str, self.config.endpoints)), answer.message,
-        )  # fmt: skip
-        return False
+    async def _template_of(self, server: Server) -> bool | None:
+        await self._servers.identify(server)
+        assert server.model is not None
+        return await self._control.has_chat_template(server.endpoint, server.model)
+
+    def _as_text(self, request: Request, refusal: RowError) -> Request | None:
+        """The request with a text for one whose conversation was refused for want of a chat template.
+
+        Raises `InvalidCall` if there is a system text, which only chat can carry.
+        """
+        conversation = request.prompt
+        if not isinstance(conversation, Conversation) or not lacks_template(refusal.message):
+            return None
+        if len(conversation) > 1:
+            raise InvalidCall(
+                "system needs chat messages, and the model has no chat template: put the words into the "
+                f"prompt ({refusal.message})"
+            )
+        if not self._servers.refuses_chat:
+            self._servers.refuses_chat = True
+            logger.warning(
+                "texts are sent as plain text: %s refuses chat, because the model has no chat template (%s); "
+                "chat=False sends them so from the first row on",
+                ", ".join(map(str, self.config.endpoints)), refusal.message,
+            )  # fmt: skip
+        return replace(request, prompt=conversation.text)
 
     async def generate(self, requests: Sequence[Request], done: Done) -> None:
         await self._servers.compare()
@@ -165,6 +184,8 @@ class HttpEngine:
 
     async def _process(self, request: Request, attempts: Attempts) -> Result:
         """Send the row until it has an answer or an error. Raises the errors of the call."""
+        if self._servers.refuses_chat and isinstance(request.prompt, Conversation):
+            request = replace(request, prompt=request.prompt.text)
         while True:
             server = attempts.server = attempts.server or await self._servers.take_slot()
             try:
@@ -179,9 +200,12 @@ class HttpEngine:
                 outcome = attempts.refuse(full)
             finally:
                 attempts.release()
-            if not isinstance(outcome, float):
+            if isinstance(outcome, RowError) and (text := self._as_text(request, outcome)):
+                request = text
+            elif not isinstance(outcome, float):
                 return outcome
-            await asyncio.sleep(outcome)
+            else:
+                await asyncio.sleep(outcome)
 
     async def _outcome(self, server: Server, request: Request, attempts: Attempts) -> Result | float:
         """The answer, the row's own error, or the seconds until the next attempt.

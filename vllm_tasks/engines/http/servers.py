@@ -84,7 +84,9 @@ class Servers:
         self.model = model
         self.control = control
         self.grace_period = grace_period
-        self.has_chat_template: bool | None = None  # of the model that all serve; None: not known yet
+        self.reported_template: bool | None = None  # of the model that all serve; None: not reported
+        self.is_asked_for_template = False
+        self.refuses_chat = False
         self.slots = most * len(endpoints)
         self.completed = 0
         self._prove = prove
@@ -336,7 +338,8 @@ class Servers:
 
     def forget_model(self) -> None:
         """Have the models looked up again, because a server rejects or no longer reports the known one."""
-        self._served = self.has_chat_template = None
+        self._served = self.reported_template = None
+        self.is_asked_for_template = self.refuses_chat = False
         self._are_compared = len(self.all) == 1
         for server in self.all:
             server.model, server.is_identified = self.model, self._is_sure
@@ -345,16 +348,21 @@ class Servers:
         """Facts that a server reports: its `model` name for requests and, where known, `root` (the model's
         own name or folder) and vLLM's `version`."""
         while True:
+            server = await self.first_identified()
+            assert server.model is not None
+            facts = await self.control.facts(server.endpoint, server.model)
+            if facts or server.is_there:  # else rows have lost it meanwhile
+                return {"model": server.model, **facts}
+
+    async def first_identified(self) -> Server:
+        """A server that is there and whose model is known. It is waited for like a slot, for a row."""
+        while True:
             await self.compare()
             server = next((server for server in self.all if server.is_there), None)
             if server is None:
                 self.release(server := await self.take_slot())
             if await self._try_to_identify(server):
-                model = server.model
-                assert model is not None
-                facts = await self.control.facts(server.endpoint, model)
-                if facts or server.is_there:  # else rows have lost it meanwhile
-                    return {"model": model, **facts}
+                return server
 
 
 def _check_is_there(server: Server) -> None:
