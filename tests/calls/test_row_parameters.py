@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.servers.scripted_server import ScriptedServer, refused
+from tests.servers.scripted_server import NO_TEMPLATE, Reply, ScriptedServer, refused
 from vllm_tasks import Request, RowError, VllmAPI, VllmModel
 from vllm_tasks.calls.call import Call
 from vllm_tasks.calls.row_parameters import plain_number
@@ -112,6 +112,18 @@ def test_each_row_is_sent_with_its_own(server: ScriptedServer) -> None:
     sent = bodies["schema"]["response_format"]["json_schema"]["schema"]
     assert sent["properties"] == schema["properties"]
     assert "response_format" not in bodies["plain"]
+
+
+def test_a_text_that_is_refused_as_chat_keeps_its_own(server: ScriptedServer) -> None:
+    """Where no server reports a chat template, the text that is sent in place of the chat has them too."""
+    server.tokenizes = Reply(status=404)
+    server.script = lambda asked: refused(400, NO_TEMPLATE) if "chat" in asked.path else None
+    with VllmAPI(
+        identifier="m", api_url=server.url, prompt_func=lambda x: Request(x, {"max_tokens": len(x)})
+    ) as model:
+        assert model.predict_batches(["a", "bb"]) == [" a!", " bb!"]
+    sent = {post.body["prompt"]: post.body["max_tokens"] for post in server.posts if "chat" not in post.path}
+    assert sent == {"a": 1, "bb": 2}
 
 
 def test_an_unknown_model_is_the_error_of_its_rows(server: ScriptedServer) -> None:

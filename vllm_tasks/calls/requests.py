@@ -34,22 +34,22 @@ def requests_of(
             "chat template): set chat=True, or put the words into the prompt"
         )
     check_prompts([prompt for prompt in prompts if not isinstance(prompt, Conversation)], sampling, target)
-    checked = (
-        r if isinstance(r, RowError) or r.sampling is sampling else _checked(r, target) for r in requests
-    )
+    checked = (_checked(r, sampling, target) for r in requests)
     return [replace(r, index=i) if isinstance(r, RowError) else r for i, r in enumerate(checked)]
 
 
 def _in_chat(request: Request, chat: bool | None, system: str | None) -> Request:
-    if not isinstance(text := request.prompt, str):
+    if not isinstance(request.prompt, str):
         return request
-    messages = conversation(text, system)
-    return replace(request, prompt=messages if chat else Conversation(messages, text))
+    messages = conversation(request.prompt, system)
+    return replace(request, prompt=messages if chat else Conversation(messages, request.prompt))
 
 
-def _checked(request: Request, target: Target) -> Request | RowError:
-    """Return a request with parameters of its own, or its error if they are for the other kind of prompt."""
-    if isinstance(request.prompt, Conversation):
+def _checked(request: Request | RowError, sampling: Mapping[str, Any], target: Target) -> Request | RowError:
+    """Return a request, or its error if it has own parameters that are for the other kind of prompt."""
+    if isinstance(request, RowError) or request.sampling is sampling:
+        return request
+    if isinstance(request.prompt, Conversation):  # it may be sent as either kind
         return request
     try:
         check_prompts([request.prompt], request.sampling, target)
