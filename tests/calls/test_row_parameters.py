@@ -157,7 +157,7 @@ def test_an_unknown_model_is_the_error_of_its_rows(server: ScriptedServer) -> No
         (Request("x", output_schema={"a": "str"}), "needs a model with datatype='json'"),
         (Request("x", lora="a", model="b"), "lora='a' and model='b' both say what answers"),
         (Request("x", lora={"lora_path": "a"}), "knows adapters and models by a name"),
-        (Request(["x"]), "expected a text or a list of chat messages, got a list"),  # type: ignore[list-item]
+        (Request(["x"]), "expected a text, a list of chat messages or token ids, got a list"),  # type: ignore[list-item]
     ],
 )
 def test_what_cannot_be_sent_is_an_error_of_the_row(own: Request, words: str) -> None:
