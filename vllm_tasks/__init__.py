@@ -8,6 +8,7 @@ them loads neither vLLM nor torch nor Ray.
 from importlib.metadata import version as _version
 
 from vllm_tasks.calls.answers import Artifact
+from vllm_tasks.calls.classes import Classes
 from vllm_tasks.calls.datatypes import DataType
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.errors import GateFailed, InvalidCall
@@ -21,6 +22,7 @@ __version__ = _version("vllm-tasks")
 
 __all__ = [
     "Artifact",
+    "Classes",
     "DataType",
     "Datalayer",
     "Dataset",

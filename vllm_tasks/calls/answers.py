@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from vllm_tasks.calls.classes import Classes, class_type
 from vllm_tasks.calls.datatypes import OUTPUT, AnswerType, DataType, Undecodable, builtin_type, own_type
 from vllm_tasks.calls.schemas import schema_type
 from vllm_tasks.datalayer.selection import OutputColumn
@@ -45,7 +46,7 @@ class Artifact(BaseModel):
         return value
 
 
-def check_one_type(datatype: DataType | BuiltinType | None, output_schema: object) -> None:
+def check_one_type(datatype: DataType | Classes | BuiltinType | None, output_schema: object) -> None:
     """Raise ValueError if a model sets the type of its answers twice."""
     if output_schema is not None and datatype not in (None, "json"):
         raise ValueError(
@@ -72,7 +73,7 @@ class Decoder:
     @classmethod
     def of(
         cls,
-        datatype: DataType | BuiltinType | None,
+        datatype: DataType | Classes | BuiltinType | None,
         output_schema: dict[str, Any] | str | None,
         flatten: bool,
         many: bool,
@@ -156,14 +157,20 @@ class Decoder:
 
 
 def _type_of(
-    datatype: DataType | BuiltinType | None, output_schema: dict[str, Any] | str | None, flatten: bool
+    datatype: DataType | Classes | BuiltinType | None,
+    output_schema: dict[str, Any] | str | None,
+    flatten: bool,
 ) -> AnswerType:
     if output_schema is not None:
         return schema_type(output_schema, flatten)
+    if isinstance(datatype, Classes):
+        return class_type(datatype)
     return own_type(datatype) if isinstance(datatype, DataType) else builtin_type(datatype or "str")
 
 
-def _name_of(datatype: DataType | BuiltinType | None) -> str:
+def _name_of(datatype: DataType | Classes | BuiltinType | None) -> str:
+    if isinstance(datatype, Classes):
+        return "Classes"
     return datatype.identifier if isinstance(datatype, DataType) else datatype or "str"
 
 

@@ -105,7 +105,14 @@ class Call:
                 failed = copy.copy(error)  # other callers may raise the same error
                 failed.results = [p if isinstance(p, RowError) else None for p in prompts]
                 raise failed from error.__cause__
-        return requests_of(prompts, prompter.chat, prompter.system, self.sampling, self.target)
+        return requests_of(
+            prompts,
+            prompter.chat,
+            prompter.system,
+            self.sampling,
+            self.target,
+            thinks=self.decoder.type.thinks,
+        )
 
     def answers(self, requests: Sequence[Request | RowError]) -> list[Result]:
         """Return N results for N requests, in their order."""
@@ -195,9 +202,11 @@ def requests_of(
     system: str | None,
     sampling: Mapping[str, Any],
     target: Target,
+    *,
+    thinks: bool = True,
 ) -> list[Request | RowError]:
     """Return a request for each prompt. With `chat`, texts become chat messages; with None they stay texts,
-    and the work pool that processes them decides.
+    and the work pool that processes them decides. Unless it `thinks`, a model is asked not to, in chats.
 
     Raises `InvalidCall` if all have the same fault.
     """
@@ -209,10 +218,19 @@ def requests_of(
             "chat template): set chat=True, or put the words into the prompt"
         )
     check_prompts([p for p in prompts if chat is not None or not isinstance(p, str)], sampling, target)
+    of_chat = sampling if thinks else without_thinking(sampling)
     return [
-        replace(p, index=i) if isinstance(p, RowError) else Request(p, sampling)
+        replace(p, index=i)
+        if isinstance(p, RowError)
+        else Request(p, sampling if isinstance(p, str) else of_chat)
         for i, p in enumerate(prompts)
     ]
+
+
+def without_thinking(sampling: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the parameters of a chat that is answered at once, unless they say otherwise themselves."""
+    given = sampling.get("chat_template_kwargs") or {}
+    return {**sampling, "chat_template_kwargs": {"enable_thinking": False, **given}}
 
 
 class RowDecoder(Protocol):

@@ -44,6 +44,9 @@ class Prompter:
     artifacts: Mapping[str, Any]
     context: Context
     messages_as_json: bool = False
+    ending: str = ""
+    """Lines at the end of the text, or of the last user message. They follow from the type of the answers,
+    which has them in its identity."""
     keywords: Mapping[str, Any] = field(default_factory=dict)
     """The keywords of the call that `prompt_func` names; see `keywords_of`."""
     longest: int = field(default_factory=lambda: site_settings().max_prompt_bytes)
@@ -142,7 +145,7 @@ class Prompter:
         """Return the text or chat messages for one record, or its error."""
         try:
             made = self._from_function(x) if self.prompt_func else self._from_template(x)
-            prompt = self._in_chat(made)
+            prompt = ended(self._in_chat(made), self.ending)
             # A prompt that cannot be encoded must fail here, not in a chunk with other rows.
             self._check_size(prompt if isinstance(prompt, str) else _as_json(prompt))
         except UnicodeEncodeError as error:
@@ -220,6 +223,24 @@ def conversation(text: str, system: str | None) -> list[Message]:
     """Return a text as a user message, after the system message if there is one."""
     first = [] if system is None else [{"role": "system", "content": system}]
     return [*first, {"role": "user", "content": text}]
+
+
+def ended(prompt: str | list[Message], ending: str) -> str | list[Message]:
+    """Return a prompt with `ending` after its text, or after that of its last user message."""
+    if not ending:
+        return prompt
+    if isinstance(prompt, str):
+        return f"{prompt}\n\n{ending}"
+    last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
+    if last is None:
+        raise BadRow("the messages have no user message, at whose end the classes would be listed")
+    content = prompt[last].get("content")
+    if not isinstance(content, str | list):
+        raise BadRow(f"the content of the last user message is {described(content)}, not a text or parts")
+    more = (
+        f"{content}\n\n{ending}" if isinstance(content, str) else [*content, {"type": "text", "text": ending}]
+    )
+    return [*prompt[:last], {**prompt[last], "content": more}, *prompt[last + 1 :]]
 
 
 def is_messages(x: object) -> bool:

@@ -15,6 +15,7 @@ from vllm_tasks.calls.answers import Decoder
 from vllm_tasks.calls.arguments import check_spelling
 from vllm_tasks.calls.call import Call, OnError, Output
 from vllm_tasks.calls.chat import of_call
+from vllm_tasks.calls.classes import check_sampling
 from vllm_tasks.calls.prompt_func import keywords_of, named_parameters
 from vllm_tasks.calls.prompts import Context, Prompter, load_artifact
 from vllm_tasks.calls.sampling import check_names
@@ -135,19 +136,25 @@ class Predictor(ModelFields):
             target=target,
             decoder=decoder,
             sampling=parameters,
-            prompter=self._prompter(context, keywords, of_call(self.chat, target, parameters)),
+            prompter=self._prompter(
+                context, keywords, of_call(self.chat, target, parameters), decoder.type.ending
+            ),
         )
 
     def _sampling(self, given: Mapping[str, Any], decoder: Decoder) -> dict[str, Any]:
         """The sampling parameters of a call, with the answers' schema unless the caller sets a format."""
         sampling = {**self.predict_kwargs, **given}
+        check_sampling(sampling, decoder.type.sampling, legacy=self.sampling_target() == "legacy")
+        sampling |= decoder.type.sampling
         schema = None if OUTPUT_FORMATS & sampling.keys() else decoder.schema
         # Servers with the legacy format pass the parameters on unchanged, and vLLM takes no dict there.
         if schema is None or self.sampling_target() == "legacy":
             return sampling
         return {**sampling, "response_format": response_format(schema)}
 
-    def _prompter(self, context: Context, keywords: Mapping[str, Any], chat: bool | None) -> Prompter:
+    def _prompter(
+        self, context: Context, keywords: Mapping[str, Any], chat: bool | None, ending: str
+    ) -> Prompter:
         return Prompter(
             prompt=self.prompt,
             prompt_func=self.prompt_func,
@@ -157,6 +164,7 @@ class Predictor(ModelFields):
             artifacts={name: load_artifact(a.uri, a.datatype) for name, a in self.artifacts.items()},
             context=context,
             messages_as_json=self.messages_as_json,
+            ending=ending,
             keywords=keywords,
         )
 

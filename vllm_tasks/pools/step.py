@@ -13,6 +13,7 @@ from prefect.context import FlowRunContext
 from vllm_tasks import tasks
 from vllm_tasks.calls.call import requests_of
 from vllm_tasks.calls.chat import of_call, of_model
+from vllm_tasks.calls.classes import Classes
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.engines import loop, sharing
 from vllm_tasks.errors import VllmTasksError
@@ -72,7 +73,8 @@ def rows(work: dict[str, Any], model: VllmAPI | VllmModel, _: Datalayer | None) 
     chat = of_call(model.chat, target, sampling)
     if chat is None and any(isinstance(prompt, str) for prompt in prompts):
         chat = of_model(config)
-    requests = requests_of(prompts, chat, model.system, sampling, target)
+    thinks = not isinstance(model.datatype, Classes)
+    requests = requests_of(prompts, chat, model.system, sampling, target, thinks=thinks)
     results = loop.run(sharing.generate(config, requests, model.max_batch_size))
     return storage.store(payload.results_as_data(results))
 

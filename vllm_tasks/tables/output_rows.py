@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_tasks.datalayer.selection import POSITION, Key, Row, SourceRow, Writer
+from vllm_tasks.datalayer.selection import POSITION, REVIEW, Key, Row, SourceRow, Writer
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import Completion, Result, RowError
 from vllm_tasks.tables.job import Job
@@ -45,6 +45,7 @@ class OutputRows:
                 break
         self._tally.count(row.key, answer, outcome if isinstance(outcome, RowError) else answer)
         self._tally.replaced += row.replaces_earlier
+        self._tally.to_review += any(output.get(REVIEW) for output in outputs)
         return Finished(row, outputs, size)
 
     def _check_key(self, key: Key, error: Row) -> None:

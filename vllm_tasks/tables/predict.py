@@ -223,6 +223,7 @@ def _report(predict_id: str, job: Job, tally: Tally, counted: Counted) -> Report
         chat=job.over.call.prompter.chat,
         stopped_by=tally.stopped_by,
         remaining=counted.remaining,
+        to_review=tally.to_review,
     )
 
 
