@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-
 from tests.lettered import by_words, lettered
 from tests.places import Place
 from tests.servers.scripted_server import ScriptedServer

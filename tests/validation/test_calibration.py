@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import brier_score_loss
 
+from benchmarks.risk import curve
 from tests.validation.scoring import score
 from vllm_tasks import InvalidCall
 from vllm_tasks.metrics.classes import Label
@@ -123,3 +124,8 @@ def test_text_metrics_take_the_label() -> None:
     assert score("macro_f1", [found, label(0.1, 0.9)], ["a", "b"]).total([1, 1, 1, 1, 1, 1]) == 1
     for again in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
         assert (again, again.probabilities) == (found, found.probabilities)
+
+
+def test_a_risk_coverage_curve_begins_with_the_most_probable_row() -> None:
+    """Each value is the accuracy among the rows that are at least as probable."""
+    assert curve([0.5, 0.9, 0.7, 0.6], [True, True, False, False]) == [1, 1 / 2, 1 / 3, 1 / 2]
