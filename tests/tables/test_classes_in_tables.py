@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.lettered import by_words, lettered
 from tests.places import Place
 from tests.servers.scripted_server import ScriptedServer
 from tests.tables.runs import ask, changed
-from vllm_tasks import Classes, InvalidCall, VllmAPI
+from vllm_tasks import Classes, Datalayer, InvalidCall, VllmAPI
 from vllm_tasks.artifacts import markdown_of
 from vllm_tasks.results import Report
 
@@ -106,3 +109,35 @@ def test_a_table_of_its_own_name(tickets: VllmAPI, place: Place) -> None:
     ask(own)
     place.db.answer_reviews("m", {3: "bug"}, table="labels")
     assert place.db.reviews("m", table="labels")["id"].to_pylist() == [2]
+
+
+def test_keys_of_several_columns(tmp_path: Path, server: ScriptedServer) -> None:
+    """A label belongs to all values of a key, texts and numbers."""
+    server.script = lettered(by_words(SURE))
+    rows = [{"day": day, "n": n, "text": "odd"} for day in ("mon", "tue") for n in (1, 2)]
+    pq.write_table(
+        pa.Table.from_pylist(
+            rows, pa.schema([("day", pa.string()), ("n", pa.int32()), ("text", pa.string())])
+        ),
+        tmp_path / "rows.parquet",
+    )
+    db = Datalayer(url=str(tmp_path))
+    with VllmAPI(identifier="m", api_url=server.url, db=db, datatype=TICKETS) as model:
+        model.predict_in_db("text", "rows", primary_id=["day", "n"])
+    db.answer_reviews("m", {("tue", 1): "bug"})
+    found = {(row["day"], row["n"]): row["label"] for row in db.outputs("m").to_pylist()}
+    assert found == {("mon", 1): "feature", ("mon", 2): "feature", ("tue", 1): "bug", ("tue", 2): "feature"}
+    with pytest.raises(InvalidCall, match="no output with the key"):
+        db.answer_reviews("m", {"tue": "bug"})
+
+
+def test_keys_of_other_types_are_refused(tmp_path: Path, server: ScriptedServer) -> None:
+    """A date as key: the rows can be read, but not answered."""
+    server.script = lettered(by_words(SURE))
+    pq.write_table(pa.table({"id": [date(2026, 1, 1)], "text": ["odd"]}), tmp_path / "rows.parquet")
+    db = Datalayer(url=str(tmp_path))
+    with VllmAPI(identifier="m", api_url=server.url, db=db, datatype=TICKETS) as model:
+        model.predict_in_db("text", "rows")
+    assert db.reviews("m").num_rows == 1
+    with pytest.raises(InvalidCall, match="'id' is of type date32"):
+        db.answer_reviews("m", {date(2026, 1, 1): "bug"})
