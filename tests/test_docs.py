@@ -33,9 +33,11 @@ from benchmarks.peers import plan as peers
 from docs import figures
 from tests.conftest import IN_PREFECT
 from tests.eventually import LONG_ENOUGH
+from tests.lettered import by_words, lettered
 from tests.servers.scripted_server import Asked, Reply, ScriptedServer, usual
 from vllm_tasks._cli import app as command_line
 from vllm_tasks._cli import job
+from vllm_tasks.calls.classes import LAST_LINE
 from vllm_tasks.flows.batch_predict import batch_predict
 from vllm_tasks.flows.validate_model import validate_model
 from vllm_tasks.pools import __main__ as pools
@@ -71,7 +73,7 @@ PUBLIC = {
             "estimate",
             "serve",
         ),
-        *("DataType", "Request", "RowError", "InvalidCall", "GateFailed"),
+        *("Classes", "DataType", "Request", "RowError", "InvalidCall", "GateFailed"),
         *("batch_request", "export_batch", "export_batch_results"),
     },
     "vllm_tasks.errors": {"VllmTasksError", "RowErrors", "TooManyFailed", "ServerUnavailable"},
@@ -99,6 +101,8 @@ ANSWERS = {
     "capital of Japan": "Kyoto.",
 }
 """The answers of the model on the pages; the longest text that occurs in a prompt decides."""
+LETTERS = {"printer is on fire": (0.97, 0.03), "Dark mode": (0.1, 0.9), "It is slow": (0.6, 0.4)}
+"""How probable the model on the pages finds the letters of classes."""
 README_ANSWERS = {
     "capital of France": "The capital of France is Paris.",
     "colour is a ruby": "A ruby is a deep, fiery, and often fiery-red gemstone.",
@@ -129,6 +133,8 @@ def model_of(answers: dict[str, str]) -> Callable[[Asked], Reply | None]:
     def answer(asked: Asked) -> Reply | None:
         if asked.path not in ("/v1/completions", "/v1/chat/completions"):
             return None
+        if asked.prompt.endswith(LAST_LINE):
+            return lettered(by_words(LETTERS))(asked)
         known = [words for words in answers if words in asked.prompt]
         if not known:
             return None

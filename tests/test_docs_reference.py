@@ -16,6 +16,7 @@ from docs import figures
 from tests.test_docs import settings
 from vllm_tasks import Datalayer, RowError, VllmAPI, VllmModel, predict_in_db, validate
 from vllm_tasks.calls.kept import Keep, Kept
+from vllm_tasks.datalayer.selection import CLASS_COLUMNS
 from vllm_tasks.errors import VllmTasksError
 from vllm_tasks.settings import Settings
 
@@ -176,5 +177,6 @@ def test_output_columns(tmp_path: Path, server: Any) -> None:
     page = [
         name for names, *_ in rows("reference/outputs.md", "# Output columns") for name in CODE.findall(names)
     ]
-    said = [name for name in page if name not in ("output_schema", "_position")]
+    of_others = {"output_schema", "_position", "_review", *(column.name for column in CLASS_COLUMNS)}
+    said = [name for name in page if name not in of_others]
     assert sorted(said) == sorted(set(db.outputs("m").column_names) - {"id"})

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from examples import (
+    classification,
     compare_models,
     embeddings,
     first_answers,
@@ -22,8 +23,10 @@ from examples import (
     validation,
 )
 from tests.conftest import IN_PREFECT
+from tests.lettered import by_words, lettered
 from tests.servers.scripted_server import Asked, Reply, ScriptedServer, usual
 from vllm_tasks import VllmModel
+from vllm_tasks.calls.classes import LAST_LINE
 
 pytestmark = IN_PREFECT
 
@@ -45,6 +48,10 @@ def knows(asked: Asked) -> Reply | None:
     if asked.path not in ("/v1/completions", "/v1/chat/completions"):
         return None
     structure = asked.body.get("structured_outputs") or {}
+    if asked.prompt.endswith(LAST_LINE):
+        return lettered(
+            by_words({"crashes": (0.9, 0.05, 0.05), "How do I": (0.1, 0.1, 0.8)}, (0.3, 0.6, 0.1))
+        )(asked)
     if asked.body.get("response_format"):
         text = json.dumps(STRUCTURED)
     elif "choice" in structure:
@@ -103,6 +110,18 @@ def test_embeddings(server: ScriptedServer, tmp_path: Path) -> None:
     said = printed(lambda: embeddings.main(server.url, tmp_path, lamp)).splitlines()
     assert said[0] == "3 vectors of 4 numbers; again: 0 sent"
     assert said[1].startswith(f"{lamp} -> ")
+
+
+def test_classification(url: str, tmp_path: Path) -> None:
+    """A label and its probability on each line; rows that are not sure are for a person."""
+    report, *rows = printed(lambda: classification.main(url, tmp_path)).splitlines()
+    assert "2 are for review" in report
+    assert rows == [
+        "1 bug 0.90",
+        "2 feature 0.60  <- for a person",
+        "3 question 0.80",
+        "4 feature 0.60  <- for a person",
+    ]
 
 
 def test_a_validation_with_a_gate(url: str, tmp_path: Path) -> None:

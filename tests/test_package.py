@@ -11,6 +11,7 @@ from vllm_tasks import errors
 
 PUBLIC = [
     "Artifact",
+    "Classes",
     "DataType",
     "Datalayer",
     "Dataset",

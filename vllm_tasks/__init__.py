@@ -9,6 +9,7 @@ from importlib.metadata import version as _version
 
 from vllm_tasks.calls.answers import Artifact
 from vllm_tasks.calls.batch_request import batch_request
+from vllm_tasks.calls.classes import Classes
 from vllm_tasks.calls.datatypes import DataType
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.errors import GateFailed, InvalidCall
@@ -23,6 +24,7 @@ __version__ = _version("vllm-tasks")
 
 __all__ = [
     "Artifact",
+    "Classes",
     "DataType",
     "Datalayer",
     "Dataset",

@@ -177,6 +177,8 @@ def markdown_of(report: Report) -> str:
         counts["attempted again, and repaired"] = f"{report.reasked:,}, {report.repaired:,}"
     if report.replaced:
         counts["outputs of an earlier prompt, sampling or model replaced"] = _number(report.replaced)
+    if report.to_review:
+        counts["marked for review"] = _number(report.to_review)
     if report.stopped_by:
         counts[f"left to the next run: stopped by {report.stopped_by}"] = _number(report.remaining)
     if report.unreadable:

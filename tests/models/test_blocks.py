@@ -26,6 +26,7 @@ from tests.conftest import IN_PREFECT
 from tests.eventually import LONG_ENOUGH
 from vllm_tasks import (
     Artifact,
+    Classes,
     Datalayer,
     Dataset,
     DataType,
@@ -128,6 +129,16 @@ def test_a_model_with_all_fields_survives_save_and_load(
         assert loaded.headers.get_secret_value() == {"X-Api-Key": "sk-secret"}
     else:
         assert loaded.on_ray
+
+
+@BOTH
+def test_classes_survive_save_and_load(kind: type[VllmAPI] | type[VllmModel], name: str) -> None:
+    """In their order, which decides their letters."""
+    classes = Classes({"wish": "something new", "bug": None, "a": "b"}, review_below=0.75)
+    full(kind, datatype=classes, flatten=False, predict_kwargs={}).save(name)
+    loaded = kind.load(name)
+    assert isinstance(loaded, kind)
+    assert loaded.datatype == classes
 
 
 @BOTH

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from vllm_tasks.calls.classes import Classes, class_type
 from vllm_tasks.calls.datatypes import OUTPUT, AnswerType, DataType, Undecodable, builtin_type, own_type
 from vllm_tasks.calls.kept import NOTHING_KEPT, Keep, Kept
 from vllm_tasks.calls.repairs import NO_REPAIRS, Repairs, attempted, check_repairs
@@ -52,7 +53,7 @@ def without_password(what: str, uri: str) -> str:
     return uri
 
 
-def check_one_type(datatype: DataType | BuiltinType | None, output_schema: object) -> None:
+def check_one_type(datatype: DataType | Classes | BuiltinType | None, output_schema: object) -> None:
     """Raise ValueError if a model sets the type of its answers twice."""
     if output_schema is not None and datatype not in (None, "json"):
         raise ValueError(
@@ -83,7 +84,7 @@ class Decoder:
     @classmethod
     def of(
         cls,
-        datatype: DataType | BuiltinType | None,
+        datatype: DataType | Classes | BuiltinType | None,
         output_schema: dict[str, Any] | str | None,
         flatten: bool,
         many: bool,
@@ -226,14 +227,20 @@ class _Refusal(NamedTuple):
 
 
 def _type_of(
-    datatype: DataType | BuiltinType | None, output_schema: dict[str, Any] | str | None, flatten: bool
+    datatype: DataType | Classes | BuiltinType | None,
+    output_schema: dict[str, Any] | str | None,
+    flatten: bool,
 ) -> AnswerType:
     if output_schema is not None:
         return schema_type(output_schema, flatten)
+    if isinstance(datatype, Classes):
+        return class_type(datatype)
     return own_type(datatype) if isinstance(datatype, DataType) else builtin_type(datatype or "str")
 
 
-def _name_of(datatype: DataType | BuiltinType | None) -> str:
+def _name_of(datatype: DataType | Classes | BuiltinType | None) -> str:
+    if isinstance(datatype, Classes):
+        return "Classes"
     return datatype.identifier if isinstance(datatype, DataType) else datatype or "str"
 
 

@@ -129,7 +129,10 @@ class Call:
                 raise failed from error.__cause__
         if self.decoder.repairs.repair and any(isinstance(p, list) and not is_chat(p) for p in prompts):
             raise InvalidCall("repair adds a turn to a prompt, and token ids take none: use resample")
-        requests = requests_of(made, prompter.chat, prompter.system, self.sampling, self.target)
+        thinks = self.decoder.type.thinks
+        requests = requests_of(
+            made, prompter.chat, prompter.system, self.sampling, self.target, thinks=thinks
+        )
         if self.decoder.repairs.check is None:
             return requests
         return [

@@ -6,8 +6,8 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Never
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -71,6 +71,12 @@ class AnswerType:
     by_name: bool = False
     """Whether a value is an object with the columns' names, rather than the value of one column."""
     may_be_list: bool = True
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """Sampling parameters without which an answer is not of this type."""
+    ending: str = ""
+    """Lines at the end of each prompt."""
+    thinks: bool = True
+    """Whether a reasoning model may think before such an answer."""
 
     def row(self, value: Any, text: Any) -> tuple[Any, ...]:
         """Return a value for each column, None for a missing one; raise `Undecodable` for another type."""

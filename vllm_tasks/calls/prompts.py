@@ -22,7 +22,7 @@ from vllm_tasks.calls.prompt_func import (
 from vllm_tasks.calls.template import ARTIFACT, BadRow, Template, text_of
 from vllm_tasks.errors import SHOWN, InvalidCall, near
 from vllm_tasks.places import check_place, without_secrets
-from vllm_tasks.rows import Message, Prompt, Request, RowError
+from vllm_tasks.rows import Message, Prompt, Request, RowError, is_chat
 from vllm_tasks.settings import site_settings
 
 if TYPE_CHECKING:
@@ -52,6 +52,9 @@ class Prompter:
     """The text of the prompt file, which takes the place of `prompt`."""
     of_pairs: bool = False
     """Whether a record becomes the two texts of a `score`; see `Request`."""
+    ending: str = ""
+    """Lines at the end of the text, or of the last user message. They follow from the type of the answers,
+    which has them in its identity."""
     keywords: Mapping[str, Any] = field(default_factory=dict)
     """The keywords of the call that `prompt_func` names; see `keywords_of`."""
     longest: int = field(default_factory=lambda: site_settings().max_prompt_bytes)
@@ -189,7 +192,7 @@ class Prompter:
             own = made if isinstance(made, Request) else None
             if own and not isinstance(own.sampling, Mapping):
                 raise BadRow(f"sampling must be a mapping of names to values, got {described(own.sampling)}")
-            prompt = self._as_sent(own.prompt if own else made)
+            prompt = ended(self._as_sent(own.prompt if own else made), self.ending)
             # A prompt that cannot be encoded must fail here, not in a chunk with other rows.
             self._check_size(prompt if isinstance(prompt, str) else _as_json(prompt))
         except UnicodeEncodeError as error:
@@ -282,6 +285,26 @@ def conversation(text: str, system: str | None) -> list[Message]:
     """Return a text as a user message, after the system message if there is one."""
     first = [] if system is None else [{"role": "system", "content": system}]
     return [*first, {"role": "user", "content": text}]
+
+
+def ended(prompt: Prompt, ending: str) -> Prompt:
+    """Return a prompt with `ending` after its text, or after that of its last user message."""
+    if not ending:
+        return prompt
+    if isinstance(prompt, str):
+        return f"{prompt}\n\n{ending}"
+    if not is_chat(prompt):
+        raise BadRow("the prompt is token ids, at whose end the classes cannot be listed as text")
+    last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
+    if last is None:
+        raise BadRow("the messages have no user message, at whose end the classes would be listed")
+    content = prompt[last].get("content")
+    if not isinstance(content, str | list):
+        raise BadRow(f"the content of the last user message is {described(content)}, not a text or parts")
+    more = (
+        f"{content}\n\n{ending}" if isinstance(content, str) else [*content, {"type": "text", "text": ending}]
+    )
+    return [*prompt[:last], {**prompt[last], "content": more}, *prompt[last + 1 :]]
 
 
 def is_messages(x: object) -> bool:

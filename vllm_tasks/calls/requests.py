@@ -9,7 +9,7 @@ from typing import Any
 from vllm_tasks.calls.prompts import conversation
 from vllm_tasks.calls.sampling import Target, check_prompts
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.rows import Conversation, Request, RowError
+from vllm_tasks.rows import Conversation, Request, RowError, is_chat
 
 
 def requests_of(
@@ -18,9 +18,12 @@ def requests_of(
     system: str | None,
     sampling: Mapping[str, Any],
     target: Target,
+    *,
+    thinks: bool = True,
 ) -> list[Request | RowError]:
     """Return the requests as they are sent, each error with its position. With `chat`, texts become chat
-    messages; with None, a conversation that is sent as its text if chat is refused.
+    messages; with None, a conversation that is sent as its text if chat is refused. Unless it `thinks`, a
+    model is asked not to, in chats.
 
     `sampling` are the parameters of the call; a request with others has parameters of its own. Raises
     `InvalidCall` if all have the same fault.
@@ -34,8 +37,24 @@ def requests_of(
             "chat template): set chat=True, or put the words into the prompt"
         )
     check_prompts([prompt for prompt in prompts if not isinstance(prompt, Conversation)], sampling, target)
-    checked = (_checked(r, sampling, target) for r in requests)
+    checked = [_checked(r, sampling, target) for r in requests]
+    if not thinks:
+        checked = _without_thinking(checked)
     return [replace(r, index=i) if isinstance(r, RowError) else r for i, r in enumerate(checked)]
+
+
+def _without_thinking(requests: Sequence[Request | RowError]) -> list[Request | RowError]:
+    """Return the requests with chats that are answered at once, unless their parameters say otherwise."""
+    made: dict[int, Mapping[str, Any]] = {}  # rows with equal parameters go on sharing them
+
+    def at_once(request: Request | RowError) -> Request | RowError:
+        if isinstance(request, RowError) or not is_chat(request.prompt):
+            return request
+        given = request.sampling.get("chat_template_kwargs") or {}
+        quick = {**request.sampling, "chat_template_kwargs": {"enable_thinking": False, **given}}
+        return replace(request, sampling=made.setdefault(id(request.sampling), quick))
+
+    return [at_once(request) for request in requests]
 
 
 def _in_chat(request: Request, chat: bool | None, system: str | None) -> Request:

@@ -79,6 +79,8 @@ class RowParameters:
         given, output_schema, lora, model = json.loads(key)
         own: dict[str, Any] = dict(given)
         self._check(own)
+        if fixed := sorted(own.keys() & self._decoder.type.sampling.keys()):
+            raise BadRow(f"{fixed[0]} is set by datatype=Classes, for all rows: leave it out")
         if "n" in own and own["n"] != self._sampling.get("n", 1):
             raise BadRow(OF_THE_CALL)
         if output_schema is not None:

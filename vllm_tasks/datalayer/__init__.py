@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -17,7 +17,8 @@ from pydantic import (
 )
 
 from vllm_tasks.datalayer.block_fields import not_shown, own_fields, validated
-from vllm_tasks.datalayer.table_names import check_name, outputs_name
+from vllm_tasks.datalayer.selection import REVIEW
+from vllm_tasks.datalayer.table_names import check_name, outputs_name, reviews_name
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.places import check_place, without_secrets
 
@@ -117,7 +118,8 @@ class Datalayer(Block):
         Returns:
             A `pyarrow.Table` with these columns: the key, the output's columns, `_position` when flattened,
             `_error`, `_finish_reason`, `_prompt_tokens`, `_completion_tokens`, `_seconds`, `_model`, `_uuid`,
-            `_fingerprint`, `_input_hash`, `_created_at`.
+            `_fingerprint`, `_input_hash`, `_created_at`. If rows can be marked for review, a person's answer
+            is in place of the model's `label`, and `_reviewed_at` says since when.
 
         Raises:
             InvalidCall: There are no such outputs.
@@ -127,7 +129,7 @@ class Datalayer(Block):
         check_name("table", name)
         tables = self.tables()
         try:
-            found = tables.outputs(name)
+            found = self._reviewed(tables, name, predict_id if table is None else table)
             if source is None:
                 return found
             from vllm_tasks.datalayer.beside import beside
@@ -137,6 +139,60 @@ class Datalayer(Block):
                 return beside(rows, source, found, key)
         finally:
             tables.close()
+
+    def reviews(self, predict_id: str, *, table: str | None = None) -> pyarrow.Table:
+        """Read the outputs that are marked for review and that no person has answered.
+
+        Args:
+            predict_id: The name that the call gave its outputs.
+            table: The outputs' table, if the model's `model_update_kwargs` name one.
+
+        Returns:
+            A `pyarrow.Table` with the columns of `outputs`, the least probable label first.
+
+        Raises:
+            InvalidCall: There are no such outputs, or they have no column `_review`.
+            TablesUnavailable: The tables cannot be reached.
+        """
+        from vllm_tasks.datalayer import reviews
+
+        return reviews.waiting(self.outputs(predict_id, table=table), predict_id)
+
+    def answer_reviews(self, predict_id: str, labels: Mapping[Any, str], *, table: str | None = None) -> None:
+        """Write the labels that a person gave to rows.
+
+        They are kept in a table of their own, `_reviews__<predict_id>`, so that no later run removes them.
+        `outputs` has them in place of the model's as long as the row's input is the same.
+
+        Args:
+            predict_id: The name that the call gave its outputs.
+            labels: The label of each row, by its key (a tuple if the key has several columns).
+            table: The outputs' table, if the model's `model_update_kwargs` name one.
+
+        Raises:
+            InvalidCall: There are no such outputs, they have no column `_review`, a key has no output, or a
+                label is none of the classes.
+            TablesUnavailable: The tables cannot be reached.
+        """
+        from vllm_tasks.datalayer import reviews
+
+        found = self.outputs(predict_id, table=table)
+        rows = reviews.answered(found, labels, predict_id)
+        tables = self.tables()
+        try:
+            tables.put(reviews_name(predict_id if table is None else table), rows, reviews.key_of(found))
+        finally:
+            tables.close()
+
+    def _reviewed(self, tables: Lake | Database, outputs: str, name: str) -> pyarrow.Table:
+        """The outputs, with a person's answers in place of the model's."""
+        found = tables.outputs(outputs)
+        if REVIEW not in found.column_names:
+            return found
+        from vllm_tasks.datalayer import reviews
+
+        given = reviews_name(name)
+        return reviews.preferred(found, tables.outputs(given) if tables.has(given) else None)
 
     def tables(self) -> Lake | Database:
         """Open the lake or database.

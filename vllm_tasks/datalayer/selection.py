@@ -96,6 +96,16 @@ class OutputColumn:
     kind: ColumnKind
 
 
+CLASS_COLUMNS = (
+    OutputColumn("label", "str"),
+    OutputColumn("probability", "float"),
+    OutputColumn("probabilities", "json"),
+)
+"""The columns of answers that name a class with its probability."""
+REVIEW = "_review"
+"""The column that marks answers for a person; it follows `CLASS_COLUMNS`."""
+
+
 @dataclass(frozen=True)
 class OutputTable:
     """The shape of an outputs table: key, `columns`, `_position` when flattened, `OWN_COLUMNS`."""

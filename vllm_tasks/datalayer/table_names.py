@@ -6,6 +6,8 @@ from vllm_tasks.errors import InvalidCall
 
 OUTPUTS = "_outputs__"
 """Prefix of the name of every outputs table."""
+REVIEWS = "_reviews__"
+"""Prefix of the name of a table of people's answers."""
 ODD = """/\\:*?"<>|#%[]^`"""
 """Characters that would name another place, or that a URL, Delta or a shell would alter."""
 
@@ -27,6 +29,18 @@ def outputs_name(predict_id: str) -> str:
     """
     check_name("predict_id", predict_id)
     return OUTPUTS + predict_id
+
+
+def reviews_name(predict_id: str) -> str:
+    """The name of the table of people's answers to outputs.
+
+    Args:
+        predict_id: The name that the call gives its outputs, or the name of their table.
+
+    Returns:
+        `_reviews__<predict_id>`.
+    """
+    return REVIEWS + predict_id
 
 
 def check_name(what: str, name: object) -> None:

@@ -11,6 +11,7 @@ import math
 import reprlib
 from array import array
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, Never
 
 from vllm_tasks.rows import Choice, Completion, Request, TokenLogprob, is_chat
@@ -88,12 +89,32 @@ def parse(path: str, request: Request, answer: object) -> Completion:
     if path == "/generate":
         assert isinstance(request.prompt, str)
         return _legacy(answer, request.prompt, wanted)
-    return _openai(answer, _text_choice if path == "/v1/completions" else _chat_choice, wanted)
+    found = _openai(answer, _text_choice if path == "/v1/completions" else _chat_choice, wanted)
+    structure = request.sampling.get("structured_outputs")
+    options = structure.get("choice") if isinstance(structure, Mapping) else None
+    return _whole(found, options) if isinstance(options, list) else found
 
 
 def wrong(expected: str, got: object) -> Never:
     """Raise `WrongShape` with what was expected and the beginning of what was received."""
     raise WrongShape(f"expected {expected}, the server sent {_glimpse.repr(got)[:300]}")
+
+
+def _whole(completion: Completion, options: list[Any]) -> Completion:
+    """The completion with `stop` for an answer that is one of the `options` and the beginning of no other.
+
+    vLLM reports `length` if `max_tokens` is reached with it, but nothing has been truncated.
+    """
+    return replace(
+        completion,
+        choices=tuple(
+            replace(choice, finish_reason="stop")
+            if choice.finish_reason == "length"
+            and [option for option in options if str(option).startswith(choice.text)] == [choice.text]
+            else choice
+            for choice in completion.choices
+        ),
+    )
 
 
 def _legacy(answer: JSON, prompt: str, wanted: int) -> Completion:

@@ -21,6 +21,8 @@ BuiltinMetric = Literal[
     "json_fields",
     "accuracy",
     "macro_f1",
+    "brier",
+    "expected_calibration_error",
     "log_loss",
     "pearson",
     "spearman",

@@ -9,6 +9,32 @@ from vllm_tasks.errors import InvalidCall, near
 from vllm_tasks.metrics.text import accepted, text_of
 
 
+class Label(str):
+    """The class that an answer names, as a text, with the probabilities of all classes."""
+
+    probabilities: Mapping[str, float] = {}
+
+    @classmethod
+    def of(cls, name: str, probabilities: Mapping[str, float]) -> Label:
+        """Return the label of an answer."""
+        label = cls(name)
+        label.probabilities = probabilities
+        return label
+
+
+def probabilities_of(prediction: Any, metric: str) -> dict[str, float]:
+    """Return the probabilities of an answer by class, stripped and case-folded.
+
+    Raises `InvalidCall` for an answer without them.
+    """
+    if not isinstance(prediction, Label):
+        raise InvalidCall(
+            f"{metric} needs the probabilities of classes, and the answer {prediction!r:.100} has none: give "
+            "the model datatype=Classes([...])"
+        )
+    return {name.strip().casefold(): p for name, p in prediction.probabilities.items()}
+
+
 def class_of(prediction: Any, metric: str) -> str:
     """Return the class that an answer names: its text or `label`, stripped and case-folded."""
     if isinstance(prediction, Mapping) and isinstance(prediction.get("label"), str):

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.metrics.classes import known_classes, target_class
+from vllm_tasks.metrics.classes import Label, known_classes, target_class
 from vllm_tasks.metrics.measure import Measure
 
 LEAST = sys.float_info.epsilon
@@ -34,7 +34,9 @@ def score(prediction: Any, target: Any, *, labels: Sequence[Any] | None = None) 
     """
     known = known_classes(labels, "log_loss")
     written = target_class(target, known, "log_loss").casefold()
-    found = prediction.get("probabilities") if isinstance(prediction, Mapping) else None
+    found: Any = prediction.get("probabilities") if isinstance(prediction, Mapping) else None
+    if isinstance(prediction, Label):
+        found = dict(prediction.probabilities)
     if isinstance(found, list):
         if labels is None or len(labels) != len(found):
             raise InvalidCall(

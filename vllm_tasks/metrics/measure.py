@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Kind = Literal["row", "answer", "sums", "set"]
-Asks = Literal["answer", "likelihood", "verdict"]
+Asks = Literal["answer", "probabilities", "likelihood", "verdict"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,30 @@ class Confusion:
 
 
 @dataclass(frozen=True)
+class Bin:
+    """The rows whose label has a probability above `low` and up to `high`."""
+
+    low: float
+    high: float
+    rows: int
+    probability: float
+    """The mean probability of their labels."""
+    right: float
+    """The fraction of them whose label is right."""
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How often labels are right, by their probability; bins without rows are left out."""
+
+    bins: tuple[Bin, ...]
+
+
+Table = Confusion | Reliability
+"""What a metric shows on the page of a validation besides its value."""
+
+
+@dataclass(frozen=True)
 class Sums:
     """A metric of a whole set that is a function of sums over its rows, as BLEU is of matches and lengths.
 
@@ -59,7 +83,7 @@ class Sums:
 
     rows: Sequence[Sequence[float]]
     total: Callable[[Sequence[float]], float]
-    table: Confusion | None = None
+    table: Table | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +105,8 @@ class Measure:
     score: Callable[..., Any]
     kind: Kind = "row"
     asks: Asks = "answer"
-    """The type of a prediction: the model's answer, a list of `Likelihood`, or a judge's reply."""
+    """The type of a prediction: the model's answer, its label with probabilities, a list of `Likelihood`, or
+    a judge's reply."""
     range: tuple[float, float] = (0.0, 1.0)
     """The lowest and highest value. If they are 0 and 1, and so is each score, the interval is Wilson's."""
     higher_is_better: bool = True

@@ -25,6 +25,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails
 
 from vllm_tasks.calls.answers import Artifact, Decoder, check_one_type, without_password
 from vllm_tasks.calls.callables import DottedCallable, check_importable
+from vllm_tasks.calls.classes import Classes, check_sampling
 from vllm_tasks.calls.datatypes import DataType
 from vllm_tasks.calls.functions import made_of
 from vllm_tasks.calls.kept import Keep
@@ -108,10 +109,11 @@ class ModelFields(BaseModel):
         description="What the prompt takes a record for: one value {input} (singleton), a tuple {0} "
         "(*args), a dict {name} (**kwargs), or both.",
     )
-    datatype: DataType | BuiltinType | None = Field(
+    datatype: DataType | Classes | BuiltinType | None = Field(
         default=None,
         title="Data type",
-        description="Type of an answer: str (the default), int, float, bool, json, bytes, or your own type.",
+        description="Type of an answer: str (the default), int, float, bool, json, bytes, your own type, or "
+        "classes of which it is one, with a probability.",
     )
     output_schema: dict[str, Any] | str | None = Field(
         default=None,
@@ -349,6 +351,9 @@ class ModelFields(BaseModel):
     def _known_sampling(self) -> Self:
         check_names(self.predict_kwargs, self.sampling_target(), self.vllm_python(), self._server_version)
         check_one_type(self.datatype, self.output_schema)
+        if isinstance(self.datatype, Classes):
+            legacy = self.sampling_target() == "legacy"
+            check_sampling(self.predict_kwargs, self.datatype.sampling, legacy=legacy)
         check_repairs(self.repair, self.resample, self.check)
         return self
 

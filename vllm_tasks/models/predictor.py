@@ -16,6 +16,7 @@ from vllm_tasks.calls.answers import Decoder
 from vllm_tasks.calls.arguments import check_spelling
 from vllm_tasks.calls.call import Call, OnError, Output
 from vllm_tasks.calls.chat import of_call
+from vllm_tasks.calls.classes import check_sampling
 from vllm_tasks.calls.prompt_func import keywords_of, named_parameters
 from vllm_tasks.calls.prompts import Context, Prompter, load_artifact
 from vllm_tasks.calls.row_parameters import OUTPUT_FORMATS
@@ -137,20 +138,28 @@ class Predictor(ModelFields):
             decoder=decoder,
             sampling=parameters,
             check=check,
-            prompter=self._prompter(context, keywords, of_call(self.chat, target, parameters)),
+            prompter=self._prompter(
+                context, keywords, of_call(self.chat, target, parameters), decoder.type.ending
+            ),
         )
 
     def _sampling(self, given: Mapping[str, Any], decoder: Decoder) -> dict[str, Any]:
         """The sampling parameters of a call, with the answers' schema unless the caller sets a format."""
-        decoder.repairs.refuse_useless({**self.predict_kwargs, **given})
-        sampling = decoder.kept.requested({**self.predict_kwargs, **given}, self.sampling_target())
+        target = self.sampling_target()
+        sampling = {**self.predict_kwargs, **given}
+        check_sampling(sampling, decoder.type.sampling, legacy=target == "legacy")
+        sampling |= decoder.type.sampling
+        decoder.repairs.refuse_useless(sampling)
+        sampling = decoder.kept.requested(sampling, target)
         schema = None if OUTPUT_FORMATS & sampling.keys() else decoder.schema
         # Servers with the legacy format pass the parameters on unchanged, and vLLM takes no dict there.
-        if schema is None or self.sampling_target() == "legacy":
+        if schema is None or target == "legacy":
             return sampling
         return {**sampling, "response_format": response_format(schema)}
 
-    def _prompter(self, context: Context, keywords: Mapping[str, Any], chat: bool | None) -> Prompter:
+    def _prompter(
+        self, context: Context, keywords: Mapping[str, Any], chat: bool | None, ending: str
+    ) -> Prompter:
         return Prompter(
             prompt=self.prompt,
             prompt_func=self.prompt_func,
@@ -162,6 +171,7 @@ class Predictor(ModelFields):
             messages_as_json=self.messages_as_json,
             file=load_artifact(self.prompt_file, "str", "prompt_file") if self.prompt_file else None,
             of_pairs=self.task == "score",
+            ending=ending,
             keywords=keywords,
         )
 

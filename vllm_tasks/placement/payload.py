@@ -268,7 +268,7 @@ def _error_of(name: str, data: Parameters) -> VllmTasksError:
 
 def _read(kind: type[Any], text: str) -> Any:
     # The annotations of the reports name these types without importing them.
-    from vllm_tasks.metrics.measure import Confusion  # noqa: F401
+    from vllm_tasks.metrics.measure import Table  # noqa: F401
     from vllm_tasks.validation.statistics import Paired  # noqa: F401
 
     return TypeAdapter(kind).validate_json(text)

@@ -12,6 +12,7 @@ from prefect.context import FlowRunContext
 
 from vllm_tasks import tasks
 from vllm_tasks.calls.chat import of_call, of_model
+from vllm_tasks.calls.classes import Classes
 from vllm_tasks.calls.requests import requests_of
 from vllm_tasks.calls.sampling import task_of
 from vllm_tasks.datalayer import Datalayer
@@ -75,11 +76,12 @@ def rows(work: dict[str, Any], model: VllmAPI | VllmModel, _: Datalayer | None) 
     chat = of_call(model.chat, target, sampling)
     if chat is None and any(isinstance(prompt, str) for prompt in prompts):
         chat = of_model(config)
+    thinks = not isinstance(model.datatype, Classes)
     given = [
         Request(prompt, parameters[i], task_of(target), lora=parameters[i].get("lora_request") if i else None)
         for prompt, i in zip(prompts, content["of"], strict=True)
     ]
-    requests = requests_of(given, chat, model.system, sampling, target)
+    requests = requests_of(given, chat, model.system, sampling, target, thinks=thinks)
     results = loop.run(sharing.generate(config, requests, model.max_batch_size))
     return storage.store(payload.results_as_data(results))
 

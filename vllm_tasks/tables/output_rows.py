@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_tasks.calls.call import stored_columns
 from vllm_tasks.datalayer.lake.delta import quoted
-from vllm_tasks.datalayer.selection import POSITION, Key, Row, SourceRow, Writer
+from vllm_tasks.datalayer.selection import POSITION, REVIEW, Key, Row, SourceRow, Writer
 from vllm_tasks.datalayer.vectors import of_bytes
 from vllm_tasks.datalayer.workspace import literal
 from vllm_tasks.errors import InvalidCall
@@ -56,6 +56,7 @@ class OutputRows:
                 break
         self._tally.count(row.key, answer, outcome if isinstance(outcome, RowError) else answer)
         self._tally.replaced += row.replaces_earlier
+        self._tally.to_review += any(output.get(REVIEW) for output in outputs)
         return Finished(row, outputs, size)
 
     def _other_length(self, output: Row) -> str | None:

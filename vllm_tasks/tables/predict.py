@@ -229,6 +229,7 @@ def _report(predict_id: str, job: Job, tally: Tally, counted: Counted) -> Report
         remaining=counted.remaining,
         reasked=tally.reasked,
         repaired=tally.repaired,
+        to_review=tally.to_review,
     )
 
 

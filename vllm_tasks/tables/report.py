@@ -79,6 +79,7 @@ class Report:
     parts, which overlap: `check` (the call, the source and its keys), `first_row` (from the start to the
     first row that was sent), `read` (source and prompts), `answer` (from the first row sent to the last
     answer), `commit`.
+    `to_review` is how many rows were marked for a person (`review_below` of `Classes`).
     `unreported_shards` is the number of shards that were cancelled, because another one had failed, and that
     did not report what they had committed by then: no count includes their rows. `reasked` is the number of
     rows with more than one attempt (`repair`, `resample`), and `repaired` how many of them have an output.
@@ -112,6 +113,7 @@ class Report:
     unreported_shards: int = 0
     reasked: int = 0
     repaired: int = 0
+    to_review: int = 0
 
     @property
     def sent_as(self) -> str:
@@ -137,7 +139,7 @@ class Report:
             The report of the complete run.
         """
         counts = (
-            *("processed", "succeeded", "failed", "truncated", "replaced"),
+            *("processed", "succeeded", "failed", "truncated", "replaced", "to_review"),
             *("prompt_tokens", "completion_tokens", "commits", "reasked", "repaired"),
         )
         most = max(reports, key=lambda r: r.unreadable)
@@ -165,6 +167,8 @@ class Report:
 
     def __str__(self) -> str:
         others = "" if self.up_to_date is None else f", {self.up_to_date:,} were up to date"
+        if self.to_review:
+            others += f", {self.to_review:,} are for review"
         if self.unreadable:
             others += f", {self.unreadable:,} lines could not be read"
         if self.stopped_by:
@@ -314,6 +318,7 @@ class Tally:
     """Rows with more than one attempt."""
     repaired: int = 0
     """Those of them that have an output."""
+    to_review: int = 0
     unreadable: int = 0
     unreadable_lines: list[str] = field(default_factory=list)
     _first: set[tuple[Any, ...]] = field(default_factory=set)

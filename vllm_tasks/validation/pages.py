@@ -18,7 +18,7 @@ from vllm_tasks.artifacts import (
     warn_if_not_displayed,
     words,
 )
-from vllm_tasks.metrics.measure import Confusion
+from vllm_tasks.metrics.measure import Confusion, Reliability
 from vllm_tasks.printable import one_line
 from vllm_tasks.validation.axis import drawable
 from vllm_tasks.validation.picture import Row, compare_svg, markdown_image, picture_of
@@ -164,8 +164,12 @@ def _parts(model: str, report: DatasetReport) -> Iterator[str]:
             yield f"## Worst rows in {words(value.metric)}"
             yield "\n".join(map(_worst, worst))
     for metric, table in report.tables.items():
-        yield f"## Confusion in {words(metric)}"
-        yield _confusion(table)
+        if isinstance(table, Confusion):
+            yield f"## Confusion in {words(metric)}"
+            yield _confusion(table)
+        else:
+            yield f"## Reliability in {words(metric)}"
+            yield _reliability(table)
     answers = f"{code(report.outputs)}, where `run` is {code(report.answers)}"
     yield f"Run {code(report.run)}. Its answers are in {answers}; its scores by row are in `_metric_scores`."
 
@@ -265,3 +269,20 @@ def _confusion(table: Confusion) -> str:
     ]
     more = f"\n\n({len(table.labels) - len(kept)} more classes)" if len(table.labels) > len(kept) else ""
     return markdown_table(("expected \\ predicted", *heads), rows) + more
+
+
+def _reliability(table: Reliability) -> str:
+    """The bins with bars of text: where labels are as often right as they are probable, a bin's two bars are
+    equally long."""
+    rows = [
+        (
+            f"{bin_.low:.2g} to {bin_.high:.2g}",
+            f"{bin_.rows:,}",
+            f"{bin_.probability:.3f}",
+            bar(bin_.probability, 1.0),
+            f"{bin_.right:.3f}",
+            bar(bin_.right, 1.0),
+        )
+        for bin_ in table.bins
+    ]
+    return markdown_table(("probability of the label", "rows", "mean", "", "right", ""), rows)

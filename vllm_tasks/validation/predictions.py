@@ -12,13 +12,22 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from vllm_tasks.calls.call import Call, Columns, RowDecoder, TableCall, stored_columns
+from vllm_tasks.calls.classes import is_of_classes
 from vllm_tasks.canonical import fingerprint
 from vllm_tasks.datalayer import exact_json, vectors
 from vllm_tasks.datalayer.lake.delta import quoted
-from vllm_tasks.datalayer.selection import POSITION, OutputTable, Selection, Tables
+from vllm_tasks.datalayer.selection import (
+    CLASS_COLUMNS,
+    POSITION,
+    OutputColumn,
+    OutputTable,
+    Selection,
+    Tables,
+)
 from vllm_tasks.datalayer.table_names import outputs_name
 from vllm_tasks.datalayer.workspace import literal
 from vllm_tasks.errors import InvalidCall, TooManyFailed
+from vllm_tasks.metrics.classes import Label
 from vllm_tasks.metrics.data import JsonText
 from vllm_tasks.metrics.measure import Answer
 from vllm_tasks.tables.arguments import commit_policy_of
@@ -187,15 +196,15 @@ def read(
 ) -> Iterator[Row]:
     """The outputs of `run`, in key order: the key, `value` as plain data, and the columns `KEPT`.
 
-    A value is the decoded answer: a text, data, a dict if there are several columns, a list with `flatten`.
+    A value is the decoded answer: a text, data, a label with its probabilities, a dict if there are several
+    columns otherwise, a list with `flatten`.
     """
     if not home.has(outputs_name(predict_id)):
         return
     names = [*key, *KEPT, *((POSITION,) if decoder.flatten else ())]
-    kinds = {column.name: column.kind for column in decoder.columns}
     casts = [
-        f"CAST({quoted(name)} AS VARCHAR) AS {quoted(name)}" if kind == "json" else quoted(name)
-        for name, kind in kinds.items()
+        f"CAST({quoted(c.name)} AS VARCHAR) AS {quoted(c.name)}" if c.kind == "json" else quoted(c.name)
+        for c in decoder.columns
     ]
     columns = ", ".join([*map(quoted, names), *casts])
     table = quoted(outputs_name(predict_id))
@@ -205,7 +214,9 @@ def read(
     for row in rows:
         found.setdefault(tuple(row[name] for name in key), []).append(row)
     for _, items in sorted(found.items()):
-        values = [_value(item, kinds) for item in sorted(items, key=lambda item: item.get(POSITION) or 0)]
+        values = [
+            _value(item, decoder.columns) for item in sorted(items, key=lambda item: item.get(POSITION) or 0)
+        ]
         if decoder.flatten:
             value: Any = [] if items[0][POSITION] is None else values
         else:
@@ -213,8 +224,12 @@ def read(
         yield {name: items[0][name] for name in (*key, *KEPT)} | {"value": value}
 
 
-def _value(row: Row, kinds: Mapping[str, str]) -> Any:
-    values = {name: _python(row[name], kind) for name, kind in kinds.items()}
+def _value(row: Row, columns: Sequence[OutputColumn]) -> Any:
+    values = {column.name: _python(row[column.name], column.kind) for column in columns}
+    if is_of_classes(columns):
+        label, _, probabilities = (values[column.name] for column in CLASS_COLUMNS)
+        if not isinstance(probabilities, list):  # those of `task="classify"` have no names
+            return None if label is None else Label.of(label, probabilities)
     return values["output"] if values.keys() == {"output"} else values
 
 

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from vllm_tasks.metrics.measure import Confusion
+    from vllm_tasks.metrics.measure import Table
     from vllm_tasks.validation.statistics import Paired
 
 OnError = Literal["miss", "exclude"]
@@ -132,8 +132,8 @@ class DatasetReport:
     changed: tuple[ChangedRow, ...] = field(default=(), repr=False)
     worst: tuple[WorstRow, ...] = field(default=(), repr=False)
     """The worst rows of each metric, worst first, without rows that have the best possible score."""
-    tables: dict[str, Confusion] = field(default_factory=dict, repr=False)
-    """Confusion tables by metric."""
+    tables: dict[str, Table] = field(default_factory=dict, repr=False)
+    """Confusion tables, and tables of reliability, by metric."""
 
     @property
     def answers(self) -> str:

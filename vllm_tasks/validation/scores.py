@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from vllm_tasks.calls.call import RowDecoder
+from vllm_tasks.calls.classes import is_of_classes
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.metrics.measure import Answer, Confusion, Likelihood, Measure, Sums
+from vllm_tasks.metrics.measure import Answer, Likelihood, Measure, Sums, Table
 from vllm_tasks.validation import Metric
 from vllm_tasks.validation.metric import OWN_OPTIONS
 from vllm_tasks.validation.report import OnError, Value
@@ -42,7 +43,7 @@ class Scored:
     value: Value
     scores: dict[int, float]
     """By row. A metric by sums gives its value over that row alone; a metric of the whole set gives none."""
-    table: Confusion | None = None
+    table: Table | None = None
 
 
 def score(metric: Metric, answers: Sequence[Answer], on_error: OnError) -> Scored:
@@ -88,10 +89,16 @@ def check(metric: Metric, snapshot: Snapshot, decoder: RowDecoder) -> None:
     measure = metric.measure()
     if metric.built_in is None or measure.asks == "verdict":
         return
+    of_classes = is_of_classes(decoder.columns)
+    if measure.asks == "probabilities" and not of_classes:
+        raise InvalidCall(
+            f"the metric {metric.identifier!r} needs the probabilities of classes, and the answers have "
+            "none: give the model datatype=Classes([...])"
+        )
     targets: list[Any] = [case.target for case in snapshot.cases]
     kinds = {column.name: column.kind for column in decoder.columns}
     values = {name: EMPTY.get(kind, "") for name, kind in kinds.items()}
-    empty: Any = values["output"] if kinds.keys() == {"output"} else values
+    empty: Any = "" if of_classes else values["output"] if kinds.keys() == {"output"} else values
     if measure.asks == "likelihood":  # `Likelihoods.check` checks its texts
         targets, empty = [0], [Likelihood(logprob=0.0, tokens=1, characters=1)]
     if measure.kind == "sums":

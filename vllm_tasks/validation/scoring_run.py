@@ -32,6 +32,8 @@ from vllm_tasks.validation.validated import Validated
 
 logger = logging.getLogger(__name__)
 
+OF_OWN = "answer", "probabilities"
+"""What metrics ask of the model's own answers."""
 COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 """A revision that always names the same weights, unlike a branch."""
 
@@ -123,7 +125,7 @@ def sources_of(over: TableCall, metrics: Sequence[Metric], dataset: str) -> dict
     """The source of each metric, in the order of `metrics` with those of the model's own answers first."""
     own = Own(over, predict_id_of(over.call.identifier, dataset, over.decoder))
     sources: dict[str, Source] = {}
-    for metric in sorted(metrics, key=lambda m: m.measure().asks != "answer"):
+    for metric in sorted(metrics, key=lambda m: m.measure().asks not in OF_OWN):
         asks = metric.measure().asks
         if asks == "likelihood":
             sources[metric.identifier] = Likelihoods.of(over, metric, dataset)
