@@ -17,6 +17,7 @@ from benchmarks.options import Options
 from benchmarks.pairs import interleave, line
 from benchmarks.workload import questions
 from vllm_tasks import VllmModel
+from vllm_tasks.calls.prompt_func import Signature
 
 POOLING = {"runner": "pooling", "convert": "embed"}
 NOT_POOLING = "generation_config"
@@ -39,7 +40,7 @@ def _measure(options: Options, task: Literal["embed", "score"], name: str, bare:
     texts = questions(options.data, options.rows)
     folder = arguments["model"]
     own = {key: value for key, value in arguments.items() if key != "model"}
-    signature = "singleton" if task == "embed" else "*args"
+    signature: Signature = "singleton" if task == "embed" else "*args"
     model = VllmModel(identifier="bench", model_name=folder, task=task, signature=signature, vllm_kwargs=own)
 
     def ours(round_: int) -> float:
