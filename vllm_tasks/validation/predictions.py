@@ -228,7 +228,8 @@ def _value(row: Row, columns: Sequence[OutputColumn]) -> Any:
     values = {column.name: _python(row[column.name], column.kind) for column in columns}
     if is_of_classes(columns):
         label, _, probabilities = (values[column.name] for column in CLASS_COLUMNS)
-        return None if label is None else Label.of(label, probabilities)
+        if isinstance(probabilities, dict):
+            return Label.of(label, probabilities)
     return values["output"] if values.keys() == {"output"} else values
 
 
