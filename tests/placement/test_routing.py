@@ -19,12 +19,14 @@ from prefect.states import Crashed, Running
 from pydantic import SecretStr
 
 from tests.conftest import IN_PREFECT, TINY_ARGS
+from tests.lettered import lettered
 from tests.places import Place
 from tests.scripts import running_script
 from tests.servers.pool_workers import Workers, pool, runs_of, state_of
 from tests.servers.scripted_server import Asked, Deed, Reply, ScriptedServer, answer_to, refused
 from tests.site import spoken_to
 from vllm_tasks import (
+    Classes,
     Datalayer,
     Dataset,
     GateFailed,
@@ -131,6 +133,19 @@ def test_rows_keep_their_own_parameters(model: VllmAPI, server: ScriptedServer, 
 
     asks()
     assert [post.prompt == f"t{post.body['seed']}" for post in server.posts] == [True] * 6
+
+
+def test_classes_do_not_think_on_the_pool(model: VllmAPI, server: ScriptedServer) -> None:
+    """The engine's side knows that texts become chat, and switches thinking off."""
+    server.tokenizes, server.script = Reply({"count": 3}), lettered(lambda _: (0.75, 0.25))
+
+    @flow
+    def asks() -> list[Any]:
+        return predict_batches(model.model_copy(update={"datatype": Classes(["a", "b"])}), ["x"])
+
+    (found,) = asks()
+    assert (found["label"], found["probability"]) == ("a", pytest.approx(0.75))
+    assert server.posts[0].body["chat_template_kwargs"] == {"enable_thinking": False}
 
 
 def test_whether_texts_are_chat_is_known_on_the_pool(model: VllmAPI, server: ScriptedServer) -> None:

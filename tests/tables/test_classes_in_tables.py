@@ -141,3 +141,11 @@ def test_keys_of_other_types_are_refused(tmp_path: Path, server: ScriptedServer)
     assert db.reviews("m").num_rows == 1
     with pytest.raises(InvalidCall, match="'id' is of type date32"):
         db.answer_reviews("m", {date(2026, 1, 1): "bug"})
+
+
+def test_a_preview_shows_labels(tickets: VllmAPI) -> None:
+    """The prompt as it was sent, the letter, and the value of the row; nothing is committed."""
+    first = tickets.preview("text", "rows", n=1).rows[0]
+    assert isinstance(first.prompt, str)
+    assert first.prompt.endswith("letter of one option only.")
+    assert (first.answer, first.value["label"], first.value["_review"]) == ("A", "bug", False)

@@ -203,5 +203,5 @@ def check_sampling(sampling: Mapping[str, Any], needed: Mapping[str, Any], *, le
 
 
 def is_of_classes(columns: Iterable[OutputColumn]) -> bool:
-    """Return whether answers with these columns are classes with probabilities."""
+    """Return whether answers with these columns are classes with probabilities, however they were made."""
     return tuple(columns)[: len(CLASS_COLUMNS)] == CLASS_COLUMNS

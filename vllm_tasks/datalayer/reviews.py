@@ -31,16 +31,17 @@ def key_of(outputs: pa.Table) -> list[str]:
 
 def preferred(outputs: pa.Table, given: pa.Table | None) -> pa.Table:
     """The outputs with the labels that people gave, and the time of each in `_reviewed_at`."""
+    if given is None:
+        return outputs.append_column(AT, pa.nulls(outputs.num_rows, TIME))
     labels: list[str | None] = [None] * outputs.num_rows
     times: list[datetime | None] = [None] * outputs.num_rows
-    if given is not None:
-        key = [*key_of(outputs), HASH]
-        by_key = {tuple(row[name] for name in key): row for row in given.to_pylist()}
-        # Only rows whose input a person has seen become Python values.
-        places = pc.indices_nonzero(pc.is_in(outputs[HASH], given[HASH].combine_chunks())).to_pylist()
-        for place, row in zip(places, outputs.select(key).take(places).to_pylist(), strict=True):
-            if (found := by_key.get(tuple(row.values()))) is not None:
-                labels[place], times[place] = found[LABEL], found[AT]
+    key = [*key_of(outputs), HASH]
+    by_key = {tuple(row[name] for name in key): row for row in given.to_pylist()}
+    # Only rows whose input a person has seen become Python values.
+    places = pc.indices_nonzero(pc.is_in(outputs[HASH], given[HASH].combine_chunks())).to_pylist()
+    for place, row in zip(places, outputs.select(key).take(places).to_pylist(), strict=True):
+        if (found := by_key.get(tuple(row.values()))) is not None:
+            labels[place], times[place] = found[LABEL], found[AT]
     at = pa.array(times, TIME)
     reviewed = at.is_valid()
     people = pc.if_else(reviewed, pa.array(labels, outputs.schema.field(LABEL).type), outputs[LABEL])
