@@ -133,7 +133,7 @@ def model_of(answers: dict[str, str]) -> Callable[[Asked], Reply | None]:
     def answer(asked: Asked) -> Reply | None:
         if asked.path not in ("/v1/completions", "/v1/chat/completions"):
             return None
-        if asked.prompt.endswith(LAST_LINE):
+        if isinstance(asked.prompt, str) and asked.prompt.endswith(LAST_LINE):  # else token ids
             return lettered(by_words(LETTERS))(asked)
         known = [words for words in answers if words in asked.prompt]
         if not known:
