@@ -1,4 +1,4 @@
-"""Checks of earlier outputs: the source they are of, and the fingerprint they were made under."""
+"""Checks of earlier outputs: their source, the fingerprint they were made under, the length of vectors."""
 
 from __future__ import annotations
 
@@ -34,6 +34,21 @@ def holds_others(tables: Tables, selection: Selection) -> bool:
 
     other = f"_error IS NULL AND _fingerprint <> {literal(selection.fingerprint)}"
     return _first(tables, "_fingerprint", selection.outputs, other) is not None
+
+
+def length_of_vectors(tables: Tables, selection: Selection, column: str) -> int | None:
+    """The length of the vectors that earlier calls committed under the same fingerprint, None if there are
+    none: a server may have another model under the same name."""
+    from vllm_tasks.datalayer.lake.delta import quoted
+    from vllm_tasks.datalayer.vectors import of_bytes
+    from vllm_tasks.datalayer.workspace import literal
+
+    if not tables.has(selection.outputs):
+        return None
+    same = f"_fingerprint = {literal(selection.fingerprint)} AND _error IS NULL"
+    first = _first(tables, quoted(column), selection.outputs, same)
+    vector = first and first[column]
+    return None if vector is None else len(of_bytes(vector) if isinstance(vector, bytes) else vector)
 
 
 def _first(tables: Tables, columns: str, outputs: str, where: str = "1 = 1") -> Row | None:

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_tasks.calls.call import stored_columns
-from vllm_tasks.datalayer.lake.delta import quoted
 from vllm_tasks.datalayer.selection import POSITION, REVIEW, Key, Row, SourceRow, Writer
-from vllm_tasks.datalayer.vectors import of_bytes
-from vllm_tasks.datalayer.workspace import literal
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import Completion, Request, Result, RowError
+from vllm_tasks.tables.earlier import length_of_vectors
 from vllm_tasks.tables.job import Job
 from vllm_tasks.tables.keys import display_key
 from vllm_tasks.tables.report import Tally
@@ -42,7 +40,11 @@ class OutputRows:
             **{column.name: None for column in stored_columns(decoder)},
             **({POSITION: None} if decoder.flatten else {}),
         }
-        self._lengths = {c.name: _length(job, c.name) for c in job.over.decoder.columns if c.kind == "vector"}
+        self._lengths = {
+            c.name: length_of_vectors(job.tables, job.selection, c.name)
+            for c in decoder.columns
+            if c.kind == "vector"
+        }
 
     def of(self, row: SourceRow, digest: str, request: Request | None, answer: Result, size: int) -> Finished:
         """Decode an answer; if it cannot be decoded or stored, the row gets an error."""
@@ -110,18 +112,6 @@ class OutputRows:
             yield {**row, **dict(zip(names, values, strict=True)), POSITION: position, **of_answer}
         if not outcome:
             yield {**row, **kept[0]}
-
-
-def _length(job: Job, column: str) -> int | None:
-    """The length of the vectors that earlier calls committed under the same fingerprint, None if there are
-    none: a server may have another model under the same name."""
-    table, selection = job.tables, job.selection
-    if not table.has(selection.outputs):
-        return None
-    where = f"_fingerprint = {literal(selection.fingerprint)} AND _error IS NULL"
-    select = f"SELECT {quoted(column)} FROM {table.quoted(selection.outputs)} WHERE {where} LIMIT 1"  # noqa: S608
-    first = next((row[column] for rows in table.read(select) for row in rows), None)
-    return None if first is None else len(of_bytes(first) if isinstance(first, bytes) else first)
 
 
 def _of_answer(answer: Result) -> dict[str, Any]:
