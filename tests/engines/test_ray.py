@@ -198,6 +198,7 @@ def test_failed_start_tells_the_reason_of_the_engine(make: Make) -> None:
         make(refuse="no room").predict("a")
 
 
+@pytest.mark.long
 def test_several_gpus_come_in_one_placement_group(make: Make) -> None:
     """Each engine sees GPUs of its own, all of one machine; at the end they are free again."""
     from ray.util import placement_group_table
@@ -265,6 +266,7 @@ def test_without_an_address_ray_is_our_own_and_ends_with_the_last_engine(
         assert len(of_ray("raylet/raylet")) == of_the_cluster
 
 
+@pytest.mark.long
 def test_ray_that_was_there_is_used_and_left_as_it_was(
     make: Make, cluster: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -62,6 +62,7 @@ def test_a_disk_is_full_and_has_room_again(ground: Ground) -> None:
         pytest.skip(f"cannot mount a file system here: {error}")
 
 
+@pytest.mark.long
 def test_the_clock_is_set_back_and_then_the_database_lost(ground: Ground) -> None:
     """Rows committed before the jump do not count as rows of an earlier run and are not sent again."""
     try:

@@ -263,6 +263,7 @@ def test_a_part_is_done_when_it_has_told_its_outcome() -> None:
     assert lost.stage is Stage.DONE
 
 
+@pytest.mark.long
 def test_a_budget_counts_all_shards(model: VllmAPI, lake: Place, server: ScriptedServer) -> None:
     """The failures of all shards together exceed the budget, although no shard alone does."""
     server.script = lambda asked: refused(400, "no") if asked.prompt.endswith("5") else None
@@ -281,6 +282,7 @@ def test_a_budget_of_tokens_is_divided_over_the_shards(model: VllmAPI, lake: Pla
     assert exact(lake)
 
 
+@pytest.mark.long
 def test_the_report_counts_what_cancelled_shards_have_committed(
     model: VllmAPI, lake: Place, server: ScriptedServer
 ) -> None:

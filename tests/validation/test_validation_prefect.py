@@ -369,7 +369,7 @@ job(submit=sys.argv[3] == "submit")
 """
 
 
-@pytest.mark.parametrize("how", ["call", "submit"])
+@pytest.mark.parametrize("how", ["call", pytest.param("submit", marks=pytest.mark.long)])
 def test_a_flow_that_is_told_to_end_goes_on_the_next_time(
     lake: Datalayer, server: ScriptedServer, tmp_path: Path, how: str
 ) -> None:
