@@ -154,7 +154,7 @@ def test_a_large_file_is_not_read_to_its_end(tmp_path: Path) -> None:
         ({"images": "input"}, "write a prompt without {input}"),
         ({"images": "photo", "signature": "**kwargs", "prompt": "Look at {photo}"}, "without {photo}"),
         ({"images": "photo", "signature": "**kwargs", "prompt": "Look", "chat": False}, "chat=False"),
-        ({"images": "input", "prompt": "Look", "task": "embed"}, "images is part of a chat message, and task"),
+        ({"images": "input", "prompt": "Look", "task": "embed"}, "images is part of a chat message"),
     ],
 )  # fmt: skip
 def test_fields_that_do_not_go_together_are_refused(fields: dict[str, Any], said: str) -> None:
