@@ -15,6 +15,7 @@ from vllm_tasks import VllmAPI, export_batch
 from vllm_tasks.calls.media import media_parts
 from vllm_tasks.rows import Request
 from vllm_tasks.tables.open_rows import bytes_of_request
+from vllm_tasks.validation import Dataset, Metric, Validation
 
 PNG = b"\x89PNG\r\n\x1a\n"
 BYTES = {"lake": "from_hex('{}')", "sqlite": "x'{}'", "postgres": "decode('{}', 'hex')"}
@@ -118,6 +119,23 @@ def test_kept_prompts_previews_and_batch_files(server: ScriptedServer, lake: Pla
     line = json.loads((tmp_path / "batch.jsonl").read_text().splitlines()[0])
     url = line["body"]["messages"][0]["content"][0]["image_url"]["url"]
     assert base64.b64decode(url.partition(",")[2]) == PNG + b"0"
+
+
+def test_a_validation_sends_them(server: ScriptedServer, lake: Place, pictures: list[Path]) -> None:
+    """Its snapshot keeps the paths, and its answers are those of the pictures there."""
+    rows = [{"photo": row, "right": " Look!"} for row in map(str, pictures)]
+    exam = Validation(
+        datasets=[Dataset(identifier="d", raw_data=rows)],
+        metrics=[Metric(identifier="exact_match")],
+        key=("photo", "right"),
+    )
+    with seeing(server, lake, signature="singleton", images="input", prompt="Look") as model:
+        model.validate(exam)
+        assert model.metric_values == {"d": {"exact_match": 1.0}}
+    found = [
+        part["image_url"]["url"] for asked in server.posts for part in media_parts(asked.body["messages"])
+    ]
+    assert sorted(base64.b64decode(url.partition(",")[2])[-1:] for url in found) == [b"0", b"1", b"2"]
 
 
 def test_pictures_count_among_the_bytes_that_are_held() -> None:
