@@ -206,7 +206,8 @@ def test_people_see_sizes_in_place_of_bytes() -> None:
     shown = json.dumps(without_media(made))
     assert f'"data:image/png;base64,... ({len(PNG)} bytes)"' in shown
     assert f'"data": "... ({len(WAV)} bytes)"' in shown
-    assert without_media("data:image/png;base64,AAAA") == "data:image/png;base64,AAAA"
+    for text in ("data:image/png;base64,AAAA", [{"role": "user", "content": "data:image/png;base64,AAAA"}]):
+        assert without_media(text) == text
 
 
 class TestPlaces:

@@ -134,16 +134,17 @@ def without_media(prompt: Prompt) -> Prompt:
 
 
 def _shown(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        shown = {name: _shown(each) for name, each in value.items()}
-        if {"data", "format"} == value.keys() and isinstance(value["data"], str):  # of an input_audio
-            shown["data"] = _size(value["data"])
-        return shown
     if isinstance(value, list):
         return [_shown(each) for each in value]
-    if isinstance(value, str) and (head := DATA.match(value)) and head[1]:
-        return f"{head[0]}{_size(value[head.end() :])}"
-    return value
+    if not isinstance(value, Mapping):
+        return value
+    shown = {name: _shown(each) for name, each in value.items()}
+    url, data = value.get("url"), value.get("data")
+    if isinstance(url, str) and (head := DATA.match(url)) and head[1]:
+        shown["url"] = f"{head[0]}{_size(url[head.end() :])}"
+    if isinstance(data, str) and "format" in value:  # of an input_audio
+        shown["data"] = _size(data)
+    return shown
 
 
 def _size(text: str) -> str:
