@@ -86,6 +86,7 @@ ANSWERS = {
     "Translate to French: two": "deux",
     "good morning": "bonjour",
     "bread in Italian": "pane",
+    "What animal is this?": "cat",
     "Answer in German": "Passwort zurücksetzen.",
     "Is this urgent? Answer yes or no.\nThe printer is on fire": "yes",
     "Is this ticket urgent? Answer yes or no.\nThe printer is on fire": "yes",

@@ -85,6 +85,13 @@ class Settings(PrefectBaseSettings):
     max_prompt_bytes: int = Field(
         default=64 * 2**20, ge=1024, description="Largest prompt of one row that is sent, in bytes of UTF-8."
     )
+    max_media_bytes: int = Field(
+        default=20 * 2**20,
+        ge=1,
+        description="Largest pictures, audio and video of one row together, in bytes; base64 makes a third "
+        "more of them.",
+    )
+    max_media_per_row: int = Field(default=16, ge=1, description="Most pictures, audio and video of one row.")
     engine_start_timeout: float = Field(
         default=1800.0, gt=0, description="Seconds that a local engine may take to load its model."
     )
@@ -163,8 +170,8 @@ class Settings(PrefectBaseSettings):
     )
     places: Texts = Field(
         default=[],
-        description="Folders, and beginnings of URIs, that artifacts, prompt files, lakes and SQLite files "
-        "may be in (a JSON list); empty: anywhere.",
+        description="Folders, and beginnings of URIs, that artifacts, prompt files, pictures, audio, "
+        "video, lakes and SQLite files may be in (a JSON list); empty: anywhere.",
     )
     callable_prefixes: Texts = Field(
         default=["flows"],

@@ -58,7 +58,10 @@ class Asked:
         if self.body is None:
             return ""
         found = [self.body[name] for name in ("prompt", "input", "text_2") if name in self.body]
-        return found[0] if found else self.body["messages"][-1]["content"]
+        content = found[0] if found else self.body["messages"][-1]["content"]
+        if isinstance(content, list):
+            return "".join(part.get("text", "") for part in content if isinstance(part, dict))
+        return content
 
 
 @dataclass(frozen=True)

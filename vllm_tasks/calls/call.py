@@ -18,7 +18,7 @@ from vllm_tasks.calls.answers import Decoder
 from vllm_tasks.calls.chat import of_model
 from vllm_tasks.calls.functions import WAY_OUT
 from vllm_tasks.calls.prompt_func import Signature
-from vllm_tasks.calls.prompts import Context, Prompter
+from vllm_tasks.calls.prompts import Context, Prompter, fields_of
 from vllm_tasks.calls.requests import requests_of
 from vllm_tasks.calls.row_parameters import LIMITS, RowParameters, plain_number
 from vllm_tasks.calls.sampling import Target, task_of
@@ -229,6 +229,7 @@ class Call:
         """
         columns, record = records(X, self.prompter.signature)
         self.prompter.check_fields(record(columns))
+        fields = fields_of(self.prompter.signature, record(columns))
         own = self.of_rows.check_columns(sampling_columns)
         # Those of `own` stand behind those of `X`, where `record` does not look.
         all_columns = tuple(dict.fromkeys((*columns, *own.values())))
@@ -263,6 +264,7 @@ class Call:
         return TableCall(
             call=call,
             columns=all_columns,
+            media=frozenset(columns.index(fields[name]) for name in self.prompter.media.fields),
             requests=requests,
             decoder=self.decoder,
             model_name=name,
@@ -304,6 +306,8 @@ class TableCall:
 
     call: Call
     columns: tuple[str, ...]
+    media: frozenset[int]
+    """The places of the columns that are pictures, audio or video."""
     requests: Callable[[Sequence[Values]], list[Request | RowError]]
     decoder: RowDecoder
     model_name: str

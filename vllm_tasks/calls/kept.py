@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vllm_tasks.calls.media import without_media
 from vllm_tasks.calls.sampling import Target
 from vllm_tasks.datalayer.selection import OutputColumn
 from vllm_tasks.errors import InvalidCall
@@ -130,7 +131,7 @@ def _text_of(request: Request | None) -> str | None:
     if request is None:
         return None
     prompt = request.prompt
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+    return prompt if isinstance(prompt, str) else json.dumps(without_media(prompt), ensure_ascii=False)
 
 
 def check_names(names: Sequence[Keep]) -> None:

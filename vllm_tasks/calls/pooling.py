@@ -22,12 +22,15 @@ TEXTS_ONLY = {
     "output_schema": "constrains generated text",
     "flatten": "makes rows of a list in generated text",
     "stream": "receives generated text token by token",
+    "images": "is part of a chat message",
+    "audio": "is part of a chat message",
+    "video": "is part of a chat message",
     "keep": "names columns of generated text",
     "check": "checks generated text",
     "repair": "repeats generated text",
     "resample": "repeats generated text",
 }
-"""Fields of models that are for generated text alone, with the reason."""
+"""Fields of models that are for generating text alone, with the reason."""
 
 
 def returns_numbers(task: Task | None) -> bool:

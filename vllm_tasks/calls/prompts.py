@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import fsspec
 
 from vllm_tasks.calls.functions import made_of
+from vllm_tasks.calls.media import NO_MEDIA, Media
 from vllm_tasks.calls.prompt_func import (
     Signature,
     beside_the_record,
@@ -55,6 +56,8 @@ class Prompter:
     ending: str = ""
     """Lines at the end of the text, or of the last user message. They follow from the type of the answers,
     which has them in its identity."""
+    media: Media = NO_MEDIA
+    """The fields of a record that are pictures, audio or video."""
     keywords: Mapping[str, Any] = field(default_factory=dict)
     """The keywords of the call that `prompt_func` names; see `keywords_of`."""
     longest: int = field(default_factory=lambda: site_settings().max_prompt_bytes)
@@ -82,7 +85,7 @@ class Prompter:
     def _check_file(self) -> None:
         """Refuse a prompt file that uses no field of a record, or one that no record has."""
         named = self.template.of_record - {"context"}
-        if not named:
+        if not (named or self.media):
             raise InvalidCall(
                 "the prompt file uses no field of the record, so all rows would get one answer: write "
                 f"{self._field('input' if self.signature == 'singleton' else 'name')} where the record goes"
@@ -143,6 +146,7 @@ class Prompter:
             "system": self.system,
             "context": self.joined_context,
             "messages_as_json": self.messages_as_json,
+            **({"media": dict(self.media.fields)} if self.media else {}),
         }
 
     def check_fields(self, example: Any) -> None:
@@ -151,6 +155,12 @@ class Prompter:
         The values of `example` are the names of their columns.
         """
         args, kwargs = call_arguments(self.signature, example)
+        media = self.media.fields.keys()
+        if lost := sorted(media - fields_of(self.signature, example).keys()):
+            raise InvalidCall(
+                f"the model names {lost} as pictures, audio or video, and X does not give it; with "
+                f"signature={self.signature!r} X gives {sorted(fields_of(self.signature, example))[:20]}"
+            )
         if self.prompt_func is not None:
             named = self._beside(kwargs)
             if why := refusal(
@@ -175,8 +185,8 @@ class Prompter:
                 f"the prompt uses {fields}, and X does not give it; with signature={self.signature!r} X "
                 f"gives {', '.join(map(repr, sorted(there)[:20])) or 'nothing'}{near(absent[0], there)}"
             )
-        if unused := sorted(given - self.template.fields):
-            columns = {**dict(zip(map(str, range(len(args))), args, strict=True)), **kwargs}
+        if unused := sorted(given - self.template.fields - media):
+            columns = fields_of(self.signature, example)
             shown = ", ".join(repr(columns[field]) for field in unused[:SHOWN])
             prompt = f"prompt {self.prompt!r:.100}" if self.file is None else "prompt file"
             raise InvalidCall(
@@ -195,6 +205,8 @@ class Prompter:
             prompt = ended(self._as_sent(own.prompt if own else made), self.ending)
             # A prompt that cannot be encoded must fail here, not in a chunk with other rows.
             self._check_size(prompt if isinstance(prompt, str) else _as_json(prompt))
+            if self.media:
+                prompt = self.media.added(prompt, fields_of(self.signature, x))
         except UnicodeEncodeError as error:
             bad = error.object[error.start : error.end]
             return RowError("prompt", f"the text is not valid Unicode ({error.reason}): {bad!r}")
@@ -245,11 +257,7 @@ class Prompter:
             x = self._read(x) if self.messages_as_json else x
             if is_messages(x) or is_token_ids(x):
                 return x
-        args, kwargs = call_arguments(self.signature, x)
-        values = {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
-        if self.signature == "singleton":
-            values["input"] = x
-        return self.template.fill({**values, **self.filled})
+        return self.template.fill({**fields_of(self.signature, x), **self.filled})
 
     def _read(self, x: Any) -> Any:
         """Return the chat messages in a text that is JSON, as a CSV file has them."""
@@ -279,6 +287,13 @@ class Prompter:
                 "the messages have a system message, and the model has system=...: remove one of them"
             )
         return [{"role": "system", "content": self.system}, *made]
+
+
+def fields_of(signature: Signature, x: Any) -> dict[str, Any]:
+    """Return the values of a record by the names that a prompt has for them."""
+    args, kwargs = call_arguments(signature, x)
+    by_position = {str(i): arg for i, arg in enumerate(args)}
+    return {**by_position, **kwargs, **({"input": x} if signature == "singleton" else {})}
 
 
 def conversation(text: str, system: str | None) -> list[Message]:

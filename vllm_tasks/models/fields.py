@@ -30,6 +30,7 @@ from vllm_tasks.calls.datatypes import DataType
 from vllm_tasks.calls.functions import made_of
 from vllm_tasks.calls.kept import Keep
 from vllm_tasks.calls.kept import check_names as check_kept
+from vllm_tasks.calls.media import Kind, media_fields
 from vllm_tasks.calls.pooling import refuse_text_fields, returns_numbers, task_type
 from vllm_tasks.calls.prompt_func import Signature
 from vllm_tasks.calls.repairs import Repairs, check_repairs
@@ -190,6 +191,18 @@ class ModelFields(BaseModel):
         title="Prompt function",
         description="Dotted path of f(x, ...) -> text, chat messages or a Request, in place of the prompt.",
     )
+    images: str | None = Field(
+        default=None,
+        title="Pictures",
+        description="images: field of a record that has a picture or a list of them, as bytes, path, URI or "
+        "data: URL. They are sent before the text of the prompt.",
+    )
+    audio: str | None = Field(
+        default=None, title="Audio", description="audio: field of a record that has audio, as for pictures."
+    )
+    video: str | None = Field(
+        default=None, title="Video", description="video: field of a record that has video, as for pictures."
+    )
     max_batch_size: int | None = Field(
         default=4,
         ge=1,
@@ -296,6 +309,20 @@ class ModelFields(BaseModel):
         return value and without_password("prompt_file", value)
 
     @model_validator(mode="after")
+    def _media_beside_the_text(self) -> Self:
+        """Refuse pictures, audio and video where there is no chat message, or inside its text."""
+        media = self.media()
+        if media and self.chat is False:
+            raise ValueError(f"{sorted(media)} are parts of chat messages, and chat=False: leave it out")
+        fields = Template.parse(self.prompt).fields if self.prompt_func is None else set()
+        if not self.prompt_file and (twice := sorted(media.keys() & fields)):
+            raise ValueError(
+                f"the prompt puts {twice} into its text, and as {media[twice[0]]} it is sent beside the "
+                f"text: write a prompt without {{{twice[0]}}}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_prompt(self) -> Self:
         """Refuse what a prompt file would replace, and a signature whose fields have no names."""
         if not self.prompt_file:
@@ -315,7 +342,7 @@ class ModelFields(BaseModel):
     def _carries_the_record(self) -> Self:
         """Refuse a prompt that uses no field of a row: every row would get the same answer."""
         fields = Template.parse(self.prompt).of_record
-        if self.prompt_func is None and not fields - {"context"}:
+        if self.prompt_func is None and not (fields - {"context"} or self.media()):
             field = {"singleton": "{input}", "*args": "{0}"}.get(self.signature, "{name of a field}")
             braces = ", and {{ }} are literal braces" if "{{" in self.prompt else ""
             raise ValueError(
@@ -455,6 +482,14 @@ class ModelFields(BaseModel):
         return Decoder.of(
             self.datatype, self.output_schema, self.flatten, many, on_length, self.keep, repairs
         )
+
+    def media(self) -> dict[str, Kind]:
+        """Return the fields of a record that are pictures, audio or video, with their kind.
+
+        Raises:
+            ValueError: A field is none of a record's, or is named twice.
+        """
+        return media_fields(self.images, self.audio, self.video, self.signature)
 
     def resources(self) -> Resources:
         """Return what an engine of this model needs.

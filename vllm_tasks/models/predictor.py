@@ -17,10 +17,11 @@ from vllm_tasks.calls.arguments import check_spelling
 from vllm_tasks.calls.call import Call, OnError, Output
 from vllm_tasks.calls.chat import of_call
 from vllm_tasks.calls.classes import check_sampling
+from vllm_tasks.calls.media import NO_MEDIA, Media
 from vllm_tasks.calls.prompt_func import keywords_of, named_parameters
 from vllm_tasks.calls.prompts import Context, Prompter, load_artifact
 from vllm_tasks.calls.row_parameters import OUTPUT_FORMATS
-from vllm_tasks.calls.sampling import check_names
+from vllm_tasks.calls.sampling import Target, check_names
 from vllm_tasks.calls.schemas import response_format
 from vllm_tasks.calls.signature import signed_as
 from vllm_tasks.engines import loop, sharing
@@ -55,7 +56,7 @@ class Predictor(ModelFields):
             ServerUnavailable: No server could be reached within the grace period.
             EngineFailed: The engine did not start, or died and could not be restarted.
         """
-        if self.prompt_func is None and self.signature == "singleton":
+        if self.prompt_func is None and self.signature == "singleton" and not self.media():
             _refuse_many(x)
         return self.prepare(self.predict, context, sampling).predict(x)
 
@@ -139,7 +140,7 @@ class Predictor(ModelFields):
             sampling=parameters,
             check=check,
             prompter=self._prompter(
-                context, keywords, of_call(self.chat, target, parameters), decoder.type.ending
+                context, keywords, self._sent_as(target, parameters), decoder.type.ending
             ),
         )
 
@@ -157,6 +158,17 @@ class Predictor(ModelFields):
             return sampling
         return {**sampling, "response_format": response_format(schema)}
 
+    def _sent_as(self, target: Target, parameters: Mapping[str, Any]) -> bool | None:
+        """Whether texts are sent as chat, None if the model decides: always with pictures, audio or video."""
+        if not self.media():
+            return of_call(self.chat, target, parameters)
+        if target in ("legacy", "completions"):
+            raise InvalidCall(
+                f"{sorted(self.media())} are parts of chat messages, and the path of api_url ({target}) "
+                "takes texts: use the server's base URL"
+            )
+        return True
+
     def _prompter(
         self, context: Context, keywords: Mapping[str, Any], chat: bool | None, ending: str
     ) -> Prompter:
@@ -172,6 +184,7 @@ class Predictor(ModelFields):
             file=load_artifact(self.prompt_file, "str", "prompt_file") if self.prompt_file else None,
             of_pairs=self.task == "score",
             ending=ending,
+            media=Media(self.media()) if self.media() else NO_MEDIA,
             keywords=keywords,
         )
 

@@ -25,7 +25,7 @@ from vllm_tasks.places import check_place, without_secrets
 from vllm_tasks.rows import RowError
 from vllm_tasks.tables.arguments import datalayer_of
 from vllm_tasks.tables.keys import display_key
-from vllm_tasks.tables.source_rows import PROMPT_ROWS, requests_of
+from vllm_tasks.tables.source_rows import requests_of, rows_at_once
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def export_batch(
         tables.check(selection)
         name, count, failed = model_name or over.model_name, 0, list[tuple[Key, RowError]]()
         with _written(path) as file:
-            for rows in tables.rows(selection, PROMPT_ROWS):
+            for rows in tables.rows(selection, rows_at_once(over)):
                 for row, request in zip(rows, requests_of(over, rows), strict=True):
                     if isinstance(request, RowError):
                         failed.append((row.key, request))

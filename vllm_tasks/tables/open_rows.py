@@ -40,8 +40,8 @@ def bytes_of_answer(answer: Result) -> int:
 
 
 def _bytes(value: Any) -> int:
-    """Memory of the texts and token ids in a prompt; in a prompt that is large, the rest is small."""
-    if isinstance(value, str):
+    """Memory of the texts, bytes and token ids in a prompt; in one that is large, the rest is small."""
+    if isinstance(value, str | bytes):
         return sys.getsizeof(value)
     if isinstance(value, Mapping):
         return sum(map(_bytes, value.values()))

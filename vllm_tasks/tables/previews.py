@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from vllm_tasks.calls.answers import Decoder
 from vllm_tasks.calls.call import Call, Columns, Model, named_columns
+from vllm_tasks.calls.media import without_media
 from vllm_tasks.calls.prompts import Context
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.opening import Store, open_tables, source_of
@@ -134,7 +135,7 @@ def _row(decoder: Decoder, row: SourceRow, request: Request | RowError, answer: 
 
 def as_cells(row: PreviewRow) -> dict[str, str]:
     """The texts to display for a row, by name; long ones are truncated."""
-    prompt = "" if row.prompt is None else row.prompt
+    prompt = "" if row.prompt is None else without_media(row.prompt)
     texts = {
         "key": display_key(row.key),
         "prompt": prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, default=str),

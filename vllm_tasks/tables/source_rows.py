@@ -8,8 +8,10 @@ from contextlib import closing
 from dataclasses import replace
 
 from vllm_tasks.calls.call import TableCall
+from vllm_tasks.calls.media import media_parts
 from vllm_tasks.canonical import input_hash
 from vllm_tasks.datalayer.selection import Key, SourceRow
+from vllm_tasks.engines.batching import chunks
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 from vllm_tasks.rows import Request, RowError
 from vllm_tasks.tables.earlier import holds_others
@@ -22,13 +24,12 @@ logger = logging.getLogger(__name__)
 BATCH_ROWS = 512
 """Rows whose equal requests are folded and that are put in order together."""
 PROMPT_ROWS = 64
-"""Rows whose prompts are made at once; until then, they are in memory beyond what `open_rows.HELD` counts."""
+"""Rows whose prompts are made at once; until then, they are in memory beyond what `open_rows.HELD` counts.
+Rows with pictures, audio or video are large, and are made one after the other."""
 SLICE = 2**20
 """Bytes of prompts that are handed over together: with many more, one slow row would keep the prompts of all
 others in memory. `BATCH_ROWS` rows of usual width are smaller."""
 
-Hashed = tuple[SourceRow, str]
-"""A row with the hash of its input."""
 Prompted = tuple[SourceRow, str, Request | RowError]
 """A row without its values, with the hash of its input and its request."""
 
@@ -42,23 +43,23 @@ class SourceRows:
 
     def slices(self) -> Iterator[tuple[list[Prompted], int]]:
         """The rows with their prompts, in parts of about `SLICE` bytes at most, each with its bytes."""
-        for rows in self._wanted_rows():
-            yield from self._slices(rows)
-
-    def _wanted_rows(self) -> Iterator[list[Hashed]]:
-        """Rows to process, each with the hash of its input; stops at the limit."""
         left = self.job.limit
         for selected in self._selected_rows():
-            with self.tally.phase("read"):
-                rows = [(row, input_hash(row.values)) for row in selected]
-            if self.job.selection.refresh == "changed":
-                rows = [(row, digest) for row, digest in rows if row.input_hash != digest]
-            if left is not None:
-                rows = rows[:left]
-                left -= len(rows)
-                self._refuse_trial(row for row, _ in rows)
-            if rows:
-                yield rows
+            part: list[Prompted] = []
+            held = 0
+            for rows in chunks(selected, rows_at_once(self.job.over)):
+                prompted = self._prompted(rows, left)
+                left = left and left - len(prompted)
+                for each in prompted:
+                    part.append(each)
+                    held += bytes_of_request(each[2])
+                    if held >= SLICE:
+                        yield part, held
+                        part, held = [], 0
+                if left == 0:
+                    break
+            if part:
+                yield part, held
             if left == 0:
                 return
 
@@ -103,22 +104,22 @@ class SourceRows:
                 "predict_id='...' for separate outputs; without limit, all rows are processed again"
             )
 
-    def _slices(self, rows: Sequence[Hashed]) -> Iterator[tuple[list[Prompted], int]]:
-        part: list[Prompted] = []
-        held = 0
-        for start in range(0, len(rows), PROMPT_ROWS):
-            some = rows[start : start + PROMPT_ROWS]
-            with self.tally.phase("read"):
-                requests = requests_of(self.job.over, [row for row, _ in some])
-            for (row, digest), request in zip(some, requests, strict=True):
-                # The prompt holds the values; if the row kept them too, they would be in memory twice.
-                part.append((without_values(row), digest, request))
-                held += bytes_of_request(request)
-                if held >= SLICE:
-                    yield part, held
-                    part, held = [], 0
-        if part:
-            yield part, held
+    def _prompted(self, rows: Sequence[SourceRow], left: int | None) -> list[Prompted]:
+        """Those of the rows that are processed, `left` at most, with the hash of their input and their
+        requests."""
+        over = self.job.over
+        with self.tally.phase("read"):
+            # The hash of a picture is that of its bytes, which the request has.
+            early = requests_of(over, rows) if over.media else [None] * len(rows)
+            hashed = [(row, _hash(over, row, made), made) for row, made in zip(rows, early, strict=True)]
+            if self.job.selection.refresh == "changed":
+                hashed = [each for each in hashed if each[0].input_hash != each[1]]
+            hashed = hashed[:left]
+            if left is not None:
+                self._refuse_trial(row for row, _, _ in hashed)
+            late = iter([] if over.media else requests_of(over, [row for row, _, _ in hashed]))
+        # The prompt holds the values; if the row kept them too, they would be in memory twice.
+        return [(without_values(row), digest, made or next(late)) for row, digest, made in hashed]
 
 
 def first_prompts(job: Job) -> None:
@@ -131,6 +132,19 @@ def requests_of(over: TableCall, rows: Sequence[SourceRow]) -> list[Request | Ro
     """The requests of the rows; a row that could not be read has an error instead."""
     made = iter(over.requests([row.values for row in rows if row.error is None]))
     return [next(made) if row.error is None else RowError("read", row.error) for row in rows]
+
+
+def rows_at_once(over: TableCall) -> int:
+    """The number of rows whose prompts are made at once."""
+    return 1 if over.media else PROMPT_ROWS
+
+
+def _hash(over: TableCall, row: SourceRow, made: Request | RowError | None) -> str:
+    """The hash of a row's input: of the media that are sent, wherever they are, and of all other values."""
+    if not isinstance(made, Request):
+        return input_hash(row.values)
+    others = [value for i, value in enumerate(row.values) if i not in over.media]
+    return input_hash([*others, *media_parts(made.prompt)])
 
 
 def without_values(row: SourceRow) -> SourceRow:
