@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -107,11 +108,17 @@ def test_failed_rows_of_an_ended_run_are_judged_as_during_a_run(
 ) -> None:
     """Refusals come sooner than answers, so their fraction of the finished rows says nothing then."""
 
+    refusals = itertools.count(1)
+    all_refused = asyncio.Event()
+
     async def script(asked: Asked) -> Reply | None:
         if asked.body and int(asked.prompt[1:]) % 5 == 0:
+            if next(refusals) == ROWS // 5:
+                all_refused.set()
             return refused(400, "no")
         if asked.body:
-            await asyncio.sleep(0.2 + int(asked.prompt[1:]) * 0.02)
+            await all_refused.wait()
+            await asyncio.sleep(0.5 + int(asked.prompt[1:]) * 0.02)  # the refusals arrive
         return None
 
     server.script = script
