@@ -90,13 +90,7 @@ class Control:
         return Served(endpoint, names, names[0], roots[names[0]])
 
     async def has_chat_template(self, endpoint: Endpoint, model: str) -> bool | None:
-        """Whether the server has a chat template for the model; None if unknown, as behind a gateway.
-
-        Only vLLM is asked, because another server may take the message for a prompt.
-        """
-        _, listing = await self._send(endpoint, MODELS)
-        if not is_of_vllm(json_in(listing)):
-            return None
+        """Whether the server has a chat template for the model; None if unknown, as behind a gateway."""
         message = {"role": "user", "content": "Hello"}
         status, content = await self._send(endpoint, "/tokenize", {"model": model, "messages": [message]})
         found = json_in(content)
@@ -112,10 +106,15 @@ class Control:
         return {name: value for name, value in known.items() if isinstance(value, str) and value}
 
     async def vllm_version(self, endpoint: Endpoint) -> str | None:
-        """The version of vLLM; None if the server cannot respond now or is something else, such as a gateway,
-        which may have a version of its own."""
-        is_vllm = is_of_vllm(await self._get(endpoint, MODELS))
-        version = (await self._get(endpoint, VERSION)).get("version") if is_vllm else None
+        """The version of vLLM; None if the server cannot respond now or is something else, such as a gateway.
+
+        A gateway may have a version of its own, so the models have to be vLLM's.
+        """
+        listed = (await self._get(endpoint, MODELS)).get("data")
+        owners = (
+            [e.get("owned_by") for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
+        )
+        version = (await self._get(endpoint, VERSION)).get("version") if "vllm" in owners else None
         return version if isinstance(version, str) else None
 
     async def check_structure(self, endpoint: Endpoint) -> None:
@@ -188,12 +187,6 @@ def json_in(content: bytes) -> Any:
 def lacks_template(words: str) -> bool:
     """Whether a refusal says that the model has no chat template."""
     return NO_TEMPLATE.search(words) is not None
-
-
-def is_of_vllm(listing: Any) -> bool:
-    """Whether a response to /v1/models lists models of vLLM itself."""
-    listed = listing.get("data") if isinstance(listing, dict) else None
-    return isinstance(listed, list) and "vllm" in [e.get("owned_by") for e in listed if isinstance(e, dict)]
 
 
 def models_in(listing: Any) -> dict[str, str | None]:
