@@ -195,6 +195,14 @@ def test_a_system_message_needs_a_template(server: ScriptedServer, api: Make) ->
     assert [m["content"] for m in server.posts[0].body["messages"]] == ["S", "x"]
 
 
+def test_a_system_text_is_not_lost_once_chat_was_refused(server: ScriptedServer, api: Make) -> None:
+    """Models that differ in it share an engine, which sends texts since a row of the other was refused."""
+    server.tokenizes, server.script = Reply(status=404), no_chat
+    assert api().predict("x") == answer_to("x")
+    with pytest.raises(InvalidCall, match=r"no chat template: put the words into the prompt"):
+        api(system="S").predict("x")
+
+
 def fingerprint_of(model: VllmAPI | VllmModel) -> str:
     return model.prepare(model.predict_in_db).over("text").fingerprint
 

@@ -29,7 +29,7 @@ from vllm_tasks.engines.http.failures import (
     kind_of_refusal,
 )
 from vllm_tasks.engines.http.files import OUT_OF_FILES, TOO_MANY_FILES, most_connections
-from vllm_tasks.engines.http.servers import Server, Servers
+from vllm_tasks.engines.http.servers import Server, Servers, Template
 from vllm_tasks.engines.http.streaming import EVENTS, Ended, Pieces, streamed
 from vllm_tasks.engines.http.urls import Endpoint
 from vllm_tasks.engines.window import Window
@@ -48,6 +48,8 @@ GATEWAY = {502, 503, 504}
 """Statuses of a gateway whose server is down. vLLM itself returns 503 when its engine is dead."""
 WITHHELD = "content_filter"
 """The finish reason of an answer that a gateway withholds, completely or in part."""
+TEMPLATES = {True: Template.THERE, False: Template.ABSENT, None: Template.UNREPORTED}
+"""What a server's report says of its chat template."""
 STREAMED = 2**20
 """Bytes from which a body is given to aiohttp as a file, so that sending it does not block the loop."""
 
@@ -117,16 +119,15 @@ class HttpEngine:
     async def has_chat_template(self) -> bool | None:
         """Ask once, at one server; None if it does not report it, as gateways do not."""
         async with self._asking_for_template:
-            if not self._servers.is_asked_for_template:
+            if self._servers.template is Template.UNASKED:
                 await self._servers.compare()
-                self._servers.reported_template = await self._reported_template()
-                self._servers.is_asked_for_template = True
-            return self._servers.reported_template
+                self._servers.template = TEMPLATES[await self._reported_template()]
+            return {Template.THERE: True, Template.ABSENT: False}.get(self._servers.template)
 
     @property
     def refuses_chat(self) -> bool:
         """Whether a server has refused chat because the model has no chat template."""
-        return self._servers.refuses_chat
+        return self._servers.template is Template.REFUSED
 
     async def _reported_template(self) -> bool | None:
         """The report of the first server that responds. If none does, one is waited for."""
@@ -144,27 +145,15 @@ class HttpEngine:
         assert server.model is not None
         return await self._control.has_chat_template(server.endpoint, server.model)
 
-    def _as_text(self, request: Request, refusal: RowError) -> Request | None:
-        """The request with a text for one whose conversation was refused for want of a chat template.
-
-        Raises `InvalidCall` if there is a system text, which only chat can carry.
-        """
-        conversation = request.prompt
-        if not isinstance(conversation, Conversation) or not lacks_template(refusal.message):
-            return None
-        if conversation[0]["role"] == "system":
-            raise InvalidCall(
-                "system needs chat messages, and the model has no chat template: put the words into the "
-                f"prompt ({refusal.message})"
-            )
-        if not self._servers.refuses_chat:
-            self._servers.refuses_chat = True
+    def _refuse_chat(self, refusal: RowError) -> None:
+        """Note that a row was refused for want of a chat template."""
+        if not self.refuses_chat:
+            self._servers.template = Template.REFUSED
             logger.warning(
                 "texts are sent as plain text: %s refuses chat, because the model has no chat template (%s); "
                 "chat=False sends them so from the first row on",
                 ", ".join(map(str, self.config.endpoints)), refusal.message,
             )  # fmt: skip
-        return replace(request, prompt=conversation.text)
 
     async def generate(self, requests: Sequence[Request], done: Done) -> None:
         await self._servers.compare()
@@ -183,9 +172,9 @@ class HttpEngine:
 
     async def _process(self, request: Request, attempts: Attempts) -> Result:
         """Send the row until it has an answer or an error. Raises the errors of the call."""
-        if self._servers.refuses_chat and isinstance(request.prompt, Conversation):
-            request = replace(request, prompt=request.prompt.text)
         while True:
+            if self.refuses_chat and isinstance(request.prompt, Conversation):
+                request = replace(request, prompt=text_of(request.prompt))
             server = attempts.server = attempts.server or await self._servers.take_slot()
             try:
                 outcome = await self._outcome(server, request, attempts)
@@ -199,8 +188,9 @@ class HttpEngine:
                 outcome = attempts.refuse(full)
             finally:
                 attempts.release()
-            if isinstance(outcome, RowError) and (text := self._as_text(request, outcome)):
-                request = text
+            is_conversation = isinstance(request.prompt, Conversation)
+            if isinstance(outcome, RowError) and is_conversation and lacks_template(outcome.message):
+                self._refuse_chat(outcome)
             elif not isinstance(outcome, float):
                 return outcome
             else:
@@ -395,6 +385,15 @@ class HttpEngine:
                     f"the response is larger than {limit} bytes (VLLM_TASKS_MAX_RESPONSE_BYTES)",
                 )
             yield part
+
+
+def text_of(conversation: Conversation) -> str:
+    """The text of a conversation. Raises `InvalidCall` for a system text, which only chat can carry."""
+    if conversation[0]["role"] == "system":
+        raise InvalidCall(
+            "system needs chat messages, and the model has no chat template: put the words into the prompt"
+        )
+    return conversation.text
 
 
 def refusal(

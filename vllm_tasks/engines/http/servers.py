@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from enum import Enum
 
 from vllm_tasks.engines.http.capacity import Capacity
 from vllm_tasks.engines.http.control import Control, Served
@@ -25,6 +26,16 @@ LEFT_ALONE = 1.0
 """Seconds without rows for a server that refused a connection, while others are there."""
 PROBE_EVERY = 1.0
 """Seconds between two health checks of a server that may be down."""
+
+
+class Template(Enum):
+    """What is known of the chat template of the model that all servers serve."""
+
+    UNASKED = "no server was asked"
+    THERE = "a server reports one"
+    ABSENT = "a server reports that there is none"
+    UNREPORTED = "servers do not report it, and it is taken to be there"
+    REFUSED = "it was taken to be there, and a row was refused for want of it"
 
 
 @dataclass(eq=False)
@@ -84,9 +95,7 @@ class Servers:
         self.model = model
         self.control = control
         self.grace_period = grace_period
-        self.reported_template: bool | None = None  # of the model that all serve; None: not reported
-        self.is_asked_for_template = False
-        self.refuses_chat = False
+        self.template = Template.UNASKED
         self.slots = most * len(endpoints)
         self.completed = 0
         self._prove = prove
@@ -338,8 +347,7 @@ class Servers:
 
     def forget_model(self) -> None:
         """Have the models looked up again, because a server rejects or no longer reports the known one."""
-        self._served = self.reported_template = None
-        self.is_asked_for_template = self.refuses_chat = False
+        self._served, self.template = None, Template.UNASKED
         self._are_compared = len(self.all) == 1
         for server in self.all:
             server.model, server.is_identified = self.model, self._is_sure
