@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import fsspec
 
+from vllm_tasks.calls.messages import with_user_content
 from vllm_tasks.calls.prompt_func import Signature, described, is_tuple
 from vllm_tasks.calls.template import BadRow
 from vllm_tasks.errors import InvalidCall
@@ -231,11 +232,14 @@ def _part(name: str, kind: Kind, content: bytes) -> Part:
 def _with_parts(prompt: Prompt, parts: list[Part]) -> list[Message]:
     if not is_chat(prompt):
         raise BadRow("pictures, audio and video are parts of chat messages, and the prompt is token ids")
-    users = [i for i, message in enumerate(prompt) if message["role"] == "user"]
-    if not users:
-        raise BadRow("pictures, audio and video go into the last user message, and the prompt has none")
-    last = prompt[users[-1]]
-    content = last.get("content") or []
-    texts = [{"type": "text", "text": content}] if isinstance(content, str) else [*content]
-    changed = {**last, "content": [*parts, *texts]}
-    return [*prompt[: users[-1]], changed, *prompt[users[-1] + 1 :]] if parts else [*prompt]
+
+    def after_parts(content: Any) -> list[Any]:
+        content = content or []
+        return [*parts, *([{"type": "text", "text": content}] if isinstance(content, str) else content)]
+
+    changed = with_user_content(
+        prompt,
+        after_parts,
+        "pictures, audio and video go into the last user message, and the prompt has none",
+    )
+    return changed if parts else [*prompt]

@@ -7,16 +7,9 @@ from typing import Any
 
 from vllm_tasks.calls.datatypes import OUTPUT, AnswerType
 from vllm_tasks.calls.sampling_table import POOLING_REQUEST
-from vllm_tasks.datalayer.selection import OutputColumn
+from vllm_tasks.datalayer.selection import CLASS_COLUMNS, OutputColumn
 from vllm_tasks.rows import Choice, Task
 
-CLASSES = (
-    OutputColumn("label", "str"),
-    OutputColumn("probability", "float"),
-    OutputColumn("probabilities", "json"),
-)
-"""The columns of a classification: the most probable class, its probability, and those of all classes in the
-order of the model's configuration."""
 TEXTS_ONLY = {
     "datatype": "sets the type of generated text",
     "output_schema": "constrains generated text",
@@ -49,7 +42,7 @@ def task_type(task: Task) -> AnswerType:
     """Return the answer type of a task that returns numbers."""
     columns, read = {
         "embed": ((OutputColumn(OUTPUT, "vector"),), _vector),
-        "classify": (CLASSES, _classes),
+        "classify": (CLASS_COLUMNS, _classes),
     }.get(task, ((OutputColumn(OUTPUT, "float"),), _number))
     return AnswerType(
         columns, read, identity=lambda: {"task": task}, by_name=len(columns) > 1, may_be_list=False
@@ -66,6 +59,7 @@ def _number(choice: Choice) -> float:
 
 
 def _classes(choice: Choice) -> dict[str, Any]:
+    """The probabilities are in the order of the model's configuration, whose names no server sends."""
     probabilities = _vector(choice)
     best = max(probabilities)
     # A model whose configuration names no classes has their numbers.

@@ -6,12 +6,13 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 
 from vllm_tasks.calls.functions import made_of
 from vllm_tasks.calls.media import NO_MEDIA, Media
+from vllm_tasks.calls.messages import conversation, ended, is_messages, is_token_ids
 from vllm_tasks.calls.prompt_func import (
     Signature,
     beside_the_record,
@@ -23,7 +24,7 @@ from vllm_tasks.calls.prompt_func import (
 from vllm_tasks.calls.template import ARTIFACT, BadRow, Template, text_of
 from vllm_tasks.errors import SHOWN, InvalidCall, near
 from vllm_tasks.places import check_place, without_secrets
-from vllm_tasks.rows import Message, Prompt, Request, RowError, is_chat
+from vllm_tasks.rows import Message, Prompt, Request, RowError
 from vllm_tasks.settings import site_settings
 
 if TYPE_CHECKING:
@@ -294,46 +295,6 @@ def fields_of(signature: Signature, x: Any) -> dict[str, Any]:
     args, kwargs = call_arguments(signature, x)
     by_position = {str(i): arg for i, arg in enumerate(args)}
     return {**by_position, **kwargs, **({"input": x} if signature == "singleton" else {})}
-
-
-def conversation(text: str, system: str | None) -> list[Message]:
-    """Return a text as a user message, after the system message if there is one."""
-    first = [] if system is None else [{"role": "system", "content": system}]
-    return [*first, {"role": "user", "content": text}]
-
-
-def ended(prompt: Prompt, ending: str) -> Prompt:
-    """Return a prompt with `ending` after its text, or after that of its last user message."""
-    if not ending:
-        return prompt
-    if isinstance(prompt, str):
-        return f"{prompt}\n\n{ending}"
-    if not is_chat(prompt):
-        raise BadRow("the prompt is token ids, at whose end the classes cannot be listed as text")
-    last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
-    if last is None:
-        raise BadRow("the messages have no user message, at whose end the classes would be listed")
-    content = prompt[last].get("content")
-    if not isinstance(content, str | list):
-        raise BadRow(f"the content of the last user message is {described(content)}, not a text or parts")
-    more = (
-        f"{content}\n\n{ending}" if isinstance(content, str) else [*content, {"type": "text", "text": ending}]
-    )
-    return [*prompt[:last], {**prompt[last], "content": more}, *prompt[last + 1 :]]
-
-
-def is_messages(x: object) -> bool:
-    """Return whether `x` is a non-empty list of chat messages: mappings with a `role`."""
-    return (
-        is_tuple(x)
-        and len(x) > 0
-        and all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in x)
-    )
-
-
-def is_token_ids(x: object) -> TypeGuard[Sequence[int]]:
-    """Return whether `x` is a non-empty list of token ids: whole numbers."""
-    return is_tuple(x) and len(x) > 0 and all(type(token) is int for token in x)
 
 
 def _as_json(messages: list[Message] | list[int]) -> str:

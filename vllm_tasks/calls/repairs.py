@@ -72,10 +72,10 @@ class Repairs:
         if self.repair:
             prompt = _with_turn(request.prompt, answer.choices[0], TURN.format(why=why))
             return replace(request, prompt=prompt, earlier=answer)
-        sampling = dict(request.sampling)
-        if isinstance(seed := sampling.get("seed"), int):
-            sampling["seed"] = seed + 1  # with the same one, the answer would be the same
-        return replace(request, sampling=sampling, earlier=answer)
+        if not isinstance(seed := request.sampling.get("seed"), int):
+            return replace(request, earlier=answer)
+        # With the same seed, the answer would be the same.
+        return replace(request, sampling={**request.sampling, "seed": seed + 1}, earlier=answer)
 
 
 NO_REPAIRS = Repairs()

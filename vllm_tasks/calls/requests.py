@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vllm_tasks.calls.prompts import conversation
+from vllm_tasks.calls.messages import conversation
 from vllm_tasks.calls.sampling import Target, check_prompts
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import Conversation, Request, RowError, is_chat

@@ -94,8 +94,8 @@ class Host:
     def start_chunk(self, frame: session.Frame) -> None:
         """Send every row of a chunk to the engine."""
         accepted = time.perf_counter()
+        answer = self.complete if frame["task"] == "generate" else partial(self.pool, frame["task"])
         for row, prompt in frame["chunk"]:
-            answer = self.complete if frame["task"] == "generate" else partial(self.pool, frame["task"])
             made = partial(answer, row, prompt, dict(frame["sampling"]))
             task = asyncio.create_task(self.process(row, made, accepted))
             self.tasks[row] = task
