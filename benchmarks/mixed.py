@@ -10,8 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from benchmarks import bare, bench_serve, ours, servers
-from benchmarks.children import Child
+from benchmarks import bench_serve, ours
 from benchmarks.options import Options
 from benchmarks.pairs import interleave, line
 from benchmarks.workload import Row, output_tokens, questions, rows
@@ -56,27 +55,17 @@ def measure(options: Options) -> Iterator[str]:
         }
         rates = interleave(sides, EACH, options.least, options.most)
     yield line("MIXED", ONE, rates, EACH, "output tokens/s") + note + "; goal >= 1.0"
-    arguments = {**options.engine_args(), "enable_prefix_caching": False}
-    with (
-        Child(servers.serve, arguments) as server,
-        Child(bench_serve.serve, server.ready, arguments["model"], options.concurrency) as bench,
-    ):
+    with bench_serve.beside(options) as (url, bench_rate):
         model = VllmAPI(
             identifier="bench",
-            api_url=f"{server.ready}/v1/completions",
+            api_url=url,
             max_in_flight=options.concurrency,
             predict_kwargs=ours.GREEDY,
             prompt_func=with_its_own,
         )
-
-        def bench_rate(round_: int) -> float:
-            run: bare.Run = bench.request(batch(round_))
-            assert run.tokens == output_tokens(batch(round_)), "vllm bench serve got another number of tokens"
-            return run.tokens / run.seconds
-
         served = {
             ONE: lambda round_: output_tokens(batch(round_)) / seconds_of_one(model, batch(round_)),
-            BENCH: bench_rate,
+            BENCH: lambda round_: bench_rate(batch(round_)),
         }
         rates = interleave(served, BENCH, options.least, options.most)
     flight = f", {options.concurrency} in flight"

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks import bare, bench_serve, ours, servers
-from benchmarks.children import Child
+from benchmarks import bench_serve, ours
 from benchmarks.options import Options
 from benchmarks.pairs import interleave, line
 from benchmarks.workload import output_tokens, questions, rows
@@ -23,14 +22,10 @@ OURS = "VllmAPI.predict_batches"
 def measure(options: Options) -> Iterator[str]:
     """One line: output tokens a second."""
     texts = questions(options.data, options.rows)
-    arguments = {**options.engine_args(), "enable_prefix_caching": False}
-    with (
-        Child(servers.serve, arguments) as server,
-        Child(bench_serve.serve, server.ready, arguments["model"], options.concurrency) as bench,
-    ):
+    with bench_serve.beside(options) as (url, bench_rate):
         model = VllmAPI(
             identifier="bench",
-            api_url=f"{server.ready}/v1/completions",
+            api_url=url,
             max_in_flight=options.concurrency,
             predict_kwargs=ours.GREEDY,
         )
@@ -39,13 +34,11 @@ def measure(options: Options) -> Iterator[str]:
             batch = rows(texts, options.lengths, round_)
             return output_tokens(batch) / ours.seconds_of(model, batch)
 
-        def bench_rate(round_: int) -> float:
-            batch = rows(texts, options.lengths, round_)
-            run: bare.Run = bench.request(batch)
-            assert run.tokens == output_tokens(batch), "vllm bench serve got another number of tokens"
-            return run.tokens / run.seconds
-
+        sides = {
+            OURS: our_rate,
+            BENCH: lambda round_: bench_rate(rows(texts, options.lengths, round_)),
+        }
         ours.check_lengths(model, rows(texts[:8], options.lengths, 0))
-        rates = interleave({OURS: our_rate, BENCH: bench_rate}, BENCH, options.least, options.most)
+        rates = interleave(sides, BENCH, options.least, options.most)
     note = f"; {options.rows} rows, {options.concurrency} in flight, {options.lengths} output tokens"
     yield line("P2", OURS, rates, BENCH, "output tokens/s") + note + "; goal >= 0.97"
