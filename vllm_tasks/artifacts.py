@@ -62,7 +62,8 @@ def warn_if_not_displayed(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (httpx.HTTPError, PrefectException) as error:
+    # RuntimeError: the server held an update until after the run, when Prefect has closed the run's client.
+    except (httpx.HTTPError, PrefectException, RuntimeError) as error:
         logger.warning("%s could not be displayed in the Prefect UI: %s", what, error)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import signal
 import threading
 import time
@@ -28,7 +29,7 @@ from tests.scripts import running_script
 from tests.served import run_when_served
 from tests.servers.scripted_server import Asked, ScriptedServer, answer_to, refused
 from vllm_tasks import InvalidCall, VllmAPI, predict_in_db
-from vllm_tasks.artifacts import asset_key, markdown_of, slug
+from vllm_tasks.artifacts import ProgressArtifact, asset_key, markdown_of, slug
 from vllm_tasks.errors import TooManyFailed
 from vllm_tasks.flows.batch_predict import batch_predict
 from vllm_tasks.results import Report
@@ -98,6 +99,19 @@ def test_progress_and_report_are_artifacts(model: VllmAPI, server: ScriptedServe
     assert "t7`" not in shown.data
     (errors,) = artifacts("shown-here-errors")
     assert '"key": "7"' in str(errors.data)
+
+
+def test_a_display_that_outlives_its_flow_run_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """Prefect closes the run's client at its end; an update that its server held until then is given up."""
+
+    @flow
+    def ended() -> contextvars.Context:
+        return contextvars.copy_context()
+
+    shown = ProgressArtifact("outlives-its-run")
+    ended().run(shown._send, Progress(10, 5, 0, 0, 1.0), False)
+    assert "progress could not be displayed" in caplog.text
+    assert artifacts("outlives-its-run-progress") == []
 
 
 def test_outputs_are_an_asset_of_their_source(model: VllmAPI) -> None:
