@@ -15,7 +15,16 @@ from typing import Any
 import pytest
 
 from tests.conftest import TINY_ARGS
-from tests.servers.scripted_server import NO_TEMPLATE, Asked, Deed, Reply, ScriptedServer, answer_to, refused
+from tests.servers.scripted_server import (
+    MODEL,
+    NO_TEMPLATE,
+    Asked,
+    Deed,
+    Reply,
+    ScriptedServer,
+    answer_to,
+    refused,
+)
 from vllm_tasks import InvalidCall, RowError, VllmAPI, VllmModel, serve
 from vllm_tasks.artifacts import markdown_of
 from vllm_tasks.calls import chat
@@ -101,6 +110,17 @@ def test_where_nothing_tells_it_is_chat(server: ScriptedServer, api: Make, told:
     assert paths(server) == [CHAT] * 3
     assert sorted(asked.prompt for asked in server.posts) == ["a", "b", "c"]
     assert fingerprint_of(model) == fingerprint_of(api(chat=True))
+
+
+@pytest.mark.parametrize("owner", ["openai", None])
+def test_only_a_server_that_is_vllm_is_asked(server: ScriptedServer, api: Make, owner: str | None) -> None:
+    """Another one, which may bill the question as a prompt, gets the rows and nothing else."""
+    listing = Reply({"data": [{"id": MODEL, "owned_by": owner}]})
+    server.tokenizes = TOLD
+    server.script = lambda asked: listing if asked.path == "/v1/models" else None
+    assert api().predict_batches(["a", "b"]) == [answer_to("a"), answer_to("b")]
+    assert "/tokenize" not in [r.path for r in server.requests]
+    assert paths(server) == [CHAT] * 2
 
 
 def test_a_refusal_for_want_of_a_template_turns_to_text(

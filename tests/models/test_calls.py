@@ -24,7 +24,7 @@ class Echo(BaseHTTPRequestHandler):
     bodies: list[dict[str, Any]]
 
     def do_GET(self) -> None:
-        self.reply({"data": [{"id": "served"}]})
+        self.reply({"data": [{"id": "served", "owned_by": "vllm"}]})
 
     def do_POST(self) -> None:
         body = loads(self.rfile.read(int(self.headers["Content-Length"])))

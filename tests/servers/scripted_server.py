@@ -118,10 +118,10 @@ def usual(asked: Asked) -> Reply:
         return Reply()
     if asked.path == "/v1/models":
         return Reply(
-            {"object": "list", "data": [{"id": MODEL, "object": "model", "root": "/models/scripted"}]}
+            {"object": "list", "data": [{"id": MODEL, "owned_by": "vllm", "root": "/models/scripted"}]}
         )
     if asked.path == "/version":
-        return Reply({"version": "0.0.1"})
+        return Reply({"version": "0.32.0"})
     if asked.path in ("/v1/embeddings", "/score", "/classify"):
         return Reply(
             {

@@ -52,6 +52,7 @@ class Control:
     def __init__(self, credentials: Credentials) -> None:
         self.credentials = credentials
         self.tls = ssl.create_default_context()  # for rows and control calls; obeys SSL_CERT_FILE
+        self._is_vllm: dict[Endpoint, bool] = {}  # by the last list of models of each server
 
     async def check_health(self, endpoint: Endpoint) -> None:
         """Raise `Unreachable` unless the server is healthy or has no /health."""
@@ -66,7 +67,7 @@ class Control:
         cannot respond now.
         """
         try:
-            status, content = await self._send(endpoint, MODELS)
+            status, content = await self._listing(endpoint)
         except Unreachable as error:
             if model is not None:
                 return None
@@ -90,7 +91,14 @@ class Control:
         return Served(endpoint, names, names[0], roots[names[0]])
 
     async def has_chat_template(self, endpoint: Endpoint, model: str) -> bool | None:
-        """Whether the server has a chat template for the model; None if unknown, as behind a gateway."""
+        """Whether the server has a chat template for the model; None if unknown, as behind a gateway.
+
+        Only vLLM is asked, because another server may take the message for a prompt.
+        """
+        if endpoint not in self._is_vllm:
+            await self._listing(endpoint)
+        if not self._is_vllm.get(endpoint):
+            return None
         message = {"role": "user", "content": "Hello"}
         status, content = await self._send(endpoint, "/tokenize", {"model": model, "messages": [message]})
         found = json_in(content)
@@ -106,15 +114,13 @@ class Control:
         return {name: value for name, value in known.items() if isinstance(value, str) and value}
 
     async def vllm_version(self, endpoint: Endpoint) -> str | None:
-        """The version of vLLM; None if the server cannot respond now or is something else, such as a gateway.
-
-        A gateway may have a version of its own, so the models have to be vLLM's.
-        """
-        listed = (await self._get(endpoint, MODELS)).get("data")
-        owners = (
-            [e.get("owned_by") for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
-        )
-        version = (await self._get(endpoint, VERSION)).get("version") if "vllm" in owners else None
+        """The version of vLLM; None if the server cannot respond now or is something else, such as a gateway,
+        which may have a version of its own."""
+        try:
+            await self._listing(endpoint)
+        except Unreachable:
+            return None
+        version = (await self._get(endpoint, VERSION)).get("version") if self._is_vllm.get(endpoint) else None
         return version if isinstance(version, str) else None
 
     async def check_structure(self, endpoint: Endpoint) -> None:
@@ -125,6 +131,14 @@ class Control:
                 f"{endpoint} runs vLLM {version}, which ignores {STRUCTURED}: update it to vLLM 0.12 or "
                 "later, or use output_schema or response_format"
             )
+
+    async def _listing(self, endpoint: Endpoint) -> tuple[int, bytes]:
+        """The status and content of the server's list of models, which tells whether it is vLLM."""
+        status, content = await self._send(endpoint, MODELS)
+        if status == 200:
+            cards = cards_in(json_in(content))
+            self._is_vllm[endpoint] = "vllm" in [card.get("owned_by") for card in cards]
+        return status, content
 
     async def _get(self, endpoint: Endpoint, path: str) -> dict[str, Any]:
         """The JSON object at `path`; an empty one if the server has none or cannot be reached.
@@ -189,11 +203,15 @@ def lacks_template(words: str) -> bool:
     return NO_TEMPLATE.search(words) is not None
 
 
+def cards_in(listing: Any) -> list[dict[str, Any]]:
+    """The models in a response to /v1/models, as far as it has the form of one."""
+    listed = listing.get("data") if isinstance(listing, dict) else None
+    return [card for card in listed if isinstance(card, dict)] if isinstance(listed, list) else []
+
+
 def models_in(listing: Any) -> dict[str, str | None]:
     """The root (None: not given) of each model in a response to /v1/models, by the model's name."""
-    listed = listing.get("data") if isinstance(listing, dict) else None
-    entries = [e for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
-    roots = {e["id"]: e.get("root") for e in entries if isinstance(e.get("id"), str)}
+    roots = {c["id"]: c.get("root") for c in cards_in(listing) if isinstance(c.get("id"), str)}
     return {name: root if isinstance(root, str) else None for name, root in roots.items()}
 
 
