@@ -17,7 +17,7 @@ from deltalake import DeltaTable
 
 from tests.jobs import Jobs
 from tests.places import Place
-from tests.servers.scripted_server import Asked, Reply, ScriptedServer, usual, vector_of
+from tests.servers.scripted_server import CLASSES, Asked, Reply, ScriptedServer, usual, vector_of
 from tests.tables.runs import ask, changed
 from tests.tables.test_exactly_once import model_of
 from vllm_tasks import InvalidCall, VllmAPI
@@ -159,22 +159,29 @@ def test_a_reward_is_a_number_before_any_activation(
     assert server.posts[0].body["messages"] == [{"role": "user", "content": "a"}]
 
 
-def test_killed_at_any_moment_no_vector_is_lost_or_doubled(
-    place: Place, server: ScriptedServer, tmp_path: Path
+@pytest.mark.parametrize("task", ["embed", "classify"])
+def test_killed_at_any_moment_no_vector_or_class_is_lost_or_doubled(
+    place: Place, server: ScriptedServer, tmp_path: Path, task: str
 ) -> None:
-    """After each SIGKILL committed vectors are complete, and in the end each key has its own."""
+    """After each SIGKILL committed rows are complete, and in the end each key has its own vector or class."""
     texts = [f"t{i}" for i in range(400)]
     place.fill_texts(*texts)
-    embed = {**model_of(server, place), "task": "embed"}
+    model = {**model_of(server, place), "task": task}
     with Jobs(tmp_path / "log") as jobs:
         for _ in range(4):
             first = len(server.posts)
-            job = jobs.start(embed, "text", "rows", max_chunk_size=20)
+            job = jobs.start(model, "text", "rows", max_chunk_size=20)
             server.wait_until(lambda first=first: len(server.posts) > first + random.randint(0, 120))
             time.sleep(random.uniform(0, 0.1))
             jobs.kill(job)
-        jobs.run(embed, "text", "rows", max_chunk_size=20)
-    assert place.answers() == {i: vector_of(text) for i, text in enumerate(texts)}
+        jobs.run(model, "text", "rows", max_chunk_size=20)
+    rows = place.outputs()
+    assert [row["id"] for row in rows] == list(range(400))
+    if task == "embed":
+        assert [row["output"] for row in rows] == [vector_of(text) for text in texts]
+    else:
+        assert [row["label"] for row in rows] == [CLASSES[vector_of(text)[0] < 0.5] for text in texts]
+        assert {row["probability"] for row in rows} == {0.625}
 
 
 def _embedding(asked: Asked, vector: list[Any]) -> Reply | None:
