@@ -172,12 +172,14 @@ def gateway(upstream: str, silence: float) -> Iterator[str]:
                     sink.write(part)
 
         ways = [asyncio.create_task(way) for way in (carry(back, writer), carry(reader, forth))]
-        while not any(way.done() for way in ways) and time.monotonic() - moved < silence:
-            await asyncio.wait(ways, timeout=silence / 10, return_when=asyncio.FIRST_COMPLETED)
-        for way in ways:
-            way.cancel()
-        writer.close()
-        forth.close()
+        try:
+            while not any(way.done() for way in ways) and time.monotonic() - moved < silence:
+                await asyncio.wait(ways, timeout=silence / 10, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+            writer.close()
+            forth.close()
 
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="gateway")
@@ -187,8 +189,10 @@ def gateway(upstream: str, silence: float) -> Iterator[str]:
 
     async def end() -> None:
         server.close()
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        serving = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in serving:
             task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
 
     asyncio.run_coroutine_threadsafe(end(), loop).result()
     loop.call_soon_threadsafe(loop.stop)

@@ -12,6 +12,7 @@ from prefect import flow, task
 
 from tests.conftest import IN_PREFECT
 from tests.eventually import eventually
+from vllm_tasks._prefect import commits
 from vllm_tasks._prefect.commits import InPrefect
 from vllm_tasks.errors import TablesUnavailable
 from vllm_tasks.placement import grace
@@ -36,8 +37,9 @@ def stopped_while(work: Callable[[], Any], until: Callable[[], object]) -> None:
         job()
 
 
-def test_a_lost_commit_is_not_tried_again_after_its_flow() -> None:
-    """The commit has been tried twice and would be tried again after 5 seconds."""
+def test_a_lost_commit_is_not_tried_again_after_its_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commit has been tried twice and would be tried again much later."""
+    monkeypatch.setattr(commits, "RETRY_DELAYS", (0.0, *[3600.0] * len(commits.RETRY_DELAYS)))
     attempts: list[int] = []
 
     def lost() -> Never:
