@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -263,8 +264,14 @@ class ModelFields(DeclaredFields):
     @classmethod
     def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the block's schema, from which the UI makes its form."""
+        schema: dict[str, Any] = json.loads(cls._schema_as_json(*args, **kwargs))
+        return schema
+
+    @classmethod
+    @functools.cache  # a save reads the schema more than 100 times, for each field anew: 3 s without this
+    def _schema_as_json(cls, *args: Any, **kwargs: Any) -> str:
         first = ("identifier", *cls._reached_by, *FORM_HEAD)
-        return arranged(super().model_json_schema(*args, **kwargs), first, FORM_END)
+        return json.dumps(arranged(super().model_json_schema(*args, **kwargs), first, FORM_END))
 
     def _to_block_document(self, *args: Any, **kwargs: Any) -> Any:
         self._check_portable()  # all of Block's ways to save call this method
