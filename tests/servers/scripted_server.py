@@ -159,6 +159,12 @@ async def hang(_: Asked) -> None:
     await asyncio.sleep(3600)
 
 
+async def hang_rows(asked: Asked) -> None:
+    """A script that never answers a row; control calls have their usual answers."""
+    if asked.body is not None:
+        await hang(asked)
+
+
 class ScriptedServer:
     """Serves from a thread with a loop of its own; `stop()` and `start()` keep the port."""
 

@@ -27,7 +27,7 @@ from vllm_tasks.calls.weights import engine_identity, sampling_identity
 from vllm_tasks.canonical import fingerprint
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.engines import batching, loop, sharing
-from vllm_tasks.engines.http.engine import HttpConfig
+from vllm_tasks.engines.http.transport import HttpConfig
 from vllm_tasks.engines.stopping import raise_if_stopped
 from vllm_tasks.errors import InvalidCall, RowErrors, VllmTasksError
 from vllm_tasks.rows import Completion, Conversation, Prompt, Request, Result, RowError, is_chat

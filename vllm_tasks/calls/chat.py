@@ -17,7 +17,7 @@ from typing import Any
 
 from vllm_tasks.calls.sampling import Target, of_one_kind
 from vllm_tasks.engines import loop, sharing
-from vllm_tasks.engines.http.engine import HttpConfig
+from vllm_tasks.engines.http.transport import HttpConfig
 from vllm_tasks.engines.stopping import raise_if_stopped
 
 HUB_TIMEOUT = 5.0

@@ -16,7 +16,8 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 
 from vllm_tasks.engines import Done, Engine, batching, loop
-from vllm_tasks.engines.http.engine import HttpConfig, HttpEngine
+from vllm_tasks.engines.http.engine import HttpEngine
+from vllm_tasks.engines.http.transport import HttpConfig
 from vllm_tasks.engines.local.engine import LocalConfig, LocalEngine
 from vllm_tasks.engines.local.slots import HeldHere
 from vllm_tasks.engines.ray.engine import RayConfig, RayEngine

@@ -16,8 +16,8 @@ from vllm_tasks.engines import loop, wire
 from vllm_tasks.engines.http.connections import NAME
 from vllm_tasks.engines.http.control import Control
 from vllm_tasks.engines.http.credentials import AUTHORIZATION, Credentials
-from vllm_tasks.engines.http.engine import HttpConfig
 from vllm_tasks.engines.http.proxies import proxy_of
+from vllm_tasks.engines.http.transport import HttpConfig
 from vllm_tasks.engines.http.urls import Endpoint, origins, split_urls
 from vllm_tasks.engines.stopping import raise_if_stopped
 from vllm_tasks.errors import InvalidCall

@@ -9,7 +9,7 @@ from contextvars import copy_context
 from dataclasses import replace
 
 from vllm_tasks.engines import loop, sharing
-from vllm_tasks.engines.http.engine import HttpConfig
+from vllm_tasks.engines.http.transport import HttpConfig
 from vllm_tasks.errors import VllmTasksError
 from vllm_tasks.tables.job import Job
 from vllm_tasks.tables.run import Run

@@ -15,7 +15,7 @@ from vllm_tasks.calls.columns import records
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.engines import sharing
-from vllm_tasks.engines.http.engine import HttpConfig
+from vllm_tasks.engines.http.transport import HttpConfig
 from vllm_tasks.errors import InvalidCall, near
 from vllm_tasks.metrics.measure import Answer
 from vllm_tasks.tables.arguments import check_max_failed, datalayer_of

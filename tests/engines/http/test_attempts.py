@@ -17,7 +17,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.engines.http.deeds import Make, ended, lose_all, on_servers, once, only_error
-from tests.servers.scripted_server import Asked, Deed, Raw, ScriptedServer, answer_to, hang, refused
+from tests.servers.scripted_server import (
+    Asked,
+    Deed,
+    Raw,
+    ScriptedServer,
+    answer_to,
+    hang,
+    hang_rows,
+    refused,
+)
 from vllm_tasks.engines.http import attempts, servers
 from vllm_tasks.engines.http.servers import Servers
 from vllm_tasks.errors import RowErrors
@@ -113,7 +122,7 @@ def test_backoff_is_bounded(failures: int) -> None:
 
 def test_a_timed_out_attempt_is_repeated_once(server: ScriptedServer, api: Make) -> None:
     """A row that takes longer than `timeout` twice is an error of kind timeout, for any `retries`."""
-    server.script = hang
+    server.script = hang_rows
     error = only_error(api(timeout=0.3, retries=5))
     assert (error.kind, error.retryable) == ("timeout", True)
     assert "timeout=0.3 s" in error.message
@@ -134,7 +143,7 @@ def test_an_interrupted_call_cancels_its_requests_and_leaves_the_model_usable(
     server: ScriptedServer, api: Make
 ) -> None:
     """Ctrl-C drops the open requests, so that vLLM stops generating, and frees the window."""
-    server.script = hang
+    server.script = hang_rows
     main = threading.main_thread().ident
     assert main is not None
 
@@ -217,7 +226,7 @@ def test_a_row_does_not_wait_for_a_question_that_was_cancelled(server: ScriptedS
 
 def test_an_interrupted_process_ends_and_cancels_its_requests(server: ScriptedServer) -> None:
     """SIGINT to a script in the middle of a call drops its requests and ends it with KeyboardInterrupt."""
-    server.script = hang
+    server.script = hang_rows
     script = (
         "from vllm_tasks import VllmAPI\n"
         f"VllmAPI(identifier='a', model='m', api_url={server.url!r}).predict_batches(['a', 'b', 'c'])\n"

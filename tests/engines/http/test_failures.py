@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.engines.http.deeds import OK, Make, by_prompt, only_error
 from tests.servers.scripted_server import Asked, Deed, Raw, Reply, ScriptedServer, answer_to, refused
 from vllm_tasks import InvalidCall, RowError
-from vllm_tasks.engines.http.engine import words_of
+from vllm_tasks.engines.http.transport import words_of
 from vllm_tasks.errors import RowErrors
 from vllm_tasks.results import Completion
 

@@ -3,74 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any
-
-import aiohttp
+from dataclasses import replace
 
 from vllm_tasks.engines import Done, wire
-from vllm_tasks.engines.http.attempts import Attempts, retry_after
-from vllm_tasks.engines.http.connections import NAME, Connector, Names
-from vllm_tasks.engines.http.control import STRUCTURED, Control, lacks_template, of_proxy, untrusted
-from vllm_tasks.engines.http.credentials import Credentials
+from vllm_tasks.engines.http.attempts import Attempts
+from vllm_tasks.engines.http.connections import Names
+from vllm_tasks.engines.http.control import STRUCTURED, Control, lacks_template
 from vllm_tasks.engines.http.failures import (
-    MENDED_BY,
     Denied,
     FailedAttempt,
     Full,
     Unreachable,
-    kind_of_refusal,
 )
-from vllm_tasks.engines.http.files import OUT_OF_FILES, TOO_MANY_FILES, most_connections
+from vllm_tasks.engines.http.files import most_connections
 from vllm_tasks.engines.http.servers import Server, Servers, Template
-from vllm_tasks.engines.http.streaming import EVENTS, Ended, Pieces, streamed
-from vllm_tasks.engines.http.urls import Endpoint
+from vllm_tasks.engines.http.streaming import streamed
+from vllm_tasks.engines.http.transport import FULL, HttpConfig, Transport, refusal
 from vllm_tasks.engines.window import Window
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import Completion, Conversation, Request, Result, RowError, given_up
 
 logger = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT = 10.0
-"""Seconds to open a connection."""
-KEEPALIVE = 4.0
-"""Seconds that an idle connection is kept. vLLM's server closes its end after 5."""
-FULL = {429, 503}
-"""Statuses of a server that is at its capacity."""
 GATEWAY = {502, 503, 504}
 """Statuses of a gateway whose server is down. vLLM itself returns 503 when its engine is dead."""
 WITHHELD = "content_filter"
 """The finish reason of an answer that a gateway withholds, completely or in part."""
 TEMPLATES = {True: Template.THERE, False: Template.ABSENT, None: Template.UNREPORTED}
 """What a server's report says of its chat template."""
-STREAMED = 2**20
-"""Bytes from which a body is given to aiohttp as a file, so that sending it does not block the loop."""
-
-
-@dataclass(frozen=True)
-class HttpConfig:
-    """The configuration of an HTTP engine. Equal configurations share an engine."""
-
-    endpoints: tuple[Endpoint, ...]
-    protocol: wire.Protocol
-    credentials: Credentials
-    model: str | None
-    timeout: float
-    retries: int
-    max_in_flight: int
-    grace_period: float
-    max_response_bytes: int
-    stream: bool
-
-    def __repr__(self) -> str:
-        return f"HttpConfig({', '.join(map(str, self.endpoints))})"  # never a secret
 
 
 class HttpEngine:
@@ -89,6 +55,7 @@ class HttpEngine:
         self._credentials = config.credentials
         self._names = Names()
         self._control = Control(self._credentials)
+        self._transport = Transport(config, self._control.tls, self._names)
         model = "" if config.protocol == "legacy" else config.model  # legacy has no names
         self._servers = Servers(
             config.endpoints, model, self._control, config.grace_period, most, self._repeat
@@ -97,20 +64,12 @@ class HttpEngine:
         self._at_work: Counter[str] = Counter()  # rows that have a slot, by path
         self._denied: Counter[str] = Counter()
         self._asking_for_template = asyncio.Lock()
-        self._session: aiohttp.ClientSession | None = None
 
     async def start(self) -> None:
-        connect = min(CONNECT_TIMEOUT, self.config.timeout / 2)  # else the row would time out first
-        self._session = aiohttp.ClientSession(
-            connector=Connector(self._names, limit=0, keepalive_timeout=KEEPALIVE, ssl=self._control.tls),
-            timeout=aiohttp.ClientTimeout(total=self.config.timeout, sock_connect=connect),
-            headers={**self._credentials.headers(), "Content-Type": "application/json"},
-            cookie_jar=aiohttp.DummyCookieJar(),
-        )
+        await self._transport.open()
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        await self._transport.close()
 
     async def facts(self) -> dict[str, str]:
         """Facts that a server reports about itself; see `Servers.facts`."""
@@ -274,7 +233,7 @@ class HttpEngine:
             raise InvalidCall(f"a sampling parameter cannot be sent: {error}") from error
         sent = time.monotonic()
         try:
-            response, status, content = await self._post(server.endpoint, path, body, name)
+            response, status, content = await self._transport.post(server.endpoint, path, body, name)
         except FailedAttempt as failed:
             if failed.kind == "timeout":
                 server.capacity.time_out(sent)
@@ -307,7 +266,9 @@ class HttpEngine:
                 )
             completion = wire.parse(path, request, answer)
         except (ValueError, RecursionError) as error:
-            raise self._unreadable(error, f"the response from {server.endpoint}", content) from error
+            raise self._transport.unreadable(
+                error, f"the response from {server.endpoint}", content
+            ) from error
         if reason := given_up(completion):
             raise FailedAttempt("server", f"{server.endpoint} ended the row early ({reason})", retryable=True)
         if any(choice.finish_reason == WITHHELD for choice in completion.choices):
@@ -315,76 +276,6 @@ class HttpEngine:
                 "refused", f"{server.endpoint} withheld the answer (finish_reason {WITHHELD!r})"
             )
         return completion
-
-    async def _post(
-        self, endpoint: Endpoint, path: str, body: bytes, name: str
-    ) -> tuple[aiohttp.ClientResponse, int, bytes]:
-        """The response, its status (of an error within the stream, if there is one) and its body.
-
-        Raises `Unreachable` without a connection, `InvalidCall` without a trusted one, or `FailedAttempt`.
-        """
-        assert self._session is not None, "start() comes first"
-        data = io.BytesIO(body) if len(body) >= STREAMED else body
-        url = endpoint.shown(path)
-        try:
-            async with self._session.post(
-                endpoint.url_of(path), data=data, headers={NAME: name}, allow_redirects=False,
-                proxy=endpoint.proxy,
-            ) as response:  # fmt: skip
-                return response, *await self._read(response, url)
-        except aiohttp.ClientHttpProxyError as error:
-            raise of_proxy(url, error) from None
-        except aiohttp.ClientSSLError as error:
-            raise untrusted(url, error) from error
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            if isinstance(error, OSError) and error.errno in OUT_OF_FILES:
-                raise Full("connection", TOO_MANY_FILES, retryable=True) from error
-            raise Unreachable(str(error)) from error
-        except TimeoutError as error:
-            waited = f"no response from {url} within timeout={self.config.timeout:g} s"
-            raise FailedAttempt("timeout", waited, retryable=True) from error
-        except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError) as error:
-            reason = self._credentials.hidden_in(f"{error!r}")
-            raise FailedAttempt(
-                "connection", f"the connection to {url} broke: {reason}", retryable=True
-            ) from error
-        except aiohttp.ClientError as error:
-            # Its repr would show the headers of our request, with the key.
-            reason = self._credentials.hidden_in(f"{type(error).__name__}: {error}")
-            raise FailedAttempt("response", f"not an HTTP response: {reason}") from error
-
-    def _unreadable(self, error: Exception, what: str, content: bytes) -> FailedAttempt:
-        """The failure for `content`, described by `what`, that does not follow the protocol."""
-        redacted = self._credentials.hidden_in(content)
-        # The error may show a part of the secret.
-        why = error if redacted == content else "it repeats api_key or a header"
-        return FailedAttempt("response", f"{why}; {what} began with {redacted[:100]!r}")
-
-    async def _read(self, response: aiohttp.ClientResponse, url: str) -> tuple[int, bytes]:
-        if response.status != 200 or response.content_type != EVENTS:
-            return response.status, b"".join([part async for part in self._parts(response)])
-        pieces = Pieces()
-        try:
-            async for part in self._parts(response):
-                pieces.take(part)
-            return pieces.status, json.dumps(pieces.complete()).encode()
-        except Ended as error:
-            raise FailedAttempt("connection", f"{url}: {error}", retryable=True) from error
-        except (ValueError, RecursionError) as error:
-            what = f"a piece in the stream from {url}"
-            raise self._unreadable(error, what, pieces.last) from error
-
-    async def _parts(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-        """Yield the body in parts. Raises `FailedAttempt` if it is larger than the limit."""
-        limit, size = self.config.max_response_bytes, 0
-        async for part in response.content.iter_any():
-            size += len(part)
-            if size > limit:
-                raise FailedAttempt(
-                    "response",
-                    f"the response is larger than {limit} bytes (VLLM_TASKS_MAX_RESPONSE_BYTES)",
-                )
-            yield part
 
 
 def text_of(conversation: Conversation) -> str:
@@ -394,33 +285,3 @@ def text_of(conversation: Conversation) -> str:
             "system needs chat messages, and the model has no chat template: put the words into the prompt"
         )
     return conversation.text
-
-
-def refusal(
-    status: int, response: aiohttp.ClientResponse, url: str, content: bytes, credentials: Credentials
-) -> Exception:
-    """The error for a status other than 200: `InvalidCall` for the call, `FailedAttempt` for the row."""
-    words = words_of(credentials.hidden_in(content))
-    error = f"HTTP {status} from {url}: {words!r}"
-    if status in MENDED_BY:
-        return Denied(status, error)
-    if 300 <= status < 400:
-        target = credentials.hidden_in(response.headers.get("Location", ""))
-        return InvalidCall(f"{error}: redirects are not followed; set api_url to {target!r}")
-    if status == 408 or status in FULL or status >= 500:
-        failed = Full if status in FULL else FailedAttempt
-        return failed("server", error, retryable=True, delay=retry_after(response.headers.get("Retry-After")))
-    if status < 300:
-        return FailedAttempt("response", f"{error}: expected HTTP 200")
-    return FailedAttempt(kind_of_refusal(words), error)
-
-
-def words_of(content: bytes) -> str:
-    """The server's own message: that of an OpenAI or FastAPI error, else the beginning of the body."""
-    text = content.decode(errors="replace")
-    try:
-        answer: Any = json.loads(text)
-        answer = answer.get("error", answer)
-        return str(answer.get("message") or answer.get("detail") or text)[:500]
-    except (ValueError, AttributeError, RecursionError):
-        return text[:500]
