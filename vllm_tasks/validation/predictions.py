@@ -180,6 +180,7 @@ def _answer(row: Row, case: Case) -> Answer:
         prediction=None if row["_error"] is not None else _prediction(row["value"]),
         error=row["_error"],
         truncated=row["_finish_reason"] == "length",
+        choices=case.choices,
         prompt_tokens=row["_prompt_tokens"],
         completion_tokens=row["_completion_tokens"],
         seconds=row["_seconds"],

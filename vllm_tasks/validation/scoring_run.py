@@ -111,11 +111,12 @@ def columns_of(validation: Validation, model: Validated, own: Mapping[str, str] 
     """The columns of inputs (parameters of rows' own among them), of the target, and of the choices."""
     X, target = validation.key  # noqa: N806 - the name in predict_in_db
     inputs, _ = records(X, model.signature)
-    choosing = [m for m in validation.metrics if m.built_in == "multiple_choice"]
-    named = {m.options.get("choices") for m in choosing}
+    named = {
+        m.choices for m in validation.metrics if m.choices is not None or m.built_in == "multiple_choice"
+    }
     if len(named) > 1 or None in named:
         raise InvalidCall(
-            "multiple_choice needs options={'choices': 'column'}, the same column for all such metrics"
+            "multiple_choice needs options={'choices': 'column'}, the same for all metrics with choices"
         )
     inputs = tuple(dict.fromkeys((*inputs, *(own or {}).values())))
     return Columns(inputs, target, next(iter(named), None))
