@@ -241,8 +241,8 @@ def _answer(
             case.row,
             target,
             None,
-            error=f"prompt: the tokenizer joins {text!r:.100} with the prompt, so it has no token of its own; "
-            "separate them by a delimiter",
+            error=f"prompt: the tokenizer joins {text!r:.100} with the prompt, so it has no token of "
+            "its own; separate them by a delimiter",
         )
     likelihoods = [
         Likelihood(
