@@ -7,7 +7,6 @@ import sys
 
 from benchmarks import (
     gate,
-    lm_eval_parity,
     long_run,
     mixed,
     overload,
@@ -23,6 +22,7 @@ from benchmarks import (
     p11,
     p11_shards,
     p12,
+    parity,
     results,
     risk,
     same,
@@ -43,7 +43,7 @@ MEASURES = {
     "SAME": same.measure,
     "GATE": gate.measure,
     "RISK": risk.measure,
-    "PARITY": lm_eval_parity.measure,
+    "PARITY": parity.measure,
     "P10": p10.measure,
     "P11": p11.measure,
     "P11-SHARDS": p11_shards.measure,

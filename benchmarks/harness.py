@@ -38,10 +38,9 @@ LOG_TAIL = 4000
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """A row's answer and score; `extracted` is the number that the filter found, empty if there is none."""
+    """A row's answer and its score."""
 
     answer: str
-    extracted: str
     score: float
 
 
@@ -133,6 +132,23 @@ class Harness:
         found = json.loads(self._line())
         rows = {name: [ScoredRow(*row) for row in scored] for name, scored in found["rows"].items()}
         return Outcome(found["seconds"], found["values"], rows)
+
+    def likelihoods(self, url: str, model: str, concurrency: int) -> list[list[float]]:
+        """The log probabilities of each row's choices, or of its document, with the tokenizer of the server.
+
+        The server needs the endpoint `/tokenizer_info`.
+        """
+        assert self._process.stdin is not None
+        model_args = {
+            "model": model,
+            "base_url": f"{url}/v1/completions",
+            "num_concurrent": concurrency,
+            "tokenizer_backend": "remote",
+        }
+        order = {"task": TASK, "metric": None, "model_args": model_args}
+        print(json.dumps(order), file=self._process.stdin, flush=True)
+        found: list[list[float]] = json.loads(self._line())
+        return found
 
     def _line(self) -> str:
         assert self._process.stdout is not None

@@ -23,20 +23,34 @@ def main(folder: str) -> None:
     tasks = TaskManager(include_path=folder, include_defaults=False)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        print(json.dumps(run(tasks, **json.loads(line))), file=answers, flush=True)
+        order = json.loads(line)
+        found = likelihoods(tasks, **order) if order["metric"] is None else run(tasks, **order)
+        print(json.dumps(found), file=answers, flush=True)
 
 
 def run(tasks: Any, task: str, metric: str, model_args: dict[str, Any]) -> dict[str, Any]:
-    """The seconds, the value of each filter, and the rows of each filter: answer, extracted number, score."""
+    """The seconds, the value of each filter, and the rows of each filter: answer and score."""
     started = time.perf_counter()
     found = simple_evaluate("local-completions", model_args=model_args, tasks=[task], task_manager=tasks)
     seconds = time.perf_counter() - started
-    rows: dict[str, list[tuple[str, str, float]]] = {}
+    rows: dict[str, list[tuple[str, float]]] = {}
     for sample in sorted(found["samples"][task], key=lambda sample: sample["doc_id"]):
-        (answer,), extracted = sample["resps"][0], sample["filtered_resps"][0]
-        rows.setdefault(sample["filter"], []).append((answer, extracted, float(sample[metric])))
+        (answer,) = sample["resps"][0]
+        rows.setdefault(sample["filter"], []).append((answer, float(sample[metric])))
     values = {name: float(found["results"][task][f"{metric},{name}"]) for name in rows}
     return {"seconds": seconds, "values": values, "rows": rows}
+
+
+def likelihoods(tasks: Any, task: str, metric: None, model_args: dict[str, Any]) -> list[list[float]]:
+    """The log probabilities of each row: of its choices, or of the document."""
+    found = simple_evaluate("local-completions", model_args=model_args, tasks=[task], task_manager=tasks)
+    samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
+    return [[_logprob(*answers) for answers in sample["resps"]] for sample in samples]
+
+
+def _logprob(answer: Any) -> float:
+    """A log probability; of a choice it stands in a pair with whether decoding would be greedy."""
+    return float(answer[0] if isinstance(answer, list | tuple) else answer)
 
 
 if __name__ == "__main__":

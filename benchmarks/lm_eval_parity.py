@@ -1,7 +1,7 @@
-"""PARITY: lm-evaluation-harness and `validate` give each of the same rows the same score.
+"""PARITY of GSM8K from end to end: lm-evaluation-harness and `validate` give each row the same score.
 
-Both use the same vLLM server, with GSM8K, no examples, greedy decoding and 64 tokens. First they use a proxy
-that records answers: lm-evaluation-harness fills it, and `validate` gets the recorded answer to each equal
+Both use the same vLLM server, with no examples, greedy decoding and 64 tokens. First they use a proxy that
+records answers: lm-evaluation-harness fills it, and `validate` gets the recorded answer to each equal
 request. This shows that the requests are the same, and that equal answers get equal scores. Then `validate`
 uses the server itself. Live answers may differ, as greedy decoding is not fully deterministic across batches.
 """
@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,16 @@ from benchmarks.workload import questions
 from vllm_tasks import Datalayer, Dataset, Metric, Validation, VllmAPI, validate
 from vllm_tasks.results import ValidationReport
 
-DATASET, OURS, THEIRS = "gsm8k", "numeric_match", "flexible-extract"
-"""`OURS` also names the task's filter that extracts the same number from an answer as our metric; `THEIRS` is
-the filter of lm-evaluation-harness's own task `gsm8k`."""
-NUMBER = (
-    r"(?:(?<![\w.,%)\]}])-)?\$?"
-    r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][+-]?\d+)?"
-)
-FIRST_MARKED_OR_LAST = rf"####[ \t]*({NUMBER})(?s:.*)|({NUMBER})"
-"""The last match is a number after `####`, since that match extends to the end, or else the last number."""
+DATASET, OURS = "gsm8k", "numeric_match"
+STRICT, FLEXIBLE = "strict-match", "flexible-extract"
+"""The filters of lm-evaluation-harness's own task `gsm8k`."""
+PATTERNS: dict[str, tuple[str, int]] = {
+    STRICT: (r"#### (\-?[0-9\.\,]+)", 0),
+    FLEXIBLE: (r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1),
+}
+"""Their patterns, and which match counts."""
+IGNORED = [",", r"\$", "(?s).*#### ", r"\.$"]
+"""What its `exact_match` removes from answers and targets."""
 STOP = ["Question:", "</s>", "<|im_end|>"]
 """The stop words of lm-evaluation-harness's own task `gsm8k`."""
 TASK: dict[str, Any] = {
@@ -50,32 +50,40 @@ TASK: dict[str, Any] = {
         {
             "name": name,
             "filter": [
-                {"function": "regex", "regex_pattern": pattern, "group_select": -1},
+                {"function": "regex", "regex_pattern": pattern, "group_select": match},
                 {"function": "take_first"},
             ],
         }
-        for name, pattern in {
-            OURS: FIRST_MARKED_OR_LAST,
-            THEIRS: "(-?[$0-9.,]{2,})|(-?[0-9]+)",
-        }.items()
+        for name, (pattern, match) in PATTERNS.items()
     ],
     "metric_list": [
         {
             "metric": "exact_match",
             "aggregation": "mean",
             "higher_is_better": True,
-            # As in its `gsm8k`, plus the zeros, because it compares texts and we compare numbers.
-            "regexes_to_ignore": [",", r"\$", "(?s).*#### ", r"\.0*$"],
+            "ignore_case": True,
+            "ignore_punctuation": False,
+            "regexes_to_ignore": IGNORED,
         }
     ],
 }
+METRICS = [
+    Metric(
+        identifier=name,
+        object="exact_match",
+        extract=[{"regex": pattern, "match": match}],
+        options={"normalize": [*({"remove": ignored} for ignored in IGNORED), "lower"]},
+    )
+    for name, (pattern, match) in PATTERNS.items()
+]
+"""The same as metrics of ours."""
 PROMPT = "Question: {input}\nAnswer:"
 SAMPLING = {"temperature": 0.0, "max_tokens": 64, "stop": STOP, "seed": 1234}
 """The parameters that lm-evaluation-harness sends for `TASK`."""
 
 
 def measure(options: Options) -> Iterator[str]:
-    """One line for the requests, two for scores of recorded answers, one for live answers."""
+    """One line for the requests, and for each filter one for recorded and one for live answers."""
     from benchmarks.recording import Recording, canonical
     from tests.servers.scripted_server import ScriptedServer
 
@@ -91,17 +99,17 @@ def measure(options: Options) -> Iterator[str]:
 
         theirs = harness.run(to_theirs.url, arguments["model"], options.concurrency)
         recorded = len(recording.answers)
-        ours = validated(model_of(to_ours.url, options.concurrency), rows, folder / "recorded")
+        ours = validated(model_of(to_ours.url, options.concurrency), rows, folder / "recorded", METRICS)
         sent = [Counter(canonical(post.body) for post in proxy.posts) for proxy in (to_theirs, to_ours)]
-        live = validated(model_of(server.ready, options.concurrency), rows, folder / "live")
+        live = validated(model_of(server.ready, options.concurrency), rows, folder / "live", METRICS)
     new = len(recording.answers) - recorded
     yield (
-        f"PARITY {(sent[0] & sent[1]).total()}/{len(rows)} requests equal; sent {sent[0].total()} and "
-        f"{sent[1].total()}, {new} of ours were not recorded"
+        f"PARITY {(sent[0] & sent[1]).total()}/{len(rows)} equal GSM8K, requests (sent {sent[0].total()} and "
+        f"{sent[1].total()}, {new} of ours not recorded)"
     )
-    yield f"PARITY recorded answers: {agreement(theirs, ours, OURS)}"
-    yield f"PARITY ... scored with its own filter {THEIRS}: {agreement(theirs, ours, THEIRS)}"
-    yield f"PARITY live answers: {agreement(theirs, live, OURS)}"
+    for name in PATTERNS:
+        for kind, found in ("recorded", ours), ("live", live):
+            yield f"PARITY {agreement(theirs, found, name, f'GSM8K by {name}, {kind} answers')}"
 
 
 def labelled(data: Path | None, count: int, seed: int = 0) -> list[dict[str, str]]:
@@ -130,11 +138,13 @@ def model_of(server: str, concurrency: int) -> VllmAPI:
     )
 
 
-def validated(model: VllmAPI, rows: Sequence[dict[str, str]], lake: Path) -> Outcome:
-    """The outcome of `validate` over the rows, in a flow, with the seconds that it took there."""
+def validated(
+    model: VllmAPI, rows: Sequence[dict[str, str]], lake: Path, metrics: Sequence[Metric] = ()
+) -> Outcome:
+    """The outcome of `validate` over the rows by `OURS` and `metrics`, in a flow, with its seconds."""
     validation = Validation(
         datasets=[Dataset(identifier=DATASET, raw_data=list(rows))],
-        metrics=[Metric(identifier=OURS)],
+        metrics=[Metric(identifier=OURS), *metrics],
         key=("question", "answer"),
     )
 
@@ -147,16 +157,15 @@ def validated(model: VllmAPI, rows: Sequence[dict[str, str]], lake: Path) -> Out
     report, seconds = nightly()
     (found,) = report.datasets
     scored = scored_by_question(lake, found.dataset_table, model.identifier, found.run)
-    in_order = [scored[row["question"]] for row in rows]
-    return Outcome(seconds, report.metric_values[DATASET], {OURS: in_order})
+    names = [metric.identifier for metric in validation.metrics]
+    in_order = {name: [scored[row["question"], name] for row in rows] for name in names}
+    return Outcome(seconds, report.metric_values[DATASET], in_order)
 
 
-def scored_by_question(lake: Path, dataset: str, model: str, run: str) -> dict[str, ScoredRow]:
-    """The rows of a run, by question, from the tables of the lake."""
-    from vllm_tasks.metrics.numeric_match import number_in
-
+def scored_by_question(lake: Path, dataset: str, model: str, run: str) -> dict[tuple[str, str], ScoredRow]:
+    """The rows of a run, by question and metric, from the tables of the lake."""
     select = f"""
-        SELECT inputs.input, answers.output, scores.score FROM "{dataset}" AS inputs
+        SELECT inputs.input, answers.output, scores.metric, scores.score FROM "{dataset}" AS inputs
         JOIN "_outputs__{model}-on-{DATASET}" AS answers
             ON answers."row" = inputs."row" AND answers.run = '{run}'
         JOIN _metric_scores AS scores ON scores."row" = inputs."row" AND scores.run = '{run}'
@@ -166,32 +175,15 @@ def scored_by_question(lake: Path, dataset: str, model: str, run: str) -> dict[s
         found = [dict(row) for batch in tables.read(select) for row in batch]
     finally:
         tables.close()
-    scored = {}
-    for row in found:
-        (question,) = json.loads(row["input"])
-        extracted = number_in(row["output"])
-        number = "" if extracted is None else str(extracted)
-        scored[question] = ScoredRow(row["output"], number, row["score"])
-    return scored
+    return {
+        (json.loads(row["input"])[0], row["metric"]): ScoredRow(row["output"], row["score"]) for row in found
+    }
 
 
-def agreement(theirs: Outcome, ours: Outcome, name: str) -> str:
-    """The numbers of rows with equal answers, numbers and scores, by their filter `name`."""
-    pairs = list(zip(theirs.rows[name], ours.rows[OURS], strict=True))
-    equal = [
-        (a.answer == b.answer, value_of(a.extracted) == value_of(b.extracted), a.score == b.score)
-        for a, b in pairs
-    ]
-    answers, numbers, scores = (sum(column) for column in zip(*equal, strict=True))
-    return (
-        f"{sum(map(all, equal))}/{len(pairs)} equal ({answers} answers, {numbers} numbers, {scores} scores); "
-        f"exact_match {theirs.values[name]:.4f}, {OURS} {ours.values[OURS]:.4f}"
-    )
-
-
-def value_of(extracted: str) -> Decimal | None:
-    """The extracted number in any spelling, as a Decimal; None if there is none."""
-    try:
-        return Decimal(extracted.replace(",", "").replace("$", "").rstrip("."))
-    except InvalidOperation:
-        return None
+def agreement(theirs: Outcome, ours: Outcome, name: str, kind: str) -> str:
+    """The number of rows with equal answers and scores, that of equal answers, and the values."""
+    pairs = list(zip(theirs.rows[name], ours.rows[name], strict=True))
+    answers = sum(a.answer == b.answer for a, b in pairs)
+    equal = sum(a == b for a, b in pairs)
+    values = f"{theirs.values[name]:.4f} and {ours.values[name]:.4f}"
+    return f"{equal}/{len(pairs)} equal {kind} ({answers} equal answers; {values})"

@@ -171,8 +171,8 @@ class ScriptedServer:
     def __init__(self, script: Script = lambda _: None, tls: ssl.SSLContext | None = None) -> None:
         self.script = script
         self.tls = tls
-        self.tokenizes = refused(400, NO_TEMPLATE)
-        """What /tokenize answers."""
+        self.tokenizes: Reply | None = refused(400, NO_TEMPLATE)
+        """What /tokenize answers; None: the script decides."""
         self.requests: list[Asked] = []
         self.peak = self.open = self.dropped = 0
         self._loop = asyncio.new_event_loop()
@@ -263,7 +263,8 @@ class ScriptedServer:
             self.open -= 1
 
     async def _act(self, request: web.Request, asked: Asked) -> web.StreamResponse:
-        deed = self.tokenizes if asked.path.endswith("/tokenize") else self.script(asked)
+        deed: Any = self.tokenizes if asked.path.endswith("/tokenize") else None
+        deed = deed or self.script(asked)
         if inspect.isawaitable(deed):
             deed = await deed
         if isinstance(deed, Raw):

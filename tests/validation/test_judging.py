@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -146,6 +147,34 @@ def test_likelihoods_are_of_what_the_model_is_asked(make: Make, here: Place, ser
     for post in server.posts:
         own = {name: post.body[name] for name in ("add_special_tokens", "temperature", "max_tokens")}
         assert own == {"add_special_tokens": False, "temperature": 0, "max_tokens": 1}
+
+
+def test_space_at_the_end_of_a_prompt_belongs_to_the_choice(
+    make: Make, here: Place, server: ScriptedServer
+) -> None:
+    """The prompt without it is tokenized alone, so a space that joins the choice's token changes nothing."""
+    server.script = letters
+    report = only(validate(make(here, prompt="{input} \n"), choosing(["d", "b"], "b", delimiter=" ")))
+    assert asked(server) == Counter(["x", "x \n d", "x \n b"])
+    assert report.values[0].value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("question", "words"),
+    [("x", "joins 'y' with the prompt"), (" ", "nothing stands before the text")],
+)
+def test_a_text_without_a_token_of_its_own_is_a_failed_row(
+    make: Make, here: Place, server: ScriptedServer, question: str, words: str
+) -> None:
+    """If the tokenizer joins the text with the prompt, or there is no prompt, the row's error says so."""
+
+    def joined(asked: Asked) -> Reply | None:
+        return letters(replace(asked, body={"prompt": "x"})) if asked.body else None
+
+    server.script = joined
+    checked = validation([{"q": question, "a": "y"}], metrics=[Metric(identifier="perplexity")])
+    with pytest.raises(InvalidCall, match=f"all 1 rows failed.*{words}"):
+        validate(make(here), checked, max_failed=None)
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,15 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.validation.scoring import score
+from tests.validation.scoring import quick, score
 from vllm_tasks import InvalidCall
 from vllm_tasks.metrics import BUILT_IN, built_in
 from vllm_tasks.metrics.data import JsonText
 from vllm_tasks.metrics.judge import judge_messages, judge_schema
 from vllm_tasks.metrics.measure import Answer, Likelihood
-
-quick = settings(deadline=None, max_examples=40)
-
 
 ANY_TEXT = st.text(st.characters(), max_size=60)  # with control characters and lone surrogates
 
@@ -60,6 +57,14 @@ def test_every_built_in_says_what_it_is() -> None:
         ("The Eiffel Tower!", "eiffel tower", ["squad"], True),
         ("The Eiffel Tower!", "eiffel tower", ["lower", "punctuation"], False),
         ("their", "ir", ["squad"], False),
+        ("The-End", "end", ["punctuation", "articles", "lower", "strip"], False),
+        ("The-End", "end", [{"remove": "-"}, {"remove": "^The"}, "lower"], True),
+        ("The-End", "end", [{"remove": "^The$"}, {"remove": "-"}, "lower"], False),
+        ("A: b", "b", ["articles", "lower", "punctuation", "strip"], True),
+        ("A: b", "b", ["punctuation", "lower", "strip"], False),
+        ("“7”-$", "$", ["digits", "unicode_punctuation"], True),
+        ("“7”-$", "“”", ["digits", "punctuation"], True),
+        ("yes", "YES", ["upper"], True),
         ("b", ["a", "b"], [], True),
         (3.0, "3", [], True),
         ("3", 3, [], True),
@@ -82,8 +87,8 @@ def test_every_built_in_says_what_it_is() -> None:
         ("a", [None, [1], {"a": 1}], [], False),
     ],
 )
-def test_exact_match(prediction: Any, target: Any, normalize: list[str], expected: bool) -> None:
-    """Answers match character by character or as data, after the requested normalisation and no more."""
+def test_exact_match(prediction: Any, target: Any, normalize: list[Any], expected: bool) -> None:
+    """Answers match character by character or as data, after the requested steps in their order."""
     assert score("exact_match", prediction, target, normalize=normalize) is expected
 
 
@@ -111,101 +116,6 @@ def test_data_equals_itself(value: Any) -> None:
     """An answer that the model gave as data matches a target read from the same JSON."""
     if isinstance(value, list | dict):
         assert score("exact_match", value, json.loads(json.dumps(value)))
-
-
-GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nAltogether <<48+24=72>>72 clips.\n#### 72"
-
-
-@pytest.mark.parametrize(
-    ("prediction", "target", "expected"),
-    [
-        ("So the answer is 72.", GSM8K, True),
-        ("#### 72\n\nQuestion: 5 apples and 6 pears?", GSM8K, True),
-        ("#### 71, not 72", GSM8K, False),
-        ("#### unknown, maybe 72", GSM8K, True),
-        ("It costs $1,234.50!", "1234.5", True),
-        ("1,234,567", 1234567, True),
-        ("1, 2, 3", 3, True),
-        ("1,2", 2, True),
-        ("50%", 50, True),
-        ("It is -5.", "-5", True),
-        ("a loss of -$5", -5, True),
-        ("a loss of $-5", -5, True),
-        ("a loss of \u22125", -5, True),
-        ("10-5", 5, True),
-        ("from 3 to (-4)", -4, True),
-        ("$.50", 0.5, True),
-        ("wait...5", 5, True),
-        ("0.1", 0.1, True),
-        ("0.10", "0.1", True),
-        ("0.30000000000000004", 0.3, False),
-        ("1e3", 1000, True),
-        ("\u0664\u0662", 42, True),
-        ("no number", 1, False),
-        ("", 1, False),
-        (72, GSM8K, True),
-        (72.0, 72, True),
-        (1e23, "1e23", True),
-        (float("nan"), 1, False),
-        (True, 1, False),
-        ("seven is 7", [6, 7], True),
-        ("1e999999999", 1, False),
-        ("1e99999999999999999999999", 1, False),
-        ("1e-999999999", 0, False),
-    ],
-)
-def test_numeric_match(prediction: Any, target: Any, expected: bool) -> None:
-    """The number of an answer is the marked one or else the last one, in any notation."""
-    assert score("numeric_match", prediction, target) is expected
-
-
-@pytest.mark.parametrize(
-    ("prediction", "tolerance", "expected"),
-    [
-        ("0.31", 0.01, True),
-        ("0.310000001", 0.01, False),
-        ("0.29", "0.01", True),
-        ("1e999999999", 1e300, False),
-        ("-1e999999999", 0.5, False),
-    ],
-)
-def test_tolerance_is_decimal(prediction: str, tolerance: float | str, expected: bool) -> None:
-    """0.31 is within 0.01 of 0.3, which binary fractions deny."""
-    assert score("numeric_match", prediction, 0.3, tolerance=tolerance) is expected
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "9" * 1_000_000,
-        "1," * 500_000,
-        "1,234" * 200_000,
-        "123,456," * 120_000 + "7890",
-        "1." * 500_000,
-        "-" * 1_000_000,
-        "1e" * 500_000,
-        "#" * 500_000 + " " * 500_000,
-        "#### " * 200_000,
-        "####" + " " * 1_000_000,
-        "$" * 1_000_000,
-    ],
-    ids=lambda text: repr(text[:9]),
-)
-def test_numbers_are_read_in_linear_time(text: str) -> None:
-    """A megabyte that looks like the beginning of a number takes no longer than other text."""
-    started = time.perf_counter()
-    assert not score("numeric_match", text, 5, tolerance=0.1)
-    assert time.perf_counter() - started < 5
-
-
-@quick
-@given(
-    number=st.decimals(allow_nan=False, allow_infinity=False, places=3),
-    before=st.sampled_from(["", "= ", "$"]),
-)
-def test_a_number_matches_itself_in_any_dress(number: Any, before: str) -> None:
-    """Separators and a currency sign change nothing."""
-    assert score("numeric_match", f"1 and 2, so {before}{number:,f}.", f"{number:f}")
 
 
 @pytest.mark.parametrize(
@@ -239,6 +149,14 @@ def test_contains(prediction: Any, target: Any, options: dict[str, bool], expect
         ("nothing", "42", {"pattern": r"\d+"}, False),
         ("nothing", "42", {"pattern": r"\d+", "last": True}, False),
         ("b", "b", {"pattern": "(a)|b"}, False),
+        ("b", "b", {"pattern": "(a)|(b)"}, True),
+        ("so b", "b", {"pattern": "so (a?)(b)"}, True),
+        ("so b", "", {"pattern": "so (a?)b"}, True),
+        ("so b", "", {"pattern": "so (a?)(c?)"}, False),
+        ("Is it (A)? No, B.", "B", {"pattern": r"\((\w)\)|(\w)\.", "last": True}, True),
+        ("the answer is TRUE.", "True", {"pattern": "is (.*)", "normalize": ["lower", "punctuation"]}, True),
+        ("the answer is TRUE.", "True", {"pattern": "is (.*)", "normalize": ["lower"]}, False),
+        ("TRUE", "True", {"pattern": "is (.*)", "normalize": ["lower"]}, False),
         ("on 2024-05-01", r"\d{4}-\d\d", {}, True),
         ("soon", r"\d{4}", {}, False),
     ],

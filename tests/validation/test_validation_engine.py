@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +30,23 @@ FIELDS = {
 }
 
 
-def logprob(model: VllmModel, prompt: str | list[Message], **more: Any) -> tuple[float, int]:
-    """The engine's log probability of a prompt: the sum over its tokens, and the number of tokens in it."""
+def logprobs(model: VllmModel, prompt: str | list[Message], **more: Any) -> list[float]:
+    """The engine's log probabilities of a prompt's tokens; the first has none."""
     (answer,) = model.completions([prompt], prompt_logprobs=0, max_tokens=1, temperature=0, **more)
     assert isinstance(answer, Completion)
-    known = [token.logprob for token in answer.prompt_logprobs or () if token is not None]
-    return math.fsum(known), len(known)
+    return [token.logprob for token in answer.prompt_logprobs or () if token is not None]
 
 
 def by_hand(model: VllmModel, question: str, text: str) -> tuple[float, int]:
     """The log probability of `text` after `question`, and its tokens."""
     if model.chat:
         asked = [{"role": "user", "content": question}]
-        alone = logprob(model, asked)
-        whole = logprob(model, [*asked, {"role": "assistant", "content": text}], **GO_ON)
+        alone = logprobs(model, asked)
+        whole = logprobs(model, [*asked, {"role": "assistant", "content": text}], **GO_ON)
     else:
-        alone, whole = logprob(model, question), logprob(model, question + text)
-    return whole[0] - alone[0], whole[1] - alone[1]
+        alone, whole = logprobs(model, question), logprobs(model, question + text)
+    own = whole[len(alone) :]
+    return math.fsum(own), len(own)
 
 
 def checked(metrics: Sequence[Metric], **columns: Sequence[Any]) -> Validation:
@@ -97,6 +98,72 @@ def test_the_choice_is_the_one_that_the_engine_holds_likeliest(
     for name, targets, share in ("right", likeliest, 1.0), ("wrong", wrong, 0.0):
         rows = checked([metric], q=QUESTIONS, a=targets, c=[CHOICES] * 3)
         assert found(model, rows, tmp_path / name).values[0].value == share
+
+
+def by_transformers(model: VllmModel) -> Callable[[str, str], tuple[float, int]]:
+    """The log probability of a text after a context, and its tokens, by lm-evaluation-harness's rule."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.model_name)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(model.model_name, dtype=torch.float32)
+
+    def of(context: str, text: str) -> tuple[float, int]:
+        stripped = context.rstrip()
+        whole = tokenizer.encode(stripped + context[len(stripped) :] + text)
+        start = len(tokenizer.encode(stripped))
+        with torch.no_grad():
+            known = reference(torch.tensor([whole])).logits.log_softmax(-1)[0]
+        own = [known[i - 1, whole[i]].item() for i in range(start, len(whole))]
+        return math.fsum(own), len(own)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def exact_model(tiny_model: Path) -> Iterator[VllmModel]:
+    """The tiny model in 32 bits; it has a chat template, and `chat` is not set."""
+    with VllmModel(
+        identifier="exact",
+        model_name=str(tiny_model),
+        vllm_kwargs={**TINY_ARGS, "dtype": "float32"},
+        predict_kwargs={"temperature": 0, "max_tokens": 1},
+    ) as model:
+        yield model
+
+
+@pytest.mark.parametrize(
+    ("prompt", "delimiter"),
+    [
+        ("{input}", " "),
+        ("{input} ", ""),
+        ("{input}  ", ""),
+        ("{input}\n", "\n"),
+        ("{input}", ""),
+        ("{input} \n", " "),
+    ],
+)
+def test_likelihoods_are_those_of_the_texts_own_tokens(
+    exact_model: VllmModel, tmp_path: Path, prompt: str, delimiter: str
+) -> None:
+    """White space at the end of a prompt belongs to the text, and the figures are those of transformers."""
+    model = exact_model.model_copy(update={"prompt": prompt})
+    of = by_transformers(model)
+    questions, answers = (
+        ["What is the capital of", "The quick brown fox", "list of lazy"],
+        ["France", "jumps", "dog"],
+    )
+    choices = [*answers, "Paris, the flag"]
+    metrics = [
+        Metric(identifier="perplexity", options={"delimiter": delimiter}),
+        Metric(identifier="multiple_choice", options={"choices": "c", "delimiter": delimiter}),
+    ]
+    rows = checked(metrics, q=questions, a=answers, c=[choices] * 3)
+    perplexity, choice = found(model, rows, tmp_path).values
+    contexts = [prompt.format(input=question) for question in questions]
+    parts = [of(context, delimiter + a) for context, a in zip(contexts, answers, strict=True)]
+    expected = math.exp(-math.fsum(p for p, _ in parts) / sum(n for _, n in parts))
+    assert perplexity.value == pytest.approx(expected, rel=1e-4)
+    held = [max(choices, key=lambda c: of(context, delimiter + c)[0]) for context in contexts]
+    assert choice.value == sum(map(eq, held, answers)) / 3
 
 
 def test_old_answers_of_a_local_folder_are_scored_again(local_model: VllmModel, tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ import sqlalchemy as sa
 from tests.places import Place
 from tests.servers.postgres import Postgres
 from tests.servers.scripted_server import ScriptedServer
-from tests.validation.exam import COLUMNS, Make, choosing, letters, only, reply, sample, validation
-from vllm_tasks import InvalidCall
+from tests.validation.exam import COLUMNS, Make, Pupil, choosing, letters, only, reply, sample, validation
+from tests.validation.scoring import score
+from vllm_tasks import InvalidCall, RowError
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.datalayer.values import Nanoseconds, Number
 from vllm_tasks.validation import Dataset, Metric, Validation
@@ -321,3 +322,29 @@ def test_choices_of_any_type_are_their_text(
     assert only(validate(make(here), choosing(choices, target, delimiter=""))).values[0].value == value
     texts = {post.prompt for post in server.posts}
     assert texts == {"x", *(f"x{choice}" for choice in choices)}
+
+
+JSON_OR_NEARLY = [
+    *('{"a": 1}', "[1, 2", '"\\ud800"', '{"a": "\\ud800"}', "1E400", "-1e999", "NaN", "{'a': 1}", " [1] "),
+    *(
+        "01",
+        "null",
+        '"\\u00e9"',
+        "9" * 400,
+        "9" * 5000,
+        '{"a": Infinity}',
+        "1E5",
+        "\ufeff{}",
+        "```json\n{}\n```",
+    ),
+    *("", "\u00a0{}", '"a\nb"', '{"a": 1, "a": 2}', "[" * 100 + "]" * 100, "[" * 101 + "]" * 101, "{} {}"),
+]
+
+
+def test_json_valid_agrees_with_the_datatype(make: Make, here: Place, pupil: Pupil) -> None:
+    """An answer is valid JSON exactly if a model with `datatype="json"` returns it."""
+    pupil.says = {f"q{i}": text for i, text in enumerate(JSON_OR_NEARLY)}
+    answers = make(here, datatype="json").predict_batches(list(pupil.says), on_error="return")
+    valid = [score("json_valid", text, None) for text in JSON_OR_NEARLY]
+    assert valid == [not isinstance(answer, RowError) for answer in answers]
+    assert 0 < sum(valid) < len(valid)

@@ -106,6 +106,12 @@ class Call:
         chat = of_model(self.engine) if known is None else known
         return replace(self, prompter=replace(self.prompter, chat=chat))
 
+    def of_texts(self) -> Call:
+        """Return this call with plain texts, unless it sets `chat` or a system text."""
+        if self.prompter.chat is not None or self.prompter.system is not None:
+            return self
+        return replace(self, prompter=replace(self.prompter, chat=False))
+
     def requests(
         self, records: Sequence[Any], own: Sequence[Mapping[str, Any]] | None = None
     ) -> list[Request | RowError]:

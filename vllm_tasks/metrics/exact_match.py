@@ -14,7 +14,7 @@ from vllm_tasks.metrics.measure import Measure
 from vllm_tasks.metrics.text import SCALAR, Step, accepted, check_steps, decimals_of, normalized, text_of
 
 
-def score(prediction: Any, target: Any, *, normalize: Sequence[Step] = ()) -> bool:
+def score(prediction: Any, target: Any, *, normalize: Sequence[Step | dict[str, str]] = ()) -> bool:
     """Return whether the answer equals the target, or any item of a target that is a list.
 
     A number is compared as text (3.0 is "3"). A decimal in the target is compared by value if the answer is a
@@ -25,12 +25,14 @@ def score(prediction: Any, target: Any, *, normalize: Sequence[Step] = ()) -> bo
     Args:
         prediction: The model's answer: a text, a number or data.
         target: The expected answer, or a list of accepted ones.
-        normalize: Steps applied to both texts, always in this order: "lower", "punctuation" (removes ASCII
-            punctuation), "articles" (removes a, an, the), "whitespace" (makes each run one space, with none
-            at the ends), "strip" (removes it at the ends). "squad" is the first four.
+        normalize: Steps applied to both texts, in the order given: "lower", "upper", "punctuation" (removes
+            ASCII punctuation), "unicode_punctuation" (that of all scripts, without symbols such as $),
+            "digits" (removes 0 to 9), "articles" (removes a, an, the), "whitespace" (makes each run one
+            space, with none at the ends), "strip" (removes it at the ends), {"remove": pattern} (removes all
+            matches of a pattern of `re`). "squad" is "lower", "punctuation", "articles", "whitespace".
 
     Raises:
-        InvalidCall: A step is unknown, or the target is null.
+        InvalidCall: A step or its pattern is not valid, or the target is null.
     """
     steps = check_steps(normalize)
     if isinstance(prediction, list | dict):

@@ -24,6 +24,8 @@ class Answer:
     """The model answered, but the judge failed on the answer. This does not count as a miss of the model."""
     truncated: bool = False
     """Truncated at `max_tokens`."""
+    choices: list[Any] | None = None
+    """The choices of the row, if the validation has a column of them."""
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     seconds: float | None = None

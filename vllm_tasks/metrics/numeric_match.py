@@ -7,6 +7,7 @@ Range 0 to 1, higher is better. A text's number is the one after its first `####
 from __future__ import annotations
 
 import re
+import unicodedata
 from decimal import Context, Decimal, InvalidOperation, localcontext
 from typing import Any
 
@@ -16,16 +17,40 @@ from vllm_tasks.metrics.text import accepted, text_of
 
 # A minus belongs to the number unless it follows a word, a number or a bracket, as in 10-5. Each part matches
 # or fails within a few characters, so that the search takes time linear in the text's length.
-_NUMBER = r"""
-    (?: (?<![\w.,%)\]}]) (?P<minus>[-\u2212]) )? [$€£]?
-    (?P<number>
-        (?: \d{1,3} (?:,\d{3})+ (?!\d) | \d+ ) (?:\.\d+)?
-      | (?<![\w.]) \.\d+
+_MINUS = "[-\u2212\u2013\ufe63\uff0d]"
+_SEPARATOR = "(?: [,_'\u2019\u00a0\u2009\u202f] | \\\\, | \\{,\\} )"
+_POWER_OF_TEN = r"10 (?:\^|\*\*) [{]? (?P<%s> [-+\u2212]?\d+ )"
+_NUMBER = rf"""
+    (?: (?<![^\W_]) (?<![.,%)\]}}]) (?P<minus>{_MINUS}) )?
+    (?: \\?[$€£¥₹₩₽] [ ]? )?
+    (?:
+        (?<![\d/.,]) (?: (?P<whole>\d++)[ ] )? (?P<top>\d++) / (?P<bottom>\d++) (?! / | [.,]\d )
+      | {_POWER_OF_TEN % "tens"}
+      | (?P<number>
+            (?:
+                \d{{1,3}} (?: {_SEPARATOR} \d{{3}} )+ (?!\d)
+              | \d{{1,2}} (?: {_SEPARATOR} \d\d ){{1,9}} {_SEPARATOR} \d{{3}} (?!\d)
+              | \d+
+            ) (?: \.\d+ )?
+          | (?<![^\W_]) (?<!\.) \.\d+
+        )
+        (?:
+            [eE] (?P<exponent> [-+]?\d+ )
+          | [ ]? (?: [xX*\u00d7\u00b7\u22c5] | \\times | \\cdot ) [ ]? {_POWER_OF_TEN % "power"}
+        )?
     )
-    (?P<exponent> [eE][+-]?\d+ )?
 """
 NUMBER = re.compile(_NUMBER, re.VERBOSE)
-MARKED = re.compile(rf"\#\#\#\#[ \t]* {_NUMBER}", re.VERBOSE)
+MARKED = re.compile(
+    rf"""
+    \#\#\#\#
+    (?: [^\w\#] | _ | \b (?i: the|final|answer|is|about|roughly|usd|us|eur|gbp|inr|rs|[a-z] ) \b )*?
+    (?: (?P<minus_apart>{_MINUS}) [ ] )? {_NUMBER}
+    """,
+    re.VERBOSE,
+)
+FRACTION = re.compile(r"(\d?) (?: \\[dtc]?frac\{(\d+)\}\{(\d+)\} | ([¼-¾⅐-⅞]) )", re.VERBOSE)
+RAISED = re.compile("(?<=10)[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 
 EXACT = Context(prec=1000, traps=[InvalidOperation])
 
@@ -33,9 +58,20 @@ EXACT = Context(prec=1000, traps=[InvalidOperation])
 def score(prediction: Any, target: Any, *, tolerance: float | str = 0) -> bool:
     """Return whether the numbers are equal, in decimal arithmetic, or differ by `tolerance` at most.
 
-    A number may have a sign, thousands separators (1,234), decimals, an exponent (1e5) and the digits of any
-    script. A currency sign before it, and a percent sign or full stop after it, are ignored, so 50% is 50.
-    Words and fractions are not calculated: 1/2 is 2.
+    A number is read as a person reads it in an English text:
+
+    - It may have a sign, decimals, and the digits of any script. A minus after a word, a number or a bracket
+      is none: the number of 10-5 is 5.
+    - Separators group thousands (1,234; 1_234; 1'234; 1 234 with a no-break or thin space; LaTeX's 1{,}234),
+      or lakhs and crores (1,00,000). A comma is never a decimal point: 3,5 is two numbers.
+    - 1e5, 1.5 x 10^5, 1.5*10**5, 1.5 \\times 10^{5} and 10⁵ have an exponent.
+    - 1/2, 2 1/2, ½ and \\frac{1}{2} are fractions. 03/05/2001 is three numbers.
+    - A currency sign before it, marks such as ** or _ around it, and what follows it, such as a percent sign,
+      a unit or a full stop, are ignored, so 50% is 50.
+    - `####` marks the number that follows it, also after other signs, a new line or words such as "the answer
+      is".
+
+    Words (three, 2 million) and terms (3 + 4) are not calculated.
 
     Args:
         prediction: The model's answer. One without a number is a miss.
@@ -53,18 +89,38 @@ def score(prediction: Any, target: Any, *, tolerance: float | str = 0) -> bool:
 
 def number_in(text: str) -> Decimal | None:
     """Return the number of a text, or None if it has none or one with an exponent too large for `Decimal`."""
+    text = RAISED.sub(
+        lambda raised: "^" + unicodedata.normalize("NFKC", raised[0]), FRACTION.sub(_plain, text)
+    )
     match = MARKED.search(text)
+    negative = match is not None and match["minus_apart"] is not None
     if match is None:
         for match in NUMBER.finditer(text):  # noqa: B007 - the last one
             pass
     if match is None:
         return None
-    sign = "-" if match["minus"] else ""
     try:
         with localcontext(EXACT):
-            return Decimal(f"{sign}{match['number'].replace(',', '')}{match['exponent'] or ''}")
+            value = _value(match)
+            return value.copy_negate() if negative or match["minus"] else value
     except InvalidOperation:
         return None
+
+
+def _plain(fraction: re.Match[str]) -> str:
+    """Write ½ and LaTeX's fractions as 1/2."""
+    before, top, bottom, sign = fraction.groups()
+    plain = f"{top}/{bottom}" if top else unicodedata.normalize("NFKC", sign).replace("\u2044", "/")
+    return f"{before} {plain}" if before else plain
+
+
+def _value(match: re.Match[str]) -> Decimal:
+    if match["top"]:
+        # A fraction by 0 has no value: it is infinite, or invalid, and equals no target.
+        return Decimal(match["whole"] or 0) + Decimal(match["top"]) / Decimal(match["bottom"])
+    digits = "1" if match["tens"] else re.sub(r"[^\d.]", "", match["number"])
+    exponent = match["exponent"] or match["power"] or match["tens"] or "0"
+    return Decimal(f"{digits}e{exponent.replace(chr(0x2212), '-')}")
 
 
 def _wanted(text: str) -> Decimal:

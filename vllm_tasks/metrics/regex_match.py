@@ -1,55 +1,60 @@
 """Regex match: 1 if a pattern finds the target, else 0; the value is the fraction of rows where it does.
 
-Range 0 to 1, higher is better. Patterns are those of Python's `re`. A pattern with nested repetitions can
-take time exponential in the answer's length.
+Range 0 to 1, higher is better. Patterns are those of Python's `re`. They count as in the filters of
+lm-evaluation-harness (Gao et al. 2024, https://zenodo.org/records/12608602). A pattern with nested
+repetitions can take time exponential in the answer's length.
 """
 
 from __future__ import annotations
 
-import re
-from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_tasks.errors import InvalidCall
+from vllm_tasks.metrics.extraction import found, found_choice
 from vllm_tasks.metrics.measure import Measure
-from vllm_tasks.metrics.text import accepted, text_of
+from vllm_tasks.metrics.text import Step, accepted, check_steps, compiled, normalized, text_of
 
 
-def score(prediction: Any, target: Any, *, pattern: str | None = None, last: bool = False) -> bool:
+def score(
+    prediction: Any,
+    target: Any,
+    *,
+    pattern: str | None = None,
+    last: bool = False,
+    normalize: Sequence[Step | dict[str, str]] = (),
+    choices: Sequence[str] | None = None,
+) -> bool:
     """Return whether the pattern finds the target.
 
     Args:
         prediction: The model's answer.
         target: A text, or a list of texts of which any may match. Without `pattern` it is itself the pattern
             and may match anywhere in the answer.
-        pattern: A pattern whose first match in the answer, or that match's first group, must equal the
-            target. White space at the ends is ignored.
+        pattern: A pattern whose first match in the answer must equal the target. If it has groups, the first
+            group of the match that is not empty counts. White space at the ends is ignored.
         last: Use the last match instead of the first.
+        normalize: Steps applied to the match and to the target, as in `exact_match`.
+        choices: The row's choices; the option is the column that has them. The target is then a letter in
+            brackets, such as (B). If the pattern does not match, the text of a choice or a letter after a
+            colon counts too; `normalize` is applied to the answer and the choices before texts are compared.
 
     Raises:
-        InvalidCall: The pattern is not valid, or the target or the answer is not a text.
+        InvalidCall: The pattern or a step is not valid, or the target or the answer is not a text.
     """
     answer, texts = text_of(prediction, "regex_match"), accepted(target, "regex_match")
+    steps = check_steps(normalize)
     if pattern is None:
-        return any(_compiled(text).search(answer) for text in texts)
-    found = _found(_compiled(pattern), answer, last)
-    return found is not None and found.strip() in [text.strip() for text in texts]
-
-
-def _found(pattern: re.Pattern[str], text: str, last: bool) -> str | None:
-    matches = pattern.finditer(text)
-    match = next(iter(deque(matches, maxlen=1)), None) if last else next(matches, None)
-    if match is None:
-        return None
-    found: str | None = match[1] if pattern.groups else match[0]
-    return found
-
-
-def _compiled(pattern: Any) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except (re.error, TypeError, OverflowError, RecursionError) as error:
-        raise InvalidCall(f"regex_match: {pattern!r:.200} is not a pattern of `re`: {error}") from error
+        if steps or choices is not None:
+            raise InvalidCall("regex_match: normalize and choices need a pattern")
+        return any(compiled(text, "regex_match").search(answer) for text in texts)
+    expression, match = compiled(pattern, "regex_match"), -1 if last else 0
+    if choices is None:
+        extracted = found(expression, answer, match)
+    else:
+        extracted = found_choice(expression, answer, choices, steps, match)
+    wanted = {normalized(text, steps).strip() for text in texts}
+    return extracted is not None and normalized(extracted, steps).strip() in wanted
 
 
 MEASURE = Measure(score)

@@ -4,28 +4,51 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Collection
+import unicodedata
+from collections.abc import Callable, Iterable
 from decimal import Decimal
+from functools import partial
 from typing import Any, Literal, get_args
 
 from vllm_tasks.calls.plain_text import plain_text
 from vllm_tasks.errors import InvalidCall, near
 
-Step = Literal["lower", "punctuation", "articles", "whitespace", "strip", "squad"]
+Step = Literal[
+    "lower",
+    "upper",
+    "punctuation",
+    "unicode_punctuation",
+    "digits",
+    "articles",
+    "whitespace",
+    "strip",
+    "squad",
+]
+"""The names of steps that change a text; `{"remove": pattern}` is a step too."""
 
 SCALAR = str, int, float, Decimal
 """The types of a target, or of one of its texts."""
 ARTICLES = re.compile(r"\b(a|an|the)\b", re.IGNORECASE)
 PUNCTUATION = str.maketrans("", "", string.punctuation)
+DIGITS = str.maketrans("", "", string.digits)
+
+
+def _without_unicode_punctuation(text: str) -> str:
+    return "".join(sign for sign in text if not unicodedata.category(sign).startswith("P"))
+
+
 STEPS: dict[str, Callable[[str], str]] = {
     "lower": str.lower,
+    "upper": str.upper,
     "punctuation": lambda text: text.translate(PUNCTUATION),
+    "unicode_punctuation": _without_unicode_punctuation,
+    "digits": lambda text: text.translate(DIGITS),
     "articles": lambda text: ARTICLES.sub(" ", text),
     "whitespace": lambda text: " ".join(text.split()),
     "strip": str.strip,
 }
-"""The steps in the order in which they are applied, which is that of SQuAD's script."""
-SQUAD = frozenset({"lower", "punctuation", "articles", "whitespace"})
+SQUAD: tuple[Step, ...] = ("lower", "punctuation", "articles", "whitespace")
+"""The steps of SQuAD's script, in its order."""
 
 
 def text_of(prediction: Any, metric: str) -> str:
@@ -38,7 +61,7 @@ def text_of(prediction: Any, metric: str) -> str:
             f"{metric} compares texts, and the model's answers are data ({prediction!r:.100}): use "
             "json_fields or exact_match, or a model without output_schema"
         )
-    return _scalar(prediction)
+    return scalar_text(prediction)
 
 
 def accepted(target: Any, metric: str) -> list[str]:
@@ -52,7 +75,7 @@ def accepted(target: Any, metric: str) -> list[str]:
         raise InvalidCall(
             f"{metric} takes a text, or a list of accepted texts, as target, not {target!r:.100}"
         )
-    return [_scalar(text) for text in texts]
+    return [scalar_text(text) for text in texts]
 
 
 def decimals_of(target: Any) -> list[Decimal]:
@@ -60,7 +83,8 @@ def decimals_of(target: Any) -> list[Decimal]:
     return [one for one in (target if isinstance(target, list) else [target]) if isinstance(one, Decimal)]
 
 
-def _scalar(value: str | int | float | Decimal) -> str:
+def scalar_text(value: str | int | float | Decimal) -> str:
+    """Return a text, number or boolean as the text that an answer would have: see `text_of`."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
@@ -70,22 +94,41 @@ def _scalar(value: str | int | float | Decimal) -> str:
     return plain_text(value) if isinstance(value, int | Decimal) else str(value)
 
 
-def check_steps(steps: Any) -> frozenset[str]:
-    """Return the steps of a normal form, with "squad" expanded. Raise `InvalidCall` for an unknown step."""
-    if not isinstance(steps, Collection) or isinstance(steps, str):
-        raise InvalidCall(f"normalize must be a list of steps such as ['strip', 'lower'], not {steps!r:.100}")
+def check_steps(steps: Any, what: str = "normalize") -> list[Callable[[str], str]]:
+    """Return the functions of a normal form's steps. Raise `InvalidCall` for an unknown step.
+
+    Args:
+        steps: Names of steps, and `{"remove": pattern}`, which removes all matches of a pattern of `re`.
+        what: The name of the option in errors.
+    """
+    if not isinstance(steps, list | tuple):
+        raise InvalidCall(f"{what} must be a list of steps such as ['strip', 'lower'], not {steps!r:.100}")
+    found: list[Callable[[str], str]] = []
     for step in steps:
-        if step not in get_args(Step):
+        if isinstance(step, dict) and step.keys() == {"remove"}:
+            found.append(partial(compiled(step["remove"], what).sub, ""))
+        elif step == "squad":
+            found += [STEPS[name] for name in SQUAD]
+        elif isinstance(step, str) and step in STEPS:
+            found.append(STEPS[step])
+        else:
             raise InvalidCall(
-                f"normalize has no step {step!r:.100}{near(str(step), get_args(Step))}; known are "
-                f"{', '.join(get_args(Step))}"
+                f"{what} has no step {step!r:.100}{near(str(step), get_args(Step))}; known are "
+                f"{', '.join(get_args(Step))}, and {{'remove': pattern}}"
             )
-    return frozenset(steps) - {"squad"} | (SQUAD if "squad" in steps else frozenset())
+    return found
 
 
-def normalized(text: str, steps: Collection[str]) -> str:
-    """Return `text` after these steps, applied in the order of `STEPS`."""
-    for name, step in STEPS.items():
-        if name in steps:
-            text = step(text)
+def normalized(text: str, steps: Iterable[Callable[[str], str]]) -> str:
+    """Return `text` after these steps, in their order."""
+    for step in steps:
+        text = step(text)
     return text
+
+
+def compiled(pattern: Any, what: str) -> re.Pattern[str]:
+    """Return a pattern of `re`. Raise `InvalidCall` if it is none; `what` names the metric or option."""
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError, OverflowError, RecursionError) as error:
+        raise InvalidCall(f"{what}: {pattern!r:.200} is not a pattern of `re`: {error}") from error

@@ -14,7 +14,7 @@ from collections import Counter
 from typing import Any
 
 from vllm_tasks.metrics.measure import Measure
-from vllm_tasks.metrics.text import SQUAD, accepted, normalized, text_of
+from vllm_tasks.metrics.text import SQUAD, accepted, check_steps, normalized, text_of
 
 
 def score(prediction: Any, target: Any) -> float:
@@ -32,7 +32,7 @@ def score(prediction: Any, target: Any) -> float:
 
 
 def _words(text: str) -> Counter[str]:
-    return Counter(normalized(text, SQUAD).split())
+    return Counter(normalized(text, check_steps(SQUAD)).split())
 
 
 def _f1(answer: Counter[str], target: Counter[str]) -> float:

@@ -11,7 +11,7 @@ from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.measure import Answer
 from vllm_tasks.tables.arguments import datalayer_of
 from vllm_tasks.validation import Validation, check_comparable
-from vllm_tasks.validation.predictions import packed
+from vllm_tasks.validation.predictions import Calls
 from vllm_tasks.validation.report import Comparison, DatasetReport, Standing, ValidationReport
 from vllm_tasks.validation.scores import compared
 from vllm_tasks.validation.scoring_run import columns_of, sources_of
@@ -108,6 +108,6 @@ def _answers(
 ) -> dict[str, list[Answer]]:
     snapshot = read_snapshot(found.dataset, found.dataset_table, columns_of(validation, model), home)
     sources = sources_of(
-        packed(model.prepare(compare, context), validation.key[0]), validation.metrics, found.dataset
+        Calls.of(model.prepare(compare, context), validation.key[0]), validation.metrics, found.dataset
     )
     return {metric: source.answers(home, found.answers, snapshot) for metric, source in sources.items()}

@@ -1,13 +1,16 @@
 """The likelihood of given texts under a model, from vLLM's `prompt_logprobs`. One token is generated, since
 vLLM requires one.
 
-The log probability of a text after a prompt is that of both together minus that of the prompt alone, as in
-lm-evaluation-harness. With chat messages the text is the beginning of the assistant's message.
+As in lm-evaluation-harness (`TemplateLM._encode_pair`), white space at the end of the prompt belongs to the
+text. Prompt and text are tokenized together, and the prompt without that space alone; the text's tokens are
+those beyond as many as the latter has. Their log probabilities are summed, and no others. With chat messages
+the text is the beginning of the assistant's message.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -46,9 +49,9 @@ CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
 
 @dataclass(frozen=True)
 class LogprobDecoder:
-    """Sums the log probabilities of a prompt's tokens."""
+    """Keeps the log probabilities of a prompt's tokens, without the first token, which has none."""
 
-    columns: tuple[OutputColumn, ...] = (OutputColumn("logprob", "float"), OutputColumn("tokens", "int"))
+    columns: tuple[OutputColumn, ...] = (OutputColumn("logprobs", "json"),)
     flatten: bool = False
     kept: Kept = NOTHING_KEPT
 
@@ -58,11 +61,10 @@ class LogprobDecoder:
         return final
 
     def rows(self, completion: Completion) -> list[tuple[Any, ...]] | RowError:
-        """One row: the sum (natural log) and the number of its tokens; the very first token has no value."""
+        """One row: a list of natural logs."""
         if completion.prompt_logprobs is None:
             return RowError("response", "the server sent no prompt_logprobs, which likelihoods need")
-        known = [token.logprob for token in completion.prompt_logprobs if token is not None]
-        return [(sum(known), len(known))]
+        return [([token.logprob for token in completion.prompt_logprobs if token is not None],)]
 
 
 @dataclass(frozen=True)
@@ -205,10 +207,14 @@ def _scoring(given: Mapping[str, Any], shared: Mapping[str, Any] | None = None) 
 
 def _request(request: Request, text: str | None, sampling: Mapping[str, Any]) -> Request | RowError:
     if isinstance(request.prompt, str):
-        prompt = request.prompt + (text or "")
-        return (
-            Request(prompt, sampling) if prompt else RowError("prompt", "an empty prompt has no likelihood")
-        )
+        alone = request.prompt.rstrip()
+        if not alone:
+            return RowError(
+                "prompt",
+                "nothing stands before the text, so its first token has no likelihood; let the prompt be the "
+                "token that begins a document for this model, such as <|endoftext|>",
+            )
+        return Request(alone if text is None else request.prompt + text, sampling)
     if not is_chat(request.prompt):
         return RowError(
             "prompt", "a likelihood needs a prompt that is a text or chat messages, not token ids"
@@ -227,12 +233,23 @@ def _answer(
         raise Incomplete(f"there is no likelihood for row {case.row}") from error
     if problem := next((part["_error"] for part in (alone, *with_text) if part["_error"]), None):
         return Answer(case.row, target, None, error=problem)
+    prompt = len(alone["value"]["logprobs"])
+    tokens = [part["value"]["logprobs"][prompt:] for part in with_text]
+    if not all(tokens):
+        text = texts[[bool(own) for own in tokens].index(False)]
+        return Answer(
+            case.row,
+            target,
+            None,
+            error=f"prompt: the tokenizer joins {text!r:.100} with the prompt, so it has no token of "
+            "its own; separate them by a delimiter",
+        )
     likelihoods = [
         Likelihood(
-            logprob=part["value"]["logprob"] - alone["value"]["logprob"],
-            tokens=max(part["value"]["tokens"] - alone["value"]["tokens"], 1),
+            logprob=math.fsum(own),
+            tokens=len(own),
             characters=len(text) - delimiter,
         )
-        for part, text in zip(with_text, texts, strict=True)
+        for own, text in zip(tokens, texts, strict=True)
     ]
     return Answer(case.row, target, likelihoods)

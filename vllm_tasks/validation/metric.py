@@ -10,14 +10,17 @@ from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_valid
 
 from vllm_tasks.calls.callables import DottedCallable
 from vllm_tasks.datalayer.table_names import check_name
-from vllm_tasks.errors import near
+from vllm_tasks.errors import InvalidCall, near
 from vllm_tasks.metrics import BUILT_IN, BuiltinMetric, built_in
+from vllm_tasks.metrics.extraction import Extraction, extraction
 from vllm_tasks.metrics.measure import Measure
 
 REQUIRED = {"multiple_choice": ("choices",), "judge": ("model", "rubric")}
 """Options that a built-in metric cannot work without."""
 OWN_OPTIONS = {"choices", "delimiter"}
 """Options of metrics by likelihood: the column of the choices, and the text between prompt and answer."""
+WITH_CHOICES = "multiple_choice", "regex_match"
+"""Built-in metrics whose option `choices` is a column."""
 
 
 class Metric(BaseModel):
@@ -27,6 +30,10 @@ class Metric(BaseModel):
     failed row scores 0, or is left out if less is better. With `over="set"` it is
     `f(predictions, targets) -> float` for all rows, and a failed row's prediction is None. It is also called
     on samples of the rows for its interval, and may return nan or raise ValueError for a sample.
+
+    `extract` is a chain of steps, applied to the answer in their order, that makes the text to score:
+    `["strip", {"regex": r"answer is (.*)"}, "lower"]`. A row in whose answer nothing is found is a miss. The
+    steps are those of `vllm_tasks.metrics.extraction.extraction`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -52,6 +59,11 @@ class Metric(BaseModel):
         title="Options",
         description='Keyword arguments of the metric, such as {"normalize": ["squad"]}.',
     )
+    extract: list[str | dict[str, Any]] = Field(
+        default=[],
+        title="Extract",
+        description='Steps that extract the text to score, such as "strip" or {"regex": "#### (.*)"}.',
+    )
 
     @field_validator("identifier")
     @classmethod
@@ -72,6 +84,7 @@ class Metric(BaseModel):
                 "over and higher_is_better are only for your own function; leave them out for the built-in "
                 f"{self.built_in!r}"
             )
+        self._check_extract(measure)
         for name in REQUIRED.get(self.built_in or "", ()):
             if name not in self.options:
                 raise ValueError(f"metric {self.identifier!r} needs options={{{name!r}: ...}}")
@@ -90,6 +103,26 @@ class Metric(BaseModel):
             raise ValueError(f"metric {self.identifier!r} {why}") from error
         return self
 
+    def _check_extract(self, measure: Measure) -> None:
+        if not self.extract:
+            return
+        if measure.asks != "answer" or measure.kind == "answer":
+            raise ValueError(f"metric {self.identifier!r} scores no text of the answer, so it has no extract")
+        try:
+            chain = extraction(self.extract)
+        except InvalidCall as error:
+            raise ValueError(f"metric {self.identifier!r}: {error}") from error
+        if chain.choices not in (None, self.choices):
+            raise ValueError(
+                f"metric {self.identifier!r} has choices in the columns {self.choices!r} and "
+                f"{chain.choices!r}: use one"
+            )
+        if chain.may_miss and measure.miss is None:
+            raise ValueError(
+                f"metric {self.identifier!r} has no score for an answer in which nothing is found: give the "
+                "last regex of extract a fallback, or the last map a default"
+            )
+
     @field_serializer("options")
     def _without_secrets(self, options: dict[str, Any]) -> dict[str, Any]:
         """Write a judge as the name of its block, since its API key would be readable here."""
@@ -107,6 +140,17 @@ class Metric(BaseModel):
         """The name of the built-in metric, or None for your own function."""
         name = self.object or self.identifier
         return name if isinstance(name, str) else None
+
+    @property
+    def choices(self) -> str | None:
+        """The column of the rows' choices, or None if the metric needs none."""
+        own = self.options.get("choices") if self.built_in in WITH_CHOICES else None
+        return self.chain.choices if own is None else own
+
+    @property
+    def chain(self) -> Extraction:
+        """The steps of `extract`."""
+        return extraction(self.extract)
 
     def measure(self) -> Measure:
         """Describe how this metric is scored, and import the file of a built-in metric.

@@ -47,6 +47,21 @@ LONGEST_ID = 53
 KEPT = "_error", "_finish_reason", "_prompt_tokens", "_completion_tokens", "_seconds"
 
 
+@dataclass(frozen=True)
+class Calls:
+    """The calls of a validation over inputs that are stored as JSON in one column."""
+
+    own: TableCall
+    """The call for the model's own answers."""
+    likelihoods: TableCall
+    """The call for likelihoods: of plain texts unless `chat` is set, as in lm-evaluation-harness."""
+
+    @classmethod
+    def of(cls, call: Call, X: Columns, sampling_columns: Mapping[str, str] | None = None) -> Calls:  # noqa: N803
+        """The calls over the columns `X`."""
+        return cls(*(packed(one, X, sampling_columns) for one in (call, call.of_texts())))
+
+
 def packed(call: Call, X: Columns, sampling_columns: Mapping[str, str] | None = None) -> TableCall:  # noqa: N803
     """`call` over inputs that are stored as JSON in one column."""
     over = call.over(X, sampling_columns)
@@ -182,6 +197,7 @@ def _answer(row: Row, case: Case) -> Answer:
         prediction=None if row["_error"] is not None else _prediction(row["value"]),
         error=row["_error"],
         truncated=row["_finish_reason"] == "length",
+        choices=case.choices,
         prompt_tokens=row["_prompt_tokens"],
         completion_tokens=row["_completion_tokens"],
         seconds=row["_seconds"],

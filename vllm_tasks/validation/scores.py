@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,10 @@ import numpy as np
 from vllm_tasks.calls.call import RowDecoder
 from vllm_tasks.calls.classes import is_of_classes
 from vllm_tasks.errors import InvalidCall
+from vllm_tasks.metrics.extraction import texts_of_choices
 from vllm_tasks.metrics.measure import Answer, Likelihood, Measure, Sums, Table
 from vllm_tasks.validation import Metric
-from vllm_tasks.validation.metric import OWN_OPTIONS
+from vllm_tasks.validation.metric import OWN_OPTIONS, WITH_CHOICES
 from vllm_tasks.validation.report import OnError, Value
 from vllm_tasks.validation.resampling import Array
 from vllm_tasks.validation.snapshot import Snapshot
@@ -99,6 +100,13 @@ def check(metric: Metric, snapshot: Snapshot, decoder: RowDecoder) -> None:
     kinds = {column.name: column.kind for column in decoder.columns}
     values = {name: EMPTY.get(kind, "") for name, kind in kinds.items()}
     empty: Any = "" if of_classes else values["output"] if kinds.keys() == {"output"} else values
+    if metric.extract:
+        if isinstance(empty, dict):
+            raise InvalidCall(
+                f"the metric {metric.identifier!r} has extract, which takes texts, and the model's answers "
+                "are data: leave out extract, or output_schema"
+            )
+        empty = ""
     if measure.asks == "likelihood":  # `Likelihoods.check` checks its texts
         targets, empty = [0], [Likelihood(logprob=0.0, tokens=1, characters=1)]
     if measure.kind == "sums":
@@ -106,8 +114,11 @@ def check(metric: Metric, snapshot: Snapshot, decoder: RowDecoder) -> None:
             measure.score([None for _ in targets], targets, **_options(metric))
     elif measure.kind == "row":
         for row, target in enumerate(targets):
+            choices = snapshot.cases[row].choices
             with _naming(metric, f", on row {row}"):
-                measure.score(empty, target, **_options(metric))
+                if metric.chain.choices is not None:
+                    texts_of_choices(choices, metric.identifier)
+                measure.score(empty, target, **_options(metric, choices))
 
 
 def row_scores(metric: Metric, answers: Sequence[Answer], on_error: OnError) -> dict[int, float]:
@@ -128,7 +139,7 @@ def compared(metric: Metric, before: Sequence[Answer], after: Sequence[Answer], 
         raise InvalidCall(f"{metric.identifier!r} scores whole sets: two runs cannot be compared row by row")
     if measure.kind == "sums":
         # One call for both runs gives their sums the same columns, such as the cells of a confusion table.
-        sums = _sums(metric, measure, [*before, *after])
+        sums = _sums(metric, measure, _extracted(metric, [*before, *after]))
         both = np.asarray(sums.rows, dtype=np.float64)
         for i, answer in enumerate([*before, *after]):
             if _is_left_out(measure, answer, on_error):
@@ -156,19 +167,37 @@ def _counted(metric: Metric, measure: Measure, answers: Sequence[Answer], on_err
             f"{metric.identifier!r} has nothing to score: all {len(answers)} rows failed, for example: "
             f"{example}"
         )
-    return counted
+    return _extracted(metric, counted)
 
 
-def _options(metric: Metric) -> dict[str, Any]:
+def _extracted(metric: Metric, answers: Sequence[Answer]) -> list[Answer]:
+    """The answers with the text that `extract` finds in place of the prediction; None if it finds nothing."""
+    if not metric.extract:
+        return list(answers)
+    chain, name = metric.chain, metric.built_in or metric.identifier
+    extracted = []
+    for answer in answers:
+        if answer.prediction is not None:
+            with _naming(metric, f", on row {answer.row}"):
+                answer = replace(answer, prediction=chain(answer.prediction, answer.choices, name))
+        extracted.append(answer)
+    return extracted
+
+
+def _options(metric: Metric, choices: list[Any] | None = None) -> dict[str, Any]:
+    """The keyword arguments of the metric's function; a column of choices is replaced by those of a row."""
     not_its_own = OWN_OPTIONS if metric.measure().asks == "likelihood" else ()
-    return {name: value for name, value in metric.options.items() if name not in not_its_own}
+    options = {name: value for name, value in metric.options.items() if name not in not_its_own}
+    if metric.built_in in WITH_CHOICES and options.get("choices") is not None:
+        options["choices"] = texts_of_choices(choices, metric.identifier)
+    return options
 
 
 def _row_scores(metric: Metric, measure: Measure, counted: Sequence[Answer]) -> dict[int, float]:
     """Scores by row, without the rows for which the metric has no value."""
-    options = _options(metric)
     scores = {}
     for answer in counted:
+        options = _options(metric, answer.choices)
         if answer.prediction is None:
             assert measure.miss is not None
             found: Any = measure.miss

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from vllm_tasks.calls.call import Call, TableCall
+from vllm_tasks.calls.call import Call
 from vllm_tasks.calls.columns import records
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.selection import Tables
@@ -25,7 +25,7 @@ from vllm_tasks.validation import Dataset, Metric, Validation, history
 from vllm_tasks.validation.judge_scores import JudgeScores
 from vllm_tasks.validation.judging import Judging
 from vllm_tasks.validation.likelihoods import Likelihoods
-from vllm_tasks.validation.predictions import Own, Round, Source, packed, predict_id_of
+from vllm_tasks.validation.predictions import Calls, Own, Round, Source, predict_id_of
 from vllm_tasks.validation.report import DatasetReport, Record, ValidationReport
 from vllm_tasks.validation.scores import check
 from vllm_tasks.validation.snapshot import Columns, Snapshot, take_snapshot
@@ -60,21 +60,21 @@ def scored(
     home = datalayer_of(db, model).tables()
     try:
         own = call.of_rows.check_columns(sampling_columns)
-        over = packed(call, validation.key[0], own)
-        run = _Run(model, validation, over, home, reuse, retry_failed, max_failed, flow_run, display or _log)
+        calls = Calls.of(call, validation.key[0], own)
+        run = _Run(model, validation, calls, home, reuse, retry_failed, max_failed, flow_run, display or _log)
         rows = [take_snapshot(dataset, columns_of(validation, model, own), home) for dataset in chosen]
         for snapshot in rows:
-            for source in distinct_of(sources_of(over, validation.metrics, snapshot.dataset).values()):
+            for source in distinct_of(sources_of(calls, validation.metrics, snapshot.dataset).values()):
                 source.check(snapshot)
             for metric in validation.metrics:
-                check(metric, snapshot, over.decoder)
+                check(metric, snapshot, calls.own.decoder)
         # All data sets are processed before any is recorded, so that an interrupted call resumes as a unit.
         found = run.recorded([run.found(snapshot) for snapshot in rows])
     finally:
         home.close()
     for one in found:
         model.metric_values[one.dataset] = {value.metric: value.value for value in one.values}
-    return ValidationReport(model.identifier, over.fingerprint, found)
+    return ValidationReport(model.identifier, calls.own.fingerprint, found)
 
 
 def _log(_predict_id: str) -> Display:
@@ -112,24 +112,26 @@ def columns_of(validation: Validation, model: Validated, own: Mapping[str, str] 
     """The columns of inputs (parameters of rows' own among them), of the target, and of the choices."""
     X, target = validation.key  # noqa: N806 - the name in predict_in_db
     inputs, _ = records(X, model.signature)
-    choosing = [m for m in validation.metrics if m.built_in == "multiple_choice"]
-    named = {m.options.get("choices") for m in choosing}
+    named = {
+        m.choices for m in validation.metrics if m.choices is not None or m.built_in == "multiple_choice"
+    }
     if len(named) > 1 or None in named:
         raise InvalidCall(
-            "multiple_choice needs options={'choices': 'column'}, the same column for all such metrics"
+            "multiple_choice needs options={'choices': 'column'}, the same for all metrics with choices"
         )
     inputs = tuple(dict.fromkeys((*inputs, *(own or {}).values())))
     return Columns(inputs, target, next(iter(named), None))
 
 
-def sources_of(over: TableCall, metrics: Sequence[Metric], dataset: str) -> dict[str, Source]:
+def sources_of(calls: Calls, metrics: Sequence[Metric], dataset: str) -> dict[str, Source]:
     """The source of each metric, in the order of `metrics` with those of the model's own answers first."""
+    over = calls.own
     own = Own(over, predict_id_of(over.call.identifier, dataset, over.decoder))
     sources: dict[str, Source] = {}
     for metric in sorted(metrics, key=lambda m: m.measure().asks not in OF_OWN):
         asks = metric.measure().asks
         if asks == "likelihood":
-            sources[metric.identifier] = Likelihoods.of(over, metric, dataset)
+            sources[metric.identifier] = Likelihoods.of(calls.likelihoods, metric, dataset)
         elif asks == "verdict":
             sources[metric.identifier] = JudgeScores.of(own, metric, dataset)
         else:
@@ -158,7 +160,7 @@ class _Run:
 
     model: Validated
     validation: Validation
-    over: TableCall
+    calls: Calls
     home: Tables
     reuse: bool
     retry_failed: bool
@@ -168,7 +170,7 @@ class _Run:
 
     def found(self, snapshot: Snapshot) -> Found:
         """Process one data set: predict, score, compare."""
-        sources = sources_of(self.over, self.validation.metrics, snapshot.dataset)
+        sources = sources_of(self.calls, self.validation.metrics, snapshot.dataset)
         distinct = distinct_of(sources.values())
         answers_run = self._answers_run(snapshot, distinct[0])
         may_fail = self._may_fail(len(snapshot.cases))

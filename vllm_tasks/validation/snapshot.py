@@ -2,7 +2,7 @@
 
 The rows of a sample, and their order, depend on their contents and the seed only, so they are the same on
 every machine and from every kind of table. The snapshot table, `_dataset__<identifier>__<hash>`, has the
-columns `row` (from 0), `input` (the values of X's columns), `target` and, for multiple_choice, `choices`.
+columns `row` (from 0), `input` (the values of X's columns), `target` and, if a metric needs it, `choices`.
 `exact_json` writes them, so that prompts are made from the values of the source, as in `predict_in_db`.
 """
 
@@ -32,7 +32,7 @@ SHOWN_TEXT = 100
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One row. `inputs` holds the values of X's columns; `choices` is only for multiple_choice."""
+    """One row. `inputs` holds the values of X's columns; `choices` is set if a metric needs it."""
 
     row: int
     inputs: list[Any]
