@@ -21,6 +21,7 @@ from vllm_tasks.artifacts import (
 from vllm_tasks.metrics.measure import Confusion, Reliability
 from vllm_tasks.printable import one_line
 from vllm_tasks.validation.axis import drawable
+from vllm_tasks.validation.history import began
 from vllm_tasks.validation.picture import Row, compare_svg, markdown_image, picture_of
 from vllm_tasks.validation.report import (
     ChangedRow,
@@ -145,6 +146,12 @@ def _parts(model: str, report: DatasetReport) -> Iterator[str]:
     if any(verdict.untested for verdict in report.verdicts):
         yield "Not tested: no earlier run over these rows passed and can be compared."
     yield _counts(report)
+    if report.resumed_at is not None:
+        yield (
+            f"**Resumed** at {report.resumed_at:%Y-%m-%d %H:%M:%S} UTC; the run began at "
+            f"{began(report.answers):%Y-%m-%d %H:%M:%S} UTC. Answers from before are part of it; `resume=False` "
+            "processes all rows anew."
+        )
     yield markdown_image(picture_of(report), ", ".join(f"{value.metric} {value}" for value in report.values))
     for value in report.values:
         runs = [record for record in report.history if record.metric == value.metric][-RUNS_LISTED:]

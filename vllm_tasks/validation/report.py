@@ -134,6 +134,8 @@ class DatasetReport:
     """The worst rows of each metric, worst first, without rows that have the best possible score."""
     tables: dict[str, Table] = field(default_factory=dict, repr=False)
     """Confusion tables, and tables of reliability, by metric."""
+    resumed_at: datetime | None = None
+    """When this call resumed an interrupted run; None if it processed or scored all rows itself."""
 
     @property
     def answers(self) -> str:
