@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from benchmarks.options import Options
 from vllm_tasks.validation.resampling import mean
-from vllm_tasks.validation.statistics import Paired, paired, regressed, wilson
+from vllm_tasks.validation.intervals import wilson
+from vllm_tasks.validation.statistics import Paired, paired, regressed
 
 Array = NDArray[np.float64]
 Compared = Callable[[np.random.Generator], Paired]

@@ -84,6 +84,14 @@ class Sums:
     rows: Sequence[Sequence[float]]
     total: Callable[[Sequence[float]], float]
     table: Table | None = None
+    pseudo: Sequence[Sequence[float]] = ()
+    """Rows that did not occur and might have, such as a missed row of each class: they widen the interval and
+    do not change the value."""
+    excess: float = 0.0
+    """How much too high chance alone makes the value, at most in 95 of 100 sets: a sum of absolute differences
+    is never below 0."""
+    approximate: str | None = None
+    """Why the interval is only approximate, for people; None if it is not."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,9 @@ def predict_id_of(model: str, dataset: str, decoder: RowDecoder, suffix: str | N
     is_split_once = sum(name.startswith(ON, i) for i in range(len(name))) == 1
     if plain and is_split_once and len(name.encode()) <= LONGEST_ID:
         return name
-    end = f"-{fingerprint({'of': [model, dataset, suffix], 'columns': shape, 'flatten': decoder.flatten})[:8]}"
+    end = (
+        f"-{fingerprint({'of': [model, dataset, suffix], 'columns': shape, 'flatten': decoder.flatten})[:8]}"
+    )
     return name.encode()[: LONGEST_ID - len(end)].decode(errors="ignore") + end
 
 

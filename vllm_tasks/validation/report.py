@@ -29,6 +29,10 @@ class Value:
     truncated: int
     on_error: OnError
     higher_is_better: bool
+    clusters: int | None = None
+    """Rows that are independent of each other, a cluster of rows as one; None: not known."""
+    approximate: str | None = None
+    """Why the interval may hold the true value less often than 95 times of 100; None if it is tested to."""
 
     def __str__(self) -> str:
         return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g}, n={self.n:,})"
