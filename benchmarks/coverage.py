@@ -1,9 +1,9 @@
-"""COVERAGE: how often the 95 % interval of a value holds the true value, by kind of metric and number of rows.
+"""COVERAGE: how often the 95 % interval of a value holds the true value, by metric and number of rows.
 
 This is a simulation with the code of a validation: `score` is called for answers that are drawn from a known
 distribution. Fractions need no simulation: the line has the least coverage over 999 probabilities from 0.5 to
-1 - 1 / n, summed exactly. `marked` is the fraction of the intervals that are reported as approximate. Goal: 93
-to 97 of 100 from 100 rows on, or marked.
+1 - 1 / n, summed exactly. `marked` is the percentage of the intervals that are reported as approximate. Goal:
+93 to 97 of 100 from 100 rows on, or marked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binom
+from scipy.stats import binom  # type: ignore[import-untyped]
 
 from benchmarks import results
 from benchmarks.options import Options

@@ -55,7 +55,7 @@ def score(predictions: Sequence[Any], targets: Sequence[Any], *, labels: Sequenc
         return _macro_f1(sums, len(order), every=known is not None)
 
     rows_of = Counter(target for target, _ in pairs)
-    # One missed row of each class; one that is right of a class without rows, which only counts if `labels` has it.
+    # One missed row of each class, and one row that is right of each class without rows.
     pseudo = [_vector(name, None if name in rows_of else name, order) for name in order]
     rare = sum(rows_of[name] < ENOUGH for name in (order if known else rows_of))
     return Sums(
@@ -63,7 +63,7 @@ def score(predictions: Sequence[Any], targets: Sequence[Any], *, labels: Sequenc
         total,
         _confusion(pairs, classes),
         pseudo,
-        f"{rare} of {len(order)} classes have fewer than {ENOUGH} rows" if rare else None,
+        approximate=f"{rare} of {len(order)} classes have fewer than {ENOUGH} rows" if rare else None,
     )
 
 

@@ -72,19 +72,43 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Against:
+    """The comparison of one metric with an earlier run."""
+
+    kind: Literal["last", "best", "named"]
+    """The last run that passed, the best of them, or the run that the validation names."""
+    run: str
+    paired: Paired
+    p_worse: float | None
+    """The p-value that the gate goes by: `paired.p_worse` where it counts all limits, baselines and data sets
+    of the verdict, see `vllm_tasks.validation.gate`. None without a `max_regression`."""
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """The gate's decision on one metric. `paired` compares with the last run that passed; None without
-    one."""
+    """The gate's decision on one metric."""
 
     metric: str
     threshold: float | None
     max_regression: float | None
-    paired: Paired | None
-    compared_with: str | None
-    untested: bool
-    """There is a `max_regression`, but no run to compare with."""
+    against: tuple[Against, ...]
+    """The last run that passed first; empty if there is no run to compare with."""
+    untested: str | None
+    """Why `max_regression` could not be tested; None if it was, or if there is none."""
     reason: str | None
     """Why the metric did not pass; None if it passed."""
+    power: str | None = None
+    """How often the rows show a drop, and how many it takes; None without a `max_regression`."""
+
+    @property
+    def paired(self) -> Paired | None:
+        """The comparison with the last run that passed; None without one."""
+        return self.against[0].paired if self.against else None
+
+    @property
+    def compared_with(self) -> str | None:
+        """The last run that passed; None without one."""
+        return self.against[0].run if self.against else None
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,6 @@ from vllm_tasks.calls.classes import is_of_classes
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.measure import Answer, Likelihood, Measure, Sums, Table
 from vllm_tasks.validation import Metric
-from vllm_tasks.validation.metric import OWN_OPTIONS
-from vllm_tasks.validation.report import OnError, Value
-from vllm_tasks.validation.resampling import Array
-from vllm_tasks.validation.snapshot import Snapshot
 from vllm_tasks.validation.intervals import (
     UNKNOWN,
     Bounds,
@@ -28,6 +24,9 @@ from vllm_tasks.validation.intervals import (
     set_interval,
     sums_interval,
 )
+from vllm_tasks.validation.metric import OWN_OPTIONS
+from vllm_tasks.validation.report import OnError, Value
+from vllm_tasks.validation.snapshot import Snapshot
 from vllm_tasks.validation.statistics import Paired, Sides, clustered, mean_rows, paired
 
 EMPTY: dict[str, Any] = {"int": 0, "float": 0.0, "bool": False, "vector": []}
@@ -164,8 +163,8 @@ def sides_of(metric: Metric, before: Sequence[Answer], after: Sequence[Answer], 
     )
     bounds = _bounds(measure, [*old.values(), *new.values()])
     rows = [answer.row for answer in before]
-    matrices = (mean_rows([scores.get(row) for row in rows]) for scores in (old, new))
-    return Sides(*matrices, higher_is_better=better, bounds=bounds)
+    sides = [mean_rows([scores.get(row) for row in rows]) for scores in (old, new)]
+    return Sides(sides[0], sides[1], higher_is_better=better, bounds=bounds)
 
 
 def compared(

@@ -134,7 +134,7 @@ def columns_of(validation: Validation, model: Validated, own: Mapping[str, str] 
             "multiple_choice needs options={'choices': 'column'}, the same column for all such metrics"
         )
     inputs = tuple(dict.fromkeys((*inputs, *(own or {}).values())))
-    return Columns(inputs, target, next(iter(named), None))
+    return Columns(inputs, target, next(iter(named), None), validation.cluster)
 
 
 def sources_of(over: TableCall, metrics: Sequence[Metric], dataset: str) -> dict[str, Source]:
