@@ -26,9 +26,9 @@ from vllm_tasks.validation.intervals import proportion
 from vllm_tasks.validation.scores import score
 
 PART = "Coverage of intervals"
-SIZES = {20: 1_000, 100: 1_000, 1_000: 300}
+SIZES = {20: 500, 100: 600, 1_000: 200}
 """Rows, and data sets that are drawn."""
-OF_SETS = 200
+OF_SETS = 150
 """Data sets of metrics of which each resample is scored anew."""
 
 Rows = Sequence[tuple[Any, Any]]

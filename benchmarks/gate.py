@@ -31,7 +31,7 @@ Draw = Callable[[np.random.Generator], Sides]
 """Draws two runs."""
 
 PART = "Gate"
-SIZES = {1319: 600, 300: 600, 100: 600}
+SIZES = {1319: 400, 300: 600, 100: 600}
 """Number of rows (GSM8K's test set first), and number of comparisons of two runs of one model."""
 MEANS = (0.1, 0.4, 0.8)
 SPREAD = 2.0
@@ -39,12 +39,12 @@ SPREAD = 2.0
 REDRAWN = {"sampled": 1.0, "greedy": 0.01}
 """The fraction of rows that a second run draws again."""
 DROPS = (0.05, 0.02)
-POWER = 300
+POWER = 200
 TIMES = 600
 FAMILIES = (1, 6, 12)
 """Numbers of limits over the same rows."""
-CHAINS, RUNS = 60, 25
-NIGHTS = 30
+CHAINS, RUNS = 40, 25
+NIGHTS = 15
 """Runs of a drift."""
 
 
@@ -251,7 +251,7 @@ def chain(
         scores = np.where(redrawn, rng.random(n) < chances, scores & (rng.random(n) >= night / 0.4))
         two = baseline == "best" and sum(record.passed for record in records) > 1
         worse = False
-        for one in (chosen := baselines(records, baseline)):
+        for one in (chosen := baselines(records, baseline, threshold or None)):
             found = paired(sides(said[one.record.run], scores))
             p = corrected(found.p_worse, one, 2 if two else len(chosen), 1) if correct else found.p_worse
             worse |= regressed(found, limit, p_worse=p)
@@ -259,7 +259,9 @@ def chain(
             yield worse
         passed = not worse and bool(scores.mean() >= threshold)
         at = FIRST.created_at + timedelta(days=i)
-        records.append(replace(FIRST, run=str(i), value=float(scores.mean()), passed=passed, created_at=at))
+        value = wilson(int(scores.sum()), n)
+        record = replace(FIRST, run=str(i), low=value.low, high=value.high, passed=passed, created_at=at)
+        records.append(replace(record, value=float(scores.mean())))
         said[str(i)] = scores
 
 
@@ -275,7 +277,8 @@ def of_chains() -> Iterator[tuple[str, Sequence[bool]]]:
     for baseline in "last", "best":
         for threshold, words in (0.0, ""), (0.4, ", half of them below a threshold"):
             what = f"nothing changed, {RUNS} runs of n=1319, baseline {baseline}{words}"
-            for correct, how in (True, ""), (False, ", without the correction for choice"):
+            corrections = {True: ""} | ({False: ", without the correction for choice"} if threshold else {})
+            for correct, how in corrections.items():
                 found = chained(CHAINS, RUNS, baseline, threshold=threshold, correct=correct)
                 yield what + how, [one for each in found for one in each]
 
@@ -284,6 +287,6 @@ def of_drifts() -> Iterator[tuple[str, Sequence[bool]]]:
     """Weeks in which a model loses half a point each night: whether any of the nights is stopped."""
     for noise in REDRAWN:
         for baseline in "last", "best":
-            what = f"0.5 points worse each night, {noise}, limit 0.02, stopped within {NIGHTS} nights, baseline {baseline}"
+            what = f"0.5 points worse each of {NIGHTS} nights, {noise}, limit 0.02, baseline {baseline}"
             found = chained(CHAINS, NIGHTS, baseline, night=0.005, limit=0.02, noise=noise)
             yield what, [any(each) for each in found]

@@ -67,7 +67,7 @@ def test_a_fresh_start_cannot_score_old_answers(make: Make, here: Place) -> None
 def test_a_run_of_another_model_is_not_resumed_where_names_read_alike(
     make: Make, place: Place, pupil: Pupil
 ) -> None:
-    """Model `a-on-b` on the set `c` and model `a` on the set `b-on-c`, over the same rows by the same prompt."""
+    """Model `a-on-b` on the set `c` and model `a` on the set `b-on-c`, with equal rows and prompts."""
 
     def on(dataset: str) -> Dataset:
         return Dataset(identifier=dataset, raw_data=exam(5))

@@ -62,8 +62,8 @@ class Validation(BaseModel):
         default="best",
         min_length=1,
         title="Baseline",
-        description="A run that max_regression compares with besides the last that passed, so that small drops "
-        'do not add up: "best", the name of a run, or "last" for none.',
+        description="A second run to compare with, so that small drops do not add up: the best that passed "
+        '("best"), or one by its name; "last": none.',
     )
     cluster: str | None = Field(
         default=None,

@@ -18,6 +18,8 @@ from vllm_tasks.datalayer.lake.delta import quoted
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.datalayer.table_names import outputs_name
 from vllm_tasks.datalayer.workspace import literal
+from vllm_tasks.errors import InvalidCall
+from vllm_tasks.validation import Validation
 from vllm_tasks.validation.report import Record
 
 VALUES, SCORES = "_metric_values", "_metric_scores"
@@ -92,16 +94,20 @@ def comparable(history: Sequence[Record], dataset_hash: str, outputs: str, metri
     return [r for r in history if (r.dataset_hash, r.outputs, r.metric) == (dataset_hash, outputs, metric)]
 
 
-def baselines(records: Sequence[Record], baseline: str) -> list[Baseline]:
+def baselines(records: Sequence[Record], baseline: str, threshold: float | None = None) -> list[Baseline]:
     """The runs to compare a new run with: the last one that passed, and the best one or the one named.
 
-    The last one was chosen from itself and the later runs, which did not pass; the best one from all runs
-    that passed; a named one from none.
+    The last one was chosen from itself and the later runs, which did not pass, and from one more if it may
+    have reached the `threshold` by luck, which is inside its interval; the best one from all runs that
+    passed; a named one from none.
     """
     passed = [i for i, record in enumerate(records) if record.passed]
     if not passed:
         return []
-    found = [Baseline("last", records[passed[-1]], len(records) - passed[-1])]
+    last = records[passed[-1]]
+    worst = last.low if last.higher_is_better else -last.high
+    by_luck = threshold is not None and worst < (threshold if last.higher_is_better else -threshold)
+    found = [Baseline("last", last, len(records) - passed[-1] + by_luck)]
     if baseline == "best":
         candidates = [records[i] for i in passed]
         best = max(candidates, key=lambda r: (r.value if r.higher_is_better else -r.value, r.created_at))
@@ -109,6 +115,19 @@ def baselines(records: Sequence[Record], baseline: str) -> list[Baseline]:
     elif baseline != "last":
         found += [Baseline("named", record, 1) for record in records if record.run == baseline]
     return [one for i, one in enumerate(found) if not i or one.record.run != found[0].record.run]
+
+
+def check_baseline(validation: Validation, home: Tables, model: str) -> None:
+    """Raise `InvalidCall` if the validation names a run as its baseline that is none of this model's."""
+    if validation.baseline in ("best", "last") or not validation.max_regression:
+        return
+    runs = [r.run for dataset in validation.datasets for r in records_of(home, model, dataset.identifier)]
+    if validation.baseline not in runs:
+        latest = ", ".join(dict.fromkeys(reversed(runs[-3:]))) or "none yet"
+        raise InvalidCall(
+            f"baseline={validation.baseline!r} is no run of {model!r} on these data sets; the latest are "
+            f'{latest}. Give one of the column `run` of `_metric_values`, "best", or "last"'
+        )
 
 
 def record(

@@ -23,7 +23,9 @@ from vllm_tasks.validation.statistics import ALPHA, Sides, familywise, paired
 logger = logging.getLogger(__name__)
 
 Scores = dict[str, dict[int, float | None]]
-FEW_RUNS = "load moves all rows at once, so that a run is one observation, and there are {} earlier runs; {} are enough"
+FEW_RUNS = (
+    "load moves all rows of a run, which is thus one observation: of {} earlier runs needed, there are {}"
+)
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ class Judging:
         past: Sequence[Record],
         clusters: Sequence[int],
     ) -> tuple[dict[str, tuple[list[Against], str | None]], list[ChangedRow]]:
-        """By metric: the comparisons with its baselines, and why they are no test if they are none. And the rows
-        that changed since the last run that passed."""
+        """By metric: the comparisons with its baselines, and why they are no test if they are none. And the
+        rows that changed since the last run that passed."""
         dataset = self.snapshot.dataset
         tests = tests_of(self.validation, dataset)
         earlier: dict[str, _Earlier] = {}
@@ -106,7 +108,8 @@ class Judging:
             name, measure = metric.identifier, metric.measure()
             outputs = self.sources[name].predict_id
             records = history.comparable(past, self.snapshot.hash, outputs, name)
-            chosen = history.baselines(records, self.validation.baseline)
+            threshold, limit = self.validation.limits(dataset, name)
+            chosen = history.baselines(records, self.validation.baseline, threshold)
             if not chosen or measure.kind == "set":
                 found[name] = [], None
                 continue
@@ -115,10 +118,10 @@ class Judging:
                 few = tests / (1 + len(records)) > ALPHA
                 found[name] = (
                     [among],
-                    FEW_RUNS.format(len(records), math.ceil(tests / ALPHA) - 1) if few else None,
+                    FEW_RUNS.format(math.ceil(tests / ALPHA) - 1, len(records)) if few else None,
                 )
                 continue
-            limited = self.validation.limits(dataset, name)[1] is not None
+            limited = limit is not None
             # As many as there could be: whether two are one run depends on their values, which is chance.
             two = self.validation.baseline == "best" and sum(record.passed for record in records) > 1
             most = 2 if two else len(chosen)
@@ -139,8 +142,8 @@ class Judging:
         return found, changed
 
     def _earlier(self, run: str, now: Mapping[str, list[Answer]], clusters: Sequence[int]) -> _Earlier:
-        """An earlier run beside this one. Metrics by which it cannot be scored are left out, for example because
-        all its rows failed; this run is valid all the same."""
+        """An earlier run beside this one. Metrics by which it cannot be scored are left out, for example
+        because all its rows failed; this run is valid all the same."""
         read: dict[str, list[Answer]] = {}
         before: dict[str, list[Answer]] = {}
         sides: dict[str, Sides] = {}

@@ -171,8 +171,8 @@ def _parts(model: str, report: DatasetReport) -> Iterator[str]:
     if report.resumed_at is not None:
         yield (
             f"**Resumed** at {report.resumed_at:%Y-%m-%d %H:%M:%S} UTC; the run began at "
-            f"{began(report.answers):%Y-%m-%d %H:%M:%S} UTC. Answers from before are part of it; `resume=False` "
-            "processes all rows anew."
+            f"{began(report.answers):%Y-%m-%d %H:%M:%S} UTC. Answers from before are part of it; "
+            "`resume=False` processes all rows anew."
         )
     yield markdown_image(picture_of(report), ", ".join(f"{value.metric} {value}" for value in report.values))
     for value in report.values:

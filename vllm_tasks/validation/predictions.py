@@ -60,9 +60,9 @@ def packed(call: Call, X: Columns, sampling_columns: Mapping[str, str] | None = 
 def predict_id_of(model: str, dataset: str, decoder: RowDecoder, suffix: str | None = None) -> str:
     """The predict_id of a model's outputs on a data set; answers of another shape get another table.
 
-    It is `<model>-on-<dataset>` for plain texts. Every name that could also be that of other outputs ends with
-    a hash of what it stands for: model `a` on the set `b-on-c` is not model `a-on-b` on the set `c`. So does a
-    name that is too long for a table, which is shortened.
+    It is `<model>-on-<dataset>` for plain texts. Every name that could also be that of other outputs ends
+    with a hash of what it stands for: model `a` on the set `b-on-c` is not model `a-on-b` on the set `c`. So
+    does a name that is too long for a table, which is shortened.
     """
     name = f"{model}{ON}{dataset}" if suffix is None else f"{model}{ON}{dataset}-{suffix}"
     shape = [(column.name, column.kind) for column in stored_columns(decoder)]

@@ -57,7 +57,7 @@ def scored(
     check_max_failed(max_failed)
     if reuse and not resume:
         raise InvalidCall(
-            "reuse=True scores the answers of an earlier run and resume=False processes all rows anew: give one"
+            "reuse=True scores answers of an earlier run, and resume=False processes all rows anew: give one"
         )
     if reuse:
         _refuse_unknown_weights(call.engine)
@@ -83,6 +83,7 @@ def scored(
                 source.check(snapshot)
             for metric in validation.metrics:
                 check(metric, snapshot, over.decoder)
+        history.check_baseline(validation, home, model.identifier)
         # All data sets are processed before any is recorded, so that an interrupted call resumes as a unit.
         found = run.recorded([run.found(snapshot) for snapshot in rows])
     finally:

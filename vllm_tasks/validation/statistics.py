@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vllm_tasks.validation.intervals import UNKNOWN, Bounds, Interval, sums_interval
+from vllm_tasks.validation.intervals import UNKNOWN, Bounds, Interval, effective, jackknife
 from vllm_tasks.validation.resampling import (
     Array,
     Total,
@@ -63,8 +63,8 @@ class Sides:
         """Raises `ValueError` for arrays of different shapes."""
         if self.before.shape != self.after.shape:
             raise ValueError(
-                f"rows are paired by position, so {self.before.shape} and {self.after.shape} must be the same "
-                "shape"
+                f"rows are paired by position, so {self.before.shape} and {self.after.shape} must be the "
+                "same shape"
             )
 
     def values(self) -> tuple[float, float]:
@@ -181,6 +181,9 @@ def regressed(
 
 
 def _difference_interval(sides: Sides, clusters: Sequence[int] | None) -> Interval:
+    """The interval is as wide as if one more row differed, as much as those that do, or wholly if none does:
+    three rows that differ are no reason to be sure (Agresti and Min 2005, Statistics in Medicine 24:729-740,
+    add one such pair to the counts of McNemar's table)."""
     both = clustered(np.hstack([sides.before, sides.after]), clusters)
     k, total = sides.before.shape[1], sides.total
     width = sides.bounds[1] - sides.bounds[0]
@@ -188,7 +191,13 @@ def _difference_interval(sides: Sides, clusters: Sequence[int] | None) -> Interv
     def difference(sums: Sequence[float]) -> float:
         return total(sums[k:]) - total(sums[:k])
 
-    return sums_interval(both, difference, (-width, width))
+    value, bias, error = jackknife(both, difference)
+    differ = int((both[:, :k] != both[:, k:]).any(axis=1).sum())
+    if differ:
+        error *= math.sqrt(1 + 1 / differ)
+    elif math.isfinite(width):
+        error = width / len(both)
+    return effective(value - bias, error, len(both), (-width, width))
 
 
 def _gains(family: Sequence[Sides], clusters: Sequence[int] | None, seed: int) -> tuple[list[Array], Array]:
@@ -235,8 +244,8 @@ def _tie(sides: Sides) -> float:
 
 
 def _p_of_each(gains: Array, chances: Array, tie: float) -> Array:
-    """For each way to swap rows, the probability of one that is at least as bad; 1 if the observed gain is not
-    finite, and nan counts as bad."""
+    """For each way to swap rows, the probability of one that is at least as bad; 1 if the observed gain is
+    not finite, and nan counts as bad."""
     if not math.isfinite(gains[0]):
         return np.ones(len(gains))
     known = np.nan_to_num(gains, nan=-math.inf)
