@@ -193,9 +193,9 @@ def measure(options: Options) -> Iterator[str]:
         for n, times in SIZES.items():
             times = min(times, OF_SETS) if case.metric.identifier in ("spearman", "chrf") else times
             held, marked = coverage(case, n, times)
-            cell = f"{held:.3f}" + (f" ({marked:.0%} marked)" if marked else "")
-            table.setdefault(case.what, []).append(cell)
-            yield f"COVERAGE {held:.3f} {case.what} n={n}" + (f" ({marked:.0%} marked)" if marked else "")
+            note = f" ({marked:.0%} marked)" if marked >= 0.005 else ""
+            table.setdefault(case.what, []).append(f"{held:.3f}{note}")
+            yield f"COVERAGE {held:.3f} {case.what} n={n}{note}"
     results.record(
         PART,
         "make bench-COVERAGE",

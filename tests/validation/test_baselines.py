@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -14,9 +15,10 @@ from tests.places import Place
 from tests.servers.scripted_server import ScriptedServer
 from tests.validation.exam import Make, Pupil, exam, mine, only, validation
 from vllm_tasks import Dataset, InvalidCall, Metric
-from vllm_tasks.validation.gate import against_runs, corrected, power, tests_of
+from vllm_tasks.validation.comparison import compare
+from vllm_tasks.validation.gate import against_runs, corrected, number_of_tests, power
 from vllm_tasks.validation.history import Baseline, baselines
-from vllm_tasks.validation.pages import markdown_of
+from vllm_tasks.validation.pages import markdown_of, markdown_of_comparison
 from vllm_tasks.validation.report import Record, Value
 from vllm_tasks.validation.run import validate
 
@@ -69,8 +71,8 @@ def test_data_sets_and_metrics_of_load_multiply_the_tests_of_a_verdict() -> None
     metrics = [Metric(identifier=name) for name in ("exact_match", "contains", "latency", "output_tokens")]
     limits = {"one/exact_match": 0.0, "one/contains": 0.0, "two/exact_match": 0.0, "two/latency": 1.0}
     checked = validation(datasets=sets, metrics=metrics, max_regression=limits)
-    assert [tests_of(checked, name) for name in ("one", "two", "three")] == [2, 4, 2]
-    assert tests_of(validation(), "exam") == 1
+    assert [number_of_tests(checked, name) for name in ("one", "two", "three")] == [2, 4, 2]
+    assert number_of_tests(validation(), "exam") == 1
 
 
 def test_small_drops_add_up_against_the_best_run(make: Make, here: Place, pupil: Pupil) -> None:
@@ -220,6 +222,18 @@ def test_a_slower_server_does_not_shut_the_gate(
     assert "of 19 earlier runs needed, there are 2" in markdown_of("m", report)
 
 
+def test_models_are_compared_by_latency_without_a_p_value(make: Make, here: Place, pupil: Pupil) -> None:
+    """One run each: whatever moved the load between them moved all rows."""
+    checked = validation(20, metrics=[Metric(identifier="latency")])
+    models = [make(here, identifier=name) for name in ("one", "two")]
+    found = compare(models, checked, [validate(model, checked) for model in models])
+    paired = found.standings[1].paired
+    assert paired is not None
+    assert math.isfinite(paired.difference)
+    assert math.isnan(paired.p_different)
+    assert "nan" not in str(found) + markdown_of_comparison(found)
+
+
 # ---------------------------------------------------------------------- power
 
 
@@ -228,8 +242,8 @@ def test_the_page_says_how_many_rows_a_drop_takes() -> None:
     value = Value("exact_match", 0.4, 0.346, 0.456, 300, 0, 0, "miss", True)
     found = power(value, [], 0.0, 1)
     assert found == (
-        "With these 300 rows, a drop of 0.05 is seen 34 times of 100; 90 times of 100 take 1,600 rows"
+        "With these 300 rows, a drop of 0.05 is seen 35 times of 100; 90 times of 100 take 1,600 rows"
     )
-    assert "0.05 is seen 17 times of 100" in str(power(value, [], 0.0, 4))
+    assert "0.05 is seen 16 times of 100" in str(power(value, [], 0.0, 4))
     assert power(replace(value, low=0.4, high=0.4), [], 0.0, 1) is None
     assert "take" not in str(power(replace(value, low=0.39, high=0.41, n=9_000), [], 0.0, 1))

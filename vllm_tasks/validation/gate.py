@@ -31,7 +31,7 @@ DROP = 0.05
 fraction of the value."""
 
 
-def tests_of(validation: Validation, dataset: str) -> int:
+def number_of_tests(validation: Validation, dataset: str) -> int:
     """The number of tests that a verdict has besides those that `familywise` counts, for one data set.
 
     It is the number of data sets with a `max_regression`, times that of the kinds of tests on `dataset`: the
@@ -110,7 +110,9 @@ def verdict(
         against=tuple(against),
         untested=untested,
         reason="; ".join(reasons) or None,
-        power=None if allowed is None else power(value, against, allowed, tests_of(validation, dataset)),
+        power=None
+        if allowed is None
+        else power(value, against, allowed, number_of_tests(validation, dataset)),
     )
 
 

@@ -13,7 +13,7 @@ from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.measure import Answer
 from vllm_tasks.rows import error_in_words
 from vllm_tasks.validation import Metric, Validation, history
-from vllm_tasks.validation.gate import against_runs, corrected, tests_of, verdict
+from vllm_tasks.validation.gate import against_runs, corrected, number_of_tests, verdict
 from vllm_tasks.validation.predictions import Source
 from vllm_tasks.validation.report import Against, ChangedRow, DatasetReport, Record, WorstRow
 from vllm_tasks.validation.scores import SEED, Scored, row_scores, score, sides_of
@@ -100,7 +100,7 @@ class Judging:
         """By metric: the comparisons with its baselines, and why they are no test if they are none. And the
         rows that changed since the last run that passed."""
         dataset = self.snapshot.dataset
-        tests = tests_of(self.validation, dataset)
+        tests = number_of_tests(self.validation, dataset)
         earlier: dict[str, _Earlier] = {}
         found: dict[str, tuple[list[Against], str | None]] = {}
         changed: list[ChangedRow] = []
@@ -157,7 +157,12 @@ class Judging:
                 before[name] = read[source.predict_id]
                 sides[name] = sides_of(metric, before[name], now[source.predict_id], self.validation.on_error)
             except InvalidCall as error:
-                logger.warning("%s: the run %s cannot be used for comparison: %s", name, run, error)
+                logger.warning(
+                    "%s: the run %s cannot be scored, so it cannot be used for comparison: %s",
+                    name,
+                    run,
+                    error,
+                )
         limited = [n for n in sides if self.validation.limits(self.snapshot.dataset, n)[1] is not None]
         p_worse = familywise([sides[name] for name in limited], clusters, SEED)
         return _Earlier(before, sides, dict(zip(limited, p_worse, strict=True)))

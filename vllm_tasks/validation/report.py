@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
@@ -237,13 +238,8 @@ class Comparison:
     def __str__(self) -> str:
         lines = [f"against {self.models[0]}:"]
         for s in self.standings:
-            change = (
-                ""
-                if s.paired is None
-                else (
-                    f", {s.paired.difference:+.4g} ({s.paired.low:+.4g} to {s.paired.high:+.4g}, "
-                    f"p={s.paired.p_different:.2g})"
-                )
-            )
+            change = "" if s.paired is None else f", {s.paired.difference:+.4g}"
+            if s.paired is not None and not math.isnan(s.paired.low):
+                change += f" ({s.paired.low:+.4g} to {s.paired.high:+.4g}, p={s.paired.p_different:.2g})"
             lines.append(f"  {s.dataset} {s.metric}: {s.model} {s.value}{change}")
         return "\n".join(lines)

@@ -174,8 +174,15 @@ def compared(
     on_error: OnError,
     clusters: Sequence[int] | None = None,
 ) -> Paired:
-    """The difference of two runs over the same rows, `after` minus `before`; raises as `sides_of`."""
-    return paired(sides_of(metric, before, after, on_error), clusters, SEED)
+    """The difference of two runs over the same rows, `after` minus `before`; raises as `sides_of`.
+
+    For a metric of load it has no interval and no p-values: rows are no evidence, and two runs are too few.
+    """
+    sides = sides_of(metric, before, after, on_error)
+    if metric.measure().of_load:
+        old, new = sides.values()
+        return Paired(new - old, math.nan, math.nan, math.nan, math.nan, len(before))
+    return paired(sides, clusters, SEED)
 
 
 def _is_left_out(measure: Measure, answer: Answer, on_error: OnError) -> bool:

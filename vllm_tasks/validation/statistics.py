@@ -80,7 +80,7 @@ class Paired:
     """The value after, minus the value before."""
     low: float
     high: float
-    """The 95 % interval of `difference`."""
+    """The 95 % interval of `difference`; nan if it is unknown, as for latency."""
     p_worse: float
     """One-sided p-value: how often chance alone makes the value worse by at least this much."""
     p_different: float
