@@ -31,7 +31,7 @@ Draw = Callable[[np.random.Generator], Sides]
 """Draws two runs."""
 
 PART = "Gate"
-SIZES = {1319: 400, 300: 600, 100: 600}
+SIZES = {1319: 300, 300: 400, 100: 400}
 """Number of rows (GSM8K's test set first), and number of comparisons of two runs of one model."""
 MEANS = (0.1, 0.4, 0.8)
 SPREAD = 2.0
@@ -39,11 +39,11 @@ SPREAD = 2.0
 REDRAWN = {"sampled": 1.0, "greedy": 0.01}
 """The fraction of rows that a second run draws again."""
 DROPS = (0.05, 0.02)
-POWER = 200
-TIMES = 600
+POWER = 150
+TIMES = 400
 FAMILIES = (1, 6, 12)
 """Numbers of limits over the same rows."""
-CHAINS, RUNS = 40, 25
+CHAINS, RUNS = 30, 25
 NIGHTS = 15
 """Runs of a drift."""
 
