@@ -6,6 +6,7 @@ import signal
 import sys
 
 from benchmarks import (
+    coverage,
     gate,
     long_run,
     mixed,
@@ -41,6 +42,7 @@ MEASURES = {
     "P8": p8.measure,
     "P9": p9.measure,
     "SAME": same.measure,
+    "COVERAGE": coverage.measure,
     "GATE": gate.measure,
     "RISK": risk.measure,
     "PARITY": parity.measure,

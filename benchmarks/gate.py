@@ -4,39 +4,48 @@ This is a simulation with the code of a validation. Each row's probability of be
 distribution (most rows are nearly always right or nearly always wrong), and each row is answered twice.
 `sampled` draws both answers independently, as with a temperature. `greedy` redraws 1 % of the rows and
 repeats the others, as live greedy decoding does (99.0 to 99.6 % agree). A drop of d points makes right rows
-wrong, d of 100 rows in expectation. Two lines are for chains of runs of one model, each compared with the
-last run that passed, which was selected by luck. Goal: <= 5 % alarms where nothing changed.
+wrong, d of 100 rows in expectation. Limits are 0 unless a line names one. A figure is the fraction of the
+runs (or of weeks of runs) that the gate stops. Goal: <= 0.05 where nothing changed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import results
 from benchmarks.options import Options
-from vllm_tasks.validation.resampling import mean
-from vllm_tasks.validation.statistics import Paired, paired, regressed, wilson
+from vllm_tasks.validation.gate import corrected
+from vllm_tasks.validation.history import baselines
+from vllm_tasks.validation.intervals import wilson
+from vllm_tasks.validation.report import Record
+from vllm_tasks.validation.statistics import ALPHA, Sides, familywise, mean_rows, paired, regressed
 
 Array = NDArray[np.float64]
-Compared = Callable[[np.random.Generator], Paired]
-"""Draws two runs and compares them."""
+Draw = Callable[[np.random.Generator], Sides]
+"""Draws two runs."""
 
-LIMITS = (0.0, 0.01, 0.02)
-SIZES = {1319: 2_000, 300: 600, 100: 600}
+PART = "Gate"
+SIZES = {1319: 300, 300: 400, 100: 400}
 """Number of rows (GSM8K's test set first), and number of comparisons of two runs of one model."""
 MEANS = (0.1, 0.4, 0.8)
 SPREAD = 2.0
 """a + b of the Beta distribution of the rows' probabilities."""
 REDRAWN = {"sampled": 1.0, "greedy": 0.01}
 """The fraction of rows that a second run draws again."""
-DROPS = (0.05, 0.03, 0.02)
-POWER = 300
-CONTINUOUS = 500
-CHAINS, RUNS = 40, 25
+DROPS = (0.05, 0.02)
+POWER = 150
+TIMES = 400
+FAMILIES = (1, 6, 12)
+"""Numbers of limits over the same rows."""
+CHAINS, RUNS = 30, 25
+NIGHTS = 15
+"""Runs of a drift."""
 
 
 @dataclass(frozen=True)
@@ -48,30 +57,31 @@ class Accuracy:
     noise: str
     drop: float = 0.0
 
-    def __call__(self, rng: np.random.Generator) -> Paired:
+    def __call__(self, rng: np.random.Generator) -> Sides:
         chances = rng.beta(SPREAD * self.right, SPREAD * (1 - self.right), self.n)
         before = rng.random(self.n) < chances
         redrawn = rng.random(self.n) < REDRAWN[self.noise]
         after = np.where(redrawn, rng.random(self.n) < chances, before)
         broken = rng.random(self.n) < self.drop / self.right
-        return paired(of_mean(before), of_mean(after & ~broken), mean)
+        return sides(before, after & ~broken)
 
 
-def of_mean(scores: NDArray[np.bool_] | Array) -> Array:
-    return np.stack([scores, np.ones(len(scores))], axis=1).astype(np.float64)
+def sides(before: NDArray[np.bool_] | Array, after: NDArray[np.bool_] | Array) -> Sides:
+    old, new = (mean_rows(side.astype(np.float64).tolist()) for side in (before, after))
+    return Sides(old, new, bounds=(0.0, 1.0))
 
 
-def f1(rng: np.random.Generator, n: int = 300) -> Paired:
+def f1(rng: np.random.Generator, n: int = 300) -> Sides:
     """Token F1: most answers are close to the row's quality; one in five is completely wrong or right."""
     quality = rng.beta(1.5, 1.5, n)
     before, after = (
         np.where(rng.random(n) < 0.2, rng.random(n) < quality, rng.beta(4 * quality, 4 - 4 * quality))
         for _ in range(2)
     )
-    return paired(of_mean(before), of_mean(after), mean)
+    return sides(before, after)
 
 
-def bleu_of_runs(rng: np.random.Generator, n: int = 300) -> Paired:
+def bleu_of_runs(rng: np.random.Generator, n: int = 300) -> Sides:
     """Corpus BLEU from matches and numbers of n-grams up to 4, which match at random, and both lengths."""
     quality, reference = rng.beta(6, 3, n), rng.integers(8, 40, n)
 
@@ -81,7 +91,7 @@ def bleu_of_runs(rng: np.random.Generator, n: int = 300) -> Paired:
         matches = [rng.binomial(grams[k], quality ** (k + 1)) for k in range(4)]
         return np.stack([*matches, *grams, reference], axis=1).astype(np.float64)
 
-    return paired(run(), run(), bleu)
+    return Sides(run(), run(), bleu, bounds=(0.0, 1.0))
 
 
 def bleu(sums: Sequence[float]) -> float:
@@ -92,64 +102,191 @@ def bleu(sums: Sequence[float]) -> float:
 
 
 def measure(options: Options) -> Iterator[str]:
-    """One line for each kind of comparison: how often the gate fired, by limit, with Wilson's interval."""
+    """One line for each kind of comparison, and a table of RESULTS.md: the fraction that is stopped."""
     del options  # this needs no data, no model and no engine
-    yield heading("nothing changed")
+    found = []
+    for what, stopped in figures():
+        interval = wilson(sum(stopped), len(stopped))
+        share = sum(stopped) / len(stopped)
+        found.append((what, f"{share:.3f}", f"{interval.low:.3f} to {interval.high:.3f}"))
+        yield f"GATE {share:.3f} {what} [{interval.low:.3f} {interval.high:.3f}]"
+    table = results.table(("runs", "stopped", "95 % interval"), found)
+    results.record(PART, "make bench-GATE", f"{__doc__.split(chr(10) * 2)[1]}\n\n{table}", ("numpy",))
+
+
+def figures() -> Iterator[tuple[str, Sequence[bool]]]:
+    """What was compared, and whether the gate stopped it, each time."""
     for n, times in SIZES.items():
         for noise in REDRAWN:
-            for right in MEANS:
-                yield line(f"{noise}, n={n}, {right:.0%} right", Accuracy(n, right, noise), times)
-    yield line("token F1, n=300", f1, CONTINUOUS)
-    yield line("BLEU of 0 to 1, n=300", bleu_of_runs, CONTINUOUS)
-    yield alarms("against the last run that passed", chain(-math.inf))
-    yield alarms("... with the mean as a threshold", chain(0.4))
-    yield heading("40% right, and worse")
+            for right in MEANS if noise == "sampled" else MEANS[1:2]:
+                what = f"nothing changed, {noise}, n={n}, {right:.0%} right"
+                yield what, stops(Accuracy(n, right, noise), times)
+    yield "nothing changed, token F1, n=300", stops(f1, TIMES)
+    yield "nothing changed, BLEU, n=300", stops(bleu_of_runs, TIMES // 2)
+    yield (
+        "nothing changed, sampled, n=1319, 40% right, by a drop of 0.01 alone, without a test",
+        [difference(one) < -0.01 for one in drawn(Accuracy(1319, 0.4, "sampled"), TIMES)],
+    )
+    yield from of_families()
+    yield from of_clusters()
+    yield from of_chains()
+    yield from of_drifts()
     for n in SIZES:
         for noise in REDRAWN:
             for drop in DROPS:
-                yield line(f"{noise}, n={n}, {100 * drop:.0f} points", Accuracy(n, 0.4, noise, drop), POWER)
+                what = f"{100 * drop:.0f} points worse, {noise}, n={n}, 40% right"
+                yield what, stops(Accuracy(n, 0.4, noise, drop), POWER)
 
 
-def line(what: str, compared: Compared, times: int) -> str:
+def drawn(draw: Draw, times: int) -> Iterator[Sides]:
     rng = np.random.default_rng(0)
-    return alarms(what, [[compared(rng) for _ in range(times)]] * len(LIMITS))
+    return (draw(rng) for _ in range(times))
 
 
-def chain(threshold: float) -> list[list[Paired]]:
-    """For each limit, comparisons of one model's runs of GSM8K's size, each with the last run that passed."""
+def difference(runs: Sides) -> float:
+    before, after = runs.values()
+    return after - before
+
+
+def stops(draw: Draw, times: int, limit: float = 0.0) -> list[bool]:
+    return [regressed(paired(runs), limit) for runs in drawn(draw, times)]
+
+
+# ---------------------------------------------------------------------- many limits
+
+
+def family(rng: np.random.Generator, metrics: int, drop: float, n: int = 300) -> list[Sides]:
+    """Metrics over the same rows, which agree in 80 of 100 rows, as exact match, contains and F1 do."""
+
+    def run(lost: float) -> list[NDArray[np.bool_]]:
+        right = (rng.random(n) < chances) & (rng.random(n) >= lost / 0.6)
+        return [np.where(rng.random(n) < 0.2, rng.random(n) < chances, right) for _ in range(metrics)]
+
+    chances = rng.beta(SPREAD * 0.6, SPREAD * 0.4, n)
+    return [sides(before, after) for before, after in zip(run(0.0), run(drop), strict=True)]
+
+
+def of_families() -> Iterator[tuple[str, Sequence[bool]]]:
+    """The gate's test of all limits at once, beside each limit on its own and Holm's method. The verdicts of
+    Holm's and of Bonferroni's method are equal: one limit fails if the least p is at most 0.05 / limits."""
+    for drop, words in (0.0, "nothing changed"), (0.08, "8 points worse"):
+        for metrics in FAMILIES:
+            rng = np.random.default_rng(0)
+            runs = [family(rng, metrics, drop) for _ in range(TIMES if not drop else POWER)]
+            least = [min(paired(one).p_worse for one in each) for each in runs]
+            joint = [min(familywise(each)) <= ALPHA for each in runs]
+            what = f"{words}, n=300, {metrics} limit{'s' * (metrics > 1)}"
+            yield what, joint
+            if metrics > 1:
+                yield f"{what}, each on its own", [p <= ALPHA for p in least]
+                yield f"{what}, by Holm's method", [p <= ALPHA / metrics for p in least]
+
+
+# ---------------------------------------------------------------------- clusters
+
+
+def of_clusters() -> Iterator[tuple[str, Sequence[bool]]]:
+    """60 passages with 5 questions each, which are right or wrong together in one run."""
+    rng = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(60), 5).tolist()
+    runs = []
+    for _ in range(TIMES):
+        chances = rng.beta(1.0, 1.0, 60)
+        runs.append(sides(*(np.repeat(rng.random(60) < chances, 5) for _ in range(2))))
+    what = "nothing changed, 60 passages with 5 questions each"
+    yield f"{what}, by cluster", [familywise([one], clusters)[0] <= ALPHA for one in runs]
+    yield f"{what}, row by row", [familywise([one])[0] <= ALPHA for one in runs]
+
+
+# ---------------------------------------------------------------------- chains of runs
+
+FIRST = Record(
+    run="0",
+    metric="m",
+    answers="0",
+    model="",
+    dataset="",
+    dataset_hash="",
+    dataset_table="",
+    outputs="",
+    fingerprint="",
+    value=0.0,
+    low=0.0,
+    high=0.0,
+    n=0,
+    failed=0,
+    truncated=0,
+    on_error="miss",
+    higher_is_better=True,
+    passed=True,
+    reason=None,
+    compared_with=None,
+    uuid="",
+    flow_run=None,
+    created_at=datetime(2026, 1, 1, tzinfo=UTC),
+)
+
+
+def chain(
+    rng: np.random.Generator,
+    runs: int,
+    baseline: str,
+    *,
+    threshold: float = 0.0,
+    night: float = 0.0,
+    limit: float = 0.0,
+    noise: str = "sampled",
+    correct: bool = True,
+) -> Iterator[bool]:
+    """Whether the gate stops each run of one model of GSM8K's size that gets worse by `night` in each."""
+    n = max(SIZES)
+    chances = rng.beta(SPREAD * 0.4, SPREAD * 0.6, n)
+    chances *= 0.4 / chances.mean()
+    scores = rng.random(n) < chances
+    said: dict[str, NDArray[np.bool_]] = {}
+    records: list[Record] = []
+    for i in range(runs):
+        chances = chances * (1 - night / 0.4)
+        redrawn = rng.random(n) < REDRAWN[noise]
+        scores = np.where(redrawn, rng.random(n) < chances, scores & (rng.random(n) >= night / 0.4))
+        two = baseline == "best" and sum(record.passed for record in records) > 1
+        worse = False
+        for one in (chosen := baselines(records, baseline, threshold or None)):
+            found = paired(sides(said[one.record.run], scores))
+            p = corrected(found.p_worse, one, 2 if two else len(chosen), 1) if correct else found.p_worse
+            worse |= regressed(found, limit, p_worse=p)
+        if chosen:
+            yield worse
+        passed = not worse and bool(scores.mean() >= threshold)
+        at = FIRST.created_at + timedelta(days=i)
+        value = wilson(int(scores.sum()), n)
+        record = replace(FIRST, run=str(i), low=value.low, high=value.high, passed=passed, created_at=at)
+        records.append(replace(record, value=float(scores.mean())))
+        said[str(i)] = scores
+
+
+def chained(chains: int, runs: int, baseline: str, **options: float | str | bool) -> list[list[bool]]:
     return [
-        [one for seed in range(CHAINS) for one in _chain(threshold, limit, np.random.default_rng(seed))]
-        for limit in LIMITS
+        list(chain(np.random.default_rng(seed), runs, baseline, **options))  # type: ignore[arg-type]
+        for seed in range(chains)
     ]
 
 
-def _chain(threshold: float, limit: float, rng: np.random.Generator) -> Iterator[Paired]:
-    chances = rng.beta(SPREAD * 0.4, SPREAD * 0.6, max(SIZES))
-    chances *= 0.4 / chances.mean()
-    baseline = None
-    for _ in range(RUNS):
-        scores = rng.random(len(chances)) < chances
-        passed = bool(scores.mean() >= threshold)
-        if baseline is not None:
-            compared = paired(of_mean(baseline), of_mean(scores))
-            passed = passed and not regressed(compared, limit)
-            yield compared
-        if passed:
-            baseline = scores
+def of_chains() -> Iterator[tuple[str, Sequence[bool]]]:
+    """Runs of a model that does not change, each compared with baselines that chance helped to choose."""
+    for baseline in "last", "best":
+        for threshold, words in (0.0, ""), (0.4, ", half of them below a threshold"):
+            what = f"nothing changed, {RUNS} runs of n=1319, baseline {baseline}{words}"
+            corrections = {True: ""} | ({False: ", without the correction for choice"} if threshold else {})
+            for correct, how in corrections.items():
+                found = chained(CHAINS, RUNS, baseline, threshold=threshold, correct=correct)
+                yield what + how, [one for each in found for one in each]
 
 
-def heading(what: str) -> str:
-    """The head of the columns: the gate by limit, and a gate of the drop alone at one point."""
-    return f"GATE {what:36}" + "".join(f"{limit:>20.2f}" for limit in LIMITS) + f"{'0.01 without p':>20}"
-
-
-def alarms(what: str, compared: Sequence[Sequence[Paired]]) -> str:
-    """For the comparisons of each limit: the percentage that fires, and its 95 % interval."""
-    fired = [[regressed(one, limit) for one in each] for each, limit in zip(compared, LIMITS, strict=True)]
-    fired.append([one.difference < -0.01 for one in compared[1]])
-    return f"GATE {what:36}" + "".join(f"{percentage(each):>20}" for each in fired)
-
-
-def percentage(fired: Sequence[bool]) -> str:
-    interval = wilson(sum(fired), len(fired))
-    return f"{100 * sum(fired) / len(fired):.1f} [{100 * interval.low:.1f} {100 * interval.high:.1f}]"
+def of_drifts() -> Iterator[tuple[str, Sequence[bool]]]:
+    """Weeks in which a model loses half a point each night: whether any of the nights is stopped."""
+    for noise in REDRAWN:
+        for baseline in "last", "best":
+            what = f"0.5 points worse each of {NIGHTS} nights, {noise}, limit 0.02, baseline {baseline}"
+            found = chained(CHAINS, NIGHTS, baseline, night=0.005, limit=0.02, noise=noise)
+            yield what, [any(each) for each in found]

@@ -13,7 +13,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 FILE = Path(__file__).with_name("RESULTS.md")
-PARTS = ("Peers", "Peers when things go wrong", "Window", "Overload", "Faults", "Long run", "Parity")
+PARTS = (
+    "Peers",
+    "Peers when things go wrong",
+    "Window",
+    "Overload",
+    "Coverage of intervals",
+    "Gate",
+    "Parity",
+    "Faults",
+    "Long run",
+)
 """The parts, in the order of the page."""
 HEAD = """\
 # Results

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.options import Options
 from flows.demo import QUESTIONS
 from vllm_tasks import Classes, VllmModel
-from vllm_tasks.validation.statistics import wilson
+from vllm_tasks.validation.intervals import wilson
 
 CURVE = Path("out") / "risk_coverage.csv"
 COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3)

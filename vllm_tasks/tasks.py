@@ -241,6 +241,7 @@ def _validate(
         validation: Data sets, metrics and limits; the model's own when None.
         db: Where predictions and history go; the model's own when None.
         datasets: Identifiers of some of the data sets; no event is sent, since it would be about all of them.
+        resume: Whether an interrupted run of the last 12 hours resumes; False processes all rows anew.
         reuse: Score the answers of the last run again, if the model's weights are known to be the same.
         retry_failed: Process the failed rows of an interrupted run again.
         max_failed: Rows that may fail, as a fraction (0.05) or a number (20); None: any number.

@@ -13,7 +13,7 @@ from vllm_tasks import InvalidCall
 from vllm_tasks.validation import Dataset, Metric
 from vllm_tasks.validation.comparison import compare
 from vllm_tasks.validation.gate import verdict
-from vllm_tasks.validation.report import Value
+from vllm_tasks.validation.report import Against, Value
 from vllm_tasks.validation.run import validate
 from vllm_tasks.validation.statistics import Paired
 
@@ -24,8 +24,9 @@ def value_of(value: float, *, higher_is_better: bool = True) -> Value:
     return Value("exact_match", value, value - 0.1, value + 0.1, 100, 0, 0, "miss", higher_is_better)
 
 
-def change(difference: float, p_worse: float) -> Paired:
-    return Paired(difference, difference - 0.05, difference + 0.05, p_worse, p_worse, 100)
+def change(difference: float, p_worse: float) -> list[Against]:
+    paired = Paired(difference, difference - 0.05, difference + 0.05, p_worse, p_worse, 100)
+    return [Against("last", "run-1", paired, p_worse)]
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def change(difference: float, p_worse: float) -> Paired:
 def test_a_threshold_is_on_the_side_that_is_worse(value: float, higher_is_better: bool, passes: bool) -> None:
     """A value on the threshold passes; a worse value does not."""
     checked = validation(thresholds={"exact_match": 0.5})
-    found = verdict(checked, "exam", value_of(value, higher_is_better=higher_is_better), None, None)
+    found = verdict(checked, "exam", value_of(value, higher_is_better=higher_is_better))
     assert (found.reason is None) is passes
     if not passes:
         assert "its threshold of 0.5" in str(found.reason)
@@ -58,7 +59,7 @@ def test_a_drop_shuts_the_gate_when_it_is_large_and_not_by_chance(
     """Only a drop that is larger than allowed, and that chance does not explain, is a reason."""
     checked = validation(max_regression={"exact_match": 0.1})
     value = value_of(0.6, higher_is_better=higher_is_better)
-    found = verdict(checked, "exam", value, change(difference, p_worse), "run-1")
+    found = verdict(checked, "exam", value, change(difference, p_worse))
     assert (found.reason is None) is passes
     if not passes:
         assert "0.2 worse than in the run run-1" in str(found.reason)

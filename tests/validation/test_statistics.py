@@ -1,4 +1,4 @@
-"""Intervals of a metric, the comparison of two runs, and the gate that stands on it."""
+"""The comparison of two runs, and the gate that stands on it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,20 +15,18 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from vllm_tasks.validation import resampling, statistics
+from vllm_tasks.validation.intervals import wilson
 from vllm_tasks.validation.resampling import Total, mean
 from vllm_tasks.validation.statistics import (
-    Interval,
     Paired,
-    bootstrap,
-    bootstrap_set,
-    mean_interval,
+    Sides,
+    clustered,
+    familywise,
     mean_rows,
     paired,
     regressed,
-    wilson,
 )
 
-SCORES = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=40)
 PAIRS = st.lists(st.tuples(*[st.sampled_from([0.0, 0.25, 0.5, 1.0])] * 2), min_size=1, max_size=40)
 
 
@@ -36,153 +35,16 @@ def precision(sums: Sequence[float]) -> float:
     return (sums[0] / sums[1]) ** 2 if sums[1] else math.nan
 
 
+def between(before: Any, after: Any, total: Total = mean, *, higher_is_better: bool = True) -> Paired:
+    return paired(Sides(np.asarray(before, float), np.asarray(after, float), total, higher_is_better))
+
+
 def compared(before: Sequence[float | None], after: Sequence[float | None], **options: bool) -> Paired:
-    return paired(mean_rows(before), mean_rows(after), mean, **options)
+    return between(mean_rows(before), mean_rows(after), **options)
 
 
 def seen(difference: float, p_worse: float) -> Paired:
     return Paired(difference, difference - 0.1, difference + 0.1, p_worse, min(1.0, 2 * p_worse), 100)
-
-
-# --- wilson
-
-
-@pytest.mark.parametrize(
-    ("hits", "n", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_wilson_gives_the_intervals_that_newcombe_published(
-    hits: int, n: int, low: float, high: float
-) -> None:
-    """Newcombe 1998, Statistics in Medicine 17:857-872, table I, method 3."""
-    assert (wilson(hits, n).low, wilson(hits, n).high) == (
-        pytest.approx(low, abs=5e-5),
-        pytest.approx(high, abs=5e-5),
-    )
-
-
-@given(st.integers(1, 5_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_agrees_with_scipy_and_stays_within_0_and_1(sample: tuple[int, int]) -> None:
-    hits, n = sample
-    theirs = binomtest(hits, n).proportion_ci(method="wilson")
-    ours = wilson(hits, n)
-    assert (ours.low, ours.high) == (
-        pytest.approx(theirs.low, abs=1e-12),
-        pytest.approx(theirs.high, abs=1e-12),
-    )
-    assert 0 <= ours.low <= hits / n <= ours.high <= 1
-
-
-def test_wilson_of_nothing_is_everything_and_of_more_hits_than_rows_an_error() -> None:
-    assert wilson(0, 0) == Interval(0.0, 1.0)
-    for hits, n in (3, 2), (-1, 2):
-        with pytest.raises(ValueError, match="no proportion"):
-            wilson(hits, n)
-
-
-# --- values and intervals
-
-
-@settings(deadline=None, max_examples=30)
-@given(SCORES, st.randoms())
-def test_the_order_of_the_rows_changes_no_interval(scores: list[float], order: random.Random) -> None:
-    awkward = [s / 3 for s in scores]
-    shuffled = order.sample(awkward, len(awkward))
-    assert mean_interval(shuffled, seed=1) == mean_interval(awkward, seed=1)
-
-
-def test_zero_is_zero_whatever_its_sign() -> None:
-    """Scores that are equal are drawn alike: 0.0 and -0.0 have other bits."""
-    draw = random.Random(0)
-    scores = [draw.choice([0.0, 0.25, 0.5, 1.0]) for _ in range(100)]
-    signed = [-s if s == 0 and draw.random() < 0.5 else s for s in scores]
-    others = scores[::-1]
-    assert mean_interval(signed) == mean_interval(scores)
-    assert compared(signed, others) == compared(scores, others)
-    assert compared(others, signed) == compared(others, scores)
-
-
-def test_equal_seeds_give_equal_intervals_and_others_others() -> None:
-    scores = np.random.default_rng(0).random(200).tolist()
-    assert mean_interval(scores, 7) == mean_interval(scores, 7) != mean_interval(scores, 8)
-    assert mean_interval(scores, -1) != mean_interval(scores, 1)
-
-
-@pytest.mark.parametrize("scores", [[0.3], [1.0] * 50, [0.5, None, 0.5]])
-def test_an_interval_of_equal_rows_has_no_width(scores: list[float | None]) -> None:
-    known = [s for s in scores if s is not None]
-    assert mean_interval(scores) == Interval(known[0], known[0])
-
-
-@pytest.mark.parametrize("scores", [[], [None, None]])
-def test_of_no_scores_nothing_is_known(scores: list[float | None]) -> None:
-    interval = mean_interval(scores)
-    assert math.isnan(mean((0.0, 0.0)))
-    assert math.isnan(interval.low)
-    assert math.isnan(interval.high)
-
-
-def test_resamples_without_a_value_are_left_out() -> None:
-    """One row of two has a score, so a quarter of the resamples draws only the other row."""
-    assert mean_interval([0.5, None]) == Interval(0.5, 0.5)
-    assert bootstrap([(0.5, 1.0), (0.0, 0.0)], precision) == Interval(0.25, 0.25)
-
-
-def test_infinite_values_are_ends_like_any_other() -> None:
-    assert bootstrap([(1.0, 0.0), (0.0, 1.0)], lambda s: s[0] / s[1] if s[1] else math.inf) == Interval(
-        0, math.inf
-    )
-
-
-@pytest.mark.parametrize("score", ["0 or 1", "continuous"])
-def test_the_bootstrap_covers_the_true_mean_about_95_times_of_100(score: str) -> None:
-    rng = np.random.default_rng(0)
-    samples = [
-        (rng.random(120) < 0.4) * 1.0 if score == "0 or 1" else rng.beta(2, 3, 120) for _ in range(200)
-    ]
-    intervals = [mean_interval(sample.tolist(), seed) for seed, sample in enumerate(samples)]
-    assert 0.91 <= sum(i.low <= 0.4 <= i.high for i in intervals) / len(intervals) <= 0.98
-
-
-def test_the_interval_of_a_mean_is_about_two_standard_errors_wide_on_each_side() -> None:
-    scores = np.random.default_rng(1).normal(0, 1, 1_000)
-    interval = mean_interval(scores.tolist())
-    error = scores.std() / math.sqrt(1_000)
-    assert interval.low == pytest.approx(scores.mean() - 1.96 * error, abs=0.2 * error)
-    assert interval.high == pytest.approx(scores.mean() + 1.96 * error, abs=0.2 * error)
-
-
-def test_rows_drawn_in_parts_are_the_rows_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = mean_rows(np.random.default_rng(0).random(50).tolist())
-    others = rows[::-1] * 0.9
-    at_once = bootstrap(rows), paired(rows, others)
-    monkeypatch.setattr(resampling, "CHUNK", 1_000)
-    low, high = bootstrap(rows).low, bootstrap(rows).high
-    assert (low, high) == (pytest.approx(at_once[0].low), pytest.approx(at_once[0].high))
-    assert paired(rows, others).p_worse == pytest.approx(at_once[1].p_worse, abs=0.02)
-
-
-def test_a_set_is_scored_again_for_each_resample() -> None:
-    scores = np.random.default_rng(0).random(300)
-    asked: list[list[int]] = []
-
-    def score(positions: Sequence[int]) -> float:
-        asked.append(list(positions))
-        return float(scores[list(positions)].mean())
-
-    interval = bootstrap_set(score, 300, seed=3)
-    assert len(asked) == statistics.RESAMPLES_OF_SETS
-    assert all(len(positions) == 300 and positions == sorted(positions) for positions in asked)
-    assert len({*map(tuple, asked)}) == len(asked)
-    assert interval == bootstrap_set(score, 300, seed=3)
-    assert interval.low == pytest.approx(mean_interval(scores.tolist()).low, abs=0.01)
-    assert interval.high == pytest.approx(mean_interval(scores.tolist()).high, abs=0.01)
-
-
-def test_a_set_of_one_row_of_none_and_without_a_value() -> None:
-    assert bootstrap_set(lambda _: 0.7, 1) == Interval(0.7, 0.7)
-    assert math.isnan(bootstrap_set(lambda _: 0.7, 0).low)
-    assert math.isnan(bootstrap_set(lambda _: math.nan, 5).high)
 
 
 # --- two runs
@@ -210,7 +72,7 @@ def test_p_of_sums_is_the_share_of_all_swaps() -> None:
         swapped = np.array(swap)[:, None]
         new, old = np.where(swapped, before, after), np.where(swapped, after, before)
         gains.append(precision(new.sum(axis=0).tolist()) - precision(old.sum(axis=0).tolist()))
-    result = paired(before, after, precision)
+    result = between(before, after, precision)
     assert result.difference == pytest.approx(gains[0])
     assert result.p_worse == pytest.approx(sum(g <= gains[0] + 1e-12 for g in gains) / 256)
     assert result.p_different == pytest.approx(sum(abs(g) >= abs(gains[0]) - 1e-12 for g in gains) / 256)
@@ -247,10 +109,10 @@ def test_a_sample_of_swaps_is_close_to_all_of_them(
     rng = np.random.default_rng(4)
     before = [(float(x), 1.0) for x in rng.random(10)]
     after = [(x - float(d), 1.0) for (x, _), d in zip(before, rng.normal(0.1, 0.3, 10), strict=True)]
-    exact = paired(before, after, total)
+    exact = between(before, after, total)
     monkeypatch.setattr(statistics, "EVERY_SWAP", 0)
     monkeypatch.setattr(resampling, "ALIKE", 8 if few else 0)
-    sampled = paired(before, after, total)
+    sampled = between(before, after, total)
     assert sampled.p_worse == pytest.approx(exact.p_worse, abs=0.03)
     assert sampled.p_different == pytest.approx(exact.p_different, abs=0.03)
 
@@ -260,7 +122,7 @@ def test_the_smallest_p_of_a_sample_is_not_0() -> None:
     before = rng.random(60) + 1
     assert compared(before.tolist(), (before - 1).tolist()).p_worse == 1 / (1 + statistics.SWAPS_OF_MEANS)
     sums = np.stack([before, np.ones(60)], axis=1)
-    assert paired(sums, sums * (0.1, 1), precision).p_worse == 1 / (1 + statistics.SWAPS_OF_SUMS)
+    assert between(sums, sums * (0.1, 1), precision).p_worse == 1 / (1 + statistics.SWAPS_OF_SUMS)
 
 
 @settings(deadline=None, max_examples=30)
@@ -282,13 +144,13 @@ def test_what_is_worse_one_way_is_better_the_other(pairs: list[tuple[float, floa
     assert there.p_different == pytest.approx(back.p_different, abs=0.03)
     assert 0 < there.p_worse <= 1
     assert 0 < there.p_different <= 1
-    assert there.low <= there.high
+    assert there.low <= there.high or len(pairs) == 1
 
 
 def test_a_mean_as_a_ratio_of_sums_is_the_same_mean() -> None:
     """A mean is only faster; with up to 12 rows that differ, all swaps are computed either way."""
     rows, others = mean_rows([0.1, 0.9, 0.4, 0.4, 0.8]), mean_rows([0.2, 0.1, 0.3, 0.4, 0.9])
-    assert paired(rows, others, lambda s: s[0] / s[1]) == paired(rows, others, mean)
+    assert between(rows, others, lambda s: s[0] / s[1]) == between(rows, others, mean)
 
 
 def test_a_row_that_has_a_score_in_one_run_only_counts_in_that_one() -> None:
@@ -317,9 +179,86 @@ def test_swaps_without_a_value_count_as_extreme() -> None:
 
 def test_runs_over_other_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="paired by position"):
-        paired(mean_rows([1.0, 0.0]), mean_rows([1.0]))
+        between(mean_rows([1.0, 0.0]), mean_rows([1.0]))
     with pytest.raises(ValueError, match="paired by position"):
-        paired([[1.0, 2.0]], [[1.0, 2.0, 3.0]])
+        between([[1.0, 2.0]], [[1.0, 2.0, 3.0]])
+
+
+# --- many limits at once
+
+
+def accuracies(rng: np.random.Generator, metrics: int, rows: int = 120, lost: float = 0.0) -> list[Sides]:
+    """Two runs of one model by metrics that agree in four of five rows; the second loses a fraction."""
+    chances = rng.beta(1.2, 0.8, rows)
+
+    def run(lost: float) -> list[Any]:
+        right = (rng.random(rows) < chances) & (rng.random(rows) >= lost)
+        return [np.where(rng.random(rows) < 0.2, rng.random(rows) < chances, right) for _ in range(metrics)]
+
+    return [
+        Sides(mean_rows(before.tolist()), mean_rows(after.tolist()))
+        for before, after in zip(run(0.0), run(lost), strict=True)
+    ]
+
+
+def test_one_limit_alone_has_the_p_of_its_comparison() -> None:
+    """Exact and sampled, with chance in either direction."""
+    for seed, rows in itertools.product(range(5), (8, 200)):
+        (one,) = accuracies(np.random.default_rng(seed), 1, rows)
+        assert familywise([one]) == [pytest.approx(paired(one).p_worse, abs=1e-9)]
+
+
+def test_limits_that_are_one_and_the_same_cost_nothing_and_others_cost_less_than_holms() -> None:
+    """Twelve copies of a metric are one test; twelve that differ cost at most twelve times the least p."""
+    (one,) = accuracies(np.random.default_rng(2), 1, lost=0.15)
+    assert familywise([one] * 12) == [pytest.approx(paired(one).p_worse, abs=1e-9)] * 12
+    several = accuracies(np.random.default_rng(2), 12, lost=0.1)
+    alone, together = [paired(each).p_worse for each in several], familywise(several)
+    assert all(q >= p - 0.01 for p, q in zip(alone, together, strict=True))
+    assert min(together) < 12 * min(alone)
+
+
+def test_twelve_limits_stop_a_model_that_did_not_change_in_at_most_5_of_100_runs() -> None:
+    """Each limit on its own stops it in more."""
+    rng = np.random.default_rng(0)
+    runs = [accuracies(rng, 12) for _ in range(150)]
+    together = sum(min(familywise(each)) <= 0.05 for each in runs)
+    alone = sum(min(paired(one).p_worse for one in each) <= 0.05 for each in runs)
+    assert wilson(together, 150).low <= 0.05 < wilson(alone, 150).low
+
+
+def test_limits_of_other_directions_and_kinds_are_tested_together() -> None:
+    """A metric that did not change, one by a ratio of sums, and one where less is better and more came."""
+    rng = np.random.default_rng(3)
+    same = mean_rows(rng.random(40).tolist())
+    seconds = mean_rows((rng.random(40) + 1).tolist())
+    found = familywise(
+        [
+            Sides(same, same),
+            Sides(same, same * (0.9, 1), precision),
+            Sides(seconds, seconds * (1.5, 1), mean, False),
+        ]
+    )
+    assert found[0] == 1.0
+    assert max(found[1:]) <= 0.01
+    assert familywise([]) == []
+
+
+def test_rows_of_one_passage_are_swapped_together() -> None:
+    """Ten passages, of which eight got worse, with 20 equal rows each: the p of 8 of 10, not 160 of 200."""
+    passages = [1.0] * 8 + [0.0] * 2
+    one = Sides(
+        mean_rows(np.repeat(passages, 20).tolist()),
+        mean_rows(np.repeat([1 - p for p in passages], 20).tolist()),
+    )
+    clusters = np.repeat(np.arange(10), 20).tolist()
+    expected = binomtest(2, 10, alternative="less").pvalue
+    assert paired(one, clusters).p_worse == pytest.approx(expected)
+    assert familywise([one], clusters) == [pytest.approx(expected)]
+    assert paired(one).p_worse < 1e-3
+    narrow, wide = paired(one), paired(one, clusters)
+    assert wide.high - wide.low > 3 * (narrow.high - narrow.low)
+    assert clustered([(1.0, 1.0), (0.5, 1.0), (0.0, 1.0)], [7, 3, 7]).tolist() == [[0.5, 1.0], [1.0, 2.0]]
 
 
 # --- the gate

@@ -43,7 +43,7 @@ class ModelTask(Task[P, R]):
                 "max_failed",
             ),
             *("max_total_tokens", "max_seconds", "max_cost", "sample"),
-            *("limit", "max_chunk_size", "shards", "same_source", "n", "validation", "reuse"),
+            *("limit", "max_chunk_size", "shards", "same_source", "n", "validation", "reuse", "resume"),
         }
     )
     """Arguments of which a single value is never a list."""

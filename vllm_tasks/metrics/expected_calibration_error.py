@@ -19,6 +19,8 @@ from vllm_tasks.metrics.measure import Bin, Measure, Reliability, Sums
 
 NAME = "expected_calibration_error"
 MOST_BINS = 100
+ONE_SIDED = 1.645
+"""Standard deviations that 95 of 100 draws of a normal distribution do not exceed."""
 
 
 def score(predictions: Sequence[Any], targets: Sequence[Any], *, bins: int = 10) -> Sums:
@@ -37,7 +39,9 @@ def score(predictions: Sequence[Any], targets: Sequence[Any], *, bins: int = 10)
         raise InvalidCall(f"{NAME}: bins={bins!r:.100} must be a whole number from 1 to {MOST_BINS}")
     rows = [_vector(p, t, bins) for p, t in zip(predictions, targets, strict=True)]
     complete = [math.fsum(column) for column in zip(*rows, strict=True)]
-    return Sums(rows, lambda sums: _error(sums, bins), _reliability(complete, bins))
+    return Sums(
+        rows, lambda sums: _error(sums, bins), _reliability(complete, bins), excess=_excess(complete, bins)
+    )
 
 
 def _vector(prediction: Any, target: Any, bins: int) -> list[float]:
@@ -59,6 +63,21 @@ def _error(sums: Sequence[float], bins: int) -> float:
         return math.nan
     probable, right = sums[bins : 2 * bins], sums[2 * bins :]
     return math.fsum(abs(r - p) for p, r in zip(probable, right, strict=True)) / rows
+
+
+def _excess(sums: Sequence[float], bins: int) -> float:
+    """Return what the error is at most in 95 of 100 sets if labels are as often right as they are probable.
+
+    Each bin then adds |N(0, s)|, a half-normal, with a mean of s * sqrt(2 / pi) and a variance of
+    s^2 * (1 - 2 / pi), where s^2 is the binomial variance of its right labels.
+    """
+    pairs = zip(sums[:bins], sums[bins : 2 * bins], strict=True)
+    deviations = [math.sqrt(max(0.0, p * (1 - p / n))) for n, p in pairs if n]
+    mean, spread = (
+        math.sqrt(2 / math.pi) * math.fsum(deviations),
+        math.sqrt(1 - 2 / math.pi) * math.hypot(*deviations),
+    )
+    return (mean + ONE_SIDED * spread) / (math.fsum(sums[:bins]) or 1.0)
 
 
 def _reliability(sums: Sequence[float], bins: int) -> Reliability:

@@ -16,4 +16,6 @@ def score(answer: Answer) -> float | None:
     return answer.seconds
 
 
-MEASURE = Measure(score, kind="answer", range=(0.0, math.inf), higher_is_better=False, miss=None)
+MEASURE = Measure(
+    score, kind="answer", range=(0.0, math.inf), higher_is_better=False, miss=None, of_load=True
+)

@@ -18,6 +18,8 @@ from vllm_tasks.metrics.measure import Confusion, Measure, Sums
 
 MOST_CLASSES = 1_000
 """The limit exists because each row's vector has three numbers per class."""
+ENOUGH = 5
+"""Fewer rows of a class make the interval approximate (`make bench-COVERAGE`)."""
 
 
 def score(predictions: Sequence[Any], targets: Sequence[Any], *, labels: Sequence[Any] | None = None) -> Sums:
@@ -52,7 +54,17 @@ def score(predictions: Sequence[Any], targets: Sequence[Any], *, labels: Sequenc
     def total(sums: Sequence[float]) -> float:
         return _macro_f1(sums, len(order), every=known is not None)
 
-    return Sums([vectors[pair] for pair in pairs], total, _confusion(pairs, classes))
+    rows_of = Counter(target for target, _ in pairs)
+    # One missed row of each class, and one row that is right of each class without rows.
+    pseudo = [_vector(name, None if name in rows_of else name, order) for name in order]
+    rare = sum(rows_of[name] < ENOUGH for name in (order if known else rows_of))
+    return Sums(
+        [vectors[pair] for pair in pairs],
+        total,
+        _confusion(pairs, classes),
+        pseudo,
+        approximate=f"{rare} of {len(order)} classes have fewer than {ENOUGH} rows" if rare else None,
+    )
 
 
 def _vector(target: str, called: str | None, order: dict[str, int]) -> list[float]:

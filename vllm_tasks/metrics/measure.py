@@ -86,6 +86,14 @@ class Sums:
     rows: Sequence[Sequence[float]]
     total: Callable[[Sequence[float]], float]
     table: Table | None = None
+    pseudo: Sequence[Sequence[float]] = ()
+    """Rows that did not occur and might have, such as a missed row of each class: they widen the interval and
+    do not change the value."""
+    excess: float = 0.0
+    """How much too high chance alone makes the value, at most, in 95 of 100 sets: a sum of absolute
+    differences is never below 0."""
+    approximate: str | None = None
+    """Why the interval is only approximate, for people; None if it is not."""
 
 
 @dataclass(frozen=True)
@@ -114,3 +122,6 @@ class Measure:
     higher_is_better: bool = True
     miss: float | None = 0.0
     """The score of a failed row. None: the row is left out, and reported as such."""
+    of_load: bool = False
+    """Whether the load of the engine moves the scores of all rows at once. Then rows are no evidence that two
+    runs differ, and a run counts as one observation."""

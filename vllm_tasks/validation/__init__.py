@@ -37,7 +37,7 @@ class Validation(BaseModel):
 
     The keys of `thresholds` and `max_regression` are `metric` or `dataset/metric`. A threshold is the least
     value that passes (the largest if less is better). `max_regression` is the largest allowed drop since the
-    last run that passed.
+    last run that passed, and since the one that `baseline` names.
     """
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)  # rows, or a URL, may be in it
@@ -57,6 +57,20 @@ class Validation(BaseModel):
         default={},
         title="Largest regression",
         description='Largest drop since the last run that passed, such as {"exact_match": 0.02}.',
+    )
+    baseline: str = Field(
+        default="best",
+        min_length=1,
+        title="Baseline",
+        description="A second run to compare with, so that small drops do not add up: the best that passed "
+        '("best"), or one by its name; "last": none.',
+    )
+    cluster: str | None = Field(
+        default=None,
+        min_length=1,
+        title="Cluster",
+        description="Column of the data sets: rows with an equal value, such as a passage that several "
+        "questions are about, are not independent. Rows with equal inputs never are.",
     )
     on_error: Literal["miss", "exclude"] = Field(
         default="miss",

@@ -75,6 +75,8 @@ def _standings(
             f"the models were not validated on the same rows of {dataset!r}: its source changed in "
             "between; with pin=True all runs use one snapshot"
         )
+    snapshot = read_snapshot(dataset, found[0].dataset_table, columns_of(validation, models[0]), home)
+    clusters = snapshot.clusters()
     answers = [
         _answers(model, validation, one, home, context) for model, one in zip(models, found, strict=True)
     ]
@@ -84,7 +86,7 @@ def _standings(
         for i, model in enumerate(models):
             paired = None
             if i and metric.measure().kind != "set":
-                paired = compared(metric, answers[0][name], answers[i][name], validation.on_error)
+                paired = compared(metric, answers[0][name], answers[i][name], validation.on_error, clusters)
             passed = found[i].verdicts[position].reason is None
             value = found[i].values[position]
             standings.append(Standing(dataset, name, model.identifier, value, passed, paired))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -18,6 +18,8 @@ from vllm_tasks.datalayer.lake.delta import quoted
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.datalayer.table_names import outputs_name
 from vllm_tasks.datalayer.workspace import literal
+from vllm_tasks.errors import InvalidCall
+from vllm_tasks.validation import Validation
 from vllm_tasks.validation.report import Record
 
 VALUES, SCORES = "_metric_values", "_metric_scores"
@@ -49,12 +51,12 @@ def began(run: str) -> datetime:
 def interrupted(
     home: Tables, predict_id: str, dataset_hash: str, fingerprint: str, model: str, dataset: str
 ) -> str | None:
-    """The latest run over these rows that has answers (under this fingerprint) but no record, and is recent
-    enough to resume."""
+    """The latest run over these rows that has answers (under this fingerprint) but no record, is recent
+    enough to resume, and began after all recorded ones: one that was left for a fresh start stays left."""
     found = runs_with_answers(home, predict_id, dataset_hash, fingerprint)
     recorded = {record.answers for record in records_of(home, model, dataset)}
-    young = datetime.now(UTC) - RESUMED_WITHIN
-    return max((r for r in found - recorded if began(r) > young), key=began, default=None)
+    since = max([datetime.now(UTC) - RESUMED_WITHIN, *map(began, found & recorded)])
+    return max((r for r in found - recorded if began(r) > since), key=began, default=None)
 
 
 def runs_with_answers(home: Tables, predict_id: str, dataset_hash: str, fingerprint: str) -> set[str]:
@@ -76,14 +78,56 @@ def records_of(home: Tables, model: str, dataset: str) -> list[Record]:
     return sorted((_record(dict(row)) for row in rows), key=lambda record: (record.created_at, record.metric))
 
 
-def last_passed(history: Sequence[Record], dataset_hash: str, outputs: str, metric: str) -> Record | None:
-    """The run to compare a new run with: the last one that passed with the same rows and outputs table."""
-    fit = [
-        r
-        for r in history
-        if r.passed and (r.dataset_hash, r.outputs, r.metric) == (dataset_hash, outputs, metric)
-    ]
-    return fit[-1] if fit else None
+@dataclass(frozen=True)
+class Baseline:
+    """A run to compare a new run with."""
+
+    kind: Literal["last", "best", "named"]
+    record: Record
+    chosen_from: int
+    """The number of runs among which its value, or that it passed, made it the baseline. It was lucky on
+    average, so a later run looks worse than it is; its p-value is multiplied by this number (Bonferroni)."""
+
+
+def comparable(history: Sequence[Record], dataset_hash: str, outputs: str, metric: str) -> list[Record]:
+    """The records of the metric over the same rows in the same outputs table, oldest first."""
+    return [r for r in history if (r.dataset_hash, r.outputs, r.metric) == (dataset_hash, outputs, metric)]
+
+
+def baselines(records: Sequence[Record], baseline: str, threshold: float | None = None) -> list[Baseline]:
+    """The runs to compare a new run with: the last one that passed, and the best one or the one named.
+
+    The last one was chosen from itself and the later runs, which did not pass, and from one more if it may
+    have reached the `threshold` by luck, which is inside its interval; the best one from all runs that
+    passed; a named one from none.
+    """
+    passed = [i for i, record in enumerate(records) if record.passed]
+    if not passed:
+        return []
+    last = records[passed[-1]]
+    worst = last.low if last.higher_is_better else -last.high
+    by_luck = threshold is not None and worst < (threshold if last.higher_is_better else -threshold)
+    found = [Baseline("last", last, len(records) - passed[-1] + by_luck)]
+    if baseline == "best":
+        candidates = [records[i] for i in passed]
+        best = max(candidates, key=lambda r: (r.value if r.higher_is_better else -r.value, r.created_at))
+        found.append(Baseline("best", best, len(candidates)))
+    elif baseline != "last":
+        found += [Baseline("named", record, 1) for record in records if record.run == baseline]
+    return [one for i, one in enumerate(found) if not i or one.record.run != found[0].record.run]
+
+
+def check_baseline(validation: Validation, home: Tables, model: str) -> None:
+    """Raise `InvalidCall` if the validation names a run as its baseline that is none of this model's."""
+    if validation.baseline in ("best", "last") or not validation.max_regression:
+        return
+    runs = [r.run for dataset in validation.datasets for r in records_of(home, model, dataset.identifier)]
+    if validation.baseline not in runs:
+        latest = ", ".join(dict.fromkeys(reversed(runs[-3:]))) or "none yet"
+        raise InvalidCall(
+            f"baseline={validation.baseline!r} is no run of {model!r} on these data sets; the latest are "
+            f'{latest}. Give one of the column `run` of `_metric_values`, "best", or "last"'
+        )
 
 
 def record(

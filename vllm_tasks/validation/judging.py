@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,16 +13,29 @@ from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.measure import Answer
 from vllm_tasks.rows import error_in_words
 from vllm_tasks.validation import Metric, Validation, history
-from vllm_tasks.validation.gate import verdict
+from vllm_tasks.validation.gate import against_runs, corrected, number_of_tests, verdict
 from vllm_tasks.validation.predictions import Source
-from vllm_tasks.validation.report import ChangedRow, DatasetReport, Record, WorstRow
-from vllm_tasks.validation.scores import Scored, compared, row_scores, score
+from vllm_tasks.validation.report import Against, ChangedRow, DatasetReport, Record, WorstRow
+from vllm_tasks.validation.scores import SEED, Scored, row_scores, score, sides_of
 from vllm_tasks.validation.snapshot import Snapshot
-from vllm_tasks.validation.statistics import Paired
+from vllm_tasks.validation.statistics import ALPHA, Sides, familywise, paired
 
 logger = logging.getLogger(__name__)
 
 Scores = dict[str, dict[int, float | None]]
+FEW_RUNS = (
+    "load moves all rows of a run, which is thus one observation: of {} earlier runs needed, there are {}"
+)
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """An earlier run beside this one, by metric."""
+
+    answers: dict[str, list[Answer]]
+    sides: dict[str, Sides]
+    p_worse: dict[str, float]
+    """Those of all metrics with a limit, as one test."""
 
 
 @dataclass(frozen=True)
@@ -37,29 +51,25 @@ class Judging:
         self, run: str, answers: Mapping[str, list[Answer]], past: Sequence[Record]
     ) -> tuple[DatasetReport, Scores]:
         """The report of `run`, and all scores by metric and row; `answers` has the answers by predict_id."""
-        on_error = self.validation.on_error
-        earlier: dict[tuple[str, str], list[Answer] | None] = {}
-        values, verdicts, changed, worst, tables = [], [], [], [], {}
-        scores: Scores = {}
+        on_error, clusters = self.validation.on_error, self.snapshot.clusters()
+        scored = {
+            metric.identifier: score(
+                metric, answers[self.sources[metric.identifier].predict_id], on_error, clusters
+            )
+            for metric in self.validation.metrics
+        }
+        against, changed = self._against(scored, answers, past, clusters)
+        worst: list[WorstRow] = []
         for metric in self.validation.metrics:
-            name, source = metric.identifier, self.sources[metric.identifier]
-            now = answers[source.predict_id]
-            scored = score(metric, now, on_error)
-            values.append(scored.value)
-            scores[name] = {case.row: scored.scores.get(case.row) for case in self.snapshot.cases}
-            if scored.table is not None:
-                tables[name] = scored.table
-            worst += self._worst(metric, scored, now)
-            before = history.last_passed(past, self.snapshot.hash, source.predict_id, name)
-            paired = None
-            if before is not None and metric.measure().kind != "set":
-                key = source.predict_id, before.answers
-                if key not in earlier:
-                    earlier[key] = self._earlier(source, before)
-                paired, rows = self._compared(metric, scored, earlier[key], now)
-                changed += rows
-            against = before.run if before is not None and paired is not None else None
-            verdicts.append(verdict(self.validation, self.snapshot.dataset, scored.value, paired, against))
+            now = answers[self.sources[metric.identifier].predict_id]
+            worst += self._worst(metric, scored[metric.identifier], now)
+        values = [one.value for one in scored.values()]
+        verdicts = [
+            verdict(self.validation, self.snapshot.dataset, value, *against[value.metric]) for value in values
+        ]
+        rows = [case.row for case in self.snapshot.cases]
+        scores = {name: {row: one.scores.get(row) for row in rows} for name, one in scored.items()}
+        tables = {name: one.table for name, one in scored.items() if one.table is not None}
         own = answers[next(iter(answers))]
         report = DatasetReport(
             dataset=self.snapshot.dataset,
@@ -80,26 +90,82 @@ class Judging:
         )
         return report, scores
 
-    def _earlier(self, source: Source, record: Record) -> list[Answer] | None:
-        try:
-            return source.answers(self.home, record.answers, self.snapshot)
-        except InvalidCall as error:
-            logger.warning("the run %s cannot be used for comparison: %s", record.run, error)
-            return None
+    def _against(
+        self,
+        scored: Mapping[str, Scored],
+        answers: Mapping[str, list[Answer]],
+        past: Sequence[Record],
+        clusters: Sequence[int],
+    ) -> tuple[dict[str, tuple[list[Against], str | None]], list[ChangedRow]]:
+        """By metric: the comparisons with its baselines, and why they are no test if they are none. And the
+        rows that changed since the last run that passed."""
+        dataset = self.snapshot.dataset
+        tests = number_of_tests(self.validation, dataset)
+        earlier: dict[str, _Earlier] = {}
+        found: dict[str, tuple[list[Against], str | None]] = {}
+        changed: list[ChangedRow] = []
+        for metric in self.validation.metrics:
+            name, measure = metric.identifier, metric.measure()
+            outputs = self.sources[name].predict_id
+            records = history.comparable(past, self.snapshot.hash, outputs, name)
+            threshold, limit = self.validation.limits(dataset, name)
+            chosen = history.baselines(records, self.validation.baseline, threshold)
+            if not chosen or measure.kind == "set":
+                found[name] = [], None
+                continue
+            if measure.of_load:
+                among = against_runs(scored[name].value, chosen[0], records, tests)
+                few = tests / (1 + len(records)) > ALPHA
+                found[name] = (
+                    [among],
+                    FEW_RUNS.format(math.ceil(tests / ALPHA) - 1, len(records)) if few else None,
+                )
+                continue
+            limited = limit is not None
+            # As many as there could be: whether two are one run depends on their values, which is chance.
+            two = self.validation.baseline == "best" and sum(record.passed for record in records) > 1
+            most = 2 if two else len(chosen)
+            pairs = []
+            for baseline in chosen if limited else chosen[:1]:
+                run = baseline.record.answers
+                if run not in earlier:
+                    earlier[run] = self._earlier(run, answers, clusters)
+                if name not in earlier[run].sides:
+                    continue
+                p = corrected(earlier[run].p_worse[name], baseline, most, tests) if limited else None
+                both = paired(earlier[run].sides[name], clusters, SEED)
+                pairs.append(Against(baseline.kind, baseline.record.run, both, p))
+                if baseline is chosen[0]:
+                    before = earlier[run].answers[name]
+                    changed += self._changed(metric, scored[name], before, answers[outputs])
+            found[name] = pairs, None
+        return found, changed
 
-    def _compared(
-        self, metric: Metric, now: Scored, before: Sequence[Answer] | None, after: Sequence[Answer]
-    ) -> tuple[Paired | None, list[ChangedRow]]:
-        """The comparison with the run before. It is empty if that run cannot be scored, for example because
-        all its rows failed; this run is valid all the same."""
-        if before is None:
-            return None, []
-        try:
-            paired = compared(metric, before, after, self.validation.on_error)
-            return paired, self._changed(metric, now, before, after)
-        except InvalidCall as error:
-            logger.warning("%s: the last run that passed cannot be scored: %s", metric.identifier, error)
-            return None, []
+    def _earlier(self, run: str, now: Mapping[str, list[Answer]], clusters: Sequence[int]) -> _Earlier:
+        """An earlier run beside this one. Metrics by which it cannot be scored are left out, for example
+        because all its rows failed; this run is valid all the same."""
+        read: dict[str, list[Answer]] = {}
+        before: dict[str, list[Answer]] = {}
+        sides: dict[str, Sides] = {}
+        for metric in self.validation.metrics:
+            name, source = metric.identifier, self.sources[metric.identifier]
+            if metric.measure().kind == "set" or metric.measure().of_load:
+                continue
+            try:
+                if source.predict_id not in read:
+                    read[source.predict_id] = source.answers(self.home, run, self.snapshot)
+                before[name] = read[source.predict_id]
+                sides[name] = sides_of(metric, before[name], now[source.predict_id], self.validation.on_error)
+            except InvalidCall as error:
+                logger.warning(
+                    "%s: the run %s cannot be scored, so it cannot be used for comparison: %s",
+                    name,
+                    run,
+                    error,
+                )
+        limited = [n for n in sides if self.validation.limits(self.snapshot.dataset, n)[1] is not None]
+        p_worse = familywise([sides[name] for name in limited], clusters, SEED)
+        return _Earlier(before, sides, dict(zip(limited, p_worse, strict=True)))
 
     def _worst(self, metric: Metric, now: Scored, answers: Sequence[Answer]) -> list[WorstRow]:
         """The `rows_shown` worst rows. They need no other run, so the report of a first run has them too."""

@@ -21,6 +21,7 @@ from vllm_tasks.artifacts import (
 from vllm_tasks.metrics.measure import Confusion, Reliability
 from vllm_tasks.printable import one_line
 from vllm_tasks.validation.axis import drawable
+from vllm_tasks.validation.history import began
 from vllm_tasks.validation.picture import Row, compare_svg, markdown_image, picture_of
 from vllm_tasks.validation.report import (
     ChangedRow,
@@ -110,6 +111,8 @@ def _standing(standing: Standing, top: float) -> list[str]:
 
 
 def _difference(paired: Paired) -> str:
+    if math.isnan(paired.low):
+        return f"{paired.difference:+.3g}"
     return f"{paired.difference:+.3g} ({paired.low:+.3g} to {paired.high:+.3g}, p={paired.p_different:.2g})"
 
 
@@ -139,12 +142,38 @@ def markdown_of(model: str, report: DatasetReport) -> str:
 def _parts(model: str, report: DatasetReport) -> Iterator[str]:
     yield f"# {words(model)} on {words(report.dataset)}"
     yield "**Passed.**" if not report.reasons else "**Failed.** " + "; ".join(map(words, report.reasons))
-    head = "metric", "value", "95 % interval", "rows", "against the last passed run", "limits"
     pairs = list(zip(report.values, report.verdicts, strict=True))
-    yield markdown_table(head, [_line(value, verdict) for value, verdict in pairs])
-    if any(verdict.untested for verdict in report.verdicts):
-        yield "Not tested: no earlier run over these rows passed and can be compared."
+    further = {
+        one.kind: f"against the {one.kind} run" for _, v in pairs for one in v.against if one.kind != "last"
+    }
+    head = (
+        "metric",
+        "value",
+        "95 % interval",
+        "rows",
+        "against the last passed run",
+        *further.values(),
+        "limits",
+    )
+    yield markdown_table(head, [_line(value, verdict, list(further)) for value, verdict in pairs])
+    notes = [
+        f"{value.metric}: approximate interval, {value.approximate}"
+        for value in report.values
+        if value.approximate
+    ]
+    notes += [
+        f"{verdict.metric}: not tested, {verdict.untested}" for verdict in report.verdicts if verdict.untested
+    ]
+    notes += [f"{verdict.metric}: {verdict.power}" for verdict in report.verdicts if verdict.power]
+    if notes:
+        yield "\n".join(f"- {words(note)}." for note in notes)
     yield _counts(report)
+    if report.resumed_at is not None:
+        yield (
+            f"**Resumed** at {report.resumed_at:%Y-%m-%d %H:%M:%S} UTC; the run began at "
+            f"{began(report.answers):%Y-%m-%d %H:%M:%S} UTC. Answers from before are part of it; "
+            "`resume=False` processes all rows anew."
+        )
     yield markdown_image(picture_of(report), ", ".join(f"{value.metric} {value}" for value in report.values))
     for value in report.values:
         runs = [record for record in report.history if record.metric == value.metric][-RUNS_LISTED:]
@@ -185,11 +214,17 @@ def _counts(report: DatasetReport) -> str:
         if report.truncated
         else "no answer was truncated"
     )
-    return f"{report.rows:,} rows; {failed}; {truncated}."
+    of = max((value.clusters or report.rows for value in report.values), default=report.rows)
+    most = max((value.n for value in report.values), default=report.rows)
+    rows = f"{report.rows:,} rows"
+    if of < most:
+        rows += f" in {of:,} clusters (equal inputs, or an equal value in the cluster column)"
+    return f"{rows}; {failed}; {truncated}."
 
 
-def _line(value: Value, verdict: Verdict) -> list[str]:
+def _line(value: Value, verdict: Verdict, further: Sequence[str]) -> list[str]:
     change = "no run to compare with" if verdict.paired is None else _difference(verdict.paired)
+    others: dict[str, str] = {one.kind: _difference(one.paired) for one in verdict.against}
     limits = []
     if verdict.threshold is not None:
         limits.append(f"{'≥' if value.higher_is_better else '≤'} {verdict.threshold:g}")
@@ -200,9 +235,10 @@ def _line(value: Value, verdict: Verdict) -> list[str]:
     return [
         f"{words(value.metric)} {arrow}",
         f"**{value.value:.4g}**",
-        f"{value.low:.4g} to {value.high:.4g}",
+        f"{value.low:.4g} to {value.high:.4g}" + (" (approximate)" if value.approximate else ""),
         f"{value.n:,}" + (f" ({value.failed:,} failed)" if value.failed else ""),
         change,
+        *(others.get(kind, "the last passed run") for kind in further),
         ", ".join(limits) or "none",
     ]
 

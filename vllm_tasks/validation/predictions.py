@@ -7,6 +7,7 @@ All runs of a model on a data set share one outputs table, `_outputs__<model>-on
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -42,6 +43,9 @@ from vllm_tasks.validation.snapshot import Case, Snapshot
 Row = dict[str, Any]
 PLAIN = [("output", "str")]
 """The columns of an outputs table whose answers are plain texts."""
+ON = "-on-"
+HASHED = re.compile(r"-[0-9a-f]{8}$")
+"""The end of names that end with a hash."""
 LONGEST_ID = 53
 """Bytes of a predict_id: `_outputs__` and a longer one would exceed PostgreSQL's limit for a name."""
 KEPT = "_error", "_finish_reason", "_prompt_tokens", "_completion_tokens", "_seconds"
@@ -73,15 +77,19 @@ def packed(call: Call, X: Columns, sampling_columns: Mapping[str, str] | None = 
 def predict_id_of(model: str, dataset: str, decoder: RowDecoder, suffix: str | None = None) -> str:
     """The predict_id of a model's outputs on a data set; answers of another shape get another table.
 
-    A name that is too long for a table is shortened and ends with its hash, which keeps it distinct.
+    It is `<model>-on-<dataset>` for plain texts. Every name that could also be that of other outputs ends
+    with a hash of what it stands for: model `a` on the set `b-on-c` is not model `a-on-b` on the set `c`. So
+    does a name that is too long for a table, which is shortened.
     """
-    name = f"{model}-on-{dataset}" if suffix is None else f"{model}-on-{dataset}-{suffix}"
+    name = f"{model}{ON}{dataset}" if suffix is None else f"{model}{ON}{dataset}-{suffix}"
     shape = [(column.name, column.kind) for column in stored_columns(decoder)]
-    if shape != PLAIN or decoder.flatten:
-        name += f"-{fingerprint({'columns': shape, 'flatten': decoder.flatten})[:8]}"
-    if len(name.encode()) <= LONGEST_ID:
+    plain = suffix is None and shape == PLAIN and not decoder.flatten and not HASHED.search(dataset)
+    is_split_once = sum(name.startswith(ON, i) for i in range(len(name))) == 1
+    if plain and is_split_once and len(name.encode()) <= LONGEST_ID:
         return name
-    end = f"-{fingerprint({'name': name})[:8]}"
+    end = (
+        f"-{fingerprint({'of': [model, dataset, suffix], 'columns': shape, 'flatten': decoder.flatten})[:8]}"
+    )
     return name.encode()[: LONGEST_ID - len(end)].decode(errors="ignore") + end
 
 

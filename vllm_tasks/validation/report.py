@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +30,10 @@ class Value:
     truncated: int
     on_error: OnError
     higher_is_better: bool
+    clusters: int | None = None
+    """Rows that are independent of each other, a cluster of rows as one; None: not known."""
+    approximate: str | None = None
+    """Why the interval may hold the true value less often than 95 times of 100; None if it is tested to."""
 
     def __str__(self) -> str:
         return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g}, n={self.n:,})"
@@ -68,19 +73,43 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Against:
+    """The comparison of one metric with an earlier run."""
+
+    kind: Literal["last", "best", "named"]
+    """The last run that passed, the best of them, or the run that the validation names."""
+    run: str
+    paired: Paired
+    p_worse: float | None
+    """The p-value that the gate goes by: `paired.p_worse` where it counts all limits, baselines and data sets
+    of the verdict, see `vllm_tasks.validation.gate`. None without a `max_regression`."""
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """The gate's decision on one metric. `paired` compares with the last run that passed; None without
-    one."""
+    """The gate's decision on one metric."""
 
     metric: str
     threshold: float | None
     max_regression: float | None
-    paired: Paired | None
-    compared_with: str | None
-    untested: bool
-    """There is a `max_regression`, but no run to compare with."""
+    against: tuple[Against, ...]
+    """The last run that passed first; empty if there is no run to compare with."""
+    untested: str | None
+    """Why `max_regression` could not be tested; None if it was, or if there is none."""
     reason: str | None
     """Why the metric did not pass; None if it passed."""
+    power: str | None = None
+    """How often the rows show a drop, and how many it takes; None without a `max_regression`."""
+
+    @property
+    def paired(self) -> Paired | None:
+        """The comparison with the last run that passed; None without one."""
+        return self.against[0].paired if self.against else None
+
+    @property
+    def compared_with(self) -> str | None:
+        """The last run that passed; None without one."""
+        return self.against[0].run if self.against else None
 
 
 @dataclass(frozen=True)
@@ -134,6 +163,8 @@ class DatasetReport:
     """The worst rows of each metric, worst first, without rows that have the best possible score."""
     tables: dict[str, Table] = field(default_factory=dict, repr=False)
     """Confusion tables, and tables of reliability, by metric."""
+    resumed_at: datetime | None = None
+    """When this call resumed an interrupted run; None if it processed or scored all rows itself."""
 
     @property
     def answers(self) -> str:
@@ -207,13 +238,8 @@ class Comparison:
     def __str__(self) -> str:
         lines = [f"against {self.models[0]}:"]
         for s in self.standings:
-            change = (
-                ""
-                if s.paired is None
-                else (
-                    f", {s.paired.difference:+.4g} ({s.paired.low:+.4g} to {s.paired.high:+.4g}, "
-                    f"p={s.paired.p_different:.2g})"
-                )
-            )
+            change = "" if s.paired is None else f", {s.paired.difference:+.4g}"
+            if s.paired is not None and not math.isnan(s.paired.low):
+                change += f" ({s.paired.low:+.4g} to {s.paired.high:+.4g}, p={s.paired.p_different:.2g})"
             lines.append(f"  {s.dataset} {s.metric}: {s.model} {s.value}{change}")
         return "\n".join(lines)

@@ -75,7 +75,7 @@ def generator(seed: int, use: str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64([seed % 2**64, *use.encode()]))
 
 
-def _chunks(size: int, width: int) -> Iterator[int]:
+def chunks(size: int, width: int) -> Iterator[int]:
     """Split `size` into parts; a part, as rows of this width, has at most `CHUNK` numbers."""
     part = max(1, CHUNK // max(1, width))
     for start in range(0, size, part):
@@ -86,7 +86,7 @@ def draws(rng: np.random.Generator, counts: Counts, size: int) -> Iterator[Array
     """How often each distinct row is drawn, for `size` samples, each with as many rows as the input."""
     n, distinct = int(counts.sum()), len(counts)
     owners = np.repeat(np.arange(distinct), counts)
-    for part in _chunks(size, n):
+    for part in chunks(size, n):
         if few(counts):
             drawn = owners[rng.integers(0, n, (part, n))] + distinct * np.arange(part)[:, None]
             times = np.bincount(drawn.ravel(), minlength=part * distinct).reshape(part, distinct)
@@ -97,7 +97,7 @@ def draws(rng: np.random.Generator, counts: Counts, size: int) -> Iterator[Array
 
 def random_swaps(rng: np.random.Generator, counts: Counts, size: int) -> Iterator[Array]:
     """How many occurrences of each distinct row are swapped, `size` times; each swap has probability 1/2."""
-    for part in _chunks(size, len(counts)):
+    for part in chunks(size, len(counts)):
         if counts.max() == 1:
             yield rng.integers(0, 2, (part, len(counts)), dtype=np.uint8).astype(np.float64)
         else:

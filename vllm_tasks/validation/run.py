@@ -19,6 +19,7 @@ def validate(
     *,
     db: Datalayer | str | None = None,
     datasets: Sequence[str] | None = None,
+    resume: bool = True,
     reuse: bool = False,
     retry_failed: bool = False,
     max_failed: float | int | None = 0.05,
@@ -30,17 +31,19 @@ def validate(
     """Predict on the data sets of `validation`, score the answers, and record the values.
 
     Each call processes all rows again, because the weights behind a name may have changed. A run that was
-    interrupted within the last 12 hours resumes, and no row of it is sent twice. All data sets of a call are
-    recorded together, after the last one. The values are written to `model.metric_values[dataset][metric]`
-    and to the tables `_metric_values` and `_metric_scores` of the datalayer. A model that misses its limits
-    raises no exception here: see `passed` and `reasons` of the report. Other failures raise the exceptions of
-    `predict_in_db`.
+    interrupted within the last 12 hours resumes, unless `resume` is False, and no row of it is sent twice.
+    All data sets of a call are recorded together, after the last one. The values are written to
+    `model.metric_values[dataset][metric]` and to the tables `_metric_values` and `_metric_scores` of the
+    datalayer. A model that misses its limits raises no exception here: see `passed` and `reasons` of the
+    report. Other failures raise the exceptions of `predict_in_db`.
 
     Args:
         model: The model to validate.
         validation: Data sets, metrics and limits; None: the model's own.
         db: A `Datalayer` or its URL, for predictions and history; None: the model's own.
         datasets: Identifiers of the data sets to use; None: all of them.
+        resume: Whether an interrupted run of the last 12 hours resumes. With False all rows are processed
+            anew, and the interrupted run is never resumed again: its server may have had the wrong weights.
         reuse: Score the answers of the last run with the same model, prompt and sampling, if there is one.
             This needs known weights: a local folder, or a revision that is a commit hash.
         retry_failed: Process the failed rows of an interrupted run again.
@@ -55,7 +58,8 @@ def validate(
         The values with their intervals, the verdicts, and the rows that changed, for each data set.
 
     Raises:
-        InvalidCall: The call cannot succeed, or too many rows failed in an earlier part of the run.
+        InvalidCall: The call cannot succeed (`reuse` with `resume=False` contradict each other), or too many
+            rows failed in an earlier part of the run.
         TooManyFailed: More than `max_failed` rows failed; nothing is recorded.
     """
     from vllm_tasks.validation.scoring_run import scored  # numpy, pyarrow and DuckDB take 0.7 s to import
@@ -72,6 +76,7 @@ def validate(
         call,
         db,
         datasets,
+        resume,
         reuse,
         retry_failed,
         max_failed,

@@ -45,6 +45,7 @@ def scored(
     call: Call,
     db: Datalayer | str | None,
     datasets: Sequence[str] | None,
+    resume: bool,
     reuse: bool,
     retry_failed: bool,
     max_failed: float | int | None,
@@ -55,19 +56,35 @@ def scored(
     """See `vllm_tasks.validation.run.validate`."""
     chosen = _chosen(validation, datasets)
     check_max_failed(max_failed)
+    if reuse and not resume:
+        raise InvalidCall(
+            "reuse=True scores answers of an earlier run, and resume=False processes all rows anew: give one"
+        )
     if reuse:
         _refuse_unknown_weights(call.engine)
     home = datalayer_of(db, model).tables()
     try:
         own = call.of_rows.check_columns(sampling_columns)
         calls = Calls.of(call, validation.key[0], own)
-        run = _Run(model, validation, calls, home, reuse, retry_failed, max_failed, flow_run, display or _log)
+        run = _Run(
+            model,
+            validation,
+            calls,
+            home,
+            resume,
+            reuse,
+            retry_failed,
+            max_failed,
+            flow_run,
+            display or _log,
+        )
         rows = [take_snapshot(dataset, columns_of(validation, model, own), home) for dataset in chosen]
         for snapshot in rows:
             for source in distinct_of(sources_of(calls, validation.metrics, snapshot.dataset).values()):
                 source.check(snapshot)
             for metric in validation.metrics:
                 check(metric, snapshot, calls.own.decoder)
+        history.check_baseline(validation, home, model.identifier)
         # All data sets are processed before any is recorded, so that an interrupted call resumes as a unit.
         found = run.recorded([run.found(snapshot) for snapshot in rows])
     finally:
@@ -120,7 +137,7 @@ def columns_of(validation: Validation, model: Validated, own: Mapping[str, str] 
             "multiple_choice needs options={'choices': 'column'}, the same for all metrics with choices"
         )
     inputs = tuple(dict.fromkeys((*inputs, *(own or {}).values())))
-    return Columns(inputs, target, next(iter(named), None))
+    return Columns(inputs, target, next(iter(named), None), validation.cluster)
 
 
 def sources_of(calls: Calls, metrics: Sequence[Metric], dataset: str) -> dict[str, Source]:
@@ -162,6 +179,7 @@ class _Run:
     validation: Validation
     calls: Calls
     home: Tables
+    resume: bool
     reuse: bool
     retry_failed: bool
     max_failed: float | int | None
@@ -172,7 +190,7 @@ class _Run:
         """Process one data set: predict, score, compare."""
         sources = sources_of(self.calls, self.validation.metrics, snapshot.dataset)
         distinct = distinct_of(sources.values())
-        answers_run = self._answers_run(snapshot, distinct[0])
+        answers_run, resumed_at = self._answers_run(snapshot, distinct[0])
         may_fail = self._may_fail(len(snapshot.cases))
         round_ = Round(self.home, answers_run, may_fail, len(snapshot.cases), self.retry_failed, self.display)
         processed = sum(source.process(round_, snapshot) for source in distinct)
@@ -183,7 +201,7 @@ class _Run:
         scored_before = any(record.answers == answers_run for record in past)
         run = history.new_run(snapshot.hash) if scored_before else answers_run
         report, scores = Judging(self.validation, self.home, snapshot, sources).judged(run, answers, past)
-        report = replace(report, processed=processed)
+        report = replace(report, processed=processed, resumed_at=resumed_at)
         return Found(report, self._records(snapshot, sources, report, answers_run), scores)
 
     def recorded(self, found: Sequence[Found]) -> tuple[DatasetReport, ...]:
@@ -197,16 +215,20 @@ class _Run:
 
     # ------------------------------------------------------------------ predicting
 
-    def _answers_run(self, snapshot: Snapshot, first: Source) -> str:
-        """The run to resume or, with `reuse`, to score again; otherwise a new one. The first source decides:
-        later sources depend on it, and rows that they have no answer for are processed."""
+    def _answers_run(self, snapshot: Snapshot, first: Source) -> tuple[str, datetime | None]:
+        """The run to resume, and the time now; or the run to score again, with `reuse`; otherwise a new one.
+        The first source decides: later sources depend on it, and rows that they have no answer for are
+        processed."""
         of_first = self.home, first.predict_id, snapshot.hash, first.over.fingerprint
         if self.reuse and (runs := history.runs_with_answers(*of_first)):
-            return max(runs, key=history.began)
-        if run := history.interrupted(*of_first, self.model.identifier, snapshot.dataset):
-            logger.info("%s on %s: resuming the run %s", self.model.identifier, snapshot.dataset, run)
-            return run
-        return history.new_run(snapshot.hash)
+            return max(runs, key=history.began), None
+        if self.resume and (run := history.interrupted(*of_first, self.model.identifier, snapshot.dataset)):
+            logger.info(
+                "%s on %s: resuming the run %s, which began at %s; resume=False processes all rows anew",
+                self.model.identifier, snapshot.dataset, run, f"{history.began(run):%Y-%m-%d %H:%M:%S} UTC",
+            )  # fmt: skip
+            return run, datetime.now(UTC)
+        return history.new_run(snapshot.hash), None
 
     def _may_fail(self, rows: int) -> int | None:
         """The number of these rows that may fail; None for any number."""

@@ -39,6 +39,8 @@ class Case:
     target: Any
     """The known answer as metrics compare it: see `expected`."""
     choices: list[Any] | None = None
+    cluster: Any = None
+    """The value of the cluster column; None without one."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,26 @@ class Snapshot:
     """The hash of all rows: 64 hexadecimal digits."""
     cases: list[Case]
 
+    def clusters(self) -> list[int]:
+        """For each row, the first row that it is not independent of: one with equal inputs, or with an equal
+        value in the cluster column, or one that such rows connect it with."""
+        first: dict[str, int] = {}
+        leader = list(range(len(self.cases)))
+
+        def found(row: int) -> int:
+            while leader[row] != row:
+                leader[row] = row = leader[leader[row]]
+            return row
+
+        for case in self.cases:
+            marks = [exact_json.identity(["input", case.inputs])]
+            if case.cluster is not None:
+                marks.append(exact_json.identity(["cluster", case.cluster]))
+            for mark in marks:
+                one, other = sorted((found(case.row), found(first.setdefault(mark, case.row))))
+                leader[other] = one
+        return [found(row) for row in leader]
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -59,10 +81,11 @@ class Columns:
     inputs: tuple[str, ...]
     target: str
     choices: str | None = None
+    cluster: str | None = None
 
     @property
     def all(self) -> list[str]:
-        extra = () if self.choices is None else (self.choices,)
+        extra = [name for name in (self.choices, self.cluster) if name is not None]
         return list(dict.fromkeys((*self.inputs, self.target, *extra)))
 
 
@@ -102,7 +125,7 @@ def has_rows(home: Tables, table: str) -> bool:
 def _spec(dataset: Dataset, columns: Columns) -> str:
     """A hash of all that decides the rows of a pinned set, so that another sample gets another snapshot."""
     drawn_by = dataset.model_dump(include={"select", "raw_data", "db", "sample_size", "random_seed"})
-    text = canonical([drawn_by, columns.inputs, columns.target, columns.choices])
+    text = canonical([drawn_by, columns.inputs, columns.target, columns.choices, *_given(columns.cluster)])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -168,8 +191,14 @@ def _case(dataset: Dataset, i: int, values: Mapping[str, Any], columns: Columns)
             "such rows out, or CAST the column in the SELECT"
         ) from error
     choices = None if columns.choices is None else values[columns.choices]
+    cluster = None if columns.cluster is None else values[columns.cluster]
     # Through JSON and back, so that a resumed run, which reads the snapshot, has the same values.
-    return Case(i, *exact_json.loads(exact_json.dumps([inputs, target, choices])))
+    return Case(i, *exact_json.loads(exact_json.dumps([inputs, target, choices, cluster])))
+
+
+def _given(cluster: Any) -> list[Any]:
+    """A list with the cluster if there is one, so that hashes of sets without clusters are as they were."""
+    return [] if cluster is None else [cluster]
 
 
 def _refuse_nulls(dataset: Dataset, columns: Columns, cases: Sequence[Case]) -> None:
@@ -185,7 +214,10 @@ def _refuse_nulls(dataset: Dataset, columns: Columns, cases: Sequence[Case]) -> 
 def _hash(cases: Iterable[Case]) -> str:
     digest = hashlib.sha256()
     for case in cases:
-        digest.update(exact_json.identity([case.inputs, case.target, case.choices]).encode() + b"\n")
+        digest.update(
+            exact_json.identity([case.inputs, case.target, case.choices, *_given(case.cluster)]).encode()
+            + b"\n"
+        )
     return digest.hexdigest()
 
 
@@ -197,16 +229,25 @@ def _as_table(cases: Sequence[Case]) -> pa.Table:
     }
     if cases[0].choices is not None:
         columns["choices"] = [exact_json.dumps(case.choices) for case in cases]
+    if any(case.cluster is not None for case in cases):
+        columns["cluster"] = [exact_json.dumps(case.cluster) for case in cases]
     return pa.table(columns)
 
 
 def _stored(home: Tables, table: str, columns: Columns) -> list[Case]:
-    names = ["row", "input", "target", *(["choices"] if columns.choices is not None else [])]
+    extra = [name for name in ("choices", "cluster") if getattr(columns, name) is not None]
+    names = ["row", "input", "target", *extra]
     rows = sorted(
         (row for batch in home.read(table, names) for row in batch), key=lambda row: int(row["row"])
     )
     read = exact_json.loads
     return [
-        Case(row["row"], read(row["input"]), read(row["target"]), read(row.get("choices") or "null"))
+        Case(
+            row["row"],
+            read(row["input"]),
+            read(row["target"]),
+            read(row.get("choices") or "null"),
+            read(row.get("cluster") or "null"),
+        )
         for row in rows
     ]
