@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import insort
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from vllm_tasks.rows import Attempted, Completion, Result, RowError, reason_of, 
 EXAMPLES = 5
 """Keys that are listed for each kind of error."""
 WORST = 50
-"""Failed rows whose key and message are kept for the table of errors."""
+"""Failed rows whose key and message are kept for the table of errors, and rows for that of reviews."""
 SAMPLE_LENGTH = 500
 """Characters of a sample answer that are kept."""
 LINE_LENGTH = 200
@@ -56,6 +57,15 @@ class ErrorKind:
 
 
 @dataclass(frozen=True)
+class ReviewRow:
+    """One row that the run marked for a person: the model's label and its probability."""
+
+    key: tuple[Any, ...]
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True)
 class Sample:
     """One answer of a run, for people to look at: the first choice, or the beginning of a long one."""
 
@@ -79,7 +89,8 @@ class Report:
     parts, which overlap: `check` (the call, the source and its keys), `first_row` (from the start to the
     first row that was sent), `read` (source and prompts), `answer` (from the first row sent to the last
     answer), `commit`.
-    `to_review` is how many rows were marked for a person (`review_below` of `Classes`).
+    `to_review` is how many rows were marked for a person (`review_below` of `Classes`), and `reviews` are
+    the least probable of them.
     `unreported_shards` is the number of shards that were cancelled, because another one had failed, and that
     did not report what they had committed by then: no count includes their rows. `reasked` is the number of
     rows with more than one attempt (`repair`, `resample`), and `repaired` how many of them have an output.
@@ -114,6 +125,7 @@ class Report:
     reasked: int = 0
     repaired: int = 0
     to_review: int = 0
+    reviews: tuple[ReviewRow, ...] = field(default=(), repr=False)
 
     @property
     def sent_as(self) -> str:
@@ -158,6 +170,7 @@ class Report:
             errors=_merged([e for r in reports for e in r.errors]),
             worst=_some_of_each_kind([row for r in reports for row in r.worst]),
             samples=tuple(islice(chain.from_iterable(r.samples for r in reports), most_samples)),
+            reviews=tuple(sorted([row for r in reports for row in r.reviews], key=_doubt)[:WORST]),
             unreadable=most.unreadable,
             unreadable_lines=most.unreadable_lines,
             stopped_by=next((r.stopped_by for r in reports if r.stopped_by), None),
@@ -276,6 +289,10 @@ def _some_of_each_kind(failed: Sequence[FailedRow]) -> tuple[FailedRow, ...]:
     return tuple(found)
 
 
+def _doubt(row: ReviewRow) -> float:
+    return row.probability
+
+
 def _merged(errors: Sequence[ErrorKind]) -> tuple[ErrorKind, ...]:
     """One entry for each kind of error, the most frequent first."""
     kinds = {e.kind: [other for other in errors if other.kind == e.kind] for e in errors}
@@ -319,6 +336,8 @@ class Tally:
     repaired: int = 0
     """Those of them that have an output."""
     to_review: int = 0
+    reviews: list[ReviewRow] = field(default_factory=list)
+    """The least probable of them, by probability."""
     unreadable: int = 0
     unreadable_lines: list[str] = field(default_factory=list)
     _first: set[tuple[Any, ...]] = field(default_factory=set)
@@ -390,6 +409,12 @@ class Tally:
             self.worst.append(FailedRow(key, outcome.kind, outcome.message))
         if len(keys) < EXAMPLES:
             keys.append(key)
+
+    def review(self, row: ReviewRow) -> None:
+        """Count one row that is marked for a person."""
+        self.to_review += 1
+        insort(self.reviews, row, key=_doubt)
+        del self.reviews[WORST:]
 
     @property
     def done(self) -> int:
