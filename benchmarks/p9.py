@@ -24,7 +24,7 @@ from benchmarks.pairs import summarize
 from vllm_tasks._prefect.commits import InPrefect
 from vllm_tasks.results import Report
 from vllm_tasks.tables import predict_in_db
-from vllm_tasks.tables.report import Progress
+from vllm_tasks.tables.progress import Progress
 
 ROWS = 50_000
 

@@ -29,7 +29,8 @@ from vllm_tasks.rows import CAUSES, cause_of
 from vllm_tasks.tables.estimates import Estimate, lines_of
 from vllm_tasks.tables.keys import display_key
 from vllm_tasks.tables.previews import Preview, as_cells
-from vllm_tasks.tables.report import Progress, Report
+from vllm_tasks.tables.progress import Progress
+from vllm_tasks.tables.report import Report
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,8 @@ from vllm_tasks._prefect.recording import emit_verdict, save_metric_values
 from vllm_tasks._prefect.row_retries import over_attempts
 from vllm_tasks._prefect.run_logs import follow
 from vllm_tasks.artifacts import show_estimate, show_preview
-from vllm_tasks.calls.call import Columns, OnError, Output
+from vllm_tasks.calls.call import OnError, Output
+from vllm_tasks.calls.columns import Columns
 from vllm_tasks.calls.prompts import Context
 from vllm_tasks.calls.signature import signed_as
 from vllm_tasks.datalayer import Datalayer

@@ -14,7 +14,8 @@ from vllm_tasks.artifacts import markdown_of
 from vllm_tasks.errors import TooManyFailed
 from vllm_tasks.placement import payload
 from vllm_tasks.results import Report
-from vllm_tasks.tables.report import ErrorKind, FailedRow, Progress
+from vllm_tasks.tables.progress import Progress
+from vllm_tasks.tables.report import ErrorKind, FailedRow
 from vllm_tasks.validation.report import ValidationReport
 
 

@@ -14,7 +14,7 @@ from tests.places import Place
 from tests.servers.scripted_server import ScriptedServer, answer_to
 from tests.tables.runs import Sent, ask, changed, there
 from vllm_tasks import InvalidCall, VllmAPI
-from vllm_tasks.calls.call import records
+from vllm_tasks.calls.columns import records
 
 
 @pytest.mark.parametrize(

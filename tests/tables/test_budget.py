@@ -13,7 +13,7 @@ from vllm_tasks import VllmAPI
 from vllm_tasks.errors import TooManyFailed
 from vllm_tasks.rows import Choice, Completion, Result, RowError
 from vllm_tasks.tables.budget import Budget
-from vllm_tasks.tables.report import Tally
+from vllm_tasks.tables.tally import Tally
 
 GOOD = Completion((Choice("x"),))
 BAD = RowError("refused", "no")

@@ -16,7 +16,7 @@ import pytest
 from tests.places import Place
 from tests.servers.scripted_server import Asked, ScriptedServer
 from vllm_tasks.tables import Log
-from vllm_tasks.tables.report import Progress
+from vllm_tasks.tables.progress import Progress
 
 SCRIPT = """
 import logging, sys, threading

@@ -17,7 +17,8 @@ from vllm_tasks.results import Report
 from vllm_tasks.tables.arguments import is_repeatable, share_of_budget
 from vllm_tasks.tables.budget import Budget
 from vllm_tasks.tables.prices import Prices
-from vllm_tasks.tables.report import Progress, Tally
+from vllm_tasks.tables.progress import Progress
+from vllm_tasks.tables.tally import Tally
 
 ROWS = 200
 TOKENS = 3 + 5

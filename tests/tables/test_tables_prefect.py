@@ -35,7 +35,8 @@ from vllm_tasks.artifacts import ProgressArtifact, asset_key, markdown_of, slug
 from vllm_tasks.errors import TooManyFailed
 from vllm_tasks.flows.batch_predict import batch_predict
 from vllm_tasks.results import Report
-from vllm_tasks.tables.report import ErrorKind, Progress
+from vllm_tasks.tables.progress import Progress
+from vllm_tasks.tables.report import ErrorKind
 
 pytestmark = IN_PREFECT
 

@@ -28,7 +28,7 @@ from vllm_tasks.placement import payload
 from vllm_tasks.placement.heartbeat import Heartbeat
 from vllm_tasks.tables import Log, Report, Terminal
 from vllm_tasks.tables.job import RETRY_DELAYS
-from vllm_tasks.tables.report import Progress
+from vllm_tasks.tables.progress import Progress
 from vllm_tasks.validation.report import ValidationReport
 
 KEPT = CommitMode.EAGER

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from vllm_tasks.calls.answers import Decoder
 from vllm_tasks.calls.chat import of_model
+from vllm_tasks.calls.columns import Columns, records
 from vllm_tasks.calls.functions import WAY_OUT
 from vllm_tasks.calls.prompt_func import Signature
 from vllm_tasks.calls.prompts import Context, Prompter, fields_of
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Columns = str | Sequence[str] | Mapping[str, str | int]
-"""A column, several columns, or a mapping from columns to arguments (names or positions)."""
 Values = Sequence[Any]
 """The values of one row, in the order of the columns."""
 OnError = Literal["raise", "return"]
@@ -313,50 +312,6 @@ class TableCall:
     model_name: str
     """The name by which the engine knows the model."""
     fingerprint: str
-
-
-def records(X: Columns, signature: Signature) -> tuple[tuple[str, ...], Callable[[Sequence[Any]], Any]]:  # noqa: N803
-    """Return the columns that `X` names, and a function from their values to a record for `signature`."""
-    if isinstance(X, Mapping):
-        columns, arguments = named_columns("X", tuple(X)), tuple(X.values())
-    else:
-        columns = named_columns("X", X)
-        arguments = tuple(range(len(columns))) if signature != "**kwargs" else columns
-    by_position = [i for i, a in enumerate(arguments) if isinstance(a, int)]
-    by_position.sort(key=lambda i: arguments[i])
-    by_name = {str(a): i for i, a in enumerate(arguments) if not isinstance(a, int)}
-    if len(by_position) + len(by_name) < len(arguments):
-        raise InvalidCall(f"X={X!r} gives two columns to one argument")
-    if [arguments[i] for i in by_position] != list(range(len(by_position))):
-        raise InvalidCall(f"X={X!r}: positions must be 0, 1, ... without a gap")
-    if signature == "singleton":
-        if len(columns) != 1:
-            raise InvalidCall(
-                f"X={X!r} names {len(columns)} columns, but with signature='singleton' a record is a single "
-                "value; use signature='**kwargs' (fields by name) or '*args' (fields by position)"
-            )
-        return columns, lambda values: values[0]
-    if signature == "*args":
-        if by_name:
-            raise InvalidCall(f"X={X!r}: signature='*args' takes positions, not the names {sorted(by_name)}")
-        return columns, lambda values: tuple(values[i] for i in by_position)
-    if signature == "**kwargs":
-        if by_position:
-            raise InvalidCall(f"X={X!r}: signature='**kwargs' takes names of arguments, not positions")
-        return columns, lambda values: {name: values[i] for name, i in by_name.items()}
-    return columns, lambda values: (
-        tuple(values[i] for i in by_position),
-        {name: values[i] for name, i in by_name.items()},
-    )
-
-
-def named_columns(name: str, given: Any) -> tuple[str, ...]:
-    columns = (given,) if not isinstance(given, Iterable) or isinstance(given, str) else tuple(given)
-    if not columns or not all(isinstance(c, str) and c for c in columns):
-        raise InvalidCall(f"{name}={given!r} must name one or more columns")
-    if len(set(columns)) < len(columns):
-        raise InvalidCall(f"{name}={columns!r} names a column twice")
-    return columns
 
 
 def identity_of(config: sharing.Config) -> tuple[str, Any]:

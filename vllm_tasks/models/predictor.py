@@ -27,7 +27,7 @@ from vllm_tasks.calls.signature import signed_as
 from vllm_tasks.engines import loop, sharing
 from vllm_tasks.engines.stopping import raise_if_stopped
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.models.fields import ModelFields
+from vllm_tasks.models.checks import ModelFields
 from vllm_tasks.rows import Completion, RowError
 from vllm_tasks.validation import run
 from vllm_tasks.validation.report import ValidationReport

@@ -20,7 +20,7 @@ from prefect.client.schemas.filters import ArtifactFilter
 from prefect.exceptions import PrefectException
 
 from vllm_tasks.placement.grace import within_grace_period
-from vllm_tasks.tables.report import Progress
+from vllm_tasks.tables.progress import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from uuid import UUID
 from prefect.client.schemas.objects import State, StateType
 
 from vllm_tasks.placement import payload
-from vllm_tasks.tables.report import Progress
+from vllm_tasks.tables.progress import Progress
 
 END_TIMEOUT = 30.0
 """Seconds for a run to end after it has reported its outcome: its machine may have died in between."""

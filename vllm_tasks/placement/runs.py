@@ -30,7 +30,7 @@ from vllm_tasks.placement.heartbeat import read_heartbeats
 from vllm_tasks.placement.part import LOST, Part, Stage
 from vllm_tasks.placement.target import Target
 from vllm_tasks.settings import site_settings
-from vllm_tasks.tables.report import Progress
+from vllm_tasks.tables.progress import Progress
 
 logger = logging.getLogger(__name__)
 

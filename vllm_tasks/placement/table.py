@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_tasks.calls.arguments import check_spelling
-from vllm_tasks.calls.call import Columns
+from vllm_tasks.calls.columns import Columns
 from vllm_tasks.calls.prompt_func import named_parameters
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.arguments import table_or_statement
@@ -24,7 +24,9 @@ from vllm_tasks.tables.arguments import datalayer_of, is_repeatable, share_of_bu
 from vllm_tasks.tables.budget import Budget
 from vllm_tasks.tables.job import Display
 from vllm_tasks.tables.predict import predict_in_db
-from vllm_tasks.tables.report import Progress, Report, Tally
+from vllm_tasks.tables.progress import Progress
+from vllm_tasks.tables.report import Report
+from vllm_tasks.tables.tally import Tally
 
 MAX_SHARDS = 1000
 """More flow runs at once than this are surely a mistake."""

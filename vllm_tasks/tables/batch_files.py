@@ -14,7 +14,8 @@ import fsspec
 from pydantic import SecretStr
 
 from vllm_tasks.calls.batch_request import line_of
-from vllm_tasks.calls.call import Columns, Model, named_columns
+from vllm_tasks.calls.call import Model
+from vllm_tasks.calls.columns import Columns, named_columns
 from vllm_tasks.calls.prompts import Context
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.opening import Store, open_tables, source_of

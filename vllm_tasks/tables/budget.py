@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.printable import printable
 from vllm_tasks.tables.prices import Prices
-from vllm_tasks.tables.report import Tally
+from vllm_tasks.tables.tally import Tally
 
 FEW = 500
 """A fraction of failed rows is taken of at least this many."""

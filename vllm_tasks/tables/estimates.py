@@ -9,7 +9,8 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vllm_tasks.calls.call import Call, Columns, Model, TableCall, named_columns
+from vllm_tasks.calls.call import Call, Model, TableCall
+from vllm_tasks.calls.columns import Columns, named_columns
 from vllm_tasks.calls.prompts import Context
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.opening import Store, name_of, open_tables, source_of
@@ -22,7 +23,7 @@ from vllm_tasks.printable import printable
 from vllm_tasks.rows import Completion, Request, Result, RowError
 from vllm_tasks.tables.arguments import datalayer_of
 from vllm_tasks.tables.prices import Prices
-from vllm_tasks.tables.report import duration
+from vllm_tasks.tables.progress import duration
 from vllm_tasks.tables.source_rows import requests_of
 from vllm_tasks.tables.totals import Total
 

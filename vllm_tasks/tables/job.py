@@ -12,7 +12,8 @@ from vllm_tasks.calls.call import TableCall
 from vllm_tasks.datalayer.selection import Row, Selection, Tables
 from vllm_tasks.tables.budget import Budget
 from vllm_tasks.tables.commit_policy import CommitPolicy
-from vllm_tasks.tables.report import Progress, Report
+from vllm_tasks.tables.progress import Progress
+from vllm_tasks.tables.report import Report
 
 RETRY_DELAYS = 1, 5, 15, 30
 """Seconds before each new attempt to reach lost tables."""

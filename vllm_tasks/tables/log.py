@@ -17,7 +17,8 @@ from rich.logging import RichHandler
 from vllm_tasks.engines.stopping import pause
 from vllm_tasks.errors import TablesUnavailable
 from vllm_tasks.tables.job import RETRY_DELAYS
-from vllm_tasks.tables.report import Progress, Report
+from vllm_tasks.tables.progress import Progress
+from vllm_tasks.tables.report import Report
 
 logger = logging.getLogger(__name__)
 package_logger = logging.getLogger("vllm_tasks")

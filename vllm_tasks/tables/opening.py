@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from vllm_tasks.calls.call import Columns, Model, named_columns, stored_columns
+from vllm_tasks.calls.call import Model, stored_columns
+from vllm_tasks.calls.columns import Columns, named_columns
 from vllm_tasks.calls.prompts import Context
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.opening import Store, open_tables, source_of

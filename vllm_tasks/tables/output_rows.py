@@ -14,7 +14,8 @@ from vllm_tasks.rows import Completion, Request, Result, RowError
 from vllm_tasks.tables.earlier import length_of_vectors
 from vllm_tasks.tables.job import Job
 from vllm_tasks.tables.keys import display_key
-from vllm_tasks.tables.report import ReviewRow, Tally
+from vllm_tasks.tables.report import ReviewRow
+from vllm_tasks.tables.tally import Tally
 
 ERROR_KEPT = 4000
 """Characters of a row's error that are kept in its output."""

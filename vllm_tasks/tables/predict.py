@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, Literal
 
-from vllm_tasks.calls.call import Columns, Model
+from vllm_tasks.calls.call import Model
+from vllm_tasks.calls.columns import Columns
 from vllm_tasks.calls.prompts import Context
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.opening import Store, name_of
@@ -20,8 +21,9 @@ from vllm_tasks.tables.counting import Counted
 from vllm_tasks.tables.job import Display, Job
 from vllm_tasks.tables.log import Terminal
 from vllm_tasks.tables.opening import check_job, open_job
-from vllm_tasks.tables.report import Report, Tally
+from vllm_tasks.tables.report import Report
 from vllm_tasks.tables.run import SHUTDOWN_TIMEOUT, Run
+from vllm_tasks.tables.tally import Tally
 
 logger = logging.getLogger(__name__)
 

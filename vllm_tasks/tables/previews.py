@@ -11,7 +11,8 @@ from typing import Any
 from uuid import uuid4
 
 from vllm_tasks.calls.answers import Decoder
-from vllm_tasks.calls.call import Call, Columns, Model, named_columns
+from vllm_tasks.calls.call import Call, Model
+from vllm_tasks.calls.columns import Columns, named_columns
 from vllm_tasks.calls.media import without_media
 from vllm_tasks.calls.prompts import Context
 from vllm_tasks.datalayer import Datalayer

@@ -1,31 +1,26 @@
-"""The result of a run over a table: the `Report`, and the `Tally` that counts finished rows."""
+"""The result of a run over a table: the `Report`."""
 
 from __future__ import annotations
 
-import time
-from bisect import insort
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
+from operator import attrgetter
 from typing import Any
 
 from vllm_tasks.printable import printable
-from vllm_tasks.rows import Attempted, Completion, Result, RowError, reason_of, without_sender
+from vllm_tasks.rows import reason_of, without_sender
+from vllm_tasks.tables.progress import sum_of_known
 
 EXAMPLES = 5
 """Keys that are listed for each kind of error."""
 WORST = 50
 """Failed rows whose key and message are kept for the table of errors, and rows for that of reviews."""
-SAMPLE_LENGTH = 500
-"""Characters of a sample answer that are kept."""
 LINE_LENGTH = 200
 """Characters that are logged about a line that could not be read."""
-FIRST = 50
-"""A run is hopeless when this many rows, the first that were sent, have all failed alike."""
-UNSENT = {"prompt", "read"}
-"""Kinds of errors of rows that were never sent: they say nothing about the rows that were."""
+
+PROBABILITY = attrgetter("probability")
 
 
 @dataclass(frozen=True)
@@ -163,18 +158,18 @@ class Report:
         }
         return replace(
             reports[0],
-            rows=None if len(reports) < shards else _sum([r.rows for r in reports]),
-            up_to_date=None if len(reports) < shards else _sum([r.up_to_date for r in reports]),
+            rows=None if len(reports) < shards else sum_of_known([r.rows for r in reports]),
+            up_to_date=None if len(reports) < shards else sum_of_known([r.up_to_date for r in reports]),
             **{name: sum(getattr(r, name) for r in reports) for name in counts},
             seconds={**longest, "total": round(total, 3)},
             errors=_merged([e for r in reports for e in r.errors]),
             worst=_some_of_each_kind([row for r in reports for row in r.worst]),
             samples=tuple(islice(chain.from_iterable(r.samples for r in reports), most_samples)),
-            reviews=tuple(sorted([row for r in reports for row in r.reviews], key=_doubt)[:WORST]),
+            reviews=tuple(sorted([row for r in reports for row in r.reviews], key=PROBABILITY)[:WORST]),
             unreadable=most.unreadable,
             unreadable_lines=most.unreadable_lines,
             stopped_by=next((r.stopped_by for r in reports if r.stopped_by), None),
-            remaining=_sum([r.remaining for r in reports]),
+            remaining=sum_of_known([r.remaining for r in reports]),
             unreported_shards=unreported,
         )
 
@@ -221,63 +216,6 @@ class Report:
         return "".join(f"; {printable(line[:LINE_LENGTH])}" for line in self.unreadable_lines[:EXAMPLES])
 
 
-@dataclass(frozen=True)
-class Progress:
-    """The progress of a run. `to_process` is None until the source has been counted; `stopped_by` is None
-    unless a budget has ended the run."""
-
-    to_process: int | None
-    succeeded: int
-    failed: int
-    tokens: int
-    seconds: float
-    stopped_by: str | None = None
-
-    @classmethod
-    def of_parts(cls, parts: Sequence[Progress], *, complete: bool) -> Progress:
-        """The sum over the parts of a run that have reported; `complete` when all parts have."""
-        return cls(
-            _sum([p.to_process for p in parts]) if complete else None,
-            sum(p.succeeded for p in parts),
-            sum(p.failed for p in parts),
-            sum(p.tokens for p in parts),
-            max([p.seconds for p in parts], default=1e-3),
-        )
-
-    @property
-    def done(self) -> int:
-        return self.succeeded + self.failed
-
-    @property
-    def seconds_left(self) -> float | None:
-        if self.to_process is None or not self.done:
-            return None
-        return max(self.to_process - self.done, 0) * self.seconds / self.done
-
-    def __str__(self) -> str:
-        of = "" if self.to_process is None else f" of {self.to_process:,}"
-        left = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
-        if self.stopped_by:
-            left = f", stopped by {self.stopped_by}"
-        return (
-            f"{self.done:,}{of} rows done, {self.failed:,} failed, {self.done / self.seconds:,.1f} rows/s, "
-            f"{self.tokens / self.seconds:,.0f} tokens/s{left}"
-        )
-
-
-def duration(seconds: float) -> str:
-    """Seconds as text for people."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours} h {m:02} min" if hours else f"{m} min {s:02} s" if m else f"{s} s"
-
-
-def _sum(numbers: Sequence[int | None]) -> int | None:
-    """The sum, None if one of the numbers is not known."""
-    known = [number for number in numbers if number is not None]
-    return sum(known) if len(known) == len(numbers) else None
-
-
 def _some_of_each_kind(failed: Sequence[FailedRow]) -> tuple[FailedRow, ...]:
     """The first `WORST` rows, and the first few of each kind: an error quotes the most frequent kind."""
     of_kind: Counter[str] = Counter()
@@ -289,10 +227,6 @@ def _some_of_each_kind(failed: Sequence[FailedRow]) -> tuple[FailedRow, ...]:
     return tuple(found)
 
 
-def _doubt(row: ReviewRow) -> float:
-    return row.probability
-
-
 def _merged(errors: Sequence[ErrorKind]) -> tuple[ErrorKind, ...]:
     """One entry for each kind of error, the most frequent first."""
     kinds = {e.kind: [other for other in errors if other.kind == e.kind] for e in errors}
@@ -301,139 +235,3 @@ def _merged(errors: Sequence[ErrorKind]) -> tuple[ErrorKind, ...]:
         for kind, same in kinds.items()
     ]
     return tuple(sorted(merged, key=lambda e: -e.rows))
-
-
-@dataclass
-class Tally:
-    """Counts finished rows. The reading thread writes what is read and sent, the committing one all else."""
-
-    started: float = field(default_factory=time.monotonic)
-    first_sent: float | None = None
-    last_answer: float | None = None
-    read: int = 0
-    succeeded: int = 0
-    failed: int = 0
-    truncated: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    uncounted: int = 0
-    """Answers whose tokens the server has not counted."""
-    commits: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    kinds: dict[str, int] = field(default_factory=dict)
-    keys: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
-    worst: list[FailedRow] = field(default_factory=list)
-    most_samples: int = 0
-    """Answers to keep as samples."""
-    samples: list[Sample] = field(default_factory=list)
-    rows: int | None = None
-    """Rows of the source, once they have been counted."""
-    stopped_by: str | None = None
-    """The argument whose limit has ended the run."""
-    replaced: int = 0
-    reasked: int = 0
-    """Rows with more than one attempt."""
-    repaired: int = 0
-    """Those of them that have an output."""
-    to_review: int = 0
-    reviews: list[ReviewRow] = field(default_factory=list)
-    """The least probable of them, by probability."""
-    unreadable: int = 0
-    unreadable_lines: list[str] = field(default_factory=list)
-    _first: set[tuple[Any, ...]] = field(default_factory=set)
-    """Keys of those among the `FIRST` rows sent that have no outcome yet."""
-    _sent: int = 0
-    """Number of rows that were ever added to `_first`."""
-
-    @classmethod
-    def of(cls, report: Report) -> Tally:
-        """The tally of a run that has ended."""
-        return cls(
-            read=report.processed,
-            succeeded=report.succeeded,
-            failed=report.failed,
-            kinds={e.kind: e.rows for e in report.errors},
-            keys={e.kind: list(e.keys) for e in report.errors},
-            worst=list(report.worst),
-            rows=report.rows,
-            unreadable=report.unreadable,
-            unreadable_lines=list(report.unreadable_lines),
-        )
-
-    def begin(self, rows: int, sent: Iterable[tuple[Any, ...]]) -> None:
-        """Count `rows` that were read; `sent` are the keys of those that are sent, in the order of sending.
-
-        To be called before any of them is finished.
-        """
-        self.read += rows
-        first = list(islice(sent, FIRST - self._sent))
-        self._first.update(first)
-        self._sent += len(first)
-
-    @property
-    def hopeless(self) -> bool:
-        """Whether all finished rows failed in one way, including the rows that were sent first."""
-        if self.done < FIRST or self.succeeded or len(self.kinds) != 1 or self._first:
-            return False
-        return not self.kinds.keys() <= UNSENT or self.done == self.read
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the block to the phase `name`."""
-        begun = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begun
-
-    def count(self, key: tuple[Any, ...], answer: Result, outcome: Result) -> None:
-        """Count one row: `answer` is the engine's, `outcome` an error if the answer could not be decoded."""
-        self._first.discard(key)
-        if isinstance(answer, Completion):
-            self.uncounted += answer.prompt_tokens is None or answer.completion_tokens is None
-            self.prompt_tokens += answer.prompt_tokens or 0
-            self.completion_tokens += answer.completion_tokens or 0
-            self.truncated += any(c.finish_reason == "length" for c in answer.choices)
-        if isinstance(answer, Attempted) and answer.attempts > 1:
-            self.reasked += 1
-            self.repaired += not isinstance(outcome, RowError)
-        if not isinstance(outcome, RowError):
-            self.succeeded += 1
-            if isinstance(answer, Completion) and len(self.samples) < self.most_samples:
-                self.samples.append(Sample(key, answer.text[:SAMPLE_LENGTH]))
-            return
-        self.failed += 1
-        self.kinds[outcome.kind] = self.kinds.get(outcome.kind, 0) + 1
-        keys = self.keys.setdefault(outcome.kind, [])
-        if len(self.worst) < WORST or len(keys) < EXAMPLES:  # rare kinds of errors are kept, too
-            self.worst.append(FailedRow(key, outcome.kind, outcome.message))
-        if len(keys) < EXAMPLES:
-            keys.append(key)
-
-    def review(self, row: ReviewRow) -> None:
-        """Count one row that is marked for a person."""
-        self.to_review += 1
-        insort(self.reviews, row, key=_doubt)
-        del self.reviews[WORST:]
-
-    @property
-    def done(self) -> int:
-        return self.succeeded + self.failed
-
-    def progress(self, to_process: int | None) -> Progress:
-        since = self.first_sent or self.started
-        seconds = max(time.monotonic() - since, 1e-3)
-        counts = self.succeeded, self.failed, self.completion_tokens
-        return Progress(to_process, *counts, seconds, self.stopped_by)
-
-    def timings(self) -> dict[str, float]:
-        """Seconds of all phases, including those that are known only at the end."""
-        timings = {"total": time.monotonic() - self.started, **self.seconds}
-        if self.first_sent is not None:
-            timings["first_row"] = self.first_sent - self.started
-            timings["answer"] = (self.last_answer or time.monotonic()) - self.first_sent
-        return {name: round(seconds, 3) for name, seconds in timings.items()}
-
-    def errors(self) -> tuple[ErrorKind, ...]:
-        by_rows = sorted(self.kinds.items(), key=lambda item: -item[1])
-        return tuple(ErrorKind(kind, rows, tuple(self.keys[kind])) for kind, rows in by_rows)

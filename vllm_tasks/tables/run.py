@@ -30,8 +30,8 @@ from vllm_tasks.tables.job import Display, Job
 from vllm_tasks.tables.keys import display_key, key_range
 from vllm_tasks.tables.open_rows import Open, bytes_of_answer, bytes_of_request
 from vllm_tasks.tables.output_rows import Finished, OutputRows
-from vllm_tasks.tables.report import Tally
 from vllm_tasks.tables.source_rows import Prompted, SourceRows
+from vllm_tasks.tables.tally import Tally
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from vllm_tasks.rows import Request, RowError
 from vllm_tasks.tables.earlier import holds_others
 from vllm_tasks.tables.job import RETRY_DELAYS, Job
 from vllm_tasks.tables.open_rows import Open, bytes_of_request
-from vllm_tasks.tables.report import Tally
+from vllm_tasks.tables.tally import Tally
 
 logger = logging.getLogger(__name__)
 

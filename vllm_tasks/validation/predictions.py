@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from vllm_tasks.calls.call import Call, Columns, RowDecoder, TableCall, stored_columns
+from vllm_tasks.calls.call import Call, RowDecoder, TableCall, stored_columns
 from vllm_tasks.calls.classes import is_of_classes
+from vllm_tasks.calls.columns import Columns
 from vllm_tasks.canonical import fingerprint
 from vllm_tasks.datalayer import exact_json, vectors
 from vllm_tasks.datalayer.lake.delta import quoted
@@ -34,7 +35,8 @@ from vllm_tasks.tables.arguments import commit_policy_of
 from vllm_tasks.tables.budget import Budget
 from vllm_tasks.tables.job import Display, Job
 from vllm_tasks.tables.predict import commit_answers
-from vllm_tasks.tables.report import Report, Tally
+from vllm_tasks.tables.report import Report
+from vllm_tasks.tables.tally import Tally
 from vllm_tasks.validation.snapshot import Case, Snapshot
 
 Row = dict[str, Any]

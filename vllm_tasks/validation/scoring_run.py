@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from vllm_tasks.calls.call import Call, TableCall, records
+from vllm_tasks.calls.call import Call, TableCall
+from vllm_tasks.calls.columns import records
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.engines import sharing
