@@ -115,7 +115,7 @@ class ProgressArtifact:
 
 
 def show_report(report: Report) -> None:
-    """Create a Markdown artifact of the report and, if rows failed, a table artifact of errors."""
+    """Create a Markdown artifact of the report, and table artifacts of errors and of rows for review."""
     with warn_if_not_displayed("the report"):
         create_markdown_artifact(markdown_of(report), report_key(report.predict_id), str(report))
         if report.worst:
@@ -129,11 +129,27 @@ def show_report(report: Report) -> None:
             ]
             words = f"{len(table)} of {report.failed:,} failed rows of {report.predict_id}"
             create_table_artifact(table, f"{slug(report.predict_id)}-errors", words)
+        if report.reviews:
+            table = [
+                {
+                    "key": display_key(row.key),
+                    "label": printable(one_line(row.label, MAX_MESSAGE)),
+                    "probability": f"{row.probability:.3f}",
+                }
+                for row in report.reviews
+            ]
+            words = f"{len(table)} of {report.to_review:,} rows for review of {report.predict_id}"
+            create_table_artifact(table, reviews_key(report.predict_id), words)
 
 
 def report_key(predict_id: str) -> str:
     """Return the key of the artifact of a report."""
     return f"{slug(predict_id)}-report"
+
+
+def reviews_key(predict_id: str) -> str:
+    """Return the key of the artifact of rows that a run has marked for a person."""
+    return f"{slug(predict_id)}-reviews"
 
 
 def validation_key(model: str, dataset: str) -> str:

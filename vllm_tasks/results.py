@@ -1,7 +1,17 @@
 """The types that calls return, for annotations and `isinstance`."""
 
 from vllm_tasks.rows import Choice, Completion, RowError, TokenLogprob
-from vllm_tasks.tables import ErrorKind, Estimate, FailedRow, Preview, PreviewRow, Report, Sample, Total
+from vllm_tasks.tables import (
+    ErrorKind,
+    Estimate,
+    FailedRow,
+    Preview,
+    PreviewRow,
+    Report,
+    ReviewRow,
+    Sample,
+    Total,
+)
 from vllm_tasks.validation.report import Comparison, DatasetReport, ValidationReport
 
 __all__ = [
@@ -15,6 +25,7 @@ __all__ = [
     "Preview",
     "PreviewRow",
     "Report",
+    "ReviewRow",
     "RowError",
     "Sample",
     "TokenLogprob",

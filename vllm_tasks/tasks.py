@@ -171,12 +171,12 @@ def _predict_in_db(
         with closing(display):
             report: Report = work(model, X, select, display=display, **options)
     except TooManyFailed as error:
-        publish(error.report, "failed")
+        publish(model, error.report, "failed")
         raise
     except VllmTasksError as error:
         error.repeatable = error.repeatable and is_repeatable(options)
         raise
-    publish(report, "stopped" if report.stopped_by else "completed")
+    publish(model, report, "stopped" if report.stopped_by else "completed")
     return report
 
 

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 
@@ -31,6 +32,14 @@ def binaries() -> Path | None:
     if found:
         return max(found, key=lambda path: float(path.parent.name))
     return Path(on_path).resolve().parent if on_path else None
+
+
+def binaries_with_pgvector() -> Path | None:
+    """The folder of a server that has pgvector: an installed one, or that of the package `pgserver`."""
+    for control in Path("/usr/share/postgresql").glob("*/extension/vector.control"):
+        return Path("/usr/lib/postgresql", control.parents[1].name, "bin")
+    package = find_spec("pgserver")
+    return Path(package.origin).parent / "pginstall" / "bin" if package and package.origin else None
 
 
 class Postgres:
@@ -109,9 +118,9 @@ class Postgres:
 
 
 @contextmanager
-def running() -> Iterator[Postgres]:
+def running(found: Path | None = None) -> Iterator[Postgres]:
     """A server that ends with the block; raises `FileNotFoundError` if none is installed."""
-    if (found := binaries()) is None:
+    if (found := found or binaries()) is None:
         raise FileNotFoundError("needs PostgreSQL: apt-get install postgresql")
     server = Postgres(found)
     try:

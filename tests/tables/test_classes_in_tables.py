@@ -49,7 +49,9 @@ def test_labels_and_probabilities_are_columns(tickets: VllmAPI, place: Place, se
     assert crash["_finish_reason"] == "stop"
     assert "1 are for review" in str(report)
     assert "| marked for review | 1 |" in markdown_of(report)
-    assert Report.of_shards([report, report], 1.0, shards=2).to_review == 2
+    assert [(row.key, row.label) for row in report.reviews] == [((2,), "bug")]
+    twice = Report.of_shards([report, report], 1.0, shards=2)
+    assert (twice.to_review, len(twice.reviews)) == (2, 2)
     assert ask(tickets).processed == 0
 
 

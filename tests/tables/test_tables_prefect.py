@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import json
 import signal
 import threading
 import time
@@ -24,11 +25,12 @@ from tests.artifacts import artifacts
 from tests.conftest import IN_PREFECT
 from tests.events import events_where
 from tests.eventually import eventually
+from tests.lettered import by_words, lettered
 from tests.places import Place
 from tests.scripts import running_script
 from tests.served import run_when_served
 from tests.servers.scripted_server import Asked, ScriptedServer, answer_to, refused
-from vllm_tasks import InvalidCall, VllmAPI, predict_in_db
+from vllm_tasks import Classes, InvalidCall, VllmAPI, predict_in_db
 from vllm_tasks.artifacts import ProgressArtifact, asset_key, markdown_of, slug
 from vllm_tasks.errors import TooManyFailed
 from vllm_tasks.flows.batch_predict import batch_predict
@@ -154,6 +156,32 @@ def test_a_run_that_a_budget_ended_has_an_event_of_its_own(lake: Place, server: 
     assert "stopped by max_total_tokens" in (progress.description or "")
     (shown,) = artifacts("budgeted-report")
     assert f"| left to the next run: stopped by max_total_tokens | {report.remaining} |" in str(shown.data)
+
+
+def test_rows_for_a_person_are_an_event(lake: Place, server: ScriptedServer) -> None:
+    """An automation can call a person, who finds keys, labels and probabilities, and no text, in a table."""
+    server.script = lettered(by_words({"t5": (0.75, 0.25), "t7": (0.4, 0.6)}, otherwise=(0.9, 0.1)))
+    unsure = Classes(["bug", "feature"], review_below=0.8)
+    with VllmAPI(identifier="unsure", api_url=server.url, db=lake.db, datatype=unsure) as model:
+        _, report = over_a_table(model, predict_id="kinds")
+        over_a_table(model, predict_id="kinds")
+    requested = {"event": {"name": ["vllm-tasks.reviews.requested"]}}
+    (event,) = events_where(1, **requested, resource={"id": ["vllm-tasks.model.unsure"]})
+    # The texts are t0 to t99, so ten more have a "t5" or "t7" in them each.
+    assert (report.to_review, len(report.reviews)) == (22, 22)
+    assert event["payload"] == {
+        "predict_id": "kinds",
+        "to_review": 22,
+        "review_below": 0.8,
+        "source": report.source,
+        "outputs": report.outputs,
+    }
+    (shown,) = artifacts("kinds-reviews")
+    assert "22 of 22 rows for review of kinds" in (shown.description or "")
+    first, *_, last = json.loads(str(shown.data))
+    assert (first["label"], first["probability"]) == ("feature", "0.600")
+    assert (last["label"], last["probability"]) == ("bug", "0.750")
+    assert set(first) == {"key", "label", "probability"}
 
 
 def test_too_many_failures_fail_the_flow_with_a_report(model: VllmAPI, server: ScriptedServer) -> None:

@@ -13,7 +13,7 @@ from prefect.tasks import MaterializingTask
 from prefect.transactions import CommitMode, transaction
 
 from vllm_tasks._prefect.policy import is_lost
-from vllm_tasks._prefect.recording import emit
+from vllm_tasks._prefect.recording import emit, emit_reviews
 from vllm_tasks.artifacts import (
     ProgressArtifact,
     asset_key,
@@ -23,6 +23,7 @@ from vllm_tasks.artifacts import (
     validation_key,
 )
 from vllm_tasks.engines.stopping import pause
+from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.placement import payload
 from vllm_tasks.placement.heartbeat import Heartbeat
 from vllm_tasks.tables import Log, Report, Terminal
@@ -94,14 +95,17 @@ def _publish(report: Report) -> None:
 def _counts(report: Report) -> dict[str, Any]:
     names = (
         *("predict_id", "model", "fingerprint", "rows", "up_to_date", "processed", "succeeded", "failed"),
-        *("truncated", "prompt_tokens", "completion_tokens", "stopped_by", "remaining"),
+        *("truncated", "to_review", "prompt_tokens", "completion_tokens", "stopped_by", "remaining"),
     )
     return {name: getattr(report, name) for name in names}
 
 
-def publish(report: Report, ended: Literal["completed", "stopped", "failed"] = "completed") -> None:
+def publish(
+    model: VllmAPI | VllmModel, report: Report, ended: Literal["completed", "stopped", "failed"]
+) -> None:
     """Display the report, and send the event `vllm-tasks.predictions.<ended>` for automations.
 
+    Rows that the run has marked for a person are an event of their own, `vllm-tasks.reviews.requested`.
     In a flow, a task run also makes the outputs a Prefect asset of their source. A flow run that works for a
     step elsewhere does nothing of this: the step's caller does.
     """
@@ -109,6 +113,7 @@ def publish(report: Report, ended: Literal["completed", "stopped", "failed"] = "
         return
     payload = {**_counts(report), "source": report.source, "outputs": report.outputs}
     emit(f"predictions.{ended}", report.model, payload)
+    emit_reviews(model, report)
     if FlowRunContext.get() is None:
         show_report(report)
         return

@@ -13,7 +13,9 @@ from prefect.client.schemas.actions import BlockDocumentUpdate
 from prefect.events import emit_event
 from prefect.exceptions import PrefectException
 
+from vllm_tasks.calls.classes import Classes
 from vllm_tasks.models import VllmAPI, VllmModel
+from vllm_tasks.tables import Report
 from vllm_tasks.validation.report import ValidationReport
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,14 @@ def emit_verdict(model: VllmAPI | VllmModel, report: ValidationReport) -> None:
         "runs": {dataset.dataset: dataset.run for dataset in report.datasets},
     }
     emit(f"validation.{'passed' if report.passed else 'failed'}", model.identifier, payload)
+
+
+def emit_reviews(model: VllmAPI | VllmModel, report: Report) -> None:
+    """Send the event `vllm-tasks.reviews.requested`, with their number, if rows are marked for a person."""
+    if not report.to_review or not isinstance(model.datatype, Classes):
+        return
+    payload = {name: getattr(report, name) for name in ("predict_id", "to_review", "source", "outputs")}
+    emit("reviews.requested", model.identifier, {**payload, "review_below": model.datatype.review_below})
 
 
 def emit(event: str, model: str, payload: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from vllm_tasks.tables.estimates import Estimate, estimate
 from vllm_tasks.tables.log import Log, Terminal
 from vllm_tasks.tables.predict import predict_in_db
 from vllm_tasks.tables.previews import Preview, PreviewRow, preview
-from vllm_tasks.tables.report import ErrorKind, FailedRow, Report, Sample
+from vllm_tasks.tables.report import ErrorKind, FailedRow, Report, ReviewRow, Sample
 from vllm_tasks.tables.totals import Total
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Preview",
     "PreviewRow",
     "Report",
+    "ReviewRow",
     "Sample",
     "Terminal",
     "Total",

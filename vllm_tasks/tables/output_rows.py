@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_tasks.calls.call import stored_columns
+from vllm_tasks.calls.classes import LABEL, PROBABILITY
 from vllm_tasks.datalayer.selection import POSITION, REVIEW, Key, Row, SourceRow, Writer
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import Completion, Request, Result, RowError
 from vllm_tasks.tables.earlier import length_of_vectors
 from vllm_tasks.tables.job import Job
 from vllm_tasks.tables.keys import display_key
+from vllm_tasks.tables.report import ReviewRow
 from vllm_tasks.tables.tally import Tally
 
 ERROR_KEPT = 4000
@@ -58,7 +60,8 @@ class OutputRows:
                 break
         self._tally.count(row.key, answer, outcome if isinstance(outcome, RowError) else answer)
         self._tally.replaced += row.replaces_earlier
-        self._tally.to_review += any(output.get(REVIEW) for output in outputs)
+        if outputs[0].get(REVIEW):
+            self._tally.review(ReviewRow(row.key, outputs[0][LABEL], outputs[0][PROBABILITY]))
         return Finished(row, outputs, size)
 
     def _other_length(self, output: Row) -> str | None:

@@ -232,6 +232,7 @@ def _report(predict_id: str, job: Job, tally: Tally, counted: Counted) -> Report
         reasked=tally.reasked,
         repaired=tally.repaired,
         to_review=tally.to_review,
+        reviews=tuple(tally.reviews),
     )
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
+from operator import attrgetter
 from typing import Any
 
 from vllm_tasks.printable import printable
@@ -15,9 +16,11 @@ from vllm_tasks.tables.progress import sum_of_known
 EXAMPLES = 5
 """Keys that are listed for each kind of error."""
 WORST = 50
-"""Failed rows whose key and message are kept for the table of errors."""
+"""Failed rows whose key and message are kept for the table of errors, and rows for that of reviews."""
 LINE_LENGTH = 200
 """Characters that are logged about a line that could not be read."""
+
+PROBABILITY = attrgetter("probability")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,15 @@ class ErrorKind:
 
 
 @dataclass(frozen=True)
+class ReviewRow:
+    """One row that the run marked for a person: the model's label and its probability."""
+
+    key: tuple[Any, ...]
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True)
 class Sample:
     """One answer of a run, for people to look at: the first choice, or the beginning of a long one."""
 
@@ -72,7 +84,8 @@ class Report:
     parts, which overlap: `check` (the call, the source and its keys), `first_row` (from the start to the
     first row that was sent), `read` (source and prompts), `answer` (from the first row sent to the last
     answer), `commit`.
-    `to_review` is how many rows were marked for a person (`review_below` of `Classes`).
+    `to_review` is how many rows were marked for a person (`review_below` of `Classes`), and `reviews` are
+    the least probable of them.
     `unreported_shards` is the number of shards that were cancelled, because another one had failed, and that
     did not report what they had committed by then: no count includes their rows. `reasked` is the number of
     rows with more than one attempt (`repair`, `resample`), and `repaired` how many of them have an output.
@@ -107,6 +120,7 @@ class Report:
     reasked: int = 0
     repaired: int = 0
     to_review: int = 0
+    reviews: tuple[ReviewRow, ...] = field(default=(), repr=False)
 
     @property
     def sent_as(self) -> str:
@@ -151,6 +165,7 @@ class Report:
             errors=_merged([e for r in reports for e in r.errors]),
             worst=_some_of_each_kind([row for r in reports for row in r.worst]),
             samples=tuple(islice(chain.from_iterable(r.samples for r in reports), most_samples)),
+            reviews=tuple(sorted([row for r in reports for row in r.reviews], key=PROBABILITY)[:WORST]),
             unreadable=most.unreadable,
             unreadable_lines=most.unreadable_lines,
             stopped_by=next((r.stopped_by for r in reports if r.stopped_by), None),

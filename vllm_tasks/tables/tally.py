@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import insort
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,16 @@ from typing import Any
 
 from vllm_tasks.rows import Attempted, Completion, Result, RowError
 from vllm_tasks.tables.progress import Progress
-from vllm_tasks.tables.report import EXAMPLES, WORST, ErrorKind, FailedRow, Report, Sample
+from vllm_tasks.tables.report import (
+    EXAMPLES,
+    PROBABILITY,
+    WORST,
+    ErrorKind,
+    FailedRow,
+    Report,
+    ReviewRow,
+    Sample,
+)
 
 SAMPLE_LENGTH = 500
 """Characters of a sample answer that are kept."""
@@ -54,6 +64,8 @@ class Tally:
     repaired: int = 0
     """Those of them that have an output."""
     to_review: int = 0
+    reviews: list[ReviewRow] = field(default_factory=list)
+    """The least probable of them, by probability."""
     unreadable: int = 0
     unreadable_lines: list[str] = field(default_factory=list)
     _first: set[tuple[Any, ...]] = field(default_factory=set)
@@ -125,6 +137,12 @@ class Tally:
             self.worst.append(FailedRow(key, outcome.kind, outcome.message))
         if len(keys) < EXAMPLES:
             keys.append(key)
+
+    def review(self, row: ReviewRow) -> None:
+        """Count one row that is marked for a person."""
+        self.to_review += 1
+        insort(self.reviews, row, key=PROBABILITY)
+        del self.reviews[WORST:]
 
     @property
     def done(self) -> int:

@@ -195,6 +195,10 @@ class Backend:
         """Whether a column of the type `there` holds every value of the type `needed`, and can find it."""
         return there == needed
 
+    def vector_type(self, connection: Connection) -> str | None:
+        """The type that an extension of this database has for vectors; None if it has none."""
+        return None
+
     def may_update(self, connection: Connection, table: TableName) -> bool:
         """Whether rows of a table may be updated in place."""
         return True

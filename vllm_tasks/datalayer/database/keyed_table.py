@@ -66,7 +66,8 @@ class JsonText(sa.TypeDecorator[Any]):
 
 
 class Vector(sa.TypeDecorator[list[float]]):
-    """A list of numbers of 32 bits: an array in PostgreSQL, bytes in SQLite."""
+    """A list of numbers of 32 bits: bytes in SQLite, an array in PostgreSQL, where the server casts it if the
+    column is a `vector` of pgvector."""
 
     impl = sa.LargeBinary
     cache_ok = True

@@ -26,6 +26,7 @@ POSTGRES = {
     "timestamp without time zone": pa.timestamp("us"),
     "timestamp with time zone": TIMESTAMP,
     "real[]": vectors.VECTOR,
+    "vector": vectors.VECTOR,
 }
 """Arrow types by the name of the column's type; types that are not listed are read as text."""
 TEXTS = ("text", "character varying", "bpchar")

@@ -23,8 +23,16 @@ WIDER = {
     "bigint": ("smallint", "integer"),
     "text": ("character varying",),
     "character varying": ("text",),
+    "vector": ("real[]",),
 }
 """Types whose columns hold all values of narrower types and can be compared with them by an index."""
+VECTOR = """
+    SELECT t.oid FROM pg_type t
+    JOIN pg_depend d ON d.classid = 'pg_type'::regclass AND d.objid = t.oid AND d.deptype = 'e'
+    JOIN pg_extension e ON e.oid = d.refobjid AND e.extname = 'vector'
+    WHERE t.typname = 'vector' AND pg_type_is_visible(t.oid)
+"""
+"""The type `vector` of pgvector, if the extension is in this database and in a schema that is searched."""
 
 
 class Postgres(Backend):
@@ -144,6 +152,9 @@ class Postgres(Backend):
     def holds(self, there: str, needed: str) -> bool:
         return there == needed or needed in WIDER.get(there, ())
 
+    def vector_type(self, connection: Connection) -> str | None:
+        return "vector" if connection.exec_driver_sql(VECTOR).first() else None
+
     def may_update(self, connection: Connection, table: TableName) -> bool:
         query = sa.text("SELECT has_table_privilege(to_regclass(:table), 'UPDATE')")
         return bool(connection.execute(query, {"table": _quoted(connection, table)}).scalar())
@@ -239,10 +250,11 @@ def _set_up_reader(connection: Any, _: Any) -> None:
     """Turn prepared statements off: adding a column to a table would invalidate a prepared statement.
 
     Times that Python does not have (infinity, before Christ, after 9999) arrive as PostgreSQL's text: they
-    must fail their row, and not the query.
+    must fail their row, and not the query. Vectors of pgvector arrive as arrays of numbers do.
     """
     connection.prepare_threshold = None
     from psycopg import DataError, NotSupportedError
+    from psycopg.adapt import Loader
     from psycopg.types import datetime as loaders
 
     def lenient(loader: type[Any]) -> type[Any]:
@@ -264,3 +276,11 @@ def _set_up_reader(connection: Any, _: Any) -> None:
         ("interval", loaders.IntervalLoader),
     ):
         connection.adapters.register_loader(name, lenient(loader))
+
+    class Vector(Loader):
+        def load(self, data: Any) -> list[float]:
+            return list(map(float, bytes(data)[1:-1].split(b",")))
+
+    for (oid,) in connection.execute(VECTOR):
+        connection.adapters.register_loader(oid, Vector)
+    connection.rollback()

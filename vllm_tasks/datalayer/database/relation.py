@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # The first loop is possessive: without backtracking, the time is linear in the length of the text.
 STATEMENT = re.compile(r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*+(?:select|with)\b", re.IGNORECASE | re.DOTALL)
-NO_KEYS = ("json", "jsonb", "xml", "hstore", "point", "interval", "xid", "cid")
+NO_KEYS = ("json", "jsonb", "xml", "hstore", "point", "interval", "xid", "cid", "vector")
 """Types whose values are not hashable, have no equality or no order, or may be equal but different."""
 
 

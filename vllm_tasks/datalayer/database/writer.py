@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -84,7 +84,7 @@ class DatabaseWriter:
             self._place = backend.located(connection, table.name)
         self._refuse_names(table)
         self._table = made(self._place, table, key, key_kinds)
-        self._create()
+        self._create([column.name for column in table.columns if column.kind == "vector"])
         json = {column.name for column in table.columns if column.kind == "json"}
         self._keyed = KeyedTable(backend, self._table, key, json, in_place=self._may_update(table))
 
@@ -122,11 +122,13 @@ class DatabaseWriter:
             )
         refuse_long_names((self._place.name, *columns), self._backend.engine.dialect)
 
-    def _create(self) -> None:
+    def _create(self, vectors: Sequence[str]) -> None:
         if not self._shape():
             try:
                 with self._backend.engine.begin() as connection:
                     self._table.create(connection, checkfirst=False)
+                    if vectors and (own := self._backend.vector_type(connection)):
+                        connection.exec_driver_sql(self._altered(dict.fromkeys(vectors, own)))
             except DBAPIError as e:
                 if not self._shape():  # otherwise a concurrent writer created it
                     raise self._backend.translated(e) from e
@@ -139,10 +141,8 @@ class DatabaseWriter:
 
     def _widen(self, columns: Shape) -> None:
         """Widen the outputs' key as the source's key was: it could not hold every new key otherwise."""
-        quote = self._backend.engine.dialect.identifier_preparer
-        specs = {name: self._table.c[name].type.compile(quote.dialect) for name in columns}
-        types = ", ".join(f"ALTER COLUMN {quote.quote_identifier(n)} TYPE {specs[n]}" for n in specs)
-        statement = f"ALTER TABLE {quote.format_table(self._table)} {types}"
+        dialect = self._backend.engine.dialect
+        statement = self._altered({name: self._table.c[name].type.compile(dialect) for name in columns})
         logger.info("the key of the source was widened: %s", statement)
         try:
             with self._backend.writing(self._place.name) as connection:
@@ -152,6 +152,12 @@ class DatabaseWriter:
             if isinstance(error, InvalidCall):
                 raise InvalidCall(f"{error}; the outputs' owner must run: {statement}") from e
             raise error from e
+
+    def _altered(self, specs: Mapping[str, str]) -> str:
+        """The statement that gives columns the types `specs`."""
+        quote = self._backend.engine.dialect.identifier_preparer
+        types = ", ".join(f"ALTER COLUMN {quote.quote_identifier(n)} TYPE {specs[n]}" for n in specs)
+        return f"ALTER TABLE {quote.format_table(self._table)} {types}"
 
     def _may_update(self, table: OutputTable) -> bool:
         """Whether rows may be updated in place, so that values in columns added by others stay."""
