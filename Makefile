@@ -21,8 +21,9 @@ demo: .venv/.ready
 pools: .venv/.ready
 	$(BIN)/python -m vllm_tasks.pools $(ARGS)
 
-# Two processes, since most tests wait. The tests of a file share engines and servers, so they run in one process.
-AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
+# Three processes on two cores, since most tests wait. The tests of a file share engines and servers, so they run in
+# one process.
+AT_ONCE := -n 3 --dist loadfile --no-loadscope-reorder
 test: .venv/.ready .venv-newest/.ready
 	$(BIN)/python -m pytest $(AT_ONCE) -m "not long" $(ARGS)
 	$(MAKE) --no-print-directory test-newest
@@ -70,7 +71,7 @@ gpu: .venv/.ready
 		$(BIN)/python -m pytest -m engine $(ENGINES:%=tests/%.py) $(ARGS) && $(BIN)/python -m benchmarks P1 P2 P3; \
 	else echo "skipped: this machine has no NVIDIA GPU (there is no nvidia-smi)"; fi
 
-check: .venv/.ready
+check: .venv/.ready docs-build
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

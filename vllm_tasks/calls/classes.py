@@ -64,10 +64,14 @@ class Classes(BaseModel):
         description="Rows whose label has a lower probability are marked for a person, in _review.",
     )
 
+    # `others` are refused by the model, by name: pydantic hands it what it was asked to validate.
     def __init__(
-        self, classes: Sequence[str | Option] | Mapping[str, str | None] | None = None, **fields: Any
+        self,
+        classes: Sequence[str | Option] | Mapping[str, str | None] | None = None,
+        review_below: float | None = None,
+        **others: Any,
     ) -> None:
-        super().__init__(classes=classes, **fields)
+        super().__init__(classes=classes, review_below=review_below, **others)
 
     @field_validator("classes", mode="before")
     @classmethod
