@@ -27,6 +27,7 @@ from benchmarks import (
     results,
     risk,
     same,
+    start,
     window,
     writers,
 )
@@ -42,6 +43,7 @@ MEASURES = {
     "P8": p8.measure,
     "P9": p9.measure,
     "SAME": same.measure,
+    "START": start.measure,
     "COVERAGE": coverage.measure,
     "GATE": gate.measure,
     "RISK": risk.measure,
