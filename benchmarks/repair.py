@@ -56,8 +56,8 @@ def measure(options: Options) -> Iterator[str]:
         f"{first.value.value:.3f}, {len(rows)} rows; {failed[0]} errors without, {failed[1]} with"
     )
     yield (
-        f"REPAIR {counted.repaired}/{counted.reasked} rows repaired, {counted.reasked / len(rows):.0%} of all "
-        f"sent again; {counted.completion_tokens} output tokens in all"
+        f"REPAIR {counted.repaired}/{counted.reasked} rows repaired of those that were sent again, of "
+        f"{len(rows)}; {counted.completion_tokens} output tokens in all"
     )
 
 
