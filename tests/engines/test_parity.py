@@ -279,7 +279,7 @@ def test_the_engine_answers_as_vllms_server_does(server: VllmServer, folder: Pat
                 kinds[kind] += bool(getattr(choice, kind, None)) if choice else kind == "error"
     print(f"{len(REQUESTS) - len(other)} of {len(REQUESTS)} equal; {kinds}")
     assert not other, f"{len(other)} of {len(REQUESTS)}:\n" + "\n".join(other)
-    assert min(kinds.values()) >= 8, kinds
+    assert min(kinds.values()) >= 7, kinds  # vLLM 0.31 finds a tool call less than 0.32
 
 
 def test_the_server_streams_what_it_answers_whole(server: VllmServer, folder: Path) -> None:
