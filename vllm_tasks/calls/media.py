@@ -20,7 +20,7 @@ from vllm_tasks.calls.messages import with_user_content
 from vllm_tasks.calls.prompt_func import Signature, described, is_tuple
 from vllm_tasks.calls.template import BadRow
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.places import check_host, check_place, without_secrets
+from vllm_tasks.places import check_place, is_local, local_path, without_secrets
 from vllm_tasks.rows import Message, Prompt, is_chat
 from vllm_tasks.settings import site_settings
 
@@ -46,7 +46,6 @@ BEGINNINGS: Mapping[Kind, Mapping[str, bytes]] = {
 """The formats that are sent, with the bytes that each begins with."""
 DATA = re.compile(r"data:[^,]*?(;base64)?,", re.IGNORECASE)
 """The head of a `data:` URL. Its type does not count: the bytes say what they are."""
-WEB = ("http://", "https://")
 
 
 @dataclass(frozen=True)
@@ -200,18 +199,28 @@ def _decoded(name: str, url: str, head: re.Match[str], most: int) -> bytes:
 
 
 def _read(name: str, uri: str, most: int) -> bytes:
-    options = {}
-    if uri.lower().startswith(WEB) and site_settings().places:
-        check_host(name, uri)
-        options = {"allow_redirects": False}  # they may lead out of the places
+    if is_local(uri) and not os.path.isfile(local_path(uri)) and os.path.exists(local_path(uri)):
+        raise BadRow(f"{name!r} {uri!r:.200} is no file")  # to open a pipe or a terminal could last for ever
     try:
-        with fsspec.open(uri, "rb", **options) as file:
+        with fsspec.open(uri, "rb", **_options(name, uri)) as file:
             content: bytes = file.read(most + 1)
+    except InvalidCall:
+        raise
     except Exception as error:  # noqa: BLE001 - stores raise many types; it is this row's error
         # Danger: the original error may contain the complete URI with its secrets, so it is not chained.
         words = without_secrets(f"{name} {uri!r:.200} cannot be read: {type(error).__name__}: {error}")
         raise BadRow(words) from None
     return content
+
+
+def _options(name: str, uri: str) -> dict[str, Any]:
+    """fsspec's options for a URI. Where the site limits places, none leads out of them."""
+    if is_local(uri) or not site_settings().places:
+        return {}
+    from vllm_tasks.calls.hosts import check_host, checked_client, is_web
+
+    check_host(name, uri)
+    return {"allow_redirects": False, "get_client": checked_client} if is_web(uri) else {}
 
 
 def _part(name: str, kind: Kind, content: bytes) -> Part:
