@@ -231,14 +231,30 @@ class TestPlaces:
         metadata = "http://169.254.169.254"
         monkeypatch.setenv("VLLM_TASKS_PLACES", json.dumps([pictures.url, metadata]))
         for url in (pictures.url, metadata):
-            assert "a loopback, link-local or private address" in refusal(with_media()({"photo": f"{url}/cat.png"}))
+            assert "a loopback, link-local or private address" in refusal(
+                with_media()({"photo": f"{url}/cat.png"})
+            )
         assert "outside the places" in refusal(with_media()({"photo": "http://example.org/cat.png"}))
         assert not pictures.requests
 
     @pytest.mark.parametrize(
         "host",
-        ["localhost", "127.1", "2130706433", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "[fe80::1]", "",
-         "[::127.0.0.1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "0177.0.0.1", "①②⑦.⓪.⓪.①", "a@127.0.0.1"],
+        [
+            "localhost",
+            "127.1",
+            "2130706433",
+            "[::1]",
+            "[::ffff:127.0.0.1]",
+            "0.0.0.0",
+            "[fe80::1]",
+            "",
+            "[::127.0.0.1]",
+            "[64:ff9b::7f00:1]",
+            "[2002:7f00:1::]",
+            "0177.0.0.1",
+            "①②⑦.⓪.⓪.①",
+            "a@127.0.0.1",
+        ],
     )
     def test_every_spelling_of_an_own_address(self, host: str) -> None:
         with pytest.raises(InvalidCall, match=r"loopback, link-local|is not known"):

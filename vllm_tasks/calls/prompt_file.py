@@ -12,6 +12,7 @@ from vllm_tasks.calls.sandbox import Sandbox
 from vllm_tasks.calls.template import BadRow
 from vllm_tasks.errors import InvalidCall
 
+
 @dataclass(frozen=True)
 class PromptFile:
     """A prompt file, parsed. Like a `Template` it has `fields` and can be filled."""

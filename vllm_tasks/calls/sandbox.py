@@ -41,7 +41,23 @@ SIZED = {
     *("ljust", "rjust", "zfill", "expandtabs"),
 }
 """Filters and methods whose results are as large as one of their numbers says."""
-PLAIN = str, bytes, int, float, list, tuple, dict, set, frozenset, Decimal, date, datetime, time, timedelta, UUID
+PLAIN = (
+    str,
+    bytes,
+    int,
+    float,
+    list,
+    tuple,
+    dict,
+    set,
+    frozenset,
+    Decimal,
+    date,
+    datetime,
+    time,
+    timedelta,
+    UUID,
+)
 """Types of values whose methods may be called. A method of another could do anything, as `to_csv` does."""
 UNBOUNDED = {"translate", "maketrans", "to_bytes"}
 """Methods of plain types whose results may have any size."""
@@ -221,4 +237,3 @@ def _size(value: object) -> int:
 
 def _too_large(what: str, most: int) -> BadRow:
     return BadRow(f"the prompt file makes {what} larger than {most:,}, which is allowed")
-

@@ -54,7 +54,7 @@ HEAD_WIDTH = 80
 def show(report: ValidationReport) -> None:
     """Create `<model>-<dataset>-metrics` and `<model>-<dataset>-validation`, artifacts of each data set."""
     for dataset in report.datasets:
-        name = slug(f"{report.model}-{dataset.dataset}")
+        name = slug(report.model, dataset.dataset)
         passed = "passed" if not dataset.reasons else "failed: " + "; ".join(dataset.reasons)
         with warn_if_not_displayed("the validation"):
             create_table_artifact(table_of(dataset), f"{name}-metrics", f"{report.model} {passed}")
@@ -64,7 +64,7 @@ def show(report: ValidationReport) -> None:
 
 def show_comparison(comparison: Comparison) -> None:
     """Create the artifact `comparison-<models>`, with a table and a picture for each data set and metric."""
-    name = slug(f"comparison-{'-'.join(comparison.models)}")[:200].strip("-")
+    name = slug("comparison", *comparison.models)
     with warn_if_not_displayed("the comparison"):
         create_markdown_artifact(markdown_of_comparison(comparison), name, str(comparison)[:500])
 
