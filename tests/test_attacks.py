@@ -244,6 +244,15 @@ def test_texts_of_others_are_no_markup(text: str) -> None:
         assert not [tag for tag in ("<script", "<img", "<b>", "<a ", "<h1>h") if tag in html], html
 
 
+@pytest.mark.parametrize(
+    "text", ["http://evil/x", "see WWW.evil.test", "me@evil.test", "mailto:evil", "ftp://e"]
+)
+def test_a_bare_address_is_no_link(text: str) -> None:
+    """Markdown of GitHub's flavour, as the Prefect UI reads it, makes links of them outside of code spans."""
+    assert words(text) == f"`{text}`"
+    assert words("vllm 0.32") == "vllm 0.32"
+
+
 def test_a_report_shows_what_a_server_says_as_text() -> None:
     """Facts of a server, keys of an error kind and a location are no markup on the page."""
     markdown_it = pytest.importorskip("markdown_it")
@@ -268,14 +277,16 @@ def test_a_report_shows_what_a_server_says_as_text() -> None:
     assert not [tag for tag in ("<script", "<img", "<b>", "<a ") if tag in page]
 
 
-ESCAPES = "a\x1b[31m\x1b]0;title\x07\nFAKE LOG LINE\r\x9b2J\u202egnp.exe\ud800"
+ESCAPES = (
+    "a\u200f\u061c\u200b\ufeff\U000e0041\x1b[31m\x1b]0;title\x07\nFAKE LOG LINE\r\x9b2J\u202egnp.exe\ud800"
+)
 
 
 def test_nothing_in_a_name_or_an_error_moves_a_terminal() -> None:
     """Keys of a table and messages of servers reach logs and task run names without control characters."""
     (shown,) = (key_range([(ESCAPES,), (ESCAPES,)]),)
     told = str(RowErrors([RowError("server", ESCAPES, index=0)], [None]))
-    assert shown.startswith("a\ufffd[31m")
+    assert shown.startswith("a" + "\ufffd" * 6 + "[31m")
     for text in (shown, told, cell(ESCAPES), printable(ESCAPES)):
         assert all(c.isprintable() for c in text), text
     assert len(key_range([("x" * 10**6,)])) <= 101

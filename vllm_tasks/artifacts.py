@@ -40,6 +40,8 @@ LAST_UPDATE_TIMEOUT = 5.0
 """Seconds that a finished run waits for the last update."""
 MAX_MESSAGE = 50
 """Characters of an error's message in the table of errors, which then fits into a window of 1,400 pixels."""
+ADDRESS = re.compile(r"://|www\.|@|mailto:|xmpp:", re.IGNORECASE)
+"""What an address has that Markdown of GitHub's flavour makes a link of."""
 LONGEST_KEY = 200
 """Characters of the names in an artifact's key."""
 LONGEST_ASSET = 512
@@ -279,7 +281,12 @@ def code(text: str) -> str:
 
 
 def words(text: str) -> str:
-    """Return foreign text for use outside of code spans, escaped so that no HTML, link or picture works."""
+    """Return foreign text for use outside of code spans, escaped so that no HTML, link or picture works.
+
+    A text with an address in it is a code span, because the Prefect UI makes a link of a bare address.
+    """
+    if ADDRESS.search(text):
+        return code(text)
     return re.sub(r"[\\<>&\[\]]", r"\\\g<0>", cell(text))
 
 

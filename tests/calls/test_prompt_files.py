@@ -123,7 +123,7 @@ def test_what_a_template_makes_is_bounded(text: str) -> None:
     ],
 )
 def test_a_template_ends(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loops in loops and macros that call themselves end after some seconds of CPU, as an error of the row."""
+    """Loops in loops and macros that call themselves end after seconds of CPU, as an error of the row."""
     monkeypatch.setattr(sandbox, "SECONDS", 0.2)
     make = prompter(file=f"{text}{{{{ q }}}}", signature="**kwargs")
     assert "took more than 0 s of CPU for this row" in refusal(make({"q": 99_999}))

@@ -37,8 +37,8 @@ def check_host(what: str, uri: str) -> None:
         raise InvalidCall(f"{what} {without_secrets(uri)!r:.200}: its host is not known: {error}") from error
     if own := sorted(address for address in map(str, found) if _is_refused(address, host)):
         raise InvalidCall(
-            f"{what} {without_secrets(uri)!r:.200} is at {own}, a loopback, link-local or private address, and "
-            "nothing is read from these where the site limits places: have the site add the host to "
+            f"{what} {without_secrets(uri)!r:.200} is at {own}, a loopback, link-local or private address, "
+            "and nothing is read from these where the site limits places: have the site add the host to "
             "VLLM_TASKS_PLACES, as 'https://host/', if it is in a private network, or give a path"
         )
 

@@ -67,7 +67,7 @@ WIDE = re.compile(r"%[^%a-zA-Z]*([0-9]{5}|\*)|\{[^{}]*([0-9]{5}|:[^{}]*\{)")
 
 @dataclass
 class Budget:
-    """What is left to a template for one row: the CPU time of its thread at the end, and the size of texts."""
+    """What is left to a template for one row: the CPU time of its thread at the end, and characters."""
 
     until: float
     size: int
@@ -110,14 +110,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
         tree = super().parse(*args, **kwargs)
         for loop in tree.find_all(nodes.For):
             literal = sum(len(text.data) for text in loop.find_all(nodes.TemplateData))
-            step = nodes.Filter(nodes.Const(literal), "step", [], [], None, None)
+            step = _filter(nodes.Const(literal), "step")
             loop.body.insert(0, nodes.ExprStmt(step).set_lineno(loop.lineno))
             if loop.test is not None:
-                tested = nodes.Filter(nodes.Const(0), "step", [], [], None, None)
-                loop.test = nodes.And(tested, loop.test).set_lineno(loop.lineno)
+                loop.test = nodes.And(_filter(nodes.Const(0), "step"), loop.test).set_lineno(loop.lineno)
         for text in [*tree.find_all(nodes.Concat)]:  # `~` has no function of its own that could be bounded
-            joined = nodes.Filter(nodes.List(text.nodes), "join", [], [], None, None)
-            text.nodes = [joined.set_lineno(text.lineno)]
+            text.nodes = [_filter(nodes.List(text.nodes), "join")]
         return tree
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -142,7 +140,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         owner = getattr(__obj, "__self__", None)
         __self._before(name, (owner, *args), kwargs)
         if name == "join" and isinstance(owner, str):
-            return _joined(__self, *args, d=owner)
+            return _joined(__self, args[0], owner)
         return __self._bounded(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -207,6 +205,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
                     "loops, or prompt_func"
                 )
         return True
+
+
+def _filter(value: nodes.Expr, name: str) -> nodes.Expr:
+    made: nodes.Expr = nodes.Filter(value, name, [], [], None, None).set_lineno(value.lineno or 1)
+    return made
 
 
 def _joined(environment: Environment, values: Iterable[Any], d: str = "", attribute: Any = None) -> str:
