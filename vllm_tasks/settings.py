@@ -106,6 +106,11 @@ class Settings(PrefectBaseSettings):
         description="Path of the Python that has vLLM, for a local engine or shared server whose model names "
         "none; empty: the flow's own Python.",
     )
+    engine_pythons: Texts = Field(
+        default=[],
+        description="Paths of the Pythons that a model may name as its engine_python (a JSON list), besides "
+        "the site's own; empty: any, unless trust_remote_code is false.",
+    )
     commit_rows: int = Field(
         default=512, ge=1, description="Rows per commit group of `predict_in_db`, unless the call sets it."
     )
