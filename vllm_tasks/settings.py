@@ -92,6 +92,12 @@ class Settings(PrefectBaseSettings):
         "more of them.",
     )
     max_media_per_row: int = Field(default=16, ge=1, description="Most pictures, audio and video of one row.")
+    max_picture_pixels: int = Field(
+        default=2**30 // 4 // 3,
+        ge=1,
+        description="Most pixels of one picture, of which an engine needs about 16 bytes each, however small "
+        "the file is. The default is that from which Pillow warns.",
+    )
     engine_start_timeout: float = Field(
         default=1800.0, gt=0, description="Seconds that a local engine may take to load its model."
     )

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import fsspec
 
 from vllm_tasks.calls.messages import with_user_content
+from vllm_tasks.calls.picture_size import size_of
 from vllm_tasks.calls.prompt_func import Signature, described, is_tuple
 from vllm_tasks.calls.template import BadRow
 from vllm_tasks.errors import InvalidCall
@@ -57,6 +58,8 @@ class Media:
     """The largest size of all media of a row together, in bytes."""
     most: int = field(default_factory=lambda: site_settings().max_media_per_row)
     """The largest number of media of a row."""
+    most_pixels: int = field(default_factory=lambda: site_settings().max_picture_pixels)
+    """The largest number of pixels of a picture."""
 
     def __bool__(self) -> bool:
         return bool(self.fields)
@@ -84,7 +87,7 @@ class Media:
                     "which are allowed (VLLM_TASKS_MAX_MEDIA_BYTES): send smaller ones"
                 )
             left -= len(content)
-            parts.append(_part(name, self.fields[name], content))
+            parts.append(_part(name, self.fields[name], content, self.most_pixels))
         return parts
 
 
@@ -223,14 +226,20 @@ def _options(name: str, uri: str) -> dict[str, Any]:
     return {"allow_redirects": False, "get_client": checked_client} if is_web(uri) else {}
 
 
-def _part(name: str, kind: Kind, content: bytes) -> Part:
-    """Return media as the content part that vLLM takes. Raise `BadRow` for another format."""
+def _part(name: str, kind: Kind, content: bytes, most_pixels: int) -> Part:
+    """Return media as the content part that vLLM takes. Raise `BadRow` for another format or a large size."""
     formats = BEGINNINGS[kind]
     found = next((f for f, begins in formats.items() if re.match(begins, content[:16], re.DOTALL)), None)
     if found is None:
         raise BadRow(
             f"{name!r} is no {kind} of a known format ({', '.join(formats)}): it begins with "
             f"{content[:12]!r}; convert it"
+        )
+    size = size_of(found, content) if kind == "image" else None
+    if size is not None and size[0] * size[1] > most_pixels:
+        raise BadRow(
+            f"{name!r} has {size[0]:,} x {size[1]:,} pixels, and {most_pixels:,} are allowed in a picture "
+            "(VLLM_TASKS_MAX_PICTURE_PIXELS): send a smaller one"
         )
     data = base64.b64encode(content).decode("ascii")
     if kind == "audio":  # OpenAI's form, which other servers know, too

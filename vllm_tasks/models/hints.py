@@ -125,7 +125,7 @@ GUARDS = {
         *("REPORT_SAMPLES", "TRUST_REMOTE_CODE"),
     )
 }
-"""Settings that decide where the site's key is sent, which code runs, and which files and answers are read."""
+"""Settings that decide where the site's key is sent, which code runs, and what may be read or shown."""
 OF_PROFILES = ("PREFECT_HOME", "PREFECT_PROFILE", "PREFECT_TEST", "PREFECT_UNIT_TEST")
 """Beginnings of Prefect's variables that choose or ignore the profile, in which those settings may stand."""
 
