@@ -40,6 +40,8 @@ LAST_UPDATE_TIMEOUT = 5.0
 """Seconds that a finished run waits for the last update."""
 MAX_MESSAGE = 50
 """Characters of an error's message in the table of errors, which then fits into a window of 1,400 pixels."""
+MARKUP = re.compile(r"[<>\[\]&\\`*]|^\s*(#|[-+]\s|[0-9]+[.)]\s)")
+"""What Markdown reads as more than text."""
 ADDRESS = re.compile(r"://|www\.|@|mailto:|xmpp:", re.IGNORECASE)
 """What an address has that Markdown of GitHub's flavour makes a link of."""
 LONGEST_KEY = 200
@@ -122,10 +124,44 @@ class ProgressArtifact:
                 update_progress_artifact(self._artifact, percent, str(progress))
 
 
+def show_page(markdown: str, key: str, description: str) -> None:
+    """Create a Markdown artifact.
+
+    Args:
+        markdown: The page.
+        key: Its key.
+        description: A plain text, with foreign text in it; the Prefect UI reads it as Markdown.
+    """
+    create_markdown_artifact(markdown, key, plain_lines(description))
+
+
+def show_table(rows: Sequence[Mapping[str, object]], key: str, description: str) -> None:
+    """Create a table artifact, whose texts the Prefect UI reads as Markdown.
+
+    Args:
+        rows: The rows: plain texts, with foreign text in them, and numbers.
+        key: Its key.
+        description: A plain text, as for `show_page`.
+    """
+    table = [
+        {name: plain_lines(value) if isinstance(value, str) else value for name, value in row.items()}
+        for row in rows
+    ]
+    create_table_artifact(table, key, plain_lines(description))
+
+
+def plain_lines(text: str) -> str:
+    """Return foreign text as Markdown that shows it; lines that Markdown would change are code spans."""
+    return "\n".join(
+        code(line) if MARKUP.search(line) or ADDRESS.search(line) else printable(line)
+        for line in text.split("\n")
+    )
+
+
 def show_report(report: Report) -> None:
     """Create a Markdown artifact of the report, and table artifacts of errors and of rows for review."""
     with warn_if_not_displayed("the report"):
-        create_markdown_artifact(markdown_of(report), report_key(report.predict_id), str(report))
+        show_page(markdown_of(report), report_key(report.predict_id), str(report))
         if report.worst:
             table = [
                 {
@@ -136,7 +172,7 @@ def show_report(report: Report) -> None:
                 for row in report.worst
             ]
             words = f"{len(table)} of {report.failed:,} failed rows of {report.predict_id}"
-            create_table_artifact(table, f"{slug(report.predict_id)}-errors", words)
+            show_table(table, f"{slug(report.predict_id)}-errors", words)
         if report.reviews:
             table = [
                 {
@@ -147,7 +183,7 @@ def show_report(report: Report) -> None:
                 for row in report.reviews
             ]
             words = f"{len(table)} of {report.to_review:,} rows for review of {report.predict_id}"
-            create_table_artifact(table, reviews_key(report.predict_id), words)
+            show_table(table, reviews_key(report.predict_id), words)
 
 
 def report_key(predict_id: str) -> str:
@@ -170,7 +206,7 @@ def show_preview(preview: Preview) -> None:
     with warn_if_not_displayed("the preview"):
         words = f"{len(preview.rows)} rows of {preview.source}; nothing is committed"
         table = [as_cells(row) for row in preview.rows]
-        create_table_artifact(table, f"{slug(preview.model)}-preview", words)
+        show_table(table, f"{slug(preview.model)}-preview", words)
 
 
 def show_estimate(estimate: Estimate) -> None:
@@ -179,7 +215,7 @@ def show_estimate(estimate: Estimate) -> None:
         rows = [(name, words(text)) for name, text in lines_of(estimate).items()]
         title = f"# {words(estimate.predict_id)}: estimate"
         markdown = f"{title}\n\n{markdown_table(('', ''), rows)}\n"
-        create_markdown_artifact(markdown, f"{slug(estimate.predict_id)}-estimate", str(estimate))
+        show_page(markdown, f"{slug(estimate.predict_id)}-estimate", str(estimate))
 
 
 def markdown_of(report: Report) -> str:
