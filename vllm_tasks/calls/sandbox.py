@@ -207,8 +207,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return True
 
 
-def _filter(value: nodes.Expr, name: str) -> nodes.Expr:
-    made: nodes.Expr = nodes.Filter(value, name, [], [], None, None).set_lineno(value.lineno or 1)
+def _filter(value: nodes.Expr, name: str) -> nodes.Filter:
+    made = nodes.Filter(value, name, [], [], None, None)
+    made.set_lineno(1)  # of no error that it raises is the line shown
     return made
 
 
