@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+DIGITS = 4000
+"""Maximum digits of a whole number of JSON that becomes an `int`; of a longer one, the text is kept."""
 
 
 class Number(float):
@@ -72,11 +74,13 @@ def number(text: str) -> float:
     return value if repr(value) == text else Number(text)
 
 
-def _whole(text: str) -> int | float:
-    return Number(text) if text == "-0" else int(text)
+def whole(text: str) -> int | float:
+    """The whole number of a JSON text; with very many digits, a `Number`."""
+    # Python refuses to convert more digits than that: the time is quadratic.
+    return Number(text) if text == "-0" or len(text) > DIGITS else int(text)
 
 
-_DECODER = json.JSONDecoder(parse_float=number, parse_int=_whole, parse_constant=Number)
+_DECODER = json.JSONDecoder(parse_float=number, parse_int=whole, parse_constant=Number)
 
 
 def from_json(text: str) -> Any:

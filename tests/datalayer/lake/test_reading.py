@@ -6,6 +6,7 @@ import contextlib
 import datetime as dt
 import gzip
 import json
+import os
 import threading
 import time
 from decimal import Decimal
@@ -176,6 +177,31 @@ def test_files_that_cannot_be_read(folder: Path) -> None:
     with pytest.raises(TablesUnavailable, match=r"gone\.csv"):
         read(lake, selection("gone"))
     lake.close()
+
+
+@pytest.mark.parametrize("select", ["d", "d/*", "SELECT * FROM d"])
+def test_a_pipe_among_the_files_is_refused(folder: Path, select: str) -> None:
+    """Opening it would wait for a writer without an end."""
+    write_source(folder / "d/0.csv", ROWS)
+    os.mkfifo(folder / "d/1.csv")
+    assert "d/1.csv' is no file but a pipe" in refusal(Lake(str(folder)), selection(select))
+
+
+def test_a_select_rounds_no_whole_number(folder: Path) -> None:
+    """Whole numbers in one file and floats in another are floats in SQL; one that changes is refused."""
+
+    def found(select: str) -> list[Any]:
+        return [r.values[0] for r in read(Lake(str(folder)), selection(select, columns=("x",)))]
+
+    write_source(folder / "d/0.parquet", [{"id": 1, "text": "a", "x": 2**53 + 1}])
+    write_source(folder / "d/1.parquet", [{"id": 2, "text": "b", "x": 1.5}])
+    assert found("d") == [2**53 + 1, 1.5]
+    with pytest.raises(InvalidCall, match=r"'x' is int64 in one file.*name the table itself") as refused:
+        found("SELECT id, x FROM d ORDER BY id")
+    assert "Traceback" not in str(refused.value)
+    assert keys(Lake(str(folder)), selection("SELECT id, text FROM d")) == [1, 2]
+    write_source(folder / "d/0.parquet", [{"id": 1, "text": "a", "x": 7}])
+    assert found("SELECT id, x FROM d ORDER BY id") == [7.0, 1.5]
 
 
 def test_values_are_plain_python_values(lake: Lake) -> None:
