@@ -252,6 +252,17 @@ def test_a_date_that_python_has_not(lake: Lake, kind: str) -> None:
     assert "CAST it to VARCHAR" in words
 
 
+def test_the_end_of_a_day_and_dates_before_christ(lake: Lake) -> None:
+    """They are texts as PostgreSQL prints them; Arrow would take 24:00 for the begin of the day."""
+    select = (
+        "SELECT id, TIME '24:00:00' AS clock, TIME '00:00:00' AS begin, DATE '0044-03-15 (BC)' AS day, "
+        "TIMESTAMP '0001-12-31 (BC) 23:59:59' AS at FROM t WHERE id = 1"
+    )
+    (found,) = read(lake, selection(select, columns=("clock", "begin", "day", "at")))
+    assert found.values[:3] == ("24:00:00", dt.time(0), "0044-03-15 BC")
+    assert found.values[3] == "0001-12-31 23:59:59.000000 BC"
+
+
 def test_what_looks_like_a_date_in_json_stays_text(folder: Path) -> None:
     """JSON has no dates: "2024-01-01" stays a text, and a mixed column keeps the value of each line."""
     rows = [
