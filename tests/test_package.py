@@ -32,6 +32,7 @@ PUBLIC = [
     "predict_batches",
     "predict_in_db",
     "preview",
+    "reference_set",
     "serve",
     "validate",
 ]

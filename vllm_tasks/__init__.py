@@ -19,6 +19,7 @@ from vllm_tasks.serving import serve
 from vllm_tasks.tables import export_batch, export_batch_results
 from vllm_tasks.tasks import compare, estimate, predict, predict_batches, predict_in_db, preview, validate
 from vllm_tasks.validation import Dataset, Metric, Validation
+from vllm_tasks.validation.reference import reference_set
 
 __version__ = _version("vllm-tasks")
 
@@ -45,6 +46,7 @@ __all__ = [
     "predict_batches",
     "predict_in_db",
     "preview",
+    "reference_set",
     "serve",
     "validate",
 ]
