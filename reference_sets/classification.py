@@ -10,8 +10,20 @@ from typing import Any
 
 from reference_sets.draws import Draws
 
-ITEMS = ("desk lamp", "kettle", "coffee grinder", "wall clock", "fan heater", "toaster", "radio", "blender")
-ITEMS = (*ITEMS, "hair dryer", "vacuum cleaner", "keyboard", "sewing machine")
+ITEMS = (
+    "desk lamp",
+    "kettle",
+    "coffee grinder",
+    "wall clock",
+    "fan heater",
+    "toaster",
+    "radio",
+    "blender",
+    "hair dryer",
+    "vacuum cleaner",
+    "keyboard",
+    "sewing machine",
+)
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
 FRAMES = (
     "{}",

@@ -72,8 +72,7 @@ WORDS = (
     "eleven",
     "twelve",
 )
-MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October")
-MONTHS = (*MONTHS, "November", "December")
+MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
 EACH = 30
 """Rows of each topic."""
 

@@ -110,6 +110,7 @@ def validate(
     url: str | None = None,
     rows: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
     db: str | None = None,
+    vllm_kwargs: str | None = None,
     json: AsJson = False,
     texts: Texts = False,
 ) -> None:
@@ -121,17 +122,18 @@ def validate(
         model: With --set: a folder or a name on Hugging Face, or with --url the server's name for the model.
         url: With --set: the address of a vLLM server.
         rows: With --set: number of rows, drawn from the 240 of the set; all of them by default.
-        db: With --set: where answers and history go: a path, a URL or a saved block; ./validations by default.
+        db: With --set: where answers and history go, a path, URL or saved block; by default ./validations.
+        vllm_kwargs: With --set and without --url: vLLM's engine arguments, as JSON.
         json: Print the report as JSON.
         texts: Also print the worst and the changed rows as JSON, with their answers, and the history.
     """
-    others = {"--model": model, "--url": url, "--rows": rows, "--db": db}
+    others = {"--model": model, "--url": url, "--rows": rows, "--db": db, "--vllm-kwargs": vllm_kwargs}
     reference.check_either(file, reference_set, others)
     if file is not None:
         report = _validated(file)
     else:
         assert reference_set is not None
-        report = reference.validated(reference_set, model, url, rows, db)
+        report = reference.validated(reference_set, model, url, rows, db, vllm_kwargs)
     _print(report, json, texts)
     passed(report)
 

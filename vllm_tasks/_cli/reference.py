@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from vllm_tasks import InvalidCall, VllmAPI, VllmModel, reference_set
 from vllm_tasks._cli import job
+from vllm_tasks.calls.call import identity_of
+from vllm_tasks.datalayer.table_names import ODD
 from vllm_tasks.results import ValidationReport
 from vllm_tasks.validation.sets import ReferenceName
 
-DB = Path("validations")
+DB = "validations"
 """Where answers and history of reference sets go, unless the command names another place."""
 
 
@@ -29,26 +31,58 @@ def check_either(file: Path | None, name: str | None, others: dict[str, Any]) ->
             f"--set {name} needs a model: --model with a folder or a name on Hugging Face, or --url with the "
             "address of a vLLM server"
         )
+    if others["--url"] is not None and others["--vllm-kwargs"] is not None:
+        raise InvalidCall("--vllm-kwargs is for an engine that is started here, not for --url: leave one out")
 
 
 def validated(
-    name: ReferenceName, model: str | None, url: str | None, rows: int | None, db: str | None
+    name: ReferenceName,
+    model: str | None,
+    url: str | None,
+    rows: int | None,
+    db: str | None,
+    engine: str | None,
 ) -> ValidationReport:
     """Validate a model on a reference set. Failed rows are misses, however many there are."""
     found = reference_set(name, sample_size=rows)
-    if db is None:
-        DB.mkdir(exist_ok=True)
-    return _model(model, url, found.fields).validate(
-        found.validation, db=job.saved("db", db or str(DB)), max_failed=None
+    made = _on_server(url, model, found.fields) if url is not None else _local(model, engine, found.fields)
+    return made.validate(found.validation, db=job.saved("db", db or DB), max_failed=None)
+
+
+def _on_server(url: str, name: str | None, fields: dict[str, Any]) -> VllmAPI:
+    """The model of a server; its identifier, by which the history is kept, is the server's name for it."""
+    model = VllmAPI(identifier=_identifier(name or "server"), api_url=url, model=name, **fields)
+    if name is None:
+        served, _ = identity_of(model.engine_config())
+        model.identifier = _identifier(served)
+    return model
+
+
+def _local(name: str | None, engine: str | None, fields: dict[str, Any]) -> VllmModel:
+    """A model that an engine is started for; no code that comes with it is run unless `engine` allows it."""
+    assert name is not None
+    folder = Path(name).resolve()
+    return VllmModel(
+        identifier=_identifier(folder.name if folder.is_dir() else name),
+        model_name=name,
+        trust_remote_code=False,
+        vllm_kwargs=_arguments(engine),
+        **fields,
     )
 
 
-def _model(name: str | None, url: str | None, fields: dict[str, Any]) -> VllmAPI | VllmModel:
-    """The model on a server, or the model that an engine is started for. Its identifier, by which the history
-    is kept, is its name, or the server's if the server's only model has no name here."""
-    if url is None:
-        assert name is not None
-        folder = Path(name).resolve()
-        identifier = folder.name if folder.is_dir() else name
-        return VllmModel(identifier=identifier, model_name=name, **fields)
-    return VllmAPI(identifier=name or urlsplit(url).netloc or url, api_url=url, model=name, **fields)
+def _arguments(engine: str | None) -> dict[str, Any]:
+    try:
+        found = json.loads(engine or "{}")
+    except ValueError as error:
+        raise InvalidCall(f"--vllm-kwargs {engine!r:.100} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise InvalidCall(
+            f"--vllm-kwargs {engine!r:.100} is no JSON object, such as '{{\"max_model_len\": 4096}}'"
+        )
+    return found
+
+
+def _identifier(name: str) -> str:
+    """The name of a model without the signs that cannot be in the name of a table."""
+    return "".join("-" if sign in ODD else sign for sign in name)

@@ -63,8 +63,8 @@ def check_documents(metric: Metric, targets: Sequence[Any]) -> None:
     if not ids or not queries:
         raise InvalidCall(
             f"{what} ranks documents by the vectors of the model, and the data set has {len(queries)} "
-            f"queries and {sum(ids.values())} documents: add documents as rows whose target is their own id, and "
-            "queries as rows whose target is a list of ids"
+            f"queries and {sum(ids.values())} documents: add documents as rows whose target is their "
+            "own id, and queries as rows whose target is a list of ids"
         )
     if twice := [name for name, count in ids.items() if count > 1]:
         raise InvalidCall(f"{what}: two documents have the id {twice[0]!r:.100}; give each one of its own")
