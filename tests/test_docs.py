@@ -74,7 +74,7 @@ PUBLIC = {
             "serve",
         ),
         *("Classes", "DataType", "Request", "RowError", "InvalidCall", "GateFailed"),
-        *("batch_request", "export_batch", "export_batch_results"),
+        *("batch_request", "export_batch", "export_batch_results", "reference_set"),
     },
     "vllm_tasks.errors": {"VllmTasksError", "RowErrors", "TooManyFailed", "ServerUnavailable"},
     "vllm_tasks.tasks": {"completions"},

@@ -33,6 +33,7 @@ PUBLIC = [
     "predict_batches",
     "predict_in_db",
     "preview",
+    "reference_set",
     "serve",
     "validate",
 ]

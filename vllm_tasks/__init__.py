@@ -28,6 +28,7 @@ from vllm_tasks.tasks import (
     validate,
 )
 from vllm_tasks.validation import Dataset, Metric, Validation
+from vllm_tasks.validation.reference import reference_set
 
 __version__ = _version("vllm-tasks")
 
@@ -55,6 +56,7 @@ __all__ = [
     "predict_batches",
     "predict_in_db",
     "preview",
+    "reference_set",
     "serve",
     "validate",
 ]

@@ -12,6 +12,7 @@ from vllm_tasks.tables import (
     Sample,
     Total,
 )
+from vllm_tasks.validation.reference import ReferenceSet
 from vllm_tasks.validation.report import Comparison, DatasetReport, ValidationReport
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "FailedRow",
     "Preview",
     "PreviewRow",
+    "ReferenceSet",
     "Report",
     "ReviewRow",
     "RowError",

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, validators
 
 from vllm_tasks import VllmAPI, VllmModel
-from vllm_tasks._cli import job, project
+from vllm_tasks._cli import job, project, reference
 from vllm_tasks._cli.looks import checked, outputs_of
 from vllm_tasks.errors import (
     EngineFailed,
@@ -25,7 +25,9 @@ from vllm_tasks.errors import (
     TooManyFailed,
     VllmTasksError,
 )
+from vllm_tasks.results import ValidationReport
 from vllm_tasks.tasks import passed
+from vllm_tasks.validation.sets import ReferenceName
 
 EXITS = {
     InvalidCall: 2,
@@ -100,21 +102,38 @@ def preview(file: Path, *, rows: int = 3, json: AsJson = False) -> None:
 
 
 @app.command
-def validate(file: Path, *, json: AsJson = False, texts: Texts = False) -> None:
+def validate(
+    file: Path | None = None,
+    *,
+    reference_set: Annotated[ReferenceName | None, Parameter("--set")] = None,
+    model: str | None = None,
+    url: str | None = None,
+    rows: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
+    db: str | None = None,
+    vllm_kwargs: str | None = None,
+    json: AsJson = False,
+    texts: Texts = False,
+) -> None:
     """Score a model on data sets with known answers, and record the values.
 
     Args:
-        file: The job: parameters of `validate_model`, in YAML.
+        file: The job: parameters of `validate_model`, in YAML. Give this, or --set with --model or --url.
+        reference_set: A small data set in the package.
+        model: With --set: a folder or a name on Hugging Face, or with --url the server's name for the model.
+        url: With --set: the address of a vLLM server.
+        rows: With --set: number of rows, drawn from the 240 of the set; all of them by default.
+        db: With --set: where answers and history go, a path, URL or saved block; by default ./validations.
+        vllm_kwargs: With --set and without --url: vLLM's engine arguments, as JSON.
         json: Print the report as JSON.
         texts: Also print the worst and the changed rows as JSON, with their answers, and the history.
     """
-    from vllm_tasks.flows.validate_model import validate_model
-
-    given = job.read(file, validate_model)
-    model = given.pop("model")
-    given.pop("approval_timeout", None)
-    job.check_runs_here(file, model, asks=given.pop("on_gate_failed", "fail") == "ask")
-    report = model.validate(given.pop("validation", None), **given)
+    others = {"--model": model, "--url": url, "--rows": rows, "--db": db, "--vllm-kwargs": vllm_kwargs}
+    reference.check_either(file, reference_set, others)
+    if file is not None:
+        report = _validated(file)
+    else:
+        assert reference_set is not None
+        report = reference.validated(reference_set, model, url, rows, db, vllm_kwargs)
     _print(report, json, texts)
     passed(report)
 
@@ -160,6 +179,18 @@ def pools(*words: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
     from vllm_tasks.pools.__main__ import main
 
     main(list(words))
+
+
+def _validated(file: Path) -> ValidationReport:
+    """The report of the validation that a job file describes."""
+    from vllm_tasks.flows.validate_model import validate_model
+
+    given = job.read(file, validate_model)
+    model = given.pop("model")
+    given.pop("approval_timeout", None)
+    job.check_runs_here(file, model, asks=given.pop("on_gate_failed", "fail") == "ask")
+    report: ValidationReport = model.validate(given.pop("validation", None), **given)
+    return report
 
 
 def _job_in(file: Path) -> tuple[VllmAPI | VllmModel, dict[str, Any]]:

@@ -13,7 +13,7 @@ from vllm_tasks.metrics.data import data_of
 def ranking_of(prediction: Any) -> list[str]:
     """Return the ids of a ranking as texts, each once; none for an answer that is no list."""
     found = data_of(prediction)
-    return list(dict.fromkeys(map(_id, found))) if isinstance(found, list) else []
+    return list(dict.fromkeys(map(id_of, found))) if isinstance(found, list) else []
 
 
 def gains_of(target: Any, k: int, metric: str) -> dict[str, float]:
@@ -27,11 +27,11 @@ def gains_of(target: Any, k: int, metric: str) -> dict[str, float]:
     given = (
         found
         if isinstance(found, Mapping)
-        else dict.fromkeys(map(_id, found), 1.0)
+        else dict.fromkeys(map(id_of, found), 1.0)
         if isinstance(found, list)
         else {}
     )
-    gains = {_id(name): gain for name, gain in given.items() if isinstance(gain, int | float) and gain > 0}
+    gains = {id_of(name): gain for name, gain in given.items() if isinstance(gain, int | float) and gain > 0}
     if not gains:
         raise InvalidCall(
             f"{metric} takes a list of relevant ids as target, or an object from ids to gains, not "
@@ -40,8 +40,8 @@ def gains_of(target: Any, k: int, metric: str) -> dict[str, float]:
     return gains
 
 
-def _id(value: Any) -> str:
-    """Return an id as a text, so that 7 is "7"; another value is the id of nothing."""
+def id_of(value: Any) -> str:
+    """Return an id as a text, so that 7 is "7"; a value that is no id is the id of nothing."""
     try:
         return plain_text(value)
     except NoText:

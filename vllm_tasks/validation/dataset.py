@@ -7,10 +7,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from vllm_tasks.datalayer.table_names import check_name
+from vllm_tasks.validation.sets import ReferenceName
 
 
 class Dataset(BaseModel):
-    """Rows with known answers: a `select` on a datalayer, or `raw_data`.
+    """Rows with known answers: a `select` on a datalayer, `raw_data`, or a `reference` set of the package.
 
     The sample of `sample_size` rows depends only on `random_seed` and the rows' contents: it is the same on
     every machine and from every kind of table. With `pin`, later runs use the snapshot of the first run.
@@ -22,10 +23,16 @@ class Dataset(BaseModel):
     select: str | None = Field(
         default=None,
         title="Select",
-        description="A table, one SELECT, or in a lake a path or a glob. Give either this or raw data.",
+        description="A table, one SELECT, or in a lake a path or a glob. Give one of select, raw data and "
+        "reference.",
     )
     raw_data: list[dict[str, Any]] | None = Field(
-        default=None, title="Raw data", description="The rows themselves. Give either this or a select."
+        default=None, title="Raw data", description="The rows themselves, in place of a select."
+    )
+    reference: ReferenceName | None = Field(
+        default=None,
+        title="Reference set",
+        description="A reference set of the package, in place of a select.",
     )
     db: str | None = Field(
         default=None,
@@ -60,8 +67,10 @@ class Dataset(BaseModel):
 
     @model_validator(mode="after")
     def _one_source(self) -> Dataset:
-        if (self.select is None) == (self.raw_data is None):
-            raise ValueError(f"dataset {self.identifier!r} needs exactly one of select and raw_data")
+        if [self.select, self.raw_data, self.reference].count(None) != 2:
+            raise ValueError(
+                f"dataset {self.identifier!r} needs exactly one of select, raw_data and reference"
+            )
         if self.db is not None and self.select is None:
             raise ValueError(f"dataset {self.identifier!r} has a db to select from, but no select")
         return self

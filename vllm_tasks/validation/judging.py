@@ -16,6 +16,7 @@ from vllm_tasks.validation import Metric, Validation, history
 from vllm_tasks.validation.gate import against_runs, corrected, number_of_tests, verdict
 from vllm_tasks.validation.predictions import Source
 from vllm_tasks.validation.report import Against, ChangedRow, DatasetReport, Record, WorstRow
+from vllm_tasks.validation.retrieval import ranked
 from vllm_tasks.validation.scores import SEED, Scored, row_scores, score, sides_of
 from vllm_tasks.validation.snapshot import Snapshot
 from vllm_tasks.validation.statistics import ALPHA, Sides, familywise, paired
@@ -173,7 +174,7 @@ class Judging:
         sign, best = (1, measure.range[1]) if measure.higher_is_better else (-1, measure.range[0])
         wrong = [row for row, score in now.scores.items() if score != best]
         wrong.sort(key=lambda row: (sign * now.scores[row], row))
-        texts = {answer.row: _answer_or_error(answer) for answer in answers}
+        texts = _shown(metric, answers)
         return [
             WorstRow(
                 row=row,
@@ -199,6 +200,7 @@ class Judging:
         order = sorted((row for row in gains if gains[row]), key=lambda row: (gains[row], row))
         regressed = [row for row in order[:shown] if gains[row] < 0]
         improved = [row for row in reversed(order[-shown:]) if gains[row] > 0]
+        texts_before, texts_after = _shown(metric, before), _shown(metric, after)
         return [
             ChangedRow(
                 row=row,
@@ -208,12 +210,16 @@ class Judging:
                 improved=gains[row] > 0,
                 inputs=self.snapshot.cases[row].inputs,
                 target=self.snapshot.cases[row].target,
-                answer_before=_answer_or_error(before[row]),
-                answer_after=_answer_or_error(after[row]),
+                answer_before=texts_before[row],
+                answer_after=texts_after[row],
             )
             for row in (*regressed, *improved)
         ]
 
 
-def _answer_or_error(answer: Answer) -> object:
-    return answer.prediction if answer.error is None else error_in_words(answer.error)
+def _shown(metric: Metric, answers: Sequence[Answer]) -> dict[int, object]:
+    """By row, what people are shown: the answer, the ranking that is made of a vector, or the error."""
+    return {
+        answer.row: answer.prediction if answer.error is None else error_in_words(answer.error)
+        for answer in ranked(metric, answers)
+    }

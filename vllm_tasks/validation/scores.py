@@ -27,6 +27,7 @@ from vllm_tasks.validation.intervals import (
 )
 from vllm_tasks.validation.metric import OWN_OPTIONS, WITH_CHOICES
 from vllm_tasks.validation.report import OnError, Value
+from vllm_tasks.validation.retrieval import RANKED, check_documents, ranked
 from vllm_tasks.validation.snapshot import Snapshot
 from vllm_tasks.validation.statistics import Paired, Sides, clustered, mean_rows, paired
 
@@ -119,6 +120,9 @@ def check(metric: Metric, snapshot: Snapshot, decoder: RowDecoder) -> None:
     targets: list[Any] = [case.target for case in snapshot.cases]
     kinds = {column.name: column.kind for column in decoder.columns}
     values = {name: EMPTY.get(kind, "") for name, kind in kinds.items()}
+    if metric.built_in in RANKED and kinds == {"output": "vector"}:
+        check_documents(metric, targets)
+        return
     empty: Any = "" if of_classes else values["output"] if kinds.keys() == {"output"} else values
     if metric.extract:
         if isinstance(empty, dict):
@@ -208,7 +212,7 @@ def _counted(metric: Metric, measure: Measure, answers: Sequence[Answer], on_err
             f"{metric.identifier!r} has nothing to score: all {len(answers)} rows failed, for example: "
             f"{example}"
         )
-    return _extracted(metric, counted)
+    return ranked(metric, _extracted(metric, counted))
 
 
 def _extracted(metric: Metric, answers: Sequence[Answer]) -> list[Answer]:

@@ -26,6 +26,7 @@ from vllm_tasks.datalayer.selection import PAGE, Tables
 from vllm_tasks.errors import InvalidCall, near
 from vllm_tasks.validation import Dataset
 from vllm_tasks.validation.expected import NotComparable, expected
+from vllm_tasks.validation.sets import rows_of
 
 SHOWN_TEXT = 100
 
@@ -125,7 +126,8 @@ def has_rows(home: Tables, table: str) -> bool:
 def _spec(dataset: Dataset, columns: Columns) -> str:
     """A hash of all that decides the rows of a pinned set, so that another sample gets another snapshot."""
     drawn_by = dataset.model_dump(include={"select", "raw_data", "db", "sample_size", "random_seed"})
-    text = canonical([drawn_by, columns.inputs, columns.target, columns.choices, *_given(columns.cluster)])
+    more = [*_given(columns.cluster), *_given(dataset.reference)]
+    text = canonical([drawn_by, columns.inputs, columns.target, columns.choices, *more])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -149,15 +151,16 @@ def _drawn(dataset: Dataset, columns: Columns, home: Tables) -> list[Case]:
 
 
 def _rows(dataset: Dataset, columns: Columns, home: Tables) -> Iterator[Mapping[str, Any]]:
-    if dataset.raw_data is not None:
-        for i, row in enumerate(dataset.raw_data):
+    given = rows_of(dataset.reference) if dataset.reference is not None else dataset.raw_data
+    if given is not None:
+        for i, row in enumerate(given):
             for name in columns.all:
                 if name not in row:
                     raise InvalidCall(
                         f"row {i} of dataset {dataset.identifier!r} has no {name!r}{near(name, row)}; it has "
                         f"{', '.join(map(repr, row)) or 'nothing'}"
                     )
-        yield from dataset.raw_data
+        yield from given
         return
     assert dataset.select is not None
     if (elsewhere := source_of(dataset.db)) is None:
@@ -196,9 +199,9 @@ def _case(dataset: Dataset, i: int, values: Mapping[str, Any], columns: Columns)
     return Case(i, *exact_json.loads(exact_json.dumps([inputs, target, choices, cluster])))
 
 
-def _given(cluster: Any) -> list[Any]:
-    """A list with the cluster if there is one, so that hashes of sets without clusters are as they were."""
-    return [] if cluster is None else [cluster]
+def _given(value: Any) -> list[Any]:
+    """A list with the value if there is one, so that hashes of sets without it are as they were."""
+    return [] if value is None else [value]
 
 
 def _refuse_nulls(dataset: Dataset, columns: Columns, cases: Sequence[Case]) -> None:
