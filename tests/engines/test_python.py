@@ -65,6 +65,7 @@ def test_what_is_no_program_is_refused_with_the_way_out(name: str, tmp_path: Pat
         model.predict("Hello")
 
 
+@pytest.mark.engine  # its model is made with vLLM's libraries
 def test_an_environment_without_vllm_is_named(other: Path, tiny_model: Path) -> None:
     model = VllmModel(identifier="m", model_name=str(tiny_model), engine_python=str(other))
     with pytest.raises(EngineFailed, match=f"the environment of {other} has no vLLM: install it there"):
