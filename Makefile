@@ -54,7 +54,8 @@ test-python:
 	@if python$(PYTHON) --version; then \
 		python$(PYTHON) -m venv .venv-$(PYTHON) && .venv-$(PYTHON)/bin/python -m pip install --quiet uv && \
 		.venv-$(PYTHON)/bin/uv $(INSTALL) --python .venv-$(PYTHON) -c constraints/newest.txt -e '.[dev]' && \
-		.venv-$(PYTHON)/bin/python -m pytest $(AT_ONCE) -m "not engine" $(ARGS); \
+		.venv-$(PYTHON)/bin/uv $(INSTALL) --python .venv-$(PYTHON) --no-deps --target .venv-$(PYTHON)/beside $(PANDAS) && \
+		.venv-$(PYTHON)/bin/python -m pytest $(AT_ONCE) -m "not engine and not long" $(ARGS); \
 	else echo "skipped: there is no python$(PYTHON) on this machine"; fi
 
 # The tests of engines with another vLLM, in an environment of its own: `make test-vllm VLLM=0.28.0`.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 LONG_ENOUGH = 240.0
@@ -18,3 +20,19 @@ def eventually(condition: Callable[[], Any], seconds: float = LONG_ENOUGH) -> bo
             return False
         time.sleep(0.05)
     return True
+
+
+@contextmanager
+def ends(seconds: float = LONG_ENOUGH) -> Iterator[None]:
+    """Raise `TimeoutError` in what takes longer, which need not wait for anything: a search, a sum."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"it had not ended after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -20,7 +20,7 @@ import pytest
 from tests.places import Place
 from tests.servers.scripted_server import Reply, ScriptedServer, answer_to, usual
 from vllm_tasks import InvalidCall, VllmAPI, VllmModel, serve
-from vllm_tasks.artifacts import cell, code, markdown_of, markdown_table, words
+from vllm_tasks.artifacts import cell, code, markdown_of, markdown_table, plain_lines, words
 from vllm_tasks.datalayer.table_names import outputs_name
 from vllm_tasks.engines import loop
 from vllm_tasks.engines.http.urls import split_urls
@@ -244,6 +244,31 @@ def test_texts_of_others_are_no_markup(text: str) -> None:
         assert not [tag for tag in ("<script", "<img", "<b>", "<a ", "<h1>h") if tag in html], html
 
 
+@pytest.mark.parametrize(
+    "text", ["http://evil/x", "see WWW.evil.test", "me@evil.test", "mailto:evil", "ftp://e"]
+)
+def test_a_bare_address_is_no_link(text: str) -> None:
+    """Markdown of GitHub's flavour, as the Prefect UI reads it, makes links of them outside of code spans."""
+    assert words(text) == f"`{text}`"
+    assert words("vllm 0.32") == "vllm 0.32"
+
+
+@pytest.mark.parametrize(
+    "text", [*MARKUP, "[a\n](http://evil)", "```\n<b>x</b>\n```", "[a]: http://evil\n[a]"]
+)
+def test_texts_in_tables_and_descriptions_are_no_markup(text: str) -> None:
+    """The Prefect UI reads cells of tables and descriptions as Markdown: a picture would be loaded."""
+    markdown_it = pytest.importorskip("markdown_it")
+    html = markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table").render(plain_lines(text))
+    assert not [tag for tag in ("<script", "<img", "<b>", "<a ", "<h1>h") if tag in html], html
+
+
+def test_plain_texts_in_tables_stay_as_they_are() -> None:
+    """Numbers, keys, names and lines."""
+    for text in ("-0.5", "(7, 'a_b')", "exact_match", "one\ntwo, three.", "100 %"):
+        assert plain_lines(text) == text
+
+
 def test_a_report_shows_what_a_server_says_as_text() -> None:
     """Facts of a server, keys of an error kind and a location are no markup on the page."""
     markdown_it = pytest.importorskip("markdown_it")
@@ -268,14 +293,16 @@ def test_a_report_shows_what_a_server_says_as_text() -> None:
     assert not [tag for tag in ("<script", "<img", "<b>", "<a ") if tag in page]
 
 
-ESCAPES = "a\x1b[31m\x1b]0;title\x07\nFAKE LOG LINE\r\x9b2J\u202egnp.exe\ud800"
+ESCAPES = (
+    "a\u200f\u061c\u200b\ufeff\U000e0041\x1b[31m\x1b]0;title\x07\nFAKE LOG LINE\r\x9b2J\u202egnp.exe\ud800"
+)
 
 
 def test_nothing_in_a_name_or_an_error_moves_a_terminal() -> None:
     """Keys of a table and messages of servers reach logs and task run names without control characters."""
     (shown,) = (key_range([(ESCAPES,), (ESCAPES,)]),)
     told = str(RowErrors([RowError("server", ESCAPES, index=0)], [None]))
-    assert shown.startswith("a\ufffd[31m")
+    assert shown.startswith("a" + "\ufffd" * 6 + "[31m")
     for text in (shown, told, cell(ESCAPES), printable(ESCAPES)):
         assert all(c.isprintable() for c in text), text
     assert len(key_range([("x" * 10**6,)])) <= 101

@@ -25,6 +25,7 @@ PUBLIC = [
     "VllmModel",
     "batch_request",
     "compare",
+    "completions",
     "estimate",
     "export_batch",
     "export_batch_results",

@@ -246,6 +246,9 @@ def test_what_travels_to_another_flow_run_has_no_secret(left: Path) -> None:
         VllmAPI(identifier="m", basic_auth=f"u:{KEY}", api_url="http://x"),
     ]
     gives = [partial(payload.model_parameter, each) for each in (model, *others)]
+    for name in ("hf_token", "hf-token", "HF_TOKEN", "api-key"):
+        local = VllmModel(identifier="m", model_name="m", vllm_kwargs={name: KEY})
+        gives.append(partial(payload.model_parameter, local))
     for give in (*gives, lambda: payload.db_parameter(url_of(1))):
         words = tell(give)
         assert "readable in the parameters" in words
@@ -303,6 +306,7 @@ WRONG: dict[str, Callable[[], Any]] = {
         url=SecretStr(f"http://u:{PASSWORD}@127.0.0.1:1/x")
     ).outputs("m"),
     "a lake with a query": lambda: Datalayer(url=SecretStr(f"http://127.0.0.1:1/x?sig={KEY}")).outputs("m"),
+    "a token of DuckDB": lambda: Datalayer(url=SecretStr(f"duckdb:///m.db?motherduck_token={KEY}")).tables(),
     "a model that is right": lambda: VllmAPI(identifier="m", api_key=KEY, db={"url": URL}),
     "an engine's token": lambda: VllmModel(identifier="m", model_name="m", vllm_kwargs={"hf_token": KEY}),
 }

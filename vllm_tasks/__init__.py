@@ -17,7 +17,16 @@ from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.rows import Request, RowError
 from vllm_tasks.serving import serve
 from vllm_tasks.tables import export_batch, export_batch_results
-from vllm_tasks.tasks import compare, estimate, predict, predict_batches, predict_in_db, preview, validate
+from vllm_tasks.tasks import (
+    compare,
+    completions,
+    estimate,
+    predict,
+    predict_batches,
+    predict_in_db,
+    preview,
+    validate,
+)
 from vllm_tasks.validation import Dataset, Metric, Validation
 from vllm_tasks.validation.reference import reference_set
 
@@ -39,6 +48,7 @@ __all__ = [
     "VllmModel",
     "batch_request",
     "compare",
+    "completions",
     "estimate",
     "export_batch",
     "export_batch_results",

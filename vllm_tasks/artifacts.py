@@ -40,6 +40,16 @@ LAST_UPDATE_TIMEOUT = 5.0
 """Seconds that a finished run waits for the last update."""
 MAX_MESSAGE = 50
 """Characters of an error's message in the table of errors, which then fits into a window of 1,400 pixels."""
+MARKUP = re.compile(r"[<>\[\]&\\`*]|^\s*(#|[-+]\s|[0-9]+[.)]\s)")
+"""What Markdown reads as more than text."""
+ADDRESS = re.compile(r"://|www\.|@|mailto:|xmpp:", re.IGNORECASE)
+"""What an address has that Markdown of GitHub's flavour makes a link of."""
+LONGEST_KEY = 200
+"""Characters of the names in an artifact's key."""
+LONGEST_ASSET = 512
+"""Characters of an asset's key, which Prefect allows."""
+HASH = re.compile("[0-9a-f]{6}")
+"""What a key ends with that stands for other names than it shows."""
 TEXT_LENGTH = 200
 """Characters of an answer or a message on a page."""
 MAX_LINES = 20
@@ -114,10 +124,44 @@ class ProgressArtifact:
                 update_progress_artifact(self._artifact, percent, str(progress))
 
 
+def show_page(markdown: str, key: str, description: str) -> None:
+    """Create a Markdown artifact.
+
+    Args:
+        markdown: The page.
+        key: Its key.
+        description: A plain text, with foreign text in it; the Prefect UI reads it as Markdown.
+    """
+    create_markdown_artifact(markdown, key, plain_lines(description))
+
+
+def show_table(rows: Sequence[Mapping[str, object]], key: str, description: str) -> None:
+    """Create a table artifact, whose texts the Prefect UI reads as Markdown.
+
+    Args:
+        rows: The rows: plain texts, with foreign text in them, and numbers.
+        key: Its key.
+        description: A plain text, as for `show_page`.
+    """
+    table = [
+        {name: plain_lines(value) if isinstance(value, str) else value for name, value in row.items()}
+        for row in rows
+    ]
+    create_table_artifact(table, key, plain_lines(description))
+
+
+def plain_lines(text: str) -> str:
+    """Return foreign text as Markdown that shows it; lines that Markdown would change are code spans."""
+    return "\n".join(
+        code(line) if MARKUP.search(line) or ADDRESS.search(line) else printable(line)
+        for line in text.split("\n")
+    )
+
+
 def show_report(report: Report) -> None:
     """Create a Markdown artifact of the report, and table artifacts of errors and of rows for review."""
     with warn_if_not_displayed("the report"):
-        create_markdown_artifact(markdown_of(report), report_key(report.predict_id), str(report))
+        show_page(markdown_of(report), report_key(report.predict_id), str(report))
         if report.worst:
             table = [
                 {
@@ -128,7 +172,7 @@ def show_report(report: Report) -> None:
                 for row in report.worst
             ]
             words = f"{len(table)} of {report.failed:,} failed rows of {report.predict_id}"
-            create_table_artifact(table, f"{slug(report.predict_id)}-errors", words)
+            show_table(table, f"{slug(report.predict_id)}-errors", words)
         if report.reviews:
             table = [
                 {
@@ -139,7 +183,7 @@ def show_report(report: Report) -> None:
                 for row in report.reviews
             ]
             words = f"{len(table)} of {report.to_review:,} rows for review of {report.predict_id}"
-            create_table_artifact(table, reviews_key(report.predict_id), words)
+            show_table(table, reviews_key(report.predict_id), words)
 
 
 def report_key(predict_id: str) -> str:
@@ -154,7 +198,7 @@ def reviews_key(predict_id: str) -> str:
 
 def validation_key(model: str, dataset: str) -> str:
     """Return the key of the artifact of a validation on one data set."""
-    return f"{slug(f'{model}-{dataset}')}-validation"
+    return f"{slug(model, dataset)}-validation"
 
 
 def show_preview(preview: Preview) -> None:
@@ -162,7 +206,7 @@ def show_preview(preview: Preview) -> None:
     with warn_if_not_displayed("the preview"):
         words = f"{len(preview.rows)} rows of {preview.source}; nothing is committed"
         table = [as_cells(row) for row in preview.rows]
-        create_table_artifact(table, f"{slug(preview.model)}-preview", words)
+        show_table(table, f"{slug(preview.model)}-preview", words)
 
 
 def show_estimate(estimate: Estimate) -> None:
@@ -171,7 +215,7 @@ def show_estimate(estimate: Estimate) -> None:
         rows = [(name, words(text)) for name, text in lines_of(estimate).items()]
         title = f"# {words(estimate.predict_id)}: estimate"
         markdown = f"{title}\n\n{markdown_table(('', ''), rows)}\n"
-        create_markdown_artifact(markdown, f"{slug(estimate.predict_id)}-estimate", str(estimate))
+        show_page(markdown, f"{slug(estimate.predict_id)}-estimate", str(estimate))
 
 
 def markdown_of(report: Report) -> str:
@@ -273,7 +317,12 @@ def code(text: str) -> str:
 
 
 def words(text: str) -> str:
-    """Return foreign text for use outside of code spans, escaped so that no HTML, link or picture works."""
+    """Return foreign text for use outside of code spans, escaped so that no HTML, link or picture works.
+
+    A text with an address in it is a code span, because the Prefect UI makes a link of a bare address.
+    """
+    if ADDRESS.search(text):
+        return code(text)
     return re.sub(r"[\\<>&\[\]]", r"\\\g<0>", cell(text))
 
 
@@ -290,19 +339,32 @@ def cell(text: str) -> str:
     return printable(re.sub(r"[|`\s]", " ", text))
 
 
-def slug(name: str) -> str:
-    """Return an artifact key for a name: lower-case letters, digits and dashes.
+def slug(*names: str) -> str:
+    """Return an artifact key for a name, or for several: lower-case letters, digits and dashes.
 
     A name of letters (a to z, in either case), digits, single dashes and spaces, which become dashes, is its
     own key. Any other character is lost, and six digits of the name's hash are added: Prefect takes artifacts
     with one key for versions of each other, which `m-a_b` and `m-a-b` are not. Characters that no identifier
     may have (`ODD`, line ends) count as spaces.
+
+    Several names are joined by dashes. If other names would give the same text, a hash is added, too: model
+    `a` on the set `b-c` is not model `a-b` on the set `c`. So it is to a key of more than `LONGEST_KEY`
+    characters, which is shortened.
     """
-    given = re.sub(rf"[\s{re.escape(ODD)}]+", "-", name.lower())
-    plain = re.sub("[^a-z0-9]+", "-", given).strip("-") or "outputs"
-    if plain == given:
+    given = [re.sub(rf"[\s{re.escape(ODD)}]+", "-", name.lower()) for name in names]
+    joined = "-".join(given)
+    plain = re.sub("[^a-z0-9]+", "-", joined).strip("-") or "outputs"
+    # Of two names, the last dash separates them, unless the second one has dashes, or looks like a hash.
+    dashless = given[1:] if len(given) == 2 else given if len(given) > 2 else []
+    is_clear = not any("-" in name or HASH.fullmatch(name) for name in dashless)
+    if plain == joined and is_clear and len(plain) <= LONGEST_KEY:
         return plain
-    return f"{plain}-{hashlib.sha256(given.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"
+    end = _hash(joined if is_clear else "\0".join(given))
+    return f"{plain[: LONGEST_KEY - len(end) - 1].rstrip('-')}-{end}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:6]
 
 
 def page_url(key: str) -> str | None:
@@ -325,9 +387,13 @@ def asset_key(location: str) -> str:
         location: The location, as the report has it.
 
     Returns:
-        The URI, of at most 512 characters, without the user and password of a database.
+        The URI, without the user and password of a database. If characters are lost, a hash is added, so that
+        two tables are not one asset.
     """
     if table := re.fullmatch(r"table (\S+) in (\w+)(?:\+\w+)?://(?:[^/@]*@)?(.*)", location):
         location = f"{table[2]}://{table[3]}/{table[1]}"
     uri = location if re.match(r"[a-z][a-z0-9+.-]*://", location) else f"file://{location}"
-    return re.sub(r"""[^A-Za-z0-9_.:/@=,;+~()!*$-]""", "_", uri)[:512]
+    plain = re.sub(r"""[^A-Za-z0-9_.:/@=,;+~()!*$-]""", "_", uri)
+    if plain == uri and len(uri) <= LONGEST_ASSET:
+        return uri
+    return f"{plain[: LONGEST_ASSET - 7]}~{_hash(uri)}"

@@ -74,7 +74,12 @@ def _state_of(value: object) -> Any:
         copied = reducer(value) if reducer else value.__reduce_ex__(2)
     except Exception:  # noqa: BLE001 - its class may raise anything; the class alone then counts
         return None
-    return copied if isinstance(copied, str) else [_listed(part) for part in copied[1:]]
+    if isinstance(copied, str):
+        return copied
+    made, arguments, *state = copied
+    if made in (copyreg.__newobj__, copyreg.__newobj_ex__):  # type: ignore[attr-defined]
+        arguments = arguments[1:]  # the class: its name counts, and its own attributes have no end
+    return [_listed(part) for part in (arguments, *state)]
 
 
 def _listed(part: Any) -> Any:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
-import socket
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
@@ -32,31 +30,6 @@ def check_place(what: str, uri: str) -> None:
         "move it there, or have the site add its folder, or the beginning of its URI, to VLLM_TASKS_PLACES "
         "(a JSON list)"
     )
-
-
-def check_host(what: str, url: str) -> None:
-    """Raise `InvalidCall` for a web address whose host is this machine or on its own link.
-
-    There, services listen that trust everybody who can reach them, such as a cloud's metadata.
-    """
-    try:
-        host = urlsplit(url).hostname
-        found = {info[4][0] for info in socket.getaddrinfo(host, None)} if host else set()
-    except (OSError, ValueError) as error:
-        raise InvalidCall(f"{what} {without_secrets(url)!r:.200}: its host is not known: {error}") from error
-    own = sorted(address for address in map(str, found) if _is_own(address))
-    if own or not found:
-        raise InvalidCall(
-            f"{what} {without_secrets(url)!r:.200} is at {own or 'no host'}, a loopback or link-local "
-            "address, and nothing is read from these where the site limits places (VLLM_TASKS_PLACES): "
-            "give a path, or serve it from another host"
-        )
-
-
-def _is_own(address: str) -> bool:
-    found = ipaddress.ip_address(address.partition("%")[0])
-    found = getattr(found, "ipv4_mapped", None) or found
-    return found.is_loopback or found.is_link_local or found.is_unspecified
 
 
 def without_secrets(text: str) -> str:
@@ -90,4 +63,9 @@ def is_local(uri: str) -> bool:
 
 
 def _real(path: str) -> str:
-    return os.path.realpath(str(LocalFileSystem._strip_protocol(path)))
+    return os.path.realpath(local_path(path))
+
+
+def local_path(uri: str) -> str:
+    """Return the path of a local URI."""
+    return str(LocalFileSystem._strip_protocol(uri))

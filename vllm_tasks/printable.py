@@ -6,8 +6,13 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters, line ends, characters that change the writing direction, and lone surrogates."""
+UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    "\U000e0000-\U000e007f]"
+)
+"""Control characters, line ends, characters that change the writing direction or are invisible (the tags of
+Unicode, which hide a text in a text), and lone surrogates. The joiners U+200C and U+200D are part of words
+and of pictures."""
 
 
 def printable(text: str) -> str:

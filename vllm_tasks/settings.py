@@ -92,6 +92,12 @@ class Settings(PrefectBaseSettings):
         "more of them.",
     )
     max_media_per_row: int = Field(default=16, ge=1, description="Most pictures, audio and video of one row.")
+    max_picture_pixels: int = Field(
+        default=2**30 // 4 // 3,
+        ge=1,
+        description="Most pixels of one picture, of which an engine needs about 16 bytes each, however small "
+        "the file is. The default is that from which Pillow warns.",
+    )
     engine_start_timeout: float = Field(
         default=1800.0, gt=0, description="Seconds that a local engine may take to load its model."
     )
@@ -105,6 +111,11 @@ class Settings(PrefectBaseSettings):
         default="",
         description="Path of the Python that has vLLM, for a local engine or shared server whose model names "
         "none; empty: the flow's own Python.",
+    )
+    engine_pythons: Texts = Field(
+        default=[],
+        description="Paths of the Pythons that a model may name as its engine_python (a JSON list), besides "
+        "the site's own; empty: any, unless trust_remote_code is false.",
     )
     commit_rows: int = Field(
         default=512, ge=1, description="Rows per commit group of `predict_in_db`, unless the call sets it."

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import json
 import os
+from copy import deepcopy
+from dataclasses import dataclass
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from psycopg.types.range import Range
 
 from vllm_tasks import VllmModel
 from vllm_tasks.calls.answers import Decoder
@@ -56,6 +59,20 @@ def test_any_value_of_a_table_can_be_hashed(value: Any) -> None:
     """Values of all types have a hash, equal for equal ones and another than their text's."""
     assert input_hash([value]) == input_hash([value])
     assert input_hash([value]) != input_hash([str(value)])
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted:
+    """A value without a `__dict__`, whose copy is made from its class and its state."""
+
+    amount: int
+
+
+def test_values_with_slots_count_by_their_fields() -> None:
+    """Their class counts by its name, not by all that hangs on it, which has no end."""
+    for one, other in ((Slotted(1), Slotted(2)), (Range(1, 5), Range(1, 6))):
+        assert input_hash([one]) != input_hash([other])
+        assert input_hash([one]) == input_hash([deepcopy(one)])
 
 
 def test_deep_values_have_an_end() -> None:

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from tests.calls.prompting import prompter, refusal
 from tests.servers.scripted_server import Reply, ScriptedServer
 from vllm_tasks import InvalidCall, Request, VllmAPI
+from vllm_tasks.calls.hosts import check_host
 from vllm_tasks.calls.media import Kind, Media, without_media
 from vllm_tasks.calls.prompts import Prompter
-from vllm_tasks.places import check_host
 
 PNG = b"\x89PNG\r\n\x1a\n of a cat"
 WAV = b"RIFF\x10\x00\x00\x00WAVEfmt "
@@ -231,16 +231,33 @@ class TestPlaces:
         metadata = "http://169.254.169.254"
         monkeypatch.setenv("VLLM_TASKS_PLACES", json.dumps([pictures.url, metadata]))
         for url in (pictures.url, metadata):
-            assert "a loopback or link-local address" in refusal(with_media()({"photo": f"{url}/cat.png"}))
+            assert "a loopback, link-local or private address" in refusal(
+                with_media()({"photo": f"{url}/cat.png"})
+            )
         assert "outside the places" in refusal(with_media()({"photo": "http://example.org/cat.png"}))
         assert not pictures.requests
 
     @pytest.mark.parametrize(
         "host",
-        ["localhost", "127.1", "2130706433", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "[fe80::1]", ""],
+        [
+            "localhost",
+            "127.1",
+            "2130706433",
+            "[::1]",
+            "[::ffff:127.0.0.1]",
+            "0.0.0.0",
+            "[fe80::1]",
+            "",
+            "[::127.0.0.1]",
+            "[64:ff9b::7f00:1]",
+            "[2002:7f00:1::]",
+            "0177.0.0.1",
+            "①②⑦.⓪.⓪.①",
+            "a@127.0.0.1",
+        ],
     )
     def test_every_spelling_of_an_own_address(self, host: str) -> None:
-        with pytest.raises(InvalidCall, match=r"loopback or link-local|is not known"):
+        with pytest.raises(InvalidCall, match=r"loopback, link-local|is not known"):
             check_host("photo", f"http://{host}/cat.png")
 
     def test_a_redirect_is_not_followed(
@@ -249,7 +266,7 @@ class TestPlaces:
         """It may lead out of the places. (The host's address is given another one.)"""
         monkeypatch.setenv("VLLM_TASKS_PLACES", json.dumps([f"{pictures.url}/allowed"]))
         elsewhere = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("203.0.113.1", 0))]
-        monkeypatch.setattr("vllm_tasks.places.socket.getaddrinfo", lambda *_: elsewhere)
+        monkeypatch.setattr("vllm_tasks.calls.hosts.socket.getaddrinfo", lambda *_: elsewhere)
         assert with_media()({"photo": f"{pictures.url}/allowed/cat.png"})[0]["content"][0] == part_of(PNG)
         assert isinstance(refusal(with_media()({"photo": f"{pictures.url}/allowed/moved"})), str)
         assert not any(asked.path == "/cat.png" for asked in pictures.requests)

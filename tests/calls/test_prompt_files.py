@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
 from tests.calls.prompting import prompter, refusal
 from tests.servers.scripted_server import ScriptedServer
 from vllm_tasks import Artifact, Datalayer, InvalidCall, VllmAPI
+from vllm_tasks.calls import sandbox
 
 
 def test_fields_are_variables_and_values_have_their_usual_text() -> None:
@@ -47,9 +51,89 @@ def test_what_cannot_be_filled_is_an_error_of_its_row(text: str, record: Any, sa
     assert said in refusal(prompter(file=text, signature="**kwargs")(record))
 
 
+class Table:
+    """A value of a user's, whose methods do anything, as those of a data frame."""
+
+    rows = 2
+
+    def to_csv(self, path: str) -> None:
+        Path(path).touch()
+
+
+def test_methods_of_plain_values_alone_can_be_called(tmp_path: Path) -> None:
+    """Those of numpy and of a user's classes write files, and a template may not; it may read attributes."""
+    call = "{{ q.rows }}{{ q.to_csv(path) }}"
+    values = {"q": Table(), "path": str(tmp_path / "evil")}
+    assert "not safely callable" in refusal(prompter(file=call, signature="**kwargs")(values))
+    for name, value in {"tofile": np.arange(3), "dump": np.float64(1)}.items():
+        make = prompter(file=f"{{{{ q.{name}(path) }}}}", signature="**kwargs")
+        assert "not safely callable" in refusal(make({**values, "q": value}))
+    assert not [*tmp_path.iterdir()]
+    plain = "{{ q.upper() }} {{ '{:.1f}'.format(n) }} {{ d.strftime('%Y') }} {{ '%d' % n }} {{ q ~ n }}"
+    make = prompter(file=plain, signature="**kwargs")
+    assert make({"q": "a", "n": 2, "d": datetime(2024, 1, 2, tzinfo=UTC)}) == "A 2.0 2024 2 a2"
+
+
+GROWTH = "{% set ns = namespace(x='a' * 999) %}{% for i in range(60) %}%s{% endfor %}{{ ns.x | length }}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ 'a' * q }}",
+        "{{ q * [0] }}",
+        "{{ 9 ** q }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%*d' % (q, 1) }}",
+        "{{ '{:>1000000000}'.format(1) }}",
+        "{{ '{:>{n}}'.format(1, n=q) }}",
+        "{{ '%1000000000d' | format(1) }}",
+        *(f"{{{{ 'a' | {name}(q) | list }}}}" for name in ("center", "indent", "slice", "batch")),
+        *(f"{{{{ 'a'.{name}(q) }}}}" for name in ("ljust", "rjust", "zfill", "expandtabs")),
+        "{{ ['a'] | map('center', q) | list }}",
+        "{{ 1.5 | round(q) }}",
+        "{{ ('a' * 1000000) | replace('a', 'b' * 100000) }}",
+        "{{ ('a' * 1000000).replace('a', 'b' * 100000) }}",
+        "{{ (['a' * 1000000] * 1000) | join }}",
+        "{{ ('a' * 1000000).join([''] * 1000) }}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}a long text{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{{ m(n - 1) ~ m(n - 1) if n else 'a' * 999 }}{% endmacro %}{{ m(60) }}",
+        GROWTH.replace("%s", "{% set ns.x = ns.x + ns.x %}"),
+        GROWTH.replace("%s", "{% set ns.x = ns.x ~ ns.x %}"),
+        GROWTH.replace("%s", "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}"),
+    ],
+)
+def test_what_a_template_makes_is_bounded(text: str) -> None:
+    """A row with a large number in it is an error of its row, before the memory is taken."""
+    tracemalloc.start()
+    said = refusal(prompter(file=f"{text}{{{{ q }}}}", signature="**kwargs", longest=2**22)({"q": 10**9}))
+    assert re.search("larger than [0-9,]+, which is allowed", said)
+    assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% for i in range(q) %}{% for j in range(q) %}{% endfor %}{% endfor %}",
+        "{% for i in range(q) %}{% for j in range(q) if j < 0 %}{% endfor %}{% endfor %}",
+        "{% for i in range(q) %}{% set x = range(q) | sum %}{% endfor %}",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(90) }}",
+        "{% for i in range(9) recursive %}{% if loop.depth < 9 %}{{ loop(range(9)) }}{% endif %}{% endfor %}",
+    ],
+)
+def test_a_template_ends(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loops in loops and macros that call themselves end after seconds of CPU, as an error of the row."""
+    monkeypatch.setattr(sandbox, "SECONDS", 0.2)
+    make = prompter(file=f"{text}{{{{ q }}}}", signature="**kwargs")
+    assert "took more than 0 s of CPU for this row" in refusal(make({"q": 99_999}))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("{{ " + "(" * 20_000 + "input" + ")" * 20_000 + " }}", "too deeply"),
+        ("{% if 1 %}" * 3_000 + "{% endif %}" * 3_000, "too deeply"),
         ("{% if %}{{ input }}", "is no Jinja template"),
         ("Say something", "uses no field of the record"),
         ("{{ range(3) | list }}{{ context }}", "uses no field of the record"),

@@ -150,7 +150,7 @@ def test_numpy_scalars_count_as_what_they_are() -> None:
     make = prompter()
     values = [np.int64(3), np.float32(0.5), np.bool_(True), np.str_("t"), np.datetime64("2026-11-22")]
     assert [make(v) for v in values] == ["3", "0.5", "True", "t", "2026-11-22"]
-    for missing in (np.float32("nan"), np.float64("nan"), np.datetime64("NaT")):
+    for missing in (np.float32("nan"), np.float64("nan"), np.datetime64("NaT", "D")):
         assert "missing value" in refusal(make(missing))
     assert "ndarray" in refusal(make(np.array([1])))
 

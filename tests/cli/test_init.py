@@ -51,6 +51,20 @@ def test_a_file_is_no_folder(command: Command, tmp_path: Path) -> None:
     assert (code, "taken cannot be written" in printed) == (2, True), printed
 
 
+@pytest.mark.parametrize("name", ["tickets.py", "data", "README.md"])
+def test_nothing_is_written_behind_a_link(command: Command, tmp_path: Path, name: str) -> None:
+    """Neither into a folder elsewhere, nor where a link leads to nothing yet; no other file is written."""
+    folder, elsewhere = tmp_path / "jobs", tmp_path / "elsewhere"
+    folder.mkdir()
+    if name == "data":
+        elsewhere.mkdir()
+    (folder / name).symlink_to(elsewhere)
+    code, printed = command("init", str(folder))
+    assert (code, name in printed) == (2, True), printed
+    assert [p.name for p in folder.iterdir()] == [name]
+    assert not elsewhere.exists() or not [*elsewhere.iterdir()]
+
+
 def test_nothing_starts_by_itself() -> None:
     """There are no triggers, and no active schedules; each start has the parameters of its flow."""
     found = yaml.safe_load((project.TEMPLATE / "prefect.yaml").read_text())

@@ -13,6 +13,8 @@ from tests.servers.scripted_server import ScriptedServer
 from vllm_tasks import Datalayer, VllmAPI
 
 pytestmark = IN_PREFECT
+BOMB = "[&a0 [x, x], " + ", ".join(f"&a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)) + "]"
+"""A line that stands for 2 to the power of 41 values."""
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -56,6 +58,10 @@ def test_values_are_those_of_yaml_1_2(command: Command, job: Path, server: Scrip
         (("X: text", "X: text\noverwrite: yes"), "write true or false"),
         (("X: text", "X: text\npredict_id: 2024"), "put it in quotes"),
         (("model: {", "model: {api_key: sEcReT, oThEr: ], "), "is not YAML"),
+        (("X: text", f"X: text\ncontext: {BOMB}"), "has more than 1,000,000 values"),
+        (("X: text", "X: text\ncontext: &a [*a]"), "an alias inside of what it stands for"),
+        (("X: text", "X: text\nsampling: &a {x: {y: *a}}"), "an alias inside of what it stands for"),
+        (("X: text", "X: text\nids: !!python/object/apply:os.getcwd []"), "is not YAML"),
         (("X: text", "X: text\n---\nX: text"), "is not YAML"),
         (("X: text", "X: text\nids: !set [1]"), "is not YAML"),
     ],

@@ -100,7 +100,8 @@ def test_spans_of_parquet_are_texts_of_a_select(tmp_path: Path) -> None:
     duckdb.sql("SELECT 1 AS id, INTERVAL '26 hours' AS x").write_parquet(f"{tmp_path}/t.parquet")
     with pytest.raises(InvalidCall, match=r"'x' of .* INTERVAL.*; read it as text"):
         rows(tmp_path, "t")
-    assert rows(tmp_path, "SELECT id, CAST(x AS VARCHAR) AS x FROM t") == [(1, "1 day 02:00:00")]
+    ((_, text),) = rows(tmp_path, "SELECT id, CAST(x AS VARCHAR) AS x FROM t")
+    assert text in ("1 day 02:00:00", "26:00:00")  # as the version of DuckDB writes it
     assert rows(tmp_path, "t", ("id",)) == [(1,)]
 
 

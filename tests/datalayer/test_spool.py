@@ -15,6 +15,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from vllm_tasks.datalayer.pages import Pages
+from vllm_tasks.datalayer.values import Number
 
 BERLIN = ZoneInfo("Europe/Berlin")
 EARLY = datetime(2024, 10, 27, 2, 30, tzinfo=BERLIN)
@@ -34,6 +35,7 @@ VALUES: dict[str, list[Any]] = {
     "list": [[1, 2], [], [None], None],
     "mixed": [1, True, 1.0, "1", b"1", Decimal(1), [1], (1,), None],
     "none": [None, None],
+    "number": [Number("12.50"), Number("1e5"), None],
     "other": [ip_address("10.0.0.1"), Pair(1, 2), {1, 2}, bytearray(b"x"), None],
     "text": ["", "a\0b", "\ud83d\ude00", "\U0001f600", "é" * 100, "'\"\n", None],
     "time": [time(1, 2), time(1, 2, 3, 4, tzinfo=UTC), time(23, 59, fold=1), None],
@@ -50,7 +52,7 @@ def typed(value: Any) -> Any:
     if type(value) is dict:
         return [(typed(key), typed(item)) for key, item in value.items()]
     zone = getattr(value, "tzinfo", None), getattr(value, "fold", None)
-    return type(value), repr(value), zone
+    return type(value), repr(value), str(value), zone
 
 
 def told(rows: list[tuple[Any, ...]]) -> list[list[Any]]:

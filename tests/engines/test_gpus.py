@@ -180,6 +180,18 @@ def test_a_folder_that_cannot_be_used_holds_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("four")
+def test_a_link_in_place_of_the_folder_opens_nothing(tmp_path: Path) -> None:
+    """Another user may make it first, to a private folder of ours."""
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    (tmp_path / "gpus").symlink_to(private)
+    with pytest.raises(EngineFailed, match="no GPU can be held in"):
+        asyncio.run(free_devices(1, tmp_path / "gpus"))
+    assert private.stat().st_mode & 0o7777 == 0o700
+    assert not [*private.iterdir()]
+
+
+@pytest.mark.usefixtures("four")
 def test_the_folder_is_common_to_all_users(tmp_path: Path) -> None:
     """Everybody may add the file of a device, nobody may remove another's, under any umask."""
     before = os.umask(0o077)

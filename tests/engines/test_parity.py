@@ -16,9 +16,12 @@ from tests.conftest import TINY_ARGS
 from tests.engines.test_server import KEY, VllmServer
 from tests.tiny_model import make_adapter
 from vllm_tasks import RowError, VllmAPI, VllmModel
+from vllm_tasks.engines.local.python import source_of_vllm
+from vllm_tasks.engines.local.vllm_server import TRUSTED
 from vllm_tasks.results import Choice, Completion, TokenLogprob
 from vllm_tasks.rows import Result
 from vllm_tasks.serving.api import command_line
+from vllm_tasks.settings import site_settings
 
 pytestmark = pytest.mark.engine
 
@@ -237,7 +240,10 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[VllmServer]:
     adapters = [f"{name}={folder / name}" for name in "ab"]
-    trusts = {"trust_request_chat_template": True, "trust_request_mm_kwargs": True}
+    source = source_of_vllm(site_settings().engine_python)
+    assert source is not None
+    arguments = "".join(path.read_text() for path in (source / "entrypoints").rglob("cli_args.py"))
+    trusts = {name: True for name in TRUSTED if f"{name}:" in arguments}  # some are newer
     more = {"chat_template": str(folder / "template.jinja"), "lora_modules": adapters, **trusts}
     server = VllmServer(folder / "model", folder / "log", command_line({**ENGINE, **more}))
     server.start()
@@ -273,7 +279,7 @@ def test_the_engine_answers_as_vllms_server_does(server: VllmServer, folder: Pat
                 kinds[kind] += bool(getattr(choice, kind, None)) if choice else kind == "error"
     print(f"{len(REQUESTS) - len(other)} of {len(REQUESTS)} equal; {kinds}")
     assert not other, f"{len(other)} of {len(REQUESTS)}:\n" + "\n".join(other)
-    assert min(kinds.values()) >= 8, kinds
+    assert min(kinds.values()) >= 7, kinds  # vLLM 0.31 finds a tool call less than 0.32
 
 
 def test_the_server_streams_what_it_answers_whole(server: VllmServer, folder: Path) -> None:
@@ -322,6 +328,8 @@ def alike(here: Result, there: Result) -> bool:
     if isinstance(here, Completion) and isinstance(there, Completion):
         return plain(here) == plain(there)
     if isinstance(here, RowError) and isinstance(there, RowError):
+        if '"message":"","type":"InternalServerError"' in there.message:  # vLLM 0.27's, to a bad regex
+            return here.kind == "engine"
         words = here.message
         if "validation error" in there.message:  # pydantic's, of which we show where and what
             words = words.partition("; ")[0].rpartition(": ")[2]

@@ -6,6 +6,7 @@ import os
 import sys
 import venv
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +65,7 @@ def test_what_is_no_program_is_refused_with_the_way_out(name: str, tmp_path: Pat
         model.predict("Hello")
 
 
+@pytest.mark.engine  # its model is made with vLLM's libraries
 def test_an_environment_without_vllm_is_named(other: Path, tiny_model: Path) -> None:
     model = VllmModel(identifier="m", model_name=str(tiny_model), engine_python=str(other))
     with pytest.raises(EngineFailed, match=f"the environment of {other} has no vLLM: install it there"):
@@ -115,6 +117,26 @@ def test_a_site_that_runs_no_foreign_code_runs_no_program_of_a_model(monkeypatch
         VllmModel(**named, engine_python="/tmp/x")
     monkeypatch.setenv("VLLM_TASKS_ENGINE_PYTHON", "/tmp/x")
     assert VllmModel(**named, engine_python="/tmp/x").engine_config().python == "/tmp/x"
+
+
+def test_a_site_may_list_the_programs_that_models_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With or without the code of models; another one is not run, not even to look at its vLLM."""
+    evil = tmp_path / "python"
+    evil.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    evil.chmod(0o755)
+    monkeypatch.setenv("VLLM_TASKS_ENGINE_PYTHONS", '["/opt/a/bin/python"]')
+    for trusted in ("true", "false"):
+        monkeypatch.setenv("VLLM_TASKS_TRUST_REMOTE_CODE", trusted)
+        named: dict[str, Any] = {"identifier": "m", "model_name": "tiny", "trust_remote_code": False}
+        for path in (str(evil), "/opt/a/bin/../bin/python", "/opt/a/bin/python "):
+            with pytest.raises(ValueError, match="have the site add it to VLLM_TASKS_ENGINE_PYTHONS"):
+                VllmModel(**named, engine_python=path, predict_kwargs={"seed": 1})
+        listed = VllmModel(**named, engine_python="/opt/a/bin/python", predict_kwargs={"seed": 1})
+        assert listed.engine_config().python == "/opt/a/bin/python"
+        assert VllmModel(**named).engine_config().python == ""
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

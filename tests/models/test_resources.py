@@ -113,6 +113,8 @@ def test_sizes_are_bytes_or_a_text_with_a_unit(size: Any, count: int) -> None:
         ({"env": ["A=1"]}, ["a list as env", "give a dict"]),
         ({"env": {"vllm_tasks_places": "[]"}}, ["'vllm_tasks_places' in env", "only the site may set"]),
         ({"env": {"VLLM_TASKS_API_URL": "http://me"}}, ["'VLLM_TASKS_API_URL' in env"]),
+        ({"env": {"VLLM_TASKS_ENGINE_PYTHON": "/tmp/x"}}, ["'VLLM_TASKS_ENGINE_PYTHON' in env"]),
+        ({"env": {"VLLM_TASKS_ENGINE_PYTHONS": "[]"}}, ["'VLLM_TASKS_ENGINE_PYTHONS' in env"]),
         ({"node_selector": {1: "a"}}, ["node_selector", "keys are texts"]),
         ({"tolerations": {"key": "gpu"}}, ["tolerations={'key': 'gpu'}", "not a list"]),
         ({"tolerations": [{"kye": "gpu"}]}, ["'kye' in tolerations", "did you mean 'key'"]),

@@ -33,6 +33,9 @@ from vllm_tasks.calls.columns import records
         ({"max_failed": True}, "max_failed=True"),
         ({"refresh": "all"}, "refresh='all'"),
         ({"overwrite": True, "retry_failed": True}, "choose one"),
+        ({"overwrite": "no"}, "overwrite='no' must be True or False"),
+        ({"retry_failed": None}, "retry_failed=None"),
+        ({"same_source": "false"}, "same_source='false'"),
         ({"predict_id": "a/b"}, "a/b"),
         ({"predict_id": "../m"}, "predict_id"),
         ({"predict_id": "a#1"}, "predict_id"),
@@ -113,6 +116,7 @@ def test_a_model_without_tables_says_so(server: ScriptedServer) -> None:
     [
         ([], "*args"),
         (["a", "a"], "*args"),
+        ({"a", "b"}, "*args"),
         ({"a": 1}, "*args"),
         ({"a": "b"}, "*args"),
         ({"a": 0}, "**kwargs"),

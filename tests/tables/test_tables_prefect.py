@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import json
+import re
 import signal
 import threading
 import time
@@ -354,13 +355,13 @@ def test_the_deployable_flow_has_a_good_form() -> None:
     ("place", "key"),
     [
         ("/data/lake/_outputs__m", "file:///data/lake/_outputs__m"),
-        ("s3://bucket/a b/_outputs__m", "s3://bucket/a_b/_outputs__m"),
-        ("/x/#1?[y]", "file:///x/_1__y_"),
+        ("s3://bucket/a b/_outputs__m", "s3://bucket/a_b/_outputs__m~HASH"),
+        ("/x/#1?[y]", "file:///x/_1__y_~HASH"),
     ],
 )
 def test_places_become_asset_keys(place: str, key: str) -> None:
-    """An asset key is a URI without the characters that Prefect refuses."""
-    assert asset_key(place) == key
+    """An asset key is a URI; in place of characters that Prefect refuses, it has a hash at its end."""
+    assert re.sub("~[0-9a-f]{6}$", "~HASH", asset_key(place)) == key
 
 
 def test_a_report_cannot_break_its_markdown() -> None:

@@ -3,8 +3,7 @@
 mypy refuses a `type: ignore` that ignores nothing, so `make check` finds a mistake that is not seen.
 """
 
-from vllm_tasks import VllmAPI, predict_batches, predict_in_db, validate
-from vllm_tasks.tasks import completions
+from vllm_tasks import VllmAPI, completions, predict_batches, predict_in_db, validate
 
 model = VllmAPI(identifier="m", api_url="http://host:8000")
 predict_batches(model, ["a"], on_error=3)  # type: ignore[call-overload]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.eventually import ends
 from tests.validation.scoring import quick, score
 from vllm_tasks import InvalidCall
 from vllm_tasks.metrics import BUILT_IN, built_in
@@ -341,10 +341,9 @@ def test_a_text_is_its_own_best_answer(name: str, text: str) -> None:
 
 @pytest.mark.parametrize("name", OF_TEXTS)
 def test_a_megabyte_is_scored(name: str) -> None:
-    """An endless answer costs at most seconds."""
-    started = time.perf_counter()
-    assert score(name, "word 3\x00\ud800 " * 100_000, "4") < 0.1
-    assert time.perf_counter() - started < 5
+    """An endless answer takes no endless time."""
+    with ends():
+        assert score(name, "word 3\x00\ud800 " * 100_000, "4") < 0.1
 
 
 def test_ranges_of_what_has_no_upper_end() -> None:

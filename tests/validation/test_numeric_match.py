@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.eventually import ends
 from tests.validation.scoring import quick, score
 
 GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nAltogether <<48+24=72>>72 clips.\n#### 72"
@@ -96,10 +96,9 @@ def test_tolerance_is_decimal(prediction: str, tolerance: float | str, expected:
     ids=lambda text: repr(text[:9]),
 )
 def test_numbers_are_read_in_linear_time(text: str) -> None:
-    """A megabyte that looks like the beginning of a number takes no longer than other text."""
-    started = time.perf_counter()
-    assert not score("numeric_match", text, 5, tolerance=0.1)
-    assert time.perf_counter() - started < 5
+    """A megabyte that looks like the beginning of a number would take hours if every place began it anew."""
+    with ends():
+        assert not score("numeric_match", text, 5, tolerance=0.1)
 
 
 @quick

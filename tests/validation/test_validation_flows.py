@@ -14,6 +14,7 @@ from tests.served import run_when_served
 from tests.servers.scripted_server import ScriptedServer
 from tests.validation.quiz import SVG, artifact, events_of, history, loaded, of, right_of, said, saved
 from vllm_tasks import Datalayer, InvalidCall, VllmAPI
+from vllm_tasks.artifacts import slug
 from vllm_tasks.flows.compare_models import compare_models
 from vllm_tasks.flows.validate_model import validate_model
 from vllm_tasks.results import Comparison
@@ -90,7 +91,7 @@ def test_models_are_compared_row_by_row(server: ScriptedServer, lake: Datalayer,
     assert second.value.value == 0.5
     assert second.paired is not None
     assert second.paired.difference == pytest.approx(-0.4)
-    page = str(artifact(f"comparison-{name}-big-{name}-small").data)
+    page = str(artifact(slug("comparison", *comparison.models)).data)
     assert f"against {name}-big" in page
     assert "-0.4 (" in page
     pictures = SVG.findall(page)

@@ -13,6 +13,8 @@ from ruamel.yaml.nodes import ScalarNode
 
 from vllm_tasks.errors import InvalidCall
 
+MOST_VALUES = 1_000_000
+"""Values of a job file. Ten lines with aliases can stand for billions."""
 DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 
 
@@ -34,7 +36,25 @@ def mapping_in(file: Path) -> dict[str, Any]:
         raise InvalidCall(f"{file} is not YAML in UTF-8: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise InvalidCall(f"{file} must be a mapping of parameters to values, such as `select: tickets`")
+    if _values(found) > MOST_VALUES:
+        raise InvalidCall(
+            f"{file} has more than {MOST_VALUES:,} values where its aliases (*name) are written out, or an "
+            "alias inside of what it stands for: write fewer, and keep rows in a table"
+        )
     return found
+
+
+def _values(found: Any) -> int:
+    """The number of values, each alias counted in full; at most one more than `MOST_VALUES`."""
+    left, seen = [found], 0
+    while left and seen <= MOST_VALUES:
+        value = left.pop()
+        seen += 1
+        if isinstance(value, dict):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set):
+            left += value
+    return seen
 
 
 class Constructor(SafeConstructor):

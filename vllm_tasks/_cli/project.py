@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from vllm_tasks.errors import InvalidCall
@@ -17,10 +18,14 @@ def write(folder: Path) -> list[Path]:
     Raises:
         InvalidCall: A file is there already, or the folder cannot be written; nothing is overwritten.
     """
-    if there := [name for name in FILES if (folder / name).exists()]:
+    if there := [name for name in FILES if os.path.lexists(folder / name)]:
         raise InvalidCall(
             f"{folder} has {', '.join(there)} already, and nothing is overwritten: name another folder, or "
             "move them away"
+        )
+    if (data := folder / "data").is_symlink():
+        raise InvalidCall(
+            f"{data} is a link, and nothing is written behind it: name another folder, or move it away"
         )
     try:
         for name in FILES:

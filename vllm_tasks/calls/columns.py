@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from vllm_tasks.calls.prompt_func import Signature
@@ -51,6 +51,8 @@ def named_columns(name: str, given: Any) -> tuple[str, ...]:
     columns = (given,) if not isinstance(given, Iterable) or isinstance(given, str) else tuple(given)
     if not columns or not all(isinstance(c, str) and c for c in columns):
         raise InvalidCall(f"{name}={given!r} must name one or more columns")
+    if isinstance(given, Set) and len(columns) > 1:
+        raise InvalidCall(f"{name}={given!r} is a set, which has no order: give a list")
     if len(set(columns)) < len(columns):
         raise InvalidCall(f"{name}={columns!r} names a column twice")
     return columns

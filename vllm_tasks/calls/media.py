@@ -17,10 +17,11 @@ from typing import Any, Literal
 import fsspec
 
 from vllm_tasks.calls.messages import with_user_content
+from vllm_tasks.calls.picture_size import size_of
 from vllm_tasks.calls.prompt_func import Signature, described, is_tuple
 from vllm_tasks.calls.template import BadRow
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.places import check_host, check_place, without_secrets
+from vllm_tasks.places import check_place, is_local, local_path, without_secrets
 from vllm_tasks.rows import Message, Prompt, is_chat
 from vllm_tasks.settings import site_settings
 
@@ -46,7 +47,6 @@ BEGINNINGS: Mapping[Kind, Mapping[str, bytes]] = {
 """The formats that are sent, with the bytes that each begins with."""
 DATA = re.compile(r"data:[^,]*?(;base64)?,", re.IGNORECASE)
 """The head of a `data:` URL. Its type does not count: the bytes say what they are."""
-WEB = ("http://", "https://")
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Media:
     """The largest size of all media of a row together, in bytes."""
     most: int = field(default_factory=lambda: site_settings().max_media_per_row)
     """The largest number of media of a row."""
+    most_pixels: int = field(default_factory=lambda: site_settings().max_picture_pixels)
+    """The largest number of pixels of a picture."""
 
     def __bool__(self) -> bool:
         return bool(self.fields)
@@ -85,7 +87,7 @@ class Media:
                     "which are allowed (VLLM_TASKS_MAX_MEDIA_BYTES): send smaller ones"
                 )
             left -= len(content)
-            parts.append(_part(name, self.fields[name], content))
+            parts.append(_part(name, self.fields[name], content, self.most_pixels))
         return parts
 
 
@@ -200,13 +202,13 @@ def _decoded(name: str, url: str, head: re.Match[str], most: int) -> bytes:
 
 
 def _read(name: str, uri: str, most: int) -> bytes:
-    options = {}
-    if uri.lower().startswith(WEB) and site_settings().places:
-        check_host(name, uri)
-        options = {"allow_redirects": False}  # they may lead out of the places
+    if is_local(uri) and not os.path.isfile(local_path(uri)) and os.path.exists(local_path(uri)):
+        raise BadRow(f"{name!r} {uri!r:.200} is no file")  # to open a pipe or a terminal could last for ever
     try:
-        with fsspec.open(uri, "rb", **options) as file:
+        with fsspec.open(uri, "rb", **_options(name, uri)) as file:
             content: bytes = file.read(most + 1)
+    except InvalidCall:
+        raise
     except Exception as error:  # noqa: BLE001 - stores raise many types; it is this row's error
         # Danger: the original error may contain the complete URI with its secrets, so it is not chained.
         words = without_secrets(f"{name} {uri!r:.200} cannot be read: {type(error).__name__}: {error}")
@@ -214,14 +216,30 @@ def _read(name: str, uri: str, most: int) -> bytes:
     return content
 
 
-def _part(name: str, kind: Kind, content: bytes) -> Part:
-    """Return media as the content part that vLLM takes. Raise `BadRow` for another format."""
+def _options(name: str, uri: str) -> dict[str, Any]:
+    """fsspec's options for a URI. Where the site limits places, none leads out of them."""
+    if is_local(uri) or not site_settings().places:
+        return {}
+    from vllm_tasks.calls.hosts import check_host, checked_client, is_web
+
+    check_host(name, uri)
+    return {"allow_redirects": False, "get_client": checked_client} if is_web(uri) else {}
+
+
+def _part(name: str, kind: Kind, content: bytes, most_pixels: int) -> Part:
+    """Return media as the content part that vLLM takes. Raise `BadRow` for another format or a large size."""
     formats = BEGINNINGS[kind]
     found = next((f for f, begins in formats.items() if re.match(begins, content[:16], re.DOTALL)), None)
     if found is None:
         raise BadRow(
             f"{name!r} is no {kind} of a known format ({', '.join(formats)}): it begins with "
             f"{content[:12]!r}; convert it"
+        )
+    size = size_of(found, content) if kind == "image" else None
+    if size is not None and size[0] * size[1] > most_pixels:
+        raise BadRow(
+            f"{name!r} has {size[0]:,} x {size[1]:,} pixels, and {most_pixels:,} are allowed in a picture "
+            "(VLLM_TASKS_MAX_PICTURE_PIXELS): send a smaller one"
         )
     data = base64.b64encode(content).decode("ascii")
     if kind == "audio":  # OpenAI's form, which other servers know, too

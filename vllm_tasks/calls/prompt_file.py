@@ -6,31 +6,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, Undefined, meta, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError, meta, nodes
 
-from vllm_tasks.calls.plain_text import plain_text
+from vllm_tasks.calls.sandbox import Sandbox
 from vllm_tasks.calls.template import BadRow
 from vllm_tasks.errors import InvalidCall
-
-RANDOM = {"filters": ("random",), "globals": ("lipsum",)}
-"""Names of Jinja's that would make another prompt of the same row each time."""
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """An environment for templates that reach nothing but their values, and change none of these."""
-    # Prompts are plain text, so nothing is escaped. Values have the same text as in a `{field}`.
-    made = ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=_text, autoescape=False)
-    for kind, names in RANDOM.items():
-        for name in names:
-            del getattr(made, kind)[name]
-    return made
-
-
-def _text(value: object) -> str:
-    if isinstance(value, Undefined):
-        return str(value)  # raises Jinja's error with the name
-    return plain_text(value)
 
 
 @dataclass(frozen=True)
@@ -40,14 +20,20 @@ class PromptFile:
     fields: frozenset[str]
     """The variables that the file uses: those of the record, `context` and `artifacts`."""
     template: Any
+    sandbox: Sandbox
 
     @classmethod
-    def parse(cls, text: str, artifacts: Collection[str]) -> PromptFile:
-        """Parse a file. Raise `InvalidCall` if it is no template, or needs what it does not get."""
-        environment = _environment()
+    def parse(cls, text: str, artifacts: Collection[str], most: int) -> PromptFile:
+        """Parse a file, of whose prompts none has more than `most` characters.
+
+        Raise `InvalidCall` if it is no template, or needs what it does not get.
+        """
+        environment = Sandbox(most)
         try:
             tree = environment.parse(text)
-            template = environment.from_string(text)
+            template = environment.from_string(tree)
+        except RecursionError as error:
+            raise InvalidCall("the prompt file nests its blocks or brackets too deeply") from error
         except TemplateError as error:
             line = getattr(error, "lineno", None)
             raise InvalidCall(f"the prompt file is no Jinja template: {error} (line {line})") from error
@@ -63,7 +49,7 @@ class PromptFile:
                 f"the prompt file uses artifacts {absent}, but artifacts has {sorted(artifacts)}"
             )
         variables = meta.find_undeclared_variables(tree) - environment.globals.keys()
-        return cls(frozenset(variables), template)
+        return cls(frozenset(variables), template, environment)
 
     @property
     def of_record(self) -> frozenset[str]:
@@ -73,7 +59,10 @@ class PromptFile:
     def fill(self, values: Mapping[str, Any]) -> str:
         """Return the prompt with these values. Raise `BadRow` if one is missing or has no text."""
         try:
-            filled: str = self.template.render(values)
+            with self.sandbox.one_row():
+                filled: str = self.template.render(values)
+        except BadRow:
+            raise
         except Exception as error:  # any error of a template is its row's error
             raise BadRow(f"the prompt file raised {type(error).__name__}: {error}") from error
         return filled

@@ -106,7 +106,7 @@ class Prompter:
             return Template.parse(self.prompt)
         from vllm_tasks.calls.prompt_file import PromptFile
 
-        return PromptFile.parse(self.file, self.artifacts)
+        return PromptFile.parse(self.file, self.artifacts, self.longest)
 
     @functools.cached_property
     def joined_context(self) -> str | None:

@@ -211,8 +211,8 @@ class Datalayer(Block):
             return Lake(url, self.read)
         if url.startswith(DUCKDB):
             raise InvalidCall(
-                f"{url!r:.200} cannot keep outputs: read from it with source=..., and use a lake, an SQLite "
-                "file or PostgreSQL as db=..."
+                f"{without_secrets(url)!r:.200} cannot keep outputs: read from it with source=..., and use a "
+                "lake, an SQLite file or PostgreSQL as db=..."
             )
         from vllm_tasks.datalayer.database.database import Database
 

@@ -12,12 +12,14 @@ from typing import IO, Any
 from uuid import UUID
 
 from vllm_tasks.datalayer.sources import Values
+from vllm_tasks.datalayer.values import Number
 
 PLAIN = {bool, float, int, str, type(None)}
 """Types that JSON has."""
 TEXTS: dict[type, tuple[Callable[[Any], str], Callable[[str], Any]]] = {
     Decimal: (str, Decimal),
     UUID: (str, UUID),
+    Number: (str, Number),
     timedelta: (
         lambda value: f"{value.days} {value.seconds} {value.microseconds}",
         lambda text: timedelta(*map(int, text.split())),

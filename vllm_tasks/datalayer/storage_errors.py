@@ -17,6 +17,8 @@ COLOURS = re.compile("\x1b\\[[0-9;]*m|↳")
 """Terminal colours and arrows in errors of delta-rs."""
 REMOTE = re.compile(r"(\w+ Error: )?Traceback \(.*?\n(?P<words>\S[^\n]*)", re.DOTALL)
 """DuckDB's error when an fsspec filesystem fails: a traceback that ends with the filesystem's message."""
+PYTHON = " Detail: Python exception: "
+"""Before the traceback that Arrow appends to an error of ours in a stream."""
 SAID_BY_DUCKDB = re.compile(r"([A-Z]\w+ )+Error: ")
 PASSING = re.compile(
     "^(IO|HTTP|Out of Memory|INTERRUPT|Connection) Error"
@@ -34,7 +36,8 @@ def plain(error: BaseException) -> str:
     words = str(error)
     if match := REMOTE.match(words):
         words = match["words"]
-    return without_secrets(" ".join(COLOURS.sub("", words).split())) or type(error).__name__
+    words = " ".join(COLOURS.sub("", words).split()).partition(PYTHON)[0]
+    return without_secrets(words) or type(error).__name__
 
 
 @contextmanager

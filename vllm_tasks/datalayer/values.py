@@ -9,6 +9,7 @@ lacks (the year 10000, infinity) becomes its text and affects only its own row.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any, Self
@@ -18,6 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+BEFORE_CHRIST = re.compile(r"(?P<year>-\d+|0+)(?P<rest>-\d\d-\d\d.*)")
+"""Numpy's text of a date before the year 1; it counts the year 0, which calendars do not have."""
+MIDNIGHT = 24 * 60 * 60 * 1_000_000
+"""Microseconds of a day."""
+DIGITS = 4000
+"""Maximum digits of a whole number of JSON that becomes an `int`; of a longer one, the text is kept."""
 
 
 class Number(float):
@@ -72,11 +79,13 @@ def number(text: str) -> float:
     return value if repr(value) == text else Number(text)
 
 
-def _whole(text: str) -> int | float:
-    return Number(text) if text == "-0" else int(text)
+def whole(text: str) -> int | float:
+    """The whole number of a JSON text; with very many digits, a `Number`."""
+    # Python refuses to convert more digits than that: the time is quadratic.
+    return Number(text) if text == "-0" or len(text) > DIGITS else int(text)
 
 
-_DECODER = json.JSONDecoder(parse_float=number, parse_int=_whole, parse_constant=Number)
+_DECODER = json.JSONDecoder(parse_float=number, parse_int=whole, parse_constant=Number)
 
 
 def from_json(text: str) -> Any:
@@ -117,8 +126,8 @@ def _special(kind: pa.DataType) -> Callable[[Any], list[Any]] | None:
         return _nested
     if pa.types.is_duration(kind) and kind.unit == "ns":
         return _durations
-    if pa.types.is_time64(kind) and kind.unit == "ns":
-        return _times
+    if pa.types.is_time64(kind):
+        return _times if kind.unit == "ns" else _times_to_midnight
     return None
 
 
@@ -197,6 +206,15 @@ def _times(column: Any) -> list[Any]:
     ]
 
 
+def _times_to_midnight(column: Any) -> list[Any]:
+    """Times; the end of a day, which Python lacks and Arrow would take for its begin, is a text."""
+    found = column.cast(pa.int64()).to_pylist()
+    return [
+        "24:00:00" if micros == MIDNIGHT else time
+        for micros, time in zip(found, column.to_pylist(), strict=True)
+    ]
+
+
 def _nested(column: Any) -> list[Any]:
     kind = column.type
     if pa.types.is_struct(kind):
@@ -241,7 +259,10 @@ def _far(value: Any) -> str:
     if abs(number) == most:
         return "infinity" if number > 0 else "-infinity"
     unit: Any = "D" if pa.types.is_date32(kind) else "ms" if pa.types.is_date64(kind) else kind.unit
-    return str(np.datetime64(number, unit)).replace("T", " ")
+    text = str(np.datetime64(number, unit)).replace("T", " ")
+    if number >= 0 or not (early := BEFORE_CHRIST.fullmatch(text)):
+        return text
+    return f"{1 - int(early['year']):04}{early['rest']} BC"
 
 
 def _one_by_one(kind: pa.DataType, value: Any) -> Any:

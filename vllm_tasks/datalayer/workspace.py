@@ -14,6 +14,7 @@ from typing import Any
 
 import duckdb
 
+from vllm_tasks.datalayer.lake.delta import quoted
 from vllm_tasks.datalayer.storage_errors import storage_errors
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 
@@ -23,6 +24,8 @@ THREADS = 2
 """More threads would need more memory and save no time: the model takes the time."""
 CLOSING_S = 1.0
 """Seconds that other threads have to leave the queries that closing interrupts."""
+OWN = {"memory", "system", "temp"}
+"""Names of DuckDB's own databases."""
 PREFIX = "vllm-tasks-spill-"
 LOCK = "lock"
 
@@ -49,7 +52,8 @@ class Workspace:
         self._folder = SpillFolder()
         self._open_cursors: set[duckdb.DuckDBPyConnection] = set()
         try:
-            con = _connected(memory, database, self._folder.path)
+            con = _connected(memory, self._folder.path)
+            self._catalog = "" if database is None else _attached(con, database)
         except BaseException:  # not a DuckDB file, or another process has it open for writing
             self._folder.remove()
             raise
@@ -74,6 +78,8 @@ class Workspace:
         """A connection for one query at a time; errors begin with `doing`."""
         with storage_errors(doing):
             cursor = self.connection().cursor()
+            if self._catalog:  # each connection begins with the database in memory
+                cursor.execute(f"USE {self._catalog}")
             self._open_cursors.add(cursor)
             try:
                 yield cursor
@@ -104,10 +110,9 @@ class Workspace:
         self._folder.remove()
 
 
-def _connected(memory: str, database: Path | None, spill: Path) -> duckdb.DuckDBPyConnection:
+def _connected(memory: str, spill: Path) -> duckdb.DuckDBPyConnection:
     return duckdb.connect(
-        ":memory:" if database is None else str(database),
-        read_only=database is not None,
+        ":memory:",
         config={
             "memory_limit": memory,
             "threads": THREADS,
@@ -117,6 +122,23 @@ def _connected(memory: str, database: Path | None, spill: Path) -> duckdb.DuckDB
             "autoload_known_extensions": False,
         },
     )
+
+
+def _attached(con: duckdb.DuckDBPyConnection, database: Path) -> str:
+    """The quoted name of a DuckDB file that is opened for reading, and is the default of `con` from now on.
+
+    It is attached, not connected to: all connections of a process to one file need the same settings, and
+    those of two workspaces differ in their spill folders.
+    """
+    name = database.stem
+    catalog = quoted(f"{name}_" if name.casefold() in OWN else name)
+    try:
+        con.execute(f"ATTACH {literal(str(database))} AS {catalog} (READ_ONLY)")
+        con.execute(f"USE {catalog}")
+    except BaseException:
+        con.close()
+        raise
+    return catalog
 
 
 class SpillFolder:

@@ -120,9 +120,12 @@ def _tolerations(name: str, value: Any) -> tuple[dict[str, Any], ...]:
 
 GUARDS = {
     f"VLLM_TASKS_{name}"
-    for name in ("API_KEY", "API_URL", "CALLABLE_PREFIXES", "PLACES", "TRUST_REMOTE_CODE")
+    for name in (
+        *("API_KEY", "API_URL", "CALLABLE_PREFIXES", "ENGINE_PYTHON", "ENGINE_PYTHONS", "PLACES"),
+        *("REPORT_SAMPLES", "TRUST_REMOTE_CODE"),
+    )
 }
-"""Settings that decide where the site's key is sent, which code runs and which files are read."""
+"""Settings that decide where the site's key is sent, which code runs, and what may be read or shown."""
 OF_PROFILES = ("PREFECT_HOME", "PREFECT_PROFILE", "PREFECT_TEST", "PREFECT_UNIT_TEST")
 """Beginnings of Prefect's variables that choose or ignore the profile, in which those settings may stand."""
 

@@ -183,11 +183,14 @@ class VllmModel(Predictor, Block):
             InvalidCall: The site does not allow that a model names it.
         """
         settings = site_settings()
-        if not (settings.trust_remote_code or self.engine_python in (None, "", settings.engine_python)):
+        allowed = {None, "", settings.engine_python, *settings.engine_pythons}
+        is_limited = settings.engine_pythons or not settings.trust_remote_code
+        if is_limited and self.engine_python not in allowed:
             raise InvalidCall(
                 f"{self.identifier!r} has engine_python={self.engine_python!r}, and this site runs no "
-                "program that a model names (VLLM_TASKS_TRUST_REMOTE_CODE=false): leave it out, and set "
-                "VLLM_TASKS_ENGINE_PYTHON where the flow runs"
+                "program that a model names (VLLM_TASKS_ENGINE_PYTHONS, VLLM_TASKS_TRUST_REMOTE_CODE=false): "
+                "leave it out, and set VLLM_TASKS_ENGINE_PYTHON where the flow runs, or have the site add it "
+                "to VLLM_TASKS_ENGINE_PYTHONS (a JSON list)"
             )
         return self.engine_python or settings.engine_python
 

@@ -30,8 +30,8 @@ from vllm_tasks.validation.report import ValidationReport
 Model = VllmAPI | VllmModel
 Parameters = dict[str, Any]
 
-SECRET_ARGUMENTS = ("hf_token",)
-"""The engine arguments of vLLM that are secrets."""
+SECRET_ARGUMENTS = ("hf_token", "api_key")
+"""The engine arguments of vLLM that are secrets, in any spelling of theirs."""
 
 
 # ---------------------------------------------------------------------- the call
@@ -73,7 +73,10 @@ def _secrets(model: Model) -> list[str]:
     if isinstance(model, VllmAPI):
         secrets = ("api_key", "basic_auth", "headers")
         return found + [name for name in secrets if getattr(model, name)]
-    found += [f"vllm_kwargs[{name!r}]" for name in SECRET_ARGUMENTS if name in model.vllm_kwargs]
+    plain = {name: name.lower().replace("-", "_") for name in model.vllm_kwargs}
+    found += [f"vllm_kwargs[{name!r}]" for name in plain if plain[name] in SECRET_ARGUMENTS]
+    if model.ray_address and _has_secret(model.ray_address):
+        found.append("ray_address")
     if model.ray_config.get("runtime_env", {}).get("env_vars"):
         found.append("ray_config['runtime_env']['env_vars']")
     return found

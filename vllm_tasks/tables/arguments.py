@@ -130,7 +130,16 @@ def _above_zero(name: str, value: float | None) -> float | None:
     return value
 
 
+def true_or_false(name: str, value: object) -> bool:
+    """The value; raises `InvalidCall` for others, since a text such as "no" would count as true."""
+    if not isinstance(value, int) or value not in (0, 1):
+        raise InvalidCall(f"{name}={value!r:.100} must be True or False")
+    return bool(value)
+
+
 def refresh_of(refresh: str, overwrite: bool, retry_failed: bool) -> Refresh:
+    overwrite = true_or_false("overwrite", overwrite)
+    retry_failed = true_or_false("retry_failed", retry_failed)
     if refresh not in ("missing", "changed"):
         raise InvalidCall(f"refresh={refresh!r} is neither 'missing' nor 'changed'")
     if overwrite and retry_failed:

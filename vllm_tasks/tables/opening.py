@@ -25,6 +25,7 @@ from vllm_tasks.tables.arguments import (
     keys_of,
     refresh_of,
     shard_of,
+    true_or_false,
 )
 from vllm_tasks.tables.earlier import refuse_other_source
 from vllm_tasks.tables.job import Job
@@ -77,6 +78,7 @@ def open_job(
     datalayer, read_from = datalayer_of(db, model), source_of(source)
     commit_policy = commit_policy_of(max_chunk_size)
     at_least_one("limit", limit)
+    true_or_false("same_source", same_source)
     budget = budget_of(max_failed, max_total_tokens, max_seconds, max_cost, prices)
     # Arguments are checked before `over`, which may wait for a server.
     refreshed, part = refresh_of(refresh, overwrite, retry_failed), shard_of(shard)

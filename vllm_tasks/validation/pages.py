@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from vllm_tasks.artifacts import (
     code,
     listed,
     markdown_table,
+    show_page,
+    show_table,
     slug,
     validation_key,
     warn_if_not_displayed,
@@ -54,19 +55,19 @@ HEAD_WIDTH = 80
 def show(report: ValidationReport) -> None:
     """Create `<model>-<dataset>-metrics` and `<model>-<dataset>-validation`, artifacts of each data set."""
     for dataset in report.datasets:
-        name = slug(f"{report.model}-{dataset.dataset}")
+        name = slug(report.model, dataset.dataset)
         passed = "passed" if not dataset.reasons else "failed: " + "; ".join(dataset.reasons)
         with warn_if_not_displayed("the validation"):
-            create_table_artifact(table_of(dataset), f"{name}-metrics", f"{report.model} {passed}")
+            show_table(table_of(dataset), f"{name}-metrics", f"{report.model} {passed}")
             page = validation_key(report.model, dataset.dataset)
-            create_markdown_artifact(markdown_of(report.model, dataset), page, passed)
+            show_page(markdown_of(report.model, dataset), page, passed)
 
 
 def show_comparison(comparison: Comparison) -> None:
     """Create the artifact `comparison-<models>`, with a table and a picture for each data set and metric."""
-    name = slug(f"comparison-{'-'.join(comparison.models)}")[:200].strip("-")
+    name = slug("comparison", *comparison.models)
     with warn_if_not_displayed("the comparison"):
-        create_markdown_artifact(markdown_of_comparison(comparison), name, str(comparison)[:500])
+        show_page(markdown_of_comparison(comparison), name, str(comparison)[:500])
 
 
 def markdown_of_comparison(comparison: Comparison) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
+from vllm_tasks.printable import printable
 from vllm_tasks.validation.axis import Axis, drawable, number
 from vllm_tasks.validation.svg import CHARACTER, WIDTH, card, length, marks, path, px, shortened, write
 
@@ -126,7 +127,7 @@ def compare_svg(rows: Sequence[Row], *, title: str, higher_is_better: bool = Tru
 
 def markdown_image(svg: str, alt: str) -> str:
     """The picture embedded in Markdown, without a file: `![alt](data:...)`."""
-    words = re.sub(r"[\[\]\\`<>|\s]+", " ", alt).strip()
+    words = printable(re.sub(r"[\[\]\\`<>|\s]+", " ", alt).strip())
     return f"![{words}]({data_uri(svg)})"
 
 

@@ -97,6 +97,17 @@ def test_columns_that_collide(place: Place, table: OutputTable, key: str, told: 
         place.open().writer(selection(key=(key,)), table)
 
 
+def test_names_that_differ_in_case(place: Place) -> None:
+    """They are one column in SQLite, which is refused with the way out, and two in PostgreSQL."""
+    place.sql('CREATE TABLE t ("Output" INTEGER PRIMARY KEY, text TEXT)')
+    chosen = selection(key=("Output",))
+    if place.url.startswith("sqlite"):
+        with pytest.raises(InvalidCall, match=r"more than one column 'Output'.*AS another_name"):
+            place.open().writer(chosen, TABLE)
+    else:
+        place.open().writer(chosen, TABLE)
+
+
 def test_a_key_too_long_for_an_index(place: Place) -> None:
     """A key that PostgreSQL's index cannot hold is reported; a long one that can be compressed is kept."""
     long = random.Random(0).randbytes(3000).hex()

@@ -217,6 +217,18 @@ def test_sqlite_keys_that_only_their_index_tells_apart(tmp_path: Path) -> None:
     db.close()
 
 
+def test_a_declared_time_keeps_all_its_digits(tmp_path: Path) -> None:
+    """Python has microseconds; a finer time stays the text that SQLite has."""
+    place = sqlite(tmp_path)
+    texts = ("2024-01-02 03:04:05.123456789", "2024-01-02T03:04:05.1234567Z")
+    place.sql("CREATE TABLE t (id integer PRIMARY KEY, at DATETIME, stamp TIMESTAMP)")
+    place.sql(f"INSERT INTO t VALUES (1, '{texts[0]}', '{texts[1]}')")
+    db = place.open()
+    (found,) = every(db, selection(columns=("at", "stamp")))
+    assert found.values == texts
+    db.close()
+
+
 def test_declared_types_are_the_same_for_rows_and_read(tmp_path: Path) -> None:
     """One value path: a BOOLEAN, a DATE or JSON of SQLite's is the same Python value either way."""
     place = sqlite(tmp_path)

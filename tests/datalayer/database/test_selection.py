@@ -176,6 +176,20 @@ def test_times_that_python_has_not(pg: Place) -> None:
     assert sorted(db.outputs(OUT)["id"].to_pylist()) == sorted(r.key[0] for r in found)
 
 
+def test_values_that_python_would_round(pg: Place) -> None:
+    """Numbers in JSON keep their digits; an interval with months, which have no length, is a text."""
+    pg.sql(
+        "CREATE TABLE t (id INTEGER PRIMARY KEY, j JSON, b JSONB, took INTERVAL)",
+        "INSERT INTO t VALUES (1, '1.50', '[0.1000000000000000055511, 2.0]', '1 year 2 mons 3 days'), "
+        "(2, '{\"a\": 1e5}', '7', '-1 days +02:03')",
+    )
+    db = pg.open()
+    one, other = (r.values for r in every(db, selection(columns=("j", "b", "took"))))
+    assert (str(one[0]), list(map(str, one[1]))) == ("1.50", ["0.1000000000000000055511", "2.0"])
+    assert one[2] == "1 year 2 mons 3 days"
+    assert (str(other[0]["a"]), other[1], other[2]) == ("1e5", 7, dt.timedelta(-1, 7380))
+
+
 @pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/New_York"])
 def test_times_are_the_same_in_every_zone(pg: Place, zone: str) -> None:
     """Values do not depend on the time zone of the session, because their hash is kept."""

@@ -151,6 +151,8 @@ def test_names_that_collide_and_arguments_that_are_wrong(lake: Lake) -> None:
         chosen = selection(f'SELECT id AS "{name}", text FROM t', key=(name,))
         with pytest.raises(InvalidCall, match="two columns of the outputs would be named"):
             lake.writer(chosen, FLAT)
+        with pytest.raises(InvalidCall, match="two columns of the outputs would be named"):
+            lake.writer(chosen, TABLE)
     with pytest.raises(InvalidCall, match="compression='rar' is not one of uncompressed, snappy"):
         lake.writer(selection(), OutputTable(OUT, TABLE.columns, compression="rar"))
     with pytest.raises(InvalidCall, match=r"partition_by names \['nope'\]"):

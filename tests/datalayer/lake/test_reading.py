@@ -6,6 +6,7 @@ import contextlib
 import datetime as dt
 import gzip
 import json
+import os
 import threading
 import time
 from decimal import Decimal
@@ -178,6 +179,31 @@ def test_files_that_cannot_be_read(folder: Path) -> None:
     lake.close()
 
 
+@pytest.mark.parametrize("select", ["d", "d/*", "SELECT * FROM d"])
+def test_a_pipe_among_the_files_is_refused(folder: Path, select: str) -> None:
+    """Opening it would wait for a writer without an end."""
+    write_source(folder / "d/0.csv", ROWS)
+    os.mkfifo(folder / "d/1.csv")
+    assert "d/1.csv' is no file but a pipe" in refusal(Lake(str(folder)), selection(select))
+
+
+def test_a_select_rounds_no_whole_number(folder: Path) -> None:
+    """Whole numbers in one file and floats in another are floats in SQL; one that changes is refused."""
+
+    def found(select: str) -> list[Any]:
+        return [r.values[0] for r in read(Lake(str(folder)), selection(select, columns=("x",)))]
+
+    write_source(folder / "d/0.parquet", [{"id": 1, "text": "a", "x": 2**53 + 1}])
+    write_source(folder / "d/1.parquet", [{"id": 2, "text": "b", "x": 1.5}])
+    assert found("d") == [2**53 + 1, 1.5]
+    with pytest.raises(InvalidCall, match=r"'x' is int64 in one file.*name the table itself") as refused:
+        found("SELECT id, x FROM d ORDER BY id")
+    assert "Traceback" not in str(refused.value)
+    assert keys(Lake(str(folder)), selection("SELECT id, text FROM d")) == [1, 2]
+    write_source(folder / "d/0.parquet", [{"id": 1, "text": "a", "x": 7}])
+    assert found("SELECT id, x FROM d ORDER BY id") == [7.0, 1.5]
+
+
 def test_values_are_plain_python_values(lake: Lake) -> None:
     """Each of DuckDB's types becomes its Python type; a text in JSON that looks like a date stays text."""
     select = """SELECT 1 AS id, 1.5 AS dec, 1e300 AS f, NULL AS n, true AS b, 'é' AS s, '\\xFF'::BLOB AS bl,
@@ -224,6 +250,17 @@ def test_a_date_that_python_has_not(lake: Lake, kind: str) -> None:
     assert "1 rows" in words
     assert "for example text='19999-01-01" in words
     assert "CAST it to VARCHAR" in words
+
+
+def test_the_end_of_a_day_and_dates_before_christ(lake: Lake) -> None:
+    """They are texts as PostgreSQL prints them; Arrow would take 24:00 for the begin of the day."""
+    select = (
+        "SELECT id, TIME '24:00:00' AS clock, TIME '00:00:00' AS begin, DATE '0044-03-15 (BC)' AS day, "
+        "TIMESTAMP '0001-12-31 (BC) 23:59:59' AS at FROM t WHERE id = 1"
+    )
+    (found,) = read(lake, selection(select, columns=("clock", "begin", "day", "at")))
+    assert found.values[:3] == ("24:00:00", dt.time(0), "0044-03-15 BC")
+    assert found.values[3] == "0001-12-31 23:59:59.000000 BC"
 
 
 def test_what_looks_like_a_date_in_json_stays_text(folder: Path) -> None:

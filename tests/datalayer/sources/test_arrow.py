@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,34 @@ def test_pandas_that_arrow_refuses() -> None:
         )
     )
     assert rows(frame, "x", "at") == [(0.5, datetime(2024, 1, 1)), (None, None)]
+
+
+def test_polars_that_arrow_refuses() -> None:
+    """A column that Arrow lacks costs those who name it, as their value or their key."""
+    columns = {"id": [1], "wide": [2**100], "o": [object()], "text": ["a"]}
+    odd = pl.DataFrame(columns, schema_overrides={"wide": pl.Int128, "o": pl.Object})
+    frame = Frame(odd)
+    assert frame.columns() == ["id", "wide", "o", "text"]
+    assert rows(frame, "text") == [("a",)]
+    for name in ("wide", "o"):
+        with pytest.raises(InvalidCall, match=rf"the column '{name}' of the polars DataFrame.*cast\(str\)"):
+            rows(frame, name)
+        with pytest.raises(InvalidCall, match=f"cannot read the column '{name}'"):
+            frame.key_types([name])
+    cast = Frame(odd.with_columns(pl.col("wide").cast(str)))
+    assert rows(cast, "wide") == [(str(2**100),)]
+
+
+def test_a_dictionary_of_decimals_in_a_select(tmp_path: Path) -> None:
+    """Arrow makes no such array from Python values, and has none without rows either."""
+    amounts = pa.array([Decimal("1.50"), Decimal("2.00")], pa.decimal128(5, 2)).dictionary_encode()
+    table = pa.table({"id": [1, 2], "amount": amounts})
+    with pa.ipc.new_file(tmp_path / "t.arrow", table.schema) as file:
+        file.write_table(table)
+    with duckdb.connect() as con:
+        con.register("t", ColumnStream(ArrowFile(files(tmp_path / "t.arrow")), ["id", "amount"]))
+        found = con.execute("SELECT amount FROM t ORDER BY id").fetchall()
+    assert found == [(Decimal("1.50"),), (Decimal("2.00"),)]
 
 
 def test_a_select_reads_a_stream_as_often_as_it_likes(tmp_path: Path) -> None:

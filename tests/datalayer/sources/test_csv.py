@@ -305,13 +305,15 @@ def test_a_first_record_of_any_width_counts_the_columns(write: Write) -> None:
     assert read(source, ["column1"], "column0")[0] == {"1": "a" * 200_000, "2": "b"}
 
 
-def test_utf16_that_nobody_announced_is_refused(write: Write) -> None:
-    for file in (
-        write("t.csv", "id\n1\n".encode("utf-16")),
-        write("t.jsonl", '{"id": 1}\n'.encode("utf-16")),
-    ):
-        with pytest.raises(InvalidCall, match="utf-16"):
-            (Csv if file.kind == "csv" else JsonLines)([file]).columns()
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_wide_characters_that_nobody_announced_are_refused(write: Write, encoding: str) -> None:
+    """With and without a byte order mark; the encoding that the message names reads the file."""
+    content = {"t.csv": "id,text\n1,a\n", "t.jsonl": '{"id": "1", "text": "a"}\n'}
+    for name, text in content.items():
+        file, kind = write(name, text.encode(encoding)), Csv if name == "t.csv" else JsonLines
+        with pytest.raises(InvalidCall, match=f'"encoding": "{encoding}"'):
+            kind([file]).columns()
+        assert read(kind([file], read_options("t", {"encoding": encoding})))[0] == {"1": "a"}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import shutil
 import tempfile
 from contextlib import closing
 from decimal import Decimal
@@ -15,7 +16,7 @@ import pytest
 
 from vllm_tasks.datalayer.sources import Unreadable
 from vllm_tasks.datalayer.sources.duckdb_file import DuckDBSource
-from vllm_tasks.errors import InvalidCall
+from vllm_tasks.errors import InvalidCall, TablesUnavailable
 
 
 @pytest.fixture
@@ -82,6 +83,30 @@ def test_what_a_select_may_not_do(url: str, select: str) -> None:
         DuckDBSource(url, select).columns()
     with closing(DuckDBSource(url, "t")) as source:
         assert sum(p.count for p in source.parts(pa.schema([]), ("id",), Unreadable())) == 5000
+
+
+def test_two_sources_of_one_file(url: str) -> None:
+    """They are read at the same time, also from a file with the name of one of DuckDB's own databases."""
+    here = Path(url.removeprefix("duckdb:///"))
+    for copied in (here, here.with_name("temp.duckdb"), here.with_name("Memory.x.duckdb")):
+        if copied != here:
+            shutil.copy(here, copied)
+        name = f"duckdb:///{copied}"
+        with (
+            closing(DuckDBSource(name, "t")) as one,
+            closing(DuckDBSource(name, "SELECT * FROM t")) as two,
+        ):
+            both = [sum(p.count for p in s.parts(pa.schema([]), ("id",), Unreadable())) for s in (one, two)]
+        assert both == [5000, 5000]
+
+
+def test_a_file_that_this_process_has_open(url: str) -> None:
+    """It is refused in words, since DuckDB lets no other connection read it."""
+    with (
+        closing(duckdb.connect(url.removeprefix("duckdb:///"))),
+        pytest.raises(TablesUnavailable, match="this process has a connection to the file"),
+    ):
+        DuckDBSource(url, "t")
 
 
 def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,7 @@ def iceberg(table: pa.Table, folder: Path) -> None:
     made = catalog.create_table("n.rows", table.schema, location=f"file://{folder}/rows")
     made.append(table.slice(0, 10))
     made.append(table.slice(10))
+    catalog.engine.dispose()
 
 
 FILES: dict[str, Callable[[Path], Any]] = {

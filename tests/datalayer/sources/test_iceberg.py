@@ -35,6 +35,7 @@ def iceberg(folder: Path) -> Any:
     with table.update_schema() as change:
         change.add_column("lang", StringType())
     table.append(pa.table({"id": [3], "text": ["c"], "lang": ["de"]}))
+    catalog.engine.dispose()  # a later use of the table connects anew
     return table
 
 

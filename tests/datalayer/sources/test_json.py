@@ -79,6 +79,18 @@ def test_a_bad_line_costs_itself(write: Write, bad: str) -> None:
         assert "CAST(" in unreadable.examples[0]
 
 
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json"])
+def test_numbers_of_any_length_are_kept(write: Write, name: str) -> None:
+    """Python converts no more than 4,300 digits; a longer number costs no row."""
+    long = "7" * 5000
+    objects = [f'{{"id": 1, "x": {long}}}', f'{{"id": 2, "x": "b", "y": {long}}}', '{"id": 3, "x": "c"}']
+    source = JsonLines([write(name, "\n".join(objects) if name == "t.jsonl" else f"[{','.join(objects)}]")])
+    found, _, unreadable = read(source, ["x"])
+    assert {key: str(value) for key, value in found.items()} == {1: long, 2: "b", 3: "c"}
+    assert unreadable.count == 0
+    assert sql(source, ["id", "x"], "SELECT CAST(x.other AS VARCHAR) FROM t WHERE id = 1") == [(long,)]
+
+
 def test_half_a_character_and_wrong_bytes_stay_in_their_row(write: Write) -> None:
     content = b'{"id": "1", "text": "cut \\ud83d"}\n{"id": "2", "text": "\xff"}\n{"id": "3", "text": "c"}\n'
     content += b'{"id": "4\\ud83d", "text": "d"}\n{"id": "\xff", "text": "d"}\n'

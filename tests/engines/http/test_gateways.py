@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,17 @@ from typing import Any
 import pytest
 
 from tests.servers.scripted_proxy import ScriptedProxy
-from tests.servers.scripted_server import MODEL, Asked, Deed, Reply, ScriptedServer, answer_to, refused, usual
+from tests.servers.scripted_server import (
+    MODEL,
+    Asked,
+    Deed,
+    Raw,
+    Reply,
+    ScriptedServer,
+    answer_to,
+    refused,
+    usual,
+)
 from vllm_tasks import InvalidCall, VllmAPI
 from vllm_tasks.calls.sampling import names_version
 from vllm_tasks.engines.http.proxies import proxy_of
@@ -332,3 +343,33 @@ def test_a_server_that_is_not_newer_gets_no_unknown_name(
     with pytest.raises(ValueError, match="did you mean 'temperature'"):
         api(model=MODEL, predict_kwargs={"temprature": 0})
     assert server.posts == []
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        f"http://me:{SECRET}@127.0.0.1:1",
+        f"http://me:{SECRET}@127.0.0.1:{{garbled}}",
+        f"https://me:{SECRET}@127.0.0.1:{{garbled}}",
+    ],
+)
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_no_error_of_a_proxy_shows_its_password(
+    server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch, scheme: str, proxy: str
+) -> None:
+    """Neither one that is away nor one that speaks no HTTP; causes are searched, too."""
+    server.script = lambda _: Raw(b"garbage\r\n\r\n")
+    monkeypatch.setenv(f"{scheme.upper()}_PROXY", proxy.format(garbled=server.port))
+    for model in (None, "m"):
+        with pytest.raises((InvalidCall, ServerUnavailable, RowErrors)) as raised:
+            api(f"{scheme}://gateway.test", model=model, retries=0).predict("x")
+        assert SECRET not in "".join(traceback.format_exception(raised.value))
+
+
+@pytest.mark.parametrize("rest", ["@proxy:port", "@[::1:3128", "/b@proxy:3128"])
+def test_a_proxy_whose_url_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch, rest: str) -> None:
+    """The refusal names the variable, and does not repeat it."""
+    monkeypatch.setenv("HTTP_PROXY", f"http://me:{SECRET}{rest}")
+    with pytest.raises(InvalidCall, match="HTTP_PROXY in the environment is no URL") as raised:
+        VllmAPI(identifier="m", api_url="http://gateway.test").predict("x")
+    assert SECRET not in "".join(traceback.format_exception(raised.value))

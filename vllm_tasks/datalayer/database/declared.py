@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -13,6 +14,15 @@ from sqlalchemy.engine import Connection
 from vllm_tasks.datalayer import vectors
 from vllm_tasks.datalayer.database.backends import TableName
 from vllm_tasks.datalayer.values import from_json
+
+FINE = re.compile(r"[.,]\d{7}")
+"""A fraction of a second that `fromisoformat` would cut after microseconds."""
+
+
+def _moment(text: str) -> dt.datetime:
+    if FINE.search(text):
+        raise ValueError(f"{text!r:.100} has more than microseconds")
+    return dt.datetime.fromisoformat(text)
 
 
 def _no_number(constant: str) -> NoReturn:
@@ -26,7 +36,7 @@ def _json(text: str) -> Any:
 
 
 READ: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("DATETIME", "TIMESTAMP"), dt.datetime.fromisoformat),
+    **dict.fromkeys(("DATETIME", "TIMESTAMP"), _moment),
     "DATE": dt.date.fromisoformat,
     **dict.fromkeys(("JSON", "JSONB"), _json),
 }

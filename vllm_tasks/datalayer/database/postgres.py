@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from vllm_tasks.datalayer.database import backends
 from vllm_tasks.datalayer.database.backends import Backend, Column, Shape, TableName, Verbatim
+from vllm_tasks.datalayer.values import from_json
 from vllm_tasks.errors import InvalidCall
 
 DEFAULT = '"default"'
@@ -33,6 +35,9 @@ VECTOR = """
     WHERE t.typname = 'vector' AND pg_type_is_visible(t.oid)
 """
 """The type `vector` of pgvector, if the extension is in this database and in a schema that is searched."""
+
+MONTHS = re.compile(rb"\b(mons?|years?)\b")
+"""What an interval has that a `timedelta` cannot say."""
 
 
 class Postgres(Backend):
@@ -246,21 +251,35 @@ def _text(value: Any) -> str:
     return "\\x" + value.hex() if isinstance(value, bytes) else str(value)
 
 
+def _json(data: str | bytes) -> Any:
+    text = data if isinstance(data, str) else data.decode()
+    try:
+        return from_json(text)
+    except RecursionError:
+        return text
+
+
 def _set_up_reader(connection: Any, _: Any) -> None:
     """Turn prepared statements off: adding a column to a table would invalidate a prepared statement.
 
     Times that Python does not have (infinity, before Christ, after 9999) arrive as PostgreSQL's text: they
-    must fail their row, and not the query. Vectors of pgvector arrive as arrays of numbers do.
+    must fail their row, and not the query. So do intervals with months or years, which have no fixed number
+    of days. Numbers in JSON keep their digits. Vectors of pgvector arrive as arrays of numbers do.
     """
     connection.prepare_threshold = None
     from psycopg import DataError, NotSupportedError
     from psycopg.adapt import Loader
     from psycopg.types import datetime as loaders
+    from psycopg.types.json import set_json_loads
+
+    set_json_loads(_json, connection)
 
     def lenient(loader: type[Any]) -> type[Any]:
         class Lenient(loader):  # type: ignore[misc]
             def load(self, data: Any) -> Any:
                 try:
+                    if loader is loaders.IntervalLoader and MONTHS.search(bytes(data)):
+                        raise NotSupportedError
                     return super().load(data)
                 except (DataError, NotSupportedError):
                     return bytes(data).decode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
@@ -114,11 +115,13 @@ class DatabaseWriter:
             raise InvalidCall("partition_by and compression are options of a lake; a database has neither")
         columns = [column.name for column in table.columns]
         names = [*self._key, *columns, POSITION, *OWN_COLUMNS]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        fold = str.casefold if self._backend.engine.dialect.name == "sqlite" else str
+        counts = Counter(map(fold, names))
+        if twice := sorted(name for name in names if counts[fold(name)] > 1):
             raise InvalidCall(
                 f"the outputs would have more than one column {twice[0]!r} (of the key "
-                f"{', '.join(self._key)}, the output's columns and our own); rename it in a SELECT or in "
-                "the output_schema"
+                f"{', '.join(self._key)}, the output's columns and our own); rename it in a SELECT "
+                "(SELECT ... AS another_name) or in the output_schema"
             )
         refuse_long_names((self._place.name, *columns), self._backend.engine.dialect)
 

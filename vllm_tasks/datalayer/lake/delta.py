@@ -137,14 +137,16 @@ def filterable(table: DeltaTable) -> ds.Dataset | ds.Scanner:
 
 
 def table_schema(key: dict[str, pa.DataType], table: OutputTable) -> pa.Schema:
-    """The schema of an outputs table; raises `InvalidCall` if two columns would have one name."""
+    """The schema of an outputs table; raises `InvalidCall` if two columns would have one name.
+
+    `_position` is taken even without `flatten`: outputs that have it are read as flattened ones.
+    """
     fields = [pa.field(name, kind) for name, kind in key.items()]
     fields += [
         pa.field(c.name, ARROW_TYPES[c.kind], metadata=JSON if c.kind == "json" else None)
         for c in table.columns
     ]
-    if table.flatten:
-        fields.append(pa.field(POSITION, pa.int64()))
+    fields.append(pa.field(POSITION, pa.int64()))
     fields += [pa.field(name, ARROW_TYPES[kind]) for name, kind in OWN_COLUMNS.items()]
     seen: set[str] = set()
     for f in fields:
@@ -154,7 +156,7 @@ def table_schema(key: dict[str, pa.DataType], table: OutputTable) -> pa.Schema:
                 "(SELECT ... AS another_name) or of the output"
             )
         seen.add(f.name.casefold())
-    return pa.schema(fields)
+    return pa.schema([f for f in fields if table.flatten or f.name != POSITION])
 
 
 def indexed(key: Iterable[pa.DataType]) -> int:

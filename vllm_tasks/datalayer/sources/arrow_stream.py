@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from vllm_tasks.datalayer.sources.layout import familiar
+from vllm_tasks.datalayer.sources.layout import familiar, no_rows
 from vllm_tasks.datalayer.sources.pieces import BATCH_ROWS, Pieces, read
 from vllm_tasks.datalayer.storage_errors import plain
 from vllm_tasks.errors import InvalidCall
@@ -37,9 +37,7 @@ class ColumnStream:
     def _typed(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         names = set(batch.schema.names)
         columns = [
-            batch[field.name].cast(field.type)
-            if field.name in names
-            else pa.nulls(batch.num_rows, field.type)
+            _cast(batch[field.name], field) if field.name in names else pa.nulls(batch.num_rows, field.type)
             for field in self.schema
         ]
         return pa.RecordBatch.from_arrays(columns, schema=self.schema)
@@ -47,15 +45,22 @@ class ColumnStream:
 
 def _schema(source: Pieces, columns: Sequence[str]) -> pa.Schema:
     wanted = set(columns)
-    schemas = [
-        familiar(pa.RecordBatch.from_pylist([], _some(schema, wanted))).schema
-        for _, schema in source.schemas()
-    ]
+    schemas = [familiar(no_rows(_some(schema, wanted))).schema for _, schema in source.schemas()]
     try:
         found = pa.unify_schemas(schemas, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as e:
         raise InvalidCall(f"the files have types of a column that cannot be combined: {plain(e):.300}") from e
     return pa.schema([found.field(name) for name in columns if name in found.names])
+
+
+def _cast(column: pa.Array, field: pa.Field) -> pa.Array:
+    try:
+        return column.cast(field.type)
+    except pa.ArrowInvalid as e:
+        raise InvalidCall(
+            f"the column {field.name!r:.100} is {column.type} in one file and {field.type} in a SELECT, "
+            f"which changes a value ({plain(e):.200}); name the table itself instead, or leave the column out"
+        ) from e
 
 
 def _some(schema: pa.Schema, wanted: set[str]) -> pa.Schema:

@@ -37,15 +37,22 @@ class DuckDBSource(Statement):
 def _opened(path: Path) -> Workspace:
     try:
         return Workspace(site_settings().select_memory, database=path)
-    except duckdb.IOException as e:
+    except duckdb.Error as e:
         if "lock" in str(e):  # while a process writes the file, no other can read it
             raise TablesUnavailable(f"{path}: {str(e)[:300]}") from e
+        if "already attached" in str(e):
+            raise TablesUnavailable(
+                f"{path}: this process has a connection to the file; close it, or read a table in memory"
+            ) from e
         raise InvalidCall(f"{str(path)!r} is not a DuckDB file: {str(e)[:300]}") from e
 
 
 def _statement(con: duckdb.DuckDBPyConnection, select: str, path: Path) -> str:
     """The SQL for the rows that `select` names."""
-    found = con.execute("SELECT table_schema, table_name FROM information_schema.tables").fetchall()
+    found = con.execute(
+        "SELECT table_schema, table_name FROM information_schema.tables "
+        "WHERE table_catalog = current_database()"
+    ).fetchall()
     there = {f"{schema}.{name}": (schema, name) for schema, name in found}
     named = sorted(full for full, (_, name) in there.items() if select in (full, name))
     if len(named) > 1:

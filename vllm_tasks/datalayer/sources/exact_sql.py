@@ -33,6 +33,21 @@ def refused_in_sql(source: Pieces, columns: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def mixes_numbers(source: Pieces, columns: Sequence[str]) -> bool:
+    """Whether a column has whole numbers of 64 bits in one file and floats in another. DuckDB reads them as
+    floats and rounds the large ones; `ColumnStream` refuses those."""
+    kinds: dict[str, set[pa.DataType]] = {}
+    for _, schema in source.schemas():
+        for field in schema:
+            kinds.setdefault(field.name, set()).add(field.type)
+    wide = {pa.int64(), pa.uint64()}
+    return any(
+        not wide.isdisjoint(kinds[name]) and any(map(pa.types.is_floating, kinds[name]))
+        for name in columns
+        if name in kinds
+    )
+
+
 def plain_times(source: Pieces, columns: Sequence[str]) -> dict[str, str]:
     """By column of times of day, an expression without a zone. DuckDB gives a zone to times that Parquet
     marks as UTC, as pyarrow once marked all."""

@@ -249,6 +249,11 @@ class Files:
                 raise InvalidCall(
                     f"the link {path!r} leads to {real!r}, which does not exist: correct or remove it"
                 )
+            if not (os.path.isfile(real) or os.path.isdir(real)):
+                raise InvalidCall(
+                    f"{path!r} is no file but a pipe, a socket or a device, which can be read only once and "
+                    "may never end; write what comes from it to a file"
+                )
             if not real.startswith(root + "/"):
                 check_place("the file behind the link", real)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from vllm_tasks.datalayer.sources.arrow_file import ArrowFile, Mapped
-from vllm_tasks.datalayer.sources.layout import familiar
+from vllm_tasks.datalayer.sources.layout import familiar, no_rows
 from vllm_tasks.datalayer.sources.pandas_frame import in_arrow
 from vllm_tasks.datalayer.sources.pieces import BATCH_ROWS, Piece, Pieces
 from vllm_tasks.datalayer.storage_errors import plain
@@ -49,6 +49,11 @@ class Frame(Pieces):
         """See `Pieces.schemas`."""
         yield self._where, self._schema
 
+    def key_types(self, key: Sequence[str]) -> Sequence[pa.DataType]:
+        """See `Source.key_types`; also refuses columns that Arrow cannot hold."""
+        _refuse(key, self._problems, self._where)
+        return super().key_types(key)
+
     def pieces(self) -> Iterator[Piece]:
         """See `Pieces.pieces`."""
         if self._copy is not None:
@@ -75,16 +80,20 @@ class _Pass:
 
     def batches(self, piece: Piece, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """See `Pass.batches`."""
-        for name in columns:
-            if name in self._problems:
-                raise InvalidCall(
-                    f"cannot read the column {name!r} of {self._where}: {self._problems[name]:.200}; give it "
-                    f"values of a usual type, as by frame[{name!r}].astype(str)"
-                )
+        _refuse(columns, self._problems, self._where)
         yield from piece.at.select(list(columns)).to_batches(max_chunksize=self._rows)
 
     def close(self) -> None:
         """Nothing to close."""
+
+
+def _refuse(columns: Sequence[str], problems: Mapping[str, str], where: str) -> None:
+    for name in columns:
+        if name in problems:
+            raise InvalidCall(
+                f"cannot read the column {name!r} of {where}: {problems[name]:.200}; give it values of a "
+                f"usual type, as by frame[{name!r}].astype(str), in polars .cast(str)"
+            )
 
 
 def display_name(data: Any) -> str:
@@ -123,7 +132,7 @@ def _copied(data: Any, opened: ExitStack) -> str:
     file = tempfile.NamedTemporaryFile(prefix="vllm-tasks-", suffix=".arrow")  # noqa: SIM115 - `opened` closes it
     opened.enter_context(file)
     with pa.RecordBatchReader.from_stream(data) as reader:
-        schema = _written(pa.RecordBatch.from_pylist([], reader.schema)).schema
+        schema = _written(no_rows(reader.schema)).schema
         with pa.ipc.new_file(file.name, schema) as writer:
             for batch in reader:
                 for start in range(0, batch.num_rows, BATCH_ROWS):

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from vllm_tasks.datalayer.sources.keys import key_type
-from vllm_tasks.datalayer.values import Number, number
+from vllm_tasks.datalayer.values import Number, number, whole
 
 KINDS = {bool: "true or false", int: "a whole number", str: "a text", list: "a list", dict: "an object"}
 SHAPES = 10_000
@@ -28,15 +28,13 @@ class Wide(int):
 
 
 def _whole(text: str) -> int | float:
-    if text == "-0":
-        return Number(text)
-    value = int(text)
-    return value if value in INT64 else Wide(value)
+    value = whole(text)
+    return value if isinstance(value, Number) or value in INT64 else Wide(value)
 
 
 decode = json.JSONDecoder(parse_float=number, parse_int=_whole, parse_constant=Number).decode
 """As `values.from_json`, but with `Wide`."""
-_raw_decode = json.JSONDecoder(parse_constant=Number).raw_decode
+_raw_decode = json.JSONDecoder(parse_constant=Number, parse_int=len).raw_decode
 
 
 def kind_name(kind: type) -> str:

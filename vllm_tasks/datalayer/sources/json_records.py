@@ -75,7 +75,7 @@ class _Document:
         self.buffer = head
         self.at = 0
         self.line = 1
-        self.decode = json.JSONDecoder().raw_decode
+        self.decode = json.JSONDecoder(parse_int=len).raw_decode  # a number may have any length
 
     def objects(self) -> Iterator[tuple[int, str]]:
         in_array = False

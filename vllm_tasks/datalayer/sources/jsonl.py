@@ -109,6 +109,8 @@ class JsonLines:
                     yield line, text, row
                     continue
                 why = "JSON, but not an object {...}"
+                if type(row) is list:
+                    why += "; if the file is one array of objects, let its name end in .json"
             unreadable.add(f"{file.display}, line {line}", why)
 
     def _pieces(

@@ -55,6 +55,11 @@ def _has_lengths(kind: pa.DataType) -> bool:
     return bool(t.is_string(kind) or t.is_large_string(kind) or t.is_binary(kind) or t.is_large_binary(kind))
 
 
+def no_rows(schema: pa.Schema) -> pa.RecordBatch:
+    """A batch without rows; unlike `from_pylist`, also for types that Arrow makes from no Python value."""
+    return pa.RecordBatch.from_arrays([pa.nulls(0, field.type) for field in schema], schema=schema)
+
+
 def familiar(batch: pa.RecordBatch) -> pa.RecordBatch:
     """`batch` without string views and run-end encoding: Arrow's `take` and `binary_length` have no kernels
     for them yet (pyarrow 26)."""

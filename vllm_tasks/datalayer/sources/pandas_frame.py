@@ -1,4 +1,4 @@
-"""Data frames of pandas in Arrow, including those with columns that Arrow does not convert itself."""
+"""Data frames of pandas and polars in Arrow, also with columns that Arrow does not convert itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def in_arrow(data: Any) -> tuple[pa.Table, dict[str, str]]:
     A pandas column may have values of several types, like one from Excel: each value keeps its type. A column
     is refused only when it is read, so that columns which a call does not name do not matter.
     """
-    if type(data).__module__.split(".")[0] != "pandas":
+    package = type(data).__module__.split(".")[0]
+    if package == "polars":
+        return _polars_in_arrow(data)
+    if package != "pandas":
         return pa.table(data), {}
     if not any(str(kind).startswith("period") for kind in data.dtypes):
         try:
@@ -34,6 +37,23 @@ def in_arrow(data: Any) -> tuple[pa.Table, dict[str, str]]:
             arrays.append(pa.nulls(len(data)))
             problems[name] = plain(error)
     return pa.Table.from_arrays(arrays, names=names), problems
+
+
+def _polars_in_arrow(data: Any) -> tuple[pa.Table, dict[str, str]]:
+    problems = {}
+    for name, kind in data.schema.items():
+        if str(kind) == "Object":  # polars would export addresses in memory
+            problems[name] = "it has Python objects"
+            continue
+        try:
+            pa.table(data.select(name).head(0))
+        except REFUSED as error:  # such as a whole number of 128 bits
+            problems[name] = plain(error)
+    if not problems:
+        return pa.table(data), {}
+    usual = pa.table(data.drop(list(problems)))
+    columns = [pa.nulls(len(data)) if name in problems else usual[name] for name in data.columns]
+    return pa.Table.from_arrays(columns, names=data.columns), problems
 
 
 def _column(series: Any) -> pa.Array:

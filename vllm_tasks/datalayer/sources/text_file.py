@@ -12,7 +12,13 @@ from vllm_tasks.errors import InvalidCall
 WRONG_BYTES = "vllm_tasks.wrong_bytes"
 """Error handler of decoders: each wrong byte becomes a lone surrogate, which no prompt may have. It is like
 Python's surrogateescape, but covers bytes below 128, too, which may be wrong in UTF-16."""
-UTF16_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+WIDE_MARKS = {
+    "utf-32": codecs.BOM_UTF32_LE,  # before UTF-16, whose mark it begins with
+    "utf-32-be": codecs.BOM_UTF32_BE,
+    "utf-16": codecs.BOM_UTF16_LE,
+    "utf-16-be": codecs.BOM_UTF16_BE,
+}
+"""Byte order marks by the encoding to name in a refusal."""
 NO_TEXT = {
     b"\x1f\x8b": ("compressed with gzip", "rename it to end in .gz"),
     b"\x28\xb5\x2f\xfd": ("compressed with zstd", "rename it to end in .zst"),
@@ -70,15 +76,27 @@ def opened(file: DataFile, encoding: str) -> io.BufferedReader:
         if head.startswith(magic):
             stream.close()
             raise InvalidCall(f"{file.display!r} is {what}, not {file.kind} as its name says; {way_out}")
-    if encoding == UTF8 and stream.peek(2)[:2] in UTF16_BOMS:
+    if encoding == UTF8 and (like := _wide(head)):
         stream.close()
         raise InvalidCall(
-            f"{file.display!r} begins like UTF-16, not UTF-8; give its encoding: "
-            f'Datalayer(..., read={{{file.stem!r:.100}: {{"encoding": "utf-16"}}}})'
+            f"{file.display!r} begins like {like.upper()}, not UTF-8; give its encoding: "
+            f'Datalayer(..., read={{{file.stem!r:.100}: {{"encoding": "{like}"}}}})'
         )
     if (mark := MARKS.get(encoding)) and head.startswith(mark):
         stream.read(len(mark))
     return stream
+
+
+def _wide(head: bytes) -> str | None:
+    """The encoding of a file that begins with these bytes, if it has several bytes for each character."""
+    for name, mark in WIDE_MARKS.items():
+        if head.startswith(mark):
+            return name
+    # Without a mark, ASCII characters have a zero byte each.
+    for name, zeros, others in (("utf-16-le", head[1::2], head[::2]), ("utf-16-be", head[::2], head[1::2])):
+        if len(head) >= 4 and not any(zeros) and all(others):
+            return name
+    return None
 
 
 def decoder_of(encoding: str) -> str:

@@ -13,6 +13,7 @@ import aiohttp
 
 from vllm_tasks.engines.http.credentials import Credentials
 from vllm_tasks.engines.http.failures import MENDED_BY, Unreachable
+from vllm_tasks.engines.http.proxies import sent_through
 from vllm_tasks.engines.http.urls import Endpoint
 from vllm_tasks.errors import InvalidCall
 
@@ -165,7 +166,7 @@ class Control:
                 aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
                 session.request(
                     "GET" if body is None else "POST", endpoint.url_of(path), json=body,
-                    headers=self.credentials.headers(), allow_redirects=False, proxy=endpoint.proxy,
+                    headers=self.credentials.headers(), allow_redirects=False, **sent_through(endpoint.proxy),
                 ) as response,
             ):  # fmt: skip
                 content = bytearray()

@@ -12,7 +12,10 @@ from vllm_tasks.errors import InvalidCall
 
 VERSION = re.compile(r"/v\d+$")
 """The version of an API at the end of a base URL, as in /v1 or /api/v3."""
-SECRET = re.compile(r"(?i)(^|[-_.])(key|token|secret|sig|signature|password|pwd|auth|code)$|apikey$")
+SECRET = re.compile(
+    r"(?i)(^|[-_.])(key|token|secret|sig|signature|pass|passwd|password|passphrase|pwd|pw|auth|authorization"
+    r"|bearer|code|credentials?|jwt|sas|session|session_?id)$|apikey$"
+)
 """Names of query parameters whose values are secrets."""
 
 

@@ -166,20 +166,24 @@ def _open(path: Path, folder: Path) -> int:
 
     In a folder with the sticky bit, Linux refuses O_CREAT on another user's file, hence two steps.
     """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
     with suppress(FileExistsError):
         folder.mkdir(mode=0o777)
-    # Also if it exists: Docker creates it for a mount, closed to others. Another owner has opened it already.
-    with suppress(PermissionError):
-        folder.chmod(0o1777)
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    # Danger: the folder may be another user's link to one of ours, which must not be opened to all.
+    inside = os.open(folder, flags | os.O_DIRECTORY)
     try:
-        return os.open(path, flags)
-    except FileNotFoundError:
+        # Also if it exists: Docker creates it for a mount, closed to others. Another owner has opened it.
+        with suppress(PermissionError):
+            os.fchmod(inside, 0o1777)
+        with suppress(FileNotFoundError):
+            return os.open(path.name, flags, dir_fd=inside)
         with suppress(FileExistsError):
-            made = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
+            made = os.open(path.name, flags | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=inside)
             os.fchmod(made, 0o644)  # despite the umask
             return made
-        return os.open(path, flags)
+        return os.open(path.name, flags, dir_fd=inside)
+    finally:
+        os.close(inside)
 
 
 def _leave_to_parent() -> None:
