@@ -352,7 +352,7 @@ def test_harmless_fields_of_later_versions_do_not_stand_in_the_way(make: Maker) 
 def test_a_dataset_has_one_source() -> None:
     """Both `select` and `raw_data`, or neither, are refused by name."""
     for fields in ({}, {"select": "t", "raw_data": []}):
-        with pytest.raises(ValidationError, match="'d' needs exactly one of select and raw_data"):
+        with pytest.raises(ValidationError, match="'d' needs exactly one of select, raw_data and reference"):
             Dataset(identifier="d", **fields)
 
 

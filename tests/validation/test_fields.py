@@ -18,7 +18,7 @@ from vllm_tasks.validation.run import validate
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"datasets": [{"identifier": "d"}]}, "exactly one of select and raw_data"),
+        ({"datasets": [{"identifier": "d"}]}, "exactly one of select, raw_data and reference"),
         ({"datasets": [{"identifier": "d", "select": "t", "raw_data": []}]}, "exactly one"),
         ({"datasets": [{"identifier": "d", "raw_data": [], "db": "x"}]}, "no select"),
         ({"datasets": [{"identifier": "a/b", "select": "t"}]}, "cannot name a table"),
