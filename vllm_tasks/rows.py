@@ -56,8 +56,8 @@ SENDER = re.compile(r"HTTP \d{3} from \S+: ")
 """The beginning of a message that a server sent."""
 
 GIVEN_UP = frozenset(("abort", "error", "insufficient_system_resource", "network_error"))
-"""Finish reasons for an answer that was given up: vLLM's `abort` at a shutdown or a pause and `error` after an
-internal error (vLLM's server raises such an error, its engine does not); DeepSeek's and GLM's."""
+"""Finish reasons for an answer that was given up: vLLM's `abort` at a shutdown or a pause and `error` after
+an internal error (vLLM's server raises such an error, its engine does not); DeepSeek's and GLM's."""
 
 BuiltinType = Literal["str", "int", "float", "bool", "json", "bytes"]
 """The types of an answer, and of the columns that store answers."""

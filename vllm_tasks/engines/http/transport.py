@@ -27,7 +27,6 @@ from vllm_tasks.engines.http.failures import (
 from vllm_tasks.engines.http.files import OUT_OF_FILES, TOO_MANY_FILES
 from vllm_tasks.engines.http.streaming import EVENTS, Ended, Pieces
 from vllm_tasks.engines.http.urls import Endpoint
-from vllm_tasks.errors import InvalidCall
 
 CONNECT_TIMEOUT = 10.0
 """Seconds to open a connection."""
@@ -164,7 +163,9 @@ def refusal(
     if 300 <= status < 400:
         target = credentials.hidden_in(response.headers.get("Location", ""))
         redirected = f"{error}: redirects are not followed, here to {target!r:.300}"
-        return Denied(status, redirected, "set api_url to the address that it leads to, if that is the server")
+        return Denied(
+            status, redirected, "set api_url to the address that it leads to, if that is the server"
+        )
     if status == 408 or status in FULL or status >= 500:
         failed = Full if status in FULL else FailedAttempt
         return failed("server", error, retryable=True, delay=retry_after(response.headers.get("Retry-After")))
