@@ -55,9 +55,9 @@ CAUSES: Mapping[str, str] = {
 SENDER = re.compile(r"HTTP \d{3} from \S+: ")
 """The beginning of a message that a server sent."""
 
-GIVEN_UP = frozenset(("abort", "error"))
-"""vLLM's finish reasons for an answer that it gave up: `abort` at a shutdown or a pause, `error` after an
-internal error. vLLM's server raises such an error, its engine does not."""
+GIVEN_UP = frozenset(("abort", "error", "insufficient_system_resource", "network_error"))
+"""Finish reasons for an answer that was given up: vLLM's `abort` at a shutdown or a pause and `error` after
+an internal error (vLLM's server raises such an error, its engine does not); DeepSeek's and GLM's."""
 
 BuiltinType = Literal["str", "int", "float", "bool", "json", "bytes"]
 """The types of an answer, and of the columns that store answers."""
@@ -170,7 +170,7 @@ class Attempted(Completion):
 
 
 def given_up(completion: Completion) -> str:
-    """Return why vLLM gave up an answer before its end; empty for a complete answer."""
+    """Return why the server or engine gave up an answer before its end; empty for a complete answer."""
     return ", ".join(sorted(GIVEN_UP & {choice.finish_reason for choice in completion.choices}))
 
 

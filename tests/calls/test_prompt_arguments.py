@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
@@ -178,3 +179,31 @@ def test_the_first_parameter_is_the_record_whatever_its_name() -> None:
 def test_a_prompt_that_a_function_replaces_does_not_count() -> None:
     """Such a prompt decides nothing, so it is not in the fingerprint."""
     assert prompter("a {input}", prompt_func=str).identity() == prompter(prompt_func=str).identity()
+
+
+@pytest.mark.parametrize("function", [lambda x, other: x, lambda: "x", lambda x, *, style: x])
+def test_a_function_that_one_record_does_not_fit_is_refused_before_any_row(function: Any) -> None:
+    """It would be the same error in every row."""
+    with pytest.raises(InvalidCall, match="cannot be called with one record"):
+        prompter(prompt_func=function)
+
+
+def test_a_decorator_may_fill_in_an_argument() -> None:
+    """What counts is what the decorated function takes, not the function in `__wrapped__`."""
+
+    def with_style(function: Any) -> Any:
+        @functools.wraps(function)
+        def decorated(x: str) -> str:
+            return str(function(x, "formal"))
+
+        return decorated
+
+    @with_style
+    def styled(x: str, style: str) -> str:
+        return f"{style}: {x}"
+
+    model = VllmAPI(identifier="m", api_url="http://x", model="x", chat=False, prompt_func=styled)
+    model.prepare(model.predict_in_db).over("text")
+    (request,) = model.prepare(model.predict).requests(["hello"])
+    assert isinstance(request, Request)
+    assert request.prompt == "formal: hello"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
 from json import dumps
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from tests.models.making import BOTH, Maker, refusal
-from vllm_tasks import VllmAPI
+from vllm_tasks import DataType, VllmAPI
 from vllm_tasks.settings import Settings
 
 
@@ -144,3 +145,25 @@ def test_callables_are_dumped_as_their_paths() -> None:
     assert paths[0] == f"{__name__}.shout"
     assert paths[1] == f"{__name__}.Shouter"
     assert "<lambda>" in paths[2]
+
+
+async def waits(x: object, row: object = None) -> str:
+    return "x"
+
+
+def yields(x: object, row: object = None) -> Iterator[str]:
+    yield "x"
+
+
+class Waiter:
+    async def __call__(self, x: object, row: object = None) -> str:
+        return "x"
+
+
+@pytest.mark.parametrize("function", [waits, yields, Waiter()])
+def test_a_function_that_returns_later_is_refused(function: Callable[..., object]) -> None:
+    """Its coroutine or generator would be an error of every row."""
+    with pytest.raises(ValueError, match="is an async function or a generator"):
+        VllmAPI(identifier="m", api_url="http://x", prompt_func=function)
+    with pytest.raises(ValueError, match="is an async function or a generator"):
+        DataType(identifier="d", decoder=function)

@@ -20,7 +20,7 @@ def answers(*predictions: Any, targets: Any = "x") -> list[Answer]:
     ]
 
 
-@pytest.mark.parametrize("found", [math.nan, math.inf, None, "much", [1.0]])
+@pytest.mark.parametrize("found", [math.nan, math.inf, 10**400, None, "much", [1.0]])
 def test_a_score_that_is_no_number_is_refused(found: Any) -> None:
     """A score of a custom metric that is no finite number is refused with its row, and not averaged."""
     with pytest.raises(InvalidCall, match=r"'mine' returned .* for row 1, which is no"):
@@ -28,6 +28,12 @@ def test_a_score_that_is_no_number_is_refused(found: Any) -> None:
     if found is not None:
         with pytest.raises(InvalidCall, match=r"'mine' returned .*, which is no"):
             score(mine(lambda ps, ts: found, over="set"), answers("a", "b"), "miss")
+
+
+def test_a_score_beyond_the_largest_is_refused() -> None:
+    """The square of 1e300 is no float, so no interval could be computed."""
+    with pytest.raises(InvalidCall, match="for row 1, and an interval is computed for values up to 1e"):
+        score(mine(lambda p, t: 1e300 if p == "b" else 1.0), answers("a", "b"), "miss")
 
 
 def test_a_failed_row_has_no_score_where_less_is_better() -> None:

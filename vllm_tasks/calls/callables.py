@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -12,15 +13,29 @@ from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.settings import site_settings
 
+RETURN_LATER = inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction
+
 
 def import_callable(value: object) -> object:
     """Return the callable at a dotted path (`package.module.name`), or any other value unchanged.
 
+    Raises ValueError for a path that leads nowhere, and for a function that does not return its result when
+    it is called: an async function or a generator.
+
     Danger: a path comes from anyone who may edit a block or a form, and could lead to any code. So the path
     and the module that defines the callable must both be under one of the setting's prefixes.
     """
-    if not isinstance(value, str):
-        return value
+    found = _at_path(value) if isinstance(value, str) else value
+    for called in (found, getattr(found, "__call__", None)):  # noqa: B004 - an object's own method counts too
+        if any(returns_later(called) for returns_later in RETURN_LATER):
+            raise ValueError(
+                f"{dotted_path(called)!r} is an async function or a generator, which is not awaited or run "
+                "through here: write a plain function that returns the result"
+            )
+    return found
+
+
+def _at_path(value: str) -> object:
     if not _is_allowed(value):
         raise ValueError(f"{value!r} is {_outside()}")
     found = _found(value)

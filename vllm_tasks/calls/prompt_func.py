@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, TypeGuard
@@ -9,6 +10,8 @@ from typing import Any, Literal, TypeGuard
 from vllm_tasks.calls.template import BadRow
 from vllm_tasks.errors import InvalidCall
 
+CACHED = functools._lru_cache_wrapper
+"""The type of functions with `lru_cache` or `cache`, which have no signature but that of what they wrap."""
 Signature = Literal["singleton", "*args", "**kwargs", "*args,**kwargs"]
 
 
@@ -45,7 +48,8 @@ def refusal(
     if twice:
         return f"{sorted(twice)} would be given twice, by X and by the call"
     try:
-        signature = inspect.signature(function)
+        # Of the function itself: a decorator may take other arguments than the function in `__wrapped__`.
+        signature = inspect.signature(function, follow_wrapped=isinstance(function, CACHED))
     except ValueError:  # some built-ins, such as str, have no signature
         return None
     try:

@@ -78,6 +78,15 @@ class Prompter:
             raise InvalidCall(f"context was given, but nothing uses it: {way_out}")
         if self.file is not None:
             self._check_file()
+        if (
+            self.prompt_func is not None
+            and self.signature == "singleton"
+            and (why := refusal(self.prompt_func, ("a record",), self.named, twice=()))
+        ):
+            raise InvalidCall(
+                f"prompt_func cannot be called with one record: {why}; give it defaults, pass keywords in "
+                "the call, or use signature='*args' for tuples or '**kwargs' for dicts"
+            )
         try:
             _ = self.filled
         except BadRow as error:

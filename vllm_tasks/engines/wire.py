@@ -30,6 +30,9 @@ POOLING = {"embed": "/v1/embeddings", "score": "/score", "classify": "/classify"
 OWN: dict[str, JSON] = {"embed": {"encoding_format": "base64"}, "reward": {"use_activation": False}}
 """Parameters of a task that its requests have unless the call sets them."""
 JSON = Mapping[str, Any]
+WITHHELD = {"content_filter", "safety", "recitation", "prohibited_content", "sensitive"}
+"""The finish reasons of answers that a filter withholds, completely or in part: OpenAI's, which most gateways
+have, and in small letters those of Gemini and GLM, which some gateways pass on."""
 
 
 class WrongShape(ValueError):
@@ -93,6 +96,21 @@ def parse(path: str, request: Request, answer: object) -> Completion:
     structure = request.sampling.get("structured_outputs")
     options = structure.get("choice") if isinstance(structure, Mapping) else None
     return _whole(found, options) if isinstance(options, list) else found
+
+
+def withheld(answer: object) -> str | None:
+    """Return why a filter or the model itself withholds an answer; None if the response does not say that it
+    does. A model's refusal stands in `refusal`, beside an empty or absent text (OpenAI)."""
+    choices = answer.get("choices") if isinstance(answer, Mapping) else None
+    for choice in choices if isinstance(choices, list) else ():
+        found = choice if isinstance(choice, Mapping) else {}
+        reason, message = found.get("finish_reason"), found.get("message")
+        if isinstance(reason, str) and reason.lower() in WITHHELD:
+            return f"finish_reason {reason!r}"
+        words = message.get("refusal") if isinstance(message, Mapping) else None
+        if words and isinstance(words, str):
+            return f"refusal {words!r:.300}"
+    return None
 
 
 def wrong(expected: str, got: object) -> Never:

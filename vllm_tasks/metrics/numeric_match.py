@@ -21,14 +21,19 @@ _MINUS = "[-\u2212\u2013\ufe63\uff0d]"
 _SEPARATOR = "(?: [,_'\u2019\u00a0\u2009\u202f] | \\\\, | \\{,\\} )"
 _POWER_OF_TEN = r"10 (?:\^|\*\*) [{]? (?P<%s> [-+\u2212]?\d+ )"
 _NUMBER = rf"""
-    (?: (?<![^\W_]) (?<![.,%)\]}}]) (?P<minus>{_MINUS}) )?
+    (?: (?<![^\W_]) (?<![.,%)\]}}]) (?P<minus> {_MINUS} | (?<==[ ]) {_MINUS} [ ] | [Nn]egative [ ] ) )?
     (?: \\?[$€£¥₹₩₽] [ ]? )?
     (?:
-        (?<![\d/.,]) (?: (?P<whole>\d++)[ ] )? (?P<top>\d++) / (?P<bottom>\d++) (?! / | [.,]\d )
+        (?<![\d/.,]) (?<!/[ ]) (?: (?P<whole>\d++)[ ] )?
+        (?P<top>\d++) [ ]? / [ ]? (?P<bottom>\d++) (?! [ ]? / | [.,]\d )
+      | (?<![\d.,]) (?P<european>
+            \d{{1,3}} (?: (?: \.\d{{3}} ){{2,6}} (?: ,\d{{1,2}} )? | (?: \.\d{{3}} ){{1,6}} ,\d{{1,2}} )
+        ) (?! [.,]?\d )
       | {_POWER_OF_TEN % "tens"}
       | (?P<number>
             (?:
                 \d{{1,3}} (?: {_SEPARATOR} \d{{3}} )+ (?!\d)
+              | (?<!\d[ ]) [1-9]\d{{0,2}} (?: [ ] \d{{3}} ){{1,6}} (?! [-\w] | [ ]\d )
               | \d{{1,2}} (?: {_SEPARATOR} \d\d ){{1,9}} {_SEPARATOR} \d{{3}} (?!\d)
               | \d+
             ) (?: \.\d+ )?
@@ -49,7 +54,10 @@ MARKED = re.compile(
     """,
     re.VERBOSE,
 )
-FRACTION = re.compile(r"(\d?) (?: \\[dtc]?frac\{(\d+)\}\{(\d+)\} | ([¼-¾⅐-⅞]) )", re.VERBOSE)
+FRACTION = re.compile(
+    r"(\d?) (?: \\[dtc]?frac \s* (?: \{(-?\d+)\} | (\d) ) \s* (?: \{(\d+)\} | (\d) ) | ([¼-¾⅐-⅞]) )",
+    re.VERBOSE,
+)
 RAISED = re.compile("(?<=10)[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 
 EXACT = Context(prec=1000, traps=[InvalidOperation])
@@ -60,12 +68,13 @@ def score(prediction: Any, target: Any, *, tolerance: float | str = 0) -> bool:
 
     A number is read as a person reads it in an English text:
 
-    - It may have a sign, decimals, and the digits of any script. A minus after a word, a number or a bracket
-      is none: the number of 10-5 is 5.
-    - Separators group thousands (1,234; 1_234; 1'234; 1 234 with a no-break or thin space; LaTeX's 1{,}234),
-      or lakhs and crores (1,00,000). A comma is never a decimal point: 3,5 is two numbers.
+    - It may have a sign (-5, "= - 5", "negative 5"), decimals, and the digits of any script. A minus after a
+      word, a number or a bracket is none: the number of 10-5 is 5.
+    - Separators group thousands (1,234; 1_234; 1'234; 1 234 with any space; LaTeX's 1{,}234), or lakhs and
+      crores (1,00,000). A comma is no decimal point, so 3,5 is two numbers, except after points that group
+      thousands, as in 1.234,5; 1.234.567 has such points, 1.234 has decimals.
     - 1e5, 1.5 x 10^5, 1.5*10**5, 1.5 \\times 10^{5} and 10⁵ have an exponent.
-    - 1/2, 2 1/2, ½ and \\frac{1}{2} are fractions. 03/05/2001 is three numbers.
+    - 1/2, 1 / 2, 2 1/2, ½, \\frac{1}{2} and \\frac12 are fractions. 03/05/2001 is three numbers.
     - A currency sign before it, marks such as ** or _ around it, and what follows it, such as a percent sign,
       a unit or a full stop, are ignored, so 50% is 50.
     - `####` marks the number that follows it, also after other signs, a new line or words such as "the answer
@@ -91,7 +100,7 @@ def number_in(text: str) -> Decimal | None:
     """Return the number of a text, or None if it has none or one with an exponent too large for `Decimal`."""
     text = RAISED.sub(
         lambda raised: "^" + unicodedata.normalize("NFKC", raised[0]), FRACTION.sub(_plain, text)
-    )
+    ).replace("\u2044", "/")
     match = MARKED.search(text)
     negative = match is not None and match["minus_apart"] is not None
     if match is None:
@@ -109,8 +118,12 @@ def number_in(text: str) -> Decimal | None:
 
 def _plain(fraction: re.Match[str]) -> str:
     """Write ½ and LaTeX's fractions as 1/2."""
-    before, top, bottom, sign = fraction.groups()
-    plain = f"{top}/{bottom}" if top else unicodedata.normalize("NFKC", sign).replace("\u2044", "/")
+    before, top, digit, bottom, last, sign = fraction.groups()
+    plain = (
+        f"{top or digit}/{bottom or last}"
+        if top or digit
+        else unicodedata.normalize("NFKC", sign).replace("\u2044", "/")
+    )
     return f"{before} {plain}" if before else plain
 
 
@@ -118,6 +131,8 @@ def _value(match: re.Match[str]) -> Decimal:
     if match["top"]:
         # A fraction by 0 has no value: it is infinite, or invalid, and equals no target.
         return Decimal(match["whole"] or 0) + Decimal(match["top"]) / Decimal(match["bottom"])
+    if match["european"]:
+        return Decimal(match["european"].replace(".", "").replace(",", "."))
     digits = "1" if match["tens"] else re.sub(r"[^\d.]", "", match["number"])
     exponent = match["exponent"] or match["power"] or match["tens"] or "0"
     return Decimal(f"{digits}e{exponent.replace(chr(0x2212), '-')}")

@@ -38,6 +38,8 @@ SEED = 0
 SCALES: Sequence[Bounds] = ((0.0, 1.0), (1.0, 5.0), (0.0, 10.0), (0.0, 100.0))
 """Usual scales of scores, smallest first. The scores of your own function, whose range is not known, have the
 first scale that holds them all and that one of them is an end of."""
+LARGEST = 1e100
+"""The largest score: its cube, times a number of rows, is a float."""
 ENOUGH = 30
 """From so many independent rows on, an interval is reported without a warning."""
 SKEWED = 5
@@ -277,8 +279,15 @@ def _finite(metric: Metric, found: Any, where: str) -> float:
         raise InvalidCall(
             f"{metric.identifier!r} returned {found!r:.100}{where}, which is not a number"
         ) from error
+    except OverflowError:  # an integer or a fraction
+        value = math.inf
     if not math.isfinite(value):
         raise InvalidCall(f"{metric.identifier!r} returned {value!r}{where}, which is not a finite number")
+    if abs(value) > LARGEST:
+        raise InvalidCall(
+            f"{metric.identifier!r} returned {value!r}{where}, and an interval is computed for values up to "
+            f"{LARGEST:g}: return it in another unit, or its logarithm"
+        )
     return value
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.engines.http.deeds import KEY, Make
 from tests.servers.scripted_server import Deed, Raw, Reply, ScriptedServer, answer_to, refused
-from vllm_tasks import InvalidCall
+from vllm_tasks import InvalidCall, RowError
 from vllm_tasks.errors import RowErrors, ServerUnavailable
 
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -180,3 +180,13 @@ def test_redirects_are_not_followed(
     with pytest.raises(InvalidCall, match=f"HTTP {status}"):
         api(model=None, api_key=KEY).predict("x")
     assert other.requests == []
+
+
+def test_a_redirect_of_one_row_is_the_error_of_that_row(server: ScriptedServer, api: Make) -> None:
+    """A gateway that leads one text to a page of its own costs that row only."""
+    blocked = Reply(status=302, headers={"Location": "http://127.0.0.1:1/blocked"})
+    server.script = lambda asked: blocked if asked.prompt == "b" else None
+    a, b, c = api().predict_batches(["a", "b", "c"], on_error="return")
+    assert (a, c) == (answer_to("a"), answer_to("c"))
+    assert isinstance(b, RowError)
+    assert "http://127.0.0.1:1/blocked" in b.message

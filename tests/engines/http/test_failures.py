@@ -222,12 +222,24 @@ def test_an_answer_that_is_no_text_is_never_an_empty_text(
     assert completion.text == ""
 
 
-def test_an_answer_that_a_filter_withholds_is_an_error(server: ScriptedServer, api: Make) -> None:
-    """An answer that a gateway has truncated is an error, and is not sent again."""
-    server.script = lambda _: Reply({"choices": [{"text": "so", "finish_reason": "content_filter"}]})
-    error = only_error(api())
+@pytest.mark.parametrize(
+    ("choice", "why"),
+    [
+        ({"text": "so", "finish_reason": "content_filter"}, "content_filter"),
+        ({"text": "", "finish_reason": "SAFETY"}, "SAFETY"),
+        ({"finish_reason": "content_filter"}, "content_filter"),
+        ({"message": {"content": None, "refusal": "I can't help"}, "finish_reason": "stop"}, "I can't help"),
+        ({"message": {"content": "", "refusal": "I can't help"}, "finish_reason": "stop"}, "I can't help"),
+    ],
+)
+def test_an_answer_that_is_withheld_is_an_error(
+    server: ScriptedServer, api: Make, choice: dict[str, Any], why: str
+) -> None:
+    """An answer that a gateway has truncated, or a model refuses, is an error, and is not sent again."""
+    server.script = lambda _: Reply({"choices": [choice]})
+    error = only_error(api(server.url, chat="message" in choice))
     assert (error.kind, error.retryable) == ("refused", False)
-    assert "content_filter" in error.message
+    assert why in error.message
     assert len(server.posts) == 1
 
 

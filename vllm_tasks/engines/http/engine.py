@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 GATEWAY = {502, 503, 504}
 """Statuses of a gateway whose server is down. vLLM itself returns 503 when its engine is dead."""
-WITHHELD = "content_filter"
-"""The finish reason of an answer that a gateway withholds, completely or in part."""
 TEMPLATES = {True: Template.THERE, False: Template.ABSENT, None: Template.UNREPORTED}
 """What a server's report says of its chat template."""
 
@@ -264,6 +262,9 @@ class HttpEngine:
                 raise FailedAttempt(
                     "connection", f"{server.endpoint} answered another request", retryable=True
                 )
+            if reason := wire.withheld(answer):
+                words = self._credentials.hidden_in(reason)
+                raise FailedAttempt("refused", f"{server.endpoint} withheld the answer ({words})")
             completion = wire.parse(path, request, answer)
         except (ValueError, RecursionError) as error:
             raise self._transport.unreadable(
@@ -271,10 +272,6 @@ class HttpEngine:
             ) from error
         if reason := given_up(completion):
             raise FailedAttempt("server", f"{server.endpoint} ended the row early ({reason})", retryable=True)
-        if any(choice.finish_reason == WITHHELD for choice in completion.choices):
-            raise FailedAttempt(
-                "refused", f"{server.endpoint} withheld the answer (finish_reason {WITHHELD!r})"
-            )
         return completion
 
 

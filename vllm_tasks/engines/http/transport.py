@@ -28,7 +28,6 @@ from vllm_tasks.engines.http.files import OUT_OF_FILES, TOO_MANY_FILES
 from vllm_tasks.engines.http.proxies import sent_through
 from vllm_tasks.engines.http.streaming import EVENTS, Ended, Pieces
 from vllm_tasks.engines.http.urls import Endpoint
-from vllm_tasks.errors import InvalidCall
 
 CONNECT_TIMEOUT = 10.0
 """Seconds to open a connection."""
@@ -156,15 +155,18 @@ class Transport:
 
 def refusal(
     status: int, response: aiohttp.ClientResponse, url: str, content: bytes, credentials: Credentials
-) -> Exception:
-    """The error for a status other than 200: `InvalidCall` for the call, `FailedAttempt` for the row."""
+) -> FailedAttempt:
+    """The failure for a status other than 200."""
     words = words_of(credentials.hidden_in(content))
     error = f"HTTP {status} from {url}: {words!r}"
     if status in MENDED_BY:
-        return Denied(status, error)
+        return Denied(status, error, MENDED_BY[status])
     if 300 <= status < 400:
         target = credentials.hidden_in(response.headers.get("Location", ""))
-        return InvalidCall(f"{error}: redirects are not followed; set api_url to {target!r}")
+        redirected = f"{error}: redirects are not followed, here to {target!r:.300}"
+        return Denied(
+            status, redirected, "set api_url to the address that it leads to, if that is the server"
+        )
     if status == 408 or status in FULL or status >= 500:
         failed = Full if status in FULL else FailedAttempt
         return failed("server", error, retryable=True, delay=retry_after(response.headers.get("Retry-After")))
