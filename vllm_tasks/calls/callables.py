@@ -58,7 +58,7 @@ def _found(path: str) -> object:
         raise ValueError(f"cannot import {path!r}: {error}; expected package.module.name") from error
 
 
-def dotted_path(function: Callable[..., Any]) -> str:
+def dotted_path(function: object) -> str:
     """Return the path by which `function` would be imported; it may not lead back to it."""
     module = getattr(function, "__module__", None)
     return f"{module}.{getattr(function, '__qualname__', type(function).__qualname__)}"
