@@ -32,8 +32,16 @@ OWN: dict[str, JSON] = {"embed": {"encoding_format": "base64"}, "reward": {"use_
 JSON = Mapping[str, Any]
 
 
+WITHHELD = "content_filter"
+"""The finish reason of an answer that a gateway withholds, completely or in part."""
+
+
 class WrongShape(ValueError):
     """The response does not have the shape that the protocol requires."""
+
+
+class Refused(WrongShape):
+    """The model refuses to answer, in words of its own that are not the answer (OpenAI's `refusal`)."""
 
 
 _glimpse = reprlib.Repr()  # bounded in size and depth, whatever the value
@@ -189,10 +197,14 @@ def _chat_choice(choice: JSON) -> Choice:
     if not isinstance(message, Mapping):
         wrong('"message", an object', choice)
     text = message.get("content")
+    if refusal := _optional(message, "refusal", str):
+        raise Refused(refusal)
     tool_calls = _list_of(dict, message, "tool_calls") or None
     reasoning = _optional(message, "reasoning", str) or _optional(message, "reasoning_content", str)
     if text is None and (tool_calls or reasoning):
         text = ""  # all tokens went into the calls or the reasoning
+    if text is None and choice.get("finish_reason") == WITHHELD:
+        text = ""
     return Choice(
         text=_text(text, "content"),
         finish_reason=_name(choice, "finish_reason"),

@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 GATEWAY = {502, 503, 504}
 """Statuses of a gateway whose server is down. vLLM itself returns 503 when its engine is dead."""
-WITHHELD = "content_filter"
-"""The finish reason of an answer that a gateway withholds, completely or in part."""
 TEMPLATES = {True: Template.THERE, False: Template.ABSENT, None: Template.UNREPORTED}
 """What a server's report says of its chat template."""
 
@@ -265,15 +263,18 @@ class HttpEngine:
                     "connection", f"{server.endpoint} answered another request", retryable=True
                 )
             completion = wire.parse(path, request, answer)
+        except wire.Refused as error:
+            words = self._credentials.hidden_in(str(error))[:500]
+            raise FailedAttempt("refused", f"{server.endpoint}: the model refused: {words}") from error
         except (ValueError, RecursionError) as error:
             raise self._transport.unreadable(
                 error, f"the response from {server.endpoint}", content
             ) from error
         if reason := given_up(completion):
             raise FailedAttempt("server", f"{server.endpoint} ended the row early ({reason})", retryable=True)
-        if any(choice.finish_reason == WITHHELD for choice in completion.choices):
+        if any(choice.finish_reason == wire.WITHHELD for choice in completion.choices):
             raise FailedAttempt(
-                "refused", f"{server.endpoint} withheld the answer (finish_reason {WITHHELD!r})"
+                "refused", f"{server.endpoint} withheld the answer (finish_reason {wire.WITHHELD!r})"
             )
         return completion
 

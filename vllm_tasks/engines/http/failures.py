@@ -61,18 +61,18 @@ class Full(FailedAttempt):
 
 
 class Denied(FailedAttempt):
-    """The server (401, 403, 404) or a proxy (407) denies this request.
+    """The server (401, 403, 404, a redirect) or a proxy (407) denies this request.
 
-    The cause is the row or the complete call.
+    The cause is the row or the complete call; `mended_by` says what to do in the second case.
     """
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, mended_by: str) -> None:
         super().__init__("refused", message)
-        self.status = status
+        self.status, self.mended_by = status, mended_by
 
     def of_the_call(self) -> InvalidCall:
         """The error of the call, for the case that every row would be denied."""
-        return InvalidCall(f"{self.message}; {MENDED_BY[self.status]}")
+        return InvalidCall(f"{self.message}; {self.mended_by}")
 
 
 def kind_of_refusal(words: str) -> Literal["too_long", "refused"]:

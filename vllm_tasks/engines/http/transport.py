@@ -135,7 +135,9 @@ class Transport:
                 pieces.take(part)
             return pieces.status, json.dumps(pieces.complete()).encode()
         except Ended as error:
-            raise FailedAttempt("connection", f"{url}: {error}", retryable=True) from error
+            last = self._config.credentials.hidden_in(pieces.last)[:100]
+            more = f"; its last piece began with {last!r}" if last else ""
+            raise FailedAttempt("connection", f"{url}: {error}{more}", retryable=True) from error
         except (ValueError, RecursionError) as error:
             what = f"a piece in the stream from {url}"
             raise self.unreadable(error, what, pieces.last) from error
@@ -160,10 +162,11 @@ def refusal(
     words = words_of(credentials.hidden_in(content))
     error = f"HTTP {status} from {url}: {words!r}"
     if status in MENDED_BY:
-        return Denied(status, error)
+        return Denied(status, error, MENDED_BY[status])
     if 300 <= status < 400:
         target = credentials.hidden_in(response.headers.get("Location", ""))
-        return InvalidCall(f"{error}: redirects are not followed; set api_url to {target!r}")
+        way_out = f"set api_url to {target!r}" if target else "check api_url"
+        return Denied(status, f"{error}: redirects are not followed", way_out)
     if status == 408 or status in FULL or status >= 500:
         failed = Full if status in FULL else FailedAttempt
         return failed("server", error, retryable=True, delay=retry_after(response.headers.get("Retry-After")))
