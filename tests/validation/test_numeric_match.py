@@ -92,6 +92,9 @@ def test_tolerance_is_decimal(prediction: str, tolerance: float | str, expected:
         "####" + "a " * 500_000,
         "#### " + "- " * 300_000,
         "10^" * 300_000,
+        "m^" * 500_000,
+        "1.234" * 200_000,
+        "1.234." * 160_000,
     ],
     ids=lambda text: repr(text[:9]),
 )
@@ -148,8 +151,17 @@ def test_a_number_matches_itself_in_any_dress(number: Any, before: str) -> None:
         ("#### 1,00,000", "100000"),
         ("so it is 12,34,567.5 in all", "1234567.5"),
         ("from 10,20", "20"),
+        ("\uff11\uff0c\uff10\uff10\uff10", "1000"),
+        ("\u0661\u066c\u0662\u0663\u0664\u066b\u0665", "1234.5"),
+        ("it is 1.234,5.", "1234.5"),
+        ("-1.234.567,89", "-1234567.89"),
+        ("1.000.000", "1000000"),
+        ("1.234", "1.234"),
+        ("at (1.234,5.678)", "5.678"),
+        ("0.500,5", "5"),
         # Fractions
         ("1/2", "0.5"),
+        ("1\u20442", "0.5"),
         ("-1/2", "-0.5"),
         ("2 1/2", "2.5"),
         ("-2\u00bd", "-2.5"),
@@ -168,10 +180,18 @@ def test_a_number_matches_itself_in_any_dress(number: Any, before: str) -> None:
         ("3 \u00d7 10\u207b\u00b2", "0.03"),
         ("10^5", "100000"),
         ("2 x 10 = 20", "20"),
+        # Powers of units and variables
+        ("the area is 25 cm^2", "25"),
+        (r"#### 25 \text{ cm}^{2}", "25"),
+        (r"$25 \text{ cm}^{-2}$", "25"),
+        ("25 m**2", "25"),
+        ("5*x^2", "5"),
+        ("the answer is **42**", "42"),
+        ("it is**42**", "42"),
     ],
 )
 def test_a_number_is_read_as_a_person_reads_it(text: str, number: str) -> None:
-    """Signs, marks, separators, fractions, percent and powers of ten are part of the number's notation."""
+    """Signs, marks, separators, fractions, percent and powers are part of the number's notation."""
     assert score("numeric_match", text, number) is (number != "0.333")
     assert not score("numeric_match", text, "977")
 

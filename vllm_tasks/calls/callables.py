@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, PlainSerializer, WithJsonSchema
 
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.settings import site_settings
@@ -76,9 +77,22 @@ def _outside() -> str:
     )
 
 
+def _refuse_async(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse a function whose call returns no value, but something to be awaited or iterated."""
+    called = () if isinstance(function, type) else (function, getattr(function, "__call__", None))  # noqa: B004
+    kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
+    if any(is_kind(each) for is_kind in kinds for each in called):
+        raise ValueError(
+            f"{dotted_path(function)!r} is async or a generator, and is called like a plain function: write "
+            "it with def and return"
+        )
+    return function
+
+
 DottedCallable = Annotated[
     Callable[..., Any],
     BeforeValidator(import_callable),
+    AfterValidator(_refuse_async),
     PlainSerializer(dotted_path, return_type=str),
     WithJsonSchema({"type": "string", "description": "Dotted path: package.module.name"}),
 ]

@@ -39,6 +39,8 @@ SCALES: Sequence[Bounds] = ((0.0, 1.0), (1.0, 5.0), (0.0, 10.0), (0.0, 100.0))
 first scale that holds them all and that one of them is an end of."""
 ENOUGH = 30
 """From so many independent rows on, an interval is reported without a warning."""
+LARGEST = 1e100
+"""The largest score of a row, also below 0."""
 SKEWED = 5
 """A mean needs this number times the squared skewness of its scores as rows. (Cochran's rule for intervals
 without a bootstrap is 25: "Sampling Techniques", 1977, 2.15.) Log-normal scores of sigma 1.5, which 100 rows
@@ -249,6 +251,11 @@ def _row_scores(metric: Metric, measure: Measure, counted: Sequence[Answer]) -> 
                 found = measure.score(answer.prediction, answer.target, **options)
         if found is not None or measure.kind != "answer":
             scores[answer.row] = _finite(metric, found, f" for row {answer.row}")
+            if abs(scores[answer.row]) > LARGEST:
+                raise InvalidCall(
+                    f"{metric.identifier!r} returned {found!r:.100} for row {answer.row}: a score must be from "
+                    f"{-LARGEST:g} to {LARGEST:g}, since intervals need its square"
+                )
     if not scores:
         raise InvalidCall(f"{metric.identifier!r} has no value for any of {len(counted)} rows")
     return scores
@@ -264,6 +271,16 @@ def _naming(metric: Metric, where: str = "") -> Iterator[None]:
     except Exception as error:
         kind = type(error).__name__
         raise InvalidCall(f"the metric {metric.identifier!r} failed{where}: {kind}: {error}") from error
+
+
+def _defined(metric: Metric, measure: Measure, found: Any, rows: int) -> float:
+    """The value of a metric over several rows. Raise `InvalidCall` if it is not defined over these."""
+    if measure.undefined and isinstance(found, float) and math.isnan(found):
+        raise InvalidCall(
+            f"{metric.identifier!r} is not defined for these {rows} rows: {measure.undefined}; leave it out of "
+            "metrics, or look at the answers"
+        )
+    return _finite(metric, found, "")
 
 
 def _finite(metric: Metric, found: Any, where: str) -> float:
@@ -287,6 +304,8 @@ def _of_rows(
     if bounds == (0.0, 1.0) and set(scores) <= {0.0, 1.0} and len(set(clusters)) == len(scores):
         return value, proportion(round(math.fsum(scores)), len(scores)), None
     interval = mean_interval(clustered(mean_rows(scores), clusters), bounds, SEED)
+    if interval.low == interval.high:
+        return value, interval, "all scores are equal, which says nothing about the scores of other rows"
     skewed = not all(map(math.isfinite, bounds)) and len(scores) < SKEWED * _skewness(scores) ** 2
     return value, interval, "a few rows decide this mean, as their scores are very large" if skewed else None
 
@@ -324,7 +343,7 @@ def _of_sums(
     metric: Metric, measure: Measure, sums: Sums, counted: Sequence[Answer], clusters: Sequence[int]
 ) -> tuple[float, Interval, dict[int, float]]:
     rows = np.asarray(sums.rows, dtype=np.float64)
-    value = _finite(metric, sums.total([math.fsum(column) for column in rows.T]), "")
+    value = _defined(metric, measure, sums.total([math.fsum(column) for column in rows.T]), len(rows))
     interval = sums_interval(
         clustered(rows, clusters), sums.total, measure.range, pseudo=sums.pseudo, excess=sums.excess
     )
@@ -352,7 +371,7 @@ def _of_set(
         except ValueError:  # some samples have no value, such as one with a single class
             return math.nan
 
-    value = _finite(metric, found(range(len(counted))), "")
+    value = _defined(metric, measure, found(range(len(counted))), len(counted))
     members: dict[int, list[int]] = {}
     for position, cluster in enumerate(clusters):
         members.setdefault(cluster, []).append(position)

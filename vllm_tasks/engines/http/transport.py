@@ -165,8 +165,8 @@ def refusal(
         return Denied(status, error, MENDED_BY[status])
     if 300 <= status < 400:
         target = credentials.hidden_in(response.headers.get("Location", ""))
-        way_out = f"set api_url to {target!r}" if target else "check api_url"
-        return Denied(status, f"{error}: redirects are not followed", way_out)
+        to, way_out = (f" to {target!r}", "set api_url to that") if target else ("", "check api_url")
+        return Denied(status, f"{error}: redirects{to} are not followed", way_out)
     if status == 408 or status in FULL or status >= 500:
         failed = Full if status in FULL else FailedAttempt
         return failed("server", error, retryable=True, delay=retry_after(response.headers.get("Retry-After")))
