@@ -12,7 +12,9 @@ import numpy.typing as npt
 
 from vllm_tasks.errors import InvalidCall
 
-UNDEFINED = "it needs two rows or more whose answers are numbers, and neither these nor their targets all equal"
+UNDEFINED = (
+    "it needs two rows or more whose answers are numbers, and neither these nor their targets all equal"
+)
 """What a correlation is not defined without."""
 
 

@@ -24,7 +24,9 @@ _NUMBER = rf"""
     (?: (?<![^\W_]) (?<![.,%)\]}}]) (?P<minus>{_MINUS}) )?
     (?: \\?[$€£¥₹₩₽] [ ]? )?
     (?:
-        (?<![\d.,]) (?P<dotted> (?!0) \d{{1,3}} (?: (?: \.\d{{3}} )+ ,\d+ | (?: \.\d{{3}} ){{2,}} ) ) (?! [.,]?\d )
+        (?<![\d.,]) (?P<dotted>
+            (?!0) \d{{1,3}} (?: (?: \.\d{{3}} )+ ,\d+ | (?: \.\d{{3}} ){{2,}} ) (?! [.,]?\d )
+        )
       | (?<![\d/.,]) (?: (?P<whole>\d++)[ ] )? (?P<top>\d++) / (?P<bottom>\d++) (?! / | [.,]\d )
       | {_POWER_OF_TEN % "tens"}
       | (?P<number>
@@ -101,7 +103,8 @@ def score(prediction: Any, target: Any, *, tolerance: float | str = 0) -> bool:
 def number_in(text: str) -> Decimal | None:
     """Return the number of a text, or None if it has none or one with an exponent too large for `Decimal`."""
     text = RAISED.sub(
-        lambda raised: "^" + unicodedata.normalize("NFKC", raised[0]), FRACTION.sub(_plain, text.replace("\u2044", "/"))
+        lambda raised: "^" + unicodedata.normalize("NFKC", raised[0]),
+        FRACTION.sub(_plain, text.replace("\u2044", "/")),
     )
     text = EXPONENT.sub("", text)
     match = MARKED.search(text)

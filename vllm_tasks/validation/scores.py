@@ -253,8 +253,8 @@ def _row_scores(metric: Metric, measure: Measure, counted: Sequence[Answer]) -> 
             scores[answer.row] = _finite(metric, found, f" for row {answer.row}")
             if abs(scores[answer.row]) > LARGEST:
                 raise InvalidCall(
-                    f"{metric.identifier!r} returned {found!r:.100} for row {answer.row}: a score must be from "
-                    f"{-LARGEST:g} to {LARGEST:g}, since intervals need its square"
+                    f"{metric.identifier!r} returned {found!r:.100} for row {answer.row}: a score must be "
+                    f"from {-LARGEST:g} to {LARGEST:g}, since intervals need its square"
                 )
     if not scores:
         raise InvalidCall(f"{metric.identifier!r} has no value for any of {len(counted)} rows")
@@ -277,8 +277,8 @@ def _defined(metric: Metric, measure: Measure, found: Any, rows: int) -> float:
     """The value of a metric over several rows. Raise `InvalidCall` if it is not defined over these."""
     if measure.undefined and isinstance(found, float) and math.isnan(found):
         raise InvalidCall(
-            f"{metric.identifier!r} is not defined for these {rows} rows: {measure.undefined}; leave it out of "
-            "metrics, or look at the answers"
+            f"{metric.identifier!r} is not defined for these {rows} rows: {measure.undefined}; leave it out "
+            "of metrics, or look at the answers"
         )
     return _finite(metric, found, "")
 

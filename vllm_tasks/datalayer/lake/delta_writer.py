@@ -77,9 +77,7 @@ class DeltaWriter:
         """See `Writer.commit`; if `rows` has two outputs of one key, the later one is written."""
         self.replace(self._table(last_outputs(rows, self._key.names)), self._keys(redo), before)
 
-    def replace(
-        self, new: pa.Table, old: pa.Table, before: Callable[[], None] | None = None
-    ) -> None:
+    def replace(self, new: pa.Table, old: pa.Table, before: Callable[[], None] | None = None) -> None:
         """Commit the rows `new`, in the table's own columns, and remove the rows with the keys `old`."""
         if not (new.num_rows or old.num_rows):
             return

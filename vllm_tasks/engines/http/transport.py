@@ -27,7 +27,6 @@ from vllm_tasks.engines.http.failures import (
 from vllm_tasks.engines.http.files import OUT_OF_FILES, TOO_MANY_FILES
 from vllm_tasks.engines.http.streaming import EVENTS, Ended, Pieces
 from vllm_tasks.engines.http.urls import Endpoint
-from vllm_tasks.errors import InvalidCall
 
 CONNECT_TIMEOUT = 10.0
 """Seconds to open a connection."""
