@@ -19,6 +19,7 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.calls.zoo import KINDS, build, told, typed
@@ -280,6 +281,7 @@ def nested(depth: int) -> list[Any]:
         (typed("def f(x): return x if held else ''", held=nested(10_000)), "nested too deep"),
         (typed("def f(x): return environ[x]", environ=os.environ), "environ is a os._Environ"),
         (functools.lru_cache(typed("def f(x): return r.random()", r=random.Random(1))), "random.Random"),
+        (typed("def f(x): return r.random()", r=np.random.default_rng(1)), "Generator, which changes"),
         (typed("import importlib\ndef f(x): return importlib.import_module(x).WORD"), "calls import_module"),
         (typed("def f(x): return (home / 'a').read_text()", home=ROOT), "home is the folder"),
         (

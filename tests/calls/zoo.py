@@ -53,6 +53,16 @@ def closure(datum: Any, inner: Prompt) -> Prompt:
     return lambda x: f"{datum!r}" + inner(x)
 
 
+class Words(frozenset[str]):
+    """A set of a type of its own: what it is pickled by has an order, which differs between processes."""
+
+
+@kind
+def set_of_a_type(datum: Any, inner: Prompt) -> Prompt:
+    words = Words([repr(datum), *"abcdef"])
+    return lambda x: "".join(sorted(words)) + inner(x)
+
+
 @kind
 def default(datum: Any, inner: Prompt) -> Prompt:
     return lambda x, datum=datum: f"{datum!r}" + inner(x)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from json import dumps
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -134,6 +136,25 @@ def test_the_setting_names_the_allowed_modules(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("VLLM_TASKS_CALLABLE_PREFIXES", dumps([__name__.partition(".")[0]]))
     assert VllmAPI(identifier="m", prompt_func=f"{__name__}.shout").prompt_func is shout
     assert "is outside" in refusal(VllmAPI, prompt_func="vllm_tasks.calls.prompts.joined")
+
+
+async def awaited(x: str) -> str:
+    return x
+
+
+def yielding(x: str) -> Iterator[str]:
+    yield x
+
+
+class Awaited:
+    async def __call__(self, x: str) -> str:
+        return x
+
+
+@pytest.mark.parametrize("function", [awaited, yielding, Awaited(), functools.partial(awaited)])
+def test_a_function_that_returns_no_value_is_refused(function: Callable[..., Any]) -> None:
+    """Each row's prompt would be a coroutine or a generator, so the model is refused when it is made."""
+    assert "is an async function or a generator" in refusal(VllmAPI, prompt_func=function)
 
 
 def test_callables_are_dumped_as_their_paths() -> None:

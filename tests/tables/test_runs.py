@@ -7,6 +7,8 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +44,39 @@ def test_a_long_row_holds_up_no_commit(
         server._loop.call_soon_threadsafe(committed.set)
         job.join()
     assert len(place.answers()) == 51
+
+
+def test_two_runs_that_begin_the_same_outputs_at_once(server: ScriptedServer, tmp_path: Path) -> None:
+    """Neither finds outputs of the other's source at its start; the second commit is refused then."""
+    place = Place(str(tmp_path / "lake"))
+    place.fill_texts("a", "b")
+    both = asyncio.Barrier(4)
+
+    async def script(asked: Asked) -> None:
+        if asked.body:
+            await both.wait()
+
+    server.script = script
+    ended: dict[str, Any] = {}
+
+    def run(select: str) -> None:
+        try:
+            with VllmAPI(identifier="m", api_url=server.url, model="m", chat=False) as model:
+                ended[select] = model.predict_in_db("text", select, db=place.url)
+        except InvalidCall as error:
+            ended[select] = error
+
+    selects = "rows", "SELECT id, upper(text) AS text FROM rows"
+    jobs = [threading.Thread(target=run, args=[select]) for select in selects]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    (won,) = [select for select in selects if not isinstance(ended[select], InvalidCall)]
+    (lost,) = [end for end in ended.values() if isinstance(end, InvalidCall)]
+    assert "same_source=True" in str(lost)
+    texts = ["a", "b"] if won == "rows" else ["A", "B"]
+    assert [row["output"] for row in place.outputs()] == [answer_to(text) for text in texts]
 
 
 def test_the_first_groups_are_small() -> None:

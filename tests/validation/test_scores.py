@@ -36,6 +36,23 @@ def test_a_score_beyond_the_largest_is_refused() -> None:
         score(mine(lambda p, t: 1e300 if p == "b" else 1.0), answers("a", "b"), "miss")
 
 
+def test_equal_scores_have_an_interval_that_is_called_approximate() -> None:
+    """Without a spread and without bounds, an interval has no width, which claims too much."""
+    found = score(mine(lambda p, t: 2.5), answers(*"ab" * 50), "miss").value
+    assert (found.low, found.high) == (2.5, 2.5)
+    assert found.approximate == "all scores are equal, which says nothing about the scores of other rows"
+    assert score(mine(lambda p, t: 1.0), answers(*"ab" * 50), "miss").value.approximate is None
+
+
+@pytest.mark.parametrize("name", ["pearson", "spearman"])
+@pytest.mark.parametrize("said", [["1"], ["1", "1", "1"], ["a", "b"]])
+def test_a_correlation_without_a_spread_says_what_it_needs(name: str, said: list[str]) -> None:
+    """The error does not stop at nan."""
+    rows = [Answer(i, i, prediction) for i, prediction in enumerate(said)]
+    with pytest.raises(InvalidCall, match=f"'{name}' is not defined for these .* neither these nor their"):
+        score(Metric(identifier=name), rows, "miss")
+
+
 def test_a_failed_row_has_no_score_where_less_is_better() -> None:
     """A miss would be the best score there, so the row is left out and counted."""
     edits = mine(lambda p, t: float(len(p)), higher_is_better=False)

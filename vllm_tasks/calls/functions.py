@@ -46,6 +46,13 @@ MOST = 100_000
 """The largest number of values, apart from texts, that a function may hold."""
 CHANGING = Iterator, io.IOBase, random.Random, type(os.environ)
 """Types of objects that change with each use, or differ in each process."""
+CHANGING_ELSEWHERE = {
+    "numpy.random._generator.Generator",
+    "numpy.random.mtrand.RandomState",
+    "torch._C.Generator",
+}
+"""The same, of packages that may not be installed."""
+SETS: tuple[Any, ...] = (set.__reduce__, frozenset.__reduce__)
 LOGS = logging.Logger, logging.LoggerAdapter, logging.Handler
 BY_CODE = {"eval", "exec", "globals", "__import__"}
 """Built-in functions that reach objects that the code does not name, as `import_module` does."""
@@ -270,7 +277,7 @@ class _Reader:
     def _object(self, value: Any) -> Any:
         """Return what an object would be pickled by, since a copy made of that is as good as the object."""
         kind = type(value)
-        if isinstance(value, CHANGING):
+        if isinstance(value, CHANGING) or _path(kind) in CHANGING_ELSEWHERE:
             self.refuse(f"is a {_path(kind)}, which changes as it is used")
         if isinstance(value, OF_C) and not self._installed(
             value.__objclass__, value.__objclass__.__qualname__
@@ -292,6 +299,10 @@ class _Reader:
             members = {n: v for each in reversed(kind.__mro__) for n, v in vars(each).items()}
             made = {n for n, v in members.items() if type(v) is functools.cached_property}
             state = {n: v for n, v in _own(state).items() if n not in made}
+        if (
+            isinstance(value, set | frozenset) and kind.__reduce__ in SETS
+        ):  # a list in the order of the hashes
+            arguments = (frozenset(value),)
         parts = [kind, made_by, arguments, state, list(items or ()), list(pairs or ())]
         return ["object", self.all(parts)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -21,7 +21,9 @@ class NoRows:
     def __init__(self, display: str) -> None:
         self._display = display
 
-    def commit(self, rows: Sequence[Row], redo: Collection[Key]) -> None:
+    def commit(
+        self, rows: Sequence[Row], redo: Collection[Key], before: Callable[[], None] | None = None
+    ) -> None:
         """See `Writer.commit`; there is nothing to commit."""
         if rows or redo:
             raise TablesUnavailable(f"the source in {self._display!r} had no rows, and has some now")

@@ -5,7 +5,7 @@ Two rooms implement it: `lake` (a folder or an fsspec URL) and `database` (a SQL
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, Protocol
@@ -122,7 +122,9 @@ class OutputTable:
 class Writer(Protocol):
     """Commits groups of finished rows; used by one thread at a time."""
 
-    def commit(self, rows: Sequence[Row], redo: Collection[Key]) -> None:
+    def commit(
+        self, rows: Sequence[Row], redo: Collection[Key], before: Callable[[], None] | None = None
+    ) -> None:
         """Write `rows` in one transaction, in which existing outputs of the keys in `redo` are removed.
 
         A row has a value for every column of the table: Python values, None for NULL, and for a `json` column
@@ -130,6 +132,9 @@ class Writer(Protocol):
         concurrent writer committed meanwhile are replaced, too: the last commit wins, completely. After an
         error nothing of the call is written, and it may be repeated; if it was written but the
         acknowledgement was lost, the repetition replaces it.
+
+        `before` is called before each attempt to write, and ends the commit by raising. In a lake, nobody
+        commits between its return and the write: the attempt fails then, and the next one calls it again.
 
         Raises `TablesUnavailable` for temporary failures (a lost connection, a full disk, a lock).
         """

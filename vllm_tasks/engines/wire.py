@@ -105,11 +105,11 @@ def withheld(answer: object) -> str | None:
     for choice in choices if isinstance(choices, list) else ():
         found = choice if isinstance(choice, Mapping) else {}
         reason, message = found.get("finish_reason"), found.get("message")
-        if isinstance(reason, str) and reason.lower() in WITHHELD:
-            return f"finish_reason {reason!r}"
         words = message.get("refusal") if isinstance(message, Mapping) else None
         if words and isinstance(words, str):
             return f"refusal {words!r:.300}"
+        if isinstance(reason, str) and reason.lower() in WITHHELD:
+            return f"finish_reason {reason!r}"
     return None
 
 

@@ -122,6 +122,8 @@ class Measure:
     higher_is_better: bool = True
     miss: float | None = 0.0
     """The score of a failed row. None: the row is left out, and reported as such."""
+    undefined: str = ""
+    """What a set must have for the metric to be defined, for the error where it is nan."""
     of_load: bool = False
     """Whether the load of the engine moves the scores of all rows at once. Then rows are no evidence that two
     runs differ, and a run counts as one observation."""

@@ -12,6 +12,11 @@ import numpy.typing as npt
 
 from vllm_tasks.errors import InvalidCall
 
+UNDEFINED = (
+    "it needs two rows or more whose answers are numbers, and neither these nor their targets all equal"
+)
+"""What a correlation is not defined without."""
+
 
 def pairs_of(predictions: Sequence[Any], targets: Sequence[Any], metric: str) -> npt.NDArray[np.float64]:
     """Return a row (answer, target) for each row; both are nan where the answer is no number.

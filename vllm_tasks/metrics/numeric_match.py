@@ -18,7 +18,7 @@ from vllm_tasks.metrics.text import accepted, text_of
 # A minus belongs to the number unless it follows a word, a number or a bracket, as in 10-5. Each part matches
 # or fails within a few characters, so that the search takes time linear in the text's length.
 _MINUS = "[-\u2212\u2013\ufe63\uff0d]"
-_SEPARATOR = "(?: [,_'\u2019\u00a0\u2009\u202f] | \\\\, | \\{,\\} )"
+_SEPARATOR = "(?: [,\uff0c\u066c_'\u2019\u00a0\u2009\u202f] | \\\\, | \\{,\\} )"
 _POWER_OF_TEN = r"10 (?:\^|\*\*) [{]? (?P<%s> [-+\u2212]?\d+ )"
 _NUMBER = rf"""
     (?: (?<![^\W_]) (?<![.,%)\]}}]) (?P<minus> {_MINUS} | (?<==[ ]) {_MINUS} [ ] | [Nn]egative [ ] ) )?
@@ -27,7 +27,7 @@ _NUMBER = rf"""
         (?<![\d/.,]) (?<!/[ ]) (?: (?P<whole>\d++)[ ] )?
         (?P<top>\d++) [ ]? / [ ]? (?P<bottom>\d++) (?! [ ]? / | [.,]\d )
       | (?<![\d.,]) (?P<european>
-            \d{{1,3}} (?: (?: \.\d{{3}} ){{2,6}} (?: ,\d{{1,2}} )? | (?: \.\d{{3}} ){{1,6}} ,\d{{1,2}} )
+            (?!0) \d{{1,3}} (?: (?: \.\d{{3}} ){{2,6}} (?: ,\d{{1,2}} )? | (?: \.\d{{3}} ){{1,6}} ,\d{{1,2}} )
         ) (?! [.,]?\d )
       | {_POWER_OF_TEN % "tens"}
       | (?P<number>
@@ -36,7 +36,7 @@ _NUMBER = rf"""
               | (?<!\d[ ]) [1-9]\d{{0,2}} (?: [ ] \d{{3}} ){{1,6}} (?! [-\w] | [ ]\d )
               | \d{{1,2}} (?: {_SEPARATOR} \d\d ){{1,9}} {_SEPARATOR} \d{{3}} (?!\d)
               | \d+
-            ) (?: \.\d+ )?
+            ) (?: [.\u066b]\d+ )?
           | (?<![^\W_]) (?<!\.) \.\d+
         )
         (?:
@@ -58,6 +58,14 @@ FRACTION = re.compile(
     r"(\d?) (?: \\[dtc]?frac \s* (?: \{(-?\d+)\} | (\d) ) \s* (?: \{(\d+)\} | (\d) ) | ([¼-¾⅐-⅞]) )",
     re.VERBOSE,
 )
+EXPONENT = re.compile(
+    rf"""
+    (?<=[^\W\d_]) \*\* \d+ (?![\d*])
+    | (?: (?<=[^\W\d_]) | (?<=[)}}]) ) \^ (?: {_MINUS}? \d+ | \{{ {_MINUS}? \d+ \}} )
+    """,
+    re.VERBOSE,
+)
+"""The power of a unit or a variable, as in m^2, which is not a number of its own."""
 RAISED = re.compile("(?<=10)[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 
 EXACT = Context(prec=1000, traps=[InvalidOperation])
@@ -73,6 +81,7 @@ def score(prediction: Any, target: Any, *, tolerance: float | str = 0) -> bool:
     - Separators group thousands (1,234; 1_234; 1'234; 1 234 with any space; LaTeX's 1{,}234), or lakhs and
       crores (1,00,000). A comma is no decimal point, so 3,5 is two numbers, except after points that group
       thousands, as in 1.234,5; 1.234.567 has such points, 1.234 has decimals.
+    - The power of a unit or a variable is none: the number of 25 cm^2 is 25.
     - 1e5, 1.5 x 10^5, 1.5*10**5, 1.5 \\times 10^{5} and 10⁵ have an exponent.
     - 1/2, 1 / 2, 2 1/2, ½, \\frac{1}{2} and \\frac12 are fractions. 03/05/2001 is three numbers.
     - A currency sign before it, marks such as ** or _ around it, and what follows it, such as a percent sign,
@@ -99,8 +108,10 @@ def score(prediction: Any, target: Any, *, tolerance: float | str = 0) -> bool:
 def number_in(text: str) -> Decimal | None:
     """Return the number of a text, or None if it has none or one with an exponent too large for `Decimal`."""
     text = RAISED.sub(
-        lambda raised: "^" + unicodedata.normalize("NFKC", raised[0]), FRACTION.sub(_plain, text)
-    ).replace("\u2044", "/")
+        lambda raised: "^" + unicodedata.normalize("NFKC", raised[0]),
+        FRACTION.sub(_plain, text.replace("\u2044", "/")),
+    )
+    text = EXPONENT.sub("", text)
     match = MARKED.search(text)
     negative = match is not None and match["minus_apart"] is not None
     if match is None:
@@ -133,7 +144,8 @@ def _value(match: re.Match[str]) -> Decimal:
         return Decimal(match["whole"] or 0) + Decimal(match["top"]) / Decimal(match["bottom"])
     if match["european"]:
         return Decimal(match["european"].replace(".", "").replace(",", "."))
-    digits = "1" if match["tens"] else re.sub(r"[^\d.]", "", match["number"])
+    number = (match["number"] or "").replace("\u066b", ".")
+    digits = "1" if match["tens"] else re.sub(r"[^\d.]", "", number)
     exponent = match["exponent"] or match["power"] or match["tens"] or "0"
     return Decimal(f"{digits}e{exponent.replace(chr(0x2212), '-')}")
 

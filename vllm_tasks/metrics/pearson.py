@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vllm_tasks.metrics.measure import Measure, Sums
-from vllm_tasks.metrics.numbers import pairs_of
+from vllm_tasks.metrics.numbers import UNDEFINED, pairs_of
 
 
 def score(predictions: Sequence[Any], targets: Sequence[Any]) -> Sums:
@@ -42,4 +42,4 @@ def _correlation(sums: Sequence[float]) -> float:
     return (n * xy - x * y) / math.sqrt(spread) if spread > 0 else math.nan
 
 
-MEASURE = Measure(score, kind="sums", range=(-1.0, 1.0), miss=None)
+MEASURE = Measure(score, kind="sums", range=(-1.0, 1.0), miss=None, undefined=UNDEFINED)

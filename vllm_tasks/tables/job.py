@@ -12,6 +12,7 @@ from vllm_tasks.calls.call import TableCall
 from vllm_tasks.datalayer.selection import Row, Selection, Tables
 from vllm_tasks.tables.budget import Budget
 from vllm_tasks.tables.commit_policy import CommitPolicy
+from vllm_tasks.tables.earlier import refuse_other_source
 from vllm_tasks.tables.progress import Progress
 from vllm_tasks.tables.report import Report
 
@@ -59,6 +60,11 @@ class Job:
         """The start plus the monotonic time since: if the clock is set back during the run, rows committed
         since then must not seem older than the run."""
         return self.started + timedelta(seconds=time.monotonic() - self._began)
+
+    def check_source(self) -> None:
+        """Raise `InvalidCall` if the outputs are of another source, unless that is accepted."""
+        if self.source is not None and not self.same_source:
+            refuse_other_source(self.tables, self.selection.outputs, self.source)
 
     @classmethod
     def of(

@@ -27,7 +27,6 @@ from vllm_tasks.tables.arguments import (
     shard_of,
     true_or_false,
 )
-from vllm_tasks.tables.earlier import refuse_other_source
 from vllm_tasks.tables.job import Job
 
 
@@ -118,5 +117,4 @@ def open_job(
 def check_job(job: Job) -> None:
     """Raise `InvalidCall` if the source, its keys or the outputs do not fit the job."""
     job.tables.check(job.selection)
-    if job.source is not None and not job.same_source:
-        refuse_other_source(job.tables, job.selection.outputs, job.source)
+    job.check_source()

@@ -214,7 +214,8 @@ class Run:
         rows = [row for finished in group for row in finished.outputs]
 
         def work() -> None:
-            self.writer.commit(rows, redo)
+            # A concurrent run may have begun the same outputs, from another source, since `check_job`.
+            self.writer.commit(rows, redo, None if self.tally.commits else self.job.check_source)
             # Immediately after the commit: an interrupt from here on must find nothing to commit again.
             self._group, self._group_size = [], 0
             self._last_commit = time.monotonic()

@@ -272,6 +272,16 @@ def _naming(metric: Metric, where: str = "") -> Iterator[None]:
         raise InvalidCall(f"the metric {metric.identifier!r} failed{where}: {kind}: {error}") from error
 
 
+def _defined(metric: Metric, measure: Measure, found: Any, rows: int) -> float:
+    """The value of a metric over several rows. Raise `InvalidCall` if it is not defined over these."""
+    if measure.undefined and isinstance(found, float) and math.isnan(found):
+        raise InvalidCall(
+            f"{metric.identifier!r} is not defined for these {rows} rows: {measure.undefined}; leave it out "
+            "of metrics, or look at the answers"
+        )
+    return _finite(metric, found, "")
+
+
 def _finite(metric: Metric, found: Any, where: str) -> float:
     try:
         value = float(found)
@@ -300,6 +310,8 @@ def _of_rows(
     if bounds == (0.0, 1.0) and set(scores) <= {0.0, 1.0} and len(set(clusters)) == len(scores):
         return value, proportion(round(math.fsum(scores)), len(scores)), None
     interval = mean_interval(clustered(mean_rows(scores), clusters), bounds, SEED)
+    if interval.low == interval.high:
+        return value, interval, "all scores are equal, which says nothing about the scores of other rows"
     skewed = not all(map(math.isfinite, bounds)) and len(scores) < SKEWED * _skewness(scores) ** 2
     return value, interval, "a few rows decide this mean, as their scores are very large" if skewed else None
 
@@ -337,7 +349,7 @@ def _of_sums(
     metric: Metric, measure: Measure, sums: Sums, counted: Sequence[Answer], clusters: Sequence[int]
 ) -> tuple[float, Interval, dict[int, float]]:
     rows = np.asarray(sums.rows, dtype=np.float64)
-    value = _finite(metric, sums.total([math.fsum(column) for column in rows.T]), "")
+    value = _defined(metric, measure, sums.total([math.fsum(column) for column in rows.T]), len(rows))
     interval = sums_interval(
         clustered(rows, clusters), sums.total, measure.range, pseudo=sums.pseudo, excess=sums.excess
     )
@@ -365,7 +377,7 @@ def _of_set(
         except ValueError:  # some samples have no value, such as one with a single class
             return math.nan
 
-    value = _finite(metric, found(range(len(counted))), "")
+    value = _defined(metric, measure, found(range(len(counted))), len(counted))
     members: dict[int, list[int]] = {}
     for position, cluster in enumerate(clusters):
         members.setdefault(cluster, []).append(position)

@@ -61,12 +61,12 @@ def test_what_is_wrong_with_the_call_raises_at_once(
     assert len(server.posts) < 20
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
+@pytest.mark.parametrize("status", [302, 401, 403, 404])
 @pytest.mark.parametrize(("bad", "in_flight"), [("150", 8), ("150", 1), ("0", 8)])
 def test_a_row_that_alone_is_denied_is_its_own_error(
     server: ScriptedServer, api: Make, status: int, bad: str, in_flight: int
 ) -> None:
-    """401, 403 or 404 for one row, even the first to return, leaves the others their answers."""
+    """A redirect, 401, 403 or 404 for one row, even the first to return, leaves the others their answers."""
 
     async def script(asked: Asked) -> Deed:
         if asked.body and asked.prompt == bad:
@@ -241,6 +241,25 @@ def test_an_answer_that_is_withheld_is_an_error(
     assert (error.kind, error.retryable) == ("refused", False)
     assert why in error.message
     assert len(server.posts) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"content": None, "refusal": "I cannot help"}, "withheld the answer (refusal 'I cannot help')"),
+        ({"content": "", "refusal": "I cannot help"}, "withheld the answer (refusal 'I cannot help')"),
+        ({"content": None}, "withheld the answer"),
+    ],
+)
+def test_a_refusal_is_never_an_empty_text(
+    server: ScriptedServer, api: Make, said: dict[str, Any], words: str
+) -> None:
+    """What a model or a filter refuses is the row's error, with the words of the refusal."""
+    choice = {"message": {"role": "assistant", **said}, "finish_reason": "content_filter"}
+    server.script = lambda _: Reply({"choices": [choice]})
+    error = only_error(api(server.url, chat=True))
+    assert (error.kind, error.retryable) == ("refused", False)
+    assert words in error.message
 
 
 def test_a_legacy_text_without_the_prompt_is_an_error(server: ScriptedServer, api: Make) -> None:

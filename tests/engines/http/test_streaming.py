@@ -32,7 +32,7 @@ def text(part: str, end: str | None = None, index: int = 0, **more: Any) -> dict
     return {"id": "cmpl-1", "model": "m", "choices": [choice]}
 
 
-def chat(delta: dict[str, Any], end: str | None = None, **more: Any) -> dict[str, Any]:
+def chat(delta: dict[str, Any] | None, end: str | None = None, **more: Any) -> dict[str, Any]:
     choice = {"index": 0, "delta": delta, "finish_reason": end, "logprobs": None, **more}
     return {"id": "chatcmpl-1", "model": "m", "choices": [choice]}
 
@@ -146,6 +146,9 @@ def test_it_does_not_matter_where_the_network_cuts_a_stream(cuts: list[int]) -> 
         (events(text("a"), {"error": {"message": "bad row", "code": 400}}), "refused", "HTTP 400 .*bad row"),
         (events(text("a"), {"error": {"message": "lost it", "code": 500}}), "server", "HTTP 500 .*lost it"),
         (events(text("a"), {"error": {"message": "lost it"}}), "server", "HTTP 500 .*lost it"),
+        (events({"error": {"message": "bad row", "code": "400"}}), "refused", "HTTP 400 .*bad row"),
+        (b'event: error\ndata: {"message": "lost it"}\n\n', "connection", "its last piece .*lost it"),
+        (events(chat(None, "stop")), "response", "a string"),
         (events("{"), "response", "in the stream"),
         (events([1]), "response", "expected an object"),
         (events({"choices": 5}), "response", "in the stream"),

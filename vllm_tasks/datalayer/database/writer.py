@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -89,10 +89,14 @@ class DatabaseWriter:
         json = {column.name for column in table.columns if column.kind == "json"}
         self._keyed = KeyedTable(backend, self._table, key, json, in_place=self._may_update(table))
 
-    def commit(self, rows: Sequence[Row], redo: Collection[Key]) -> None:
+    def commit(
+        self, rows: Sequence[Row], redo: Collection[Key], before: Callable[[], None] | None = None
+    ) -> None:
         for row in rows:
             if problem := self.unstorable(row):
                 raise ValueError(f"the key {self._keyed.key_of(row)!r:.200}: {problem}")
+        if before:
+            before()
         try:
             self._keyed.replace(last_outputs(rows, self._key), redo)
         except InvalidCall as e:

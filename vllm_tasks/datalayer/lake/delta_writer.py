@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import duckdb
 import pyarrow as pa
@@ -71,11 +71,13 @@ class DeltaWriter:
         """The keys of the last commit, written or not; the next commit adds them to `TAKEN`."""
         self._commits = 0
 
-    def commit(self, rows: Sequence[Row], redo: Collection[Key]) -> None:
+    def commit(
+        self, rows: Sequence[Row], redo: Collection[Key], before: Callable[[], None] | None = None
+    ) -> None:
         """See `Writer.commit`; if `rows` has two outputs of one key, the later one is written."""
-        self.replace(self._table(last_outputs(rows, self._key.names)), self._keys(redo))
+        self.replace(self._table(last_outputs(rows, self._key.names)), self._keys(redo), before)
 
-    def replace(self, new: pa.Table, old: pa.Table) -> None:
+    def replace(self, new: pa.Table, old: pa.Table, before: Callable[[], None] | None = None) -> None:
         """Commit the rows `new`, in the table's own columns, and remove the rows with the keys `old`."""
         if not (new.num_rows or old.num_rows):
             return
@@ -90,6 +92,8 @@ class DeltaWriter:
                 with storage_errors(f"cannot write {self._display}"):
                     delta = self._latest()
                     base = delta.version()
+                    if before:
+                        before()  # reads `base` or a later version, with which this attempt would conflict
                     self._write(delta, new, self._distinct(old, self._taken(new)))
                     self._know(delta, base)
                 break

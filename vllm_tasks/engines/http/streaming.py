@@ -67,6 +67,8 @@ class Pieces:
         """200, or the HTTP status of an error that arrived in the stream."""
         error = self._answer.get("error")
         code = error.get("code") if isinstance(error, dict) else None
+        if isinstance(code, str) and code.isascii() and code.isdigit():  # LiteLLM has "400"
+            code = int(code[:9])
         if isinstance(code, int) and 400 <= code < 600:
             return code
         return 500 if error else 200
@@ -82,7 +84,7 @@ class Pieces:
             raise Ended("the stream ended before the answer was complete")
         for choice in choices:
             if "delta" in choice:
-                choice["message"] = message = choice.pop("delta")
+                choice["message"] = message = choice.pop("delta") or {}
                 for call in message.get("tool_calls") or ():
                     call.pop("index", None)
         return self._answer

@@ -135,7 +135,9 @@ class Transport:
                 pieces.take(part)
             return pieces.status, json.dumps(pieces.complete()).encode()
         except Ended as error:
-            raise FailedAttempt("connection", f"{url}: {error}", retryable=True) from error
+            last = self._config.credentials.hidden_in(pieces.last)[:100]
+            more = f"; its last piece began with {last!r}" if last else ""
+            raise FailedAttempt("connection", f"{url}: {error}{more}", retryable=True) from error
         except (ValueError, RecursionError) as error:
             what = f"a piece in the stream from {url}"
             raise self.unreadable(error, what, pieces.last) from error
@@ -163,10 +165,8 @@ def refusal(
         return Denied(status, error, MENDED_BY[status])
     if 300 <= status < 400:
         target = credentials.hidden_in(response.headers.get("Location", ""))
-        redirected = f"{error}: redirects are not followed, here to {target!r:.300}"
-        return Denied(
-            status, redirected, "set api_url to the address that it leads to, if that is the server"
-        )
+        to, way_out = (f" to {target!r}", "set api_url to that") if target else ("", "check api_url")
+        return Denied(status, f"{error}: redirects{to} are not followed", way_out)
     if status == 408 or status in FULL or status >= 500:
         failed = Full if status in FULL else FailedAttempt
         return failed("server", error, retryable=True, delay=retry_after(response.headers.get("Retry-After")))
