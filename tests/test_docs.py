@@ -35,6 +35,7 @@ from tests.conftest import IN_PREFECT
 from tests.eventually import LONG_ENOUGH
 from tests.lettered import by_words, lettered
 from tests.servers.scripted_server import Asked, Reply, ScriptedServer, usual
+from vllm_tasks import reference_set
 from vllm_tasks._cli import app as command_line
 from vllm_tasks._cli import job
 from vllm_tasks.calls.classes import LAST_LINE
@@ -200,7 +201,7 @@ def test_commands_exist(page: Path) -> None:
     """Each line is a valid command: its program, subcommand and options exist."""
     for line, text, prints in blocks(page, "sh"):
         if prints:
-            of_demo(prints)
+            (of_reference_set if " --set " in text else of_demo)(prints)
         for command in text.splitlines():
             words = shlex.split(command, comments=True)
             if not words:
@@ -220,6 +221,14 @@ def of_demo(prints: str) -> None:
     assert int(rows) == len(questions.splitlines())
     for question in re.findall(r"\] (.+?) ->", prints):
         assert question in questions
+
+
+def of_reference_set(prints: str) -> None:
+    """The quoted values have the metrics of the set, and its number of rows."""
+    name, metrics = prints.split(": ")[1], re.findall(r": (\w+) [\d.]+ \(", prints)
+    found = reference_set(name)  # type: ignore[arg-type]
+    assert metrics == [metric.identifier for metric in found.validation.metrics]
+    assert prints.count(f"n={len(found.rows)})") == len(metrics)
 
 
 def make(words: list[str]) -> None:
