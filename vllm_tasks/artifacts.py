@@ -205,7 +205,9 @@ def show_preview(preview: Preview) -> None:
     """Create a table artifact of a preview."""
     with warn_if_not_displayed("the preview"):
         words = f"{len(preview.rows)} rows of {preview.source}; nothing is committed"
-        table = [as_cells(row) for row in preview.rows]
+        cells = [as_cells(row) for row in preview.rows]
+        used = [name for name in cells[0] if any(row[name] for row in cells)] if cells else []
+        table = [{name: row[name] for name in used} for row in cells]
         show_table(table, f"{slug(preview.model)}-preview", words)
 
 
@@ -215,7 +217,8 @@ def show_estimate(estimate: Estimate) -> None:
         rows = [(name, words(text)) for name, text in lines_of(estimate).items()]
         title = f"# {words(estimate.predict_id)}: estimate"
         markdown = f"{title}\n\n{markdown_table(('', ''), rows)}\n"
-        show_page(markdown, f"{slug(estimate.predict_id)}-estimate", str(estimate))
+        described = f"{estimate.missing:,} of {estimate.rows:,} rows to process; nothing is committed"
+        show_page(markdown, f"{slug(estimate.predict_id)}-estimate", described)
 
 
 def markdown_of(report: Report) -> str:

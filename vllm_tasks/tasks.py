@@ -22,7 +22,13 @@ from vllm_tasks import tables
 from vllm_tasks._prefect.approval import approved, check_askable
 from vllm_tasks._prefect.commits import InPrefect, publish, publish_scores
 from vllm_tasks._prefect.mapping import ModelTask, RowsTask
-from vllm_tasks._prefect.policy import POLICY, table_run_name, validation_run_name
+from vllm_tasks._prefect.policy import (
+    POLICY,
+    estimate_run_name,
+    preview_run_name,
+    table_run_name,
+    validation_run_name,
+)
 from vllm_tasks._prefect.recording import emit_verdict, save_metric_values
 from vllm_tasks._prefect.row_retries import over_attempts
 from vllm_tasks._prefect.run_logs import follow
@@ -358,8 +364,8 @@ predict = RowsTask(_predict, name="predict", **POLICY)
 predict_batches = RowsTask(_predict_batches, name="predict-batches", **POLICY)
 completions = RowsTask(_completions, name="completions", **POLICY)
 predict_in_db = ModelTask(_predict_in_db, name="predict-in-db", **{**POLICY, "task_run_name": table_run_name})
-preview = ModelTask(_preview, name="preview", **{**POLICY, "task_run_name": table_run_name})
-estimate = ModelTask(_estimate, name="estimate", **{**POLICY, "task_run_name": table_run_name})
+preview = ModelTask(_preview, name="preview", **{**POLICY, "task_run_name": preview_run_name})
+estimate = ModelTask(_estimate, name="estimate", **{**POLICY, "task_run_name": estimate_run_name})
 validate = ModelTask(_validate, name="validate", **{**POLICY, "task_run_name": validation_run_name})
 compare = Task(_compare, name="compare", cache_policy=NO_CACHE)
 

@@ -77,7 +77,7 @@ def test_all_rows_are_no_sample() -> None:
     assert Total.of([1, 2, 3], 3) == Total(6, 6, 6)
     assert Total.of([], 0) == Total(0, 0, 0)
     assert str(Total(6, 6, 6)) == "6"
-    assert str(Total(1234.4, 1000, 2000)) == "1,234 (1,000 to 2,000)"
+    assert str(Total(1234.4, 1000, 2000)) == "1,234 (95 % interval 1,000 to 2,000)"
 
 
 def test_a_total_is_at_least_that_of_its_sample() -> None:

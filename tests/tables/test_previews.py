@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.servers.scripted_server import ScriptedServer, answer_to, refused
 from tests.tables.runs import says
 from vllm_tasks import InvalidCall, VllmAPI, preview
 from vllm_tasks.results import Preview
+from vllm_tasks.tables.previews import PreviewRow
 
 
 @pytest.fixture
@@ -72,6 +74,20 @@ def test_long_texts_are_cut_where_they_are_printed(model: VllmAPI, place: Place)
     assert len(str(shown)) < 2000
 
 
+def test_messages_are_printed_as_people_read_them(
+    model: VllmAPI, place: Place, server: ScriptedServer
+) -> None:
+    """Each with its role; messages with pictures or tool calls are printed as JSON."""
+    place.fill_texts("a")
+    chat = VllmAPI(**{n: getattr(model, n) for n in model.model_fields_set}, chat=True, system="Be brief.")
+    shown = chat.preview("text", "rows")
+    assert shown.rows[0].prompt[0] == {"role": "system", "content": "Be brief."}
+    assert "prompt: system: Be brief.\nuser: Say a\n" in str(shown)
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    odd = Preview("m", "rows", (PreviewRow((1,), parts, None, None, None),))
+    assert 'prompt: [{"role": "user", "content": [{"type": "text"' in str(odd)
+
+
 @pytest.mark.usefixtures("prefect_server")
 def test_the_task_makes_a_table_artifact(server: ScriptedServer, tmp_path: Any) -> None:
     """In a flow the rows appear in Prefect's UI."""
@@ -87,3 +103,5 @@ def test_the_task_makes_a_table_artifact(server: ScriptedServer, tmp_path: Any) 
     found = look()
     (made,) = artifacts("looked-at-preview")
     assert found.rows[0].prompt in str(made.data)
+    (cells,) = json.loads(str(made.data))
+    assert cells.keys() == {"key", "prompt", "answer"}, "columns without a text are left out"

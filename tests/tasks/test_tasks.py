@@ -20,7 +20,7 @@ from tests.conftest import IN_PREFECT
 from tests.scripts import running_script
 from tests.servers.scripted_server import Asked, ScriptedServer, answer_to
 from tests.tasks.runs import TASKS, Runs, answers
-from vllm_tasks import VllmAPI, predict, predict_batches
+from vllm_tasks import VllmAPI, estimate, predict, predict_batches, predict_in_db, preview, validate
 from vllm_tasks._prefect.mapping import RowsTask
 from vllm_tasks._prefect.policy import is_temporary
 from vllm_tasks.results import Completion
@@ -173,6 +173,15 @@ def test_mapping_goes_over_the_rows_alone(model: VllmAPI, server: ScriptedServer
 
 
 # ---------------------------------------------------------------------- names and policy
+
+
+def test_run_names_say_what_each_task_does() -> None:
+    """In the list of task runs, a trial of a table looks unlike the run over it."""
+    over = {"model": VllmAPI(identifier="m", api_url="http://x"), "select": "rows"}
+    on = {"model": over["model"], "validation": None, "datasets": ["exam"]}
+    names = [the_task.task_run_name(over) for the_task in (predict_in_db, preview, estimate)]
+    assert names == ["m - rows", "preview m - rows", "estimate m - rows"]
+    assert validate.task_run_name(on) == "validate m - exam"
 
 
 def test_run_names_say_model_and_number_of_rows(model: VllmAPI) -> None:

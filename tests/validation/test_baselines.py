@@ -106,8 +106,8 @@ def test_the_page_and_the_reason_have_the_figures_of_both_baselines(
     assert f"0.3333 worse than in the best run {first.run}" in str(verdict.reason)
     assert second.run not in str(verdict.reason), "16.7 points are within the limit"
     page = markdown_of("m", third)
-    assert "| against the last passed run | against the best run | limits |" in page
-    assert "With these 60 rows, a drop of 0.4 is seen " in page
+    assert "| limits | rows | against the last passed run | against the best run |" in page
+    assert "with these 60 rows, a drop of 0.4 is detected " in page
 
 
 def test_a_named_run_is_a_baseline_and_an_unknown_one_is_refused(
@@ -242,8 +242,8 @@ def test_the_page_says_how_many_rows_a_drop_takes() -> None:
     value = Value("exact_match", 0.4, 0.346, 0.456, 300, 0, 0, "miss", True)
     found = power(value, [], 0.0, 1)
     assert found == (
-        "With these 300 rows, a drop of 0.05 is seen 35 times of 100; 90 times of 100 take 1,600 rows"
+        "with these 300 rows, a drop of 0.05 is detected 35 times of 100; 90 times of 100 take 1,600 rows"
     )
-    assert "0.05 is seen 16 times of 100" in str(power(value, [], 0.0, 4))
+    assert "0.05 is detected 16 times of 100" in str(power(value, [], 0.0, 4))
     assert power(replace(value, low=0.4, high=0.4), [], 0.0, 1) is None
     assert "take" not in str(power(replace(value, low=0.39, high=0.41, n=9_000), [], 0.0, 1))

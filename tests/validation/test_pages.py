@@ -66,7 +66,7 @@ def test_a_full_bar_is_one_or_the_largest_value() -> None:
 
 
 def test_the_history_is_also_a_table(server: ScriptedServer, tmp_path: Any) -> None:
-    """Prefect's new UI shows no picture within Markdown; runs are listed with bars, the newest first."""
+    """Prefect 3.7's new UI shows no picture within Markdown; runs are listed with bars, the newest first."""
     first = validated(server, tmp_path, 8)
     assert "## History" not in markdown_of("m", first.datasets[0])
     page = markdown_of("m", validated(server, tmp_path, 5).datasets[0])

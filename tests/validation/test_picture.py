@@ -189,9 +189,7 @@ def test_names_are_escaped_and_cut() -> None:
 
 
 def test_the_image_holds_the_picture() -> None:
-    """The alternative text cannot end an image, a line or a cell."""
+    """In Markdown, without an alternative text, beside which a browser that cannot show it draws an icon."""
     svg = histories_svg([Panel("Größe", [point(0.5)])])
-    image = markdown_image(svg, "a [b](c) | `d`\n<e>")
-    alt, data = re.fullmatch(r"!\[(.*)\]\(data:image/svg\+xml;base64,(.*)\)", image).groups()
-    assert alt == "a b (c) d e"
+    (data,) = re.fullmatch(r"!\[\]\(data:image/svg\+xml;base64,(.*)\)", markdown_image(svg)).groups()
     assert base64.b64decode(data).decode() == svg

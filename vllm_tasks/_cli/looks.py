@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from vllm_tasks import Datalayer, InvalidCall, VllmAPI, VllmModel
+from vllm_tasks.calls.call import Call
+from vllm_tasks.calls.chat import of_files
+from vllm_tasks.calls.sampling import engine_arguments
 from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, Row, Tables
 from vllm_tasks.datalayer.table_names import outputs_name
+from vllm_tasks.engines import loop, sharing
+from vllm_tasks.engines.http.transport import HttpConfig
+from vllm_tasks.errors import near
 from vllm_tasks.tables.counting import served_by
 from vllm_tasks.tables.opening import check_job, open_job
 from vllm_tasks.tables.predict import predict_in_db
@@ -39,11 +47,17 @@ class Outputs:
 
     def __str__(self) -> str:
         kinds = "".join(f"\n  {kind}: {count:,}" for kind, count in self.errors.items())
+        between = f", from {_time(self.first)} to {_time(self.last)}" if self.first else ""
         return (
             f"{self.predict_id}: {self.rows - self.failed:,} outputs, {self.failed:,} errors{kinds}\n"
             f"{self.prompt_tokens:,} prompt tokens, {self.completion_tokens:,} completion tokens\n"
-            f"by {', '.join(self.models) or 'no model'}, from {self.first} to {self.last}"
+            f"by {', '.join(self.models) or 'no model'}{between}"
         )
+
+
+def _time(at: Any) -> str:
+    """To the second. SQLite has a text, in UTC."""
+    return f"{datetime.fromisoformat(str(at)):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def outputs_of(predict_id: str, db: Datalayer, table: str | None = None) -> Outputs:
@@ -139,9 +153,11 @@ def checked(model: VllmAPI | VllmModel, arguments: dict[str, Any]) -> Checked:
     bound.apply_defaults()
     given = bound.arguments | bound.arguments["sampling"]
     del given["sampling"], given["display"]
-    with open_job(predict_in_db, **given) as (_, job, _):
+    with open_job(predict_in_db, **given) as (_, job, output):
         check_job(job)
+        job.tables.check_outputs(job.selection, output)
         first_prompts(job)
+        check_served(job.over.call)
         rows, to_process = job.tables.count(job.selection)
         if job.limit is not None:
             to_process = min(to_process, job.limit)
@@ -155,6 +171,33 @@ def checked(model: VllmAPI | VllmModel, arguments: dict[str, Any]) -> Checked:
             max(len(ids) - rows, 0),
             job.tables.where(job.selection.outputs),
             dict(_versions()),
+        )
+
+
+def check_served(call: Call) -> None:
+    """Raise `InvalidCall` if the server, or the model's files, tell that every row of a call would fail.
+
+    A run asks nobody for this: its first rows tell.
+    """
+    engine, sampling = call.engine, call.sampling
+    sends_chat = call.prompter.chat and "chat_template" not in sampling
+    if not isinstance(engine, HttpConfig):  # which is not started for this
+        arguments = json.loads(engine.engine_args)
+        template = of_files(arguments) if sends_chat else None
+        if (known := engine_arguments(engine.python)) and (odd := sorted(arguments.keys() - known)):
+            raise InvalidCall(
+                f"vllm_kwargs has {odd[0]!r:.100}, which is not an engine argument of vLLM"
+                f"{near(odd[0], known)}"
+            )
+    elif engine.protocol != "legacy":
+        given = [sampling.get(name) for name in ("max_tokens", "max_completion_tokens")]
+        lengths = [value for value in given if isinstance(value, int)]
+        loop.run(sharing.check_served(engine, max(lengths, default=None)))
+        template = loop.run(sharing.has_chat_template(engine)) if sends_chat else None
+    if sends_chat and template is False:
+        raise InvalidCall(
+            "texts are sent as chat messages (chat=True, or the path of api_url), and the model has no chat "
+            "template: set chat=False, pass chat_template, or start vLLM with --chat-template"
         )
 
 

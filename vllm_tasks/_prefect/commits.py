@@ -159,8 +159,18 @@ commit_group = Task(
     retry_condition_fn=is_lost,
 )
 outputs_task = MaterializingTask(
-    _publish, name="outputs", assets=["vllm://outputs"], materialized_by="vllm", cache_policy=NO_CACHE
+    _publish,
+    name="outputs",
+    task_run_name="outputs {report.predict_id}",
+    assets=["vllm://outputs"],
+    materialized_by="vllm",
+    cache_policy=NO_CACHE,
 )
 scores_task = MaterializingTask(
-    add_asset_metadata, name="scores", assets=["vllm://scores"], materialized_by="vllm", cache_policy=NO_CACHE
+    add_asset_metadata,
+    name="scores",
+    task_run_name="scores {metadata[model]} - {metadata[dataset]}",
+    assets=["vllm://scores"],
+    materialized_by="vllm",
+    cache_policy=NO_CACHE,
 )

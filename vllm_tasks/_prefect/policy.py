@@ -23,13 +23,23 @@ def table_run_name(parameters: dict[str, Any]) -> str:
     return f"{parameters['model'].identifier} - {str(parameters['select'])[:80]}"
 
 
+def preview_run_name(parameters: dict[str, Any]) -> str:
+    """Return what the task does, the model and the source."""
+    return f"preview {table_run_name(parameters)}"
+
+
+def estimate_run_name(parameters: dict[str, Any]) -> str:
+    """Return what the task does, the model and the source."""
+    return f"estimate {table_run_name(parameters)}"
+
+
 def validation_run_name(parameters: dict[str, Any]) -> str:
-    """Return the model and the data sets, as the UI displays them."""
+    """Return what the task does, the model and the data sets."""
     model, validation, names = (parameters[name] for name in ("model", "validation", "datasets"))
     validation = validation or model.validation
     if names is None and validation is not None:
         names = [dataset.identifier for dataset in validation.datasets]
-    return f"{model.identifier} - {', '.join(names or ())[:80]}"
+    return f"validate {model.identifier} - {', '.join(names or ())[:80]}"
 
 
 def is_temporary(task: Any, _run: TaskRun, state: State[Any]) -> bool:

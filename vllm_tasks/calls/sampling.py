@@ -186,6 +186,22 @@ def names_version() -> str:
     return TABLE_VERSION
 
 
+def engine_arguments(python: str) -> frozenset[str] | None:
+    """Return the names that `vllm_kwargs` may have with the vLLM of the interpreter `python`, as
+    `engines/local/vllm_server.py` checks them; None if it is not on this machine, or keeps them elsewhere."""
+    of_engine = [_fields(python, "engine/arg_utils.py", name) for name in ("EngineArgs", "AsyncEngineArgs")]
+    of_server = [
+        next(filter(None, (_fields(python, f"entrypoints/{file}", name) for file in FRONTEND)), None)
+        for name in ("BaseFrontendArgs", "FrontendArgs")
+    ]
+    found = [names for names in (*of_engine, *of_server) if names is not None]
+    return frozenset().union(*found) if len(found) == 4 else None
+
+
+FRONTEND = "common/cli_args.py", "launchers/cli_args.py", "openai/cli_args.py"
+"""The files that may hold the server's arguments, in vLLM 0.26 to 0.33."""
+
+
 @functools.cache
 def _fields(python: str, file: str, class_name: str) -> frozenset[str] | None:
     """Return the annotated fields of a class of the vLLM that `python` has, or None if it has none here.

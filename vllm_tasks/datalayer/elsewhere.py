@@ -45,6 +45,9 @@ class Home(Outputs, Protocol):
     def writer_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> Writer:
         """As `Tables.writer`, for a key of these Arrow types; they are empty if the source has no rows."""
 
+    def check_outputs_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> None:
+        """As `Tables.check_outputs`, for a key of these Arrow types."""
+
     def outputs(self, name: str) -> Any:
         """See `Tables.outputs`."""
 
@@ -86,14 +89,24 @@ class ByJoin(ABC):
         return Unreadable() if self._read is None else self._read.unreadable
 
     def writer(self, selection: Selection, table: OutputTable) -> Writer:
+        return self.writer_of(self._key_to_write(selection), selection.key, table)
+
+    def check_outputs(self, selection: Selection, table: OutputTable) -> None:
+        self.check_outputs_of(self._key_to_write(selection), selection.key, table)
+
+    def _key_to_write(self, selection: Selection) -> pa.Schema:
         checked = self._checked
         if checked is None or checked.selection is not selection:
             checked = self._joined(selection)
-        return self.writer_of(checked.key_to_write, selection.key, table)
+        return checked.key_to_write
 
     @abstractmethod
     def writer_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> Writer:
         """See `Home.writer_of`."""
+
+    @abstractmethod
+    def check_outputs_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> None:
+        """See `Home.check_outputs_of`."""
 
     @abstractmethod
     def _joined(self, selection: Selection) -> Join: ...
@@ -110,6 +123,9 @@ class Elsewhere(ByJoin):
 
     def writer_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> Writer:
         return self._home.writer_of(types, key, table)
+
+    def check_outputs_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> None:
+        self._home.check_outputs_of(types, key, table)
 
     def outputs(self, name: str) -> Any:
         return self._home.outputs(name)

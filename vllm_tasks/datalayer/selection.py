@@ -174,6 +174,9 @@ class Tables(Protocol):
         naming them and the way out: another `predict_id`.
         """
 
+    def check_outputs(self, selection: Selection, table: OutputTable) -> None:
+        """Raise what `writer` would raise for these outputs, as far as that shows before they are created."""
+
     def outputs(self, name: str) -> Any:
         """The complete outputs table `name` as a `pyarrow.Table`, with JSON columns as text.
 

@@ -28,7 +28,7 @@ PASSING = re.compile(
 """Temporary errors of DuckDB: its own, and those of files that Arrow reads for it."""
 UNSUPPORTED = re.compile("Unsupported: |Invalid protocol|[Cc]atalog version|Unsupported table features")
 """Parts of delta-rs's errors about a table whose format it does not support."""
-DENIED = re.compile("permission denied|accessdenied|access denied|forbidden", re.IGNORECASE)
+DENIED = re.compile("permission denied|access ?denied|forbidden|read-?only ?file ?system", re.IGNORECASE)
 
 
 def plain(error: BaseException) -> str:

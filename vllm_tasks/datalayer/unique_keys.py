@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vllm_tasks.errors import InvalidCall
+from vllm_tasks.printable import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def refuse_bad_keys(
     `tables` has the keys of the source that people know as `display`.
     """
     named = ", ".join(key.names)
-    logger.info("checking in one pass that %s is unique in %s", named, display)
+    logger.info("checking in one pass that %s is unique in %s", named, one_line(display, 80))
     cursor.register(KEYS, pa.RecordBatchReader.from_batches(_numbered(key), _renamed(tables, key)))
     nulls, strange, doubled, rows, *examples = cursor.execute(_faults(key)).fetchall()[0]
     width = len(key.names)

@@ -169,6 +169,13 @@ async def facts(config: Config) -> dict[str, str]:
         return await engine.facts()
 
 
+async def check_served(config: Config, max_tokens: int | None) -> None:
+    """Raise `InvalidCall` if a server reports that it would refuse every row; see `Control.check_served`."""
+    async with _of(config).used() as engine:
+        assert isinstance(engine, HttpEngine), "only servers report this"
+        await engine.check_served(max_tokens)
+
+
 async def has_chat_template(config: Config) -> bool | None:
     """Whether the engine of `config` has a chat template for its model; None if a server does not report it.
 

@@ -56,7 +56,8 @@ class Preview:
     rows: tuple[PreviewRow, ...]
 
     def __str__(self) -> str:
-        head = f"{self.model} over {len(self.rows)} rows of {self.source}; nothing is committed"
+        rows = "1 row" if len(self.rows) == 1 else f"{len(self.rows):,} rows"
+        head = f"{self.model} over {rows} of {self.source}; nothing is committed"
         return "\n\n".join([head, *map(_page, self.rows)])
 
 
@@ -136,15 +137,32 @@ def _row(decoder: Decoder, row: SourceRow, request: Request | RowError, answer: 
 
 def as_cells(row: PreviewRow) -> dict[str, str]:
     """The texts to display for a row, by name; long ones are truncated."""
-    prompt = "" if row.prompt is None else without_media(row.prompt)
     texts = {
         "key": display_key(row.key),
-        "prompt": prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, default=str),
+        "prompt": "" if row.prompt is None else _text_of(without_media(row.prompt)),
         "answer": row.answer or "",
         "value": "" if row.error is not None or row.value == row.answer else repr(row.value),
         "error": row.error or "",
     }
     return {name: printable_lines(_cut(text)) for name, text in texts.items()}
+
+
+def _text_of(prompt: Any) -> str:
+    """A text as it is, messages of texts with their roles, and anything else as JSON."""
+    if isinstance(prompt, str):
+        return prompt
+    match prompt:
+        case [{"role": str(), "content": str()}, *_] if all(map(_is_text, prompt)):
+            return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return json.dumps(prompt, ensure_ascii=False, default=str)
+
+
+def _is_text(message: Any) -> bool:
+    return (
+        isinstance(message, dict)
+        and message.keys() == {"role", "content"}
+        and isinstance(message["content"], str)
+    )
 
 
 def printable_lines(text: str) -> str:

@@ -41,7 +41,7 @@ class Progress:
 
     def __str__(self) -> str:
         of = "" if self.to_process is None else f" of {self.to_process:,}"
-        left = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
+        left = f", {duration(self.seconds_left)} left" if self.seconds_left else ""
         if self.stopped_by:
             left = f", stopped by {self.stopped_by}"
         return (

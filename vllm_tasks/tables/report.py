@@ -194,8 +194,8 @@ class Report:
         kinds = "".join(f"; {e.kind}: {e.rows:,}" for e in self.errors)
         return (
             f"{self.predict_id}: {self.succeeded:,} rows succeeded, {self.failed:,} failed{others}, "
-            f"{self.completion_tokens:,} tokens in {self.seconds['total']:.1f} s"
-            f"{self.sent_as and f' ({self.sent_as})'}{kinds}{self._lines}; outputs: {self.outputs}"
+            f"{self.completion_tokens:,} completion tokens in {self.seconds['total']:.1f} s"
+            f"{self.sent_as and f' (sent as {self.sent_as})'}{kinds}{self._lines}; outputs: {self.outputs}"
         )
 
     def example_of(self, kind: str) -> str:

@@ -260,7 +260,7 @@ class Run:
             next_time = "run again with overwrite=True, it processes all rows"
         logger.log(
             level,
-            "%s: %s rows of this run are committed, %d dropped; %s",
+            "%s: %s rows of this run are committed, %d cancelled; %s",
             how,
             f"{self.tally.done - len(self._group):,}",
             len(self._open.keys),

@@ -48,7 +48,7 @@ class Total:
             return str(self)
         if self.low == self.high:
             return f"{self.value:{how}}"
-        return f"{self.value:{how}} ({self.low:{how}} to {self.high:{how}})"
+        return f"{self.value:{how}} (95 % interval {self.low:{how}} to {self.high:{how}})"
 
 
 def quantile(freedom: int) -> float:

@@ -150,5 +150,5 @@ def power(value: Value, against: Sequence[Against], allowed: float, tests: int) 
     needed = max((width * error / drop) ** 2, (normal.inv_cdf(SEEN) * error / (drop - allowed)) ** 2)
     rows = math.ceil(value.n * needed)
     rows = round(rows, 2 - len(str(rows))) if rows > 99 else rows  # two digits
-    text = f"With these {value.n:,} rows, a drop of {drop:.3g} is seen {100 * seen:.0f} times of 100"
+    text = f"with these {value.n:,} rows, a drop of {drop:.3g} is detected {100 * seen:.0f} times of 100"
     return text if seen >= SEEN else f"{text}; {100 * SEEN:.0f} times of 100 take {rows:,} rows"

@@ -92,7 +92,7 @@ def markdown_of_comparison(comparison: Comparison) -> str:
         parts += [
             f"## {words(title)} ({'more' if better else 'less'} is better)",
             markdown_table(list(map(words, head)), [_standing(s, top) for s in found]),
-            markdown_image(compare_svg(rows, title=title, higher_is_better=better), title),
+            markdown_image(compare_svg(rows, title=title, higher_is_better=better)),
         ]
     return "\n\n".join(parts) + "\n"
 
@@ -151,23 +151,27 @@ def _parts(model: str, report: DatasetReport) -> Iterator[str]:
         "metric",
         "value",
         "95 % interval",
+        "limits",
         "rows",
         "against the last passed run",
         *further.values(),
-        "limits",
     )
-    yield markdown_table(head, [_line(value, verdict, list(further)) for value, verdict in pairs])
+    yield markdown_table(
+        head, [_line(value, verdict, list(further), report.failed) for value, verdict in pairs]
+    )
     notes = [
-        f"{value.metric}: approximate interval, {value.approximate}"
+        f"{words(value.metric)}: approximate interval, {words(value.approximate)}"
         for value in report.values
         if value.approximate
     ]
+    for verdict in report.verdicts:
+        if verdict.untested:
+            notes.append(f"{words(verdict.metric)}: **limit not tested**, {words(verdict.untested)}")
     notes += [
-        f"{verdict.metric}: not tested, {verdict.untested}" for verdict in report.verdicts if verdict.untested
+        f"{words(verdict.metric)}: {words(verdict.power)}" for verdict in report.verdicts if verdict.power
     ]
-    notes += [f"{verdict.metric}: {verdict.power}" for verdict in report.verdicts if verdict.power]
     if notes:
-        yield "\n".join(f"- {words(note)}." for note in notes)
+        yield "\n".join(f"- {note}." for note in notes)
     yield _counts(report)
     if report.resumed_at is not None:
         yield (
@@ -175,7 +179,7 @@ def _parts(model: str, report: DatasetReport) -> Iterator[str]:
             f"{began(report.answers):%Y-%m-%d %H:%M:%S} UTC. Answers from before are part of it; "
             "`resume=False` processes all rows anew."
         )
-    yield markdown_image(picture_of(report), ", ".join(f"{value.metric} {value}" for value in report.values))
+    yield markdown_image(picture_of(report))
     for value in report.values:
         runs = [record for record in report.history if record.metric == value.metric][-RUNS_LISTED:]
         if len(runs) > 1:
@@ -223,29 +227,31 @@ def _counts(report: DatasetReport) -> str:
     return f"{rows}; {failed}; {truncated}."
 
 
-def _line(value: Value, verdict: Verdict, further: Sequence[str]) -> list[str]:
+def _line(value: Value, verdict: Verdict, further: Sequence[str], failed: int) -> list[str]:
+    """The cells of a metric. Wide cells would end beyond a window of 1,400 pixels, so that what stands below
+    the table, the number of `failed` rows and whether a limit was tested, does not stand here."""
     change = "no run to compare with" if verdict.paired is None else _difference(verdict.paired)
     others: dict[str, str] = {one.kind: _difference(one.paired) for one in verdict.against}
     limits = []
     if verdict.threshold is not None:
         limits.append(f"{'≥' if value.higher_is_better else '≤'} {verdict.threshold:g}")
     if verdict.max_regression is not None:
-        untested = " (**not tested**)" if verdict.untested else ""
-        limits.append(f"≤ {verdict.max_regression:g} worse{untested}")
+        limits.append(f"≤ {verdict.max_regression:g} worse")
     arrow = "↑" if value.higher_is_better else "↓"
     return [
         f"{words(value.metric)} {arrow}",
         f"**{value.value:.4g}**",
         f"{value.low:.4g} to {value.high:.4g}" + (" (approximate)" if value.approximate else ""),
-        f"{value.n:,}" + (f" ({value.failed:,} failed)" if value.failed else ""),
+        ", ".join(limits) or "none",
+        f"{value.n:,}" + (f" ({value.failed:,} failed)" if value.failed != failed else ""),
         change,
         *(others.get(kind, "the last passed run") for kind in further),
-        ", ".join(limits) or "none",
     ]
 
 
 def _history(runs: Sequence[Record]) -> str:
-    """The last runs with bars of text, which also show where Markdown has no pictures (Prefect's new UI)."""
+    """The last runs with bars of text, which also show where Markdown has no pictures, as in the new UI of
+    Prefect 3.7."""
     top = full_bar(run.value for run in runs)
     lines = [
         (

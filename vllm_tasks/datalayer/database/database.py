@@ -22,7 +22,7 @@ from vllm_tasks.datalayer.database.keyed_table import KINDS, KeyedTable, refuse_
 from vllm_tasks.datalayer.database.outputs import outputs_table
 from vllm_tasks.datalayer.database.relation import Relation, named_table
 from vllm_tasks.datalayer.database.selected import SelectedRows
-from vllm_tasks.datalayer.database.writer import DatabaseWriter, refuse_shape
+from vllm_tasks.datalayer.database.writer import DatabaseWriter, refuse_outputs, refuse_shape
 from vllm_tasks.datalayer.elsewhere import NoRows
 from vllm_tasks.datalayer.lake.delta import quoted
 from vllm_tasks.datalayer.selection import PAGE, OutputTable, Row, Selection, SourceRow, Writer
@@ -95,6 +95,11 @@ class Database:
             kinds = self._selected(connection, selection).source.kinds(connection, selection.key)
         return DatabaseWriter(self._backend, table, selection.key, kinds)
 
+    def check_outputs(self, selection: Selection, table: OutputTable) -> None:
+        with self._backend.reading() as connection:
+            kinds = self._selected(connection, selection).source.kinds(connection, selection.key)
+        refuse_outputs(self._backend, table, selection.key, kinds)
+
     def unreadable(self) -> Unreadable:
         """No rows: every row of a database has a key."""
         return Unreadable()
@@ -110,6 +115,11 @@ class Database:
             return NoRows(self._backend.where())
         kinds = database_home.column_types(self._backend.engine.dialect.name, types)
         return DatabaseWriter(self._backend, table, key, kinds)
+
+    def check_outputs_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> None:
+        if types.names:
+            kinds = database_home.column_types(self._backend.engine.dialect.name, types)
+            refuse_outputs(self._backend, table, key, kinds)
 
     def outputs(self, name: str) -> pa.Table:
         with self._backend.reading() as connection:

@@ -58,6 +58,36 @@ def refuse_shape(
     refuse_differences(backend, place.full, {**known, **narrow}, expected, WAY_OUT)
 
 
+def refuse_outputs(
+    backend: Backend, table: OutputTable, key: Sequence[str], key_kinds: Sequence[Any]
+) -> None:
+    """Raise `InvalidCall` for what a `DatabaseWriter` would refuse; nothing is created or widened."""
+    with backend.reading() as connection:
+        place = backend.located(connection, table.name)
+        there = backend.shape(connection, place)
+    _refuse_names(backend, place, table, key)
+    if there:
+        expected = shape_of(made(place, table, key, key_kinds), backend.engine.dialect)
+        there = {**there, **_narrow(backend, there, expected, key)}
+        refuse_differences(backend, place.full, there, expected, WAY_OUT)
+
+
+def _refuse_names(backend: Backend, place: TableName, table: OutputTable, key: Sequence[str]) -> None:
+    if table.partition_by or table.compression:
+        raise InvalidCall("partition_by and compression are options of a lake; a database has neither")
+    columns = [column.name for column in table.columns]
+    names = [*key, *columns, POSITION, *OWN_COLUMNS]
+    fold = str.casefold if backend.engine.dialect.name == "sqlite" else str
+    counts = Counter(map(fold, names))
+    if twice := sorted(name for name in names if counts[fold(name)] > 1):
+        raise InvalidCall(
+            f"the outputs would have more than one column {twice[0]!r} (of the key "
+            f"{', '.join(key)}, the output's columns and our own); rename it in a SELECT "
+            "(SELECT ... AS another_name) or in the output_schema"
+        )
+    refuse_long_names((place.name, *columns), backend.engine.dialect)
+
+
 def _narrow(backend: Backend, there: Shape, expected: Shape, key: Sequence[str]) -> Shape:
     """The expected key columns that are narrower in the outputs, since the source's key was widened."""
     return {
@@ -83,7 +113,7 @@ class DatabaseWriter:
         self._key = tuple(key)
         with backend.reading() as connection:
             self._place = backend.located(connection, table.name)
-        self._refuse_names(table)
+        _refuse_names(backend, self._place, table, key)
         self._table = made(self._place, table, key, key_kinds)
         self._create([column.name for column in table.columns if column.kind == "vector"])
         json = {column.name for column in table.columns if column.kind == "json"}
@@ -113,21 +143,6 @@ class DatabaseWriter:
 
     def close(self) -> None:
         pass
-
-    def _refuse_names(self, table: OutputTable) -> None:
-        if table.partition_by or table.compression:
-            raise InvalidCall("partition_by and compression are options of a lake; a database has neither")
-        columns = [column.name for column in table.columns]
-        names = [*self._key, *columns, POSITION, *OWN_COLUMNS]
-        fold = str.casefold if self._backend.engine.dialect.name == "sqlite" else str
-        counts = Counter(map(fold, names))
-        if twice := sorted(name for name in names if counts[fold(name)] > 1):
-            raise InvalidCall(
-                f"the outputs would have more than one column {twice[0]!r} (of the key "
-                f"{', '.join(self._key)}, the output's columns and our own); rename it in a SELECT "
-                "(SELECT ... AS another_name) or in the output_schema"
-            )
-        refuse_long_names((self._place.name, *columns), self._backend.engine.dialect)
 
     def _create(self, vectors: Sequence[str]) -> None:
         if not self._shape():

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -195,36 +196,58 @@ def refuse_taken(url: str) -> None:
         )
 
 
+ANOTHER = "give another predict_id"
+"""The way out when outputs exist with another shape."""
+
+
 def make_table(
     url: str,
     schema: pa.Schema,
     keys: int,
     partition_by: tuple[str, ...] = (),
-    way_out: str = "give another predict_id",
+    way_out: str = ANOTHER,
 ) -> DeltaTable:
     """The table, created unless it exists; raises `InvalidCall` if it exists with another shape."""
+    if (made := fitting_table(url, schema, keys, partition_by, way_out)) is not None:
+        return made
+    try:
+        with storage_errors(f"cannot write {without_secrets(url)}"):
+            return DeltaTable.create(
+                url,
+                schema,
+                partition_by=list(partition_by),
+                storage_options=storage_options(url),
+                configuration={"delta.dataSkippingNumIndexedCols": str(indexed(schema.types[:keys]))},
+                commit_properties=ONCE,
+            )
+    except (TablesUnavailable, CommitFailedError):
+        made = fitting_table(url, schema, keys, partition_by, way_out)
+        if made is None:
+            raise
+        return made  # a concurrent writer created the table at the same moment
+
+
+def fitting_table(
+    url: str, schema: pa.Schema, keys: int, partition_by: tuple[str, ...], way_out: str
+) -> DeltaTable | None:
+    """The table, None if there is none; raises `InvalidCall` if it has another shape or could not be made."""
     refuse_partitions(schema, keys, partition_by)
     made = find_table(url)
     if made is None:
         refuse_taken(url)
-        try:
-            with storage_errors(f"cannot write {without_secrets(url)}"):
-                return DeltaTable.create(
-                    url,
-                    schema,
-                    partition_by=list(partition_by),
-                    storage_options=storage_options(url),
-                    configuration={"delta.dataSkippingNumIndexedCols": str(indexed(schema.types[:keys]))},
-                    commit_properties=ONCE,
-                )
-        except (TablesUnavailable, CommitFailedError):
-            made = find_table(url)
-            if made is None:
-                raise
-            # A concurrent writer created the table at the same moment.
+        return None
     refuse_unwritable(made, way_out)
     refuse_differences(made, schema, partition_by, way_out)
     return made
+
+
+def refuse_unwritable_folder(url: str) -> None:
+    """Raise `InvalidCall` for a local folder in which this user cannot create or change the table."""
+    if "://" in url:
+        return
+    there = next(folder for folder in (Path(url), *Path(url).parents) if folder.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InvalidCall(f"cannot write {url}: not allowed: permission denied for {there}")
 
 
 def writer_properties(compression: str | None, schema: pa.Schema, keys: int) -> WriterProperties:

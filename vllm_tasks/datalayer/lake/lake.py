@@ -14,10 +14,13 @@ from vllm_tasks.datalayer.all_rows import read
 from vllm_tasks.datalayer.elsewhere import ByJoin, NoRows
 from vllm_tasks.datalayer.join import Join
 from vllm_tasks.datalayer.lake.delta import (
+    ANOTHER,
     dataset,
     find_table,
+    fitting_table,
     make_table,
     quoted,
+    refuse_unwritable_folder,
     table_schema,
     writer_properties,
 )
@@ -139,17 +142,30 @@ class Lake(ByJoin):
 
     def writer_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> Writer:
         """A writer to outputs with a key of these `types`; they are empty when the source has no rows."""
-        url = self._at(table.name)
-        if not types.names:
-            there = self.key_types(table.name, key)
-            if there is None:
-                # A table created without knowing the types of its keys would keep wrong ones for ever.
-                return NoRows(self._display)
-            types = pa.schema(list(there.items()))
-        schema = table_schema({field.name: field.type for field in types}, table)
+        url, schema = self._at(table.name), self._schema_of(types, key, table)
+        if schema is None:
+            # A table created without knowing the types of its keys would keep wrong ones for ever.
+            return NoRows(self._display)
         properties = writer_properties(table.compression, schema, len(key))
         delta = make_table(url, schema, len(key), table.partition_by)
         return DeltaWriter(url, schema, key, properties, delta, self.workspace.connection().cursor())
+
+    def check_outputs_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> None:
+        """See `Home.check_outputs_of`."""
+        url, schema = self._at(table.name), self._schema_of(types, key, table)
+        if schema is not None:
+            writer_properties(table.compression, schema, len(key))
+            fitting_table(url, schema, len(key), table.partition_by, ANOTHER)
+        refuse_unwritable_folder(url)
+
+    def _schema_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> pa.Schema | None:
+        """The columns of outputs with a key of these `types`; None if neither they nor outputs are there."""
+        if not types.names:
+            there = self.key_types(table.name, key)
+            if there is None:
+                return None
+            types = pa.schema(list(there.items()))
+        return table_schema({field.name: field.type for field in types}, table)
 
     # ------------------------------------------------------------------
 

@@ -107,6 +107,25 @@ class Control:
             return True
         return False if status == 400 and lacks_template(content.decode(errors="replace")) else None
 
+    async def check_served(self, endpoint: Endpoint, model: str, max_tokens: int | None) -> None:
+        """Raise `InvalidCall` if the server is a vLLM that lacks the model, or whose context is shorter than
+        an answer may be. Another server, such as a gateway, may serve more than it lists."""
+        _, content = await self._listing(endpoint)
+        if not self._is_vllm[endpoint]:
+            return
+        cards = {card["id"]: card for card in cards_in(json_in(content)) if isinstance(card.get("id"), str)}
+        if model not in cards:
+            raise InvalidCall(
+                f"{endpoint} serves {rendered(tuple(cards))}, and the model {model!r:.200} does not exist "
+                "there; check api_url and model"
+            )
+        longest = cards[model].get("max_model_len")
+        if max_tokens is not None and isinstance(longest, int) and max_tokens > longest:
+            raise InvalidCall(
+                f"max_tokens={max_tokens} cannot be greater than max_model_len={longest} at {endpoint}: vLLM "
+                "refuses every such row; lower max_tokens, or start vLLM with a larger --max-model-len"
+            )
+
     async def facts(self, endpoint: Endpoint, model: str) -> dict[str, str]:
         """The `root` of the model and the server's `version`, as far as the server reports them."""
         root = models_in(await self._get(endpoint, MODELS)).get(model)

@@ -73,6 +73,10 @@ class HttpEngine:
         """Facts that a server reports about itself; see `Servers.facts`."""
         return await self._servers.facts()
 
+    async def check_served(self, max_tokens: int | None) -> None:
+        """See `Control.check_served`."""
+        await self._servers.check_served(max_tokens)
+
     async def has_chat_template(self) -> bool | None:
         """Ask once, at one server; None if it does not report it, as gateways do not."""
         async with self._asking_for_template:

@@ -362,6 +362,13 @@ class Servers:
             if facts or server.is_there:  # else rows have lost it meanwhile
                 return {"model": server.model, **facts}
 
+    async def check_served(self, max_tokens: int | None) -> None:
+        """See `Control.check_served`; asks one server."""
+        server = await self.first_identified()
+        assert server.model is not None
+        with suppress(Unreachable):  # it was there a moment ago: rows would wait for it
+            await self.control.check_served(server.endpoint, server.model, max_tokens)
+
     async def first_identified(self) -> Server:
         """A server that is there and whose model is known. It is waited for like a slot, for a row."""
         while True:
