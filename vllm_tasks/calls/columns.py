@@ -51,6 +51,8 @@ def named_columns(name: str, given: Any) -> tuple[str, ...]:
     columns = (given,) if not isinstance(given, Iterable) or isinstance(given, str) else tuple(given)
     if not columns or not all(isinstance(c, str) and c for c in columns):
         raise InvalidCall(f"{name}={given!r} must name one or more columns")
+    if isinstance(given, set | frozenset) and len(columns) > 1:
+        raise InvalidCall(f"{name}={given!r} is a set, which has no order: give a list of columns")
     if len(set(columns)) < len(columns):
         raise InvalidCall(f"{name}={columns!r} names a column twice")
     return columns

@@ -133,14 +133,12 @@ def check_names(
 
 
 def check_values(sampling: Mapping[str, Any]) -> None:
-    """Raise `InvalidCall` for the first value that JSON has no form for: requests carry parameters as JSON."""
+    """Raise `InvalidCall` for the first value that JSON, in which requests carry them, has no form for."""
     for name, value in sampling.items():
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
-            schema = (
-                "; for a class output_schema=CLASS.model_json_schema()" if isinstance(value, type) else ""
-            )
+            schema = ", or output_schema=CLASS.model_json_schema()" if isinstance(value, type) else ""
             raise InvalidCall(
                 f"the sampling parameter {name}={reprlib.repr(value)} cannot be sent as JSON ({error}): give "
                 f"texts, finite numbers, lists and dicts{schema}"
