@@ -60,6 +60,8 @@ def _plain(value: Any, depth: int) -> Any:
         return sorted(map(canonical, value))
     if isinstance(value, Sequence):
         return [_plain(item, depth + 1) for item in value]
+    if isinstance(value, type):  # its state would be all classes that it leads to
+        return {"type": f"{value.__module__}.{value.__qualname__}"}
     if isinstance(value, PLAIN_TEXTS):
         return {type(value).__name__: str(value)}
     return {type(value).__qualname__: _plain(_state_of(value), depth + 1)}

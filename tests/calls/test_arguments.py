@@ -62,6 +62,20 @@ def test_what_names_no_table_is_refused(model: VllmAPI, select: Any) -> None:
     assert len(str(refused.value)) < 400
 
 
+@pytest.mark.parametrize("xs", [None, 3, {"a", "b"}, "text"])
+def test_what_is_no_list_of_records_is_refused(model: VllmAPI, xs: Any) -> None:
+    """It would be a TypeError of Python, or rows in another order each time."""
+    with pytest.raises(InvalidCall, match="xs must be a list of records"):
+        model.predict_batches(xs)
+
+
+def test_a_set_of_columns_is_refused(model: VllmAPI) -> None:
+    """Its order, and so the prompt, would be another in each process."""
+    several = model.model_copy(update={"signature": "*args", "prompt": "{0} {1}"})
+    with pytest.raises(InvalidCall, match="has no order"):
+        several.predict_in_db({"id", "text"}, "t")  # type: ignore[arg-type]
+
+
 def test_a_path_is_its_text(model: VllmAPI, place: Place) -> None:
     """A path works as the table, as `db`, and as the field of a model."""
     assert model.predict_in_db("text", Path("rows"), db=Path(place.url)).succeeded == 2  # type: ignore[arg-type]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
+from decimal import Decimal
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
+from vllm_tasks import VllmAPI
 from vllm_tasks.calls.sampling import (
     LOCAL_EXTRAS,
     OWNED,
@@ -18,6 +23,7 @@ from vllm_tasks.calls.sampling import (
     known_names,
 )
 from vllm_tasks.calls.sampling_table import CHAT_REQUEST, COMPLETION_REQUEST, SAMPLING_PARAMS
+from vllm_tasks.canonical import canonical
 from vllm_tasks.errors import InvalidCall
 
 TARGETS: tuple[Target, ...] = ("local", "legacy", "completions", "chat", "openai")
@@ -45,6 +51,33 @@ def test_a_name_like_no_other_gets_the_whole_list() -> None:
     """Without a similar name, the error lists all names."""
     with pytest.raises(InvalidCall, match=r"known are .*temperature"):
         check_names(["qqqqqq"], "local")
+
+
+class Answer(BaseModel):
+    n: int
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("response_format", Answer),
+        ("seed", object()),
+        ("stop", {"a"}),
+        ("stop", json),
+        ("temperature", Decimal("0.5")),
+        ("temperature", math.nan),
+    ],
+)
+def test_a_value_that_json_has_no_form_for_is_refused_before_it_is_read(name: str, value: Any) -> None:
+    """The error names the parameter; a class would lead the fingerprint to all classes that it knows."""
+    model = VllmAPI(identifier="m", api_url="http://x", model="x", chat=False)
+    with pytest.raises(InvalidCall, match=f"the sampling parameter {name}=.* cannot be sent as JSON"):
+        model.prepare(model.predict_in_db, None, {name: value}).over("text")
+
+
+def test_a_class_counts_by_its_name() -> None:
+    """What a class is made of leads to every class that it knows, and has no end."""
+    assert canonical(Answer) == '{"type":"tests.calls.test_sampling.Answer"}'
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -64,6 +64,7 @@ def test_a_limit_of_a_dataset_wins() -> None:
     ("call", "words"),
     [
         ({"validation": None}, "has no validation"),
+        ({"validation": {"datasets": []}}, "validation is a dict"),
         ({"datasets": ["exams"]}, "did you mean 'exam'"),
         ({"datasets": []}, "names none"),
         ({"reuse": True}, "the weights of a server are not known"),

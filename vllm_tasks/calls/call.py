@@ -348,7 +348,7 @@ def _check_on_error(on_error: OnError) -> None:
 
 def _rows_of(xs: Any) -> Sequence[Any]:
     """Return the records; refuse values that iterate over something else, or without an order."""
-    if isinstance(xs, str | bytes | Mapping):
+    if isinstance(xs, str | bytes | Mapping) or not isinstance(xs, Iterable):
         raise InvalidCall(f"xs must be a list of records, got a {type(xs).__name__}; predict(x) takes one")
     if isinstance(xs, set | frozenset):
         raise InvalidCall(f"xs must be a list of records, got a {type(xs).__name__}, which has no order")

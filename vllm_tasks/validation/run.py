@@ -69,6 +69,10 @@ def validate(
         raise InvalidCall(
             f"{model.identifier!r} has no validation: pass validation=Validation(...), or set it on the model"
         )
+    if not isinstance(validation, Validation):
+        raise InvalidCall(
+            f"validation is a {type(validation).__name__}: give a Validation, Validation(**fields)"
+        )
     call = model.prepare(validate, context)
     return scored(
         model,
