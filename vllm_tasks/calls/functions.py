@@ -298,7 +298,8 @@ class _Reader:
             members = {n: v for each in reversed(kind.__mro__) for n, v in vars(each).items()}
             made = {n for n, v in members.items() if type(v) is functools.cached_property}
             state = {n: v for n, v in _own(state).items() if n not in made}
-        if kind.__reduce__ in (set.__reduce__, frozenset.__reduce__):  # a list in the order of the hashes
+        reduced_by: Any = kind.__reduce__
+        if reduced_by in (set.__reduce__, frozenset.__reduce__):  # a list in the order of the hashes
             arguments = (frozenset(value),)
         parts = [kind, made_by, arguments, state, list(items or ()), list(pairs or ())]
         return ["object", self.all(parts)]
