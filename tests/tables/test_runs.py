@@ -79,6 +79,30 @@ def test_two_runs_that_begin_the_same_outputs_at_once(server: ScriptedServer, tm
     assert [row["output"] for row in place.outputs()] == [answer_to(text) for text in texts]
 
 
+def test_a_cancelled_coroutine_stops_the_call_that_it_waits_for(
+    model: VllmAPI, place: Place, server: ScriptedServer
+) -> None:
+    """The call blocks the event loop, so Ctrl-C under `asyncio.run`, or a timeout, cannot be raised in it."""
+    place.fill_texts("a", "b")
+    task: asyncio.Task[None] | None = None
+
+    async def script(asked: Asked) -> None:
+        if asked.body:
+            assert task
+            task.cancel()
+            await asyncio.sleep(3600)
+
+    async def work() -> None:
+        nonlocal task
+        task = asyncio.current_task()
+        ask(model)
+
+    server.script = script
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(work())
+    assert there(place) == []
+
+
 def test_the_first_groups_are_small() -> None:
     """In a young run no row waits longer for its commit than 2 s or a tenth of the run's time so far."""
     commit_policy = CommitPolicy.of(None, commit_rows=512, commit_seconds=30.0)

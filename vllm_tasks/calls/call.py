@@ -359,5 +359,6 @@ def _rows_of(xs: Any) -> Sequence[Any]:
             "table.to_pylist() of pyarrow, table.to_dict('records') of pandas"
         )
     # pyarrow's columns iterate over pyarrow's own scalars.
-    rows: Sequence[Any] = xs.to_pylist() if hasattr(xs, "to_pylist") else xs
+    records: Any = xs
+    rows: Sequence[Any] = records.to_pylist() if hasattr(records, "to_pylist") else records
     return rows

@@ -52,7 +52,6 @@ CHANGING_ELSEWHERE = {
     "torch._C.Generator",
 }
 """The same, of packages that may not be installed."""
-SETS: tuple[Any, ...] = (set.__reduce__, frozenset.__reduce__)
 LOGS = logging.Logger, logging.LoggerAdapter, logging.Handler
 BY_CODE = {"eval", "exec", "globals", "__import__"}
 """Built-in functions that reach objects that the code does not name, as `import_module` does."""
@@ -299,9 +298,8 @@ class _Reader:
             members = {n: v for each in reversed(kind.__mro__) for n, v in vars(each).items()}
             made = {n for n, v in members.items() if type(v) is functools.cached_property}
             state = {n: v for n, v in _own(state).items() if n not in made}
-        if (
-            isinstance(value, set | frozenset) and kind.__reduce__ in SETS
-        ):  # a list in the order of the hashes
+        reduced_by: Any = kind.__reduce__
+        if reduced_by in (set.__reduce__, frozenset.__reduce__):  # a list in the order of the hashes
             arguments = (frozenset(value),)
         parts = [kind, made_by, arguments, state, list(items or ()), list(pairs or ())]
         return ["object", self.all(parts)]

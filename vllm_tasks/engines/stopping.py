@@ -1,13 +1,16 @@
 """Detects that the flow which waits for the calling thread has been stopped.
 
 Ctrl-C, SIGTERM and a task's `timeout_seconds` are raised as exceptions wherever a thread runs Python. A
-submitted task gets no exception. So every long wait wakes up a few times a second and checks.
+submitted task gets no exception, nor does a coroutine that blocks its event loop with our call. So every long
+wait wakes up a few times a second and checks.
 """
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import time
+from contextlib import suppress
 
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import TerminationSignal
@@ -17,11 +20,16 @@ from vllm_tasks.engines.loop import LOOKED_EVERY
 
 
 def raise_if_stopped() -> None:
-    """Raise `TerminationSignal` in a submitted task if the flow that waits for it is being stopped.
+    """Raise `CancelledError` in a coroutine that is being cancelled, as by the Ctrl-C of `asyncio.run`, and
+    `TerminationSignal` in a submitted task if the flow that waits for it is being stopped.
 
     Prefect signals the thread of a task only by an event for each submitted task, which has no public
     name. It sets all of them at once. A task that was called in a submitted task has no event of its own.
     """
+    with suppress(RuntimeError):  # no event loop runs in this thread
+        # Only asyncio knows of a cancellation that it has not raised yet, since our call blocks its loop.
+        if getattr(asyncio.current_task(), "_must_cancel", False):
+            raise asyncio.CancelledError
     run, flow = TaskRunContext.get(), FlowRunContext.get()
     if flow is None or run is None or not isinstance(flow.task_runner, ThreadPoolTaskRunner):
         return
