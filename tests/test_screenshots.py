@@ -103,7 +103,7 @@ def browser(ui: str) -> Iterator[Page]:
 
 
 def shot(page: Page, name: str, height: int) -> None:
-    page.set_viewport_size({"width": 1280, "height": height})
+    page.set_viewport_size({"width": 1400, "height": height})
     page.wait_for_timeout(2000)  # the graph of the run moves to its place
     FOLDER.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=FOLDER / f"{name}.png")

@@ -29,8 +29,9 @@ def one_line(text: str, length: int) -> str:
 
 def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table in HTML for a notebook. All texts are escaped."""
-    lines = ["".join(f"<th>{html_text(cell)}</th>" for cell in head)]
-    lines += ["".join(f'<td style="text-align: left">{html_text(cell)}</td>' for cell in row) for row in rows]
+    left = 'style="text-align: left"'  # a notebook's own rule is right
+    lines = ["".join(f"<th {left}>{html_text(cell)}</th>" for cell in head)]
+    lines += ["".join(f"<td {left}>{html_text(cell)}</td>" for cell in row) for row in rows]
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 

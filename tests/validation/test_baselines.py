@@ -106,7 +106,8 @@ def test_the_page_and_the_reason_have_the_figures_of_both_baselines(
     assert f"0.3333 worse than in the best run {first.run}" in str(verdict.reason)
     assert second.run not in str(verdict.reason), "16.7 points are within the limit"
     page = markdown_of("m", third)
-    assert "| limits | rows | against the last passed run | against the best run |" in page
+    assert "| limits | rows | against the last passed run |" in page
+    assert "- exact_match against the best run: -0.333 (" in page
     assert "with these 60 rows, a drop of 0.4 is detected " in page
 
 

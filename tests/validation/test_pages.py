@@ -17,7 +17,9 @@ from vllm_tasks.validation.run import validate
 HOSTILE = "<script>alert(1)</script> | ` \n# Head\n\x1b[31m\x00 ![x](http://evil) " + "x" * 100_000
 
 
-def validated(server: ScriptedServer, lake: Any, right: int, wrong: str = "wrong") -> ValidationReport:
+def validated(
+    server: ScriptedServer, lake: Any, right: int, wrong: str = "wrong", **other: Any
+) -> ValidationReport:
     """A model that answers `right` of ten questions rightly."""
 
     def script(asked: Asked) -> Reply | None:
@@ -30,12 +32,13 @@ def validated(server: ScriptedServer, lake: Any, right: int, wrong: str = "wrong
 
     server.script = script
     rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(10)]
-    validation = Validation(
-        datasets=[Dataset(identifier="ten", raw_data=rows)],
-        metrics=[Metric(identifier="exact_match")],
-        key=("question", "answer"),
-        thresholds={"exact_match": 0.7},
-    )
+    fields = {
+        "datasets": [Dataset(identifier="ten", raw_data=rows)],
+        "metrics": [Metric(identifier="exact_match")],
+        "key": ("question", "answer"),
+        "thresholds": {"exact_match": 0.7},
+    }
+    validation = Validation(**fields | other)
     with VllmAPI(identifier="m", api_url=server.url, model="x", chat=False, retries=0) as model:
         return validate(model, validation, db=str(lake))
 
@@ -92,6 +95,13 @@ def test_a_validation_draws_itself_in_a_notebook(server: ScriptedServer, tmp_pat
     assert "\n" not in str(report)
     failed = validated(server, tmp_path, 5)._repr_html_()
     assert "m on ten failed: ten: exact_match is 0.5" in failed
+
+
+def test_rows_of_one_score_have_no_worst(server: ScriptedServer, tmp_path: Any) -> None:
+    """Answers that all have five tokens are alike; answers that are all wrong are all shown as wrong."""
+    counted = {"metrics": [Metric(identifier="exact_match"), Metric(identifier="output_tokens")]}
+    report = validated(server, tmp_path, 0, **counted)
+    assert {row.metric for row in report.datasets[0].worst} == {"exact_match"}
 
 
 def test_no_answer_breaks_a_notebook_or_a_page(server: ScriptedServer, tmp_path: Any) -> None:

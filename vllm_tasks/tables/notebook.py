@@ -37,5 +37,6 @@ def _parts(report: Report) -> Iterator[str]:
             ),
         )
     if report.samples:
+        yield "<p>Sample answers:</p>"
         answers = ((display_key(s.key), one_line(s.answer, TEXT_LENGTH)) for s in report.samples)
         yield html_table(("key", "answer"), answers)

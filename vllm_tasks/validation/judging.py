@@ -169,9 +169,15 @@ class Judging:
         return _Earlier(before, sides, dict(zip(limited, p_worse, strict=True)))
 
     def _worst(self, metric: Metric, now: Scored, answers: Sequence[Answer]) -> list[WorstRow]:
-        """The `rows_shown` worst rows. They need no other run, so the report of a first run has them too."""
+        """The `rows_shown` worst rows. They need no other run, so the report of a first run has them too.
+
+        There are none if all rows have one score, unless it is the lowest that there is.
+        """
         measure = metric.measure()
-        sign, best = (1, measure.range[1]) if measure.higher_is_better else (-1, measure.range[0])
+        sign, *ends = (1, *measure.range) if measure.higher_is_better else (-1, *reversed(measure.range))
+        lowest, best = ends
+        if len(there := set(now.scores.values())) == 1 and lowest not in there:
+            return []
         wrong = [row for row, score in now.scores.items() if score != best]
         wrong.sort(key=lambda row: (sign * now.scores[row], row))
         texts = _shown(metric, answers)

@@ -29,8 +29,9 @@ def _parts(model: str, report: DatasetReport) -> Iterator[str]:
     # As an image: styles of an SVG in the page would apply to all of the page.
     yield f'<img src="{data_uri(picture_of(report))}" alt="">'
     if report.worst:
+        yield "<p>Worst rows:</p>"
         yield html_table(
-            ("worst rows: row", "metric", "score", "input", "expected", "answer"),
+            ("row", "metric", "score", "input", "expected", "answer"),
             (
                 (
                     str(row.row),
@@ -54,5 +55,5 @@ def _line(of: tuple[Value, Verdict]) -> tuple[str, ...]:
         interval,
         f"{value.n:,}",
         f"{value.failed:,}",
-        verdict.reason or "passed",
+        "passed" if verdict.reason is None else "failed",
     )

@@ -144,27 +144,19 @@ def _parts(model: str, report: DatasetReport) -> Iterator[str]:
     yield f"# {words(model)} on {words(report.dataset)}"
     yield "**Passed.**" if not report.reasons else "**Failed.** " + "; ".join(map(words, report.reasons))
     pairs = list(zip(report.values, report.verdicts, strict=True))
-    further = {
-        one.kind: f"against the {one.kind} run" for _, v in pairs for one in v.against if one.kind != "last"
-    }
-    head = (
-        "metric",
-        "value",
-        "95 % interval",
-        "limits",
-        "rows",
-        "against the last passed run",
-        *further.values(),
-    )
-    yield markdown_table(
-        head, [_line(value, verdict, list(further), report.failed) for value, verdict in pairs]
-    )
+    head = ("metric", "value", "95 % interval", "limits", "rows", "against the last passed run")
+    yield markdown_table(head, [_line(value, verdict, report.failed) for value, verdict in pairs])
     notes = [
         f"{words(value.metric)}: approximate interval, {words(value.approximate)}"
         for value in report.values
         if value.approximate
     ]
     for verdict in report.verdicts:
+        further = [one for one in verdict.against if one.kind != "last"]
+        notes += [
+            f"{words(verdict.metric)} against the {one.kind} run: {_difference(one.paired)}"
+            for one in further
+        ]
         if verdict.untested:
             notes.append(f"{words(verdict.metric)}: **limit not tested**, {words(verdict.untested)}")
     notes += [
@@ -227,11 +219,10 @@ def _counts(report: DatasetReport) -> str:
     return f"{rows}; {failed}; {truncated}."
 
 
-def _line(value: Value, verdict: Verdict, further: Sequence[str], failed: int) -> list[str]:
-    """The cells of a metric. Wide cells would end beyond a window of 1,400 pixels, so that what stands below
-    the table, the number of `failed` rows and whether a limit was tested, does not stand here."""
+def _line(value: Value, verdict: Verdict, failed: int) -> list[str]:
+    """The cells of a metric. More of them would end beyond a window of 1,400 pixels, so the number of
+    `failed` rows, other baselines and whether a limit was tested stand below, where lines wrap."""
     change = "no run to compare with" if verdict.paired is None else _difference(verdict.paired)
-    others: dict[str, str] = {one.kind: _difference(one.paired) for one in verdict.against}
     limits = []
     if verdict.threshold is not None:
         limits.append(f"{'≥' if value.higher_is_better else '≤'} {verdict.threshold:g}")
@@ -245,7 +236,6 @@ def _line(value: Value, verdict: Verdict, further: Sequence[str], failed: int) -
         ", ".join(limits) or "none",
         f"{value.n:,}" + (f" ({value.failed:,} failed)" if value.failed != failed else ""),
         change,
-        *(others.get(kind, "the last passed run") for kind in further),
     ]
 
 
