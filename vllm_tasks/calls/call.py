@@ -348,8 +348,6 @@ def _check_on_error(on_error: OnError) -> None:
 
 def _rows_of(xs: Any) -> Sequence[Any]:
     """Return the records; refuse values that iterate over something else, or without an order."""
-    if isinstance(xs, str | bytes | Mapping) or not isinstance(xs, Iterable):
-        raise InvalidCall(f"xs must be a list of records, got a {type(xs).__name__}; predict(x) takes one")
     if isinstance(xs, set | frozenset):
         raise InvalidCall(f"xs must be a list of records, got a {type(xs).__name__}, which has no order")
     if hasattr(xs, "columns"):
@@ -358,6 +356,8 @@ def _rows_of(xs: Any) -> Sequence[Any]:
             "one of them, table['column'], or with signature='**kwargs' all rows as dicts: "
             "table.to_pylist() of pyarrow, table.to_dict('records') of pandas"
         )
+    if isinstance(xs, str | bytes | Mapping) or not isinstance(xs, Iterable):
+        raise InvalidCall(f"xs must be a list of records, got a {type(xs).__name__}; predict(x) takes one")
     # pyarrow's columns iterate over pyarrow's own scalars.
     records: Any = xs
     rows: Sequence[Any] = records.to_pylist() if hasattr(records, "to_pylist") else records
