@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from vllm_tasks import VllmAPI
 from vllm_tasks.calls.sampling import (
+    FRONTEND,
     LOCAL_EXTRAS,
     OWNED,
     REMOVED,
@@ -24,6 +25,7 @@ from vllm_tasks.calls.sampling import (
 )
 from vllm_tasks.calls.sampling_table import CHAT_REQUEST, COMPLETION_REQUEST, SAMPLING_PARAMS
 from vllm_tasks.canonical import canonical
+from vllm_tasks.engines.local.vllm_server import MOVED
 from vllm_tasks.errors import InvalidCall
 
 TARGETS: tuple[Target, ...] = ("local", "legacy", "completions", "chat", "openai")
@@ -184,3 +186,9 @@ def test_a_vllm_that_has_moved_its_classes_gives_no_names() -> None:
     """If the file or the class is not found, the dated table is used."""
     assert _fields("", "no/such/file.py", "SamplingParams") is None
     assert _fields("", "sampling_params.py", "NoSuchClass") is None
+
+
+def test_arguments_are_looked_for_where_the_engine_looks_for_them() -> None:
+    """The program of the engine runs without the package, so each has the modules itself."""
+    modules = [file.removesuffix(".py").replace("/", ".") for file in FRONTEND]
+    assert modules == list(MOVED["FrontendArgs"]) == list(MOVED["BaseFrontendArgs"])

@@ -356,9 +356,8 @@ def _rows_of(xs: Any) -> Sequence[Any]:
             "one of them, table['column'], or with signature='**kwargs' all rows as dicts: "
             "table.to_pylist() of pyarrow, table.to_dict('records') of pandas"
         )
-    if isinstance(xs, str | bytes | Mapping) or not isinstance(xs, Iterable):
+    if isinstance(xs, str | bytes | Mapping) or not hasattr(xs, "__iter__"):
         raise InvalidCall(f"xs must be a list of records, got a {type(xs).__name__}; predict(x) takes one")
     # pyarrow's columns iterate over pyarrow's own scalars.
-    records: Any = xs
-    rows: Sequence[Any] = records.to_pylist() if hasattr(records, "to_pylist") else records
+    rows: Sequence[Any] = xs.to_pylist() if hasattr(xs, "to_pylist") else xs
     return rows

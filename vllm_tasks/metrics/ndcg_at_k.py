@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from vllm_tasks.metrics.measure import Measure
-from vllm_tasks.metrics.rankings import gains_of, ranking_of
+from vllm_tasks.metrics.rankings import LENGTH, gains_of, ranking_of
 
 
-def score(prediction: Any, target: Any, *, k: int = 10) -> float:
+def score(prediction: Any, target: Any, *, k: int = LENGTH) -> float:
     """Return the nDCG of one ranking.
 
     Args:

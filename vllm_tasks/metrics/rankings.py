@@ -9,6 +9,9 @@ from vllm_tasks.calls.plain_text import NoText, plain_text
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.data import data_of
 
+LENGTH = 10
+"""How many ids of a ranking count, unless `k` says otherwise."""
+
 
 def ranking_of(prediction: Any) -> list[str]:
     """Return the ids of a ranking as texts, each once; none for an answer that is no list."""

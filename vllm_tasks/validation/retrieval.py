@@ -16,7 +16,7 @@ import numpy as np
 from vllm_tasks.errors import InvalidCall, near
 from vllm_tasks.metrics.data import data_of
 from vllm_tasks.metrics.measure import Answer
-from vllm_tasks.metrics.rankings import gains_of, id_of
+from vllm_tasks.metrics.rankings import LENGTH, gains_of, id_of
 from vllm_tasks.validation.metric import Metric
 
 RANKED = "recall_at_k", "ndcg_at_k"
@@ -78,7 +78,7 @@ def check_documents(metric: Metric, targets: Sequence[Any]) -> None:
 
 
 def _k(metric: Metric) -> int:
-    found: int = metric.options.get("k", 10)
+    found: int = metric.options.get("k", LENGTH)
     return found
 
 

@@ -44,7 +44,7 @@ def _opened(path: Path) -> Workspace:
             raise TablesUnavailable(
                 f"{path}: this process has a connection to the file; close it, or read a table in memory"
             ) from e
-        raise InvalidCall(f"{str(path)!r} is not a DuckDB file: {str(e)[:300]}") from e
+        raise InvalidCall(f"{str(path)!r} cannot be opened as a DuckDB file: {str(e)[:300]}") from e
 
 
 def _statement(con: duckdb.DuckDBPyConnection, select: str, path: Path) -> str:

@@ -10,6 +10,7 @@ from vllm_tasks.datalayer.lake.delta import quoted
 from vllm_tasks.datalayer.sources.pieces import Pieces
 from vllm_tasks.datalayer.workspace import literal
 
+Kinds = dict[str, set[pa.DataType]]
 DIGITS = 38
 """Maximum digits of DuckDB's decimals."""
 
@@ -33,13 +34,18 @@ def refused_in_sql(source: Pieces, columns: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def mixes_numbers(source: Pieces, columns: Sequence[str]) -> bool:
-    """Whether a column has whole numbers of 64 bits in one file and floats in another. DuckDB reads them as
-    floats and rounds the large ones; `ColumnStream` refuses those."""
-    kinds: dict[str, set[pa.DataType]] = {}
+def kinds_of(source: Pieces) -> Kinds:
+    """The types that each column has in the files of a table."""
+    kinds: Kinds = {}
     for _, schema in source.schemas():
         for field in schema:
             kinds.setdefault(field.name, set()).add(field.type)
+    return kinds
+
+
+def mixes_numbers(kinds: Kinds, columns: Sequence[str]) -> bool:
+    """Whether a column has whole numbers of 64 bits in one file and floats in another. DuckDB reads them as
+    floats and rounds the large ones; `ColumnStream` refuses those."""
     wide = {pa.int64(), pa.uint64()}
     return any(
         not wide.isdisjoint(kinds[name]) and any(map(pa.types.is_floating, kinds[name]))
@@ -48,17 +54,13 @@ def mixes_numbers(source: Pieces, columns: Sequence[str]) -> bool:
     )
 
 
-def plain_times(source: Pieces, columns: Sequence[str]) -> dict[str, str]:
+def plain_times(kinds: Kinds, columns: Sequence[str]) -> dict[str, str]:
     """By column of times of day, an expression without a zone. DuckDB gives a zone to times that Parquet
     marks as UTC, as pyarrow once marked all."""
-    kinds: dict[str, set[str | None]] = {}
-    for _, schema in source.schemas():
-        for field in schema:
-            kinds.setdefault(field.name, set()).add(_time(field.type))
     return {
-        name: _without_zone(quoted(name), kind)
+        name: _without_zone(quoted(name), time)
         for name in columns
-        if len(there := kinds.get(name, set())) == 1 and (kind := next(iter(there)))
+        if len(there := set(map(_time, kinds.get(name, ())))) == 1 and (time := next(iter(there)))
     }
 
 

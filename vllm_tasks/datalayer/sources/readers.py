@@ -15,7 +15,7 @@ from vllm_tasks.datalayer.sources.arrow_file import ArrowFile
 from vllm_tasks.datalayer.sources.arrow_stream import ColumnStream
 from vllm_tasks.datalayer.sources.csv import Csv
 from vllm_tasks.datalayer.sources.delta import DeltaSource, queryable
-from vllm_tasks.datalayer.sources.exact_sql import mixes_numbers, plain_times, refused_in_sql
+from vllm_tasks.datalayer.sources.exact_sql import kinds_of, mixes_numbers, plain_times, refused_in_sql
 from vllm_tasks.datalayer.sources.files import Files, Table, exactly
 from vllm_tasks.datalayer.sources.hive import Partition, partitions
 from vllm_tasks.datalayer.sources.iceberg import Iceberg
@@ -114,8 +114,10 @@ class Readers:
             texts.append(source)
             return _attached(Stream(source, columns), {})
         refused = refused_in_sql(source, columns)
-        if isinstance(source, Parquet) and self._by_duckdb(table) and not mixes_numbers(source, columns):
-            return _attached(self._read_parquet(table), plain_times(source, columns) | refused)
+        if isinstance(source, Parquet) and self._by_duckdb(table):
+            kinds = kinds_of(source)
+            if not mixes_numbers(kinds, columns):
+                return _attached(self._read_parquet(table), plain_times(kinds, columns) | refused)
         return _attached(ColumnStream(source, columns, refused), refused)
 
     def _by_duckdb(self, table: Table) -> bool:

@@ -13,7 +13,6 @@ import aiohttp
 
 from vllm_tasks.engines.http.credentials import Credentials
 from vllm_tasks.engines.http.failures import MENDED_BY, Unreachable
-from vllm_tasks.engines.http.proxies import sent_through
 from vllm_tasks.engines.http.urls import Endpoint
 from vllm_tasks.errors import InvalidCall
 
@@ -185,7 +184,7 @@ class Control:
                 aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
                 session.request(
                     "GET" if body is None else "POST", endpoint.url_of(path), json=body,
-                    headers=self.credentials.headers(), allow_redirects=False, **sent_through(endpoint.proxy),
+                    headers=self.credentials.headers(), allow_redirects=False, **endpoint.through,
                 ) as response,
             ):  # fmt: skip
                 content = bytearray()

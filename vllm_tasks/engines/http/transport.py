@@ -25,7 +25,6 @@ from vllm_tasks.engines.http.failures import (
     kind_of_refusal,
 )
 from vllm_tasks.engines.http.files import OUT_OF_FILES, TOO_MANY_FILES
-from vllm_tasks.engines.http.proxies import sent_through
 from vllm_tasks.engines.http.streaming import EVENTS, Ended, Pieces
 from vllm_tasks.engines.http.urls import Endpoint
 
@@ -95,7 +94,7 @@ class Transport:
         try:
             async with self._session.post(
                 endpoint.url_of(path), data=data, headers={NAME: name}, allow_redirects=False,
-                **sent_through(endpoint.proxy),
+                **endpoint.through,
             ) as response:  # fmt: skip
                 return response, *await self._read(response, url)
         except aiohttp.ClientHttpProxyError as error:

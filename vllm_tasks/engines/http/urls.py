@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from vllm_tasks.engines import wire
+from vllm_tasks.engines.http.proxies import sent_through
 from vllm_tasks.errors import InvalidCall
 
 VERSION = re.compile(r"/v\d+$")
@@ -30,6 +33,11 @@ class Endpoint:
     query: str = field(default="", repr=False)
     proxy: str | None = field(default=None, repr=False)
     """The URL of the proxy on the way, perhaps with its password."""
+
+    @functools.cached_property
+    def through(self) -> dict[str, Any]:
+        """The options of an aiohttp request that goes through the proxy."""
+        return sent_through(self.proxy)
 
     def url_of(self, path: str) -> str:
         """The URL of one of vLLM's paths, such as /v1/models, as it is requested."""
