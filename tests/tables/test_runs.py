@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,9 +45,8 @@ def test_a_long_row_holds_up_no_commit(
     assert len(place.answers()) == 51
 
 
-def test_two_runs_that_begin_the_same_outputs_at_once(server: ScriptedServer, tmp_path: Path) -> None:
+def test_two_runs_that_begin_the_same_outputs_at_once(server: ScriptedServer, place: Place) -> None:
     """Neither finds outputs of the other's source at its start; the second commit is refused then."""
-    place = Place(str(tmp_path / "lake"))
     place.fill_texts("a", "b")
     both = asyncio.Barrier(4)
 

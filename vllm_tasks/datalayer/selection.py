@@ -133,8 +133,9 @@ class Writer(Protocol):
         error nothing of the call is written, and it may be repeated; if it was written but the
         acknowledgement was lost, the repetition replaces it.
 
-        `before` is called before each attempt to write, and ends the commit by raising. In a lake, nobody
-        commits between its return and the write: the attempt fails then, and the next one calls it again.
+        `before` is called before each attempt to write, and ends the commit by raising. Nobody commits
+        between its return and the write. (In a database a lock holds others off; in a lake the attempt fails
+        then, and the next one calls it again.)
 
         Raises `TablesUnavailable` for temporary failures (a lost connection, a full disk, a lock).
         """

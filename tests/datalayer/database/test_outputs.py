@@ -37,6 +37,24 @@ def test_outputs_read_back_exactly(place: Place) -> None:
     assert db.outputs(OUT).schema.types[:7] == types
 
 
+def test_no_writer_commits_between_a_check_and_its_write(place: Place) -> None:
+    """`before` is called with the lock on the outputs, so what it has seen is still so at the write."""
+    db = place.fill()
+    first, second = (db.writer(selection(), TABLE) for _ in range(2))
+    other = threading.Thread(target=second.commit, args=([row(2)], []))
+    seen = []
+
+    def before() -> None:
+        other.start()
+        other.join(0.5)
+        seen.append((other.is_alive(), len(place.outputs())))
+
+    first.commit([row(1)], [], before)
+    other.join()
+    assert seen == [(True, 0)]
+    assert len(place.outputs()) == 2
+
+
 def test_what_cannot_be_stored_is_told_before_anything_is_sent(place: Place) -> None:
     """A row that the database cannot hold is named; the commit fails, and nothing of it is written."""
     db = place.fill()

@@ -6,7 +6,7 @@ import random
 import re
 import time
 import zlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -180,15 +180,24 @@ class KeyedTable:
                 return f"column {name!r}: {problem}"
         return None
 
-    def replace(self, rows: Sequence[Row], redo: Collection[Key], make_or: str | None = None) -> None:
+    def replace(
+        self,
+        rows: Sequence[Row],
+        redo: Collection[Key],
+        make_or: str | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> None:
         """Write `rows` in one transaction, replacing all rows with their keys and those in `redo`.
 
+        `before` is called first, when no other writer of ours can commit any more; see `Writer.commit`.
         `make_or`: create the table in that transaction unless it exists; if it exists with another shape,
         raise `InvalidCall` with this way out.
         """
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 with self._backend.writing(self._table.name) as connection:
+                    if before is not None:
+                        before()
                     if make_or is not None:
                         self._make(connection, make_or)
                     return self._write(connection, rows, redo)

@@ -125,10 +125,8 @@ class DatabaseWriter:
         for row in rows:
             if problem := self.unstorable(row):
                 raise ValueError(f"the key {self._keyed.key_of(row)!r:.200}: {problem}")
-        if before:
-            before()
         try:
-            self._keyed.replace(last_outputs(rows, self._key), redo)
+            self._keyed.replace(last_outputs(rows, self._key), redo, before=before)
         except InvalidCall as e:
             if self._shape():
                 raise
