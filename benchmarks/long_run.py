@@ -1,18 +1,16 @@
-"""LONG-RUN: checks that no resource leaks, over 200,000 rows of a table and hours of an engine.
+"""LONG-RUN: checks that no resource leaks, over 2,000,000 rows of a table and hours of an engine.
 
-First one process sends 200,000 rows with `predict_in_db`, in many calls of one flow, to a scripted server
-that sometimes breaks a connection, returns 429 or 500, and refuses one row in 200. Then it uses the tiny
-engine for `--minutes`: each flow run makes 50 calls within `with model:`, which starts an engine and closes
-it. The resources are sampled between calls, and each sample is appended to a JSONL file at once. SIGTERM ends
-the run cleanly and reports the samples so far.
+One process sends 2,000,000 rows with `predict_in_db`, in many calls of one flow, to a scripted server that
+sometimes breaks a connection, returns 429 or 500, and refuses one row in 200. Beside it, another one uses the
+tiny engine for `--minutes`: each flow run makes 50 calls within `with model:`, which starts an engine and
+closes it. The resources of each process are sampled between calls, and each sample is appended to a JSONL file
+at once. SIGTERM ends the run and reports the samples so far.
 """
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -37,7 +35,7 @@ from benchmarks.workload import questions
 if TYPE_CHECKING:
     from vllm_tasks import VllmModel
 
-ROWS, CALLS = 200_000, 40
+ROWS, CALLS = 2_000_000, 40
 """Rows of the table, and calls that process them."""
 LIFE, LOOK_EVERY, BATCH = 50, 5, 128
 """Calls between two starts of the engine, calls between two samples, and rows of a call."""
@@ -93,34 +91,44 @@ def measure(options: Options) -> Iterator[str]:
         if options.minutes:
             file.write_text("", encoding="utf-8")
             print(f"# samples: {file}", file=sys.stderr, flush=True)
-            scratch, work = folders()
-            with prefect_test_harness(server_startup_timeout=600):
-                over_table(Record("table", file, scratch), work / "table")
-                over_engine(Record("engine", file, scratch), work / "engine", options.minutes)
+            with (
+                tempfile.TemporaryDirectory(prefix="long-") as folder,
+                Child(over_table, file, Path(folder) / "table") as table,
+                Child(over_engine, file, Path(folder) / "engine", options.minutes) as engine,
+            ):
+                table.receive()
+                engine.receive()
     finally:
         lines = report(read(file))
     yield from lines
 
 
-def folders() -> tuple[Path, Path]:
-    """A folder for temporary files of this process and its children, and one for the run's tables and
-    model."""
-    folder = Path(tempfile.mkdtemp(prefix="long-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # after Prefect has removed its database
+@contextmanager
+def begun(pipe: Connection, folder: Path) -> Iterator[tuple[Path, Path]]:
+    """A part of the run in this process, with a Prefect server, a folder for temporary files of this process
+    and its children, and one for the tables and the model."""
     scratch, work = folder / "tmp", folder / "work"
-    for path in (scratch, work / "table", work / "engine"):
+    for path in (scratch, work):
         path.mkdir(parents=True)
     os.environ.update(ENVIRONMENT, TMPDIR=str(scratch))
     tempfile.tempdir = None  # so that TMPDIR is read again
-    return scratch, work
+    pipe.send("begun")
+    with prefect_test_harness(server_startup_timeout=600):
+        yield scratch, work
+    pipe.send("over")
 
 
 # ---------------------------------------------------------------------- the table
 
 
-def over_table(record: Record, work: Path) -> None:
+def over_table(pipe: Connection, file: Path, folder: Path) -> None:
     """Process all rows, `ROWS / CALLS` in each call."""
-    write_rows(work, ROWS)
+    with begun(pipe, folder) as (scratch, work):
+        write_rows(work, ROWS)
+        send_all(Record("table", file, scratch), work)
+
+
+def send_all(record: Record, work: Path) -> None:
 
     @flow
     def nightly(server: str) -> None:
@@ -142,14 +150,19 @@ def over_table(record: Record, work: Path) -> None:
 # ---------------------------------------------------------------------- the engine
 
 
-def over_engine(record: Record, work: Path, minutes: float) -> None:
+def over_engine(pipe: Connection, file: Path, folder: Path, minutes: float) -> None:
     """Run one engine after the other until the time is over."""
+    with begun(pipe, folder) as (scratch, work):
+        write_rows(work, BATCH)
+        one_after_the_other(Record("engine", file, scratch), work, minutes)
+
+
+def one_after_the_other(record: Record, work: Path, minutes: float) -> None:
     from vllm_tasks import VllmModel
 
     with Child(tiny_model, work / "model") as making:  # in a child, so that torch is not imported here
         name: str = making.ready
     model = VllmModel(identifier="tiny", model_name=name, vllm_kwargs=ENGINE, predict_kwargs=SAMPLING)
-    write_rows(work, BATCH)
     end = time.monotonic() + 60 * minutes
     barren = 0
 

@@ -1,0 +1,52 @@
+"""Daft's `prompt` in its own interpreter (see `benchmarks.peers.foreign`): its OpenAI provider."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import daft  # type: ignore[import-not-found]
+from daft.functions import prompt  # type: ignore[import-not-found]
+
+
+def main(url: str, model: str, concurrency: str, _folder: str) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # its own output goes to the log
+    daft.set_provider("openai", base_url=f"{url}/v1", api_key="none")
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line), model, int(concurrency))), file=answers, flush=True)
+
+
+def run(order: dict[str, Any], model: str, concurrency: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    answer = prompt(
+        daft.col("prompt"),
+        provider="openai",
+        model=model,
+        use_chat_completions=True,
+        temperature=0,
+        max_tokens=order["max_tokens"],
+        extra_body={"ignore_eos": True},
+        concurrency=concurrency,
+        max_retries=2,
+        on_error="ignore",
+    )
+    try:
+        frame = daft.from_pydict({"prompt": order["prompts"]}).with_column("output", answer).to_pydict()
+    except Exception as error:  # noqa: BLE001 - the result with a bad row is measured
+        return {"died": f"{type(error).__name__}: {error}"}
+    completed = sum(output is not None for output in frame["output"])
+    return {
+        "seconds": time.perf_counter() - started,
+        "completed": completed,
+        "errors": len(frame["output"]) - completed,
+        "tokens": completed * order["max_tokens"],
+    }
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
