@@ -96,3 +96,12 @@ def test_names_of_outputs_are_distinct_and_plain_ones_stay_plain(make: Make, her
     assert names[0] == "m-on-c"
     assert len(set(names)) == len(names)
     assert all(len(name.encode()) <= 53 for name in names)
+
+
+def test_the_log_names_the_set_and_not_our_query(
+    make: Make, here: Place, pupil: Pupil, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a validation reads is a table of its own; nobody has written its SELECT."""
+    with caplog.at_level(logging.INFO, "vllm_tasks"):
+        validate(make(here), validation(5, metrics=[OWN]))
+    assert "SELECT" not in caplog.text

@@ -62,11 +62,14 @@ class Selection:
     since: datetime | None = None
     """With `failed` and `all`: leave out rows committed under the fingerprint at or after this time.
     Set when a run resumes after a lost connection."""
+    name: str | None = None
+    """What people know the source as; None: its `select`."""
 
     @property
     def display(self) -> str:
         """The source as text for people; a long statement is truncated."""
-        return self.select if len(self.select) <= 200 else f"{self.select[:200]}..."
+        text = self.name or self.select
+        return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,6 +131,7 @@ class Round:
             columns=over.columns,
             outputs=outputs_name(predict_id),
             fingerprint=over.fingerprint,
+            name=table,
         )
         retried = 0
         if self.retry_failed and self.home.has(selection.outputs):
