@@ -99,9 +99,9 @@ def test_names_of_outputs_are_distinct_and_plain_ones_stay_plain(make: Make, her
 
 
 def test_the_log_names_the_set_and_not_our_query(
-    make: Make, here: Place, pupil: Pupil, caplog: pytest.LogCaptureFixture
+    make: Make, place: Place, pupil: Pupil, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What a validation reads is a table of its own; nobody has written its SELECT."""
     with caplog.at_level(logging.INFO, "vllm_tasks"):
-        validate(make(here), validation(5, metrics=[OWN]))
+        validate(make(place), validation(5, metrics=[OWN]))
     assert "SELECT" not in caplog.text
