@@ -39,9 +39,11 @@ FILES = 0, 2000, 8000
 """Files of the table; 100 M such rows are about 8,000 of 4 MB."""
 KNOWN = 0, 1_000_000, 10_000_000
 """Keys that others have written since the writer began."""
-BEHIND = 1, 8, 32
+BEHIND = 1, 8, 24
 """Commits of others since the writer's last one."""
 REPEATS = 5
+SECONDS = 6.0
+"""How long several writers commit at once."""
 OUTPUTS = "_outputs__m"
 SELECTION = Selection("rows", ("id",), ("text",), OUTPUTS, "f")
 TABLE = OutputTable(OUTPUTS, (OutputColumn("output", "str"),))
@@ -52,12 +54,11 @@ OTHERS = 1 << 40
 @dataclass
 class Sample:
     """A commit, and what its time depends on: the rows of the group, the files of the table, commits of
-    others since the last one and the keys in them, and the keys that are known."""
+    others since the last one, and the keys that are known."""
 
     rows: int
     files: int = 0
     behind: int = 0
-    behind_rows: int = 0
     known: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     """By part, over all attempts."""
@@ -142,11 +143,12 @@ def rows_of(texts: Sequence[str], first: int, count: int) -> list[Row]:
     return [{"id": first + i, "output": texts[i], **own} for i in range(count)]
 
 
-def commit(writer: Timed, rows: Sequence[Row]) -> tuple[dict[str, float], int]:
-    """Commit the rows; returns the seconds of the parts, and the attempts."""
+def commit(writer: Timed, texts: Sequence[str], first: int, count: int) -> tuple[dict[str, float], int]:
+    """Make and commit `count` rows with the keys from `first` on; returns the seconds of the parts, and the
+    attempts."""
     writer.start()
     started = time.perf_counter()
-    writer.commit(rows, ())
+    writer.commit(rows_of(texts, first, count), ())
     total = time.perf_counter() - started
     return {**writer.parts, "rest": total - sum(writer.parts.values())}, writer.attempts
 
@@ -173,24 +175,24 @@ def _with_files(texts: Sequence[str], files: int) -> Iterator[Sample]:
     """Commits into a table of so many files, alone and behind others."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as closing:
         write_rows(Path(folder), 1)
-        (_, other), first = _opened(folder, closing), 0
-        commit(other, rows_of(texts, OTHERS, GROUPS[0]))
+        (_, other), first = _opened(folder, closing), 1
+        commit(other, texts, OTHERS, GROUPS[0])
         _copy_file(f"{folder}/{OUTPUTS}", files)
         (_, writer), (_, other) = _opened(folder, closing), _opened(folder, closing)
-        commit(writer, rows_of(texts, 1, 1))  # warms up
+        commit(writer, texts, 0, 1)  # warms up
         for group in GROUPS:
             for _ in range(REPEATS):
+                done = commit(writer, texts, first, group)
                 first += group
-                done = commit(writer, rows_of(texts, first + OTHERS // 2, group))
-                yield Sample(group, files, 0, 0, 0, *done)
+                yield Sample(group, files, 0, 0, *done)
         for behind in BEHIND:
             for _ in range(REPEATS):
                 for _ in range(behind):
+                    commit(other, texts, first, GROUPS[0])
                     first += GROUPS[0]
-                    commit(other, rows_of(texts, first, GROUPS[0]))
+                done = commit(writer, texts, first, GROUPS[0])
                 first += GROUPS[0]
-                done = commit(writer, rows_of(texts, first, GROUPS[0]))
-                yield Sample(GROUPS[0], files, behind, behind * GROUPS[0], 0, *done)
+                yield Sample(GROUPS[0], files, behind, 0, *done)
 
 
 def _with_known(texts: Sequence[str], known: int) -> Iterator[Sample]:
@@ -198,12 +200,12 @@ def _with_known(texts: Sequence[str], known: int) -> Iterator[Sample]:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as closing:
         write_rows(Path(folder), 1)
         _, writer = _opened(folder, closing)
-        commit(writer, rows_of(texts, 0, GROUPS[0]))
+        commit(writer, texts, 0, GROUPS[0])
         write_keys(f"{folder}/{OUTPUTS}", known)
-        commit(writer, rows_of(texts, GROUPS[0], GROUPS[0]))  # reads them
+        commit(writer, texts, GROUPS[0], GROUPS[0])  # reads them
         for i in range(2, 2 + REPEATS):
-            done = commit(writer, rows_of(texts, i * GROUPS[0], GROUPS[0]))
-            yield Sample(GROUPS[0], 1, 0, 0, known, *done)
+            done = commit(writer, texts, i * GROUPS[0], GROUPS[0])
+            yield Sample(GROUPS[0], 1, 0, known, *done)
 
 
 def _opened(folder: str, closing: ExitStack) -> tuple[lakes.Lake, Timed]:
@@ -268,13 +270,13 @@ def _growing(pipe: Connection, group: int, commits: int) -> None:
 # ---------------------------------------------------------------------- several writers
 
 
-def contended(counts: Sequence[int], groups: Sequence[int], seconds: float) -> Iterator[Contended]:
+def contended(counts: Sequence[int], groups: Sequence[int]) -> Iterator[Contended]:
     """What the numbers of writers do at once, for each size of groups; each case in a lake of its own."""
     with ExitStack() as running:
         writers = [running.enter_context(Child(_contends, i)) for i in range(max(counts))]
         for group in groups:
             for count in counts:
-                yield _at_once(writers[:count], group, seconds)
+                yield _at_once(writers[:count], group, SECONDS)
 
 
 def _at_once(writers: Sequence[Child], group: int, seconds: float) -> Contended:
@@ -319,9 +321,8 @@ def _contends(pipe: Connection, number: int) -> None:
         pipe.recv()
         times, attempts, begun, cpu = list[float](), 0, time.monotonic(), time.process_time()
         while time.monotonic() - begun < seconds:
-            rows = rows_of(texts, (number << 32) + len(times) * group, group)
             started = time.perf_counter()
-            attempts += commit(writer, rows)[1]
+            attempts += commit(writer, texts, (number << 32) + len(times) * group, group)[1]
             times.append(time.perf_counter() - started)
         pipe.send((times, attempts, time.process_time() - cpu))
         lake.close()

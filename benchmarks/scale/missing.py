@@ -6,7 +6,6 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from benchmarks.children import Child
 from benchmarks.p6 import resident

@@ -1,9 +1,9 @@
 """Shards that commit into one lake, as a discrete-event simulation with measured costs.
 
-Each shard has an engine that completes rows at a constant rate, the package's own `CommitPolicy`, and the
-writer's own way to commit: it reads the log and the keys of others' rows, looks for its own keys among them,
-and writes, which fails if another one has committed since it has read the log. Shards are on machines of
-their own (`cores=None`), or share some cores, to compare the simulation with what was measured.
+A shard has an engine that completes rows at a constant rate, and the package's own `CommitPolicy`. It commits
+as the writer does: it reads the log and the keys of others' rows, looks for its own keys among them, and
+writes, which fails if another one has committed since. Shards are on machines of their own (`cores=None`);
+with the cores of this machine, the simulation repeats what was measured here.
 """
 
 from __future__ import annotations
@@ -13,22 +13,29 @@ import itertools
 import math
 import random
 from collections.abc import Generator, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import nnls
 
 from benchmarks.scale.commits import Sample
-from vllm_tasks.datalayer.lake.delta_writer import ATTEMPTS, COMPACT_EVERY, FILE_BYTES, SMALL_FILES
+from vllm_tasks.datalayer.lake.delta_writer import ATTEMPTS
 from vllm_tasks.tables.commit_policy import CommitPolicy
 from vllm_tasks.tables.job import RETRY_DELAYS
 from vllm_tasks.tables.source_rows import BATCH_ROWS
 
-PARTS = "log", "join", "write", "rest"
+ONCE, ATTEMPT = ("rest",), ("log", "join", "write")
+"""The parts of a commit that are done once, and those that are repeated in each attempt."""
 POLL = 0.2
 """Seconds between two looks of a run at its group."""
-ROW_BYTES = 300
-"""Bytes of a row in a Parquet file."""
+WARM, SPAN = 300.0, 300.0
+"""Simulated seconds before those that count, and those."""
+WINDOW = 256
+"""Rows in an engine's window."""
+IN_A_FILE = 13_000
+"""Rows in a file of the size to which files are compacted: 4 MB, and 300 bytes a row."""
+Features = tuple[float, ...]
+"""What the seconds of a part depend on, linearly."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Machine:
         self._waiting: list[tuple[float, int, Process]] = []
         self._working: list[tuple[float, int, Process]] = []
         self._served = 0.0
-        """The seconds of work that each process at work has had, if it was there from the beginning."""
+        """Seconds of work that a process has had that works since the beginning."""
 
     def start(self, process: Process) -> None:
         """Start a process now."""
@@ -73,89 +80,80 @@ class Machine:
             self._resume(process)
 
     def _resume(self, process: Process) -> None:
-        asked = next(process, None)
-        if isinstance(asked, Work):
-            heapq.heappush(self._working, (self._served + asked.seconds, next(self._order), process))
-        elif asked is not None:
-            heapq.heappush(self._waiting, (self.now + asked, next(self._order), process))
+        wanted = next(process, None)
+        if isinstance(wanted, Work):
+            heapq.heappush(self._working, (self._served + wanted.seconds, next(self._order), process))
+        elif wanted is not None:
+            heapq.heappush(self._waiting, (self.now + wanted, next(self._order), process))
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of each part of an attempt to commit, linear in what `Sample` names."""
+    """Seconds of each part of a commit, linear in its `features`."""
 
-    of: Mapping[str, tuple[float, ...]]
+    of: Mapping[str, Features]
 
     @classmethod
     def fitted(cls, samples: Iterable[Sample]) -> Costs:
         """The non-negative least squares of the relative errors (Lawson and Hanson 1974)."""
         listed = list(samples)
-        what = np.array([_features(s.rows, s.files, s.behind, s.known) for s in listed], dtype=float)
-        fitted = {}
-        for part in PARTS:
-            seconds = np.array([s.seconds.get(part, 0.0) for s in listed])
-            weights = 1 / np.maximum(seconds, 1e-4)
-            fitted[part] = tuple(nnls(what * weights[:, None], seconds * weights)[0].tolist())
-        return cls(fitted)
+        what = np.array([features(s.rows, s.files, s.behind, s.known) for s in listed])
+        found = {}
+        for part in (*ONCE, *ATTEMPT):
+            seconds = np.maximum([s.seconds.get(part, 0.0) for s in listed], 1e-4)
+            found[part] = tuple(nnls(what / seconds[:, None], np.ones(len(listed)))[0].tolist())
+        return cls(found)
 
-    def seconds(self, part: str, rows: int, files: float, behind: float, known: float) -> float:
-        """The seconds of a part."""
-        return sum(
-            c * x for c, x in zip(self.of[part], _features(rows, files, behind, known), strict=True)
-        )
+    def seconds(self, parts: Iterable[str], given: Features) -> float:
+        """The seconds of these parts."""
+        return sum(c * x for part in parts for c, x in zip(self.of[part], given, strict=True))
 
 
-def _features(rows: float, files: float, behind: float, known: float) -> tuple[float, ...]:
-    return 1.0, rows, files, float(behind > 0), behind, known
+def features(rows: float, files: float, behind: float, known: float) -> Features:
+    """A constant, rows of the group, files of the table, whether others have committed, and then also by
+    files, their commits, and known keys."""
+    others = float(behind > 0)
+    return 1.0, rows, files, others, others * files, behind, known
 
 
 @dataclass
 class Lake:
-    """The one lake: its version, its files, and what its writers have done in all."""
+    """The one lake, and what its writers have done in all."""
 
     version: int = 0
-    small: float = 0.0
-    large: float = 0.0
     rows: int = 0
-    commits: int = 0
     attempts: int = 0
     failed: int = 0
-    """Commits that have lost `ATTEMPTS` times, and are attempted again later."""
+    """Commits that have lost all attempts, and those after each of `RETRY_DELAYS`, too."""
     slowest: float = 0.0
-    added: int = 0
-    """Files that were ever added: those that a writer has not read yet are new to it."""
 
     @property
     def files(self) -> float:
-        """Files of the table."""
-        return self.small + self.large
+        """Files of the table, as compactions leave them."""
+        return self.rows / IN_A_FILE + min(self.version, 100)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a simulated run is: shards with engines of `rate` rows/s that share `rows` rows."""
+    """A run to simulate: shards with engines of `rate` rows/s, in a table that has `there` rows of the run.
+
+    A writer remembers the fraction `known` of these rows' keys.
+    """
 
     shards: int
-    rows: int
     rate: float
-    commit_rows: int = 512
+    commit_rows: int
+    there: int
+    known: float
     commit_seconds: float = 30.0
-    find: float = 0.0
-    """Seconds until a shard has found its first row."""
-    window: int = 256
-    """Rows in an engine's window."""
-    known: float = 1.0
-    """The fraction of others' keys that a writer remembers."""
-    cores: float | None = None
-    seed: int = 0
 
 
 @dataclass(frozen=True)
 class Ran:
-    """The outcome of a simulated run."""
+    """What was committed within some seconds of a simulated run, by how many attempts."""
 
-    setting: Setting
     seconds: float
+    rows: int
     commits: int
     attempts: int
     failed: int
@@ -164,117 +162,113 @@ class Ran:
     @property
     def rate(self) -> float:
         """Rows a second of all shards."""
-        return self.setting.rows / self.seconds
-
-    @property
-    def efficiency(self) -> float:
-        """The rate, divided by what the engines could do."""
-        return self.rate / (self.setting.shards * self.setting.rate)
+        return self.rows / self.seconds
 
 
-@dataclass
 class Shard:
-    """A shard's engine and its group: rows that are finished and not committed."""
+    """A shard: its engine, and the rows that are finished and not committed."""
 
-    setting: Setting
-    policy: CommitPolicy
-    left: int
-    """Rows that the engine has not completed at `since`."""
-    bound: int
-    finished: float = 0.0
-    since: float = 0.0
-    seen: int = 0
-    known: float = 0.0
-    commits: int = 0
-    fresh: bool = True
-    """Whether the writer holds the table, and reads only what is new in its log."""
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.policy = CommitPolicy.of(None, setting.commit_rows, setting.commit_seconds)
+        self.finished = self.since = 0.0
+        self.bound = WINDOW + 2 * self.policy.most + BATCH_ROWS
 
     def at(self, now: float) -> float:
         """The rows that are finished and not committed; the engine waits when they reach the bound."""
-        done = min(self.setting.rate * (now - self.since), self.left, max(0.0, self.bound - self.finished))
-        return self.finished + done
+        return max(self.finished, min(self.finished + self.setting.rate * (now - self.since), self.bound))
 
     def advance(self, now: float) -> None:
         """Count what the engine has completed until now."""
-        there = self.at(now)
-        self.left -= round(there - self.finished)
-        self.finished, self.since = there, now
+        self.finished, self.since = self.at(now), now
+
+    def until_due(self, now: float, last: float, begun: float) -> float:
+        """Seconds until the policy closes a group that begins now; once it is due, it stays due."""
+
+        def due(then: float) -> bool:
+            ages = then - now, then - last, then - begun
+            return self.policy.is_due(int(self.at(then)), *ages, redo=False)
+
+        early, late = now, now + POLL
+        while not due(late):
+            early, late = late, now + 2 * (late - now)
+        while late - early > POLL and not due(early):
+            middle = (early + late) / 2
+            early, late = (early, middle) if due(middle) else (middle, late)
+        return (early if due(early) else late) - now
 
 
-def ran(setting: Setting, costs: Costs) -> Ran:
-    """Simulate a run until its last commit."""
-    machine, lake, rng = Machine(setting.cores), Lake(), random.Random(setting.seed)
-    policy = CommitPolicy.of(None, setting.commit_rows, setting.commit_seconds)
-    bound = setting.window + 2 * policy.most + BATCH_ROWS
-    for i in range(setting.shards):
-        mine = setting.rows // setting.shards + (i < setting.rows % setting.shards)
-        machine.start(_shard(machine, lake, Shard(setting, policy, mine, bound), costs, rng))
-    machine.run()
-    return Ran(setting, machine.now, lake.commits, lake.attempts, lake.failed, lake.slowest)
+def ran(setting: Setting, costs: Costs, seed: int = 0) -> Ran:
+    """Simulate a run for `WARM` seconds, and then for `SPAN`, which count."""
+    machine, lake, rng = Machine(), Lake(rows=setting.there), random.Random(seed)
+    for _ in range(setting.shards):
+        machine.start(_shard(machine, lake, Shard(setting), costs, rng))
+    machine.run(WARM)
+    before = replace(lake)
+    machine.run(WARM + SPAN)
+    return Ran(
+        SPAN,
+        lake.rows - before.rows,
+        lake.version - before.version,
+        lake.attempts - before.attempts,
+        lake.failed,
+        lake.slowest,
+    )
 
 
 def _shard(machine: Machine, lake: Lake, shard: Shard, costs: Costs, rng: random.Random) -> Process:
-    yield shard.setting.find + rng.uniform(0, 1)  # flow runs do not start at the same moment
-    shard.since = begun = last = machine.now
-    while shard.left or shard.finished:
-        group_since = machine.now
-        wait = _until_due(shard, machine.now, group_since, last, begun)
-        if wait:
-            yield wait
+    yield rng.uniform(0, 30)  # flow runs do not start at the same moment
+    begun = last = shard.since = machine.now
+    writer = _Writer(machine, lake, costs, rng, shard.setting.known)
+    while True:
+        yield shard.until_due(machine.now, last, begun)
         shard.advance(machine.now)
-        rows = min(math.ceil(shard.finished), shard.policy.most)
-        yield from _commit(machine, lake, shard, costs, rng, rows)
+        rows = min(int(shard.finished), shard.policy.most)
+        if rows:
+            yield from writer.commit(rows)
         shard.advance(machine.now)
-        shard.finished = max(0.0, shard.finished - rows)
-        last = machine.now
+        shard.finished, last = shard.finished - rows, machine.now
 
 
-def _until_due(shard: Shard, now: float, group_since: float, last: float, begun: float) -> float:
-    """Seconds until the policy closes the group, found by bisection: once it is due, it stays due."""
+def contend(writers: int, group: int, seconds: float, costs: Costs, cores: float) -> Ran:
+    """Simulate writers on one machine that commit groups one after another, as `commits.contended`."""
+    machine, lake, rng = Machine(cores), Lake(), random.Random(0)
 
-    def due(then: float) -> bool:
-        rows = int(shard.at(then))
-        all_done = rows - shard.finished >= shard.left
-        ages = then - group_since, then - last, then - begun
-        return all_done or (rows > 0 and shard.policy.is_due(rows, *ages, redo=False))
+    def writes() -> Process:
+        writer = _Writer(machine, lake, costs, rng, 1.0)
+        while True:
+            yield from writer.commit(group)
 
-    if due(now):
-        return 0.0
-    early, late = now, now + shard.policy.seconds + 1.0
-    while late - early > POLL:
-        middle = (early + late) / 2
-        early, late = (early, middle) if due(middle) else (middle, late)
-    return late - now
+    for _ in range(writers):
+        machine.start(writes())
+    machine.run(seconds)
+    return Ran(seconds, lake.rows, lake.version, lake.attempts, lake.failed, lake.slowest)
 
 
-def _commit(
-    machine: Machine, lake: Lake, shard: Shard, costs: Costs, rng: random.Random, rows: int
-) -> Process:
-    started = machine.now
-    for pause in (*RETRY_DELAYS, math.inf):
-        for attempt in range(ATTEMPTS):
-            lake.attempts += 1
-            base, files = lake.version, lake.files
-            behind = lake.added - shard.seen
-            shard.seen = lake.added
-            known = shard.known * shard.setting.known
+class _Writer:
+    """A writer to the lake."""
 
-            def cost(part: str) -> float:
-                return costs.seconds(part, rows, files, behind, known)  # noqa: B023
+    def __init__(self, machine: Machine, lake: Lake, costs: Costs, rng: random.Random, known: float) -> None:
+        self._machine, self._lake, self._costs, self._rng = machine, lake, costs, rng
+        self._known = known
+        self._seen = lake.version
 
-            yield Work(cost("log") + cost("join") + cost("write") + cost("rest"))
-            shard.known = lake.rows
-            if lake.version == base:
-                lake.version += 1
-                lake.added += 1
-                shard.seen += lake.added - shard.seen == 1
-                lake.small += 1
-                lake.rows += rows
-                lake.commits += 1
-                lake.slowest = max(lake.slowest, machine.now - started)
-                return
-            yield rng.uniform(0, min(1.0, 0.02 * 1.5**attempt))
-        lake.failed += 1
-        if pause == math.inf:
-            raise RuntimeError("a commit has lost every attempt")
-        yield float(pause)
+    def commit(self, rows: int) -> Process:
+        """Commit so many rows, after losing any number of times."""
+        started, lake = self._machine.now, self._lake
+        yield Work(self._costs.seconds(ONCE, features(rows, lake.files, 0, 0)))
+        for pause in itertools.chain(RETRY_DELAYS, itertools.repeat(None)):
+            for attempt in range(ATTEMPTS):
+                lake.attempts += 1
+                base, behind = lake.version, lake.version - self._seen
+                self._seen = base
+                given = features(rows, lake.files, behind, self._known * lake.rows)
+                yield Work(self._costs.seconds(ATTEMPT, given))
+                if lake.version == base:
+                    lake.version, lake.rows = base + 1, lake.rows + rows
+                    lake.slowest = max(lake.slowest, self._machine.now - started)
+                    self._seen = lake.version
+                    return
+                yield self._rng.uniform(0, min(1.0, 0.02 * 1.5**attempt))
+            lake.failed += pause is None  # and with it the run; the simulation goes on
+            yield float(pause or RETRY_DELAYS[-1])
