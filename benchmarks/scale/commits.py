@@ -23,7 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 from deltalake import DeltaTable, write_deltalake
-from deltalake.transaction import AddAction
+from deltalake.transaction import AddAction, RemoveAction
 
 from benchmarks.children import Child
 from benchmarks.p7 import write_rows
@@ -104,7 +104,8 @@ class Timed(DeltaWriter):
 
     def _latest(self) -> DeltaTable:
         self.attempts += 1
-        return self._timed("log", super()._latest)
+        delta: DeltaTable = self._timed("log", super()._latest)
+        return delta
 
     def _taken(self, new: pa.Table) -> pa.Table:
         return self._timed("join", lambda: super(Timed, self)._taken(new))
@@ -122,7 +123,7 @@ class Timed(DeltaWriter):
 
 def opened(folder: str) -> tuple[lakes.Lake, Timed]:
     """A lake and a writer to its outputs."""
-    lakes.DeltaWriter = Timed  # type: ignore[misc]
+    lakes.DeltaWriter = Timed  # type: ignore[attr-defined]  # the writer that lakes make
     lake = lakes.Lake(folder)
     writer = lake.writer(SELECTION, TABLE)
     assert isinstance(writer, Timed)
@@ -232,7 +233,7 @@ def _copy_file(table: str, copies: int) -> None:
     """Add copies of the table's one file to it, in one commit; their keys are never read here."""
     delta = DeltaTable(table)
     (there,) = pa.table(delta.get_add_actions()).to_pylist()
-    actions = []
+    actions: list[AddAction | RemoveAction] = []
     for i in range(copies):
         name = f"copy-{i}.parquet"
         os.link(f"{table}/{there['path']}", f"{table}/{name}")
