@@ -234,6 +234,6 @@ def run_curves(runs: Runs) -> dict[str, Curve]:
         ((s, r) for s, r in runs.items() if s.rate == rate), lambda item: series(item[0])
     ):
         if int(rows.replace(",", "")) in (GROUPS[0], GROUPS[-1]):
-            name = f"groups of {rows}" + (", before" if kept == "all" else "")
+            name = f"{rows}, before" if kept == "all" else f"groups of {rows}"
             named[name] = [(float(setting.shards), run.rate) for setting, run in same]
     return named
