@@ -23,6 +23,7 @@ PARTS = (
     "Parity",
     "Faults",
     "Long run",
+    "Scale",
 )
 """The parts, in the order of the page."""
 HEAD = """\

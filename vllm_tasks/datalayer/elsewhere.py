@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from vllm_tasks.datalayer.join import Join, Outputs
-from vllm_tasks.datalayer.selection import Key, OutputTable, Row, Selection, SourceRow, Writer
+from vllm_tasks.datalayer.selection import Key, OutputTable, Row, Selection, Shard, SourceRow, Writer
 from vllm_tasks.datalayer.sources import Source, Unreadable
 from vllm_tasks.datalayer.workspace import Workspace
 from vllm_tasks.errors import TablesUnavailable
@@ -42,8 +42,13 @@ class Home(Outputs, Protocol):
     def workspace(self) -> Workspace:
         """The workspace that joins rows with their outputs; it may read them, and closes with the store."""
 
-    def writer_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> Writer:
-        """As `Tables.writer`, for a key of these Arrow types; they are empty if the source has no rows."""
+    def writer_of(
+        self, types: pa.Schema, key: Sequence[str], table: OutputTable, shard: Shard | None
+    ) -> Writer:
+        """As `Tables.writer`, for a key of these Arrow types; they are empty if the source has no rows.
+
+        The writer is given rows of `shard` alone, unless it is None.
+        """
 
     def check_outputs_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> None:
         """As `Tables.check_outputs`, for a key of these Arrow types."""
@@ -89,7 +94,7 @@ class ByJoin(ABC):
         return Unreadable() if self._read is None else self._read.unreadable
 
     def writer(self, selection: Selection, table: OutputTable) -> Writer:
-        return self.writer_of(self._key_to_write(selection), selection.key, table)
+        return self.writer_of(self._key_to_write(selection), selection.key, table, selection.shard)
 
     def check_outputs(self, selection: Selection, table: OutputTable) -> None:
         self.check_outputs_of(self._key_to_write(selection), selection.key, table)
@@ -101,7 +106,9 @@ class ByJoin(ABC):
         return checked.key_to_write
 
     @abstractmethod
-    def writer_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> Writer:
+    def writer_of(
+        self, types: pa.Schema, key: Sequence[str], table: OutputTable, shard: Shard | None
+    ) -> Writer:
         """See `Home.writer_of`."""
 
     @abstractmethod
@@ -121,8 +128,10 @@ class Elsewhere(ByJoin):
         self._source = source
         self._home = home
 
-    def writer_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> Writer:
-        return self._home.writer_of(types, key, table)
+    def writer_of(
+        self, types: pa.Schema, key: Sequence[str], table: OutputTable, shard: Shard | None
+    ) -> Writer:
+        return self._home.writer_of(types, key, table, shard)
 
     def check_outputs_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> None:
         self._home.check_outputs_of(types, key, table)

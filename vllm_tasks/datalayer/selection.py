@@ -19,6 +19,8 @@ the input that their output was made from, for the caller to compare; `failed`: 
 under any fingerprint; `all`: every row."""
 
 Key = tuple[Any, ...]
+Shard = tuple[int, int]
+"""(i, n): the i-th, from 0, of n parts of the rows, chosen by a hash of their keys."""
 Row = Mapping[str, Any]
 
 POSITION = "_position"
@@ -57,8 +59,8 @@ class Selection:
     refresh: Refresh = "missing"
     ids: tuple[Key, ...] | None = None
     """Only rows with one of these keys; each a tuple with one value per column of the key."""
-    shard: tuple[int, int] | None = None
-    """(i, n): only the i-th, from 0, of n parts of the rows, chosen by a hash of their keys."""
+    shard: Shard | None = None
+    """Only rows of this shard."""
     since: datetime | None = None
     """With `failed` and `all`: leave out rows committed under the fingerprint at or after this time.
     Set when a run resumes after a lost connection."""

@@ -25,7 +25,15 @@ from vllm_tasks.datalayer.database.selected import SelectedRows
 from vllm_tasks.datalayer.database.writer import DatabaseWriter, refuse_outputs, refuse_shape
 from vllm_tasks.datalayer.elsewhere import NoRows
 from vllm_tasks.datalayer.lake.delta import quoted
-from vllm_tasks.datalayer.selection import PAGE, OutputTable, Row, Selection, SourceRow, Writer
+from vllm_tasks.datalayer.selection import (
+    PAGE,
+    OutputTable,
+    Row,
+    Selection,
+    Shard,
+    SourceRow,
+    Writer,
+)
 from vllm_tasks.datalayer.sources import Unreadable
 from vllm_tasks.datalayer.storable import is_text
 from vllm_tasks.datalayer.workspace import MEMORY, Workspace
@@ -110,7 +118,10 @@ class Database:
     def done(self, cursor: duckdb.DuckDBPyConnection, name: str, key: pa.Schema) -> str:
         return database_home.done(self._backend, cursor, name, key)
 
-    def writer_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> Writer:
+    def writer_of(
+        self, types: pa.Schema, key: Sequence[str], table: OutputTable, shard: Shard | None
+    ) -> Writer:
+        """See `Home.writer_of`; a database finds others' keys by itself, whatever the shard."""
         if not types.names:
             return NoRows(self._backend.where())
         kinds = database_home.column_types(self._backend.engine.dialect.name, types)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 """The scheme at the beginning of a URL."""
 FOOTERS_AT_ONCE = 16
 """Files of a table whose types are read at once."""
+MICROS = ParquetReadOptions(coerce_int96_timestamp_unit="us")
+"""Spark writes times as INT96, which pyarrow would read as nanoseconds: those cover only 1677 to 2262."""
 
 
 def quoted(name: str) -> str:
@@ -96,20 +98,37 @@ def dataset(table: DeltaTable) -> ds.Dataset:
     Local files are read by Arrow's own filesystem. With delta-rs's filesystem, Arrow's threads call Python: 9
     of 15 processes that ended right after reading 9 M rows aborted; with Arrow's, none.
     """
+    refuse_beyond_plain(table)
+    refuse_outside(table)
+    return table.to_pyarrow_dataset(filesystem=local_files(table), parquet_read_options=MICROS)
+
+
+def columns_of(table: DeltaTable, files: Collection[str], columns: pa.Schema) -> ds.Dataset:
+    """These columns of the rows in files that are directly in the table's folder.
+
+    Unlike that of `dataset`, its time does not grow with the files of the table, to 0.1 s at 8,000 (SCALE).
+    """
+    refuse_beyond_plain(table)
+    form = ds.ParquetFileFormat(read_options=MICROS)
+    return ds.FileSystemDataset.from_paths(sorted(files), columns, form, local_files(table))
+
+
+def local_files(table: DeltaTable) -> SubTreeFileSystem | None:
+    """The folder of the table as a filesystem of Arrow's; None if the table is on an object store."""
     uri = table.table_uri
+    if uri.startswith("file://"):
+        return SubTreeFileSystem(unquote(urlsplit(uri).path), LocalFileSystem())
+    return None if "://" in uri else SubTreeFileSystem(uri, LocalFileSystem())
+
+
+def refuse_beyond_plain(table: DeltaTable) -> None:
+    """Raise `InvalidCall` for a table whose files alone are not its rows."""
     if used := beyond_plain(table):
         # pyarrow would return NULL for renamed columns, and would return deleted rows.
         raise InvalidCall(
-            f"the Delta table {without_secrets(uri)!r} uses {', '.join(used)}, which cannot be read here; "
-            "drop the feature from the table, or copy its rows into one without it"
+            f"the Delta table {without_secrets(table.table_uri)!r} uses {', '.join(used)}, which cannot be "
+            "read here; drop the feature from the table, or copy its rows into one without it"
         )
-    local = uri.startswith("file://") or "://" not in uri
-    folder = unquote(urlsplit(uri).path) if uri.startswith("file://") else uri
-    files = SubTreeFileSystem(folder, LocalFileSystem()) if local else None
-    refuse_outside(table)
-    # Spark writes times as INT96, which pyarrow would read as nanoseconds: those cover only 1677 to 2262.
-    micros = ParquetReadOptions(coerce_int96_timestamp_unit="us")
-    return table.to_pyarrow_dataset(filesystem=files, parquet_read_options=micros)
 
 
 def refuse_outside(table: DeltaTable) -> None:

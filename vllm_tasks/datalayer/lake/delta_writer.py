@@ -15,9 +15,10 @@ from deltalake import DeltaTable, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError
 
 from vllm_tasks.datalayer.lake.columns import arrow_column, problem_of
-from vllm_tasks.datalayer.lake.delta import ONCE, dataset, open_table, quoted
+from vllm_tasks.datalayer.lake.delta import ONCE, columns_of, dataset, local_files, open_table, quoted
 from vllm_tasks.datalayer.lake.delta_shape import added_columns, arrow_schema, refuse_unwritable, with_added
-from vllm_tasks.datalayer.selection import POSITION, Key, Row
+from vllm_tasks.datalayer.selection import POSITION, Key, Row, Shard
+from vllm_tasks.datalayer.shards import in_shard
 from vllm_tasks.datalayer.storable import last_outputs
 from vllm_tasks.datalayer.storage_errors import plain, storage_errors
 from vllm_tasks.errors import TablesUnavailable
@@ -50,10 +51,14 @@ class DeltaWriter:
         properties: WriterProperties,
         delta: DeltaTable,
         cursor: duckdb.DuckDBPyConnection,
+        shard: Shard | None = None,
         *,
         redo_complete: bool = True,
     ) -> None:
-        """`redo_complete`: the caller's `redo` names all keys of a commit that the version `delta` holds."""
+        """`shard`: no other rows will be written, so others' keys need not be known.
+
+        `redo_complete`: the caller's `redo` names all keys of a commit that the version `delta` holds.
+        """
         self._url = url
         self._display = without_secrets(url)
         self._schema = schema
@@ -65,6 +70,8 @@ class DeltaWriter:
         self._known = set(delta.file_uris()) if redo_complete else set()
         """Files whose keys are in the caller's `redo` or in `TAKEN`."""
         self._cursor = cursor
+        names = [f"n.{quoted(name)}" for name in key]
+        self._in_shard = "" if shard is None else f" WHERE {in_shard(shard, names)}"
         with storage_errors("cannot keep the keys of the outputs"):
             cursor.execute(f"CREATE TEMP TABLE {TAKEN} (hash UBIGINT)")
         self._mine: pa.Table | None = None
@@ -98,8 +105,8 @@ class DeltaWriter:
                     self._know(delta, base)
                 break
             except CommitFailedError as e:
-                # A concurrent writer committed this version: read its keys, and try the next version.
-                self._delta = None
+                # A concurrent writer committed this version: read its keys, and try the next version. The
+                # table stays open: its state is still that of `base`, and opening it takes 8 times as long.
                 lost = e
                 time.sleep(random.uniform(0, min(1.0, 0.02 * 1.5**attempt)))
             except BaseException:
@@ -154,7 +161,7 @@ class DeltaWriter:
         files = set(self._delta.file_uris())
         if files - self._known:
             # Files of a compaction or merge also hold keys known before: reading them again does no harm.
-            self._remember(_only(self._delta, files - self._known))
+            self._remember(_only(self._delta, files - self._known, self._key))
             self._known = files
         return self._delta
 
@@ -167,9 +174,12 @@ class DeltaWriter:
             self._known = set(delta.file_uris())
 
     def _remember(self, rows: pa.Table | ds.Dataset) -> None:
-        """Add the keys of `rows` to `TAKEN`, which DuckDB spills: there may be more than memory holds."""
+        """Add the keys of `rows`, those of the shard, to `TAKEN`.
+
+        DuckDB spills it: there may be more than memory holds.
+        """
         self._cursor.register("_vllm_tasks_added", rows)
-        query = f"SELECT {self._hash} FROM _vllm_tasks_added AS n"  # noqa: S608 - the names are quoted
+        query = f"SELECT {self._hash} FROM _vllm_tasks_added AS n{self._in_shard}"  # noqa: S608 - the names are quoted
         self._cursor.execute(f"INSERT INTO {TAKEN} {query}")
         self._cursor.unregister("_vllm_tasks_added")
 
@@ -260,10 +270,12 @@ class DeltaWriter:
             logger.warning("old files of %s were not removed: %s", self._display, plain(e))
 
 
-def _only(delta: DeltaTable, files: set[str]) -> ds.Dataset:
-    """The rows of the table that are in these files."""
-    whole = dataset(delta)
+def _only(delta: DeltaTable, files: set[str], columns: pa.Schema) -> ds.Dataset:
+    """These columns of the rows of the table that are in these files."""
     names = {uri.rsplit("/", 1)[-1] for uri in files}  # each has a UUID
+    if (folder := local_files(delta)) and all(found.is_file for found in folder.get_file_info(sorted(names))):
+        return columns_of(delta, names, columns)
+    whole = dataset(delta)  # on an object store, or with partitions, which are folders
     fragments = [f for f in whole.get_fragments() if f.path.rsplit("/", 1)[-1] in names]
     return ds.FileSystemDataset(fragments, whole.schema, whole.format, whole.filesystem)
 

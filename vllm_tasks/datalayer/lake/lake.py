@@ -34,6 +34,7 @@ from vllm_tasks.datalayer.selection import (
     OutputTable,
     Row,
     Selection,
+    Shard,
     Writer,
 )
 from vllm_tasks.datalayer.sources import Source
@@ -140,15 +141,18 @@ class Lake(ByJoin):
         columns = f"{keys}, _fingerprint, _error, _input_hash, _created_at"
         return f"SELECT {columns} FROM {view}{once}"  # noqa: S608 - the names are quoted
 
-    def writer_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> Writer:
-        """A writer to outputs with a key of these `types`; they are empty when the source has no rows."""
+    def writer_of(
+        self, types: pa.Schema, key: Sequence[str], table: OutputTable, shard: Shard | None
+    ) -> Writer:
+        """See `Home.writer_of`."""
         url, schema = self._at(table.name), self._schema_of(types, key, table)
         if schema is None:
             # A table created without knowing the types of its keys would keep wrong ones for ever.
             return NoRows(self._display)
         properties = writer_properties(table.compression, schema, len(key))
         delta = make_table(url, schema, len(key), table.partition_by)
-        return DeltaWriter(url, schema, key, properties, delta, self.workspace.connection().cursor())
+        cursor = self.workspace.connection().cursor()
+        return DeltaWriter(url, schema, key, properties, delta, cursor, shard)
 
     def check_outputs_of(self, types: pa.Schema, key: Sequence[str], table: OutputTable) -> None:
         """See `Home.check_outputs_of`."""
