@@ -224,7 +224,7 @@ def on_ray(ground: Ground, kind: str, kills: int, *, real: bool) -> Figures:
     )
     own = model_of(ground) if real else {"identifier": "m", "model_name": "m", "vllm_kwargs": {"pause": 0.05}}
     if not real:
-        own["vllm_kwargs"]["log"] = str(log)
+        own["vllm_kwargs"]["log"] = f"file:{log}"
     fields = {**own, "db": {"url": ledger.place.url}, "on_ray": True, "replicas": 2, "ray_config": ON_CPU}
     work = "in_flow" if real else "on_scripted_hosts"
     job = ground.jobs.start(fields, "text", "rows", work=work, **CALL)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -23,6 +23,8 @@ AWAY = 1.0
 """Seconds that it is away at most, beyond its start."""
 RETRIES = 20
 """So many that no row is given up."""
+KEY = "sk-of-the-tests"
+"""LiteLLM does not start without one."""
 
 
 class Gateway:
@@ -40,7 +42,7 @@ class Gateway:
             upstream = {"model": f"text-completion-openai/{MODEL}", "api_base": f"{server}/v1"}
             model = {"model_name": MODEL, "litellm_params": {**upstream, "api_key": "none"}}
             config = folder / "litellm.json"  # JSON is YAML
-            config.write_text(json.dumps({"model_list": [model]}))
+            config.write_text(json.dumps({"model_list": [model], "general_settings": {"master_key": KEY}}))
             where = ["--host", "127.0.0.1", "--port", port, "--config", str(config)]
             self._command = [litellm, *where, "--telemetry", "False"]
         self._process: subprocess.Popen[bytes] | None = None
@@ -70,7 +72,8 @@ class Gateway:
     def kill(self) -> None:
         """Kill it with what it has started."""
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it could not start
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 
@@ -94,7 +97,7 @@ def killed(ground: Ground, kind: str, kills: int, litellm: str = "") -> Figures:
     folder.mkdir()
     with ScriptedServer(slowly(chance)) as server, Gateway(folder, server.url, litellm) as gateway:
         run = ground.run_of(name, ground.place(kind), server, rows=2 * APART * (kills + 1))
-        run.fields = {"api_url": gateway.url, "retries": RETRIES}
+        run.fields = {"api_url": gateway.url, "retries": RETRIES, "api_key": KEY}
         gateway.wait()
         job = run.start(ground.jobs)
         for _ in range(kills):
@@ -113,6 +116,7 @@ def killed(ground: Ground, kind: str, kills: int, litellm: str = "") -> Figures:
 
 def named(litellm: str) -> str:
     """LiteLLM with its version."""
-    told = subprocess.run([litellm, "--version"], capture_output=True, text=True, check=True)
-    version = re.search(r"\d+\.\d+\.\d+", told.stdout)
-    return f"LiteLLM {version[0] if version else 'of unknown version'}"
+    python = Path(litellm).with_name("python")
+    ask = "from importlib.metadata import version; print(version('litellm'))"
+    told = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True)
+    return f"LiteLLM {told.stdout.strip()}"

@@ -74,9 +74,7 @@ class Ground:
         work: Work = GENERATE,
         text: Callable[[int], str] = "t{}".format,
     ) -> ScriptedRun:
-        ledger = Ledger(
-            kind, place, rows, self.seed, lambda: asked_of(server), needs=work.needs, text=text
-        )
+        ledger = Ledger(kind, place, rows, self.seed, lambda: asked_of(server), needs=work.needs, text=text)
         return ScriptedRun(ledger, server, work)
 
 

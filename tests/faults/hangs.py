@@ -51,7 +51,7 @@ def scripted(ground: Ground, kind: str, hangs: int) -> Figures:
         "identifier": "m",
         "model_name": "m",
         "chat": False,
-        "vllm_kwargs": {"log": str(log), "pause": PAUSE},
+        "vllm_kwargs": {"log": f"file:{log}", "pause": PAUSE},
         "db": {"url": ledger.place.url},
     }
     job = jobs.start(fields, "text", "rows", work="on_scripted_host", **CALL)

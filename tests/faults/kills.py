@@ -31,9 +31,7 @@ def slowly(chance: random.Random, deed: Callable[[Asked], Deed] = lambda _: None
     return script
 
 
-def flows(
-    ground: Ground, kind: str, kills: int, work: Work = GENERATE, jobs: Jobs | None = None
-) -> Figures:
+def flows(ground: Ground, kind: str, kills: int, work: Work = GENERATE, jobs: Jobs | None = None) -> Figures:
     """The flow is killed `kills` times over one table, and the same call is repeated each time."""
     name = f"kill: flow{work.name and ', '}{work.name}"
     chance = ground.chance(f"{name} {kind}")

@@ -52,8 +52,7 @@ def runs(all_kills: int, others: Others) -> Iterator[tuple[str, Run]]:
     for kind in ("lake", "sqlite"):
         yield "disks", partial(over, disks.full, kind)
         yield "disks", partial(over, disks.read_only, kind)
-    for kind in ("lake", "postgres"):
-        yield "disks", partial(over, disks.without_room, kind)
+    yield "disks", partial(over, disks.without_room, "postgres")
     for kind in KINDS:
         yield "clock", partial(over, clocks.jump, kind)
     yield from of_prefect(others)

@@ -53,7 +53,6 @@ def _saying(asked: Asked, text: str, more: Mapping[str, Any]) -> Reply:
 
 
 GENERATE = Work()
-BRIEF = Work(deed=briefly)
 KINDS_OF_WORK = (
     Work("embed", {"task": "embed"}),
     Work(
