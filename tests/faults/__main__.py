@@ -27,8 +27,8 @@ from tests.faults.page import PACKAGES, Pass
 from tests.faults.schedule import SHARES, Others, Run, runs
 
 NAMES = (
-    "flow", "work", "sources", "postgresql", "gateway", "memory", "hangs", "engine", "server", "ray", "network",
-    "storms", "disks", "clock", "prefect",
+    "flow", "work", "sources", "postgresql", "gateway", "memory", "hangs", "engine", "server", "ray",
+    "network", "storms", "disks", "clock", "prefect",
 )  # fmt: skip
 
 

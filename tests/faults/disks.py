@@ -114,8 +114,8 @@ def wide(key: int) -> str:
 def without_room(ground: Ground, kind: str) -> Figures:
     """The temporary folder is full when rows are read, which waits, or stops and resumes by the same call.
 
-    A lake's SELECT is sorted there, and PostgreSQL's rows are kept there until they are processed. DuckDB takes
-    the room that it finds at first for all that it may ever have, so it has to be opened anew.
+    A lake's SELECT is sorted there, and PostgreSQL's rows are kept there until they are processed. DuckDB
+    takes the room that it finds at first for all that it may ever have, so it has to be opened anew.
     """
     name = "disk: temporary folder full"
     chance = ground.chance(f"{name} {kind}")

@@ -17,10 +17,10 @@ Faults come at moments that the seed chooses. After each run every row must be t
 undisturbed run in all columns but the run's own (`_uuid`, `_created_at`, `_seconds`), and no row may have
 been asked oftener than the faults account for: *at most* is the sum over the rows of what was asked and not
 committed when something died, of the answers that were cut or refused, and of what a killed gateway or a
-hung engine may have held. What was committed at a death must stay as it is to the end. Greedy answers of a real engine vary with what else is in its batch: in runs
-over real engines here and on Ray their texts are not compared, and those of the real server are recorded by
-request. Errors that a fault left (a row that was unfinished at two deaths of its engine, or timed out
-twice) are asked anew at the end."""
+hung engine may have held. What was committed at a death must stay as it is to the end. Greedy answers of a
+real engine vary with what else is in its batch: in runs over real engines here and on Ray their texts are not
+compared, and those of the real server are recorded by request. Errors that a fault left (a row that was
+unfinished at two deaths of its engine, or timed out twice) are asked anew at the end."""
 
 
 @dataclass

@@ -17,8 +17,8 @@ from tests.places import KINDS
 Run = Callable[[Ground], Figures]
 
 SHARES = {
-    "flow": 0.21, "work": 0.15, "sources": 0.25, "postgresql": 0.08, "gateway": 0.06, "memory": 0.05, "engine": 0.06,
-    "server": 0.05, "ray": 0.07, "ray-real": 0.02,
+    "flow": 0.21, "work": 0.15, "sources": 0.25, "postgresql": 0.08, "gateway": 0.06, "memory": 0.05,
+    "engine": 0.06, "server": 0.05, "ray": 0.07, "ray-real": 0.02,
 }  # fmt: skip
 """Of the kills. Those of real engines are few, because each costs a start."""
 MINUTE = 60.0
@@ -88,10 +88,12 @@ def of_services(number: dict[str, int], others: Others) -> Iterator[tuple[str, R
 
 def of_prefect(others: Others) -> Iterator[tuple[str, Run]]:
     """Prefect's server goes away, ours and one of another version."""
-    for server in ["", others.prefect] if others.prefect else [""]:
-        yield "prefect", partial(absences.away, kind="lake", how="killed", seconds=MINUTE, python=server)
-        yield "prefect", partial(absences.away, kind="sqlite", how="frozen", seconds=MINUTE, python=server)
+    for kind, how in (("lake", "killed"), ("sqlite", "frozen")):
+        yield "prefect", partial(absences.away, kind=kind, how=how, seconds=MINUTE)
     yield "prefect", partial(absences.away_from_a_pool, how="killed", seconds=MINUTE)
+    if others.prefect:
+        away = partial(absences.away, kind="lake", how="killed", seconds=MINUTE)
+        yield "prefect", partial(away, python=others.prefect)
 
 
 def shared(number: int, parts: int) -> list[int]:

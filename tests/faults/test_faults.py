@@ -8,7 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import absences, clocks, cuts, disks, gateways, hangs, kills, ledger, memory, sources, storms
+from tests.faults import (
+    absences,
+    clocks,
+    cuts,
+    disks,
+    gateways,
+    hangs,
+    kills,
+    ledger,
+    memory,
+    sources,
+    storms,
+)
 from tests.faults.ground import Ground, made
 from tests.faults.ledger import Broken, Ledger
 from tests.faults.proxy import FAULTS
@@ -34,13 +46,16 @@ def test_a_killed_flow_goes_on_by_the_same_call(ground: Ground) -> None:
     assert kills.flows(ground, "sqlite", 2).faults == 2
 
 
-.mark.parametrize("work", KINDS_OF_WORK[-2:], ids=lambda work: work.name)
+@pytest.mark.parametrize("work", KINDS_OF_WORK[-2:], ids=lambda work: work.name)
 def test_a_killed_flow_of_other_work_goes_on(ground: Ground, work: Work) -> None:
     """Rows whose answers are sent back, and rows with columns beside them, are as safe as others."""
     assert kills.flows(ground, "lake", 1, work).faults == 1
 
 
-@pytest.mark.parametrize(("source", "kind"), [("DuckDB", "postgres"), ("a table in memory (stream)", "sqlite")])
+SOURCES = [("DuckDB", "postgres"), ("a table in memory (stream)", "sqlite")]
+
+
+@pytest.mark.parametrize(("source", "kind"), SOURCES)
 def test_a_killed_flow_that_reads_elsewhere_goes_on(ground: Ground, source: str, kind: str) -> None:
     """Also if the source was a stream that could be read only once: the next call has its own."""
     assert sources.flow_reads(ground, source, kind, 1).faults == 1
