@@ -59,7 +59,8 @@ class MemoryGroup:
         return not self.path.exists()
 
     def add(self, process: int) -> None:
-        """Take in a process, and all that it starts from now on."""
+        """Take in a process and all that it starts from now on, which the kernel kills before a neighbour."""
+        Path(f"/proc/{process}/oom_score_adj").write_text("1000")
         self._write("cgroup.procs", process)
 
     def starve(self) -> None:

@@ -52,7 +52,8 @@ def runs(all_kills: int, others: Others) -> Iterator[tuple[str, Run]]:
     for kind in ("lake", "sqlite"):
         yield "disks", partial(over, disks.full, kind)
         yield "disks", partial(over, disks.read_only, kind)
-    yield "disks", partial(over, disks.without_room, "postgres")
+    for kind in ("postgres", "lake"):
+        yield "disks", partial(over, disks.without_room, kind)
     for kind in KINDS:
         yield "clock", partial(over, clocks.jump, kind)
     yield from of_prefect(others)
