@@ -88,8 +88,8 @@ bench-%: .venv/.ready
 peers: .venv/.ready
 	$(BIN)/python -m benchmarks.peers $(ARGS)
 
-faults: .venv/.ready
-	$(BIN)/python -m tests.faults $(ARGS)
+faults: .venv/.ready .venv-newest/.ready
+	$(BIN)/python -m tests.faults --prefect .venv-newest/bin/python $(ARGS)
 
 # The documentation: a server on http://127.0.0.1:8001 that follows changes, and the strict build into out/site.
 docs: .venv-docs/.ready

@@ -91,6 +91,26 @@ def in_flow(model: Any, *args: Any, **call: Any) -> Any:
     return job()
 
 
+def in_flow_over_frame(model: Any, columns: Any, path: str, frame: str, **call: Any) -> Any:
+    """In a flow, over a table in memory that has the rows of a Parquet file: a frame, or a stream."""
+    import polars
+    import pyarrow.parquet as pq
+
+    from tests.beside import in_pandas
+
+    table = pq.read_table(path)
+    made = {"pandas": in_pandas, "polars": polars.from_arrow, "stream": lambda table: table.to_reader()}
+    return in_flow(model, columns, made[frame](table), **call)
+
+
+def on_scripted_host(model: Any, *args: Any, **call: Any) -> Any:
+    """In a flow, with the scripted host as the local engine."""
+    from vllm_tasks.engines.local import process
+
+    process.HOST = Path(__file__).with_name("servers") / "scripted_host.py"
+    return in_flow(model, *args, **call)
+
+
 def on_scripted_hosts(model: Any, *args: Any, **call: Any) -> Any:
     """In a flow, on Ray, with scripted hosts as engines."""
     from tests.engines.test_ray import ScriptedActor
@@ -114,6 +134,8 @@ def main() -> None:
     works = {
         "predict_in_db": predict_in_db,
         "in_flow": in_flow,
+        "in_flow_over_frame": in_flow_over_frame,
+        "on_scripted_host": on_scripted_host,
         "on_scripted_hosts": on_scripted_hosts,
         "validate": validate,
     }

@@ -41,7 +41,9 @@ class Place:
         table = sa.Table(
             "rows",
             sa.MetaData(),
-            sa.Column("id", sa.BigInteger, primary_key=True),
+            sa.Column(
+                "id", sa.BigInteger, primary_key=True, autoincrement=False
+            ),  # 0 is a key, also in MariaDB
             sa.Column("text", sa.Text),
         )
         with engine.begin() as connection:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import resource
 from collections import namedtuple
+from contextlib import closing
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from ipaddress import ip_address
@@ -13,9 +15,12 @@ from uuid import UUID
 from zoneinfo import ZoneInfo
 
 import pytest
+import sqlalchemy as sa
 
 from vllm_tasks.datalayer.pages import Pages
+from vllm_tasks.datalayer.spool import LEAST, Spool
 from vllm_tasks.datalayer.values import Number
+from vllm_tasks.errors import TablesUnavailable
 
 BERLIN = ZoneInfo("Europe/Berlin")
 EARLY = datetime(2024, 10, 27, 2, 30, tzinfo=BERLIN)
@@ -90,3 +95,21 @@ def test_rows_without_columns_are_counted() -> None:
         keeper.write([(), (), ()], file)
         file.seek(0)
         assert keeper.read(file) == [(), (), ()]
+
+
+def test_a_temporary_folder_without_room_is_unavailable_and_not_an_end() -> None:
+    """Rows of a table that do not fit there are read again later, as after a lost database."""
+    rows = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 40) SELECT i, "
+    wide: Any = sa.text(f"{rows} hex(zeroblob({LEAST // 32})) FROM n")
+    engine = sa.create_engine("sqlite://")
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with closing(Spool(size=4)) as spool, engine.connect() as connection:
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (LEAST // 2, hard)
+        )  # a write beyond fails, as on a full disk
+        try:
+            with pytest.raises(TablesUnavailable, match=r"temporary folder '.*' \(TMPDIR\).*File too large"):
+                spool.fill(connection, wide, all_rows=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+    engine.dispose()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import nullcontext
 from typing import Literal
 
 from tests.faults.ground import IN_FLIGHT, Ground
 from tests.faults.ledger import Figures
+from tests.faults.prefect_server import PrefectServer
 from tests.servers.pool_workers import pool
 from tests.servers.scripted_server import Asked, Script, ScriptedServer
 
@@ -26,23 +28,32 @@ def lasting(seconds: float, rows: int) -> Script:
     return script
 
 
-def away(ground: Ground, kind: str, how: How, seconds: float, rows: int = 600, on: str = "") -> Figures:
-    """The run resumes, or stops and resumes by the same call. `on`: the work pool that it is routed to."""
-    where = " of a step on a work pool" if on else ""
-    chance = ground.chance(f"Prefect {how} {kind}{where}")
-    with ScriptedServer(lasting(seconds + LONGER, rows)) as server:
-        run = ground.run_of(f"Prefect's server {how}{where}", ground.place(kind), server, rows)
-        run.fields = {"compute_kwargs": {"work_pool": on}} if on else {}
-        job = run.start(ground.jobs)
-        enough = chance.randint(1, rows // 4)
-        server.wait_until(lambda: len(server.posts) >= enough)
-        ground.prefect.kill() if how == "killed" else ground.prefect.freeze()
-        time.sleep(seconds)
-        ground.prefect.start() if how == "killed" else ground.prefect.thaw()
-        run.go_on(ground.jobs, job, f"{enough} requests on, away for {seconds:g} s")
-        run.fields = {}
-        run.undisturbed(ground.jobs)
-        return run.ledger.check()
+def away(
+    ground: Ground, kind: str, how: How, seconds: float, rows: int = 600, on: str = "", python: str = ""
+) -> Figures:
+    """The run resumes, or stops and resumes by the same call.
+
+    `on`: the work pool that it is routed to. `python`: that of a server of another version than ours.
+    """
+    home = ground.folder / f"prefect-of-another-version-{kind}"
+    with PrefectServer(home, python) if python else nullcontext(ground.prefect) as prefect:
+        where = " of a step on a work pool" if on else ""
+        name = f"Prefect {prefect.version()}: server {how}{where}"
+        chance = ground.chance(f"{name} {kind}")
+        jobs = ground.jobs_in({"PREFECT_API_URL": prefect.api}) if python else ground.jobs
+        with ScriptedServer(lasting(seconds + LONGER, rows)) as server:
+            run = ground.run_of(name, ground.place(kind), server, rows)
+            run.fields = {"compute_kwargs": {"work_pool": on}} if on else {}
+            job = run.start(jobs)
+            enough = chance.randint(1, rows // 4)
+            server.wait_until(lambda: len(server.posts) >= enough)
+            prefect.kill() if how == "killed" else prefect.freeze()
+            time.sleep(seconds)
+            prefect.start() if how == "killed" else prefect.thaw()
+            run.go_on(jobs, job, f"{enough} requests on, away for {seconds:g} s")
+            run.fields = {}
+            run.undisturbed(jobs)
+            return run.ledger.check()
 
 
 def away_from_a_pool(ground: Ground, how: How, seconds: float) -> Figures:

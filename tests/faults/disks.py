@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import random
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.eventually import eventually
 from tests.faults.ground import Ground
 from tests.faults.kills import slowly, somewhere
 from tests.faults.ledger import Figures
+from tests.faults.work import Work, briefly
 from tests.places import Place
 from tests.servers.scripted_server import ScriptedServer
 
@@ -19,6 +23,15 @@ LEFT = 16_384
 """Bytes that a full disk has left: something is begun, and cannot be ended."""
 GRACE_PERIOD = 2.5
 """Seconds without room, of the 51 that commits are tried again for."""
+WIDE_ROWS = 600
+WIDTH = 60_000
+"""Characters of a row's text: 36 MB in all, of which reading keeps 16 MiB in memory."""
+SELECT_MEMORY = "60MB"
+SORTED = """\
+SELECT id, min(text) AS text FROM (
+    SELECT id, text, row_number() OVER (ORDER BY md5(text || n)) AS r FROM rows, range(1000) t(n)
+) WHERE r > 0 GROUP BY id"""
+"""Returns the rows as they are, after it has sorted 600,000, which do not fit into this memory."""
 
 
 @contextmanager
@@ -90,4 +103,35 @@ def read_only(ground: Ground, kind: str) -> Figures:
         run.ledger.death("the next call stopped")
         run.finish(ground.jobs)
         run.undisturbed(ground.jobs)
+        return run.ledger.check()
+
+
+def wide(key: int) -> str:
+    """A text so wide that the rows of a table do not fit into the memory that reading takes."""
+    return f"t{key} {random.Random(key).randbytes(WIDTH // 2).hex()}"
+
+
+def without_room(ground: Ground, kind: str) -> Figures:
+    """The temporary folder is full when rows are read, which waits, or stops and resumes by the same call.
+
+    A lake's SELECT is sorted there, and PostgreSQL's rows are kept there until they are processed. DuckDB
+    takes the room that it finds at first for all that it may ever have, so it has to be opened anew.
+    """
+    name = "disk: temporary folder full"
+    chance = ground.chance(f"{name} {kind}")
+    is_lake = kind == "lake"
+    work = Work(table=("text", SORTED)) if is_lake else Work(deed=briefly)
+    text = "t{}".format if is_lake else wide
+    script = slowly(chance, work.deed)
+    with ScriptedServer(script) as server, disk(ground.folder / f"temporary-{kind}", "256m") as folder:
+        jobs = ground.jobs_in({"TMPDIR": str(folder), "VLLM_TASKS_SELECT_MEMORY": SELECT_MEMORY})
+        run = ground.run_of(name, ground.place(kind), server, WIDE_ROWS, work, text)
+        fill(folder)
+        job = run.start(jobs)
+        assert eventually(lambda: re.search("source was lost|max_temp_directory_size", jobs.log.read_text()))
+        moment = f"full at {len(server.posts)} requests"
+        time.sleep(chance.uniform(0, GRACE_PERIOD))
+        empty(folder)
+        run.go_on(jobs, job, moment)
+        run.undisturbed(jobs, script)
         return run.ledger.check()

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,26 +38,44 @@ WINDOW = 40
 SAMPLING = {"temperature": 0, "max_tokens": 128, "ignore_eos": True}
 ROWS = 300
 """For each kill of a real engine, which answers so many in some seconds."""
+HANGS = 30.0
+"""Seconds without a token after which a real engine hangs; more than a busy machine takes for one."""
 TO_STOP = 4
 """Kills that a call survives with two replicas but for one: each at work, and again as it starts anew."""
 CALL: dict[str, Any] = {"max_chunk_size": GROUP, "max_failed": None}
 
 
-def local(ground: Ground, kind: str, kills: int) -> Figures:
-    """Processes of the engine are killed one after another during one flow, any of them."""
-    chance = ground.chance(f"engine {kind}")
-    ledger = Ledger(
-        "kill: engine (real)", ground.place(kind), ROWS * kills, ground.seed, Counter, exact=False
-    )
-    jobs = ground.jobs_in({})  # with a log of its own, which tells what the engine was asked
+End = Callable[[random.Random, int], str]
+"""Ends an engine of a job in some way; returns in words how."""
+
+
+def killed(chance: random.Random, job: int) -> str:
+    """Kill one of its processes, any of them."""
+    victim = chance.choice(engine_of(job))
+    words = " ".join(victim.cmdline())[:60]
+    victim.kill()
+    return words
+
+
+def local(
+    ground: Ground,
+    kind: str,
+    kills: int,
+    name: str = "kill: engine (real)",
+    end: End = killed,
+    began: Callable[[int], None] = lambda _: None,
+) -> Figures:
+    """Engines end one after another during one flow. `began` is called with the flow's process id."""
+    chance = ground.chance(f"{name} {kind}")
+    ledger = Ledger(name, ground.place(kind), ROWS * kills, ground.seed, Counter, exact=False)
+    # With a log of its own, which tells what the engine was asked.
+    jobs = ground.jobs_in({"VLLM_TASKS_ENGINE_TIMEOUT": f"{HANGS:g}"})
     fields = model_of(ground) | {"db": {"url": ledger.place.url}}
     job = jobs.start(fields, "text", "rows", work="in_flow", **CALL)
+    began(job)
     for _ in range(kills):
         moment = progressed(chance, ledger, ROWS)
-        victim = chance.choice(engine_of(job))
-        words = " ".join(victim.cmdline())[:60]
-        victim.kill()
-        ledger.fault(f"{moment}: {words}")
+        ledger.fault(f"{moment}: {end(chance, job)}")
     assert jobs.wait(job) == 0, jobs.log.read_text()[-5000:]
     asked = len(re.findall(r"Added request ", jobs.log.read_text()))
     twice_dead = errors_of(ledger, kills)
@@ -98,9 +116,9 @@ def progressed(chance: random.Random, ledger: Ledger, most: int, job: int | None
     return f"{more} rows committed and {later:.3f} s on"
 
 
-def engine_of(job: int) -> list[psutil.Process]:
+def engine_of(job: int, program: str = "engines/local/host.py") -> list[psutil.Process]:
     """The host and the processes that vLLM has started from it."""
-    hosts = [p for p in psutil.Process(job).children() if "engines/local/host.py" in " ".join(p.cmdline())]
+    hosts = [p for p in psutil.Process(job).children() if program in " ".join(p.cmdline())]
     found = [p for host in hosts for p in (host, *host.children(recursive=True))]
     return [p for p in found if "resource_tracker" not in " ".join(p.cmdline())]
 
@@ -206,7 +224,7 @@ def on_ray(ground: Ground, kind: str, kills: int, *, real: bool) -> Figures:
     )
     own = model_of(ground) if real else {"identifier": "m", "model_name": "m", "vllm_kwargs": {"pause": 0.05}}
     if not real:
-        own["vllm_kwargs"]["log"] = str(log)
+        own["vllm_kwargs"]["log"] = f"file:{log}"
     fields = {**own, "db": {"url": ledger.place.url}, "on_ray": True, "replicas": 2, "ray_config": ON_CPU}
     work = "in_flow" if real else "on_scripted_hosts"
     job = ground.jobs.start(fields, "text", "rows", work=work, **CALL)

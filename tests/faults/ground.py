@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +18,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from tests.faults.ledger import UNDISTURBED, Ledger
 from tests.faults.leftovers import nothing_left
 from tests.faults.prefect_server import PrefectServer
+from tests.faults.work import GENERATE, Work
 from tests.jobs import Jobs
 from tests.places import Place
 from tests.servers.postgres import Postgres, running
@@ -63,14 +65,23 @@ class Ground:
         folder.mkdir()
         return Place(str(folder / "lake") if kind == "lake" else f"sqlite:///{folder}/tables.db")
 
-    def run_of(self, kind: str, place: Place, server: ScriptedServer, rows: int = 400) -> ScriptedRun:
-        ledger = Ledger(kind, place, rows, self.seed, lambda: asked_of(server))
-        return ScriptedRun(ledger, server)
+    def run_of(
+        self,
+        kind: str,
+        place: Place,
+        server: ScriptedServer,
+        rows: int = 400,
+        work: Work = GENERATE,
+        text: Callable[[int], str] = "t{}".format,
+    ) -> ScriptedRun:
+        ledger = Ledger(kind, place, rows, self.seed, lambda: asked_of(server), needs=work.needs, text=text)
+        return ScriptedRun(ledger, server, work)
 
 
 def asked_of(server: ScriptedServer) -> Counter[int]:
-    """The number of requests for each row."""
-    return Counter(int(asked.prompt[1:]) for asked in server.posts)
+    """The number of requests for each row; those of a gateway, which are for none, do not count."""
+    found = (re.match(r"t(\d+)", asked.prompt) for asked in server.posts)
+    return Counter(int(match[1]) for match in found if match)
 
 
 @dataclass
@@ -79,6 +90,7 @@ class ScriptedRun:
 
     ledger: Ledger
     server: ScriptedServer
+    work: Work = GENERATE
     fields: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=lambda: {"max_chunk_size": GROUP, "max_failed": None})
 
@@ -91,16 +103,17 @@ class ScriptedRun:
             "db": {"url": self.ledger.place.url},
             "max_in_flight": IN_FLIGHT,
             "chat": False,  # no test request, which would count as a row
+            **self.work.fields,
             **self.fields,
         }
 
     def start(self, jobs: Jobs, **call: Any) -> int:
         """Begin the call in a flow; returns the process id."""
-        return jobs.start(self.model, "text", "rows", work="in_flow", **{**self.call, **call})
+        return jobs.start(self.model, *self.work.table, **{**self.work.call, **self.call, **call})
 
     def finish(self, jobs: Jobs, **call: Any) -> None:
         """Run the same call to its end."""
-        jobs.run(self.model, "text", "rows", work="in_flow", **{**self.call, **call})
+        jobs.run(self.model, *self.work.table, **{**self.work.call, **self.call, **call})
 
     def go_on(self, jobs: Jobs, job: int, moment: str) -> None:
         """Wait for the end of a job that meets faults, and repeat the call as often as it stops."""
@@ -116,7 +129,7 @@ class ScriptedRun:
         counted = len(self.server.requests)
         self.server.script = script
         model = {**self.model, "api_url": self.server.url}
-        jobs.run(model, "text", "rows", predict_id=UNDISTURBED)
+        jobs.run(model, *self.work.table, **self.work.call, predict_id=UNDISTURBED)
         del self.server.requests[counted:]
 
 

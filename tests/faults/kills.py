@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Callable
 
 from tests.faults.ground import Ground, ScriptedRun
 from tests.faults.ledger import Figures
-from tests.servers.scripted_server import Asked, Script, ScriptedServer
+from tests.faults.work import GENERATE, Work
+from tests.jobs import Jobs
+from tests.servers.scripted_server import Asked, Deed, Script, ScriptedServer
 
 APART = 100
 """Requests between two kills in the mean; each may cost as many again, and the last must meet a run."""
@@ -16,22 +19,26 @@ LATEST = 0.1
 """Seconds after a moment that the schedule waits at most: a commit takes less."""
 
 
-def slowly(chance: random.Random) -> Script:
-    """Answers after a few milliseconds, at random."""
+def slowly(chance: random.Random, deed: Callable[[Asked], Deed] = lambda _: None) -> Script:
+    """Answers after a few milliseconds, at random; rows as `deed` does."""
 
-    async def script(asked: Asked) -> None:
-        if asked.body:
-            await asyncio.sleep(chance.uniform(0.001, 0.03))
+    async def script(asked: Asked) -> Deed:
+        if not asked.body:
+            return None
+        await asyncio.sleep(chance.uniform(0.001, 0.03))
+        return deed(asked)
 
     return script
 
 
-def flows(ground: Ground, kind: str, kills: int) -> Figures:
+def flows(ground: Ground, kind: str, kills: int, work: Work = GENERATE, jobs: Jobs | None = None) -> Figures:
     """The flow is killed `kills` times over one table, and the same call is repeated each time."""
-    chance = ground.chance(f"flow {kind}")
-    jobs = ground.jobs
-    with ScriptedServer(slowly(chance)) as server:
-        run = ground.run_of("kill: flow", ground.place(kind), server, rows=2 * APART * (kills + 1))
+    name = f"kill: flow{work.name and ', '}{work.name}"
+    chance = ground.chance(f"{name} {kind}")
+    jobs = jobs or ground.jobs
+    script = slowly(chance, work.deed)
+    with ScriptedServer(script) as server:
+        run = ground.run_of(name, ground.place(kind), server, 2 * APART * (kills + 1), work)
         for _ in range(kills):
             job = run.start(jobs)
             moment = somewhere(chance, run, 2 * APART)
@@ -41,7 +48,7 @@ def flows(ground: Ground, kind: str, kills: int) -> Figures:
             if not over:
                 run.ledger.death(moment)
         run.finish(jobs)
-        run.undisturbed(jobs)
+        run.undisturbed(jobs, script)
         return run.ledger.check()
 
 

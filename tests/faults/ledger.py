@@ -1,6 +1,6 @@
 """The requests and commits before each fault, and the check at the end of every run.
 
-A prompt identifies its row: the row with the key 7 is sent as `t7`.
+A prompt identifies its row: that of the row with the key 7 begins with `t7`.
 """
 
 from __future__ import annotations
@@ -55,28 +55,32 @@ class Ledger:
     asked: Asked
     exact: bool = True
     """Whether answers follow from prompts alone; else their texts are not compared."""
+    needs: Callable[[int], int] = lambda _: 1
+    """The requests that a row takes without faults: two if its answer is sent back once."""
+    text: Callable[[int], str] = "t{}".format
     moments: list[str] = field(default_factory=list)
     due: Counter[int] = field(default_factory=Counter)
-    """The number of requests that a row may have had beyond its first."""
+    """The number of requests that a row may have had beyond those that it needs."""
     spare: int = 0
     """Requests beyond those that are nobody's in particular: each cut connection may cost one."""
     _seen: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.place.fill_texts(*(f"t{i}" for i in range(self.rows)))
+        self.place.fill_texts(*map(self.text, range(self.rows)))
 
     def committed(self, predict_id: str = "m") -> list[dict[str, Any]]:
         try:
-            return self.place.outputs(predict_id)
+            found = self.place.outputs(predict_id)
         except InvalidCall:  # not made yet
             return []
+        return [{**row, "id": int(row["id"])} for row in found]  # a key of a CSV file is a text
 
     def fault(self, moment: str) -> None:
         """Some response was broken or refused, but the client lives: it may not repeat completed rows."""
         self.moments.append(moment)
 
     def death(self, moment: str, before: Collection[int] | None = None) -> None:
-        """The client is dead: rows that it had sent and not committed may be sent once more, and no others.
+        """The client is dead: rows that it had sent and not committed may be sent anew, and no others.
 
         Rows that are committed now must stay unchanged to the end. `before`: the keys that were committed
         before the death, if other clients live on, which send and commit rows until we look.
@@ -85,8 +89,8 @@ class Ledger:
         now = {row["id"]: row for row in self.committed()}
         self._keep(now)
         done = now.keys() if before is None else before
-        open_ = {key for key, n in self.asked().items() if key not in done and n > self.due[key]}
-        self.due.update(open_)
+        sent = {key: n - self.due[key] for key, n in self.asked().items() if key not in done}
+        self.due.update({key: min(n, self.needs(key)) for key, n in sent.items() if n > 0})
 
     def check(self, failed: Collection[int] = ()) -> Figures:
         """Every row is there once and as undisturbed, with no more requests than the faults permit.
@@ -96,7 +100,8 @@ class Ledger:
         found, plain = self.committed(), self.committed(UNDISTURBED)
         times = Counter(row["id"] for row in found)
         by_key = {row["id"]: row for row in found}
-        again = {key: n - 1 for key, n in self.asked().items() if n > 1}
+        more = {key: n - self.needs(key) for key, n in self.asked().items()}
+        again = {key: n for key, n in more.items() if n > 0}
         over = {key: n - self.due[key] for key, n in again.items() if n > self.due[key]}
         lost = [key for key in range(self.rows) if key not in times]
         doubled = [key for key, n in times.items() if n > 1]

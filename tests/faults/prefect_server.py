@@ -17,21 +17,22 @@ from tests.eventually import LONG_ENOUGH
 
 
 class PrefectServer:
-    """`home` is its folder, which holds its database."""
+    """`home` is its folder, which holds its database. `python`: of its environment, with its version."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, python: str = sys.executable) -> None:
         home.mkdir()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
         self.api = f"http://127.0.0.1:{self.port}/api"
         self.home = home
+        self._python = python
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Returns when it is healthy."""
         where = ["--host", "127.0.0.1", "--port", str(self.port)]
-        command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui", *where]
+        command = [self._python, "-m", "prefect", "server", "start", "--no-ui", *where]
         env = {**os.environ, "PREFECT_HOME": str(self.home), "PREFECT_LOGGING_SERVER_LEVEL": "ERROR"}
         with (self.home / "log").open("a") as log:
             self._process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
@@ -46,6 +47,11 @@ class PrefectServer:
             return httpx.get(f"{self.api}/health", timeout=1).is_success
         except httpx.TransportError:
             return False
+
+    def version(self) -> str:
+        """The version that it reports."""
+        found: str = httpx.get(f"{self.api}/admin/version").raise_for_status().json()
+        return found
 
     def freeze(self) -> None:
         """Make it accept connections and answer none."""

@@ -8,10 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import absences, clocks, cuts, disks, kills, ledger, storms
+from tests.faults import (
+    absences,
+    clocks,
+    cuts,
+    disks,
+    gateways,
+    hangs,
+    kills,
+    ledger,
+    memory,
+    sources,
+    storms,
+)
 from tests.faults.ground import Ground, made
 from tests.faults.ledger import Broken, Ledger
 from tests.faults.proxy import FAULTS
+from tests.faults.work import KINDS_OF_WORK, Work
 from tests.places import Place
 from tests.servers.postgres import binaries
 
@@ -31,6 +44,39 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
 def test_a_killed_flow_goes_on_by_the_same_call(ground: Ground) -> None:
     """Committed rows stay and are not sent again; the others are, and each row is there once."""
     assert kills.flows(ground, "sqlite", 2).faults == 2
+
+
+@pytest.mark.parametrize("work", KINDS_OF_WORK[-2:], ids=lambda work: work.name)
+def test_a_killed_flow_of_other_work_goes_on(ground: Ground, work: Work) -> None:
+    """Rows whose answers are sent back, and rows with columns beside them, are as safe as others."""
+    assert kills.flows(ground, "lake", 1, work).faults == 1
+
+
+SOURCES = [("DuckDB", "postgres"), ("a table in memory (stream)", "sqlite")]
+
+
+@pytest.mark.parametrize(("source", "kind"), SOURCES)
+def test_a_killed_flow_that_reads_elsewhere_goes_on(ground: Ground, source: str, kind: str) -> None:
+    """Also if the source was a stream that could be read only once: the next call has its own."""
+    assert sources.flow_reads(ground, source, kind, 1).faults == 1
+
+
+def test_a_gateway_is_killed(ground: Ground) -> None:
+    """What was on its way is sent again, and nothing else."""
+    assert gateways.killed(ground, "postgres", 2).faults == 2
+
+
+def test_an_engine_hangs(ground: Ground) -> None:
+    """It is ended, and another one gets the rows that it had."""
+    assert hangs.scripted(ground, "lake", 1).faults == 1
+
+
+def test_a_host_has_no_memory_left(ground: Ground) -> None:
+    """The kernel kills the flow, and the same call resumes."""
+    try:
+        assert memory.flows(ground, "sqlite", 1).faults == 1
+    except (FileNotFoundError, PermissionError) as error:
+        pytest.skip(f"cannot make a memory cgroup here: {error}")
 
 
 def test_postgresql_is_killed(ground: Ground) -> None:
@@ -58,6 +104,14 @@ def test_a_disk_is_full_and_has_room_again(ground: Ground) -> None:
     """The run resumes, or the same call does."""
     try:
         assert disks.full(ground, "lake").faults == 1
+    except PermissionError as error:
+        pytest.skip(f"cannot mount a file system here: {error}")
+
+
+def test_the_temporary_folder_is_full_and_has_room_again(ground: Ground) -> None:
+    """Rows that are kept there wait for room as a commit does."""
+    try:
+        assert disks.without_room(ground, "postgres").again == 0
     except PermissionError as error:
         pytest.skip(f"cannot mount a file system here: {error}")
 

@@ -6,7 +6,8 @@ first life only), `hang always`, `trouble` (print a traceback and continue), `cr
 that the engine is dead), `linger` (report that, and take long to end), `no adapter` (the call is wrong),
 `refuse` (the row), `shout` (a line of 2 MiB), `devices` (answer with the visible GPUs), `workers` (answer
 with the GPUs that it holds on Ray, as vLLM's Ray executor does). It starts `lives` times, then no more. Every
-row and every start is logged as a line of the file `log`.
+row and every start is logged as a line of the file `log`, which may begin with `file:`: a path alone would
+count in the fingerprint with what the file holds.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
     arguments = receive(channel)
-    log = Path(arguments["log"])
+    log = Path(arguments["log"].removeprefix("file:"))
     life = log.read_text().count("start\n") if log.exists() else 0
     note(log, "start")
     time.sleep(arguments.get("start", 0))

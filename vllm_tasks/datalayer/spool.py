@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from tempfile import SpooledTemporaryFile
+from tempfile import SpooledTemporaryFile, gettempdir
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,6 +14,7 @@ from sqlalchemy.engine import Connection
 from vllm_tasks.datalayer.database.backends import Backend
 from vllm_tasks.datalayer.pages import Pages
 from vllm_tasks.datalayer.sources import Values
+from vllm_tasks.datalayer.storage_errors import storage_errors
 
 LEAST = 16 << 20
 """Minimum bytes that one transaction reads, if there are as many; up to here they are kept in memory."""
@@ -68,8 +69,9 @@ class Spool:
         return written >= self._most or reading >= LONGEST or (written >= LEAST and reading >= waited)
 
     def _add(self, page: list[Values]) -> int:
-        """Append a page; returns the bytes written so far."""
-        self._pages.write(page, self._file)
+        """Append a page; returns the bytes written so far. Raises `TablesUnavailable` if there is no room."""
+        with storage_errors(f"cannot keep rows in the temporary folder {gettempdir()!r} (TMPDIR)"):
+            self._pages.write(page, self._file)
         self.last = page[-1]
         self.rows += len(page)
         self._end = self._file.tell()

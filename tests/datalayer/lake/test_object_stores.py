@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +13,7 @@ import s3fs
 
 from tests.datalayer.lake.rivals import exactly_once, run_rivals, start_rival
 from tests.datalayer.lake.rows import OUT, ROWS, TABLE, committed, keys, refusal, row, selection, write_source
+from tests.servers import object_store
 from vllm_tasks.datalayer.lake.lake import Lake
 from vllm_tasks.datalayer.selection import OutputTable
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
@@ -63,29 +59,8 @@ def test_a_folder_with_files_is_not_taken_for_outputs(lake: Lake, folder: Path, 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """A bucket of a real S3 server on loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        for _ in range(300):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                break
-            time.sleep(0.1)
-        with pytest.MonkeyPatch.context() as env:
-            env.setenv("AWS_ACCESS_KEY_ID", "key")
-            env.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-            env.setenv("AWS_REGION", "us-east-1")
-            env.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-            s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
-            yield "s3://bucket/lake"
-    finally:
-        server.kill()
-        server.wait()
+    with object_store.running() as url:
+        yield url
 
 
 def test_an_object_store(bucket: str, tmp_path: Path) -> None:
