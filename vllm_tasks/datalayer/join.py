@@ -182,11 +182,13 @@ class Join:
 
         def match(keys: pa.Table) -> States:
             cursor.register(PART, _with_numbers(keys))
-            # The shard in a statement of its own, or DuckDB would compute MD5, which takes longer than the
-            # join, for the rows that are done, too.
-            cursor.execute(f"CREATE OR REPLACE TEMP TABLE {FOUND} AS {wanted}", self._parameters())
-            query = f"SELECT n, redo, hash FROM {FOUND}{self._sharded()}"  # noqa: S608 - our own names
-            found = cursor.sql(query).to_arrow_table().sort_by("n")
+            query, parameters = wanted, self._parameters()
+            if self.selection.shard is not None:
+                # In a statement of its own, or DuckDB would compute MD5, which takes longer than the join, also
+                # for the rows that are done.
+                cursor.execute(f"CREATE OR REPLACE TEMP TABLE {FOUND} AS {wanted}", parameters)
+                query, parameters = f"SELECT n, redo, hash FROM {FOUND}{self._sharded()}", {}  # noqa: S608 - ours
+            found = cursor.sql(query, params=parameters).to_arrow_table().sort_by("n")
             cursor.unregister(PART)
             return States(
                 found["n"].to_numpy(),
