@@ -89,7 +89,7 @@ def lake(tmp_path: Path) -> str:
 @flow(name="nightly-tickets")
 def nightly(url: str, lake: str) -> None:
     """A table, in groups small enough to see them, and the model's score."""
-    model = VllmAPI(identifier="topics", api_url=url, prompt=PROMPT, model="scripted-model", max_in_flight=64)
+    model = VllmAPI(identifier="topics", api_url=url, prompt=PROMPT, model="scripted-model", max_in_flight=16)
     predict_in_db(model, "text", "tickets", db=lake, max_chunk_size=100)
     validate(model, VALIDATION, db=lake)
 
@@ -110,7 +110,7 @@ def shot(page: Page, name: str, height: int) -> None:
 
 
 def test_a_run_and_its_validation_are_worth_a_look(ui: str, lake: str) -> None:
-    """The run has its commits and its artifacts; the validation has its history and its figures."""
+    """The run has its progress, commits and artifacts; the validation has its history and its figures."""
     with ScriptedServer(clerk(0.85, 9)) as server, spoken_to(ui):
         nightly(server.url, lake)
     (run,) = httpx.post(
@@ -123,6 +123,9 @@ def test_a_run_and_its_validation_are_worth_a_look(ui: str, lake: str) -> None:
 
 def look_at(page: Page, ui: str, run: str) -> None:
     page.goto(f"{ui}/runs/flow-run/{run}")
+    choose_tab(page, "Logs")
+    expect(page.get_by_text("of 600 rows done").first).to_be_visible()
+    shot(page, "prefect-logs", 1000)
     choose_tab(page, "Artifacts")
     for key in ("topics-progress", "topics-report", "topics-tickets-validation"):
         expect(page.get_by_text(key).first).to_be_visible()
