@@ -38,7 +38,8 @@ curator write files of their own; they, and Ray Data's client, are compared with
 lm-evaluation-harness also builds its data set and its scores, `vllm bench serve` streams, and the others \
 go from list to list. The older ways got an eighth of the rows. run-batch, and Ray Data LLM on workloads \
 other than `short`, ran one round, since their starts take longest. The server of the clients does not \
-cache prefixes, and each client has at most {concurrency} rows in flight."""
+cache prefixes, and each client has at most {concurrency} rows in flight, but for Daft, which sends all rows \
+at once and has no option for it."""
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "curator": ("bespokelabs-curator",),
+    "daft": ("daft[openai]",),
     "datatrove": ("datatrove", "aiofiles", "aiosqlite", "httpx", "orjson", "xxhash"),
     "distilabel": ("distilabel[openai]", "requests"),
     "ray": ("pandas",),

@@ -22,11 +22,13 @@ from benchmarks.workload import Row
 
 NAMES = {
     "curator": "bespokelabs-curator",
+    "daft": "Daft: prompt",
     "distilabel": "distilabel: OpenAILLM",
     "datatrove": "datatrove: InferenceRunner",
 }
 QUIET = {
     "TELEMETRY_ENABLED": "false",
+    "DO_NOT_TRACK": "true",
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "CURATOR_VIEWER": "0",

@@ -184,8 +184,8 @@ class Join:
             cursor.register(PART, _with_numbers(keys))
             query, parameters = wanted, self._parameters()
             if self.selection.shard is not None:
-                # In a statement of its own, or DuckDB would compute MD5 for the rows that are done, too, and it
-                # takes longer than the join.
+                # In a statement of its own: otherwise DuckDB computes MD5, which takes longer than the
+                # join, also for the rows that are done.
                 cursor.execute(f"CREATE OR REPLACE TEMP TABLE {FOUND} AS {wanted}", parameters)
                 query, parameters = f"SELECT n, redo, hash FROM {FOUND}{self._sharded()}", {}  # noqa: S608 - ours
             found = cursor.sql(query, params=parameters).to_arrow_table().sort_by("n")
