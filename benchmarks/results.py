@@ -25,7 +25,7 @@ PARTS = (
     "Long run",
     "Scale",
 )
-"""The parts, in the order of the page."""
+"""The parts, in the order of the page; others, of a newer version, stand behind them."""
 HEAD = """\
 # Results
 
@@ -40,7 +40,7 @@ def record(part: str, command: str, body: str, packages: Sequence[str] = (), fil
     """Write a part of the page: the circumstances, then `body` (Markdown, headings from ###)."""
     parts = read(file)
     parts[part] = f"{circumstances(command, packages)}\n\n{body.strip()}"
-    sections = [f"## {name}\n\n{parts[name]}\n" for name in PARTS if name in parts]
+    sections = [f"## {name}\n\n{parts[name]}\n" for name in dict.fromkeys((*PARTS, *parts)) if name in parts]
     file.write_text("\n".join([HEAD, *sections]), encoding="utf-8")
 
 
