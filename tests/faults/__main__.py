@@ -22,7 +22,7 @@ from tests import conftest  # noqa: F401 - its environment, before Prefect reads
 
 # ruff: isort: split
 from benchmarks.results import commit, record
-from tests.faults.ground import Ground, made
+from tests.faults.ground import Ground, Lacking, made
 from tests.faults.page import PACKAGES, Pass
 from tests.faults.schedule import SHARES, Others, Run, runs
 
@@ -55,7 +55,7 @@ def told(name: str, run: Run, ground: Ground, done: Pass) -> None:
     try:
         done.found.append(run(ground))
         print(f"{name}: {done.found[-1]} in {time.monotonic() - began:.0f} s", flush=True)
-    except (FileNotFoundError, PermissionError) as error:
+    except Lacking as error:
         done.left_out.append(f"{name}: {error}")
         print(f"{name} left out: {error}", flush=True)
     except Exception as error:  # noqa: BLE001 - a breach, or a run that stuck: both are told, and others follow

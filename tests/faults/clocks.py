@@ -7,7 +7,7 @@ import struct
 import subprocess
 from pathlib import Path
 
-from tests.faults.ground import Ground
+from tests.faults.ground import Ground, Lacking
 from tests.faults.kills import slowly
 from tests.faults.ledger import Figures
 from tests.servers.scripted_server import ScriptedServer
@@ -20,9 +20,9 @@ class WallClock:
     """The wall clock of the processes that have `env`."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises `FileNotFoundError` where there is no C compiler."""
+        """Raises `Lacking` where there is no C compiler."""
         if (compiler := shutil.which("cc")) is None:
-            raise FileNotFoundError("needs a C compiler: apt-get install gcc")
+            raise Lacking("needs a C compiler: apt-get install gcc")
         library = folder / "clock.so"
         subprocess.run([compiler, "-shared", "-fPIC", "-o", library, SOURCE, "-ldl"], check=True)
         self._ahead = folder / "clock"

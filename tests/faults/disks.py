@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.eventually import eventually
-from tests.faults.ground import Ground
+from tests.faults.ground import Ground, Lacking
 from tests.faults.kills import slowly, somewhere
 from tests.faults.ledger import Figures
 from tests.faults.work import Work, briefly
@@ -36,11 +36,11 @@ SELECT id, min(text) AS text FROM (
 
 @contextmanager
 def disk(folder: Path, size: str = "2m") -> Iterator[Path]:
-    """A file system of its own; raises `PermissionError` where none may be mounted."""
+    """A file system of its own; raises `Lacking` where none may be mounted."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if (mounted := subprocess.run(mount, capture_output=True, check=False)).returncode:
-        raise PermissionError(mounted.stderr.decode().strip())
+        raise Lacking(f"cannot mount a file system: {mounted.stderr.decode().strip()}")
     try:
         yield folder
     finally:

@@ -32,6 +32,10 @@ OF_JOBS = {"VLLM_TASKS_GRACE_PERIOD": "600"}
 """A real server takes its time to come back, where others are at work on the machine."""
 
 
+class Lacking(Exception):
+    """The machine lacks what a run needs, such as a compiler, so the run is left out."""
+
+
 @dataclass
 class Ground:
     """The servers, tables and processes of one seed."""

@@ -15,7 +15,7 @@ from typing import Self
 from tests.eventually import eventually
 from tests.faults.absences import lasting
 from tests.faults.engines import local
-from tests.faults.ground import Ground
+from tests.faults.ground import Ground, Lacking
 from tests.faults.kills import APART, somewhere
 from tests.faults.ledger import Figures
 from tests.servers.scripted_server import ScriptedServer
@@ -32,18 +32,21 @@ CGROUPS = Path("/sys/fs/cgroup/memory")
 class MemoryGroup:
     """A memory cgroup (version 1) below that of this process.
 
-    Raises `OSError` where there are none, or where none may be made.
+    Raises `Lacking` where there are none, or where none may be made.
     """
 
     def __init__(self) -> None:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
         own = next((line.split(":")[2] for line in lines if line.split(":")[1] == "memory"), None)
         if own is None:
-            raise FileNotFoundError("needs memory cgroups of version 1")
+            raise Lacking("needs memory cgroups of version 1")
         self.path = CGROUPS / own.lstrip("/") / f"vllm-tasks-{uuid.uuid4().hex[:8]}"
 
     def __enter__(self) -> Self:
-        self.path.mkdir()
+        try:
+            self.path.mkdir()
+        except OSError as error:
+            raise Lacking(f"cannot make a memory cgroup: {error}") from error
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,7 +16,7 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 
 from tests.datalayer.sources.test_every_source import arrow, iceberg
-from tests.faults.ground import Ground
+from tests.faults.ground import Ground, Lacking
 from tests.faults.kills import APART, flows
 from tests.faults.ledger import Figures
 from tests.faults.work import IN_FLOW, Work
@@ -80,7 +80,7 @@ SOURCES = (
 def flow_reads(ground: Ground, source: str, kind: str, kills: int) -> Figures:
     """The flow that reads `source` and writes to a place of `kind` is killed.
 
-    Raises `FileNotFoundError` where the source's server is not installed.
+    Raises `Lacking` where the source's server is not installed.
     """
     rows = range(2 * APART * (kills + 1))
     table = pa.table({"id": rows, "text": [f"t{i}" for i in rows]})
@@ -102,6 +102,8 @@ def made(ground: Ground, source: str, table: pa.Table, at: Path) -> Iterator[Wor
         call = {"work": "in_flow_over_frame", "frame": frame}
         yield Work(name, table=("text", str(at / "rows.parquet")), call=call)
     elif source == "MariaDB":
+        if mariadb.binary() is None:
+            raise Lacking("needs MariaDB: apt-get install mariadb-server")
         with mariadb.running() as url:
             yield Work(name, call=filled(url, table))
     elif source == "an object store":
