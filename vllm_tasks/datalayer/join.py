@@ -79,6 +79,11 @@ class Join:
         """The unreadable rows of the latest `rows`."""
 
     @property
+    def _names(self) -> list[str]:
+        """The columns of a part, one for each of the key."""
+        return [f"k{i}" for i in range(len(self.key.names))]
+
+    @property
     def key(self) -> pa.Schema:
         """The key's columns in the types in which outputs keep them; empty if the source has no rows.
 
@@ -176,9 +181,9 @@ class Join:
                 return lambda keys: States(np.zeros(0, dtype=np.int64), none, None)
             return lambda keys: States(np.arange(keys.num_rows), np.zeros(keys.num_rows, dtype=bool), None)
         hashes = self.selection.refresh != "missing"
-        columns = f"n, same IS NOT NULL AS redo, {'if(same, hash, NULL)' if hashes else 'NULL'} AS hash"
-        names = ", ".join(f"k{i}" for i in range(len(self.key.names)))
-        wanted = f"SELECT {names}, {columns} {self._joined()} WHERE {WANTED[self.selection.refresh]}"
+        hash_ = f"{'if(same, hash, NULL)' if hashes else 'NULL'} AS hash"
+        columns = ", ".join([*self._names, "n", "same IS NOT NULL AS redo", hash_])
+        wanted = f"SELECT {columns} {self._joined()} WHERE {WANTED[self.selection.refresh]}"
 
         def match(keys: pa.Table) -> States:
             cursor.register(PART, _with_numbers(keys))
@@ -217,7 +222,7 @@ class Join:
     def _loaded(self, cursor: duckdb.DuckDBPyConnection) -> bool:
         """Create the tables on `cursor` that parts are joined with; False if none is needed."""
         selection, key = self.selection, self.key
-        names = [f"k{i}" for i in range(len(key.names))]
+        names = self._names
         using = f"USING ({', '.join(names)})"
         restricted = ""
         if selection.ids is not None:
@@ -244,8 +249,7 @@ class Join:
 
     def _joined(self) -> str:
         """The FROM clause that joins a part with the outputs."""
-        names = [f"k{i}" for i in range(len(self.key.names))]
-        using = f"USING ({', '.join(names)})"
+        using = f"USING ({', '.join(self._names)})"
         clause = f"FROM {PART}"
         if self.selection.ids is not None:
             clause += f" SEMI JOIN {IDS} {using}"
@@ -253,8 +257,8 @@ class Join:
 
     def _sharded(self) -> str:
         """The WHERE clause that leaves the rows of the shard, as a part of its own after the join."""
-        names = [f"k{i}" for i in range(len(self.key.names))]
-        return "" if self.selection.shard is None else f" WHERE {in_shard(self.selection.shard, names)}"
+        shard = self.selection.shard
+        return "" if shard is None else f" WHERE {in_shard(shard, self._names)}"
 
     def _parameters(self) -> dict[str, datetime | None]:
         return {"since": self.selection.since} if "$since" in WANTED[self.selection.refresh] else {}
