@@ -41,9 +41,8 @@ class Place:
         table = sa.Table(
             "rows",
             sa.MetaData(),
-            sa.Column(
-                "id", sa.BigInteger, primary_key=True, autoincrement=False
-            ),  # 0 is a key, also in MariaDB
+            # Without autoincrement 0 is a key in MariaDB, too.
+            sa.Column("id", sa.BigInteger, primary_key=True, autoincrement=False),
             sa.Column("text", sa.Text),
         )
         with engine.begin() as connection:

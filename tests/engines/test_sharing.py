@@ -323,7 +323,7 @@ def test_what_is_no_json_fails_its_own_call(make: Make, log: Path) -> None:
     model.init()
     dying, of_dying = in_thread(lambda: model.predict_batches(["a", "die"], temperature=1))
     assert eventually(lambda: starts(log) == 2)
-    with pytest.raises(InvalidCall, match="cannot be sent as JSON"):
+    with pytest.raises(InvalidCall, match=r"stop=\{'x'\} cannot be sent as JSON"):
         model.predict_batches(["b"], stop={"x"})
     assert model.predict("c") == "c"
     dying.join()
