@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,8 @@ import urllib.error
 import urllib.request
 from multiprocessing.connection import Connection
 from typing import Any
+
+from tests.servers.ports import free_port
 
 START = 600.0
 """Seconds that the server may take to start."""
@@ -41,13 +42,6 @@ def end_with(server: subprocess.Popen[bytes]) -> None:
     """End this process with SIGTERM when the server ends, so that no client waits for it for ever."""
     server.wait()
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def flags(engine_args: dict[str, Any]) -> list[str]:

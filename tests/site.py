@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tests.eventually import LONG_ENOUGH
+from tests.servers.ports import free_port
 from tests.servers.postgres import binaries, running
 
 REPOSITORY = Path(__file__).parent.parent
@@ -45,9 +45,7 @@ def database() -> Iterator[dict[str, str]]:
 @contextmanager
 def prefect_with_ui() -> Iterator[str]:
     """The URL of a Prefect server; that of `prefect_test_harness` has no UI and starts nothing."""
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     url = f"http://127.0.0.1:{port}"
     folder = tempfile.TemporaryDirectory(prefix="vllm-tasks-ui-", ignore_cleanup_errors=True)
     with database() as database_settings, folder as home:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import threading
 import time
@@ -20,6 +19,7 @@ import requests
 
 from tests.conftest import TINY_ARGS
 from tests.engines.poison import ROWS, check_poisoned
+from tests.servers.ports import free_port
 from vllm_tasks import InvalidCall, RowError, VllmAPI, VllmModel
 from vllm_tasks.engines import session
 from vllm_tasks.engines.local.python import interpreter
@@ -34,12 +34,6 @@ pytestmark = pytest.mark.engine
 KEY = "a-test-key"
 START_SECONDS = 180
 ARGUMENTS = command_line({**TINY_ARGS, "served_model_name": "tiny"})
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class VllmServer:

@@ -6,7 +6,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from tests.eventually import LONG_ENOUGH
 from tests.faults.ground import GROUP, Ground, ScriptedRun
 from tests.faults.kills import LATEST
 from tests.faults.ledger import UNDISTURBED, Figures, Ledger
+from tests.servers.ports import free_port
 from tests.servers.scripted_server import Asked, Deed, ScriptedServer, refused
 from tests.tiny_model import make_tiny_model
 from vllm_tasks.engines.local.in_flight import DEATHS_OF_A_ROW
@@ -130,9 +130,7 @@ class Served:
     """vLLM's own OpenAI server with the tiny model; killed and restarted at the same port."""
 
     def __init__(self, ground: Ground) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = ground.folder / "server.log"
         model = str(make_tiny_model(ground.folder / "tiny"))

@@ -17,6 +17,7 @@ from tests.eventually import LONG_ENOUGH
 from tests.faults.ground import IN_FLIGHT, Ground
 from tests.faults.kills import APART, all_committed, slowly, somewhere
 from tests.faults.ledger import Figures
+from tests.servers.ports import free_port
 from tests.servers.scripted_server import MODEL, ScriptedServer
 
 AWAY = 1.0
@@ -32,9 +33,7 @@ class Gateway:
 
     def __init__(self, folder: Path, server: str, litellm: str = "") -> None:
         """`litellm`: the path of LiteLLM's program; empty: `tests.servers.gateway`."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = f"{free.getsockname()[1]}"
+        port = f"{free_port()}"
         self.url = f"http://127.0.0.1:{port}"
         self._log = folder / "gateway.log"
         self._command = [sys.executable, "-m", "tests.servers.gateway", port, server]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Self
 import httpx
 
 from tests.eventually import LONG_ENOUGH
+from tests.servers.ports import free_port
 
 
 class PrefectServer:
@@ -21,9 +21,7 @@ class PrefectServer:
 
     def __init__(self, home: Path, python: str = sys.executable) -> None:
         home.mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self.api = f"http://127.0.0.1:{self.port}/api"
         self.home = home
         self._python = python

@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 import s3fs
 
+from tests.servers.ports import free_port
+
 LAKE = "s3://bucket/lake"
 
 
 @contextmanager
 def running() -> Iterator[str]:
     """The URL of an empty lake, to which the environment leads meanwhile."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     env = {

@@ -25,6 +25,7 @@ from typing import Any, Self
 from aiohttp import web
 
 from tests.eventually import LONG_ENOUGH
+from tests.servers.ports import free_port
 
 HUGE = 2**30
 NO_TEMPLATE = (
@@ -179,9 +180,7 @@ class ScriptedServer:
         self._thread = threading.Thread(target=self._loop.run_forever, name="scripted-server", daemon=True)
         self._thread.start()
         self._runner: web.AppRunner | None = None
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
 
     @property
