@@ -40,9 +40,7 @@ def generate(llm: Any, rows: Sequence[Row]) -> Run:
 
     started = time.perf_counter()
     # The same sampling parameters as the calls of `predict_batches`.
-    params = [
-        SamplingParams(temperature=0, ignore_eos=row.ignore_eos, max_tokens=row.max_tokens) for row in rows
-    ]
+    params = [SamplingParams(**row.parameters()) for row in rows]
     outputs = llm.generate([row.prompt for row in rows], params, use_tqdm=False)
     seconds = time.perf_counter() - started
     return Run(seconds, sum(len(output.outputs[0].token_ids) for output in outputs))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 LOG_MEAN, LOG_SPREAD = 3.76, 0.37
 """Mean and standard deviation of log(words) over the 1,319 questions of GSM8K's test set (measured: a mean of
@@ -20,11 +21,26 @@ TEXT = (
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt, and the number of tokens of its answer; without `ignore_eos` that is an upper limit."""
+    """A prompt, and the number of tokens of its answer; without `ignore_eos` that is an upper limit, and 0 is
+    for a pooling model.
+
+    `sampling` has further parameters of the row's own. `second` is the other text of a pair that is scored.
+    """
 
     prompt: str
     max_tokens: int
     ignore_eos: bool = True
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    second: str = ""
+
+    def parameters(self) -> dict[str, Any]:
+        """All sampling parameters of the row, by vLLM's names: greedy, unless the row has its own."""
+        return {
+            "temperature": 0,
+            "ignore_eos": self.ignore_eos,
+            "max_tokens": self.max_tokens,
+            **self.sampling,
+        }
 
 
 def questions(data: Path | None, count: int, seed: int = 0) -> list[str]:

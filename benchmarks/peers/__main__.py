@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.peers import bad_rows, chart, crashes, groups, page
 from benchmarks.peers.field import Field
-from benchmarks.peers.plan import WITH_ENGINES, Plan, parse
+from benchmarks.peers.plan import OF_CLIENTS, OF_ENGINES, POOLING, Plan, parse
 from vllm_tasks.engines.session import permit_amx
 
 permit_amx()  # the processes that vLLM spawns import this module, too
@@ -36,7 +36,8 @@ descendants, read from /proc twice a second, in ms a row: the client, + vLLM's o
 `predict_in_db` go from a Parquet file to files or a table, and run-batch from file to file. datatrove and \
 curator write files of their own; they, and Ray Data's client, are compared with `predict_in_db`. \
 lm-evaluation-harness also builds its data set and its scores, `vllm bench serve` streams, and the others \
-go from list to list. The older ways got an eighth of the rows. run-batch, and Ray Data LLM on workloads \
+go from list to list. The older ways got an eighth of the rows. The \
+model of vectors and scores is the same, used for its last hidden states; Ray Data LLM got no pairs. run-batch, and Ray Data LLM on workloads \
 other than `short`, ran one round, since their starts take longest. The server of the clients does not \
 cache prefixes, and each client has at most {concurrency} rows in flight, but for Daft, which sends all rows \
 at once and has no option for it."""
@@ -67,24 +68,28 @@ def tiny(plan: Plan, stack: ExitStack) -> dict[str, Any]:
 
 
 def measure(plan: Plan, arguments: dict[str, Any]) -> None:
-    """Measure the crashes, then both groups. The page is written after each part: a run takes an hour."""
+    """Measure the crashes, then each group. The page is written after each part: a run takes an hour."""
     crashed = crashes.table(crashes.observe(plan))
     write_troubles(plan, crashed)
-    if not any(map(plan.has_workload, WITH_ENGINES)):
-        return
     fields: list[Field] = []
-    endings = []
+    endings: list[bad_rows.Ending] = []
 
     def write() -> None:
         write_fields(plan, fields)
 
-    with groups.clients_of_one_server(plan, arguments) as clients:
-        fields.append(clients)
-        endings += groups.measure_clients(clients, write)
-    with groups.engines(plan, arguments) as engines:
-        fields.insert(0, engines)
-        endings = groups.measure_engines(engines, write) + endings
+    if plan.has_any(OF_CLIENTS):
+        with groups.clients_of_one_server(plan, arguments) as clients:
+            fields.append(clients)
+            endings += groups.measure_clients(clients, write)
+    if plan.has_any(OF_ENGINES):
+        with groups.engines(plan, arguments) as engines:
+            fields.insert(0, engines)
+            endings = groups.measure_engines(engines, write) + endings
     write_troubles(plan, bad_rows.table(endings), crashed)
+    if plan.has_any(POOLING):
+        with groups.pooling(plan, arguments) as pooling:
+            fields.append(pooling)
+            groups.measure_pooling(pooling, write)
 
 
 def write_fields(plan: Plan, fields: list[Field]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -17,6 +17,8 @@ from benchmarks.peers.side import Outcome, answer_all, dead
 from benchmarks.workload import Row
 
 GENERATE, ASYNC = "LLM.generate", "AsyncLLM"
+EMBED, SCORE = "LLM.embed", "LLM.score"
+ALL = (GENERATE, ASYNC, EMBED, SCORE)
 CHUNKS = "older: LLM.generate, chunks of 4"
 
 
@@ -43,6 +45,30 @@ def in_chunks(llm: Any, rows: Sequence[Row]) -> Outcome:
     started = time.perf_counter()
     runs = [bare.generate(llm, rows[first : first + 4]) for first in range(0, len(rows), 4)]
     return Outcome(time.perf_counter() - started, sum(run.tokens for run in runs), len(rows))
+
+
+def serve_pooling(pipe: Connection, engine_args: dict[str, Any]) -> None:
+    """Embed texts with `LLM.embed`, and score pairs with `LLM.score`."""
+    from vllm import LLM
+
+    llm = LLM(**engine_args)
+
+    def embed(rows: Sequence[Row]) -> int:
+        return len(llm.embed([row.prompt for row in rows], use_tqdm=False))
+
+    def score(rows: Sequence[Row]) -> int:
+        return len(llm.score([row.prompt for row in rows], [row.second for row in rows], use_tqdm=False))
+
+    try:
+        answer_all(pipe, {EMBED: partial(pooled, embed), SCORE: partial(pooled, score)})
+    finally:
+        llm.llm_engine.engine_core.shutdown(timeout=5)
+
+
+def pooled(work: Callable[[Sequence[Row]], int], rows: Sequence[Row]) -> Outcome:
+    started = time.perf_counter()
+    count = work(rows)
+    return Outcome(time.perf_counter() - started, 0, count)
 
 
 def serve_async(pipe: Connection, engine_args: dict[str, Any]) -> None:
@@ -77,12 +103,7 @@ async def of_row(engine: Any, name: str, row: Row) -> int:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    params = SamplingParams(
-        temperature=0,
-        ignore_eos=row.ignore_eos,
-        max_tokens=row.max_tokens,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+    params = SamplingParams(**row.parameters(), output_kind=RequestOutputKind.FINAL_ONLY)
     async for output in engine.generate(row.prompt, params, name):
         last = output
     return len(last.outputs[0].token_ids)

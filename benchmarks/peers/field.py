@@ -54,11 +54,11 @@ class Field:
         except (ChildFailed, OSError, subprocess.CalledProcessError) as error:
             self.absent |= dict.fromkeys(wanted, reason(error))
 
-    def warm_up(self, names: Iterable[str]) -> None:
+    def warm_up(self, names: Iterable[str], workload: str = SHORT) -> None:
         """Process a few rows that do not count."""
-        rows = self.plan.rows(SHORT, 0)[:WARM_UP]
+        rows = self.plan.rows(workload, 0)[:WARM_UP]
         for name in self.here(names):
-            self.take(SHORT, name, rows)
+            self.take(workload, name, rows)
 
     def measure(self, workload: str, names: Sequence[str], once: Sequence[str] = ()) -> None:
         """Run all rounds of a workload; the sides in `once`, which start an engine for each run, run one."""

@@ -24,9 +24,19 @@ from benchmarks.peers import (
 )
 from benchmarks.peers.bad_rows import Ending
 from benchmarks.peers.field import Field, say
-from benchmarks.peers.plan import DUPLICATES, MIXED, PREFIXES, SHORT, Plan
+from benchmarks.peers.plan import (
+    DUPLICATES,
+    EMBED,
+    MIXED,
+    PARAMETERS,
+    PREFIXES,
+    SCORE,
+    SHORT,
+    Plan,
+)
 
 ENGINES, CLIENTS = "Engines of one's own", "Clients of one server"
+EMBEDDERS = "Engines of one's own, for pooling"
 RESIDENT = (ceilings.GENERATE, own_engine.BATCHES, ceilings.ASYNC, own_engine.TABLE)
 ALL_ENGINES = (*RESIDENT, ceilings.CHUNKS, rays.ENGINE, run_batch.NAME)
 ANY_LENGTH = (ceilings.GENERATE, own_engine.BATCHES, ceilings.ASYNC, rays.ENGINE)
@@ -66,10 +76,40 @@ def measure_engines(field: Field, after_each: Callable[[], None]) -> list[Ending
         (MIXED, ANY_LENGTH, rays.ENGINE),
         (PREFIXES, with_ray, rays.ENGINE),
         (DUPLICATES, with_ray, rays.ENGINE),
+        (PARAMETERS, (ceilings.GENERATE, ceilings.ASYNC, own_engine.TABLE, rays.ENGINE), rays.ENGINE),
     ):
         field.measure(workload, names, once=[once])
         after_each()
     return bad_rows.observe(field, (*reversed(RESIDENT), rays.ENGINE, rays.TOLERANT, run_batch.NAME))
+
+
+@contextmanager
+def pooling(plan: Plan, arguments: dict[str, Any]) -> Iterator[Field]:
+    """Sides with an engine each that gives vectors and scores: the model's last hidden states, averaged."""
+    arguments = {**arguments, "runner": "pooling", "convert": "embed"}
+    arguments.pop("generation_config", None)
+    with ExitStack() as stack:
+        field = Field(EMBEDDERS, plan, stack)
+        field.start([ceilings.EMBED, ceilings.SCORE], ceilings.serve_pooling, arguments)
+        field.start([own_engine.BATCHES, own_engine.TABLE], own_engine.serve_pooling, arguments)
+        if not plan.short:
+            environments.prepare("ray")
+            field.start([rays.ENGINE], rays.serve_embedding, arguments)
+            field.start([run_batch.NAME], run_batch.serve, arguments)
+        yield field
+
+
+def measure_pooling(field: Field, after_each: Callable[[], None]) -> None:
+    """Measure vectors and scores. Each side first does some rows that do not count."""
+    started_each_time = (rays.ENGINE, run_batch.NAME)
+    for workload, bare, more in (
+        (EMBED, ceilings.EMBED, started_each_time),
+        (SCORE, ceilings.SCORE, (run_batch.NAME,)),
+    ):
+        resident = (bare, own_engine.BATCHES, own_engine.TABLE)
+        field.warm_up(resident, workload)
+        field.measure(workload, (*resident, *more), once=more)
+        after_each()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -38,15 +38,39 @@ def serve(pipe: Connection, engine_args: dict[str, Any]) -> None:
         )
 
 
-def model_of(engine_args: dict[str, Any]) -> VllmModel:
+def serve_pooling(pipe: Connection, engine_args: dict[str, Any]) -> None:
+    """Embed texts and score pairs both ways, all on one engine."""
+    embeds = model_of(engine_args, task="embed")
+    scores = model_of(engine_args, task="score", signature="*args")  # equal but for the task: one engine
+
+    def of(rows: Sequence[Row]) -> VllmModel:
+        return scores if rows[0].second else embeds
+
+    def through_list(rows: Sequence[Row]) -> Outcome:
+        inputs = [(row.prompt, row.second) if row.second else row.prompt for row in rows]
+        started = time.perf_counter()
+        count = len(of(rows).predict_batches(inputs))
+        return Outcome(time.perf_counter() - started, 0, count)
+
+    with embeds, scores, tempfile.TemporaryDirectory() as folder:
+
+        def through(rows: Sequence[Row]) -> Outcome:
+            return through_table(of(rows), rows, Path(tempfile.mkdtemp(dir=folder)))
+
+        through([Row("first", 0)])
+        answer_all(pipe, {BATCHES: through_list, TABLE: through})
+
+
+def model_of(engine_args: dict[str, Any], **fields: Any) -> VllmModel:
     arguments = {**engine_args}
     name = arguments.pop("model")
+    if "task" not in fields:
+        fields |= {"chat": False, "predict_kwargs": GREEDY}  # texts as they are, as the other sides
     return VllmModel(
         identifier="peer",
         model_name=name,
-        chat=False,  # as the other sides, which send texts as they are
-        predict_kwargs=GREEDY,
         vllm_kwargs=arguments,
+        **fields,
     )
 
 
@@ -62,18 +86,33 @@ def through_batches(model: VllmAPI | VllmModel, rows: Sequence[Row]) -> Outcome:
 
 
 def through_table(model: VllmAPI | VllmModel, rows: Sequence[Row], lake: Path, **options: Any) -> Outcome:
-    """One call; all rows have answers of one length, since a call has one `max_tokens`."""
-    write_source(lake, [row.prompt for row in rows])
-    (tokens,) = {row.max_tokens for row in rows}
+    """One call; parameters that differ from row to row are columns of the table."""
+    columns: dict[str, list[Any]] = {"prompt": [row.prompt for row in rows]}
+    if any(row.second for row in rows):
+        columns["second"] = [row.second for row in rows]
+    inputs = list(columns) if len(columns) > 1 else "prompt"
+    options |= parameters(rows, columns)
+    write_source(lake, columns)
     started = time.perf_counter()
     try:
-        report = model.predict_in_db("prompt", "rows", db=str(lake), max_tokens=tokens, **options)
+        report = model.predict_in_db(inputs, "rows", db=str(lake), **options)
     except Exception as error:  # noqa: BLE001 - the result with a bad row is measured
         return dead(started, error)
     seconds = time.perf_counter() - started
     return Outcome(seconds, report.completion_tokens, report.succeeded, report.failed)
 
 
-def write_source(lake: Path, prompts: Sequence[str]) -> None:
+def parameters(rows: Sequence[Row], columns: dict[str, list[Any]]) -> dict[str, Any]:
+    """Arguments for the parameters of the rows; those that differ become `columns`."""
+    lengths = {row.max_tokens for row in rows}
+    if len(lengths) == 1 and not rows[0].sampling:
+        return {"max_tokens": lengths.pop()} if lengths != {0} else {}
+    names = ["max_tokens", *rows[0].sampling]
+    columns |= {name: [row.parameters()[name] for row in rows] for name in names}
+    return {"sampling_columns": {name: name for name in names}}
+
+
+def write_source(lake: Path, columns: Mapping[str, Sequence[Any]]) -> None:
     lake.mkdir(exist_ok=True)
-    pq.write_table(pa.table({"id": range(len(prompts)), "prompt": prompts}), lake / "rows.parquet")
+    count = len(columns["prompt"])
+    pq.write_table(pa.table({"id": range(count), **columns}), lake / "rows.parquet")

@@ -10,7 +10,7 @@ from benchmarks import results
 from benchmarks.pairs import Summary, summarize
 from benchmarks.peers import ceilings, clients, foreign, own_engine, rays
 from benchmarks.peers.field import Field
-from benchmarks.peers.plan import DUPLICATES, MIXED, PREFIXES, SHORT
+from benchmarks.peers.plan import DUPLICATES, EMBED, MIXED, PARAMETERS, PREFIXES, SCORE, SHORT
 from benchmarks.peers.side import Measured, Side
 from benchmarks.peers.usage import TICKS
 
@@ -30,6 +30,9 @@ WORDS = {
     MIXED: "Answers of log-normal length",
     PREFIXES: "Shared prefixes, shuffled",
     DUPLICATES: "Half of the rows repeated",
+    PARAMETERS: "Length, temperature and seed of each row's own",
+    EMBED: "Vectors",
+    SCORE: "Scores of pairs",
 }
 TO_FILES = {rays.HTTP, foreign.NAMES["datatrove"], foreign.NAMES["curator"]}
 """Clients that write their answers to files."""
@@ -72,15 +75,18 @@ def table(field: Field, workload: str, sides: dict[str, list[Measured]]) -> str:
     some = max((runs[0].rows for runs in sides.values()), key=len)
     tokens = sum(row.max_tokens for row in some)
     lines = [line(name, runs, field, sides) for name, runs in sides.items()]
-    title = f"{WORDS[workload]} (`{workload}`): {len(some)} rows, {tokens} output tokens a round"
-    return f"#### {title}\n\n{results.table(HEAD, lines)}"
+    title = f"{WORDS[workload]} (`{workload}`): {len(some)} rows"
+    if not tokens:
+        head = [column.replace("tokens", "rows") for column in HEAD]
+        return f"#### {title} a round\n\n{results.table(head, lines)}"
+    return f"#### {title}, {tokens} output tokens a round\n\n{results.table(HEAD, lines)}"
 
 
 def reference_of(sides: dict[str, list[Measured]], against: str = "") -> str:
     """Our side with the same work: `predict_in_db`, if the side `against` writes its answers to files."""
     if against in TO_FILES and own_engine.TABLE in sides:
         return own_engine.TABLE
-    for name in (own_engine.BATCHES, clients.OURS):
+    for name in (own_engine.BATCHES, clients.OURS, own_engine.TABLE):
         if name in sides:
             return name
     return next(iter(sides))  # `--only` excludes our side
@@ -120,8 +126,9 @@ def totals(side: Side, runs: Sequence[Measured], us: Side, ours: Sequence[Measur
 
 
 def rate(run: Measured) -> float:
-    """Output tokens a second of work; a row that shares another row's answer counts as well."""
-    return sum(row.max_tokens for row in run.rows) / run.outcome.work
+    """Output tokens a second of work, or rows without any; a row that shares another row's answer counts as
+    well."""
+    return sum(row.max_tokens or 1 for row in run.rows) / run.outcome.work
 
 
 def work(side: Side, run: Measured) -> float:
@@ -170,7 +177,7 @@ def goals_of(field: Field) -> list[Goal]:
         if name in OURS or reference not in OURS:
             continue
         steady = steadies(runs, sides[reference])
-        if name in (ceilings.GENERATE, ceilings.ASYNC):
+        if name in ceilings.ALL:
             found.append(Goal(f"`{workload}`: ours ÷ {name}, steady", steady, 0.97))
         elif name == rays.ENGINE:
             found += against_ray(field, workload, runs, sides)

@@ -6,7 +6,7 @@ import argparse
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ from benchmarks.options import Options
 from benchmarks.workload import Row, half_repeated, questions, rows
 
 SHORT, MIXED, PREFIXES, DUPLICATES, BAD, CRASH = "short", "mixed", "prefixes", "duplicates", "bad", "crash"
-WORKLOADS = (SHORT, MIXED, PREFIXES, DUPLICATES, BAD, CRASH)
-WITH_ENGINES = tuple(set(WORKLOADS) - {CRASH})
+PARAMETERS, EMBED, SCORE = "parameters", "embed", "score"
+POOLING = (EMBED, SCORE)
+WORKLOADS = (SHORT, MIXED, PREFIXES, DUPLICATES, PARAMETERS, EMBED, SCORE, BAD, CRASH)
+OF_CLIENTS = (SHORT, MIXED, BAD)
+OF_ENGINES = (SHORT, MIXED, PREFIXES, DUPLICATES, PARAMETERS, BAD)
 BAD_ROWS, CRASH_ROWS = 100, 400
 TOKENS = 24
 """Output tokens of a short answer, equal for all rows, since some sides take one number for all."""
@@ -46,6 +49,9 @@ class Plan:
         wanted = [part for part in self.only if part in WORKLOADS]
         return not wanted or name in wanted
 
+    def has_any(self, names: Sequence[str]) -> bool:
+        return any(map(self.has_workload, names))
+
     def has_side(self, name: str) -> bool:
         wanted = [part for part in self.only if part not in WORKLOADS]
         return not wanted or any(part.lower() in name.lower() for part in wanted)
@@ -54,6 +60,14 @@ class Plan:
         """The rows of a round; no prefix cache has them from an earlier round."""
         if workload == MIXED:
             return mixed(questions(self.options.data, self.count), round_)
+        if workload == PARAMETERS:
+            own = mixed(questions(self.options.data, self.count), round_)
+            return [replace(row, sampling={"temperature": 0.7, "seed": i}) for i, row in enumerate(own)]
+        if workload in POOLING:
+            texts = questions(self.options.data, self.count)
+            seconds = [*texts[1:], texts[0]] if workload == SCORE else [""] * len(texts)
+            pairs = zip(texts, seconds, strict=True)
+            return [Row(f"({round_:03d}) {text}", 0, second=second) for text, second in pairs]
         if workload == PREFIXES:
             words = TINY_PREFIX if self.short else PREFIX_WORDS
             return rows(sharing(self.options.data, self.count, words), (STEP,), round_)

@@ -7,6 +7,7 @@ request is made.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
@@ -57,6 +58,11 @@ def serve_http(pipe: Connection, url: str, model: str, concurrency: int, folder:
     with_ray(pipe, {HTTP: partial(http_processor, url, model)}, block, folder)
 
 
+def serve_embedding(pipe: Connection, engine_args: dict[str, Any]) -> None:
+    """Embed texts with the task `embed`."""
+    with_ray(pipe, {ENGINE: partial(engine_processor, engine_args, task="embed")}, BATCH)
+
+
 def with_ray(
     pipe: Connection,
     processors: Mapping[str, Callable[[], Any]],
@@ -77,12 +83,15 @@ def with_ray(
         ray.shutdown()
 
 
-def engine_processor(engine_args: dict[str, Any], continue_on_error: bool = False) -> Any:
+def engine_processor(
+    engine_args: dict[str, Any], continue_on_error: bool = False, task: str = "generate"
+) -> Any:
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
     arguments = {**engine_args}
     config = vLLMEngineProcessorConfig(
         model_source=arguments.pop("model"),
+        task_type=task,
         # As for the other sides, without statistics at each step.
         engine_kwargs={"disable_log_stats": True, **arguments},
         log_engine_metrics=False,
@@ -94,12 +103,13 @@ def engine_processor(engine_args: dict[str, Any], continue_on_error: bool = Fals
         tokenize_stage=False,
         detokenize_stage=False,
     )
+    if task == "embed":
+        return build_processor(config, preprocess=to_embed, postprocess=from_embed)
     return build_processor(config, preprocess=to_engine, postprocess=from_engine)
 
 
 def to_engine(row: dict[str, Any]) -> dict[str, Any]:
-    sampling = {"temperature": 0, "ignore_eos": True, "max_tokens": row["max_tokens"]}
-    return {"prompt": row["prompt"], "sampling_params": sampling}
+    return {"prompt": row["prompt"], "sampling_params": json.loads(row["parameters"])}
 
 
 def from_engine(row: dict[str, Any]) -> dict[str, Any]:
@@ -111,12 +121,20 @@ def from_engine(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def to_embed(row: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": row["prompt"], "pooling_params": {}}
+
+
+def from_embed(row: dict[str, Any]) -> dict[str, Any]:
+    vector, began = row["embeddings"], time.time() - row["time_taken_llm"]
+    return {"id": row["id"], "output": vector, "tokens": 0, "began": began}
+
+
 def http_processor(url: str, model: str) -> Any:
     from ray.data.llm import HttpRequestProcessorConfig, build_processor
 
     def to_http(row: dict[str, Any]) -> dict[str, Any]:
-        sampling = {"temperature": 0, "ignore_eos": True, "max_tokens": row["max_tokens"]}
-        payload = {"model": model, "prompt": row["prompt"], **sampling}
+        payload = {"model": model, "prompt": row["prompt"], **json.loads(row["parameters"])}
         return {"payload": payload, "began": time.time()}
 
     config = HttpRequestProcessorConfig(url=f"{url}/v1/completions", batch_size=1, concurrency=1)
@@ -167,7 +185,7 @@ def write_source(source: Path, rows: Sequence[Row], block: int) -> None:
     columns = {
         "id": range(len(rows)),
         "prompt": [row.prompt for row in rows],
-        "max_tokens": [row.max_tokens for row in rows],
+        "parameters": [json.dumps(row.parameters()) for row in rows],
     }
     pq.write_table(pa.table(columns), source, row_group_size=block)
 

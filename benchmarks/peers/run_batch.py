@@ -1,15 +1,15 @@
-"""vLLM's `run-batch`, from one JSONL file to another. Its module is run, as the command `vllm` does not
-start.
+"""vLLM's `run-batch` of 0.32, from one JSONL file to another. Its function is called, as the command `vllm`
+does not start.
 
 It starts an engine for each run. The start-up is the time until its log reports that it reads the batch, and
-the work is the time from then until its file is written. It takes only chat requests, so a chat template with
-only the content turns them into the prompts of the other sides.
+the work is the time from then until its file is written. It takes no requests for completions, so a chat
+template with only the content turns its messages into the prompts of the other sides.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -55,10 +55,17 @@ def run(engine_args: dict[str, Any], rows: Sequence[Row]) -> Outcome:
 
 
 def request(model: str, number: int, row: Row) -> str:
-    sampling = {"temperature": 0, "ignore_eos": row.ignore_eos, "max_tokens": row.max_tokens}
-    body = {"model": model, "messages": [{"role": "user", "content": row.prompt}], **sampling}
-    order = {"custom_id": str(number), "method": "POST", "url": "/v1/chat/completions", "body": body}
-    return json.dumps(order)
+    body: dict[str, Any]
+    if row.second:
+        url, body = "/score", {"text_1": row.prompt, "text_2": row.second}
+    elif row.max_tokens == 0:
+        url, body = "/v1/embeddings", {"input": row.prompt}
+    else:
+        messages = [{"role": "user", "content": row.prompt}]
+        url, body = "/v1/chat/completions", {"messages": messages, **row.parameters()}
+    return json.dumps(
+        {"custom_id": str(number), "method": "POST", "url": url, "body": {"model": model, **body}}
+    )
 
 
 def follow(process: subprocess.Popen[str]) -> tuple[float, str]:
@@ -75,9 +82,11 @@ def follow(process: subprocess.Popen[str]) -> tuple[float, str]:
 def outcome(target: Path, work: float, startup: float) -> Outcome:
     answers = [json.loads(line) for line in target.read_text().splitlines()]
     good = [answer["response"]["body"] for answer in answers if not answer["error"]]
-    tokens = sum(body["usage"]["completion_tokens"] for body in good)
+    tokens = sum(body["usage"].get("completion_tokens") or 0 for body in good)
     return Outcome(work, tokens, len(good), len(answers) - len(good), startup)
 
 
 if __name__ == "__main__":
-    runpy.run_module("vllm.entrypoints.openai.run_batch", run_name="__main__")
+    from vllm.entrypoints.launchers.run_batch import main, parse_args
+
+    asyncio.run(main(parse_args()))
