@@ -109,11 +109,12 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -
 
 @dataclass(frozen=True)
 class Site:
-    """A server, its folder for tables (a lake), and the environment of a worker."""
+    """A server, its folder for tables (a lake), the environment of a worker, and what the worker says."""
 
     url: str
     lake: Path
     env: dict[str, str]
+    worker_log: Path
 
     def command(self, *words: str, cwd: Path = REPOSITORY) -> str:
         """The output of a Python command, such as `-m prefect deploy --all`."""
@@ -173,7 +174,11 @@ class Site:
 
     def ended(self, run: str) -> dict[str, Any]:
         """A run, once it has ended."""
-        self.wait_until(lambda: self.get(f"/flow_runs/{run}")["end_time"])
+        try:
+            self.wait_until(lambda: self.get(f"/flow_runs/{run}")["end_time"])
+        except AssertionError as error:
+            error.add_note(f"{self.get(f'/flow_runs/{run}')}\nworker: {self.worker_log.read_text()[-4000:]}")
+            raise
         found: dict[str, Any] = self.get(f"/flow_runs/{run}")
         return found
 
@@ -196,9 +201,9 @@ def made(url: str, folder: Path) -> Iterator[Site]:
         "PREFECT_HOME": str(folder / "home"),
         "PREFECT_WORKER_QUERY_SECONDS": "1",
     }
-    site = Site(url, lake, env)
+    site = Site(url, lake, env, folder / "worker.log")
     site.command("-m", "vllm_tasks.pools")
     site.command("-m", "prefect", "--no-prompt", "deploy", "--all")
     worker = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "vllm"]
-    with (folder / "worker.log").open("w") as log, ended(worker, env, log):
+    with site.worker_log.open("w") as log, ended(worker, env, log):
         yield site

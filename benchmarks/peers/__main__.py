@@ -36,11 +36,11 @@ descendants, read from /proc twice a second, in ms a row: the client, + vLLM's o
 `predict_in_db` go from a Parquet file to files or a table, and run-batch from file to file. datatrove and \
 curator write files of their own; they, and Ray Data's client, are compared with `predict_in_db`. \
 lm-evaluation-harness also builds its data set and its scores, `vllm bench serve` streams, and the others \
-go from list to list. The older ways got an eighth of the rows. The \
-model of vectors and scores is the same, used for its last hidden states; Ray Data LLM got no pairs. run-batch, and Ray Data LLM on workloads \
-other than `short`, ran one round, since their starts take longest. The server of the clients does not \
-cache prefixes, and each client has at most {concurrency} rows in flight, but for Daft, which sends all rows \
-at once and has no option for it."""
+go from list to list. The older ways got an eighth of the rows. The model of vectors and scores is the same, \
+used for its last hidden states; Ray Data LLM got no pairs. run-batch, and Ray Data LLM on workloads other \
+than `short`, ran one round, since their starts take longest. The server of the clients does not cache \
+prefixes, and each client has at most {concurrency} rows in flight, but for Daft, which sends all rows at \
+once and has no option for it."""
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""An encrypted server, for tests of connections."""
+"""An encrypted server, for tests of connections, and the token of clusters of Ray."""
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import ssl
 import subprocess
@@ -33,3 +34,15 @@ def encrypted(certificate: Path) -> Iterator[ScriptedServer]:
     tls.load_cert_chain(certificate, certificate.with_name("key.pem"))
     with ScriptedServer(tls=tls) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def ray_token(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Every cluster needs the same token, since Ray reads its settings once in a process."""
+    token = tmp_path_factory.mktemp("ray") / "token"
+    token.write_text(secrets.token_hex(32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        yield

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import secrets
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -53,21 +52,15 @@ class ScriptedActor(actor.HostActor):
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def cluster(ray_token: None) -> Iterator[str]:
     """The address of a cluster of two nodes with a CPU each, and four GPUs that Ray believes in."""
-    token = tmp_path_factory.mktemp("ray") / "token"
-    token.write_text(secrets.token_hex(32))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        from ray.cluster_utils import Cluster
+    from ray.cluster_utils import Cluster
 
-        nodes = Cluster(initialize_head=True, head_node_args={"num_gpus": 4, "include_dashboard": False})
-        nodes.add_node()
-        OTHERS.update(host.pid for host in hosts())
-        yield nodes.address
-        nodes.shutdown()
+    nodes = Cluster(initialize_head=True, head_node_args={"num_gpus": 4, "include_dashboard": False})
+    nodes.add_node()
+    OTHERS.update(host.pid for host in hosts())
+    yield nodes.address
+    nodes.shutdown()
 
 
 @pytest.fixture

@@ -24,17 +24,15 @@ Make = Callable[..., VllmModel]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
+def cluster(ray_token: None) -> Iterator[str]:
     """The address of a cluster: a head without GPUs, and two nodes that have two each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        from ray.cluster_utils import Cluster
+    from ray.cluster_utils import Cluster
 
-        nodes = Cluster(initialize_head=True, head_node_args={"num_gpus": 0, "include_dashboard": False})
-        nodes.add_node(num_gpus=2)
-        nodes.add_node(num_gpus=2)
-        yield nodes.address
-        nodes.shutdown()
+    nodes = Cluster(initialize_head=True, head_node_args={"num_gpus": 0, "include_dashboard": False})
+    nodes.add_node(num_gpus=2)
+    nodes.add_node(num_gpus=2)
+    yield nodes.address
+    nodes.shutdown()
 
 
 @pytest.fixture

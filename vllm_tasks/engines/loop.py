@@ -10,7 +10,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -57,25 +57,38 @@ def run(coroutine: Coroutine[Any, Any, T], stop: Callable[[], None] = lambda: No
 
     `stop` is called a few times a second and raises an exception if the work is to be cancelled.
     """
-    finished = threading.Event()
+    loop, finished, begun = engine_loop(), threading.Event(), list[asyncio.Task[T]]()
 
-    async def work() -> T:
-        try:
-            return await coroutine
-        finally:
+    def begin() -> None:
+        begun.append(loop.create_task(coroutine))
+        begun[0].add_done_callback(ended)
+
+    def ended(task: asyncio.Task[T]) -> None:
+        if not task.cancelled():
+            task.exception()  # an interrupted thread does not ask for it, and asyncio would log it
+        finished.set()
+
+    def cancel() -> None:
+        if begun:
+            begun[0].cancel()
+        else:
+            coroutine.close()
             finished.set()
 
-    future = asyncio.run_coroutine_threadsafe(work(), engine_loop())
     try:
+        # Not `run_coroutine_threadsafe`: interrupted before it returns, its work could not be cancelled.
+        loop.call_soon_threadsafe(begin)
         while not finished.wait(LOOKED_EVERY):
             stop()
-        return future.result()
     except BaseException:
         # Ctrl-C, Prefect's TerminationSignal and a task's timeout are raised here, in the waiting thread. The
         # cancelled work aborts its requests, so wait for it: no request may outlive the call.
-        future.cancel()
+        loop.call_soon_threadsafe(cancel)
         finished.wait(timeout=5)
         raise
+    if begun[0].cancelled():
+        raise CancelledError  # not asyncio's, which is no `Exception` and would cancel the caller
+    return begun[0].result()
 
 
 class Tasks:
