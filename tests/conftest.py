@@ -66,10 +66,22 @@ IN_PREFECT = [
 """The marks of a test file that runs flows and tasks."""
 
 
+SHARED = ("local_model", "ui")
+"""Fixtures of a session that take long: files with the same one run in one process, which makes it once."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with a real vLLM, which take longest, come first; without vLLM their tests are skipped."""
     long = {item.path for item in items if item.get_closest_marker("engine")}
     items.sort(key=lambda item: item.path not in long)
+    groups: dict[Path, str] = {}
+    for item in items:
+        for name in SHARED:
+            if name in getattr(item, "fixturenames", ()):
+                groups.setdefault(item.path, name)
+    for item in items:
+        group = groups.get(item.path, f"{item.path.parent.name}.{item.path.stem}")
+        item.add_marker(pytest.mark.xdist_group(group))
     if source_of_vllm(os.environ.get(ENGINE_PYTHON, "")) is None:
         for item in items:
             if item.get_closest_marker("engine"):
