@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import results, scripted
-from benchmarks.held import Sample, resources_table
+from benchmarks.held import Sample, growth, resources_table
 
 LEAST = 9
 """Samples that a part needs; with fewer, its second half is too short."""
@@ -46,6 +46,8 @@ def report(samples: Sequence[Sample]) -> list[str]:
             f"LONG-RUN {len(grows)} of {len(own[0].held)} resources grow ({part}) over {own[-1].rows:,} rows "
             f"in {own[-1].calls:,} calls{': ' if grows else ''}{', '.join(grows)}"
         )
+    if len(bare := [sample for sample in samples if sample.part == "bare"]) >= LEAST:
+        sections.append(of_bare(bare))
     if lines:
         results.record("Long run", "make bench-LONG-RUN", "\n\n".join(sections), PACKAGES)
     return lines
@@ -62,6 +64,17 @@ def of_table(samples: Sequence[Sample]) -> str:
 `predict_in_db` in {last.calls} calls of one flow. The scripted server responds at once, but breaks one
 connection in {scripted.RESET_EVERY}, returns {fails}, and refuses one row in {scripted.REFUSED_EVERY}:
 {last.seconds:,.0f} s, {last.cpu - samples[0].cpu:,.0f} s of our CPU, {last.failed} calls failed."""
+
+
+def of_bare(samples: Sequence[Sample]) -> str:
+    first, half, last = (samples[i].held["process, MiB"] for i in (0, len(samples) // 2, -1))
+    rate = growth(samples, "process, MiB", "calls")
+    return f"""\
+### The rows of one engine through `LLM.generate`
+
+{samples[-1].calls:,} calls in a process without this package's engine: resident memory of {first:,.0f} MiB after
+{samples[0].calls} calls, {half:,.0f} MiB after half and {last:,.0f} MiB after all of them; the slope of the second half is {1000 * rate:+,.2f} MiB
+per 1,000 calls."""
 
 
 def of_engine(samples: Sequence[Sample]) -> str:

@@ -2,9 +2,10 @@
 
 One process sends 2,000,000 rows with `predict_in_db`, in many calls of one flow, to a scripted server that
 sometimes breaks a connection, returns 429 or 500, and refuses one row in 200. Beside it, another one uses the
-tiny engine for `--minutes`: each flow run makes 50 calls within `with model:`, which starts an engine and
-closes it. The resources of each process are sampled between calls, and each sample is appended to a JSONL
-file at once. SIGTERM ends the run and reports the samples so far.
+tiny engine for `--minutes`: each flow run makes 200 calls within `with model:`, which starts an engine and
+closes it. At the end `LLM.generate` gets the rows of 200 calls, to show what of the memory is vLLM's own. The
+resources of each process are sampled between calls, and each sample is appended to a JSONL file at once.
+SIGTERM ends the run and reports the samples so far.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 ROWS, CALLS = 2_000_000, 40
 """Rows of the table, and calls that process them."""
-LIFE, LOOK_EVERY, BATCH = 50, 5, 128
+LIFE, LOOK_EVERY, BATCH = 200, 10, 128
 """Calls between two starts of the engine, calls between two samples, and rows of a call."""
 FAILED_LIVES = 3
 """The run ends after so many engines in a row without a completed call."""
@@ -98,6 +99,8 @@ def measure(options: Options) -> Iterator[str]:
             ):
                 table.receive()
                 engine.receive()
+                with Child(over_bare, file, Path(folder) / "bare") as bare:
+                    bare.receive()
     finally:
         lines = report(read(file))
     yield from lines
@@ -187,6 +190,20 @@ def one_after_the_other(record: Record, work: Path, minutes: float) -> None:
     finally:
         time.sleep(IDLE)
         record.look()
+
+
+def over_bare(pipe: Connection, file: Path, folder: Path) -> None:
+    """Send the rows of one engine's calls through `LLM.generate`, in this process."""
+    with begun(pipe, folder) as (scratch, work), Child(tiny_model, work / "model") as making:
+        from vllm import LLM, SamplingParams
+
+        llm, sampling = LLM(model=making.ready, **ENGINE), SamplingParams(**SAMPLING)
+        record = Record("bare", file, scratch, life=1)
+        for number in range(LIFE):
+            texts = questions(None, BATCH - 1, seed=number)
+            record.call(lambda xs=texts: len(llm.generate(xs, sampling, use_tqdm=False)))  # type: ignore[misc]
+            if (number + 1) % LOOK_EVERY == 0:
+                record.look()
 
 
 def tiny_model(pipe: Connection, folder: Path) -> None:
