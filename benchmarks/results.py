@@ -15,7 +15,10 @@ from pathlib import Path
 FILE = Path(__file__).with_name("RESULTS.md")
 PARTS = (
     "Peers",
-    "Peers when things go wrong",
+    "Peers with an engine each",
+    "Peers that embed and score",
+    "Peers as clients of one server",
+    "Peers after a crash",
     "Window",
     "Overload",
     "Coverage of intervals",
@@ -95,6 +98,23 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column is text, the others are figures."""
     bars = ["---", *["--:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, bars, *rows])
+
+
+def cells_of(text: str) -> list[dict[str, str]]:
+    """The lines of the table in `text`, its cells by the names of the columns."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(head, cells, strict=True)) for cells in rows]
+
+
+def below(text: str, *headings: str) -> str:
+    """What stands in a part below `headings`, one level after the other; '' if it has not all of them."""
+    for level, heading in enumerate(headings, 3):
+        found = re.split(rf"^{'#' * level} {re.escape(heading)}.*$", text, maxsplit=1, flags=re.MULTILINE)
+        if not found[1:]:
+            return ""
+        text = re.split(rf"^#{{3,{level}}} ", found[1], maxsplit=1, flags=re.MULTILINE)[0]
+    return text
 
 
 def one_line(words: str, most: int = 160) -> str:

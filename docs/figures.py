@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import yaml
 
-from benchmarks.results import read, table
+from benchmarks.results import below, cells_of, read, table
 from vllm_tasks import Metric
 
 ROOT = Path(__file__).parent.parent
@@ -44,10 +44,8 @@ def _copied(match: re.Match[str]) -> str:
 
 def part(name: str, *headings: str) -> str:
     """A part of RESULTS.md, or the text below `headings` in it; its own headings go one level down."""
-    text = read()[name]
-    for level, heading in enumerate(headings, 3):
-        found = re.split(rf"^{'#' * level} {re.escape(heading)}.*$", text, maxsplit=1, flags=re.MULTILINE)
-        text = re.split(rf"^#{{3,{level}}} ", found[1], maxsplit=1, flags=re.MULTILINE)[0]
+    text = below(read()[name], *headings)
+    assert text, f"RESULTS.md has nothing below {name} / {' / '.join(headings)}"
     text = re.sub(r"^!\[.*\]\(.*\)$\n?", "", text, flags=re.MULTILINE)
     return re.sub(r"^##(#+ )", r"#\1", text, flags=re.MULTILINE)
 
@@ -59,18 +57,17 @@ def figures() -> str:
 
 def rows_of(*headings: str) -> Rows:
     """The first table below `headings`, by its first column; names lose their stars."""
-    lines = [line for line in part(*headings).splitlines() if line.startswith("|")]
-    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return {cells[0].strip("*"): dict(zip(head, cells, strict=True)) for cells in rows}
+    return {next(iter(cells.values())).strip("*"): cells for cells in cells_of(part(*headings))}
 
 
 def beside() -> str:
     """Six measures of the same work: ours, and those of other tools."""
-    engines = rows_of("Peers", "Engines of one's own", "Short answers")
-    repeated = rows_of("Peers", "Engines of one's own", "Half of the rows repeated")
-    clients = rows_of("Peers", "Clients of one server", "Short answers")
-    bad = rows_of("Peers when things go wrong", "A row that is refused")
-    crash = rows_of("Peers when things go wrong", "A crash at half")
+    with_engines, as_clients = "Peers with an engine each", "Peers as clients of one server"
+    engines = rows_of(with_engines, "Short answers")
+    repeated = rows_of(with_engines, "Half of the rows repeated")
+    clients = rows_of(as_clients, "Short answers")
+    bad = rows_of(with_engines, "A row that is refused") | rows_of(as_clients, "A row that is refused")
+    crash = rows_of("Peers after a crash", "A crash at half")
     rate, cpu, again = "tokens/s", "CPU, ms/row", "rows sent again"
     ended = {
         name: str(int(row["rows with an output"]) + int(row["rows with an error"]))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.peers import plan
+from benchmarks import results
+from benchmarks.peers import chart, plan
 from benchmarks.peers.usage import Meter
 from benchmarks.workload import output_tokens
 
@@ -38,6 +39,11 @@ def test_a_short_run_writes_its_part_of_the_page(tiny_model: Path, tmp_path: Pat
     assert "| ours: predict_in_db | 99 | 1 | 0 | every row ends |" in found
     assert "| LLM.generate | 0 | 0 | 100 |" in found
     assert page.with_suffix(".svg").read_text().startswith("<svg")
+
+
+def test_the_picture_is_of_the_tables_on_the_page() -> None:
+    """A group that is measured alone leaves the bars of the others as they are."""
+    assert results.FILE.with_suffix(".svg").read_text() == chart.draw(results.read())
 
 
 def test_every_round_has_other_prompts_and_the_same_lengths() -> None:

@@ -1,5 +1,4 @@
-"""`python -m benchmarks.peers`: measures, and writes the two parts "Peers" of RESULTS.md and their
-picture."""
+"""`python -m benchmarks.peers`: measures, and writes the parts "Peers" of RESULTS.md and their picture."""
 
 from __future__ import annotations
 
@@ -7,12 +6,15 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import results
 from benchmarks.peers import bad_rows, chart, crashes, groups, page
+from benchmarks.peers.bad_rows import Ending
 from benchmarks.peers.field import Field
 from benchmarks.peers.plan import OF_CLIENTS, OF_ENGINES, POOLING, Plan, parse
 from vllm_tasks.engines.session import permit_amx
@@ -67,46 +69,35 @@ def tiny(plan: Plan, stack: ExitStack) -> dict[str, Any]:
     return {**ENGINE, "model": str(folder), **plan.options.engine}
 
 
+GROUPS = (
+    (OF_CLIENTS, groups.clients_of_one_server, groups.measure_clients),
+    (OF_ENGINES, groups.engines, groups.measure_engines),
+    (POOLING, groups.pooling, groups.measure_pooling),
+)
+
+
 def measure(plan: Plan, arguments: dict[str, Any]) -> None:
-    """Measure the crashes, then each group. The page is written after each part: a run takes an hour."""
-    crashed = crashes.table(crashes.observe(plan))
-    write_troubles(plan, crashed)
-    fields: list[Field] = []
-    endings: list[bad_rows.Ending] = []
-
-    def write() -> None:
-        write_fields(plan, fields)
-
-    if plan.has_any(OF_CLIENTS):
-        with groups.clients_of_one_server(plan, arguments) as clients:
-            fields.append(clients)
-            endings += groups.measure_clients(clients, write)
-    if plan.has_any(OF_ENGINES):
-        with groups.engines(plan, arguments) as engines:
-            fields.insert(0, engines)
-            endings = groups.measure_engines(engines, write) + endings
-    write_troubles(plan, bad_rows.table(endings), crashed)
-    if plan.has_any(POOLING):
-        with groups.pooling(plan, arguments) as pooling:
-            fields.append(pooling)
-            groups.measure_pooling(pooling, write)
+    """Measure the crashes, then each group. Each writes a part of the page, also while it runs: all of them
+    take an hour and a half."""
+    if crashed := crashes.table(crashes.observe(plan)):
+        record(plan, "Peers after a crash", [crashed])
+    for workloads, opened, measured in GROUPS:
+        if plan.has_any(workloads):
+            with opened(plan, arguments) as field:
+                write(plan, field, measured(field, partial(write, plan, field)))
 
 
-def write_fields(plan: Plan, fields: list[Field]) -> None:
-    """Write the figures measured so far to the page, and the picture next to it."""
-    if any(field.runs for field in fields):
-        method = METHOD.format(rounds=plan.rounds, concurrency=plan.options.concurrency)
-        parts = [method, page.goals(fields), *map(page.tables, fields)]
-        if picture := chart.draw(fields):
-            file = plan.output.with_suffix(".svg")
-            file.write_text(picture, encoding="utf-8")
-            parts.insert(2, f"![Seconds for the short answers, by side]({file.name})")
-        record(plan, "Peers", parts)
-
-
-def write_troubles(plan: Plan, *tables: str) -> None:
-    if any(tables):
-        record(plan, "Peers when things go wrong", list(tables))
+def write(plan: Plan, field: Field, endings: Sequence[Ending] = ()) -> None:
+    """Write what a group has measured so far to its part of the page, and the picture of all groups."""
+    if not field.runs and not endings:
+        return
+    record(plan, field.title, [page.goals(field), page.tables(field), bad_rows.table(endings)])
+    parts = [METHOD.format(rounds=plan.rounds, concurrency=plan.options.concurrency)]
+    if picture := chart.draw(results.read(plan.output)):
+        file = plan.output.with_suffix(".svg")
+        file.write_text(picture, encoding="utf-8")
+        parts.append(f"![Seconds for the short answers, by side]({file.name})")
+    record(plan, "Peers", parts)
 
 
 def record(plan: Plan, part: str, texts: list[str]) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping
 
-from benchmarks.peers.field import Field
-from benchmarks.peers.page import OURS, work
+from benchmarks import results
+from benchmarks.peers.page import OURS, WORDS
 from benchmarks.peers.plan import SHORT
 from vllm_tasks.validation import svg
 
@@ -17,33 +16,28 @@ Bar = tuple[str, float, float]
 """A side's name, its seconds of start-up, and its seconds of work."""
 
 
-def draw(fields: Sequence[Field]) -> str | None:
-    """The picture as SVG; None if no short answers were measured."""
-    bars = [bar for field in fields for bar in bars_of(field)]
+def draw(parts: Mapping[str, str]) -> str | None:
+    """The picture as SVG, from the page's parts; None if none of them has short answers."""
+    bars = [bar for part in parts.values() for bar in bars_of(part)]
     if not bars:
         return None
     longest = max(startup + seconds for _, startup, seconds in bars)
-    parts = [
+    shown = [
         svg.write(20, 26, "Seconds for the short answers", kind="t"),
         svg.write(
             20, 44, "grey: start-up (for a client, without the server's); colour: work; ours in orange"
         ),
     ]
     for number, bar in enumerate(bars):
-        parts += drawn(bar, TOP + STEP * number + STEP / 2, (RIGHT - LEFT) / longest)
-    return svg.card(TOP + STEP * len(bars) + 14, "Seconds for the short answers by side", parts)
+        shown += drawn(bar, TOP + STEP * number + STEP / 2, (RIGHT - LEFT) / longest)
+    return svg.card(TOP + STEP * len(bars) + 14, "Seconds for the short answers by side", shown)
 
 
-def bars_of(field: Field) -> list[Bar]:
-    return [
-        (
-            name,
-            field.sides_ever[name].startup + statistics.median(run.outcome.startup for run in runs),
-            statistics.median(work(field.sides_ever[name], run) for run in runs),
-        )
-        for (workload, name), runs in field.runs.items()
-        if workload == SHORT
-    ]
+def bars_of(part: str) -> list[Bar]:
+    """The sides of a part, from its table of short answers."""
+    found = results.below(part, WORDS[SHORT])
+    cells = results.cells_of(found) if found else []
+    return [(row["side"].strip("*"), float(row["start-up, s"]), float(row["work, s"])) for row in cells]
 
 
 def drawn(bar: Bar, y: float, scale: float) -> list[str]:

@@ -35,8 +35,8 @@ from benchmarks.peers.plan import (
     Plan,
 )
 
-ENGINES, CLIENTS = "Engines of one's own", "Clients of one server"
-EMBEDDERS = "Engines of one's own, for pooling"
+ENGINES, CLIENTS = "Peers with an engine each", "Peers as clients of one server"
+EMBEDDERS = "Peers that embed and score"
 RESIDENT = (ceilings.GENERATE, own_engine.BATCHES, ceilings.ASYNC, own_engine.TABLE)
 ALL_ENGINES = (*RESIDENT, ceilings.CHUNKS, rays.ENGINE, run_batch.NAME)
 ANY_LENGTH = (ceilings.GENERATE, own_engine.BATCHES, ceilings.ASYNC, rays.ENGINE)
@@ -99,8 +99,8 @@ def pooling(plan: Plan, arguments: dict[str, Any]) -> Iterator[Field]:
         yield field
 
 
-def measure_pooling(field: Field, after_each: Callable[[], None]) -> None:
-    """Measure vectors and scores. Each side first does some rows that do not count."""
+def measure_pooling(field: Field, after_each: Callable[[], None]) -> list[Ending]:
+    """Measure vectors and scores. The resident sides first do some rows that do not count."""
     started_each_time = (rays.ENGINE, run_batch.NAME)
     for workload, bare, more in (
         (EMBED, ceilings.EMBED, started_each_time),
@@ -110,6 +110,7 @@ def measure_pooling(field: Field, after_each: Callable[[], None]) -> None:
         field.warm_up(resident, workload)
         field.measure(workload, (*resident, *more), once=more)
         after_each()
+    return []
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The part "Peers" of RESULTS.md: a table for each workload, and the goals."""
+"""The part of a group in RESULTS.md: the goals, and a table for each workload."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Goal:
 
 def tables(field: Field) -> str:
     """The tables of a group, and the sides that did not run."""
-    parts = [f"### {field.title}"]
+    parts = []
     for workload in WORDS:
         if sides := field.of(workload):
             parts.append(table(field, workload, sides))
@@ -67,7 +67,7 @@ def tables(field: Field) -> str:
                 f"- not run: {name}: {results.one_line(why, 300)}" for name, why in field.absent.items()
             )
         )
-    return "\n\n".join(parts) if parts[1:] else ""
+    return "\n\n".join(parts)
 
 
 def table(field: Field, workload: str, sides: dict[str, list[Measured]]) -> str:
@@ -78,8 +78,8 @@ def table(field: Field, workload: str, sides: dict[str, list[Measured]]) -> str:
     title = f"{WORDS[workload]} (`{workload}`): {len(some)} rows"
     if not tokens:
         head = [column.replace("tokens", "rows") for column in HEAD]
-        return f"#### {title} a round\n\n{results.table(head, lines)}"
-    return f"#### {title}, {tokens} output tokens a round\n\n{results.table(HEAD, lines)}"
+        return f"### {title} a round\n\n{results.table(head, lines)}"
+    return f"### {title}, {tokens} output tokens a round\n\n{results.table(HEAD, lines)}"
 
 
 def reference_of(sides: dict[str, list[Measured]], against: str = "") -> str:
@@ -162,9 +162,9 @@ def ratio(summary: Summary) -> str:
     return f"{summary.median:.2f} [{summary.low:.2f} {summary.high:.2f}]"
 
 
-def goals(fields: Sequence[Field]) -> str:
-    """The table of goals with their figures."""
-    found = [goal for field in fields for goal in goals_of(field)]
+def goals(field: Field) -> str:
+    """The table of a group's goals with their figures."""
+    found = goals_of(field)
     head = ("goal", "at least", "figure", "")
     return "### Goals\n\n" + results.table(head, [goal.cells() for goal in found]) if found else ""
 
