@@ -72,9 +72,9 @@ def of_bare(samples: Sequence[Sample]) -> str:
     return f"""\
 ### The rows of one engine through `LLM.generate`
 
-{samples[-1].calls:,} calls in a process without this package's engine: resident memory of {first:,.0f} MiB after
-{samples[0].calls} calls, {half:,.0f} MiB after half and {last:,.0f} MiB after all of them; the slope of the second half is {1000 * rate:+,.2f} MiB
-per 1,000 calls."""
+{samples[-1].calls:,} calls in a process without this package's engine: resident memory of {first:,.0f} MiB
+after {samples[0].calls} calls, {half:,.0f} MiB after half and {last:,.0f} MiB after all of them; the slope of
+the second half is {1000 * rate:+,.2f} MiB per 1,000 calls."""
 
 
 def of_engine(samples: Sequence[Sample]) -> str:

@@ -3,8 +3,8 @@
 One process sends 2,000,000 rows with `predict_in_db`, in many calls of one flow, to a scripted server that
 sometimes breaks a connection, returns 429 or 500, and refuses one row in 200. Beside it, another one uses the
 tiny engine for `--minutes`: each flow run makes 200 calls within `with model:`, which starts an engine and
-closes it. A third one sends the rows of 200 calls to `LLM.generate`, to show what of the memory is vLLM's. The
-resources of each process are sampled between calls, and each sample is appended to a JSONL file at once.
+closes it. A third one sends the rows of 200 calls to `LLM.generate`, to show what of the memory is vLLM's.
+The resources of each process are sampled between calls, and each sample is appended to a JSONL file at once.
 SIGTERM ends the run and reports the samples so far.
 """
 

@@ -16,7 +16,7 @@ from benchmarks import results
 from benchmarks.peers import bad_rows, chart, crashes, groups, page
 from benchmarks.peers.bad_rows import Ending
 from benchmarks.peers.field import Field
-from benchmarks.peers.plan import OF_CLIENTS, OF_ENGINES, POOLING, Plan, parse
+from benchmarks.peers.plan import Plan, parse
 from vllm_tasks.engines.session import permit_amx
 
 permit_amx()  # the processes that vLLM spawns import this module, too
@@ -69,20 +69,20 @@ def tiny(plan: Plan, stack: ExitStack) -> dict[str, Any]:
     return {**ENGINE, "model": str(folder), **plan.options.engine}
 
 
-GROUPS = (
-    (OF_CLIENTS, groups.clients_of_one_server, groups.measure_clients),
-    (OF_ENGINES, groups.engines, groups.measure_engines),
-    (POOLING, groups.pooling, groups.measure_pooling),
-)
+WITH_ENGINES = {
+    "clients": (groups.clients_of_one_server, groups.measure_clients),
+    "engines": (groups.engines, groups.measure_engines),
+    "pooling": (groups.pooling, groups.measure_pooling),
+}
 
 
 def measure(plan: Plan, arguments: dict[str, Any]) -> None:
     """Measure the crashes, then each group. Each writes a part of the page, also while it runs: all of them
     take an hour and a half."""
-    if crashed := crashes.table(crashes.observe(plan)):
+    if plan.has_group("crash") and (crashed := crashes.table(crashes.observe(plan))):
         record(plan, "Peers after a crash", [crashed])
-    for workloads, opened, measured in GROUPS:
-        if plan.has_any(workloads):
+    for name, (opened, measured) in WITH_ENGINES.items():
+        if plan.has_group(name):
             with opened(plan, arguments) as field:
                 write(plan, field, measured(field, partial(write, plan, field)))
 

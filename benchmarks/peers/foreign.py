@@ -2,7 +2,7 @@
 
 The arguments of a script are the server's URL, the model's name, the rows in flight, and a folder. It prints
 `ready`, and then for each `{"prompts", "max_tokens", "resume"}` one `{"seconds", "completed", "errors",
-"tokens"}`.
+"tokens"}`, with its `startup` in seconds if each run has one.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def through(process: subprocess.Popen[str], rows: Sequence[Row], resume: bool) -
     found = json.loads(line_of(process))
     if "died" in found:
         return Outcome(time.perf_counter() - begun, 0, 0, died=found["died"])
-    counts = found["tokens"], found["completed"], found["errors"]
+    counts = found["tokens"], found["completed"], found["errors"], found.get("startup", 0.0)
     return Outcome(found["seconds"], *counts, stored=found.get("stored", 0))
 
 

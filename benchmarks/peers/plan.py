@@ -18,8 +18,13 @@ SHORT, MIXED, PREFIXES, DUPLICATES, BAD, CRASH = "short", "mixed", "prefixes", "
 PARAMETERS, EMBED, SCORE = "parameters", "embed", "score"
 POOLING = (EMBED, SCORE)
 WORKLOADS = (SHORT, MIXED, PREFIXES, DUPLICATES, PARAMETERS, EMBED, SCORE, BAD, CRASH)
-OF_CLIENTS = (SHORT, MIXED, BAD)
-OF_ENGINES = (SHORT, MIXED, PREFIXES, DUPLICATES, PARAMETERS, BAD)
+GROUPS = {
+    "crash": (CRASH,),
+    "clients": (SHORT, MIXED, BAD),
+    "engines": (SHORT, MIXED, PREFIXES, DUPLICATES, PARAMETERS, BAD),
+    "pooling": POOLING,
+}
+"""The workloads of each group of sides."""
 BAD_ROWS, CRASH_ROWS = 100, 400
 TOKENS = 24
 """Output tokens of a short answer, equal for all rows, since some sides take one number for all."""
@@ -32,11 +37,13 @@ token for every one or two letters."""
 
 @dataclass(frozen=True)
 class Plan:
-    """One run. `only` has names of workloads and parts of names of sides; empty means all."""
+    """One run. `only` has names of workloads and parts of names of sides, `groups` names of groups; empty
+    means all."""
 
     options: Options
     rounds: int
     only: tuple[str, ...]
+    groups: tuple[str, ...]
     short: bool
     output: Path
     command: str
@@ -49,8 +56,9 @@ class Plan:
         wanted = [part for part in self.only if part in WORKLOADS]
         return not wanted or name in wanted
 
-    def has_any(self, names: Sequence[str]) -> bool:
-        return any(map(self.has_workload, names))
+    def has_group(self, name: str) -> bool:
+        """Whether the group takes part and has a workload of the run."""
+        return (not self.groups or name in self.groups) and any(map(self.has_workload, GROUPS[name]))
 
     def has_side(self, name: str) -> bool:
         wanted = [part for part in self.only if part not in WORKLOADS]
@@ -119,6 +127,9 @@ def parse(arguments: list[str]) -> Plan:
     add("--rounds", type=int, default=None, help="rounds that count (3; 1 with --short)")
     add("--concurrency", type=int, default=64, help="rows in flight of the clients of a server")
     add("--only", nargs="*", default=(), help=f"sides (parts of names) and workloads {WORKLOADS}")
+    add(
+        "--groups", nargs="*", default=(), choices=GROUPS, help="groups of sides; each has a part of the page"
+    )
     add("--engine", type=json.loads, default={}, help="further engine arguments of all sides, as JSON")
     add("--output", type=Path, default=results.FILE, help="the page to write the parts Peers to")
     given = parser.parse_args(arguments)
@@ -126,7 +137,7 @@ def parse(arguments: list[str]) -> Plan:
     rounds = given.rounds or (1 if given.short else 3)
     command = f"python -m benchmarks.peers {' '.join(arguments)}".strip()
     own = options_of(given, count, rounds)
-    return Plan(own, rounds, tuple(given.only), given.short, given.output, command)
+    return Plan(own, rounds, tuple(given.only), tuple(given.groups), given.short, given.output, command)
 
 
 def options_of(given: argparse.Namespace, count: int, rounds: int) -> Options:
