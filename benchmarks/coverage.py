@@ -27,7 +27,7 @@ from vllm_tasks.validation.intervals import proportion, wilson
 from vllm_tasks.validation.scores import score
 
 PART = "Coverage of intervals"
-SIZES = {20: 500, 100: 600, 1_000: 600}
+SIZES = {20: 500, 100: 600, 1_000: 200}
 """Rows, and data sets that are drawn."""
 OF_SETS = 150
 """Data sets of metrics of which each resample is scored anew."""

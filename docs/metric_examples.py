@@ -97,7 +97,7 @@ def examples() -> str:
         )
         for one in EXAMPLES
     ]
-    return table(("metric", "options", "answer", "target", "value"), rows)
+    return table(("metric", "options", "answer", "target", "value"), rows).replace("--:", "---")
 
 
 def _code(value: Any) -> str:

@@ -149,8 +149,8 @@ def test_nothing_is_evaluated_or_unpickled() -> None:
 
 
 def test_no_file_is_written_as_csv() -> None:
-    """A spreadsheet would take an answer that begins with = for a formula. Tables, batch files and results are
-    Delta, SQL and JSON lines.
+    """A spreadsheet would take an answer that begins with = for a formula. Tables, batch files and results
+    are Delta, SQL and JSON lines.
     """
     written = re.compile(
         r"\bcsv\.(writer|DictWriter|write_csv)|\.(to|write|sink)_csv\(|FORMAT\s+CSV", re.IGNORECASE

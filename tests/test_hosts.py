@@ -93,7 +93,9 @@ def test_a_name_that_moves_after_it_was_checked_connects_to_nobody(
     assert listener.connected == 0
 
 
-@pytest.mark.parametrize("uri", ["http://127.0.0.1:{port}/x", "http://localhost:{port}/x", "ftp://127.0.0.1:{port}/x"])
+@pytest.mark.parametrize(
+    "uri", ["http://127.0.0.1:{port}/x", "http://localhost:{port}/x", "ftp://127.0.0.1:{port}/x"]
+)
 def test_no_table_and_no_artifact_is_read_from_this_machine(listener: Listener, uri: str) -> None:
     """Of a block, or of the arguments of a run: db, source, artifacts, prompt files."""
     url = uri.format(port=listener.port)

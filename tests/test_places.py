@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import write_deltalake
 
-from tests.servers.scripted_server import ScriptedServer, refused
+from tests.servers.scripted_server import Reply, ScriptedServer, refused
 from vllm_tasks import Datalayer, InvalidCall, VllmAPI
 from vllm_tasks.calls.answers import Artifact
 from vllm_tasks.calls.prompts import load_artifact
@@ -160,9 +160,13 @@ def test_the_log_of_a_delta_table_leads_out_of_no_lake(tmp_path: Path, way: str)
         read(lake, "t")
 
 
+SIGNED = "/x?sig=SECRET"
+
+
 def test_an_artifact_that_a_server_refuses_shows_no_signature(server: ScriptedServer) -> None:
     """The error of the client for the web has the complete address."""
-    server.script = lambda _: refused(403, "no")
+    replies = [Reply(b"be brief"), refused(403, "no")]
+    server.script = lambda _: replies.pop(0)
     with pytest.raises(InvalidCall, match=r"x\?\.\.\.' cannot be read as str: 403") as told:
-        load_artifact(f"{server.url}/x?sig=SECRET", "str")
+        load_artifact(server.url + SIGNED, "str")
     assert "SECRET" not in "".join(traceback.format_exception(told.value))

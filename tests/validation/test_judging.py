@@ -161,8 +161,8 @@ def test_space_at_the_end_of_a_prompt_belongs_to_the_choice(
 
 
 def test_only_the_texts_own_tokens_are_summed(make: Make, here: Place, server: ScriptedServer) -> None:
-    """Those of the prompt have other log-probabilities in each request, as where a batch is rounded otherwise:
-    in a difference of two sums, 900 of them would outweigh the text.
+    """Those of the prompt have other log-probabilities in each request, as where a batch is rounded
+    otherwise: in a difference of two sums, 900 of them would outweigh the text.
     """
 
     def script(asked: Asked) -> Reply | None:

@@ -86,8 +86,8 @@ class Constructor(SafeConstructor):
                     self.flatten_mapping(each)
                 if sum(len(each.value) for each in merged) > MOST_MERGED:
                     raise InvalidCall(
-                        f"line {key.start_mark.line + 1}: << merges more than {MOST_MERGED:,} keys; write them "
-                        "out, or merge fewer mappings"
+                        f"line {key.start_mark.line + 1}: << merges more than {MOST_MERGED:,} keys; write "
+                        "them out, or merge fewer mappings"
                     )
         return super().flatten_mapping(node)
 

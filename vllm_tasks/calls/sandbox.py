@@ -60,7 +60,18 @@ PLAIN = (
 )
 """Types of values whose methods may be called. A method of another could do anything, as `to_csv` does."""
 AS_TEXT = {
-    *("capitalize", "center", "e", "escape", "forceescape", "format", "format_map", "indent", "lower", "pprint"),
+    *(
+        "capitalize",
+        "center",
+        "e",
+        "escape",
+        "forceescape",
+        "format",
+        "format_map",
+        "indent",
+        "lower",
+        "pprint",
+    ),
     *("replace", "safe", "string", "striptags", "title", "tojson", "trim", "truncate", "upper", "urlencode"),
     *("urlize", "wordcount", "wordwrap", "xmlattr"),
 }

@@ -283,11 +283,14 @@ def test_urls_that_cannot_be_meant(url: str, told: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["mysql+pymysql://u:s3cret@h/d?local_infile=1", "mariadb+mysqlconnector://h/d?allow_local_infile=true"]
+    "url",
+    ["mysql+pymysql://u:s3cret@h/d?local_infile=1", "mariadb+mysqlconnector://h/d?allow_local_infile=true"],
 )
 def test_no_server_may_ask_for_files_of_this_machine(url: str) -> None:
     """A server that a block names could read what the site does not allow (LOAD DATA LOCAL INFILE)."""
-    with pytest.raises(InvalidCall, match="with which the server may read any file of this machine") as refused:
+    with pytest.raises(
+        InvalidCall, match="with which the server may read any file of this machine"
+    ) as refused:
         backend(url)
     assert "s3cret" not in str(refused.value)
 
