@@ -110,7 +110,7 @@ def measure(options: Options) -> Iterator[str]:
                 identifier="bench", api_url=f"{url}/v1/completions", max_in_flight=options.concurrency
             )
             with model:
-                yield _choices_line(kind, model, lakes / f"choices-{kind}", choosing, of_choices)
+                yield _choices_line(kind, url, model, lakes / f"choices-{kind}", choosing, of_choices)
                 yield _documents_line(kind, url, model, lakes / f"documents-{kind}", documents, of_documents)
 
 
@@ -137,9 +137,14 @@ def _documents() -> list[dict[str, Any]]:
 
 
 def _choices_line(
-    kind: str, model: VllmAPI, lake: Path, rows: Sequence[dict[str, Any]], theirs: list[list[float]]
+    kind: str,
+    url: str,
+    model: VllmAPI,
+    lake: Path,
+    rows: Sequence[dict[str, Any]],
+    theirs: list[list[float]],
 ) -> str:
-    """Rows whose choice is the same, by log-probability and per character."""
+    """Rows with the same log-probability of each choice, and the same choice by it and per character."""
     options = {"choices": "choices", "delimiter": " "}
     metrics = [
         Metric(identifier="acc", object="multiple_choice", options=options),
@@ -148,13 +153,20 @@ def _choices_line(
         ),
     ]
     ours = _scores(model, lake, metrics, rows, ("prompt", "label"))
+    pairs = [(row["prompt"], choice) for row in rows for choice in row["choices"]]
+    flat = [logprob for logprobs in theirs for logprob in logprobs]
+    gaps = _gaps(url, model, lake.with_suffix(".texts"), pairs, " ", flat)
     equal = 0
-    for row, found, logprobs in zip(rows, ours, theirs, strict=True):
+    for i, (row, found, logprobs) in enumerate(zip(rows, ours, theirs, strict=True)):
         per_character = [p / len(c) for p, c in zip(logprobs, row["choices"], strict=True)]
         wanted = [float(v.index(max(v)) == row["label"]) for v in (logprobs, per_character)]
-        equal += [found["acc"], found["acc_norm"]] == wanted
+        close = max(gaps[i * CHOICES : (i + 1) * CHOICES]) <= CLOSE
+        equal += close and [found["acc"], found["acc_norm"]] == wanted
     accuracy = sum(found["acc"] for found in ours) / len(ours)
-    return f"PARITY {equal}/{len(rows)} equal multiple choice, {kind} log-probabilities (acc {accuracy:.3f})"
+    return (
+        f"PARITY {equal}/{len(rows)} equal multiple choice, {kind} log-probabilities "
+        f"(acc {accuracy:.3f}, largest relative difference {max(gaps):.1e})"
+    )
 
 
 def _documents_line(
@@ -168,17 +180,34 @@ def _documents_line(
     """Documents whose log-probability is the same, after the token that begins a document."""
     known = _json(f"{url}/tokenizer_info")
     begin = known.get("bos_token") or known["eos_token"]
-    asked = [{"begin": begin, **row} for row in rows]
-    ours = _scores(model, lake, [Metric(identifier="perplexity")], asked, ("begin", "document"))
-    asked_for = [{"prompt": row["document"], "add_special_tokens": False} for row in rows]
-    tokens = [len(_json(f"{url}/tokenize", one)["tokens"]) for one in asked_for]
-    logprobs = [-n * math.log(found["perplexity"]) for n, found in zip(tokens, ours, strict=True)]
-    gaps = [abs(a / b - 1) for a, (b,) in zip(logprobs, theirs, strict=True)]
+    gaps = _gaps(url, model, lake, [(begin, row["document"]) for row in rows], "", [own for (own,) in theirs])
     equal = sum(gap <= CLOSE for gap in gaps)
     return (
         f"PARITY {equal}/{len(rows)} equal rolling perplexity, {kind} log-probabilities "
         f"(largest relative difference {max(gaps):.1e})"
     )
+
+
+def _gaps(
+    url: str,
+    model: VllmAPI,
+    lake: Path,
+    pairs: Sequence[tuple[str, str]],
+    delimiter: str,
+    theirs: Sequence[float],
+) -> list[float]:
+    """The relative differences of the log-probabilities of texts after their prompts."""
+    asked = [{"prompt": prompt, "text": text} for prompt, text in pairs]
+    perplexity = Metric(identifier="perplexity", options={"delimiter": delimiter})
+    ours = _scores(model, lake, [perplexity], asked, ("prompt", "text"))
+    gaps = []
+    for (prompt, text), found, other in zip(pairs, ours, theirs, strict=True):
+        alone, whole = (
+            len(_json(f"{url}/tokenize", {"prompt": each})["tokens"])
+            for each in (prompt.rstrip(), prompt + delimiter + text)
+        )
+        gaps.append(abs((alone - whole) * math.log(found["perplexity"]) / other - 1))
+    return gaps
 
 
 def _json(url: str, body: Any = None) -> Any:

@@ -15,6 +15,7 @@ from typing import Any, get_args
 import yaml
 
 from benchmarks.results import below, cells_of, read, table
+from docs.metric_examples import examples
 from vllm_tasks import Metric
 
 ROOT = Path(__file__).parent.parent
@@ -177,10 +178,15 @@ def _paragraph(docstring: str) -> str:
     """A docstring as one paragraph, without the metric's name if it adds nothing."""
     name, _, formula = docstring.partition(": ")
     text = re.sub(r"\s+", " ", formula if len(name.split()) <= 2 else docstring)
-    return re.sub(r"https://\S+[\w/]", r"<\g<0>>", text)
+    return re.sub(r"(?<!<)https://\S+[\w/]", r"<\g<0>>", text)
 
 
-TABLES: dict[str, Callable[[], str]] = {"beside": beside, "figures": figures, "metrics": metrics}
+TABLES: dict[str, Callable[[], str]] = {
+    "beside": beside,
+    "examples": examples,
+    "figures": figures,
+    "metrics": metrics,
+}
 
 if __name__ == "__main__":
     main()

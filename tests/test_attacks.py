@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import re
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -145,6 +146,18 @@ def test_nothing_is_evaluated_or_unpickled() -> None:
             ):
                 found.append(f"{file.name}:{node.lineno}")  # type: ignore[attr-defined]  # those have lines
     assert found == []
+
+
+def test_no_file_is_written_as_csv() -> None:
+    """A spreadsheet would take an answer that begins with = for a formula. Tables, batch files and results
+    are Delta, SQL and JSON lines.
+    """
+    written = re.compile(
+        r"\bcsv\.(writer|DictWriter|write_csv)|\.(to|write|sink)_csv\(|FORMAT\s+CSV", re.IGNORECASE
+    )
+    assert written.search("frame.to_csv(file)")
+    assert written.search("COPY t TO 'f' (FORMAT CSV)")
+    assert [file.name for file in PACKAGE.rglob("*.py") if written.search(file.read_text())] == []
 
 
 # ---------------------------------------------------------------------- sizes

@@ -180,3 +180,16 @@ def test_output_columns(tmp_path: Path, server: Any) -> None:
     of_others = {"output_schema", "_position", "_review", *(column.name for column in CLASS_COLUMNS)}
     said = [name for name in page if name not in of_others]
     assert sorted(said) == sorted(set(db.outputs("m").column_names) - {"id"})
+
+
+def test_metric_examples() -> None:
+    """Each metric has one; that the values are right follows from the page being as it is generated."""
+    named = [CODE.findall(cells[0])[0] for cells in rows("reference/metrics.md", "## An example of each")]
+    assert sorted(named) == sorted(figures.built_in())
+
+
+def test_numbers_of_answers() -> None:
+    """The notations on the page have the numbers that it says."""
+    for texts, number in rows("reference/metrics.md", "## The number of an answer"):
+        for text in CODE.findall(texts):
+            assert figures.score_of("numeric_match")(f"So it is {text}", number), text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import write_deltalake
 
-from tests.servers.scripted_server import ScriptedServer
+from tests.servers.scripted_server import Reply, ScriptedServer, refused
 from vllm_tasks import Datalayer, InvalidCall, VllmAPI
 from vllm_tasks.calls.answers import Artifact
+from vllm_tasks.calls.prompts import load_artifact
 
 
 @pytest.fixture
@@ -156,3 +158,15 @@ def test_the_log_of_a_delta_table_leads_out_of_no_lake(tmp_path: Path, way: str)
     log.write_text(log.read_text().replace(own["path"], way))
     with pytest.raises(InvalidCall, match="not in it"):
         read(lake, "t")
+
+
+SIGNED = "/x?sig=SECRET"
+
+
+def test_an_artifact_that_a_server_refuses_shows_no_signature(server: ScriptedServer) -> None:
+    """The error of the client for the web has the complete address."""
+    replies = [Reply(b"be brief"), refused(403, "no")]
+    server.script = lambda _: replies.pop(0)
+    with pytest.raises(InvalidCall, match=r"x\?\.\.\.' cannot be read as str: 403") as told:
+        load_artifact(server.url + SIGNED, "str")
+    assert "SECRET" not in "".join(traceback.format_exception(told.value))

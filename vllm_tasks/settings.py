@@ -181,8 +181,8 @@ class Settings(PrefectBaseSettings):
     )
     places: Texts = Field(
         default=[],
-        description="Folders, and beginnings of URIs, that artifacts, prompt files, pictures, audio, "
-        "video, lakes and SQLite files may be in (a JSON list); empty: anywhere.",
+        description="Folders, and beginnings of URIs, that artifacts, prompt files, pictures, audio, video, "
+        "lakes, files of SQLite and DuckDB, and batch files may be in (a JSON list); empty: anywhere.",
     )
     callable_prefixes: Texts = Field(
         default=["flows"],

@@ -13,10 +13,10 @@ from pydantic import ValidationError
 
 from tests.calls.prompting import prompter, refusal
 from tests.servers.scripted_server import Reply, ScriptedServer
-from vllm_tasks import InvalidCall, Request, VllmAPI
-from vllm_tasks.calls.hosts import check_host
+from vllm_tasks import InvalidCall, Request, VllmAPI, batch_request
 from vllm_tasks.calls.media import Kind, Media, without_media
-from vllm_tasks.calls.prompts import Prompter
+from vllm_tasks.calls.prompts import Prompter, load_artifact
+from vllm_tasks.hosts import check_host
 
 PNG = b"\x89PNG\r\n\x1a\n of a cat"
 WAV = b"RIFF\x10\x00\x00\x00WAVEfmt "
@@ -266,10 +266,39 @@ class TestPlaces:
         """It may lead out of the places. (The host's address is given another one.)"""
         monkeypatch.setenv("VLLM_TASKS_PLACES", json.dumps([f"{pictures.url}/allowed"]))
         elsewhere = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("203.0.113.1", 0))]
-        monkeypatch.setattr("vllm_tasks.calls.hosts.socket.getaddrinfo", lambda *_: elsewhere)
+        monkeypatch.setattr("vllm_tasks.hosts.socket.getaddrinfo", lambda *_: elsewhere)
         assert with_media()({"photo": f"{pictures.url}/allowed/cat.png"})[0]["content"][0] == part_of(PNG)
         assert isinstance(refusal(with_media()({"photo": f"{pictures.url}/allowed/moved"})), str)
+        assert load_artifact(f"{pictures.url}/allowed/cat.txt", "bytes") == PNG
+        with pytest.raises(InvalidCall, match=r"allowed/moved' cannot be read"):
+            load_artifact(f"{pictures.url}/allowed/moved", "bytes")
         assert not any(asked.path == "/cat.png" for asked in pictures.requests)
+
+    @pytest.mark.parametrize(
+        "part",
+        [
+            {"type": "image_url", "image_url": {"url": "http://169.254.169.254/latest"}},
+            {"type": "image_url", "image_url": {"url": "https://host/cat.png"}},
+            {"type": "video_url", "video_url": {"url": "file:///etc/passwd"}},
+            {"type": "text", "text": "x", "uuid": "1", "image_url": "HTTP://127.0.0.1/"},
+            {"audio_url": " data:audio/wav;base64,AAAA"},
+        ],
+    )
+    def test_messages_name_no_address_for_the_engine(
+        self, part: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Their bytes are sent, or nothing: an engine follows redirects, and reaches other networks."""
+        monkeypatch.setenv("VLLM_TASKS_PLACES", '["https://host/"]')
+        messages = [{"role": "user", "content": [TEXT, part_of(PNG), part]}]
+        for said in (
+            refusal(prompter()(messages)),
+            refusal(prompter(messages_as_json=True)(json.dumps(messages))),
+            refusal(prompter(prompt_func=batch_request)({"messages": messages})),
+            refusal(with_media("{input}", prompt_func=lambda photo: messages)({"photo": PNG})),
+        ):
+            assert "which the engine would open, and this site limits places" in said
+        messages[0]["content"].remove(part)
+        assert prompter()(messages) == messages
 
     def test_a_file_outside_is_not_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "cat.png").write_bytes(PNG)

@@ -72,8 +72,13 @@ def test_methods_of_plain_values_alone_can_be_called(tmp_path: Path) -> None:
     plain = "{{ q.upper() }} {{ '{:.1f}'.format(n) }} {{ d.strftime('%Y') }} {{ '%d' % n }} {{ q ~ n }}"
     make = prompter(file=plain, signature="**kwargs")
     assert make({"q": "a", "n": 2, "d": datetime(2024, 1, 2, tzinfo=UTC)}) == "A 2.0 2024 2 a2"
+    assert (
+        prompter(file="{{ input | tojson }} {{ input | join('-') }} {{ input | sum }}")([1, 2])
+        == "[1, 2] 1-2 3"
+    )
 
 
+NESTED = "{% set x = [['a' * 999] * 9999] * 9999 %}"
 GROWTH = "{% set ns = namespace(x='a' * 999) %}{% for i in range(60) %}%s{% endfor %}{{ ns.x | length }}"
 
 
@@ -98,6 +103,16 @@ GROWTH = "{% set ns = namespace(x='a' * 999) %}{% for i in range(60) %}%s{% endf
         "{{ ('a' * 1000000).join([''] * 1000) }}",
         "{% for i in range(99999) %}{% for j in range(99999) %}a long text{% endfor %}{% endfor %}",
         "{% macro m(n) %}{{ m(n - 1) ~ m(n - 1) if n else 'a' * 999 }}{% endmacro %}{{ m(60) }}",
+        *(
+            f"{NESTED}{{{{ x | {name} }}}}"
+            for name in ("string", "tojson", "pprint", "upper", "replace('1', '2')")
+        ),
+        *(f"{NESTED}{{{{ {made} }}}}" for made in ("x ~ ''", "[x] | join", "'%s' % (x,)", "'{}'.format(x)")),
+        "{{ ('{0}' * 9999).format('a' * 99999) }}",
+        "{{ ('{a}' * 9999).format_map({'a': 'a' * 99999}) }}",
+        "{{ ('%(a)s' * 9999) % {'a': 'a' * 99999} }}",
+        "{{ ('%(a)s' * 9999) | format(a='a' * 99999) }}",
+        "{{ ([[0] * 400000] * 400000) | sum(start=[]) | length }}",
         GROWTH.replace("%s", "{% set ns.x = ns.x + ns.x %}"),
         GROWTH.replace("%s", "{% set ns.x = ns.x ~ ns.x %}"),
         GROWTH.replace("%s", "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}"),

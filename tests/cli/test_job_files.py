@@ -15,6 +15,8 @@ from vllm_tasks import Datalayer, VllmAPI
 pytestmark = IN_PREFECT
 BOMB = "[&a0 [x, x], " + ", ".join(f"&a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)) + "]"
 """A line that stands for 2 to the power of 41 values."""
+MERGES = "[&m0 {n: 1}, " + ", ".join(f"&m{i} {{<<: [*m{i - 1}, *m{i - 1}]}}" for i in range(1, 40)) + "]"
+"""A line that stands for 2 to the power of 39 keys."""
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -59,6 +61,7 @@ def test_values_are_those_of_yaml_1_2(command: Command, job: Path, server: Scrip
         (("X: text", "X: text\npredict_id: 2024"), "put it in quotes"),
         (("model: {", "model: {api_key: sEcReT, oThEr: ], "), "is not YAML"),
         (("X: text", f"X: text\ncontext: {BOMB}"), "has more than 1,000,000 values"),
+        (("X: text", f"X: text\ncontext: {MERGES}"), "line 3: << merges more than 10,000 keys"),
         (("X: text", "X: text\ncontext: &a [*a]"), "an alias inside of what it stands for"),
         (("X: text", "X: text\nsampling: &a {x: {y: *a}}"), "an alias inside of what it stands for"),
         (("X: text", "X: text\nids: !!python/object/apply:os.getcwd []"), "is not YAML"),

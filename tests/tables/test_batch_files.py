@@ -66,6 +66,23 @@ def test_bodies_may_be_texts() -> None:
         batch_request("[]")
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"chat_template": "{% for i in range(10**9) %}{% endfor %}"},
+        {"chat_template_kwargs": {"chat_template": "{{ x }}"}},
+        {"lora_request": {"lora_name": "a", "lora_path": "/etc"}},
+        {"mm_processor_kwargs": {"size": {"height": 10**6}}},
+        {"media_io_kwargs": {"video": {"num_frames": 10**6}}},
+    ],
+)
+def test_a_body_is_data(more: dict[str, Any]) -> None:
+    """Whoever writes rows brings no template, no folder and no sizes for the engine."""
+    with pytest.raises(ValueError, match="which is more than data: set it for the call"):
+        batch_request({**CHAT, **more})
+    assert batch_request({**CHAT, "chat_template_kwargs": {"enable_thinking": False}})
+
+
 def test_rows_become_a_batch_file_that_gives_the_same_requests(
     model: VllmAPI, server: ScriptedServer, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

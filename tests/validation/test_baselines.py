@@ -92,14 +92,15 @@ def test_small_drops_add_up_against_the_best_run(make: Make, here: Place, pupil:
 
 
 def test_the_page_and_the_reason_have_the_figures_of_both_baselines(
-    make: Make, here: Place, pupil: Pupil
+    make: Make, here: Place, pupil: Pupil, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, checked = make(here), validation(60, max_regression={"exact_match": 0.2})
     first = only(validate(model, checked))
     pupil.misses(*range(10))
     second = only(validate(model, checked))
     pupil.misses(*range(20))
-    third = only(validate(model, checked))
+    with caplog.at_level(logging.INFO, "vllm_tasks.validation"):
+        third = only(validate(model, checked))
     (verdict,) = third.verdicts
     assert [(one.kind, one.run) for one in verdict.against] == [("last", second.run), ("best", first.run)]
     assert [round(one.paired.difference, 3) for one in verdict.against] == [-0.167, -0.333]
@@ -109,6 +110,7 @@ def test_the_page_and_the_reason_have_the_figures_of_both_baselines(
     assert "| limits | rows | against the last passed run |" in page
     assert "- exact_match against the best run: -0.333 (" in page
     assert "with these 60 rows, a drop of 0.4 is detected " in page
+    assert "exact_match on exam: with these 60 rows, a drop of 0.4 is detected " in caplog.text
 
 
 def test_a_named_run_is_a_baseline_and_an_unknown_one_is_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -157,6 +158,24 @@ def test_space_at_the_end_of_a_prompt_belongs_to_the_choice(
     report = only(validate(make(here, prompt="{input} \n"), choosing(["d", "b"], "b", delimiter=" ")))
     assert asked(server) == Counter(["x", "x \n d", "x \n b"])
     assert report.values[0].value == 1.0
+
+
+def test_only_the_texts_own_tokens_are_summed(make: Make, here: Place, server: ScriptedServer) -> None:
+    """Those of the prompt have other log-probabilities in each request, as where a batch is rounded
+    otherwise: in a difference of two sums, 900 of them would outweigh the text.
+    """
+
+    def script(asked: Asked) -> Reply | None:
+        if not asked.body:
+            return None
+        own = len(asked.prompt) - 900
+        logprobs = [-1.0 - 0.001 * own] * 899 + [-2.0] * own
+        tokens = [{"1": {"logprob": each, "decoded_token": "x", "rank": 1}} for each in logprobs]
+        return reply("", "length", prompt_logprobs=[None, *tokens])
+
+    server.script = script
+    checked = validation([{"q": "q" * 900, "a": "ab"}], metrics=[Metric(identifier="perplexity")])
+    assert only(validate(make(here), checked)).values[0].value == pytest.approx(math.exp(2), rel=1e-12)
 
 
 @pytest.mark.parametrize(

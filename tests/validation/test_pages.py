@@ -88,6 +88,7 @@ def test_a_validation_draws_itself_in_a_notebook(server: ScriptedServer, tmp_pat
     html = report._repr_html_()
     assert "m on ten passed" in html
     assert html.count("<table>") == 2
+    assert "0.4422 to 0.9646 (approximate)" in html
     assert '<img src="data:image/svg+xml;base64,' in html
     assert "q8" in html
     assert "q1" not in html

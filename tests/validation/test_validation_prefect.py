@@ -228,7 +228,7 @@ def test_a_model_that_fails_is_recorded_shown_and_told_before(
     with saved(name, server, lake) as model:
         state = validated(model, of(thresholds={"exact_match": 0.9}), return_state=True)
     assert state.is_failed()
-    reason = "ten: exact_match is 0.8 (0.4422 to 0.9646, n=10), below its threshold of 0.9"
+    reason = "ten: exact_match is 0.8 (0.4422 to 0.9646, n=10, approximate), below its threshold of 0.9"
     assert reason in (state.message or "")
     with pytest.raises(GateFailed, match="did not pass") as caught:
         state.result()

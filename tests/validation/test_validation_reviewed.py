@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,17 @@ def test_an_interval_that_is_not_known_loses_no_run(make: Make, here: Place, pup
     assert report.values[0].value == 0.5
     assert [row["value"] for row in values(here)] == [0.5]
     assert report.values[0].low < 0.5 < report.values[0].high
+
+
+@pytest.mark.parametrize("name", ["macro_f1", "chrf"])
+def test_a_single_row_has_a_value_without_an_interval(
+    make: Make, here: Place, pupil: Pupil, name: str
+) -> None:
+    """There is nothing to calculate it from by a function of sums; SQLite could not keep a nan."""
+    checked = validation(1, metrics=[Metric(identifier=name)])
+    (value,) = only(validate(make(here), checked)).values
+    assert (value.value > 0, value.low, value.high) == (True, -math.inf, math.inf)
+    assert value.approximate == "1 independent rows are too few to be precise"
 
 
 def test_too_many_failed_says_of_how_many(make: Make, here: Place, pupil: Pupil) -> None:

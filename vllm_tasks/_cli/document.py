@@ -9,13 +9,17 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
 from vllm_tasks.errors import InvalidCall
 
 MOST_VALUES = 1_000_000
 """Values of a job file. Ten lines with aliases can stand for billions."""
+MOST_MERGED = 10_000
+"""Keys that one `<<` merges."""
 DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+MERGE = "tag:yaml.org,2002:merge"
+"""The tag of the key `<<`."""
 
 
 def mapping_in(file: Path) -> dict[str, Any]:
@@ -72,6 +76,20 @@ class Constructor(SafeConstructor):
                     )
                 seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: Any) -> Any:
+        """A `<<` that merges a list of aliases, and is merged itself, would stand for billions of keys."""
+        for key, value in node.value:
+            if key.tag == MERGE and isinstance(value, SequenceNode):
+                merged = [each for each in value.value if isinstance(each, MappingNode)]
+                for each in merged:
+                    self.flatten_mapping(each)
+                if sum(len(each.value) for each in merged) > MOST_MERGED:
+                    raise InvalidCall(
+                        f"line {key.start_mark.line + 1}: << merges more than {MOST_MERGED:,} keys; write "
+                        "them out, or merge fewer mappings"
+                    )
+        return super().flatten_mapping(node)
 
     def construct_yaml_int(self, node: Any) -> int:
         """010 is 8 in YAML 1.1 and 10 in 1.2, and 2024_01 is 202401: a person may mean either, or a text."""

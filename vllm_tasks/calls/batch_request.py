@@ -12,6 +12,9 @@ from vllm_tasks.rows import Request
 
 OF_THE_RUN = {"model"}
 """Fields of a body that a run sets itself."""
+NOT_OF_ROWS = {"chat_template", "lora_request", "media_io_kwargs", "mm_processor_kwargs"}
+"""Parameters that a body may not have: a template that the engine would run, a folder that it would read, and
+sizes to which it would unpack pictures. vLLM's server refuses most of them from its clients, too."""
 
 
 def batch_request(body: Mapping[str, Any] | str) -> Request:
@@ -27,12 +30,16 @@ def batch_request(body: Mapping[str, Any] | str) -> Request:
         The request.
 
     Raises:
-        ValueError: The body is not that of a completion.
+        ValueError: The body is not that of a completion, or has a parameter that only the call may set.
     """
     read = json.loads(body) if isinstance(body, str) else body
     if not isinstance(read, Mapping):
         raise ValueError(f"a body must be an object, got {described(read)}")
     given = {name: value for name, value in read.items() if value is not None}
+    inner = given.get("chat_template_kwargs")
+    names = {*given, *(inner if isinstance(inner, Mapping) else ())}
+    if closed := sorted(names & NOT_OF_ROWS):
+        raise ValueError(f"a body may not have {closed[0]}, which is more than data: set it for the call")
     if ("messages" in given) == ("prompt" in given):
         raise ValueError(
             f"a body of a chat has messages, that of a text completion a prompt; this one has {sorted(given)}"

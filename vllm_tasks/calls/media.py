@@ -21,6 +21,7 @@ from vllm_tasks.calls.picture_size import size_of
 from vllm_tasks.calls.prompt_func import Signature, described, is_tuple
 from vllm_tasks.calls.template import BadRow
 from vllm_tasks.errors import InvalidCall
+from vllm_tasks.hosts import options_of
 from vllm_tasks.places import check_place, is_local, local_path, without_secrets
 from vllm_tasks.rows import Message, Prompt, is_chat
 from vllm_tasks.settings import site_settings
@@ -131,6 +132,24 @@ def media_parts(prompt: Prompt) -> list[Part]:
     ]
 
 
+def refuse_addresses(prompt: Prompt) -> None:
+    """Raise `BadRow` if a message names a file or an address for the engine to open, and not its bytes.
+
+    What the engine can reach is not what the site allows: it follows redirects, from a network of its own.
+    """
+    contents = [message.get("content") for message in prompt] if is_chat(prompt) else []
+    parts = [part for content in contents if is_tuple(content) for part in content]
+    for name, value in ((n, v) for part in parts if isinstance(part, Mapping) for n, v in part.items()):
+        url = value.get("url") if isinstance(value, Mapping) else value
+        if name.endswith("_url") and url and not (isinstance(url, str) and DATA.match(url)):
+            shown = without_secrets(url) if isinstance(url, str) else url
+            raise BadRow(
+                f"the messages have {name}={shown!r:.200}, which the engine would open, and this site limits "
+                "places (VLLM_TASKS_PLACES): put it into a field of the record that images, audio or video "
+                "name, or give its bytes as a data: URL"
+            )
+
+
 def without_media(prompt: Prompt) -> Prompt:
     """Return a prompt for people, with the sizes of media in place of their bytes."""
     return [_shown(message) for message in prompt] if is_chat(prompt) else prompt
@@ -205,7 +224,7 @@ def _read(name: str, uri: str, most: int) -> bytes:
     if is_local(uri) and not os.path.isfile(local_path(uri)) and os.path.exists(local_path(uri)):
         raise BadRow(f"{name!r} {uri!r:.200} is no file")  # to open a pipe or a terminal could last for ever
     try:
-        with fsspec.open(uri, "rb", **_options(name, uri)) as file:
+        with fsspec.open(uri, "rb", **options_of(name, uri)) as file:
             content: bytes = file.read(most + 1)
     except InvalidCall:
         raise
@@ -214,16 +233,6 @@ def _read(name: str, uri: str, most: int) -> bytes:
         words = without_secrets(f"{name} {uri!r:.200} cannot be read: {type(error).__name__}: {error}")
         raise BadRow(words) from None
     return content
-
-
-def _options(name: str, uri: str) -> dict[str, Any]:
-    """fsspec's options for a URI. Where the site limits places, none leads out of them."""
-    if is_local(uri) or not site_settings().places:
-        return {}
-    from vllm_tasks.calls.hosts import check_host, checked_client, is_web
-
-    check_host(name, uri)
-    return {"allow_redirects": False, "get_client": checked_client} if is_web(uri) else {}
 
 
 def _part(name: str, kind: Kind, content: bytes, most_pixels: int) -> Part:

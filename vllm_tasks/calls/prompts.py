@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 
 from vllm_tasks.calls.functions import made_of
-from vllm_tasks.calls.media import NO_MEDIA, Media
+from vllm_tasks.calls.media import NO_MEDIA, Media, refuse_addresses
 from vllm_tasks.calls.messages import conversation, ended, is_messages, is_token_ids
 from vllm_tasks.calls.prompt_func import (
     Signature,
@@ -23,6 +23,7 @@ from vllm_tasks.calls.prompt_func import (
 )
 from vllm_tasks.calls.template import ARTIFACT, BadRow, Template, text_of
 from vllm_tasks.errors import SHOWN, InvalidCall, near
+from vllm_tasks.hosts import options_of
 from vllm_tasks.places import check_place, without_secrets
 from vllm_tasks.rows import Message, Prompt, Request, RowError
 from vllm_tasks.settings import site_settings
@@ -63,6 +64,8 @@ class Prompter:
     """The keywords of the call that `prompt_func` names; see `keywords_of`."""
     longest: int = field(default_factory=lambda: site_settings().max_prompt_bytes)
     """The largest size of a prompt, in bytes of UTF-8."""
+    limits_places: bool = field(default_factory=lambda: bool(site_settings().places))
+    """Whether the site limits the places that files are read from."""
 
     def __post_init__(self) -> None:
         in_template = self.prompt_func is None and "context" in self.template.fields
@@ -213,6 +216,8 @@ class Prompter:
             if own and not isinstance(own.sampling, Mapping):
                 raise BadRow(f"sampling must be a mapping of names to values, got {described(own.sampling)}")
             prompt = ended(self._as_sent(own.prompt if own else made), self.ending)
+            if self.limits_places:
+                refuse_addresses(prompt)
             # A prompt that cannot be encoded must fail here, not in a chunk with other rows.
             self._check_size(prompt if isinstance(prompt, str) else _as_json(prompt))
             if self.media:
@@ -335,10 +340,12 @@ def load_artifact(uri: str, kind: str, what: str = "artifact") -> Any:
 @functools.lru_cache(maxsize=64)
 def _loaded(uri: str, kind: str, what: str) -> Any:
     try:
-        with fsspec.open(uri, "rb") as file:
+        with fsspec.open(uri, "rb", **options_of(what, uri)) as file:
             content: bytes = file.read()
         return content if kind == "bytes" else json.loads(content) if kind == "json" else content.decode()
-    except (OSError, ValueError, ImportError) as error:
+    except InvalidCall:
+        raise
+    except Exception as error:  # noqa: BLE001 - stores raise many types
         words = without_secrets(f"{what} {uri!r} cannot be read as {kind}: {error}")
         # Danger: the original error may contain the complete URI with its secrets, so it is not chained.
         raise InvalidCall(words) from None

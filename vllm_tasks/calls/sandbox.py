@@ -59,6 +59,23 @@ PLAIN = (
     UUID,
 )
 """Types of values whose methods may be called. A method of another could do anything, as `to_csv` does."""
+AS_TEXT = {
+    *(
+        "capitalize",
+        "center",
+        "e",
+        "escape",
+        "forceescape",
+        "format",
+        "format_map",
+        "indent",
+        "lower",
+        "pprint",
+    ),
+    *("replace", "safe", "string", "striptags", "title", "tojson", "trim", "truncate", "upper", "urlencode"),
+    *("urlize", "wordcount", "wordwrap", "xmlattr"),
+}
+"""Filters and methods that make a text of whatever they get, with all that is in it."""
 UNBOUNDED = {"translate", "maketrans", "to_bytes"}
 """Methods of plain types whose results may have any size."""
 WIDE = re.compile(r"%[^%a-zA-Z]*([0-9]{5}|\*)|\{[^{}]*([0-9]{5}|:[^{}]*\{)")
@@ -130,10 +147,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         found = super().wrap_str_format(value)
-        if found is not None:
-            _check_format(value.__self__)
-            found.__module__ = SandboxedEnvironment.__module__  # Jinja gives it that of `str.format`: None
-        return found
+        if found is None:
+            return None
+
+        @functools.wraps(found)
+        def checked(*args: Any, **kwargs: Any) -> str:
+            self._check_format(value.__self__, (*args, *kwargs.values()))
+            return found(*args, **kwargs)
+
+        checked.__module__ = SandboxedEnvironment.__module__  # Jinja gives it that of `str.format`: None
+        return checked
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - as Jinja's
         name = getattr(__obj, "__name__", "")
@@ -150,7 +173,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 if isinstance(number, int) and _size(many) * number > self.most:
                     raise _too_large("a repeated text or list", self.most)
         if operator == "%":
-            _check_format(left)
+            self._check_format(left, right.values() if isinstance(right, dict) else _listed(right))
         if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
             if bits > MOST_BITS:
@@ -173,12 +196,32 @@ class Sandbox(ImmutableSandboxedEnvironment):
         numbers = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, int | float)]
         if name in SIZED and any(abs(number) > LARGEST_NUMBER for number in numbers):
             raise _too_large(f"a number of {name!r}", LARGEST_NUMBER)
+        if name in AS_TEXT:
+            for value in (*args, *kwargs.values()):
+                self._check_text(value)
         if name == "format":
-            _check_format(args[0])
+            self._check_format(args[0], (*args[1:], *kwargs.values()))
+        if name == "sum" and sum(map(_size, _listed(args[0]))) > self.most:
+            raise _too_large("a sum of lists", self.most)
         if name == "replace" and len(args) > 2 and all(isinstance(text, str) for text in args[:3]):
             text, old, new = args[:3]
             if len(text) + text.count(old) * len(new) > self.most:
                 raise _too_large("a text with replaced parts", self.most)
+
+    def _check_text(self, value: Any) -> None:
+        """Refuse a list or a dict whose text would be too large: it may have one text a thousand times."""
+        if not isinstance(value, str) and _weight(value, self.most) > self.most:
+            raise _too_large("the text of a list", self.most)
+
+    def _check_format(self, text: object, values: Iterable[Any]) -> None:
+        """Refuse a format with a large width, or whose fields could repeat a large value."""
+        if not isinstance(text, str):
+            return
+        if WIDE.search(text):
+            raise _too_large("a width or a precision of a format", LARGEST_NUMBER)
+        fields = text.count("{") + text.count("%")
+        if fields * max((_weight(value, self.most) for value in values), default=0) > self.most:
+            raise _too_large("a formatted text", self.most)
 
     def _bounded(self, value: Any) -> Any:
         if _size(value) > self.most:
@@ -220,6 +263,7 @@ def _joined(environment: Environment, values: Iterable[Any], d: str = "", attrib
         values = map(make_attrgetter(environment, attribute), values)
     parts, size = [], 0
     for value in values:
+        environment._check_text(value)
         parts.append(str(value))
         size += len(parts[-1]) + len(d)
         if size - len(d) > environment.most:
@@ -227,16 +271,28 @@ def _joined(environment: Environment, values: Iterable[Any], d: str = "", attrib
     return d.join(parts)
 
 
-def _check_format(text: object) -> None:
-    if isinstance(text, str) and WIDE.search(text):
-        raise _too_large("a width or a precision of a format", LARGEST_NUMBER)
-
-
 def _size(value: object) -> int:
     """The characters of a text, or the bytes of the references in a list, without what they refer to."""
     if isinstance(value, str | bytes):
         return len(value)
     return 8 * len(value) if isinstance(value, list | tuple | dict | set) else 0
+
+
+def _weight(value: object, most: int) -> int:
+    """The size of a value with all that is in it, as often as it is there; counting ends beyond `most`."""
+    left, weight = [value], 0
+    while left and weight <= most:
+        one = left.pop()
+        weight += 1 + _size(one)
+        if isinstance(one, dict):
+            left += [*one.keys(), *one.values()]
+        elif isinstance(one, list | tuple | set | frozenset):
+            left += one
+    return weight
+
+
+def _listed(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def _too_large(what: str, most: int) -> BadRow:

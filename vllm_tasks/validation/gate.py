@@ -103,6 +103,10 @@ def verdict(
     for one in against:
         if allowed is not None and regressed(one.paired, allowed, value.higher_is_better, one.p_worse):
             reasons.append(_reason(value, one, allowed))
+    tests = number_of_tests(validation, dataset)
+    seen = None if allowed is None else power(value, against, allowed, tests)
+    if seen is not None:
+        logger.info("%s on %s: %s", value.metric, dataset, seen)
     return Verdict(
         metric=value.metric,
         threshold=threshold,
@@ -110,9 +114,7 @@ def verdict(
         against=tuple(against),
         untested=untested,
         reason="; ".join(reasons) or None,
-        power=None
-        if allowed is None
-        else power(value, against, allowed, number_of_tests(validation, dataset)),
+        power=seen,
     )
 
 

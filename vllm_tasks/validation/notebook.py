@@ -48,7 +48,8 @@ def _parts(model: str, report: DatasetReport) -> Iterator[str]:
 
 def _line(of: tuple[Value, Verdict]) -> tuple[str, ...]:
     value, verdict = of
-    interval = f"{value.low:.4g} to {value.high:.4g}"
+    note = " (approximate)" if value.approximate else ""
+    interval = f"{value.low:.4g} to {value.high:.4g}{note}"
     return (
         value.metric,
         f"{value.value:.4g}",

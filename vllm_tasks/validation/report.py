@@ -36,7 +36,8 @@ class Value:
     """Why the interval may hold the true value less often than 95 times of 100; None if it is tested to."""
 
     def __str__(self) -> str:
-        return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g}, n={self.n:,})"
+        note = ", approximate" if self.approximate else ""
+        return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g}, n={self.n:,}{note})"
 
 
 @dataclass(frozen=True)

@@ -353,7 +353,7 @@ def _of_sums(
     interval = sums_interval(
         clustered(rows, clusters), sums.total, measure.range, pseudo=sums.pseudo, excess=sums.excess
     )
-    return value, interval, _scores_of_sums(sums, counted)
+    return value, _storable(interval), _scores_of_sums(sums, counted)
 
 
 def _scores_of_sums(sums: Sums, counted: Sequence[Answer]) -> dict[int, float]:
@@ -382,5 +382,11 @@ def _of_set(
     for position, cluster in enumerate(clusters):
         members.setdefault(cluster, []).append(position)
     interval = set_interval(resampled, value, list(members.values()), measure.range, SEED)
+    return value, _storable(interval), {}
+
+
+def _storable(interval: Interval) -> Interval:
+    """An interval that is not known, as of a single row, from one end of all numbers to the other: SQLite
+    keeps no nan."""
     known = math.isfinite(interval.low) and math.isfinite(interval.high)
-    return value, interval if known else Interval(-math.inf, math.inf), {}
+    return interval if known else Interval(-math.inf, math.inf)

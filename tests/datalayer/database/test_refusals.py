@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from tests.servers.databases import TABLE, Place, every, keys, row, selection, sqlite
 from vllm_tasks.datalayer.database.database import Database
+from vllm_tasks.datalayer.database.dialects import backend
 from vllm_tasks.datalayer.selection import OutputColumn, OutputTable
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 
@@ -279,6 +280,38 @@ def test_urls_that_cannot_be_meant(url: str, told: str) -> None:
     with pytest.raises(InvalidCall, match=told) as refused:
         Database(url).check(selection())
     assert "s3cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["mysql+pymysql://u:s3cret@h/d?local_infile=1", "mariadb+mysqlconnector://h/d?allow_local_infile=true"],
+)
+def test_no_server_may_ask_for_files_of_this_machine(url: str) -> None:
+    """A server that a block names could read what the site does not allow (LOAD DATA LOCAL INFILE)."""
+    with pytest.raises(
+        InvalidCall, match="with which the server may read any file of this machine"
+    ) as refused:
+        backend(url)
+    assert "s3cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://h/d?passfile={}/.pgpass",
+        "postgresql://h/d?sslmode=require&sslkey={}/key.pem",
+        "mysql+pymysql://h/d?read_default_file={}/my.cnf",
+        "mysql+pymysql://h/d?ssl_ca={}/ca.pem",
+    ],
+)
+def test_files_of_a_url_are_in_allowed_places(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A password of such a file would be sent to the server; a socket is no such file."""
+    monkeypatch.setenv("VLLM_TASKS_PLACES", f'["{tmp_path}/allowed"]')
+    with pytest.raises(InvalidCall, match="outside the places that this site allows"):
+        backend(url.format(tmp_path))
+    backend(url.format(tmp_path / "allowed"))
 
 
 def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModu
 
 from vllm_tasks.datalayer.storable import to_json
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
+from vllm_tasks.places import check_place
 
 WAIT = 30.0
 """Seconds that a connection waits for another one's lock."""
@@ -23,10 +24,21 @@ DRIVERS = {
     "mysql": "pip install pymysql",
     "mariadb": "pip install pymysql",
 }
+NO_LOCAL_FILES: dict[str, dict[str, Any]] = {
+    "mariadbconnector": {"local_infile": False},
+    "mysqlconnector": {"allow_local_infile": False},
+    "mysqldb": {"local_infile": False},
+}
+"""By driver: a server may ask it for files of this machine, unless it is told not to send any. pymysql sends
+none by default."""
 NO_URL = (
     "the datalayer's url is not a SQLAlchemy URL: dialect://user:password@host/database, "
     "special characters in the password percent-encoded, or sqlite:///file.db"
 )
+
+
+FILES = re.compile("ssl|file|cert|path")
+"""Options of a URL that name files: of certificates, keys, passwords and other options."""
 
 
 class TableName(NamedTuple):
@@ -95,6 +107,7 @@ class Backend:
     """Pattern of a SELECT's column that is numbered because an earlier one has its name."""
 
     def __init__(self, url: URL) -> None:
+        _check_options(url)
         self.url = url
         self.engine = self.reader = self._engine()
         if url.get_backend_name() in ("mysql", "mariadb"):
@@ -104,7 +117,12 @@ class Backend:
         name = self.url.get_backend_name()
         try:
             engine = sa.create_engine(
-                self.url, hide_parameters=True, pool_pre_ping=True, json_serializer=to_json, **more
+                self.url,
+                hide_parameters=True,
+                pool_pre_ping=True,
+                json_serializer=to_json,
+                connect_args=NO_LOCAL_FILES.get(self.url.get_driver_name(), {}),
+                **more,
             )
         except NoSuchModuleError:
             raise InvalidCall(
@@ -285,3 +303,16 @@ def _set_up_mysql(connection: Any, _: Any) -> None:
     with closing(connection.cursor()) as cursor:
         cursor.execute("SET SESSION TRANSACTION READ ONLY")
         cursor.execute("SET time_zone = '+00:00'")
+
+
+def _check_options(url: URL) -> None:
+    """Refuse options of a URL with which a server, or its owner, gets files of this machine."""
+    for name, value in url.query.items():
+        if "local_infile" in name:
+            raise InvalidCall(
+                f"the datalayer's url has {name}, with which the server may read any file of this machine: "
+                "leave it out"
+            )
+        for each in (value,) if isinstance(value, str) else value:
+            if FILES.search(name) and ("/" in each or each.startswith("~")):
+                check_place(f"the file of {name} in the datalayer's url", each)

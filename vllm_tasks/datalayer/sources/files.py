@@ -20,6 +20,7 @@ from vllm_tasks.datalayer.sources.iceberg import is_iceberg
 from vllm_tasks.datalayer.sources.unread import FORMATS, has_rows, is_called, refusal
 from vllm_tasks.datalayer.storage_errors import plain
 from vllm_tasks.errors import InvalidCall, TablesUnavailable, near
+from vllm_tasks.hosts import options_of
 from vllm_tasks.places import check_place, without_secrets
 
 
@@ -279,7 +280,7 @@ def _opened(url: str) -> tuple[Any, str]:
         # fsspec would take a :: in the path for one filesystem inside another.
         return LocalFileSystem(skip_instance_cache=True), LocalFileSystem._strip_protocol(url)
     try:
-        fs, root = fsspec.url_to_fs(url, skip_instance_cache=True)
+        fs, root = fsspec.url_to_fs(url, skip_instance_cache=True, **options_of("the lake", url))
     except ImportError as e:
         raise InvalidCall(f"{url.partition('://')[0]}:// needs another package: {e}") from e
     except OSError as e:  # some filesystems connect immediately

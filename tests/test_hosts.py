@@ -1,4 +1,4 @@
-"""Attacks of a row that names a host, a pipe or a link, where the site limits places."""
+"""Attacks of a row or a block that names a host, a pipe or a link, where the site limits places."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ import pytest
 
 from tests.calls.prompting import refusal
 from tests.calls.test_media import PNG, with_media
+from vllm_tasks import Datalayer, InvalidCall
+from vllm_tasks.calls.prompts import load_artifact
+from vllm_tasks.hosts import check_host
 
 
 class Listener:
@@ -90,6 +93,24 @@ def test_a_name_that_moves_after_it_was_checked_connects_to_nobody(
     assert listener.connected == 0
 
 
+@pytest.mark.parametrize(
+    "uri", ["http://127.0.0.1:{port}/x", "http://localhost:{port}/x", "ftp://127.0.0.1:{port}/x"]
+)
+def test_no_table_and_no_artifact_is_read_from_this_machine(listener: Listener, uri: str) -> None:
+    """Of a block, or of the arguments of a run: db, source, artifacts, prompt files."""
+    url = uri.format(port=listener.port)
+    lake = Datalayer(url=url)  # type: ignore[arg-type]  # becomes a SecretStr
+    for read in (
+        lake.tables,
+        lambda: lake.source("rows"),
+        lambda: load_artifact(url, "str"),
+        lambda: load_artifact(url, "str", "prompt_file"),
+    ):
+        with pytest.raises(InvalidCall, match="a loopback, link-local or private address"):
+            read()
+    assert listener.connected == 0
+
+
 @pytest.mark.parametrize("address", ["10.0.0.1", "192.168.1.1", "172.16.0.1", "100.64.0.1", "224.0.0.1"])
 def test_a_private_address_is_read_if_a_place_names_it(
     listener: Listener, monkeypatch: pytest.MonkeyPatch, address: str
@@ -105,8 +126,6 @@ def test_a_private_address_is_read_if_a_place_names_it(
     record = {"photo": f"http://pictures.example:{listener.port}/x.png"}
     assert "VLLM_TASKS_PLACES, as 'https://host/'" in refusal(with_media()(record))
     if address != "224.0.0.1":
-        from vllm_tasks.calls.hosts import check_host
-
         monkeypatch.setenv("VLLM_TASKS_PLACES", '["http://pictures.example/"]')
         check_host("photo", record["photo"])
     assert "pictures.example" in asked

@@ -1,25 +1,36 @@
-"""The hosts that a row may name: a site that limits places lets none lead into its own network."""
+"""The hosts that files may be read from: a site that limits places lets none lead into its own network."""
 
 from __future__ import annotations
 
 import ipaddress
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import aiohttp
-from aiohttp.abc import ResolveResult
 from fsspec.registry import get_filesystem_class
 from fsspec.utils import get_protocol
-from yarl import URL
 
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.places import without_secrets
+from vllm_tasks.places import is_local, without_secrets
 from vllm_tasks.settings import site_settings
+
+if TYPE_CHECKING:
+    import aiohttp
 
 WEB = ("http", "https")
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 """IPv6 addresses that a gateway turns into IPv4 ones."""
+
+
+def options_of(what: str, uri: str) -> dict[str, Any]:
+    """Return fsspec's options for a URI, with which it leads out of no place where the site limits these.
+
+    Raises `InvalidCall` as `check_host`.
+    """
+    if is_local(uri) or not site_settings().places:
+        return {}
+    check_host(what, uri)
+    return {"get_client": checked_client} if is_web(uri) else {}
 
 
 def check_host(what: str, uri: str) -> None:
@@ -44,21 +55,29 @@ def check_host(what: str, uri: str) -> None:
 
 
 async def checked_client(**options: Any) -> aiohttp.ClientSession:
-    """Return fsspec's client for the web, which checks an address again when it connects.
+    """Return fsspec's client for the web, which follows no redirect, and checks an address when it connects.
 
     A name may lead somewhere else a moment after `check_host` has looked it up.
     """
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(resolver=_Resolver()), **options)
+    import aiohttp
+    from aiohttp.abc import ResolveResult
 
+    class Resolver(aiohttp.ThreadedResolver):
+        async def resolve(
+            self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+        ) -> list[ResolveResult]:
+            found = await super().resolve(host, port, family)
+            if any(_is_refused(each["host"], host) for each in found):
+                raise OSError(f"{host!r} leads to a loopback, link-local or private address")
+            return found
 
-class _Resolver(aiohttp.ThreadedResolver):
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[ResolveResult]:
-        found = await super().resolve(host, port, family)
-        if any(_is_refused(each["host"], host) for each in found):
-            raise OSError(f"{host!r} leads to a loopback, link-local or private address")
-        return found
+    async def refuse(*_: object) -> None:
+        raise OSError("it redirects to another address, and none is followed where the site limits places")
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(refuse)
+    connector = aiohttp.TCPConnector(resolver=Resolver())
+    return aiohttp.ClientSession(connector=connector, trace_configs=[trace], **options)
 
 
 def is_web(uri: str) -> bool:
@@ -69,6 +88,8 @@ def is_web(uri: str) -> bool:
 def _host(uri: str) -> str | None:
     """The host of a URI, as the client reads it that connects there: parsers disagree about odd ones."""
     if is_web(uri):
+        from yarl import URL
+
         return URL(uri).host or ""
     kind = get_filesystem_class(get_protocol(uri))
     named: str | None = kind._get_kwargs_from_urls(uri).get("host")
