@@ -238,7 +238,7 @@ class _Run:
         if isinstance(allowed, int):
             return allowed
         most = round(allowed * rows)  # 0.29 * 100 is less than 29
-        return most if most / rows <= allowed else most - 1
+        return most if most / max(rows, 1) <= allowed else most - 1
 
     def _refuse_many_failed(
         self, snapshot: Snapshot, answers: Sequence[Answer], may_fail: int | None
