@@ -465,19 +465,19 @@ def test_a_row_that_would_be_sent_again_while_its_call_ends_is_dropped() -> None
     """An engine gives all calls their results in one task, which an exception would end for all of them."""
 
     class Shared(ScriptedEngine):
-        done: Done
-
         async def generate(self, requests: Sequence[Request], done: Done) -> None:
             self.done = done
+            sent.set()
             await asyncio.Event().wait()
 
-    engine = Shared(2)
+    engine, sent = Shared(2), asyncio.Event()
+
+    def again(request: Request, _result: Result) -> Request:
+        return request
 
     async def cancel_and_complete() -> None:
-        again = lambda request, _result: request  # noqa: E731
         call = asyncio.create_task(generate(engine, [Request("a", {})], None, follow_up=again))
-        while not hasattr(engine, "done"):
-            await asyncio.sleep(0)
+        await sent.wait()
         call.cancel()
         await asyncio.sleep(0)  # the call has cancelled its chunk, which has not noticed yet
         engine.done(0, Completion((Choice("x"),)))
