@@ -24,11 +24,10 @@ class Limits:
     """A server's capacity, and its behaviour beyond the capacity.
 
     `beyond` is the status for requests beyond its slots; with 0 they wait for a slot. `retry_after` is sent
-    with
-    it: seconds or, as `date`, the HTTP date of two seconds later. After `outage_after` completed requests it
-    is out for `outage` seconds: it returns `outage_status` to all but health checks; with 0 it breaks and
-    refuses connections. Before the outage it ignores all requests for `deaf` seconds. It never completes
-    request number `hangs`.
+    with it: seconds or, as `date`, the HTTP date of two seconds later. After `outage_after` completed
+    requests it is out for `outage` seconds: it returns `outage_status` to all but health checks; with 0 it
+    breaks and refuses connections. Before the outage it ignores all requests for `deaf` seconds. It never
+    completes request number `hangs`.
     """
 
     slots: int

@@ -25,8 +25,8 @@ class Options:
     """The options of one run.
 
     `least` and `most` limit the number of pairs. `lengths` are numbers of output tokens, each for an equal
-    number of rows. `concurrency` is the number of rows in flight of P2, P10 and PARITY, `sizes` the numbers
-    of rows of P6; `minutes` and `samples` belong to LONG-RUN.
+    number of rows. `concurrency` is the number of rows in flight of P2, P10, MIXED and PARITY, `sizes` the
+    numbers of rows of P6; `minutes` and `samples` belong to LONG-RUN.
     """
 
     measures: tuple[str, ...]
@@ -68,11 +68,11 @@ def parse(arguments: list[str], known: tuple[str, ...]) -> Options:
     add("measures", nargs="*", metavar="MEASURE", help=f"any of {' '.join(known)}; default: all")
     add("--data", type=Path, help="JSONL with the prompts as `question` (and `answer`); default: made up")
     add("--model", type=Path, help="folder of the model; default: the demo's SmolLM2")
-    add("--rows", type=int, default=512, help="rows of P1, P2, P5, P10 and PARITY")
+    add("--rows", type=int, default=512, help="rows of a call, where a measure has no number of its own")
     add("--pairs", type=int, default=5, help="least number of pairs")
     add("--most-pairs", type=int, default=15, help="largest number of pairs, if intervals stay wide")
     add("--lengths", type=whole_numbers, default=(8, 16, 24, 32, 40, 48, 56, 64), help="output tokens")
-    add("--concurrency", type=int, default=64, help="rows in flight of P2, P10 and PARITY")
+    add("--concurrency", type=int, default=64, help="rows in flight of P2, P10, MIXED and PARITY")
     add("--sizes", type=whole_numbers, default=(10_000, 50_000, 200_000), help="rows of P6")
     add("--minutes", type=float, default=120.0, help="how long LONG-RUN uses the tiny engine")
     add("--samples", type=Path, help="JSONL of LONG-RUN's samples; --minutes 0 only reports it again")

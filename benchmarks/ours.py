@@ -1,4 +1,4 @@
-"""Our side of P1, P2, P3 and P5: rows through the public methods of a model."""
+"""Our side of P1, P2, P3, P5, MIXED and START: rows through the public methods of a model."""
 
 from __future__ import annotations
 

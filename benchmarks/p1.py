@@ -2,10 +2,10 @@
 
 Both engines have the same arguments and stay resident, and one works at a time; an idle engine uses no CPU
 (vLLM's worker stops spinning one second after its last work, and `pairs.SETTLE` is longer). Rows have
-different numbers of output tokens. `LLM.generate` takes a list of sampling parameters for that;
-`predict_batches` takes one per call, so there is one concurrent call for each number on one engine. Prefix
-caching is vLLM's default on both sides; every round has prompts of its own, and so has each of the two sides
-that share an engine.
+different numbers of output tokens. `LLM.generate` takes a list of sampling parameters for that; ours is one
+concurrent call for each number on one engine (MIXED measures one call with all numbers). Prefix caching is
+vLLM's default on both sides; every round has prompts of its own, and so has each of the two sides that share
+an engine.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def rows(texts: Sequence[str], lengths: Sequence[int], round_: int, seed: int = 
 
 
 def by_length(rows: Sequence[Row]) -> dict[int, list[str]]:
-    """Prompts by the length of their answers, since a call of `predict_batches` has one `max_tokens`."""
+    """Prompts by the length of their answers: a call of `predict_batches` for each `max_tokens`."""
     groups: dict[int, list[str]] = {}
     for row in rows:
         groups.setdefault(row.max_tokens, []).append(row.prompt)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import string
 import tempfile
 import time
@@ -327,8 +326,3 @@ def _contends(pipe: Connection, number: int) -> None:
             times.append(time.perf_counter() - started)
         pipe.send((times, attempts, time.process_time() - cpu))
         lake.close()
-
-
-def free_bytes() -> int:
-    """Bytes that are free where lakes are made."""
-    return shutil.disk_usage(tempfile.gettempdir()).free

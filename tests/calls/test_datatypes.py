@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from datetime import date
 from typing import Any
 
@@ -145,6 +146,8 @@ def test_what_own_coders_raise_is_an_error_of_the_row() -> None:
     assert "refused by the decoder of 'date': ValueError: Invalid isoformat" in message
     broken = decoder(DataType(identifier="date", encoder=iso))
     assert "encoder of 'date': AttributeError" in refused_row(broken, "soon")
+    exits = decoder(DataType(identifier="exits", decoder=sys.exit))
+    assert "refused by the decoder of 'exits': SystemExit: soon" in refused(exits, "soon")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,8 @@ from pydantic import ValidationError
 from tests.servers.scripted_server import Asked, Reply, ScriptedServer, refused, usual
 from vllm_tasks import InvalidCall, RowError, VllmAPI
 from vllm_tasks.calls.call import Call
-from vllm_tasks.calls.repairs import TURN
+from vllm_tasks.calls.datatypes import Undecodable
+from vllm_tasks.calls.repairs import TURN, Repairs
 from vllm_tasks.results import Choice, Completion
 from vllm_tasks.rows import Request, Result
 
@@ -172,6 +174,12 @@ def test_a_check_that_fails_is_an_error_of_its_row(server: ScriptedServer) -> No
     assert "it returned a bool, not None or a message" in wrong.message
     assert isinstance(broken, RowError)
     assert "refused by the check: ZeroDivisionError" in broken.message
+
+
+def test_a_check_that_would_end_the_process_is_an_error_of_its_row() -> None:
+    """It would end the thread on which all engines run, and every call would wait for ever."""
+    with pytest.raises(Undecodable, match="refused by the check: SystemExit: no"):
+        Repairs(check=lambda value, row: sys.exit("no")).checked("x", "y")
 
 
 def test_every_choice_is_checked(server: ScriptedServer) -> None:

@@ -459,3 +459,30 @@ def test_a_failed_round_has_what_was_final_before() -> None:
     with pytest.raises(ServerUnavailable) as failed:
         in_rounds(process, [Request("a", GREEDY), Request("again", GREEDY)], again)
     assert failed.value.results == [Completion((Choice("x"),)), None]
+
+
+def test_a_row_that_would_be_sent_again_while_its_call_ends_is_dropped() -> None:
+    """An engine gives all calls their results in one task, which an exception would end for all of them."""
+
+    class Shared(ScriptedEngine):
+        async def generate(self, requests: Sequence[Request], done: Done) -> None:
+            self.done = done
+            sent.set()
+            await asyncio.Event().wait()
+
+    engine, sent = Shared(2), asyncio.Event()
+
+    def again(request: Request, _result: Result) -> Request:
+        return request
+
+    async def cancel_and_complete() -> None:
+        call = asyncio.create_task(generate(engine, [Request("a", {})], None, follow_up=again))
+        await sent.wait()
+        call.cancel()
+        await asyncio.sleep(0)  # the call has cancelled its chunk, which has not noticed yet
+        engine.done(0, Completion((Choice("x"),)))
+        await asyncio.wait([call])
+        assert call.cancelled()
+
+    asyncio.run(cancel_and_complete())
+    assert engine.window.in_flight == 0

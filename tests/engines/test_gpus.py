@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from prefect.exceptions import PrefectException
 from prefect.settings import get_current_settings
 
 from tests.conftest import IN_PREFECT
-from tests.eventually import LONG_ENOUGH
+from tests.eventually import eventually
 from vllm_tasks import InvalidCall, VllmModel
 from vllm_tasks.engines import loop
 from vllm_tasks.engines.local import gpus, process
@@ -63,13 +62,6 @@ def holder(count: int, folder: Path) -> Iterator[tuple[subprocess.Popen[str], st
             yield process, process.stdout.readline().strip()
         finally:
             process.kill()
-
-
-def in_time(done: Callable[[], bool], seconds: float = LONG_ENOUGH) -> None:
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -411,10 +403,8 @@ def test_an_engine_that_is_given_up_holds_nothing(scripted: Callable[..., VllmMo
     dying = scripted("dying", tensor_parallel_size=2, lives=1)
     with pytest.raises(EngineFailed, match="no more lives"):
         dying.predict("die")
-    until = time.monotonic() + 20  # the call is told first, then all is given back
-    while (taken(limit), gpus._held) != (0, set()):
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    # The call is told first, then all is given back.
+    assert eventually(lambda: (taken(limit), gpus._held) == (0, set()))
 
 
 def test_an_engine_whose_process_cannot_be_made_again_ends_its_calls(

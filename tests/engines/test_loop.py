@@ -10,6 +10,7 @@ import pytest
 
 from tests.eventually import LONG_ENOUGH
 from vllm_tasks.engines import loop
+from vllm_tasks.errors import InvalidCall
 
 
 def test_an_interrupt_before_the_wait_begins_cancels_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,3 +45,30 @@ def test_work_that_others_cancel_is_an_exception_for_its_caller() -> None:
 
     with pytest.raises(CancelledError):
         loop.run(work())
+
+
+def test_work_that_waits_for_its_own_loop_is_refused() -> None:
+    """A check that calls a model would wait for ever, and every engine of the process with it."""
+
+    def give_up() -> None:
+        raise TimeoutError
+
+    async def check() -> None:
+        loop.run(asyncio.sleep(0), give_up)
+
+    with pytest.raises(InvalidCall, match="second call"):
+        loop.run(check())
+
+
+def test_a_loop_whose_thread_cannot_start_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system has no more threads, the next call fails like the first."""
+
+    def no_more(thread: threading.Thread) -> None:
+        thread._target.__self__.close()  # type: ignore[attr-defined]
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(loop, "_loop", None)
+    monkeypatch.setattr(threading.Thread, "start", no_more)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="new thread"):
+            loop.engine_loop()

@@ -62,6 +62,7 @@ def test_a_batch_file_is_a_table(model: VllmAPI, server: ScriptedServer, folder:
 def test_bodies_may_be_texts() -> None:
     """As a column of a database has them."""
     assert batch_request(json.dumps(CHAT)) == batch_request(CHAT)
+    assert batch_request({"messages": []}).prompt == []
     with pytest.raises(ValueError, match="a body must be an object, got a list"):
         batch_request("[]")
 

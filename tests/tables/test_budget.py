@@ -102,3 +102,12 @@ def test_unreadable_lines_count_as_failed_rows() -> None:
 
 def test_nothing_failing_is_no_failure() -> None:
     assert Budget(0.0).exceeded(Tally(), at_end=True) is None
+
+
+@pytest.mark.parametrize(("failed", "over"), [(29, False), (30, True)])
+def test_exactly_the_fraction_that_is_allowed_passes(failed: int, over: bool) -> None:
+    """As a float, 0.29 * 100 is less than 29."""
+    tally = read(100)
+    finish(tally, range(failed), BAD)
+    finish(tally, range(failed, 100), GOOD)
+    assert bool(Budget(0.29).exceeded(tally, at_end=True)) == over

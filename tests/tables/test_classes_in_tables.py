@@ -98,6 +98,8 @@ def test_what_cannot_be_reviewed_is_refused(tickets: VllmAPI, place: Place, mode
         place.db.answer_reviews("m", {3: "bugs"})
     with pytest.raises(InvalidCall, match="no output with the key 9"):
         place.db.answer_reviews("m", {3: "bug", 9: "bug"})
+    with pytest.raises(InvalidCall, match=r"'id' of 'm' is of the type int64.*as `outputs` returns them"):
+        place.db.answer_reviews("m", {"3": "bug"})
     assert place.db.reviews("m").num_rows == 2
     ask(changed(model, datatype=Classes(["bug", "feature"])), predict_id="plain")
     for refused in (place.db.reviews, lambda name: place.db.answer_reviews(name, {1: "bug"})):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.eventually import eventually
 from tests.places import Place
 from tests.servers.scripted_server import Asked, Reply, ScriptedServer, answer_to, refused
 from tests.tables.runs import Sent, ask, changed, says, there
@@ -159,6 +160,32 @@ def test_an_interrupt_after_a_commit_does_not_repeat_it(model: VllmAPI, place: P
     assert len(place.answers()) >= 10
     ask(model)
     assert place.answers() == {i: answer_to(f"t{i}") for i in range(100)}
+
+
+def test_an_interrupt_while_the_reader_starts_ends_it(
+    model: VllmAPI, place: Place, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C may be raised when the reader runs already, and nobody waits for its rows yet."""
+    place.fill_texts(*(f"t{i}" for i in range(2000)))  # more than are in flight at once
+    starts, readers = threading.Thread.start, list[threading.Thread]()
+
+    async def script(asked: Asked) -> None:
+        if asked.body:
+            await asyncio.sleep(3600)
+
+    def interrupted(thread: threading.Thread) -> None:
+        starts(thread)
+        if thread.name == "vllm-tasks-reader":
+            readers.append(thread)
+            raise KeyboardInterrupt
+
+    server.script = script
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ask(model)
+    (reader,) = readers
+    assert eventually(lambda: not reader.is_alive())
+    assert there(place) == []
 
 
 def test_a_hopeless_run_stops_at_once(model: VllmAPI, place: Place, server: ScriptedServer) -> None:

@@ -113,6 +113,12 @@ def test_failed_rows_are_misses_unless_they_are_left_out(make: Make, here: Place
     ]
 
 
+def test_exactly_the_fraction_that_is_allowed_may_fail(make: Make, here: Place, pupil: Pupil) -> None:
+    """As a float, 0.29 * 100 is less than 29."""
+    pupil.refuses = {f"q{i}" for i in range(29)}
+    assert only(validate(make(here), validation(100), max_failed=0.29)).failed == 29
+
+
 def test_a_run_with_too_many_failed_rows_is_gone_on_with(
     make: Make, place: Place, pupil: Pupil, server: ScriptedServer
 ) -> None:

@@ -44,7 +44,7 @@ def batch_request(body: Mapping[str, Any] | str) -> Request:
         raise ValueError(
             f"a body of a chat has messages, that of a text completion a prompt; this one has {sorted(given)}"
         )
-    prompt = given.pop("messages", None) or given.pop("prompt")
+    prompt = given.pop("messages" if "messages" in given else "prompt")
     if given.get("stream") is False:  # some clients write it
         del given["stream"]
     return Request(prompt, {name: value for name, value in given.items() if name not in OF_THE_RUN})

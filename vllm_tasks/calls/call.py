@@ -330,7 +330,7 @@ def identity_of(config: sharing.Config) -> tuple[str, Any]:
         return arguments["model"], engine_identity(arguments)
     name = config.model
     if name is None and config.protocol != "legacy":  # which does not report a name
-        name = loop.run(sharing.facts(config))["model"]
+        name = loop.run(sharing.facts(config), raise_if_stopped)["model"]
     return name or "", name
 
 

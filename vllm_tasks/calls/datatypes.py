@@ -261,7 +261,7 @@ def own_type(own: DataType) -> AnswerType:
 def _called(function: Callable[..., Any], value: Any, what: str) -> Any:
     try:
         return function(value)
-    except Exception as error:  # any error of the caller's code is this row's error
+    except (Exception, SystemExit) as error:  # any error of the caller's code is this row's error
         raise Undecodable(f"is refused by the {what}: {type(error).__name__}: {error}"[:SHOWN]) from error
 
 

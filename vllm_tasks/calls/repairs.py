@@ -59,7 +59,7 @@ class Repairs:
             return
         try:
             problem = self.check(value, record)
-        except Exception as error:  # any error of the caller's code is this row's error
+        except (Exception, SystemExit) as error:  # any error of the caller's code is this row's error
             why = f"is refused by the check: {type(error).__name__}: {error}"
             raise Undecodable(why[:SHOWN]) from error
         if problem is not None and not isinstance(problem, str):

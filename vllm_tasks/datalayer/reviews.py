@@ -60,12 +60,19 @@ def waiting(outputs: pa.Table, predict_id: str) -> pa.Table:
 def answered(outputs: pa.Table, labels: Mapping[Any, str], predict_id: str) -> pa.Table:
     """The rows to keep of the labels that a person gave by key.
 
-    Raises `InvalidCall` for a key without an output and for a label that is no class.
+    Raises `InvalidCall` for a key without an output or of another type, and for a label that is no class.
     """
     _refuse_unmarked(outputs, predict_id)
     key = key_of(outputs)
     wanted = {each if isinstance(each, tuple) else (each,): label for each, label in labels.items()}
-    first = pa.array([each[0] for each in wanted], outputs.schema.field(key[0]).type)
+    kind = outputs.schema.field(key[0]).type
+    try:
+        first = pa.array([each[0] for each in wanted], kind)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as e:
+        raise InvalidCall(
+            f"the key {key[0]!r} of {predict_id!r} is of the type {kind}, and a label has another one: "
+            f"{e}; give the keys as `outputs` returns them"
+        ) from e
     near_them = outputs.filter(pc.is_in(outputs[key[0]], first)).to_pylist()
     there = {tuple(row[name] for name in key): row for row in near_them if row["_error"] is None}
     for each, label in wanted.items():

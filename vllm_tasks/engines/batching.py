@@ -58,10 +58,14 @@ async def generate(
             engine.window.leave()
             request, positions = chunk[i]
             next_ = follow_up(request, result)
-            if isinstance(next_, Request):
-                group.create_task(enter([(next_, positions)], group))
-            else:
+            if not isinstance(next_, Request):
                 deliver(next_, positions)
+                return
+            further = enter([(next_, positions)], group)
+            try:
+                group.create_task(further)
+            except RuntimeError:  # the call is ending; raised here, it would end the engine of other calls
+                further.close()
 
         task = group.create_task(engine.generate([request for request, _ in chunk], settle))
         # A callback, because a task that is cancelled before its first step never reaches a `finally`.

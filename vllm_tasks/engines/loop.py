@@ -11,7 +11,10 @@ import os
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from typing import Any, TypeVar
+
+from vllm_tasks.errors import InvalidCall
 
 T = TypeVar("T")
 
@@ -24,8 +27,9 @@ def engine_loop() -> asyncio.AbstractEventLoop:
     global _loop
     with _lock:
         if _loop is None:
-            _loop = asyncio.new_event_loop()
-            threading.Thread(target=_loop.run_forever, name="vllm-tasks", daemon=True).start()
+            loop = asyncio.new_event_loop()
+            threading.Thread(target=loop.run_forever, name="vllm-tasks", daemon=True).start()
+            _loop = loop  # only now: nobody may wait for a loop that no thread runs
         return _loop
 
 
@@ -55,9 +59,17 @@ LOOKED_EVERY = 0.2
 def run(coroutine: Coroutine[Any, Any, T], stop: Callable[[], None] = lambda: None) -> T:
     """Run a coroutine on the engine loop and wait for it; interrupting the waiting thread cancels it.
 
-    `stop` is called a few times a second and raises an exception if the work is to be cancelled.
+    `stop` is called a few times a second and raises an exception if the work is to be cancelled. Raises
+    `InvalidCall` on the engine loop itself, which would wait for itself.
     """
     loop, finished, begun = engine_loop(), threading.Event(), list[asyncio.Task[T]]()
+    with suppress(RuntimeError):  # no event loop runs in this thread
+        if asyncio.get_running_loop() is loop:
+            coroutine.close()
+            raise InvalidCall(
+                "a model was called by a check or a decoder, for which all engines of this process wait: "
+                "judge answers with a model in a second call, or with the metric judge of validate"
+            )
 
     def begin() -> None:
         begun.append(loop.create_task(coroutine))

@@ -2,7 +2,7 @@
 value is the mean over rows.
 
 From 0 to 1, lower is better. For two classes it is (p - y)^2 of one of them. Brier 1950,
-<https://doi.org/10.1175/1520-0493(1950)078%3C0001:VOFEIT%3E2.0.CO;2>, halved, as scikit-learn's
+https://doi.org/10.1175/1520-0493(1950)078%3C0001:VOFEIT%3E2.0.CO;2, halved, as scikit-learn's
 `brier_score_loss(scale_by_half=True)`. A target that is none of the model's classes has the probability 0.
 It needs answers with probabilities. Failed rows are left out.
 """

@@ -1,7 +1,7 @@
 """Expected calibration error: the sum over bins of (rows of the bin / all rows) * |fraction of right labels -
 mean of p|, where p is the probability of a row's label, by which rows are sorted into `bins` of equal width.
 
-From 0 to 1, lower is better. Guo et al. 2017, <https://arxiv.org/abs/1706.04599>, with 10 bins instead of 15.
+From 0 to 1, lower is better. Guo et al. 2017, https://arxiv.org/abs/1706.04599, with 10 bins instead of 15.
 The value of a few rows is too high by chance, and a model that gives every row the same probability may have
 0: look at brier too. It needs answers with probabilities. Failed rows are left out.
 """

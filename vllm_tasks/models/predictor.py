@@ -218,6 +218,7 @@ class Predictor(ModelFields):
         Raises:
             InvalidCall: The model's fields do not name an engine, or contradict each other.
             EngineFailed: The local engine did not start.
+            ServerUnavailable: The Ray cluster could not be joined.
         """
         loop.run(self._lease.hold(self.engine_config(), again=False), raise_if_stopped)
         return self

@@ -15,7 +15,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,14 @@ class SharedServer:
         """Use the server. It is started if it does not run, and ends when the last user leaves."""
         self._make_folder()
         with self._open("users") as users:
+            begun = False
             try:
-                self._join(users)
+                with self._joining_or_leaving(raise_if_stopped):
+                    begun = True
+                    self._join(users)
                 yield
             finally:
-                if users in _held:  # else this is a forked child
+                if begun and users in _held:  # else this is a forked child
                     self._leave(users)
 
     def facts(self) -> dict[str, Any]:
@@ -108,7 +111,7 @@ class SharedServer:
             ) from error
 
     def _join(self, users: int) -> None:
-        with self._joining_or_leaving(), self._open("supervisor") as supervisor:
+        with self._open("supervisor") as supervisor:
             fcntl.flock(users, fcntl.LOCK_SH)  # waits for a supervisor that is ending
             if self._is_ending():
                 fcntl.flock(supervisor, fcntl.LOCK_EX)
@@ -154,7 +157,9 @@ class SharedServer:
 
     def _devices(self) -> Devices:
         wanted = site_settings().gpus
-        return loop.run(free_devices(max(wanted, self.gpus))) if wanted and self.gpus else Devices()
+        if not (wanted and self.gpus):
+            return Devices()
+        return loop.run(free_devices(max(wanted, self.gpus)), raise_if_stopped)
 
     def _is_ending(self) -> bool:
         """Whether the last server has failed for good, or its supervisor was killed."""
@@ -164,7 +169,7 @@ class SharedServer:
         )
 
     def _is_supervised(self) -> bool:
-        with self._joining_or_leaving(), self._open("supervisor") as supervisor:
+        with self._joining_or_leaving(raise_if_stopped), self._open("supervisor") as supervisor:
             return not _is_free(supervisor)
 
     def _status(self) -> dict[str, Any]:
@@ -197,10 +202,16 @@ class SharedServer:
         return self.folder / "log"
 
     @contextmanager
-    def _joining_or_leaving(self) -> Iterator[None]:
-        """Hold `start.lock`, so that no other user joins, leaves or checks at the same time."""
+    def _joining_or_leaving(self, stop: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Hold `start.lock`, so that no other user joins, leaves or checks at the same time.
+
+        Another user may hold it for as long as it waits for free GPUs. `stop` is called meanwhile, and raises
+        an exception if the wait is to end.
+        """
         with self._open("start") as start:
-            fcntl.flock(start, fcntl.LOCK_EX)
+            while not _is_free(start):
+                stop()
+                time.sleep(CHECK_EVERY)
             yield
 
     @contextmanager

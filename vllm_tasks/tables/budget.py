@@ -71,9 +71,10 @@ class Budget:
         if isinstance(limit, int):
             over = tally.failed + tally.unreadable > limit
         elif at_end:
-            rows = max(tally.rows or 0, tally.done)
-            lines = tally.unreadable and tally.failed + tally.unreadable > limit * (rows + tally.unreadable)
-            over = tally.failed > limit * tally.done or bool(lines)
+            rows, lines = max(tally.rows or 0, tally.done), tally.unreadable
+            over = _fraction(tally.failed, tally.done) > limit or (
+                lines > 0 and _fraction(tally.failed + lines, rows + lines) > limit
+            )
         else:
             base = max(tally.read, FEW)
             over = tally.failed > limit * base + CHANCE * math.sqrt(base * limit * (1 - limit))
@@ -91,3 +92,8 @@ class Budget:
         if tally.unreadable_lines:
             text += f"; {printable(tally.unreadable_lines[0][:REASON_LENGTH])}"
         return text
+
+
+def _fraction(part: int, whole: int) -> float:
+    """A division is exact where `limit * whole` is not: 0.29 * 100 is less than 29."""
+    return part / whole if whole else 0.0

@@ -85,8 +85,8 @@ class Run:
         reader = threading.Thread(
             target=copy_context().run, args=(self._read,), name="vllm-tasks-reader", daemon=True
         )
-        reader.start()
         try:
+            reader.start()
             verdict = self._commit_as_it_comes()
             if self.tally.stopped_by:
                 self._end(reader)
@@ -230,8 +230,10 @@ class Run:
     def _end(self, reader: threading.Thread) -> None:
         """Stop reading and sending."""
         self._open.stop()
+        self.begun.set()
         self._requests.end(SHUTDOWN_TIMEOUT)
-        reader.join(SHUTDOWN_TIMEOUT)
+        if reader.is_alive():  # else it has not started, and finds that the run has stopped
+            reader.join(SHUTDOWN_TIMEOUT)
 
     def _finish_group(self, commit: Commit) -> None:
         """Commit the rows that are finished."""

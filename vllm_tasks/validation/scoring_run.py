@@ -235,7 +235,10 @@ class _Run:
         allowed = self.max_failed
         if allowed is None or (isinstance(allowed, float) and allowed >= 1.0):
             return None
-        return int(allowed * rows) if isinstance(allowed, float) else allowed
+        if isinstance(allowed, int):
+            return allowed
+        most = round(allowed * rows)  # 0.29 * 100 is less than 29
+        return most if most / max(rows, 1) <= allowed else most - 1
 
     def _refuse_many_failed(
         self, snapshot: Snapshot, answers: Sequence[Answer], may_fail: int | None

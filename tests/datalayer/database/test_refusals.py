@@ -268,7 +268,7 @@ def test_a_select_that_writes_is_refused(place: Place, select: str) -> None:
         ("postgresql+asyncpg://u:s3cret@h/d", "needs the driver psycopg"),
         ("postgresql+psycopg2://u:s3cret@h/d", "needs the driver psycopg"),
         ("postgresql+psycopg_async://u:s3cret@h/d", "needs the driver psycopg"),
-        ("mysql+mysqldb://u:s3cret@h/d", "driver"),
+        ("mysql://u:s3cret@h/d", r"driver.*vllm-tasks\[mysql\]', and begin the url with mysql\+pymysql://"),
         ("sqlite://", "in memory"),
         ("sqlite:///:memory:", "in memory"),
         ("sqlite:///file:x?mode=memory&uri=true", "in memory"),

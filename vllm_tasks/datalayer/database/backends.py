@@ -21,8 +21,8 @@ WAIT = 30.0
 """Seconds that a connection waits for another one's lock."""
 DRIVERS = {
     "postgresql": "pip install 'vllm-tasks[postgres]'",
-    "mysql": "pip install pymysql",
-    "mariadb": "pip install pymysql",
+    "mysql": "pip install 'vllm-tasks[mysql]', and begin the url with mysql+pymysql://",
+    "mariadb": "pip install 'vllm-tasks[mysql]', and begin the url with mariadb+pymysql://",
 }
 NO_LOCAL_FILES: dict[str, dict[str, Any]] = {
     "mariadbconnector": {"local_infile": False},

@@ -52,7 +52,7 @@ class NoColumns:
     def batches(self, schema: pa.Schema, unreadable: Unreadable) -> Iterator[pa.RecordBatch]:
         """No batches; unreadable lines are counted."""
         self._count(unreadable)
-        return iter(())
+        yield from ()
 
     def _count(self, unreadable: Unreadable) -> None:
         for _ in self.source.parts(NOTHING, (), unreadable):

@@ -33,18 +33,9 @@ class Stream:
     def __init__(self, source: Streamed, columns: Sequence[str]) -> None:
         self.source = source
         self.schema = source.schema(columns)
-        self.error: Exception | None = None
-        """The error that ended the last pass early; DuckDB passes on only its text."""
 
     def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
         self.source.left_out = Unreadable()
-        self.error = None
-        reader = pa.RecordBatchReader.from_batches(self.schema, self._batches(self.source.left_out))
+        batches = self.source.batches(self.schema, self.source.left_out)
+        reader = pa.RecordBatchReader.from_batches(self.schema, batches)
         return reader.__arrow_c_stream__(requested_schema)
-
-    def _batches(self, unreadable: Unreadable) -> Iterator[pa.RecordBatch]:
-        try:
-            yield from self.source.batches(self.schema, unreadable)
-        except Exception as e:
-            self.error = e
-            raise
