@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from vllm_tasks.datalayer.lake.delta import quoted
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.datalayer.table_names import outputs_name
 from vllm_tasks.datalayer.workspace import literal
@@ -61,20 +60,14 @@ def interrupted(
 
 def runs_with_answers(home: Tables, predict_id: str, dataset_hash: str, fingerprint: str) -> set[str]:
     """Runs over these rows that have answers under this fingerprint."""
-    table = outputs_name(predict_id)
-    if not home.has(table):
-        return set()
     where = f'"run" LIKE {literal(dataset_hash[:12] + "-%")} AND "_fingerprint" = {literal(fingerprint)}'
-    select = f'SELECT DISTINCT "run" FROM {quoted(table)} WHERE {where}'  # noqa: S608 - quoted
-    return {row["run"] for batch in home.read(select) for row in batch}
+    return {row["run"] for row in home.stored(outputs_name(predict_id), 'DISTINCT "run"', where)}
 
 
 def records_of(home: Tables, model: str, dataset: str) -> list[Record]:
     """The records of this model on this data set, oldest first."""
-    if not home.has(VALUES):
-        return []
     where = f'"model" = {literal(model)} AND "dataset" = {literal(dataset)}'
-    rows = [row for batch in home.read(f"SELECT * FROM {VALUES} WHERE {where}") for row in batch]  # noqa: S608
+    rows = home.stored(VALUES, "*", where)
     return sorted((_record(dict(row)) for row in rows), key=lambda record: (record.created_at, record.metric))
 
 
