@@ -48,12 +48,12 @@ def began(run: str) -> datetime:
 
 
 def interrupted(
-    home: Tables, predict_id: str, dataset_hash: str, fingerprint: str, model: str, dataset: str
+    home: Tables, predict_id: str, dataset_hash: str, fingerprint: str, past: Sequence[Record]
 ) -> str | None:
     """The latest run over these rows that has answers (under this fingerprint) but no record, is recent
-    enough to resume, and began after all recorded ones: one that was left for a fresh start stays left."""
+    enough to resume, and began after all in `past`: one that was left for a fresh start stays left."""
     found = runs_with_answers(home, predict_id, dataset_hash, fingerprint)
-    recorded = {record.answers for record in records_of(home, model, dataset)}
+    recorded = {record.answers for record in past}
     since = max([datetime.now(UTC) - RESUMED_WITHIN, *map(began, found & recorded)])
     return max((r for r in found - recorded if began(r) > since), key=began, default=None)
 
