@@ -196,7 +196,9 @@ def test_outputs_are_read_by_name(tables: Tables) -> None:
     writer.commit([{"id": 1, "output": {"n": [1, "ü"]}} | own], ())
     writer.close()
     assert everything(tables, select) == [{"id": 1, "said": '{"n": [1, "ü"]}'}]
-    assert tables.stored(name, 'CAST("output" AS VARCHAR) AS said', '"id" = 1') == [{"said": '{"n": [1, "ü"]}'}]
+    assert tables.stored(name, 'CAST("output" AS VARCHAR) AS said', '"id" = 1') == [
+        {"said": '{"n": [1, "ü"]}'}
+    ]
     assert [row["id"] for row in everything(tables, name)] == [1]
 
 

@@ -51,18 +51,24 @@ class Readers:
         return self._statement(select, tables)
 
     def _statement(self, select: str, tables: dict[str, list[str]]) -> Statement:
-        with duckdb.connect() as con:
-            parsed = parse(con, select)
-        attached: dict[str, Attach] = {}
-        texts: list[Streamed] = []
-        linked: list[str] = []
-        for name in parsed.tables:
-            if (table := self._files.table(name, tables)) is not None:
-                linked += self._files.linked(table)
-                attached[name] = self._attach(table, parsed.columns, texts)
-            elif name.casefold() not in parsed.own:
-                raise self._files.unknown(name, tables)
-        workspace = self._files.workspace(site_settings().select_memory, linked)
+        workspace = self._files.workspace(site_settings().select_memory)
+        try:
+            parsed = parse(workspace.connection(), select)
+            attached: dict[str, Attach] = {}
+            texts: list[Streamed] = []
+            linked: list[str] = []
+            for name in parsed.tables:
+                if (table := self._files.table(name, tables)) is not None:
+                    linked += self._files.linked(table)
+                    attached[name] = self._attach(table, parsed.columns, texts)
+                elif name.casefold() not in parsed.own:
+                    raise self._files.unknown(name, tables)
+        except BaseException:
+            workspace.close()
+            raise
+        if linked:  # files that only a workspace of their own may open
+            workspace.close()
+            workspace = self._files.workspace(site_settings().select_memory, linked)
         display = select if len(select) <= 200 else f"{select[:200]}..."
         return Statement(parsed.sql, attached, workspace, display, texts)
 
