@@ -74,19 +74,22 @@ def outputs_of(predict_id: str, db: Datalayer, table: str | None = None) -> Outp
     once = f"coalesce({POSITION}, 0) = 0" if POSITION in columns else "1 = 1"
     begins = f"SUBSTR(_error, 1, {BEGINS})"
     with closing(db.tables()) as tables:
-        (total,) = tables.stored(
+        counted = tables.stored(
             name,
             "COUNT(*) AS n, COUNT(_error) AS failed, CAST(SUM(_prompt_tokens) AS BIGINT) AS prompt, "
             "CAST(SUM(_completion_tokens) AS BIGINT) AS completion, MIN(_created_at) AS first, "
             "MAX(_created_at) AS last",
             once,
         )
+        if not counted:
+            raise InvalidCall(f"{name!r} is no outputs table, but a copy of one: name the table itself")
         failed = tables.stored(
             name,
             f"{begins} AS error, COUNT(*) AS n",
             f"{once} AND _error IS NOT NULL GROUP BY {begins}",
         )
         models = tables.stored(name, "DISTINCT _model", once)
+    (total,) = counted
     kinds: Counter[str] = Counter()
     for each in failed:
         kind = KIND.match(each["error"])
