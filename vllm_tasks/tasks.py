@@ -21,7 +21,7 @@ from prefect.states import Completed
 from vllm_tasks import tables
 from vllm_tasks._prefect.approval import approved, check_askable
 from vllm_tasks._prefect.commits import InPrefect, publish, publish_scores
-from vllm_tasks._prefect.mapping import ModelTask, RowsTask
+from vllm_tasks._prefect.mapping import ModelTask, RowsTask, ValidationTask
 from vllm_tasks._prefect.policy import (
     POLICY,
     estimate_run_name,
@@ -366,7 +366,7 @@ completions = RowsTask(_completions, name="completions", **POLICY)
 predict_in_db = ModelTask(_predict_in_db, name="predict-in-db", **{**POLICY, "task_run_name": table_run_name})
 preview = ModelTask(_preview, name="preview", **{**POLICY, "task_run_name": preview_run_name})
 estimate = ModelTask(_estimate, name="estimate", **{**POLICY, "task_run_name": estimate_run_name})
-validate = ModelTask(_validate, name="validate", **{**POLICY, "task_run_name": validation_run_name})
+validate = ValidationTask(_validate, name="validate", **{**POLICY, "task_run_name": validation_run_name})
 compare = Task(_compare, name="compare", cache_policy=NO_CACHE)
 
 

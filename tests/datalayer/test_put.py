@@ -1,4 +1,4 @@
-"""Complete tables that are written by key: `Tables.read`, `has`, `put` in lakes and databases."""
+"""Complete tables that are written by key: `Tables.read`, `stored`, `has`, `put` in lakes and databases."""
 
 from __future__ import annotations
 
@@ -196,7 +196,23 @@ def test_outputs_are_read_by_name(tables: Tables) -> None:
     writer.commit([{"id": 1, "output": {"n": [1, "ü"]}} | own], ())
     writer.close()
     assert everything(tables, select) == [{"id": 1, "said": '{"n": [1, "ü"]}'}]
+    assert tables.stored(name, 'CAST("output" AS VARCHAR) AS said', '"id" = 1') == [
+        {"said": '{"n": [1, "ü"]}'}
+    ]
     assert [row["id"] for row in everything(tables, name)] == [1]
+
+
+def test_stored_gives_rows_of_tables_that_were_put(tables: Tables) -> None:
+    """Columns of the rows that satisfy a condition, as they are now; none of a table that is not there."""
+    assert tables.stored("scores", "*", "1 = 1") == []
+    tables.put("scores", table(), KEY)
+    assert tables.stored("scores", "*", "1 = 1") == []
+    tables.put("scores", table(score("a", 1), score("a", 2, said=None), score("it's", 1)), KEY)
+    found = tables.stored("scores", '"row", said', "run = 'a'")
+    assert sorted(found, key=lambda row: row["row"]) == [{"row": 1, "said": "x"}, {"row": 2, "said": None}]
+    tables.put("scores", table(score("a", 2, said="y")), KEY)
+    assert tables.stored("scores", "said", "run = 'a' AND \"row\" = 2") == [{"said": "y"}]
+    assert tables.stored("scores", "count(*) AS n", "run = 'it''s'") == [{"n": 1}]
 
 
 def test_a_table_is_there_or_not(tables: Tables) -> None:

@@ -16,7 +16,7 @@ from vllm_tasks import Datalayer, InvalidCall, VllmAPI, VllmModel
 from vllm_tasks.calls.call import Call
 from vllm_tasks.calls.chat import of_files
 from vllm_tasks.calls.sampling import engine_arguments
-from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION, Row, Tables
+from vllm_tasks.datalayer.selection import OWN_COLUMNS, POSITION
 from vllm_tasks.datalayer.table_names import outputs_name
 from vllm_tasks.engines import loop, sharing
 from vllm_tasks.engines.http.transport import HttpConfig
@@ -74,18 +74,22 @@ def outputs_of(predict_id: str, db: Datalayer, table: str | None = None) -> Outp
     once = f"coalesce({POSITION}, 0) = 0" if POSITION in columns else "1 = 1"
     begins = f"SUBSTR(_error, 1, {BEGINS})"
     with closing(db.tables()) as tables:
-        outputs = f"FROM {tables.quoted(name)} WHERE {once}"
-        (total,) = _rows(
-            tables,
-            "SELECT COUNT(*) AS n, COUNT(_error) AS failed, CAST(SUM(_prompt_tokens) AS BIGINT) AS prompt, "
+        counted = tables.stored(
+            name,
+            "COUNT(*) AS n, COUNT(_error) AS failed, CAST(SUM(_prompt_tokens) AS BIGINT) AS prompt, "
             "CAST(SUM(_completion_tokens) AS BIGINT) AS completion, MIN(_created_at) AS first, "
-            f"MAX(_created_at) AS last {outputs}",
+            "MAX(_created_at) AS last",
+            once,
         )
-        failed = _rows(
-            tables,
-            f"SELECT {begins} AS error, COUNT(*) AS n {outputs} AND _error IS NOT NULL GROUP BY {begins}",
+        if not counted:
+            raise InvalidCall(f"{name!r} is no outputs table, but a copy of one: name the table itself")
+        failed = tables.stored(
+            name,
+            f"{begins} AS error, COUNT(*) AS n",
+            f"{once} AND _error IS NOT NULL GROUP BY {begins}",
         )
-        models = _rows(tables, f"SELECT DISTINCT _model {outputs}")
+        models = tables.stored(name, "DISTINCT _model", once)
+    (total,) = counted
     kinds: Counter[str] = Counter()
     for each in failed:
         kind = KIND.match(each["error"])
@@ -101,10 +105,6 @@ def outputs_of(predict_id: str, db: Datalayer, table: str | None = None) -> Outp
         first=total["first"],
         last=total["last"],
     )
-
-
-def _rows(tables: Tables, select: str) -> list[Row]:
-    return [row for rows in tables.read(select) for row in rows]
 
 
 @dataclass(frozen=True)

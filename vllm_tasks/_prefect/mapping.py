@@ -15,8 +15,8 @@ from prefect.utilities.annotations import BaseAnnotation, opaque
 P = ParamSpec("P")
 R = TypeVar("R")
 
-ROWS = ("x", "xs")
-"""The names of the second argument of a `RowsTask`."""
+ROWS = ("x", "xs", "validation")
+"""The names of the second argument of a `RowsTask` or a `ValidationTask`."""
 OF_PREFECT = {"return_state", "wait_for", "deferred"}
 """Arguments of `Task.map` itself."""
 
@@ -98,6 +98,14 @@ class RowsTask(ModelTask[P, R]):
 
     def _each(self, name: str, value: Any) -> Any:
         return each_unseen(value) if name in ROWS else super()._each(name, value)
+
+
+class ValidationTask(RowsTask[P, R]):
+    """A task `f(model, validation, ...)` whose validation, with the rows of its data sets, Prefect does not
+    search for futures: 48 ms for 1,300 rows. `.map` goes over validations as `ModelTask` does."""
+
+    def _each(self, name: str, value: Any) -> Any:
+        return ModelTask._each(self, name, value)
 
 
 def on_rows(

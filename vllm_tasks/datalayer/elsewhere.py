@@ -59,11 +59,11 @@ class Home(Outputs, Protocol):
     def read(self, select: str, columns: Sequence[str] | None = None) -> Iterator[list[Row]]:
         """See `Tables.read`."""
 
+    def stored(self, name: str, columns: str, where: str) -> list[Row]:
+        """See `Tables.stored`."""
+
     def has(self, name: str) -> bool:
         """See `Tables.has`."""
-
-    def quoted(self, name: str) -> str:
-        """See `Tables.quoted`."""
 
     def put(self, name: str, rows: Any, key: Sequence[str]) -> None:
         """See `Tables.put`."""
@@ -143,11 +143,11 @@ class Elsewhere(ByJoin):
         """See `Tables.read`; reads from `home`."""
         return self._home.read(select, columns)
 
+    def stored(self, name: str, columns: str, where: str) -> list[Row]:
+        return self._home.stored(name, columns, where)
+
     def has(self, name: str) -> bool:
         return self._home.has(name)
-
-    def quoted(self, name: str) -> str:
-        return self._home.quoted(name)
 
     def put(self, name: str, rows: Any, key: Sequence[str]) -> None:
         self._home.put(name, rows, key)

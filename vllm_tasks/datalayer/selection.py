@@ -198,11 +198,14 @@ class Tables(Protocol):
         `TablesUnavailable`.
         """
 
+    def stored(self, name: str, columns: str, where: str) -> list[Row]:
+        """Rows of a table that a writer or `put` has written, none if it does not exist.
+
+        `columns` and `where` are SQL, between SELECT and FROM and after WHERE. Raises `TablesUnavailable`.
+        """
+
     def has(self, name: str) -> bool:
         """Whether there is a table `name` that `read(name)` would find."""
-
-    def quoted(self, name: str) -> str:
-        """The outputs `name` as an identifier in a SELECT of `read`, with their schema if they have one."""
 
     def put(self, name: str, rows: Any, key: Sequence[str]) -> None:
         """Write a `pyarrow.Table` to the table `name` in one transaction, creating it unless it exists. Rows

@@ -8,8 +8,6 @@ from vllm_tasks.errors import InvalidCall
 
 def refuse_other_source(tables: Tables, outputs: str, source: str) -> None:
     """Raise `InvalidCall` if the outputs were made from another source than `source`."""
-    if not tables.has(outputs):
-        return
     first = _first(tables, "*", outputs)
     if first is None or first.get("_source", source) == source or _has_source(tables, outputs, source):
         return
@@ -43,8 +41,6 @@ def length_of_vectors(tables: Tables, selection: Selection, column: str) -> int 
     from vllm_tasks.datalayer.vectors import of_bytes
     from vllm_tasks.datalayer.workspace import literal
 
-    if not tables.has(selection.outputs):
-        return None
     same = f"_fingerprint = {literal(selection.fingerprint)} AND _error IS NULL"
     first = _first(tables, quoted(column), selection.outputs, same)
     vector = first and first[column]
@@ -52,5 +48,4 @@ def length_of_vectors(tables: Tables, selection: Selection, column: str) -> int 
 
 
 def _first(tables: Tables, columns: str, outputs: str, where: str = "1 = 1") -> Row | None:
-    select = f"SELECT {columns} FROM {tables.quoted(outputs)} WHERE {where} LIMIT 1"  # noqa: S608 - quoted
-    return next((row for rows in tables.read(select) for row in rows), None)
+    return next(iter(tables.stored(outputs, columns, f"{where} LIMIT 1")), None)

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from vllm_tasks.datalayer.lake.delta import quoted
 from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.datalayer.table_names import outputs_name
 from vllm_tasks.datalayer.workspace import literal
@@ -49,32 +48,26 @@ def began(run: str) -> datetime:
 
 
 def interrupted(
-    home: Tables, predict_id: str, dataset_hash: str, fingerprint: str, model: str, dataset: str
+    home: Tables, predict_id: str, dataset_hash: str, fingerprint: str, past: Sequence[Record]
 ) -> str | None:
     """The latest run over these rows that has answers (under this fingerprint) but no record, is recent
-    enough to resume, and began after all recorded ones: one that was left for a fresh start stays left."""
+    enough to resume, and began after all in `past`: one that was left for a fresh start stays left."""
     found = runs_with_answers(home, predict_id, dataset_hash, fingerprint)
-    recorded = {record.answers for record in records_of(home, model, dataset)}
+    recorded = {record.answers for record in past}
     since = max([datetime.now(UTC) - RESUMED_WITHIN, *map(began, found & recorded)])
     return max((r for r in found - recorded if began(r) > since), key=began, default=None)
 
 
 def runs_with_answers(home: Tables, predict_id: str, dataset_hash: str, fingerprint: str) -> set[str]:
     """Runs over these rows that have answers under this fingerprint."""
-    table = outputs_name(predict_id)
-    if not home.has(table):
-        return set()
     where = f'"run" LIKE {literal(dataset_hash[:12] + "-%")} AND "_fingerprint" = {literal(fingerprint)}'
-    select = f'SELECT DISTINCT "run" FROM {quoted(table)} WHERE {where}'  # noqa: S608 - quoted
-    return {row["run"] for batch in home.read(select) for row in batch}
+    return {row["run"] for row in home.stored(outputs_name(predict_id), 'DISTINCT "run"', where)}
 
 
 def records_of(home: Tables, model: str, dataset: str) -> list[Record]:
     """The records of this model on this data set, oldest first."""
-    if not home.has(VALUES):
-        return []
     where = f'"model" = {literal(model)} AND "dataset" = {literal(dataset)}'
-    rows = [row for batch in home.read(f"SELECT * FROM {VALUES} WHERE {where}") for row in batch]  # noqa: S608
+    rows = home.stored(VALUES, "*", where)
     return sorted((_record(dict(row)) for row in rows), key=lambda record: (record.created_at, record.metric))
 
 

@@ -34,6 +34,7 @@ class _Earlier:
     """An earlier run beside this one, by metric."""
 
     answers: dict[str, list[Answer]]
+    scores: dict[str, dict[int, float]]
     sides: dict[str, Sides]
     p_worse: dict[str, float]
     """Those of all metrics with a limit, as one test."""
@@ -130,23 +131,30 @@ class Judging:
             for baseline in chosen if limited else chosen[:1]:
                 run = baseline.record.answers
                 if run not in earlier:
-                    earlier[run] = self._earlier(run, answers, clusters)
+                    earlier[run] = self._earlier(run, answers, scored, clusters)
                 if name not in earlier[run].sides:
                     continue
                 p = corrected(earlier[run].p_worse[name], baseline, most, tests) if limited else None
                 both = paired(earlier[run].sides[name], clusters, SEED)
                 pairs.append(Against(baseline.kind, baseline.record.run, both, p))
                 if baseline is chosen[0]:
-                    before = earlier[run].answers[name]
-                    changed += self._changed(metric, scored[name], before, answers[outputs])
+                    changed += self._changed(metric, scored[name], earlier[run], answers[outputs])
             found[name] = pairs, None
         return found, changed
 
-    def _earlier(self, run: str, now: Mapping[str, list[Answer]], clusters: Sequence[int]) -> _Earlier:
+    def _earlier(
+        self,
+        run: str,
+        now: Mapping[str, list[Answer]],
+        scored: Mapping[str, Scored],
+        clusters: Sequence[int],
+    ) -> _Earlier:
         """An earlier run beside this one. Metrics by which it cannot be scored are left out, for example
         because all its rows failed; this run is valid all the same."""
+        on_error = self.validation.on_error
         read: dict[str, list[Answer]] = {}
         before: dict[str, list[Answer]] = {}
+        scores: dict[str, dict[int, float]] = {}
         sides: dict[str, Sides] = {}
         for metric in self.validation.metrics:
             name, source = metric.identifier, self.sources[metric.identifier]
@@ -156,7 +164,9 @@ class Judging:
                 if source.predict_id not in read:
                     read[source.predict_id] = source.answers(self.home, run, self.snapshot)
                 before[name] = read[source.predict_id]
-                sides[name] = sides_of(metric, before[name], now[source.predict_id], self.validation.on_error)
+                scores[name] = row_scores(metric, before[name], on_error)
+                known = scores[name], scored[name].scores
+                sides[name] = sides_of(metric, before[name], now[source.predict_id], on_error, known)
             except InvalidCall as error:
                 logger.warning(
                     "%s: the run %s cannot be scored, so it cannot be used for comparison: %s",
@@ -166,7 +176,7 @@ class Judging:
                 )
         limited = [n for n in sides if self.validation.limits(self.snapshot.dataset, n)[1] is not None]
         p_worse = familywise([sides[name] for name in limited], clusters, SEED)
-        return _Earlier(before, sides, dict(zip(limited, p_worse, strict=True)))
+        return _Earlier(before, scores, sides, dict(zip(limited, p_worse, strict=True)))
 
     def _worst(self, metric: Metric, now: Scored, answers: Sequence[Answer]) -> list[WorstRow]:
         """The `rows_shown` worst rows. They need no other run, so the report of a first run has them too.
@@ -194,19 +204,19 @@ class Judging:
         ]
 
     def _changed(
-        self, metric: Metric, now: Scored, before: Sequence[Answer], after: Sequence[Answer]
+        self, metric: Metric, now: Scored, before: _Earlier, after: Sequence[Answer]
     ) -> list[ChangedRow]:
         """The rows whose score changed most: up to `rows_shown` regressed and as many improved ones."""
         shown = self.validation.rows_shown
         if not shown:
             return []
-        then = row_scores(metric, before, self.validation.on_error)
+        then = before.scores[metric.identifier]
         sign = 1 if now.value.higher_is_better else -1
         gains = {row: sign * (now.scores[row] - then[row]) for row in now.scores.keys() & then.keys()}
         order = sorted((row for row in gains if gains[row]), key=lambda row: (gains[row], row))
         regressed = [row for row in order[:shown] if gains[row] < 0]
         improved = [row for row in reversed(order[-shown:]) if gains[row] > 0]
-        texts_before, texts_after = _shown(metric, before), _shown(metric, after)
+        texts_before, texts_after = _shown(metric, before.answers[metric.identifier]), _shown(metric, after)
         return [
             ChangedRow(
                 row=row,

@@ -226,20 +226,15 @@ def read(
     A value is the decoded answer: a text, data, a label with its probabilities, a dict if there are several
     columns otherwise, a list with `flatten`.
     """
-    if not home.has(outputs_name(predict_id)):
-        return
     names = [*key, *KEPT, *((POSITION,) if decoder.flatten else ())]
     casts = [
         f"CAST({quoted(c.name)} AS VARCHAR) AS {quoted(c.name)}" if c.kind == "json" else quoted(c.name)
         for c in decoder.columns
     ]
     columns = ", ".join([*map(quoted, names), *casts])
-    table = quoted(outputs_name(predict_id))
-    select = f'SELECT {columns} FROM {table} WHERE "run" = {literal(run)}'  # noqa: S608 - quoted
-    rows = [dict(row) for batch in home.read(select) for row in batch]
     found: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        found.setdefault(tuple(row[name] for name in key), []).append(row)
+    for row in home.stored(outputs_name(predict_id), columns, f'"run" = {literal(run)}'):
+        found.setdefault(tuple(row[name] for name in key), []).append(dict(row))
     for _, items in sorted(found.items()):
         values = [
             _value(item, decoder.columns) for item in sorted(items, key=lambda item: item.get(POSITION) or 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -158,8 +158,16 @@ def row_scores(metric: Metric, answers: Sequence[Answer], on_error: OnError) -> 
     return _row_scores(metric, measure, counted)
 
 
-def sides_of(metric: Metric, before: Sequence[Answer], after: Sequence[Answer], on_error: OnError) -> Sides:
-    """Two runs over the same rows by one metric; both are scored here, alike.
+def sides_of(
+    metric: Metric,
+    before: Sequence[Answer],
+    after: Sequence[Answer],
+    on_error: OnError,
+    scores: Sequence[Mapping[int, float]] = (),
+) -> Sides:
+    """Two runs over the same rows by one metric; both are scored alike.
+
+    `scores` are the `row_scores` of both if they are known already.
 
     Raises `InvalidCall` for a metric of whole sets, which has no rows, and for a run with nothing to score.
     """
@@ -175,12 +183,10 @@ def sides_of(metric: Metric, before: Sequence[Answer], after: Sequence[Answer], 
             if _is_left_out(measure, answer, on_error):
                 both[i] = 0.0
         return Sides(both[: len(before)], both[len(before) :], sums.total, better, measure.range)
-    old, new = (
-        _row_scores(metric, measure, _counted(metric, measure, side, on_error)) for side in (before, after)
-    )
+    old, new = scores or (row_scores(metric, side, on_error) for side in (before, after))
     bounds = _bounds(measure, [*old.values(), *new.values()])
     rows = [answer.row for answer in before]
-    sides = [mean_rows([scores.get(row) for row in rows]) for scores in (old, new)]
+    sides = [mean_rows([side.get(row) for row in rows]) for side in (old, new)]
     return Sides(sides[0], sides[1], higher_is_better=better, bounds=bounds)
 
 

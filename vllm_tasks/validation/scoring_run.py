@@ -190,14 +190,14 @@ class _Run:
         """Process one data set: predict, score, compare."""
         sources = sources_of(self.calls, self.validation.metrics, snapshot.dataset)
         distinct = distinct_of(sources.values())
-        answers_run, resumed_at = self._answers_run(snapshot, distinct[0])
+        past = history.records_of(self.home, self.model.identifier, snapshot.dataset)
+        answers_run, resumed_at = self._answers_run(snapshot, distinct[0], past)
         may_fail = self._may_fail(len(snapshot.cases))
         round_ = Round(self.home, answers_run, may_fail, len(snapshot.cases), self.retry_failed, self.display)
         processed = sum(source.process(round_, snapshot) for source in distinct)
         answers = {s.predict_id: s.answers(self.home, answers_run, snapshot) for s in distinct}
         for each in answers.values():
             self._refuse_many_failed(snapshot, each, may_fail)
-        past = history.records_of(self.home, self.model.identifier, snapshot.dataset)
         scored_before = any(record.answers == answers_run for record in past)
         run = history.new_run(snapshot.hash) if scored_before else answers_run
         report, scores = Judging(self.validation, self.home, snapshot, sources).judged(run, answers, past)
@@ -215,14 +215,16 @@ class _Run:
 
     # ------------------------------------------------------------------ predicting
 
-    def _answers_run(self, snapshot: Snapshot, first: Source) -> tuple[str, datetime | None]:
+    def _answers_run(
+        self, snapshot: Snapshot, first: Source, past: Sequence[Record]
+    ) -> tuple[str, datetime | None]:
         """The run to resume, and the time now; or the run to score again, with `reuse`; otherwise a new one.
         The first source decides: later sources depend on it, and rows that they have no answer for are
         processed."""
         of_first = self.home, first.predict_id, snapshot.hash, first.over.fingerprint
         if self.reuse and (runs := history.runs_with_answers(*of_first)):
             return max(runs, key=history.began), None
-        if self.resume and (run := history.interrupted(*of_first, self.model.identifier, snapshot.dataset)):
+        if self.resume and (run := history.interrupted(*of_first, past)):
             logger.info(
                 "%s on %s: resuming the run %s, which began at %s; resume=False processes all rows anew",
                 self.model.identifier, snapshot.dataset, run, f"{history.began(run):%Y-%m-%d %H:%M:%S} UTC",

@@ -153,6 +153,7 @@ def test_deleted_rows_are_not_read(tmp_path: Path, where: str) -> None:
     assert both(table) == [{"id": 0, "text": "a"}, {"id": 2, "text": "c"}, {"id": 4, "text": "e"}]
     lake = Lake(str(tmp_path))
     assert keys(lake, selection()) == [0, 2, 4]
+    assert lake.stored("t", "count(*) AS n", "id > 0") == [{"n": 2}]
     lake.close()
 
 

@@ -148,14 +148,18 @@ class Database:
                 for page in pages:
                     yield [dict(zip(names, map(typed, row, types), strict=True)) for row in page]
 
+    def stored(self, name: str, columns: str, where: str) -> list[Row]:
+        if not self.has(name):
+            return []
+        with self._backend.reading() as connection:
+            place = self._backend.located(connection, name, dots=True)
+        table = ".".join(quoted(part) for part in (place.schema, place.name) if part)
+        select = f"SELECT {columns} FROM {table} WHERE {where}"  # noqa: S608 - the names are quoted
+        return [row for page in self.read(select) for row in page]
+
     def has(self, name: str) -> bool:
         with self._backend.reading() as connection:
             return is_text(name) and named_table(connection, name) is not None
-
-    def quoted(self, name: str) -> str:
-        with self._backend.reading() as connection:
-            place = self._backend.located(connection, name, dots=True)
-        return ".".join(quoted(part) for part in (place.schema, place.name) if part)
 
     def put(self, name: str, rows: pa.Table, key: Sequence[str]) -> None:
         new = put.checked(name, rows, key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import duckdb
@@ -24,7 +25,7 @@ from vllm_tasks.datalayer.lake.delta import (
     table_schema,
     writer_properties,
 )
-from vllm_tasks.datalayer.lake.delta_shape import arrow_schema, refuse_unwritable
+from vllm_tasks.datalayer.lake.delta_shape import arrow_schema, beyond_plain, refuse_unwritable
 from vllm_tasks.datalayer.lake.delta_writer import DeltaWriter
 from vllm_tasks.datalayer.put import WAY_OUT, checked
 from vllm_tasks.datalayer.selection import (
@@ -42,9 +43,14 @@ from vllm_tasks.datalayer.sources.delta import queryable
 from vllm_tasks.datalayer.sources.files import Files, exactly
 from vllm_tasks.datalayer.sources.readers import Readers
 from vllm_tasks.datalayer.storage_errors import storage_errors
+from vllm_tasks.datalayer.values import python
 from vllm_tasks.datalayer.workspace import MEMORY, Workspace, literal
 from vllm_tasks.errors import InvalidCall, TablesUnavailable, near
 from vllm_tasks.places import check_place
+from vllm_tasks.settings import site_settings
+
+OUTPUTS = "_vllm_tasks_outputs"
+"""The view of a table of ours in DuckDB."""
 
 
 class Lake(ByJoin):
@@ -56,8 +62,7 @@ class Lake(ByJoin):
         self._url = self._files.uri(self._files.root)
         self._display = self._files.display(self._files.root)
         self._readers = Readers(self._files, read or {})
-        filesystem = None if self._files.local else self._files.fs
-        self.workspace = Workspace(MEMORY, [f"{self._url}/", f"{exactly(self._url)}/"], filesystem)
+        self.workspace = self._files.workspace(MEMORY)
         self._sources: dict[str, Source] = {}
 
     # ------------------------------------------------------------------ `Tables`
@@ -77,11 +82,19 @@ class Lake(ByJoin):
         finally:
             source.close()
 
+    def stored(self, name: str, columns: str, where: str) -> list[Row]:
+        url = self._at(name)
+        if (found := find_table(url)) is None:
+            return []
+        with self._selecting.cursor(f"cannot read {self.where(name)}") as cursor:
+            self._attach(cursor, url, found)
+            select = f"SELECT {columns} FROM {OUTPUTS} WHERE {where}"  # noqa: S608 - ours
+            rows = cursor.sql(select).to_arrow_table()
+        values = zip(*map(python, rows.columns), strict=True)
+        return [dict(zip(rows.column_names, row, strict=True)) for row in values]
+
     def has(self, name: str) -> bool:
         return self._files.has(name)
-
-    def quoted(self, name: str) -> str:
-        return quoted(name)
 
     def put(self, name: str, rows: pa.Table, key: Sequence[str]) -> None:
         url = self._at(name)
@@ -105,6 +118,8 @@ class Lake(ByJoin):
     def close(self) -> None:
         for source in self._sources.values():
             source.close()
+        if "_selecting" in self.__dict__:
+            self._selecting.close()
         self.workspace.close()
 
     # ------------------------------------------------------------------ `Outputs` of any source
@@ -129,17 +144,17 @@ class Lake(ByJoin):
         return {column: there[column] for column in key if column in there}
 
     def done(self, cursor: duckdb.DuckDBPyConnection, name: str, key: pa.Schema) -> str:
-        url, view = self._at(name), "_vllm_tasks_outputs"
+        url = self._at(name)
         found = find_table(url)
         if found is None:
             raise TablesUnavailable(
                 f"the outputs {self.where(name)!r} existed at the start and are missing now"
             )
-        self._attach(cursor, view, url, found)
+        self._attach(cursor, url, found)
         keys = ", ".join(f"{quoted(column)} AS k{i}" for i, column in enumerate(key.names))
         once = f" WHERE coalesce({POSITION}, 0) = 0" if POSITION in _names(found) else ""
         columns = f"{keys}, _fingerprint, _error, _input_hash, _created_at"
-        return f"SELECT {columns} FROM {view}{once}"  # noqa: S608 - the names are quoted
+        return f"SELECT {columns} FROM {OUTPUTS}{once}"  # noqa: S608 - the names are quoted
 
     def writer_of(
         self, types: pa.Schema, key: Sequence[str], table: OutputTable, shard: Shard | None
@@ -173,6 +188,12 @@ class Lake(ByJoin):
 
     # ------------------------------------------------------------------
 
+    @cached_property
+    def _selecting(self) -> Workspace:
+        """The workspace of `stored`, which has more memory than the one of joins."""
+        self.workspace.connection()  # so that a late thread opens none
+        return self._files.workspace(site_settings().select_memory)
+
     def _joined(self, selection: Selection) -> Join:
         self.workspace.connection()  # before the files are read, so that a late thread reads nothing
         return Join(self.source(selection.select), self, selection, self.workspace)
@@ -188,19 +209,20 @@ class Lake(ByJoin):
             check_place("the outputs behind the link", os.path.realpath(url))
         return url
 
-    def _attach(self, cursor: duckdb.DuckDBPyConnection, view: str, url: str, outputs: DeltaTable) -> None:
-        """Register outputs with `cursor` as `view`."""
+    def _attach(self, cursor: duckdb.DuckDBPyConnection, url: str, outputs: DeltaTable) -> None:
+        """Register outputs with `cursor` as the view `OUTPUTS`."""
         # The URIs are percent-encoded, so only the file names, which contain a UUID, are taken from them.
         files = [f"{url}/{uri.rsplit('/', 1)[-1]}" for uri in outputs.file_uris()]
-        linked = os.path.islink(url)  # to a folder where `workspace` must not open files
-        if self._files.local and not linked and files and not outputs.metadata().partition_columns:
+        linked = os.path.islink(url)  # to a folder where DuckDB must not open files
+        plain = files and not (outputs.metadata().partition_columns or beyond_plain(outputs))
+        if self._files.local and not linked and plain:
             # DuckDB's own reader takes 230 MB less than pyarrow for 9 M rows. Files written before a column
             # was added lack it: hence union_by_name.
             listed = ", ".join(literal(exactly(file)) for file in files)
             read = f"read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"
-            cursor.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS FROM {read}")
+            cursor.execute(f"CREATE OR REPLACE TEMP VIEW {OUTPUTS} AS FROM {read}")
         else:
-            cursor.register(view, queryable(outputs))
+            cursor.register(OUTPUTS, queryable(outputs))
 
 
 def _names(table: DeltaTable) -> list[str]:

@@ -6,7 +6,7 @@ import glob
 import os
 import posixpath
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from vllm_tasks.datalayer.sources.data_file import DataFile
 from vllm_tasks.datalayer.sources.iceberg import is_iceberg
 from vllm_tasks.datalayer.sources.unread import FORMATS, has_rows, is_called, refusal
 from vllm_tasks.datalayer.storage_errors import plain
+from vllm_tasks.datalayer.workspace import Workspace
 from vllm_tasks.errors import InvalidCall, TablesUnavailable, near
 from vllm_tasks.hosts import options_of
 from vllm_tasks.places import check_place, without_secrets
@@ -46,6 +47,12 @@ class Files:
     def uri(self, path: str) -> str:
         """`path` in the form for DuckDB and delta-rs."""
         return path if self.local else str(self.fs.unstrip_protocol(path))
+
+    def workspace(self, memory: str, files: Sequence[str] = ()) -> Workspace:
+        """A workspace that may open the files of the lake, and `files`, the targets of its links."""
+        root = self.uri(self.root)
+        filesystem = None if self.local else self.fs
+        return Workspace(memory, [f"{root}/", f"{exactly(root)}/"], filesystem, files=files)
 
     def linked(self, table: Table) -> list[str]:
         """The files of a table that are outside the lake, reached by links; see `_refuse_places`."""

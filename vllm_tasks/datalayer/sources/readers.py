@@ -27,7 +27,7 @@ from vllm_tasks.datalayer.sources.read_options import DEFAULTS, ReadOptions, rea
 from vllm_tasks.datalayer.sources.statement import SQL, Attach, Statement, parse
 from vllm_tasks.datalayer.sources.stream import Stream, Streamed
 from vllm_tasks.datalayer.storage_errors import storage_errors
-from vllm_tasks.datalayer.workspace import Workspace, literal
+from vllm_tasks.datalayer.workspace import literal
 from vllm_tasks.settings import site_settings
 
 
@@ -51,21 +51,24 @@ class Readers:
         return self._statement(select, tables)
 
     def _statement(self, select: str, tables: dict[str, list[str]]) -> Statement:
-        with duckdb.connect() as con:
-            parsed = parse(con, select)
-        attached: dict[str, Attach] = {}
-        texts: list[Streamed] = []
-        linked: list[str] = []
-        for name in parsed.tables:
-            if (table := self._files.table(name, tables)) is not None:
-                linked += self._files.linked(table)
-                attached[name] = self._attach(table, parsed.columns, texts)
-            elif name.casefold() not in parsed.own:
-                raise self._files.unknown(name, tables)
-        root = self._files.uri(self._files.root)
-        filesystem = None if self._files.local else self._files.fs
-        memory = site_settings().select_memory
-        workspace = Workspace(memory, [f"{root}/", f"{exactly(root)}/"], filesystem, files=linked)
+        workspace = self._files.workspace(site_settings().select_memory)
+        try:
+            parsed = parse(workspace.connection(), select)
+            attached: dict[str, Attach] = {}
+            texts: list[Streamed] = []
+            linked: list[str] = []
+            for name in parsed.tables:
+                if (table := self._files.table(name, tables)) is not None:
+                    linked += self._files.linked(table)
+                    attached[name] = self._attach(table, parsed.columns, texts)
+                elif name.casefold() not in parsed.own:
+                    raise self._files.unknown(name, tables)
+        except BaseException:
+            workspace.close()
+            raise
+        if linked:  # files that only a workspace of their own may open
+            workspace.close()
+            workspace = self._files.workspace(site_settings().select_memory, linked)
         display = select if len(select) <= 200 else f"{select[:200]}..."
         return Statement(parsed.sql, attached, workspace, display, texts)
 
