@@ -22,8 +22,8 @@ pools: .venv/.ready
 	$(BIN)/python -m vllm_tasks.pools $(ARGS)
 
 # Three processes on two cores, since most tests wait. The tests of a file share engines and servers, so they run in
-# one process; tests/conftest.py names the groups of files that do.
-AT_ONCE := -n 3 --dist loadgroup --no-loadscope-reorder
+# one process; so do files that share one, by tests/conftest.py.
+AT_ONCE := -n 3 --dist loadfile --no-loadscope-reorder
 test: .venv/.ready .venv-newest/.ready
 	$(BIN)/python -m pytest $(AT_ONCE) -m "not long" $(ARGS)
 	$(MAKE) --no-print-directory test-newest

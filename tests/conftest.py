@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -66,26 +68,37 @@ IN_PREFECT = [
 """The marks of a test file that runs flows and tasks."""
 
 
-SHARED = ("local_model", "ui")
-"""Fixtures of a session that take long: files with the same one run in one process, which makes it once."""
+SHARED = re.compile(r"\b(local_model|site|ui): ")
+"""An argument of a test that is made once in a process, and takes long: an engine, or a site of Prefect."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with a real vLLM, which take longest, come first; without vLLM their tests are skipped."""
     long = {item.path for item in items if item.get_closest_marker("engine")}
     items.sort(key=lambda item: item.path not in long)
-    groups: dict[Path, str] = {}
-    for item in items:
-        for name in SHARED:
-            if name in getattr(item, "fixturenames", ()):
-                groups.setdefault(item.path, name)
-    for item in items:
-        group = groups.get(item.path, f"{item.path.parent.name}.{item.path.stem}")
-        item.add_marker(pytest.mark.xdist_group(group))
     if source_of_vllm(os.environ.get(ENGINE_PYTHON, "")) is None:
         for item in items:
             if item.get_closest_marker("engine"):
                 item.add_marker(pytest.mark.skip(reason="needs the real vLLM"))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which may be missing
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile`, files that share an engine or a site run in one process, too."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    @functools.cache
+    def group(file: str) -> str:
+        found = SHARED.search((config.rootpath / file).read_text(encoding="utf-8"))
+        return {"ui": "site"}.get(found[1], found[1]) if found else file
+
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return group(super()._split_scope(nodeid))
+
+    return Scheduling(config, log)
 
 
 def pytest_unconfigure() -> None:
