@@ -101,7 +101,7 @@ def test_a_run_passes_as_a_whole(make: Make, here: Place, pupil: Pupil) -> None:
     pupil.misses(1, 2)
     (reason,) = validate(model, validation(10, metrics=metrics, thresholds={"exam/mine": 2.9})).reasons
     assert reason.startswith("exam: mine is 3 (")
-    assert reason.endswith(", n=10), above its threshold of 2.9")
+    assert reason.endswith(", n=10, approximate), above its threshold of 2.9")
     assert [row["passed"] for row in values(here)] == [False, False]
     later = only(validate(model, validation(10, metrics=metrics)))
     assert [v.compared_with for v in later.verdicts] == [None, None]
