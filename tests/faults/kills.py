@@ -17,6 +17,8 @@ APART = 100
 """Requests between two kills in the mean; each may cost as many again, and the last must meet a run."""
 LATEST = 0.1
 """Seconds after a moment that the schedule waits at most: a commit takes less."""
+HELD = 10.0
+"""Seconds that a request waits for a kill at most."""
 
 
 def slowly(chance: random.Random, deed: Callable[[Asked], Deed] = lambda _: None) -> Script:
@@ -37,9 +39,22 @@ def flows(ground: Ground, kind: str, kills: int, work: Work = GENERATE, jobs: Jo
     chance = ground.chance(f"{name} {kind}")
     jobs = jobs or ground.jobs
     script = slowly(chance, work.deed)
-    with ScriptedServer(script) as server:
+    held: list[Asked | None] = []
+
+    async def holding(asked: Asked) -> Deed:
+        """The first request of a life waits for the kill, so that no run is over before, however busy this
+        process is."""
+        if asked.body and not held:
+            held.append(asked)
+            until = time.monotonic() + HELD
+            while held[:1] == [asked] and time.monotonic() < until:  # noqa: ASYNC110 - of threads
+                await asyncio.sleep(0.02)
+        return await script(asked)
+
+    with ScriptedServer(holding) as server:
         run = ground.run_of(name, ground.place(kind), server, 2 * APART * (kills + 1), work)
         for _ in range(kills):
+            held.clear()
             job = run.start(jobs)
             moment = somewhere(chance, run, 2 * APART)
             over = all_committed(run)  # then it kills a run that has nothing left to lose
@@ -47,6 +62,7 @@ def flows(ground: Ground, kind: str, kills: int, work: Work = GENERATE, jobs: Jo
             time.sleep(0.05)  # what was sent arrives
             if not over:
                 run.ledger.death(moment)
+        held[:] = [None]
         run.finish(jobs)
         run.undisturbed(jobs, script)
         return run.ledger.check()

@@ -118,6 +118,8 @@ def rows_fail(ground: Ground, kind: str, name: str, deed: Callable[[Asked], Repl
         for key in ill.done:
             run.ledger.fault(f"row {key}")
         run.ledger.due.update(dict.fromkeys(ill.rows, retries))
+        if retries:  # before a row is blamed, one that completed must complete again: at most once for each
+            run.ledger.spare = len(ill.rows)
         run.undisturbed(ground.jobs)
         return run.ledger.check(failed=ill.rows)
 
