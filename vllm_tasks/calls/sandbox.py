@@ -60,21 +60,10 @@ PLAIN = (
 )
 """Types of values whose methods may be called. A method of another could do anything, as `to_csv` does."""
 AS_TEXT = {
-    *(
-        "capitalize",
-        "center",
-        "e",
-        "escape",
-        "forceescape",
-        "format",
-        "format_map",
-        "indent",
-        "lower",
-        "pprint",
-    ),
-    *("replace", "safe", "string", "striptags", "title", "tojson", "trim", "truncate", "upper", "urlencode"),
-    *("urlize", "wordcount", "wordwrap", "xmlattr"),
-}
+    "capitalize", "center", "e", "escape", "forceescape", "format", "format_map", "indent", "lower", "pprint",
+    "replace", "safe", "string", "striptags", "title", "tojson", "trim", "truncate", "upper", "urlencode",
+    "urlize", "wordcount", "wordwrap", "xmlattr",
+}  # fmt: skip
 """Filters and methods that make a text of whatever they get, with all that is in it."""
 UNBOUNDED = {"translate", "maketrans", "to_bytes"}
 """Methods of plain types whose results may have any size."""

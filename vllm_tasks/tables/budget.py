@@ -72,8 +72,8 @@ class Budget:
             over = tally.failed + tally.unreadable > limit
         elif at_end:
             rows, lines = max(tally.rows or 0, tally.done), tally.unreadable
-            over = _fraction(tally.failed, tally.done) > limit or (
-                lines > 0 and _fraction(tally.failed + lines, rows + lines) > limit
+            over = tally.failed > most_failed(limit, tally.done) or (
+                lines > 0 and tally.failed + lines > most_failed(limit, rows + lines)
             )
         else:
             base = max(tally.read, FEW)
@@ -94,6 +94,7 @@ class Budget:
         return text
 
 
-def _fraction(part: int, whole: int) -> float:
-    """A division is exact where `limit * whole` is not: 0.29 * 100 is less than 29."""
-    return part / whole if whole else 0.0
+def most_failed(fraction: float, rows: int) -> int:
+    """The most of `rows` that are no more than a fraction of them. As a float, 0.29 * 100 is less than 29."""
+    most = round(fraction * rows)
+    return most if most / max(rows, 1) <= fraction else most - 1

@@ -19,6 +19,7 @@ from vllm_tasks.engines.http.transport import HttpConfig
 from vllm_tasks.errors import InvalidCall, near
 from vllm_tasks.metrics.measure import Answer
 from vllm_tasks.tables.arguments import check_max_failed, datalayer_of
+from vllm_tasks.tables.budget import most_failed
 from vllm_tasks.tables.job import Display
 from vllm_tasks.tables.log import Terminal
 from vllm_tasks.validation import Dataset, Metric, Validation, history
@@ -237,10 +238,7 @@ class _Run:
         allowed = self.max_failed
         if allowed is None or (isinstance(allowed, float) and allowed >= 1.0):
             return None
-        if isinstance(allowed, int):
-            return allowed
-        most = round(allowed * rows)  # 0.29 * 100 is less than 29
-        return most if most / max(rows, 1) <= allowed else most - 1
+        return most_failed(allowed, rows) if isinstance(allowed, float) else allowed
 
     def _refuse_many_failed(
         self, snapshot: Snapshot, answers: Sequence[Answer], may_fail: int | None
