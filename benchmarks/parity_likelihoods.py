@@ -15,6 +15,7 @@ import tempfile
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,16 @@ def _echoed(answer: dict[str, Any]) -> dict[str, Any]:
     return {"choices": [{"index": 0, "text": "", "finish_reason": "length", "logprobs": found}]}
 
 
+@dataclass(frozen=True)
+class Ours:
+    """Our side: the kind of its log-probabilities, its server and model, and a folder for its lakes."""
+
+    kind: str
+    url: str
+    model: VllmAPI
+    lakes: Path
+
+
 def measure(options: Options) -> Iterator[str]:
     """Two lines for recorded log-probabilities, two for live ones."""
     arguments = {**options.engine_args(), "enable_tokenizer_info_endpoint": True}
@@ -109,9 +120,10 @@ def measure(options: Options) -> Iterator[str]:
             model = VllmAPI(
                 identifier="bench", api_url=f"{url}/v1/completions", max_in_flight=options.concurrency
             )
+            ours = Ours(kind, url, model, lakes)
             with model:
-                yield _choices_line(kind, url, model, lakes / f"choices-{kind}", choosing, of_choices)
-                yield _documents_line(kind, url, model, lakes / f"documents-{kind}", documents, of_documents)
+                yield _choices_line(ours, choosing, of_choices)
+                yield _documents_line(ours, documents, of_documents)
 
 
 def _choosing() -> list[dict[str, Any]]:
@@ -136,14 +148,7 @@ def _documents() -> list[dict[str, Any]]:
     return [{"document": "\n".join(questions[i * size : (i + 1) * size])} for i in range(DOCUMENTS)]
 
 
-def _choices_line(
-    kind: str,
-    url: str,
-    model: VllmAPI,
-    lake: Path,
-    rows: Sequence[dict[str, Any]],
-    theirs: list[list[float]],
-) -> str:
+def _choices_line(us: Ours, rows: Sequence[dict[str, Any]], theirs: list[list[float]]) -> str:
     """Rows with the same log-probability of each choice, and the same choice by it and per character."""
     options = {"choices": "choices", "delimiter": " "}
     metrics = [
@@ -152,10 +157,10 @@ def _choices_line(
             identifier="acc_norm", object="multiple_choice", options={**options, "normalize": "characters"}
         ),
     ]
-    ours = _scores(model, lake, metrics, rows, ("prompt", "label"))
+    ours = _scores(us.model, us.lakes / f"choices-{us.kind}", metrics, rows, ("prompt", "label"))
     pairs = [(row["prompt"], choice) for row in rows for choice in row["choices"]]
     flat = [logprob for logprobs in theirs for logprob in logprobs]
-    gaps = _gaps(url, model, lake.with_suffix(".texts"), pairs, " ", flat)
+    gaps = _gaps(us, "texts", pairs, " ", flat)
     equal = 0
     for i, (row, found, logprobs) in enumerate(zip(rows, ours, theirs, strict=True)):
         per_character = [p / len(c) for p, c in zip(logprobs, row["choices"], strict=True)]
@@ -164,46 +169,35 @@ def _choices_line(
         equal += close and [found["acc"], found["acc_norm"]] == wanted
     accuracy = sum(found["acc"] for found in ours) / len(ours)
     return (
-        f"PARITY {equal}/{len(rows)} equal multiple choice, {kind} log-probabilities "
+        f"PARITY {equal}/{len(rows)} equal multiple choice, {us.kind} log-probabilities "
         f"(acc {accuracy:.3f}, largest relative difference {max(gaps):.1e})"
     )
 
 
-def _documents_line(
-    kind: str,
-    url: str,
-    model: VllmAPI,
-    lake: Path,
-    rows: Sequence[dict[str, Any]],
-    theirs: list[list[float]],
-) -> str:
+def _documents_line(us: Ours, rows: Sequence[dict[str, Any]], theirs: list[list[float]]) -> str:
     """Documents whose log-probability is the same, after the token that begins a document."""
-    known = _json(f"{url}/tokenizer_info")
+    known = _json(f"{us.url}/tokenizer_info")
     begin = known.get("bos_token") or known["eos_token"]
-    gaps = _gaps(url, model, lake, [(begin, row["document"]) for row in rows], "", [own for (own,) in theirs])
+    pairs = [(begin, row["document"]) for row in rows]
+    gaps = _gaps(us, "documents", pairs, "", [own for (own,) in theirs])
     equal = sum(gap <= CLOSE for gap in gaps)
     return (
-        f"PARITY {equal}/{len(rows)} equal rolling perplexity, {kind} log-probabilities "
+        f"PARITY {equal}/{len(rows)} equal rolling perplexity, {us.kind} log-probabilities "
         f"(largest relative difference {max(gaps):.1e})"
     )
 
 
 def _gaps(
-    url: str,
-    model: VllmAPI,
-    lake: Path,
-    pairs: Sequence[tuple[str, str]],
-    delimiter: str,
-    theirs: Sequence[float],
+    us: Ours, lake: str, pairs: Sequence[tuple[str, str]], delimiter: str, theirs: Sequence[float]
 ) -> list[float]:
     """The relative differences of the log-probabilities of texts after their prompts."""
     asked = [{"prompt": prompt, "text": text} for prompt, text in pairs]
     perplexity = Metric(identifier="perplexity", options={"delimiter": delimiter})
-    ours = _scores(model, lake, [perplexity], asked, ("prompt", "text"))
+    ours = _scores(us.model, us.lakes / f"{lake}-{us.kind}", [perplexity], asked, ("prompt", "text"))
     gaps = []
     for (prompt, text), found, other in zip(pairs, ours, theirs, strict=True):
         alone, whole = (
-            len(_json(f"{url}/tokenize", {"prompt": each})["tokens"])
+            len(_json(f"{us.url}/tokenize", {"prompt": each})["tokens"])
             for each in (prompt.rstrip(), prompt + delimiter + text)
         )
         gaps.append(abs((alone - whole) * math.log(found["perplexity"]) / other - 1))
