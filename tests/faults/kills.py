@@ -33,28 +33,46 @@ def slowly(chance: random.Random, deed: Callable[[Asked], Deed] = lambda _: None
     return script
 
 
+class Holding:
+    """A script by which the first request of each life waits for the kill, so that no run is over before,
+    however busy this process is.
+
+    Args:
+        script: What the requests get that are not held, and the held one afterwards.
+    """
+
+    def __init__(self, script: Script) -> None:
+        self._script = script
+        self._life = self._held = 0
+
+    def hold(self) -> None:
+        """A life begins: its first request waits for the next call of this or of `release`."""
+        self._life += 1
+
+    def release(self) -> None:
+        """No life is killed any more."""
+        self._life, self._held = -1, -1
+
+    async def __call__(self, asked: Asked) -> Deed:
+        if asked.body and self._held != self._life:
+            life = self._held = self._life
+            until = time.monotonic() + HELD
+            while life == self._life and time.monotonic() < until:  # noqa: ASYNC110 - set by another thread
+                await asyncio.sleep(0.02)
+        return await self._script(asked)
+
+
 def flows(ground: Ground, kind: str, kills: int, work: Work = GENERATE, jobs: Jobs | None = None) -> Figures:
     """The flow is killed `kills` times over one table, and the same call is repeated each time."""
     name = f"kill: flow{work.name and ', '}{work.name}"
     chance = ground.chance(f"{name} {kind}")
     jobs = jobs or ground.jobs
     script = slowly(chance, work.deed)
-    held: list[Asked | None] = []
-
-    async def holding(asked: Asked) -> Deed:
-        """The first request of a life waits for the kill, so that no run is over before, however busy this
-        process is."""
-        if asked.body and not held:
-            held.append(asked)
-            until = time.monotonic() + HELD
-            while held[:1] == [asked] and time.monotonic() < until:  # noqa: ASYNC110 - of threads
-                await asyncio.sleep(0.02)
-        return await script(asked)
-
+    holding = Holding(script)
     with ScriptedServer(holding) as server:
         run = ground.run_of(name, ground.place(kind), server, 2 * APART * (kills + 1), work)
         for _ in range(kills):
-            held.clear()
+            holding.hold()
             job = run.start(jobs)
             moment = somewhere(chance, run, 2 * APART)
             over = all_committed(run)  # then it kills a run that has nothing left to lose
@@ -62,7 +80,7 @@ def flows(ground: Ground, kind: str, kills: int, work: Work = GENERATE, jobs: Jo
             time.sleep(0.05)  # what was sent arrives
             if not over:
                 run.ledger.death(moment)
-        held[:] = [None]
+        holding.release()
         run.finish(jobs)
         run.undisturbed(jobs, script)
         return run.ledger.check()

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Self
 
 from tests.eventually import eventually
+from tests.faults import neighbour
 from tests.faults.absences import lasting
 from tests.faults.engines import local
 from tests.faults.ground import Ground, Lacking
-from tests.faults.kills import APART, somewhere
+from tests.faults.kills import APART, Holding, somewhere
 from tests.faults.ledger import Figures
 from tests.servers.scripted_server import ScriptedServer
 
@@ -68,10 +69,13 @@ class MemoryGroup:
 
     def starve(self) -> None:
         """Let a neighbour take all memory until the kernel has killed the largest process."""
+        before = neighbour.killed(self.path)
         self._write("memory.limit_in_bytes", int(self._read("memory.usage_in_bytes")) + LEFT)
-        neighbour = Path(__file__).with_name("neighbour.py")
-        subprocess.run([sys.executable, neighbour, self.path], check=True)
+        ended = subprocess.run([sys.executable, neighbour.__file__, self.path, str(before)])
         self._write("memory.limit_in_bytes", -1)
+        # What the other one had may be free too late for the neighbour, which is killed as well then.
+        itself = ended.returncode == -signal.SIGKILL
+        assert neighbour.killed(self.path) - itself > before, f"no process was killed: {ended}"
 
     def _read(self, name: str) -> str:
         return (self.path / name).read_text()
@@ -85,9 +89,11 @@ def flows(ground: Ground, kind: str, kills: int) -> Figures:
     name = "kill: flow, out of memory"
     chance = ground.chance(f"{name} {kind}")
     rows = ROWS * (kills + 1)
-    with MemoryGroup() as group, ScriptedServer(lasting(rows / RATE, rows)) as server:
+    holding = Holding(lasting(rows / RATE, rows))
+    with MemoryGroup() as group, ScriptedServer(holding) as server:
         run = ground.run_of(name, ground.place(kind), server, rows)
         for _ in range(kills):
+            holding.hold()
             job = run.start(ground.jobs)
             group.add(job)
             moment = somewhere(chance, run, APART)
@@ -95,6 +101,7 @@ def flows(ground: Ground, kind: str, kills: int) -> Figures:
             assert ground.jobs.wait(job) == -signal.SIGKILL
             time.sleep(0.05)  # what was sent arrives
             run.ledger.death(moment)
+        holding.release()
         run.finish(ground.jobs)
         run.undisturbed(ground.jobs)
         return run.ledger.check()
