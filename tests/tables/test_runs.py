@@ -103,14 +103,14 @@ def test_a_cancelled_coroutine_stops_the_call_that_it_waits_for(
 
 
 def test_the_first_groups_are_small() -> None:
-    """In a young run no row waits longer for its commit than 2 s or a tenth of the run's time so far."""
+    """In a young run no row waits longer for its commit than 5 s or a tenth of the run's time so far."""
     commit_policy = CommitPolicy.of(None, commit_rows=512, commit_seconds=30.0)
 
     def closes(age: float, elapsed: float, *, redo: bool = False) -> bool:
         return commit_policy.is_due(10, age, age, elapsed, redo=redo)
 
-    assert [closes(2, 5), closes(6, 60), closes(30, 10_000)] == [True] * 3
-    assert [closes(1.9, 5), closes(5.9, 60), closes(29.9, 10_000)] == [False] * 3
+    assert [closes(5, 5), closes(6, 60), closes(30, 10_000)] == [True] * 3
+    assert [closes(4.9, 5), closes(5.9, 60), closes(29.9, 10_000)] == [False] * 3
     assert not closes(29.9, 60, redo=True), "a lake copies the files of rows that are redone"
 
 

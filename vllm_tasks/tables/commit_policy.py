@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 FULLEST = 16
 """A commit takes all rows finished by then, up to this many times the rows that close a group."""
-APART = 2.0
+APART = 5.0
 """Seconds between two commits, unless the second one is full: at a thousand rows a second, groups of 512
 would cost Prefect and the log more than they are worth."""
 AT_RISK = 0.1
