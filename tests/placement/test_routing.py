@@ -9,13 +9,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.states import Crashed, Running
+from prefect.states import Cancelling, Crashed, Running
 from pydantic import SecretStr
 
 from tests.conftest import IN_PREFECT, TINY_ARGS
@@ -408,6 +410,28 @@ def test_a_machine_that_goes_down_is_noticed(
     dead, alive = runs_of(name)[before:]
     assert (state_of(dead.id), state_of(alive.id)) == ("Crashed", "Completed")
     assert "no heartbeat" in str(dead.state and dead.state.message) or state_of(dead.id) == "Crashed"
+
+
+def test_a_machine_that_goes_down_while_its_run_is_cancelled_is_noticed(
+    model: VllmAPI, lake: Place, server: ScriptedServer, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is left to end the run: the step fails at the heartbeat timeout, and the run is cancelled."""
+    monkeypatch.setenv("VLLM_TASKS_HEARTBEAT_TIMEOUT", "5")
+    before = len(runs_of("m - rows"))
+
+    def goes_down() -> None:
+        workers.kill()
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(runs_of("m - rows")[before].id, Cancelling())
+        workers.start()
+
+    server.script = After(
+        100, partial(copy_context().run, goes_down)
+    )  # Prefect's settings are in the context
+    with pytest.raises(EngineFailed, match="no heartbeat"):
+        over_a_table(model, lake.url, max_chunk_size=10)
+    (cancelled,) = runs_of("m - rows")[before:]
+    assert state_of(cancelled.id) == "Cancelled"
 
 
 def test_a_step_that_would_ask_again_is_not_made_again(

@@ -27,7 +27,8 @@ class Stage(Enum):
     QUEUED = "no worker has taken its run"
     STARTING = "a worker creates the job of its run"
     WORKING = "its run works"
-    HELD = "its run is paused or being cancelled"
+    PAUSED = "its run is paused, until someone resumes or cancels it"
+    CANCELLING = "its run is being cancelled"
     REPORTED = "its run has reported the outcome and is about to end"
     DONE = "its work is done"
     FAILED = "its work has failed or was cancelled"
@@ -38,8 +39,8 @@ BY_STATE = {
     StateType.SCHEDULED: Stage.QUEUED,
     StateType.PENDING: Stage.STARTING,
     StateType.RUNNING: Stage.WORKING,
-    StateType.PAUSED: Stage.HELD,
-    StateType.CANCELLING: Stage.HELD,
+    StateType.PAUSED: Stage.PAUSED,
+    StateType.CANCELLING: Stage.CANCELLING,
     StateType.COMPLETED: Stage.DONE,
     StateType.FAILED: Stage.FAILED,
     StateType.CANCELLED: Stage.FAILED,

@@ -21,7 +21,7 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectException
-from prefect.states import Cancelling, Crashed
+from prefect.states import Cancelled, Cancelling, Crashed
 
 from vllm_tasks.engines.stopping import pause
 from vllm_tasks.errors import EngineFailed
@@ -175,19 +175,22 @@ class Runs:
                 parts[run].update(state, heartbeats.get(run, {}))
 
     def _restart_dead(self, part: Part) -> bool:
-        """Restart a part whose run is dead; return whether it was.
+        """Restart a part whose run is dead, unless it was being cancelled; return whether it was restarted.
 
         A run that only looks dead and its successor process some rows twice; each key still has one output.
         """
         # While a job is being created, perhaps from a large image, there is no heartbeat.
         limits = {
             Stage.WORKING: self._heartbeat_timeout,
+            Stage.CANCELLING: self._heartbeat_timeout,
             Stage.STARTING: site_settings().engine_start_timeout,
         }
         if part.unchanged_for > limits.get(part.stage, math.inf):
             assert part.run is not None
             logger.warning("%s: no heartbeat for %.0f s", part.name, part.unchanged_for)
-            part.state = Crashed(message=f"It sent no heartbeat for {part.unchanged_for:.0f} s.")
+            message = f"It sent no heartbeat for {part.unchanged_for:.0f} s."
+            cancelled = part.stage is Stage.CANCELLING  # and nothing is left that could end it
+            part.state = Cancelled(message=message) if cancelled else Crashed(message=message)
             with get_client(sync_client=True) as client:
                 _set_state(client, part.run, part.state)
         if part.stage is Stage.DIED:
@@ -218,7 +221,7 @@ def _reason(state: State[Any] | None) -> str:
 
 def _set_state(client: SyncPrefectClient, run: UUID, state: State[Any]) -> None:
     try:
-        client.set_flow_run_state(run, state, force=state.is_crashed())
+        client.set_flow_run_state(run, state, force=state.is_final())
     except ObjectNotFound:
         logger.warning("the flow run %s was deleted", run)
     except (httpx.HTTPError, PrefectException) as error:
