@@ -16,6 +16,7 @@ FILE = Path(__file__).with_name("RESULTS.md")
 PARTS = (
     "Peers",
     "Peers with an engine each",
+    "Peers and rows that differ",
     "Peers that embed and score",
     "Peers as clients of one server",
     "Peers after a crash",

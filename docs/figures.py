@@ -67,7 +67,9 @@ def beside() -> str:
     engines = rows_of(with_engines, "Short answers")
     repeated = rows_of(with_engines, "Half of the rows repeated")
     clients = rows_of(as_clients, "Short answers")
-    bad = rows_of(with_engines, "A row that is refused") | rows_of(as_clients, "A row that is refused")
+    bad = rows_of("Peers and rows that differ", "A row that is refused") | rows_of(
+        as_clients, "A row that is refused"
+    )
     crash = rows_of("Peers after a crash", "A crash at half")
     rate, cpu, again = "tokens/s", "CPU, ms/row", "rows sent again"
     ended = {

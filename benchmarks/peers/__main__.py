@@ -72,6 +72,7 @@ def tiny(plan: Plan, stack: ExitStack) -> dict[str, Any]:
 WITH_ENGINES = {
     "clients": (groups.clients_of_one_server, groups.measure_clients),
     "engines": (groups.engines, groups.measure_engines),
+    "rows": (partial(groups.engines, title=groups.DIFFERENT), groups.measure_rows),
     "pooling": (groups.pooling, groups.measure_pooling),
 }
 

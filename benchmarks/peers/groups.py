@@ -1,4 +1,4 @@
-"""The two groups of sides: engines of one's own, and clients of one server."""
+"""The groups of sides: engines of one's own, for texts and for numbers, and clients of one server."""
 
 from __future__ import annotations
 
@@ -37,10 +37,12 @@ from benchmarks.peers.plan import (
 
 ENGINES, CLIENTS = "Peers with an engine each", "Peers as clients of one server"
 EMBEDDERS = "Peers that embed and score"
+DIFFERENT = "Peers and rows that differ"
 RESIDENT = (ceilings.GENERATE, own_engine.BATCHES, ceilings.ASYNC, own_engine.TABLE)
 ALL_ENGINES = (*RESIDENT, ceilings.CHUNKS, rays.ENGINE, run_batch.NAME)
 ANY_LENGTH = (ceilings.GENERATE, own_engine.BATCHES, ceilings.ASYNC, rays.ENGINE)
 """Engines that accept a different output length for each row."""
+OWN_PARAMETERS = (ceilings.GENERATE, ceilings.ASYNC, own_engine.TABLE, rays.ENGINE)
 FOREIGN = tuple(foreign.NAMES.values())
 OLDER = (clients.THREADS, clients.CHUNKS)
 QUICK = (clients.BENCH, clients.OURS)
@@ -51,10 +53,10 @@ TOKENS = re.compile(r"^vllm:generation_tokens_total\{.*\} (\S+)$", re.MULTILINE)
 
 
 @contextmanager
-def engines(plan: Plan, arguments: dict[str, Any]) -> Iterator[Field]:
+def engines(plan: Plan, arguments: dict[str, Any], title: str = ENGINES) -> Iterator[Field]:
     """Sides with an engine each, resident if possible; one works at a time."""
     with ExitStack() as stack:
-        field = Field(ENGINES, plan, stack)
+        field = Field(title, plan, stack)
         field.start([ceilings.GENERATE, ceilings.CHUNKS], ceilings.serve_llm, arguments)
         field.start([ceilings.ASYNC], ceilings.serve_async, arguments)
         field.start([own_engine.BATCHES, own_engine.TABLE], own_engine.serve, arguments)
@@ -68,7 +70,7 @@ def engines(plan: Plan, arguments: dict[str, Any]) -> Iterator[Field]:
 
 
 def measure_engines(field: Field, after_each: Callable[[], None]) -> list[Ending]:
-    """Measure all workloads, then the bad row, which some sides do not survive."""
+    """Measure the workloads of rows with the same parameters, but for the length."""
     field.warm_up(RESIDENT)
     with_ray = (*RESIDENT, rays.ENGINE)
     for workload, names, once in (
@@ -76,10 +78,17 @@ def measure_engines(field: Field, after_each: Callable[[], None]) -> list[Ending
         (MIXED, ANY_LENGTH, rays.ENGINE),
         (PREFIXES, with_ray, rays.ENGINE),
         (DUPLICATES, with_ray, rays.ENGINE),
-        (PARAMETERS, (ceilings.GENERATE, ceilings.ASYNC, own_engine.TABLE, rays.ENGINE), rays.ENGINE),
     ):
         field.measure(workload, names, once=[once])
         after_each()
+    return []
+
+
+def measure_rows(field: Field, after_each: Callable[[], None]) -> list[Ending]:
+    """Measure rows with parameters of their own, then the bad row, which some sides do not survive."""
+    field.warm_up(RESIDENT)
+    field.measure(PARAMETERS, OWN_PARAMETERS, once=[rays.ENGINE])
+    after_each()
     return bad_rows.observe(field, (*reversed(RESIDENT), rays.ENGINE, rays.TOLERANT, run_batch.NAME))
 
 

@@ -30,7 +30,7 @@ WORDS = {
     MIXED: "Answers of log-normal length",
     PREFIXES: "Shared prefixes, shuffled",
     DUPLICATES: "Half of the rows repeated",
-    PARAMETERS: "Length, temperature and seed of each row's own",
+    PARAMETERS: "Length and temperature of each row's own",
     EMBED: "Vectors",
     SCORE: "Scores of pairs",
 }
