@@ -6,8 +6,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from benchmarks.peers.plan import Plan, parse
 from vllm_tasks.engines.session import permit_amx
 
 permit_amx()  # the processes that vLLM spawns import this module, too
+
+Opened = Callable[[Plan, dict[str, Any]], AbstractContextManager[Field]]
+Measured = Callable[[Field, Callable[[], None]], list[Ending]]
 
 METHOD = """\
 Each side is a process of its own with the same model, engine settings, rows and output lengths (greedy, \
@@ -69,7 +72,7 @@ def tiny(plan: Plan, stack: ExitStack) -> dict[str, Any]:
     return {**ENGINE, "model": str(folder), **plan.options.engine}
 
 
-WITH_ENGINES = {
+WITH_ENGINES: dict[str, tuple[Opened, Measured]] = {
     "clients": (groups.clients_of_one_server, groups.measure_clients),
     "engines": (groups.engines, groups.measure_engines),
     "rows": (partial(groups.engines, title=groups.DIFFERENT), groups.measure_rows),
