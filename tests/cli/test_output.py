@@ -105,6 +105,23 @@ def test_a_validation_for_programs_has_no_answers(
     assert "pRiVaTe" in printed
 
 
+def test_a_number_that_is_not_known_is_null(command: Command, server: ScriptedServer, tmp_path: Path) -> None:
+    """JSON has no infinity, as the interval of a single row has it, and no nan."""
+    job = write(
+        tmp_path,
+        server,
+        "db: data/\nvalidation:\n  datasets: [{identifier: known, select: tickets, sample_size: 1}]\n"
+        "  metrics: [{identifier: bleu}, {identifier: output_tokens}]\n  key: [text, label]\n",
+    )
+    printed = command("validate", str(job), "--json")[1]
+
+    def no_json(word: str) -> float:
+        raise ValueError(f"{word} is no JSON")
+
+    bleu = json.loads(printed, parse_constant=no_json)["datasets"][0]["values"][0]
+    assert (bleu["n"], bleu["low"], bleu["high"]) == (1, None, None)
+
+
 def test_counts_are_those_of_the_rows(place: Place, server: ScriptedServer) -> None:
     """In every store, with several outputs of one row."""
     place.fill_texts(*(f"t{i}" for i in range(7)))

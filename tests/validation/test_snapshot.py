@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,3 +97,14 @@ def test_any_text_and_data_survive_being_kept(home: Tables) -> None:
     snapshot = take_snapshot(sample(select=None, raw_data=rows, sample_size=None), COLUMNS, home)
     assert sorted(case.inputs[1] for case in snapshot.cases) == sorted(odd * 2)
     assert read_snapshot("d", snapshot.table, COLUMNS, home) == snapshot
+
+
+def test_clusters_and_choices_may_be_null(home: Tables) -> None:
+    """A set whose cluster column is NULL in all rows has no column for it, and is read without."""
+    rows = [{"n": 0, "q": f"q{i}", "a": "x", "passage": None, "choices": [["a"], None][i]} for i in range(2)]
+    columns = replace(COLUMNS, cluster="passage", choices="choices")
+    dataset = sample(select=None, raw_data=rows, sample_size=None, pin=True)
+    pinned = take_snapshot(dataset, columns, home)
+    assert sorted(pinned.clusters()) == [0, 1]
+    assert sorted(map(str, (case.choices for case in pinned.cases))) == ["None", "['a']"]
+    assert take_snapshot(dataset, columns, home) == pinned

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -221,13 +222,18 @@ def _print(found: Any, as_json: bool, texts: bool = True) -> None:
 
 
 def _fields(found: Any, texts: bool) -> Any:
-    """A result as JSON; without `texts`, it lacks the fields that its repr lacks: they have rows' texts."""
+    """A result as JSON; without `texts`, it lacks the fields that its repr lacks: they have rows' texts.
+
+    JSON has no nan and no infinity, so a number that is not known is null.
+    """
     if dataclasses.is_dataclass(found):
         shown = [field.name for field in dataclasses.fields(found) if field.repr or texts]
         return {name: _fields(getattr(found, name), texts) for name in shown}
     if isinstance(found, dict):
         return {str(key): _fields(value, texts) for key, value in found.items()}
-    return [_fields(each, texts) for each in found] if isinstance(found, list | tuple) else found
+    if isinstance(found, list | tuple):
+        return [_fields(each, texts) for each in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def main(arguments: list[str] | None = None, exits: Callable[[int], Any] = sys.exit) -> None:

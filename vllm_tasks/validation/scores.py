@@ -69,6 +69,8 @@ def score(
     """
     measure = metric.measure()
     counted = _counted(metric, measure, answers, on_error)
+    if measure.takes is not None:
+        counted = [answer for answer in counted if measure.takes(answer.prediction)] or counted
     cluster_of = dict(zip((a.row for a in answers), clusters, strict=True)) if clusters is not None else {}
     table = None
     if measure.kind in ("row", "answer"):
@@ -319,7 +321,8 @@ def _of_rows(
     if interval.low == interval.high:
         return value, interval, "all scores are equal, which says nothing about the scores of other rows"
     skewed = not all(map(math.isfinite, bounds)) and len(scores) < SKEWED * _skewness(scores) ** 2
-    return value, interval, "a few rows decide this mean, as their scores are very large" if skewed else None
+    why = "a few rows decide this mean, as their scores are very large" if skewed else None
+    return value, _storable(interval), why
 
 
 def _skewness(scores: Sequence[float]) -> float:

@@ -227,7 +227,7 @@ def _as_table(cases: Sequence[Case]) -> pa.Table:
         "input": [exact_json.dumps(case.inputs) for case in cases],
         "target": [exact_json.dumps(case.target) for case in cases],
     }
-    if cases[0].choices is not None:
+    if any(case.choices is not None for case in cases):
         columns["choices"] = [exact_json.dumps(case.choices) for case in cases]
     if any(case.cluster is not None for case in cases):
         columns["cluster"] = [exact_json.dumps(case.cluster) for case in cases]
@@ -235,7 +235,9 @@ def _as_table(cases: Sequence[Case]) -> pa.Table:
 
 
 def _stored(home: Tables, table: str, columns: Columns) -> list[Case]:
-    extra = [name for name in ("choices", "cluster") if getattr(columns, name) is not None]
+    # A column that is NULL in all rows is not stored.
+    there = {name for row in home.stored(table, "*", "1 = 1 LIMIT 1") for name in row}
+    extra = [name for name in ("choices", "cluster") if getattr(columns, name) is not None and name in there]
     names = ["row", "input", "target", *extra]
     rows = sorted(
         (row for batch in home.read(table, names) for row in batch), key=lambda row: int(row["row"])
