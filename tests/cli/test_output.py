@@ -53,6 +53,22 @@ def test_a_terminal_that_lacks_characters_gets_others(
     assert b"answer: Gr??e" in done.stdout
 
 
+def test_a_server_writes_nothing_to_the_terminal(command: Command, job: Path, server: ScriptedServer) -> None:
+    """The name that it gives its model is shown, and not obeyed."""
+    name = "red \x1b[31m"
+
+    def script(asked: Asked) -> Reply | None:
+        if (reply := answering("x")(asked)) is not None:
+            reply.body["model"] = name
+        return reply
+
+    server.script = script
+    assert command("run", str(job))[0] == 0
+    printed = command("show", "tagger", "--db", "data/")[1]
+    assert "by red \N{REPLACEMENT CHARACTER}[31m" in printed
+    assert "\x1b" not in printed
+
+
 def test_an_interrupt_during_the_imports_of_the_commands_is_quiet(tmp_path: Path) -> None:
     """They are imported before there is anything to commit."""
     (tmp_path / "sitecustomize.py").write_text(

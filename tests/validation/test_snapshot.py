@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from tests.places import Place
-from tests.validation.exam import COLUMNS, SOURCE, sample
-from vllm_tasks import InvalidCall
+from tests.validation.exam import COLUMNS, SOURCE, Make, Pupil, only, sample, validation
+from vllm_tasks import Dataset, InvalidCall, Metric, Validation
 from vllm_tasks.datalayer.selection import Tables
+from vllm_tasks.validation.run import validate
 from vllm_tasks.validation.snapshot import read_snapshot, take_snapshot
 
 TEXTS = [f"{text}{i}" for i in range(50) for text in ("plain ", "größer 🙂 ", '"it\'s" \\ % :x {y}\n')]
@@ -108,3 +109,23 @@ def test_clusters_and_choices_may_be_null(home: Tables) -> None:
     assert sorted(pinned.clusters()) == [0, 1]
     assert sorted(map(str, (case.choices for case in pinned.cases))) == ["None", "['a']"]
     assert take_snapshot(dataset, columns, home) == pinned
+
+
+def test_rows_that_are_refused_are_not_pinned(make: Make, place: Place, pupil: Pupil) -> None:
+    """A first call that is refused for its rows would otherwise be refused for good."""
+    place.fill_texts("no number")
+    number = Metric(identifier="numeric_match")
+
+    def checked(metric: Metric) -> Validation:
+        rows = Dataset(identifier="d", select="SELECT text AS q, text AS a FROM rows", pin=True)
+        return validation(datasets=[rows], metrics=[metric])
+
+    with pytest.raises(InvalidCall, match="numeric_match needs a number in the target"):
+        validate(make(place), checked(number))
+    place.fill_texts("q1")
+    pupil.says = {"q1": "1"}
+    assert only(validate(make(place), checked(number))).values[0].value == 1.0
+    place.fill_texts("no number again")
+    assert only(validate(make(place), checked(number))).values[0].value == 1.0, "now they are"
+    with pytest.raises(InvalidCall, match=r"takes numbers.* \(the rows are pinned: for others drop '_dataset__"):
+        validate(make(place), checked(Metric(identifier="pearson")))

@@ -27,6 +27,7 @@ from vllm_tasks.errors import (
     VllmTasksError,
 )
 from vllm_tasks.results import ValidationReport
+from vllm_tasks.tables.previews import printable_lines
 from vllm_tasks.tasks import passed
 from vllm_tasks.validation.sets import ReferenceName
 
@@ -214,7 +215,7 @@ def _read(file: Path, method: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _print(found: Any, as_json: bool, texts: bool = True) -> None:
     """Print a result for people, or for programs. If nobody reads it any more, the work is done anyway."""
-    text = json.dumps(_fields(found, texts), default=str) if as_json else str(found)
+    text = json.dumps(_fields(found, texts), default=str) if as_json else printable_lines(str(found))
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -245,6 +246,6 @@ def main(arguments: list[str] | None = None, exits: Callable[[int], Any] = sys.e
     except CycloptsError:  # it is printed
         exits(EXITS[InvalidCall])
     except VllmTasksError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable_lines(str(error))}", file=sys.stderr)
         lasts = isinstance(error, EngineFailed) and not error.temporary
         exits(1 if lasts else next((code for kind, code in EXITS.items() if isinstance(error, kind)), 1))
