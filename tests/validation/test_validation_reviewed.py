@@ -118,6 +118,8 @@ def test_a_verdict_that_failed_is_no_miss_of_the_model(
         ("rouge", {"kind": "rouge3"}, "rouge3"),
         ("accuracy", {"labels": ["x", "y"]}, "labels"),
         ("bleu", {"tokenize": "13b"}, "13b"),
+        ("pearson", {}, "pearson takes numbers as targets"),
+        ("spearman", {}, "spearman takes numbers as targets"),
     ],
 )
 def test_options_and_targets_are_refused_before_anything_is_asked(
@@ -126,7 +128,7 @@ def test_options_and_targets_are_refused_before_anything_is_asked(
     """Options and targets that no answer could be scored with are refused at once, even in the last set."""
     rows = [{"q": "q", "a": "no number"}]
     sets = [
-        Dataset(identifier="good", raw_data=[{"q": "q1", "a": "1" if metric == "numeric_match" else "x"}]),
+        Dataset(identifier="good", raw_data=[{"q": "q1", "a": "x" if metric == "accuracy" else "1"}]),
         Dataset(identifier="bad", raw_data=rows),
     ]
     wrong = Metric(identifier=metric, options=options)

@@ -13,6 +13,7 @@ import numpy as np
 from vllm_tasks.calls.call import RowDecoder
 from vllm_tasks.calls.classes import is_of_classes
 from vllm_tasks.errors import InvalidCall
+from vllm_tasks.metrics.classes import Label
 from vllm_tasks.metrics.extraction import texts_of_choices
 from vllm_tasks.metrics.measure import Answer, Likelihood, Measure, Sums, Table
 from vllm_tasks.validation import Metric
@@ -137,7 +138,7 @@ def check(metric: Metric, snapshot: Snapshot, decoder: RowDecoder) -> None:
         empty = ""
     if measure.asks == "likelihood":  # `Likelihoods.check` checks its texts
         targets, empty = [0], [Likelihood(logprob=0.0, tokens=1, characters=1)]
-    if measure.kind == "sums":
+    if measure.kind in ("sums", "set"):
         with _naming(metric):
             measure.score([None for _ in targets], targets, **_options(metric))
     elif measure.kind == "row":
@@ -147,6 +148,10 @@ def check(metric: Metric, snapshot: Snapshot, decoder: RowDecoder) -> None:
                 if metric.chain.choices is not None:
                     texts_of_choices(choices, metric.identifier)
                 measure.score(empty, target, **_options(metric, choices))
+    elif measure.kind == "answer":
+        for row, target in enumerate(targets):
+            with _naming(metric, f", on row {row}"):
+                measure.score(Answer(row, target, Label.of("", {})), **_options(metric))
 
 
 def row_scores(metric: Metric, answers: Sequence[Answer], on_error: OnError) -> dict[int, float]:
