@@ -137,6 +137,18 @@ def test_options_and_targets_are_refused_before_anything_is_asked(
     assert server.posts == []
 
 
+@pytest.mark.parametrize("metric", ["bleu", "macro_f1"])
+def test_answers_that_a_metric_cannot_score_are_refused_before_anything_is_asked(
+    make: Make, here: Place, server: ScriptedServer, metric: str
+) -> None:
+    """Metrics of texts score no data."""
+    model = make(here, output_schema={"city": "str"})
+    checked = validation([{"q": "q", "a": "x"}], metrics=[Metric(identifier=metric)])
+    with pytest.raises(InvalidCall, match=f"{metric} compares texts, and the model's answers are data"):
+        validate(model, checked)
+    assert server.posts == []
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

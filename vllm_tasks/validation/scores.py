@@ -138,16 +138,18 @@ def check(metric: Metric, snapshot: Snapshot, decoder: RowDecoder) -> None:
         empty = ""
     if measure.asks == "likelihood":  # `Likelihoods.check` checks its texts
         targets, empty = [0], [Likelihood(logprob=0.0, tokens=1, characters=1)]
+    if metric.chain.choices is not None:
+        for case in snapshot.cases:
+            with _naming(metric, f", on row {case.row}"):
+                texts_of_choices(case.choices, metric.identifier)
     if measure.kind in ("sums", "set"):
+        answers = [None if measure.asks == "probabilities" else empty for _ in targets]
         with _naming(metric):
-            measure.score([None for _ in targets], targets, **_options(metric))
+            measure.score(answers, targets, **_options(metric))
     elif measure.kind == "row":
         for row, target in enumerate(targets):
-            choices = snapshot.cases[row].choices
             with _naming(metric, f", on row {row}"):
-                if metric.chain.choices is not None:
-                    texts_of_choices(choices, metric.identifier)
-                measure.score(empty, target, **_options(metric, choices))
+                measure.score(empty, target, **_options(metric, snapshot.cases[row].choices))
     elif measure.kind == "answer":
         for row, target in enumerate(targets):
             with _naming(metric, f", on row {row}"):
