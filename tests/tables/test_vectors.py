@@ -51,6 +51,7 @@ def test_embeddings_have_estimates_and_budgets(model: VllmAPI, place: Place) -> 
     assert (found.missing, found.prompt_tokens.value, found.completion_tokens.value) == (10, 30, 0)
     report = ask(embed, max_total_tokens=1000)
     assert (report.succeeded, report.prompt_tokens, report.stopped_by) == (10, 30, None)
+    assert report.samples == (), "which would be empty texts"
 
 
 def test_a_vector_keeps_its_32_bits(model: VllmAPI, place: Place, server: ScriptedServer) -> None:

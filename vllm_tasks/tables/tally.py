@@ -135,7 +135,8 @@ class Tally:
         if not isinstance(outcome, RowError):
             self.succeeded += 1
             if isinstance(answer, Completion) and len(self.samples) < self.most_samples:
-                self.samples.append(Sample(key, answer.text[:SAMPLE_LENGTH]))
+                if answer.text or answer.choices[0].data is None:  # numbers are no text
+                    self.samples.append(Sample(key, answer.text[:SAMPLE_LENGTH]))
             return
         self.failed += 1
         self.kinds[outcome.kind] = self.kinds.get(outcome.kind, 0) + 1
