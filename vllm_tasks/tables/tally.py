@@ -34,8 +34,13 @@ UNSENT = {"prompt", "read"}
 def tokens_of(answer: Completion) -> tuple[int, int] | None:
     """The tokens of prompt and answer, None if the server has not counted them. Numbers, as those of an
     embedding, are no tokens."""
-    answered = 0 if answer.choices[0].data is not None else answer.completion_tokens
+    answered = answer.completion_tokens if answer.choices[0].data is None else 0
     return None if answer.prompt_tokens is None or answered is None else (answer.prompt_tokens, answered)
+
+
+def _is_text(answer: Completion) -> bool:
+    """Whether there is a text to show: the label of a class is one, and a vector has none."""
+    return answer.text != "" or answer.choices[0].data is None
 
 
 @dataclass
@@ -134,9 +139,8 @@ class Tally:
             self.repaired += not isinstance(outcome, RowError)
         if not isinstance(outcome, RowError):
             self.succeeded += 1
-            if isinstance(answer, Completion) and len(self.samples) < self.most_samples:
-                if answer.text or answer.choices[0].data is None:  # numbers are no text
-                    self.samples.append(Sample(key, answer.text[:SAMPLE_LENGTH]))
+            if isinstance(answer, Completion) and len(self.samples) < self.most_samples and _is_text(answer):
+                self.samples.append(Sample(key, answer.text[:SAMPLE_LENGTH]))
             return
         self.failed += 1
         self.kinds[outcome.kind] = self.kinds.get(outcome.kind, 0) + 1
