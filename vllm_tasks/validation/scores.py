@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from vllm_tasks.calls.call import RowDecoder
+from vllm_tasks.calls.call import TableCall
 from vllm_tasks.calls.classes import is_of_classes
+from vllm_tasks.calls.sampling import task_of
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.classes import Label
 from vllm_tasks.metrics.extraction import texts_of_choices
@@ -107,23 +108,24 @@ def score(
     )
 
 
-def check(metric: Metric, snapshot: Snapshot, decoder: RowDecoder) -> None:
+def check(metric: Metric, snapshot: Snapshot, over: TableCall) -> None:
     """Raise `InvalidCall` for options, and targets of `snapshot`, that no answer could be scored with.
 
-    A built-in metric scores an empty answer, of the kind that `decoder` produces, against each target. Errors
-    are thus found before a GPU is used.
+    A built-in metric scores an empty answer, of the kind that `over` gives, against each target. Errors are
+    thus found before a GPU is used.
     """
     measure = metric.measure()
     if metric.built_in is None or measure.asks == "verdict":
         return
-    of_classes = is_of_classes(decoder.columns)
-    if measure.asks == "probabilities" and not of_classes:
+    of_classes = is_of_classes(over.decoder.columns)
+    named = of_classes and task_of(over.call.target) == "generate"  # those of "classify" are a list
+    if measure.asks == "probabilities" and not named:
         raise InvalidCall(
-            f"the metric {metric.identifier!r} needs the probabilities of classes, and the answers have "
-            "none: give the model datatype=Classes([...])"
+            f"the metric {metric.identifier!r} needs the probabilities of classes by name, and the answers "
+            "have none: give the model datatype=Classes([...])"
         )
     targets: list[Any] = [case.target for case in snapshot.cases]
-    kinds = {column.name: column.kind for column in decoder.columns}
+    kinds = {column.name: column.kind for column in over.decoder.columns}
     values = {name: EMPTY.get(kind, "") for name, kind in kinds.items()}
     if metric.built_in in RANKED and kinds == {"output": "vector"}:
         check_documents(metric, targets)

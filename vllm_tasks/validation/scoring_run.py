@@ -84,7 +84,7 @@ def scored(
             for source in distinct_of(sources_of(calls, validation.metrics, snapshot.dataset).values()):
                 source.check(snapshot)
             for metric in validation.metrics:
-                check(metric, snapshot, calls.own.decoder)
+                check(metric, snapshot, calls.own)
 
         columns = columns_of(validation, model, own)
         rows = [take_snapshot(dataset, columns, home, usable) for dataset in chosen]
