@@ -127,5 +127,7 @@ def test_rows_that_are_refused_are_not_pinned(make: Make, place: Place, pupil: P
     assert only(validate(make(place), checked(number))).values[0].value == 1.0
     place.fill_texts("no number again")
     assert only(validate(make(place), checked(number))).values[0].value == 1.0, "now they are"
-    with pytest.raises(InvalidCall, match=r"takes numbers.* \(the rows are pinned: for others drop '_dataset__"):
+    with pytest.raises(
+        InvalidCall, match=r"takes numbers.* \(the rows are pinned: for others drop '_dataset__"
+    ):
         validate(make(place), checked(Metric(identifier="pearson")))

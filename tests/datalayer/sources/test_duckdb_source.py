@@ -16,6 +16,7 @@ import pytest
 
 from vllm_tasks.datalayer.sources import Unreadable
 from vllm_tasks.datalayer.sources.duckdb_file import DuckDBSource
+from vllm_tasks.datalayer.workspace import Workspace
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 
 
