@@ -53,6 +53,22 @@ def test_a_terminal_that_lacks_characters_gets_others(
     assert b"answer: Gr??e" in done.stdout
 
 
+def test_a_server_writes_nothing_to_the_terminal(command: Command, job: Path, server: ScriptedServer) -> None:
+    """The name that it gives its model is shown, and not obeyed."""
+    name = "red \x1b[31m"
+
+    def script(asked: Asked) -> Reply | None:
+        if (reply := answering("x")(asked)) is not None:
+            reply.body["model"] = name
+        return reply
+
+    server.script = script
+    assert command("run", str(job))[0] == 0
+    printed = command("show", "tagger", "--db", "data/")[1]
+    assert "by red \N{REPLACEMENT CHARACTER}[31m" in printed
+    assert "\x1b" not in printed
+
+
 def test_an_interrupt_during_the_imports_of_the_commands_is_quiet(tmp_path: Path) -> None:
     """They are imported before there is anything to commit."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -103,6 +119,23 @@ def test_a_validation_for_programs_has_no_answers(
     printed = command("validate", str(job), "--json", "--texts")[1]
     assert len(json.loads(printed)["datasets"][0]["worst"]) == 4
     assert "pRiVaTe" in printed
+
+
+def test_a_number_that_is_not_known_is_null(command: Command, server: ScriptedServer, tmp_path: Path) -> None:
+    """JSON has no infinity, as the interval of a single row has it, and no nan."""
+    job = write(
+        tmp_path,
+        server,
+        "db: data/\nvalidation:\n  datasets: [{identifier: known, select: tickets, sample_size: 1}]\n"
+        "  metrics: [{identifier: bleu}, {identifier: output_tokens}]\n  key: [text, label]\n",
+    )
+    printed = command("validate", str(job), "--json")[1]
+
+    def no_json(word: str) -> float:
+        raise ValueError(f"{word} is no JSON")
+
+    bleu = json.loads(printed, parse_constant=no_json)["datasets"][0]["values"][0]
+    assert (bleu["n"], bleu["low"], bleu["high"]) == (1, None, None)
 
 
 def test_counts_are_those_of_the_rows(place: Place, server: ScriptedServer) -> None:

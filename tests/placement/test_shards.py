@@ -40,12 +40,15 @@ def test_shards_are_disjoint_and_together_the_table(
     assert model.predict_in_db("text", "rows", primary_id=key).processed == 0
 
 
-def test_a_shard_goes_with_ids(model: VllmAPI, place: Place) -> None:
-    """Only rows that are in both the shard and the ids are processed."""
+def test_a_shard_goes_with_ids(model: VllmAPI, place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """Only rows that are in both the shard and the ids are processed, and no id is missed for that."""
     place.fill_texts(*"abcdefgh")
     asked = [model.predict_in_db("text", "rows", ids=[1, 2, 5], shard=(i, 2)).processed for i in range(2)]
     assert sum(asked) == 3
     assert place.answers().keys() == {1, 2, 5}
+    assert "not in the source" not in caplog.text
+    model.predict_in_db("text", "rows", ids=[1, 99])
+    assert "1 of 2 ids are not in the source" in caplog.text
 
 
 @pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0,), "ab", 1, (0.0, 2), (True, 2)])

@@ -111,6 +111,17 @@ def test_rows_become_a_batch_file_that_gives_the_same_requests(
     assert [post.body for post in server.posts if post.path == "/v1/completions"] == [written["r1"]["body"]]
 
 
+def test_a_line_that_cannot_be_read_is_named(
+    model: VllmAPI, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has no request, and is not silently left out."""
+    with (folder / "batch.jsonl").open("a") as file:
+        file.write("no json\n")
+    assert export_batch(model, "body", "batch", folder / "out.jsonl", primary_id="custom_id") == 2
+    assert "1 lines could not be read and are not in the batch file, the first is" in caplog.text
+    assert "batch.jsonl, line 5: no JSON" in caplog.text
+
+
 def test_any_table_becomes_one(server: ScriptedServer, place: Place, tmp_path: Path) -> None:
     """Keys become texts; columns give parameters; the model may have another name elsewhere."""
     place.fill_texts("a", "b")

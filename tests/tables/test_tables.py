@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.places import Place
@@ -127,7 +128,7 @@ def test_ids_limit_and_overwrite(model: VllmAPI, place: Place, sent: Sent) -> No
     ask(model)
     assert len(sent()) == 1
     before = {row["id"]: row["_created_at"] for row in place.outputs()}
-    ask(model, overwrite=True, ids=[0])
+    ask(model, overwrite=True, ids=np.array([0]))
     assert sent() == ["a"]
     after = {row["id"]: row["_created_at"] for row in place.outputs()}
     assert after[0] > before[0]

@@ -43,6 +43,17 @@ def test_an_embedding_is_a_vector_in_every_store(model: VllmAPI, place: Place) -
     assert ask(embed).processed == 0
 
 
+def test_embeddings_have_estimates_and_budgets(model: VllmAPI, place: Place) -> None:
+    """They have no tokens of an answer, which is another thing than a server that counts none."""
+    place.fill_texts(*"abcdefghij")
+    embed = changed(model, task="embed")
+    found = embed.estimate("text", "rows", sample=8)
+    assert (found.missing, found.prompt_tokens.value, found.completion_tokens.value) == (10, 30, 0)
+    report = ask(embed, max_total_tokens=1000)
+    assert (report.succeeded, report.prompt_tokens, report.stopped_by) == (10, 30, None)
+    assert report.samples == (), "which would be empty texts"
+
+
 def test_a_vector_keeps_its_32_bits(model: VllmAPI, place: Place, server: ScriptedServer) -> None:
     """Numbers that are not short in base 10 come back as the nearest number of 32 bits, from any server."""
     exact = [float(np.float32(x)) for x in (0.1, -1 / 3, 1e-38, 3.4e38)]

@@ -65,3 +65,21 @@ def test_probabilities_are_needed(here: Place, server: ScriptedServer, make: Mak
         with pytest.raises(InvalidCall, match=f"'{name}' needs the probabilities.*datatype=Classes"):
             make(here).validate(validation("exact_match", name))
     assert not server.posts
+
+
+def test_a_list_of_classes_is_refused(here: Place, server: ScriptedServer, make: Make) -> None:
+    """A row has one class; others are known before any row is sent."""
+    rows = Dataset(identifier="d", raw_data=[{"text": "a", "id": ["bug"]}])
+    asked = validation("brier").model_copy(update={"datasets": [rows]})
+    with pytest.raises(InvalidCall, match="'brier', on row 0: brier takes one class as target"):
+        make(here, datatype=Classes(["bug", "feature"])).validate(asked)
+    assert not server.posts
+
+
+def test_probabilities_without_names_are_refused(here: Place, server: ScriptedServer, make: Make) -> None:
+    """A model of `task="classify"` returns them in an order that no server tells."""
+    here.fill_texts("a")
+    for name in ("brier", "expected_calibration_error"):
+        with pytest.raises(InvalidCall, match=f"'{name}' needs the probabilities of classes by name"):
+            make(here, task="classify").validate(validation(name))
+    assert not server.posts

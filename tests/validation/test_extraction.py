@@ -87,6 +87,8 @@ def test_a_chain_makes_one_text_of_an_answer(steps: list[Any], answer: Any, foun
             {"identifier": "mine", "object": own, "higher_is_better": False, "extract": [{"regex": "a"}]},
             "a fallback",
         ),
+        ({"identifier": "log_loss", "extract": [{"regex": "a", "fallback": None}]}, "a fallback"),
+        ({"identifier": "log_loss", "extract": [{"map": {}, "default": None}]}, "a default"),
         (
             {
                 "identifier": "regex_match",

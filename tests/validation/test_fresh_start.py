@@ -10,6 +10,7 @@ from tests.places import Place
 from tests.servers.scripted_server import ScriptedServer
 from tests.validation.exam import OWN, Make, Pupil, asked, broken_on, exam, only, validation, values
 from vllm_tasks import Dataset, InvalidCall
+from vllm_tasks.errors import ServerUnavailable
 from vllm_tasks.validation.pages import markdown_of
 from vllm_tasks.validation.predictions import packed, predict_id_of
 from vllm_tasks.validation.run import validate
@@ -42,6 +43,24 @@ def test_a_fresh_start_that_is_interrupted_resumes(make: Make, here: Place, pupi
         validate(model, checked, resume=False)
     report = only(validate(model, checked))
     assert (report.processed, report.values[0].value) == (0, 1.0)
+
+
+def test_a_fresh_start_that_dies_before_its_first_answer_leaves_the_run_too(
+    make: Make, place: Place, pupil: Pupil, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server with the right weights was not up yet: the wrong answers stay left all the same."""
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0.5")
+    model, checked = make(place), validation(5, metrics=[OWN])
+    pupil.misses(*range(5))
+    with broken_on("a1"):
+        validate(model, checked)
+    pupil.misses()
+    server.stop()
+    with pytest.raises(ServerUnavailable):
+        validate(model, checked, resume=False)
+    server.start()
+    later = only(validate(model, checked))
+    assert (later.processed, later.values[0].value) == (5, 1.0)
 
 
 def test_the_log_and_the_page_show_when_a_run_began_and_was_resumed(

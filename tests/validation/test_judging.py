@@ -140,6 +140,18 @@ def test_the_most_likely_choice_is_the_answer(
     assert asked(server) == Counter(["x", *(f"x{choice}" for choice in choices)])
 
 
+def test_numbers_among_numbers_are_choices_or_indexes_in_all_rows(
+    make: Make, here: Place, server: ScriptedServer
+) -> None:
+    """0 is no choice of its row, so 1 is an index too, of the less likely 2."""
+    server.script = letters
+    metric = Metric(identifier="multiple_choice", options={"choices": "choices", "delimiter": ""})
+    rows = [{"q": q, "a": target, "choices": [1, 2]} for q, target in (("x", 0), ("y", 1))]
+    assert only(validate(make(here), validation(rows, metrics=[metric]))).values[0].value == 0.5
+    rows = [{"q": q, "a": target, "choices": [1, 2]} for q, target in (("x", 2), ("y", 1))]
+    assert only(validate(make(here), validation(rows, metrics=[metric]))).values[0].value == 0.5
+
+
 def test_likelihoods_are_of_what_the_model_is_asked(make: Make, here: Place, server: ScriptedServer) -> None:
     """Parameters that decide the prompt are sent, other sampling parameters are not."""
     server.script = letters

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -56,6 +57,8 @@ def test_rankings_are_read_from_texts_too() -> None:
     """Ids are compared as texts; one that is repeated counts once; what is no ranking scores 0."""
     assert score("recall_at_k", "[7, 7, 8]", ["7", 8], k=2) == 1
     assert score("ndcg_at_k", json.dumps(["a", "a"]), ["a"]) == 1
+    assert score("ndcg_at_k", ["b"], {"a": Decimal("0.5"), "b": 1}, k=1) == 1
+    assert score("ndcg_at_k", ["a"], {"a": Decimal("0.5"), "b": 1}, k=1) == 0.5
     assert score("recall_at_k", "first d1", ["d1"]) == score("ndcg_at_k", {}, ["d1"]) == 0
     for target in ([], {}, "d1", {"d1": 0}, None):
         with pytest.raises(InvalidCall, match="takes a list of relevant ids"):
@@ -93,6 +96,14 @@ def test_log_loss_needs_the_names_of_the_classes() -> None:
     assert score("log_loss", "a", "a") == pytest.approx(36.04, abs=0.01)
 
 
+def test_a_probability_that_is_no_number_is_none() -> None:
+    """What a model has written fails no validation; labels that are numbers are those of the targets."""
+    for written in {"a": "0.9"}, {"a": None}, {"a": [1]}, {"b": 1}:
+        assert score("log_loss", {"probabilities": written}, "a") == pytest.approx(36.04, abs=0.01)
+    found = score("log_loss", {"probabilities": [0.25, 0.75]}, 1.0, labels=[0.0, 1.0])
+    assert found == pytest.approx(-math.log(0.75))
+
+
 @quick
 @given(NUMBERS)
 def test_correlations_are_those_of_scipy(pairs: list[tuple[float, float]]) -> None:
@@ -107,6 +118,22 @@ def test_correlations_are_those_of_scipy(pairs: list[tuple[float, float]]) -> No
         return
     assert found[0] == pytest.approx(pearsonr(answers, targets).statistic, abs=1e-9)
     assert found[1] == pytest.approx(spearmanr(answers, targets).statistic, abs=1e-9)
+
+
+@pytest.mark.parametrize("rows", range(2, 9))
+def test_equal_numbers_have_no_correlation(rows: int) -> None:
+    """Nor if their mean differs from them by a rounding error, as that of three times 0.1."""
+    assert math.isnan(pearson([0.1] * rows, list(range(rows))))
+    assert math.isnan(pearson(list(range(rows)), [0.1] * rows))
+
+
+def test_a_number_of_many_digits_is_a_number() -> None:
+    """An answer that repeats a digit to its end is far off, and fails no validation."""
+    targets = [1, 2, 3, 4]
+    for digits in "1" * 250, "-1e308", "1.7e308":
+        expected = pearson([0, 0, float(digits) / 1e300, 0], targets)
+        assert pearson(["1", "2", digits, "2.5"], targets) == pytest.approx(expected)
+    assert pearson(["1.7e308", "-1.7e308"], [1, 2]) == pytest.approx(-1)
 
 
 def test_correlations_need_numbers_as_targets() -> None:

@@ -53,6 +53,40 @@ def test_a_correlation_without_a_spread_says_what_it_needs(name: str, said: list
         score(Metric(identifier=name), rows, "miss")
 
 
+@pytest.mark.parametrize("name", ["pearson", "spearman"])
+def test_a_correlation_is_of_the_rows_that_are_numbers(name: str) -> None:
+    """Answers without a number neither count as rows nor make its interval narrow."""
+    rows = [Answer(i, i, str(i) if i < 3 else "unknown") for i in range(100)]
+    found = score(Metric(identifier=name), rows, "miss").value
+    assert (found.value, found.n, found.clusters) == (pytest.approx(1), 3, 3)
+    assert found.approximate == "3 independent rows are too few to be precise"
+    assert found.high - found.low > 0.5
+
+
+def test_a_row_that_counts_in_neither_run_is_no_evidence() -> None:
+    """Two runs of which 3 rows are numbers may differ as two runs of 3 rows."""
+    rows = [Answer(i, i, str(i) if i < 3 else "unknown") for i in range(100)]
+    found = compared(Metric(identifier="pearson"), rows, rows, "miss")
+    assert (found.difference, found.p_different) == (0.0, 1.0)
+    assert found.high - found.low > 0.5
+
+
+def test_two_rows_say_little_about_others() -> None:
+    """Their resamples have no spread, which is no certainty."""
+    lengths = mine(lambda p, t: 100.0 * len(p))
+    found = score(lengths, answers("a", "aaa"), "miss").value
+    assert (found.value, found.low, found.high) == (200.0, -math.inf, math.inf)
+    found = score(Metric(identifier="token_f1"), answers("x y", "x y z"), "miss").value
+    assert 0 <= found.low < 0.4
+    assert 0.8 < found.high <= 1
+
+
+def test_equal_scores_of_clusters_are_equal() -> None:
+    """Three times 0.1 is not 0.3, and its mean not 0.1."""
+    found = score(mine(lambda p, t: 0.1), answers(*"aaab"), "miss", [0, 0, 0, 3]).value
+    assert (found.low, found.high) == (pytest.approx(0.1), pytest.approx(0.1))
+
+
 def test_a_failed_row_has_no_score_where_less_is_better() -> None:
     """A miss would be the best score there, so the row is left out and counted."""
     edits = mine(lambda p, t: float(len(p)), higher_is_better=False)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.places import Place
-from tests.validation.exam import COLUMNS, SOURCE, sample
-from vllm_tasks import InvalidCall
+from tests.validation.exam import COLUMNS, SOURCE, Make, Pupil, only, sample, validation
+from vllm_tasks import Dataset, InvalidCall, Metric, Validation
 from vllm_tasks.datalayer.selection import Tables
+from vllm_tasks.validation.run import validate
 from vllm_tasks.validation.snapshot import read_snapshot, take_snapshot
 
 TEXTS = [f"{text}{i}" for i in range(50) for text in ("plain ", "größer 🙂 ", '"it\'s" \\ % :x {y}\n')]
@@ -96,3 +98,36 @@ def test_any_text_and_data_survive_being_kept(home: Tables) -> None:
     snapshot = take_snapshot(sample(select=None, raw_data=rows, sample_size=None), COLUMNS, home)
     assert sorted(case.inputs[1] for case in snapshot.cases) == sorted(odd * 2)
     assert read_snapshot("d", snapshot.table, COLUMNS, home) == snapshot
+
+
+def test_clusters_and_choices_may_be_null(home: Tables) -> None:
+    """A set whose cluster column is NULL in all rows has no column for it, and is read without."""
+    rows = [{"n": 0, "q": f"q{i}", "a": "x", "passage": None, "choices": [["a"], None][i]} for i in range(2)]
+    columns = replace(COLUMNS, cluster="passage", choices="choices")
+    dataset = sample(select=None, raw_data=rows, sample_size=None, pin=True)
+    pinned = take_snapshot(dataset, columns, home)
+    assert sorted(pinned.clusters()) == [0, 1]
+    assert sorted(map(str, (case.choices for case in pinned.cases))) == ["None", "['a']"]
+    assert take_snapshot(dataset, columns, home) == pinned
+
+
+def test_rows_that_are_refused_are_not_pinned(make: Make, place: Place, pupil: Pupil) -> None:
+    """A first call that is refused for its rows would otherwise be refused for good."""
+    place.fill_texts("no number")
+    number = Metric(identifier="numeric_match")
+
+    def checked(metric: Metric) -> Validation:
+        rows = Dataset(identifier="d", select="SELECT text AS q, text AS a FROM rows", pin=True)
+        return validation(datasets=[rows], metrics=[metric])
+
+    with pytest.raises(InvalidCall, match="numeric_match needs a number in the target"):
+        validate(make(place), checked(number))
+    place.fill_texts("q1")
+    pupil.says = {"q1": "1"}
+    assert only(validate(make(place), checked(number))).values[0].value == 1.0
+    place.fill_texts("no number again")
+    assert only(validate(make(place), checked(number))).values[0].value == 1.0, "now they are"
+    with pytest.raises(
+        InvalidCall, match=r"takes numbers.* \(the rows are pinned: for others drop '_dataset__"
+    ):
+        validate(make(place), checked(Metric(identifier="pearson")))

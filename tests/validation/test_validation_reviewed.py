@@ -118,6 +118,8 @@ def test_a_verdict_that_failed_is_no_miss_of_the_model(
         ("rouge", {"kind": "rouge3"}, "rouge3"),
         ("accuracy", {"labels": ["x", "y"]}, "labels"),
         ("bleu", {"tokenize": "13b"}, "13b"),
+        ("pearson", {}, "pearson takes numbers as targets"),
+        ("spearman", {}, "spearman takes numbers as targets"),
     ],
 )
 def test_options_and_targets_are_refused_before_anything_is_asked(
@@ -126,12 +128,24 @@ def test_options_and_targets_are_refused_before_anything_is_asked(
     """Options and targets that no answer could be scored with are refused at once, even in the last set."""
     rows = [{"q": "q", "a": "no number"}]
     sets = [
-        Dataset(identifier="good", raw_data=[{"q": "q1", "a": "1" if metric == "numeric_match" else "x"}]),
+        Dataset(identifier="good", raw_data=[{"q": "q1", "a": "x" if metric == "accuracy" else "1"}]),
         Dataset(identifier="bad", raw_data=rows),
     ]
     wrong = Metric(identifier=metric, options=options)
     with pytest.raises(InvalidCall, match=words):
         validate(make(here), validation(datasets=sets, metrics=[wrong]))
+    assert server.posts == []
+
+
+@pytest.mark.parametrize("metric", ["bleu", "macro_f1"])
+def test_answers_that_a_metric_cannot_score_are_refused_before_anything_is_asked(
+    make: Make, here: Place, server: ScriptedServer, metric: str
+) -> None:
+    """Metrics of texts score no data."""
+    model = make(here, output_schema={"city": "str"})
+    checked = validation([{"q": "q", "a": "x"}], metrics=[Metric(identifier=metric)])
+    with pytest.raises(InvalidCall, match=f"{metric} compares texts, and the model's answers are data"):
+        validate(model, checked)
     assert server.posts == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from vllm_tasks.errors import (
     VllmTasksError,
 )
 from vllm_tasks.results import ValidationReport
+from vllm_tasks.tables.previews import printable_lines
 from vllm_tasks.tasks import passed
 from vllm_tasks.validation.sets import ReferenceName
 
@@ -213,7 +215,7 @@ def _read(file: Path, method: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _print(found: Any, as_json: bool, texts: bool = True) -> None:
     """Print a result for people, or for programs. If nobody reads it any more, the work is done anyway."""
-    text = json.dumps(_fields(found, texts), default=str) if as_json else str(found)
+    text = json.dumps(_fields(found, texts), default=str) if as_json else printable_lines(str(found))
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -221,13 +223,18 @@ def _print(found: Any, as_json: bool, texts: bool = True) -> None:
 
 
 def _fields(found: Any, texts: bool) -> Any:
-    """A result as JSON; without `texts`, it lacks the fields that its repr lacks: they have rows' texts."""
+    """A result as JSON; without `texts`, it lacks the fields that its repr lacks: they have rows' texts.
+
+    JSON has no nan and no infinity, so a number that is not known is null.
+    """
     if dataclasses.is_dataclass(found):
         shown = [field.name for field in dataclasses.fields(found) if field.repr or texts]
         return {name: _fields(getattr(found, name), texts) for name in shown}
     if isinstance(found, dict):
         return {str(key): _fields(value, texts) for key, value in found.items()}
-    return [_fields(each, texts) for each in found] if isinstance(found, list | tuple) else found
+    if isinstance(found, list | tuple):
+        return [_fields(each, texts) for each in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def main(arguments: list[str] | None = None, exits: Callable[[int], Any] = sys.exit) -> None:
@@ -239,6 +246,6 @@ def main(arguments: list[str] | None = None, exits: Callable[[int], Any] = sys.e
     except CycloptsError:  # it is printed
         exits(EXITS[InvalidCall])
     except VllmTasksError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable_lines(str(error))}", file=sys.stderr)
         lasts = isinstance(error, EngineFailed) and not error.temporary
         exits(1 if lasts else next((code for kind, code in EXITS.items() if isinstance(error, kind)), 1))

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,29 +49,30 @@ class Workspace:
         """`memory` is DuckDB's `memory_limit`, beyond which queries spill. `filesystem` is fsspec's, if files
         are not local. `database` is a DuckDB file to read from. `files` are further files that may be opened:
         the targets of links."""
-        self._folder = SpillFolder()
         self._open_cursors: set[duckdb.DuckDBPyConnection] = set()
-        try:
-            con = _connected(memory, self._folder.path)
-            self._catalog = "" if database is None else _attached(con, database)
-        except BaseException:  # not a DuckDB file, or another process has it open for writing
-            self._folder.remove()
-            raise
-        self._con: duckdb.DuckDBPyConnection | None = con
-        if filesystem is not None:
-            con.register_filesystem(filesystem)
-        # DuckDB resolves links before it compares a path with those that are allowed, but not a glob. The
-        # last two settings are the guard: a statement can neither open other files nor change the settings.
+        # DuckDB resolves links before it compares a path with those that are allowed, but not a glob.
         opened = {path for file in files for path in (file, os.path.realpath(file))}
-        for setting in (
-            "TimeZone = 'UTC'",
-            "arrow_lossless_conversion = true",
-            f"allowed_directories = [{', '.join(map(literal, allowed))}]",
-            f"allowed_paths = [{', '.join(map(literal, sorted(opened)))}]",
-            "enable_external_access = false",
-            "lock_configuration = true",
-        ):
-            con.execute(f"SET {setting}")
+        with ExitStack() as made:
+            self._folder = SpillFolder()
+            made.callback(self._folder.remove)
+            con = _connected(memory, self._folder.path)
+            made.callback(con.close)
+            # It fails for what is no DuckDB file, or if another process has it open for writing.
+            self._catalog = "" if database is None else _attached(con, database)
+            if filesystem is not None:
+                con.register_filesystem(filesystem)
+            # The last two are the guard: a statement can neither open other files nor change the settings.
+            for setting in (
+                "TimeZone = 'UTC'",
+                "arrow_lossless_conversion = true",
+                f"allowed_directories = [{', '.join(map(literal, allowed))}]",
+                f"allowed_paths = [{', '.join(map(literal, sorted(opened)))}]",
+                "enable_external_access = false",
+                "lock_configuration = true",
+            ):
+                con.execute(f"SET {setting}")
+            made.pop_all()
+        self._con: duckdb.DuckDBPyConnection | None = con
 
     @contextmanager
     def cursor(self, doing: str) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -132,12 +133,8 @@ def _attached(con: duckdb.DuckDBPyConnection, database: Path) -> str:
     """
     name = database.stem
     catalog = quoted(f"{name}_" if name.casefold() in OWN else name)
-    try:
-        con.execute(f"ATTACH {literal(str(database))} AS {catalog} (READ_ONLY)")
-        con.execute(f"USE {catalog}")
-    except BaseException:
-        con.close()
-        raise
+    con.execute(f"ATTACH {literal(str(database))} AS {catalog} (READ_ONLY)")
+    con.execute(f"USE {catalog}")
     return catalog
 
 

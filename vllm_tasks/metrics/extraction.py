@@ -86,9 +86,9 @@ def extraction(steps: Sequence[Any]) -> Extraction:
     may_miss = False
     for step in steps:
         if isinstance(step, dict) and "regex" in step:
-            may_miss = "fallback" not in step
+            may_miss = step.get("fallback") is None
         elif isinstance(step, dict) and "map" in step:
-            may_miss = "default" not in step
+            may_miss = step.get("default") is None
     return Extraction(tuple(parts), next(iter(columns), None), may_miss)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.classes import Label, known_classes, target_class
 from vllm_tasks.metrics.measure import Measure
+from vllm_tasks.metrics.text import accepted
 
 LEAST = sys.float_info.epsilon
 
@@ -25,7 +26,7 @@ def score(prediction: Any, target: Any, *, labels: Sequence[Any] | None = None) 
 
     Args:
         prediction: An object whose `probabilities` are an object by class, or a list in the order of
-            `labels`. Any other answer gives the target's class no probability.
+            `labels`. Any other answer, and a probability that is no number, gives the target's class none.
         target: The right class. Case and white space at the ends are ignored.
         labels: The classes of a list of probabilities, in the order of the model's `id2label`.
 
@@ -43,12 +44,14 @@ def score(prediction: Any, target: Any, *, labels: Sequence[Any] | None = None) 
                 f"log_loss needs options={{'labels': [...]}}, the {len(found)} classes in the order of the "
                 "model's id2label: the answers have probabilities without names"
             )
-        found = dict(zip(map(str, labels), found, strict=True))
+        found = dict(zip(accepted(list(labels), "log_loss"), found, strict=True))
     by_class = (
         {str(name).strip().casefold(): p for name, p in found.items()} if isinstance(found, dict) else {}
     )
-    probability = by_class.get(written, 0.0)
-    return -math.log(min(max(probability, LEAST), 1.0))
+    probability = by_class.get(written)
+    if not isinstance(probability, int | float):  # a model may have written "high"
+        probability = 0.0
+    return -math.log(min(max(LEAST, probability), 1.0))
 
 
 MEASURE = Measure(score, range=(0.0, math.inf), higher_is_better=False, miss=None)

@@ -25,7 +25,8 @@ ENOUGH = 5
 def score(predictions: Sequence[Any], targets: Sequence[Any], *, labels: Sequence[Any] | None = None) -> Sums:
     """Return the counts of each row, the function from their sums to macro F1, and the confusion table.
 
-    The table names answers without a known class `other`, and failed rows `failed`.
+    The table names answers without a known class `other`, and failed rows, as well as those in whose answer
+    `extract` finds nothing, `failed`.
 
     Args:
         predictions: The answers in row order; None for a failed row, which has no class.

@@ -127,3 +127,5 @@ class Measure:
     of_load: bool = False
     """Whether the load of the engine moves the scores of all rows at once. Then rows are no evidence that two
     runs differ, and a run counts as one observation."""
+    takes: Callable[[Any], bool] | None = None
+    """Whether an answer counts; None: all do. Others are left out, and `n` has the rows that count."""

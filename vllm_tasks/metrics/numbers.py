@@ -32,6 +32,11 @@ def pairs_of(predictions: Sequence[Any], targets: Sequence[Any], metric: str) ->
     return pairs
 
 
+def is_number(value: Any) -> bool:
+    """Return whether an answer is a finite number, or a text that is one."""
+    return not math.isnan(_number(value))
+
+
 def _number(value: Any) -> float:
     """Return a finite number, or nan."""
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):

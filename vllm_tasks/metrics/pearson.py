@@ -15,7 +15,10 @@ from typing import Any
 import numpy as np
 
 from vllm_tasks.metrics.measure import Measure, Sums
-from vllm_tasks.metrics.numbers import UNDEFINED, pairs_of
+from vllm_tasks.metrics.numbers import UNDEFINED, is_number, pairs_of
+
+NO_SPREAD = 1e-12
+"""A spread of this fraction of the squares is what rounding leaves of equal numbers."""
 
 
 def score(predictions: Sequence[Any], targets: Sequence[Any]) -> Sums:
@@ -29,17 +32,25 @@ def score(predictions: Sequence[Any], targets: Sequence[Any]) -> Sums:
         InvalidCall: A target is not a number.
     """
     pairs = pairs_of(predictions, targets, "pearson")
-    # A shift changes no correlation, and keeps the sums of squares small: large ones would lose digits.
-    shift = np.nanmean(pairs, axis=0) if np.isfinite(pairs).any() else np.zeros(2)
-    x, y = (pairs - shift).T
-    rows = np.nan_to_num(np.stack([np.ones(len(x)) * np.isfinite(x), x, y, x * x, y * y, x * y], axis=1))
+    known = np.isfinite(pairs[:, 0])
+    rows = np.zeros((len(pairs), 6))
+    if known.any():
+        # Neither a shift nor a scale changes a correlation. Halves have finite differences, and numbers from
+        # -1 to 1 finite squares that lose no digits; equal numbers become 0, since they are the median.
+        halves = pairs[known] / 2
+        moved = halves - np.median(halves, axis=0)
+        largest = np.abs(moved).max(axis=0)
+        x, y = (moved / np.where(largest > 0, largest, 1.0)).T
+        rows[known] = np.stack([np.ones(len(x)), x, y, x * x, y * y, x * y], axis=1)
     return Sums(rows.tolist(), _correlation)
 
 
 def _correlation(sums: Sequence[float]) -> float:
     n, x, y, xx, yy, xy = sums
-    spread = (n * xx - x * x) * (n * yy - y * y)
-    return (n * xy - x * y) / math.sqrt(spread) if spread > 0 else math.nan
+    spreads = [n * xx - x * x, n * yy - y * y]
+    if any(one <= NO_SPREAD * n * squares for one, squares in zip(spreads, (xx, yy), strict=True)):
+        return math.nan
+    return min(max((n * xy - x * y) / math.prod(map(math.sqrt, spreads)), -1.0), 1.0)
 
 
-MEASURE = Measure(score, kind="sums", range=(-1.0, 1.0), miss=None, undefined=UNDEFINED)
+MEASURE = Measure(score, kind="sums", range=(-1.0, 1.0), miss=None, undefined=UNDEFINED, takes=is_number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 from vllm_tasks.calls.plain_text import NoText, plain_text
@@ -34,7 +35,11 @@ def gains_of(target: Any, k: int, metric: str) -> dict[str, float]:
         if isinstance(found, list)
         else {}
     )
-    gains = {id_of(name): gain for name, gain in given.items() if isinstance(gain, int | float) and gain > 0}
+    gains = {
+        id_of(name): float(gain)
+        for name, gain in given.items()
+        if isinstance(gain, int | float | Decimal) and gain > 0
+    }
     if not gains:
         raise InvalidCall(
             f"{metric} takes a list of relevant ids as target, or an object from ids to gains, not "

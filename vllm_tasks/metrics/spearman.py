@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_tasks.metrics.measure import Measure
-from vllm_tasks.metrics.numbers import UNDEFINED, pairs_of
+from vllm_tasks.metrics.numbers import UNDEFINED, is_number, pairs_of
 
 
 def score(predictions: Sequence[Any], targets: Sequence[Any]) -> float:
@@ -41,4 +41,4 @@ def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return (last - (counts - 1) / 2)[places]
 
 
-MEASURE = Measure(score, kind="set", range=(-1.0, 1.0), miss=None, undefined=UNDEFINED)
+MEASURE = Measure(score, kind="set", range=(-1.0, 1.0), miss=None, undefined=UNDEFINED, takes=is_number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from pydantic import SecretStr
@@ -160,8 +161,13 @@ def keys_of(ids: Sequence[Any], key: tuple[str, ...]) -> tuple[Key, ...]:
     if any(isinstance(each, list | dict | set) for each in ids) and len(key) == 1:
         raise InvalidCall(f"ids must be values of {key[0]!r}, not lists, dicts or sets")
     if len(key) == 1:
-        return tuple((each,) for each in ids)
+        return tuple((_own(each),) for each in ids)
     for each in ids:
         if not isinstance(each, tuple | list) or len(each) != len(key):
             raise InvalidCall(f"ids: {each!r} must be a tuple of {len(key)} values, for {key}")
-    return tuple(tuple(each) for each in ids)
+    return tuple(tuple(map(_own, each)) for each in ids)
+
+
+def _own(value: Any) -> Any:
+    """A whole number of numpy as Python's, the only one that a database takes."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value

@@ -23,6 +23,7 @@ from vllm_tasks.datalayer.selection import POSITION, Key, Selection
 from vllm_tasks.datalayer.table_names import outputs_name
 from vllm_tasks.errors import InvalidCall, near
 from vllm_tasks.places import check_place, without_secrets
+from vllm_tasks.printable import printable
 from vllm_tasks.rows import RowError
 from vllm_tasks.tables.arguments import datalayer_of
 from vllm_tasks.tables.keys import display_key
@@ -50,7 +51,8 @@ def export_batch(
     """Write the rows of a table as an OpenAI batch file: the requests that `predict_in_db` would send.
 
     vLLM's `run-batch` and OpenAI's Batch API read such a file. Nothing is sent, and outputs of earlier calls
-    have no effect. Rows without a prompt are left out, with a warning that names the first.
+    have no effect. Rows without a prompt, and lines that cannot be read, are left out, with a warning that
+    names the first.
 
     Args:
         model: The model that would answer.
@@ -89,11 +91,17 @@ def export_batch(
                     else:
                         file.write(line_of(_custom_id(row.key), request, name))
                         count += 1
+        unreadable = tables.unreadable()
     if failed:
         key_of_first, error = failed[0]
         logger.warning(
             "%d rows are not in the batch file, the first is %s: %s: %s",
             len(failed), display_key(key_of_first), error.kind, error.reason,
+        )  # fmt: skip
+    if unreadable.count:
+        logger.warning(
+            "%d lines could not be read and are not in the batch file, the first is %s",
+            unreadable.count, printable(unreadable.examples[0]),
         )  # fmt: skip
     return count
 

@@ -71,7 +71,7 @@ class Counted:
         """Set `up_to_date` where all unprocessed rows are, and warn of `ids` that the source lacks."""
         if self.rows is not None and complete and job.limit is None and job.selection.refresh != "failed":
             self.up_to_date = self.rows - processed
-        ids = job.selection.ids
+        ids = job.selection.ids if job.selection.shard is None else None  # the others are in other shards
         if self.rows is not None and ids is not None and self.rows < len(set(ids)):
             logger.warning("%d of %d ids are not in the source", len(set(ids)) - self.rows, len(set(ids)))
 

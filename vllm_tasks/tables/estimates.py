@@ -25,6 +25,7 @@ from vllm_tasks.tables.arguments import datalayer_of
 from vllm_tasks.tables.prices import Prices
 from vllm_tasks.tables.progress import duration
 from vllm_tasks.tables.source_rows import requests_of
+from vllm_tasks.tables.tally import tokens_of
 from vllm_tasks.tables.totals import Total
 
 LEAST, MOST = 8, 1000
@@ -220,11 +221,11 @@ def _tokens(answer: Result) -> tuple[int, int]:
     """The tokens of prompt and answer as a report counts them: none for a row without an answer."""
     if isinstance(answer, RowError):
         return 0, 0
-    if answer.prompt_tokens is None or answer.completion_tokens is None:
+    if (tokens := tokens_of(answer)) is None:
         raise InvalidCall(
             "the server has reported no numbers of tokens (no `usage`), from which alone a run is estimated"
         )
-    return answer.prompt_tokens, answer.completion_tokens
+    return tokens
 
 
 def _error(over: TableCall, answer: Result) -> RowError | None:

@@ -31,6 +31,18 @@ UNSENT = {"prompt", "read"}
 """Kinds of errors of rows that were never sent: they say nothing about the rows that were."""
 
 
+def tokens_of(answer: Completion) -> tuple[int, int] | None:
+    """The tokens of prompt and answer, None if the server has not counted them. Numbers, as those of an
+    embedding, are no tokens."""
+    answered = answer.completion_tokens if answer.choices[0].data is None else 0
+    return None if answer.prompt_tokens is None or answered is None else (answer.prompt_tokens, answered)
+
+
+def _is_text(answer: Completion) -> bool:
+    """Whether there is a text to show: the label of a class is one, and a vector has none."""
+    return answer.text != "" or answer.choices[0].data is None
+
+
 @dataclass
 class Tally:
     """Counts finished rows. The reading thread writes what is read and sent, the committing one all else."""
@@ -118,7 +130,7 @@ class Tally:
         """Count one row: `answer` is the engine's, `outcome` an error if the answer could not be decoded."""
         self._first.discard(key)
         if isinstance(answer, Completion):
-            self.uncounted += answer.prompt_tokens is None or answer.completion_tokens is None
+            self.uncounted += tokens_of(answer) is None
             self.prompt_tokens += answer.prompt_tokens or 0
             self.completion_tokens += answer.completion_tokens or 0
             self.truncated += any(c.finish_reason == "length" for c in answer.choices)
@@ -127,7 +139,7 @@ class Tally:
             self.repaired += not isinstance(outcome, RowError)
         if not isinstance(outcome, RowError):
             self.succeeded += 1
-            if isinstance(answer, Completion) and len(self.samples) < self.most_samples:
+            if isinstance(answer, Completion) and len(self.samples) < self.most_samples and _is_text(answer):
                 self.samples.append(Sample(key, answer.text[:SAMPLE_LENGTH]))
             return
         self.failed += 1

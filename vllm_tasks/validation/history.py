@@ -1,7 +1,7 @@
 """The history of validations, stored next to the outputs: `_metric_values`, and `_metric_scores` row by row.
 
 The values of a run are written last, so a `kill -9` in between leaves a run that readers do not see: a run
-that has outputs but no row in `_metric_values` was interrupted, and may resume.
+that has outputs but no row in `_metric_values` was interrupted, and may resume, unless `_left_runs` has it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vllm_tasks.errors import InvalidCall
 from vllm_tasks.validation import Validation
 from vllm_tasks.validation.report import Record
 
-VALUES, SCORES = "_metric_values", "_metric_scores"
+VALUES, SCORES, LEFT = "_metric_values", "_metric_scores", "_left_runs"
 RESUMED_WITHIN = timedelta(hours=12)
 """An interrupted run that began earlier does not resume, since the weights may have changed."""
 STAMP = "%Y%m%dT%H%M%S%f"
@@ -51,17 +51,29 @@ def interrupted(
     home: Tables, predict_id: str, dataset_hash: str, fingerprint: str, past: Sequence[Record]
 ) -> str | None:
     """The latest run over these rows that has answers (under this fingerprint) but no record, is recent
-    enough to resume, and began after all in `past`: one that was left for a fresh start stays left."""
+    enough to resume, and began after all in `past`, and after the one that a fresh start has left."""
     found = runs_with_answers(home, predict_id, dataset_hash, fingerprint)
-    recorded = {record.answers for record in past}
-    since = max([datetime.now(UTC) - RESUMED_WITHIN, *map(began, found & recorded)])
-    return max((r for r in found - recorded if began(r) > since), key=began, default=None)
+    if not (open_runs := found - (recorded := {record.answers for record in past})):
+        return None
+    left = {row["run"] for row in home.stored(LEFT, '"run"', _over(dataset_hash))}
+    since = max([datetime.now(UTC) - RESUMED_WITHIN, *map(began, found & (recorded | left))])
+    return max((r for r in open_runs if began(r) > since), key=began, default=None)
+
+
+def leave(home: Tables, run: str) -> None:
+    """Never resume this run again, nor one that began before it, whatever becomes of the fresh start."""
+    home.put(LEFT, pa.table({"run": pa.array([run], pa.string())}), ["run"])
 
 
 def runs_with_answers(home: Tables, predict_id: str, dataset_hash: str, fingerprint: str) -> set[str]:
     """Runs over these rows that have answers under this fingerprint."""
-    where = f'"run" LIKE {literal(dataset_hash[:12] + "-%")} AND "_fingerprint" = {literal(fingerprint)}'
+    where = f'{_over(dataset_hash)} AND "_fingerprint" = {literal(fingerprint)}'
     return {row["run"] for row in home.stored(outputs_name(predict_id), 'DISTINCT "run"', where)}
+
+
+def _over(dataset_hash: str) -> str:
+    """The condition on runs over these rows."""
+    return f'"run" LIKE {literal(dataset_hash[:12] + "-%")}'
 
 
 def records_of(home: Tables, model: str, dataset: str) -> list[Record]:

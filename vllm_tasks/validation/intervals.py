@@ -93,12 +93,13 @@ def proportion(hits: int, n: int) -> Interval:
 def mean_interval(rows: ArrayLike, bounds: Bounds = UNKNOWN, seed: int = 0) -> Interval:
     """The interval of a mean; a row is (sum, number) of the scores of one row or one cluster.
 
-    If a score is at one of two `bounds`, or many scores are equal, half a row at each bound joins the rows,
-    and these have random weights (Dirichlet; for scores of 0 and 1 that is Jeffreys' interval, of a Beta
-    distribution). So the interval has a width even if all scores are equal, and it allows for low scores that
-    were not seen. Otherwise it is bootstrap-t, which suits skewed scores such as latencies: it resamples
-    (mean - value) / standard error. Without bounds, the interval of equal scores has no width, because
-    nothing is known but them. Both ends are nan if there are no scores.
+    If a score is at one of two `bounds`, many scores are equal, or there are only two rows, half a row at
+    each bound joins the rows, and these have random weights (Dirichlet; for scores of 0 and 1 that is
+    Jeffreys' interval, of a Beta distribution). So the interval has a width even if all scores are equal, and
+    it allows for low scores that were not seen. Otherwise it is bootstrap-t, which suits skewed scores such
+    as latencies: it resamples (mean - value) / standard error. Without bounds, the interval of equal scores
+    has no width, because nothing is known but them. Both ends are nan if there are no scores, and if there
+    are two rows without bounds, whose resamples have no spread.
     """
     matrix = vectors(rows)
     total = column_sums(matrix)
@@ -109,7 +110,7 @@ def mean_interval(rows: ArrayLike, bounds: Bounds = UNKNOWN, seed: int = 0) -> I
     known = distinct[distinct[:, 1] > 0]
     levels = known[:, 0] / known[:, 1]
     touched = bool(np.isin(levels, bounds).any())
-    alike = len(distinct) == 1 or 2 * len(distinct) <= len(matrix)
+    alike = len(distinct) == 1 or 2 * len(distinct) <= len(matrix) or len(matrix) == 2
     if all(map(math.isfinite, bounds)) and (touched or alike):
         pseudo = np.outer([total[1] / len(matrix)] * 2, [1.0, 1.0]) * [(bounds[0], 1), (bounds[1], 1)]
         weighed = np.vstack([distinct, pseudo])
@@ -117,7 +118,8 @@ def mean_interval(rows: ArrayLike, bounds: Bounds = UNKNOWN, seed: int = 0) -> I
         found = [rng.gamma(weights, size=(part, len(weights))) @ weighed for part in _parts(len(weights))]
         drawn = np.concatenate([sums[:, 0] / sums[:, 1] for sums in found])
         return _within(_percentiles(drawn), bounds, value)
-    if len(levels) < 2 or np.ptp(levels) == 0:
+    # A cluster's mean of equal scores differs from them by a rounding error.
+    if len(levels) < 2 or np.ptp(levels) <= 1e-12 * np.abs(levels).max():
         return Interval(value, value)
     s, c = distinct.T
     moments = np.stack([s, c, s * s, s * c, c * c], axis=1)
@@ -126,7 +128,7 @@ def mean_interval(rows: ArrayLike, bounds: Bounds = UNKNOWN, seed: int = 0) -> I
         [_studentised(drawn @ moments, value)[0] for drawn in draws(rng, counts, RESAMPLES)]
     )
     known_pivots = pivots[np.isfinite(pivots)]
-    if not len(known_pivots):
+    if not len(known_pivots) or np.ptp(known_pivots) == 0:
         return Interval(math.nan, math.nan)
     ends = _percentiles(known_pivots)
     return _within(Interval(value - ends.high * own, value - ends.low * own), bounds, value)

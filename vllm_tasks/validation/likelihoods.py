@@ -36,6 +36,7 @@ from vllm_tasks.validation.snapshot import Case, Snapshot, has_rows
 KEY = "row", "part"
 PROMPT_ALONE = -1
 """Number of the part that is the prompt without a text."""
+NUMBERS = int, float, Decimal
 SAMPLING = {"prompt_logprobs": 0, "max_tokens": 1, "temperature": 0}
 OF_THE_PROMPT = {
     *("add_generation_prompt", "add_special_tokens", "chat_template", "chat_template_kwargs"),
@@ -112,7 +113,7 @@ class Likelihoods:
 def _texts(cases: Sequence[Case], metric: Metric) -> tuple[list[list[str]], list[Any]]:
     chooses = metric.built_in == "multiple_choice"
     delimiter = _delimiter(metric)
-    texts, targets = [], []
+    texts = []
     for case in cases:
         own = case.choices if chooses else [case.target]
         if not isinstance(own, list) or not own:
@@ -120,8 +121,15 @@ def _texts(cases: Sequence[Case], metric: Metric) -> tuple[list[list[str]], list
                 f"{metric.identifier!r}: row {case.row} needs a list of choices; got {own!r:.100}"
             )
         texts.append([f"{delimiter}{_text(text, case, metric)}" for text in own])
-        targets.append(_index(case, own, metric) if chooses else case.target)
-    return texts, targets
+    if not chooses:
+        return texts, [case.target for case in cases]
+    # Among choices that are numbers, 1 may be one of them or an index: it is the same in all rows.
+    numbers_are_choices = all(
+        case.target in expected(case.choices) for case in cases if isinstance(case.target, NUMBERS)
+    )
+    return texts, [
+        _index(case, case.choices or [], metric, numbers_are_choices=numbers_are_choices) for case in cases
+    ]
 
 
 def _text(value: Any, case: Case, metric: Metric) -> str:
@@ -143,10 +151,10 @@ def _delimiter(metric: Metric) -> str:
     return delimiter
 
 
-def _index(case: Case, choices: list[Any], metric: Metric) -> int:
+def _index(case: Case, choices: list[Any], metric: Metric, *, numbers_are_choices: bool) -> int:
     """The index of the right choice; the target is that index, from 0, or the choice itself."""
     target, choices = case.target, expected(choices)
-    if target in choices and not (isinstance(target, int) and all(isinstance(c, str) for c in choices)):
+    if target in choices and (numbers_are_choices or not isinstance(target, NUMBERS)):
         return choices.index(target)
     if isinstance(target, Decimal) and target == target.to_integral_value():
         target = int(target)  # a NUMERIC column returns indexes as Decimal

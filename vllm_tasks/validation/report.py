@@ -100,7 +100,8 @@ class Verdict:
     reason: str | None
     """Why the metric did not pass; None if it passed."""
     power: str | None = None
-    """How often the rows show a drop, and how many it takes; None without a `max_regression`."""
+    """How often the rows show a drop, and how many it takes; None without a `max_regression`, and for a
+    metric of load."""
 
     @property
     def paired(self) -> Paired | None:

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from vllm_tasks.calls.call import RowDecoder
+from vllm_tasks.calls.call import TableCall
 from vllm_tasks.calls.classes import is_of_classes
+from vllm_tasks.calls.sampling import task_of
 from vllm_tasks.errors import InvalidCall
+from vllm_tasks.metrics.classes import Label
 from vllm_tasks.metrics.extraction import texts_of_choices
 from vllm_tasks.metrics.measure import Answer, Likelihood, Measure, Sums, Table
 from vllm_tasks.validation import Metric
@@ -69,6 +71,8 @@ def score(
     """
     measure = metric.measure()
     counted = _counted(metric, measure, answers, on_error)
+    if measure.takes is not None:
+        counted = [answer for answer in counted if measure.takes(answer.prediction)] or counted
     cluster_of = dict(zip((a.row for a in answers), clusters, strict=True)) if clusters is not None else {}
     table = None
     if measure.kind in ("row", "answer"):
@@ -104,23 +108,24 @@ def score(
     )
 
 
-def check(metric: Metric, snapshot: Snapshot, decoder: RowDecoder) -> None:
+def check(metric: Metric, snapshot: Snapshot, over: TableCall) -> None:
     """Raise `InvalidCall` for options, and targets of `snapshot`, that no answer could be scored with.
 
-    A built-in metric scores an empty answer, of the kind that `decoder` produces, against each target. Errors
-    are thus found before a GPU is used.
+    A built-in metric scores an empty answer, of the kind that `over` gives, against each target. Errors are
+    thus found before a GPU is used.
     """
     measure = metric.measure()
     if metric.built_in is None or measure.asks == "verdict":
         return
-    of_classes = is_of_classes(decoder.columns)
-    if measure.asks == "probabilities" and not of_classes:
+    of_classes = is_of_classes(over.decoder.columns)
+    named = of_classes and task_of(over.call.target) == "generate"  # those of "classify" are a list
+    if measure.asks == "probabilities" and not named:
         raise InvalidCall(
-            f"the metric {metric.identifier!r} needs the probabilities of classes, and the answers have "
-            "none: give the model datatype=Classes([...])"
+            f"the metric {metric.identifier!r} needs the probabilities of classes by name, and the answers "
+            "have none: give the model datatype=Classes([...])"
         )
     targets: list[Any] = [case.target for case in snapshot.cases]
-    kinds = {column.name: column.kind for column in decoder.columns}
+    kinds = {column.name: column.kind for column in over.decoder.columns}
     values = {name: EMPTY.get(kind, "") for name, kind in kinds.items()}
     if metric.built_in in RANKED and kinds == {"output": "vector"}:
         check_documents(metric, targets)
@@ -135,16 +140,22 @@ def check(metric: Metric, snapshot: Snapshot, decoder: RowDecoder) -> None:
         empty = ""
     if measure.asks == "likelihood":  # `Likelihoods.check` checks its texts
         targets, empty = [0], [Likelihood(logprob=0.0, tokens=1, characters=1)]
-    if measure.kind == "sums":
+    if metric.chain.choices is not None:
+        for case in snapshot.cases:
+            with _naming(metric, f", on row {case.row}"):
+                texts_of_choices(case.choices, metric.identifier)
+    if measure.kind in ("sums", "set"):
+        answers = [None if measure.asks == "probabilities" else empty for _ in targets]
         with _naming(metric):
-            measure.score([None for _ in targets], targets, **_options(metric))
+            measure.score(answers, targets, **_options(metric))
     elif measure.kind == "row":
         for row, target in enumerate(targets):
-            choices = snapshot.cases[row].choices
             with _naming(metric, f", on row {row}"):
-                if metric.chain.choices is not None:
-                    texts_of_choices(choices, metric.identifier)
-                measure.score(empty, target, **_options(metric, choices))
+                measure.score(empty, target, **_options(metric, snapshot.cases[row].choices))
+    elif measure.kind == "answer":
+        for row, target in enumerate(targets):
+            with _naming(metric, f", on row {row}"):
+                measure.score(Answer(row, target, Label.of("", {})), **_options(metric))
 
 
 def row_scores(metric: Metric, answers: Sequence[Answer], on_error: OnError) -> dict[int, float]:
@@ -319,7 +330,8 @@ def _of_rows(
     if interval.low == interval.high:
         return value, interval, "all scores are equal, which says nothing about the scores of other rows"
     skewed = not all(map(math.isfinite, bounds)) and len(scores) < SKEWED * _skewness(scores) ** 2
-    return value, interval, "a few rows decide this mean, as their scores are very large" if skewed else None
+    why = "a few rows decide this mean, as their scores are very large" if skewed else None
+    return value, _storable(interval), why
 
 
 def _skewness(scores: Sequence[float]) -> float:

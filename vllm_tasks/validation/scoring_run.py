@@ -79,12 +79,15 @@ def scored(
             flow_run,
             display or _log,
         )
-        rows = [take_snapshot(dataset, columns_of(validation, model, own), home) for dataset in chosen]
-        for snapshot in rows:
+
+        def usable(snapshot: Snapshot) -> None:
             for source in distinct_of(sources_of(calls, validation.metrics, snapshot.dataset).values()):
                 source.check(snapshot)
             for metric in validation.metrics:
-                check(metric, snapshot, calls.own.decoder)
+                check(metric, snapshot, calls.own)
+
+        columns = columns_of(validation, model, own)
+        rows = [take_snapshot(dataset, columns, home, usable) for dataset in chosen]
         history.check_baseline(validation, home, model.identifier)
         # All data sets are processed before any is recorded, so that an interrupted call resumes as a unit.
         found = run.recorded([run.found(snapshot) for snapshot in rows])
@@ -225,12 +228,15 @@ class _Run:
         of_first = self.home, first.predict_id, snapshot.hash, first.over.fingerprint
         if self.reuse and (runs := history.runs_with_answers(*of_first)):
             return max(runs, key=history.began), None
-        if self.resume and (run := history.interrupted(*of_first, past)):
-            logger.info(
-                "%s on %s: resuming the run %s, which began at %s; resume=False processes all rows anew",
-                self.model.identifier, snapshot.dataset, run, f"{history.began(run):%Y-%m-%d %H:%M:%S} UTC",
-            )  # fmt: skip
-            return run, datetime.now(UTC)
+        if run := history.interrupted(*of_first, past):
+            if self.resume:
+                logger.info(
+                    "%s on %s: resuming the run %s, which began at %s; resume=False processes all rows anew",
+                    self.model.identifier, snapshot.dataset, run,
+                    f"{history.began(run):%Y-%m-%d %H:%M:%S} UTC",
+                )  # fmt: skip
+                return run, datetime.now(UTC)
+            history.leave(self.home, run)
         return history.new_run(snapshot.hash), None
 
     def _may_fail(self, rows: int) -> int | None:

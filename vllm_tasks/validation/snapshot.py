@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -95,24 +95,33 @@ def read_snapshot(dataset: str, table: str, columns: Columns, home: Tables) -> S
     return Snapshot(dataset, table, _hash(cases), cases)
 
 
-def take_snapshot(dataset: Dataset, columns: Columns, home: Tables) -> Snapshot:
+def take_snapshot(
+    dataset: Dataset, columns: Columns, home: Tables, check: Callable[[Snapshot], None] = lambda _: None
+) -> Snapshot:
     """Draw the rows of `dataset` and store them in `home`.
+
+    `check` raises for rows that cannot be used. It is called before they are stored, since pinned rows stay.
 
     Raises `InvalidCall` for a missing column, a data set without rows, targets that are NULL, fewer rows than
     `sample_size`, values of types that no source has, and targets that no answer could be compared with.
     """
     pinned = f"_dataset__{dataset.identifier}__pinned-{_spec(dataset, columns)[:12]}" if dataset.pin else None
     if pinned is not None and has_rows(home, pinned):
-        return read_snapshot(dataset.identifier, pinned, columns, home)
+        kept = read_snapshot(dataset.identifier, pinned, columns, home)
+        try:
+            check(kept)
+        except InvalidCall as error:
+            raise InvalidCall(f"{error} (the rows are pinned: for others drop {pinned!r})") from error
+        return kept
     cases = _drawn(dataset, columns, home)
     digest = _hash(cases)
     table = pinned or f"_dataset__{dataset.identifier}__{digest[:12]}"
+    drawn = Snapshot(dataset.identifier, table, digest, cases)
+    check(drawn)
     if not has_rows(home, table):
         home.put(table, _as_table(cases), ["row"])
-    if pinned is not None:
-        # Read again: a concurrent writer may have stored other rows first, and those are the snapshot.
-        return read_snapshot(dataset.identifier, table, columns, home)
-    return Snapshot(dataset.identifier, table, digest, cases)
+    # Pinned ones are read again: a concurrent writer may have stored other rows first.
+    return drawn if pinned is None else read_snapshot(dataset.identifier, table, columns, home)
 
 
 def has_rows(home: Tables, table: str) -> bool:
@@ -227,7 +236,7 @@ def _as_table(cases: Sequence[Case]) -> pa.Table:
         "input": [exact_json.dumps(case.inputs) for case in cases],
         "target": [exact_json.dumps(case.target) for case in cases],
     }
-    if cases[0].choices is not None:
+    if any(case.choices is not None for case in cases):
         columns["choices"] = [exact_json.dumps(case.choices) for case in cases]
     if any(case.cluster is not None for case in cases):
         columns["cluster"] = [exact_json.dumps(case.cluster) for case in cases]
@@ -235,7 +244,9 @@ def _as_table(cases: Sequence[Case]) -> pa.Table:
 
 
 def _stored(home: Tables, table: str, columns: Columns) -> list[Case]:
-    extra = [name for name in ("choices", "cluster") if getattr(columns, name) is not None]
+    # A column that is NULL in all rows is not stored.
+    there = {name for row in home.stored(table, "*", "1 = 1 LIMIT 1") for name in row}
+    extra = [name for name in ("choices", "cluster") if getattr(columns, name) is not None and name in there]
     names = ["row", "input", "target", *extra]
     rows = sorted(
         (row for batch in home.read(table, names) for row in batch), key=lambda row: int(row["row"])

@@ -185,6 +185,7 @@ def _difference_interval(sides: Sides, clusters: Sequence[int] | None) -> Interv
     three rows that differ are no reason to be sure (Agresti and Min 2005, Statistics in Medicine 24:729-740,
     add one such pair to the counts of McNemar's table)."""
     both = clustered(np.hstack([sides.before, sides.after]), clusters)
+    both = both[both.any(axis=1)]  # a row that counts in neither run is no evidence
     k, total = sides.before.shape[1], sides.total
     width = sides.bounds[1] - sides.bounds[0]
 
@@ -195,7 +196,7 @@ def _difference_interval(sides: Sides, clusters: Sequence[int] | None) -> Interv
     differ = int((both[:, :k] != both[:, k:]).any(axis=1).sum())
     if differ:
         error *= math.sqrt(1 + 1 / differ)
-    elif math.isfinite(width):
+    elif len(both) and math.isfinite(width):
         error = width / len(both)
     return effective(value - bias, error, len(both), (-width, width))
 

@@ -16,6 +16,7 @@ import pytest
 
 from vllm_tasks.datalayer.sources import Unreadable
 from vllm_tasks.datalayer.sources.duckdb_file import DuckDBSource
+from vllm_tasks.datalayer.workspace import Workspace
 from vllm_tasks.errors import InvalidCall, TablesUnavailable
 
 
@@ -122,3 +123,13 @@ def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(InvalidCall, match="DuckDB"):
             DuckDBSource(path, "t")
     assert {p.name for p in tmp_path.rglob("*")} == {"spill", "text.duckdb"}
+
+
+def test_a_workspace_that_cannot_be_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its temporary folder is removed, whatever failed."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(Exception, match=r"filesystem|argument|incompatible"):
+        Workspace("300MB", filesystem=object())
+    assert not list(tmp_path.iterdir())
