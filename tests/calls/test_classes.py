@@ -48,6 +48,7 @@ def test_a_list_and_a_mapping_name_classes() -> None:
         (["one"], "at least 2"),
         ([str(i) for i in range(27)], "27 classes.*26 letters.*two steps"),
         (["bug", "Bug "], "'bug' and 'Bug ' are one"),
+        (["bug", "bug"], "'bug' and 'bug' are one"),
         (["bug", " "], "blank"),
         (["bug", "a\nb"], "line end"),
         ("bug", "is a str: give a list"),

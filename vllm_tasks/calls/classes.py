@@ -95,13 +95,13 @@ class Classes(BaseModel):
                 f"there are {len(value)} classes, and each needs one of {len(LETTERS)} letters: group them "
                 "and classify in two steps, or take an output_schema with an enum, without a probability"
             )
-        seen: dict[str, str] = {}
+        seen: dict[str, Option] = {}
         for option in value:
             if not option.name.strip() or not option.name.isprintable():
                 raise ValueError(f"the class {option.name!r:.100} is blank or has a line end; give it a name")
-            if (other := seen.setdefault(option.name.strip().casefold(), option.name)) is not option.name:
+            if (other := seen.setdefault(option.name.strip().casefold(), option)) is not option:
                 raise ValueError(
-                    f"the classes {other!r:.100} and {option.name!r:.100} are one: metrics ignore case and "
+                    f"the classes {other.name!r:.100} and {option.name!r:.100} are one: metrics ignore case and "
                     "white space around it; rename one of them"
                 )
         return value
