@@ -95,15 +95,16 @@ class Classes(BaseModel):
                 f"there are {len(value)} classes, and each needs one of {len(LETTERS)} letters: group them "
                 "and classify in two steps, or take an output_schema with an enum, without a probability"
             )
-        seen: dict[str, Option] = {}
+        seen: dict[str, str] = {}
         for option in value:
             if not option.name.strip() or not option.name.isprintable():
                 raise ValueError(f"the class {option.name!r:.100} is blank or has a line end; give it a name")
-            if (other := seen.setdefault(option.name.strip().casefold(), option)) is not option:
+            if other := seen.get(as_compared := option.name.strip().casefold()):
                 raise ValueError(
-                    f"the classes {other.name!r:.100} and {option.name!r:.100} are one: metrics ignore case and "
+                    f"the classes {other!r:.100} and {option.name!r:.100} are one: metrics ignore case and "
                     "white space around it; rename one of them"
                 )
+            seen[as_compared] = option.name
         return value
 
     @property
