@@ -244,21 +244,20 @@ def _as_table(cases: Sequence[Case]) -> pa.Table:
 
 
 def _stored(home: Tables, table: str, columns: Columns) -> list[Case]:
-    # A column that is NULL in all rows is not stored.
-    there = {name for row in home.stored(table, "*", "1 = 1 LIMIT 1") for name in row}
-    extra = [name for name in ("choices", "cluster") if getattr(columns, name) is not None and name in there]
-    names = ["row", "input", "target", *extra]
-    rows = sorted(
-        (row for batch in home.read(table, names) for row in batch), key=lambda row: int(row["row"])
-    )
-    read = exact_json.loads
+    wanted = {name for name in ("choices", "cluster") if getattr(columns, name) is not None}
+
+    def value(row: Mapping[str, Any], name: str) -> Any:
+        """None if it is NULL in this row, or in all rows, when its column is not stored."""
+        return exact_json.loads(row.get(name) or "null") if name in wanted else None
+
+    rows = sorted((row for batch in home.read(table) for row in batch), key=lambda row: int(row["row"]))
     return [
         Case(
             row["row"],
-            read(row["input"]),
-            read(row["target"]),
-            read(row.get("choices") or "null"),
-            read(row.get("cluster") or "null"),
+            exact_json.loads(row["input"]),
+            exact_json.loads(row["target"]),
+            value(row, "choices"),
+            value(row, "cluster"),
         )
         for row in rows
     ]
