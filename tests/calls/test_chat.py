@@ -308,6 +308,7 @@ def test_a_template_given_to_the_engine_counts() -> None:
 @pytest.fixture
 def hub(tmp_path: Path) -> Path:
     """The cache of the Hugging Face hub, with two revisions of one model."""
+    chat._listing.cache_clear()
     repository = tmp_path / "models--org--tiny"
     for revision, commit, template in (("main", "a" * 40, TEMPLATE), ("base", "b" * 40, None)):
         (repository / "refs").mkdir(parents=True, exist_ok=True)
@@ -331,6 +332,21 @@ def test_the_cache_of_hugging_face_tells_too(hub: Path, monkeypatch: pytest.Monk
     assert of_files({**cached, "revision": "base", "tokenizer_revision": "main"}) is True
     assert of_files({**cached, "model": "org/other"}) is None
     assert of_files({**cached, "model": "org/other", "tokenizer": "org/tiny"}) is True
+
+
+@pytest.mark.skipif(find_spec("huggingface_hub") is None, reason="comes with vLLM")
+def test_a_hub_that_is_away_does_not_tell_that_there_is_no_template(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache may have some of a repository's files only, so the engine is asked."""
+    import huggingface_hub.constants
+    from huggingface_hub import hf_api
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hf_api.api, "endpoint", "http://127.0.0.1:9")
+    cached = {"model": "org/tiny", "download_dir": str(hub)}
+    assert of_files({**cached, "revision": "base"}) is None
+    assert of_files(cached) is True
 
 
 # ---------------------------------------------------------------------- engines

@@ -171,6 +171,8 @@ def test_a_schema_and_a_format_exclude_each_other() -> None:
     both = Request("x", {"structured_outputs": {"regex": "a"}}, output_schema={"a": "str"})
     assert "output_schema and structured_outputs both set the format" in message(model, both)
     assert "neither columns" in message(model, Request("x", output_schema={"a": "text"}))
+    listed: Any = [{"a": "str"}]
+    assert "neither a dict nor a text" in message(model, Request("x", output_schema=listed))
 
 
 def test_a_local_engine_takes_adapters_and_no_other_model() -> None:

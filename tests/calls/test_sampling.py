@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import sys
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,9 +24,16 @@ from vllm_tasks.calls.sampling import (
     check_names,
     check_prompts,
     known_names,
+    names_version,
 )
-from vllm_tasks.calls.sampling_table import CHAT_REQUEST, COMPLETION_REQUEST, SAMPLING_PARAMS
+from vllm_tasks.calls.sampling_table import (
+    CHAT_REQUEST,
+    COMPLETION_REQUEST,
+    SAMPLING_PARAMS,
+    TABLE_VERSION,
+)
 from vllm_tasks.canonical import canonical
+from vllm_tasks.engines.local.python import source_of_vllm
 from vllm_tasks.engines.local.vllm_server import MOVED
 from vllm_tasks.errors import InvalidCall
 
@@ -186,6 +195,22 @@ def test_a_vllm_that_has_moved_its_classes_gives_no_names() -> None:
     """If the file or the class is not found, the dated table is used."""
     assert _fields("", "no/such/file.py", "SamplingParams") is None
     assert _fields("", "sampling_params.py", "NoSuchClass") is None
+
+
+def test_a_file_in_the_working_folder_says_no_version_of_vllm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many packages have a `_version.py`; without vLLM, the version is that of the table."""
+    (tmp_path / "_version.py").write_text("__version__ = version = '0.0.1'\n")
+    monkeypatch.chdir(tmp_path)
+    caches = source_of_vllm, names_version
+    with monkeypatch.context() as without_vllm:
+        without_vllm.setitem(sys.modules, "vllm", None)
+        for cached in caches:
+            cached.cache_clear()
+        assert names_version() == TABLE_VERSION
+    for cached in caches:
+        cached.cache_clear()
 
 
 def test_arguments_are_looked_for_where_the_engine_looks_for_them() -> None:

@@ -51,6 +51,20 @@ class ScriptedActor(actor.HostActor):
         os.environ["NODE"] = ray().get_runtime_context().get_node_id()
 
 
+class Lossy(ScriptedActor):
+    """An actor whose first frames are lost on the way, as where an object store is full."""
+
+    async def start(self, arguments: Any, timeout: float, python: str) -> Any:  # noqa: ASYNC109
+        self._lost = Path(f"{arguments['log']}.lost")
+        return await super().start(arguments, timeout, python)
+
+    async def put(self, frames: Any) -> None:
+        if not self._lost.exists():
+            self._lost.touch()
+            raise OSError("there is no room")
+        await super().put(frames)
+
+
 @pytest.fixture(scope="module")
 def cluster(ray_token: None) -> Iterator[str]:
     """The address of a cluster of two nodes with a CPU each, and four GPUs that Ray believes in."""
@@ -108,7 +122,7 @@ def of_ray(title: str) -> list[psutil.Process]:
 
 
 def actors() -> list[psutil.Process]:
-    return of_ray("ray::HostActor") + of_ray("ray::ScriptedActor")
+    return [p for name in ("HostActor", "ScriptedActor", "Lossy") for p in of_ray(f"ray::{name}")]
 
 
 def hosts() -> list[psutil.Process]:
@@ -232,6 +246,28 @@ def test_options_that_ray_does_not_know_or_that_are_ours_are_refused(
     """A misspelt option is not dropped, and none can take an engine from its owner."""
     with pytest.raises(InvalidCall, match=f"ray_config.*{words}"):
         make(ray_config={**ON_CPU, **options}).predict("a")
+
+
+def test_rows_that_are_lost_on_their_way_are_sent_again(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their actor lives, but it knows nothing of them; so the engine is restarted at once."""
+    monkeypatch.setattr(actor, "HostActor", Lossy)
+    monkeypatch.setenv("VLLM_TASKS_ENGINE_TIMEOUT", "60")
+    assert make().predict_batches(["a", "b"]) == ["a", "b"]
+    assert "there is no room" in caplog.text
+    assert "it hung" not in caplog.text
+
+
+def test_an_actor_that_ray_refuses_keeps_no_gpus(make: Make) -> None:
+    """Its placement group is removed, though this process stays in the cluster."""
+    from ray.util import placement_group_table
+
+    with make() as model:
+        assert model.predict("a")
+        with pytest.raises(InvalidCall, match=r"ray_config: .*async actors"):
+            make(ray_config={"num_gpus": 2, "allow_out_of_order_execution": False}).predict("a")
+        assert eventually(lambda: {g["state"] for g in placement_group_table().values()} <= {"REMOVED"})
 
 
 # ---------------------------------------------------------------------- joining and leaving
@@ -391,7 +427,7 @@ class Idle(LocalEngine):
     is_ready = True
 
     def __init__(self, limit: int) -> None:
-        super().__init__(LocalConfig("{}", 1))
+        super().__init__(LocalConfig('{"model": "m"}', 1))
         self.window.limit = limit
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -158,6 +160,26 @@ def test_choices_come_in_the_order_of_their_index(order: list[int]) -> None:
     answer = {"choices": [{"index": i, "text": str(i)} for i in order]}
     parsed = wire.parse("/v1/completions", Request("P", {"n": 4}), answer)
     assert [c.text for c in parsed.choices] == ["0", "1", "2", "3"]
+
+
+NUMBERS: dict[str, dict[str, Any]] = {
+    "embed": {"embedding": [0.5, 1]},
+    "score": {"score": 0.5},
+    "classify": {"probs": [0.5, 0.5], "label": "a"},
+    "reward": {"probs": [0.5]},
+}
+
+
+@given(st.sampled_from(sorted(NUMBERS)), st.data())
+def test_numbers_with_one_value_changed_are_finite_or_of_wrong_shape(task: Any, data: st.DataObject) -> None:
+    """This also holds for whole numbers that no float can have."""
+    answer = {"data": [NUMBERS[task]], "usage": {"prompt_tokens": 1}}
+    way = data.draw(st.sampled_from(list(places(answer))))
+    new = data.draw(anything | st.just(10**400))
+    with suppress(wire.WrongShape):
+        (choice,) = wire.parse("", Request("P", {}, task), changed(answer, way, new)).choices
+        assert choice.data
+        assert all(math.isfinite(number) for number in choice.data)
 
 
 @pytest.mark.parametrize("indexes", [[0, 0], [0, None], [0, True], [0, 1, 2], [0]])

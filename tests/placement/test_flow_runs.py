@@ -6,8 +6,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,14 +22,18 @@ from prefect.client.schemas.actions import ArtifactCreate
 from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
 from tests.conftest import IN_PREFECT
+from tests.lettered import lettered
 from tests.servers.pool_workers import pool
-from vllm_tasks import Artifact, Datalayer, InvalidCall, VllmAPI, VllmModel
+from tests.servers.scripted_server import NO_TEMPLATE, ScriptedServer, refused
+from vllm_tasks import Artifact, Classes, Datalayer, InvalidCall, VllmAPI, VllmModel
 from vllm_tasks.placement import grace, payload, runs, storage
 from vllm_tasks.placement.heartbeat import KIND, Heartbeat, read_heartbeats
 from vllm_tasks.placement.part import Part
+from vllm_tasks.placement.requests import _as_data
 from vllm_tasks.placement.runs import START_TIMEOUT, Runs
 from vllm_tasks.placement.target import MADE_FOR, Target, target_of
-from vllm_tasks.pools.step import step
+from vllm_tasks.pools.step import rows, step
+from vllm_tasks.rows import Request, Result, RowError
 
 pytestmark = [
     *IN_PREFECT,
@@ -225,6 +230,38 @@ def test_a_place_that_is_not_there_is_told_with_the_nearest() -> None:
 
 
 # ---------------------------------------------------------------------- what travels
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_saved_model_is_found_though_prefect_is_away_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grace, "TRY_EVERY", 0.1)
+    name = f"model-{uuid4().hex[:6]}"
+    there(POOL).save(name)
+    try:
+        loaded = VllmAPI.load(name)
+        with Absent() as server:
+            server.comes(LONGER)
+            assert payload.model_parameter(loaded).keys() == {"$ref"}
+    finally:
+        VllmAPI.delete(name)
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_texts_travel_without_what_only_chats_take(server: ScriptedServer) -> None:
+    """That a chat is answered without thinking is asked for where it is known that a text becomes a chat."""
+    server.tokenizes, server.script = refused(400, NO_TEMPLATE), lettered(lambda _: (0.75, 0.25))
+    model = VllmAPI(identifier="m", api_url=server.url, datatype=Classes(["a", "b"]), retries=0)
+
+    def on_the_pool(requests: Sequence[Request | RowError]) -> list[Result]:
+        sent = storage.store(_as_data([r for r in requests if isinstance(r, Request)], call.sampling))
+        found: Any = payload.results_of(storage.load(rows({"rows": sent}, model, None)))
+        return found
+
+    with model:
+        call = replace(model.prepare(model.predict_batches), answerer=on_the_pool)
+        (found,) = call.predict_batches(["x"])
+    assert found["label"] == "a"
+    assert "chat_template_kwargs" not in server.posts[0].body
 
 
 def test_rows_on_their_way_can_be_removed() -> None:

@@ -227,6 +227,46 @@ def test_a_server_that_cannot_come_back_ends_the_call(
     assert len(pids_of(servers.parents[1] / "record")) == 4
 
 
+@pytest.fixture
+def in_folder(scripted: Callable[..., VllmModel], tmp_path: Path) -> VllmModel:
+    """A model with a file, whose server is the stand-in."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights.bin").write_text("old")
+    return scripted().model_copy(update={"model_name": str(tmp_path / "model"), "chat": False})
+
+
+def test_a_server_with_former_files_is_not_joined(in_folder: VllmModel, tmp_path: Path) -> None:
+    """The fingerprint is that of the present files; the server ends with those who use it."""
+    with serve(in_folder) as served:
+        (tmp_path / "model" / "weights.bin").write_text("other")
+        with pytest.raises(EngineFailed, match="former contents") as caught, serve(in_folder):
+            pass
+        assert caught.value.temporary
+        assert served.predict("a") == "a"
+    with serve(in_folder) as served:
+        assert served.predict("b") == "b"
+
+
+def test_a_server_that_dies_is_not_restarted_with_other_files(
+    in_folder: VllmModel, servers: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Rows of one run would be answered by two models."""
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "1")
+
+    def predict_after_a_change(served: VllmAPI) -> None:
+        (tmp_path / "model" / "weights.bin").write_text("other")
+        os.kill(told(servers)["pids"]["server"], signal.SIGKILL)
+        assert eventually(lambda: told(servers)["state"] == "failed")
+        served.predict("a")
+
+    with (
+        pytest.raises(EngineFailed, match="not be restarted: files of the model have changed") as caught,
+        serve(in_folder) as served,
+    ):
+        predict_after_a_change(served)
+    assert caught.value.temporary
+
+
 def test_a_killed_supervisor_takes_the_server_along(
     scripted: Callable[..., VllmModel], servers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from prefect import flow
 from prefect.cache_policies import INPUTS
 from prefect.states import Completed, exception_to_failed_state
+from pydantic import BaseModel, create_model
 
 from tests.conftest import IN_PREFECT
 from tests.servers.scripted_server import Asked, ScriptedServer, answer_to, refused
@@ -177,6 +179,58 @@ def test_retries_that_a_user_sets_are_for_failed_rows_too(
     assert getattr(failed.value.results[3], "text", failed.value.results[3]) == answer_to("2")
 
 
+class Sorted:
+    """A sorted column of pandas: it has rows in order, and is indexed by the labels that they had before."""
+
+    def __init__(self, **rows: str) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows.values())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, label: int) -> str:
+        return self.rows[f"at_{label}"]
+
+
+def test_another_attempt_sends_the_rows_at_their_positions(model: VllmAPI, server: ScriptedServer) -> None:
+    """Not those that a column has under labels of the same numbers."""
+    left = ["a"]
+
+    def script(asked: Asked) -> Any:
+        return refused(400, "no") if asked.body and asked.prompt in left and not left.clear() else None
+
+    server.script = script
+
+    @flow
+    def ask() -> Any:
+        return at_once(retries=1)(model, Sorted(at_1="a", at_0="b"))
+
+    assert ask() == answers("a", "b")
+
+
+def test_another_attempt_has_the_rows_of_an_iterator(
+    model: VllmAPI, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would find a generator exhausted, and complete with no row."""
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "0")
+    server.stop()
+    attempts: list[object] = []
+
+    def come_back(*_: Any) -> None:
+        attempts.append(_)
+        if len(attempts) > 1:
+            server.start()
+
+    @flow
+    def ask() -> Any:
+        return at_once(on_running=[come_back])(model, (x for x in "ab"))
+
+    assert ask() == answers("a", "b")
+
+
 def test_an_attempt_that_finds_no_server_forgets_no_answer() -> None:
     """The attempt after it sends only the rows that failed before."""
     asked: list[list[str]] = []
@@ -226,6 +280,22 @@ def test_an_equal_model_hits_the_cache_of_inputs(server: ScriptedServer, tmp_pat
         ask(made(**fields))
         asked.append(len(server.posts) - before)
     assert asked == [2, 0, 2, 2, 0, 2, 2, 2, 2, 2, 2, 2, 0]
+
+
+class Ticket(BaseModel):
+    title: str
+
+
+def test_a_changed_class_of_answers_is_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its fields and checks decide what an answer is, as the code of a function does."""
+    monkeypatch.setenv("VLLM_TASKS_CALLABLE_PREFIXES", '["tests"]')
+    path = f"{Ticket.__module__}.{Ticket.__name__}"
+    model = VllmAPI(identifier="m", api_url="http://127.0.0.1:9", output_schema=path)
+    before = model.identity()
+    assert model.identity() == before
+    changed = create_model("Ticket", __module__=__name__, title=(int, ...))
+    monkeypatch.setattr(sys.modules[__name__], "Ticket", changed)
+    assert model.identity() != before
 
 
 def test_a_thread_keeps_the_loop_of_an_asynchronous_flow_free(model: VllmAPI, server: ScriptedServer) -> None:

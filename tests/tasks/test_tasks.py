@@ -205,7 +205,8 @@ def test_run_names_say_model_and_number_of_rows(model: VllmAPI) -> None:
     named()
     assert Counter(runs.names) == {
         "org-model - 2 rows": 4,
-        "org-model": 2,
+        "org-model": 1,
+        "org-model - 1 rows": 1,
         "org-model - 3 rows": 3,
         "org-model - 5 rows": 5,
     }

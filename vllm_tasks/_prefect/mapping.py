@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
 from prefect import Task, unmapped
@@ -130,8 +130,10 @@ def unseen(rows: Any) -> Any:
     """Return `rows` wrapped so that Prefect resolves a future but searches no further.
 
     Rows that contain futures are not wrapped, nor is a single record with futures as fields: Prefect has to
-    find these. Futures any deeper are not found.
+    find these. Futures any deeper are not found. An iterator becomes a list: another attempt would find it
+    exhausted, and take it for no rows.
     """
+    rows = [*rows] if isinstance(rows, Iterator) else rows
     within = rows.values() if isinstance(rows, dict) else rows if isinstance(rows, list | tuple) else ()
     holds_futures = any(isinstance(x, PrefectFuture | State) for x in within)
     return rows if holds_futures or isinstance(rows, BaseAnnotation) else opaque(rows)

@@ -9,7 +9,7 @@ from uuid import UUID
 
 from prefect.context import TaskRunContext
 
-from vllm_tasks.calls.call import OnError
+from vllm_tasks.calls.call import OnError, rows_of
 from vllm_tasks.errors import EngineFailed, RowErrors, ServerUnavailable
 from vllm_tasks.rows import RowError
 
@@ -55,8 +55,8 @@ def _only_failed(
     if earlier is None:
         return process(xs, on_error)
     failed = [error.index for error in earlier.errors]
-    results = list(earlier.results)
-    for index, result in zip(failed, process([xs[index] for index in failed], "return"), strict=True):
+    rows, results = rows_of(xs), list(earlier.results)  # a column of pandas is indexed by its labels
+    for index, result in zip(failed, process([rows[index] for index in failed], "return"), strict=True):
         results[index] = replace(result, index=index) if isinstance(result, RowError) else result
     if errors := [result for result in results if isinstance(result, RowError)]:
         raise RowErrors(errors, results)

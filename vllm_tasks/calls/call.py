@@ -134,7 +134,8 @@ class Call:
                 raise failed from error.__cause__
         if self.decoder.repairs.repair and any(isinstance(p, list) and not is_chat(p) for p in prompts):
             raise InvalidCall("repair adds a turn to a prompt, and token ids take none: use resample")
-        thinks = self.decoder.type.thinks
+        # On a work pool, that side does it: it knows which texts become chat.
+        thinks = self.decoder.type.thinks or self.answerer is not None
         requests = requests_of(
             made, prompter.chat, prompter.system, self.sampling, self.target, thinks=thinks
         )
@@ -194,12 +195,12 @@ class Call:
     def predict_batches(self, xs: Sequence[Any], on_error: OnError = "raise") -> list[Output | RowError]:
         """Return N values for N records, in their order; see `Predictor.predict_batches`."""
         _check_on_error(on_error)
-        return _checked(self._values(_rows_of(xs)), on_error)
+        return _checked(self._values(rows_of(xs)), on_error)
 
     def completions(self, xs: Sequence[Any], on_error: OnError = "raise") -> list[Completion | RowError]:
         """Return N results for N records, in their order; see `Predictor.completions`."""
         _check_on_error(on_error)
-        return _checked(self._results(_rows_of(xs), batching.final), on_error)
+        return _checked(self._results(rows_of(xs), batching.final), on_error)
 
     def _values(self, records: Sequence[Any]) -> list[Output | RowError]:
         results = self._results(records)
@@ -323,9 +324,11 @@ class TableCall:
 def identity_of(config: sharing.Config) -> tuple[str, Any]:
     """Return the model's name, and the part of the fingerprint that identifies the model.
 
-    The name is requested from the server if the call has none.
+    The name is requested from the server if the call has none. Raises `InvalidCall` if an engine of this
+    process has former contents of the model's files.
     """
     if not isinstance(config, HttpConfig):
+        loop.run(sharing.check_current(config), raise_if_stopped)
         arguments = json.loads(config.engine_args)
         return arguments["model"], engine_identity(arguments)
     name = config.model
@@ -346,8 +349,8 @@ def _check_on_error(on_error: OnError) -> None:
         raise InvalidCall(f"on_error={on_error!r} is neither 'raise' nor 'return'")
 
 
-def _rows_of(xs: Any) -> Sequence[Any]:
-    """Return the records; refuse values that iterate over something else, or without an order."""
+def rows_of(xs: Any) -> list[Any]:
+    """Return the records as a list; refuse values that iterate over something else, or without an order."""
     if isinstance(xs, set | frozenset):
         raise InvalidCall(f"xs must be a list of records, got a {type(xs).__name__}, which has no order")
     if hasattr(xs, "columns"):
@@ -359,5 +362,4 @@ def _rows_of(xs: Any) -> Sequence[Any]:
     if isinstance(xs, str | bytes | Mapping) or not hasattr(xs, "__iter__"):
         raise InvalidCall(f"xs must be a list of records, got a {type(xs).__name__}; predict(x) takes one")
     # pyarrow's columns iterate over pyarrow's own scalars.
-    rows: Sequence[Any] = xs.to_pylist() if hasattr(xs, "to_pylist") else xs
-    return rows
+    return [*(xs.to_pylist() if hasattr(xs, "to_pylist") else xs)]

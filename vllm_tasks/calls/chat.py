@@ -64,7 +64,8 @@ def of_files(arguments: Mapping[str, Any]) -> bool | None:
     """Return whether the model of these engine arguments has a chat template; None: its files do not show it.
 
     The files are in a folder, or in a repository of Hugging Face, from which a few small ones are downloaded
-    if the hub's cache does not have them. They are read as transformers and vLLM read them.
+    if the hub's cache does not have them. They are read as transformers and vLLM read them. A file that
+    cannot be fetched now is not taken for absent: vLLM may fetch it a moment later.
     """
     named = {name.replace("-", "_"): value for name, value in arguments.items()}
     if named.get("chat_template"):
@@ -76,8 +77,11 @@ def of_files(arguments: Mapping[str, Any]) -> bool | None:
     tokenizer = Files(
         named.get("tokenizer") or model.name, named.get("tokenizer_revision") or revision, cache, token
     )
-    found = _of_tokenizer(tokenizer)
-    return _of_type(model) if found is False else found
+    try:
+        found = _of_tokenizer(tokenizer)
+        return _of_type(model) if found is False else found
+    except NotFetched:
+        return None
 
 
 def _of_tokenizer(files: Files) -> bool | None:
@@ -85,9 +89,11 @@ def _of_tokenizer(files: Files) -> bool | None:
     if config is None:
         return None
     apart = {path.stem for path in files.beside("additional_chat_templates/*.jinja")}
+    written = config.get("chat_template")
+    if written and isinstance(written, str) and not apart:  # whether or not a file of its own replaces it
+        return True
     if files.path("chat_template.jinja"):
         apart.add("default")
-    written = config.get("chat_template")
     if isinstance(written, list):
         apart = apart or {str(each.get("name")) for each in written}
     if apart:
@@ -134,30 +140,44 @@ class Files:
         return [] if path is None else list(path.parent.glob(pattern))
 
 
+class NotFetched(Exception):
+    """It is not known whether a repository has a file, because the hub did not tell or did not send it."""
+
+
 def _in_hub(name: str, file: str, revision: str | None, cache: str | None, token: Any) -> Path | None:
-    """Return a repository's file, from the hub's cache or downloaded into it; None if it is not available."""
+    """Return a repository's file, from the hub's cache or downloaded into it; None if there is none, or this
+    machine has no client of the hub. Raise `NotFetched` if the hub cannot be reached."""
     try:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
     except ImportError:  # as on a machine without vLLM
         return None
     try:
         found = try_to_load_from_cache(name, file, cache_dir=cache, revision=revision)
-        if found is None and file in _listed(name, revision, token):
-            found = hf_hub_download(name, file, cache_dir=cache, revision=revision, token=token)
-    except (OSError, ValueError):  # the network is lost, or it is not the name of a repository
-        return None
+        if found is None:
+            if (listed := _listing(name, revision, token)) is None:
+                raise NotFetched
+            if file in listed:
+                found = hf_hub_download(name, file, cache_dir=cache, revision=revision, token=token)
+    except Exception as error:  # the client raises many types without a network or repository
+        raise NotFetched from error
     return Path(found) if isinstance(found, str) else None
 
 
 @functools.lru_cache(maxsize=64)
-def _listed(name: str, revision: str | None, token: Any) -> frozenset[str]:
-    """Return the files that the hub lists; none if it cannot be reached, when a download would take long."""
+def _listing(name: str, revision: str | None, token: Any) -> frozenset[str] | None:
+    """Return the files that the hub lists: none in its offline mode, in which vLLM has only the cache, too.
+
+    It is None if the hub cannot be reached, and stays so, as each attempt may take the time limit.
+    """
     from huggingface_hub import model_info
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
         listed = model_info(name, revision=revision, token=token, timeout=HUB_TIMEOUT).siblings or ()
-    except Exception:  # noqa: BLE001 - the hub's client raises many types without a network or repository
+    except OfflineModeIsEnabled:
         return frozenset()
+    except Exception:  # noqa: BLE001 - the hub's client raises many types without a network or repository
+        return None
     return frozenset(file.rfilename for file in listed)
 
 

@@ -169,7 +169,8 @@ def class_type(own: Classes) -> AnswerType:
 def _logprobs(choice: Choice, letters: str) -> list[float]:
     """Return the log probability of each letter. "A" and " A" are two tokens that read alike: the best
     counts, as in vLLM. A letter that is not among the likeliest tokens has -inf."""
-    if choice.text.strip() not in [*letters]:
+    answer = choice.text.strip()
+    if answer not in [*letters]:
         raise Undecodable(
             f"is none of the letters A to {letters[-1]}: the server has not applied structured_outputs (vLLM "
             "does since 0.12), or the model thinks before it answers"
@@ -185,6 +186,10 @@ def _logprobs(choice: Choice, letters: str) -> list[float]:
     if max(found) == -math.inf:
         raise Undecodable(
             "came with top_logprobs that have none of the letters, so no class has a probability"
+        )
+    if not math.isfinite(best[answer]) or max(found) == math.inf:
+        raise Undecodable(
+            f"came with a log-probability of {answer} that is no finite number, so no class has a probability"
         )
     return found
 

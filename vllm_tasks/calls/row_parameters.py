@@ -94,7 +94,9 @@ class RowParameters:
         found: dict[str, Any] = self._shared(json.dumps(dict(sorted(merged.items()))))
         return found
 
-    def _format(self, output_schema: dict[str, Any] | str, own: Mapping[str, Any]) -> dict[str, Any]:
+    def _format(self, output_schema: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+        if not isinstance(output_schema, dict | str):
+            raise BadRow(f"output_schema={output_schema!r:.100} of the row is neither a dict nor a text")
         if twice := sorted(OUTPUT_FORMATS & own.keys()):
             raise BadRow(f"output_schema and {twice[0]} both set the format of the answer: use one of them")
         if self._target == "legacy":

@@ -10,7 +10,6 @@ import re
 import reprlib
 import symtable
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from vllm_tasks.calls.sampling_table import (
@@ -195,9 +194,11 @@ def of_one_kind(names: Iterable[str]) -> bool | None:
 @functools.cache
 def names_version() -> str:
     """Return the version of vLLM whose names are known: that of the installed one, or of the tables."""
-    path = (source_of_vllm("") or Path()) / "_version.py"
-    if path.exists() and (found := re.search(r"^__version__ = .*'(.+)'", path.read_text(), re.MULTILINE)):
-        return found[1]
+    source = source_of_vllm("")
+    path = source and source / "_version.py"
+    if path and path.exists():
+        found = re.search(r"^__version__ = .*'(.+)'", path.read_text(), re.MULTILINE)
+        return found[1] if found else TABLE_VERSION
     return TABLE_VERSION
 
 

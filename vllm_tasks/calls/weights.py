@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from vllm_tasks.engines.local.model_files import PATHS, files_in
 
 FULLY_HASHED = 64 * 2**20
 """Bytes. A file up to this size is hashed completely, a larger one by its size, its head and samples."""
@@ -15,13 +17,6 @@ HEAD = 2**20
 """Bytes at the beginning of a file, where weights have the names, types and shapes of their tensors."""
 SAMPLES, SAMPLE = 256, 4096
 """The number of samples, spread evenly over the file, and the bytes of each."""
-PATHS = {
-    *("model", "model_weights", "spec_model", "tokenizer", "hf_config_path", "generation_config"),
-    *("lora_path", "default_mm_loras", "lora_modules"),
-    *("chat_template", "tool_parser_plugin", "reasoning_parser_plugin"),
-}
-"""Arguments whose texts are paths if a file or folder of this name exists. In other arguments, a text is a
-path if it has a slash and names a file."""
 WITHOUT_EFFECT = {
     "how the work is split over devices and machines": """
         tensor_parallel_size pipeline_parallel_size prefill_context_parallel_size
@@ -89,14 +84,17 @@ def sampling_identity(sampling: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_hashes(name: str, value: Any) -> Any:
-    """Return `value` with the hashes of files in place of paths."""
+    """Return `value` with the hashes of files in place of paths.
+
+    In arguments other than `PATHS`, a text is a path if it has a slash and names a file.
+    """
     if isinstance(value, Mapping):
         return {key: _with_hashes(name if name in PATHS else str(key), each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_with_hashes(name, each) for each in value]
     if isinstance(value, str) and (name in PATHS or os.sep in value):
         if name in PATHS and os.path.isdir(value):
-            names = sorted(_files(value))
+            names = sorted(files_in(value))
             with ThreadPoolExecutor() as reading:  # threads, because most time is spent waiting for the disk
                 return dict(
                     zip(names, reading.map(lambda file: hash_of_file(Path(value, file)), names), strict=True)
@@ -104,16 +102,6 @@ def _with_hashes(name: str, value: Any) -> Any:
         if os.path.isfile(value):
             return hash_of_file(Path(value))
     return value
-
-
-def _files(folder: str) -> Iterator[str]:
-    """Yield the files in a model's folder and below, except hidden ones and Markdown."""
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
-        for name in files:
-            path = Path(parent, name)
-            if path.is_file() and not name.startswith(".") and path.suffix != ".md":
-                yield path.relative_to(folder).as_posix()
 
 
 def hash_of_file(path: Path) -> str:

@@ -21,6 +21,7 @@ from vllm_tasks.engines.http.transport import HttpConfig
 from vllm_tasks.engines.local.engine import LocalConfig, LocalEngine
 from vllm_tasks.engines.local.slots import HeldHere
 from vllm_tasks.engines.ray.engine import RayConfig, RayEngine
+from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import Request, Result, RowError
 
 Config = HttpConfig | LocalConfig | RayConfig
@@ -167,6 +168,19 @@ async def facts(config: Config) -> dict[str, str]:
     async with _of(config).used() as engine:
         assert isinstance(engine, HttpEngine), "only servers report facts"
         return await engine.facts()
+
+
+async def check_current(config: Config) -> None:
+    """Raise `InvalidCall` if the engine of `config` runs with former contents of files of its model.
+
+    Its answers would be recorded as those of the present files.
+    """
+    engine = shared.engine if (shared := _shared.get(config)) else None
+    if isinstance(engine, LocalEngine | RayEngine) and not engine.has_failed and engine.is_outdated:
+        raise InvalidCall(
+            f"files of the model {engine.model!r} have changed, and its engine in this process was started "
+            "with the former ones: end it with model.close(), and the next call starts one with those of now"
+        )
 
 
 async def check_served(config: Config, max_tokens: int | None) -> None:

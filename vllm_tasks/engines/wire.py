@@ -287,7 +287,10 @@ def _number(value: Any) -> float:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
         wrong("a number", value)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        wrong("a number of 64 bits", value)
 
 
 def _text(value: Any, name: str) -> str:

@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, InitErrorDetails
 
 from vllm_tasks.calls.answers import Decoder, check_one_type, without_password
-from vllm_tasks.calls.callables import check_importable
+from vllm_tasks.calls.callables import check_importable, import_callable
 from vllm_tasks.calls.classes import Classes, check_sampling
 from vllm_tasks.calls.datatypes import DataType
 from vllm_tasks.calls.functions import made_of
@@ -297,7 +297,7 @@ class ModelFields(DeclaredFields):
         return [function for function in found if function is not None]
 
     def identity(self) -> str:
-        """Return a hash that is equal, in every process, for models with equal fields and functions.
+        """Return a hash that is equal, in every process, for models with equal fields, functions and classes.
 
         The `uuid`, the values of validations and the contents of files do not count.
 
@@ -308,7 +308,10 @@ class ModelFields(DeclaredFields):
             InvalidCall: The behaviour of a function cannot be determined from its code.
         """
         fields = self.model_dump(exclude={"uuid", "metric_values"})
-        made = [made_of(function, "the function") for function in self._callables()]
+        named: list[Any] = [*self._callables()]
+        if isinstance(self.output_schema, str):
+            named.append(import_callable(self.output_schema))
+        made = [made_of(each, "the function") for each in named]
         text = json.dumps([type(self).__name__, fields, made], default=_revealed, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
+from uuid import UUID
 
 from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
@@ -22,6 +23,7 @@ from vllm_tasks import errors
 from vllm_tasks.datalayer import Datalayer, is_lake
 from vllm_tasks.errors import EngineFailed, InvalidCall, VllmTasksError
 from vllm_tasks.models import VllmAPI, VllmModel
+from vllm_tasks.placement.grace import within_grace_period
 from vllm_tasks.rows import Completion, Result, RowError
 from vllm_tasks.tables.report import Report
 from vllm_tasks.validation import Validation
@@ -140,14 +142,18 @@ def _reference(block: Block) -> Parameters | None:
     """`{"$ref": ...}` of a block that is saved with the fields that it has now, else None."""
     if (document := block._block_document_id) is None:
         return None
-    with get_client(sync_client=True) as client:
-        try:
-            saved = type(block)._from_block_document(client.read_block_document(document))
-        except ObjectNotFound:
-            return None
-    if _fields(saved) != _fields(block):
+    saved = within_grace_period(lambda: _saved(type(block), document))
+    if saved is None or _fields(saved) != _fields(block):
         return None
     return {"$ref": {"block_document_id": str(document)}}
+
+
+def _saved(kind: type[Block], document: UUID) -> Block | None:
+    with get_client(sync_client=True) as client:
+        try:
+            return kind._from_block_document(client.read_block_document(document))
+        except ObjectNotFound:
+            return None
 
 
 def _fields(block: Block) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from vllm_tasks.calls.chat import of_files
 from vllm_tasks.calls.sampling import Target, check_names
 from vllm_tasks.calls.weights import engine_identity
 from vllm_tasks.engines.local.engine import log_trust
+from vllm_tasks.engines.local.model_files import stamps
 from vllm_tasks.engines.local.python import interpreter
 from vllm_tasks.errors import EngineFailed, InvalidCall, ServerUnavailable
 from vllm_tasks.models import VllmAPI, VllmModel
@@ -63,7 +64,8 @@ def serve(model: VllmModel) -> Iterator[VllmAPI]:
         InvalidCall: The model has a setting that a server cannot provide, such as `on_ray`.
         EngineFailed: vLLM does not start (VLLM_TASKS_ENGINE_START_TIMEOUT, seconds); the message has its
             reason. `temporary` is true if the server could not be restarted, and a call in the block
-            therefore ended in `ServerUnavailable`.
+            therefore ended in `ServerUnavailable`; and if others use a server that has former contents of
+            the model's files.
     """
     _check(model)
     config = model.engine_config()
@@ -72,9 +74,10 @@ def serve(model: VllmModel) -> Iterator[VllmAPI]:
     command = command_line(arguments)
     if arguments.get("trust_remote_code"):
         log_trust(arguments["model"])
+    files = stamps(arguments)  # from before they are hashed or loaded
     behind = Behind(engine_identity(engine_args), of_files(engine_args))
     python, gpus = interpreter(model.vllm_python()), model.resources().num_gpus
-    server = SharedServer(arguments["model"], python, command, config.start_timeout, gpus)
+    server = SharedServer(arguments["model"], python, command, config.start_timeout, gpus, files)
     with server.used():
         facts = server.facts()
         with api_of(model, behind, _first(arguments["served_model_name"]), facts["url"], facts["key"]) as api:

@@ -22,6 +22,7 @@ from typing import Any
 
 from vllm_tasks.engines import loop
 from vllm_tasks.engines.local.gpus import Devices, free_devices
+from vllm_tasks.engines.local.model_files import Stamps
 from vllm_tasks.engines.local.process import explain, last_words
 from vllm_tasks.engines.local.python import environment
 from vllm_tasks.engines.stopping import raise_if_stopped
@@ -48,16 +49,28 @@ class SharedServer:
     messages; `start_timeout` is in seconds.
 
     `gpus` is the number that it needs. If the settings require it, it takes devices that no other engine has.
+    `files` are the stamps of the model's files, whose contents the server must have.
     """
 
     def __init__(
-        self, model: str, python: str, arguments: Sequence[str], start_timeout: float, gpus: int
+        self,
+        model: str,
+        python: str,
+        arguments: Sequence[str],
+        start_timeout: float,
+        gpus: int,
+        files: Stamps = (),
     ) -> None:
         self.model = model
         self.gpus = gpus
         self.folder = folder_of(python, arguments)
         self._python = python
-        self._order = {"server": str(SERVER), "arguments": arguments, "start_timeout": start_timeout}
+        self._order = {
+            "server": str(SERVER),
+            "arguments": arguments,
+            "start_timeout": start_timeout,
+            "files": [list(stamp) for stamp in files],
+        }
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -75,12 +88,19 @@ class SharedServer:
                     self._leave(users)
 
     def facts(self) -> dict[str, Any]:
-        """Wait until the server is ready; returns its `url` and `key`. Raises `EngineFailed` if it fails."""
+        """Wait until the server is ready; returns its `url` and `key`. Raises `EngineFailed` if it fails, or
+        has former contents of the model's files."""
         started, logged = time.monotonic(), 0.0
         while True:
             supervised = self._is_supervised()  # checked first, as it may write its last status and end
             status = self._status()
             if status.get("state") == "ready":
+                if status.get("files") != self._order["files"]:
+                    raise EngineFailed(
+                        f"the vLLM server for {self.model!r} has former contents of the model's files; it "
+                        "ends with its other users: run this again then",
+                        temporary=True,
+                    )
                 return status
             if status.get("state") == "failed":
                 raise EngineFailed(f"vLLM could not start {self.model!r}: {self._why(status)}")

@@ -8,8 +8,8 @@ its parent and its session, so it does not end with any user. The folder contain
                       starter, and by the server, so that no second server starts beside one whose
                       supervisor was killed
     users.lock        held shared by each user. Whoever can lock it exclusively knows that no user is left
-    server.json       the status for users: state (starting, ready, failed), url, key, pids; or why
-                      it failed
+    server.json       the status for users: state (starting, ready, failed), url, key, pids, files; or
+                      why it failed
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class Supervisor:
     def supervise(self) -> None:
         """Keep the server running until no user is left, or it cannot be restarted.
 
-        A failed first start is not repeated: it would fail again, and a user is waiting for the reason.
+        A failed first start is not repeated: it would fail again, and a user is waiting for the reason. After
+        a change of the model's files, none is restarted: rows of one run would be answered by two models.
         """
         starts_left = 1
         while starts_left:
@@ -92,12 +93,21 @@ class Supervisor:
                 self.watch()
             else:
                 starts_left -= 1
+            if starts_left and self.has_other_files():
+                failure, starts_left = (None, "files of the model have changed since it was started"), 0
             if starts_left:  # else the log must end with the server's own output
                 code = self.server and self.server.poll()
                 logger.warning("the server has ended (exit code %s); restarting it", code)
             self.end(grace=0)
         assert failure is not None
         self.give_up(*failure)
+
+    def has_other_files(self) -> bool:
+        """Whether files of the model are not those that the server was started with."""
+        with suppress(OSError):  # one is gone
+            found = [(path, os.stat(path)) for path, *_ in self.order["files"]]
+            return bool([[path, s.st_size, s.st_mtime_ns] for path, s in found] != self.order["files"])
+        return True
 
     def start(self) -> tuple[int | None, str] | None:
         """Start the server and wait until it is healthy. If it fails, returns its exit code or a reason."""
@@ -193,7 +203,8 @@ class Supervisor:
     def report(self, state: str) -> None:
         url = f"http://{ADDRESS}:{self.port}"
         pids = {"supervisor": os.getpid(), "server": self.server and self.server.pid}
-        self.write({"state": state, "url": url, "key": self.key, "pids": pids})
+        files = self.order["files"]
+        self.write({"state": state, "url": url, "key": self.key, "pids": pids, "files": files})
 
     def write(self, status: dict[str, Any]) -> None:
         """Replace server.json atomically, readable by this user only because it holds the key."""

@@ -25,6 +25,7 @@ from tests.servers.scripted_server import (
 )
 from vllm_tasks import InvalidCall, VllmAPI
 from vllm_tasks.calls.sampling import names_version
+from vllm_tasks.engines import loop, sharing
 from vllm_tasks.engines.http.proxies import proxy_of
 from vllm_tasks.engines.http.urls import split_urls
 from vllm_tasks.errors import RowErrors, ServerUnavailable
@@ -101,6 +102,45 @@ def test_a_server_that_echoes_a_secret_does_not_get_it_into_errors(
     assert SECRET not in str(raised.value)
     if "basic_auth" in fields:
         assert encoded not in str(raised.value)
+
+
+def test_a_password_is_hidden_in_bytes_too(server: ScriptedServer, api: Make) -> None:
+    """Letters that ASCII lacks are two bytes each in a text, and an escape in JSON."""
+    for said in ("pässwörd".encode(), b'{"message": "p\\u00e4ssw\\u00f6rd"}'):
+        reply = Reply(said, 400)
+        server.script = lambda asked, reply=reply: reply if asked.body else None  # type: ignore[misc]
+        with pytest.raises(RowErrors, match=r"\*\*\*") as raised:
+            api(model="m", basic_auth="me:pässwörd").predict("x")
+        assert "ssw" not in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["scripted", "model", "-", "data"])
+def test_a_key_that_is_part_of_a_models_name_changes_no_request(
+    server: ScriptedServer, api: Make, key: str
+) -> None:
+    """Servers without a key get any word, such as "x"."""
+    assert api(api_key=key).predict("x") == answer_to("x")
+    assert server.posts[0].body["model"] == MODEL
+
+
+def test_a_key_among_the_names_of_models_is_not_shown(server: ScriptedServer, api: Make) -> None:
+    listed = Reply({"data": [{"id": f"{SECRET}-{i}", "owned_by": "vllm"} for i in "ab"]})
+    server.script = lambda asked: listed if asked.path == "/v1/models" else None
+    with pytest.raises(InvalidCall, match=r"choose one, as in model='\*\*\*-a'") as raised:
+        api(api_key=SECRET).predict("x")
+    assert SECRET not in str(raised.value)
+    with pytest.raises(InvalidCall, match=r"serves '\*\*\*-a', '\*\*\*-b', and the model 'm'") as raised:
+        loop.run(sharing.check_served(api(api_key=SECRET, model="m").engine_config(), None))
+    assert SECRET not in str(raised.value)
+
+
+@pytest.mark.parametrize("status", [401, 404, 500])
+def test_a_server_that_lists_no_models_is_not_checked(server: ScriptedServer, api: Make, status: int) -> None:
+    """A gateway may pass on only the paths of rows."""
+    server.script = lambda asked: refused(status, "no") if asked.path == "/v1/models" else None
+    model = api(model="m")
+    loop.run(sharing.check_served(model.engine_config(), 8))
+    assert model.predict("x") == answer_to("x")
 
 
 @pytest.mark.parametrize(

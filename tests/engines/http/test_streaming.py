@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.engines.test_wire import anything, changed, places
 from tests.servers.scripted_server import Asked, Reply, ScriptedServer, answer_to
 from vllm_tasks import InvalidCall, RowError, VllmAPI
-from vllm_tasks.engines.http.streaming import Pieces
+from vllm_tasks.engines.http.streaming import Ended, Pieces
 from vllm_tasks.results import Choice, TokenLogprob
 
 DONE = "[DONE]"
@@ -152,6 +154,9 @@ def test_it_does_not_matter_where_the_network_cuts_a_stream(cuts: list[int]) -> 
         (events("{"), "response", "in the stream"),
         (events([1]), "response", "expected an object"),
         (events({"choices": 5}), "response", "in the stream"),
+        (events(chat("Paris", "stop")), "response", "no answer in pieces"),  # type: ignore[arg-type]
+        (events(chat({"tool_calls": "f"}, "stop")), "response", "no answer in pieces"),
+        (events(chat({"tool_calls": ["f"]}, "stop")), "response", "no answer in pieces"),
         (events(text("a"), text(5, "stop")), "response", "does not fit"),  # type: ignore[arg-type]
         (events("[" * 100_000), "response", "in the stream"),
         (events(), "response", "choices"),
@@ -168,6 +173,20 @@ def test_what_is_no_whole_answer_is_an_error(
     assert isinstance(error, RowError)
     assert error.kind == kind
     assert re.search(words, error.message)
+
+
+CALLED = {"index": 0, "id": "c0", "function": {"name": "f", "arguments": "{}"}}
+PIECES = [chat({"role": "assistant", "content": ""}), chat({"tool_calls": [CALLED]}, "stop"), USAGE]
+
+
+@given(st.data())
+def test_a_stream_with_one_value_changed_is_an_answer_or_an_error(data: st.DataObject) -> None:
+    """Whatever a gateway sends, it is the error of its row and not that of the call."""
+    way = data.draw(st.sampled_from([way for way in places(PIECES) if way]))
+    pieces = Pieces()
+    with suppress(Ended, ValueError):
+        pieces.take(events(*changed(PIECES, way, data.draw(anything))))
+        assert isinstance(pieces.complete(), dict)
 
 
 def test_a_stream_that_ends_with_token_counts_is_complete(server: ScriptedServer, model: VllmAPI) -> None:

@@ -34,8 +34,8 @@ versions, and of gateways."""
 
 @dataclass(frozen=True)
 class Served:
-    """The models that a server lists: all `names`, the `model` that rows use (None: it is not listed) and the
-    `root` of that model (its folder, or its own name)."""
+    """The models that a server lists: all `names` and the `root` of the model (its folder, or its own name)
+    as messages show them, and the `model` that rows use (None: it is not listed)."""
 
     endpoint: Endpoint
     names: tuple[str, ...]
@@ -72,10 +72,11 @@ class Control:
             if model is not None:
                 return None
             raise Unreachable(f"{error}; pass model='...' to skip this request") from error
-        roots = models_in(json_in(self.credentials.hidden_in(content))) if status == 200 else {}
-        names = tuple(roots)
+        roots = models_in(json_in(content)) if status == 200 else {}
+        # For messages alone: a key such as "x" is part of many names, and requests have them as they are.
+        names = tuple(map(self.credentials.hidden_in, roots))
         if model is not None:
-            return Served(endpoint, names, model if model in names else None) if names else None
+            return Served(endpoint, names, model if model in roots else None) if names else None
         reply = f"HTTP {status} from {endpoint.shown(MODELS)}: {self.credentials.hidden_in(content)[:300]!r}"
         if status >= 500 or status in (408, 429):
             raise Unreachable(reply)
@@ -88,7 +89,8 @@ class Control:
             raise InvalidCall(
                 f"{endpoint} serves {rendered(names)}: choose one, as in model={names[0]!r:.200}"
             )
-        return Served(endpoint, names, names[0], roots[names[0]])
+        ((only, root),) = roots.items()
+        return Served(endpoint, names, only, root and self.credentials.hidden_in(root))
 
     async def has_chat_template(self, endpoint: Endpoint, model: str) -> bool | None:
         """Whether the server has a chat template for the model; None if unknown, as behind a gateway.
@@ -109,14 +111,14 @@ class Control:
     async def check_served(self, endpoint: Endpoint, model: str, max_tokens: int | None) -> None:
         """Raise `InvalidCall` if the server is a vLLM that lacks the model, or whose context is shorter than
         an answer may be. Another server, such as a gateway, may serve more than it lists."""
-        _, content = await self._listing(endpoint)
-        if not self._is_vllm[endpoint]:
+        status, content = await self._listing(endpoint)
+        if status != 200 or not self._is_vllm[endpoint]:
             return
         cards = {card["id"]: card for card in cards_in(json_in(content)) if isinstance(card.get("id"), str)}
         if model not in cards:
             raise InvalidCall(
-                f"{endpoint} serves {rendered(tuple(cards))}, and the model {model!r:.200} does not exist "
-                "there; check api_url and model"
+                f"{endpoint} serves {rendered(tuple(map(self.credentials.hidden_in, cards)))}, and the model "
+                f"{model!r:.200} does not exist there; check api_url and model"
             )
         longest = cards[model].get("max_model_len")
         if max_tokens is not None and isinstance(longest, int) and max_tokens > longest:

@@ -46,7 +46,7 @@ class Credentials:
     def hidden_in(self, words: Words) -> Words:
         """The words of a server without the secrets, which it may have echoed, verbatim or as JSON."""
         if isinstance(words, bytes):
-            return self.hidden_in(words.decode("latin1")).encode("latin1")
+            return self.hidden_in(words.decode(errors="surrogateescape")).encode(errors="surrogateescape")
         for secret in self._secrets():
             in_json = json.dumps(secret)[1:-1]
             for form in (secret, in_json, in_json.replace("/", r"\/")):

@@ -74,7 +74,8 @@ class Pieces:
         return 500 if error else 200
 
     def complete(self) -> dict[str, Any]:
-        """The answer in the shape of one that was not streamed. Raises `Ended` if its end is missing."""
+        """The answer in the shape of one that was not streamed. Raises `Ended` if its end is missing, and
+        `WrongShape` if it has no such shape."""
         if self.status != 200:
             return self._answer
         choices = self._answer.get("choices") or []
@@ -82,11 +83,14 @@ class Pieces:
         has_end = self._ended or bool(self._answer.get("usage"))
         if not has_end or not all(choice.get("finish_reason") for choice in choices):
             raise Ended("the stream ended before the answer was complete")
-        for choice in choices:
-            if "delta" in choice:
-                choice["message"] = message = choice.pop("delta") or {}
-                for call in message.get("tool_calls") or ():
-                    call.pop("index", None)
+        try:
+            for choice in choices:
+                if "delta" in choice:
+                    choice["message"] = message = choice.pop("delta") or {}
+                    for call in message.get("tool_calls") or ():
+                        call.pop("index", None)
+        except UNFIT as error:
+            raise WrongShape(f"the stream is no answer in pieces: {error!r}") from error
         return self._answer
 
 

@@ -17,6 +17,7 @@ from vllm_tasks.engines import Done, wire
 from vllm_tasks.engines.http.failures import kind_of_refusal
 from vllm_tasks.engines.local.gpus import Claim
 from vllm_tasks.engines.local.in_flight import Rows
+from vllm_tasks.engines.local.model_files import stamps
 from vllm_tasks.engines.local.process import HostProcess
 from vllm_tasks.engines.session import Frame
 from vllm_tasks.engines.window import Window
@@ -95,6 +96,8 @@ class LocalEngine:
         self._claim = Claim(0 if launch else config.gpus)  # Ray accounts for the GPUs of its hosts
         self.window = Window(1)  # set when the engine has reported its size
         self._arguments: Frame = json.loads(config.engine_args)
+        self.model: str = self._arguments["model"]
+        self._stamps = stamps(self._arguments)  # from before the files were loaded
         self._rows = Rows()
         self._state = State.STARTING
         self._host: Host  # the newest one
@@ -113,10 +116,16 @@ class LocalEngine:
     def has_failed(self) -> bool:
         return self._state is State.FAILED
 
+    @property
+    def is_outdated(self) -> bool:
+        """Whether files of the model have changed, of which the engine has the former contents."""
+        return self._stamps != stamps(self._arguments)
+
     async def start(self) -> None:
         if self._arguments.get("trust_remote_code"):
-            log_trust(self._arguments["model"])
+            log_trust(self.model)
         await self._claim.take()
+        self._stamps = stamps(self._arguments)
         try:
             host, facts = await self._launch(self._arguments, self.config.start_timeout)
         except BaseException:
@@ -180,6 +189,11 @@ class LocalEngine:
             if self._barren >= BARREN_LIVES:
                 times = f"{self._barren} times without completing a row"
                 raise EngineFailed(f"vLLM for {host.model!r} died {times}: {why}")
+            if self.is_outdated:  # rows of one call would be answered by two models
+                raise EngineFailed(
+                    f"vLLM for {host.model!r} died: {why}; it is not restarted, because files of the model "
+                    "have changed since it was started"
+                )
             host, _ = await self._launch(self._arguments, self.config.start_timeout)
 
     async def _until_death(self, host: Host) -> str:

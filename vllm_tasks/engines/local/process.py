@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,6 +32,8 @@ LOG_EVERY = 10.0
 """Seconds between two log messages about the progress of a start."""
 CLOSE_GRACE = 15.0
 """Seconds for an orderly shutdown of the engine, after which it is killed."""
+KILL_GRACE = 30.0
+"""Seconds that a killed process is waited for. Inside a driver it ends only when the driver lets it."""
 LOG_GRACE = 2.0
 """Seconds to read the rest of the log after the process has ended."""
 LOG_LINES = 400
@@ -192,7 +195,8 @@ class HostProcess:
             self._code = self._process.poll()
             self._process.kill()
             session.kill(self._process.pid)  # its own session, so never this process's
-            self._process.wait()
+            with suppress(subprocess.TimeoutExpired):  # all engines of this process wait meanwhile
+                self._process.wait(KILL_GRACE)
             session.remove_sockets(self._sockets)
         await asyncio.wait({self._log_reader}, timeout=LOG_GRACE)
         self._log_reader.cancel()  # if a spared process still holds the log open

@@ -110,17 +110,20 @@ def make_actor(options: Mapping[str, Any], worker_gpus: int = 0) -> tuple[Any, A
         raise InvalidCall(f"ray_config has {name!r}, which cannot be set here: {OURS[name]}")
     if worker_gpus and not PLACED_BY_CALLER & options.keys():
         options = {**options, "scheduling_strategy": beside_gpus()}
+    group = None
     try:
         actor = ray.remote(**{"max_restarts": 0, **options})(HostActor)
         if (options.get("num_gpus") or 0) <= 1 or PLACED_BY_CALLER & options.keys():
             return actor.remote(), None
         bundle = bundle_of(options)
         group = ray.util.placement_group([bundle], strategy="STRICT_PACK")
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+        # Without num_cpus Ray would request a CPU that the bundle does not have.
+        return actor.options(scheduling_strategy=strategy, num_cpus=bundle.get("CPU", 0)).remote(), group
     except (TypeError, ValueError) as error:
+        if group is not None:
+            ray.util.remove_placement_group(group)  # else it keeps its GPUs as long as this process lives
         raise InvalidCall(f"ray_config: {error}") from error
-    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
-    # Without num_cpus Ray would request a CPU that the bundle does not have.
-    return actor.options(scheduling_strategy=strategy, num_cpus=bundle.get("CPU", 0)).remote(), group
 
 
 def beside_gpus() -> Any:

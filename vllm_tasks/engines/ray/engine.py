@@ -54,6 +54,7 @@ class RayEngine:
 
     def __init__(self, config: RayConfig) -> None:
         self.config = config
+        self.model: str = json.loads(config.engine_args)["model"]
         self._options: dict[str, Any] = json.loads(config.options)
         local = LocalConfig(config.engine_args, config.start_timeout, timeout=config.timeout)
         launch = partial(RayHost.launch, self._options, config.python, worker_gpus=config.worker_gpus)
@@ -65,6 +66,11 @@ class RayEngine:
     @property
     def has_failed(self) -> bool:
         return self._replicas.has_failed
+
+    @property
+    def is_outdated(self) -> bool:
+        """See `LocalEngine`; the files are those that this machine sees."""
+        return self._replicas.is_outdated
 
     async def start(self) -> None:
         await cluster.join(self.config.address)
@@ -181,7 +187,7 @@ class RayHost:
             try:
                 self._came.extend(await self._taken())
             except RayError as error:
-                self._lost = words_of(error)
+                self._lost = self._lost or words_of(error)
                 return {}
             if not self._came:
                 self._lost = "this process has left its Ray cluster"
@@ -229,13 +235,17 @@ class RayHost:
             coming.cancel()
 
     async def _send(self) -> None:
+        import ray
         from ray.exceptions import RayError
 
         while self._going and self._is_member():
             frames, self._going = self._going, []
             try:
                 await self._actor.put.remote(frames)
-            except RayError:
+            except RayError as error:
+                self._lost = words_of(error)
+                if self._is_member():
+                    ray.kill(self._actor)  # else, if it lives, these rows wait until it seems to hang
                 return  # `read` reports that the actor has ended
 
     def _is_member(self) -> bool:

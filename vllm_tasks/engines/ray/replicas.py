@@ -56,6 +56,10 @@ class Replicas:
     def has_failed(self) -> bool:
         return all(engine.has_failed for engine in self._engines)
 
+    @property
+    def is_outdated(self) -> bool:
+        return any(engine.is_outdated for engine in self._engines)
+
     async def start(self) -> None:
         """Start all at the same time. If one does not start, close all of them."""
         try:
