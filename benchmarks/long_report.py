@@ -30,24 +30,26 @@ def read(file: Path) -> list[Sample]:
 
 
 def report(samples: Sequence[Sample]) -> list[str]:
-    """Write the results; returns a line for each part that has enough samples."""
+    """Write the results; returns a line for each measured part that has enough samples."""
     lines, sections = [], [HOW]
     for part, words, unit, per in (
         ("table", of_table, "rows", 100_000),
+        ("finished", of_finished, "", 0),
         ("engine", of_engine, "calls", 1000),
+        ("bare", of_bare, "", 0),
     ):
         own = [sample for sample in samples if sample.part == part]
         if len(own) < LEAST:
             continue
-        shown = resources_table(own, unit, per)
-        sections += [words(own), shown]
+        sections.append(words(own))
+        if not unit:  # a control
+            continue
+        sections.append(shown := resources_table(own, unit, per))
         grows = [line.split("|")[1].strip() for line in shown.splitlines() if line.endswith("grows |")]
         lines.append(
             f"LONG-RUN {len(grows)} of {len(own[0].held)} resources grow ({part}) over {own[-1].rows:,} rows "
             f"in {own[-1].calls:,} calls{': ' if grows else ''}{', '.join(grows)}"
         )
-    if len(bare := [sample for sample in samples if sample.part == "bare"]) >= LEAST:
-        sections.append(of_bare(bare))
     if lines:
         results.record("Long run", "make bench-LONG-RUN", "\n\n".join(sections), PACKAGES)
     return lines
@@ -66,15 +68,29 @@ connection in {scripted.RESET_EVERY}, returns {fails}, and refuses one row in {s
 {last.seconds:,.0f} s, {last.cpu - samples[0].cpu:,.0f} s of our CPU, {last.failed} calls failed."""
 
 
+def of_finished(samples: Sequence[Sample]) -> str:
+    return f"""\
+### The finished table, in a new process
+
+{samples[-1].calls:,} calls in a process that has sent none of the rows, to show what the table's size takes:
+{memory(samples[1:-1])}"""
+
+
 def of_bare(samples: Sequence[Sample]) -> str:
-    first, half, last = (samples[i].held["process, MiB"] for i in (0, len(samples) // 2, -1))
-    rate = growth(samples, "process, MiB", "calls")
     return f"""\
 ### The rows of one engine through `LLM.generate`
 
-{samples[-1].calls:,} calls in a process without this package's engine: resident memory of {first:,.0f} MiB
-after {samples[0].calls} calls, {half:,.0f} MiB after half and {last:,.0f} MiB after all of them; the slope of
-the second half is {1000 * rate:+,.2f} MiB per 1,000 calls."""
+{samples[-1].calls:,} calls in a process without this package's engine:
+{memory(samples)}"""
+
+
+def memory(samples: Sequence[Sample]) -> str:
+    """The resident memory of a control, whose samples were taken after calls."""
+    first, half, last = (samples[i].held["process, MiB"] for i in (0, len(samples) // 2, -1))
+    rate = growth(samples, "process, MiB", "calls")
+    return f"""\
+resident memory of {first:,.0f} MiB after {samples[0].calls} calls, {half:,.0f} MiB after half and
+{last:,.0f} MiB after all of them; the slope of the second half is {1000 * rate:+,.2f} MiB per 1,000 calls."""
 
 
 def of_engine(samples: Sequence[Sample]) -> str:

@@ -1,9 +1,10 @@
 """LONG-RUN: checks that no resource leaks, over 2,000,000 rows of a table and hours of an engine.
 
 One process sends 2,000,000 rows with `predict_in_db`, in many calls of one flow, to a scripted server that
-sometimes breaks a connection, returns 429 or 500, and refuses one row in 200. Beside it, another one uses the
-tiny engine for `--minutes`: each flow run makes 200 calls within `with model:`, which starts an engine and
-closes it. A third one sends the rows of 200 calls to `LLM.generate`, to show what of the memory is vLLM's.
+sometimes breaks a connection, returns 429 or 500, and refuses one row in 200; then a new process makes the
+calls again, to show what memory a table of this size takes. Beside it, another one uses the tiny engine for
+`--minutes`: each flow run makes 200 calls within `with model:`, which starts an engine and closes it. A third
+one sends the rows of 200 calls to `LLM.generate`, to show what of the memory is vLLM's.
 The resources of each process are sampled between calls, and each sample is appended to a JSONL file at once.
 SIGTERM ends the run and reports the samples so far.
 """
@@ -128,6 +129,14 @@ def over_table(pipe: Connection, file: Path, folder: Path) -> None:
     with begun(pipe, folder) as (scratch, work):
         write_rows(work, ROWS)
         send_all(Record("table", file, scratch), work)
+        with Child(over_finished, file, folder / "finished", work) as finished:
+            finished.receive()
+
+
+def over_finished(pipe: Connection, file: Path, folder: Path, work: Path) -> None:
+    """Make the calls again, which find all rows of the table in `work` done."""
+    with begun(pipe, folder) as (scratch, _):
+        send_all(Record("finished", file, scratch), work)
 
 
 def send_all(record: Record, work: Path) -> None:
