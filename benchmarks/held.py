@@ -55,9 +55,17 @@ class Sample:
     held: dict[str, float]
 
 
+def _command(process: psutil.Process) -> list[str]:
+    """The command line of a process; none if it has just ended."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
 def engine_processes() -> list[psutil.Process]:
     """The hosts of engines that this process has started, and their descendants."""
-    hosts = [child for child in psutil.Process().children() if "host.py" in " ".join(child.cmdline())]
+    hosts = [child for child in psutil.Process().children() if "host.py" in " ".join(_command(child))]
     return hosts + [process for host in hosts for process in host.children(recursive=True)]
 
 

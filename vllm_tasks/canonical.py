@@ -12,7 +12,7 @@ from __future__ import annotations
 import copyreg
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -32,39 +32,53 @@ def fingerprint(parts: Mapping[str, Any]) -> str:
 
 
 def input_hash(values: Sequence[Any]) -> str:
-    """Return a 128-bit hash, in hexadecimal, of the values that one row's prompt is made of."""
-    return hashlib.blake2b(canonical(values).encode(), digest_size=16).hexdigest()
+    """Return a 128-bit hash, in hexadecimal, of the values that one row's prompt is made of.
 
-
-def canonical(value: Any) -> str:
-    """Return JSON with sorted keys. A value that JSON has no type for is written with its type.
-
-    A float with an integral value is written as an integer, because a form in a browser turns 0.0 into 0.
+    Numbers are distinguished as in prompts: 1 from 1.0, and in JSON lines 12.5 from 12.50.
     """
-    return json.dumps(_plain(value, 0), sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(canonical(values, _as_in_prompts).encode(), digest_size=16).hexdigest()
 
 
-def _plain(value: Any, depth: int) -> Any:
+def _as_in_forms(number: float) -> Any:
+    """An integral value as an integer, because a form in a browser turns 0.0 into 0."""
+    return int(number) if number.is_integer() else number
+
+
+def _as_in_prompts(number: float) -> Any:
+    """A number whose text is not Python's, such as one of JSON lines, as this text."""
+    return number if str(number) == float.__repr__(number) else {"float": str(number)}
+
+
+def canonical(value: Any, of_float: Callable[[float], Any] = _as_in_forms) -> str:
+    """Return JSON with sorted keys. A value that JSON has no type for is written with its type."""
+    return json.dumps(_plain(value, 0, of_float), sort_keys=True, separators=(",", ":"))
+
+
+def _plain(value: Any, depth: int, of_float: Callable[[float], Any]) -> Any:
     """Return `value` in JSON's types: an object as its class and state, never its address."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
-        return int(value) if value.is_integer() else value
+        return of_float(value)
     if isinstance(value, bytes | bytearray | memoryview):
         return {"bytes": bytes(value).hex()}
     if depth > DEEPEST:
         return {"deeper": type(value).__qualname__}
+
+    def plain(inner: Any) -> Any:
+        return _plain(inner, depth + 1, of_float)
+
     if isinstance(value, Mapping):
-        return {k if isinstance(k, str) else canonical(k): _plain(v, depth + 1) for k, v in value.items()}
+        return {k if isinstance(k, str) else canonical(k, of_float): plain(v) for k, v in value.items()}
     if isinstance(value, set | frozenset):
-        return sorted(map(canonical, value))
+        return sorted(canonical(item, of_float) for item in value)
     if isinstance(value, Sequence):
-        return [_plain(item, depth + 1) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, type):  # its state would be all classes that it leads to
         return {"type": f"{value.__module__}.{value.__qualname__}"}
     if isinstance(value, PLAIN_TEXTS):
         return {type(value).__name__: str(value)}
-    return {type(value).__qualname__: _plain(_state_of(value), depth + 1)}
+    return {type(value).__qualname__: plain(_state_of(value))}
 
 
 def _state_of(value: object) -> Any:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from psycopg.types.range import Range
 
@@ -20,6 +21,7 @@ from vllm_tasks.calls.answers import Decoder
 from vllm_tasks.calls.chat import of_files
 from vllm_tasks.calls.weights import IGNORED, engine_identity, sampling_identity
 from vllm_tasks.canonical import fingerprint, input_hash
+from vllm_tasks.datalayer.values import Number
 from vllm_tasks.serving.api import Behind, api_of
 
 # ---------------------------------------------------------------------- data
@@ -73,6 +75,14 @@ def test_values_with_slots_count_by_their_fields() -> None:
     for one, other in ((Slotted(1), Slotted(2)), (Range(1, 5), Range(1, 6))):
         assert input_hash([one]) != input_hash([other])
         assert input_hash([one]) == input_hash([deepcopy(one)])
+
+
+def test_numbers_are_told_apart_by_their_text() -> None:
+    """What a prompt would show differently is another input; the same number of another type is not."""
+    for one, other in ((1, 1.0), (0.0, -0.0), (12.5, Number("12.50")), (100000.0, Number("1e5")), (1, True)):
+        assert input_hash([one]) != input_hash([other])
+        assert input_hash([{"a": [one]}]) != input_hash([{"a": [other]}])
+    assert input_hash([12.5]) == input_hash([np.float64(12.5)]) == input_hash([Number("12.5")])
 
 
 def test_deep_values_have_an_end() -> None:

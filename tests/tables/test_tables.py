@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,15 @@ def test_new_rows_alone_are_asked(model: VllmAPI, place: Place, sent: Sent) -> N
     assert report.processed == 1
     assert place.answers() == {0: answer_to("a"), 1: answer_to("B"), 2: answer_to("c")}
     assert ask(model, refresh="changed").processed == 0
+
+
+def test_a_number_written_otherwise_is_another_input(model: VllmAPI, tmp_path: Path, sent: Sent) -> None:
+    """The digits of JSON lines are in the prompt, so a change of them is a change of the row."""
+    file = tmp_path / "prices.jsonl"
+    for written, prompts in (("12.5", ["12.5", "7"]), ("12.50", ["12.50"])):
+        file.write_text(f'{{"id": 0, "text": {written}}}\n{{"id": 1, "text": 7}}\n')
+        model.predict_in_db("text", "prices", db=str(tmp_path), refresh="changed")
+        assert sorted(sent()) == prompts
 
 
 def test_ids_limit_and_overwrite(model: VllmAPI, place: Place, sent: Sent) -> None:
