@@ -166,6 +166,12 @@ async def hang_rows(asked: Asked) -> None:
         await hang(asked)
 
 
+def _break_connections(server: web.Server[Any] | None) -> None:
+    for connection in server.connections if server else ():
+        if connection.transport is not None:
+            connection.transport.abort()
+
+
 class ScriptedServer:
     """Serves from a thread with a loop of its own; `stop()` and `start()` keep the port."""
 
@@ -229,10 +235,9 @@ class ScriptedServer:
         await site.start()
 
     async def _stop(self) -> None:
+        server = self._runner.server if self._runner is not None else None
         if self._runner is not None:
-            for connection in self._runner.server.connections if self._runner.server else ():
-                if connection.transport is not None:
-                    connection.transport.abort()
+            _break_connections(server)
             await self._runner.cleanup()
             self._runner = None
         # A connection that was just being accepted has a socket, which nobody else closes.
@@ -240,6 +245,7 @@ class ScriptedServer:
         for task in late:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
+        _break_connections(server)  # those that were accepted while the others were closed
         await asyncio.sleep(0)
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:

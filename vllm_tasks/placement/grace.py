@@ -22,6 +22,8 @@ GRACE_PERIOD = 300.0
 """Seconds that Prefect's server may be down when a flow run is to be created or to report its outcome."""
 TRY_EVERY = 2.0
 """Seconds between two attempts."""
+BEGINS_WITHIN = 1.0
+"""Seconds in which a thread begins, if an interrupt came after its start and not before."""
 
 
 def within_grace_period(work: Callable[[], T], *, to_finish: float = 0.0) -> T:
@@ -60,9 +62,11 @@ def in_thread(work: Callable[[], T], to_finish: float = 0.0) -> T:
     """
     found: list[T] = []
     failed: list[BaseException] = []
-    finished = threading.Event()  # not Thread.join: an interrupted join would take the thread for ended
+    # Events instead of the thread's own: it does not know of a start or join that was interrupted.
+    begun, finished = threading.Event(), threading.Event()
 
     def do() -> None:
+        begun.set()
         try:
             found.append(work())
         except BaseException as error:  # noqa: BLE001 - raised again by the waiting thread
@@ -70,12 +74,14 @@ def in_thread(work: Callable[[], T], to_finish: float = 0.0) -> T:
         finally:
             finished.set()
 
-    threading.Thread(target=copy_context().run, args=(do,), name="vllm-tasks-prefect", daemon=True).start()
+    thread = threading.Thread(target=copy_context().run, args=(do,), name="vllm-tasks-prefect", daemon=True)
     try:
+        thread.start()
         while not finished.wait(LOOKED_EVERY):
             raise_if_stopped()
     except BaseException:
-        finished.wait(to_finish)
+        if begun.wait(BEGINS_WITHIN):
+            finished.wait(to_finish)
         raise
     if failed:
         raise failed[0]

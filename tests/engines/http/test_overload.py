@@ -190,6 +190,8 @@ def test_rows_that_never_end_do_not_cut_the_places_of_others(server: ScriptedSer
     busy: list[int] = []
 
     async def script(asked: Asked) -> None:
+        if asked.body is None:  # a busy machine may make the client look whether the server is healthy
+            return
         busy.append(server.open)
         await asyncio.sleep(3600 if asked.prompt in HANGING else 0.1 + int(asked.prompt) % 20 / 100)
 
@@ -224,20 +226,22 @@ def test_a_long_row_does_not_hold_up_the_others_after_an_outage(server: Scripted
 def test_refusals_after_timeouts_are_over_when_they_are_over(server: ScriptedServer, api: Make) -> None:
     """A server that hung, and then refused all rows for a while, soon has all its slots in use again."""
     began = time.monotonic()
+    busy: list[int] = []
 
-    async def script(_: Asked) -> Deed:
+    async def script(asked: Asked) -> Deed:
         since = time.monotonic() - began
         if since < 0.4:
             await asyncio.sleep(3600)
         if since < 1:
             return refused(429, "starting")
+        if asked.body is not None:
+            busy.append(server.open)
         await asyncio.sleep(0.05)
         return None
 
     server.script = script
     assert api(server.url, timeout=0.5, retries=5).predict_batches(XS) == ANSWERS
-    late = [asked.at for asked in server.posts if asked.at > began + 1]
-    assert late[-1] - late[0] < 2, "at 8 at once 300 rows of 0.05 s take 1.9 s, at 32 they take 0.5 s"
+    assert max(busy) >= WINDOW // 2, busy
 
 
 def test_rows_do_not_wait_at_a_throttled_server_while_another_idles(
