@@ -328,17 +328,30 @@ def joined(context: Context) -> str | None:
 
 
 def load_artifact(uri: str, kind: str, what: str = "artifact") -> Any:
-    """Return the contents of a file at an fsspec URI as `str`, `json` or `bytes`, read once per process.
+    """Return the contents of a file at an fsspec URI as `str`, `json` or `bytes`.
 
+    It is read once per process, and again when it has changed: each call looks up its size and times, or what
+    its store says of it.
     `what` names it in errors. Raises `InvalidCall` if it cannot be read, or is outside the places that the
     site allows.
     """
     check_place(what, uri)
-    return _loaded(uri, kind, what)
+    return _loaded(uri, kind, what, _state(uri, what))
+
+
+def _state(uri: str, what: str) -> str | None:
+    """Return what changes with the contents of a file, or None if its store does not say."""
+    options = options_of(what, uri)
+    try:
+        files, path = fsspec.url_to_fs(uri, **options)
+        files.invalidate_cache()
+        return repr(sorted(files.info(path).items(), key=lambda item: item[0]))
+    except Exception:  # noqa: BLE001 - stores raise many types; reading the file says what is wrong
+        return None
 
 
 @functools.lru_cache(maxsize=64)
-def _loaded(uri: str, kind: str, what: str) -> Any:
+def _loaded(uri: str, kind: str, what: str, _changed: str | None) -> Any:
     try:
         with fsspec.open(uri, "rb", **options_of(what, uri)) as file:
             content: bytes = file.read()
