@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,8 @@ import fsspec
 import pytest
 
 from tests.calls.prompting import prompter, refusal
+from tests.servers.scripted_server import ScriptedServer
+from vllm_tasks import VllmAPI
 from vllm_tasks.calls.prompt_func import call_arguments
 from vllm_tasks.calls.prompts import load_artifact
 from vllm_tasks.errors import InvalidCall
@@ -136,16 +139,31 @@ def test_artifacts_are_read_as_their_datatype(tmp_path: Path) -> None:
     assert load_artifact(f"file://{path}", "bytes") == path.read_bytes()
 
 
-def test_artifacts_come_from_any_filesystem_and_are_read_once() -> None:
-    """An fsspec URI works, and a second call does not read it again."""
+def test_artifacts_come_from_any_filesystem_and_are_read_again_when_they_changed() -> None:
+    """An fsspec URI works, and a call sees what has been written since the last one."""
     memory = fsspec.filesystem("memory")
     memory.pipe("/vllm-tasks-test/once.txt", b"first")
     try:
         assert load_artifact("memory://vllm-tasks-test/once.txt", "str") == "first"
         memory.pipe("/vllm-tasks-test/once.txt", b"second")
-        assert load_artifact("memory://vllm-tasks-test/once.txt", "str") == "first"
+        assert load_artifact("memory://vllm-tasks-test/once.txt", "str") == "second"
     finally:
         memory.rm("/vllm-tasks-test", recursive=True)
+
+
+def test_a_prompt_file_is_read_again_when_it_has_changed(tmp_path: Path, server: ScriptedServer) -> None:
+    """Its new text is sent and counts, by the same model in the same process; also with its old time."""
+    path = tmp_path / "p.j2"
+    (tmp_path / "t.csv").write_text("id,text\n1,x\n")
+    prints = set()
+    with VllmAPI(identifier="m", api_url=server.url, prompt_file=str(path)) as model:
+        for text in ("one {{ input }}", "two {{ input }}"):
+            path.write_text(text)
+            os.utime(path, (1_700_000_000, 1_700_000_000))
+            report = model.predict_in_db("text", "t", db=str(tmp_path))
+            prints.add(report.fingerprint)
+            assert report.processed == 1
+    assert len(prints) == 2
 
 
 def test_an_unreadable_artifact_names_itself_and_its_reason(tmp_path: Path) -> None:

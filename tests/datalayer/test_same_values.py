@@ -18,6 +18,8 @@ import pytest
 
 from tests.servers.scripted_server import ScriptedServer
 from vllm_tasks import Datalayer, InvalidCall, VllmAPI
+from vllm_tasks.datalayer.sources import Unreadable
+from vllm_tasks.datalayer.sources.duckdb_file import DuckDBSource
 
 SECONDS = pa.duration("s")
 WIDE = pa.decimal256(50, 2)
@@ -38,6 +40,41 @@ def rows(url: Any, select: str, columns: Sequence[str] = ("id", "x")) -> list[tu
     with closing(Datalayer(url=str(url)).tables()) as tables:
         found = [tuple(row.values()) for page in tables.read(select, columns) for row in page]
     return sorted(found, key=repr)
+
+
+def test_unions_are_refused_in_a_select(tmp_path: Path) -> None:
+    """DuckDB has no text for them but their own, and no decimals of a negative scale."""
+    union = pa.UnionArray.from_sparse(pa.array([0], pa.int8()), [pa.array([1]), pa.array(["x"])])
+    for name, column in (("u", union), ("d", pa.array([Decimal(1200)], pa.decimal128(5, -2)))):
+        written(tmp_path / name, {"id": [1], "x": column}, "arrow")
+        assert rows(tmp_path, name) == [(1, 1 if name == "u" else 1200)]
+        with pytest.raises(InvalidCall, match="which SQL would change; name the table itself"):
+            rows(tmp_path, f"SELECT * FROM {name}")
+
+
+VARIANTS = (
+    "SELECT 1 AS id, 42::VARIANT AS x UNION ALL SELECT 2, 'b'::VARIANT UNION ALL SELECT 3, {'a': 1}::VARIANT"
+)
+
+
+def test_variants_are_json(tmp_path: Path) -> None:
+    """Arrow would have the bytes of their encoding: a table of Parquet that is named is refused."""
+    duckdb.sql(VARIANTS).write_parquet(f"{tmp_path}/t.parquet")
+    with pytest.raises(InvalidCall, match=r"'x' of .* VARIANT.*; read it as JSON, with a SELECT"):
+        rows(tmp_path, "t")
+    wanted = [(1, 42), (2, "b"), (3, {"a": 1})]
+    assert rows(tmp_path, "SELECT * FROM t") == wanted
+    assert rows(tmp_path, "t", ("id",)) == [(1,), (2,), (3,)]
+    with closing(duckdb.connect(str(tmp_path / "x.duckdb"))) as db:
+        db.execute(f"CREATE TABLE v AS {VARIANTS}")
+    with closing(DuckDBSource(f"duckdb:///{tmp_path}/x.duckdb", "v")) as source:
+        found = [
+            row
+            for part in source.parts(pa.schema([("id", pa.int64())]), ("id", "x"), Unreadable())
+            for page in part.values(range(part.count))
+            for row in page
+        ]
+    assert sorted(found, key=repr) == wanted
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])

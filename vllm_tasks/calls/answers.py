@@ -27,7 +27,7 @@ RAW_SHOWN = 2000
 
 
 class Artifact(BaseModel):
-    """A named file that prompts may use, at any fsspec URI. It is read once per process."""
+    """A named file that prompts may use, at any fsspec URI. It is read again when it has changed."""
 
     model_config = ConfigDict(extra="forbid")
 

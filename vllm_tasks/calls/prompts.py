@@ -23,7 +23,7 @@ from vllm_tasks.calls.prompt_func import (
 )
 from vllm_tasks.calls.template import ARTIFACT, BadRow, Template, text_of
 from vllm_tasks.errors import SHOWN, InvalidCall, near
-from vllm_tasks.hosts import options_of
+from vllm_tasks.hosts import is_web, options_of
 from vllm_tasks.places import check_place, without_secrets
 from vllm_tasks.rows import Message, Prompt, Request, RowError
 from vllm_tasks.settings import site_settings
@@ -328,17 +328,32 @@ def joined(context: Context) -> str | None:
 
 
 def load_artifact(uri: str, kind: str, what: str = "artifact") -> Any:
-    """Return the contents of a file at an fsspec URI as `str`, `json` or `bytes`, read once per process.
+    """Return the contents of a file at an fsspec URI as `str`, `json` or `bytes`.
 
+    It is read once per process, and again when it has changed: each call looks up its size and times, or what
+    its store says of it. A web server is not asked again, because its URL may be signed for one way to read.
     `what` names it in errors. Raises `InvalidCall` if it cannot be read, or is outside the places that the
     site allows.
     """
     check_place(what, uri)
-    return _loaded(uri, kind, what)
+    return _loaded(uri, kind, what, _state(uri, what))
+
+
+def _state(uri: str, what: str) -> str | None:
+    """Return what changes with the contents of a file, or None if its store does not say."""
+    if is_web(uri):
+        return None
+    options = options_of(what, uri)
+    try:
+        files, path = fsspec.url_to_fs(uri, **options)
+        files.invalidate_cache()
+        return repr(sorted(files.info(path).items(), key=lambda item: item[0]))
+    except Exception:  # noqa: BLE001 - stores raise many types; reading the file says what is wrong
+        return None
 
 
 @functools.lru_cache(maxsize=64)
-def _loaded(uri: str, kind: str, what: str) -> Any:
+def _loaded(uri: str, kind: str, what: str, _changed: str | None) -> Any:
     try:
         with fsspec.open(uri, "rb", **options_of(what, uri)) as file:
             content: bytes = file.read()

@@ -46,7 +46,18 @@ def refuse_missing(select: str, wanted: Sequence[str], there: Sequence[str]) -> 
         hints = "".join(near(name, there) for name in missing[:3])
         raise InvalidCall(
             f"{select!r} has no column {', '.join(map(repr, missing))}{hints}; "
-            f"it has {', '.join(map(repr, there[:50]))}"
+            f"it has {', '.join(map(repr, there[:50]))}{_separated(select, there)}"
         )
     if twice := [name for name in wanted if there.count(name) > 1]:
         raise InvalidCall(f"{select!r} has two columns {twice[0]!r}; rename one with AS")
+
+
+def _separated(select: str, there: Sequence[str]) -> str:
+    """A hint for a file that has a single column because its cells are separated by another character."""
+    if len(there) != 1 or not (found := [d for d in ";\t|" if d in there[0]]):
+        return ""
+    excel = there[0].startswith("sep=")  # a first line that only Excel understands
+    return (
+        f"; if {found[0]!r} separates its cells, {'remove its first line and ' * excel}give it as an option: "
+        f'Datalayer(..., read={{{select!r:.100}: {{"delimiter": {found[0]!r}}}}})'
+    )

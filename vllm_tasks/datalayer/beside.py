@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from vllm_tasks.datalayer import exact_json
 from vllm_tasks.datalayer.all_rows import refuse_missing, refuse_unreadable
 from vllm_tasks.datalayer.selection import POSITION, Key
 from vllm_tasks.datalayer.sources import Source, Unreadable
 from vllm_tasks.datalayer.sources.keys import listed
+from vllm_tasks.datalayer.sources.text_file import has_half
+from vllm_tasks.datalayer.values import EPOCH, Nanoseconds, Number
 from vllm_tasks.errors import InvalidCall
 
 NOWHERE: list[int | None] = [None]
@@ -61,8 +67,48 @@ def beside(source: Source, select: str, outputs: pa.Table, key: Sequence[str]) -
 
 
 def _array(values: Sequence[Any]) -> pa.Array:
-    """The values in Arrow's type; values of several types, which JSON allows, are each written as JSON."""
-    try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        return pa.array([None if value is None else exact_json.dumps(value) for value in values])
+    """The values in Arrow's type; values of several types, as JSON and SQLite have, are each JSON."""
+    # Arrow makes a time of a number next to times, a date of a time next to dates, bytes of a text.
+    if len({_kind(value) for value in values if value is not None}) <= 1:
+        with suppress(pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+            if any(isinstance(value, Nanoseconds) for value in values):
+                return _times(values)
+            return pa.array(values)
+    return pa.array([None if value is None else _json(value) for value in values], pa.string())
+
+
+def _kind(value: Any) -> Any:
+    """Values of one kind can share a column."""
+    if isinstance(value, datetime):
+        return datetime, value.tzinfo is None
+    return float if type(value) in (int, Number) else type(value)
+
+
+def _times(values: Sequence[datetime | None]) -> pa.Array:
+    """Times with nanoseconds; raises `OverflowError` for one that 64 bits do not hold."""
+    since = [
+        None
+        if value is None
+        else (value.replace(tzinfo=UTC) - EPOCH if value.tzinfo is None else value - EPOCH)
+        // timedelta(microseconds=1)
+        * 1000
+        + getattr(value, "nanosecond", 0)
+        for value in values
+    ]
+    zone = next(value.tzinfo for value in values if value is not None)
+    return pa.array(since, pa.int64()).cast(pa.timestamp("ns", None if zone is None else "UTC"))
+
+
+def _json(value: Any) -> str:
+    """A value as JSON: numbers with their digits, and what JSON lacks as its text; bytes are in base64."""
+    if isinstance(value, Mapping):
+        pairs = (f"{_json(str(key))}: {_json(item)}" for key, item in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_json, value))}]"
+    if isinstance(value, Number | Decimal):
+        return str(value) if isinstance(value, Number) else format(value, "f")
+    if isinstance(value, bytes):
+        return json.dumps(base64.b64encode(value).decode())
+    plain = value if value is None or isinstance(value, str | bool | int | float) else str(value)
+    return json.dumps(plain, ensure_ascii=isinstance(plain, str) and has_half(plain))

@@ -228,12 +228,12 @@ def _nested(column: Any) -> list[Any]:
 
 
 def _items(kind: pa.DataType, value: Any) -> Any:
-    """A list, or for a map a dict (a list of pairs if a key occurs twice)."""
+    """A list, or for a map a dict (a list of lists [key, value] if a key occurs twice)."""
     if not pa.types.is_map(kind):
         return python(value.values)
     keys, items = python(value.values.field(0)), python(value.values.field(1))
     made = dict(zip(keys, items, strict=True))
-    return made if len(made) == len(keys) else list(zip(keys, items, strict=True))
+    return made if len(made) == len(keys) else list(map(list, zip(keys, items, strict=True)))
 
 
 def _one(value: Any) -> Any:
@@ -268,5 +268,5 @@ def _far(value: Any) -> str:
 def _one_by_one(kind: pa.DataType, value: Any) -> Any:
     if not pa.types.is_map(kind):
         return [_one(item) for item in value.values]
-    pairs = [(_one(pair[0]), _one(pair[1])) for pair in value.values]
+    pairs = [[_one(pair[0]), _one(pair[1])] for pair in value.values]
     return dict(pairs) if len({repr(key) for key, _ in pairs}) == len(pairs) else pairs

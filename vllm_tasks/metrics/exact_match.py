@@ -17,10 +17,11 @@ from vllm_tasks.metrics.text import SCALAR, Step, accepted, check_steps, decimal
 def score(prediction: Any, target: Any, *, normalize: Sequence[Step | dict[str, str]] = ()) -> bool:
     """Return whether the answer equals the target, or any item of a target that is a list.
 
-    A number is compared as text (3.0 is "3"). A decimal in the target is compared by value if the answer is a
-    number, else as the text that a prompt has of it (12.50). A list or an object as answer is compared as
-    data (1 is 1.0) and not normalized: a target that is a text is then read as JSON, and a list may equal
-    the answer or contain it. An answer that is a text can only equal the texts and numbers of a list.
+    A number is compared as text (3.0 is "3"). If the answer is a number, a decimal in the target, and a text
+    that is a number as in JSON, are compared by value; else a decimal is the text that a prompt has of it
+    (12.50). A list or an object as answer is compared as data (1 is 1.0) and not normalized: a target that is
+    a text is then read as JSON, and a list may equal the answer or contain it. An answer that is a text can
+    only equal the texts and numbers of a list.
 
     Args:
         prediction: The model's answer: a text, a number or data.
@@ -44,7 +45,8 @@ def score(prediction: Any, target: Any, *, normalize: Sequence[Step | dict[str, 
         target = [one for one in target if isinstance(one, SCALAR)]
         if not target:
             return False
-    if isinstance(prediction, int | float) and any(same(prediction, one) for one in decimals_of(target)):
+    number = isinstance(prediction, int | float) and not isinstance(prediction, bool)
+    if number and any(same(prediction, one) for one in decimals_of(target)):
         return True
     answer = normalized(text_of(prediction, "exact_match"), steps)
     return any(normalized(text, steps) == answer for text in accepted(target, "exact_match"))

@@ -19,9 +19,15 @@ from vllm_tasks.metrics.text import accepted, text_of
 # or fails within a few characters, so that the search takes time linear in the text's length.
 _MINUS = "[-\u2212\u2013\ufe63\uff0d]"
 _SEPARATOR = "(?: [,\uff0c\u066c_'\u2019\u00a0\u2009\u202f] | \\\\, | \\{,\\} )"
+_SAID = r"""
+    (?: (?<![\s\S]) | (?<=\b(?:is|be|at|to|of)[ ]) | (?<=\bwas[ ]) | (?<=[:=*][ ]) | (?<=\#[ ]) )
+"""
+"""What stands before a "minus" that is a sign, and not a subtraction: "it is minus 5"."""
 _POWER_OF_TEN = r"10 (?:\^|\*\*) [{]? (?P<%s> [-+\u2212]?\d+ )"
 _NUMBER = rf"""
-    (?: (?<![^\W_]) (?<![.,%)\]}}]) (?P<minus> {_MINUS} | (?<==[ ]) {_MINUS} [ ] | [Nn]egative [ ] ) )?
+    (?: (?<![^\W_]) (?<![.,%)\]}}]) (?P<minus>
+        {_MINUS} | (?<==[ ]) {_MINUS} [ ] | [Nn]egative [ ] | {_SAID} [Mm]inus [ ]
+    ) )?
     (?: \\?[$€£¥₹₩₽] [ ]? )?
     (?:
         (?<![\d/.,]) (?<!/[ ]) (?: (?P<whole>\d++)[ ] )?
@@ -62,6 +68,8 @@ EXPONENT = re.compile(
     rf"""
     (?<=[^\W\d_]) \*\* \d+ (?![\d*])
     | (?: (?<=[^\W\d_]) | (?<=[)}}]) ) \^ (?: {_MINUS}? \d+ | \{{ {_MINUS}? \d+ \}} )
+    | (?: (?<=\d[cdkm]m) | (?<=\dm) | (?<=\d[ ][cdkm]m) | (?<=\d[ ]m) | (?<=\d[ ](?:ft|in|yd|mi)) ) [23] \b
+    | (?: (?<=/[cdkm]m) | (?<=/[hms]) | (?<=\bper[ ]m) | (?<=\bper[ ][cdkm]m) ) [23] \b
     """,
     re.VERBOSE,
 )
@@ -76,12 +84,12 @@ def score(prediction: Any, target: Any, *, tolerance: float | str = 0) -> bool:
 
     A number is read as a person reads it in an English text:
 
-    - It may have a sign (-5, "= - 5", "negative 5"), decimals, and the digits of any script. A minus after a
-      word, a number or a bracket is none: the number of 10-5 is 5.
+    - It may have a sign (-5, "= - 5", "negative 5", "is minus 5"), decimals, and the digits of any script. A
+      minus after a word, a number or a bracket is none: the number of 10-5 is 5.
     - Separators group thousands (1,234; 1_234; 1'234; 1 234 with any space; LaTeX's 1{,}234), or lakhs and
       crores (1,00,000). A comma is no decimal point, so 3,5 is two numbers, except after points that group
       thousands, as in 1.234,5; 1.234.567 has such points, 1.234 has decimals.
-    - The power of a unit or a variable is none: the number of 25 cm^2 is 25.
+    - The power of a unit or a variable is none: the number of 25 cm^2, or 25 cm2, is 25.
     - 1e5, 1.5 x 10^5, 1.5*10**5, 1.5 \\times 10^{5} and 10⁵ have an exponent.
     - 1/2, 1 / 2, 2 1/2, ½, \\frac{1}{2} and \\frac12 are fractions. 03/05/2001 is three numbers.
     - A currency sign before it, marks such as ** or _ around it, and what follows it, such as a percent sign,

@@ -30,6 +30,7 @@ SCALAR = str, int, float, Decimal
 """The types of a target, or of one of its texts."""
 ARTICLES = re.compile(r"\b(a|an|the)\b", re.IGNORECASE)
 PUNCTUATION = str.maketrans("", "", string.punctuation)
+JSON_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]{1,4})?")
 DIGITS = str.maketrans("", "", string.digits)
 
 
@@ -79,8 +80,15 @@ def accepted(target: Any, metric: str) -> list[str]:
 
 
 def decimals_of(target: Any) -> list[Decimal]:
-    """Return the decimals of a target, which are compared with a number by value."""
-    return [one for one in (target if isinstance(target, list) else [target]) if isinstance(one, Decimal)]
+    """Return the decimals of a target, which are compared with a number by value; a text that is a number, as
+    all cells of a CSV are, is one of them."""
+    found = []
+    for one in target if isinstance(target, list) else [target]:
+        if isinstance(one, Decimal):
+            found.append(one)
+        elif isinstance(one, str) and JSON_NUMBER.fullmatch(one):
+            found.append(Decimal(one))
+    return found
 
 
 def scalar_text(value: str | int | float | Decimal) -> str:

@@ -247,3 +247,24 @@ def test_declared_types_are_the_same_for_rows_and_read(tmp_path: Path) -> None:
         ((read,),) = db.read(select, columns)
         assert tuple(read.values()) == wanted
     db.close()
+
+
+def test_ranges_and_addresses_are_texts(pg: Place) -> None:
+    """No other source has such types, so that a validation could not keep them."""
+    wanted = {
+        "int4range": "[1,5)",
+        "numrange": "(,1.50]",
+        "tstzrange": '["2024-01-01 00:00:00+00",)',
+        "int4multirange": "{[1,2)}",
+        "inet": "10.0.0.1/8",
+        "cidr": "10.0.0.0/8",
+        "inet[]": ["10.0.0.1"],
+    }
+    columns = ", ".join(f'"{kind}" {kind}' for kind in wanted)
+    pg.sql(f"CREATE TABLE t (id int PRIMARY KEY, {columns})")
+    values = ", ".join(
+        f"'{value}'" if isinstance(value, str) else "'{10.0.0.1}'" for value in wanted.values()
+    )
+    pg.sql(f"INSERT INTO t VALUES (1, {values})")
+    ((found,),) = pg.open().read("t", list(wanted))
+    assert found == wanted

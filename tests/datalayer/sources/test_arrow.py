@@ -141,6 +141,23 @@ def test_pandas_that_arrow_refuses() -> None:
     assert rows(frame, "x", "at") == [(0.5, datetime(2024, 1, 1)), (None, None)]
 
 
+def test_objects_of_pandas_keep_their_types() -> None:
+    """Arrow would make a time its date, a text its bytes, 1 a float; half a character fails its row alone."""
+    columns: dict[str, list[Any]] = {
+        "times": [date(2024, 1, 2), datetime(2024, 1, 2, 3, 4), None],
+        "bytes": [b"a", "a", None],
+        "numbers": [1, 1.5, None],
+        "halves": ["a", "\ud83d", None],
+        "alone": ["\ud83d", None, None],
+    }
+    frame = Frame(pandas().DataFrame({"id": [1, 2, 3], **columns}, dtype=object))
+    for name, values in columns.items():
+        found = [value for (value,) in rows(frame, name)]
+        assert list(map(type, found)) == list(map(type, values))
+        if name not in ("halves", "alone"):
+            assert found == values
+
+
 def test_polars_that_arrow_refuses() -> None:
     """A column that Arrow lacks costs those who name it, as their value or their key."""
     columns = {"id": [1], "wide": [2**100], "o": [object()], "text": ["a"]}

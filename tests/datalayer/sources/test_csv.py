@@ -7,7 +7,10 @@ import csv
 import gzip
 import io
 import lzma
+import re
 import zipfile
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +19,7 @@ import pyarrow.parquet
 import pytest
 
 from tests.datalayer.sources.text_files import Write, packed, read, sql
+from vllm_tasks import Datalayer
 from vllm_tasks.datalayer.sources import Unreadable
 from vllm_tasks.datalayer.sources.csv import Csv
 from vllm_tasks.datalayer.sources.jsonl import JsonLines
@@ -297,6 +301,34 @@ def test_what_is_no_text_is_refused_by_what_it_is(write: Write, ending: str, kin
     source = Csv([file]) if ending in ("csv", "tsv") else JsonLines([file])
     with pytest.raises(InvalidCall, match=f"not {ending} as its name says; (rename|decompress|extract)"):
         source.columns()
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.json", "t.parquet", "t.arrow"])
+def test_a_file_that_git_has_not_downloaded_is_named(tmp_path: Path, name: str) -> None:
+    """A pointer of Git LFS looks like a damaged file, or a CSV with one odd column."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+    (tmp_path / name).write_text(pointer)
+    for select in ("t", "SELECT * FROM t"):
+        with pytest.raises(InvalidCall, match=rf"{name}' is a pointer of Git LFS.*git lfs pull"):
+            read_all(tmp_path, select)
+
+
+def test_cells_that_another_character_separates_name_the_option(tmp_path: Path) -> None:
+    """German Excel writes semicolons, and sometimes a first line of its own."""
+    for text, delimiter in (("id;text\n1;a\n", ";"), ("id\ttext\n1\ta\n", "\t"), ("id|text\n1|a\n", "|")):
+        (tmp_path / "t.csv").write_text(text)
+        hint = f"read={{'t': {{\"delimiter\": {delimiter!r}}}}}"
+        with pytest.raises(InvalidCall, match=re.escape(hint)):
+            read_all(tmp_path, "t")
+        assert read_all(tmp_path, "t", read={"t": {"delimiter": delimiter}}) == [("1", "a")]
+    (tmp_path / "t.csv").write_text("sep=;\nid;text\n1;a\n")
+    with pytest.raises(InvalidCall, match=r"remove its first line and give it as an option"):
+        read_all(tmp_path, "t")
+
+
+def read_all(lake: Path, select: str, **options: Any) -> list[tuple[Any, ...]]:
+    with closing(Datalayer(url=str(lake), **options).tables()) as tables:
+        return [tuple(row.values()) for page in tables.read(select, ("id", "text")) for row in page]
 
 
 def test_a_first_record_of_any_width_counts_the_columns(write: Write) -> None:

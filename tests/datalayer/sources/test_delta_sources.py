@@ -220,6 +220,17 @@ def test_what_nobody_here_reads_is_refused_by_name(tmp_path: Path, feature: str 
     lake.close()
 
 
+def test_partitions_that_the_log_cannot_tell(tmp_path: Path) -> None:
+    """An empty text is the same by name and in a SELECT; bytes, which the log escapes, are refused."""
+    texts = pa.table({"id": [1, 2, 3], "x": ["", "a", None]})
+    write_deltalake(str(tmp_path / "t"), texts, partition_by=["x"])
+    assert sorted(both(DeltaTable(str(tmp_path / "t"))), key=str) == texts.to_pylist()
+    write_deltalake(str(tmp_path / "b"), pa.table({"id": [1], "x": [b"a"]}), partition_by=["x"])
+    for read in (delta_reader, queryable):
+        with pytest.raises(InvalidCall, match="uses the binary partition 'x', which delta-rs does not read"):
+            read(DeltaTable(str(tmp_path / "b")))
+
+
 def test_files_outside_of_the_table_are_not_read(tmp_path: Path) -> None:
     """A log may name any file of the machine."""
     pq.write_table(pa.table({"id": [1]}), tmp_path / "secret.parquet")

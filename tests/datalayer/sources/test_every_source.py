@@ -312,6 +312,35 @@ def test_outputs_beside_their_rows(tmp_path: Path, server: ScriptedServer, model
         Datalayer(url=str(tmp_path)).outputs("p", source="SELECT id, text AS output FROM t")
 
 
+def test_values_of_several_types_beside_their_outputs(tmp_path: Path, model: VllmAPI) -> None:
+    """Such a column is JSON: a number keeps its digits, and no value becomes one of its neighbour's type."""
+    said = (
+        b"1.50",
+        b"1e5",
+        b"123456789012345678901234",
+        b"true",
+        '"\u00e9"'.encode(),
+        b'{"a": 1.50}',
+        b"[1, null]",
+    )
+    (tmp_path / "t.jsonl").write_bytes(b"\n".join(b'{"id": %d, "x": %s}' % each for each in enumerate(said)))
+    nanoseconds = pa.array([1, 10**18 + 1], pa.timestamp("ns"))
+    pq.write_table(pa.table({"id": [0, 1], "x": nanoseconds}), tmp_path / "u.parquet")
+    url = f"sqlite:///{tmp_path / 'x.db'}"
+    with closing(sqlite3.connect(tmp_path / "x.db")) as con, con:
+        con.execute("CREATE TABLE t (id integer PRIMARY KEY, x datetime)")
+        con.execute("INSERT INTO t VALUES (0, '2024-01-02T03:04:05Z'), (1, '2024-01-02'), (2, 17), (3, NULL)")
+
+    def beside(db: str, table: str) -> pa.ChunkedArray:
+        model.predict_in_db("id", table, db=db, predict_id=table)
+        return Datalayer(url=db).outputs(table, source=table)["x"]
+
+    assert beside(str(tmp_path), "t").to_pylist() == [each.decode() for each in said]
+    assert beside(str(tmp_path), "u").combine_chunks() == nanoseconds
+    times = ['"2024-01-02 03:04:05+00:00"', '"2024-01-02 00:00:00"', "17", None]
+    assert beside(url, "t").to_pylist() == times
+
+
 def test_another_table_in_memory_is_told_by_its_rows(
     tmp_path: Path, model: VllmAPI, asked: Callable[[], list[str]]
 ) -> None:
@@ -342,6 +371,7 @@ UNREAD = {
     "rows.txt": r"link it as \.csv.*read=",
     "rows.XLSX": r"pandas\.read_excel",
     "rows.xml": r"pandas\.read_xml",
+    "rows.ods": r"pandas\.read_excel",
     "rows.orc": r"pyarrow\.orc\.read_table",
     "rows.avro": r"polars\.read_avro",
 }

@@ -36,6 +36,11 @@ VECTOR = """
 """
 """The type `vector` of pgvector, if the extension is in this database and in a schema that is searched."""
 
+RANGES = [
+    f"{of}{kind}" for of in ("int4", "int8", "num", "date", "ts", "tstz") for kind in ("range", "multirange")
+]
+TEXTS = ["inet", "cidr", *RANGES]
+"""Types whose values arrive as PostgreSQL's text."""
 MONTHS = re.compile(rb"\b(mons?|years?)\b")
 """What an interval has that a `timedelta` cannot say."""
 
@@ -264,13 +269,15 @@ def _set_up_reader(connection: Any, _: Any) -> None:
 
     Times that Python does not have (infinity, before Christ, after 9999) arrive as PostgreSQL's text: they
     must fail their row, and not the query. So do intervals with months or years, which have no fixed number
-    of days. Numbers in JSON keep their digits. Vectors of pgvector arrive as arrays of numbers do.
+    of days. Numbers in JSON keep their digits. Ranges and addresses arrive as text, because no other source
+    has such types. Vectors of pgvector arrive as arrays of numbers do.
     """
     connection.prepare_threshold = None
     from psycopg import DataError, NotSupportedError
     from psycopg.adapt import Loader
     from psycopg.types import datetime as loaders
     from psycopg.types.json import set_json_loads
+    from psycopg.types.string import TextLoader
 
     set_json_loads(_json, connection)
 
@@ -295,6 +302,9 @@ def _set_up_reader(connection: Any, _: Any) -> None:
         ("interval", loaders.IntervalLoader),
     ):
         connection.adapters.register_loader(name, lenient(loader))
+
+    for name in TEXTS:
+        connection.adapters.register_loader(name, TextLoader)
 
     class Vector(Loader):
         def load(self, data: Any) -> list[float]:

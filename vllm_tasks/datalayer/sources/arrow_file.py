@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from vllm_tasks.datalayer.sources.data_file import DataFile
+from vllm_tasks.datalayer.sources.data_file import POINTER, DataFile
 from vllm_tasks.datalayer.sources.pieces import Piece, Pieces, reading_errors
 from vllm_tasks.errors import InvalidCall
 
@@ -85,14 +85,16 @@ class _Pass:
 def _reader(file: DataFile | Mapped, opened: ExitStack, options: Any) -> Any:
     """A reader of a file or stream, which `opened` closes; raises `InvalidCall` for Feather version 1."""
     raw = opened.enter_context(_raw(file))
-    beginning = raw.read(len(MAGIC))
+    beginning = raw.read(len(POINTER))
     raw.seek(0)
+    if isinstance(file, DataFile):
+        file.refuse_pointer(beginning)
     if beginning.startswith(FEATHER_1):
         raise InvalidCall(
             f"{file.display} is a file of Feather version 1, which is not supported; write it again with "
             "pyarrow.feather.write_feather(pyarrow.feather.read_table(old), new)"
         )
-    opening = pa.ipc.open_file if beginning == MAGIC else pa.ipc.open_stream
+    opening = pa.ipc.open_file if beginning.startswith(MAGIC) else pa.ipc.open_stream
     return opened.enter_context(opening(raw, options=options))
 
 

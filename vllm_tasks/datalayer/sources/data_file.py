@@ -10,7 +10,10 @@ from typing import IO, Any, Literal, Self, cast
 
 from vllm_tasks.datalayer.sources.byte_stream import BUFFER, Connected, Decompressed
 from vllm_tasks.datalayer.sources.endings import COMPRESSED, COMPRESSIONS, ENDINGS, Kind
+from vllm_tasks.errors import InvalidCall
 
+POINTER = b"version https://git-lfs"
+"""The first bytes of a file that Git LFS has not downloaded yet."""
 NAME = re.compile(
     rf"(?P<stem>.+)\.(?P<kind>{'|'.join(ENDINGS)})(?:\.(?P<packed>{'|'.join(COMPRESSIONS)}))?",
     re.DOTALL | re.IGNORECASE,
@@ -48,6 +51,13 @@ class DataFile:
     def seekable(self) -> IO[bytes]:
         """Its bytes as stored, for formats that are read from their end or middle."""
         return cast(IO[bytes], self.fs.open(self.path, "rb"))
+
+    def refuse_pointer(self, head: bytes) -> None:
+        """Raise `InvalidCall` if `head`, its first bytes, are those of a pointer of Git LFS."""
+        if head.startswith(POINTER):
+            raise InvalidCall(
+                f"{self.display!r} is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`"
+            )
 
     def _raw(self) -> Connected:
         return Connected(self.fs, self.path, self.display)

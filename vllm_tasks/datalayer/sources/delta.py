@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -36,6 +36,8 @@ def refuse_unreadable(table: DeltaTable) -> None:
     wrong = sorted(named_feature(feature) for feature in features if feature not in READABLE)
     if mapping_mode(table) == "id":
         wrong.append("column mapping by id")  # delta-rs 1.6 looks columns up by name nevertheless
+    # The log escapes their bytes, and delta-rs returns the escapes.
+    wrong += [f"the binary partition {name!r:.100}" for name in _partitions(table, pa.types.is_binary)]
     if wrong:
         raise InvalidCall(
             f"the Delta table {without_secrets(table.table_uri)!r} uses {', '.join(wrong)}, which delta-rs "
@@ -92,13 +94,23 @@ class DeltaRows:
 
 def queryable(table: DeltaTable) -> ds.Dataset | ds.Scanner | DeltaRows:
     """The table for DuckDB: through pyarrow, which reads only what a query needs, if that is exact."""
-    # Partition values are in the log, and delta-rs hands -0.05 to pyarrow as 0.-5.
-    decimals = [
-        name
-        for name in table.metadata().partition_columns
-        if pa.types.is_decimal(arrow_schema(table).field(name).type)
-    ]
-    return DeltaRows(table) if beyond_plain(table) or decimals else filterable(table)
+    refuse_unreadable(table)
+    # Partition values are in the log: delta-rs hands -0.05 to pyarrow as 0.-5, and an empty text as NULL.
+    changed = beyond_plain(table) or _partitions(table, pa.types.is_decimal) or _has_empty_partition(table)
+    return DeltaRows(table) if changed else filterable(table)
+
+
+def _partitions(table: DeltaTable, of: Callable[[pa.DataType], bool]) -> list[str]:
+    """The columns of a type by which a table is partitioned."""
+    schema = arrow_schema(table)
+    return [name for name in table.metadata().partition_columns if of(schema.field(name).type)]
+
+
+def _has_empty_partition(table: DeltaTable) -> bool:
+    """Whether a partition by a text may be the empty text, which delta-rs lists as NULL."""
+    texts = _partitions(table, pa.types.is_string)
+    files = pa.table(table.get_add_actions(flatten=True)) if texts else pa.table({})
+    return any(files[f"partition.{name}"].null_count for name in texts)
 
 
 class DeltaSource(ArrowSource):

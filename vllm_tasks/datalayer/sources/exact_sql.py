@@ -75,9 +75,11 @@ def _changed(kind: pa.DataType) -> bool:
     t = pa.types
     if t.is_dictionary(kind) or t.is_run_end_encoded(kind):
         return _changed(kind.value_type)
+    if t.is_union(kind) or (isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.bool8"):
+        return True
     if t.is_nested(kind):
         return any(_changed(kind.field(i).type) for i in range(kind.num_fields))
-    wide = t.is_decimal(kind) and kind.precision > DIGITS
+    wide = t.is_decimal(kind) and (kind.precision > DIGITS or kind.scale < 0)
     return bool(wide or t.is_float16(kind) or t.is_duration(kind) or t.is_interval(kind))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+from datetime import date, datetime
 from typing import Any
 
 import pyarrow as pa
@@ -10,20 +12,24 @@ from vllm_tasks.datalayer.storage_errors import plain
 
 REFUSED = (pa.ArrowException, TypeError, ValueError, OverflowError)
 """Errors of pyarrow for values that it does not know."""
+ONE_TO_ARROW = ((date, datetime), (str, bytes), (numbers.Real, numbers.Integral))
+"""Types of Python that Arrow makes one of: a time would become its date, a text its bytes, 1 would be 1.0. A
+value of the second type may be one of the first, too."""
 
 
 def in_arrow(data: Any) -> tuple[pa.Table, dict[str, str]]:
     """The rows of a data frame or table, and by column why Arrow cannot hold it (such columns are NULL).
 
-    A pandas column may have values of several types, like one from Excel: each value keeps its type. A column
-    is refused only when it is read, so that columns which a call does not name do not matter.
+    A pandas column may have values of several types, like one from Excel: each value keeps its type. A text
+    with half a character (a lone surrogate) fails its row alone. A column is refused only when it is read, so
+    that columns which a call does not name do not matter.
     """
     package = type(data).__module__.split(".")[0]
     if package == "polars":
         return _polars_in_arrow(data)
     if package != "pandas":
         return pa.table(data), {}
-    if not any(str(kind).startswith("period") for kind in data.dtypes):
+    if not any(_changed(data.iloc[:, place]) for place in range(data.shape[1])):
         try:
             return pa.table(data), {}
         except REFUSED:
@@ -56,6 +62,18 @@ def _polars_in_arrow(data: Any) -> tuple[pa.Table, dict[str, str]]:
     return pa.Table.from_arrays(columns, names=data.columns), problems
 
 
+def _changed(series: Any) -> bool:
+    """Whether Arrow would change values of a column: months, and objects that it gives one type."""
+    if str(series.dtype) != "object":
+        return str(series.dtype).startswith("period")
+    kinds = {type(value) for value in series[~series.isna()]}
+    return any(
+        any(issubclass(kind, other) for kind in kinds)
+        and any(issubclass(kind, one) and not issubclass(kind, other) for kind in kinds)
+        for one, other in ONE_TO_ARROW
+    )
+
+
 def _column(series: Any) -> pa.Array:
     kind = str(series.dtype)
     if kind.startswith("period"):  # Arrow would store their numbers: 648 for January 2024
@@ -65,6 +83,8 @@ def _column(series: Any) -> pa.Array:
     if kind.startswith("Sparse"):
         series = series.sparse.to_dense()
     try:
+        if _changed(series):
+            raise TypeError("several types")
         found = pa.array(series, from_pandas=True)
     except REFUSED:
         if kind != "object":
@@ -82,5 +102,13 @@ def _mixed(values: list[Any]) -> pa.Array:
         types.append(list(groups).index(type(value)))
         offsets.append(len(group))
         group.append(value)
-    children = [pa.array(group) for group in groups.values()]
+    children = [_texts(group) if kind is str else pa.array(group) for kind, group in groups.items()]
+    if len(children) == 1:
+        return children[0]
     return pa.UnionArray.from_dense(pa.array(types, pa.int8()), pa.array(offsets, pa.int32()), children)
+
+
+def _texts(values: list[str]) -> pa.Array:
+    """Texts as Arrow's, also with half a character, which is no UTF-8 and is found when it is read."""
+    bytes_of = pa.array([value.encode("utf-8", "surrogatepass") for value in values], pa.large_binary())
+    return bytes_of.view(pa.large_string())

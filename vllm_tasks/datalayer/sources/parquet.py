@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from vllm_tasks.datalayer.sources import PART_BYTES
-from vllm_tasks.datalayer.sources.data_file import DataFile
+from vllm_tasks.datalayer.sources.data_file import POINTER, DataFile
 from vllm_tasks.datalayer.sources.hive import Partition
 from vllm_tasks.datalayer.sources.int96 import exact
 from vllm_tasks.datalayer.sources.layout import VALUE_BYTES
@@ -84,7 +85,12 @@ class _Footers:
         if kept is not None:
             return kept
         with reading_errors(file.display), ExitStack() as opened:
-            found = _open(file, opened)
+            try:
+                found = _open(file, opened)
+            except pa.ArrowInvalid:
+                with file.seekable() as stream:
+                    file.refuse_pointer(stream.read(len(POINTER)))
+                raise
             footer = _Footer(found.metadata, found.schema_arrow)
         with self._lock:
             if file.path not in self._kept:
@@ -138,6 +144,7 @@ class _Pass:
         self.close()
         self._leaves = _leaves(footer.metadata, set(columns))
         _refuse_spans(file, footer.metadata, self._leaves)
+        _refuse_variants(file, footer, columns)
         kinds = {footer.metadata.schema.column(leaf).physical_type for leaf in self._leaves}
         # Keys have microseconds. Values are read in both units, because a column of INT96 may need both.
         units = ["us"] if self._rows > BATCH_ROWS else ["ns", "us"] if "INT96" in kinds else ["ns"]
@@ -180,6 +187,21 @@ def _refuse_spans(file: DataFile, metadata: pq.FileMetaData, leaves: Collection[
             raise InvalidCall(
                 f"the column {column.path!r:.100} of {file.display} has Parquet's type INTERVAL, which Arrow "
                 "lacks; read it as text, with SELECT CAST(... AS VARCHAR)"
+            )
+
+
+def _refuse_variants(file: DataFile, footer: _Footer, columns: Sequence[str]) -> None:
+    for name in columns:
+        kind = footer.schema.field(name).type
+        # Arrow reads them as the bytes of their encoding; only the text of the stored schema has their type.
+        if (
+            pa.types.is_struct(kind)
+            and kind.get_field_index("metadata") >= 0
+            and re.search(rf" {re.escape(name)} \(Variant", str(footer.metadata.schema))
+        ):
+            raise InvalidCall(
+                f"the column {name!r:.100} of {file.display} has Parquet's type VARIANT, which Arrow lacks; "
+                "read it as JSON, with a SELECT"
             )
 
 

@@ -105,7 +105,7 @@ class Statement:
                 yield from gathered(reader, rows)
 
     def _readable(self, cursor: duckdb.DuckDBPyConnection, names: Sequence[str]) -> str:
-        """These columns in SQL; those whose type Arrow lacks are cast to text, mixed ones to JSON."""
+        """These columns in SQL; types that Arrow lacks are cast to text, mixed ones and variants to JSON."""
         if not self._kinds:
             self._kinds = {row[0]: row[1] for row in cursor.execute(f"DESCRIBE FROM {VIEW}").fetchall()}
         wanted = (f"{_in_arrow(quoted(n), self._kinds[n])} AS {quoted(n)}" for n in names)
@@ -144,6 +144,8 @@ def _doubles(name: str, names: Sequence[str]) -> list[str]:
 def _in_arrow(column: str, kind: str) -> str:
     if kind == MIXED_KIND:
         return f"if(union_tag({column}) = 'text', to_json({column}.text), {column}.other)"
+    if kind == "VARIANT":  # Arrow would have its bytes
+        return f"CAST({column} AS JSON)"
     return f"CAST({column} AS VARCHAR)" if WITHOUT_ARROW.match(kind) else column
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 
-from vllm_tasks.datalayer.sources.data_file import DataFile
+from vllm_tasks.datalayer.sources.data_file import POINTER, DataFile
 from vllm_tasks.datalayer.sources.read_options import UTF8, ReadOptions
 from vllm_tasks.errors import InvalidCall
 
@@ -71,7 +71,13 @@ def opened(file: DataFile, encoding: str) -> io.BufferedReader:
     A byte order mark that the encoding's codec would keep is skipped.
     """
     stream = file.open()
-    head = stream.peek(8)[:8]
+    head = stream.peek(len(POINTER))
+    try:
+        file.refuse_pointer(head)
+    except InvalidCall:
+        stream.close()
+        raise
+    head = head[:8]
     for magic, (what, way_out) in NO_TEXT.items():
         if head.startswith(magic):
             stream.close()

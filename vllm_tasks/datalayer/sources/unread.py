@@ -14,6 +14,7 @@ PACKED = dict.fromkeys(("bz2", "xz", "zip", "lz4", "br", "7z", "gz", "zst", "zst
 ROWS = {
     "xlsx": "pass it as a table in memory, select=pandas.read_excel(...), or save it as CSV or Parquet",
     "xls": "pass it as a table in memory, select=pandas.read_excel(...), or save it as CSV or Parquet",
+    "ods": "pass it as a table in memory, select=pandas.read_excel(...), or save it as CSV or Parquet",
     "orc": "pass it as a table in memory, select=pyarrow.orc.read_table(...), or save it as Parquet",
     "avro": "pass it as a table in memory, select=polars.read_avro(...), or save it as Parquet",
 }
