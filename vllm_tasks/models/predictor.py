@@ -21,7 +21,8 @@ from vllm_tasks.calls.media import NO_MEDIA, Media
 from vllm_tasks.calls.prompt_func import keywords_of, named_parameters
 from vllm_tasks.calls.prompts import Context, Prompter, load_artifact
 from vllm_tasks.calls.row_parameters import OUTPUT_FORMATS
-from vllm_tasks.calls.sampling import Target, check_names, check_values
+from vllm_tasks.calls.sampling import Target, check_names
+from vllm_tasks.calls.sampling_values import check_values
 from vllm_tasks.calls.schemas import response_format
 from vllm_tasks.calls.signature import signed_as
 from vllm_tasks.engines import loop, sharing
