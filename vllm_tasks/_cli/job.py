@@ -5,8 +5,8 @@
     select: tickets
     db: data/
 
-`model`, `db` and the model's own `db` may also name a saved block, as `vllm-api/tagger`, or as deployments
-do: `{$ref: {block_document_slug: vllm-api/tagger}}`. The parameters are those of
+`model`, `db`, `source` and the model's own `db` may also name a saved block, as `vllm-api/tagger`, or as
+deployments do: `{$ref: {block_document_slug: vllm-api/tagger}}`. The parameters are those of
 `vllm_tasks.flows.batch_predict` and of `vllm_tasks.flows.validate_model`.
 """
 
@@ -29,6 +29,7 @@ from vllm_tasks.errors import ServerUnavailable, near
 BLOCKS: dict[str, dict[str, type[Block]]] = {
     "model": {"vllm-api": VllmAPI, "vllm-model": VllmModel},
     "db": {"vllm-datalayer": Datalayer},
+    "source": {"vllm-datalayer": Datalayer},
 }
 """Kinds of saved blocks that a parameter may name."""
 REF = "$ref"
@@ -127,7 +128,7 @@ def check_runs_here(file: Path, model: VllmAPI | VllmModel, shards: int = 1, *, 
 
 
 def saved(name: str, given: str) -> Any:
-    """The saved block that a text names; for `db` also the tables at a path or URL."""
+    """The saved block that a text names; for `db` and `source` also the tables at a path or URL."""
     kind, slash, block = given.partition("/")
     if slash and kind in BLOCKS[name]:
         try:
@@ -138,7 +139,7 @@ def saved(name: str, given: str) -> Any:
             raise ServerUnavailable(
                 f"{name}: {given!r}: Prefect's server does not answer: {error}"
             ) from error
-    if name == "db":
+    if BLOCKS[name] == {"vllm-datalayer": Datalayer}:
         return Datalayer.model_validate({"url": given})
     raise InvalidCall(
         f"{name}={given!r:.100} names no saved block: write {' or '.join(BLOCKS[name])}, a slash and its name"
