@@ -75,8 +75,13 @@ WAY_OUT = {"bool_type": "write true or false", "string_type": "put it in quotes"
 
 def _value(name: str, given: Any) -> Any:
     """A parameter's value: the saved block that is named, the model or tables that fields describe."""
-    if name not in BLOCKS or given is None:
+    if name not in BLOCKS or (given is None and name != "model"):
         return given
+    if not isinstance(given, dict | str):
+        raise InvalidCall(
+            f"{name}: {given!r:.100} is neither a mapping of fields nor a text: write the fields, or name a "
+            f"saved block, {next(iter(BLOCKS[name]))}/NAME"
+        )
     if isinstance(given, dict) and REF in given:
         return _referred(name, given)
     if isinstance(given, str):
