@@ -116,6 +116,9 @@ class ServedAPI(VllmAPI):
         super().__init__(**fields)
         self._behind = behind
 
+    def _made_anew(self) -> VllmAPI:
+        return VllmAPI(**{name: getattr(self, name) for name in VllmAPI.model_fields})
+
     def prepare(self, *args: Any, **kwargs: Any) -> Call:
         call = super().prepare(*args, **kwargs)
         return replace(
