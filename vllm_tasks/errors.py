@@ -29,6 +29,20 @@ SHOWN = 5
 """Number of rows or names that a message lists."""
 
 
+class Terminated(SystemExit):
+    """The end of this process by SIGTERM, raised wherever its main thread is."""
+
+
+def is_of_the_row(error: BaseException) -> bool:
+    """Return whether what a caller's function raised is the error of the row that it was called for.
+
+    Beside each `Exception` that is `sys.exit()`, and the panic of a library in Rust (pyo3's `PanicException`,
+    which is no `Exception`). Other exceptions end the call.
+    """
+    ends_the_process = isinstance(error, SystemExit) and not isinstance(error, Terminated)
+    return isinstance(error, Exception) or ends_the_process or type(error).__name__ == "PanicException"
+
+
 def near(name: str, names: Iterable[str]) -> str:
     """Return '; did you mean ...?' with the closest of `names`, or an empty text if none is close."""
     folded = {n.casefold(): n for n in names}

@@ -33,7 +33,7 @@ from vllm_tasks._prefect.recording import emit_verdict, save_metric_values
 from vllm_tasks._prefect.row_retries import over_attempts
 from vllm_tasks._prefect.run_logs import follow
 from vllm_tasks.artifacts import show_estimate, show_preview
-from vllm_tasks.calls.call import OnError, Output
+from vllm_tasks.calls.call import OnError, Output, check_model
 from vllm_tasks.calls.columns import Columns
 from vllm_tasks.calls.prompts import Context
 from vllm_tasks.calls.signature import signed_as
@@ -76,6 +76,7 @@ def _predict(model: Model, x: Any, context: Context = None, **sampling: Any) -> 
         ServerUnavailable: No server could be reached within the grace period.
         EngineFailed: The engine did not start, or died and could not be restarted.
     """
+    check_model(model)
     return routed(model, model.prepare(model.predict, context, sampling)).predict(x)
 
 
@@ -101,6 +102,7 @@ def _predict_batches(
         ServerUnavailable: No server could be reached within the grace period.
         EngineFailed: The engine did not start, or died and could not be restarted.
     """
+    check_model(model)
     call = model.prepare(model.predict_batches, context, sampling)
     return over_attempts(routed(model, call).predict_batches, xs, on_error)
 
@@ -126,6 +128,7 @@ def _completions(
         ServerUnavailable: No server could be reached within the grace period.
         EngineFailed: The engine did not start, or died and could not be restarted.
     """
+    check_model(model)
     call = model.prepare(model.completions, context, sampling)
     return over_attempts(routed(model, call).completions, xs, on_error)
 
@@ -165,6 +168,7 @@ def _predict_in_db(
         EngineFailed: The engine did not start, or died and could not be restarted.
         TablesUnavailable: A lake or database could not be reached or was full.
     """
+    check_model(model)
     if predict_id is not None:
         outputs_name(predict_id)
     target = target_of(model)
@@ -202,6 +206,7 @@ def _preview(model: Model, *args: Any, **options: Any) -> Preview:
     Returns:
         The rows with their prompts and answers.
     """
+    check_model(model)
     found = model.preview(*args, routed=partial(routed, model), **options)
     show_preview(found)
     return found
@@ -223,6 +228,7 @@ def _estimate(model: Model, *args: Any, **options: Any) -> Estimate:
     Returns:
         The estimate, with 95 % intervals.
     """
+    check_model(model)
     found = model.estimate(*args, routed=partial(routed, model), **options)
     show_estimate(found)
     return found
@@ -262,6 +268,7 @@ def _validate(
     """
     from vllm_tasks.validation.pages import show
 
+    check_model(model)
     run = FlowRunContext.get()
     flow_run = str(run.flow_run.id) if run and run.flow_run else None
     target = target_of(model)

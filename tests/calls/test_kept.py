@@ -116,6 +116,31 @@ def test_an_answer_without_a_text_is_an_output_where_it_is_kept(
         assert "has no text" in error.message
 
 
+@pytest.mark.parametrize(
+    ("choice", "usage", "why"),
+    [
+        (Choice("\n\n", reasoning="hm"), None, "has no text, only reasoning"),
+        (Choice(" ", tool_calls=[TOOL_CALL]), None, "has no text, only reasoning or tool calls"),
+        (Choice("", "tool_calls"), None, "does not return the tool calls"),
+        (Choice("", "length"), None, "was truncated at max_tokens and is empty"),
+        (Choice("", "stop"), {"completion_tokens_details": {"reasoning_tokens": 7}}, "only 7 tokens of reas"),
+    ],
+)
+def test_an_empty_answer_whose_tokens_went_elsewhere_is_an_error(
+    choice: Choice, usage: dict[str, Any] | None, why: str
+) -> None:
+    """White space beside the reasoning is no text either, and a server may keep the reasoning to itself."""
+    error = decoder().rows(Completion((choice,), usage=usage))
+    assert isinstance(error, RowError)
+    assert why in error.message
+
+
+def test_a_model_may_answer_with_nothing() -> None:
+    """An empty text that ended by itself is an answer, and so is white space."""
+    for text in ("", " \n"):
+        assert decoder().values(Completion((Choice(text, "stop"),), usage={"completion_tokens": 1})) == text
+
+
 # ---------------------------------------------------------------------- what is requested
 
 

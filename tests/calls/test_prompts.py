@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.servers.scripted_server import ScriptedServer
 from vllm_tasks import VllmAPI
 from vllm_tasks.calls.prompt_func import call_arguments
 from vllm_tasks.calls.prompts import load_artifact
-from vllm_tasks.errors import InvalidCall
+from vllm_tasks.errors import InvalidCall, Terminated
 
 # ---------------------------------------------------------------------- signatures
 
@@ -262,6 +263,45 @@ def test_prompt_func_that_raises_fails_its_row_only() -> None:
     make = prompter(prompt_func=ask)
     assert "ZeroDivisionError: division by zero" in refusal(make(0))
     assert make(1) == "1.0"
+
+
+class PanicException(BaseException):
+    """As a library in Rust raises it: by this name, and no `Exception`."""
+
+
+@pytest.mark.parametrize("error", [SystemExit("no"), PanicException("no")])
+def test_prompt_func_that_would_end_the_call_fails_its_row_only(error: BaseException) -> None:
+    """`sys.exit()` in a function, and a panic of a library in Rust, are errors of their row."""
+
+    def ask(x: str) -> str:
+        if x == "bad":
+            raise error
+        return x
+
+    make = prompter(prompt_func=ask)
+    assert refusal(make("bad")) == f"prompt_func raised {type(error).__name__}: no"
+    assert make("good") == "good"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Terminated(143), asyncio.CancelledError()])
+def test_what_interrupts_prompt_func_ends_the_call(error: BaseException) -> None:
+    """Ctrl-C, SIGTERM and a cancellation may arrive while the function runs."""
+
+    def ask(x: str) -> str:
+        raise error
+
+    with pytest.raises(type(error)):
+        prompter(prompt_func=ask)("x")
+
+
+def test_prompt_func_that_returns_a_coroutine_is_refused() -> None:
+    """It is a mistake in the call, which every row would have as its error."""
+
+    async def ask(x: str) -> str:
+        return x
+
+    with pytest.raises(InvalidCall, match="returns a coroutine"):
+        prompter(prompt_func=lambda x: ask(x))("x")
 
 
 def test_prompt_func_called_wrongly_fails_the_row() -> None:

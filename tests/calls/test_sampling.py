@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from vllm_tasks import VllmAPI
+from tests.servers.scripted_server import ScriptedServer
+from vllm_tasks import Request, RowError, VllmAPI
 from vllm_tasks.calls.sampling import (
     FRONTEND,
     LOCAL_EXTRAS,
@@ -62,6 +63,55 @@ def test_a_name_like_no_other_gets_the_whole_list() -> None:
     """Without a similar name, the error lists all names."""
     with pytest.raises(InvalidCall, match=r"known are .*temperature"):
         check_names(["qqqqqq"], "local")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"n": 0},
+        {"n": "2"},
+        {"n": 2.0},
+        {"n": True},
+        {"temperature": -1},
+        {"temperature": "hot"},
+        {"top_p": 0},
+        {"top_k": -2},
+        {"max_tokens": 0},
+        {"max_tokens": 1.5},
+        {"presence_penalty": 3},
+        {"repetition_penalty": 0},
+        {"stop": 5},
+        {"seed": "x"},
+        {"logprobs": -2},
+        {"structured_outputs": ["a", "b"]},
+        {"response_format": "json"},
+    ],
+)
+def test_a_value_that_vllm_refuses_is_refused_before_any_row(
+    wrong: dict[str, Any], server: ScriptedServer
+) -> None:
+    """Else every row would have the same error; in a row's own parameters it is that row's."""
+    (name,) = wrong
+    model = VllmAPI(identifier="m", api_url=server.url)
+    with pytest.raises(InvalidCall, match=f"vLLM does not take the sampling parameter {name}="):
+        model.predict_batches(["a", "b"], **wrong)
+    assert server.posts == []
+    own = VllmAPI(
+        identifier="m", api_url=server.url, prompt_func=lambda x: Request(x, wrong if x == "a" else {})
+    )
+    bad, good = own.predict_batches(["a", "b"], on_error="return")
+    assert isinstance(bad, RowError)
+    assert isinstance(good, str)
+
+
+def test_a_value_that_vllm_takes_is_sent_as_it_is(server: ScriptedServer) -> None:
+    """A text may be a number for vLLM's server, None is no value, and a prompt may only be echoed."""
+    taken = {"temperature": "0.5", "top_k": -1, "stop": ["a"], "seed": None, "logprobs": 2}
+    echoed = {"max_tokens": 0, "echo": True}
+    model = VllmAPI(identifier="m", api_url=server.url, chat=False)
+    model.predict_batches(["a"], **taken, **echoed)
+    (post,) = server.posts
+    assert {name: post.body[name] for name in taken | echoed} == taken | echoed
 
 
 class Answer(BaseModel):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
@@ -28,6 +29,19 @@ def test_a_job_is_run_resumed_and_looked_at(command: Command, job: Path, server:
     found = json.loads(command("show", "tagger", "--db", "data/", "--json")[1])
     assert (found["rows"], found["failed"], found["errors"]) == (4, 1, {"refused": 1})
     assert "tagger: 3 outputs, 1 errors\n  refused: 1" in command("show", "tagger", "--db", "data/")[1]
+
+
+@pytest.mark.parametrize("name", ["run", "preview", "estimate", "check"])
+def test_rows_may_be_read_elsewhere(
+    command: Command, server: ScriptedServer, tmp_path: Path, name: str
+) -> None:
+    """A job may read a store that cannot keep outputs."""
+    with duckdb.connect(str(tmp_path / "crm.duckdb")) as store:
+        store.sql("CREATE TABLE notes AS SELECT i AS id, 'n' || i AS text FROM range(8) t(i)")
+    job = write(tmp_path, server, "X: text\nselect: notes\nsource: duckdb:///crm.duckdb\ndb: data/\n")
+    code, printed = command(name, str(job))
+    assert code == 0, printed
+    assert (name == "check") is not any(post.prompt == "Tag: n1" for post in server.posts)
 
 
 def test_a_preview_commits_nothing(command: Command, job: Path, tmp_path: Path) -> None:

@@ -112,6 +112,15 @@ def test_a_saved_datalayer_may_be_that_of_the_model(
     assert Datalayer(url=str(saved)).outputs("nested").num_rows == 1  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("model", ["[a]", "null", "5"])
+def test_a_model_of_another_form_is_refused(command: Command, tmp_path: Path, model: str) -> None:
+    """The message says how to write it."""
+    (tmp_path / "job.yaml").write_text(f"model: {model}\nX: text\nselect: tickets\n")
+    code, printed = command("run", "job.yaml")
+    assert code == 2
+    assert "write the fields, or name a saved block, vllm-api/NAME" in printed
+
+
 @pytest.mark.parametrize(
     "ref",
     [

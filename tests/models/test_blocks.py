@@ -20,7 +20,10 @@ from prefect.client.schemas.actions import BlockDocumentUpdate
 from prefect.client.schemas.objects import BlockType
 from prefect.settings import get_current_settings
 from prefect.testing.standard_test_suites import BlockStandardTestSuite
+from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools.validation import validate
 from pydantic import SecretStr, ValidationError
+from pydantic_core import to_jsonable_python
 
 from tests.conftest import IN_PREFECT
 from tests.eventually import LONG_ENOUGH
@@ -261,6 +264,35 @@ def test_secrets_are_stored_encrypted_and_shown_to_nobody(kind: Any, name: str) 
         assert "db-secret" not in text
     assert "db-secret" in str(told.data)
     assert ("sk-secret" in str(told.data)) is (kind is VllmAPI)
+
+
+@pytest.mark.parametrize("kind", [VllmAPI, VllmModel])
+def test_a_model_is_a_parameter_of_a_deployments_run(kind: Any) -> None:
+    """`run_deployment(..., parameters={"model": model})` sends its fields, with a slug that Prefect adds."""
+    schema = parameter_schema(batch_predict).model_dump_for_openapi()
+    model = kind(identifier="m", db=Datalayer(url=SecretStr("data/")))
+    sent = to_jsonable_python({"model": model, "X": "text", "select": "rows"})
+    assert sent["model"]["block_type_slug"] == kind.get_block_type_slug()
+    assert validate(sent, schema) == []
+    (wrong,) = validate({**sent, "model": {**sent["model"], "identfier": "x"}}, schema)
+    assert "identfier" in str(wrong)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (VllmAPI, {"identifier": "m", "api_key": "**********"}),
+        (VllmAPI, {"identifier": "m", "api_key": SecretStr("***")}),
+        (VllmAPI, {"identifier": "m", "basic_auth": "**********"}),
+        (VllmAPI, {"identifier": "m", "headers": {"X-Key": "**********"}}),
+        (VllmAPI, {"identifier": "m", "headers": "**********"}),
+        (Datalayer, {"url": "**********"}),
+    ],
+)
+def test_the_mask_of_a_secret_is_no_secret(kind: Any, fields: dict[str, Any]) -> None:
+    """Parameters of a flow run carry no secrets; a server would refuse such a key, row by row."""
+    with pytest.raises(ValidationError, match="stands for a secret and is none"):
+        kind(**fields)
 
 
 def test_the_key_is_a_secret_of_the_block_type() -> None:

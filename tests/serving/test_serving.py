@@ -26,6 +26,7 @@ from tests.serving.processes import STAND_IN, User, answers, is_alive, pids_of, 
 from vllm_tasks import InvalidCall, VllmAPI, VllmModel, predict_batches, serve
 from vllm_tasks.engines import loop
 from vllm_tasks.engines.local.gpus import free_devices
+from vllm_tasks.engines.local.model_files import stamps
 from vllm_tasks.errors import EngineFailed
 from vllm_tasks.serving import shared_server
 from vllm_tasks.serving.api import command_line, server_arguments
@@ -51,6 +52,34 @@ def test_a_server_has_the_name_and_the_files_of_its_model(
     found = server_arguments({"model": "my", "tokenizer": "org/other"})
     assert (found["model"], found["tokenizer"]) == (str(tmp_path / "my"), "org/other")
     assert found["served_model_name"] == "my"
+    within = server_arguments(
+        {
+            "model": "org/x",
+            "lora_modules": [{"name": "my", "path": "my"}, "my=my"],
+            "speculative_config": {"model": "my", "method": "eagle"},
+            "generation-config": "my",
+        }
+    )
+    there = str(tmp_path / "my")
+    assert within["lora_modules"] == [{"name": "my", "path": there}, f"my={there}"]
+    assert within["speculative_config"] == {"model": there, "method": "eagle"}
+    assert within["generation-config"] == there
+
+
+def test_files_within_arguments_are_noticed_too(tmp_path: Path) -> None:
+    """The files of adapters and of a model that drafts; a folder's name may have an equals sign."""
+    (tmp_path / "step=1").mkdir()
+    file = tmp_path / "step=1" / "adapter_model.safetensors"
+    file.write_text("x")
+    folder = str(file.parent)
+    for arguments in (
+        {"model": folder},
+        {"model": "org/x", "lora_modules": [{"name": "a", "path": folder}]},
+        {"model": "org/x", "lora-modules": [f"a={folder}"]},
+        {"model": "org/x", "speculative_config": {"model": folder}},
+    ):
+        assert [path for path, _, _ in stamps(arguments)] == [str(file)]
+    assert stamps({"model": "org/x", "tokenizer": ""}) == []
 
 
 @pytest.mark.parametrize(

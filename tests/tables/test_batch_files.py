@@ -220,3 +220,16 @@ def test_a_file_is_there_only_when_it_is_complete(
     monkeypatch.setenv("VLLM_TASKS_PLACES", json.dumps([str(folder)]))
     with pytest.raises(InvalidCall, match="outside the places that this site allows"):
         export_batch(model, "body", "batch", folder.parent / "out.jsonl", primary_id="custom_id")
+
+
+def test_what_is_no_file_and_no_model_is_refused(model: VllmAPI, folder: Path) -> None:
+    """A folder would get a file of some name; a name is no model."""
+    wrong: Any = 5
+    for path in (folder, f"{folder}/", wrong):
+        with pytest.raises(InvalidCall, match="is not the path of a file"):
+            export_batch(model, "body", "batch", path, primary_id="custom_id")
+    assert [file.name for file in folder.iterdir()] == ["batch.jsonl"]
+    with pytest.raises(InvalidCall, match="not a VllmAPI or VllmModel"):
+        export_batch(wrong, "body", "batch", folder / "out.jsonl")
+    with pytest.raises(InvalidCall, match="neither a Datalayer nor its URL"):
+        export_batch_results("m", folder / "out.jsonl", db=wrong)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
-from prefect import flow, task, unmapped
+from prefect import State, flow, task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.settings import PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
 from prefect.utilities.annotations import quote
@@ -20,7 +21,16 @@ from tests.conftest import IN_PREFECT
 from tests.scripts import running_script
 from tests.servers.scripted_server import Asked, ScriptedServer, answer_to
 from tests.tasks.runs import TASKS, Runs, answers
-from vllm_tasks import VllmAPI, estimate, predict, predict_batches, predict_in_db, preview, validate
+from vllm_tasks import (
+    InvalidCall,
+    VllmAPI,
+    estimate,
+    predict,
+    predict_batches,
+    predict_in_db,
+    preview,
+    validate,
+)
 from vllm_tasks._prefect.mapping import RowsTask
 from vllm_tasks._prefect.policy import is_temporary
 from vllm_tasks.results import Completion
@@ -172,6 +182,40 @@ def test_mapping_goes_over_the_rows_alone(model: VllmAPI, server: ScriptedServer
     assert [post.body["stop"] for post in server.posts] == [["x", "y", "z"]] * 3
 
 
+def test_what_is_no_model_is_refused(model: VllmAPI) -> None:
+    """A name, the rows in its place, or the class: by every task, called, submitted or mapped."""
+    wrong: Any = "vllm-api/m"
+
+    @flow
+    def refused() -> list[State[Any]]:
+        calls = [
+            predict(wrong, "a", return_state=True),
+            predict_batches(["a"], model, return_state=True),  # type: ignore[call-overload]  # refused
+            completions(type(model), ["a"], return_state=True),
+            predict_in_db(wrong, "text", "rows", return_state=True),
+            preview(wrong, "text", "rows", return_state=True),
+            estimate(wrong, "text", "rows", return_state=True),
+            validate(wrong, return_state=True),
+            predict.submit(wrong, "a", return_state=True),
+        ]
+        return [*calls, *predict.map([wrong], ["a"], return_state=True)]
+
+    for state in refused():
+        with pytest.raises(InvalidCall, match="not a VllmAPI or VllmModel"):
+            state.result()
+
+
+def test_a_set_of_rows_is_not_mapped(model: VllmAPI) -> None:
+    """It has no order, in which answers would come."""
+
+    @flow
+    def mapped() -> Any:
+        return predict.map(model, {"a", "b"}).result()
+
+    with pytest.raises(InvalidCall, match="got a set, which has no order"):
+        mapped()
+
+
 # ---------------------------------------------------------------------- names and policy
 
 
@@ -182,6 +226,8 @@ def test_run_names_say_what_each_task_does() -> None:
     names = [the_task.task_run_name(over) for the_task in (predict_in_db, preview, estimate)]
     assert names == ["m - rows", "preview m - rows", "estimate m - rows"]
     assert validate.task_run_name(on) == "validate m - exam"
+    held = {**over, "select": pa.table({"text": ["private"]})}
+    assert predict_in_db.task_run_name(held) == "m - a Table"
 
 
 def test_run_names_say_model_and_number_of_rows(model: VllmAPI) -> None:

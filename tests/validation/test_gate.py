@@ -165,6 +165,9 @@ def test_what_is_not_alike_is_not_compared(make: Make, here: Place, pupil: Pupil
     first, second = validate(one, checked), validate(two, checked)
     with pytest.raises(InvalidCall, match="identifiers of their own"):
         compare([one, one], checked, [first, first])
+    wrong: Any = one
+    with pytest.raises(InvalidCall, match="models is a VllmAPI: give a list"):
+        compare(wrong, checked, [first])
     with pytest.raises(InvalidCall, match="in their order"):
         compare([one, two], checked, [second, first])
     with pytest.raises(InvalidCall, match="in their order"):

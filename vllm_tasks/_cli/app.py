@@ -83,7 +83,7 @@ def estimate(file: Path, *, sample: int = 32, json: AsJson = False) -> None:
                 f"{file} has {name}: {given[name]!r:.100}, and estimate counts the rows without an output or "
                 "error: leave it out"
             )
-    names = "X", "select", "predict_id", "primary_id", "db", "prices", "context", "sampling_columns"
+    names = "X", "select", "predict_id", "primary_id", "db", "source", "prices", "context", "sampling_columns"
     taken = {name: given[name] for name in names if name in given}
     _print(given["model"].estimate(**taken, sample=sample, **sampling), json)
 
@@ -98,7 +98,7 @@ def preview(file: Path, *, rows: int = 3, json: AsJson = False) -> None:
         json: Print the rows as JSON.
     """
     given, sampling = _read(file, "preview")
-    names = "X", "select", "primary_id", "db", "context", "sampling_columns"
+    names = "X", "select", "primary_id", "db", "source", "context", "sampling_columns"
     taken = {name: given[name] for name in names if name in given}
     _print(given["model"].preview(**taken, n=rows, **sampling), json)
 

@@ -5,8 +5,8 @@
     select: tickets
     db: data/
 
-`model`, `db` and the model's own `db` may also name a saved block, as `vllm-api/tagger`, or as deployments
-do: `{$ref: {block_document_slug: vllm-api/tagger}}`. The parameters are those of
+`model`, `db`, `source` and the model's own `db` may also name a saved block, as `vllm-api/tagger`, or as
+deployments do: `{$ref: {block_document_slug: vllm-api/tagger}}`. The parameters are those of
 `vllm_tasks.flows.batch_predict` and of `vllm_tasks.flows.validate_model`.
 """
 
@@ -29,6 +29,7 @@ from vllm_tasks.errors import ServerUnavailable, near
 BLOCKS: dict[str, dict[str, type[Block]]] = {
     "model": {"vllm-api": VllmAPI, "vllm-model": VllmModel},
     "db": {"vllm-datalayer": Datalayer},
+    "source": {"vllm-datalayer": Datalayer},
 }
 """Kinds of saved blocks that a parameter may name."""
 REF = "$ref"
@@ -74,8 +75,13 @@ WAY_OUT = {"bool_type": "write true or false", "string_type": "put it in quotes"
 
 def _value(name: str, given: Any) -> Any:
     """A parameter's value: the saved block that is named, the model or tables that fields describe."""
-    if name not in BLOCKS or given is None:
+    if name not in BLOCKS or (given is None and name != "model"):
         return given
+    if not isinstance(given, dict | str):
+        raise InvalidCall(
+            f"{name}: {given!r:.100} is neither a mapping of fields nor a text: write the fields, or name a "
+            f"saved block, {next(iter(BLOCKS[name]))}/NAME"
+        )
     if isinstance(given, dict) and REF in given:
         return _referred(name, given)
     if isinstance(given, str):
@@ -127,7 +133,7 @@ def check_runs_here(file: Path, model: VllmAPI | VllmModel, shards: int = 1, *, 
 
 
 def saved(name: str, given: str) -> Any:
-    """The saved block that a text names; for `db` also the tables at a path or URL."""
+    """The saved block that a text names; for `db` and `source` also the tables at a path or URL."""
     kind, slash, block = given.partition("/")
     if slash and kind in BLOCKS[name]:
         try:
@@ -138,7 +144,7 @@ def saved(name: str, given: str) -> Any:
             raise ServerUnavailable(
                 f"{name}: {given!r}: Prefect's server does not answer: {error}"
             ) from error
-    if name == "db":
+    if BLOCKS[name] == {"vllm-datalayer": Datalayer}:
         return Datalayer.model_validate({"url": given})
     raise InvalidCall(
         f"{name}={given!r:.100} names no saved block: write {' or '.join(BLOCKS[name])}, a slash and its name"

@@ -12,6 +12,8 @@ from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.utilities.annotations import BaseAnnotation, opaque
 
+from vllm_tasks.errors import InvalidCall
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -119,8 +121,11 @@ def on_rows(
 def each_unseen(batches: Any) -> Any:
     """Return `batches` with each batch wrapped; futures and annotations are left for Prefect to resolve.
 
-    A single record, as `predict` takes it, goes to each model.
+    A single record, as `predict` takes it, goes to each model. Raises `InvalidCall` for a set, which has no
+    order.
     """
+    if isinstance(batches, set | frozenset):
+        raise InvalidCall(f"map goes over a list, got a {type(batches).__name__}, which has no order")
     if isinstance(batches, PrefectFuture | State | BaseAnnotation):
         return batches
     return unmapped(batches) if isinstance(batches, str | dict) else [unseen(rows) for rows in batches]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,18 +10,22 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
 from vllm_tasks.errors import EngineFailed, RowErrors, ServerUnavailable, TablesUnavailable, VllmTasksError
+from vllm_tasks.validation import Validation
 
 
 def run_name(parameters: dict[str, Any]) -> str:
     """Return the model and the number of rows, as the UI displays them; futures are resolved by then."""
     xs = parameters.get("xs")
     rows = f" - {len(xs)} rows" if isinstance(xs, Sequence) else ""
-    return f"{parameters['model'].identifier}{rows}"
+    return f"{_name_of(parameters['model'])}{rows}"
 
 
 def table_run_name(parameters: dict[str, Any]) -> str:
     """Return the model and the source, as the UI displays them."""
-    return f"{parameters['model'].identifier} - {str(parameters['select'])[:80]}"
+    select = parameters["select"]
+    # A table in memory would show its rows.
+    named = str(select) if isinstance(select, str | os.PathLike) else f"a {type(select).__name__}"
+    return f"{_name_of(parameters['model'])} - {named[:80]}"
 
 
 def preview_run_name(parameters: dict[str, Any]) -> str:
@@ -36,10 +41,15 @@ def estimate_run_name(parameters: dict[str, Any]) -> str:
 def validation_run_name(parameters: dict[str, Any]) -> str:
     """Return what the task does, the model and the data sets."""
     model, validation, names = (parameters[name] for name in ("model", "validation", "datasets"))
-    validation = validation or model.validation
-    if names is None and validation is not None:
+    validation = validation or getattr(model, "validation", None)
+    if names is None and isinstance(validation, Validation):
         names = [dataset.identifier for dataset in validation.datasets]
-    return f"validate {model.identifier} - {', '.join(names or ())[:80]}"
+    return f"validate {_name_of(model)} - {', '.join(names or ())[:80]}"
+
+
+def _name_of(model: Any) -> str:
+    """Return the name of a model; what is no model has one too, since the run has to tell that."""
+    return str(getattr(model, "identifier", type(model).__name__))
 
 
 def is_temporary(task: Any, _run: TaskRun, state: State[Any]) -> bool:

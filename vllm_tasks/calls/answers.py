@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -200,8 +200,8 @@ class Decoder:
     def _values_of(self, completion: Completion, record: Any) -> list[Any] | _Refusal:
         values = []
         for choice in completion.choices:
-            if _is_textless(choice) and not self.kept.is_output(choice):
-                return _Refusal("has no text, only reasoning or tool calls", choice)
+            if not self.kept.is_output(choice) and (why := _why_empty(choice, completion.usage)):
+                return _Refusal(why, choice)
             try:
                 value = None if _is_textless(choice) else self.type.read(choice)
                 self.repairs.checked(value, record)
@@ -245,8 +245,28 @@ def _name_of(datatype: DataType | Classes | BuiltinType | None) -> str:
 
 
 def _is_textless(choice: Choice) -> bool:
-    """Whether all tokens of a choice went into its reasoning or its tool calls."""
-    return not choice.text and bool(choice.reasoning or choice.tool_calls)
+    """Whether all tokens of a choice went into its reasoning or its tool calls: but for white space."""
+    return not choice.text.strip() and bool(choice.reasoning or choice.tool_calls)
+
+
+def _why_empty(choice: Choice, usage: Mapping[str, Any] | None) -> str | None:
+    """Return why an empty choice is no answer; None if it is one, as a model may answer with nothing."""
+    if _is_textless(choice):
+        return "has no text, only reasoning or tool calls"
+    if choice.text.strip() or choice.data:
+        return None
+    if choice.finish_reason in ("tool_calls", "function_call"):
+        return "has no text, and the server does not return the tool calls that it reports"
+    if hidden := _hidden_reasoning(usage):
+        return f"has no text, only {hidden:,} tokens of reasoning, which the server does not return"
+    return "is empty" if not choice.text and _is_truncated([choice]) else None
+
+
+def _hidden_reasoning(usage: Mapping[str, Any] | None) -> int:
+    """Return the number of reasoning tokens that a server counts (OpenAI's `completion_tokens_details`)."""
+    details = (usage or {}).get("completion_tokens_details")
+    tokens = details.get("reasoning_tokens") if isinstance(details, Mapping) else None
+    return tokens if isinstance(tokens, int) else 0
 
 
 def _is_truncated(choices: Sequence[Choice]) -> bool:

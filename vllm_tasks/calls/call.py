@@ -67,6 +67,16 @@ class Model(Protocol):
         """Return the call of the function `call`. Raise `InvalidCall` if anything is wrong with it."""
 
 
+def check_model(model: object) -> None:
+    """Raise `InvalidCall` for what is no model, such as a name, or the rows in its place."""
+    if isinstance(model, type) or not hasattr(model, "prepare"):
+        named = model.__name__ if isinstance(model, type) else f"a {type(model).__name__}"
+        raise InvalidCall(
+            f"the model is {named}, not a VllmAPI or VllmModel: give one as the first argument; "
+            "VllmAPI.load(NAME) loads a saved one"
+        )
+
+
 @dataclass(frozen=True)
 class Call:
     """Makes requests of records, and values of answers."""

@@ -16,6 +16,7 @@ from vllm_tasks.calls.callables import DottedCallable
 from vllm_tasks.calls.functions import made_of
 from vllm_tasks.datalayer.selection import OutputColumn
 from vllm_tasks.datalayer.storable import INT64
+from vllm_tasks.errors import is_of_the_row
 from vllm_tasks.rows import BuiltinType, Choice
 
 OUTPUT = "output"
@@ -261,7 +262,9 @@ def own_type(own: DataType) -> AnswerType:
 def _called(function: Callable[..., Any], value: Any, what: str) -> Any:
     try:
         return function(value)
-    except (Exception, SystemExit) as error:  # any error of the caller's code is this row's error
+    except BaseException as error:
+        if not is_of_the_row(error):
+            raise
         raise Undecodable(f"is refused by the {what}: {type(error).__name__}: {error}"[:SHOWN]) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from vllm_tasks.calls.prompt_func import (
     refusal,
 )
 from vllm_tasks.calls.template import ARTIFACT, BadRow, Template, text_of
-from vllm_tasks.errors import SHOWN, InvalidCall, near
+from vllm_tasks.errors import SHOWN, InvalidCall, is_of_the_row, near
 from vllm_tasks.hosts import is_web, options_of
 from vllm_tasks.places import check_place, without_secrets
 from vllm_tasks.rows import Message, Prompt, Request, RowError
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 Context = str | Sequence[str] | None
 PAIR = "query", "document"
+BAD = BadRow, TypeError, ValueError, RecursionError
+"""Exceptions that are the error of the record that they were raised for."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -212,6 +215,15 @@ class Prompter:
         `prompt_func` returned, with its prompt worked out."""
         try:
             made = self._pair(x) if self.of_pairs else self._made(x)
+        except BAD as error:
+            return _error_of(error)
+        if inspect.iscoroutine(made):  # as a lambda around an async function returns it
+            made.close()
+            raise InvalidCall(
+                "prompt_func returns a coroutine, which is not awaited here: write a plain function that "
+                "returns the prompt"
+            )
+        try:
             own = made if isinstance(made, Request) else None
             if own and not isinstance(own.sampling, Mapping):
                 raise BadRow(f"sampling must be a mapping of names to values, got {described(own.sampling)}")
@@ -222,11 +234,8 @@ class Prompter:
             self._check_size(prompt if isinstance(prompt, str) else _as_json(prompt))
             if self.media:
                 prompt = self.media.added(prompt, fields_of(self.signature, x))
-        except UnicodeEncodeError as error:
-            bad = error.object[error.start : error.end]
-            return RowError("prompt", f"the text is not valid Unicode ({error.reason}): {bad!r}")
-        except (BadRow, TypeError, ValueError, RecursionError) as error:
-            return RowError("prompt", str(error))
+        except BAD as error:
+            return _error_of(error)
         return replace(own, prompt=prompt) if own else prompt
 
     def _made(self, x: Any) -> Any:
@@ -253,7 +262,9 @@ class Prompter:
         args, kwargs = call_arguments(self.signature, x)
         try:
             return self.prompt_func(*args, **kwargs, **self._beside(kwargs))
-        except Exception as error:  # any error of the user's function is this row's error
+        except BaseException as error:
+            if not is_of_the_row(error):
+                raise
             raise BadRow(f"prompt_func raised {type(error).__name__}: {error}") from error
 
     def _beside(self, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -302,6 +313,13 @@ class Prompter:
                 "the messages have a system message, and the model has system=...: remove one of them"
             )
         return [{"role": "system", "content": self.system}, *made]
+
+
+def _error_of(error: Exception) -> RowError:
+    if isinstance(error, UnicodeEncodeError):
+        bad = error.object[error.start : error.end]
+        return RowError("prompt", f"the text is not valid Unicode ({error.reason}): {bad!r}")
+    return RowError("prompt", str(error))
 
 
 def fields_of(signature: Signature, x: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from vllm_tasks.calls.datatypes import SHOWN, Undecodable
 from vllm_tasks.calls.functions import made_of
 from vllm_tasks.calls.prompt_func import refusal
-from vllm_tasks.errors import InvalidCall
+from vllm_tasks.errors import InvalidCall, is_of_the_row
 from vllm_tasks.rows import Attempted, Choice, Completion, Conversation, Request
 
 TURN = "Your answer {why}. Answer again, with the corrected answer and nothing else."
@@ -59,7 +59,9 @@ class Repairs:
             return
         try:
             problem = self.check(value, record)
-        except (Exception, SystemExit) as error:  # any error of the caller's code is this row's error
+        except BaseException as error:
+            if not is_of_the_row(error):
+                raise
             why = f"is refused by the check: {type(error).__name__}: {error}"
             raise Undecodable(why[:SHOWN]) from error
         if problem is not None and not isinstance(problem, str):

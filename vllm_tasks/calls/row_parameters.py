@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm_tasks.calls.answers import Decoder
 from vllm_tasks.calls.sampling import Target
+from vllm_tasks.calls.sampling_values import check_values
 from vllm_tasks.calls.schemas import response_format, schema_type
 from vllm_tasks.calls.template import BadRow
 from vllm_tasks.errors import InvalidCall
@@ -79,6 +80,7 @@ class RowParameters:
         given, output_schema, lora, model = json.loads(key)
         own: dict[str, Any] = dict(given)
         self._check(own)
+        check_values(own)
         if fixed := sorted(own.keys() & self._decoder.type.sampling.keys()):
             raise BadRow(f"{fixed[0]} is set by datatype=Classes, for all rows: leave it out")
         if "n" in own and own["n"] != self._sampling.get("n", 1):

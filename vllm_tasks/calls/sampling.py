@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
 import logging
 import re
-import reprlib
 import symtable
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -129,19 +127,6 @@ def check_names(
         if _may_know(name, server_version(), hint):
             continue
         raise InvalidCall(f"vLLM does not know the sampling parameter {name!r} ({target}); {hint}")
-
-
-def check_values(sampling: Mapping[str, Any]) -> None:
-    """Raise `InvalidCall` for the first value that JSON, in which requests carry them, has no form for."""
-    for name, value in sampling.items():
-        try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            schema = ", or output_schema=CLASS.model_json_schema()" if isinstance(value, type) else ""
-            raise InvalidCall(
-                f"the sampling parameter {name}={reprlib.repr(value)} cannot be sent as JSON ({error}): give "
-                f"texts, finite numbers, lists and dicts{schema}"
-            ) from error
 
 
 def _may_know(name: str, server: str | None, hint: str) -> bool:

@@ -19,6 +19,7 @@ from vllm_tasks.calls.callables import import_callable
 from vllm_tasks.calls.datatypes import DEEPEST, OUTPUT, SHOWN, AnswerType, Undecodable, of_text, read_json
 from vllm_tasks.calls.functions import made_of
 from vllm_tasks.datalayer.selection import OutputColumn
+from vllm_tasks.errors import is_of_the_row
 from vllm_tasks.rows import BuiltinType
 
 Json = dict[str, Any]
@@ -113,7 +114,9 @@ def _of_class(found: type[BaseModel], path: str, flatten: bool) -> AnswerType:
             json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
         except ValidationError as error:
             raise Undecodable(_first_of(error)) from error
-        except Exception as error:  # the caller's own validators and serializers
+        except BaseException as error:  # the caller's own validators and serializers
+            if not is_of_the_row(error):
+                raise
             raise Undecodable(f"{path}: {type(error).__name__}: {error}"[:SHOWN]) from error
         return value
 

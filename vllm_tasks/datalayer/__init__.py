@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from prefect.blocks.core import Block
 from pydantic import (
-    ConfigDict,
     Field,
     ModelWrapValidatorHandler,
     SecretStr,
@@ -16,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from vllm_tasks.datalayer.block_fields import not_shown, own_fields, validated
+from vllm_tasks.datalayer.block_fields import OF_BLOCK, not_masked, not_shown, own_fields, validated
 from vllm_tasks.datalayer.selection import REVIEW
 from vllm_tasks.datalayer.table_names import check_name, outputs_name, reviews_name
 from vllm_tasks.errors import InvalidCall
@@ -55,7 +54,7 @@ class Datalayer(Block):
         ```
         """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = OF_BLOCK
 
     url: SecretStr = Field(
         title="URL",
@@ -86,6 +85,7 @@ class Datalayer(Block):
     def _some_url(cls, value: SecretStr) -> SecretStr:
         if not value.get_secret_value().strip():
             raise ValueError("the url is empty; give a folder, an fsspec URL or a SQLAlchemy URL")
+        not_masked("url", value.get_secret_value())
         return value
 
     @field_validator("read")

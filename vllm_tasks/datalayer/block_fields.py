@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from pydantic import ModelWrapValidatorHandler, ValidationError
+from prefect.blocks.core import schema_extra
+from pydantic import ConfigDict, ModelWrapValidatorHandler, ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails
 
 T = TypeVar("T")
+
+
+def _with_slug(schema: dict[str, Any], block: Any) -> None:
+    """Extend a block's schema as Prefect does, and allow the slug that Prefect adds to a block's fields.
+
+    Else Prefect's server refuses a flow run that has a block in its parameters. As a pattern it is no field
+    of the form.
+    """
+    schema_extra(schema, block)
+    schema["patternProperties"] = {"^block_type_slug$": {}}
+
+
+OF_BLOCK = ConfigDict(extra="forbid", json_schema_extra=_with_slug)
+"""Each block sets this itself, since its last base class, Block, would allow unknown fields."""
+
+
+def not_masked(field: str, text: object) -> None:
+    """Raise ValueError for a text of asterisks, as Prefect displays a secret and sends one in parameters."""
+    if isinstance(text, str) and re.fullmatch(r"\*{3,}", text.strip()):
+        raise ValueError(
+            f"{field} is {text!r}, which stands for a secret and is none: parameters of flow runs carry no "
+            "secrets, so save the block with its method save(NAME), and give the reference "
+            "{'$ref': {'block_document_slug': 'TYPE/NAME'}} in its place, such as 'vllm-api/NAME'"
+        )
 
 
 def own_fields(data: Any) -> Any:

@@ -207,7 +207,10 @@ def _chat_choice(choice: JSON) -> Choice:
     if not isinstance(message, Mapping):
         wrong('"message", an object', choice)
     text = message.get("content")
-    tool_calls = _list_of(dict, message, "tool_calls") or None
+    former = _optional(message, "function_call", dict)  # OpenAI's, from before `tool_calls`
+    tool_calls = _list_of(dict, message, "tool_calls") or (
+        [{"type": "function", "function": former}] if former else None
+    )
     reasoning = _optional(message, "reasoning", str) or _optional(message, "reasoning_content", str)
     if text is None and (tool_calls or reasoning):
         text = ""  # all tokens went into the calls or the reasoning

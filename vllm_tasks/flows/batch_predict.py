@@ -31,6 +31,7 @@ def batch_predict(
     select: str,
     primary_id: str | list[str] = "id",
     db: Datalayer | None = None,
+    source: Datalayer | None = None,
     limit: Rows | None = None,
     predict_id: str | None = None,
     sampling: dict[str, Any] | None = None,
@@ -58,7 +59,8 @@ def batch_predict(
         X: Column with the input; several columns as a list, or as a mapping of column to argument.
         select: A table; in a lake also a path or a glob; or one SELECT statement.
         primary_id: Column or columns that identify a row.
-        db: Where the table is and the outputs go; None: the model's own.
+        db: Where the outputs go, and where the table is unless source is given; None: the model's own.
+        source: Where the table is, if it is not where the outputs go.
         limit: Process at most this number of rows, to try a job; None: all.
         predict_id: Names the outputs, the table _outputs__NAME; None: the model's identifier.
         sampling: Sampling parameters by vLLM's names, such as {"max_tokens": 60}; they override the model's.
@@ -90,6 +92,7 @@ def batch_predict(
         X,
         select,
         db=db,
+        source=source,
         predict_id=predict_id,
         primary_id=primary_id,
         refresh=refresh,

@@ -12,6 +12,7 @@ from prefect.types import SecretDict
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 
 from vllm_tasks.calls.sampling import Target
+from vllm_tasks.datalayer.block_fields import OF_BLOCK, not_masked
 from vllm_tasks.engines import loop, wire
 from vllm_tasks.engines.http.connections import NAME
 from vllm_tasks.engines.http.control import Control
@@ -21,7 +22,7 @@ from vllm_tasks.engines.http.transport import HttpConfig
 from vllm_tasks.engines.http.urls import Endpoint, origins, split_urls
 from vllm_tasks.engines.stopping import raise_if_stopped
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.models.fields import FORBID, VLLM_DOCS
+from vllm_tasks.models.fields import VLLM_DOCS
 from vllm_tasks.models.predictor import Predictor
 from vllm_tasks.models.resources import Resources
 from vllm_tasks.settings import Settings, site_settings
@@ -50,7 +51,7 @@ class VllmAPI(Predictor, Block):
 
     _reached_by: ClassVar[tuple[str, ...]] = ("api_url", "model", "api_key", "basic_auth", "headers")
 
-    model_config = FORBID
+    model_config = OF_BLOCK
 
     api_url: str | list[str] = Field(
         default="",
@@ -100,6 +101,14 @@ class VllmAPI(Predictor, Block):
         description="Receive answers token by token and use them when they are complete: for gateways that "
         "close idle connections.",
     )
+
+    @field_validator("api_key", "basic_auth", "headers", mode="before")
+    @classmethod
+    def _no_masks(cls, value: Any, info: ValidationInfo) -> Any:
+        for text in value.values() if isinstance(value, Mapping) else [value]:
+            text = text.get_secret_value() if isinstance(text, SecretStr) else text
+            not_masked(str(info.field_name), text)
+        return value
 
     @field_validator("api_url")
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from vllm_tasks.calls.answers import Artifact
 from vllm_tasks.calls.callables import DottedCallable
@@ -18,9 +18,6 @@ from vllm_tasks.rows import BuiltinType, Task
 from vllm_tasks.validation import Validation
 
 VLLM_DOCS = "https://docs.vllm.ai/en/latest"
-
-FORBID = ConfigDict(extra="forbid")
-"""Each model sets this itself, since its last base class, Block, would allow unknown fields."""
 
 
 class DeclaredFields(BaseModel):

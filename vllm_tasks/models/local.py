@@ -12,10 +12,11 @@ from pydantic import Field, model_validator
 
 from vllm_tasks.calls.pooling import returns_numbers
 from vllm_tasks.calls.sampling import Target
+from vllm_tasks.datalayer.block_fields import OF_BLOCK
 from vllm_tasks.engines.local.engine import LocalConfig
 from vllm_tasks.engines.ray.engine import RayConfig
 from vllm_tasks.errors import InvalidCall
-from vllm_tasks.models.fields import FORBID, VLLM_DOCS
+from vllm_tasks.models.fields import VLLM_DOCS
 from vllm_tasks.models.predictor import Predictor
 from vllm_tasks.models.resources import PARALLEL, Resources
 from vllm_tasks.settings import site_settings
@@ -54,7 +55,7 @@ class VllmModel(Predictor, Block):
         "engine_python",
     )
 
-    model_config = FORBID
+    model_config = OF_BLOCK
 
     model_name: str = Field(
         default="", title="Model", description="A name on Hugging Face, or a folder where the flow runs."

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from operator import is_
 from typing import Any, Self
 
-from pydantic import PrivateAttr
+from pydantic import PrivateAttr, ValidationError
 
 from vllm_tasks import tables
 from vllm_tasks.calls.answers import Decoder
@@ -21,22 +22,36 @@ from vllm_tasks.calls.media import NO_MEDIA, Media
 from vllm_tasks.calls.prompt_func import keywords_of, named_parameters
 from vllm_tasks.calls.prompts import Context, Prompter, load_artifact
 from vllm_tasks.calls.row_parameters import OUTPUT_FORMATS
-from vllm_tasks.calls.sampling import Target, check_names, check_values
+from vllm_tasks.calls.sampling import Target, check_names
+from vllm_tasks.calls.sampling_values import check_values
 from vllm_tasks.calls.schemas import response_format
 from vllm_tasks.calls.signature import signed_as
 from vllm_tasks.engines import loop, sharing
 from vllm_tasks.engines.stopping import raise_if_stopped
-from vllm_tasks.errors import InvalidCall
+from vllm_tasks.errors import InvalidCall, near
 from vllm_tasks.models.checks import ModelFields
 from vllm_tasks.rows import Completion, RowError
 from vllm_tasks.validation import run
 from vllm_tasks.validation.report import ValidationReport
 
 
+class Checked:
+    """The values of a model's fields when they were last checked: a field may be assigned, also in a copy."""
+
+    values: Sequence[Any] = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Checked)  # models are equal by their fields
+
+    def __reduce__(self) -> tuple[type[Checked], tuple[()]]:
+        return Checked, ()
+
+
 class Predictor(ModelFields):
     """The methods that both models share."""
 
     _lease: sharing.Lease = PrivateAttr(default_factory=sharing.Lease)
+    _checked: Checked = PrivateAttr(default_factory=Checked)
 
     def predict(self, x: Any, context: Context = None, **sampling: Any) -> Output:
         """Predict the answer to one record.
@@ -121,6 +136,7 @@ class Predictor(ModelFields):
         Raises:
             InvalidCall: An argument or a field is wrong, or they do not fit together.
         """
+        self._check_assigned()
         target, known = self.sampling_target(), self.sampling_names()
         keywords = keywords_of(self.prompt_func, self.signature, sampling or {}, known)
         given = {name: value for name, value in (sampling or {}).items() if name not in keywords}
@@ -144,6 +160,46 @@ class Predictor(ModelFields):
                 context, keywords, self._sent_as(target, parameters), decoder.type.ending
             ),
         )
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with other values of some fields, which are checked when the copy is used.
+
+        Args:
+            update: Values by the names of fields.
+            deep: Whether values are copied, too.
+
+        Returns:
+            The copy.
+
+        Raises:
+            InvalidCall: There is no field of such a name.
+        """
+        fields = type(self).model_fields
+        if unknown := sorted(update.keys() - fields.keys() if update else ()):
+            raise InvalidCall(f"{type(self).__name__} has no field {unknown[0]!r}{near(unknown[0], fields)}")
+        return super().model_copy(update=update, deep=deep)
+
+    def _check_assigned(self) -> None:
+        """Check the fields again, as when the model was made, if any was assigned since."""
+        values = [getattr(self, name) for name in type(self).model_fields]
+        if len(values) == len(self._checked.values) and all(map(is_, values, self._checked.values)):
+            return
+        try:
+            made = self._made_anew()
+        except ValidationError as error:
+            wrong = "; ".join(
+                f"{'.'.join(map(str, each['loc']))} {each['msg']}".strip()
+                for each in error.errors(include_input=False, include_url=False)
+            )
+            raise InvalidCall(f"{self.identifier!r} cannot be used as it is now: {wrong}") from None
+        for name in type(self).model_fields:  # a text may have been assigned for a key or a datalayer
+            if type(value := getattr(made, name)) is not type(getattr(self, name)):
+                self.__dict__[name] = value
+        self._checked.values = [getattr(self, name) for name in type(self).model_fields]
+
+    def _made_anew(self) -> ModelFields:
+        """Return a model with these fields. Raise `ValidationError` if there cannot be one."""
+        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields})
 
     def _sampling(self, given: Mapping[str, Any], decoder: Decoder) -> dict[str, Any]:
         """The sampling parameters of a call, with the answers' schema unless the caller sets a format."""
@@ -236,7 +292,7 @@ class Predictor(ModelFields):
 
     def __copy__(self) -> Self:
         copied = super().__copy__()
-        copied._lease = sharing.Lease()
+        copied._lease, copied._checked = sharing.Lease(), Checked()
         return copied
 
     def engine_config(self) -> sharing.Config:

@@ -23,7 +23,7 @@ from vllm_tasks.calls.chat import of_files
 from vllm_tasks.calls.sampling import Target, check_names
 from vllm_tasks.calls.weights import engine_identity
 from vllm_tasks.engines.local.engine import log_trust
-from vllm_tasks.engines.local.model_files import stamps
+from vllm_tasks.engines.local.model_files import PATHS, stamps
 from vllm_tasks.engines.local.python import interpreter
 from vllm_tasks.errors import EngineFailed, InvalidCall, ServerUnavailable
 from vllm_tasks.models import VllmAPI, VllmModel
@@ -35,8 +35,11 @@ OWNED = (
     *("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"),
 )
 """Options of vLLM's server that decide how it is reached or run, which `serve` sets itself."""
-PATHS = ("model", "tokenizer", "hf_config_path", "chat_template", "download_dir")
-"""Arguments that may be paths. They are made absolute, because the server starts in another folder."""
+MAY_BE_PATHS = PATHS | {"download_dir", "path"}
+"""Arguments that may be paths, also within others. They are made absolute, because the server starts
+in another folder."""
+KEYWORDS = {"auto", "vllm"}
+"""Values of `generation_config` that are no paths."""
 QUIET = {"disable_log_stats": True, "disable_uvicorn_access_log": True}
 """Defaults that keep the log free of a line for each request. The model's `vllm_kwargs` override them."""
 
@@ -113,6 +116,9 @@ class ServedAPI(VllmAPI):
         super().__init__(**fields)
         self._behind = behind
 
+    def _made_anew(self) -> VllmAPI:
+        return VllmAPI(**{name: getattr(self, name) for name in VllmAPI.model_fields})
+
     def prepare(self, *args: Any, **kwargs: Any) -> Call:
         call = super().prepare(*args, **kwargs)
         return replace(
@@ -138,7 +144,7 @@ def server_arguments(engine_args: Mapping[str, Any]) -> dict[str, Any]:
                 "use VllmAPI(api_url=...)"
             )
     named = {"served_model_name": engine_args["model"], **QUIET, **engine_args}
-    return {name: _absolute(value) if name in PATHS else value for name, value in named.items()}
+    return {name: _rooted(name.replace("-", "_"), value) for name, value in named.items()}
 
 
 def command_line(arguments: Mapping[str, Any]) -> list[str]:
@@ -190,6 +196,20 @@ def _first(names: Any) -> str:
     return str(names[0] if isinstance(names, list) else names)
 
 
-def _absolute(value: Any) -> Any:
-    """The absolute path of an existing file; any other value, such as a Hugging Face name, unchanged."""
-    return str(Path(value).absolute()) if isinstance(value, str) and os.path.lexists(value) else value
+def _rooted(name: str, value: Any) -> Any:
+    """`value` with the absolute paths of files in it."""
+    if isinstance(value, Mapping):  # `default_mm_loras` has a path for each kind of media
+        return {
+            key: _rooted(name if name == "default_mm_loras" else key, each) for key, each in value.items()
+        }
+    if isinstance(value, list):
+        return [_rooted(name, each) for each in value]
+    if not isinstance(value, str) or name not in MAY_BE_PATHS or value in KEYWORDS:
+        return value
+    adapter, sign, path = value.partition("=") if name == "lora_modules" else ("", "", value)
+    return adapter + sign + _absolute(path)
+
+
+def _absolute(value: str) -> str:
+    """The absolute path of an existing file; any other text, such as a Hugging Face name, unchanged."""
+    return str(Path(value).absolute()) if os.path.lexists(value) else value

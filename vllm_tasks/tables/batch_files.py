@@ -14,7 +14,7 @@ import fsspec
 from pydantic import SecretStr
 
 from vllm_tasks.calls.batch_request import line_of
-from vllm_tasks.calls.call import Model
+from vllm_tasks.calls.call import Model, check_model
 from vllm_tasks.calls.columns import Columns, named_columns
 from vllm_tasks.calls.prompts import Context
 from vllm_tasks.datalayer import Datalayer
@@ -75,6 +75,7 @@ def export_batch(
         InvalidCall: The call could not succeed, or the file may not be written there.
         TablesUnavailable: The tables or the file cannot be reached.
     """
+    check_model(model)
     call = model.prepare(export_batch, context, sampling)
     key = named_columns("primary_id", primary_id)
     tables, named = open_tables(datalayer_of(db, model), select, source_of(source))
@@ -132,7 +133,9 @@ def export_batch_results(
         InvalidCall: There are no such outputs, they are flattened, or the file may not be written there.
         TablesUnavailable: The tables or the file cannot be reached.
     """
-    datalayer = db if isinstance(db, Datalayer) else Datalayer(url=SecretStr(db))
+    if not isinstance(db, Datalayer | str | os.PathLike):
+        raise InvalidCall(f"db=<{type(db).__name__}> is neither a Datalayer nor its URL")
+    datalayer = db if isinstance(db, Datalayer) else Datalayer(url=SecretStr(os.fspath(db)))
     key = named_columns("primary_id", primary_id)
     found = datalayer.outputs(predict_id)
     for name in key:
@@ -203,7 +206,12 @@ def _written(path: str | os.PathLike[str]) -> Iterator[IO[str]]:
     """A text file that is there only if it is complete."""
     from vllm_tasks.datalayer.storage_errors import storage_errors  # which imports DuckDB and delta-rs
 
-    uri = os.fspath(path)
+    if (
+        not isinstance(path, str | os.PathLike)
+        or (uri := os.fspath(path)).endswith("/")
+        or os.path.isdir(uri)
+    ):
+        raise InvalidCall(f"path={path!r:.200} is not the path of a file: give one, such as 'requests.jsonl'")
     check_place("the batch file", uri)
     with storage_errors(f"cannot write {without_secrets(uri)!r}"):
         # A filesystem of its own, because a transaction is of all files that are opened with it.

@@ -15,7 +15,7 @@ from vllm_tasks.calls.prompts import Context
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.opening import Store, name_of
 from vllm_tasks.datalayer.selection import OutputTable
-from vllm_tasks.errors import TooManyFailed
+from vllm_tasks.errors import Terminated, TooManyFailed
 from vllm_tasks.settings import site_settings
 from vllm_tasks.tables.counting import Counted
 from vllm_tasks.tables.job import Display, Job
@@ -248,7 +248,7 @@ def _sigterm_raises() -> Iterator[None]:
         return
 
     def stop(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
+        raise Terminated(128 + number)
 
     signal.signal(signal.SIGTERM, stop)
     try:

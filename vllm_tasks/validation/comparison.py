@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vllm_tasks.calls.call import check_model
 from vllm_tasks.calls.prompts import Context
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.datalayer.selection import Tables
@@ -45,6 +46,10 @@ def compare(
         InvalidCall: Two models have the same identifier, or the runs are not over the same rows, or not of
             these models, data sets and metrics.
     """
+    if not isinstance(models, list | tuple):
+        raise InvalidCall(f"models is a {type(models).__name__}: give a list of two or more models")
+    for model in models:
+        check_model(model)
     names = [model.identifier for model in models]
     check_comparable(names)
     if (reported := [report.model for report in reports]) != names:

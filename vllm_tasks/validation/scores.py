@@ -13,7 +13,7 @@ import numpy as np
 from vllm_tasks.calls.call import TableCall
 from vllm_tasks.calls.classes import is_of_classes
 from vllm_tasks.calls.sampling import task_of
-from vllm_tasks.errors import InvalidCall
+from vllm_tasks.errors import InvalidCall, is_of_the_row
 from vllm_tasks.metrics.classes import Label
 from vllm_tasks.metrics.extraction import texts_of_choices
 from vllm_tasks.metrics.measure import Answer, Likelihood, Measure, Sums, Table
@@ -284,7 +284,9 @@ def _naming(metric: Metric, where: str = "") -> Iterator[None]:
         yield
     except InvalidCall as error:
         raise InvalidCall(f"the metric {metric.identifier!r}{where}: {error}") from error
-    except Exception as error:
+    except BaseException as error:
+        if not is_of_the_row(error):
+            raise
         kind = type(error).__name__
         raise InvalidCall(f"the metric {metric.identifier!r} failed{where}: {kind}: {error}") from error
 

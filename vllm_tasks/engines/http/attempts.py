@@ -85,7 +85,7 @@ class Attempts:
         if is_overdue and full.kind == "connection":  # this process has too few files, not the server
             raise InvalidCall(full.message)
         if is_overdue:
-            raise self.servers.unavailable(full.message)
+            raise self.servers.overloaded(full.message)
         return backoff(self.refusals - FEW) if self.refusals > FEW else 0.0
 
 

@@ -207,6 +207,14 @@ class Servers:
             "correct api_url, or wait longer with VLLM_TASKS_GRACE_PERIOD (seconds)"
         )
 
+    def overloaded(self, last: str) -> ServerUnavailable:
+        """The error that ends a call whose rows have all been refused for load for the grace period."""
+        urls = ", ".join(str(s.endpoint) for s in self.all)
+        return ServerUnavailable(
+            f"all rows were refused for load at {urls} for {self.grace_period:g} s (last: {last}); free the "
+            "server, look at your quota there, or wait longer with VLLM_TASKS_GRACE_PERIOD (seconds)"
+        )
+
     def complete(self, server: Server, sent: float) -> None:
         """Record that a server has completed a row sent at `sent`, and so has capacity again."""
         self.completed += 1

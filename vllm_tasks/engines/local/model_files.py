@@ -16,6 +16,9 @@ PATHS = {
 }
 """Engine arguments whose texts are paths if a file or folder of this name exists."""
 
+NESTED = {"speculative_config"}
+"""Engine arguments with such arguments within them."""
+
 Stamps = Sequence[tuple[str, int, int]]
 """The path, size and time of each file."""
 
@@ -30,6 +33,15 @@ def files_in(folder: str) -> Iterator[str]:
                 yield path.relative_to(folder).as_posix()
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a value, such as the paths of adapters."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(each)
+
+
 def stamps(arguments: Mapping[str, Any]) -> Stamps:
     """Return the sizes and times of the files that engine arguments name, which show a change.
 
@@ -37,8 +49,10 @@ def stamps(arguments: Mapping[str, Any]) -> Stamps:
     """
     found: list[tuple[str, int, int]] = []
     named = {name.replace("-", "_"): value for name, value in arguments.items()}
-    given = [named[name] for name in PATHS & named.keys()]
-    places = {os.path.abspath(value) for value in given if isinstance(value, str)}
+    given = {text for name in (PATHS | NESTED) & named.keys() for text in _texts(named[name])}
+    # An adapter may be given as NAME=PATH.
+    given |= {text.partition("=")[2] for text in _texts(named.get("lora_modules"))}
+    places = {os.path.abspath(text) for text in given if text}
     for path in [*places, *(os.path.join(place, name) for place in places for name in files_in(place))]:
         with suppress(OSError):  # a name on a hub, a text, or a file that is being replaced
             status = os.stat(path)
