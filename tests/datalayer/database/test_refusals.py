@@ -117,6 +117,15 @@ def test_a_statement_is_told_from_a_name_at_once(tmp_path: Path) -> None:
     db.close()
 
 
+def test_parameters_in_a_statement_are_refused(place: Place) -> None:
+    """A driver would leave them NULL, or fill them with a value of ours; in a text they are characters."""
+    db = place.fill(1)
+    with pytest.raises(InvalidCall, match=r"has a parameter, such as \$1|number of bindings"):
+        db.check(selection("SELECT id, $1 AS text FROM t"))
+    db.check(selection("SELECT id, '$1' AS text FROM t -- $1"))
+    db.close()
+
+
 def test_unique_keys_cost_nothing_where_an_index_says_so(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:

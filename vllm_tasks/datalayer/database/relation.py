@@ -13,6 +13,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
 from vllm_tasks.datalayer.database.backends import Backend, TableName
+from vllm_tasks.datalayer.source_id import tokens
 from vllm_tasks.datalayer.storable import is_text
 from vllm_tasks.errors import InvalidCall, near
 
@@ -46,6 +47,9 @@ class Relation:
         if table:
             clause: sa.TableClause | sa.TextClause = table.clause()
         elif STATEMENT.match(select):
+            if connection.dialect.name == "postgresql" and "$" in select and "$" in tokens(select):
+                # It would be filled with a value of ours.
+                raise InvalidCall(f"{select[:200]!r} has a parameter, such as $1: write its value instead")
             # Every colon is escaped: SQLAlchemy takes a colon and a name for a parameter.
             clause = sa.text(select.rstrip("; \t\r\n").replace(":", "\\:") + "\n")
         else:
