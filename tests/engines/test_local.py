@@ -119,11 +119,11 @@ def test_poisoned_rows_fail_alone(local_model: VllmModel) -> None:
 
 
 def test_values_that_vllm_refuses_are_errors_of_the_row(local_model: VllmModel) -> None:
-    """A value out of range comes back with vLLM's own words."""
-    (error,) = local_model.predict_batches(["a"], on_error="return", temperature=-1)
+    """Values that do not go together come back with vLLM's own words."""
+    (error,) = local_model.predict_batches(["a"], on_error="return", min_tokens=20, max_tokens=10)
     assert isinstance(error, RowError)
     assert error.kind == "refused"
-    assert "temperature must be non-negative" in error.message
+    assert "min_tokens must be less than or equal to max_tokens" in error.message
 
 
 def test_works_inside_a_running_event_loop(local_model: VllmModel) -> None:
