@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from vllm_tasks.datalayer import is_lake
 from vllm_tasks.datalayer.sources.endings import ENDINGS
+from vllm_tasks.datalayer.sql_tokens import tokens
 
 LONGEST = 200
 """Maximum characters of a name that is kept unchanged."""
@@ -52,25 +53,6 @@ def is_statement(select: str) -> bool:
     """Whether `select` is SQL and not the name of a table, which may contain spaces."""
     found = tokens(select) if re.search(r"\s", select.strip()) else []
     return bool(found) and found[0].upper() in {"SELECT", "WITH", "FROM", "VALUES", "TABLE", "("}
-
-
-def tokens(statement: str) -> list[str]:
-    """The statement's tokens without comments and a semicolon at the end; keywords are in upper case."""
-    import duckdb
-
-    text = statement.encode("utf-8", "surrogatepass")
-    found = duckdb.tokenize(statement.encode("utf-8", "replace").decode())
-    ends = [start for start, _ in found[1:]] + [len(text)]
-    kept = []
-    for (start, kind), end in zip(found, ends, strict=True):
-        token = text[start:end].decode("utf-8", "replace").strip()
-        if kind == duckdb.token_type.keyword:
-            token = token.upper()
-        if kind != duckdb.token_type.comment:
-            kept.append(token)
-    while kept and kept[-1] == ";":
-        kept.pop()
-    return kept
 
 
 def _table(select: str, url: str) -> str:

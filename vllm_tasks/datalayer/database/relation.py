@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
 from vllm_tasks.datalayer.database.backends import Backend, TableName
-from vllm_tasks.datalayer.source_id import tokens
+from vllm_tasks.datalayer.sql_tokens import tokens
 from vllm_tasks.datalayer.storable import is_text
 from vllm_tasks.errors import InvalidCall, near
 
