@@ -122,7 +122,6 @@ def test_an_answer_without_a_text_is_an_output_where_it_is_kept(
         (Choice("\n\n", reasoning="hm"), None, "has no text, only reasoning"),
         (Choice(" ", tool_calls=[TOOL_CALL]), None, "has no text, only reasoning or tool calls"),
         (Choice("", "tool_calls"), None, "does not return the tool calls"),
-        (Choice("", "length"), None, "was truncated at max_tokens and is empty"),
         (Choice("", "stop"), {"completion_tokens_details": {"reasoning_tokens": 7}}, "only 7 tokens of reas"),
     ],
 )

@@ -21,7 +21,7 @@ def with_its_own(row: tuple[str, int]) -> Request:
 
 @pytest.mark.engine
 def test_each_answer_is_as_long_as_its_row_asks(local_model: VllmModel) -> None:
-    """Rows with different limits share one call and one engine; one that vLLM refuses fails alone."""
+    """Rows with different limits share one call and one engine; one that vLLM would refuse fails alone."""
     greedy = {"temperature": 0, "ignore_eos": True}
     model = local_model.model_copy(update={"prompt_func": with_its_own, "predict_kwargs": greedy})
     lengths = [1, 8, 3, 8, 16, 0, 5, 1]
@@ -31,7 +31,7 @@ def test_each_answer_is_as_long_as_its_row_asks(local_model: VllmModel) -> None:
     assert counts == lengths
     refused = answers[5]
     assert isinstance(refused, RowError)
-    assert refused.kind == "refused"
+    assert refused.kind == "prompt"
 
 
 @pytest.mark.engine

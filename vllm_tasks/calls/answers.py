@@ -259,7 +259,7 @@ def _why_empty(choice: Choice, usage: Mapping[str, Any] | None) -> str | None:
         return "has no text, and the server does not return the tool calls that it reports"
     if hidden := _hidden_reasoning(usage):
         return f"has no text, only {hidden:,} tokens of reasoning, which the server does not return"
-    return "is empty" if not choice.text and _is_truncated([choice]) else None
+    return None
 
 
 def _hidden_reasoning(usage: Mapping[str, Any] | None) -> int:
