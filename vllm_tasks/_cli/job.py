@@ -144,7 +144,7 @@ def saved(name: str, given: str) -> Any:
             raise ServerUnavailable(
                 f"{name}: {given!r}: Prefect's server does not answer: {error}"
             ) from error
-    if BLOCKS[name] == {"vllm-datalayer": Datalayer}:
+    if "vllm-datalayer" in BLOCKS[name]:
         return Datalayer.model_validate({"url": given})
     raise InvalidCall(
         f"{name}={given!r:.100} names no saved block: write {' or '.join(BLOCKS[name])}, a slash and its name"

@@ -27,7 +27,8 @@ RAW_SHOWN = 2000
 
 
 class Artifact(BaseModel):
-    """A named file that prompts may use, at any fsspec URI. It is read again when it has changed."""
+    """A named file that prompts may use, at any fsspec URI. It is read again when it has changed, but
+    from a web server once per process."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -21,7 +21,7 @@ NumberOrAll = Annotated[int, Field(ge=-1)]
 
 
 class Values(BaseModel):
-    """Types and limits of vLLM's `SamplingParams` and of its server's requests, in versions 0.26 to 0.33.
+    """Types and limits of vLLM's `SamplingParams` and of its server's requests, in versions 0.27 to 0.32.
 
     As in vLLM's server, a text may be a number. Only `n` may not, because it is read here, too.
     """

@@ -106,8 +106,10 @@ def _json(value: Any) -> str:
         return f"{{{', '.join(pairs)}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_json, value))}]"
-    if isinstance(value, Number | Decimal):
-        return str(value) if isinstance(value, Number) else format(value, "f")
+    if isinstance(value, Number):
+        return str(value)
+    if isinstance(value, Decimal):
+        return format(value, "f")
     if isinstance(value, bytes):
         return json.dumps(base64.b64encode(value).decode())
     plain = value if value is None or isinstance(value, str | bool | int | float) else str(value)

@@ -201,18 +201,19 @@ class Servers:
 
     def unavailable(self, last: str) -> ServerUnavailable:
         """The error that ends a call after the grace period; `last` is the last error of a server."""
-        urls = ", ".join(str(s.endpoint) for s in self.all)
-        return ServerUnavailable(
-            f"no server responded at {urls} for {self.grace_period:g} s (last: {last}); start it, "
-            "correct api_url, or wait longer with VLLM_TASKS_GRACE_PERIOD (seconds)"
-        )
+        return self._ended("no server responded", last, "start it, correct api_url")
 
     def overloaded(self, last: str) -> ServerUnavailable:
         """The error that ends a call whose rows have all been refused for load for the grace period."""
+        return self._ended(
+            "all rows were refused for load", last, "free the server, look at your quota there"
+        )
+
+    def _ended(self, what: str, last: str, way_out: str) -> ServerUnavailable:
         urls = ", ".join(str(s.endpoint) for s in self.all)
         return ServerUnavailable(
-            f"all rows were refused for load at {urls} for {self.grace_period:g} s (last: {last}); free the "
-            "server, look at your quota there, or wait longer with VLLM_TASKS_GRACE_PERIOD (seconds)"
+            f"{what} at {urls} for {self.grace_period:g} s (last: {last}); {way_out}, or wait longer with "
+            "VLLM_TASKS_GRACE_PERIOD (seconds)"
         )
 
     def complete(self, server: Server, sent: float) -> None:
