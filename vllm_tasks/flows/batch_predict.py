@@ -1,7 +1,7 @@
 """A deployable flow: process the rows of a table with a model, every night if you like.
 
 prefect block register -m vllm_tasks                  # once per Prefect server
-python -m vllm_tasks.flows.batch_predict --cron "0 2 * * *"      # serve it; then run it from the UI
+python -m vllm_tasks.flows.batch_predict              # serve it; then run it from the UI
 """
 
 # Without `from __future__ import annotations`: the process of a served run cannot resolve type names.

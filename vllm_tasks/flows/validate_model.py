@@ -1,7 +1,7 @@
 """A deployable flow: score a model on data sets with known answers, and fail if it is worse than before.
 
 prefect block register -m vllm_tasks                   # once per Prefect server
-python -m vllm_tasks.flows.validate_model --cron "0 4 * * *"      # serve it; then run it from the UI
+python -m vllm_tasks.flows.validate_model              # serve it; then run it from the UI
 """
 
 # Without `from __future__ import annotations`: the process of a served run cannot resolve type names.
