@@ -48,7 +48,7 @@ def validate_model(
         model: A saved block: a vLLM API, or a vLLM Model.
         validation: Data sets, metrics and limits; None: the model's own.
         db: Where predictions and history go; None: the model's own.
-        resume: Resume a run that was interrupted within the last 12 hours; if off, process all rows anew.
+        resume: Resume an interrupted run that began in the last 12 hours; if off, process all rows anew.
         reuse: Score the answers of the last run again, if the model's weights are known to be the same.
         retry_failed: Process the failed rows of an interrupted run again.
         max_failed: Rows that may fail, as a fraction (0.05) or a number (20); None: any number.
