@@ -52,7 +52,7 @@ def batch_predict(
 ) -> Report:
     """Process the rows of a table with a model and commit one output or one error for each.
 
-    Only rows that have no output yet are processed, so after a crash, run it again to resume.
+    Only rows that have no output or error yet are processed, so after a crash, run it again to resume.
 
     Args:
         model: A saved block: a vLLM API, or a vLLM Model.

@@ -72,23 +72,42 @@ class Sample:
 class Report:
     """The result of `predict_in_db`. Counts are of source rows, tokens are as vLLM counts them.
 
-    `rows` is the number of rows in the source (with the `ids`), None when they were not counted in time.
-    `up_to_date` is how many of them needed no request; None with `limit` or `retry_failed`, or when the run
-    stopped early. `processed` = `succeeded` + `failed`, all of them committed. `replaced` is how many of them
-    had an output of an earlier prompt, sampling or model, which was removed. `unreadable` is the number of
-    source lines without a readable key, which have no output; `unreadable_lines` says where some of them are,
-    and why. `stopped_by` names the argument (`max_seconds`, ...) whose limit ended the run before its last
-    row; `remaining` is the number of rows that are left to the next run then, None when they were not counted
-    in time. `samples` are some answers, as many as VLLM_TASKS_REPORT_SAMPLES says. `chat` is True if texts
-    were sent through the model's chat template, False if as plain text. `seconds` has the `total` and its
-    parts, which overlap: `check` (the call, the source and its keys), `first_row` (from the start to the
-    first row that was sent), `read` (source and prompts), `answer` (from the first row sent to the last
-    answer), `commit`.
-    `to_review` is how many rows were marked for a person (`review_below` of `Classes`), and `reviews` are
-    the least probable of them.
-    `unreported_shards` is the number of shards that were cancelled, because another one had failed, and that
-    did not report what they had committed by then: no count includes their rows. `reasked` is the number of
-    rows with more than one attempt (`repair`, `resample`), and `repaired` how many of them have an output.
+    Attributes:
+        model: Identifier of the model.
+        predict_id: Name of the outputs.
+        source: Where the rows were read.
+        outputs: Where the outputs are.
+        fingerprint: Hash of all that decides an answer.
+        rows: Rows in the source (with the `ids`); None when they were not counted in time.
+        up_to_date: How many of `rows` needed no request; None with `limit` or `retry_failed`, or when the run
+            stopped early.
+        processed: `succeeded` + `failed`, all of them committed.
+        succeeded: Rows with an output.
+        failed: Rows with an error.
+        truncated: Rows whose answer was truncated at `max_tokens`.
+        prompt_tokens: Tokens of the prompts.
+        completion_tokens: Tokens of the answers.
+        commits: Number of commits.
+        seconds: The `total` and its parts, which overlap: `check` (the call, the source and its keys),
+            `first_row` (from the start to the first row that was sent), `read` (source and prompts),
+            `answer` (from the first row sent to the last answer), `commit`.
+        errors: For each kind of error the number of rows and some keys, the most frequent kind first.
+        worst: Failed rows with their messages, about 50 at most.
+        samples: Some answers, as many as VLLM_TASKS_REPORT_SAMPLES says.
+        served_by: What the server reports of itself, such as vLLM's version; empty for a local engine.
+        replaced: How many of the processed rows had an output of an earlier prompt, sampling or model.
+        unreadable: Lines of the source without a readable key, which have no output.
+        unreadable_lines: Where some of these lines are, and why they could not be read.
+        chat: True if texts were sent through the model's chat template, False if as plain text.
+        stopped_by: The argument (`max_seconds`, ...) whose limit ended the run before its last row; None if
+            none did.
+        remaining: Rows that such a run left to the next one; None when they were not counted in time.
+        unreported_shards: Shards that were cancelled, because another one had failed, and did not report what
+            they had committed by then: no count includes their rows.
+        reasked: Rows with more than one attempt (`repair`, `resample`).
+        repaired: How many of these have an output.
+        to_review: Rows that were marked for a person (`review_below` of `Classes`).
+        reviews: The least probable of these.
     """
 
     model: str
