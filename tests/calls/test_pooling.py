@@ -78,6 +78,7 @@ def test_a_class_has_a_probability(server: ScriptedServer) -> None:
         ("classify", {"label": "a", "probs": "high"}),
         ("classify", {"label": "a", "probs": [True]}),
         ("classify", {"label": 5, "probs": [0.5]}),
+        ("classify", {"label": "a", "probs": [3.5, -1.5]}),
         ("reward", {"label": "a", "probs": [0.5, 0.5]}),
     ],
 )
