@@ -104,6 +104,7 @@ def test_what_is_no_answer_is_an_error_of_the_row(
         ({"task": "embed", "predict_kwargs": {"n": 2}}, "'n' is for generated text"),
         ({"task": "embed", "predict_kwargs": {"dimension": 2}}, "did you mean 'dimensions'"),
         ({"task": "embed", "predict_kwargs": {"normalize": True}}, "vLLM's name is use_activation"),
+        ({"task": "classify", "predict_kwargs": {"use_activation": False}}, "task='reward' returns"),
         ({"task": "embed", "predict_kwargs": {"encoding_format": "float"}}, "numbers of 32 bits"),
         ({"task": "score", "signature": "*args", "predict_kwargs": {"dimensions": 2}}, "does not know"),
         ({"task": "embed", "api_url": "http://127.0.0.1:1/generate"}, "use the server's base URL"),
