@@ -35,8 +35,8 @@ KEEPALIVE = 4.0
 FULL = {429, 503}
 """Statuses of a server that is at its capacity."""
 RETRIED = {408, 409, 425}
-"""Statuses below 500 of a request that may succeed if it is repeated: a timeout of the server and a conflict over
-a lock, which OpenAI's clients repeat too, and a request that came too early (RFC 8470)."""
+"""Statuses below 500 of a request that may succeed if it is repeated: a timeout of the server and a conflict
+over a lock, which OpenAI's clients repeat too, and a request that came too early (RFC 8470)."""
 STREAMED = 2**20
 """Bytes from which a body is given to aiohttp as a file, so that sending it does not block the loop."""
 
