@@ -24,6 +24,8 @@ class Counted:
         self.rows: int | None = None
         self.up_to_date: int | None = None
         self.remaining: int | None = 0
+        self._found: int | None = None
+        """The number of `ids` that the source has, in any shard."""
         self.served_by: dict[str, str] = {}
         self._job, self._run = job, run
         self._thread = self._begin(self._count)
@@ -42,6 +44,10 @@ class Counted:
             if run.tally.first_sent is not None:
                 self.served_by = served_by(job.over.call.engine)
             rows, selected = job.tables.count(job.selection)
+            if job.selection.shard is None:
+                self._found = rows
+            elif job.selection.ids is not None and job.selection.shard[0] == 0:  # one of the runs warns
+                self._found, _ = job.tables.count(replace(job.selection, shard=None))
         except VllmTasksError as error:  # if it matters, the run fails with it
             logger.warning("the rows to process could not be counted: %s", error)
             return
@@ -71,9 +77,9 @@ class Counted:
         """Set `up_to_date` where all unprocessed rows are, and warn of `ids` that the source lacks."""
         if self.rows is not None and complete and job.limit is None and job.selection.refresh != "failed":
             self.up_to_date = self.rows - processed
-        ids = job.selection.ids if job.selection.shard is None else None  # the others are in other shards
-        if self.rows is not None and ids is not None and self.rows < len(set(ids)):
-            logger.warning("%d of %d ids are not in the source", len(set(ids)) - self.rows, len(set(ids)))
+        ids = set(job.selection.ids or ())
+        if self._found is not None and self._found < len(ids):
+            logger.warning("%d of %d ids are not in the source", len(ids) - self._found, len(ids))
 
     def wait(self, seconds: float) -> None:
         self._thread.join(seconds)
