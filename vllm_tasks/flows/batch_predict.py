@@ -116,4 +116,4 @@ def batch_predict(
 
 
 if __name__ == "__main__":
-    serve(batch_predict, cron="0 2 * * *")
+    serve(batch_predict)

@@ -81,4 +81,4 @@ def validate_model(
 
 
 if __name__ == "__main__":
-    serve(validate_model, cron="0 4 * * *")
+    serve(validate_model)
