@@ -116,10 +116,11 @@ class Datalayer(Block):
             primary_id: The key of the source's rows.
 
         Returns:
-            A `pyarrow.Table` with these columns: the key, the output's columns, `_position` when flattened,
-            `_error`, `_finish_reason`, `_prompt_tokens`, `_completion_tokens`, `_seconds`, `_model`, `_uuid`,
-            `_fingerprint`, `_input_hash`, `_created_at`. If rows can be marked for review, a person's answer
-            is in place of the model's `label`, and `_reviewed_at` says since when.
+            A `pyarrow.Table` with these columns: the key, the output's columns, those that the model keeps
+            beside them, `_position` when flattened, `_error`, `_finish_reason`, `_prompt_tokens`,
+            `_completion_tokens`, `_seconds`, `_model`, `_uuid`, `_fingerprint`, `_input_hash`, `_created_at`,
+            `_source`. If rows can be marked for review, a person's answer is in place of the model's `label`,
+            and `_reviewed_at` says since when.
 
         Raises:
             InvalidCall: There are no such outputs.

@@ -205,7 +205,8 @@ class _Run:
             self._refuse_many_failed(snapshot, each, may_fail)
         scored_before = any(record.answers == answers_run for record in past)
         run = history.new_run(snapshot.hash) if scored_before else answers_run
-        report, scores = Evaluation(self.validation, self.home, snapshot, sources).evaluated(run, answers, past)
+        evaluation = Evaluation(self.validation, self.home, snapshot, sources)
+        report, scores = evaluation.evaluated(run, answers, past)
         report = replace(report, processed=processed, resumed_at=resumed_at)
         return Found(report, self._records(snapshot, sources, report, answers_run), scores)
 

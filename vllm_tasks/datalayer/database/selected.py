@@ -138,9 +138,7 @@ class SelectedRows:
         source, selection = self.source, self.selection
         names = (*selection.key, *selection.columns)
         with self.backend.reading() as connection:
-            source.kinds(
-                connection, selection.key
-            )  # refuses types that identify no row: `check` may not have run
+            source.kinds(connection, selection.key)  # refuses bad key types: `check` may not have run
             joined = self.joined(connection)
             indexed = source.index(connection, selection.key)
             copied = selection.key if indexed else names
