@@ -49,7 +49,7 @@ def score(prediction: Any, target: Any, *, labels: Sequence[Any] | None = None) 
         {str(name).strip().casefold(): p for name, p in found.items()} if isinstance(found, dict) else {}
     )
     probability = by_class.get(written)
-    if not isinstance(probability, int | float):  # a model may have written "high"
+    if not isinstance(probability, int | float) or isinstance(probability, bool):  # "high", or true
         probability = 0.0
     return -math.log(min(max(LEAST, probability), 1.0))
 
