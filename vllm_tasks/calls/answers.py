@@ -142,12 +142,10 @@ class Decoder:
 
     def _next(self, request: Request, result: Result) -> Request | Result:
         earlier = request.earlier
-        if isinstance(result, RowError):  # the answer that was not accepted says more
-            return (
-                result
-                if not isinstance(earlier, Attempted)
-                else replace(earlier, attempts=earlier.attempts + 1)
-            )
+        if isinstance(result, RowError):
+            if isinstance(earlier, Attempted):  # the answer that was not accepted says more than the error
+                return replace(earlier, attempts=earlier.attempts + 1)
+            return result
         answer = attempted(earlier, result)
         read = self._values_of(answer, request.record)
         if isinstance(read, list):
@@ -246,7 +244,7 @@ def _name_of(datatype: DataType | Classes | BuiltinType | None) -> str:
 
 
 def _is_textless(choice: Choice) -> bool:
-    """Whether all tokens of a choice went into its reasoning or its tool calls: but for white space."""
+    """Whether a choice has no text but white space: its tokens went into its reasoning or its tool calls."""
     return not choice.text.strip() and bool(choice.reasoning or choice.tool_calls)
 
 

@@ -27,7 +27,7 @@ EXCLUDED = {
     *("response_format", "tools", "tool_choice", "echo", "use_beam_search", "stop", "stop_token_ids"),
     *("allowed_token_ids", "logit_bias", "bad_words"),
 }
-"""Parameters that would make of an answer something else than one of the letters, or hide its probability."""
+"""Parameters that would make an answer something other than one of the letters, or hide its probability."""
 LABEL, PROBABILITY, PROBABILITIES = (column.name for column in CLASS_COLUMNS)
 
 

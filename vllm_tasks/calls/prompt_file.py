@@ -24,9 +24,9 @@ class PromptFile:
 
     @classmethod
     def parse(cls, text: str, artifacts: Collection[str], most: int) -> PromptFile:
-        """Parse a file, of whose prompts none has more than `most` characters.
+        """Parse a file whose prompts have at most `most` characters.
 
-        Raise `InvalidCall` if it is no template, or needs what it does not get.
+        Raise `InvalidCall` if it is no template, or needs another file or an unknown artifact.
         """
         environment = Sandbox(most)
         try:

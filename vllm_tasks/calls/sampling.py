@@ -64,6 +64,8 @@ REMOVED = {
     "prompt_adapter_request": "vLLM removed prompt adapters; use lora_request",
 }
 """Names from older versions and other libraries, with the replacement."""
+FRONTEND = "common/cli_args.py", "launchers/cli_args.py", "openai/cli_args.py"
+"""The files that may hold the server's arguments, in vLLM 0.26 to 0.33."""
 
 
 @functools.cache
@@ -197,10 +199,6 @@ def engine_arguments(python: str) -> frozenset[str] | None:
     ]
     found = [names for names in (*of_engine, *of_server) if names is not None]
     return frozenset().union(*found) if len(found) == 4 else None
-
-
-FRONTEND = "common/cli_args.py", "launchers/cli_args.py", "openai/cli_args.py"
-"""The files that may hold the server's arguments, in vLLM 0.26 to 0.33."""
 
 
 @functools.cache
