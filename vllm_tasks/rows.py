@@ -89,6 +89,7 @@ class Request:
     prompt: Prompt
     sampling: Mapping[str, Any] = field(default_factory=dict)
     task: Task = "generate"
+    """What the model does with the prompt. The call sets it, whatever a `prompt_func` returns."""
     output_schema: dict[str, Any] | str | None = None
     lora: Mapping[str, Any] | str | None = None
     model: str | None = None

@@ -142,7 +142,7 @@ class Checked:
 def checked(model: VllmAPI | VllmModel, arguments: dict[str, Any]) -> Checked:
     """What would happen in `model.predict_in_db(**arguments)` up to the first request.
 
-    A server is asked who it is; a local engine is not started where its files tell all.
+    A server is asked for its model. A local engine is not started if the model's files say enough.
 
     Raises:
         InvalidCall: The call cannot succeed as it is.
@@ -175,9 +175,9 @@ def checked(model: VllmAPI | VllmModel, arguments: dict[str, Any]) -> Checked:
 
 
 def check_served(call: Call) -> None:
-    """Raise `InvalidCall` if the server, or the model's files, tell that every row of a call would fail.
+    """Raise `InvalidCall` if the server, or the model's files, show that every row of a call would fail.
 
-    A run asks nobody for this: its first rows tell.
+    A run does not check this beforehand: its first rows show it.
     """
     engine, sampling = call.engine, call.sampling
     sends_chat = call.prompter.chat and "chat_template" not in sampling
