@@ -36,7 +36,7 @@ class Terminated(SystemExit):
 def is_of_the_row(error: BaseException) -> bool:
     """Return whether what a caller's function raised is the error of the row that it was called for.
 
-    That is any `Exception`, `sys.exit()`, and a panic in a Rust library (pyo3's `PanicException`, which is no
+    That is any `Exception`, `sys.exit()`, and a panic in a Rust library (pyo3's `PanicException`, not an
     `Exception`). Others, such as Ctrl-C, end the call.
     """
     ends_the_process = isinstance(error, SystemExit) and not isinstance(error, Terminated)

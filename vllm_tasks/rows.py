@@ -181,7 +181,7 @@ def cause_of(kind: str) -> str:
 
 
 def without_sender(message: str) -> str:
-    """Return an error's message without the status and the address of a server, which are no cause."""
+    """Return an error's message without the status and the address of a server, which are not a cause."""
     return SENDER.sub("", message, count=1)
 
 

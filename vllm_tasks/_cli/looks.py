@@ -69,7 +69,7 @@ def outputs_of(predict_id: str, db: Datalayer, table: str | None = None) -> Outp
     with closing(db.source(name)) as source:
         columns = set(source.columns())
     if missing := OWN_COLUMNS.keys() - columns:
-        raise InvalidCall(f"{name!r} is no outputs table: it has no {', '.join(sorted(missing))}")
+        raise InvalidCall(f"{name!r} is not an outputs table: it has no {', '.join(sorted(missing))}")
     # A row of the source may have several outputs, flattened; its tokens and its error are in the first.
     once = f"coalesce({POSITION}, 0) = 0" if POSITION in columns else "1 = 1"
     begins = f"SUBSTR(_error, 1, {BEGINS})"
@@ -82,7 +82,7 @@ def outputs_of(predict_id: str, db: Datalayer, table: str | None = None) -> Outp
             once,
         )
         if not counted:
-            raise InvalidCall(f"{name!r} is no outputs table, but a copy of one: name the table itself")
+            raise InvalidCall(f"{name!r} is not an outputs table but a copy of one: name the table itself")
         failed = tables.stored(
             name,
             f"{begins} AS error, COUNT(*) AS n",

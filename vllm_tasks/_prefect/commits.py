@@ -39,7 +39,7 @@ if the outer task fails later."""
 class InPrefect:
     """A `Display` in the Prefect UI: a task run for each commit, and a progress artifact.
 
-    Outside of a flow a commit is no task run, which would cost more than the commit (116 ms, measured).
+    Outside of a flow a commit is not a task run, which would cost more than the commit (116 ms, measured).
     """
 
     def __init__(self, model: str, predict_id: str) -> None:

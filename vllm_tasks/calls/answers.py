@@ -249,7 +249,7 @@ def _is_textless(choice: Choice) -> bool:
 
 
 def _why_empty(choice: Choice, usage: Mapping[str, Any] | None) -> str | None:
-    """Return why an empty choice is no answer; None if it is one, as a model may answer with nothing."""
+    """Return why an empty choice is not an answer; None if it is one, as a model may answer with nothing."""
     if _is_textless(choice):
         return "has no text, only reasoning or tool calls"
     if choice.text.strip() or choice.data:

@@ -189,7 +189,8 @@ def _logprobs(choice: Choice, letters: str) -> list[float]:
         )
     if not math.isfinite(best[answer]) or max(found) == math.inf:
         raise Undecodable(
-            f"came with a log-probability of {answer} that is no finite number, so no class has a probability"
+            f"came with a log-probability of {answer} that is not a finite number, so no class has a "
+            "probability"
         )
     return found
 

@@ -57,7 +57,7 @@ class Workspace:
             made.callback(self._folder.remove)
             con = _connected(memory, self._folder.path)
             made.callback(con.close)
-            # It fails for what is no DuckDB file, or if another process has it open for writing.
+            # It fails for a file that is not DuckDB's, or if another process has it open for writing.
             self._catalog = "" if database is None else _attached(con, database)
             if filesystem is not None:
                 con.register_filesystem(filesystem)

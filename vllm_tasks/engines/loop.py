@@ -99,7 +99,7 @@ def run(coroutine: Coroutine[Any, Any, T], stop: Callable[[], None] = lambda: No
         finished.wait(timeout=5)
         raise
     if begun[0].cancelled():
-        raise CancelledError  # not asyncio's, which is no `Exception` and would cancel the caller
+        raise CancelledError  # not asyncio's, which is not an `Exception` and would cancel the caller
     return begun[0].result()
 
 

@@ -39,7 +39,7 @@ MAY_BE_PATHS = PATHS | {"download_dir", "path"}
 """Arguments that may be paths, also within others. They are made absolute, because the server starts
 in another folder."""
 KEYWORDS = {"auto", "vllm"}
-"""Values of `generation_config` that are no paths."""
+"""Values of `generation_config` that are not paths."""
 QUIET = {"disable_log_stats": True, "disable_uvicorn_access_log": True}
 """Defaults that keep the log free of a line for each request. The model's `vllm_kwargs` override them."""
 

@@ -99,8 +99,8 @@ class Evaluation:
         past: Sequence[Record],
         clusters: Sequence[int],
     ) -> tuple[dict[str, tuple[list[Against], str | None]], list[ChangedRow]]:
-        """By metric: the comparisons with its baselines, and why they are no test if they are none. And the
-        rows that changed since the last run that passed."""
+        """By metric: the comparisons with its baselines, and why these cannot show a loss if they cannot. And
+        the rows that changed since the last run that passed."""
         dataset = self.snapshot.dataset
         tests = number_of_tests(self.validation, dataset)
         earlier: dict[str, _Earlier] = {}

@@ -56,7 +56,7 @@ class Relation:
             inspector = sa.inspect(connection)
             there = [*inspector.get_table_names(), *inspector.get_view_names()]
             raise InvalidCall(
-                f"select={select[:200]!r} is no table or view of {backend.where()} and no SELECT"
+                f"select={select[:200]!r} is neither a table or view of {backend.where()} nor a SELECT"
                 f"{_near(select, there)}"
             )
         columns = tuple(_columns(backend, connection, clause))
