@@ -6,21 +6,22 @@ from pathlib import Path
 
 import duckdb
 
-from vllm_tasks.datalayer import DUCKDB
 from vllm_tasks.datalayer.lake.delta import quoted
 from vllm_tasks.datalayer.sources.statement import SQL, Statement, parse
 from vllm_tasks.datalayer.workspace import Workspace
 from vllm_tasks.errors import SHOWN, InvalidCall, TablesUnavailable, near
 from vllm_tasks.settings import site_settings
 
+SCHEME = "duckdb:///"
+
 
 class DuckDBSource(Statement):
     """`Source` of a DuckDB file, opened read-only; a SELECT cannot read any other file."""
 
     def __init__(self, url: str, select: str) -> None:
-        name = url.removeprefix(DUCKDB)
+        name = url.removeprefix(SCHEME)
         if name == url or not name or "?" in name:
-            raise InvalidCall(f"a DuckDB file is written {DUCKDB}path/to/file.duckdb, without options")
+            raise InvalidCall(f"a DuckDB file is written {SCHEME}path/to/file.duckdb, without options")
         path = Path(name).expanduser().absolute()
         if not path.is_file():
             raise InvalidCall(f"there is no DuckDB file {str(path)!r}")
