@@ -25,7 +25,7 @@ class Example:
     rows: Sequence[tuple[Any, Any]]
     options: dict[str, Any] = field(default_factory=dict)
     answers: str | None = None
-    """The answers in words, if they are no text and no data."""
+    """The answers in words, if they are neither text nor data."""
     targets: str | None = None
 
     def value(self) -> float:

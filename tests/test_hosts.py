@@ -136,7 +136,7 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "link.png").symlink_to(tmp_path / "pipe.png")
     for name in ("pipe.png", "link.png", ""):
-        assert "is no file" in refusal(with_media()({"photo": str(tmp_path / name)}))
-    assert "is no file" in refusal(with_media()({"photo": f"file://{tmp_path}/pipe.png"}))
+        assert "is not a file" in refusal(with_media()({"photo": str(tmp_path / name)}))
+    assert "is not a file" in refusal(with_media()({"photo": f"file://{tmp_path}/pipe.png"}))
     (tmp_path / "cat.png").write_bytes(PNG)
     assert with_media()({"photo": str(tmp_path / "cat.png")})

@@ -43,17 +43,17 @@ MAX_MESSAGE = 50
 MARKUP = re.compile(r"[<>\[\]&\\`*]|^\s*(#|[-+]\s|[0-9]+[.)]\s)")
 """What Markdown reads as more than text."""
 ADDRESS = re.compile(r"://|www\.|@|mailto:|xmpp:", re.IGNORECASE)
-"""What an address has that Markdown of GitHub's flavour makes a link of."""
+"""The parts of an address that GitHub's Markdown turns into a link."""
 LONGEST_KEY = 200
 """Characters of the names in an artifact's key."""
 LONGEST_ASSET = 512
 """Characters of an asset's key, which Prefect allows."""
 HASH = re.compile("[0-9a-f]{6}")
-"""What a key ends with that stands for other names than it shows."""
+"""The end of a key that does not show its names completely."""
 TEXT_LENGTH = 200
 """Characters of an answer or a message on a page."""
 MAX_LINES = 20
-"""Lines that could not be read, as the report lists them."""
+"""The most lines that could not be read that the report lists."""
 PHASES = {
     "check": "checking the call, the source and its keys",
     "first_row": "start to the first row sent",
@@ -351,8 +351,8 @@ def slug(*names: str) -> str:
     may have (`ODD`, line ends) count as spaces.
 
     Several names are joined by dashes. If other names would give the same text, a hash is added, too: model
-    `a` on the set `b-c` is not model `a-b` on the set `c`. So it is to a key of more than `LONGEST_KEY`
-    characters, which is shortened.
+    `a` on the set `b-c` is not model `a-b` on the set `c`. A key of more than `LONGEST_KEY` characters is
+    shortened, and gets a hash as well.
     """
     given = [re.sub(rf"[\s{re.escape(ODD)}]+", "-", name.lower()) for name in names]
     joined = "-".join(given)

@@ -36,8 +36,8 @@ class Terminated(SystemExit):
 def is_of_the_row(error: BaseException) -> bool:
     """Return whether what a caller's function raised is the error of the row that it was called for.
 
-    Beside each `Exception` that is `sys.exit()`, and the panic of a library in Rust (pyo3's `PanicException`,
-    which is no `Exception`). Other exceptions end the call.
+    That is any `Exception`, `sys.exit()`, and a panic in a Rust library (pyo3's `PanicException`, not an
+    `Exception`). Others, such as Ctrl-C, end the call.
     """
     ends_the_process = isinstance(error, SystemExit) and not isinstance(error, Terminated)
     return isinstance(error, Exception) or ends_the_process or type(error).__name__ == "PanicException"

@@ -23,9 +23,9 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def options_of(what: str, uri: str) -> dict[str, Any]:
-    """Return fsspec's options for a URI, with which it leads out of no place where the site limits these.
+    """Return the options for fsspec that keep a URI within the site's places; empty if it has none.
 
-    Raises `InvalidCall` as `check_host`.
+    Raises `InvalidCall` as `check_host` does.
     """
     if is_local(uri) or not site_settings().places:
         return {}
@@ -81,7 +81,7 @@ async def checked_client(**options: Any) -> aiohttp.ClientSession:
 
 
 def is_web(uri: str) -> bool:
-    """Whether a URI is of HTTP."""
+    """Whether a URI is read over HTTP or HTTPS."""
     return get_protocol(uri).lower() in WEB
 
 
@@ -109,5 +109,5 @@ def _inner(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> Any:
     if isinstance(address, ipaddress.IPv4Address):
         return address
     last = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-    is_old = int(address) >> 32 == 0 and int(address) > 1  # ::127.0.0.1, which is none of :: and ::1
+    is_old = int(address) >> 32 == 0 and int(address) > 1  # ::127.0.0.1, but neither :: nor ::1
     return address.ipv4_mapped or address.sixtofour or (last if address in NAT64 or is_old else address)

@@ -89,6 +89,7 @@ class Request:
     prompt: Prompt
     sampling: Mapping[str, Any] = field(default_factory=dict)
     task: Task = "generate"
+    """What the model does with the prompt. The call sets it, whatever a `prompt_func` returns."""
     output_schema: dict[str, Any] | str | None = None
     lora: Mapping[str, Any] | str | None = None
     model: str | None = None
@@ -180,7 +181,7 @@ def cause_of(kind: str) -> str:
 
 
 def without_sender(message: str) -> str:
-    """Return an error's message without the status and the address of a server, which are no cause."""
+    """Return an error's message without the status and the address of a server, which are not a cause."""
     return SENDER.sub("", message, count=1)
 
 

@@ -231,7 +231,7 @@ def _read(_state: Hashable) -> Settings:
 
 
 def _state() -> Hashable:
-    """What the settings are read from: while it is the same, they are."""
+    """A key of what the settings are read from: they are read again when it changes."""
     profiles = os.environ.get("PREFECT_PROFILES_PATH") or get_current_settings().profiles_path
     files = ".env", "prefect.toml", "pyproject.toml", profiles
     variables = (item for item in os.environ.items() if item[0].upper().startswith((PREFIX, "PREFECT_")))

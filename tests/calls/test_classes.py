@@ -183,9 +183,9 @@ def test_rows_below_the_threshold_are_marked(probability: float, review: bool) -
         (Completion((Choice("A"),)), "without top_logprobs.*vLLM server"),
         (answered("A"), "without top_logprobs"),
         (answered("A", ("x", -1)), "none of the letters, so no class"),
-        (answered("A", ("A", math.nan), ("B", -2)), "of A that is no finite number"),
-        (answered("A", ("A", math.inf), ("B", -2)), "of A that is no finite number"),
-        (answered("A", ("B", -2)), "of A that is no finite number"),
+        (answered("A", ("A", math.nan), ("B", -2)), "of A that is not a finite number"),
+        (answered("A", ("A", math.inf), ("B", -2)), "of A that is not a finite number"),
+        (answered("A", ("B", -2)), "of A that is not a finite number"),
         (Completion((Choice("", reasoning="hm"),)), "only reasoning"),
     ],
 )

@@ -22,7 +22,7 @@ from vllm_tasks.calls.chat import of_files
 from vllm_tasks.calls.weights import IGNORED, engine_identity, sampling_identity
 from vllm_tasks.canonical import fingerprint, input_hash
 from vllm_tasks.datalayer.values import Number
-from vllm_tasks.serving.api import Behind, api_of
+from vllm_tasks.serving.api import ModelFacts, api_of
 
 # ---------------------------------------------------------------------- data
 
@@ -210,8 +210,8 @@ def test_a_served_model_is_the_model(tmp_path: Path, template: str | None) -> No
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     model = VllmModel(identifier="m", model_name=str(tmp_path), vllm_kwargs={"max_model_len": 64})
     arguments = json.loads(model.engine_config().engine_args)
-    behind = Behind(engine_identity(arguments), of_files(arguments))
-    served = api_of(model, behind, "name", "http://127.0.0.1:1", "key")
+    known = ModelFacts(engine_identity(arguments), of_files(arguments))
+    served = api_of(model, known, "name", "http://127.0.0.1:1", "key")
     said = model.model_copy(update={"chat": template is not None})
     over = [asked.prepare(asked.predict_in_db).over("text") for asked in (model, served, said)]
     assert over[0].fingerprint == over[1].fingerprint == over[2].fingerprint

@@ -106,9 +106,9 @@ def test_they_go_into_the_last_user_message() -> None:
 @pytest.mark.parametrize(
     ("record", "said"),
     [
-        ({"photo": b"%PDF-1.7 of a cat"}, "is no image of a known format (png, jpeg, webp, gif)"),
-        ({"photo": b""}, "is no image of a known format"),
-        ({"photo": WAV}, "is no image of a known format"),
+        ({"photo": b"%PDF-1.7 of a cat"}, "is not in a known image format (png, jpeg, webp, gif)"),
+        ({"photo": b""}, "is not in a known image format"),
+        ({"photo": WAV}, "is not in a known image format"),
         ({"photo": PNG + bytes(1000)}, "which are allowed (VLLM_TASKS_MAX_MEDIA_BYTES)"),
         ({"photo": [PNG + bytes(500)] * 2}, "more than 1,000 bytes"),
         ({"photo": url_of(PNG + bytes(1000))}, "more than 1,000 bytes"),

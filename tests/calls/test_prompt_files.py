@@ -149,7 +149,7 @@ def test_a_template_ends(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("{{ " + "(" * 20_000 + "input" + ")" * 20_000 + " }}", "too deeply"),
         ("{% if 1 %}" * 3_000 + "{% endif %}" * 3_000, "too deeply"),
-        ("{% if %}{{ input }}", "is no Jinja template"),
+        ("{% if %}{{ input }}", "is not a Jinja template"),
         ("Say something", "uses no field of the record"),
         ("{{ range(3) | list }}{{ context }}", "uses no field of the record"),
         ("{{ input }}{{ title }}", "uses ['title'], but with signature='singleton'"),

@@ -192,7 +192,7 @@ def test_outputs_of_a_table_with_a_name_of_its_own(command: Command, job: Path) 
     assert "4 outputs" in command("show", "tagger", "--db", "data/", "--table", "tags")[1]
     write_deltalake("data/other", pa.table({"id": [1]}))
     code, printed = command("show", "tagger", "--db", "data/", "--table", "other")
-    assert (code, "no outputs table" in printed) == (2, True)
+    assert (code, "not an outputs table" in printed) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_outputs_of_a_table_with_a_name_of_its_own(command: Command, job: Path) 
         (("X: text", "X: text\nlimit: yes"), "limit"),
         (("X: text", "X: text\nmax_failed: '5'"), "max_failed"),
         (("X: text", "X: text\nlimit: 2024-02-30"), "is not YAML"),
-        (("identifier: tagger", "1: x, identifier: tagger"), "1 is no name of a field"),
+        (("identifier: tagger", "1: x, identifier: tagger"), "1 is not the name of a field"),
         (("X: text", "X: text\nsampling: {shard: [0, 2]}"), "an argument of predict_in_db"),
         (("model: {", "model: {api_key: sEcReT, promt: x, "), "promt"),
         (("db: data/", "db: {url: 'postgresql://u:sEcReT@h/x', ulr: 1}"), "ulr"),

@@ -53,7 +53,7 @@ def test_a_model_of_a_server_with_several(command: Command, server: ScriptedServ
         (("job.yaml", "--rows", "3"), "--rows goes with --set"),
         (("--set", "extraction", "--model", "m", "--rows", "0"), "--rows"),
         (("--set", "extraction", "--model", "m", "--vllm-kwargs", "{x"), "is not JSON"),
-        (("--set", "extraction", "--model", "m", "--vllm-kwargs", "[1]"), "is no JSON object"),
+        (("--set", "extraction", "--model", "m", "--vllm-kwargs", "[1]"), "is not a JSON object"),
         (("--set", "extraction", "--url", "http://h", "--vllm-kwargs", "{}"), "not for --url"),
     ],
 )
@@ -64,7 +64,9 @@ def test_a_call_that_is_not_clear_is_refused(command: Command, words: tuple[str,
     assert said in " ".join(printed.replace("│", " ").split())
 
 
-@pytest.mark.parametrize(("rows", "said"), [("241", "has 240 rows"), ("5", "is no document of the data set")])
+@pytest.mark.parametrize(
+    ("rows", "said"), [("241", "has 240 rows"), ("5", "is not a document of the data set")]
+)
 def test_samples_that_do_not_exist_are_refused(
     command: Command, server: ScriptedServer, rows: str, said: str
 ) -> None:

@@ -63,7 +63,7 @@ def test_links_that_lead_nowhere_are_named(model: VllmAPI, lake: Path) -> None:
     for select in ("dead", "years", "SELECT id, text FROM dead"):
         with pytest.raises(InvalidCall, match=r"dead.parquet' leads to .*gone.parquet'"):
             model.predict_in_db("text", select)
-    with pytest.raises(InvalidCall, match="is no glob"):
+    with pytest.raises(InvalidCall, match="is not a glob"):
         model.predict_in_db("text", "years/**.parquet")
 
 

@@ -127,7 +127,7 @@ def test_more_runs_are_seen_than_prefect_tells_of_at_once(client: SyncPrefectCli
 
 def test_a_server_that_is_away_is_waited_for(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run is created and reports its outcome, even if Prefect is away or too busy at first."""
-    monkeypatch.setattr(grace, "TRY_EVERY", 0.1)
+    monkeypatch.setattr(grace, "ATTEMPT_EVERY", 0.1)
     answers = [httpx.Response(code, request=httpx.Request("GET", "http://prefect")) for code in (500, 200)]
     grace.within_grace_period(lambda: answers.pop(0).raise_for_status())
     with pytest.raises(httpx.HTTPStatusError):
@@ -234,7 +234,7 @@ def test_a_place_that_is_not_there_is_told_with_the_nearest() -> None:
 
 @pytest.mark.usefixtures("prefect_server")
 def test_a_saved_model_is_found_though_prefect_is_away_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grace, "TRY_EVERY", 0.1)
+    monkeypatch.setattr(grace, "ATTEMPT_EVERY", 0.1)
     name = f"model-{uuid4().hex[:6]}"
     there(POOL).save(name)
     try:

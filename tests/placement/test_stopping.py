@@ -62,7 +62,7 @@ def test_a_lost_commit_is_not_tried_again_after_its_flow(monkeypatch: pytest.Mon
 
 def test_an_absent_prefect_server_is_not_waited_for_after_the_flow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither between two attempts, nor within one to which the server does not respond."""
-    monkeypatch.setattr(grace, "TRY_EVERY", 3600.0)
+    monkeypatch.setattr(grace, "ATTEMPT_EVERY", 3600.0)
     attempts: list[str] = []
     hangs = threading.Event()
 

@@ -12,7 +12,7 @@ from tests.servers.scripted_server import ScriptedServer
 from vllm_tasks import VllmAPI
 from vllm_tasks.rows import Choice, Completion, Request, RowError
 from vllm_tasks.tables import commit_policy, open_rows
-from vllm_tasks.tables.open_rows import Open, bytes_of_answer, bytes_of_request
+from vllm_tasks.tables.open_rows import OpenRows, bytes_of_answer, bytes_of_request
 
 
 def test_sizes_are_those_of_the_texts() -> None:
@@ -27,7 +27,7 @@ def test_sizes_are_those_of_the_texts() -> None:
 def test_the_reader_waits_for_bytes_and_never_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row beyond the limit waits until enough is committed; a row larger than the limit goes alone."""
     monkeypatch.setattr(open_rows, "HELD", 100)
-    rows = Open()
+    rows = OpenRows()
     assert rows.wait_for_capacity(10, 10, 1000), "nothing else is open"
     rows.read([(1,)], 90)
     came = threading.Event()
@@ -51,15 +51,15 @@ def test_wide_rows_are_read_ahead_by_their_bytes(
     monkeypatch.setattr(commit_policy, "WIDEST", 200_000)
     monkeypatch.setattr("vllm_tasks.tables.source_rows.SLICE", 50_000)
     held: list[int] = []
-    read = Open.read
+    read = OpenRows.read
 
-    def watched(self: Open, *given: object) -> object:
+    def watched(self: OpenRows, *given: object) -> object:
         try:
             return read(self, *given)  # type: ignore[arg-type]
         finally:
             held.append(self.held)
 
-    monkeypatch.setattr(Open, "read", watched)
+    monkeypatch.setattr(OpenRows, "read", watched)
     place = Place(str(tmp_path / "lake"))
     place.fill_texts(*(f"{i} " + "x" * 100_000 for i in range(60)))
     with VllmAPI(identifier="m", api_url=server.url, db=place.db, max_in_flight=64) as model:

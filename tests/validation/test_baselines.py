@@ -124,7 +124,7 @@ def test_a_named_run_is_a_baseline_and_an_unknown_one_is_refused(
     named = checked.model_copy(update={"baseline": first.run})
     assert "worse than in the run " + first.run in only(validate(model, named)).reasons[0]
     sent = len(server.posts)
-    with pytest.raises(InvalidCall, match=r"baseline='nightly' is no run of 'm' .* the latest are "):
+    with pytest.raises(InvalidCall, match=r"baseline='nightly' is not a run of 'm' .* the latest are "):
         validate(model, checked.model_copy(update={"baseline": "nightly"}))
     assert len(server.posts) == sent
 

@@ -71,8 +71,8 @@ def test_a_chain_makes_one_text_of_an_answer(steps: list[Any], answer: Any, foun
     [
         ({"extract": ["lowr"]}, "'lowr'; did you mean 'lower'"),
         ({"extract": ["frist"]}, "did you mean 'first'"),
-        ({"extract": [{}]}, "is no step"),
-        ({"extract": [{"rgex": "a"}]}, "is no step"),
+        ({"extract": [{}]}, "is not a step"),
+        ({"extract": [{"rgex": "a"}]}, "is not a step"),
         ({"extract": [{"regex": "(a"}]}, "is not a pattern"),
         ({"extract": [{"regex": "a", "group": 1}]}, "no option 'group'; it has match, fallback"),
         ({"extract": [{"regex": "a", "match": "last"}]}, "not the number of a match"),

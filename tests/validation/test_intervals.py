@@ -75,7 +75,7 @@ def test_wilson_agrees_with_scipy_and_stays_within_0_and_1(sample: tuple[int, in
 def test_wilson_of_nothing_is_everything_and_of_more_hits_than_rows_an_error() -> None:
     assert wilson(0, 0) == Interval(0.0, 1.0)
     for hits, n in (3, 2), (-1, 2):
-        with pytest.raises(ValueError, match="no proportion"):
+        with pytest.raises(ValueError, match="not a proportion"):
             wilson(hits, n)
 
 

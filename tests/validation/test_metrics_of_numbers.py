@@ -98,7 +98,7 @@ def test_log_loss_needs_the_names_of_the_classes() -> None:
 
 def test_a_probability_that_is_no_number_is_none() -> None:
     """What a model has written fails no validation; labels that are numbers are those of the targets."""
-    for written in {"a": "0.9"}, {"a": None}, {"a": [1]}, {"b": 1}:
+    for written in {"a": "0.9"}, {"a": None}, {"a": [1]}, {"a": True}, {"b": 1}:
         assert score("log_loss", {"probabilities": written}, "a") == pytest.approx(36.04, abs=0.01)
     found = score("log_loss", {"probabilities": [0.25, 0.75]}, 1.0, labels=[0.0, 1.0])
     assert found == pytest.approx(-math.log(0.75))

@@ -208,7 +208,7 @@ def test_what_failed_is_not_found(here: Place, server: ScriptedServer, make: Mak
     [
         (ROWS[:3], "0 queries and 3 documents"),
         (ROWS[3:], "2 queries and 0 documents"),
-        ([ROWS[0], *ROWS[2:]], "'2' is relevant to a query and is no document"),
+        ([ROWS[0], *ROWS[2:]], "'2' is relevant to a query but is not a document"),
         ([*ROWS, {"text": "red", "y": 1}], "two documents have the id '1'"),
     ],
 )

@@ -22,7 +22,7 @@ def answers(*predictions: Any, targets: Any = "x") -> list[Answer]:
 
 @pytest.mark.parametrize("found", [math.nan, math.inf, 10**400, None, "much", [1.0]])
 def test_a_score_that_is_no_number_is_refused(found: Any) -> None:
-    """A score of a custom metric that is no finite number is refused with its row, and not averaged."""
+    """A score of a custom metric that is not a finite number is refused with its row, and not averaged."""
     with pytest.raises(InvalidCall, match=r"'mine' returned .* for row 1, which is no"):
         score(mine(lambda p, t: found if p == "b" else 1.0), answers("a", "b"), "miss")
     if found is not None:

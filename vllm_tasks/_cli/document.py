@@ -26,7 +26,7 @@ def mapping_in(file: Path) -> dict[str, Any]:
     """The mapping that a file holds, in UTF-8, or in UTF-16 with its mark.
 
     Raises:
-        InvalidCall: The file cannot be read, is not YAML, is no mapping, or has a key twice.
+        InvalidCall: The file cannot be read, is not YAML, is not a mapping, or has a key twice.
     """
     reader = YAML(typ="safe", pure=True)  # the C parser knows YAML 1.1 only
     reader.Constructor = Constructor

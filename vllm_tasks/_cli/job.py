@@ -43,7 +43,7 @@ def read(file: Path, flow: Flow[..., Any]) -> dict[str, Any]:
     JSON Schema for a saved block.
 
     Raises:
-        InvalidCall: The file cannot be read, is no mapping, or has a parameter that is unknown or wrong.
+        InvalidCall: The file cannot be read, is not a mapping, or has a parameter that is unknown or wrong.
         ServerUnavailable: Prefect's server does not answer for a saved block.
     """
     given = mapping_in(file)
@@ -58,7 +58,7 @@ def read(file: Path, flow: Flow[..., Any]) -> dict[str, Any]:
 
 
 def _typed(file: Path, name: str, given: Any, kind: Any) -> Any:
-    """A parameter's value. YAML has types, so a text is no number, and `yes` is no truth value."""
+    """A parameter's value. YAML has types, so a text is not a number, and `yes` is not a truth value."""
     try:
         return TypeAdapter(kind).validate_python(_value(name, given), strict=not isinstance(given, dict))
     except ValidationError as error:
@@ -89,7 +89,7 @@ def _value(name: str, given: Any) -> Any:
     if name == "model" and isinstance(given, dict):
         kind = VllmModel if "model_name" in given else VllmAPI
         if odd := [field for field in given if not isinstance(field, str)]:
-            raise InvalidCall(f"model: {odd[0]!r:.100} is no name of a field")
+            raise InvalidCall(f"model: {odd[0]!r:.100} is not the name of a field")
         return kind.model_validate(given | ({"db": _value("db", given["db"])} if "db" in given else {}))
     return given
 

@@ -69,7 +69,7 @@ def outputs_of(predict_id: str, db: Datalayer, table: str | None = None) -> Outp
     with closing(db.source(name)) as source:
         columns = set(source.columns())
     if missing := OWN_COLUMNS.keys() - columns:
-        raise InvalidCall(f"{name!r} is no outputs table: it has no {', '.join(sorted(missing))}")
+        raise InvalidCall(f"{name!r} is not an outputs table: it has no {', '.join(sorted(missing))}")
     # A row of the source may have several outputs, flattened; its tokens and its error are in the first.
     once = f"coalesce({POSITION}, 0) = 0" if POSITION in columns else "1 = 1"
     begins = f"SUBSTR(_error, 1, {BEGINS})"
@@ -82,7 +82,7 @@ def outputs_of(predict_id: str, db: Datalayer, table: str | None = None) -> Outp
             once,
         )
         if not counted:
-            raise InvalidCall(f"{name!r} is no outputs table, but a copy of one: name the table itself")
+            raise InvalidCall(f"{name!r} is not an outputs table but a copy of one: name the table itself")
         failed = tables.stored(
             name,
             f"{begins} AS error, COUNT(*) AS n",
@@ -142,7 +142,7 @@ class Checked:
 def checked(model: VllmAPI | VllmModel, arguments: dict[str, Any]) -> Checked:
     """What would happen in `model.predict_in_db(**arguments)` up to the first request.
 
-    A server is asked who it is; a local engine is not started where its files tell all.
+    A server is asked for its model. A local engine is not started if the model's files say enough.
 
     Raises:
         InvalidCall: The call cannot succeed as it is.
@@ -175,9 +175,9 @@ def checked(model: VllmAPI | VllmModel, arguments: dict[str, Any]) -> Checked:
 
 
 def check_served(call: Call) -> None:
-    """Raise `InvalidCall` if the server, or the model's files, tell that every row of a call would fail.
+    """Raise `InvalidCall` if the server, or the model's files, show that every row of a call would fail.
 
-    A run asks nobody for this: its first rows tell.
+    A run does not check this beforehand: its first rows show it.
     """
     engine, sampling = call.engine, call.sampling
     sends_chat = call.prompter.chat and "chat_template" not in sampling

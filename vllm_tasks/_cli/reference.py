@@ -78,7 +78,7 @@ def _arguments(engine: str | None) -> dict[str, Any]:
         raise InvalidCall(f"--vllm-kwargs {engine!r:.100} is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise InvalidCall(
-            f"--vllm-kwargs {engine!r:.100} is no JSON object, such as '{{\"max_model_len\": 4096}}'"
+            f"--vllm-kwargs {engine!r:.100} is not a JSON object, such as '{{\"max_model_len\": 4096}}'"
         )
     return found
 

@@ -50,13 +50,13 @@ def check_askable() -> None:
     """Check that a person can be asked from here.
 
     Raises:
-        InvalidCall: This is no flow run, or there is no Prefect server at which a person could resume it.
+        InvalidCall: This is not a flow run, or there is no Prefect server at which a person could resume it.
     """
     if FlowRunContext.get() is None or not PREFECT_API_URL.value():
         raise InvalidCall(
-            'on_gate_failed="ask" pauses a flow run until a person resumes it, and here is no flow run of a '
-            "Prefect server: start one (prefect server start), set PREFECT_API_URL and call the flow, or use "
-            'on_gate_failed="fail"'
+            'on_gate_failed="ask" pauses a flow run until a person resumes it, and this is not a flow run of '
+            "a Prefect server: start one (prefect server start), set PREFECT_API_URL and call the flow, or "
+            'use on_gate_failed="fail"'
         )
 
 

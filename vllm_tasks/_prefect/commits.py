@@ -39,7 +39,7 @@ if the outer task fails later."""
 class InPrefect:
     """A `Display` in the Prefect UI: a task run for each commit, and a progress artifact.
 
-    Outside of a flow a commit is no task run, which would cost more than the commit (116 ms, measured).
+    Outside of a flow a commit is not a task run, which would cost more than the commit (116 ms, measured).
     """
 
     def __init__(self, model: str, predict_id: str) -> None:
@@ -69,7 +69,7 @@ class InPrefect:
         self._log.progress(progress, last=last)
 
     def stopped(self, committed: Report) -> None:
-        """Send the counts to the caller of the step by the heartbeat, in case that this run is stopped."""
+        """Send the counts to the caller of the step by the heartbeat, in case this run is stopped."""
         if self._heartbeat is not None:
             self._heartbeat.stopped(payload.outcome_of(committed))
 
@@ -107,7 +107,7 @@ def publish(
 
     Rows that the run has marked for a person are an event of their own, `vllm-tasks.reviews.requested`.
     In a flow, a task run also makes the outputs a Prefect asset of their source. A flow run that works for a
-    step elsewhere does nothing of this: the step's caller does.
+    step elsewhere does none of this: the step's caller does.
     """
     if Heartbeat.current() is not None:
         return

@@ -33,18 +33,8 @@ class ModelTask(Task[P, R]):
 
     MAPPED: ClassVar[frozenset[str]] = frozenset(
         {
-            *(
-                "model",
-                "select",
-                "predict_id",
-                "db",
-                "source",
-                "overwrite",
-                "refresh",
-                "retry_failed",
-                "max_failed",
-            ),
-            *("max_total_tokens", "max_seconds", "max_cost", "sample"),
+            *("model", "select", "predict_id", "db", "source", "overwrite", "refresh", "retry_failed"),
+            *("max_failed", "max_total_tokens", "max_seconds", "max_cost", "sample"),
             *("limit", "max_chunk_size", "shards", "same_source", "n", "validation", "reuse", "resume"),
         }
     )

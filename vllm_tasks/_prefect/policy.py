@@ -48,7 +48,7 @@ def validation_run_name(parameters: dict[str, Any]) -> str:
 
 
 def _name_of(model: Any) -> str:
-    """Return the name of a model; what is no model has one too, since the run has to tell that."""
+    """Return the name of a model. Anything else gets one too: its run fails, with the reason."""
     return str(getattr(model, "identifier", type(model).__name__))
 
 

@@ -142,12 +142,10 @@ class Decoder:
 
     def _next(self, request: Request, result: Result) -> Request | Result:
         earlier = request.earlier
-        if isinstance(result, RowError):  # the answer that was not accepted says more
-            return (
-                result
-                if not isinstance(earlier, Attempted)
-                else replace(earlier, attempts=earlier.attempts + 1)
-            )
+        if isinstance(result, RowError):
+            if isinstance(earlier, Attempted):  # the answer that was not accepted says more than the error
+                return replace(earlier, attempts=earlier.attempts + 1)
+            return result
         answer = attempted(earlier, result)
         read = self._values_of(answer, request.record)
         if isinstance(read, list):
@@ -246,12 +244,12 @@ def _name_of(datatype: DataType | Classes | BuiltinType | None) -> str:
 
 
 def _is_textless(choice: Choice) -> bool:
-    """Whether all tokens of a choice went into its reasoning or its tool calls: but for white space."""
+    """Whether a choice has no text but white space: its tokens went into its reasoning or its tool calls."""
     return not choice.text.strip() and bool(choice.reasoning or choice.tool_calls)
 
 
 def _why_empty(choice: Choice, usage: Mapping[str, Any] | None) -> str | None:
-    """Return why an empty choice is no answer; None if it is one, as a model may answer with nothing."""
+    """Return why an empty choice is not an answer; None if it is one, as a model may answer with nothing."""
     if _is_textless(choice):
         return "has no text, only reasoning or tool calls"
     if choice.text.strip() or choice.data:

@@ -68,7 +68,7 @@ class Model(Protocol):
 
 
 def check_model(model: object) -> None:
-    """Raise `InvalidCall` for what is no model, such as a name, or the rows in its place."""
+    """Raise `InvalidCall` for anything that is not a model, such as a name or rows."""
     if isinstance(model, type) or not hasattr(model, "prepare"):
         named = model.__name__ if isinstance(model, type) else f"a {type(model).__name__}"
         raise InvalidCall(
@@ -90,7 +90,7 @@ class Call:
     sampling: Mapping[str, Any]
     decoder: Decoder
     check: Callable[[Iterable[str]], None]
-    """Raises `InvalidCall` for names that are no sampling parameters here."""
+    """Raises `InvalidCall` for names that are not sampling parameters here."""
     served_arguments: Mapping[str, Any] | None = None
     """Engine arguments of a server that `serve` started. They count in the fingerprint: the server does
     not report them."""

@@ -141,7 +141,7 @@ class Files:
 
 
 class NotFetched(Exception):
-    """It is not known whether a repository has a file, because the hub did not tell or did not send it."""
+    """It is not known whether a repository has a file: the hub did not report it, or did not send it."""
 
 
 def _in_hub(name: str, file: str, revision: str | None, cache: str | None, token: Any) -> Path | None:

@@ -27,7 +27,7 @@ EXCLUDED = {
     *("response_format", "tools", "tool_choice", "echo", "use_beam_search", "stop", "stop_token_ids"),
     *("allowed_token_ids", "logit_bias", "bad_words"),
 }
-"""Parameters that would make of an answer something else than one of the letters, or hide its probability."""
+"""Parameters that would make an answer something other than one of the letters, or hide its probability."""
 LABEL, PROBABILITY, PROBABILITIES = (column.name for column in CLASS_COLUMNS)
 
 
@@ -189,7 +189,8 @@ def _logprobs(choice: Choice, letters: str) -> list[float]:
         )
     if not math.isfinite(best[answer]) or max(found) == math.inf:
         raise Undecodable(
-            f"came with a log-probability of {answer} that is no finite number, so no class has a probability"
+            f"came with a log-probability of {answer} that is not a finite number, so no class has a "
+            "probability"
         )
     return found
 

@@ -48,6 +48,7 @@ def records(X: Columns, signature: Signature) -> tuple[tuple[str, ...], Callable
 
 
 def named_columns(name: str, given: Any) -> tuple[str, ...]:
+    """Return the columns that an argument names. Raise `InvalidCall` for none, a set, and one named twice."""
     columns = (given,) if not isinstance(given, Iterable) or isinstance(given, str) else tuple(given)
     if not columns or not all(isinstance(c, str) and c for c in columns):
         raise InvalidCall(f"{name}={given!r} must name one or more columns")

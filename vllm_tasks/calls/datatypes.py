@@ -194,7 +194,7 @@ def _no_number(word: str) -> Never:
 
 def _finite(digits: str) -> float:
     value = float(digits)
-    if value in (float("inf"), float("-inf")):
+    if math.isinf(value):
         raise Undecodable(f"has the number {digits[:50]}, which is too large")
     return value
 

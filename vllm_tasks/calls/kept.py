@@ -93,8 +93,8 @@ class Kept:
         """
         if not self.names:
             return [{}]
-        of_row = {"_prompt": _text_of(request), "_usage": completion.usage}
-        shared = {f"_{name}": of_row[f"_{name}"] for name in self.names if name in OF_ROW}
+        of_row = {"prompt": _text_of(request), "usage": completion.usage}
+        shared = {f"_{name}": of_row[name] for name in self.names if name in of_row}
         read = {f"_{name}": OF_CHOICE[name][1] for name in self.names if name in OF_CHOICE}
         if self.many and not self.flatten:
             return [shared | {name: [of(c) for c in completion.choices] for name, of in read.items()}]

@@ -222,7 +222,8 @@ def _decoded(name: str, url: str, head: re.Match[str], most: int) -> bytes:
 
 def _read(name: str, uri: str, most: int) -> bytes:
     if is_local(uri) and not os.path.isfile(local_path(uri)) and os.path.exists(local_path(uri)):
-        raise BadRow(f"{name!r} {uri!r:.200} is no file")  # to open a pipe or a terminal could last for ever
+        # to open a pipe or a terminal could last forever
+        raise BadRow(f"{name!r} {uri!r:.200} is not a file")
     try:
         with fsspec.open(uri, "rb", **options_of(name, uri)) as file:
             content: bytes = file.read(most + 1)
@@ -241,7 +242,7 @@ def _part(name: str, kind: Kind, content: bytes, most_pixels: int) -> Part:
     found = next((f for f, begins in formats.items() if re.match(begins, content[:16], re.DOTALL)), None)
     if found is None:
         raise BadRow(
-            f"{name!r} is no {kind} of a known format ({', '.join(formats)}): it begins with "
+            f"{name!r} is not in a known {kind} format ({', '.join(formats)}): it begins with "
             f"{content[:12]!r}; convert it"
         )
     size = size_of(found, content) if kind == "image" else None

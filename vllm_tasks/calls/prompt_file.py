@@ -24,9 +24,9 @@ class PromptFile:
 
     @classmethod
     def parse(cls, text: str, artifacts: Collection[str], most: int) -> PromptFile:
-        """Parse a file, of whose prompts none has more than `most` characters.
+        """Parse a file whose prompts have at most `most` characters.
 
-        Raise `InvalidCall` if it is no template, or needs what it does not get.
+        Raise `InvalidCall` if it is not a template, or needs another file or an unknown artifact.
         """
         environment = Sandbox(most)
         try:
@@ -36,7 +36,7 @@ class PromptFile:
             raise InvalidCall("the prompt file nests its blocks or brackets too deeply") from error
         except TemplateError as error:
             line = getattr(error, "lineno", None)
-            raise InvalidCall(f"the prompt file is no Jinja template: {error} (line {line})") from error
+            raise InvalidCall(f"the prompt file is not a Jinja template: {error} (line {line})") from error
         if any(True for _ in meta.find_referenced_templates(tree)):
             raise InvalidCall(
                 "the prompt file includes, imports or extends another file, and no other is read: write its "

@@ -1,4 +1,5 @@
-"""A second attempt at a row whose answer is not accepted: it is told why (`repair`), or sampled anew."""
+"""Further attempts at a row whose answer is not accepted: the model is told why (`repair`), or the row is
+sampled again (`resample`)."""
 
 from __future__ import annotations
 

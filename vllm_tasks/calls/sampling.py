@@ -69,6 +69,8 @@ OWNED_BY_TASK: dict[tuple[Target, str], str] = {
     "task='reward' returns the number of a model with one class",
 }
 """Names that a caller cannot set for one task, with the reason."""
+FRONTEND = "common/cli_args.py", "launchers/cli_args.py", "openai/cli_args.py"
+"""The files that may hold the server's arguments, in vLLM 0.26 to 0.33."""
 
 
 @functools.cache
@@ -201,10 +203,6 @@ def engine_arguments(python: str) -> frozenset[str] | None:
     ]
     found = [names for names in (*of_engine, *of_server) if names is not None]
     return frozenset().union(*found) if len(found) == 4 else None
-
-
-FRONTEND = "common/cli_args.py", "launchers/cli_args.py", "openai/cli_args.py"
-"""The files that may hold the server's arguments, in vLLM 0.26 to 0.33."""
 
 
 @functools.cache

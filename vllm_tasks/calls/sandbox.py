@@ -241,7 +241,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 def _filter(value: nodes.Expr, name: str) -> nodes.Filter:
     made = nodes.Filter(value, name, [], [], None, None)
-    made.set_lineno(1)  # of no error that it raises is the line shown
+    made.set_lineno(1)  # any line: no error of this filter shows it
     return made
 
 

@@ -17,10 +17,10 @@ def table_or_statement(select: Any) -> str:
         select = os.fspath(select)
     if not isinstance(select, str):
         raise InvalidCall(
-            f"select={_display(select)} is no text: give the name of a table in db, in a lake also a path or "
-            "a glob, or one SELECT statement; or a table in memory with __arrow_c_stream__: a DataFrame of "
-            "pandas or polars (.collect() a LazyFrame), pyarrow.Table.from_pylist(rows) for a list of rows, "
-            "pyarrow.table(columns) for a dict of columns"
+            f"select={_display(select)} is not a text: give the name of a table in db, in a lake also a path "
+            "or a glob, or one SELECT statement; or a table in memory with __arrow_c_stream__: a DataFrame "
+            "of pandas or polars (.collect() a LazyFrame), pyarrow.Table.from_pylist(rows) for a list of "
+            "rows, pyarrow.table(columns) for a dict of columns"
         )
     return select
 

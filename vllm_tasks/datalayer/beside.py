@@ -17,7 +17,7 @@ from vllm_tasks.datalayer.all_rows import refuse_missing, refuse_unreadable
 from vllm_tasks.datalayer.selection import POSITION, Key
 from vllm_tasks.datalayer.sources import Source, Unreadable
 from vllm_tasks.datalayer.sources.keys import listed
-from vllm_tasks.datalayer.sources.text_file import has_half
+from vllm_tasks.datalayer.storable import is_text
 from vllm_tasks.datalayer.values import EPOCH, Nanoseconds, Number
 from vllm_tasks.errors import InvalidCall
 
@@ -113,4 +113,4 @@ def _json(value: Any) -> str:
     if isinstance(value, bytes):
         return json.dumps(base64.b64encode(value).decode())
     plain = value if value is None or isinstance(value, str | bool | int | float) else str(value)
-    return json.dumps(plain, ensure_ascii=isinstance(plain, str) and has_half(plain))
+    return json.dumps(plain, ensure_ascii=isinstance(plain, str) and not is_text(plain))

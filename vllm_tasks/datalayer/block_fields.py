@@ -16,8 +16,8 @@ T = TypeVar("T")
 def _with_slug(schema: dict[str, Any], block: Any) -> None:
     """Extend a block's schema as Prefect does, and allow the slug that Prefect adds to a block's fields.
 
-    Else Prefect's server refuses a flow run that has a block in its parameters. As a pattern it is no field
-    of the form.
+    Else Prefect's server refuses a flow run that has a block in its parameters. As a pattern it is not a
+    field of the form.
     """
     schema_extra(schema, block)
     schema["patternProperties"] = {"^block_type_slug$": {}}

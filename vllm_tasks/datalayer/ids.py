@@ -17,7 +17,7 @@ from vllm_tasks.errors import InvalidCall
 def key_table(ids: Iterable[Key], key: pa.Schema) -> pa.Table:
     """`ids` as the columns k0, k1, ...
 
-    Raises `InvalidCall` for an id that is no key of the columns `key`.
+    Raises `InvalidCall` for an id that is not a key of the columns `key`.
     """
     plain = [_plain_key(i, key) for i in ids]
     columns = []

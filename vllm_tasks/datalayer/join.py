@@ -6,10 +6,10 @@ joined with it; so a row's values are read only when it is selected, and pass th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Protocol
 
 import duckdb
 import numpy as np
@@ -173,7 +173,7 @@ class Join:
                 rows, wanted = rows + some, wanted + of_them
         return rows, wanted
 
-    def _matching(self, cursor: duckdb.DuckDBPyConnection) -> Any:
+    def _matching(self, cursor: duckdb.DuckDBPyConnection) -> Callable[[pa.Table], States]:
         """A function from the keys of a part to the `States` of its selected rows."""
         if not self._loaded(cursor):
             none = np.zeros(0, dtype=bool)
@@ -181,7 +181,7 @@ class Join:
                 return lambda keys: States(np.zeros(0, dtype=np.int64), none, None)
             return lambda keys: States(np.arange(keys.num_rows), np.zeros(keys.num_rows, dtype=bool), None)
         hashes = self.selection.refresh != "missing"
-        hash_ = f"{'if(same, hash, NULL)' if hashes else 'NULL'} AS hash"
+        hash_ = "if(same, hash, NULL) AS hash" if hashes else "NULL AS hash"
         columns = ", ".join([*self._names, "n", "same IS NOT NULL AS redo", hash_])
         wanted = f"SELECT {columns} {self._joined()} WHERE {WANTED[self.selection.refresh]}"
 
@@ -203,7 +203,7 @@ class Join:
 
         return match
 
-    def _counting(self, cursor: duckdb.DuckDBPyConnection) -> Any:
+    def _counting(self, cursor: duckdb.DuckDBPyConnection) -> Callable[[pa.Table], tuple[int, int]]:
         """A function from keys to their number (within the `ids` and the shard) and the number selected."""
         if not self._loaded(cursor):
             none = self.selection.refresh == "failed"

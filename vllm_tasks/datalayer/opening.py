@@ -78,7 +78,7 @@ def saved(name: str) -> Datalayer:
         found = Datalayer.load(name)
     except (httpx.HTTPError, RuntimeError) as error:  # Prefect's own server raises RuntimeError
         raise InvalidCall(
-            f"{name!r:.200} is no folder here, and Prefect's server did not say whether it is a saved "
+            f"{name!r:.200} is not a folder here, and Prefect's server did not say whether it is a saved "
             f"Datalayer ({plain(error):.300}); set PREFECT_API_URL to a running server, or give a URL, or "
             "a path with a / in it"
         ) from error

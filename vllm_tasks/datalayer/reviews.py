@@ -60,7 +60,7 @@ def waiting(outputs: pa.Table, predict_id: str) -> pa.Table:
 def answered(outputs: pa.Table, labels: Mapping[Any, str], predict_id: str) -> pa.Table:
     """The rows to keep of the labels that a person gave by key.
 
-    Raises `InvalidCall` for a key without an output or of another type, and for a label that is no class.
+    Raises `InvalidCall` for a key without an output or of another type, and for a label that is not a class.
     """
     _refuse_unmarked(outputs, predict_id)
     key = key_of(outputs)

@@ -28,7 +28,6 @@ PAGE_BYTES = 4 << 20
 """Approximate bytes of rows held as Python objects at once."""
 FIRST = 16
 """Rows fetched before their width is known."""
-
 LIMIT = 1000
 """Rows of the first transaction, if a result must be read to its end."""
 
@@ -69,7 +68,7 @@ class Spool:
         return written >= self._most or reading >= LONGEST or (written >= LEAST and reading >= waited)
 
     def _add(self, page: list[Values]) -> int:
-        """Append a page; returns the bytes written so far. Raises `TablesUnavailable` if there is no room."""
+        """Append a page; returns the bytes written so far. Raises `TablesUnavailable` without disk space."""
         with storage_errors(f"cannot keep rows in the temporary folder {gettempdir()!r} (TMPDIR)"):
             self._pages.write(page, self._file)
         self.last = page[-1]

@@ -18,7 +18,7 @@ def to_json(value: Any) -> str:
 
 
 def is_text(value: str) -> bool:
-    """Whether a text can be UTF-8: it has no lone surrogates."""
+    """Whether a text can be UTF-8: it has no lone surrogate, of its own or in place of a wrong byte."""
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -18,9 +18,9 @@ COLOURS = re.compile("\x1b\\[[0-9;]*m|↳")
 REMOTE = re.compile(r"(\w+ Error: )?Traceback \(.*?\n(?P<words>\S[^\n]*)", re.DOTALL)
 """DuckDB's error when an fsspec filesystem fails: a traceback that ends with the filesystem's message."""
 PYTHON = " Detail: Python exception: "
-"""Before the traceback that Arrow appends to an error of ours in a stream."""
+"""The words before the traceback that Arrow appends to an error of ours in a stream."""
 SAID_BY_DUCKDB = re.compile(r"([A-Z]\w+ )+Error: ")
-PASSING = re.compile(
+TEMPORARY = re.compile(
     "^(IO|HTTP|Out of Memory|INTERRUPT|Connection) Error"
     "|^Invalid Input Error: reading the stream registered as .* failed: IOError"
     "|^External error: .*Object Store error: "
@@ -55,13 +55,13 @@ def storage_errors(doing: str) -> Iterator[None]:
         words = plain(e)
         if isinstance(e, PermissionError) or DENIED.search(words):
             raise InvalidCall(f"{doing}: not allowed: {words}") from e
-        raise (InvalidCall if _lasts(e, words) else TablesUnavailable)(f"{doing}: {words}") from e
+        raise (InvalidCall if _is_permanent(e, words) else TablesUnavailable)(f"{doing}: {words}") from e
 
 
-def _lasts(error: Exception, words: str) -> bool:
+def _is_permanent(error: Exception, words: str) -> bool:
     if isinstance(error, DeltaProtocolError) or (isinstance(error, DeltaError) and UNSUPPORTED.search(words)):
         return True
-    if isinstance(error, DeltaError) or REMOTE.match(str(error)) or PASSING.search(words):
+    if isinstance(error, DeltaError) or REMOTE.match(str(error)) or TEMPORARY.search(words):
         return False
     # A failure in the middle of a stream arrives as Arrow's OSError with DuckDB's message.
     return not isinstance(error, OSError) or bool(SAID_BY_DUCKDB.match(words))

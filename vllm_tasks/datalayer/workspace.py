@@ -22,7 +22,7 @@ MEMORY = "300MB"
 """DuckDB's memory for keys and the state of their outputs; beyond it, DuckDB spills."""
 THREADS = 2
 """More threads would need more memory and save no time: the model takes the time."""
-CLOSING_S = 1.0
+CLOSE_TIMEOUT = 1.0
 """Seconds that other threads have to leave the queries that closing interrupts."""
 OWN = {"memory", "system", "temp"}
 """Names of DuckDB's own databases."""
@@ -57,7 +57,7 @@ class Workspace:
             made.callback(self._folder.remove)
             con = _connected(memory, self._folder.path)
             made.callback(con.close)
-            # It fails for what is no DuckDB file, or if another process has it open for writing.
+            # It fails for a file that is not DuckDB's, or if another process has it open for writing.
             self._catalog = "" if database is None else _attached(con, database)
             if filesystem is not None:
                 con.register_filesystem(filesystem)
@@ -101,7 +101,7 @@ class Workspace:
             return
         # This object may live on (Prefect keeps the arguments of its task runs), but DuckDB's connection must
         # not: DuckDB complains about it at the end of the process.
-        until = time.monotonic() + CLOSING_S
+        until = time.monotonic() + CLOSE_TIMEOUT
         while self._open_cursors and time.monotonic() < until:
             for cursor in list(self._open_cursors):
                 with suppress(duckdb.Error):  # it has ended meanwhile

@@ -52,7 +52,7 @@ def _reset_in_child() -> None:
 os.register_at_fork(after_in_child=_reset_in_child)
 
 
-LOOKED_EVERY = 0.2
+WAKE_EVERY = 0.2
 """Seconds after which a waiting thread wakes up, so that it can be interrupted."""
 
 
@@ -90,7 +90,7 @@ def run(coroutine: Coroutine[Any, Any, T], stop: Callable[[], None] = lambda: No
     try:
         # Not `run_coroutine_threadsafe`: interrupted before it returns, its work could not be cancelled.
         loop.call_soon_threadsafe(begin)
-        while not finished.wait(LOOKED_EVERY):
+        while not finished.wait(WAKE_EVERY):
             stop()
     except BaseException:
         # Ctrl-C, Prefect's TerminationSignal and a task's timeout are raised here, in the waiting thread. The
@@ -99,7 +99,7 @@ def run(coroutine: Coroutine[Any, Any, T], stop: Callable[[], None] = lambda: No
         finished.wait(timeout=5)
         raise
     if begun[0].cancelled():
-        raise CancelledError  # not asyncio's, which is no `Exception` and would cancel the caller
+        raise CancelledError  # not asyncio's, which is not an `Exception` and would cancel the caller
     return begun[0].result()
 
 

@@ -16,7 +16,7 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from vllm_tasks.engines.loop import LOOKED_EVERY
+from vllm_tasks.engines.loop import WAKE_EVERY
 
 
 def raise_if_stopped() -> None:
@@ -41,5 +41,5 @@ def pause(seconds: float) -> None:
     """Sleep, and raise soon what `raise_if_stopped` raises."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
-        time.sleep(min(left, LOOKED_EVERY))
+        time.sleep(min(left, WAKE_EVERY))
         raise_if_stopped()

@@ -16,6 +16,7 @@ from typing import Any, Literal, Never
 
 from vllm_tasks.rows import Choice, Completion, Request, TokenLogprob, is_chat
 
+JSON = Mapping[str, Any]
 Protocol = Literal["legacy", "completions", "chat", "openai"]
 """`openai` means completions or chat, depending on each prompt."""
 PATHS: dict[str, Protocol] = {
@@ -29,10 +30,13 @@ POOLING = {"embed": "/v1/embeddings", "score": "/score", "classify": "/classify"
 """The paths of the tasks that return numbers."""
 OWN: dict[str, JSON] = {"embed": {"encoding_format": "base64"}, "reward": {"use_activation": False}}
 """Parameters of a task that its requests have unless the call sets them."""
-JSON = Mapping[str, Any]
 WITHHELD = {"content_filter", "safety", "recitation", "prohibited_content", "sensitive"}
 """The finish reasons of answers that a filter withholds, completely or in part: OpenAI's, which most gateways
 have, and in small letters those of Gemini and GLM, which some gateways pass on."""
+COUNTS = range(2**63)
+"""Valid token counts: those that fit into 64 bits."""
+UNFIT = (AttributeError, LookupError, OverflowError, TypeError, ValueError)
+"""Exceptions raised by reading a value of another shape."""
 
 
 class WrongShape(ValueError):
@@ -140,7 +144,7 @@ def _legacy(answer: JSON, prompt: str, wanted: int) -> Completion:
     texts = answer.get("text")
     if not isinstance(texts, list):
         wrong('"text", a list of strings', answer)
-    _count(texts, wanted)
+    _check_number(texts, wanted)
     if not all(_text(t, "text").startswith(prompt) for t in texts):
         wrong("each text to begin with the prompt", texts)
     return Completion(choices=tuple(Choice(text=t[len(prompt) :]) for t in texts))
@@ -150,7 +154,7 @@ def _openai(answer: JSON, choice_of: Callable[[JSON], Choice], wanted: int) -> C
     choices = answer.get("choices")
     if not isinstance(choices, list) or not all(isinstance(c, Mapping) for c in choices):
         wrong('"choices", a list of objects', answer)
-    _count(choices, wanted)
+    _check_number(choices, wanted)
     usage = _optional(answer, "usage", dict) or {}
     prompt_logprobs = answer.get("prompt_logprobs") or choices[0].get("prompt_logprobs")
     return Completion(
@@ -274,12 +278,6 @@ def _prompt_token(entry: Mapping[str, Any] | None) -> TokenLogprob | None:
     return _token(*tokens[0], tokens)
 
 
-COUNTS = range(2**63)
-"""Valid token counts: those that fit into 64 bits."""
-UNFIT = (AttributeError, LookupError, OverflowError, TypeError, ValueError)
-"""Exceptions raised by reading a value of another shape."""
-
-
 def _token(token: Any, logprob: Any, top: Iterable[tuple[Any, Any]]) -> TokenLogprob:
     return TokenLogprob(
         _text(token, "token"), _number(logprob), [(_text(t, "token"), _number(p)) for t, p in top]
@@ -309,7 +307,7 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _count(choices: list[Any], wanted: int) -> None:
+def _check_number(choices: list[Any], wanted: int) -> None:
     if len(choices) != wanted:
         wrong(f"{wanted} choice(s)", choices)
 

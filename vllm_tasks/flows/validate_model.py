@@ -63,7 +63,7 @@ def validate_model(
 
     Raises:
         GateFailed: The model is below its limits, and no person approved it; everything is recorded.
-        InvalidCall: Nobody could be asked, because this is no flow run of a Prefect server.
+        InvalidCall: Nobody could be asked, because this is not a flow run of a Prefect server.
     """
     options = {
         "db": db,

@@ -33,7 +33,7 @@ def score(predictions: Sequence[Any], targets: Sequence[Any], *, bins: int = 10)
         bins: Number of bins, from 1 to 100.
 
     Raises:
-        InvalidCall: A target is a list, an answer has no probabilities, or `bins` is no such number.
+        InvalidCall: A target is a list, an answer has no probabilities, or `bins` is not such a number.
     """
     if type(bins) is not int or not 1 <= bins <= MOST_BINS:
         raise InvalidCall(f"{NAME}: bins={bins!r:.100} must be a whole number from 1 to {MOST_BINS}")

@@ -47,7 +47,7 @@ class Extraction:
             metric: The metric's name, for errors.
 
         Raises:
-            InvalidCall: The answer is data, several answers remain, or the choices are no texts.
+            InvalidCall: The answer is data, several answers remain, or the choices are not texts.
         """
         answers = prediction if isinstance(prediction, list) else [prediction]
         texts: Texts = [text_of(answer, metric) for answer in answers]
@@ -144,7 +144,7 @@ def found_choice(
 
 
 def texts_of_choices(choices: Any, metric: str) -> list[str]:
-    """Return the choices of a row as texts. Raise `InvalidCall` if they are no list of texts or numbers."""
+    """The choices of a row as texts; raises `InvalidCall` unless they are a list of texts or numbers."""
     if (
         not isinstance(choices, list)
         or not choices
@@ -170,7 +170,7 @@ def _of_dict(step: Any) -> Callable[[Texts, list[str]], Texts]:
     kind = next((name for name in OPTIONS if isinstance(step, dict) and name in step), None)
     if kind is None:
         raise InvalidCall(
-            f"extract: {step!r:.100} is no step; a step is a name such as 'strip', or a dict with "
+            f"extract: {step!r:.100} is not a step; a step is a name such as 'strip', or a dict with "
             f"{', '.join(map(repr, OPTIONS))}"
         )
     for name in step.keys() - {kind}:

@@ -109,4 +109,4 @@ def _rendered(value: Any) -> str:
     return plain_text(value)
 
 
-MEASURE = Measure(score, asks="verdict")
+MEASURE = Measure(score, asks="judge")

@@ -26,7 +26,7 @@ def score(prediction: Any, target: Any, *, labels: Sequence[Any] | None = None) 
 
     Args:
         prediction: An object whose `probabilities` are an object by class, or a list in the order of
-            `labels`. Any other answer, and a probability that is no number, gives the target's class none.
+            `labels`. Any other answer, and a probability that is not a number, gives the target's class none.
         target: The right class. Case and white space at the ends are ignored.
         labels: The classes of a list of probabilities, in the order of the model's `id2label`.
 
@@ -49,7 +49,7 @@ def score(prediction: Any, target: Any, *, labels: Sequence[Any] | None = None) 
         {str(name).strip().casefold(): p for name, p in found.items()} if isinstance(found, dict) else {}
     )
     probability = by_class.get(written)
-    if not isinstance(probability, int | float):  # a model may have written "high"
+    if not isinstance(probability, int | float) or isinstance(probability, bool):  # "high", or true
         probability = 0.0
     return -math.log(min(max(LEAST, probability), 1.0))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Kind = Literal["row", "answer", "sums", "set"]
-Asks = Literal["answer", "probabilities", "likelihood", "verdict"]
+Asks = Literal["answer", "probabilities", "likelihood", "judge"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ UNDEFINED = (
 
 
 def pairs_of(predictions: Sequence[Any], targets: Sequence[Any], metric: str) -> npt.NDArray[np.float64]:
-    """Return a row (answer, target) for each row; both are nan where the answer is no number.
+    """Return a row (answer, target) for each row; both are nan where the answer is not a number.
 
     Raises `InvalidCall` for a target that is not a number.
     """

@@ -87,7 +87,7 @@ def score(prediction: Any, target: Any, *, tolerance: float | str = 0) -> bool:
     - It may have a sign (-5, "= - 5", "negative 5", "is minus 5"), decimals, and the digits of any script. A
       minus after a word, a number or a bracket is none: the number of 10-5 is 5.
     - Separators group thousands (1,234; 1_234; 1'234; 1 234 with any space; LaTeX's 1{,}234), or lakhs and
-      crores (1,00,000). A comma is no decimal point, so 3,5 is two numbers, except after points that group
+      crores (1,00,000). A comma is not a decimal point, so 3,5 is two numbers, except after points that group
       thousands, as in 1.234,5; 1.234.567 has such points, 1.234 has decimals.
     - The power of a unit or a variable is none: the number of 25 cm^2, or 25 cm2, is 25.
     - 1e5, 1.5 x 10^5, 1.5*10**5, 1.5 \\times 10^{5} and 10⁵ have an exponent.

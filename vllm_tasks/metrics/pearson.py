@@ -2,8 +2,8 @@
 of their standard deviations.
 
 Range -1 to 1, higher is better. It measures whether scores grow with the targets along a line; `spearman`
-asks for their order alone. Failed rows and answers that are no number are left out. Without a spread in both
-it is not defined.
+asks for their order alone. Failed rows and answers that are not numbers are left out. Without a spread in
+both it is not defined.
 """
 
 from __future__ import annotations

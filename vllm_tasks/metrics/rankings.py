@@ -15,7 +15,7 @@ LENGTH = 10
 
 
 def ranking_of(prediction: Any) -> list[str]:
-    """Return the ids of a ranking as texts, each once; none for an answer that is no list."""
+    """Return the ids of a ranking as texts, each once; none for an answer that is not a list."""
     found = data_of(prediction)
     return list(dict.fromkeys(map(id_of, found))) if isinstance(found, list) else []
 
@@ -49,7 +49,7 @@ def gains_of(target: Any, k: int, metric: str) -> dict[str, float]:
 
 
 def id_of(value: Any) -> str:
-    """Return an id as a text, so that 7 is "7"; a value that is no id is the id of nothing."""
+    """Return an id as a text, so that 7 is "7"; a value that is not an id is the id of nothing."""
     try:
         return plain_text(value)
     except NoText:

@@ -1,7 +1,7 @@
 """Spearman's correlation of answers and targets, which are numbers: Pearson's correlation of their ranks.
 
 Range -1 to 1, higher is better. Equal numbers have the mean of their ranks (Spearman 1904). Failed rows and
-answers that are no number are left out. Two runs cannot be compared row by row.
+answers that are not numbers are left out. Two runs cannot be compared row by row.
 """
 
 from __future__ import annotations

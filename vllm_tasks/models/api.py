@@ -132,7 +132,9 @@ class VllmAPI(Predictor, Block):
             return None
         for name, text in value.get_secret_value().items():
             if not re.fullmatch(r"[!#$%&'*+.^_`|\x7e0-9A-Za-z-]+", name) or name.lower() in OWN_HEADERS:
-                raise ValueError(f"{name!r} is no name of an HTTP header, or one that vllm_tasks itself sets")
+                raise ValueError(
+                    f"{name!r} is not the name of an HTTP header, or is one that vllm_tasks itself sets"
+                )
             if not isinstance(text, str) or not re.fullmatch(r"[!-\x7e]([ -\x7e]*[!-\x7e])?", text):
                 raise ValueError(
                     f"the value of the header {name!r} is not a text of printable ASCII characters, or has "

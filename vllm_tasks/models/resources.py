@@ -16,6 +16,7 @@ from vllm_tasks.models.hints import HINTS, checked, quantity
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import WorkPool
+
 PARALLEL = (
     "tensor_parallel_size",
     "pipeline_parallel_size",

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import httpx
 
-from vllm_tasks.engines.loop import LOOKED_EVERY
+from vllm_tasks.engines.loop import WAKE_EVERY
 from vllm_tasks.engines.stopping import pause, raise_if_stopped
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 GRACE_PERIOD = 300.0
 """Seconds that Prefect's server may be down when a flow run is to be created or to report its outcome."""
-TRY_EVERY = 2.0
+ATTEMPT_EVERY = 2.0
 """Seconds between two attempts."""
 BEGINS_WITHIN = 1.0
 """Seconds in which a thread begins, if an interrupt came after its start and not before."""
@@ -51,7 +51,7 @@ def within_grace_period(work: Callable[[], T], *, to_finish: float = 0.0) -> T:
             if refused or time.monotonic() > until:
                 raise
             logger.warning("Prefect's server does not respond; trying again: %s", error or repr(error))
-            pause(TRY_EVERY)
+            pause(ATTEMPT_EVERY)
 
 
 def in_thread(work: Callable[[], T], to_finish: float = 0.0) -> T:
@@ -77,7 +77,7 @@ def in_thread(work: Callable[[], T], to_finish: float = 0.0) -> T:
     thread = threading.Thread(target=copy_context().run, args=(do,), name="vllm-tasks-prefect", daemon=True)
     try:
         thread.start()
-        while not finished.wait(LOOKED_EVERY):
+        while not finished.wait(WAKE_EVERY):
             raise_if_stopped()
     except BaseException:
         if begun.wait(BEGINS_WITHIN):

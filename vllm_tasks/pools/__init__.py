@@ -111,9 +111,8 @@ def template(pool: Pool) -> dict[str, Any]:
     declared = made["variables"]["properties"]
     if pool.gpus is not None:
         declared["env"]["default"]["VLLM_TASKS_GPU_SLOTS"] = pool.limit
-        if (
-            pool.type != "kubernetes"
-        ):  # Kubernetes hands out devices itself, to other flows on the pool as well
+        # Kubernetes hands out devices itself, to other flows on the pool as well.
+        if pool.type != "kubernetes":
             declared["env"]["default"]["VLLM_TASKS_GPUS"] = "1"
     if pool.image:
         declared["image"]["default"] = pool.image

@@ -39,7 +39,7 @@ MAY_BE_PATHS = PATHS | {"download_dir", "path"}
 """Arguments that may be paths, also within others. They are made absolute, because the server starts
 in another folder."""
 KEYWORDS = {"auto", "vllm"}
-"""Values of `generation_config` that are no paths."""
+"""Values of `generation_config` that are not paths."""
 QUIET = {"disable_log_stats": True, "disable_uvicorn_access_log": True}
 """Defaults that keep the log free of a line for each request. The model's `vllm_kwargs` override them."""
 
@@ -78,12 +78,12 @@ def serve(model: VllmModel) -> Iterator[VllmAPI]:
     if arguments.get("trust_remote_code"):
         log_trust(arguments["model"])
     files = stamps(arguments)  # from before they are hashed or loaded
-    behind = Behind(engine_identity(engine_args), of_files(engine_args))
+    known = ModelFacts(engine_identity(engine_args), of_files(engine_args))
     python, gpus = interpreter(model.vllm_python()), model.resources().num_gpus
     server = SharedServer(arguments["model"], python, command, config.start_timeout, gpus, files)
     with server.used():
         facts = server.facts()
-        with api_of(model, behind, _first(arguments["served_model_name"]), facts["url"], facts["key"]) as api:
+        with api_of(model, known, _first(arguments["served_model_name"]), facts["url"], facts["key"]) as api:
             try:
                 yield api
             except ServerUnavailable as error:
@@ -97,7 +97,7 @@ def serve(model: VllmModel) -> Iterator[VllmAPI]:
 
 
 @dataclass(frozen=True)
-class Behind:
+class ModelFacts:
     """Facts about the model that the server itself does not report: what decides its answers, and whether it
     has a chat template (None: the server is asked)."""
 
@@ -110,11 +110,11 @@ class ServedAPI(VllmAPI):
 
     _block_type_name: ClassVar[str] = "vLLM served"  # Prefect needs a name for each class of blocks
     _block_type_slug: ClassVar[str] = "vllm-served"
-    _behind: Behind = PrivateAttr()
+    _known: ModelFacts = PrivateAttr()
 
-    def __init__(self, *, behind: Behind, **fields: Any) -> None:
+    def __init__(self, *, known: ModelFacts, **fields: Any) -> None:
         super().__init__(**fields)
-        self._behind = behind
+        self._known = known
 
     def _made_anew(self) -> VllmAPI:
         return VllmAPI(**{name: getattr(self, name) for name in VllmAPI.model_fields})
@@ -122,14 +122,14 @@ class ServedAPI(VllmAPI):
     def prepare(self, *args: Any, **kwargs: Any) -> Call:
         call = super().prepare(*args, **kwargs)
         return replace(
-            call, served_arguments=self._behind.identity, has_chat_template=self._behind.has_chat_template
+            call, served_arguments=self._known.identity, has_chat_template=self._known.has_chat_template
         )
 
 
-def api_of(model: VllmModel, behind: Behind, name: str, url: str, key: str) -> VllmAPI:
+def api_of(model: VllmModel, known: ModelFacts, name: str, url: str, key: str) -> VllmAPI:
     """A client with the fields of `model`, except its resources, which only the server needs."""
     shared = {field: getattr(model, field) for field in Predictor.model_fields if field != "compute_kwargs"}
-    api = ServedAPI(behind=behind, **shared, api_url=url, api_key=SecretStr(key), model=name)
+    api = ServedAPI(known=known, **shared, api_url=url, api_key=SecretStr(key), model=name)
     api._block_document_id = model._block_document_id  # to which a validation saves its values
     return api
 

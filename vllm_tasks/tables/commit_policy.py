@@ -42,7 +42,7 @@ class CommitPolicy:
         All times are seconds: the `age` of its first row, the time since the last commit, and the time since
         the first answer of the run. Redone rows wait for full groups: a lake copies each file they are in.
         """
-        grace_period = self.seconds if redo else min(self.seconds, max(APART, AT_RISK * elapsed))
-        if finished >= self.most or age >= grace_period:
+        max_age = self.seconds if redo else min(self.seconds, max(APART, AT_RISK * elapsed))
+        if finished >= self.most or age >= max_age:
             return True
         return finished >= self.rows and since_commit >= self.apart and not (redo and self.apart)

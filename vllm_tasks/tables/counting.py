@@ -58,7 +58,7 @@ class Counted:
             run.to_process = to_process if job.limit is None else min(to_process, job.limit)
 
     def count_remaining(self) -> None:
-        """Begin to count the rows that a run has left which a budget has ended."""
+        """Begin to count the rows that are left after a budget has ended the run."""
         self.remaining = None
         # A table is counted by one thread at a time.
         if not self._thread.is_alive() and self._job.selection.refresh != "changed":
@@ -73,11 +73,14 @@ class Counted:
             return
         self.remaining = left if job.limit is None else min(left, job.limit - self._run.tally.done)
 
-    def compare(self, job: Job, processed: int, *, complete: bool) -> None:
-        """Set `up_to_date` where all unprocessed rows are, and warn of `ids` that the source lacks."""
-        if self.rows is not None and complete and job.limit is None and job.selection.refresh != "failed":
+    def compare(self, processed: int, *, complete: bool) -> None:
+        """Set `up_to_date` if all rows that were not processed are; warn of `ids` that the source lacks."""
+        if self.rows is None:
+            return
+        selection = self._job.selection
+        if complete and self._job.limit is None and selection.refresh != "failed":
             self.up_to_date = self.rows - processed
-        ids = set(job.selection.ids or ())
+        ids = set(selection.ids or ())
         if self._found is not None and self._found < len(ids):
             logger.warning("%d of %d ids are not in the source", len(ids) - self._found, len(ids))
 

@@ -16,7 +16,6 @@ HELD = 128 * 2**20
 memory three times while it is sent: as it was read, as JSON, in the socket."""
 NUMBER = 32
 """Bytes of a Python float in a list."""
-
 TOKEN = 200
 """Bytes of a token with its log probability."""
 
@@ -51,7 +50,7 @@ def _bytes(value: Any) -> int:
 
 
 @dataclass
-class Open:
+class OpenRows:
     """The rows between source and commit. All threads share it: every change is under `_changed`."""
 
     keys: set[Key] = field(default_factory=set)

@@ -195,7 +195,7 @@ def _run(
         counted.wait(COUNT_TIMEOUT)
         if counted.remaining == 0:  # the last row was finished before the run knew that it was the last
             tally.stopped_by = None
-    counted.compare(job, tally.done, complete=not (verdict or tally.stopped_by))
+    counted.compare(tally.done, complete=not (verdict or tally.stopped_by))
     if not verdict:
         display.progress(tally.progress(run.to_process), last=True)
         tally.rows = counted.rows

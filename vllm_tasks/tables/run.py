@@ -28,7 +28,7 @@ from vllm_tasks.errors import InvalidCall, VllmTasksError
 from vllm_tasks.rows import Request, Result, RowError
 from vllm_tasks.tables.job import Display, Job
 from vllm_tasks.tables.keys import display_key, key_range
-from vllm_tasks.tables.open_rows import Open, bytes_of_answer, bytes_of_request
+from vllm_tasks.tables.open_rows import OpenRows, bytes_of_answer, bytes_of_request
 from vllm_tasks.tables.output_rows import Finished, OutputRows
 from vllm_tasks.tables.source_rows import Prompted, SourceRows
 from vllm_tasks.tables.tally import Tally
@@ -61,7 +61,7 @@ class Run:
         self.tally = tally
         self.to_process: int | None = None
         self.begun = threading.Event()
-        self._open = Open()
+        self._open = OpenRows()
         self._source = SourceRows(job, self._open, tally)
         self._outputs = OutputRows(job, writer, tally)
         self._queue: queue.SimpleQueue[Arrived | Failed | None] = queue.SimpleQueue()

@@ -16,7 +16,7 @@ from vllm_tasks.errors import InvalidCall, TablesUnavailable
 from vllm_tasks.rows import Request, RowError
 from vllm_tasks.tables.earlier import holds_others
 from vllm_tasks.tables.job import RETRY_DELAYS, Job
-from vllm_tasks.tables.open_rows import Open, bytes_of_request
+from vllm_tasks.tables.open_rows import OpenRows, bytes_of_request
 from vllm_tasks.tables.tally import Tally
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ Prompted = tuple[SourceRow, str, Request | RowError]
 class SourceRows:
     """The rows to process, read once."""
 
-    def __init__(self, job: Job, open_rows: Open, tally: Tally) -> None:
+    def __init__(self, job: Job, open_rows: OpenRows, tally: Tally) -> None:
         self.job, self.tally = job, tally
         self._open = open_rows
 
@@ -124,7 +124,7 @@ class SourceRows:
 
 def first_prompts(job: Job) -> None:
     """Make the prompts of the first rows; raises what a run would raise before its first request."""
-    with closing(SourceRows(job, Open(), Tally()).slices()) as slices:  # type: ignore[type-var]  # a generator
+    with closing(SourceRows(job, OpenRows(), Tally()).slices()) as slices:  # type: ignore[type-var]  # a generator
         next(slices, None)
 
 

@@ -33,7 +33,7 @@ UNSENT = {"prompt", "read"}
 
 def tokens_of(answer: Completion) -> tuple[int, int] | None:
     """The tokens of prompt and answer, None if the server has not counted them. Numbers, as those of an
-    embedding, are no tokens."""
+    embedding, are not tokens."""
     answered = answer.completion_tokens if answer.choices[0].data is None else 0
     return None if answer.prompt_tokens is None or answered is None else (answer.prompt_tokens, answered)
 

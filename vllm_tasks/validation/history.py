@@ -130,7 +130,7 @@ def check_baseline(validation: Validation, home: Tables, model: str) -> None:
     if validation.baseline not in runs:
         latest = ", ".join(dict.fromkeys(reversed(runs[-3:]))) or "none yet"
         raise InvalidCall(
-            f"baseline={validation.baseline!r} is no run of {model!r} on these data sets; the latest are "
+            f"baseline={validation.baseline!r} is not a run of {model!r} on these data sets; the latest are "
             f'{latest}. Give one of the column `run` of `_metric_values`, "best", or "last"'
         )
 

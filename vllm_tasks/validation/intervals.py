@@ -64,7 +64,7 @@ def wilson(hits: float, n: float) -> Interval:
     Unlike `p +- 1.96 * sqrt(p * (1 - p) / n)`, it stays in [0, 1] and has a width at 0 and at `n` hits.
     """
     if not 0 <= hits <= n:
-        raise ValueError(f"{hits!r} hits of {n!r} are no proportion: hits must be from 0 to n")
+        raise ValueError(f"{hits!r} hits of {n!r} are not a proportion: hits must be from 0 to n")
     if n == 0:
         return Interval(0.0, 1.0)
     p, spread = hits / n, Z * Z / n
@@ -198,7 +198,7 @@ def set_interval(
     bounds: Bounds = UNKNOWN,
     seed: int = 0,
 ) -> Interval:
-    """The interval of the `value` of a metric that is no function of sums, from the `score` of 200 resamples.
+    """The interval of the `value` of a metric that is not a function of sums, from 200 resamples.
 
     `score` is given the positions of the rows in ascending order, with repetitions; `clusters` are the
     positions of rows that are drawn together. With bounds, which are (0, 1) if all values are between them,
@@ -255,7 +255,7 @@ def _studentised(moments: Array, value: float) -> tuple[Array, Array]:
     with np.errstate(divide="ignore", invalid="ignore"):
         means = s / c
         spread = ss - 2 * means * sc + means**2 * cc
-        # Equal scores leave rounding errors of their squares, which are no spread.
+        # Equal scores leave rounding errors of their squares, which are not a spread.
         errors = np.sqrt(np.where(spread > 1e-12 * ss, spread, 0.0)) / c
         pivots: Array = (means - value) / errors
     return pivots, errors

@@ -72,7 +72,7 @@ def check_documents(metric: Metric, targets: Sequence[Any]) -> None:
         for name in gains_of(target, _k(metric), metric.identifier):
             if name not in ids:
                 raise InvalidCall(
-                    f"{what}: {name!r:.100} is relevant to a query and is no document of the data set"
+                    f"{what}: {name!r:.100} is relevant to a query but is not a document of the data set"
                     f"{near(name, ids)}; add it, or take all rows, since a sample lacks documents"
                 )
 

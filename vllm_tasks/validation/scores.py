@@ -115,7 +115,7 @@ def check(metric: Metric, snapshot: Snapshot, over: TableCall) -> None:
     thus found before a GPU is used.
     """
     measure = metric.measure()
-    if metric.built_in is None or measure.asks == "verdict":
+    if metric.built_in is None or measure.asks == "judge":
         return
     of_classes = is_of_classes(over.decoder.columns)
     named = of_classes and task_of(over.call.target) == "generate"  # those of "classify" are a list

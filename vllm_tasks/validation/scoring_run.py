@@ -23,8 +23,8 @@ from vllm_tasks.tables.budget import most_failed
 from vllm_tasks.tables.job import Display
 from vllm_tasks.tables.log import Terminal
 from vllm_tasks.validation import Dataset, Metric, Validation, history
+from vllm_tasks.validation.evaluation import Evaluation
 from vllm_tasks.validation.judge_scores import JudgeScores
-from vllm_tasks.validation.judging import Judging
 from vllm_tasks.validation.likelihoods import Likelihoods
 from vllm_tasks.validation.predictions import Calls, Own, Round, Source, predict_id_of
 from vllm_tasks.validation.report import DatasetReport, Record, ValidationReport
@@ -44,6 +44,7 @@ def scored(
     model: Validated,
     validation: Validation,
     call: Call,
+    *,
     db: Datalayer | str | None,
     datasets: Sequence[str] | None,
     resume: bool,
@@ -68,16 +69,16 @@ def scored(
         own = call.of_rows.check_columns(sampling_columns)
         calls = Calls.of(call, validation.key[0], own)
         run = _Run(
-            model,
-            validation,
-            calls,
-            home,
-            resume,
-            reuse,
-            retry_failed,
-            max_failed,
-            flow_run,
-            display or _log,
+            model=model,
+            validation=validation,
+            calls=calls,
+            home=home,
+            resume=resume,
+            reuse=reuse,
+            retry_failed=retry_failed,
+            max_failed=max_failed,
+            flow_run=flow_run,
+            display=display or _log,
         )
 
         def usable(snapshot: Snapshot) -> None:
@@ -153,7 +154,7 @@ def sources_of(calls: Calls, metrics: Sequence[Metric], dataset: str) -> dict[st
         asks = metric.measure().asks
         if asks == "likelihood":
             sources[metric.identifier] = Likelihoods.of(calls.likelihoods, metric, dataset)
-        elif asks == "verdict":
+        elif asks == "judge":
             sources[metric.identifier] = JudgeScores.of(own, metric, dataset)
         else:
             sources[metric.identifier] = own
@@ -204,7 +205,8 @@ class _Run:
             self._refuse_many_failed(snapshot, each, may_fail)
         scored_before = any(record.answers == answers_run for record in past)
         run = history.new_run(snapshot.hash) if scored_before else answers_run
-        report, scores = Judging(self.validation, self.home, snapshot, sources).judged(run, answers, past)
+        evaluation = Evaluation(self.validation, self.home, snapshot, sources)
+        report, scores = evaluation.evaluated(run, answers, past)
         report = replace(report, processed=processed, resumed_at=resumed_at)
         return Found(report, self._records(snapshot, sources, report, answers_run), scores)
 

@@ -64,7 +64,7 @@ def test_ids_choose_rows(place: Place) -> None:
     many = replace(chosen, ids=tuple((i,) for i in range(50_000)))
     assert sum(len(page) for page in db.rows(many, 10_000)) == 49_999
     for wrong in [("3",), (True,), (3.0,), (None,), (3, 4), ()]:
-        with pytest.raises(InvalidCall, match=r"ids: .*is no value of the key id"):
+        with pytest.raises(InvalidCall, match=r"ids: .*is not a value of the key id"):
             db.check(replace(chosen, ids=((1,), wrong)))
 
 

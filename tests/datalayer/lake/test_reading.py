@@ -184,7 +184,7 @@ def test_a_pipe_among_the_files_is_refused(folder: Path, select: str) -> None:
     """Opening it would wait for a writer without an end."""
     write_source(folder / "d/0.csv", ROWS)
     os.mkfifo(folder / "d/1.csv")
-    assert "d/1.csv' is no file but a pipe" in refusal(Lake(str(folder)), selection(select))
+    assert "d/1.csv' is not a file but a pipe" in refusal(Lake(str(folder)), selection(select))
 
 
 def test_a_select_rounds_no_whole_number(folder: Path) -> None:

@@ -81,7 +81,7 @@ def test_duplicate_and_null_keys_are_refused_with_their_count(
 
 
 def test_ids_of_another_type_are_refused(lake: Lake) -> None:
-    """An id that is no value of the key's column is named; one that is not there selects nothing."""
+    """An id that is not a value of the key's column is named; one that is not there selects nothing."""
     assert keys(lake, selection(ids=((3,), (99,)))) == [3]
     assert keys(lake, selection(ids=())) == []
     for wrong in (("x",), (None,), (1, 2), ("1; DROP TABLE t",)):

@@ -15,7 +15,9 @@ import pytest
 from tests.datalayer.sources.columnar import LOCAL, rows, schema
 from vllm_tasks.datalayer.sources import Unreadable
 from vllm_tasks.datalayer.sources.arrow_stream import ColumnStream
-from vllm_tasks.datalayer.sources.iceberg import Iceberg, is_iceberg, refuse_inside
+from vllm_tasks.datalayer.sources.files import Files
+from vllm_tasks.datalayer.sources.iceberg import Iceberg, is_iceberg
+from vllm_tasks.datalayer.sources.readers import Readers
 from vllm_tasks.errors import InvalidCall
 
 
@@ -119,10 +121,12 @@ def test_iceberg_is_known_by_its_metadata(tmp_path: Path, changed: Any) -> None:
     assert is_iceberg(LOCAL, f"{tmp_path}/t")
     assert not is_iceberg(LOCAL, f"{tmp_path}/t/data")
     assert not is_iceberg(LOCAL, f"{tmp_path}/none")
-    for inside in (f"{tmp_path}/t/data", next(str(p) for p in tmp_path.glob("t/data/*.parquet"))):
-        with pytest.raises(InvalidCall, match="Iceberg table 't'"):
-            refuse_inside(LOCAL, inside, str(tmp_path), "t/data")
-    refuse_inside(LOCAL, f"{tmp_path}/other/x.parquet", str(tmp_path), "other")
+
+
+@pytest.mark.parametrize("select", ["t/data", "t/data/*.parquet", "t/**/*.parquet"])
+def test_files_of_an_iceberg_table_are_not_its_rows(tmp_path: Path, changed: Any, select: str) -> None:
+    with pytest.raises(InvalidCall, match="t' is an Iceberg table: name it, not the files in it"):
+        Readers(Files(str(tmp_path)), {}).source(select)
 
 
 def test_the_metadata_that_the_hint_names_counts(tmp_path: Path, changed: Any) -> None:

@@ -173,7 +173,7 @@ def test_a_saved_name_without_a_server(model: VllmAPI) -> None:
     """Without a server a name cannot be looked up: it is refused with the reason and the alternatives."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    words = r"'warehouse' is no folder here.*PREFECT_API_URL.*a URL, or a path"
+    words = r"'warehouse' is not a folder here.*PREFECT_API_URL.*a URL, or a path"
     nowhere = temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"})
     with nowhere, pytest.raises(InvalidCall, match=words):
         model.predict_in_db("text", "rows", source="warehouse")

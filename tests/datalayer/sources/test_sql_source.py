@@ -106,7 +106,10 @@ def test_bad_keys_are_refused(url: str) -> None:
     unreadable = Unreadable()
     (part,) = source.parts(pa.schema([("id", pa.int64())]), ("text",), unreadable)
     assert (part.count, unreadable.count) == (2, 1)
-    with closing(SqlSource(url, "nothing")) as absent, pytest.raises(InvalidCall, match="no table or view"):
+    with (
+        closing(SqlSource(url, "nothing")) as absent,
+        pytest.raises(InvalidCall, match="neither a table or view"),
+    ):
         absent.columns()
     source.close()
 

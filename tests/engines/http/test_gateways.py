@@ -146,7 +146,7 @@ def test_a_server_that_lists_no_models_is_not_checked(server: ScriptedServer, ap
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"headers": {"bad name": SECRET}}, "no name of an HTTP header"),
+        ({"headers": {"bad name": SECRET}}, "not the name of an HTTP header"),
         ({"headers": {"content-type": SECRET}}, "itself sets"),
         ({"headers": {"X-Request-ID": SECRET}}, "itself sets"),
         ({"headers": {"X": f"{SECRET}\n"}}, "needs .strip"),
@@ -410,6 +410,6 @@ def test_no_error_of_a_proxy_shows_its_password(
 def test_a_proxy_whose_url_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch, rest: str) -> None:
     """The refusal names the variable, and does not repeat it."""
     monkeypatch.setenv("HTTP_PROXY", f"http://me:{SECRET}{rest}")
-    with pytest.raises(InvalidCall, match="HTTP_PROXY in the environment is no URL") as raised:
+    with pytest.raises(InvalidCall, match="HTTP_PROXY in the environment is not a URL") as raised:
         VllmAPI(identifier="m", api_url="http://gateway.test").predict("x")
     assert SECRET not in "".join(traceback.format_exception(raised.value))

@@ -35,8 +35,6 @@ NO_URL = (
     "the datalayer's url is not a SQLAlchemy URL: dialect://user:password@host/database, "
     "special characters in the password percent-encoded, or sqlite:///file.db"
 )
-
-
 FILES = re.compile("ssl|file|cert|path")
 """Options of a URL that name files: of certificates, keys, passwords and other options."""
 
@@ -160,11 +158,11 @@ class Backend:
     def translated(self, error: DBAPIError) -> InvalidCall | TablesUnavailable:
         """The error for the caller: `TablesUnavailable` if it is temporary, else `InvalidCall`."""
         said = " ".join(str(error.orig).split())[:500]
-        if error.connection_invalidated or self.passing(error):
+        if error.connection_invalidated or self.is_temporary(error):
             return TablesUnavailable(f"{self.where()}: {said}")
         return InvalidCall(f"{self.where()} refuses: {said}")
 
-    def passing(self, error: DBAPIError) -> bool:
+    def is_temporary(self, error: DBAPIError) -> bool:
         """Whether the same statement may succeed later."""
         return isinstance(error, (OperationalError, InterfaceError))
 
@@ -237,7 +235,7 @@ class Backend:
             for kind in kinds
         ]
 
-    def floating(self, kind: Any) -> bool:
+    def is_floating(self, kind: Any) -> bool:
         """Whether a column type is of floating-point numbers."""
         return isinstance(kind, sa.Float)
 

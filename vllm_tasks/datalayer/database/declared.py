@@ -26,7 +26,7 @@ def _moment(text: str) -> dt.datetime:
 
 
 def _no_number(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _json(text: str) -> Any:

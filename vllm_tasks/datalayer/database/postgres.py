@@ -84,11 +84,12 @@ class Postgres(Backend):
         # The sign bit is masked: abs() would overflow for the least bigint.
         return sa.func.hashtextextended(texts, 0).op("&")(sa.literal(2**63 - 1, sa.BigInteger()))
 
-    def passing(self, error: DBAPIError) -> bool:
+    def is_temporary(self, error: DBAPIError) -> bool:
         state = self._state(error)
         if state is None:
             said = str(error.orig)
-            return super().passing(error) and not ("FATAL" in said and any(no in said for no in self.NEVER))
+            refused = "FATAL" in said and any(no in said for no in self.NEVER)
+            return super().is_temporary(error) and not refused
         # Classes: connection, rollback, resources, operator intervention, system error. Codes: lock timeout,
         # idle timeout, transaction timeout.
         return state[:2] in ("08", "40", "53", "57", "58") or state in ("55P03", "25P03", "25P04")
@@ -200,7 +201,7 @@ class Postgres(Backend):
         )
         return list(connection.execute(query, {"specs": [kind.bare for kind in kinds]}).scalars())
 
-    def floating(self, kind: Any) -> bool:
+    def is_floating(self, kind: Any) -> bool:
         return kind.spec in ("real", "double precision")
 
     def listed(

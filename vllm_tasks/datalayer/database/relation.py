@@ -56,7 +56,7 @@ class Relation:
             inspector = sa.inspect(connection)
             there = [*inspector.get_table_names(), *inspector.get_view_names()]
             raise InvalidCall(
-                f"select={select[:200]!r} is no table or view of {backend.where()} and no SELECT"
+                f"select={select[:200]!r} is neither a table or view of {backend.where()} nor a SELECT"
                 f"{_near(select, there)}"
             )
         columns = tuple(_columns(backend, connection, clause))
@@ -81,7 +81,7 @@ class Relation:
         """The types of the key's columns; raises `InvalidCall` for one that identifies no row."""
         kinds = self.backend.types(connection, self.rows, key)
         for name, kind, spec in zip(key, kinds, self.backend.plain(connection, kinds), strict=True):
-            if self.backend.floating(kind) or spec in ("real", "double precision"):
+            if self.backend.is_floating(kind) or spec in ("real", "double precision"):
                 raise InvalidCall(
                     f"the key {name!r} is a floating-point number, which does not identify a row: equal "
                     "numbers may be stored unequal; select it as text or a whole number"
@@ -164,9 +164,8 @@ def _refuse_cases(columns: Sequence[str]) -> None:
     """Refuse names that differ only in case: SQLite takes them for one column and returns the first."""
     found: dict[bytes, str] = {}
     for name in columns:
-        other = found.setdefault(
-            name.encode(errors="surrogatepass").lower(), name
-        )  # as SQLite does, for ASCII only
+        folded = name.encode(errors="surrogatepass").lower()  # as SQLite does, for ASCII only
+        other = found.setdefault(folded, name)
         if other != name:
             raise InvalidCall(
                 f"the select has the columns {other!r:.100} and {name!r:.100}, which are one in "

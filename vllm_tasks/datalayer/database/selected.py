@@ -57,14 +57,14 @@ class SelectedRows:
         return self._spooled(size) if self.backend.server_side else self._copied(size)
 
     def refuse_bad_ids(self, connection: Connection, kinds: Sequence[Any]) -> None:
-        """Raise `InvalidCall` for an id that is no value of the key, whose types are `kinds`."""
+        """Raise `InvalidCall` for an id that is not a value of the key, whose types are `kinds`."""
         specs = [kind.compile(connection.dialect).partition(" COLLATE ")[0] for kind in kinds]
         for key in self.selection.ids or ():
             if len(key) != len(kinds) or not all(map(_fits, key, specs)):
                 types = ", ".join(
                     f"{name} ({spec})" for name, spec in zip(self.selection.key, specs, strict=True)
                 )
-                raise InvalidCall(f"ids: {key!r:.200} is no value of the key {types}")
+                raise InvalidCall(f"ids: {key!r:.200} is not a value of the key {types}")
 
     def joined(
         self,
@@ -138,9 +138,7 @@ class SelectedRows:
         source, selection = self.source, self.selection
         names = (*selection.key, *selection.columns)
         with self.backend.reading() as connection:
-            source.kinds(
-                connection, selection.key
-            )  # refuses types that identify no row: `check` may not have run
+            source.kinds(connection, selection.key)  # refuses bad key types: `check` may not have run
             joined = self.joined(connection)
             indexed = source.index(connection, selection.key)
             copied = selection.key if indexed else names

@@ -105,7 +105,7 @@ class Sqlite(Backend):
         # Values are passed as bytes: Python's sqlite3 fails over a text argument that is not UTF-8.
         return sa.Function(HASH, *(sa.cast(c, sa.LargeBinary) for c in columns), type_=sa.Integer())
 
-    def passing(self, error: DBAPIError) -> bool:
+    def is_temporary(self, error: DBAPIError) -> bool:
         code = getattr(error.orig, "sqlite_errorcode", None)
         if code is None:
             return False
@@ -161,7 +161,7 @@ class Sqlite(Backend):
             parts.setdefault(index, []).append(column)
         return found + [tuple(c for c in part if c) for part in parts.values() if None not in part]
 
-    def floating(self, kind: Any) -> bool:
+    def is_floating(self, kind: Any) -> bool:
         return bool(kind.spec == "REAL")
 
     def listed(

@@ -34,7 +34,7 @@ def arrow_column(name: str, kind: pa.DataType, values: Sequence[Any], as_json: b
         elif pa.types.is_string(kind):
             for v in values:
                 if v is not None and not isinstance(v, str):
-                    raise TypeError(f"{v!r:.100} is no text")
+                    raise TypeError(f"{v!r:.100} is not a text")
         return pa.array(values, kind)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as e:
         raise ValueError(f"column {name!r} ({kind}) cannot hold a value: {e}") from e
@@ -61,7 +61,7 @@ def problem_of(field: pa.Field, in_partition: bool = False) -> Callable[[Any], s
     }
     if (types := plain_types.get(field.type)) is not None:
         return lambda v: (
-            None if v is None or isinstance(v, types) else f"{v!r:.100} is no {types[0].__name__}"
+            None if v is None or isinstance(v, types) else f"{v!r:.100} is not of type {types[0].__name__}"
         )
     return lambda v: _no_arrow(field.type, v)
 
@@ -79,14 +79,14 @@ def _no_arrow(kind: pa.DataType, value: Any) -> str | None:
 def _no_int(value: Any) -> str | None:
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value in INT64):
         return None
-    return f"{value!r:.100} is no whole number of 64 bits"
+    return f"{value!r:.100} is not a whole number of 64 bits"
 
 
 def _no_text(value: Any) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        return f"{value!r:.100} is no text"
+        return f"{value!r:.100} is not a text"
     return None if is_text(value) else HALF_A_CHARACTER
 
 

@@ -210,7 +210,7 @@ def refuse_taken(url: str) -> None:
             return
     if names and "_delta_log" not in names:
         raise InvalidCall(
-            f"{without_secrets(url)!r} is no Delta table but has files, for example {min(names)!r}; give "
+            f"{without_secrets(url)!r} is not a Delta table but has files, for example {min(names)!r}; give "
             "another predict_id or name, or move the files away"
         )
 

@@ -202,7 +202,7 @@ class Lake(ByJoin):
         """The URL of the outputs `name`; raises `InvalidCall` for a name that leaves the lake."""
         if name in ("", ".", "..") or set(name) & set("/\\"):
             raise InvalidCall(
-                f"{name!r} is no name of a table; give another predict_id or name, without / and \\"
+                f"{name!r} cannot name a table; give another predict_id or name, without / and \\"
             )
         url = f"{self._url}/{name}"
         if self._files.local and os.path.islink(url):

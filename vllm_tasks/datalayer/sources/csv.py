@@ -173,7 +173,7 @@ def _texts(column: pa.Array, name: str) -> tuple[pa.Array, dict[int, str]]:
             values.append(None if value is None else value.decode())
         except UnicodeDecodeError:
             values.append(None)
-            wrong[row] = f"{name[:50]!r} is no text in the file's encoding; give it, if it is another one"
+            wrong[row] = f"{name[:50]!r} is not text in the file's encoding; give it, if it is another one"
     return pa.array(values, pa.string()), wrong
 
 

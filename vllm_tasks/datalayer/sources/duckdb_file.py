@@ -64,7 +64,7 @@ def _statement(con: duckdb.DuckDBPyConnection, select: str, path: Path) -> str:
         return f"FROM {'.'.join(map(quoted, there[named[0]]))}"
     if not SQL.match(select):
         raise InvalidCall(
-            f"select={select[:200]!r} is no table or view of {str(path)!r} and no SELECT"
+            f"select={select[:200]!r} is neither a table or view of {str(path)!r} nor a SELECT"
             f"{near(select, [*there, *(name for _, name in found)])}"
         )
     return parse(con, select).sql

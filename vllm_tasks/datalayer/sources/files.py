@@ -215,7 +215,7 @@ class Files:
         fsspec itself does not enter."""
         if any("**" in part and part != "**" for part in pattern.split("/")):
             raise InvalidCall(
-                f"{pattern!r:.200} is no glob: ** stands for complete folders, as in a/**/*.parquet"
+                f"{pattern!r:.200} is not a glob: ** stands for complete folders, as in a/**/*.parquet"
             )
         if not self.local:
             found: list[str] = self._call("glob", f"{exactly(self.root)}/{pattern}")
@@ -259,8 +259,8 @@ class Files:
                 )
             if not (os.path.isfile(real) or os.path.isdir(real)):
                 raise InvalidCall(
-                    f"{path!r} is no file but a pipe, a socket or a device, which can be read only once and "
-                    "may never end; write what comes from it to a file"
+                    f"{path!r} is not a file but a pipe, a socket or a device, which can be read only once "
+                    "and may never end; write what comes from it to a file"
                 )
             if not real.startswith(root + "/"):
                 check_place("the file behind the link", real)

@@ -10,10 +10,10 @@ import re
 from collections.abc import Sequence
 from urllib.parse import unquote
 
+from vllm_tasks.datalayer.lake.partitions import NULL_FOLDER
 from vllm_tasks.errors import InvalidCall
 
 FOLDER = re.compile(r"([^=/]+)=([^=/]*)")
-NULL = "__HIVE_DEFAULT_PARTITION__"
 
 Partition = dict[str, str | None]
 """Values that are the same in all rows of a file, by column."""
@@ -31,7 +31,7 @@ def _partition(folder: str) -> Partition:
         if name.casefold() in map(str.casefold, found):
             raise InvalidCall(f"the folder {folder!r:.300} names {name!r:.100} twice; rename one of them")
         try:
-            found[name] = None if value == NULL else unquote(value, errors="strict")
+            found[name] = None if value == NULL_FOLDER else unquote(value, errors="strict")
         except UnicodeDecodeError as e:
             raise InvalidCall(f"the folder {folder!r:.300} is not text after decoding: {e}; rename it") from e
     return found

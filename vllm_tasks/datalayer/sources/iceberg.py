@@ -30,19 +30,6 @@ def is_iceberg(fs: Any, folder: str) -> bool:
     return bool(_metadata_files(fs, folder))
 
 
-def refuse_inside(fs: Any, path: str, root: str, display: str) -> None:
-    """Raise `InvalidCall` if the file or folder `path` of the lake `root` is in an Iceberg table, or is the
-    table's own folder: its files are not its rows, because some belong to earlier snapshots."""
-    root, folder = root.rstrip("/"), path.rstrip("/")
-    while len(folder) > len(root):
-        if is_iceberg(fs, folder):
-            raise InvalidCall(
-                f"{display!r} lies in the Iceberg table {posixpath.basename(folder)!r}: name that table, not "
-                "the files in it, some of which belong to earlier snapshots"
-            )
-        folder = posixpath.dirname(folder)
-
-
 def _metadata_files(fs: Any, folder: str) -> list[str]:
     try:
         found = fs.ls(f"{folder.rstrip('/')}/metadata", detail=False)

@@ -10,12 +10,12 @@ from typing import Any
 import pyarrow as pa
 
 from vllm_tasks.datalayer.sources.keys import key_type
+from vllm_tasks.datalayer.storable import INT64
 from vllm_tasks.datalayer.values import Number, number, whole
 
 KINDS = {bool: "true or false", int: "a whole number", str: "a text", list: "a list", dict: "an object"}
 SHAPES = 10_000
 """Different kinds of rows that are held at once."""
-INT64 = range(-(2**63), 2**63)
 SPACE = " \t\r\n"
 WIDE = pa.decimal128(38, 0)
 MIXED = pa.sparse_union([pa.field("text", pa.string()), pa.field("other", pa.json_(pa.string()))])

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from vllm_tasks.datalayer.sources.json_fields import KINDS, WIDE, kind_name
 from vllm_tasks.datalayer.sources.keys import cast_keys
-from vllm_tasks.datalayer.sources.text_file import has_half
+from vllm_tasks.datalayer.storable import is_text
 
 NONE = type(None)
 
@@ -55,5 +55,5 @@ def _misfit(value: object, kind: type, field: pa.Field) -> str | None:
             "SELECT ... CAST(column AS VARCHAR) converts all to text"
         )
     if isinstance(value, str):
-        return f"{name!r} has half a character" if has_half(value) else None
+        return None if is_text(value) else f"{name!r} has half a character"
     return f"{name!r} has more than 38 digits" if isinstance(value, int) and abs(value) >= 10**38 else None

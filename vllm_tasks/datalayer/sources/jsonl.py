@@ -16,7 +16,7 @@ from vllm_tasks.datalayer.sources.json_keys import json_keys
 from vllm_tasks.datalayer.sources.json_records import json_texts
 from vllm_tasks.datalayer.sources.keys import known
 from vllm_tasks.datalayer.sources.read_options import DEFAULTS, ReadOptions
-from vllm_tasks.datalayer.sources.text_file import has_half
+from vllm_tasks.datalayer.storable import is_text
 from vllm_tasks.datalayer.values import from_json
 from vllm_tasks.errors import InvalidCall, TablesUnavailable, near
 
@@ -205,7 +205,7 @@ def _without_halves(piece: Piece, columns: Sequence[str], unreadable: Unreadable
     """The rows without lone surrogates, which Arrow's texts cannot have."""
     kept = []
     for number, row in enumerate(piece.rows):
-        halves = [name for name, v in zip(columns, row, strict=True) if isinstance(v, str) and has_half(v)]
+        halves = [name for name, v in zip(columns, row, strict=True) if isinstance(v, str) and not is_text(v)]
         if halves:
             unreadable.add(piece.where(number), f"{halves[0][:50]!r} has half a character or a wrong byte")
         else:

@@ -108,7 +108,7 @@ def _in_halves(column: pa.Array, field: pa.Field, first: int = 0) -> tuple[pa.Ar
         return _valid(column, field.type), {}
     except pa.ArrowInvalid:
         if len(column) == 1:
-            wrong = f"{field.name}={_display(column[0])} is no {field.type}, as the outputs have it"
+            wrong = f"{field.name}={_display(column[0])} is not of type {field.type}, as the outputs have it"
             return pa.nulls(1, field.type), {first: wrong}
     half = len(column) // 2
     before, wrong_before = _in_halves(column.slice(0, half), field, first)

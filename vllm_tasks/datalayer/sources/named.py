@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 import pyarrow as pa
 
 from vllm_tasks.datalayer.sources import Source, Unreadable
-from vllm_tasks.datalayer.sources.text_file import has_half
+from vllm_tasks.datalayer.storable import is_text
 from vllm_tasks.errors import InvalidCall
 
 NOTHING = pa.schema([])
@@ -17,7 +17,7 @@ def named_columns(source: Source, named: Collection[str] | None, table: str) -> 
     """The columns with these names, whatever their case (None: all); at least one if there is any. Raises
     `InvalidCall` for two columns that are the same in SQL."""
     # SQL is UTF-8: it cannot name a column with a lone surrogate.
-    every = [name for name in source.columns() if not has_half(name)]
+    every = [name for name in source.columns() if is_text(name)]
     wanted = {name.casefold() for name in (every if named is None else named)}
     found: dict[str, str] = {}
     for name in every:

@@ -109,6 +109,6 @@ def _mixed(values: list[Any]) -> pa.Array:
 
 
 def _texts(values: list[str]) -> pa.Array:
-    """Texts as Arrow's, also with half a character, which is no UTF-8 and is found when it is read."""
+    """Texts as Arrow's, also with half a character, which is not UTF-8 and is found when it is read."""
     bytes_of = pa.array([value.encode("utf-8", "surrogatepass") for value in values], pa.large_binary())
     return bytes_of.view(pa.large_string())

@@ -48,7 +48,7 @@ class ReadOptions(BaseModel):
     def _one_sign(cls, value: str | None) -> str | None:
         # Arrow allows one byte; letters and digits occur in numbers and texts.
         if value and (len(value) > 1 or not value.isascii() or value.isalnum() or value in "\r\n\0"):
-            raise ValueError("must be one ASCII character that is no letter, digit or line break")
+            raise ValueError("must be one ASCII character that is not a letter, digit or line break")
         return value
 
     @field_validator("delimiter")

@@ -23,7 +23,7 @@ def _one(value: Any, field: pa.Field, number: int, wrong: dict[int, str]) -> Any
     try:
         pa.array([value], field.type)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
-        wrong[number] = f"{field.name}={str(value)[:100]!a} is no {field.type}"
+        wrong[number] = f"{field.name}={str(value)[:100]!a} is not of type {field.type}"
         return None
     return value
 

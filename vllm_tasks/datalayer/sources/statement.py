@@ -172,7 +172,7 @@ def parse(con: duckdb.DuckDBPyConnection, select: str) -> Parsed:
     try:
         statements = con.extract_statements(select)
     except duckdb.Error as e:
-        raise InvalidCall(f"{select!r:.500} is no table, path or SELECT statement: {e}") from e
+        raise InvalidCall(f"{select!r:.500} is not a table, path or SELECT statement: {e}") from e
     if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
         kinds = ", ".join(s.type.name for s in statements[:SHOWN])
         raise InvalidCall(f"{select!r:.500} must be one SELECT statement, not {kinds or 'nothing'}")

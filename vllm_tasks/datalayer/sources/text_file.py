@@ -56,15 +56,6 @@ def _bytes(half: int) -> bytes:
 codecs.register_error(WRONG_BYTES, _halves)
 
 
-def has_half(text: str) -> bool:
-    """Whether `text` has a lone surrogate, its own or one that stands for a wrong byte."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
 def opened(file: DataFile, encoding: str) -> io.BufferedReader:
     """The file's bytes; raises `InvalidCall` if they are not text, or are UTF-16 where UTF-8 is expected.
 

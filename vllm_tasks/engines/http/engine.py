@@ -15,12 +15,7 @@ from vllm_tasks.engines import Done, wire
 from vllm_tasks.engines.http.attempts import Attempts
 from vllm_tasks.engines.http.connections import Names
 from vllm_tasks.engines.http.control import STRUCTURED, Control, lacks_template
-from vllm_tasks.engines.http.failures import (
-    Denied,
-    FailedAttempt,
-    Full,
-    Unreachable,
-)
+from vllm_tasks.engines.http.failures import Denied, FailedAttempt, Full, Unreachable
 from vllm_tasks.engines.http.files import most_connections
 from vllm_tasks.engines.http.servers import Server, Servers, Template
 from vllm_tasks.engines.http.streaming import streamed

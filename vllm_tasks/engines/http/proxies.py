@@ -34,7 +34,7 @@ def proxy_of(url: str) -> str | None:
         kind, _ = URL(proxy).scheme, URL(proxy).port
     except ValueError:  # whose words have the password
         raise InvalidCall(
-            f"{parts.scheme.upper()}_PROXY in the environment is no URL such as "
+            f"{parts.scheme.upper()}_PROXY in the environment is not a URL such as "
             "http://user:password@host:3128; special characters in the password must be percent-encoded"
         ) from None
     if kind not in ("http", "https"):

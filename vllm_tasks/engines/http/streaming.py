@@ -90,7 +90,7 @@ class Pieces:
                     for call in message.get("tool_calls") or ():
                         call.pop("index", None)
         except UNFIT as error:
-            raise WrongShape(f"the stream is no answer in pieces: {error!r}") from error
+            raise WrongShape(f"the stream is not an answer in pieces: {error!r}") from error
         return self._answer
 
 

@@ -15,8 +15,8 @@ WHERE = (
     "import importlib.util as i; s = i.find_spec('vllm'); print(s.submodule_search_locations[0] if s else '')"
 )
 """Prints the folder of the installed vLLM, without importing it."""
-ASKED_FOR = 60.0
-"""Seconds for an interpreter to start and to answer."""
+INTERPRETER_TIMEOUT = 60.0
+"""Seconds for an interpreter to start and print where its vLLM is."""
 
 
 def interpreter(given: str) -> str:
@@ -62,7 +62,7 @@ def source_of_vllm(given: str) -> Path | None:
             capture_output=True,
             text=True,
             check=True,
-            timeout=ASKED_FOR,
+            timeout=INTERPRETER_TIMEOUT,
         )
     except (EngineFailed, OSError, subprocess.SubprocessError):
         return None

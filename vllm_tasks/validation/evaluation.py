@@ -41,30 +41,30 @@ class _Earlier:
 
 
 @dataclass(frozen=True)
-class Judging:
-    """One data set, and the source of answers for each metric."""
+class Evaluation:
+    """The evaluation of runs over one data set, with the source of answers for each metric."""
 
     validation: Validation
     home: Tables
     snapshot: Snapshot
     sources: Mapping[str, Source]
 
-    def judged(
+    def evaluated(
         self, run: str, answers: Mapping[str, list[Answer]], past: Sequence[Record]
     ) -> tuple[DatasetReport, Scores]:
         """The report of `run`, and all scores by metric and row; `answers` has the answers by predict_id."""
         on_error, clusters = self.validation.on_error, self.snapshot.clusters()
+        by_metric = {name: answers[source.predict_id] for name, source in self.sources.items()}
         scored = {
-            metric.identifier: score(
-                metric, answers[self.sources[metric.identifier].predict_id], on_error, clusters
-            )
+            metric.identifier: score(metric, by_metric[metric.identifier], on_error, clusters)
             for metric in self.validation.metrics
         }
         against, changed = self._against(scored, answers, past, clusters)
-        worst: list[WorstRow] = []
-        for metric in self.validation.metrics:
-            now = answers[self.sources[metric.identifier].predict_id]
-            worst += self._worst(metric, scored[metric.identifier], now)
+        worst = [
+            row
+            for metric in self.validation.metrics
+            for row in self._worst(metric, scored[metric.identifier], by_metric[metric.identifier])
+        ]
         values = [one.value for one in scored.values()]
         verdicts = [
             verdict(self.validation, self.snapshot.dataset, value, *against[value.metric]) for value in values
@@ -99,8 +99,8 @@ class Judging:
         past: Sequence[Record],
         clusters: Sequence[int],
     ) -> tuple[dict[str, tuple[list[Against], str | None]], list[ChangedRow]]:
-        """By metric: the comparisons with its baselines, and why they are no test if they are none. And the
-        rows that changed since the last run that passed."""
+        """By metric: the comparisons with its baselines, and why these cannot show a loss if they cannot. And
+        the rows that changed since the last run that passed."""
         dataset = self.snapshot.dataset
         tests = number_of_tests(self.validation, dataset)
         earlier: dict[str, _Earlier] = {}
