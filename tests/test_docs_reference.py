@@ -14,7 +14,17 @@ from pydantic_core import PydanticUndefined
 
 from docs import figures
 from tests.test_docs import settings
-from vllm_tasks import Datalayer, RowError, VllmAPI, VllmModel, predict_in_db, validate
+from vllm_tasks import (
+    Datalayer,
+    Dataset,
+    Metric,
+    RowError,
+    Validation,
+    VllmAPI,
+    VllmModel,
+    predict_in_db,
+    validate,
+)
 from vllm_tasks.calls.kept import Keep, Kept
 from vllm_tasks.datalayer.selection import CLASS_COLUMNS
 from vllm_tasks.errors import VllmTasksError
@@ -68,6 +78,16 @@ def test_parameters(heading: str, model: type[BaseModel], names: set[str]) -> No
         for name, default, _ in rows("reference/parameters.md", heading)
     }
     assert found == {name: default_of(model, name) for name in names}
+
+
+@pytest.mark.parametrize("model", [Validation, Dataset, Metric])
+def test_fields_of_a_validation(model: type[BaseModel]) -> None:
+    """Every field is listed in order, with its default."""
+    found = {
+        CODE.findall(name)[0]: parsed(default)
+        for name, default, _ in rows("reference/arguments.md", f"### {model.__name__}")
+    }
+    assert list(found.items()) == [(name, default_of(model, name)) for name in model.model_fields]
 
 
 def test_settings() -> None:

@@ -125,7 +125,7 @@ def read(lake: Path, select: str) -> list[Any]:
         "..%2fsecret.csv",
         "..\\secret.csv",
         "SELECT 1 AS id, content AS text FROM read_text('{lake}/link.csv')",
-        "SELECT * FROM read_csv('{lake}/*/../../secret.csv')",
+        "SELECT * FROM read_csv('{lake}/*/../../secret.csv', all_varchar = true)",
         "SELECT * FROM query_table('{lake}/../secret.csv')",
         "SELECT * FROM glob('{lake}/../*')",
         "SELECT * FROM sniff_csv('{lake}/../secret.csv')",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from cachetools import TTLCache
 
 from tests.eventually import LONG_ENOUGH
 from vllm_tasks import InvalidCall
@@ -106,3 +108,17 @@ def test_prefect_accepts_our_table_in_its_file(folder: Path) -> None:
     )
     assert done.stdout.split() == ["http://here/api", "3.0"], done.stderr
     assert "Warning" not in done.stderr
+
+
+def test_threads_read_a_file_at_the_same_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect's cache of files would raise KeyError in one of them, where its entries expire meanwhile."""
+    monkeypatch.setattr("prefect.settings.sources._file_cache", TTLCache(maxsize=100, ttl=1e-6))
+    monkeypatch.setattr("vllm_tasks.settings._state", object)  # as if each time another file had changed
+    (folder / "prefect.toml").write_text("[integrations.vllm_tasks]\ntimeout = 3.5\n")
+    often = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            assert set(threads.map(lambda _: site_settings().timeout, range(500))) == {3.5}
+    finally:
+        sys.setswitchinterval(often)

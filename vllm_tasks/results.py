@@ -13,9 +13,22 @@ from vllm_tasks.tables import (
     Total,
 )
 from vllm_tasks.validation.reference import ReferenceSet
-from vllm_tasks.validation.report import Comparison, DatasetReport, ValidationReport
+from vllm_tasks.validation.report import (
+    Against,
+    ChangedRow,
+    Comparison,
+    DatasetReport,
+    Record,
+    Standing,
+    ValidationReport,
+    Value,
+    Verdict,
+    WorstRow,
+)
 
 __all__ = [
+    "Against",
+    "ChangedRow",
     "Choice",
     "Comparison",
     "Completion",
@@ -25,12 +38,17 @@ __all__ = [
     "FailedRow",
     "Preview",
     "PreviewRow",
+    "Record",
     "ReferenceSet",
     "Report",
     "ReviewRow",
     "RowError",
     "Sample",
+    "Standing",
     "TokenLogprob",
     "Total",
     "ValidationReport",
+    "Value",
+    "Verdict",
+    "WorstRow",
 ]

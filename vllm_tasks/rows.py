@@ -45,7 +45,7 @@ CAUSES: Mapping[str, str] = {
     "refused": "the request was refused",  # by HTTP 4xx, or its own validation
     "timeout": "every attempt took longer than the timeout",
     "connection": "the connection broke at every attempt, while the server was up",
-    "server": "the server failed or was full at every attempt",  # HTTP 5xx, 408 or 429
+    "server": "the server failed or was full at every attempt",  # HTTP 5xx, 408, 409, 425 or 429
     "response": "the response does not follow the protocol",
     "engine": "the local engine failed on the row, or died on it repeatedly",
     "output": "the answer is not of the requested type",

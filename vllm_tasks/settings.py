@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import threading
 from collections.abc import Hashable
 from typing import Annotated, Any, Literal
 
@@ -211,9 +212,22 @@ def site_settings() -> Settings:
         raise InvalidCall("; ".join(wrong)) from error
 
 
+_reading = threading.Lock()
+"""Prefect's cache of files, by which settings are read, is not made for several threads at once."""
+
+
+def _reset_in_child() -> None:
+    global _reading  # another thread of the parent may have held it at the fork
+    _reading = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_reset_in_child)
+
+
 @functools.lru_cache(maxsize=8)
 def _read(_state: Hashable) -> Settings:
-    return Settings()  # which takes milliseconds
+    with _reading:
+        return Settings()  # which takes milliseconds
 
 
 def _state() -> Hashable:

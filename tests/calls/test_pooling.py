@@ -78,6 +78,7 @@ def test_a_class_has_a_probability(server: ScriptedServer) -> None:
         ("classify", {"label": "a", "probs": "high"}),
         ("classify", {"label": "a", "probs": [True]}),
         ("classify", {"label": 5, "probs": [0.5]}),
+        ("classify", {"label": "a", "probs": [3.5, -1.5]}),
         ("reward", {"label": "a", "probs": [0.5, 0.5]}),
     ],
 )
@@ -103,6 +104,7 @@ def test_what_is_no_answer_is_an_error_of_the_row(
         ({"task": "embed", "predict_kwargs": {"n": 2}}, "'n' is for generated text"),
         ({"task": "embed", "predict_kwargs": {"dimension": 2}}, "did you mean 'dimensions'"),
         ({"task": "embed", "predict_kwargs": {"normalize": True}}, "vLLM's name is use_activation"),
+        ({"task": "classify", "predict_kwargs": {"use_activation": False}}, "task='reward' returns"),
         ({"task": "embed", "predict_kwargs": {"encoding_format": "float"}}, "numbers of 32 bits"),
         ({"task": "score", "signature": "*args", "predict_kwargs": {"dimensions": 2}}, "does not know"),
         ({"task": "embed", "api_url": "http://127.0.0.1:1/generate"}, "use the server's base URL"),

@@ -254,8 +254,11 @@ def test_one_that_closes_while_it_waits_takes_nothing(limit: str, monkeypatch: p
 
     async def run() -> None:
         await first.take()
-        monkeypatch.setattr("vllm_tasks.engines.local.slots._held", {})
+        held: dict[str, int] = {}
+        monkeypatch.setattr("vllm_tasks.engines.local.slots._held", held)
         waiting = asyncio.create_task(second.take())
+        while not held:  # noqa: ASYNC110 - no event tells that it waits
+            await asyncio.sleep(0.01)
         await asyncio.sleep(0.5)
         waiting.cancel()
         await asyncio.wait({waiting})

@@ -51,6 +51,16 @@ def test_a_shard_goes_with_ids(model: VllmAPI, place: Place, caplog: pytest.LogC
     assert "1 of 2 ids are not in the source" in caplog.text
 
 
+def test_ids_that_no_shard_has_are_told_once(
+    model: VllmAPI, place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the first shard, whether or not it has any of the others."""
+    place.fill_texts(*"abcdefgh")
+    for i in range(3):
+        model.predict_in_db("text", "rows", ids=[1, 2, 5, 98, 99], shard=(i, 3))
+    assert [r.message for r in caplog.records if "ids" in r.message] == ["2 of 5 ids are not in the source"]
+
+
 @pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0,), "ab", 1, (0.0, 2), (True, 2)])
 def test_what_is_no_shard_is_refused(shard: Any, tmp_path: Any) -> None:
     """A shard is (i, n) with 0 <= i < n."""

@@ -64,6 +64,11 @@ REMOVED = {
     "prompt_adapter_request": "vLLM removed prompt adapters; use lora_request",
 }
 """Names from older versions and other libraries, with the replacement."""
+OWNED_BY_TASK: dict[tuple[Target, str], str] = {
+    ("classify", "use_activation"): "answers are probabilities, which have an activation; without one, "
+    "task='reward' returns the number of a model with one class",
+}
+"""Names that a caller cannot set for one task, with the reason."""
 FRONTEND = "common/cli_args.py", "launchers/cli_args.py", "openai/cli_args.py"
 """The files that may hold the server's arguments, in vLLM 0.26 to 0.33."""
 
@@ -76,7 +81,7 @@ def known_names(target: Target, python: str = "") -> frozenset[str]:
     they come from a dated table.
     """
     if target in POOLING_REQUEST:
-        return POOLING_REQUEST[target]
+        return POOLING_REQUEST[target] - {name for task, name in OWNED_BY_TASK if task == target}
     if target == "local":
         of_engine = _fields(python, "sampling_params.py", "SamplingParams") or SAMPLING_PARAMS
         return (of_engine - OWNED.keys()) | known_names("openai", python) | LOCAL_EXTRAS
@@ -112,8 +117,7 @@ def check_names(
     for name in names:
         if name in known:
             continue
-        if name in OWNED or name in REMOVED:
-            why = OWNED.get(name) or REMOVED[name]
+        if why := OWNED.get(name) or REMOVED.get(name) or OWNED_BY_TASK.get((target, name)):
             raise InvalidCall(f"sampling parameter {name!r} cannot be set: {why}")
         if target == "completions" and name in known_names("chat"):
             raise InvalidCall(f"{name!r} is for chat messages, and the prompts are texts; set chat=True")

@@ -35,8 +35,8 @@ DUCKDB = "duckdb:///"
 class Datalayer(Block):
     """Tables to read rows from and to write outputs to.
 
-    A path or an fsspec URL (`data/`, `s3://bucket/folder`) is a lake: files that DuckDB reads, and
-    outputs as Delta tables. A SQLAlchemy URL (`sqlite:///file.db`, `postgresql://user@host/name`) is a
+    A path or an fsspec URL (`data/`, `s3://bucket/folder`) is a lake: its files are tables, and outputs are
+    Delta tables. A SQLAlchemy URL (`sqlite:///file.db`, `postgresql://user@host/name`) is a
     database. The credentials of object stores come from the environment (`AWS_ACCESS_KEY_ID`, ...).
     """
 
@@ -116,11 +116,11 @@ class Datalayer(Block):
             primary_id: The key of the source's rows.
 
         Returns:
-            A `pyarrow.Table` with these columns: the key, the output's columns, those that the model keeps
-            beside them, `_position` when flattened, `_error`, `_finish_reason`, `_prompt_tokens`,
-            `_completion_tokens`, `_seconds`, `_model`, `_uuid`, `_fingerprint`, `_input_hash`, `_created_at`,
-            `_source`. If rows can be marked for review, a person's answer is in place of the model's `label`,
-            and `_reviewed_at` says since when.
+            A `pyarrow.Table` with these columns: the key, the output's columns and those of `keep`,
+            `_position` when flattened, `_error`, `_finish_reason`, `_prompt_tokens`, `_completion_tokens`,
+            `_seconds`, `_model`, `_uuid`, `_fingerprint`, `_input_hash`, `_created_at`, `_source`. If rows
+            can be marked for review, a person's label replaces the model's in `label`, and `_reviewed_at`
+            has the time at which it was given.
 
         Raises:
             InvalidCall: There are no such outputs.

@@ -177,6 +177,8 @@ def _pooled(answer: JSON, task: str) -> Completion:
         numbers = [_number(each) for each in found] if isinstance(found, list) else []
     if not numbers or not all(map(math.isfinite, numbers)):
         wrong("finite numbers", data[0])
+    if task == "classify" and not all(0 <= each <= 1 for each in numbers):  # it has no activation
+        wrong("probabilities from 0 to 1 (task='reward' returns one number of any size)", data[0])
     if task == "reward" and len(numbers) > 1:
         wrong("one number, as from a model with one class", data[0])
     return Completion(

@@ -6,15 +6,11 @@ from typing import Any
 from prefect import Flow
 
 
-def serve(flow: Flow[..., Any], cron: str) -> None:
-    """Serve `flow` with the options of the command line.
+def serve(flow: Flow[..., Any]) -> None:
+    """Serve `flow` under the name that the command line gives it.
 
-    Args:
-        flow: The flow.
-        cron: A schedule, as an example in the help text.
+    There is no option for a schedule, because its runs would lack parameters: `prefect.yaml` has both.
     """
     arguments = argparse.ArgumentParser(description=f"Serve {flow.name} as a deployment.")
     arguments.add_argument("--name", default=flow.name, help="name of the deployment")
-    arguments.add_argument("--cron", help=f"schedule, such as '{cron}'")
-    given = arguments.parse_args()
-    flow.serve(name=given.name, cron=given.cron)
+    flow.serve(name=arguments.parse_args().name)

@@ -1,7 +1,7 @@
 """A deployable flow: process the rows of a table with a model, every night if you like.
 
 prefect block register -m vllm_tasks                  # once per Prefect server
-python -m vllm_tasks.flows.batch_predict --cron "0 2 * * *"      # serve it; then run it from the UI
+python -m vllm_tasks.flows.batch_predict              # serve it; then run it from the UI
 """
 
 # Without `from __future__ import annotations`: the process of a served run cannot resolve type names.
@@ -52,7 +52,7 @@ def batch_predict(
 ) -> Report:
     """Process the rows of a table with a model and commit one output or one error for each.
 
-    Only rows that have no output yet are processed, so after a crash, run it again to resume.
+    Only rows that have no output or error yet are processed, so after a crash, run it again to resume.
 
     Args:
         model: A saved block: a vLLM API, or a vLLM Model.
@@ -116,4 +116,4 @@ def batch_predict(
 
 
 if __name__ == "__main__":
-    serve(batch_predict, cron="0 2 * * *")
+    serve(batch_predict)

@@ -56,4 +56,4 @@ def compare_models(
 
 
 if __name__ == "__main__":
-    serve(compare_models, cron="0 5 * * 0")
+    serve(compare_models)

@@ -1,7 +1,7 @@
 """A deployable flow: score a model on data sets with known answers, and fail if it is worse than before.
 
 prefect block register -m vllm_tasks                   # once per Prefect server
-python -m vllm_tasks.flows.validate_model --cron "0 4 * * *"      # serve it; then run it from the UI
+python -m vllm_tasks.flows.validate_model              # serve it; then run it from the UI
 """
 
 # Without `from __future__ import annotations`: the process of a served run cannot resolve type names.
@@ -48,7 +48,7 @@ def validate_model(
         model: A saved block: a vLLM API, or a vLLM Model.
         validation: Data sets, metrics and limits; None: the model's own.
         db: Where predictions and history go; None: the model's own.
-        resume: Resume a run that was interrupted within the last 12 hours; if off, process all rows anew.
+        resume: Resume an interrupted run that began in the last 12 hours; if off, process all rows anew.
         reuse: Score the answers of the last run again, if the model's weights are known to be the same.
         retry_failed: Process the failed rows of an interrupted run again.
         max_failed: Rows that may fail, as a fraction (0.05) or a number (20); None: any number.
@@ -81,4 +81,4 @@ def validate_model(
 
 
 if __name__ == "__main__":
-    serve(validate_model, cron="0 4 * * *")
+    serve(validate_model)

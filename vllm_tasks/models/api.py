@@ -34,7 +34,7 @@ OWN_HEADERS = {NAME.lower(), "connection", "content-length", "content-type", "tr
 
 
 class VllmAPI(Predictor, Block):
-    """The client of a running vLLM server."""
+    """The client of one or more running vLLM servers."""
 
     _block_type_name: ClassVar[str] = "vLLM API"
     _block_type_slug: ClassVar[str] = "vllm-api"

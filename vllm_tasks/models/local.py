@@ -30,7 +30,7 @@ FOREIGN_CODE = {
 
 
 class VllmModel(Predictor, Block):
-    """A model that this process runs in a vLLM engine of its own."""
+    """A model that vLLM runs in an engine here, in a process next to the caller's."""
 
     _block_type_name: ClassVar[str] = "vLLM Model"
     _block_type_slug: ClassVar[str] = "vllm-model"

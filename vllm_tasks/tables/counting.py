@@ -24,6 +24,8 @@ class Counted:
         self.rows: int | None = None
         self.up_to_date: int | None = None
         self.remaining: int | None = 0
+        self._found: int | None = None
+        """The number of `ids` that the source has, in any shard."""
         self.served_by: dict[str, str] = {}
         self._job, self._run = job, run
         self._thread = self._begin(self._count)
@@ -42,6 +44,10 @@ class Counted:
             if run.tally.first_sent is not None:
                 self.served_by = served_by(job.over.call.engine)
             rows, selected = job.tables.count(job.selection)
+            if job.selection.shard is None:
+                self._found = rows
+            elif job.selection.ids is not None and job.selection.shard[0] == 0:  # one of the runs warns
+                self._found, _ = job.tables.count(replace(job.selection, shard=None))
         except VllmTasksError as error:  # if it matters, the run fails with it
             logger.warning("the rows to process could not be counted: %s", error)
             return
@@ -69,16 +75,12 @@ class Counted:
 
     def compare(self, processed: int, *, complete: bool) -> None:
         """Set `up_to_date` if all rows that were not processed are; warn of `ids` that the source lacks."""
-        if self.rows is None:
-            return
         selection = self._job.selection
-        if complete and self._job.limit is None and selection.refresh != "failed":
+        if self.rows is not None and complete and self._job.limit is None and selection.refresh != "failed":
             self.up_to_date = self.rows - processed
-        if selection.ids is None or selection.shard is not None:  # the other ids may be in other shards
-            return
-        ids = len(set(selection.ids))
-        if self.rows < ids:
-            logger.warning("%d of %d ids are not in the source", ids - self.rows, ids)
+        ids = set(selection.ids or ())
+        if self._found is not None and self._found < len(ids):
+            logger.warning("%d of %d ids are not in the source", len(ids) - self._found, len(ids))
 
     def wait(self, seconds: float) -> None:
         self._thread.join(seconds)

@@ -43,15 +43,24 @@ REASON_LENGTH = 200
 class Estimate:
     """The result of `estimate`. Printed, it is a readable page.
 
-    `missing` is the exact number of rows that `predict_in_db` would process, of `rows` in the source. All
-    else is estimated from a trial with `sample` of them; `failed` of these failed, the first because of
-    `error`. `prompt_tokens`, `completion_tokens` and `cost` are totals over the missing rows with 95 %
-    intervals, which describe the choice of the rows; they are points if all missing rows were tried. `cost`
-    is None without prices.
+    Totals are over the missing rows, with 95 % intervals, which describe the choice of the rows; they are
+    points if all missing rows were tried. A run keeps more rows in flight than a small trial and refills the
+    slots of finished rows, so it is usually faster: `seconds`, and a cost per hour, are upper estimates.
 
-    `seconds` is the time at the rate of the trial, which took `trial_seconds`, without the start of the
-    engine. A run keeps more rows in flight than a small trial and refills the slots of finished rows, so it
-    is usually faster: `seconds`, and a cost per hour, are upper estimates.
+    Attributes:
+        model: Identifier of the model.
+        predict_id: Name of the outputs.
+        source: Where the rows are read.
+        rows: Rows in the source, counted.
+        missing: How many of them `predict_in_db` would process, counted.
+        sample: How many of these were tried.
+        failed: How many of the tried rows failed.
+        prompt_tokens: Total of the prompts' tokens.
+        completion_tokens: Total of the answers' tokens.
+        seconds: The time at the rate of the trial, without the start of the engine.
+        trial_seconds: The time that the trial took.
+        cost: The total cost; None without prices.
+        error: Why the first of the failed rows failed; None if none did.
     """
 
     model: str

@@ -86,8 +86,9 @@ def predict_in_db(
             has changed since they were processed.
         retry_failed: Process only the rows that have an error.
         max_failed: How many rows may fail: a fraction (float) or a number (int); None: any number. A run with
-            more stops, commits finished rows and raises `TooManyFailed`. It also stops when the first 50 rows
-            that were sent all fail alike. Failures that merely arrive before answers do not count more.
+            more stops, commits finished rows and raises `TooManyFailed`. Unless any number may fail, it also
+            stops when the first 50 rows that were sent all fail alike. Failures that merely arrive before
+            answers do not count more.
         max_total_tokens: The run ends when its finished rows have this many tokens, of prompts and answers
             together. Finished rows are committed, rows in flight are cancelled, and the rest is left to the
             next call; the report has `stopped_by` and `remaining`. In a flow, a call with a budget is not

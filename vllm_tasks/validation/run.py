@@ -30,8 +30,9 @@ def validate(
 ) -> ValidationReport:
     """Predict on the data sets of `validation`, score the answers, and record the values.
 
-    Each call processes all rows again, because the weights behind a name may have changed. A run that was
-    interrupted within the last 12 hours resumes, unless `resume` is False, and no row of it is sent twice.
+    Each call processes all rows again, because the weights behind a name may have changed. An
+    interrupted run that began within the last 12 hours resumes, unless `resume` is False, and no row of it
+    is sent twice.
     All data sets of a call are recorded together, after the last one. The values are written to
     `model.metric_values[dataset][metric]` and to the tables `_metric_values` and `_metric_scores` of the
     datalayer. A model that misses its limits raises no exception here: see `passed` and `reasons` of the

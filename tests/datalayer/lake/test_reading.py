@@ -123,7 +123,7 @@ def test_names_that_are_not_there_or_not_clear(lake: Lake, folder: Path) -> None
         "CREATE TABLE x AS SELECT * FROM t",
         "WITH x AS (INSERT INTO t VALUES (1) RETURNING *) SELECT * FROM x",
         "SELECT * FROM read_text('/etc/passwd')",
-        "SELECT * FROM read_csv('/etc/passwd')",
+        "SELECT * FROM read_csv('/etc/passwd', all_varchar = true)",
         "SELECT * FROM read_text('{0}/../other/secret.csv')",
         "SELECT * FROM '../other/secret.csv'",
         "WITH \"{0}/../other/secret.csv\" AS (SELECT 1) SELECT * FROM '{0}/../other/secret.csv'",
@@ -390,4 +390,33 @@ def test_closing_while_a_thread_still_counts(folder: Path) -> None:
     for late in (lambda: lake.count(slow), lambda: lake.writer(selection(), TABLE)):
         with pytest.raises(TablesUnavailable, match="was closed"):
             late()
+    lake.close()
+
+
+@pytest.mark.parametrize(
+    ("function", "way_out"),
+    [
+        ("read_csv('{0}/t.csv')", "set columns or all_varchar"),
+        ("READ_CSV_AUTO('{0}/t.csv', types = {{'text': 'VARCHAR'}})", "set columns or all_varchar"),
+        ("read_json('{0}/t.jsonl')", "set columns"),
+        ("(SELECT * FROM read_ndjson('{0}/t.jsonl'))", "set columns"),
+    ],
+)
+def test_functions_that_guess_types_are_refused(tmp_path: Path, function: str, way_out: str) -> None:
+    """By DuckDB's guess, 1.50 would be 1.5."""
+    message = refusal(Lake(str(tmp_path)), selection(f"SELECT * FROM {function.format(tmp_path)}"))
+    assert "name the file itself" in message
+    assert message.endswith(way_out)
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["all_varchar = true", "all_varchar := true", "columns = {{'id': 'VARCHAR', 'text': 'VARCHAR'}}"],
+)
+def test_functions_with_types_are_read(tmp_path: Path, options: str) -> None:
+    """The caller has given them."""
+    (tmp_path / "t.csv").write_text("id,text\n1,1.50\n")
+    lake = Lake(str(tmp_path))
+    select = f"SELECT * FROM read_csv('{tmp_path}/t.csv', {options.format()})"
+    assert [r.values for r in read(lake, selection(select, columns=("text",)))] == [("1.50",)]
     lake.close()

@@ -73,7 +73,7 @@ def test_one_name_in_two_schemas(url: str) -> None:
         "nothing",
         "DELETE FROM t",
         "SELECT 1; DELETE FROM t",
-        "SELECT * FROM read_csv('/etc/passwd')",
+        "SELECT * FROM read_csv('/etc/passwd', all_varchar = true)",
         "SELECT nope FROM t",
         "SELECT 1) FROM t; DROP TABLE t; SELECT (1",
     ],

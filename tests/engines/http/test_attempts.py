@@ -46,6 +46,8 @@ pytestmark = pytest.mark.usefixtures("hasty")
         ended("error"),
         refused(503, "oops"),
         refused(408, "oops"),
+        refused(409, "oops"),
+        refused(425, "oops"),
         refused(429, "oops"),
         Raw(reset=True),
         Raw(),
@@ -54,7 +56,7 @@ pytestmark = pytest.mark.usefixtures("hasty")
     ],
 )
 def test_a_passing_failure_is_retried(server: ScriptedServer, api: Make, deed: Deed) -> None:
-    """5xx, 408, 429, a broken connection and an answer that vLLM gave up are retried silently."""
+    """5xx, 408, 409, 425, 429, a broken connection and an answer that vLLM gave up are retried silently."""
     server.script = once(deed)
     assert api().predict("x") == answer_to("x")
     assert len(server.posts) == 2

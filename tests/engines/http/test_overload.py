@@ -250,10 +250,8 @@ def test_rows_do_not_wait_at_a_throttled_server_while_another_idles(
     """A server with two slots gets two rows, and the other one gets the rest at once."""
     with ScriptedServer(lambda _: asyncio.sleep(0.02)) as quick:
         server.script = slots = Slots(refused(429, "too many"), service=0.5, slots=2)
-        model = api(server.url, quick.url)
-        began = time.monotonic()
-        assert model.predict_batches(XS) == ANSWERS
-        assert time.monotonic() - began < 3
+        assert api(server.url, quick.url).predict_batches(XS) == ANSWERS
+        assert len(quick.posts) > len(XS) * 3 // 4
         assert len(slots.refused) < WINDOW + 20
 
 

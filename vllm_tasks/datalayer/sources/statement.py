@@ -25,6 +25,11 @@ SQL = re.compile(
 )
 """The beginning of a statement, after comments; possessive, so that matching never backtracks."""
 VIEW = "_vllm_tasks_source"
+GUESSING = {
+    **dict.fromkeys(("read_csv", "read_csv_auto"), ("columns", "all_varchar")),
+    **dict.fromkeys(("read_json", "read_json_auto", "read_ndjson", "read_ndjson_auto"), ("columns",)),
+}
+"""DuckDB's functions that guess types, by which 1.50 becomes 1.5, and the options that give the types."""
 BATCH_ROWS = 2048
 """Maximum rows of a batch, DuckDB's own size."""
 
@@ -176,6 +181,7 @@ def parse(con: duckdb.DuckDBPyConnection, select: str) -> Parsed:
     if tree["error"]:
         raise InvalidCall(f"{select!r:.500} must be one SELECT statement: {tree['error_message']}")
     nodes = list(_nodes(tree))
+    _refuse_guesses(nodes)
     named = {
         node["table_name"]
         for node in nodes
@@ -183,6 +189,28 @@ def parse(con: duckdb.DuckDBPyConnection, select: str) -> Parsed:
     }
     own = {entry["key"].casefold() for node in nodes for entry in node.get("cte_map", {"map": []})["map"]}
     return Parsed(statements[0].query, named, own, _columns(nodes))
+
+
+def _refuse_guesses(nodes: Sequence[dict[str, Any]]) -> None:
+    for node in nodes:
+        if node.get("type") != "TABLE_FUNCTION":
+            continue
+        called = node["function"]
+        name, options = called["function_name"].casefold(), _options(called)
+        if name in GUESSING and options.isdisjoint(GUESSING[name]):
+            raise InvalidCall(
+                f"{name} guesses the types of values, and may change them (1.50 becomes 1.5): name the file "
+                f"itself, as in FROM 'file.csv', or set {' or '.join(GUESSING[name])}"
+            )
+
+
+def _options(called: Mapping[str, Any]) -> set[str]:
+    """The names of a function's options, `name := value` or `name = value`."""
+    given = called["arguments"]
+    sides = [each["expression"].get("left", {}).get("column_names", ()) for each in given]
+    return {
+        name.casefold() for name in (*(each["name"] for each in given), *(n for side in sides for n in side))
+    }
 
 
 def _columns(nodes: Sequence[dict[str, Any]]) -> set[str] | None:
