@@ -75,10 +75,8 @@ class Counted:
 
     def compare(self, processed: int, *, complete: bool) -> None:
         """Set `up_to_date` if all rows that were not processed are; warn of `ids` that the source lacks."""
-        if self.rows is None:
-            return
         selection = self._job.selection
-        if complete and self._job.limit is None and selection.refresh != "failed":
+        if self.rows is not None and complete and self._job.limit is None and selection.refresh != "failed":
             self.up_to_date = self.rows - processed
         ids = set(selection.ids or ())
         if self._found is not None and self._found < len(ids):

@@ -72,72 +72,74 @@ class Sample:
 class Report:
     """The result of `predict_in_db`. Counts are of source rows, tokens are as vLLM counts them.
 
-    Printed, it is one line; a notebook shows it with errors and sample answers.
+    Attributes:
+        model: Identifier of the model.
+        predict_id: Name of the outputs.
+        source: Where the rows were read.
+        outputs: Where the outputs are.
+        fingerprint: Hash of all that decides an answer.
+        rows: Rows in the source (with the `ids`); None when they were not counted in time.
+        up_to_date: How many of `rows` needed no request; None with `limit` or `retry_failed`, or when the run
+            stopped early.
+        processed: `succeeded` + `failed`, all of them committed.
+        succeeded: Rows with an output.
+        failed: Rows with an error.
+        truncated: Rows whose answer was truncated at `max_tokens`.
+        prompt_tokens: Tokens of the prompts.
+        completion_tokens: Tokens of the answers.
+        commits: Number of commits.
+        seconds: The `total` and its parts, which overlap: `check` (the call, the source and its keys),
+            `first_row` (from the start to the first row that was sent), `read` (source and prompts),
+            `answer` (from the first row sent to the last answer), `commit`.
+        errors: For each kind of error the number of rows and some keys, the most frequent kind first.
+        worst: Failed rows with their messages, about 50 at most.
+        samples: Some answers, as many as VLLM_TASKS_REPORT_SAMPLES says.
+        served_by: What the server reports of itself, such as vLLM's version; empty for a local engine.
+        replaced: How many of the processed rows had an output of an earlier prompt, sampling or model.
+        unreadable: Lines of the source without a readable key, which have no output.
+        unreadable_lines: Where some of these lines are, and why they could not be read.
+        chat: True if texts were sent through the model's chat template, False if as plain text.
+        stopped_by: The argument (`max_seconds`, ...) whose limit ended the run before its last row; None if
+            none did.
+        remaining: Rows that such a run left to the next one; None when they were not counted in time.
+        unreported_shards: Shards that were cancelled, because another one had failed, and did not report what
+            they had committed by then: no count includes their rows.
+        reasked: Rows with more than one attempt (`repair`, `resample`).
+        repaired: How many of these have an output.
+        to_review: Rows that were marked for a person (`review_below` of `Classes`).
+        reviews: The least probable of these.
     """
 
     model: str
-    """The identifier of the model."""
     predict_id: str
-    """The name of the outputs."""
     source: str
-    """Where the rows were read."""
     outputs: str
-    """The table of the outputs, with its place."""
     fingerprint: str
-    """The hash of everything that decides an answer, as in the column `_fingerprint`."""
     rows: int | None
-    """Rows in the source (with the `ids`); None if they were not counted in time."""
     up_to_date: int | None
-    """Rows that needed no request; None with `limit` or `retry_failed`, or if the run stopped early."""
     processed: int
-    """`succeeded` and `failed` together; all of them are committed."""
     succeeded: int
-    """Rows with an output."""
     failed: int
-    """Rows with an error."""
     truncated: int
-    """Rows with an answer that was truncated at `max_tokens` or the model's context."""
     prompt_tokens: int
-    """Tokens of the prompts."""
     completion_tokens: int
-    """Tokens of the answers."""
     commits: int
-    """Number of commits."""
     seconds: dict[str, float]
-    """Of the `total` and of its parts, which overlap: `check` (the call, the source and its keys),
-    `first_row` (from the start to the first row that was sent), `read` (source and prompts), `answer` (from
-    the first row sent to the last answer), `commit`."""
     errors: tuple[ErrorKind, ...] = ()
-    """The failed rows by kind of error, the most frequent kind first."""
     worst: tuple[FailedRow, ...] = field(default=(), repr=False)
-    """Some of the failed rows, at least a few of each kind."""
     samples: tuple[Sample, ...] = field(default=(), repr=False)
-    """Some answers, as many as VLLM_TASKS_REPORT_SAMPLES says."""
     served_by: dict[str, str] = field(default_factory=dict)
-    """What the server reports about itself, such as its `version`; empty without a server."""
     replaced: int = 0
-    """Processed rows whose output of an earlier prompt, sampling or model was replaced."""
     unreadable: int = 0
-    """Source lines without a readable key, which have no output."""
     unreadable_lines: tuple[str, ...] = ()
-    """Where some of them are, and why they could not be read."""
     chat: bool | None = None
-    """True if texts were sent through the model's chat template, False if as plain text."""
     stopped_by: str | None = None
-    """The argument (`max_seconds`, ...) whose limit ended the run before its last row."""
     remaining: int | None = 0
-    """Rows that such a run leaves to the next one; None if they were not counted in time."""
     unreported_shards: int = 0
-    """Shards that were cancelled, because another one had failed, and that did not report what they had
-    committed by then: no count includes their rows."""
     reasked: int = 0
-    """Rows with more than one attempt (`repair`, `resample`)."""
     repaired: int = 0
-    """Those of them that have an output."""
     to_review: int = 0
-    """Rows that are marked for a person (`review_below` of `Classes`)."""
     reviews: tuple[ReviewRow, ...] = field(default=(), repr=False)
-    """The least probable of them."""
 
     @property
     def sent_as(self) -> str:
