@@ -57,7 +57,8 @@ SENDER = re.compile(r"HTTP \d{3} from \S+: ")
 
 GIVEN_UP = frozenset(("abort", "error", "insufficient_system_resource", "network_error"))
 """Finish reasons for an answer that was given up: vLLM's `abort` at a shutdown or a pause and `error` after
-an internal error (vLLM's server raises such an error, its engine does not); DeepSeek's and GLM's."""
+an internal error (vLLM's server raises such an error, its engine does not); DeepSeek's and GLM's. All in
+small letters: Cohere has ERROR."""
 
 BuiltinType = Literal["str", "int", "float", "bool", "json", "bytes"]
 """The types of an answer, and of the columns that store answers."""
@@ -172,7 +173,8 @@ class Attempted(Completion):
 
 def given_up(completion: Completion) -> str:
     """Return why the server or engine gave up an answer before its end; empty for a complete answer."""
-    return ", ".join(sorted(GIVEN_UP & {choice.finish_reason for choice in completion.choices}))
+    reasons = {str(choice.finish_reason) for choice in completion.choices}
+    return ", ".join(sorted(reason for reason in reasons if reason.lower() in GIVEN_UP))
 
 
 def cause_of(kind: str) -> str:

@@ -17,6 +17,7 @@ from vllm_tasks import InvalidCall, VllmAPI
         ({"retries": -1}, "retries Input should be greater"),
         ({"api_url": "ftp://x"}, "needs a scheme and a host"),
         ({"api_key": "*****"}, "stands for a secret"),
+        ({"images": "picture"}, "names a field"),
     ],
 )
 def test_a_field_that_is_assigned_is_checked_when_it_is_used(
@@ -30,6 +31,8 @@ def test_a_field_that_is_assigned_is_checked_when_it_is_used(
     for each in (model, copied):
         with pytest.raises(InvalidCall, match=f"cannot be used as it is now: .*{said}"):
             each.predict_batches(["a", "b"])
+        with pytest.raises(InvalidCall, match="cannot be used as it is now"):
+            each.predict("a")
     assert server.posts == []
 
 

@@ -77,6 +77,8 @@ def test_every_field_has_a_description(make: Any) -> None:
         ({"promt": "x"}, ["no field 'promt'", "did you mean 'prompt'"]),
         ({"temperature": 0}, ["'temperature' is a sampling parameter", "predict_kwargs"]),
         ({"qqqq": 0}, ["no field 'qqqq'"]),
+        ({"db": {1: "x"}}, ["the name of a field is no text"]),
+        ({"datatype": {1: "x"}}, ["the name of a field is no text"]),
         ({"output_schema": {"a": "integer"}}, ["{'a': 'integer'}", "str, int, float", "JSON Schema"]),
         ({"output_schema": {"a": "int", "b": [1]}}, ["{'b': [1]}", "str, int, float", "JSON Schema"]),
         ({"output_schema": {}}, ["JSON Schema"]),

@@ -120,6 +120,41 @@ def test_rows_end_with_the_timeout_of_their_task(server: ScriptedServer, the_tas
     assert 0 < asked == len(server.posts) < 100
 
 
+@pytest.mark.parametrize(("kind", "method"), [(flow, True), (flow, False), (task, True)])
+def test_rows_in_a_thread_end_with_the_asynchronous_run_that_waits_for_them(
+    server: ScriptedServer, kind: Any, method: bool
+) -> None:
+    """A coroutine cannot interrupt its thread, and `asyncio.run` would wait for all rows. A hook works."""
+
+    async def slowly(asked: Asked) -> None:
+        await asyncio.sleep(0 if asked.prompt == "why" else 0.2)
+
+    server.script = slowly
+    model = VllmAPI(identifier="slow", api_url=server.url, max_in_flight=4)
+    said: list[str] = []
+
+    def hook(*_: Any) -> None:
+        said.append(model.predict("why"))
+
+    @kind(timeout_seconds=2, on_failure=[hook])
+    async def timed() -> None:
+        rows = [f"row {i}" for i in range(4000)]
+        await (
+            asyncio.to_thread(model.predict_batches, rows)
+            if method
+            else asyncio.to_thread(predict_batches, model, rows)
+        )
+
+    @flow
+    async def job() -> None:
+        await timed()
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(job())
+    assert said == answers("why")
+    assert len(server.posts) < 1000
+
+
 JOB = """
 import sys
 from prefect import flow, task

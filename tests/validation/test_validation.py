@@ -370,6 +370,14 @@ def test_a_model_whose_name_is_no_name_of_a_table_asks_nothing(
     assert server.posts == []
 
 
+@pytest.mark.parametrize("names", ["exam", 1, [None], True])
+def test_data_sets_are_named_in_a_list(make: Make, here: Place, server: ScriptedServer, names: Any) -> None:
+    """A text would be taken for a list of its letters."""
+    with pytest.raises(InvalidCall, match="is not a list of names; the validation has"):
+        validate(make(here), validation(), datasets=names)
+    assert server.posts == []
+
+
 # ---------------------------------------------------------------------- killed
 
 

@@ -138,7 +138,7 @@ def saved(name: str, given: str) -> Any:
     if slash and kind in BLOCKS[name]:
         try:
             return BLOCKS[name][kind].load(block)
-        except ValueError as error:  # Prefect's, for a block that is not there
+        except (ValueError, httpx.InvalidURL) as error:  # Prefect's, for a block that is not there
             raise InvalidCall(f"{name}: {given!r} cannot be loaded: {error}") from error
         except (httpx.HTTPError, RuntimeError) as error:  # the latter of a server that Prefect starts itself
             raise ServerUnavailable(

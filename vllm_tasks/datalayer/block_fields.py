@@ -85,3 +85,9 @@ def validated(
         return handler(data)
     except ValidationError as error:
         raise ValidationError.from_exception_data(error.title, [hide(e) for e in error.errors()]) from None
+    except TypeError as error:  # of an `__init__`, for a field by a number, as YAML may have it
+        if str(error) != "keywords must be strings":
+            raise
+        words = {"error": ValueError("the name of a field is no text")}
+        detail = InitErrorDetails(type="value_error", loc=(), input="(not shown)", ctx=words)
+        raise ValidationError.from_exception_data("fields", [detail]) from None

@@ -82,7 +82,7 @@ def saved(name: str) -> Datalayer:
             f"Datalayer ({plain(error):.300}); set PREFECT_API_URL to a running server, or give a URL, or "
             "a path with a / in it"
         ) from error
-    except ValueError as error:
+    except (ValueError, httpx.InvalidURL) as error:
         raise InvalidCall(
             f"{name!r:.200} is neither a folder here nor the name of a saved Datalayer ({error}); give a "
             "path with a / in it, a URL, or save one: Datalayer(url=...).save(NAME)"

@@ -37,6 +37,9 @@ COUNTS = range(2**63)
 """Valid token counts: those that fit into 64 bits."""
 UNFIT = (AttributeError, LookupError, OverflowError, TypeError, ValueError)
 """Exceptions raised by reading a value of another shape."""
+TRUNCATED = {"model_length", "max_tokens", "model_context_window_exceeded"}
+"""The finish reasons, in small letters, of answers that are truncated where vLLM and OpenAI have `length`:
+Mistral's, Gemini's and Anthropic's, and GLM's."""
 
 
 class WrongShape(ValueError):
@@ -100,6 +103,18 @@ def parse(path: str, request: Request, answer: object) -> Completion:
     structure = request.sampling.get("structured_outputs")
     options = structure.get("choice") if isinstance(structure, Mapping) else None
     return _whole(found, options) if isinstance(options, list) else found
+
+
+def status_of(answer: object) -> int:
+    """Return the HTTP status of an error within a response that came with 200, as in streams and from
+    gateways that have begun to respond (OpenRouter); 200 without one."""
+    error = answer.get("error") if isinstance(answer, Mapping) else None
+    code = error.get("code") if isinstance(error, Mapping) else None
+    if isinstance(code, str) and code.isascii() and code.isdigit():  # LiteLLM has "400"
+        code = int(code[:9])
+    if isinstance(code, int) and 400 <= code < 600:
+        return code
+    return 500 if error else 200
 
 
 def withheld(answer: object) -> str | None:
@@ -201,7 +216,7 @@ def _numbers(vector: Any) -> list[float]:
 def _text_choice(choice: JSON) -> Choice:
     return Choice(
         text=_text(choice.get("text"), "text"),
-        finish_reason=_name(choice, "finish_reason"),
+        finish_reason=_finish_reason(choice),
         token_ids=_list_of(int, choice, "token_ids"),
         logprobs=_text_logprobs(choice.get("logprobs")),
         reasoning=_optional(choice, "reasoning", str),
@@ -222,12 +237,18 @@ def _chat_choice(choice: JSON) -> Choice:
         text = ""  # all tokens went into the calls or the reasoning
     return Choice(
         text=_text(text, "content"),
-        finish_reason=_name(choice, "finish_reason"),
+        finish_reason=_finish_reason(choice),
         token_ids=_list_of(int, choice, "token_ids"),
         logprobs=_chat_logprobs(choice.get("logprobs")),
         reasoning=reasoning,
         tool_calls=tool_calls,
     )
+
+
+def _finish_reason(choice: JSON) -> str | None:
+    """The finish reason, by vLLM's name for one that other servers call otherwise."""
+    reason = _name(choice, "finish_reason")
+    return "length" if reason and reason.lower() in TRUNCATED else reason
 
 
 def _text_logprobs(value: Any) -> list[TokenLogprob] | None:

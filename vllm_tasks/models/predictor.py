@@ -71,9 +71,10 @@ class Predictor(ModelFields):
             ServerUnavailable: No server could be reached within the grace period.
             EngineFailed: The engine did not start, or died and could not be restarted.
         """
+        call = self.prepare(self.predict, context, sampling)  # first: it checks fields that were assigned
         if self.prompt_func is None and self.signature == "singleton" and not self.media():
             _refuse_many(x)
-        return self.prepare(self.predict, context, sampling).predict(x)
+        return call.predict(x)
 
     def predict_batches(
         self, xs: Sequence[Any], context: Context = None, *, on_error: OnError = "raise", **sampling: Any

@@ -105,6 +105,10 @@ def _log(_predict_id: str) -> Display:
 
 def _chosen(validation: Validation, names: Sequence[str] | None) -> list[Dataset]:
     by_name = {dataset.identifier: dataset for dataset in validation.datasets}
+    if not isinstance(names, list | tuple | None) or not all(isinstance(name, str) for name in names or ()):
+        raise InvalidCall(
+            f"datasets={names!r:.100} is not a list of names; the validation has {list(by_name)}"
+        )
     if names is not None and not names:
         raise InvalidCall("datasets=[] names none; leave it out for all of them")
     for name in names or ():

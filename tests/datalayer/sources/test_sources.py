@@ -177,3 +177,9 @@ def test_a_saved_name_without_a_server(model: VllmAPI) -> None:
     nowhere = temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"})
     with nowhere, pytest.raises(InvalidCall, match=words):
         model.predict_in_db("text", "rows", source="warehouse")
+
+
+def test_a_saved_name_with_the_end_of_its_line(model: VllmAPI) -> None:
+    """As it is read from a file."""
+    with pytest.raises(InvalidCall, match=r"'warehouse\\n' is neither a folder here nor the name"):
+        model.predict_in_db("text", "rows", source="warehouse\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -50,11 +51,21 @@ def test_a_refused_row_is_its_own_error_and_never_retried(
     assert [a.prompt for a in server.posts].count("b") == 1
 
 
-@pytest.mark.parametrize(("status", "hint"), [(401, "api_key"), (403, "api_key"), (404, "api_url and model")])
+@pytest.mark.parametrize(
+    ("status", "hint"),
+    [
+        (401, "api_key"),
+        (402, "your credit"),
+        (403, "api_key"),
+        (404, "api_url and model"),
+        (405, "api_url"),
+        (410, "api_url and model"),
+    ],
+)
 def test_what_is_wrong_with_the_call_raises_at_once(
     server: ScriptedServer, api: Make, status: int, hint: str
 ) -> None:
-    """401, 403 and 404 end the call with the server's message, and the remaining rows are not sent."""
+    """401, 404 and the like end the call with the server's message, and the remaining rows are not sent."""
     server.script = lambda _: refused(status, "you shall not pass")
     with pytest.raises(InvalidCall, match=f"you shall not pass.*{hint}"):
         api(max_in_flight=4).predict_batches([str(i) for i in range(200)])
@@ -83,7 +94,7 @@ def test_a_row_that_alone_is_denied_is_its_own_error(
     assert [a.prompt for a in server.posts].count(bad) == 1
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
+@pytest.mark.parametrize("status", [401, 402, 403, 404])
 def test_a_key_that_is_revoked_under_way_ends_the_call(
     server: ScriptedServer, api: Make, status: int
 ) -> None:
@@ -282,3 +293,12 @@ def test_a_body_that_is_always_cut_is_an_error_of_kind_connection(server: Script
     """An incomplete answer is no answer."""
     server.script = lambda _: Raw(OK + b'Content-Length: 99\r\n\r\n{"choices": [{"text": "x"}]}')
     assert only_error(api()).kind == "connection"
+
+
+@pytest.mark.parametrize("by", ["the model", "the site"])
+def test_a_row_may_take_any_time(
+    server: ScriptedServer, api: Make, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An infinite timeout is none."""
+    monkeypatch.setenv("VLLM_TASKS_TIMEOUT", "inf")
+    assert api(timeout=math.inf if by == "the model" else None).predict("x") == answer_to("x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import traceback
 from base64 import b64encode
@@ -413,3 +414,67 @@ def test_a_proxy_whose_url_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(InvalidCall, match="HTTP_PROXY in the environment is not a URL") as raised:
         VllmAPI(identifier="m", api_url="http://gateway.test").predict("x")
     assert SECRET not in "".join(traceback.format_exception(raised.value))
+
+
+# ---------------------------------------------------------------------- what they answer
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choices", [[], [{"index": 0, "text": "Par", "finish_reason": "stop"}]])
+@pytest.mark.parametrize(
+    ("code", "kind", "sent"),
+    [(400, "refused", 1), ("400", "refused", 1), (500, "server", 2), ("overloaded_error", "server", 2)],
+)
+def test_an_error_within_a_response_is_one(
+    server: ScriptedServer, api: Make, code: Any, kind: str, sent: int, choices: list[Any], stream: bool
+) -> None:
+    """Gateways that have begun to respond cannot change the status any more (OpenRouter)."""
+    failed = {"error": {"message": "the provider disconnected", "code": code}, "choices": choices}
+    body, form = json.dumps(failed).encode(), "application/json"
+    if stream:
+        body, form = b"data: " + body + b"\n\ndata: [DONE]\n\n", "text/event-stream"
+    reply = Reply(body, headers={"Content-Type": form})
+    server.script = lambda asked: reply if asked.body and asked.prompt == "x" else None
+    model = api(model="m", stream=stream, retries=1)
+    error, whole = model.predict_batches(["x", "y"], on_error="return")
+    assert (error.kind, whole) == (kind, answer_to("y"))
+    assert "the provider disconnected" in error.message
+    assert [asked.prompt for asked in server.posts].count("x") == sent
+
+
+def test_an_error_within_a_response_may_be_that_of_a_full_server(
+    server: ScriptedServer, api: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It costs no attempt of its row, as the status 429."""
+    monkeypatch.setenv("VLLM_TASKS_GRACE_PERIOD", "60")
+    limited = [Reply({"error": {"message": "limited upstream", "code": 429}})] * 3
+    server.script = lambda asked: limited.pop() if asked.body and limited else None
+    assert api(model="m", max_in_flight=1).predict_batches(["a", "b"]) == [answer_to("a"), answer_to("b")]
+
+
+def test_an_answer_about_errors_is_an_answer(server: ScriptedServer, api: Make) -> None:
+    """Neither the words in a text nor an empty field are an error."""
+    said = '{"error": {"code": 500}}'
+    choice = {"index": 0, "text": said, "finish_reason": "stop"}
+    server.script = lambda asked: Reply({"choices": [choice], "error": None}) if asked.body else None
+    assert api(model="m").predict("x") == said
+
+
+@pytest.mark.parametrize("reason", ["model_length", "MAX_TOKENS", "model_context_window_exceeded"])
+def test_a_truncated_answer_is_one_by_any_name(
+    server: ScriptedServer, api: Make, reason: str, tmp_path: Path
+) -> None:
+    """Mistral, Gemini and GLM have names of their own for it, which `on_length` has to know."""
+    choice = {"index": 0, "text": "Par", "finish_reason": reason}
+    server.script = lambda asked: Reply({"choices": [choice]}) if asked.body else None
+    (tmp_path / "t.csv").write_text("id,q\n1,x\n")
+    model = api(model="m", model_update_kwargs={"on_length": "error"})
+    report = model.predict_in_db("q", "t", db=str(tmp_path), max_failed=None)
+    assert (report.truncated, report.failed) == (1, 1)
+
+
+def test_an_answer_that_was_given_up_is_none_in_capitals_either(server: ScriptedServer, api: Make) -> None:
+    choice = {"index": 0, "text": "Par", "finish_reason": "ERROR"}
+    server.script = lambda asked: Reply({"choices": [choice]}) if asked.body and asked.prompt == "x" else None
+    error, _ = api(model="m").predict_batches(["x", "y"], on_error="return")
+    assert "ended the row early (ERROR)" in error.message

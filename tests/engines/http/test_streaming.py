@@ -197,6 +197,12 @@ def test_a_stream_that_ends_with_token_counts_is_complete(server: ScriptedServer
     assert (completion.text, completion.completion_tokens) == ("Paris", 5)
 
 
+def test_the_mark_of_an_encoding_takes_no_piece_along(server: ScriptedServer, model: VllmAPI) -> None:
+    """A stream may begin with a byte order mark, which is no part of its first line."""
+    server.script = streaming(b"\xef\xbb\xbf" + events(text("Par"), text("is", "stop"), USAGE))
+    assert only(model).text == "Paris"
+
+
 def test_a_stream_that_breaks_off_is_tried_again(server: ScriptedServer) -> None:
     """It is retried like any other broken connection."""
     broken = [events(text("Par"), done=False)]

@@ -15,9 +15,12 @@ from vllm_tasks.rows import RowErrorKind
 
 MENDED_BY = {
     401: "check api_key, basic_auth or headers",
+    402: "look at your credit there",
     403: "check api_key, basic_auth or headers",
     404: "check api_url and model",
+    405: "check api_url",
     407: "check the user and password of the proxy in HTTP_PROXY or HTTPS_PROXY",
+    410: "check api_url and model",
 }
 """Statuses that show that a call cannot succeed, and what to do about each."""
 TOO_LONG = (
@@ -61,7 +64,7 @@ class Full(FailedAttempt):
 
 
 class Denied(FailedAttempt):
-    """The server (401, 403, 404) or a proxy (407) denies this request, or it is redirected (3xx).
+    """The server (401 to 405, 410) or a proxy (407) denies this request, or it is redirected (3xx).
 
     The cause is the row or the complete call; `mended_by` says what to do about the call.
     """

@@ -6,11 +6,12 @@ Streaming is for gateways that close a connection which is idle for a while. The
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_tasks.engines.wire import UNFIT, WrongShape, wrong
+from vllm_tasks.engines.wire import UNFIT, WrongShape, status_of, wrong
 
 EVENTS = "text/event-stream"
 """Content type of a streamed answer."""
@@ -59,19 +60,14 @@ class Pieces:
         """The data of the complete events. Comments, which keep a connection open, have no data."""
         *lines, self._unread = (self._unread + content).split(b"\n")
         for line in lines:
-            if line.startswith(b"data:"):
-                yield line.removeprefix(b"data:").strip()
+            field = line.removeprefix(codecs.BOM_UTF8)  # one may stand before the first
+            if field.startswith(b"data:"):
+                yield field.removeprefix(b"data:").strip()
 
     @property
     def status(self) -> int:
         """200, or the HTTP status of an error that arrived in the stream."""
-        error = self._answer.get("error")
-        code = error.get("code") if isinstance(error, dict) else None
-        if isinstance(code, str) and code.isascii() and code.isdigit():  # LiteLLM has "400"
-            code = int(code[:9])
-        if isinstance(code, int) and 400 <= code < 600:
-            return code
-        return 500 if error else 200
+        return status_of(self._answer)
 
     def complete(self) -> dict[str, Any]:
         """The answer in the shape of one that was not streamed. Raises `Ended` if its end is missing, and

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import aiohttp
 from vllm_tasks.engines import wire
 from vllm_tasks.engines.http.attempts import retry_after
 from vllm_tasks.engines.http.connections import NAME, Connector, Names
-from vllm_tasks.engines.http.control import of_proxy, untrusted
+from vllm_tasks.engines.http.control import json_in, of_proxy, untrusted
 from vllm_tasks.engines.http.credentials import Credentials
 from vllm_tasks.engines.http.failures import (
     MENDED_BY,
@@ -72,9 +73,10 @@ class Transport:
     async def open(self) -> None:
         """Make the pool of connections."""
         connect = min(CONNECT_TIMEOUT, self._config.timeout / 2)  # else the row would time out first
+        total = None if math.isinf(self._config.timeout) else self._config.timeout  # for aiohttp
         self._session = aiohttp.ClientSession(
             connector=Connector(self._names, limit=0, keepalive_timeout=KEEPALIVE, ssl=self._tls),
-            timeout=aiohttp.ClientTimeout(total=self._config.timeout, sock_connect=connect),
+            timeout=aiohttp.ClientTimeout(total=total, sock_connect=connect),
             headers={**self._config.credentials.headers(), "Content-Type": "application/json"},
             cookie_jar=aiohttp.DummyCookieJar(),
         )
@@ -130,7 +132,10 @@ class Transport:
 
     async def _read(self, response: aiohttp.ClientResponse, url: str) -> tuple[int, bytes]:
         if response.status != 200 or response.content_type != EVENTS:
-            return response.status, b"".join([part async for part in self._parts(response)])
+            content = b"".join([part async for part in self._parts(response)])
+            # Nearly no other response has these bytes: a quote within a text is \" there.
+            is_error = response.status == 200 and b'"error"' in content
+            return wire.status_of(json_in(content)) if is_error else response.status, content
         pieces = Pieces()
         try:
             async for part in self._parts(response):
