@@ -324,6 +324,6 @@ def _set_up_reader(connection: Any, _: Any) -> None:
     for (oid,) in connection.execute(VECTOR):
         connection.adapters.register_loader(oid, Vector)
     for of, oid, sign in connection.execute(ARRAYS):
-        loader = type("Array", (ArrayLoader,), {"base_oid": of, "delimiter": sign.encode()})
-        connection.adapters.register_loader(oid, loader)
+        array = type("Array", (ArrayLoader,), {"base_oid": of, "delimiter": sign.encode()})
+        connection.adapters.register_loader(oid, array)
     connection.rollback()
