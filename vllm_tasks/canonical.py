@@ -54,6 +54,13 @@ def canonical(value: Any, of_float: Callable[[float], Any] = _as_in_forms) -> st
     return json.dumps(_plain(value, 0, of_float), sort_keys=True, separators=(",", ":"))
 
 
+def in_order(value: Any) -> Any:
+    """Return `value` with its mappings as lists of pairs, whose order counts."""
+    if isinstance(value, Mapping):
+        return {"pairs": [[key, in_order(each)] for key, each in value.items()]}
+    return [in_order(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 def _plain(value: Any, depth: int, of_float: Callable[[float], Any]) -> Any:
     """Return `value` in JSON's types: an object as its class and state, never its address."""
     if value is None or isinstance(value, str | bool | int):

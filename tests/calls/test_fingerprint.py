@@ -45,6 +45,23 @@ def test_the_order_of_a_schema_counts_and_that_of_parameters_does_not() -> None:
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
 
 
+def test_the_order_within_a_parameter_counts() -> None:
+    """vLLM answers the properties of a schema in their order, and a template prints a tool as it is given."""
+
+    def sampled(**sampling: Any) -> str:
+        return fingerprint(sampling_identity(sampling))
+
+    def schema(*names: str) -> dict[str, Any]:
+        return {"type": "object", "properties": {name: {"type": "string"} for name in names}}
+
+    one, other = schema("reason", "label"), schema("label", "reason")
+    assert sampled(structured_outputs={"json": one}) != sampled(structured_outputs={"json": other})
+    assert sampled(tools=[{"function": one}]) != sampled(tools=[{"function": other}])
+    assert sampled(logit_bias={"1": 2, "3": 4}) == sampled(logit_bias={"3": 4, "1": 2})
+    assert sampled(max_tokens=1, seed=2) == sampled(seed=2, max_tokens=1)
+    assert sampled(structured_outputs={"x": 0.0}) == sampled(structured_outputs={"x": 0})
+
+
 @pytest.mark.parametrize(
     "value",
     [

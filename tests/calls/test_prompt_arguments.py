@@ -10,6 +10,7 @@ import pytest
 
 from tests.calls.prompting import prompter, refusal
 from vllm_tasks import VllmAPI
+from vllm_tasks.canonical import fingerprint
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import Request
 
@@ -179,6 +180,18 @@ def test_the_first_parameter_is_the_record_whatever_its_name() -> None:
 def test_a_prompt_that_a_function_replaces_does_not_count() -> None:
     """Such a prompt decides nothing, so it is not in the fingerprint."""
     assert prompter("a {input}", prompt_func=str).identity() == prompter(prompt_func=str).identity()
+
+
+def test_data_of_an_artifact_counts_as_a_prompt_prints_it() -> None:
+    """A function or a prompt file may list its pairs in their order, and 1.0 has another text than 1."""
+
+    def with_data(data: Any) -> str:
+        return fingerprint(prompter(prompt_func=str, artifacts={"x": data}).identity())
+
+    assert with_data({"a": 1, "b": 2}) != with_data({"b": 2, "a": 1})
+    assert with_data([1.0]) != with_data([1])
+    assert with_data("[1]") != with_data([1])
+    assert with_data({"a": 1}) == with_data({"a": 1})
 
 
 @pytest.mark.parametrize("function", [lambda x, other: x, lambda: "x", lambda x, *, style: x])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 
 from tests.places import Place
-from tests.servers.scripted_server import ScriptedServer, answer_to, refused
+from tests.servers.scripted_server import Asked, ScriptedServer, answer_to, refused
 from tests.tables.runs import Sent, ask, changed
 from vllm_tasks import VllmAPI
 from vllm_tasks.canonical import input_hash
+from vllm_tasks.tables.counting import Counted
 
 # ---------------------------------------------------------------------- the main job
 
@@ -117,6 +119,33 @@ def test_new_rows_alone_are_asked(model: VllmAPI, place: Place, sent: Sent) -> N
     assert report.processed == 1
     assert place.answers() == {0: answer_to("a"), 1: answer_to("B"), 2: answer_to("c")}
     assert ask(model, refresh="changed").processed == 0
+
+
+@pytest.mark.parametrize("count", [5, 1])
+def test_rows_that_come_or_go_during_a_run_are_not_up_to_date(
+    server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """A file that is written while it is read and counted: only the rows of the run have an output."""
+    file, written, count_rows = tmp_path / "rows.jsonl", threading.Event(), Counted._count
+
+    def write(rows: int) -> None:
+        file.write_text("".join(f'{{"id": {i}, "text": "{i}"}}\n' for i in range(rows)))
+
+    def script(asked: Asked) -> None:
+        if asked.body and not written.is_set():
+            write(count)
+            written.set()
+
+    def after_that(self: Counted) -> None:
+        written.wait(60)
+        count_rows(self)
+
+    monkeypatch.setattr(Counted, "_count", after_that)
+    server.script = script
+    write(2)
+    with VllmAPI(identifier="m", api_url=server.url, db=str(tmp_path), retries=0) as model:
+        report = ask(model)
+    assert (report.rows, report.processed, report.up_to_date) == (count, 2, 0)
 
 
 def test_a_number_written_otherwise_is_another_input(model: VllmAPI, tmp_path: Path, sent: Sent) -> None:

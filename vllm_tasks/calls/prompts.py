@@ -156,7 +156,11 @@ class Prompter:
             **({} if self.file is None else {"prompt_file": self.file}),
             "prompt_func": made_of(self.prompt_func, "prompt_func"),
             "keywords": made_of(self.keywords, "the keywords of prompt_func"),
-            "artifacts": self.artifacts,
+            # As a text, data keeps the order of its pairs, and 1.0 apart from 1.
+            "artifacts": {
+                name: value if isinstance(value, str | bytes) else [json.dumps(value)]
+                for name, value in self.artifacts.items()
+            },
             "signature": self.signature,
             "chat": self.chat is not False,  # not known: it is assumed
             "system": self.system,

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from vllm_tasks.canonical import in_order
 from vllm_tasks.engines.local.model_files import PATHS, files_in
 
 FULLY_HASHED = 64 * 2**20
@@ -67,6 +68,9 @@ WITHOUT_EFFECT = {
 answer. All others count. vLLM's own hash of its configuration cannot replace this list: it identifies the
 compiled graph, so it includes the sizes of buffers and leaves out tokenizers."""
 IGNORED = {name for names in WITHOUT_EFFECT.values() for name in names.split()}
+WITHOUT_ORDER = {"lora_request", "logit_bias"}
+"""Sampling parameters whose pairs may be in any order. That of others is an order of properties, in which
+vLLM writes an answer or a template prints the tools."""
 
 
 def engine_identity(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,10 +81,11 @@ def engine_identity(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def sampling_identity(sampling: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sampling parameters; a LoRA adapter counts by its files, not its number."""
+    counted = {name: value if name in WITHOUT_ORDER else in_order(value) for name, value in sampling.items()}
     if not (lora := sampling.get("lora_request")):
-        return dict(sampling)
+        return counted
     counts = {name: value for name, value in lora.items() if name not in ("lora_int_id", "load_inplace")}
-    return {**sampling, "lora_request": _with_hashes("lora_request", counts)}
+    return {**counted, "lora_request": _with_hashes("lora_request", counts)}
 
 
 def _with_hashes(name: str, value: Any) -> Any:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -67,14 +68,32 @@ def beside(source: Source, select: str, outputs: pa.Table, key: Sequence[str]) -
 
 
 def _array(values: Sequence[Any]) -> pa.Array:
-    """The values in Arrow's type; values of several types, as JSON and SQLite have, are each JSON."""
-    # Arrow makes a time of a number next to times, a date of a time next to dates, bytes of a text.
-    if len({_kind(value) for value in values if value is not None}) <= 1:
+    """The values in Arrow's type; values of several types, or objects with other fields, are each JSON."""
+    if _alike(values):
         with suppress(pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
             if any(isinstance(value, Nanoseconds) for value in values):
                 return _times(values)
             return pa.array(values)
     return pa.array([None if value is None else _json(value) for value in values], pa.string())
+
+
+def _alike(values: Iterable[Any]) -> bool:
+    """Whether one type of Arrow can hold the values.
+
+    Arrow makes a time of a number next to times, a date of a time next to dates, bytes of a text, and gives
+    an object the fields of all others.
+    """
+    there = [value for value in values if value is not None]
+    if len({_kind(value) for value in there}) > 1:
+        return False
+    if there and isinstance(there[0], list | tuple):
+        return _alike(chain.from_iterable(there))
+    if not there or not isinstance(there[0], Mapping):
+        return True
+    names = there[0].keys()
+    return all(value.keys() == names for value in there) and all(
+        _alike(value[name] for value in there) for name in names
+    )
 
 
 def _kind(value: Any) -> Any:

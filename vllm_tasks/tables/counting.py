@@ -24,6 +24,8 @@ class Counted:
         self.rows: int | None = None
         self.up_to_date: int | None = None
         self.remaining: int | None = 0
+        self._passed_over: int | None = None
+        """The number of rows that needed no request when they were counted; None if only a reader knows."""
         self._found: int | None = None
         """The number of `ids` that the source has, in any shard."""
         self.served_by: dict[str, str] = {}
@@ -53,6 +55,7 @@ class Counted:
             return
         self.rows = rows
         if job.selection.refresh != "changed":  # changed rows are known only when they are read
+            self._passed_over = rows - selected
             # Rows committed before the count are among those that it did not select.
             to_process = min(selected + run.tally.done, rows)
             run.to_process = to_process if job.limit is None else min(to_process, job.limit)
@@ -77,7 +80,9 @@ class Counted:
         """Set `up_to_date` if all rows that were not processed are; warn of `ids` that the source lacks."""
         selection = self._job.selection
         if self.rows is not None and complete and self._job.limit is None and selection.refresh != "failed":
-            self.up_to_date = self.rows - processed
+            # The source may have got rows since it was read, which have no output, or lost some.
+            others = self.rows - processed
+            self.up_to_date = max(0, others if self._passed_over is None else min(others, self._passed_over))
         ids = set(selection.ids or ())
         if self._found is not None and self._found < len(ids):
             logger.warning("%d of %d ids are not in the source", len(ids) - self._found, len(ids))

@@ -37,6 +37,14 @@ def test_outputs_read_back_exactly(place: Place) -> None:
     assert db.outputs(OUT).schema.types[:7] == types
 
 
+def test_a_key_of_a_domain_is_read_back_as_the_type_beneath_it(pg: Place) -> None:
+    """As a text it would not be found beside the numbers of the source."""
+    pg.sql("CREATE DOMAIN positive AS int CHECK (value > 0)", "CREATE TABLE t (id positive, text text)")
+    db = pg.open()
+    db.writer(selection(), TABLE).commit([row(1)], [])
+    assert db.outputs(OUT)["id"].to_pylist() == [1]
+
+
 def test_no_writer_commits_between_a_check_and_its_write(place: Place) -> None:
     """`before` is called with the lock on the outputs, so what it has seen is still so at the write."""
     db = place.fill()

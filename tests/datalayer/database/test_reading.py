@@ -268,3 +268,19 @@ def test_ranges_and_addresses_are_texts(pg: Place) -> None:
     pg.sql(f"INSERT INTO t VALUES (1, {values})")
     ((found,),) = pg.open().read("t", list(wanted))
     assert found == wanted
+
+
+def test_arrays_of_any_type_are_lists(pg: Place) -> None:
+    """Those of enums, domains and extensions as those of texts; of a domain, with the values beneath it."""
+    pg.sql(
+        "CREATE EXTENSION IF NOT EXISTS citext",
+        "CREATE TYPE mood AS ENUM ('sad', 'happy')",
+        "CREATE TYPE point2 AS (x int, note text)",
+        "CREATE DOMAIN positive AS int CHECK (value > 0)",
+        "CREATE DOMAIN small AS positive CHECK (value < 9)",
+        "CREATE TABLE t (m mood[], mm mood[], s small[], c citext[], p point2[], r point2)",
+        """INSERT INTO t
+        VALUES ('{happy,NULL}', '{{sad},{happy}}', '{1,2}', '{"A,b"}', '{"(1,a)"}', '(1,a)')""",
+    )
+    ((found,),) = pg.open().read("t", ["m", "mm", "s", "c", "p", "r"])
+    assert [*found.values()] == [["happy", None], [["sad"], ["happy"]], [1, 2], ["A,b"], ["(1,a)"], "(1,a)"]

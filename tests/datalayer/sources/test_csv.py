@@ -10,6 +10,7 @@ import lzma
 import re
 import zipfile
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.datalayer.sources.text_files import Write, packed, read, sql
 from vllm_tasks import Datalayer
 from vllm_tasks.datalayer.sources import Unreadable
 from vllm_tasks.datalayer.sources.csv import Csv
+from vllm_tasks.datalayer.sources.csv_quotes import STRAY, Quotes
 from vllm_tasks.datalayer.sources.jsonl import JsonLines
 from vllm_tasks.datalayer.sources.read_options import ReadOptions, read_options
 from vllm_tasks.errors import InvalidCall
@@ -103,6 +107,55 @@ def test_records_with_too_many_or_few_cells_are_errors_of_their_rows(write: Writ
     late_key = read(Csv([file]), ["text"], key="more")
     assert late_key[1].keys() == {"c", "g"}
     assert late_key[2].count == 2
+
+
+def test_text_behind_a_closing_quote_is_an_error_of_its_row(write: Write) -> None:
+    """A quote that a backslash escapes seems to close; one within a cell without quotes is its text."""
+    content = (
+        b'id,text,more\n1,"say \\"hi\\"",a\n2,"say ""hi""","\n"\n3,5" pipe,\xff\n'
+        b'"a"b,"x" y,c\n4,"\\"hi\\", he",b\n'
+    )
+    found, errors, unreadable = read(Csv([write("t.csv", content)]), ["text"])
+    assert found == {"2": 'say "hi"', "3": '5" pipe'}
+    assert errors.keys() == {"1", "4"}
+    assert errors["1"] == (
+        "the record 2 has text behind a closing quote; if backslashes escape quotes, say so: "
+        'read={table: {"escape": "\\\\"}}'
+    )
+    assert unreadable.count == 1  # its key is no text of the file
+    escaped = read(Csv([write("t.csv", content)], read_options("t", {"escape": "\\"})))
+    assert escaped[0]["1"] == 'say "hi"'
+
+
+CSV_PIECES = ['"', '""', ",", "\n", "\r\n", "a", "\\", '",', '\n"']
+
+
+@given(
+    pieces=st.lists(st.sampled_from(CSV_PIECES), max_size=30),
+    cuts=st.lists(st.integers(0, 40), max_size=5),
+)
+def test_marks_stand_behind_the_quotes_that_end_too_early(pieces: list[str], cuts: list[int]) -> None:
+    """In blocks of any size, exactly where a walk sign by sign finds them."""
+    text = "".join(pieces) + "\nend\n"
+    edges = [0, *sorted(min(cut, len(text) - 1) for cut in cuts), len(text)]
+    quotes = Quotes('"', ",", 2)
+    blocks = [text[start:end].encode() for start, end in pairwise(edges)]
+    marked = b"".join(map(quotes.marked, blocks)).decode()
+
+    walked, inside, at = "", False, 0
+    while at < len(text):
+        before, sign, after = text[at - 1 : at] or "\n", text[at], text[at + 1 : at + 2]
+        walked += sign
+        if sign == '"' and inside and after == '"':
+            walked += after
+            at += 1
+        elif sign == '"' and inside:
+            inside = False
+            walked += "" if after in ",\r\n" else f",,,{STRAY}"
+        elif sign == '"' and before in ",\r\n":
+            inside = True
+        at += 1
+    assert marked == walked
 
 
 def test_lines_of_a_text_without_quotes_take_no_other_record_along(write: Write) -> None:

@@ -337,6 +337,11 @@ def test_values_of_several_types_beside_their_outputs(tmp_path: Path, model: Vll
 
     assert beside(str(tmp_path), "t").to_pylist() == [each.decode() for each in said]
     assert beside(str(tmp_path), "u").combine_chunks() == nanoseconds
+    objects = ['{"a": [{"b": 1}]}', '{"a": [{"c": null}]}', "{}"]
+    (tmp_path / "o.jsonl").write_text(
+        "".join(f'{{"id": {i}, "x": {each}}}\n' for i, each in enumerate(objects))
+    )
+    assert beside(str(tmp_path), "o").to_pylist() == objects
     times = ['"2024-01-02 03:04:05+00:00"', '"2024-01-02 00:00:00"', "17", None]
     assert beside(url, "t").to_pylist() == times
 

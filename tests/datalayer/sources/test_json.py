@@ -207,3 +207,12 @@ def test_faults_of_json_documents(write: Write) -> None:
     # Lines, when the first one is an object: each costs itself.
     keys, told = got('{"id": 1}\n{"id": 2, \n{"id": 3}\n')
     assert (keys, told[0][:15], len(told)) == ({1, 3}, "t.json, line 2:", 1)
+
+
+def test_a_whole_number_that_sql_would_round_is_no_row_of_a_select(write: Write) -> None:
+    """The column has other numbers with a fraction, so that it is a DOUBLE in SQL."""
+    big = 2**60 + 1
+    source = JsonLines([write("t.jsonl", lines([{"x": 1}, {"x": big}, {"x": 0.5}]))])
+    assert sql(source, ["x"], "FROM t") == [(1.0,), (0.5,)]
+    assert source.left_out.count == 1
+    assert f"'x' is {big}, which a SELECT would round" in source.left_out.examples[0]

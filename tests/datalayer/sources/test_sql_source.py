@@ -94,6 +94,19 @@ def test_rows_are_read_in_parts(url: str, monkeypatch: pytest.MonkeyPatch) -> No
         source.close()
 
 
+def test_a_key_that_does_not_fit_its_type_is_unreadable_and_not_counted(tmp_path: Path) -> None:
+    """SQLite has texts in columns of numbers; counted among the keys, the row would seem up to date."""
+    url = f"sqlite:///{tmp_path}/x.db"
+    run(url, "CREATE TABLE t (id INT, text TEXT)", "INSERT INTO t VALUES (1, 'a'), ('total', 'b'), (3, 'c')")
+    source = SqlSource(url, "t")
+    key = pa.schema([("id", pa.int64())])
+    assert [k for table in source.keys(key) for k in table["id"].to_pylist()] == [1, 3]
+    unreadable = Unreadable()
+    assert sum(part.count for part in source.parts(key, ("text",), unreadable)) == 2
+    assert unreadable.count == 1
+    source.close()
+
+
 def test_bad_keys_are_refused(url: str) -> None:
     """NULL and doubled keys, columns and tables that are not there."""
     run(url, "CREATE TABLE t (id INTEGER, text TEXT)", "INSERT INTO t VALUES (1, 'a'), (1, 'b'), (NULL, 'c')")

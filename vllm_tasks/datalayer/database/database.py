@@ -137,7 +137,7 @@ class Database:
             table = self._backend.located(connection, name, dots=True)
             if not (shape := self._backend.shape(connection, table)):
                 raise InvalidCall(f"there is no table {name!r} in {self._backend.where()}")
-            return outputs_table(connection, table, shape)
+            return outputs_table(self._backend, connection, table, shape)
 
     def read(self, select: str, columns: Sequence[str] | None = None) -> Iterator[list[Row]]:
         with self._backend.reading() as connection:

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from vllm_tasks.datalayer import vectors
-from vllm_tasks.datalayer.database.backends import Shape, TableName
+from vllm_tasks.datalayer.database.backends import Backend, Shape, TableName, Verbatim
 from vllm_tasks.datalayer.database.keyed_table import UtcTime
 from vllm_tasks.datalayer.selection import OWN_COLUMNS
 
@@ -45,12 +45,16 @@ CHUNK = 50_000
 """Rows held as Python objects at a time."""
 
 
-def outputs_table(connection: Connection, table: TableName, shape: Shape) -> pa.Table:
+def outputs_table(backend: Backend, connection: Connection, table: TableName, shape: Shape) -> pa.Table:
     """The complete table, with JSON as text."""
-    kinds = {name: _arrow(connection, table, name, column.kind) for name, column in shape.items()}
+    specs = [column.kind for column in shape.values()]
+    if connection.dialect.name == "postgresql":  # the key may be of a domain
+        specs = backend.plain(connection, list(map(Verbatim, specs)))
+    named = dict(zip(shape, specs, strict=True))
+    kinds = {name: _arrow(connection, table, name, spec) for name, spec in named.items()}
     schema = pa.schema(list(kinds.items()))
     columns = [
-        sa.cast(c, sa.Text).label(c.name) if _as_text(shape[c.name].kind, connection) else c
+        sa.cast(c, sa.Text).label(c.name) if _as_text(named[c.name], connection) else c
         for c in table.clause(kinds).c
     ]
     streaming = connection.execution_options(yield_per=CHUNK)

@@ -35,6 +35,16 @@ VECTOR = """
     WHERE t.typname = 'vector' AND pg_type_is_visible(t.oid)
 """
 """The type `vector` of pgvector, if the extension is in this database and in a schema that is searched."""
+ARRAYS = """
+    WITH RECURSIVE own(type, held) AS (
+    SELECT t.oid, t.oid FROM pg_type t LEFT JOIN pg_class c ON c.oid = t.typrelid
+    WHERE t.oid >= 16384 AND t.typarray <> 0 AND coalesce(c.relkind, 'c') = 'c'
+    UNION ALL SELECT type, typbasetype FROM own JOIN pg_type ON oid = held AND typtype = 'd')
+    SELECT held.oid, type.typarray, type.typdelim FROM own
+    JOIN pg_type held ON held.oid = own.held AND held.typtype <> 'd' JOIN pg_type type ON type.oid = own.type
+"""
+"""Arrays of types that are not built in: enums, domains, composites, extensions' types. Of a domain, the type
+beneath it, which its values have. The types of tables' rows are left out, as there may be thousands."""
 
 RANGES = [
     f"{of}{kind}" for of in ("int4", "int8", "num", "date", "ts", "tstz") for kind in ("range", "multirange")
@@ -271,12 +281,13 @@ def _set_up_reader(connection: Any, _: Any) -> None:
     Times that Python does not have (infinity, before Christ, after 9999) arrive as PostgreSQL's text: they
     must fail their row, and not the query. So do intervals with months or years, which have no fixed number
     of days. Numbers in JSON keep their digits. Ranges and addresses arrive as text, because no other source
-    has such types. Vectors of pgvector arrive as arrays of numbers do.
+    has such types. Vectors of pgvector arrive as arrays of numbers do, and arrays of any type as lists.
     """
     connection.prepare_threshold = None
     from psycopg import DataError, NotSupportedError
     from psycopg.adapt import Loader
     from psycopg.types import datetime as loaders
+    from psycopg.types.array import ArrayLoader
     from psycopg.types.json import set_json_loads
     from psycopg.types.string import TextLoader
 
@@ -313,4 +324,7 @@ def _set_up_reader(connection: Any, _: Any) -> None:
 
     for (oid,) in connection.execute(VECTOR):
         connection.adapters.register_loader(oid, Vector)
+    for of, oid, sign in connection.execute(ARRAYS):
+        array = type("Array", (ArrayLoader,), {"base_oid": of, "delimiter": sign.encode()})
+        connection.adapters.register_loader(oid, array)
     connection.rollback()

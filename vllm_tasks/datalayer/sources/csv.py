@@ -15,6 +15,7 @@ from vllm_tasks.datalayer.sources import Part, Unreadable, Values
 from vllm_tasks.datalayer.sources.arrow import values_of
 from vllm_tasks.datalayer.sources.csv_file import CsvFile
 from vllm_tasks.datalayer.sources.csv_pass import Bad, Lost, Records
+from vllm_tasks.datalayer.sources.csv_quotes import STRAY
 from vllm_tasks.datalayer.sources.csv_strays import Key, Strays
 from vllm_tasks.datalayer.sources.data_file import DataFile
 from vllm_tasks.datalayer.sources.keys import cast_keys, known, listed
@@ -150,6 +151,11 @@ def _where(file: CsvFile, number: int) -> str:
 
 
 def _why(bad: Bad, width: int) -> str:
+    if STRAY in bad.text:
+        return (
+            f"the record {bad.number} has text behind a closing quote; if backslashes escape quotes, say so: "
+            'read={table: {"escape": "\\\\"}}'
+        )
     return f"the record {bad.number} has {bad.cells} cells, where the header has {width}"
 
 

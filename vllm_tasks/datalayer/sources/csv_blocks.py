@@ -7,6 +7,7 @@ import secrets
 import threading
 
 from vllm_tasks.datalayer.sources.byte_stream import Damaged
+from vllm_tasks.datalayer.sources.csv_quotes import Quotes
 from vllm_tasks.datalayer.sources.data_file import DataFile
 from vllm_tasks.datalayer.sources.read_options import ReadOptions
 from vllm_tasks.datalayer.sources.text_file import WRONG_BYTES, decoder_of, opened
@@ -29,8 +30,10 @@ class Blocks:
     the last record: a quote there was never closed, or the file is damaged.
     """
 
-    def __init__(self, file: DataFile, options: ReadOptions, size: int, widened: bool) -> None:
-        self.size, self.widened = size, widened
+    def __init__(
+        self, file: DataFile, options: ReadOptions, size: int, widened: bool, quotes: Quotes | None
+    ) -> None:
+        self.size, self.widened, self.quotes = size, widened, quotes
         self.mark = f"vllm tasks end {secrets.token_hex(16)}"
         self.damage: str | None = None
         self.closed = False
@@ -69,7 +72,8 @@ class Blocks:
 
     def _next(self) -> bytes:
         while not self._ended:
-            if block := self._encoded(self._read()):
+            block = self._encoded(self._read())
+            if block := self.quotes.marked(block) if self.quotes else block:
                 return block
         return b""
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from vllm_tasks.datalayer.sources.csv_blocks import Blocks
+from vllm_tasks.datalayer.sources.csv_quotes import STRAY, Quotes
 from vllm_tasks.datalayer.sources.data_file import DataFile
 from vllm_tasks.datalayer.sources.read_options import ReadOptions
 from vllm_tasks.errors import InvalidCall
@@ -25,11 +26,12 @@ class TooLong(Exception):
 
 @dataclass(frozen=True)
 class Bad:
-    """A record with too many or too few cells."""
+    """A record with too many or too few cells, or with text behind a closing quote."""
 
     number: int
     cells: int
     text: str
+    """With `STRAY` where such text begins."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def as_bytes(options: ReadOptions, included: list[str]) -> pa.csv.ConvertOptions
 def key_cells(
     bad: Sequence[Bad], options: ReadOptions, delimiter: str, places: Sequence[int | None]
 ) -> list[list[bytes | None]]:
-    """The cells of each bad record at these places; None if it has none."""
+    """The cells of each bad record at these places; None if it has none, or one with text behind a quote."""
     found: list[list[bytes | None]] = [[None] * len(places) for _ in bad]
     for width in {each.cells for each in bad}:
         alike = [i for i, each in enumerate(bad) if each.cells == width]
@@ -106,7 +108,7 @@ def key_cells(
         )
         for at, name in there.items():
             for i, cell in zip(alike, table[name].to_pylist(), strict=True):
-                found[i][at] = cell
+                found[i][at] = None if cell is not None and STRAY.encode() in cell else cell
     return found
 
 
@@ -123,11 +125,13 @@ class Pass:
         size: int,
         widened: bool,
     ) -> None:
-        self.display, self.width = file.display, width
+        self.display, self.width, self.delimiter = file.display, width, delimiter
         self.bad: list[Bad] = []
         self.complete = False
         """Whether the mark after the last record was found as a separate record."""
-        self.blocks = Blocks(file, options, size, widened)
+        # A quote that is escaped may be anywhere.
+        quotes = Quotes(options.quote, delimiter, width) if options.quote and not options.escape else None
+        self.blocks = Blocks(file, options, size, widened, quotes)
         try:
             self.reader = self._parser(options, delimiter, [str(i) for i in wanted or (0,)])
         except BaseException:
@@ -153,7 +157,9 @@ class Pass:
         if text == self.blocks.mark:
             self.complete = True
         else:
-            self.bad.append(Bad(row.number, row.actual_columns, text))
+            cells = row.actual_columns - text.count(STRAY) * (self.width + 1)
+            text = text.replace(self.delimiter * (self.width + 1) + STRAY, STRAY)
+            self.bad.append(Bad(row.number, cells, text))
         return "skip"
 
     def _tried(self, call: Any) -> Any:

@@ -152,9 +152,10 @@ class JsonLines:
         mixed = [name for name, kind in zip(schema.names, schema.types, strict=True) if kind == MIXED]
         for piece in self._pieces(schema.names, unreadable, as_json, mixed):
             try:
-                batch = _batch(piece.rows, schema)
-            except UnicodeEncodeError:
-                batch = _batch(_without_halves(piece, schema.names, unreadable), schema)
+                try:
+                    batch = _batch(piece.rows, schema)
+                except (UnicodeEncodeError, pa.ArrowInvalid):
+                    batch = _batch(_fitting(piece, schema, unreadable), schema)
             except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as e:
                 raise TablesUnavailable(f"{piece.file.display!r} has changed while it was read") from e
             yield batch
@@ -201,13 +202,24 @@ def _batch(rows: Sequence[Values], schema: pa.Schema) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=schema)
 
 
-def _without_halves(piece: Piece, columns: Sequence[str], unreadable: Unreadable) -> list[Values]:
-    """The rows without lone surrogates, which Arrow's texts cannot have."""
+def _fitting(piece: Piece, schema: pa.Schema, unreadable: Unreadable) -> list[Values]:
+    """The rows without values that Arrow cannot have, or would round."""
     kept = []
     for number, row in enumerate(piece.rows):
-        halves = [name for name, v in zip(columns, row, strict=True) if isinstance(v, str) and not is_text(v)]
-        if halves:
-            unreadable.add(piece.where(number), f"{halves[0][:50]!r} has half a character or a wrong byte")
+        wrong = (why for field, value in zip(schema, row, strict=True) if (why := _misfit(value, field)))
+        if why := next(wrong, None):
+            unreadable.add(piece.where(number), why)
         else:
             kept.append(row)
     return kept
+
+
+def _misfit(value: Any, field: pa.Field) -> str | None:
+    if isinstance(value, str) and not is_text(value):
+        return f"{field.name[:50]!r} has half a character or a wrong byte"
+    if pa.types.is_float64(field.type) and isinstance(value, int) and float(value) != value:
+        return (
+            f"{field.name[:50]!r} is {value}, which a SELECT would round, because other numbers there have a "
+            "fraction; name the table itself"
+        )
+    return None

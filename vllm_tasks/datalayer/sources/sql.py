@@ -60,7 +60,8 @@ class SqlSource:
 
     def keys(self, key: pa.Schema) -> Iterator[pa.Table]:
         for part in SqlKeys(self._order(key)).parts():
-            yield part.keys()
+            keys = part.keys()
+            yield keys.take(known(keys)) if part.wrong else keys
 
     def parts(self, key: pa.Schema, columns: Sequence[str], unreadable: Unreadable) -> Iterator[Part]:
         if not key.names:
