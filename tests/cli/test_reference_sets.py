@@ -55,6 +55,8 @@ def test_a_model_of_a_server_with_several(command: Command, server: ScriptedServ
         (("--set", "extraction", "--model", "m", "--vllm-kwargs", "{x"), "is not JSON"),
         (("--set", "extraction", "--model", "m", "--vllm-kwargs", "[1]"), "is not a JSON object"),
         (("--set", "extraction", "--url", "http://h", "--vllm-kwargs", "{}"), "not for --url"),
+        (("--set", "extraction", "--url", "localhost:8000"), "needs a scheme and a host"),
+        (("--set", "extraction", "--url", "http://h", "--db", " "), "the url is empty"),
     ],
 )
 def test_a_call_that_is_not_clear_is_refused(command: Command, words: tuple[str, ...], said: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter, validators
+from pydantic import ValidationError
 
 from vllm_tasks import VllmAPI, VllmModel
 from vllm_tasks._cli import job, project, reference
@@ -244,6 +245,9 @@ def main(arguments: list[str] | None = None, exits: Callable[[int], Any] = sys.e
     try:
         app(arguments, exit_on_error=False)
     except CycloptsError:  # it is printed
+        exits(EXITS[InvalidCall])
+    except ValidationError as error:  # of a model or datalayer that options describe
+        print(f"error: {printable_lines(job.wrong_in(error))}", file=sys.stderr)
         exits(EXITS[InvalidCall])
     except VllmTasksError as error:
         print(f"error: {printable_lines(str(error))}", file=sys.stderr)

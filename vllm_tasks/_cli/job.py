@@ -62,11 +62,15 @@ def _typed(file: Path, name: str, given: Any, kind: Any) -> Any:
     try:
         return TypeAdapter(kind).validate_python(_value(name, given), strict=not isinstance(given, dict))
     except ValidationError as error:
-        wrong = (
-            ": ".join(filter(None, (".".join(map(str, each["loc"])), each["msg"], WAY_OUT.get(each["type"]))))
-            for each in error.errors(include_input=False)
-        )
-        raise InvalidCall(f"{file}: {name}: {'; '.join(wrong)}") from None  # the cause would show the input
+        raise InvalidCall(f"{file}: {name}: {wrong_in(error)}") from None  # the cause would show the input
+
+
+def wrong_in(error: ValidationError) -> str:
+    """What is wrong with fields, without their values."""
+    return "; ".join(
+        ": ".join(filter(None, (".".join(map(str, each["loc"])), each["msg"], WAY_OUT.get(each["type"]))))
+        for each in error.errors(include_input=False)
+    )
 
 
 WAY_OUT = {"bool_type": "write true or false", "string_type": "put it in quotes"}
