@@ -44,9 +44,9 @@ def validated(
     engine: str | None,
 ) -> ValidationReport:
     """Validate a model on a reference set. Failed rows are misses, however many there are."""
-    found = reference_set(name, sample_size=rows)
+    found, place = reference_set(name, sample_size=rows), job.saved("db", db or DB)
     made = _on_server(url, model, found.fields) if url is not None else _local(model, engine, found.fields)
-    return made.validate(found.validation, db=job.saved("db", db or DB), max_failed=None)
+    return made.validate(found.validation, db=place, max_failed=None)
 
 
 def _on_server(url: str, name: str | None, fields: dict[str, Any]) -> VllmAPI:

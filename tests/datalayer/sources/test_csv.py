@@ -408,7 +408,7 @@ def test_wide_characters_that_nobody_announced_are_refused(write: Write, encodin
         ({"delimiter": ";;"}, "delimiter=';;': must be one ASCII character"),
         ({"delimiter": ""}, "leave it out"),
         ({"delimiter": "é"}, "one ASCII character"),
-        ({"quote": "a"}, "no letter"),
+        ({"quote": "a"}, "not a letter"),
         ({"delimiter": '"'}, "different characters"),
         ({"encoding": "latin1000"}, "encoding='latin1000'"),
         ({"encoding": "base64"}, "encoding"),
