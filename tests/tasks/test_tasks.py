@@ -444,3 +444,14 @@ def test_a_single_record_is_not_walked(model: VllmAPI) -> None:
     Row.reads = 0
     assert through() == answers("a", "b")
     assert Row.reads == 2
+
+
+def test_a_saved_model_that_was_not_awaited_is_named(model: VllmAPI) -> None:
+    """In an asynchronous flow, `VllmAPI.load` returns a coroutine."""
+
+    @flow
+    async def job() -> Any:
+        return predict_batches(VllmAPI.load("no-such"), ["a"])  # type: ignore[call-overload]  # refused
+
+    with pytest.raises(InvalidCall, match=r"not awaited: .* `await VllmAPI.aload"):
+        asyncio.run(job())

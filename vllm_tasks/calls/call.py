@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -69,6 +70,10 @@ class Model(Protocol):
 
 def check_model(model: object) -> None:
     """Raise `InvalidCall` for anything that is not a model, such as a name or rows."""
+    if inspect.isawaitable(model):
+        if inspect.iscoroutine(model):
+            model.close()
+        raise InvalidCall("the model was not awaited: in an asynchronous flow, `await VllmAPI.aload(NAME)`")
     if isinstance(model, type) or not hasattr(model, "prepare"):
         named = model.__name__ if isinstance(model, type) else f"a {type(model).__name__}"
         raise InvalidCall(
