@@ -206,11 +206,10 @@ def _refuse_guesses(nodes: Sequence[dict[str, Any]]) -> None:
 
 def _options(called: Mapping[str, Any]) -> set[str]:
     """The names of a function's options, `name := value` or `name = value`."""
-    given = called["arguments"]
-    sides = [each["expression"].get("left", {}).get("column_names", ()) for each in given]
-    return {
-        name.casefold() for name in (*(each["name"] for each in given), *(n for side in sides for n in side))
-    }
+    names: set[str] = set()
+    for given in called["arguments"]:
+        names |= {given["name"], *given["expression"].get("left", {}).get("column_names", ())}
+    return {name.casefold() for name in names}
 
 
 def _columns(nodes: Sequence[dict[str, Any]]) -> set[str] | None:
