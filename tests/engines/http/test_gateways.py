@@ -144,6 +144,17 @@ def test_a_server_that_lists_no_models_is_not_checked(server: ScriptedServer, ap
     assert model.predict("x") == answer_to("x")
 
 
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 503])
+def test_models_that_cannot_be_listed_yet_are_waited_for(
+    server: ScriptedServer, api: Make, status: int
+) -> None:
+    """The statuses are those of rows that are sent again."""
+    early = [refused(status, "not yet")]
+    server.script = lambda asked: early.pop() if early and asked.path == "/v1/models" else None
+    assert api(model=None).predict("x") == answer_to("x")
+    assert not early
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 
 from vllm_tasks.engines.http.credentials import Credentials
-from vllm_tasks.engines.http.failures import MENDED_BY, Unreachable
+from vllm_tasks.engines.http.failures import MENDED_BY, Unreachable, may_pass
 from vllm_tasks.engines.http.urls import Endpoint
 from vllm_tasks.errors import InvalidCall
 
@@ -78,7 +78,7 @@ class Control:
         if model is not None:
             return Served(endpoint, names, model if model in roots else None) if names else None
         reply = f"HTTP {status} from {endpoint.shown(MODELS)}: {self.credentials.hidden_in(content)[:300]!r}"
-        if status >= 500 or status in (408, 429):
+        if may_pass(status):
             raise Unreachable(reply)
         if not names:
             raise InvalidCall(

@@ -15,11 +15,11 @@ from vllm_tasks.engines import Done, wire
 from vllm_tasks.engines.http.attempts import Attempts
 from vllm_tasks.engines.http.connections import Names
 from vllm_tasks.engines.http.control import STRUCTURED, Control, lacks_template
-from vllm_tasks.engines.http.failures import Denied, FailedAttempt, Full, Unreachable
+from vllm_tasks.engines.http.failures import FULL, Denied, FailedAttempt, Full, Unreachable
 from vllm_tasks.engines.http.files import most_connections
 from vllm_tasks.engines.http.servers import Server, Servers, Template
 from vllm_tasks.engines.http.streaming import streamed
-from vllm_tasks.engines.http.transport import FULL, HttpConfig, Transport, refusal
+from vllm_tasks.engines.http.transport import HttpConfig, Transport, refusal
 from vllm_tasks.engines.window import Window
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.rows import Completion, Conversation, Request, Result, RowError, given_up

@@ -23,6 +23,11 @@ MENDED_BY = {
     410: "check api_url and model",
 }
 """Statuses that show that a call cannot succeed, and what to do about each."""
+FULL = {429, 503}
+"""Statuses of a server that is at its capacity."""
+RETRIED = {408, 409, 425}
+"""Statuses below 500 of a request that may succeed if it is repeated: a timeout of the server and a conflict
+over a lock, which OpenAI's clients repeat too, and a request that came too early (RFC 8470)."""
 TOO_LONG = (
     "maximum context length",
     "maximum model length",
@@ -81,3 +86,8 @@ class Denied(FailedAttempt):
 def kind_of_refusal(words: str) -> Literal["too_long", "refused"]:
     """The kind of a row's error, by the words in which vLLM refuses the row."""
     return "too_long" if any(part in words for part in TOO_LONG) else "refused"
+
+
+def may_pass(status: int) -> bool:
+    """Whether the same request may succeed later, by the HTTP status of a response."""
+    return status in RETRIED or status in FULL or status >= 500

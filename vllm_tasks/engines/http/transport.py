@@ -18,12 +18,14 @@ from vllm_tasks.engines.http.connections import NAME, Connector, Names
 from vllm_tasks.engines.http.control import json_in, of_proxy, untrusted
 from vllm_tasks.engines.http.credentials import Credentials
 from vllm_tasks.engines.http.failures import (
+    FULL,
     MENDED_BY,
     Denied,
     FailedAttempt,
     Full,
     Unreachable,
     kind_of_refusal,
+    may_pass,
 )
 from vllm_tasks.engines.http.files import OUT_OF_FILES, TOO_MANY_FILES
 from vllm_tasks.engines.http.streaming import EVENTS, Ended, Pieces
@@ -33,11 +35,6 @@ CONNECT_TIMEOUT = 10.0
 """Seconds to open a connection."""
 KEEPALIVE = 4.0
 """Seconds that an idle connection is kept. vLLM's server closes its end after 5."""
-FULL = {429, 503}
-"""Statuses of a server that is at its capacity."""
-RETRIED = {408, 409, 425}
-"""Statuses below 500 of a request that may succeed if it is repeated: a timeout of the server and a conflict
-over a lock, which OpenAI's clients repeat too, and a request that came too early (RFC 8470)."""
 STREAMED = 2**20
 """Bytes from which a body is given to aiohttp as a file, so that sending it does not block the loop."""
 
@@ -174,7 +171,7 @@ def refusal(
         target = credentials.hidden_in(response.headers.get("Location", ""))
         to, way_out = (f" to {target!r}", "set api_url to that") if target else ("", "check api_url")
         return Denied(status, f"{error}: redirects{to} are not followed", way_out)
-    if status in RETRIED or status in FULL or status >= 500:
+    if may_pass(status):
         failed = Full if status in FULL else FailedAttempt
         return failed("server", error, retryable=True, delay=retry_after(response.headers.get("Retry-After")))
     if status < 300:
