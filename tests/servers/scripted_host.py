@@ -5,9 +5,9 @@ after `pause` seconds. Some prompts are orders: `die` (on the first life only), 
 first life only), `hang always`, `trouble` (print a traceback and continue), `crash` (print one and report
 that the engine is dead), `linger` (report that, and take long to end), `no adapter` (the call is wrong),
 `refuse` (the row), `shout` (a line of 2 MiB), `devices` (answer with the visible GPUs), `workers` (answer
-with the GPUs that it holds on Ray, as vLLM's Ray executor does). It starts `lives` times, then no more. Every
-row and every start is logged as a line of the file `log`, which may begin with `file:`: a path alone would
-count in the fingerprint with what the file holds.
+with the GPUs that it holds on Ray, as vLLM's Ray executor does). It starts `lives` times, then no more. Each
+start, row and orderly end is logged as a line of the file `log`, which may begin with `file:`: a path alone
+would count in the fingerprint with what the file holds.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def main() -> None:
             choice = {"text": text, "finish_reason": "stop", "token_ids": [1]}
             usage = {"prompt_tokens": 1, "completion_tokens": 1}
             send(channel, {"row": row, "answer": {"choices": [choice], "usage": usage}, "seconds": 0.5})
+    note(log, "end")
 
 
 def on_ray(arguments: dict[str, Any]) -> str:

@@ -144,7 +144,7 @@ def test_a_server_that_is_killed_again_and_again(place: Place, server: ScriptedS
 def test_a_signal_commits_what_is_finished(
     place: Place, server: ScriptedServer, jobs: Jobs, way: signal.Signals
 ) -> None:
-    """Ctrl-C and SIGTERM commit all completed rows within 10 s and drop the rest."""
+    """Ctrl-C and SIGTERM commit all completed rows and drop the rest."""
     answered = 30
     place.fill_texts(*(f"t{i}" for i in range(200)))
 
@@ -156,10 +156,8 @@ def test_a_signal_commits_what_is_finished(
     job = jobs.start(model_of(server, place), "text", "rows")  # groups of 512: none is closed by its size
     server.wait_until(lambda: len(server.posts) == answered + IN_FLIGHT)
     time.sleep(1)  # the last answers arrive
-    began = time.monotonic()
     os.kill(job, way)
     assert jobs.wait(job) != 0
-    assert time.monotonic() - began < 10
     assert len(committed(place)) == answered
     server.wait_until(lambda: server.open == 0)
     assert "run it again to resume" in jobs.log.read_text()

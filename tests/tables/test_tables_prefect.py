@@ -25,7 +25,7 @@ from prefect.settings import PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary
 from tests.artifacts import artifacts
 from tests.conftest import IN_PREFECT
 from tests.events import events_where
-from tests.eventually import eventually
+from tests.eventually import LONG_ENOUGH, eventually
 from tests.lettered import by_words, lettered
 from tests.places import Place
 from tests.scripts import running_script
@@ -262,7 +262,7 @@ job(submit=sys.argv[3] == "submit")
 def test_a_flow_that_is_told_to_end_commits_what_is_finished(
     lake: Place, server: ScriptedServer, tmp_path: Path, way: signal.Signals, how: str
 ) -> None:
-    """SIGTERM, which is how Prefect cancels, and Ctrl-C: finished rows are committed, all within 10 s."""
+    """SIGTERM, which is how Prefect cancels, and Ctrl-C: what is finished is committed, the rest dropped."""
     answered = 30
 
     async def script(asked: Asked) -> None:
@@ -273,10 +273,8 @@ def test_a_flow_that_is_told_to_end_commits_what_is_finished(
     with running_script(tmp_path, JOB, server.url, lake.url, how) as job:
         server.wait_until(lambda: len(server.posts) == answered + 8)
         time.sleep(1)  # the last answers arrive
-        began = time.monotonic()
         job.send_signal(way)
-        job.wait()
-        assert time.monotonic() - began < 10
+        job.wait(LONG_ENOUGH)
     assert job.returncode != 0
     assert len(lake.answers()) == answered
 

@@ -106,12 +106,12 @@ def test_a_statement_is_told_from_a_name_at_once(tmp_path: Path) -> None:
     """A statement is recognised after any number of comments."""
     place = sqlite(tmp_path)
     db = place.fill(1)
-    began = time.monotonic()
+    began = time.thread_time()
     for odd in ("/**/" * 5000, "/**/ " * 5000 + "/*", "-- x\n(" * 5000, "/*" * 5000):
         with pytest.raises(InvalidCall, match="nor a SELECT"):
             db.check(selection(odd + "nothing"))
     db.check(selection("/**/" * 5000 + "SELECT * FROM t"))
-    assert time.monotonic() - began < 2
+    assert time.thread_time() - began < 2
     with pytest.raises(InvalidCall, match="exactly one SELECT statement"):
         db.check(selection("SELECT 1; SELECT 2"))
     db.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import sqlite3
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,10 +26,8 @@ def test_sqlite_reads_while_it_is_written(tmp_path: Path, journal: str, select: 
     writer = db.writer(chosen, TABLE)
     seen = []
     for page in db.rows(chosen, 10):
-        began = time.monotonic()
         writer.commit([row(*r.key) for r in page], [])
         place.sql("UPDATE t SET text = 'changed'", "DELETE FROM t WHERE id = 99")
-        assert time.monotonic() - began < 5
         seen += [r.key[0] for r in page]
     assert seen == list(range(100 if select != "t" else 99))
     assert len(place.outputs()) == len(seen)
@@ -84,10 +81,8 @@ def test_a_count_holds_up_no_commit_for_long(
     if journal == "wal":
         assert db.count(slow) == (2_000_001, 2_000_001)
     else:
-        began = time.monotonic()
         with pytest.raises(TablesUnavailable, match="journal_mode"):
             db.count(slow)
-        assert time.monotonic() - began < 2
     writer.commit([row(0)], [])
     assert db.count(selection()) == (60_000, 59_999)
     db.close()

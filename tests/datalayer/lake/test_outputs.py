@@ -104,10 +104,10 @@ def test_a_path_that_looks_like_a_url_and_a_url_with_a_password(tmp_path: Path) 
 
 def test_many_comments_before_no_statement(lake: Lake) -> None:
     """A statement is recognised in linear time."""
-    start = time.monotonic()
+    start = time.process_time()
     assert "must be one SELECT" in refusal(lake, selection("/**/" * 20_000 + "drop table t"))
     assert keys(lake, selection("/* a * b */ -- c\n/**/(SELECT * FROM t)")) == list(range(10))
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_redo_takes_all_positions_of_a_key(lake: Lake) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -47,7 +46,7 @@ def test_without_a_server_the_call_waits_for_the_patience_and_says_why(
     began = time.monotonic()
     with pytest.raises(ServerUnavailable, match=rf"{server.url} for 0.3 s .*refused"):
         api(model=model, retries=retries).predict_batches([str(i) for i in range(20)])
-    assert 0.3 <= time.monotonic() - began < 20
+    assert time.monotonic() - began >= 0.3
 
 
 def test_an_unhealthy_server_is_not_a_server(
@@ -252,10 +251,13 @@ def test_a_slow_health_check_holds_up_its_row_only(
 ) -> None:
     """A gateway with occasional failures and slow health checks completes the other rows."""
     failed = set()
+    meanwhile: list[int] = []
 
     async def script(asked: Asked) -> Deed:
         if asked.path == "/health":
+            before = len(server.posts)
             await asyncio.sleep(1)
+            meanwhile.append(len(server.posts) - before)
         if asked.body and asked.prompt.endswith("00") and asked.prompt not in failed:
             failed.add(asked.prompt)
             return refused(502, "bad gateway")
@@ -265,8 +267,7 @@ def test_a_slow_health_check_holds_up_its_row_only(
     server.script = script
     xs = [str(i) for i in range(1, 400)]
     assert api(model=model, max_in_flight=8).predict_batches(xs) == [answer_to(x) for x in xs]
-    sent = [asked.at for asked in server.posts[:390]]
-    assert max(b - a for a, b in itertools.pairwise(sent)) < 0.7
+    assert min(meanwhile) > 8
 
 
 def test_a_health_check_that_hangs_ends_no_call_whose_rows_are_answered(
