@@ -9,6 +9,7 @@ import re
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prefect import flow, get_client
@@ -35,6 +36,7 @@ from tests.validation.quiz import (
 from vllm_tasks import Datalayer, Dataset, GateFailed, InvalidCall, Metric, VllmAPI, VllmModel, validate
 from vllm_tasks.flows.validate_model import validate_model
 from vllm_tasks.results import ValidationReport
+from vllm_tasks.tasks import save_metric_values
 
 pytestmark = IN_PREFECT
 
@@ -169,6 +171,48 @@ def test_values_go_into_the_saved_block_and_nothing_else_changes(
     assert after.db._block_document_name == f"{name}-lake"
     changed = {"metric_values", "timeout"}
     assert after.model_dump(exclude=changed) == before.model_dump(exclude=changed)
+
+
+NESTED: dict[str, dict[str, Any]] = {
+    "plain": {"system": "s", "predict_kwargs": {"max_tokens": 9, "stop": ["x"]}},
+    "type": {
+        "datatype": {"identifier": "t", "decoder": "json.loads", "encoder": "json.dumps"},
+        "prompt_func": "tests.models.test_callables.shout",
+    },
+    "classes": {"datatype": {"classes": ["a", "b"]}},
+    "schema": {"output_schema": {"name": "str"}, "artifacts": {"rules": {"uri": "memory://rules.txt"}}},
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_values_of_a_changed_copy_are_not_those_of_the_block(
+    server: ScriptedServer,
+    lake: Datalayer,
+    name: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    """A copy that may answer otherwise leaves the block as it is, with a warning."""
+    monkeypatch.setenv("VLLM_TASKS_CALLABLE_PREFIXES", '["json", "tests"]')
+    server.script = said(right_of(8))
+    with saved(f"{name}-plain", server, lake) as plain:
+        _, report = validated(plain, of())
+    with saved(name, server, lake, **NESTED[kind]) as model:
+        for values, update in (
+            ({}, {"prompt": "{input} anew"}),
+            ({}, {"resample": 1}),
+            ({}, {"api_url": "http://a"}),
+        ):
+            save_metric_values(model.model_copy(update=update), report)
+            assert loaded(name).metric_values == values
+            assert f"differs from it in {next(iter(update))}" in caplog.records[-1].getMessage()
+        save_metric_values(model.model_copy(update={"timeout": 5.0, "uuid": "u", "keep": ["prompt"]}), report)
+        assert loaded(name).metric_values == report.metric_values
+        model.save(name, overwrite=True)
+        assert loaded(name).metric_values == {}
+        save_metric_values(model, report)
+        assert loaded(name).metric_values == report.metric_values
 
 
 def test_data_sets_validated_at_once_do_not_lose_each_other(
