@@ -254,6 +254,21 @@ def test_an_unknown_endpoint_is_refused(model: VllmAPI, folder: Path) -> None:
         export_batch_results("m", folder / "out.jsonl", db=str(folder), url=wrong)
 
 
+def test_json_within_a_typed_answer_is_no_text(server: ScriptedServer, place: Place, tmp_path: Path) -> None:
+    """Bytes are their text. SQLite does not know which texts are JSON."""
+    place.fill_texts("a")
+    schema = {"tags": "json", "raw": "bytes", "none": "json"}
+    model = VllmAPI(identifier="m", api_url=server.url, chat=False, db=place.db, output_schema=schema)
+    answer = '{"tags": ["x", 0.5], "raw": "é", "none": null}'
+    server.script = lambda asked: answered(answer) if asked.body else None
+    model.predict_in_db("text", "rows")
+    export_batch_results("m", tmp_path / "out.jsonl", db=place.db, primary_id="id")
+    content = lines(tmp_path / "out.jsonl")["0"]["response"]["body"]["choices"][0]["message"]["content"]
+    if place.kind == "sqlite":
+        content = content.replace('\\"', '"').replace('"[', "[").replace(']"', "]")
+    assert content == answer
+
+
 def answered(text: str) -> Any:
     choice = {"index": 0, "finish_reason": "stop", "text": text}
     return Reply({"model": "m", "choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 1}})

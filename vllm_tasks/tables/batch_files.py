@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import closing, contextmanager
 from typing import IO, TYPE_CHECKING, Any, Literal, get_args
 from uuid import uuid4
@@ -121,7 +121,8 @@ def export_batch_results(
     """Write committed outputs in the format of the results of OpenAI's Batch API.
 
     Each line has `custom_id`, `response` with the answer, and `error` with the reason if the row has none.
-    Several columns of an answer become one JSON object. Columns that people have added are left out.
+    Several columns of an answer become one JSON object, in which JSON from SQLite is text. Columns that
+    people have added are left out.
 
     Args:
         predict_id: The name that the call gave its outputs.
@@ -151,11 +152,13 @@ def export_batch_results(
             "one: run it without flatten, under another predict_id"
         )
     columns = _answer_columns(found, key, outputs_name(predict_id))
+    nested = {name for name in columns if (found.field(name).metadata or {}).get(b"json")}
     with _written(path) as file:
         for batch in found.to_batches():
             for row in batch.to_pylist():
                 custom_id = _custom_id(tuple(row[name] for name in key))
-                result = _result(custom_id, row, {name: row[name] for name in columns}, url)
+                answer = {name: row[name] for name in columns}
+                result = _result(custom_id, row, _text(answer, nested), url)
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
     return int(found.num_rows)
 
@@ -180,7 +183,7 @@ def _custom_id(key: Key) -> str:
     return str(key[0]) if len(key) == 1 else json.dumps([*key], default=str, ensure_ascii=False)
 
 
-def _result(custom_id: str, row: Mapping[str, Any], values: Mapping[str, Any], url: Url) -> dict[str, Any]:
+def _result(custom_id: str, row: Mapping[str, Any], text: str, url: Url) -> dict[str, Any]:
     """The result of one row, as OpenAI's Batch API writes it."""
     request_id = f"vllm-tasks-{custom_id}"
     if row["_error"] is not None:
@@ -191,7 +194,6 @@ def _result(custom_id: str, row: Mapping[str, Any], values: Mapping[str, Any], u
             "response": None,
             "error": {"code": code, "message": message},
         }
-    text = _text(values["output"] if [*values] == ["output"] else values)
     is_chat = url == "/v1/chat/completions"
     answer = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
     prompt, completion = row["_prompt_tokens"] or 0, row["_completion_tokens"] or 0
@@ -211,11 +213,24 @@ def _result(custom_id: str, row: Mapping[str, Any], values: Mapping[str, Any], u
     return {"id": request_id, "custom_id": custom_id, "response": response, "error": None}
 
 
-def _text(value: Any) -> str:
-    """An answer as the text of a completion: typed ones are JSON, as the model wrote them."""
-    if isinstance(value, bytes):
-        return value.decode(errors="backslashreplace")
-    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+def _text(answer: Mapping[str, Any], nested: Set[str]) -> str:
+    """An answer as the text of a completion. Several columns are a JSON object; `nested` are JSON already."""
+    if [*answer] == ["output"]:
+        value = _plain(answer["output"])
+        return value if isinstance(value, str) else _json(value)
+    pairs = (
+        f"{_json(name)}: {value if name in nested and value is not None else _json(value)}"
+        for name, value in answer.items()
+    )
+    return f"{{{', '.join(pairs)}}}"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=_plain, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
 
 
 @contextmanager
