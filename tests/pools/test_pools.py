@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tests.conftest import IN_PREFECT
+from tests.servers.scripted_server import ScriptedServer, refused
 from vllm_tasks import InvalidCall
 from vllm_tasks.engines.local import process
 from vllm_tasks.errors import ServerUnavailable
@@ -180,6 +182,27 @@ def test_what_cannot_be_is_refused(name: str, client: SyncPrefectClient) -> None
         command(name, "--image", "site/vllm:1")
     with pytest.raises(ObjectNotFound):
         client.read_work_pool(name)
+
+
+@pytest.mark.parametrize("odd", ["", " ", "a/b", "50%", "Prefect-gpu"])
+def test_a_name_that_prefect_refuses_is_named(odd: str, name: str, client: SyncPrefectClient) -> None:
+    """The error comes before the other pool is created."""
+    with pytest.raises(InvalidCall, match=re.escape(f"{odd!r} cannot name a work pool")):
+        main(["--pool", name, "--gpu-pool", odd, "--gpus", "1"])
+    with pytest.raises(ObjectNotFound):
+        client.read_work_pool(name)
+
+
+def test_a_server_that_refuses_is_named(name: str, server: ScriptedServer) -> None:
+    """A wrong address or key is one line."""
+    server.script = lambda _: refused(401, "no")
+    with (
+        temporary_settings({PREFECT_API_URL: server.url}),
+        pytest.raises(
+            ServerUnavailable, match=r"refused a request \(401 Unauthorized\); correct PREFECT_API_URL"
+        ),
+    ):
+        command(name)
 
 
 def test_a_server_that_is_not_there_is_named(name: str) -> None:

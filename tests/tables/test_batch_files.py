@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
+from deltalake import DeltaTable, Field
+from deltalake.schema import PrimitiveType
 
 from tests.places import Place
 from tests.servers.scripted_server import Reply, ScriptedServer, refused
@@ -200,8 +203,70 @@ def test_typed_outputs_are_json(server: ScriptedServer, tmp_path: Path) -> None:
     listed.predict_in_db("text", "rows", predict_id="listed")
     with pytest.raises(InvalidCall, match="several rows for one request"):
         export_batch_results("listed", tmp_path / "out.jsonl", db=place.db, primary_id="id")
-    with pytest.raises(InvalidCall, match="has no column 'custom_id'"):
+    with pytest.raises(InvalidCall, match=r"\['custom_id'\] is not the key of '_outputs__m'"):
         export_batch_results("m", tmp_path / "out.jsonl", db=place.db)
+
+
+def test_columns_of_people_are_not_part_of_the_answer(
+    server: ScriptedServer, place: Place, tmp_path: Path
+) -> None:
+    """They are at the end of the table, and a text stays a text."""
+    place.fill_texts("a")
+    model = VllmAPI(identifier="m", api_url=server.url, chat=False, db=place.db)
+    model.predict_in_db("text", "rows")
+    if place.kind == "lake":
+        table = DeltaTable(f"{place.url}/_outputs__m")
+        table.alter.add_columns([Field("mine", PrimitiveType("string"))])
+    else:
+        engine = sa.create_engine(place.url.replace("postgresql:", "postgresql+psycopg:"))
+        with engine.begin() as connection:
+            connection.execute(sa.text('ALTER TABLE "_outputs__m" ADD COLUMN mine TEXT'))
+        engine.dispose()
+    export_batch_results("m", tmp_path / "out.jsonl", db=place.db, primary_id="id")
+    choice = lines(tmp_path / "out.jsonl")["0"]["response"]["body"]["choices"][0]
+    assert choice["message"]["content"] == " a!"
+
+
+@pytest.mark.parametrize("key", ["output", "_model", "costum_id"])
+def test_results_need_the_whole_key(model: VllmAPI, folder: Path, key: Any) -> None:
+    """Another column would give results that are of no request."""
+    run(model)
+    with pytest.raises(InvalidCall, match="is not the key of '_outputs__m'"):
+        export_batch_results("m", folder / "out.jsonl", db=str(folder), primary_id=key)
+
+
+def test_a_part_of_the_key_is_refused(server: ScriptedServer, tmp_path: Path) -> None:
+    """Several results would have one `custom_id`."""
+    place = Place(str(tmp_path / "lake"))
+    place.fill([{"id": 1, "part": part, "text": "a"} for part in (1, 2)])
+    model = VllmAPI(identifier="m", api_url=server.url, chat=False, db=place.db)
+    model.predict_in_db("text", "rows", primary_id=["id", "part"])
+    with pytest.raises(InvalidCall, match="is not the key of '_outputs__m'"):
+        export_batch_results("m", tmp_path / "out.jsonl", db=place.db, primary_id="id")
+    export_batch_results("m", tmp_path / "out.jsonl", db=place.db, primary_id=["part", "id"])
+    assert sorted(lines(tmp_path / "out.jsonl")) == ["[1, 1]", "[2, 1]"]
+
+
+def test_an_unknown_endpoint_is_refused(model: VllmAPI, folder: Path) -> None:
+    """It would get results of text completions."""
+    wrong: Any = "/v1/chat/completion"
+    with pytest.raises(InvalidCall, match="is none of '/v1/chat/completions', '/v1/completions'"):
+        export_batch_results("m", folder / "out.jsonl", db=str(folder), url=wrong)
+
+
+def test_json_within_a_typed_answer_is_no_text(server: ScriptedServer, place: Place, tmp_path: Path) -> None:
+    """Bytes are their text. SQLite does not know which texts are JSON."""
+    place.fill_texts("a")
+    schema = {"tags": "json", "raw": "bytes", "none": "json"}
+    model = VllmAPI(identifier="m", api_url=server.url, chat=False, db=place.db, output_schema=schema)
+    answer = '{"tags": ["x", 0.5], "raw": "é", "none": null}'
+    server.script = lambda asked: answered(answer) if asked.body else None
+    model.predict_in_db("text", "rows")
+    export_batch_results("m", tmp_path / "out.jsonl", db=place.db, primary_id="id")
+    content = lines(tmp_path / "out.jsonl")["0"]["response"]["body"]["choices"][0]["message"]["content"]
+    if place.kind == "sqlite":
+        content = content.replace('\\"', '"').replace('"[', "[").replace(']"', "]")
+    assert content == answer
 
 
 def answered(text: str) -> Any:
@@ -225,10 +290,12 @@ def test_a_file_is_there_only_when_it_is_complete(
 def test_what_is_no_file_and_no_model_is_refused(model: VllmAPI, folder: Path) -> None:
     """A folder would get a file of some name; a name is no model."""
     wrong: Any = 5
-    for path in (folder, f"{folder}/", wrong):
+    for path in (folder, f"{folder}/", wrong, "", "out\0"):
         with pytest.raises(InvalidCall, match="is not the path of a file"):
             export_batch(model, "body", "batch", path, primary_id="custom_id")
     assert [file.name for file in folder.iterdir()] == ["batch.jsonl"]
+    with pytest.raises(InvalidCall, match="not known: nowhere; give a path or an fsspec URI"):
+        export_batch(model, "body", "batch", "nowhere://bucket/out.jsonl", primary_id="custom_id")
     with pytest.raises(InvalidCall, match="not a VllmAPI or VllmModel"):
         export_batch(wrong, "body", "batch", folder / "out.jsonl")
     with pytest.raises(InvalidCall, match="neither a Datalayer nor its URL"):

@@ -83,6 +83,18 @@ def test_a_label_does_not_apply_to_a_row_that_has_changed(tickets: VllmAPI, plac
     assert place.db.reviews("m")["id"].to_pylist() == [2]
 
 
+def test_outputs_whose_labels_all_apply_no_more_are_read(tickets: VllmAPI, place: Place) -> None:
+    """Whether all labelled rows have changed, or nobody has labelled any."""
+    ask(tickets)
+    place.db.answer_reviews("m", {})
+    assert labels(place) == ["bug", "feature", "bug", "feature"]
+    place.db.answer_reviews("m", {2: "feature"})
+    place.fill_texts("a crash", "a wish", "it is slow again", "odd")
+    ask(tickets, refresh="changed")
+    assert labels(place) == ["bug", "feature", "bug", "feature"]
+    assert [row["_reviewed_at"] for row in place.outputs()] == [None] * 4
+
+
 def test_reviews_beside_the_source(tickets: VllmAPI, place: Place) -> None:
     """The rows of the source come with the labels of people."""
     ask(tickets)
@@ -100,6 +112,9 @@ def test_what_cannot_be_reviewed_is_refused(tickets: VllmAPI, place: Place, mode
         place.db.answer_reviews("m", {3: "bug", 9: "bug"})
     with pytest.raises(InvalidCall, match=r"'id' of 'm' is of the type int64.*as `outputs` returns them"):
         place.db.answer_reviews("m", {"3": "bug"})
+    wrong: Any = [(3, "bug")]
+    with pytest.raises(InvalidCall, match="labels is a list: give a mapping of keys to labels"):
+        place.db.answer_reviews("m", wrong)
     assert place.db.reviews("m").num_rows == 2
     ask(changed(model, datatype=Classes(["bug", "feature"])), predict_id="plain")
     for refused in (place.db.reviews, lambda name: place.db.answer_reviews(name, {1: "bug"})):

@@ -177,3 +177,29 @@ def test_what_is_not_alike_is_not_compared(make: Make, here: Place, pupil: Pupil
     other = validation(datasets=[Dataset(identifier="more", raw_data=exam(3))])
     with pytest.raises(InvalidCall, match="'one' was not validated on 'more'"):
         compare([one, two], other, [first, second])
+    anything: Any = None
+    with pytest.raises(InvalidCall, match="validation is a NoneType"):
+        compare([one, two], anything, [first, second])
+    for reports in (None, first, ["one", "two"], {"one": first, "two": second}):
+        anything = reports
+        with pytest.raises(InvalidCall, match="give a list of what validate returned"):
+            compare([one, two], checked, anything)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"on_error": "exclude"},
+        {"metrics": [Metric(identifier="exact_match", options={"normalize": ["lower"]})]},
+    ],
+)
+def test_another_validation_is_not_compared(
+    changed: dict[str, Any], make: Make, here: Place, pupil: Pupil
+) -> None:
+    """Values of the reports beside differences by other options would contradict each other."""
+    pupil.says["q0"] = "A0"
+    pupil.refuses.add("q1")
+    one, two = make(here, identifier="one"), make(here, identifier="two")
+    reports = [validate(model, validation(5), max_failed=None) for model in (one, two)]
+    with pytest.raises(InvalidCall, match=r"'exact_match' of 'one' is 0\.6 .*by this validation"):
+        compare([one, two], validation(5, **changed), reports)

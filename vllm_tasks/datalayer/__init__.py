@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -128,6 +128,15 @@ class Datalayer(Block):
         """
         name = outputs_name(predict_id) if table is None else table
         check_name("table", name)
+        several = isinstance(primary_id, Iterable) and not isinstance(primary_id, str)
+        key: tuple[Any, ...] = tuple(primary_id) if several else (primary_id,)
+        if not key or not all(isinstance(column, str) for column in key):
+            raise InvalidCall(f"primary_id={primary_id!r:.200} must name one or more columns")
+        if source is not None and not isinstance(source, str):
+            raise InvalidCall(
+                f"source=<{type(source).__name__}> is not a text: give a table, a path or one SELECT "
+                "statement of this datalayer"
+            )
         tables = self.tables()
         try:
             found = self._reviewed(tables, name, predict_id if table is None else table)
@@ -136,7 +145,6 @@ class Datalayer(Block):
             from vllm_tasks.datalayer.beside import beside
 
             with closing(self.source(source)) as rows:
-                key = (primary_id,) if isinstance(primary_id, str) else tuple(primary_id)
                 return beside(rows, source, found, key)
         finally:
             tables.close()

@@ -38,8 +38,8 @@ def preferred(outputs: pa.Table, given: pa.Table | None) -> pa.Table:
     key = [*key_of(outputs), HASH]
     by_key = {tuple(row[name] for name in key): row for row in given.to_pylist()}
     # Only rows whose input a person has seen become Python values.
-    places = pc.indices_nonzero(pc.is_in(outputs[HASH], given[HASH].combine_chunks())).to_pylist()
-    for place, row in zip(places, outputs.select(key).take(places).to_pylist(), strict=True):
+    places = pc.indices_nonzero(pc.is_in(outputs[HASH], given[HASH].combine_chunks()))
+    for place, row in zip(places.to_pylist(), outputs.select(key).take(places).to_pylist(), strict=True):
         if (found := by_key.get(tuple(row.values()))) is not None:
             labels[place], times[place] = found[LABEL], found[AT]
     at = pa.array(times, TIME)
@@ -63,6 +63,10 @@ def answered(outputs: pa.Table, labels: Mapping[Any, str], predict_id: str) -> p
     Raises `InvalidCall` for a key without an output or of another type, and for a label that is not a class.
     """
     _refuse_unmarked(outputs, predict_id)
+    if not isinstance(labels, Mapping):
+        raise InvalidCall(
+            f"labels is a {type(labels).__name__}: give a mapping of keys to labels, {{7: 'yes'}}"
+        )
     key = key_of(outputs)
     wanted = {each if isinstance(each, tuple) else (each,): label for each, label in labels.items()}
     kind = outputs.schema.field(key[0]).type

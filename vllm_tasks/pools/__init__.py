@@ -38,6 +38,9 @@ POOL_TYPES: tuple[PoolType, ...] = get_args(PoolType)
 
 BLOCKS = (Datalayer, VllmAPI, VllmModel)
 
+ODD = "/%&><"
+"""Characters that Prefect allows in no name."""
+
 DEAD_AFTER = timedelta(seconds=90)
 """Three heartbeats of the 30 s that the pools' templates set."""
 
@@ -54,6 +57,11 @@ class Pool:
     image: str | None = None
 
     def __post_init__(self) -> None:
+        if not self.name.strip() or set(ODD) & set(self.name) or self.name.lower().startswith("prefect"):
+            raise InvalidCall(
+                f"{self.name!r:.200} cannot name a work pool: it must not be empty, begin with 'prefect', or "
+                f"contain any of {ODD}; give another name"
+            )
         if self.image and self.type == "process":
             raise InvalidCall(
                 f"the pool {self.name!r} of type 'process' starts no images, and got {self.image!r}; choose "

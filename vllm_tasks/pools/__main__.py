@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     Raises:
         InvalidCall: An argument is wrong, or a pool exists with another type.
-        ServerUnavailable: No Prefect server could be reached.
+        ServerUnavailable: No Prefect server could be reached, or it refused a request.
     """
     options = parse(arguments)
     if options.gpus is not None and options.gpus < 0:
@@ -37,6 +37,12 @@ def main(arguments: list[str] | None = None) -> None:
         raise ServerUnavailable(
             f"no Prefect server answers at {PREFECT_API_URL.value()} ({error}); start it, or correct "
             "PREFECT_API_URL"
+        ) from error
+    except httpx.HTTPStatusError as error:
+        raise ServerUnavailable(
+            f"the Prefect server at {PREFECT_API_URL.value()} refused a request "
+            f"({error.response.status_code} {error.response.reason_phrase}); correct "
+            "PREFECT_API_URL, which ends in /api, or PREFECT_API_AUTH_STRING or PREFECT_API_KEY"
         ) from error
     print(*lines, sep="\n")
     if options.gpu_type != "process" and not options.image:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import closing, contextmanager
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, get_args
 from uuid import uuid4
 
 import fsspec
@@ -28,6 +28,9 @@ from vllm_tasks.rows import RowError
 from vllm_tasks.tables.arguments import datalayer_of
 from vllm_tasks.tables.keys import display_key
 from vllm_tasks.tables.source_rows import requests_of, rows_at_once
+
+if TYPE_CHECKING:
+    from pyarrow import Table
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +121,8 @@ def export_batch_results(
     """Write committed outputs in the format of the results of OpenAI's Batch API.
 
     Each line has `custom_id`, `response` with the answer, and `error` with the reason if the row has none.
+    Several columns of an answer become one JSON object, in which JSON from SQLite is text. Columns that
+    people have added are left out.
 
     Args:
         predict_id: The name that the call gave its outputs.
@@ -130,40 +135,55 @@ def export_batch_results(
         The number of lines.
 
     Raises:
-        InvalidCall: There are no such outputs, they are flattened, or the file may not be written there.
+        InvalidCall: There are no such outputs, they are flattened or have another key, `url` is none of the
+            two, or the file may not be written there.
         TablesUnavailable: The tables or the file cannot be reached.
     """
     if not isinstance(db, Datalayer | str | os.PathLike):
         raise InvalidCall(f"db=<{type(db).__name__}> is neither a Datalayer nor its URL")
+    if url not in get_args(Url):
+        raise InvalidCall(f"url={url!r:.200} is none of {', '.join(map(repr, get_args(Url)))}")
     datalayer = db if isinstance(db, Datalayer) else Datalayer(url=SecretStr(os.fspath(db)))
     key = named_columns("primary_id", primary_id)
     found = datalayer.outputs(predict_id)
-    for name in key:
-        if name not in found.column_names:
-            raise InvalidCall(
-                f"{outputs_name(predict_id)!r} has no column {name!r}{near(name, found.column_names)}; pass "
-                "primary_id=..., the key of the call that made the outputs"
-            )
     if POSITION in found.column_names:
         raise InvalidCall(
             f"{outputs_name(predict_id)!r} has several rows for one request (flatten=True), and a result has "
             "one: run it without flatten, under another predict_id"
         )
-    columns = [name for name in found.column_names if name not in key and not name.startswith("_")]
+    columns = _answer_columns(found, key, outputs_name(predict_id))
+    nested = {name for name in columns if (found.field(name).metadata or {}).get(b"json")}
     with _written(path) as file:
         for batch in found.to_batches():
             for row in batch.to_pylist():
                 custom_id = _custom_id(tuple(row[name] for name in key))
-                result = _result(custom_id, row, {name: row[name] for name in columns}, url)
+                answer = {name: row[name] for name in columns}
+                result = _result(custom_id, row, _text(answer, nested), url)
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
     return int(found.num_rows)
+
+
+def _answer_columns(outputs: Table, key: Sequence[str], name: str) -> list[str]:
+    """The columns of the answer. An outputs table begins with its key, and others' columns are at its end.
+
+    Raises `InvalidCall` if `key` is not its key: another column, or a part of it, would not name one request.
+    """
+    begins = outputs.column_names[: outputs.column_names.index("_error")]
+    keys = outputs.select(begins[: len(key)])
+    if {*keys.column_names} != {*key} or keys.group_by(key).aggregate([]).num_rows < keys.num_rows:
+        hint = near(key[0], begins) if key[0] not in begins else ""
+        raise InvalidCall(
+            f"primary_id={list(key)!r:.200} is not the key of {name!r}, whose columns are "
+            f"{begins!r:.300}{hint}; give the primary_id of the call that made the outputs"
+        )
+    return [column for column in begins[len(key) :] if not column.startswith("_")]
 
 
 def _custom_id(key: Key) -> str:
     return str(key[0]) if len(key) == 1 else json.dumps([*key], default=str, ensure_ascii=False)
 
 
-def _result(custom_id: str, row: Mapping[str, Any], values: Mapping[str, Any], url: Url) -> dict[str, Any]:
+def _result(custom_id: str, row: Mapping[str, Any], text: str, url: Url) -> dict[str, Any]:
     """The result of one row, as OpenAI's Batch API writes it."""
     request_id = f"vllm-tasks-{custom_id}"
     if row["_error"] is not None:
@@ -174,7 +194,6 @@ def _result(custom_id: str, row: Mapping[str, Any], values: Mapping[str, Any], u
             "response": None,
             "error": {"code": code, "message": message},
         }
-    text = _text(values["output"] if [*values] == ["output"] else values)
     is_chat = url == "/v1/chat/completions"
     answer = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
     prompt, completion = row["_prompt_tokens"] or 0, row["_completion_tokens"] or 0
@@ -194,11 +213,24 @@ def _result(custom_id: str, row: Mapping[str, Any], values: Mapping[str, Any], u
     return {"id": request_id, "custom_id": custom_id, "response": response, "error": None}
 
 
-def _text(value: Any) -> str:
-    """An answer as the text of a completion: typed ones are JSON, as the model wrote them."""
-    if isinstance(value, bytes):
-        return value.decode(errors="backslashreplace")
-    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+def _text(answer: Mapping[str, Any], nested: Set[str]) -> str:
+    """An answer as the text of a completion. Several columns are a JSON object; `nested` are JSON already."""
+    if [*answer] == ["output"]:
+        value = _plain(answer["output"])
+        return value if isinstance(value, str) else _json(value)
+    pairs = (
+        f"{_json(name)}: {value if name in nested and value is not None else _json(value)}"
+        for name, value in answer.items()
+    )
+    return f"{{{', '.join(pairs)}}}"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=_plain, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
 
 
 @contextmanager
@@ -208,13 +240,20 @@ def _written(path: str | os.PathLike[str]) -> Iterator[IO[str]]:
 
     if (
         not isinstance(path, str | os.PathLike)
-        or (uri := os.fspath(path)).endswith("/")
+        or not (uri := os.fspath(path))
+        or "\0" in uri
+        or uri.endswith("/")
         or os.path.isdir(uri)
     ):
         raise InvalidCall(f"path={path!r:.200} is not the path of a file: give one, such as 'requests.jsonl'")
     check_place("the batch file", uri)
     with storage_errors(f"cannot write {without_secrets(uri)!r}"):
         # A filesystem of its own, because a transaction is of all files that are opened with it.
-        filesystem, at = fsspec.core.url_to_fs(uri, skip_instance_cache=True)
+        try:
+            filesystem, at = fsspec.core.url_to_fs(uri, skip_instance_cache=True)
+        except ValueError as error:
+            raise InvalidCall(
+                f"path={without_secrets(uri)!r:.200}: {error}; give a path or an fsspec URI"
+            ) from error
         with filesystem.transaction, filesystem.open(at, "w", encoding="utf-8", newline="\n") as file:
             yield file

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from vllm_tasks.calls.call import check_model
 from vllm_tasks.calls.prompts import Context
 from vllm_tasks.datalayer import Datalayer
@@ -11,10 +13,10 @@ from vllm_tasks.datalayer.selection import Tables
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.metrics.measure import Answer
 from vllm_tasks.tables.arguments import datalayer_of
-from vllm_tasks.validation import Validation, check_comparable
+from vllm_tasks.validation import Metric, Validation, check_comparable
 from vllm_tasks.validation.predictions import Calls
-from vllm_tasks.validation.report import Comparison, DatasetReport, Standing, ValidationReport
-from vllm_tasks.validation.scores import compared
+from vllm_tasks.validation.report import Comparison, DatasetReport, OnError, Standing, ValidationReport, Value
+from vllm_tasks.validation.scores import compared, score
 from vllm_tasks.validation.scoring_run import columns_of, sources_of
 from vllm_tasks.validation.snapshot import read_snapshot
 from vllm_tasks.validation.validated import Validated
@@ -52,6 +54,12 @@ def compare(
         check_model(model)
     names = [model.identifier for model in models]
     check_comparable(names)
+    if not isinstance(validation, Validation):
+        raise InvalidCall(f"validation is a {type(validation).__name__}: give the one of the reports")
+    if not isinstance(reports, list | tuple) or not all(isinstance(r, ValidationReport) for r in reports):
+        raise InvalidCall(
+            f"reports is {reports!r:.200}: give a list of what validate returned for each model"
+        )
     if (reported := [report.model for report in reports]) != names:
         raise InvalidCall(f"reports are of {reported}; give those of the models, in their order: {names}")
     home = datalayer_of(db, models[0]).tables()
@@ -94,8 +102,29 @@ def _standings(
                 paired = compared(metric, answers[0][name], answers[i][name], validation.on_error, clusters)
             passed = found[i].verdicts[position].reason is None
             value = found[i].values[position]
+            if metric.measure().kind != "set":
+                _refuse_another(
+                    metric, answers[i][name], value, validation.on_error, clusters, model.identifier
+                )
             standings.append(Standing(dataset, name, model.identifier, value, passed, paired))
     return standings
+
+
+def _refuse_another(
+    metric: Metric,
+    answers: Sequence[Answer],
+    reported: Value,
+    on_error: OnError,
+    clusters: Sequence[int] | None,
+    model: str,
+) -> None:
+    """Raise `InvalidCall` if the metric has another value than in the report: its options are others."""
+    now = score(metric, answers, on_error, clusters).value
+    if now.n != reported.n or not np.isclose(now.value, reported.value, equal_nan=True):
+        raise InvalidCall(
+            f"{metric.identifier!r} of {model!r} is {reported} in its report and {now} by this validation: "
+            "give the validation that the models were validated with, or validate them again"
+        )
 
 
 def _of(report: ValidationReport, validation: Validation, dataset: str) -> DatasetReport:

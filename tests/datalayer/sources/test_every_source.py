@@ -312,6 +312,24 @@ def test_outputs_beside_their_rows(tmp_path: Path, server: ScriptedServer, model
         Datalayer(url=str(tmp_path)).outputs("p", source="SELECT id, text AS output FROM t")
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"source": 5}, "source=<int> is not a text"),
+        ({"source": Datalayer(url="data")}, "source=<Datalayer> is not a text"),
+        *(({"primary_id": key}, "must name one or more columns") for key in (None, 5, [], [5])),
+    ],
+)
+def test_what_is_no_source_and_no_key_of_outputs(
+    given: dict[str, Any], words: str, tmp_path: Path, model: VllmAPI
+) -> None:
+    """The error names the argument."""
+    (tmp_path / "t.jsonl").write_bytes(lines([{"id": 1, "text": "a"}]))
+    model.predict_in_db("text", "t", db=str(tmp_path), predict_id="p")
+    with pytest.raises(InvalidCall, match=words):
+        Datalayer(url=str(tmp_path)).outputs("p", **{"source": "t", **given})
+
+
 def test_values_of_several_types_beside_their_outputs(tmp_path: Path, model: VllmAPI) -> None:
     """Such a column is JSON: a number keeps its digits, and no value becomes one of its neighbour's type."""
     said = (

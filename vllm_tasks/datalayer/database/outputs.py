@@ -12,6 +12,7 @@ from sqlalchemy.engine import Connection
 from vllm_tasks.datalayer import vectors
 from vllm_tasks.datalayer.database.backends import Backend, Shape, TableName, Verbatim
 from vllm_tasks.datalayer.database.keyed_table import UtcTime
+from vllm_tasks.datalayer.lake.columns import JSON
 from vllm_tasks.datalayer.selection import OWN_COLUMNS
 
 TIMESTAMP = pa.timestamp("us", "UTC")
@@ -46,13 +47,16 @@ CHUNK = 50_000
 
 
 def outputs_table(backend: Backend, connection: Connection, table: TableName, shape: Shape) -> pa.Table:
-    """The complete table, with JSON as text."""
+    """The complete table. JSON is text, marked as in a lake; SQLite does not know which texts are JSON."""
     specs = [column.kind for column in shape.values()]
     if connection.dialect.name == "postgresql":  # the key may be of a domain
         specs = backend.plain(connection, list(map(Verbatim, specs)))
     named = dict(zip(shape, specs, strict=True))
     kinds = {name: _arrow(connection, table, name, spec) for name, spec in named.items()}
-    schema = pa.schema(list(kinds.items()))
+    schema = pa.schema(
+        pa.field(name, kind, metadata=JSON if named[name] == "jsonb" else None)
+        for name, kind in kinds.items()
+    )
     columns = [
         sa.cast(c, sa.Text).label(c.name) if _as_text(named[c.name], connection) else c
         for c in table.clause(kinds).c
