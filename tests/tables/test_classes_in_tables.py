@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,9 @@ def test_what_cannot_be_reviewed_is_refused(tickets: VllmAPI, place: Place, mode
         place.db.answer_reviews("m", {3: "bugs"})
     with pytest.raises(InvalidCall, match="no output with the key 9"):
         place.db.answer_reviews("m", {3: "bug", 9: "bug"})
+    for key in ((), (1, 2)):
+        with pytest.raises(InvalidCall, match=re.escape(f"no output with the key {key}")):
+            place.db.answer_reviews("m", {key: "bug"})
     with pytest.raises(InvalidCall, match=r"'id' of 'm' is of the type int64.*as `outputs` returns them"):
         place.db.answer_reviews("m", {"3": "bug"})
     wrong: Any = [(3, "bug")]

@@ -71,7 +71,7 @@ def answered(outputs: pa.Table, labels: Mapping[Any, str], predict_id: str) -> p
     wanted = {each if isinstance(each, tuple) else (each,): label for each, label in labels.items()}
     kind = outputs.schema.field(key[0]).type
     try:
-        first = pa.array([each[0] for each in wanted], kind)
+        first = pa.array([next(iter(each), None) for each in wanted], kind)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as e:
         raise InvalidCall(
             f"the key {key[0]!r} of {predict_id!r} is of the type {kind}, and a label has another one: "
@@ -82,8 +82,8 @@ def answered(outputs: pa.Table, labels: Mapping[Any, str], predict_id: str) -> p
     for each, label in wanted.items():
         if each not in there:
             raise InvalidCall(
-                f"{predict_id!r} has no output with the key {each if len(key) > 1 else each[0]!r}: a person "
-                "can answer rows that have an output"
+                f"{predict_id!r} has no output with the key {each[0] if len(each) == 1 else each!r}: a "
+                "person can answer rows that have an output"
             )
         classes = list(json.loads(there[each][PROBABILITIES]))
         if label not in classes:
