@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,24 @@ def test_a_second_call_changes_nothing(
     said = capsys.readouterr().out
     assert f"prefect worker start --pool {name}-gpu" in said
     assert "vllm-model" in said
+
+
+def test_what_appears_meanwhile_is_taken_as_it_is(
+    name: str, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefect's client repeats a request that took too long, and the server may have done it at first."""
+
+    def repeated(method: str) -> Callable[..., Any]:
+        create = getattr(SyncPrefectClient, method)
+        return lambda self, wanted: (create(self, wanted), create(self, wanted))
+
+    with monkeypatch.context() as patch:
+        for method in ("create_work_pool", "create_global_concurrency_limit"):
+            patch.setattr(SyncPrefectClient, method, repeated(method))
+        command(name, "--gpus", "4")
+        made = all_of(client, name)
+    command(name, "--gpus", "4")
+    assert all_of(client, name) == made
 
 
 def test_what_belongs_to_a_pool(name: str, client: SyncPrefectClient) -> None:

@@ -8,10 +8,12 @@ also has a limit with one slot per GPU. A second call finds all of them by their
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from importlib.resources import files
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import (
@@ -25,13 +27,15 @@ from prefect.deployments.runner import RunnerDeployment
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.types.entrypoint import EntrypointType
 
 from vllm_tasks.datalayer import Datalayer
 from vllm_tasks.errors import InvalidCall
 from vllm_tasks.models import VllmAPI, VllmModel
 from vllm_tasks.pools import step as steps
+
+T = TypeVar("T")
 
 PoolType = Literal["process", "docker", "kubernetes"]
 POOL_TYPES: tuple[PoolType, ...] = get_args(PoolType)
@@ -94,10 +98,10 @@ def make(*pools: Pool, change_slots: bool = False) -> list[str]:
     lines = [f"block types {', '.join(block.get_block_type_slug() for block in BLOCKS)}"]
     with get_client(sync_client=True) as client:
         for pool in pools:
-            _make_pool(client, pool)
+            _made(partial(_make_pool, client, pool))
             lines.append(f"work pool {pool.name!r}, type {pool.type}")
             if pool.gpus is not None:
-                slots = _make_limit(client, pool.limit, pool.gpus, change_slots)
+                slots = _made(partial(_make_limit, client, pool.limit, pool.gpus, change_slots))
                 lines.append(f"  limit {pool.limit!r}, slots for GPUs: {slots}")
             _make_automation(client, _crash_the_dead(pool.name))
             _deploy_step(pool.name)
@@ -125,6 +129,15 @@ def template(pool: Pool) -> dict[str, Any]:
     if pool.image:
         declared["image"]["default"] = pool.image
     return made
+
+
+def _made(make: Callable[[], T]) -> T:
+    """What `make` returns. It is called again if the object appeared meanwhile: somebody else has made it, or
+    this process, whose client repeats a request when the server's answer takes too long."""
+    try:
+        return make()
+    except ObjectAlreadyExists:
+        return make()
 
 
 def _make_pool(client: SyncPrefectClient, pool: Pool) -> None:
