@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vllm_tasks.calls.prompt_func import Signature
+from vllm_tasks.datalayer.arguments import named_columns
 from vllm_tasks.errors import InvalidCall
 
 Columns = str | Sequence[str] | Mapping[str, str | int]
@@ -45,15 +46,3 @@ def records(X: Columns, signature: Signature) -> tuple[tuple[str, ...], Callable
         tuple(values[i] for i in by_position),
         {name: values[i] for name, i in by_name.items()},
     )
-
-
-def named_columns(name: str, given: Any) -> tuple[str, ...]:
-    """Return the columns that an argument names. Raise `InvalidCall` for none, a set, and one named twice."""
-    columns = (given,) if not isinstance(given, Iterable) or isinstance(given, str) else tuple(given)
-    if not columns or not all(isinstance(c, str) and c for c in columns):
-        raise InvalidCall(f"{name}={given!r} must name one or more columns")
-    if isinstance(given, Set) and len(columns) > 1:
-        raise InvalidCall(f"{name}={given!r} is a set, which has no order: give a list")
-    if len(set(columns)) < len(columns):
-        raise InvalidCall(f"{name}={columns!r} names a column twice")
-    return columns

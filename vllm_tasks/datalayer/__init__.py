@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from vllm_tasks.datalayer.arguments import named_columns
 from vllm_tasks.datalayer.block_fields import OF_BLOCK, not_masked, not_shown, own_fields, validated
 from vllm_tasks.datalayer.selection import REVIEW
 from vllm_tasks.datalayer.table_names import check_name, outputs_name, reviews_name
@@ -128,10 +129,7 @@ class Datalayer(Block):
         """
         name = outputs_name(predict_id) if table is None else table
         check_name("table", name)
-        several = isinstance(primary_id, Iterable) and not isinstance(primary_id, str)
-        key: tuple[Any, ...] = tuple(primary_id) if several else (primary_id,)
-        if not key or not all(isinstance(column, str) for column in key):
-            raise InvalidCall(f"primary_id={primary_id!r:.200} must name one or more columns")
+        key = named_columns("primary_id", primary_id)
         if source is not None and not isinstance(source, str):
             raise InvalidCall(
                 f"source=<{type(source).__name__}> is not a text: give a table, a path or one SELECT "

@@ -1,8 +1,9 @@
-"""Checks of `select` and `db` as the caller gave them: they must name a table and a folder."""
+"""Checks of arguments as the caller gave them: they must name a table, a folder, columns."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Set
 from typing import Any
 
 from vllm_tasks.errors import InvalidCall
@@ -42,6 +43,18 @@ def check_folder(db: str, argument: str = "db") -> None:
             f"{argument}={db!r:.200} is a file, not a folder: give its folder, "
             f"{argument}={folder or '.'!r:.200}, and the file as the table, select={file!r:.200}"
         )
+
+
+def named_columns(name: str, given: Any) -> tuple[str, ...]:
+    """Return the columns that an argument names. Raise `InvalidCall` for none, a set, and one named twice."""
+    columns = (given,) if not isinstance(given, Iterable) or isinstance(given, str) else tuple(given)
+    if not columns or not all(isinstance(c, str) and c for c in columns):
+        raise InvalidCall(f"{name}={given!r} must name one or more columns")
+    if isinstance(given, Set) and len(columns) > 1:
+        raise InvalidCall(f"{name}={given!r} is a set, which has no order: give a list")
+    if len(set(columns)) < len(columns):
+        raise InvalidCall(f"{name}={columns!r} names a column twice")
+    return columns
 
 
 def _display(value: Any) -> str:

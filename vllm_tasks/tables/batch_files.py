@@ -15,9 +15,10 @@ from pydantic import SecretStr
 
 from vllm_tasks.calls.batch_request import line_of
 from vllm_tasks.calls.call import Model, check_model
-from vllm_tasks.calls.columns import Columns, named_columns
+from vllm_tasks.calls.columns import Columns
 from vllm_tasks.calls.prompts import Context
 from vllm_tasks.datalayer import Datalayer
+from vllm_tasks.datalayer.arguments import named_columns
 from vllm_tasks.datalayer.opening import Store, open_tables, source_of
 from vllm_tasks.datalayer.selection import POSITION, Key, Selection
 from vllm_tasks.datalayer.table_names import outputs_name
@@ -216,8 +217,10 @@ def _result(custom_id: str, row: Mapping[str, Any], text: str, url: Url) -> dict
 def _text(answer: Mapping[str, Any], nested: Set[str]) -> str:
     """An answer as the text of a completion. Several columns are a JSON object; `nested` are JSON already."""
     if [*answer] == ["output"]:
-        value = _plain(answer["output"])
-        return value if isinstance(value, str) else _json(value)
+        value = answer["output"]
+        return (
+            value if isinstance(value, str) else _plain(value) if isinstance(value, bytes) else _json(value)
+        )
     pairs = (
         f"{_json(name)}: {value if name in nested and value is not None else _json(value)}"
         for name, value in answer.items()
@@ -229,8 +232,9 @@ def _json(value: Any) -> str:
     return json.dumps(value, default=_plain, ensure_ascii=False)
 
 
-def _plain(value: Any) -> Any:
-    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
+def _plain(value: Any) -> str:
+    """A value that JSON has no type for, as a text."""
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 @contextmanager

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_tasks.calls.call import Call, Model, TableCall
-from vllm_tasks.calls.columns import Columns, named_columns
+from vllm_tasks.calls.columns import Columns
 from vllm_tasks.calls.prompts import Context
 from vllm_tasks.datalayer import Datalayer
+from vllm_tasks.datalayer.arguments import named_columns
 from vllm_tasks.datalayer.opening import Store, name_of, open_tables, source_of
 from vllm_tasks.datalayer.selection import Selection, SourceRow, Tables
 from vllm_tasks.datalayer.table_names import outputs_name

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from vllm_tasks.calls.call import Model, stored_columns
-from vllm_tasks.calls.columns import Columns, named_columns
+from vllm_tasks.calls.columns import Columns
 from vllm_tasks.calls.prompts import Context
 from vllm_tasks.datalayer import Datalayer
+from vllm_tasks.datalayer.arguments import named_columns
 from vllm_tasks.datalayer.opening import Store, open_tables, source_of
 from vllm_tasks.datalayer.selection import OutputTable, Selection
 from vllm_tasks.datalayer.source_id import source_id

@@ -12,10 +12,11 @@ from uuid import uuid4
 
 from vllm_tasks.calls.answers import Decoder
 from vllm_tasks.calls.call import Call, Model
-from vllm_tasks.calls.columns import Columns, named_columns
+from vllm_tasks.calls.columns import Columns
 from vllm_tasks.calls.media import without_media
 from vllm_tasks.calls.prompts import Context
 from vllm_tasks.datalayer import Datalayer
+from vllm_tasks.datalayer.arguments import named_columns
 from vllm_tasks.datalayer.opening import Store, open_tables, source_of
 from vllm_tasks.datalayer.selection import Selection, SourceRow, Tables
 from vllm_tasks.errors import InvalidCall
